@@ -1,0 +1,32 @@
+"""Where every process begins: `python -m gserver` for a person, `python -m gserver child ROLE` for the supervisor."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or a role that a supervisor has asked for."""
+    if sys.argv[1:2] == ["child"] and not sys.stdin.isatty():
+        sys.exit(run_child(sys.argv[2]))
+    from gserver import cli
+
+    cli.main()
+
+
+def run_child(name: str) -> int:
+    """Be a worker or the agent. gevent patches the standard library before anything else is imported."""
+    from gevent import monkey
+
+    monkey.patch_all()
+    from importlib import import_module
+
+    import gevent
+
+    from gserver import logs, process
+
+    setattr(gevent.get_hub(), "print_exception", logs.unhandled)  # noqa: B010 (types-gevent forbids the plain form)
+    role = import_module(f"gserver.{name}")
+    return process.run_child(role.run, monkey.get_original("_thread", "start_new_thread"))
+
+
+if __name__ == "__main__":
+    main()

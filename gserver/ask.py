@@ -1,0 +1,70 @@
+"""A client for people and health checks: asks the first of several servers that answers.
+
+Imports nothing of the server: it knows only the wire.
+"""
+
+import socket
+from collections.abc import Sequence
+from time import monotonic
+
+from gserver.errors import Failure, Misuse
+
+#: A reply longer than this is no reply of a gserver.
+MAX_REPLY_BYTES = 65536
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Return host and port of `HOST:PORT`, `[IPV6]:PORT`; raise `Misuse` for anything else."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+        raise Misuse(f"{text!r} is no address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242")
+    return host, int(port)
+
+
+def ask(commands: Sequence[str], servers: Sequence[tuple[str, int]], timeout_seconds: float) -> list[str]:
+    """Return a reply for each command, all of one server: the first that answers them all without an ERR.
+
+    Each server has `timeout_seconds` for everything. Raises `Failure`, which names what each one did,
+    when none answers.
+    """
+    reasons = []
+    for host, port in servers:
+        try:
+            return _ask_one(commands, host, port, timeout_seconds)
+        except (OSError, UnicodeError, Failure) as error:
+            reasons.append(f"{host}:{port} {_reason(error)}")
+    raise Failure("no server answered: " + "; ".join(reasons))
+
+
+def _ask_one(commands: Sequence[str], host: str, port: int, timeout_seconds: float) -> list[str]:
+    deadline = monotonic() + timeout_seconds
+    with socket.create_connection((host, port), timeout_seconds) as sock:
+        sock.sendall("".join(f"{command}\n" for command in commands).encode())
+        received = b""
+        while received.count(b"\n") < len(commands):
+            left = deadline - monotonic()
+            if left <= 0:
+                raise TimeoutError
+            sock.settimeout(left)
+            data = sock.recv(4096)
+            received += data
+            if not data or len(received) > MAX_REPLY_BYTES:
+                break
+    replies = received.decode("ascii", "backslashreplace").split("\n")[:-1]
+    for reply in replies:
+        if reply.startswith("ERR"):
+            raise Failure(f"said {reply}")
+    if len(replies) < len(commands):
+        raise Failure("closed the connection without a reply")
+    return replies[: len(commands)]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Failure):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return "did not answer in time"
+    if isinstance(error, ConnectionRefusedError):
+        return "refused the connection (is it running?)"
+    return str(error.args[-1] if error.args else error)

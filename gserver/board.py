@@ -1,0 +1,127 @@
+"""The board: one shared table of integers through which the processes know of each other.
+
+A memfd of int64 cells, mapped by every process; each cell has one writer, and readers take no lock.
+A worker writes its own column; the supervisor writes its own cells, and settles the column of a
+worker that has died. Every cell is named here and nowhere else.
+"""
+
+import mmap
+import os
+import zlib
+
+from gserver.commands import MAX_NAME_BYTES
+from gserver.errors import Misuse
+from gserver.protocol import REFUSALS
+
+#: Of each worker. `clients` is the only gauge; times are monotonic nanoseconds.
+WORKER_CELLS = (
+    "clients",  # connected now
+    "heartbeat",  # when its loop last turned
+    "accepted",  # clients taken in
+    "closed",  # clients that have gone
+    "bursts",  # times that bytes were read and answered
+    "service_ns",  # time from bytes read to replies handed to the kernel, over all bursts
+    *(f"refused.{refusal.name}" for refusal in REFUSALS),
+)
+#: Of the supervisor and of the agent.
+SINGLE_CELLS = (
+    "workers",  # workers that accept
+    "worker_restarts",  # workers replaced because they died or hung
+    "agent_starts",
+    "reloads",  # SIGHUPs carried out
+    "lost",  # clients of workers that died
+    "agent_heartbeat",
+)
+MAX_COMMANDS = 64
+
+_CELL_BYTES = 8
+_FIRST = 1  # cell 0 holds the layout's fingerprint
+_FINGERPRINT = zlib.crc32(repr((WORKER_CELLS, SINGLE_CELLS, MAX_COMMANDS, MAX_NAME_BYTES)).encode())
+
+
+class Board:
+    """All cells, as seen by one process. A cell is `board.cells[index]`."""
+
+    def __init__(self, fd: int, slots: int) -> None:
+        self.fd = fd
+        self.slots = slots
+        singles = _FIRST + slots * (len(WORKER_CELLS) + MAX_COMMANDS)
+        self.single = {name: singles + index for index, name in enumerate(SINGLE_CELLS)}
+        self._names_at = (singles + len(SINGLE_CELLS)) * _CELL_BYTES
+        self._size = self._names_at + slots * MAX_COMMANDS * MAX_NAME_BYTES
+        if os.fstat(fd).st_size == 0:
+            os.ftruncate(fd, self._size)
+        memory = memoryview(mmap.mmap(fd, self._size))
+        self.cells = memory[: self._names_at].cast("q")
+        self._names = memory[self._names_at :]
+
+    @classmethod
+    def create(cls, slots: int) -> "Board":
+        """Make an empty board with a column for each of `slots` workers."""
+        board = cls(os.memfd_create("gserver-board"), slots)
+        board.cells[0] = _FINGERPRINT
+        return board
+
+    @classmethod
+    def attach(cls, fd: int, slots: int) -> "Board":
+        """Map the supervisor's board; raise `Misuse` when it was made by another version of this file."""
+        cell = os.pread(fd, _CELL_BYTES, 0)
+        if int.from_bytes(cell, "little") != _FINGERPRINT:
+            raise Misuse("the running supervisor is of another version than this code: restart it")
+        return cls(fd, slots)
+
+    def clients(self) -> int:
+        """Clients connected to all workers now: WHO. One slice, since the cells of a name lie together."""
+        return sum(self.cells[_FIRST : _FIRST + self.slots])
+
+    def cell(self, name: str, slot: int) -> int:
+        """Return the index of a worker's cell."""
+        return _FIRST + WORKER_CELLS.index(name) * self.slots + slot
+
+    def command_cell(self, name: str, slot: int) -> int:
+        """Return the index of the cell where a worker counts a command, after entering its name if it is new.
+
+        Names stay: a worker that follows in the slot goes on counting where the last one ended.
+        """
+        names = self._command_names(slot)
+        if name not in names:
+            if len(names) == MAX_COMMANDS:
+                raise Misuse(f"more than {MAX_COMMANDS} commands, those of earlier reloads included: restart gserver")
+            start = (slot * MAX_COMMANDS + len(names)) * MAX_NAME_BYTES
+            self._names[start : start + MAX_NAME_BYTES] = name.encode().ljust(MAX_NAME_BYTES, b"\0")
+            names.append(name)
+        return self._first_command(slot) + names.index(name)
+
+    def heartbeat(self, slot: int) -> int:
+        """Return when the worker in a slot, or the agent (-1), last gave a sign of life: monotonic nanoseconds."""
+        return self.cells[self.single["agent_heartbeat"] if slot < 0 else self.cell("heartbeat", slot)]
+
+    def settle(self, slot: int) -> int:
+        """Zero the gauge of a worker that is dead and return how many clients died with it."""
+        index = self.cell("clients", slot)
+        lost, self.cells[index] = self.cells[index], 0
+        self.cells[self.cell("heartbeat", slot)] = 0
+        return lost
+
+    def totals(self) -> dict[str, int]:
+        """Return every counter and gauge by name, summed over the workers; commands as `commands.NAME`."""
+        totals = {
+            name: sum(self.cells[self.cell(name, 0) : self.cell(name, 0) + self.slots])
+            for name in WORKER_CELLS
+            if name != "heartbeat"
+        }
+        totals.update((name, self.cells[index]) for name, index in self.single.items() if name != "agent_heartbeat")
+        for slot in range(self.slots):
+            for offset, name in enumerate(self._command_names(slot)):
+                key = f"commands.{name}"
+                totals[key] = totals.get(key, 0) + self.cells[self._first_command(slot) + offset]
+        return totals
+
+    def _first_command(self, slot: int) -> int:
+        return _FIRST + self.slots * len(WORKER_CELLS) + slot * MAX_COMMANDS
+
+    def _command_names(self, slot: int) -> list[str]:
+        size = MAX_COMMANDS * MAX_NAME_BYTES
+        area = bytes(self._names[slot * size : (slot + 1) * size])
+        names = (area[at : at + MAX_NAME_BYTES].rstrip(b"\0").decode() for at in range(0, size, MAX_NAME_BYTES))
+        return [name for name in names if name]

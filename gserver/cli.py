@@ -1,0 +1,210 @@
+"""The command line: `gserver [serve] [OPTIONS]` and `gserver ask`.
+
+Its options come from `gserver.config`. Everything a person can get wrong ends here as one line and an exit code.
+"""
+
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, TypeVar, cast
+
+import click
+
+from gserver import __version__, logs
+from gserver.config import OPTIONS, Config, Option, environment_names, flag
+from gserver.errors import EXIT_RUNTIME, Failure, Misuse
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Parsed(click.ParamType[Any]):
+    """A click type made of an option's own `parse`."""
+
+    name = "text"
+
+    def __init__(self, parse: Callable[[str], Any]) -> None:
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _GroupedOption(click.Option):
+    def __init__(self, *args: Any, group: str, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self.group = group
+
+
+def _write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx)
+        if record is not None:
+            groups.setdefault(getattr(param, "group", "Other"), []).append(record)
+    for group, records in groups.items():
+        with formatter.section(group):
+            formatter.write_dl(records, col_max=26)
+
+
+class _Command(click.Command):
+    """A command whose help shows its options by group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_options(self, ctx, formatter)
+
+
+class _Group(click.Group):
+    """A group whose default command is `serve`: `gserver --port 80` is `gserver serve --port 80`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in ("--help", "--version")):
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        serve_command = self.commands["serve"]
+        with click.Context(serve_command, parent=ctx) as serve_ctx:
+            serve_ctx.help_option_names = []
+            _write_options(serve_command, serve_ctx, formatter)
+
+
+@click.group(cls=_Group, context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="gserver")
+def gserver() -> None:
+    """A small TCP service: a client sends the line WHO, WHERE or WHY and gets a line back.
+
+    WHO is the number of clients connected, WHERE the id of the server, WHY is 42. Without a command,
+    `serve` runs. Every option has a variable too: --max-clients is GSERVER_MAX_CLIENTS.
+    """
+
+
+def _click_type(option: Option, default: Any) -> click.ParamType[Any] | None:
+    if option.choices:
+        return click.Choice(option.choices)
+    if option.parse:
+        return _Parsed(option.parse)
+    if isinstance(default, int):
+        return click.IntRange(cast("int | None", option.minimum), cast("int | None", option.maximum))
+    if isinstance(default, float):
+        return _Seconds(option.minimum, option.maximum)
+    return None
+
+
+class _Seconds(click.FloatRange):
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not seconds < 1e9:  # inf and nan pass a range
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
+
+
+def _with_config_options(function: F) -> F:
+    for item in reversed(fields(Config)):
+        option = OPTIONS[item.name]
+        decorate = click.option(
+            flag(item.name),
+            item.name,
+            cls=_GroupedOption,
+            group=option.group,
+            default=None if item.default == "" else item.default,
+            type=_click_type(option, item.default),
+            metavar=option.metavar or ("N" if isinstance(item.default, int) else None),
+            help=option.help,
+            envvar=environment_names(item.name),
+            show_default=item.default != "",
+        )
+        function = decorate(function)
+    return function
+
+
+@gserver.command(cls=_Command)
+@_with_config_options
+@click.pass_context
+def serve(ctx: click.Context, /, **options: Any) -> None:
+    """Serve (what runs when no command is named)."""
+    from gserver import process, supervisor
+
+    config = Config(**{name: value for name, value in options.items() if value is not None})
+    if config.log_format == "auto":
+        config = replace(config, log_format="text" if sys.stdout.isatty() else "json")
+    config = replace(
+        config, workers=config.workers or len(os.sched_getaffinity(0)), server_id=config.server_id or str(uuid.uuid4())
+    )
+    process.raise_file_limit()
+    room = config.workers * (process.open_file_limit() - process.RESERVED_FILES)
+    is_chosen = ctx.get_parameter_source("max_clients") is not click.core.ParameterSource.DEFAULT
+    if config.max_clients > room and (is_chosen or room < 1):
+        limit = process.open_file_limit()
+        raise Misuse(
+            f"--max-clients {config.max_clients} does not fit: a process may open {limit} files, which leaves room"
+            f" for {room} clients: raise the limit (ulimit -n), lower --max-clients or raise --workers"
+        )
+    config = replace(config, max_clients=min(config.max_clients, room))
+    logs.start(config.log_level, config.log_format, config.server_id)
+    try:
+        code = supervisor.run(config)
+    finally:
+        logs.stop()
+    ctx.exit(code)
+
+
+@gserver.command(cls=_Command)
+@click.argument("commands", nargs=-1, metavar="[WHO|WHERE|WHY]...")
+@click.option(
+    "--server",
+    "servers",
+    multiple=True,
+    metavar="HOST:PORT",
+    default=["127.0.0.1:4242"],
+    show_default=True,
+    help="Server to ask; give several to have them tried in turn.",
+)
+@click.option(
+    "--timeout",
+    "timeout_seconds",
+    type=_Seconds(0.001),
+    default=3.0,
+    show_default=True,
+    help="Time that each server has.",
+)
+def ask(commands: tuple[str, ...], servers: tuple[str, ...], timeout_seconds: float) -> None:
+    """Ask a server and print its replies; WHO when no command is named.
+
+    Exits with 1 when no server answers, or the answer is an ERR.
+    """
+    from gserver.ask import ask as ask_servers
+    from gserver.ask import parse_address
+
+    for reply in ask_servers(commands or ("WHO",), [parse_address(server) for server in servers], timeout_seconds):
+        click.echo(reply)
+
+
+def main() -> None:
+    """Run the command line; tell a person about an error in one line."""
+    try:
+        code = gserver.main(prog_name="gserver", standalone_mode=False)
+    except click.ClickException as error:
+        name = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "gserver"
+        _give_up(f"{error.format_message()} (see {name} --help)", error.exit_code)
+    except Failure as failure:
+        _give_up(str(failure), failure.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _give_up("interrupted", EXIT_RUNTIME)
+    except BrokenPipeError:
+        # Whoever read our output has left; so do we.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_RUNTIME
+    sys.exit(code)
+
+
+def _give_up(message: str, code: int) -> None:
+    click.echo("gserver: " + " ".join(message.split()), err=True)
+    sys.exit(code)

@@ -1,0 +1,108 @@
+"""The commands and their handlers: ordinary blocking functions that return one line.
+
+A handler is given the `Service` it runs in. It may sleep, look up a name or call a database: only the
+client that asked waits. `--commands MODULE` adds the commands that a module of your own defines:
+
+    from gserver.commands import command
+
+    @command("NAP")
+    def nap(service):
+        time.sleep(1)
+        return "rested"
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gserver.errors import Misuse
+
+MAX_NAME_BYTES = 32
+NAME = re.compile(rf"[A-Z][A-Z0-9_-]{{0,{MAX_NAME_BYTES - 1}}}")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a handler may know: the id of this server, and how many clients are connected."""
+
+    server_id: str
+    clients: Callable[[], int]
+
+
+Handler = Callable[[Service], str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A name on the wire and the function that answers it. `may_block` is false for the built-in ones."""
+
+    name: str
+    handler: Handler
+    may_block: bool = True
+
+    def answer(self, service: Service) -> bytes:
+        """Return the reply line, LF included. Raises what the handler raises, and ValueError for a bad reply."""
+        reply = str(self.handler(service))
+        if not reply.isprintable():
+            raise ValueError(f"the reply of {self.name} is not one printable line")
+        return reply.encode("ascii") + b"\n"
+
+
+def command(name: str, *, may_block: bool = True) -> Callable[[Handler], Command]:
+    """Decorate a handler as the command `name`: letters, digits, `-` and `_`, at most 32.
+
+    The handler takes the `Service` and returns a str (or int) that is one line of printable ASCII.
+    If it raises, or returns anything else, the client is told `ERR internal` and stays connected.
+    """
+    if not NAME.fullmatch(name.upper()):
+        raise ValueError(f"{name!r} is no name for a command: use letters, digits, - and _, at most {MAX_NAME_BYTES}")
+
+    def decorate(handler: Handler) -> Command:
+        return Command(name.upper(), handler, may_block)
+
+    return decorate
+
+
+@command("WHO", may_block=False)
+def who(service: Service) -> int:
+    """How many clients are connected, the asker among them."""
+    return service.clients()
+
+
+@command("WHERE", may_block=False)
+def where(service: Service) -> str:
+    """The globally unique id of the server that answers."""
+    return service.server_id
+
+
+@command("WHY", may_block=False)
+def why(_service: Service) -> str:
+    """The answer."""
+    return "42"
+
+
+BUILT_IN = (who, where, why)
+
+
+def load(module_name: str) -> tuple[Command, ...]:
+    """Return the built-in commands and those of the named module ("" for none); raise `Misuse` for a bad one."""
+    if not module_name:
+        return BUILT_IN
+    # The folder that gserver was started in, after everything installed: a file there must not hide a package.
+    sys.path.append("")
+    try:
+        module = importlib.import_module(module_name)
+    # What somebody else's module may raise is unbounded, and all of it means the same here.
+    except (Exception, SystemExit) as error:
+        raise Misuse(f"--commands {module_name}: cannot import it: {type(error).__name__}: {error}") from error
+    added = {id(value): value for value in vars(module).values() if isinstance(value, Command)}
+    own = tuple(value for value in added.values() if value not in BUILT_IN)
+    if not own:
+        raise Misuse(f"--commands {module_name}: it defines no command (decorate a function with @command)")
+    names = [item.name for item in (*BUILT_IN, *own)]
+    for name in names:
+        if names.count(name) > 1:
+            raise Misuse(f"--commands {module_name}: the command {name} is defined twice")
+    return (*BUILT_IN, *own)

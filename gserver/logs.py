@@ -1,0 +1,202 @@
+"""Logs: one JSON event a line on stdout (or text for a person), written by a thread of its own.
+
+A reader of stdout that stalls or goes away never stalls the service: lines wait in a bounded queue, and
+what does not fit is dropped and counted. Field names are those of ECS and OpenTelemetry. Lines stay under
+4,096 bytes, so that those of several processes do not mix in one pipe (PIPE_BUF, pipe(7)).
+"""
+
+import _thread
+import logging
+import os
+import time
+from _queue import SimpleQueue  # the C one, which stays native when gevent patches `queue`
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pythonjsonlogger.json import JsonFormatter
+
+MAX_QUEUED_LINES = 10_000
+MAX_TEXT = 300
+MAX_MESSAGE = 600
+MAX_STACK_TRACE = 1500
+#: A complaint is logged so often in a window; the rest is counted, and the count logged when the window ends.
+COMPLAINTS = 5
+WINDOW_SECONDS = 10.0
+STACK = "error.stack_trace"
+
+_logger = logging.getLogger("gserver")
+_writer: "LineWriter | None" = None
+_windows: dict[str, list[float]] = {}
+
+
+class LineWriter:
+    """Writes lines to a descriptor from a native thread; `put` never waits."""
+
+    def __init__(self, fd: int, start_thread: Callable[..., Any]) -> None:
+        self._fd = fd
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._done = _thread.allocate_lock()
+        self._done.acquire()
+        self.dropped = 0
+        start_thread(self._run, ())
+
+    def put(self, line: bytes) -> None:
+        """Queue a line, or count it as dropped when the queue is full."""
+        if self._queue.qsize() < MAX_QUEUED_LINES:
+            self._queue.put(line)
+        else:
+            self.dropped += 1
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the reader has caught up with half of the queue."""
+        return self._queue.qsize() < MAX_QUEUED_LINES // 2
+
+    def close(self, timeout_seconds: float) -> None:
+        """Write what is queued, for so long at most."""
+        self._queue.put(None)
+        self._done.acquire(timeout=timeout_seconds)
+
+    def _run(self) -> None:
+        while (line := self._queue.get()) is not None:
+            while line:
+                try:
+                    line = line[os.write(self._fd, line) :]
+                except BlockingIOError:
+                    # O_NONBLOCK on a shared descriptor is somebody else's, so not ours to clear: wait a little.
+                    # (The lock is held: this is a sleep that gevent has not patched.)
+                    self._done.acquire(timeout=0.05)
+                except OSError:
+                    # Nobody reads any more. The service goes on, and so does the emptying of the queue.
+                    self.dropped += 1
+                    break
+        self._done.release()
+
+
+class EcsFormatter(JsonFormatter):
+    """One event as JSON, long texts cut."""
+
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        """Spread the event's fields, and write the level in small letters."""
+        log_data.update(log_data.pop("fields", {}))
+        log_data["log.level"] = log_data["log.level"].lower()
+        return {key: _cut(key, value) for key, value in log_data.items()}
+
+
+class TextFormatter(logging.Formatter):
+    """One event for a person at a terminal. Control characters are escaped: they may be a peer's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return `time level message key=value …`."""
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        shown = " ".join(f"{key}={value}" for key, value in fields.items() if key not in ("event.action", STACK))
+        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line = f"{moment} {record.levelname:<7} {record.getMessage()}" + (f"  ({shown})" if shown else "")
+        trace = fields.get(STACK) or (self.formatException(record.exc_info) if record.exc_info else "")
+        return _printable(line) + "".join("\n    " + _printable(row) for row in trace.splitlines())
+
+
+class _QueueHandler(logging.Handler):
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._line_writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line_writer.put(self.format(record).encode("ascii", "backslashreplace") + b"\n")
+
+
+def start(
+    level: str, format_name: str, server_id: str, start_thread: Callable[..., Any] = _thread.start_new_thread
+) -> None:
+    """Begin logging in this process. `start_thread` starts a native thread, whatever has been patched."""
+    global _writer  # noqa: PLW0603 (a process has one stdout)
+    _writer = LineWriter(1, start_thread)
+    handler = _QueueHandler(_writer)
+    if format_name == "text":
+        handler.setFormatter(TextFormatter())
+    else:
+        handler.setFormatter(
+            EcsFormatter(
+                "%(levelname)s %(message)s",
+                timestamp="@timestamp",
+                rename_fields={"levelname": "log.level", "exc_info": STACK},
+                static_fields={"service.name": "gserver", "service.instance.id": server_id, "process.pid": os.getpid()},
+            )
+        )
+    # On the root, so that what a command module logs in the usual way comes out in the same form.
+    logging.root.handlers[:] = [handler]
+    logging.root.setLevel(level.upper())
+
+
+def event(level: int, action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
+    """Log one event. `action` is its name in docs/operations.md; `fields` have ECS names."""
+    if _logger.isEnabledFor(level):
+        _logger.log(level, message, extra={"fields": {"event.action": action, **(fields or {})}})
+
+
+def is_debug() -> bool:
+    """Whether events at DEBUG are wanted: ask first where building one costs."""
+    return _logger.isEnabledFor(logging.DEBUG)
+
+
+def complain(action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
+    """Log a warning that may come often: some of each kind in a window, the rest only counted."""
+    now = time.monotonic()
+    started, count = _windows.get(action, (now, 0))
+    _windows[action] = [started, count + 1]
+    if count < COMPLAINTS:
+        event(logging.WARNING, action, message, fields)
+
+
+def report_left_out() -> None:
+    """Log how many complaints and lines were left out. To be called about once a second."""
+    now = time.monotonic()
+    for action, (started, count) in list(_windows.items()):
+        if now - started >= WINDOW_SECONDS:
+            del _windows[action]
+            if count > COMPLAINTS:
+                fields = {"gserver.left_out": int(count) - COMPLAINTS, "gserver.left_out_action": action}
+                event(logging.WARNING, "log.left_out", f"{fields['gserver.left_out']} more of {action}", fields)
+    if _writer is not None and _writer.dropped and _writer.has_room:
+        dropped, _writer.dropped = _writer.dropped, 0
+        fields = {"gserver.left_out": dropped}
+        event(logging.WARNING, "log.dropped", f"{dropped} lines dropped: nobody read stdout in time", fields)
+
+
+def error_fields(error: BaseException) -> dict[str, str]:
+    """Return the ECS fields of an exception, its stack trace's end included."""
+    formatter = logging.Formatter()
+    trace = formatter.formatException((type(error), error, error.__traceback__))
+    return {"error.type": type(error).__name__, "error.message": str(error), STACK: trace}
+
+
+def unhandled(context: object, kind: type[BaseException] | None, value: Any, trace: Any) -> None:
+    """Log an error that nothing has caught. Has the shape of gevent's `Hub.print_exception`, which it stands in for."""
+    error = value if isinstance(value, BaseException) else RuntimeError(str(value or kind))
+    error.__traceback__ = trace or error.__traceback__
+    complain("process.error", f"{type(error).__name__} in {context!r}", error_fields(error))
+
+
+def stop(timeout_seconds: float = 0.5) -> None:
+    """Write what is still queued; give up when nobody reads."""
+    if _writer is not None:
+        _writer.close(timeout_seconds)
+
+
+def say(text: str) -> None:
+    """Print a line to a person, in its place among the events."""
+    if _writer is not None:
+        _writer.put(text.encode("ascii", "backslashreplace") + b"\n")
+
+
+def _cut(key: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if key == STACK:
+        return value[-MAX_STACK_TRACE:]
+    limit = MAX_MESSAGE if key == "message" else MAX_TEXT
+    return value if len(value) <= limit else value[:limit] + "..."
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

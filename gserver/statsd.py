@@ -1,0 +1,93 @@
+"""StatsD: what is sent of the board, once a second, by the `statsd` package.
+
+Aggregated: counters as their increase since the last flush, gauges as they are. Nothing here can touch a
+client: it runs in the agent, and UDP does not wait.
+"""
+
+from collections.abc import Callable, Iterator
+from time import monotonic
+
+import statsd
+
+from gserver import logs
+from gserver.config import Config
+from gserver.listener import show_address
+from gserver.protocol import REFUSALS
+
+FLUSH_SECONDS = 1.0
+#: How often the daemon's name is looked up anew: it may move, or not have been there yet.
+RESOLVE_SECONDS = 30.0
+RETRY_SECONDS = 5.0
+#: Datagrams that fit any path unfragmented.
+MAX_DATAGRAM_BYTES = 512
+
+#: Metric: the board's total that it is, for gauges and for counters.
+GAUGES = {"connections": "clients", "workers": "workers"}
+COUNTERS = {
+    "accepted": "accepted",
+    "closed": "closed",
+    "lost": "lost",
+    "restarts": "worker_restarts",
+    "agent_starts": "agent_starts",
+    "reloads": "reloads",
+    **{
+        f"{'rejected' if refusal.closes else 'errors'}.{refusal.name}": f"refused.{refusal.name}"
+        for refusal in REFUSALS
+    },
+}
+#: Mean time from bytes read to replies handed to the kernel, since the last flush; milliseconds.
+SERVICE_TIME = "service_time"
+
+Metric = tuple[str, str, float]
+Totals = dict[str, int]
+
+
+def changes(before: Totals, now: Totals) -> Iterator[Metric]:
+    """Yield what to send, as (kind, name, value): `gauge`, `incr` or `timing`. Counters that stand still are not."""
+    for name, total in GAUGES.items():
+        yield "gauge", name, now[total]
+    commands = {f"commands.{key.partition('.')[2].lower()}": key for key in now if key.startswith("commands.")}
+    for name, total in {**COUNTERS, **commands}.items():
+        if increase := now[total] - before.get(total, 0):
+            yield "incr", name, increase
+    if bursts := now["bursts"] - before.get("bursts", 0):
+        yield "timing", SERVICE_TIME, (now["service_ns"] - before.get("service_ns", 0)) / bursts / 1e6
+
+
+class StatsdClient:
+    """Sends to the daemon; until its name resolves, and again and again later, looks it up."""
+
+    def __init__(self, config: Config, totals: Callable[[], Totals], sent: Totals) -> None:
+        """`totals` reads the board; `sent` is what counts as sent already."""
+        self._config = config
+        self._totals = totals
+        self._sent = sent
+        self._client: statsd.StatsClient | None = None
+        self._resolve_at = 0.0
+
+    def flush(self) -> None:
+        """Send what has changed. What cannot be sent is kept for the next flush."""
+        if monotonic() >= self._resolve_at:
+            self._resolve()
+        if self._client is None:
+            return
+        now = self._totals()
+        with self._client.pipeline() as pipe:
+            for kind, name, value in changes(self._sent, now):
+                getattr(pipe, kind)(name, value)
+        self._sent = now
+
+    def _resolve(self) -> None:
+        host, port = self._config.statsd_host, self._config.statsd_port
+        try:
+            client = statsd.StatsClient(host, port, self._config.statsd_prefix, MAX_DATAGRAM_BYTES, ipv6=":" in host)
+        except (OSError, UnicodeError) as error:
+            self._resolve_at = monotonic() + RETRY_SECONDS
+            address = show_address(host, port)
+            message = f"StatsD at {address} cannot be found, trying again: {error}"
+            logs.complain("statsd.unresolved", message, {"error.type": type(error).__name__, "server.address": host})
+            return
+        if self._client is not None:
+            self._client.close()
+        self._client = client
+        self._resolve_at = monotonic() + RESOLVE_SECONDS

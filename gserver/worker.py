@@ -1,0 +1,165 @@
+"""The data plane: accepts clients and serves them. One of `--workers` processes with the same duties.
+
+Reads and writes its column of the board; knows nothing of the other processes, of Redis or of StatsD.
+"""
+
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from functools import partial
+from time import monotonic, monotonic_ns
+from typing import Any, cast
+
+import gevent
+from gevent.event import Event
+from gevent.server import StreamServer
+
+from gserver import commands, logs
+from gserver.board import Board
+from gserver.connection import Connection, Shared, Verb, close_cleanly
+from gserver.process import RESERVED_FILES, Instructions, leave_if_orphaned, open_file_limit
+from gserver.protocol import TOO_MANY_CLIENTS, Refusal
+from gserver.receiver import raw_socket
+
+HEARTBEAT_SECONDS = 0.25
+#: Clients that are being told that there are too many, at once; more are closed without a word.
+MAX_TURNED_AWAY = RESERVED_FILES // 2
+#: Connections that a drain takes over from the kernel's queue, at most.
+MAX_LATE_ACCEPTS = 4096
+#: The part of the drain timeout that a worker uses; the rest is for processes to end in.
+DRAIN_SHARE = 0.8
+
+
+class _Server(StreamServer):
+    """gevent's server on an inherited listener; it pauses while this process has no descriptor to spare."""
+
+    def __init__(self, listener: Any, handle: Callable[..., None], is_full: Callable[[], bool], many: bool) -> None:
+        super().__init__(listener, handle, spawn=cast(Any, gevent.spawn_raw))
+        self._is_full = is_full
+        # One at a time where other workers wait for clients too, so that the load spreads.
+        self.max_accept = 1 if many else 100
+
+    def full(self) -> bool:
+        return self._is_full()
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, instructions: Instructions) -> None:
+        self._instructions = instructions
+        self._config = config = instructions.config
+        self._board: Board = instructions.board()
+        slot = instructions.slot
+        service = commands.Service(config.server_id, self._board.clients)
+        verbs = {
+            item.name.encode(): Verb(
+                item.name, partial(item.answer, service), self._board.command_cell(item.name, slot), item.may_block
+            )
+            for item in commands.load(config.commands)
+        }
+        self._shared = Shared(config, self._board, slot, verbs)
+        self._heartbeat = self._board.cell("heartbeat", slot)
+        self._capacity = open_file_limit() - RESERVED_FILES
+        self._open = 0
+        self._turned_away = 0
+        self._should_drain = Event()
+        self._changed = Event()
+        listener = socket.socket(fileno=instructions.listener_fd)
+        self._server = _Server(listener, self._handle, self._is_full, config.workers > 1)
+
+    def run(self) -> None:
+        """Serve until SIGTERM, then drain."""
+        gevent.signal_handler(signal.SIGTERM, self._should_drain.set)
+        gevent.spawn_raw(self._beat)
+        if self._config.idle_timeout_seconds:
+            gevent.spawn_raw(self._sweep)
+        self._server.start()
+        self._instructions.report("ready")
+        self._should_drain.wait()
+        self._drain()
+
+    def _handle(self, sock: Any, address: Any) -> None:
+        """Serve one client, in its greenlet, or turn it away."""
+        self._open += 1
+        try:
+            if not self._shared.admit():
+                self._turn_away(sock)
+                return
+            if logs.is_debug():
+                _log_client("client.accepted", "accepted", address, None)
+            try:
+                connection = Connection(sock, self._shared)
+                refusal = connection.run()
+            finally:
+                self._shared.release()
+            connection.close()
+            if logs.is_debug():
+                _log_client("client.closed", "closed", address, refusal)
+        finally:
+            self._open -= 1
+            self._changed.set()
+            if self._server.started:
+                self._server.start_accepting()  # It may have paused for want of descriptors.
+
+    def _turn_away(self, sock: Any) -> None:
+        self._shared.refuse(TOO_MANY_CLIENTS)
+        message = f"a client was turned away: {self._config.max_clients} are connected (--max-clients)"
+        logs.complain("client.turned_away", message)
+        if self._turned_away >= MAX_TURNED_AWAY:
+            sock.close()
+            return
+        self._turned_away += 1
+        try:
+            raw_socket(sock).send(TOO_MANY_CLIENTS.reply)
+            close_cleanly(sock)
+        except OSError:
+            sock.close()
+        finally:
+            self._turned_away -= 1
+
+    def _is_full(self) -> bool:
+        return self._open >= self._capacity
+
+    def _beat(self) -> None:
+        while True:
+            leave_if_orphaned(self._instructions)
+            self._board.cells[self._heartbeat] = monotonic_ns()
+            logs.report_left_out()
+            gevent.sleep(HEARTBEAT_SECONDS)
+
+    def _sweep(self) -> None:
+        pause = min(1.0, self._config.idle_timeout_seconds / 4)
+        while True:
+            gevent.sleep(pause)
+            self._shared.close_idle(monotonic())
+
+    def _drain(self) -> None:
+        """Take over who has connected already, stop accepting, and let everybody go, within the deadline."""
+        deadline = monotonic() + self._config.drain_timeout_seconds * DRAIN_SHARE
+        for _ in range(MAX_LATE_ACCEPTS):
+            accepted = self._server.do_read()
+            if not accepted:
+                break
+            self._server.do_handle(*accepted)
+        self._server.close()
+        self._shared.drain()
+        while self._open and (left := deadline - monotonic()) > 0:
+            self._changed.clear()
+            self._changed.wait(left)
+        fields = {"gserver.clients": self._open}
+        logs.event(logging.DEBUG, "worker.drained", f"drained, {self._open} clients cut off", fields)
+
+
+def run(instructions: Instructions) -> None:
+    """Be a worker; the supervisor ends it."""
+    Worker(instructions).run()
+
+
+def _log_client(action: str, verb: str, address: Any, refusal: Refusal | None) -> None:
+    host, port = address[:2]
+    fields = {"client.address": host, "client.port": port}
+    if refusal is not None:
+        fields["gserver.reason"] = refusal.name
+    logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", fields)
