@@ -1,0 +1,231 @@
+"""The real program under test: started on a free port, spoken to over real sockets, read by its log.
+
+Nothing here sleeps to wait for readiness and nothing is retried: `wait_for` waits for an event, with a limit.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+#: All limits of waiting are multiplied by this: set it higher on a slow machine.
+PATIENCE = float(os.environ.get("GSERVER_TEST_PATIENCE", "1"))
+LIMIT = 15 * PATIENCE
+
+Event = dict[str, Any]
+
+
+def program(name: str) -> str:
+    """The path of a program that a test drives; without it the test is skipped, or fails where CI is set."""
+    found = shutil.which(name)
+    if found is None:
+        reason = f"{name} is not installed: bin/test says how"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without what would configure gserver, and with `extra`."""
+    theirs = ("PORT", "WEB_CONCURRENCY", "STATSD_HOST", "STATSD_PORT", "STATSD_PREFIX", "VIRTUAL_ENV")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("GSERVER_") and key not in theirs}
+    return {**kept, "PYTHONPATH": str(ROOT), **extra}
+
+
+def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
+    """Return the first true value of `condition`; fail when none comes within the limit."""
+    deadline = time.monotonic() + limit
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {limit:.1f} s: {what}")
+        time.sleep(0.005)
+    return value
+
+
+class Client:
+    """A plain socket with a line reader. It knows nothing of the protocol."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1", source: str = "") -> None:
+        self.sock = socket.create_connection((host, port), LIMIT, (source, 0) if source else None)
+        self._buffer = b""
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def line(self) -> bytes:
+        """The next line, its LF included; what there is before the end of the connection, if that comes first."""
+        while b"\n" not in self._buffer:
+            data = self.sock.recv(65536)
+            if not data:
+                rest, self._buffer = self._buffer, b""
+                return rest
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line + b"\n"
+
+    def ask(self, command: bytes) -> bytes:
+        """Send a line, return the reply without its LF."""
+        self.send(command + b"\n")
+        reply = self.line()
+        assert reply.endswith(b"\n"), f"no reply to {command!r}: {reply!r}"
+        return reply[:-1]
+
+    def who(self) -> int:
+        return int(self.ask(b"WHO"))
+
+    def rest(self) -> bytes:
+        """All that still comes, up to a clean end; ConnectionResetError for an unclean one."""
+        received, self._buffer = self._buffer, b""
+        while data := self.sock.recv(65536):
+            received += data
+        return received
+
+    def end(self) -> bytes:
+        """Send the end of input, return the rest."""
+        self.sock.shutdown(socket.SHUT_WR)
+        return self.rest()
+
+
+class Running:
+    """A gserver process; `with Running("--workers", "2") as server:` waits until it listens."""
+
+    def __init__(
+        self,
+        *options: str,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        command: list[str] | None = None,
+        wait: bool = True,
+    ) -> None:
+        self.process = subprocess.Popen(
+            [*(command or [sys.executable, "-P", "-m", "gserver", "serve", "--port", "0"]), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(**(env or {})),
+            cwd=cwd,
+        )
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self._readers = [
+            threading.Thread(target=_collect, args=(stream, into))
+            for stream, into in ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
+        ]
+        for reader in self._readers:
+            reader.start()
+        self.port = 0
+        if wait:
+            try:
+                self.port = self.wait_for("server.listening")["server.port"]
+            except BaseException:
+                self.kill()
+                raise
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def stderr(self) -> str:
+        return "".join(self.errors)
+
+    def events(self, action: str | None = None) -> list[Event]:
+        """All events so far, or those of one action. A line that is no JSON object fails the test."""
+        found: list[Event] = [json.loads(line) for line in list(self.lines)]
+        return [event for event in found if action is None or event.get("event.action") == action]
+
+    def wait_for(self, action: str, count: int = 1, limit: float = LIMIT) -> Event:
+        """The count-th event of that action, as soon as it is there."""
+
+        def found() -> list[Event]:
+            events = self.events(action)
+            if len(events) < count and self.process.poll() is not None and not any(r.is_alive() for r in self._readers):
+                pytest.fail(f"gserver ended with {self.process.returncode}: {self.stderr}{''.join(self.lines)}")
+            return events if len(events) >= count else []
+
+        events: list[Event] = until(found, f"{count} × {action} in {self.lines} {self.errors}", limit)
+        return events[count - 1]
+
+    def client(self, source: str = "") -> Client:
+        return Client(self.port, source=source)
+
+    def who(self) -> int:
+        """What WHO says to a new client, which counts itself."""
+        with self.client() as client:
+            return client.who()
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes that run now."""
+        return self._children("worker")
+
+    def agents(self) -> list[psutil.Process]:
+        return self._children("agent")
+
+    def _children(self, role: str) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.pid).children():
+            try:
+                if role in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def exit_code(self, limit: float = LIMIT) -> int:
+        """Wait for the end; return the exit code, with all output read."""
+        code = self.process.wait(limit)
+        for reader in self._readers:
+            reader.join(LIMIT)
+        return code
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, limit: float = LIMIT) -> int:
+        self.signal(number)
+        return self.exit_code(limit)
+
+    def kill(self) -> None:
+        """End it and its children, whatever state they are in."""
+        if self.process.poll() is None:
+            children = psutil.Process(self.pid).children(recursive=True)
+            self.process.kill()
+            for child in children:
+                try:
+                    child.kill()
+                except psutil.NoSuchProcess:
+                    continue
+        self.exit_code()
+
+
+def _collect(stream: Any, into: list[str]) -> None:
+    for line in stream:
+        into.append(line.decode())
+    stream.close()
