@@ -170,7 +170,7 @@ class Running:
                 pytest.fail(f"gserver ended with {self.process.returncode}: {self.stderr}{''.join(self.lines)}")
             return events if len(events) >= count else []
 
-        events: list[Event] = until(found, f"{count} × {action} in {self.lines} {self.errors}", limit)
+        events: list[Event] = until(found, f"{count} of {action} in {self.lines} {self.errors}", limit)
         return events[count - 1]
 
     def client(self, source: str = "") -> Client:
@@ -198,7 +198,7 @@ class Running:
                 continue
         return found
 
-    def signal(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
     def exit_code(self, limit: float = LIMIT) -> int:
@@ -209,7 +209,7 @@ class Running:
         return code
 
     def stop(self, number: signal.Signals = signal.SIGTERM, limit: float = LIMIT) -> int:
-        self.signal(number)
+        self.send_signal(number)
         return self.exit_code(limit)
 
     def kill(self) -> None:
@@ -226,6 +226,5 @@ class Running:
 
 
 def _collect(stream: Any, into: list[str]) -> None:
-    for line in stream:
-        into.append(line.decode())
+    into.extend(line.decode() for line in stream)
     stream.close()
