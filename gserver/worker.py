@@ -6,7 +6,6 @@ Reads and writes its column of the board; knows nothing of the other processes, 
 import logging
 import signal
 import socket
-from collections.abc import Callable
 from functools import partial
 from time import monotonic, monotonic_ns
 from typing import Any, cast
@@ -20,13 +19,14 @@ from gserver.board import Board
 from gserver.connection import Connection, Shared, Verb, close_cleanly
 from gserver.process import RESERVED_FILES, Instructions, leave_if_orphaned, open_file_limit
 from gserver.protocol import TOO_MANY_CLIENTS, Refusal
-from gserver.receiver import raw_socket
+from gserver.receiver import READ, raw_socket
 
 HEARTBEAT_SECONDS = 0.25
 #: Clients that are being told that there are too many, at once; more are closed without a word.
 MAX_TURNED_AWAY = RESERVED_FILES // 2
 #: Connections that a drain takes over from the kernel's queue, at most.
 MAX_LATE_ACCEPTS = 4096
+HIGHEST = 2  # priority in libev
 #: The part of the drain timeout that a worker uses; the rest is for processes to end in.
 DRAIN_SHARE = 0.8
 
@@ -34,14 +34,25 @@ DRAIN_SHARE = 0.8
 class _Server(StreamServer):
     """gevent's server on an inherited listener; it pauses while this process has no descriptor to spare."""
 
-    def __init__(self, listener: Any, handle: Callable[..., None], is_full: Callable[[], bool], many: bool) -> None:
-        super().__init__(listener, handle, spawn=cast(Any, gevent.spawn_raw))
-        self._is_full = is_full
+    def __init__(self, listener: Any, worker: "Worker", many: bool) -> None:
+        super().__init__(listener, worker.handle, spawn=cast(Any, gevent.spawn_raw))
+        self._worker = worker
         # One at a time where other workers wait for clients too, so that the load spreads.
         self.max_accept = 1 if many else 100
 
     def full(self) -> bool:
-        return self._is_full()
+        return self._worker.is_full()
+
+    def start_accepting(self) -> None:
+        """Watch for new clients before the bytes of others: who has connected before a WHO is sent is in its answer."""
+        if self._watcher is None:
+            self._watcher = self.loop.io(self.socket.fileno(), READ, priority=HIGHEST)
+            self._watcher.start(self._do_read)
+
+    def do_read(self) -> Any:
+        """Accept a client, and count it at that moment; return the arguments of `handle`, or None."""
+        accepted = super().do_read()
+        return accepted and (*accepted, self._worker.admit())
 
 
 class Worker:
@@ -67,7 +78,7 @@ class Worker:
         self._should_drain = Event()
         self._changed = Event()
         listener = socket.socket(fileno=instructions.listener_fd)
-        self._server = _Server(listener, self._handle, self._is_full, config.workers > 1)
+        self._server = _Server(listener, self, config.workers > 1)
 
     def run(self) -> None:
         """Serve until SIGTERM, then drain."""
@@ -80,11 +91,15 @@ class Worker:
         self._should_drain.wait()
         self._drain()
 
-    def _handle(self, sock: Any, address: Any) -> None:
-        """Serve one client, in its greenlet, or turn it away."""
+    def admit(self) -> bool:
+        """Count a new client; return whether it may stay."""
         self._open += 1
+        return self._shared.admit()
+
+    def handle(self, sock: Any, address: Any, is_admitted: bool) -> None:
+        """Serve one client, in its greenlet, or turn it away."""
         try:
-            if not self._shared.admit():
+            if not is_admitted:
                 self._turn_away(sock)
                 return
             if logs.is_debug():
@@ -119,7 +134,8 @@ class Worker:
         finally:
             self._turned_away -= 1
 
-    def _is_full(self) -> bool:
+    def is_full(self) -> bool:
+        """Whether this process has as many descriptors open as it may."""
         return self._open >= self._capacity
 
     def _beat(self) -> None:
