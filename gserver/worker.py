@@ -34,8 +34,11 @@ DRAIN_SHARE = 0.8
 class _Server(StreamServer):
     """gevent's server on an inherited listener; it pauses while this process has no descriptor to spare."""
 
+    _watcher: Any
+    _do_read: Any
+
     def __init__(self, listener: Any, worker: "Worker", many: bool) -> None:
-        super().__init__(listener, worker.handle, spawn=cast(Any, gevent.spawn_raw))
+        super().__init__(listener, cast(Any, worker.handle), spawn=cast(Any, gevent.spawn_raw))
         self._worker = worker
         # One at a time where other workers wait for clients too, so that the load spreads.
         self.max_accept = 1 if many else 100
