@@ -9,9 +9,8 @@ import mmap
 import os
 import zlib
 
-from gserver.commands import MAX_NAME_BYTES
 from gserver.errors import Misuse
-from gserver.protocol import REFUSALS
+from gserver.protocol import MAX_NAME_BYTES, REFUSALS
 
 #: Of each worker. `clients` is the only gauge; times are monotonic nanoseconds.
 WORKER_CELLS = (

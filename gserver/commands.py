@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gserver.errors import Misuse
+from gserver.protocol import MAX_NAME_BYTES
 
-MAX_NAME_BYTES = 32
 NAME = re.compile(rf"[A-Z][A-Z0-9_-]{{0,{MAX_NAME_BYTES - 1}}}")
 
 

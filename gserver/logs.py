@@ -80,7 +80,8 @@ class EcsFormatter(JsonFormatter):
         """Spread the event's fields, and write the level in small letters."""
         log_data.update(log_data.pop("fields", {}))
         log_data["log.level"] = log_data["log.level"].lower()
-        return {key: _cut(key, value) for key, value in log_data.items()}
+        ordered = {"@timestamp": log_data.pop("@timestamp"), **log_data}
+        return {key: _cut(key, value) for key, value in ordered.items()}
 
 
 class TextFormatter(logging.Formatter):

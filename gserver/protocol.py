@@ -10,6 +10,9 @@ from typing import Generic, NamedTuple, TypeVar
 
 C = TypeVar("C")
 
+#: Longest name of a command.
+MAX_NAME_BYTES = 32
+
 
 class Refusal(NamedTuple):
     """An answer that is no command's. `name` is its name in metrics and logs."""

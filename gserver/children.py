@@ -1,0 +1,105 @@
+"""A process as its supervisor knows it: how it is started, what it has said, how it ended, when to start the next."""
+
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from time import monotonic
+
+from gserver.board import Board
+from gserver.config import Config
+from gserver.process import Instructions, spawn
+
+#: Pause before the next try after a child that died before it was ready: doubled each time, up to the maximum.
+FIRST_PAUSE_SECONDS = 0.1
+MAX_PAUSE_SECONDS = 10.0
+#: One that was ready is replaced at once; after this pause if it did not live for a second.
+SHORT_LIFE_SECONDS = 1.0
+SHORT_LIFE_PAUSE_SECONDS = 0.2
+
+WORKER, AGENT = "worker", "agent"
+
+
+@dataclass(eq=False)
+class Child:
+    """One child. Its `slot` is its column of the board, -1 for the agent; its times are monotonic seconds."""
+
+    role: str
+    slot: int
+    generation: int
+    process: subprocess.Popen[bytes]
+    report_fd: int
+    spawned_at: float
+    ready_at: float | None = None
+    is_leaving: bool = False
+    kill_at: float | None = None
+    refusal: str = ""
+
+    @classmethod
+    def start(cls, role: str, slot: int, generation: int, config: Config, board: Board, listener_fd: int) -> "Child":
+        """Start a process; raise OSError when the system cannot."""
+        report_fd, its_end = os.pipe()
+        try:
+            process = spawn(role, Instructions(config, slot, board.slots, os.getpid(), board.fd, listener_fd, its_end))
+        except OSError:
+            os.close(report_fd)
+            raise
+        finally:
+            os.close(its_end)
+        os.set_blocking(report_fd, False)
+        return cls(role, slot, generation, process, report_fd, monotonic())
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    @property
+    def end(self) -> str:
+        """Why it ended: what it said itself, or its exit code."""
+        code = self.process.returncode
+        return self.refusal or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
+
+    def read_report(self) -> bool:
+        """Note what it says; return whether that is that it is ready. At the end `report_fd` becomes -1."""
+        try:
+            report = os.read(self.report_fd, 8192).decode()
+        except BlockingIOError:
+            return False
+        if not report:
+            os.close(self.report_fd)
+            self.report_fd = -1
+        elif report.startswith("refused "):
+            self.refusal = report.removeprefix("refused ").strip()
+        else:
+            self.ready_at = monotonic()
+        return bool(report) and not self.refusal
+
+    def dismiss(self, kill_at: float) -> None:
+        """Ask it to end, and note when to stop asking."""
+        self.is_leaving = True
+        self.kill_at = kill_at
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it now."""
+        self.is_leaving = True
+        self.process.kill()
+
+
+@dataclass
+class Pacing:
+    """When a role may be started again."""
+
+    failures: int = 0
+    spawn_at: float = 0.0
+
+    def note_death(self, child: Child, now: float) -> None:
+        """Set the pause that its death calls for."""
+        if child.ready_at is None:
+            pause = min(FIRST_PAUSE_SECONDS * 2**self.failures, MAX_PAUSE_SECONDS)
+            self.failures += 1
+        else:
+            pause = SHORT_LIFE_PAUSE_SECONDS if now - child.ready_at < SHORT_LIFE_SECONDS else 0.0
+            self.failures = 0
+        self.spawn_at = now + pause
