@@ -5,8 +5,8 @@ import sys
 
 def main() -> None:
     """Run the command line, or a role that a supervisor has asked for."""
-    if sys.argv[1:2] == ["child"] and not sys.stdin.isatty():
-        sys.exit(run_child(sys.argv[2]))
+    if sys.argv[1:2] == ["child"]:
+        sys.exit(run_child("agent" if sys.argv[2:3] == ["agent"] else "worker"))
     from gserver import cli
 
     cli.main()

@@ -192,8 +192,7 @@ def main() -> None:
     try:
         code = gserver.main(prog_name="gserver", standalone_mode=False)
     except click.ClickException as error:
-        name = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "gserver"
-        _give_up(f"{error.format_message()} (see {name} --help)", error.exit_code)
+        _give_up(_describe(error), error.exit_code)
     except Failure as failure:
         _give_up(str(failure), failure.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -203,6 +202,15 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_RUNTIME
     sys.exit(code)
+
+
+def _describe(error: click.ClickException) -> str:
+    """Say what is wrong, in which variable if it comes from one, and where to read on."""
+    message, ctx = error.format_message(), getattr(error, "ctx", None)
+    param = error.param if isinstance(error, click.BadParameter) else None
+    if ctx and param and ctx.get_parameter_source(param.name or "") is click.core.ParameterSource.ENVIRONMENT:
+        message += f" (from {next(name for name in param.envvar or () if os.environ.get(name))})"
+    return f"{message} (see {ctx.command_path if ctx else 'gserver'} --help)"
 
 
 def _give_up(message: str, code: int) -> None:

@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 from gserver import logs
 from gserver.board import Board
 from gserver.config import Config
-from gserver.errors import EXIT_RUNTIME, Failure
+from gserver.errors import EXIT_RUNTIME, Failure, Misuse
 
 #: Descriptors that a process needs beside its clients: standard ones, board, listener, event loop, logs,
 #: name look-ups, and clients that are being turned away.
@@ -70,8 +70,11 @@ def spawn(role: str, instructions: Instructions) -> subprocess.Popen[bytes]:
 
 def begin(start_thread: Callable[..., Any]) -> Instructions:
     """In a child: read the instructions, tie its life to the supervisor's, start its logs."""
-    told = json.load(sys.stdin)
-    instructions = Instructions(**{**told, "config": Config(**told["config"])})
+    try:
+        told = {} if sys.stdin.isatty() else json.load(sys.stdin)
+        instructions = Instructions(**{**told, "config": Config(**told["config"])})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Misuse("a child process is started by `gserver serve`, not by hand") from error
     # Killed by the kernel when the supervisor dies, even if this process hangs; the check closes the gap before.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     leave_if_orphaned(instructions)
@@ -88,7 +91,11 @@ def leave_if_orphaned(instructions: Instructions) -> None:
 
 def run_child(role: Callable[[Instructions], None], start_thread: Callable[..., Any]) -> int:
     """Run a role to its end and return the exit code; a `Failure` is reported, not raised."""
-    instructions = begin(start_thread)
+    try:
+        instructions = begin(start_thread)
+    except Misuse as misuse:
+        sys.stderr.write(f"gserver: {misuse}\n")
+        return misuse.exit_code
     try:
         role(instructions)
     except Failure as failure:
