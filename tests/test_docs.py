@@ -1,0 +1,155 @@
+"""The documents say what the code does: every name that a person may meet is in them, and nothing that is gone."""
+
+import ast
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+from gserver import errors
+from gserver.config import OPTIONS, Config, environment_names, flag
+from gserver.protocol import REFUSALS
+from gserver.statsd import COUNTERS, GAUGES, SERVICE_TIME
+from tests.running import ROOT, Running, environment
+
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+PROTOCOL = (ROOT / "docs/protocol.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def section(title: str, text: str = OPERATIONS) -> str:
+    """One chapter of a page."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert found, f"no chapter {title}"
+    return found[1]
+
+
+def rows(title: str) -> dict[str, list[str]]:
+    """The table of a chapter: each name in the first column, with the other columns."""
+    table: dict[str, list[str]] = {}
+    for line in section(title).splitlines():
+        first, *rest = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for name in re.findall(r"`([^`]+)`", first) if line.startswith("| `") else []:
+            assert name not in table, f"{name} is there twice"
+            table[name] = rest
+    return table
+
+
+def test_the_options_are_those_of_the_table_with_their_defaults_and_variables() -> None:
+    table = rows("Options")
+    assert list(table) == [flag(name) for name in OPTIONS]
+    for item in fields(Config):
+        default, meaning = table[flag(item.name)]
+        if item.default == "":
+            assert default in ("none", "a new UUID")
+        else:
+            shown = f"{item.default:g}" if isinstance(item.default, float) else str(item.default)
+            assert default == shown, item.name
+        for runner_name in environment_names(item.name)[1:]:
+            assert f"`{runner_name}`" in meaning, item.name
+
+
+def test_every_metric_is_in_the_table_and_no_other() -> None:
+    documented = {name for name in rows("Metrics") if "commands." not in name}
+    assert documented == {*GAUGES, *COUNTERS, SERVICE_TIME}
+
+
+def test_every_event_is_in_the_table_and_no_other() -> None:
+    assert set(rows("Logs")) == set(logged_events())
+
+
+def logged_events() -> dict[str, str]:
+    """Each action that the code logs: a level's name, or `complain`."""
+    events = {}
+    for path in (ROOT / "gserver").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            if not isinstance(node, ast.Call) or name not in ("event", "complain", "_log_client"):
+                continue
+            where = 1 if name == "event" else 0
+            level = ast.unparse(node.args[0]).removeprefix("logging.").lower() if where else name
+            action = node.args[where]
+            if isinstance(action, ast.Constant):
+                events[str(action.value)] = "debug" if name == "_log_client" else level
+            elif isinstance(action, ast.JoinedStr):
+                tail = action.values[-1]
+                assert isinstance(tail, ast.Constant)
+                events |= {f"{role}{tail.value!s}": level for role in ("worker", "agent")}
+    return events
+
+
+def test_the_levels_of_events_and_the_marks_of_complaints_are_right() -> None:
+    table = rows("Logs")
+    for action, level in logged_events().items():
+        line = next(line for line in section("Logs").splitlines() if line.startswith("| `") and f"`{action}`" in line)
+        assert table[action][0] == ("warning" if level == "complain" else level), action
+        assert (" * |" in line) == (level == "complain"), action
+
+
+def test_signals_are_those_that_the_supervisor_heeds() -> None:
+    heeded = set(
+        re.findall(r"signal\.(SIG(?:TERM|INT|HUP|USR1|USR2|QUIT))\b", (ROOT / "gserver/supervisor.py").read_text())
+    )
+    assert set(rows("Signals")) == heeded
+    assert all(hasattr(signal, name) for name in heeded)
+
+
+def test_exit_codes_are_those_of_errors() -> None:
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.M)}
+    assert documented == {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+
+
+def test_every_refusal_is_in_the_protocol_with_what_follows() -> None:
+    documented = dict(re.findall(r"^\| `(ERR [^`]+)` \|.*\| ([a-z ]+) \|$", PROTOCOL, re.M))
+    replies = {refusal.reply.decode().strip(): refusal for refusal in REFUSALS if refusal.reply}
+    assert set(documented) == set(replies)
+    for reply, follows in documented.items():
+        assert follows == ("closed" if replies[reply].closes else "the connection stays"), reply
+
+
+def test_the_scripts_are_those_that_the_pages_name() -> None:
+    pages = README + (ROOT / "CONTRIBUTING.md").read_text()
+    assert {path.name for path in (ROOT / "bin").iterdir()} == set(re.findall(r"(?<!venv/)bin/([a-z]+)", pages))
+
+
+def test_ci_runs_what_the_readme_names() -> None:
+    assert "bin/check" in (ROOT / ".ci/run").read_text()
+    assert "bin/test" in (ROOT / "bin/check").read_text()
+    assert "`bin/check` is what CI runs" in README
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readmes_commands_work_as_printed(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.S)
+    assert code
+    (tmp_path / "tools.py").write_text(code[1])
+    with Running("--commands", "tools", cwd=tmp_path) as server, server.client() as client:
+        assert client.ask(b"RESOLVE") == b"127.0.0.1"
+        assert client.ask(b"NAP") == b"rested among 1"
+
+
+def test_the_version_has_an_entry_in_the_changelog() -> None:
+    version = subprocess.run(
+        [sys.executable, "-P", "-m", "gserver", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    ).stdout.split()[-1]
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_pins_are_exact_and_name_no_index() -> None:
+    for page in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / page).read_text().splitlines():
+            assert re.fullmatch(r"-r requirements\.txt|[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line), line
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert all("==" in requirement for requirement in build)
