@@ -88,13 +88,12 @@ class TextFormatter(logging.Formatter):
     """One event for a person at a terminal. Control characters are escaped: they may be a peer's."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return `time level message key=value …`."""
-        fields: dict[str, Any] = getattr(record, "fields", {})
-        shown = " ".join(f"{key}={value}" for key, value in fields.items() if key not in ("event.action", STACK))
+        """Return `time level message`, and the stack trace of an error on lines of its own."""
         moment = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{moment} {record.levelname:<7} {record.getMessage()}" + (f"  ({shown})" if shown else "")
-        trace = fields.get(STACK) or (self.formatException(record.exc_info) if record.exc_info else "")
-        return _printable(line) + "".join("\n    " + _printable(row) for row in trace.splitlines())
+        trace = getattr(record, "fields", {}).get(STACK, "")
+        trace = trace or (self.formatException(record.exc_info) if record.exc_info else "")
+        rows = [f"{moment} {record.levelname:<7} {record.getMessage()}", *trace.splitlines()]
+        return "\n    ".join(_printable(row) for row in rows)
 
 
 class _QueueHandler(logging.Handler):

@@ -135,11 +135,11 @@ class Supervisor:
     def _listen_to(self, child: Child) -> None:
         fd = child.report_fd
         if child.read_report():
-            fields = {"gserver.child_pid": child.pid}
-            logs.event(logging.INFO, f"{child.role}.ready", f"{child.role} {child.pid} is ready", fields)
             if child.role == WORKER and not self._was_ready:
                 self._was_ready = True
                 self._announce()
+            fields = {"gserver.child_pid": child.pid}
+            logs.event(logging.INFO, f"{child.role}.ready", f"{child.role} {child.pid} is ready", fields)
         if child.report_fd < 0:
             self._selector.unregister(fd)
         self._count_workers()
@@ -204,9 +204,9 @@ class Supervisor:
         where = listener.show_address(config.host, config.port)
         fields = {"server.address": config.host, "server.port": config.port}
         fields |= {"gserver.workers": config.workers, "gserver.max_clients": config.max_clients}
-        logs.event(logging.INFO, "server.listening", f"listening on {where}", fields)
+        logs.event(logging.INFO, "server.listening", f"listening on {where}, {config.workers} workers", fields)
         if config.log_format == "text":
-            logs.say(f"  talk to it:  gserver ask WHO --server {where}   or   nc {config.host} {config.port}")
+            logs.say(f"  talk to it:  nc {config.host} {config.port}   then type WHO, WHERE or WHY")
             logs.say("  stop it:     Ctrl-C")
 
     # Signals.
