@@ -37,9 +37,11 @@ class Receiver:
     def receive(self, timeout_seconds: float | None) -> bytes | None:
         """Wait for bytes and return them; b"" at the end of input; None after the timeout or `interrupt`.
 
-        Raises OSError when the connection is broken. A timeout of 0 or less does not wait.
+        Raises OSError when the connection is broken. A timeout of 0 or less takes what is there, after everybody
+        else has had a turn.
         """
         if timeout_seconds is not None and timeout_seconds <= 0:
+            gevent.sleep(0)
             return self._receive_now()
         timer = None
         if not self._is_started:

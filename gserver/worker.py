@@ -16,7 +16,8 @@ from gevent.server import StreamServer
 
 from gserver import commands, logs
 from gserver.board import Board
-from gserver.connection import Connection, Shared, Verb, close_cleanly
+from gserver.clientele import Clientele, Verb
+from gserver.connection import Connection, close_cleanly
 from gserver.process import RESERVED_FILES, Instructions, leave_if_orphaned, open_file_limit
 from gserver.protocol import TOO_MANY_CLIENTS, Refusal
 from gserver.receiver import READ, raw_socket
@@ -73,7 +74,7 @@ class Worker:
             )
             for item in commands.load(config.commands)
         }
-        self._shared = Shared(config, self._board, slot, verbs)
+        self._clientele = Clientele(config, self._board, slot, verbs)
         self._heartbeat = self._board.cell("heartbeat", slot)
         self._capacity = open_file_limit() - RESERVED_FILES
         self._open = 0
@@ -97,7 +98,7 @@ class Worker:
     def admit(self) -> bool:
         """Count a new client; return whether it may stay."""
         self._open += 1
-        return self._shared.admit()
+        return self._clientele.admit()
 
     def handle(self, sock: Any, address: Any, is_admitted: bool) -> None:
         """Serve one client, in its greenlet, or turn it away."""
@@ -108,10 +109,10 @@ class Worker:
             if logs.is_debug():
                 _log_client("client.accepted", "accepted", address, None)
             try:
-                connection = Connection(sock, self._shared)
+                connection = Connection(sock, self._clientele)
                 refusal = connection.run()
             finally:
-                self._shared.release()
+                self._clientele.release()
             connection.close()
             if logs.is_debug():
                 _log_client("client.closed", "closed", address, refusal)
@@ -122,7 +123,7 @@ class Worker:
                 self._server.start_accepting()  # It may have paused for want of descriptors.
 
     def _turn_away(self, sock: Any) -> None:
-        self._shared.refuse(TOO_MANY_CLIENTS)
+        self._clientele.refuse(TOO_MANY_CLIENTS)
         message = f"a client was turned away: {self._config.max_clients} are connected (--max-clients)"
         logs.complain("client.turned_away", message)
         if self._turned_away >= MAX_TURNED_AWAY:
@@ -152,7 +153,7 @@ class Worker:
         pause = min(1.0, self._config.idle_timeout_seconds / 4)
         while True:
             gevent.sleep(pause)
-            self._shared.close_idle(monotonic())
+            self._clientele.close_idle(monotonic())
 
     def _drain(self) -> None:
         """Take over who has connected already, stop accepting, and let everybody go, within the deadline."""
@@ -163,7 +164,7 @@ class Worker:
                 break
             self._server.do_handle(*accepted)
         self._server.close()
-        self._shared.drain()
+        self._clientele.drain()
         while self._open and (left := deadline - monotonic()) > 0:
             self._changed.clear()
             self._changed.wait(left)

@@ -1,0 +1,88 @@
+"""The clients of one worker: what they have in common, and how many they are.
+
+Owns the two ends of the count, `admit` and `release`; who calls the one owes the other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Protocol
+
+from gserver.board import Board
+from gserver.config import Config
+from gserver.protocol import REFUSALS, Grammar, Refusal
+from gserver.receiver import Receiver
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A command as one worker knows it: how it is answered, and the cell that counts it."""
+
+    name: str
+    answer: Callable[[], bytes]
+    cell: int
+    may_block: bool
+
+
+class Client(Protocol):
+    """What a sweep or a drain sees of a client."""
+
+    receiver: Receiver
+    was_active: bool
+    is_overstayed: bool
+    idle_since: float
+
+
+class Clientele:
+    """All clients of one worker."""
+
+    def __init__(self, config: Config, board: Board, slot: int, verbs: dict[bytes, Verb]) -> None:
+        self.config = config
+        self.grammar = Grammar(verbs, config.max_line_bytes)
+        self.cells = board.cells
+        self.count_clients = board.clients
+        self.clients = board.cell("clients", slot)
+        self.accepted = board.cell("accepted", slot)
+        self.closed = board.cell("closed", slot)
+        self.bursts = board.cell("bursts", slot)
+        self.service_ns = board.cell("service_ns", slot)
+        self.refusals = {refusal: board.cell(f"refused.{refusal.name}", slot) for refusal in REFUSALS}
+        self.connections: set[Client] = set()
+        self.is_draining = False
+        self.drain_started_at = 0.0
+
+    def admit(self) -> bool:
+        """Count a client in, unless there are too many; who is counted in must be counted out by `release`."""
+        self.cells[self.clients] += 1
+        # Counted first and compared then, so that two workers never both give away the last place.
+        if self.count_clients() <= self.config.max_clients:
+            self.cells[self.accepted] += 1
+            return True
+        self.cells[self.clients] -= 1
+        return False
+
+    def release(self) -> None:
+        """Count a client out."""
+        self.cells[self.clients] -= 1
+        self.cells[self.closed] += 1
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Count a refusal."""
+        self.cells[self.refusals[refusal]] += 1
+
+    def close_idle(self, now: float) -> None:
+        """Close who has been idle too long. One such sweep now and then costs less than a timer for each command."""
+        for connection in self.connections:
+            if connection.was_active or not connection.receiver.is_waiting:
+                connection.was_active = False
+                connection.idle_since = now
+            elif now - connection.idle_since >= self.config.idle_timeout_seconds:
+                connection.is_overstayed = True
+                connection.receiver.interrupt()
+
+    def drain(self) -> None:
+        """Let every client go as soon as what it has sent is answered."""
+        self.is_draining = True
+        self.drain_started_at = monotonic()
+        for connection in self.connections:
+            connection.receiver.interrupt()
