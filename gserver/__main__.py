@@ -1,15 +1,28 @@
 """Where every process begins: `python -m gserver` for a person, `python -m gserver child ROLE` for the supervisor."""
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line, or a role that a supervisor has asked for."""
+    open_standard_streams()
     if sys.argv[1:2] == ["child"]:
         sys.exit(run_child("agent" if sys.argv[2:3] == ["agent"] else "worker"))
     from gserver import cli
 
     cli.main()
+
+
+def open_standard_streams() -> None:
+    """Open what the caller has closed of the three: else the next file opened would get its number, and its output."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115 (as long as the process)
 
 
 def run_child(name: str) -> int:

@@ -23,15 +23,16 @@ def run(instructions: Instructions) -> None:
     should_stop = Event()
     gevent.signal_handler(signal.SIGTERM, should_stop.set)
     gevent.spawn_raw(_beat, instructions, board)
-    # The first agent tells all there is; one that follows, only what comes after the last one.
-    is_first = board.cells[board.single["agent_starts"]] == 1
-    client = StatsdClient(instructions.config, board.totals, {} if is_first else board.totals())
+    # One that follows another goes on where that one ended.
+    client = StatsdClient(instructions.config, board.totals, board.read_note() or {})
     instructions.report("ready")
-    flush_at = monotonic()
-    while not should_stop.wait(max(0.0, flush_at - monotonic())):
+    while True:
+        flush_at = monotonic() + FLUSH_SECONDS
         client.flush()
-        flush_at = max(flush_at + FLUSH_SECONDS, monotonic())
-    client.flush()
+        board.leave_note(client.sent)
+        if should_stop.is_set():
+            break
+        should_stop.wait(max(0.0, flush_at - monotonic()))
 
 
 def _beat(instructions: Instructions, board: Board) -> None:

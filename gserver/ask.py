@@ -3,6 +3,7 @@
 Imports nothing of the server: it knows only the wire.
 """
 
+import re
 import socket
 from collections.abc import Sequence
 from time import monotonic
@@ -17,7 +18,7 @@ def parse_address(text: str) -> tuple[str, int]:
     """Return host and port of `HOST:PORT`, `[IPV6]:PORT`; raise `Misuse` for anything else."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise Misuse(f"{text!r} is no address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242")
     return host, int(port)
 
@@ -28,6 +29,9 @@ def ask(commands: Sequence[str], servers: Sequence[tuple[str, int]], timeout_sec
     Each server has `timeout_seconds` for everything. Raises `Failure`, which names what each one did,
     when none answers.
     """
+    for command in commands:
+        if not command.strip() or not command.isprintable():
+            raise Misuse(f"{command!r} is no command: name one word, such as WHO")
     reasons = []
     for host, port in servers:
         try:
@@ -39,25 +43,47 @@ def ask(commands: Sequence[str], servers: Sequence[tuple[str, int]], timeout_sec
 
 def _ask_one(commands: Sequence[str], host: str, port: int, timeout_seconds: float) -> list[str]:
     deadline = monotonic() + timeout_seconds
-    with socket.create_connection((host, port), timeout_seconds) as sock:
+    with _connect(host, port, deadline) as sock:
         sock.sendall("".join(f"{command}\n" for command in commands).encode())
         received = b""
         while received.count(b"\n") < len(commands):
-            left = deadline - monotonic()
-            if left <= 0:
-                raise TimeoutError
-            sock.settimeout(left)
+            sock.settimeout(_left(deadline))
             data = sock.recv(4096)
             received += data
             if not data or len(received) > MAX_REPLY_BYTES:
                 break
-    replies = received.decode("ascii", "backslashreplace").split("\n")[:-1]
+    replies = received.decode("latin-1").split("\n")[:-1]
     for reply in replies:
+        if not reply.isprintable() or not reply.isascii():
+            raise Failure(f"sent what is no reply: {reply[:100]!r}")
         if reply.startswith("ERR"):
-            raise Failure(f"said {reply}")
+            raise Failure(f"said {reply[:100]}")
     if len(replies) < len(commands):
         raise Failure("closed the connection without a reply")
     return replies[: len(commands)]
+
+
+def _connect(host: str, port: int, deadline: float) -> socket.socket:
+    """Connect to the first of the name's addresses that accepts; one deadline holds for all of them."""
+    error: OSError = TimeoutError()
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(_left(deadline))
+            sock.connect(address)
+        except OSError as failed:
+            sock.close()
+            error = failed
+        else:
+            return sock
+    raise error
+
+
+def _left(deadline: float) -> float:
+    left = deadline - monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def _reason(error: Exception) -> str:

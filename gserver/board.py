@@ -5,9 +5,11 @@ A worker writes its own column; the supervisor writes its own cells, and settles
 worker that has died. Every cell is named here and nowhere else.
 """
 
+import json
 import mmap
 import os
 import zlib
+from typing import Any
 
 from gserver.errors import Misuse
 from gserver.protocol import MAX_NAME_BYTES, REFUSALS
@@ -34,6 +36,7 @@ SINGLE_CELLS = (
 MAX_COMMANDS = 64
 
 _CELL_BYTES = 8
+_NOTE_BYTES = 1 << 18
 _FIRST = 1  # cell 0 holds the layout's fingerprint
 _FINGERPRINT = zlib.crc32(repr((WORKER_CELLS, SINGLE_CELLS, MAX_COMMANDS, MAX_NAME_BYTES)).encode())
 
@@ -47,12 +50,14 @@ class Board:
         singles = _FIRST + slots * (len(WORKER_CELLS) + MAX_COMMANDS)
         self.single = {name: singles + index for index, name in enumerate(SINGLE_CELLS)}
         self._names_at = (singles + len(SINGLE_CELLS)) * _CELL_BYTES
-        self._size = self._names_at + slots * MAX_COMMANDS * MAX_NAME_BYTES
+        self._note_at = slots * MAX_COMMANDS * MAX_NAME_BYTES
+        self._size = self._names_at + self._note_at + _NOTE_BYTES
         if os.fstat(fd).st_size == 0:
             os.ftruncate(fd, self._size)
         memory = memoryview(mmap.mmap(fd, self._size))
         self.cells = memory[: self._names_at].cast("q")
-        self._names = memory[self._names_at :]
+        names_and_note = memory[self._names_at :]
+        self._names, self._note = names_and_note[: self._note_at], names_and_note[self._note_at :]
 
     @classmethod
     def create(cls, slots: int) -> "Board":
@@ -115,6 +120,18 @@ class Board:
                 key = f"commands.{name}"
                 totals[key] = totals.get(key, 0) + self.cells[self._first_command(slot) + offset]
         return totals
+
+    def leave_note(self, note: Any) -> None:
+        """Leave something, as JSON, to the agent that will follow this one."""
+        data = json.dumps(note).encode() + b"\0"
+        self._note[: len(data)] = data
+
+    def read_note(self) -> Any:
+        """Return what the last agent left; None if it is the first, or died while it wrote."""
+        try:
+            return json.loads(bytes(self._note).partition(b"\0")[0])
+        except ValueError:
+            return None
 
     def _first_command(self, slot: int) -> int:
         return _FIRST + self.slots * len(WORKER_CELLS) + slot * MAX_COMMANDS

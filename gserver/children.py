@@ -34,6 +34,7 @@ class Child:
     is_leaving: bool = False
     kill_at: float | None = None
     refusal: str = ""
+    has_hung_up: bool = False
 
     @classmethod
     def start(cls, role: str, slot: int, generation: int, config: Config, board: Board, listener_fd: int) -> "Child":
@@ -61,17 +62,15 @@ class Child:
         return self.refusal or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
 
     def read_report(self) -> bool:
-        """Note what it says; return whether that is that it is ready. At the end `report_fd` becomes -1."""
+        """Note what it says; return whether that is that it is ready."""
         try:
-            report = os.read(self.report_fd, 8192).decode()
+            report = os.read(self.report_fd, 8192).decode() if self.report_fd >= 0 else ""
         except BlockingIOError:
             return False
-        if not report:
-            os.close(self.report_fd)
-            self.report_fd = -1
-        elif report.startswith("refused "):
+        self.has_hung_up = not report
+        if report.startswith("refused "):
             self.refusal = report.removeprefix("refused ").strip()
-        else:
+        elif report:
             self.ready_at = monotonic()
         return bool(report) and not self.refusal
 
@@ -97,7 +96,7 @@ class Pacing:
     def note_death(self, child: Child, now: float) -> None:
         """Set the pause that its death calls for."""
         if child.ready_at is None:
-            pause = min(FIRST_PAUSE_SECONDS * 2**self.failures, MAX_PAUSE_SECONDS)
+            pause = min(FIRST_PAUSE_SECONDS * 2 ** min(self.failures, 10), MAX_PAUSE_SECONDS)
             self.failures += 1
         else:
             pause = SHORT_LIFE_PAUSE_SECONDS if now - child.ready_at < SHORT_LIFE_SECONDS else 0.0

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from gserver import __version__, logs
 from gserver.config import OPTIONS, Config, Option, environment_names, flag
@@ -62,9 +63,15 @@ class _Group(click.Group):
     """A group whose default command is `serve`: `gserver --port 80` is `gserver serve --port 80`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0].startswith("-") and args[0] not in ("--help", "--version")):
+        if not (args or ctx.resilient_parsing) or (
+            args and args[0].startswith("-") and args[0] not in ("--help", "--version")
+        ):
             args = ["serve", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        own = super().shell_complete(ctx, incomplete)
+        return own + self.commands["serve"].shell_complete(ctx, incomplete) if incomplete.startswith("-") else own
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
@@ -152,7 +159,7 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     try:
         code = supervisor.run(config)
     finally:
-        logs.stop()
+        logs.stop(config.drain_timeout_seconds * 0.05)
     ctx.exit(code)
 
 
@@ -197,10 +204,12 @@ def main() -> None:
         _give_up(str(failure), failure.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _give_up("interrupted", EXIT_RUNTIME)
-    except BrokenPipeError:
-        # Whoever read our output has left; so do we.
+    except OSError as error:
+        # Output that cannot be written. What is still buffered goes nowhere, or it would fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_RUNTIME
+        if not isinstance(error, BrokenPipeError):  # Whoever read our output has left: nothing to tell.
+            _give_up(str(error), code)
     sys.exit(code)
 
 

@@ -44,10 +44,13 @@ class Command:
 
     def answer(self, service: Service) -> bytes:
         """Return the reply line, LF included. Raises what the handler raises, and ValueError for a bad reply."""
-        reply = str(self.handler(service))
-        if not reply.isprintable():
+        reply = self.handler(service)
+        if not isinstance(reply, str | int):
+            raise TypeError(f"the reply of {self.name} is neither str nor int but {type(reply).__name__}")
+        line = str(reply)
+        if not line.isprintable():
             raise ValueError(f"the reply of {self.name} is not one printable line")
-        return reply.encode("ascii") + b"\n"
+        return line.encode("ascii") + b"\n"
 
 
 def command(name: str, *, may_block: bool = True) -> Callable[[Handler], Command]:
@@ -56,7 +59,7 @@ def command(name: str, *, may_block: bool = True) -> Callable[[Handler], Command
     The handler takes the `Service` and returns a str (or int) that is one line of printable ASCII.
     If it raises, or returns anything else, the client is told `ERR internal` and stays connected.
     """
-    if not NAME.fullmatch(name.upper()):
+    if not name.isascii() or not NAME.fullmatch(name.upper()):
         raise ValueError(f"{name!r} is no name for a command: use letters, digits, - and _, at most {MAX_NAME_BYTES}")
 
     def decorate(handler: Handler) -> Command:

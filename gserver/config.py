@@ -42,7 +42,7 @@ def parse_workers(text: str) -> int:
     """Return the number of workers; 0 stands for `auto`, one for each core."""
     if text == "auto":
         return 0
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 256:
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
         raise ValueError(f"{text!r} is neither a number from 1 to 256 nor auto")
     return int(text)
 
@@ -55,8 +55,8 @@ def parse_server_id(text: str) -> str:
 
 
 def parse_statsd_prefix(text: str) -> str:
-    """Return the prefix with whatever would break a StatsD line (`:`, `|`, `@`, `#`, …) made `_`."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", text).strip(".")
+    """Return the prefix with whatever would break a StatsD line (`:`, `|`, `@`, `#`, …) made `_`, and not too long."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text).strip(".")[:128]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ DRAIN_GRACE_SECONDS = 0.5
 #: After the last word, how long to wait for the client's own end, so that no reset overtakes that word.
 LINGER_SECONDS = 1.0
 #: A handler is somebody else's code: whatever it raises ends its command, not the worker or the conversation.
-HANDLER_ERRORS = (Exception, SystemExit, gevent.Timeout)
+HANDLER_ERRORS = (Exception, SystemExit, KeyboardInterrupt, gevent.Timeout)
 
 
 class Connection:
@@ -86,6 +86,7 @@ class Connection:
             started = perf_counter_ns()
             if data:
                 self._has_spoken = True
+                self.is_overstayed = False
                 if not parser.partial or b"\n" in data:
                     self._line_deadline = math.inf  # What is left of it, if anything, is a new line.
                 items: Sequence[Verb | Refusal] = parser.feed(data)
@@ -174,6 +175,7 @@ def close_cleanly(sock: gevent_socket.socket) -> None:
     try:
         sock.shutdown(socket.SHUT_WR)
         while (left := deadline - monotonic()) > 0:
+            gevent.sleep(0)  # `recv` does not wait for who sends on without end: let the others have their turn.
             sock.settimeout(left)
             if not sock.recv(65536):
                 break

@@ -6,9 +6,13 @@ what does not fit is dropped and counted. Field names are those of ECS and OpenT
 """
 
 import _thread
+import json
 import logging
 import os
+import sys
+import threading
 import time
+import traceback
 from _queue import SimpleQueue  # the C one, which stays native when gevent patches `queue`
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,13 +20,13 @@ from typing import Any
 from pythonjsonlogger.json import JsonFormatter
 
 MAX_QUEUED_LINES = 10_000
-MAX_TEXT = 300
-MAX_MESSAGE = 600
-MAX_STACK_TRACE = 1500
+MAX_LINE_BYTES = 4000  # PIPE_BUF, less the line's ends
+MAX_TEXT_BYTES = 300
 #: A complaint is logged so often in a window; the rest is counted, and the count logged when the window ends.
 COMPLAINTS = 5
 WINDOW_SECONDS = 10.0
 STACK = "error.stack_trace"
+LIMITS = {"message": 800, STACK: 1800}
 
 _logger = logging.getLogger("gserver")
 _writer: "LineWriter | None" = None
@@ -74,14 +78,20 @@ class LineWriter:
 
 
 class EcsFormatter(JsonFormatter):
-    """One event as JSON, long texts cut."""
+    """One event as JSON, with what makes it too long cut or left out."""
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """Spread the event's fields, and write the level in small letters."""
-        log_data.update(log_data.pop("fields", {}))
-        log_data["log.level"] = log_data["log.level"].lower()
-        ordered = {"@timestamp": log_data.pop("@timestamp"), **log_data}
-        return {key: _cut(key, value) for key, value in ordered.items()}
+        """Put the fields in order, the most important first, and cut them to what a line may hold."""
+        fields = log_data.pop("fields", {})
+        first = {"@timestamp": log_data.pop("@timestamp"), "log.level": log_data.pop("log.level").lower()}
+        room, kept = MAX_LINE_BYTES, {}
+        for key, value in {**first, **log_data, **fields}.items():
+            kept[key] = value if isinstance(value, int | float | None) else cut(key, str(value))
+            room -= len(json.dumps({key: kept[key]}))
+            if room < 0:
+                del kept[key]
+                break
+        return kept
 
 
 class TextFormatter(logging.Formatter):
@@ -92,8 +102,17 @@ class TextFormatter(logging.Formatter):
         moment = time.strftime("%H:%M:%S", time.localtime(record.created))
         trace = getattr(record, "fields", {}).get(STACK, "")
         trace = trace or (self.formatException(record.exc_info) if record.exc_info else "")
-        rows = [f"{moment} {record.levelname:<7} {record.getMessage()}", *trace.splitlines()]
-        return "\n    ".join(_printable(row) for row in rows)
+        rows = [f"{moment} {record.levelname:<7} {cut('message', record.getMessage())}"]
+        return "\n    ".join(_printable(row) for row in (*rows, *cut(STACK, trace).splitlines()))
+
+
+def cut(key: str, text: str) -> str:
+    """Return the text, or as much of it as its field may take when written as JSON; of a stack trace, the end."""
+    limit = LIMITS.get(key, MAX_TEXT_BYTES)
+    while (size := len(json.dumps(text))) > limit:
+        length = len(text) * limit // size
+        text = text[-length:] if key == STACK else text[:length]
+    return text
 
 
 class _QueueHandler(logging.Handler):
@@ -102,7 +121,12 @@ class _QueueHandler(logging.Handler):
         self._line_writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._line_writer.put(self.format(record).encode("ascii", "backslashreplace") + b"\n")
+        try:
+            line = self.format(record)
+        except Exception as error:  # noqa: BLE001 (of a command module: arguments that do not fit its text, say)
+            record.msg, record.args = f"{record.msg!r} cannot be logged: {type(error).__name__}", ()
+            line = self.format(record)
+        self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n")
 
 
 def start(
@@ -126,6 +150,10 @@ def start(
     # On the root, so that what a command module logs in the usual way comes out in the same form.
     logging.root.handlers[:] = [handler]
     logging.root.setLevel(level.upper())
+    # What nothing catches, wherever it happens, is one event, and not a print on stderr.
+    sys.excepthook = lambda kind, error, trace: unhandled("main", kind, error, trace)
+    sys.unraisablehook = lambda args: unhandled(args.object, args.exc_type, args.exc_value, args.exc_traceback)
+    threading.excepthook = lambda args: unhandled(args.thread, args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def event(level: int, action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
@@ -165,9 +193,10 @@ def report_left_out() -> None:
 
 def error_fields(error: BaseException) -> dict[str, str]:
     """Return the ECS fields of an exception, its stack trace's end included."""
-    formatter = logging.Formatter()
-    trace = formatter.formatException((type(error), error, error.__traceback__))
-    return {"error.type": type(error).__name__, "error.message": str(error), STACK: trace}
+    trace = "".join(traceback.format_exception(error)).rstrip("\n")
+    # Not str(error): that is somebody's code too, and may raise.
+    message = traceback.format_exception_only(error)[-1].rstrip("\n").partition(": ")[2]
+    return {"error.type": type(error).__name__, "error.message": message, STACK: trace}
 
 
 def unhandled(context: object, kind: type[BaseException] | None, value: Any, trace: Any) -> None:
@@ -177,7 +206,7 @@ def unhandled(context: object, kind: type[BaseException] | None, value: Any, tra
     complain("process.error", f"{type(error).__name__} in {context!r}", error_fields(error))
 
 
-def stop(timeout_seconds: float = 0.5) -> None:
+def stop(timeout_seconds: float) -> None:
     """Write what is still queued; give up when nobody reads."""
     if _writer is not None:
         _writer.close(timeout_seconds)
@@ -187,15 +216,6 @@ def say(text: str) -> None:
     """Print a line to a person, in its place among the events."""
     if _writer is not None:
         _writer.put(text.encode("ascii", "backslashreplace") + b"\n")
-
-
-def _cut(key: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    if key == STACK:
-        return value[-MAX_STACK_TRACE:]
-    limit = MAX_MESSAGE if key == "message" else MAX_TEXT
-    return value if len(value) <= limit else value[:limit] + "..."
 
 
 def _printable(text: str) -> str:

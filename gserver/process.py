@@ -78,6 +78,12 @@ def begin(start_thread: Callable[..., Any]) -> Instructions:
     # Killed by the kernel when the supervisor dies, even if this process hangs; the check closes the gap before.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     leave_if_orphaned(instructions)
+    # These two are the supervisor's business, even when somebody sends them to all processes of the name.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for fd in (instructions.board_fd, instructions.listener_fd, instructions.report_fd):
+        if fd >= 0:
+            os.set_inheritable(fd, False)  # A program that a handler starts must not hold the port.
     config = instructions.config
     logs.start(config.log_level, config.log_format, config.server_id, start_thread)
     return instructions
@@ -105,7 +111,7 @@ def run_child(role: Callable[[Instructions], None], start_thread: Callable[..., 
         logs.unhandled(role, type(error), error, error.__traceback__)
         return EXIT_RUNTIME
     finally:
-        logs.stop()
+        logs.stop(instructions.config.drain_timeout_seconds * 0.05)
     return 0
 
 

@@ -49,6 +49,7 @@ class Grammar(Generic[C]):
             for name, command in commands.items()
             for spelling in (name, name.lower())
             for ending in (b"", b"\r")
+            if len(name) <= max_line_bytes
         }
         #: Commands that may be answered without their newline: those that cannot grow into another.
         self.complete = {name for name in commands if not any(o != name and o.startswith(name) for o in commands)}

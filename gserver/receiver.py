@@ -52,13 +52,14 @@ class Receiver:
             if timeout_seconds is not None:
                 timer = self._hub.loop.timer(timeout_seconds)
                 timer.start(self.interrupt)
-            is_readable = self._hub.switch()
+            self._hub.switch()
         finally:
             self._waiting = None
             if timer is not None:
                 timer.stop()
                 timer.close()
-        return self._receive_now() if is_readable else None
+        # Even after a timeout: a loop that was held up finds timer and bytes due at once, and the bytes came in time.
+        return self._receive_now()
 
     @property
     def is_waiting(self) -> bool:
@@ -69,7 +70,7 @@ class Receiver:
         """Make a `receive` that waits return None soon; without one, do nothing."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._hub.loop.run_callback(waiting.switch, False)
+            self._hub.loop.run_callback(waiting.switch)
 
     def close(self) -> None:
         """Let go of the event loop; the socket is the caller's."""
@@ -82,7 +83,7 @@ class Receiver:
             self._watcher.stop()
             self._is_started = False
         else:
-            waiting.switch(True)
+            waiting.switch()
 
     def _receive_now(self) -> bytes | None:
         try:

@@ -61,7 +61,7 @@ class StatsdClient:
         """`totals` reads the board; `sent` is what counts as sent already."""
         self._config = config
         self._totals = totals
-        self._sent = sent
+        self.sent = sent
         self._client: statsd.StatsClient | None = None
         self._resolve_at = 0.0
 
@@ -73,9 +73,9 @@ class StatsdClient:
             return
         now = self._totals()
         with self._client.pipeline() as pipe:
-            for kind, name, value in changes(self._sent, now):
+            for kind, name, value in changes(self.sent, now):
                 getattr(pipe, kind)(name, value)
-        self._sent = now
+        self.sent = now
 
     def _resolve(self) -> None:
         host, port = self._config.statsd_host, self._config.statsd_port

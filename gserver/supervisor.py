@@ -16,14 +16,15 @@ from gserver.board import Board
 from gserver.children import AGENT, SHORT_LIFE_SECONDS, WORKER, Child, Pacing
 from gserver.config import Config
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse
+from gserver.signals import SignalNotes
 
 #: How often to look at the heartbeats, at least.
 WATCH_SECONDS = 1.0
 #: A child that is not ready by then is taken for hung.
 BOOT_SECONDS = 30.0
 #: Parts of the drain timeout by which workers, then the agent, are killed if they are still there.
-WORKERS_SHARE = 0.9
-AGENT_SHARE = 0.97
+WORKERS_SHARE = 0.85
+AGENT_SHARE = 0.92
 
 
 class Supervisor:
@@ -41,13 +42,13 @@ class Supervisor:
         self._failure: Failure | None = None
         self._drain_at: float | None = None
         self._looked_at = monotonic()
-        self._signals: list[signal.Signals] = []
+        self._signals = SignalNotes(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._had_terminal = os.isatty(0)
         self._selector = selectors.DefaultSelector()
+        self._selector.register(self._signals.fd, selectors.EVENT_READ, None)
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code. Raises `Failure` when the first start is refused."""
-        self._take_note_of_signals()
         try:
             while self._children or self._drain_at is None:
                 self._reconcile(monotonic())
@@ -127,27 +128,30 @@ class Supervisor:
         due = [child.kill_at for child in self._children if child.kill_at is not None]
         due += [at for at in (*(pacing.spawn_at for pacing in self._pacing.values()), self._drain_at or 0) if at > now]
         for key, _ in self._selector.select(max(0.0, min([now + WATCH_SECONDS, *due]) - now)):
-            if key.data is None:
-                os.read(key.fd, 4096)
-            else:
+            if key.data is not None:
                 self._listen_to(key.data)
 
     def _listen_to(self, child: Child) -> None:
-        fd = child.report_fd
         if child.read_report():
             if child.role == WORKER and not self._was_ready:
                 self._was_ready = True
                 self._announce()
             fields = {"gserver.child_pid": child.pid}
             logs.event(logging.INFO, f"{child.role}.ready", f"{child.role} {child.pid} is ready", fields)
-        if child.report_fd < 0:
-            self._selector.unregister(fd)
+        if child.has_hung_up:
+            self._hang_up(child)
         self._count_workers()
+
+    def _hang_up(self, child: Child) -> None:
+        if child.report_fd >= 0:
+            self._selector.unregister(child.report_fd)
+            os.close(child.report_fd)
+            child.report_fd = -1
 
     def _reap(self, now: float) -> None:
         for child in [child for child in self._children if child.process.poll() is not None]:
-            while child.report_fd >= 0:
-                self._listen_to(child)  # Its last words, and then the end that its exit has made.
+            self._listen_to(child)  # Its last words.
+            self._hang_up(child)
             self._children.remove(child)
             self._count_workers()
             lost = self._board.settle(child.slot) if child.role == WORKER else 0
@@ -178,6 +182,7 @@ class Supervisor:
         """Kill who has not turned its loop for too long, and who was asked to end and did not."""
         was_stopped = now - self._looked_at > 2 * WATCH_SECONDS  # and so, perhaps, were the others
         self._looked_at = now
+        logs.report_left_out()
         limit = self._config.hang_timeout_seconds
         for child in self._children:
             if was_stopped:
@@ -204,26 +209,15 @@ class Supervisor:
         where = listener.show_address(config.host, config.port)
         fields = {"server.address": config.host, "server.port": config.port}
         fields |= {"gserver.workers": config.workers, "gserver.max_clients": config.max_clients}
-        logs.event(logging.INFO, "server.listening", f"listening on {where}, {config.workers} workers", fields)
+        logs.event(logging.INFO, "server.listening", f"listening on {where}", fields)
         if config.log_format == "text":
             logs.say(f"  talk to it:  nc {config.host} {config.port}   then type WHO, WHERE or WHY")
             logs.say("  stop it:     Ctrl-C")
 
     # Signals.
 
-    def _take_note_of_signals(self) -> None:
-        read_fd, write_fd = os.pipe()
-        os.set_blocking(read_fd, False)
-        os.set_blocking(write_fd, False)
-        self._selector.register(read_fd, selectors.EVENT_READ, None)
-        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _frame: self._signals.append(signal.Signals(number)))
-        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)  # It only has to wake the loop.
-
     def _heed_signals(self, now: float) -> None:
-        while self._signals:
-            number = self._signals.pop(0)
+        for number in self._signals.take():
             # A terminal that is closed sends SIGHUP too: then it is no terminal any more.
             if number == signal.SIGHUP and not (self._had_terminal and not os.isatty(0)):
                 if self._drain_at is None:

@@ -3,6 +3,7 @@
 Reads and writes its column of the board; knows nothing of the other processes, of Redis or of StatsD.
 """
 
+import contextlib
 import logging
 import signal
 import socket
@@ -29,7 +30,7 @@ MAX_TURNED_AWAY = RESERVED_FILES // 2
 MAX_LATE_ACCEPTS = 4096
 HIGHEST = 2  # priority in libev
 #: The part of the drain timeout that a worker uses; the rest is for processes to end in.
-DRAIN_SHARE = 0.8
+DRAIN_SHARE = 0.75
 
 
 class _Server(StreamServer):
@@ -139,8 +140,11 @@ class Worker:
             self._turned_away -= 1
 
     def is_full(self) -> bool:
-        """Whether this process has as many descriptors open as it may."""
-        return self._open >= self._capacity
+        """Whether this process should leave new clients to the others, or to the kernel's queue."""
+        if self._open >= self._capacity + MAX_TURNED_AWAY:
+            return True
+        # Others may have room. When nobody has, new clients are let in to be told so.
+        return self._open - self._turned_away >= self._capacity and self._board.clients() < self._config.max_clients
 
     def _beat(self) -> None:
         while True:
@@ -158,11 +162,12 @@ class Worker:
     def _drain(self) -> None:
         """Take over who has connected already, stop accepting, and let everybody go, within the deadline."""
         deadline = monotonic() + self._config.drain_timeout_seconds * DRAIN_SHARE
-        for _ in range(MAX_LATE_ACCEPTS):
-            accepted = self._server.do_read()
-            if not accepted:
-                break
-            self._server.do_handle(*accepted)
+        with contextlib.suppress(OSError):  # Out of descriptors: the rest of the queue is lost.
+            for _ in range(MAX_LATE_ACCEPTS):
+                accepted = self._server.do_read()
+                if not accepted:
+                    break
+                self._server.do_handle(*accepted)
         self._server.close()
         self._clientele.drain()
         while self._open and (left := deadline - monotonic()) > 0:

@@ -1,9 +1,373 @@
 """The worker: clients are counted once in and once out, whatever becomes of them."""
 
-from tests.running import Running
+import random
+import signal
+import socket
+import struct
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.running import PATIENCE, Client, Running, program, until
+
+TURNED_AWAY = b"ERR too many clients\n"
+
+MODULE = """
+import gc, os, socket, time
+import gevent
+from greenlet import GreenletExit, greenlet
+from gserver.commands import command
+
+@command("PID")
+def pid(service):
+    return os.getpid()
+
+@command("FAIL")
+def fail(service):
+    raise RuntimeError("as asked")
+
+@command("EXIT")
+def exit(service):
+    raise GreenletExit
+
+@command("NAP")
+def nap(service):
+    time.sleep(0.05)
+    return "rested"
+
+@command("HELD")
+def held(service):
+    gc.collect()
+    greenlets = sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
+    files = len(os.listdir("/proc/self/fd"))
+    return f"{greenlets} greenlets, {files} files, {gevent.get_hub().loop.activecnt} watchers"
+
+@command("OPTIONS")
+def options(service):
+    accepted = [item for item in gc.get_objects() if type(item).__name__ == "socket" and item.fileno() >= 0]
+    tcp = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT, socket.TCP_NODELAY)
+    found = {
+        (one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), *(one.getsockopt(socket.IPPROTO_TCP, o) for o in tcp))
+        for one in accepted if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    }
+    return str(sorted(found))
+"""
+
+
+def start(folder: Path, *options: str, command: list[str] | None = None) -> Running:
+    """A server with the commands above."""
+    (folder / "extra.py").write_text(MODULE)
+    return Running("--commands", "extra", *options, cwd=folder, command=command)
+
+
+def limited(files: int) -> list[str]:
+    """The command of a server that may open so many files in each process."""
+    return [
+        program("prlimit"),
+        f"--nofile={files}:{files}",
+        sys.executable,
+        "-P",
+        "-m",
+        "gserver",
+        "serve",
+        "--port",
+        "0",
+    ]
+
+
+@contextmanager
+def stopped(worker: psutil.Process) -> Iterator[None]:
+    worker.suspend()
+    try:
+        until(lambda: worker.status() == psutil.STATUS_STOPPED, "the worker is stopped")
+        yield
+    finally:
+        worker.resume()
 
 
 def test_who_counts_the_asker_and_the_others(server: Running) -> None:
     with server.client() as one, server.client() as two:
         assert one.who() == 2
         assert two.who() == 2
+
+
+# Ways in which a client goes. Each returns all that it was told.
+
+
+def leave(client: Client) -> bytes:
+    client.send(b"WHY\n")
+    return client.line()
+
+
+def say_nothing(client: Client) -> bytes:
+    return b""
+
+
+def half_close(client: Client) -> bytes:
+    client.send(b"WHY\nWH")
+    return client.end()
+
+
+def reset(client: Client) -> bytes:
+    client.send(b"WHY\n")
+    told = client.line()
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return told
+
+
+def reset_at_once(client: Client) -> bytes:
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return b""
+
+
+def say_too_much(client: Client) -> bytes:
+    client.send(b"x" * 1100)
+    return client.rest()
+
+
+def be_slow(client: Client) -> bytes:
+    client.send(b"WHE")
+    return client.rest()
+
+
+def mistake(client: Client) -> bytes:
+    client.send(b"HELP\n")
+    return client.line()
+
+
+def browse(client: Client) -> bytes:
+    client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return client.rest()
+
+
+def fail(client: Client) -> bytes:
+    client.send(b"FAIL\n")
+    return client.line()
+
+
+def meet_an_exit(client: Client) -> bytes:
+    client.send(b"EXIT\n")
+    return client.rest()
+
+
+def vanish(client: Client) -> bytes:
+    """Leave many replies unread: the server's next one meets a reset."""
+    client.send(b"NAP\n" + b"WHY\n" * 1000)
+    return b""
+
+
+#: The way, how often of 100, and what it is told.
+WAYS: dict[Callable[[Client], bytes], tuple[int, bytes]] = {
+    leave: (19, b"42\n"),
+    say_nothing: (10, b""),
+    half_close: (15, b"42\nERR unknown command\n"),
+    reset: (10, b"42\n"),
+    reset_at_once: (10, b""),
+    say_too_much: (8, b"ERR line too long\n"),
+    be_slow: (2, b"ERR too slow\n"),
+    mistake: (8, b"ERR unknown command\n"),
+    browse: (8, b""),
+    fail: (4, b"ERR internal\n"),
+    meet_an_exit: (1, b""),
+    vanish: (5, b""),
+}
+
+
+def go(server: Running, way: Callable[[Client], bytes], source: str) -> str:
+    """Connect, go in that way, and return what became of it."""
+    with server.client(source) as client:
+        try:
+            told = way(client)
+        except OSError:
+            return "reset"
+    if told == TURNED_AWAY:
+        return "turned away"
+    return way.__name__ if told == WAYS[way][1] else f"{way.__name__}: {told!r}"
+
+
+def figures(daemon: socket.socket) -> Counter[str]:
+    """The sums of all counters that a StatsD daemon has been sent."""
+    daemon.setblocking(False)
+    sums: Counter[str] = Counter()
+    while True:
+        try:
+            data = daemon.recv(65536)
+        except BlockingIOError:
+            return sums
+        for line in data.decode().splitlines():
+            name, _, rest = line.partition(":")
+            value, _, kind = rest.partition("|")
+            if kind == "c":
+                sums[name.removeprefix("gserver.")] += int(value)
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(1, 0), (2, 0), (2, 1)])
+def test_who_is_exact_after_10000_clients_that_went_in_all_ways(tmp_path: Path, workers: int, kills: int) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")  # noqa: T201 (shown when the test fails)
+    chance = random.Random(seed)
+    ways = chance.choices(list(WAYS), [often for often, _ in WAYS.values()], k=10_000)
+    sources = [f"127.0.0.{chance.randrange(2, 50)}" for _ in ways]
+    at_once, askers = 30, 0
+
+    def run(at: int) -> str:
+        if kills and at == 5000:
+            server.workers()[0].kill()
+        return go(server, ways[at], sources[at])
+
+    def is_alone() -> bool:
+        nonlocal askers
+        askers += 1
+        with server.client() as asker:
+            return asker.ask(b"WHO") == b"1"
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
+        daemon.bind(("127.0.0.1", 0))
+        statsd = ("--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1]))
+        options = ("--workers", str(workers), "--max-clients", "24", "--line-timeout", "0.3")
+        with start(tmp_path, *options, *statsd) as server:
+            server.wait_for("worker.ready", workers)
+            server.wait_for("agent.ready")
+            with ThreadPoolExecutor(at_once) as pool:
+                became = Counter(pool.map(run, range(10_000)))
+            server.wait_for("worker.ready", workers + kills)
+            until(is_alone, "the asker is alone")
+            assert server.stop() == 0
+        sums = figures(daemon)
+
+    known = {way.__name__ for way in WAYS} | {"turned away"}
+    assert known <= set(became)
+    lost = sum(became[what] for what in became if what not in known)
+    assert lost <= at_once * kills, became
+    assert sums["restarts"] == kills
+    # A worker can be killed between its counting of a client here and there.
+    assert abs(sums["accepted"] - sums["closed"] - sums["lost"]) <= kills
+    seen = sums["accepted"] + sums["rejected.too_many_clients"]
+    assert abs(seen - 10_000 - askers) <= kills
+    if not kills:
+        for way, name in {browse: "http", say_too_much: "line_too_long", be_slow: "too_slow"}.items():
+            assert sums[f"rejected.{name}"] == became[way.__name__]
+
+
+def test_who_has_connected_before_a_who_is_sent_is_in_its_answer(server: Running) -> None:
+    with server.client() as asker, ExitStack() as stack:
+        for crowd in range(1, 11):
+            with stopped(server.workers()[0]):  # So that all of this waits for it at once.
+                for _ in range(10):
+                    stack.enter_context(server.client())
+                asker.send(b"WHO\n")
+            assert asker.line() == b"%d\n" % (10 * crowd + 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, workers: int) -> None:
+    with start(tmp_path, "--workers", str(workers), "--max-clients", "30") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", workers)
+        clients = []
+        for count in range(1, 31):
+            clients.append(stack.enter_context(server.client()))
+            assert clients[-1].who() == count
+        for turn in range(50):
+            with server.client() as other:
+                if turn % 2:
+                    other.send(b"WHO\n")
+                assert other.rest() == TURNED_AWAY
+            assert clients[turn % 30].who() == 30
+        for client in clients[:10]:
+            client.sock.close()
+        until(lambda: clients[10].who() == 20, "they have left")
+        for count in range(21, 31):
+            assert stack.enter_context(server.client()).who() == count
+        with server.client() as other:
+            assert other.rest() == TURNED_AWAY
+
+
+def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(tmp_path: Path) -> None:
+    with start(tmp_path, "--max-clients", "10", command=limited(100)) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in range(10)]
+        assert clients[9].who() == 10
+        began = time.monotonic()
+        crowd = [stack.enter_context(server.client()) for _ in range(300)]
+        told = Counter(other.rest() for other in crowd)
+        assert time.monotonic() - began < 3 * PATIENCE  # Nobody waits for the second that another may take to leave.
+        assert set(told) <= {b"", TURNED_AWAY}
+        assert told[TURNED_AWAY] >= 32
+        assert {client.who() for client in clients} == {10}
+        assert not server.events("process.error")
+
+
+def test_at_the_limit_of_files_clients_are_told_that_there_are_too_many(tmp_path: Path) -> None:
+    with start(tmp_path, command=limited(100)) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in range(36)]
+        assert [client.who() for client in clients] == [36] * 36
+        for _ in range(10):
+            with server.client() as other:
+                assert other.rest() == TURNED_AWAY
+        clients[0].sock.close()
+        until(lambda: clients[1].who() == 35, "it has left")
+        with server.client() as other:
+            assert other.who() == 36
+
+
+def test_a_worker_at_its_limit_of_files_leaves_clients_to_another_and_goes_on_when_some_have_left(
+    tmp_path: Path,
+) -> None:
+    with start(tmp_path, "--workers", "2", command=limited(100)) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        full, other = server.workers()
+        with stopped(other):
+            clients = [stack.enter_context(server.client()) for _ in range(60)]
+            assert {int(client.ask(b"PID")) for client in clients[:36]} == {full.pid}
+        assert {int(client.ask(b"PID")) for client in clients[36:]} == {other.pid}
+        assert clients[0].who() == 60
+        for client in clients[:30]:
+            client.sock.close()
+        until(lambda: clients[30].who() == 30, "they have left")
+        with stopped(other), server.client() as client:
+            assert int(client.ask(b"PID")) == full.pid
+        assert not server.events("process.error")
+
+
+def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) -> None:
+    with start(tmp_path, command=limited(80)) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in range(16)]
+        assert [client.who() for client in clients] == [16] * 16
+        for _ in range(100):  # More than even the reserve has room for.
+            stack.enter_context(server.client())
+        server.send_signal(signal.SIGTERM)
+        for client in clients:
+            with client:
+                assert client.rest() == b""
+        assert server.exit_code() == 0
+        assert not server.events("process.error")
+        assert not server.events("worker.died")
+
+
+def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -> None:
+    with start(tmp_path, "--max-clients", "24", "--line-timeout", "0.3") as server, server.client() as client:
+        ways = 10 * [way for way, (often, _) in WAYS.items() for _ in range(often)]
+        with ThreadPoolExecutor(30) as pool:
+            became = set(pool.map(lambda way: go(server, way, "127.0.0.2"), ways))
+            before = held(client)
+            became |= set(pool.map(lambda way: go(server, way, "127.0.0.3"), 2 * ways))
+        assert {way.__name__ for way in WAYS} <= became
+        assert held(client) == before
+
+
+def held(client: Client) -> bytes:
+    """What the worker holds for this client when it is alone."""
+    until(lambda: client.who() == 1, "the others are gone")
+    return client.ask(b"HELD")
+
+
+def test_accepted_sockets_find_out_a_dead_peer_and_send_at_once(tmp_path: Path) -> None:
+    with start(tmp_path) as server, server.client() as client:
+        # On, after 60 s of silence, every 15 s, 4 times; unacknowledged data for 120 s; no delay.
+        assert client.ask(b"OPTIONS") == b"[(1, 60, 15, 4, 120000, 1)]"

@@ -1,0 +1,139 @@
+"""The agent: whatever becomes of it, no client notices, and nothing is counted twice or forgotten."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.running import LIMIT, Running
+from tests.test_statsd import Daemon, becomes, received, statsd_daemon, to
+
+#: Nobody listens there, and nothing of this kind of address leaves the machine.
+SOMEWHERE = ["--statsd-host", "127.0.0.1"]
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for the file; each test has a prefix of its own."""
+    with statsd_daemon(tmp_path_factory.mktemp("statsd")) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def asking(server: Running, command: bytes) -> Iterator[list[float]]:
+    """Meanwhile, clients come, ask a few times and go; yields how long each reply took."""
+    times: list[float] = []
+    is_over = threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            with server.client() as client:
+                for _ in range(10):
+                    began = time.monotonic()
+                    client.ask(command)
+                    times.append(time.monotonic() - began)
+            is_over.wait(0.001)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield times
+    finally:
+        is_over.set()
+        thread.join(LIMIT)
+
+
+def test_without_a_statsd_host_there_is_no_agent(server: Running) -> None:
+    assert server.agents() == []
+    assert len(server.workers()) == 1
+    assert server.events("agent.ready") == []
+
+
+def test_an_agent_that_is_killed_is_replaced_and_nothing_is_counted_twice(daemon: Daemon) -> None:
+    with Running(*to(daemon, "killed")) as server, server.client() as client:
+        server.wait_for("agent.ready")
+        (first,) = server.agents()
+        for _ in range(10):
+            assert client.ask(b"WHY") == b"42"
+        becomes(lambda: received(daemon, "counters", "killed.").get("commands.why"), 10)
+        with asking(server, b"WHO") as times:
+            first.kill()
+            died = server.wait_for("agent.died")
+            server.wait_for("agent.ready", 2)
+        assert len(times) > 10
+        assert max(times) < 1
+        (second,) = server.agents()
+        assert second.pid != first.pid
+        assert server.events("worker.died") == []
+        assert (died["log.level"], died["gserver.child_pid"]) == ("warning", first.pid)
+        assert f"agent {first.pid} died (killed by SIGKILL)" in died["message"]
+        for _ in range(7):
+            assert client.ask(b"WHY") == b"42"
+        assert server.stop() == 0
+    becomes(lambda: received(daemon, "gauges", "killed."), {"connections": 0, "workers": 0})
+    assert received(daemon, "counters", "killed.")["commands.why"] == 17
+
+
+def test_every_start_of_an_agent_is_counted(daemon: Daemon) -> None:
+    with Running(*to(daemon, "starts")) as server:
+        for count in (1, 2):
+            server.wait_for("agent.ready", count)
+            becomes(lambda: received(daemon, "counters", "starts.").get("agent_starts"), count)
+            server.agents()[0].kill()
+        server.wait_for("agent.ready", 3)
+        assert server.stop() == 0
+    becomes(lambda: received(daemon, "counters", "starts.").get("agent_starts"), 3)
+    assert "restarts" not in received(daemon, "counters", "starts.")  # Those are the workers'.
+
+
+def test_an_agent_that_hangs_is_replaced(daemon: Daemon) -> None:
+    with Running("--hang-timeout", "1", *to(daemon, "hung")) as server:
+        server.wait_for("agent.ready")
+        (first,) = server.agents()
+        with asking(server, b"WHO") as times:
+            first.suspend()
+            hung = server.wait_for("agent.hung")
+            server.wait_for("agent.ready", 2)
+        assert len(times) > 10
+        assert max(times) < 1
+        assert (hung["log.level"], hung["gserver.child_pid"]) == ("error", first.pid)
+        (second,) = server.agents()
+        assert second.pid != first.pid
+        with server.client() as client:
+            assert client.ask(b"WHERE")
+        assert server.stop() == 0
+    becomes(lambda: received(daemon, "counters", "hung.").get("commands.where"), 1)
+
+
+def test_a_reload_replaces_the_agent_too_and_sums_stay_exact(daemon: Daemon) -> None:
+    with Running("--workers", "2", *to(daemon, "reload")) as server:
+        server.wait_for("agent.ready")
+        (first,) = server.agents()
+        with asking(server, b"WHY") as times:
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("server.reloaded")
+            server.wait_for("agent.ready", 2)
+        assert [agent.pid for agent in server.agents() if agent.pid != first.pid]
+        assert server.events("agent.died") == []
+        assert server.stop() == 0
+    becomes(lambda: received(daemon, "gauges", "reload."), {"connections": 0, "workers": 0})
+    clients = len(times) // 10
+    assert received(daemon, "counters", "reload.") == {
+        "accepted": clients,
+        "closed": clients,
+        "commands.why": len(times),
+        "agent_starts": 2,
+        "reloads": 1,
+    }
+
+
+def test_an_agent_that_hangs_at_the_end_does_not_delay_it() -> None:
+    with Running(*SOMEWHERE) as server:
+        server.wait_for("agent.ready")
+        server.agents()[0].suspend()
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 4  # the default of --drain-timeout

@@ -1,0 +1,419 @@
+"""`gserver ask`: one call, the replies of one server, or one line that says what each server did instead."""
+
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gserver.ask import ask, parse_address
+from gserver.errors import Failure, Misuse
+from tests.running import LIMIT, PATIENCE, Running, environment, program
+
+NOT_IN_TIME = "did not answer in time"
+NOT_RUNNING = "refused the connection (is it running?)"
+#: What a reply in time, or a time-out, may take longer than it should, on a machine that is busy.
+SLACK = 0.5 * PATIENCE
+
+
+def _ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "gserver", "ask", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=environment(),
+        check=False,
+    )
+
+
+def _options(*ports: int) -> list[str]:
+    return [word for port in ports for word in ("--server", f"127.0.0.1:{port}")]
+
+
+def _port(listener: socket.socket) -> int:
+    return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def nobody() -> Iterator[int]:
+    """A port where nobody listens, and nobody will: it is bound."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield _port(bound)
+
+
+@pytest.fixture
+def mute() -> Iterator[int]:
+    """A port where the kernel takes connections and no word is ever said."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield _port(listener)
+
+
+@contextmanager
+def _server_that(act: Callable[[socket.socket], object]) -> Iterator[int]:
+    """The port of a server that does this with its one client, and then closes."""
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        with sock, suppress(OSError):
+            sock.settimeout(LIMIT)
+            sock.recv(100)
+            act(sock)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(LIMIT)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield _port(listener)
+        thread.join()
+
+
+# Replies.
+
+
+def test_without_a_command_it_asks_who(server: Running) -> None:
+    with server.client() as client:
+        client.ask(b"WHY")
+        done = _ask(*_options(server.port))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) >= 2
+
+
+def test_several_commands_get_their_replies_in_order_from_one_call(server: Running) -> None:
+    done = _ask("WHY", "where", "WHO", "Why", *_options(server.port))
+    assert (done.returncode, done.stderr) == (0, "")
+    why, where, who, again = done.stdout.splitlines()
+    assert (why, again) == ("42", "42")
+    assert where == server.events("server.listening")[0]["service.instance.id"]
+    assert who.isdigit()
+
+
+def test_replies_that_come_in_pieces_over_one_connection_are_put_together() -> None:
+    def in_pieces(sock: socket.socket) -> None:
+        for piece in (b"on", b"e\ntw", b"o\nth", b"ree\n"):
+            sock.sendall(piece)
+            time.sleep(0.02)
+
+    with _server_that(in_pieces) as port:
+        assert ask(["A", "B", "C"], [("127.0.0.1", port)], LIMIT) == ["one", "two", "three"]
+
+
+def test_the_first_server_that_answers_is_the_one(server: Running, nobody: int, mute: int) -> None:
+    done = _ask("WHY", "WHERE", "--timeout", "0.3", *_options(nobody, mute, server.port))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "42\n" + server.events("server.listening")[0]["service.instance.id"] + "\n"
+
+
+def test_later_servers_are_left_alone_when_one_has_answered(server: Running) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as later:
+        assert ask(["WHY"], [("127.0.0.1", server.port), ("127.0.0.1", _port(later))], LIMIT) == ["42"]
+        later.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            later.accept()
+
+
+def test_an_ipv6_server_is_asked_in_brackets() -> None:
+    if not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    with Running("--host", "::1") as server:
+        done = _ask("WHY", "--server", f"[::1]:{server.port}")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
+
+
+# None answers.
+
+
+def test_when_none_answers_one_line_tells_what_each_did(nobody: int, mute: int) -> None:
+    done = _ask("--timeout", "0.2", "--server", "no-such-host.invalid:42", *_options(nobody, mute))
+    assert (done.returncode, done.stdout) == (1, "")
+    told = done.stderr.removeprefix("gserver: no server answered: ").split("; ")
+    assert told[0].startswith("no-such-host.invalid:42 ")
+    assert told[1:] == [f"127.0.0.1:{nobody} {NOT_RUNNING}", f"127.0.0.1:{mute} {NOT_IN_TIME}\n"]
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"", "closed the connection without a reply"),
+        (b"42", "closed the connection without a reply"),
+        (b"42\n", "closed the connection without a reply"),
+        (b"ERR too many clients\n", "said ERR too many clients"),
+        (b"42\nERR internal\n", "said ERR internal"),
+    ],
+)
+def test_a_server_that_does_not_answer_all_is_told_of(said: bytes, reason: str) -> None:
+    with _server_that(lambda sock: sock.sendall(said)) as port, pytest.raises(Failure) as caught:
+        ask(["WHY", "WHY"], [("127.0.0.1", port)], LIMIT)
+    assert str(caught.value) == f"no server answered: 127.0.0.1:{port} {reason}"
+
+
+def test_a_server_that_resets_the_connection_is_told_of() -> None:
+    def reset(sock: socket.socket) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with _server_that(reset) as port, pytest.raises(Failure, match=r"127\.0\.0\.1:[0-9]+ Connection reset by peer$"):
+        ask(["WHY"], [("127.0.0.1", port)], LIMIT)
+
+
+@pytest.mark.parametrize("garbage", [b"\x1b[31mred\n", b"\x07\n", b"a\tb\n", b"caf\xe9\n", b"\xff\xfe\n", b"a\rb\n"])
+def test_what_is_no_printable_ascii_is_not_taken_for_a_reply(garbage: bytes) -> None:
+    with _server_that(lambda sock: sock.sendall(garbage)) as port, pytest.raises(Failure) as caught:
+        ask(["WHY"], [("127.0.0.1", port)], LIMIT)
+    assert str(caught.value).isprintable()
+
+
+def test_a_server_that_talks_without_end_is_given_up_before_the_timeout() -> None:
+    def talk(sock: socket.socket) -> None:
+        while True:
+            sock.sendall(b"x" * 65536)
+
+    with _server_that(talk) as port, pytest.raises(Failure) as caught:
+        ask(["WHO"], [("127.0.0.1", port)], LIMIT)
+    assert NOT_IN_TIME not in str(caught.value)
+
+
+def test_a_server_that_is_full_is_passed_over_and_its_word_is_told(server: Running) -> None:
+    with Running("--max-clients", "1") as full, full.client() as only:
+        only.ask(b"WHY")
+        done = _ask("WHO", "WHY", *_options(full.port))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"gserver: no server answered: 127.0.0.1:{full.port} said ERR too many clients\n"
+        done = _ask("WHY", *_options(full.port, server.port))
+        assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
+
+
+def test_one_err_among_the_replies_prints_none_of_them(server: Running) -> None:
+    done = _ask("WHY", "NOPE", "WHO", *_options(server.port))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"gserver: no server answered: 127.0.0.1:{server.port} said ERR unknown command\n"
+
+
+@pytest.mark.parametrize("word", ["", " ", "WHO\nWHY", "WHY\n"])
+def test_what_is_not_one_line_with_one_reply_is_not_asked(server: Running, word: str) -> None:
+    done = _ask(word, "WHY", "--timeout", "0.5", *_options(server.port))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gserver: ")
+    assert done.stderr.count("\n") == 1
+
+
+# Time.
+
+
+def test_a_mute_server_takes_the_timeout_and_no_longer(mute: int) -> None:
+    began = time.monotonic()
+    with pytest.raises(Failure, match=NOT_IN_TIME):
+        ask(["WHO"], [("127.0.0.1", mute)], 0.5)
+    assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
+
+
+def test_the_timeout_is_for_all_replies_and_not_for_each_byte() -> None:
+    def drip(sock: socket.socket) -> None:
+        for _ in range(40):
+            sock.sendall(b"4")
+            time.sleep(0.05)
+
+    with _server_that(drip) as port:
+        began = time.monotonic()
+        with pytest.raises(Failure, match=NOT_IN_TIME):
+            ask(["WHO"], [("127.0.0.1", port)], 0.5)
+        assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
+
+
+def test_what_comes_late_gains_no_more_time() -> None:
+    def begin_late(sock: socket.socket) -> None:
+        time.sleep(0.7)
+        sock.sendall(b"4")
+        sock.recv(1)  # Until the client has left.
+
+    with _server_that(begin_late) as port:
+        began = time.monotonic()
+        with pytest.raises(Failure, match=NOT_IN_TIME):
+            ask(["WHO"], [("127.0.0.1", port)], 0.8)
+        assert 0.8 <= time.monotonic() - began < 0.8 + SLACK
+
+
+@contextmanager
+def _full_queue() -> Iterator[int]:
+    """A port, on all addresses of the loopback, where a connect waits without end: the kernel takes no more of them."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("", 0))
+        listener.listen(0)
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", _port(listener)))
+        yield _port(listener)
+
+
+def test_a_server_that_does_not_even_accept_takes_the_timeout_and_no_longer() -> None:
+    with _full_queue() as port:
+        began = time.monotonic()
+        with pytest.raises(Failure, match=NOT_IN_TIME):
+            ask(["WHO"], [("127.0.0.1", port)], 0.5)
+        assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
+
+
+def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: Path) -> None:
+    unshare = program("unshare")
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a process an /etc/hosts of its own")
+    (tmp_path / "hosts").write_text("127.0.0.2 thrice\n127.0.0.3 thrice\n127.0.0.4 thrice\n")
+    own_hosts = 'mount --bind "$1" /etc/hosts && exec "$2" -P -c "$3" "$4"'
+    code = """if True:
+        import sys, time
+        from gserver.ask import ask
+        from gserver.errors import Failure
+
+        began = time.monotonic()
+        try:
+            ask(["WHO"], [("thrice", int(sys.argv[1]))], 0.5)
+        except Failure as failure:
+            print(time.monotonic() - began, failure)
+    """
+    with _full_queue() as port:
+        done = subprocess.run(
+            [unshare, "-m", "sh", "-c", own_hosts, "sh", tmp_path / "hosts", sys.executable, code, str(port)],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            env=environment(),
+            check=False,
+        )
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"this root may not mount: {done.stderr}")
+    taken, _, told = done.stdout.partition(" ")
+    assert told == f"no server answered: thrice:{port} {NOT_IN_TIME}\n"
+    assert 0.5 <= float(taken) < 0.5 + SLACK
+
+
+def test_each_of_several_servers_has_the_whole_timeout(mute: int) -> None:
+    began = time.monotonic()
+    with pytest.raises(Failure):
+        ask(["WHO"], [("127.0.0.1", mute)] * 3, 0.2)
+    assert 0.6 <= time.monotonic() - began < 0.6 + SLACK
+
+
+# Addresses.
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:4242", ("127.0.0.1", 4242)),
+        ("localhost:1", ("localhost", 1)),
+        ("example.org:65535", ("example.org", 65535)),
+        ("[::1]:4242", ("::1", 4242)),
+        ("[fe80::1%eth0]:80", ("fe80::1%eth0", 80)),
+    ],
+)
+def test_an_address_is_a_host_and_a_port(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address
+
+
+BAD_ADDRESSES = [
+    "",
+    ":",
+    "4242",
+    ":4242",
+    "[]:4242",
+    "localhost",
+    "localhost:",
+    "localhost:0",
+    "localhost:65536",
+    "localhost:-1",
+    "localhost:+1",
+    "localhost: 1",
+    "localhost:1 ",
+    "localhost:1.5",
+    "localhost:http",
+    "localhost:٤٢",
+    "localhost:²",
+    "localhost:" + "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("text", BAD_ADDRESSES)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(Misuse, match=r"is no address: write HOST:PORT, such as 127\.0\.0\.1:4242 or \[::1\]:4242"):
+        parse_address(text)
+
+
+@given(st.text(max_size=30))
+def test_no_text_can_break_the_reading_of_addresses(text: str) -> None:
+    try:
+        host, port = parse_address(text)
+    except Misuse:
+        return
+    assert host
+    assert 0 < port < 65536
+
+
+@pytest.mark.parametrize("text", ["4242", "localhost:" + "9" * 5000])
+def test_a_bad_address_is_told_in_one_line_before_anybody_is_asked(server: Running, text: str) -> None:
+    done = _ask(*_options(server.port), "--server", text)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"gserver: {text[:20]!r}"[:-1])
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "x" * 300, " ", "a b", "http://localhost"])
+def test_a_name_that_does_not_resolve_is_told_of(host: str) -> None:
+    with pytest.raises(Failure) as caught:
+        ask(["WHO"], [(host, 1)], LIMIT)
+    told = str(caught.value)
+    assert told.startswith(f"no server answered: {host}:1 ")
+    assert len(told) > len(f"no server answered: {host}:1 ")
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon"])
+def test_a_timeout_that_is_none_is_refused(timeout: str) -> None:
+    done = _ask("--timeout", timeout)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gserver: Invalid value for '--timeout': ")
+    assert done.stderr.count("\n") == 1
+
+
+# Output that nobody reads.
+
+
+def _ask_into(stdout: int, port: int) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "gserver", "ask", "WHY", *_options(port)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=LIMIT,
+        env=environment(),
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def test_output_into_a_closed_pipe_ends_it_without_a_word(server: Running) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        assert _ask_into(theirs, server.port) == (1, "")
+    finally:
+        os.close(theirs)
+
+
+def test_output_onto_a_full_disk_is_told_of_in_one_line(server: Running) -> None:
+    with Path("/dev/full").open("wb") as full:
+        code, told = _ask_into(full.fileno(), server.port)
+    assert code == 1
+    assert told.startswith("gserver: ")
+    assert "No space left on device" in told
+    assert told.count("\n") == 1

@@ -1,0 +1,163 @@
+"""The board: a table of integers that several processes see at once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gserver.board import MAX_COMMANDS, SINGLE_CELLS, WORKER_CELLS, Board
+from gserver.errors import EXIT_USAGE, Misuse
+from gserver.protocol import MAX_NAME_BYTES
+from tests.running import environment
+
+SLOTS = 3
+
+
+def attached(board: Board) -> Board:
+    """The same table mapped a second time, as another process would."""
+    return Board.attach(board.fd, board.slots)
+
+
+def test_a_new_board_is_all_zero() -> None:
+    board = Board.create(SLOTS)
+    assert list(board.cells[1:]) == [0] * (len(board.cells) - 1)  # the first holds the fingerprint
+    assert set(board.totals().values()) == {0}
+    assert not any(name.startswith("commands.") for name in board.totals())
+
+
+def test_two_mappings_see_each_others_writes() -> None:
+    one = Board.create(SLOTS)
+    two = attached(one)
+    one.cells[one.cell("clients", 1)] = 5
+    two.cells[two.cell("clients", 2)] = 7
+    two.cells[two.single["workers"]] = 3
+    assert one.clients() == two.clients() == 12
+    assert one.totals() == two.totals()
+    assert one.totals()["workers"] == 3
+
+
+def test_two_boards_are_two_tables() -> None:
+    one, two = Board.create(SLOTS), Board.create(SLOTS)
+    one.cells[one.cell("clients", 0)] = 1
+    assert two.clients() == 0
+
+
+def test_a_second_process_sees_and_writes() -> None:
+    board = Board.create(SLOTS)
+    board.cells[board.cell("accepted", 0)] = 2**62
+    script = (
+        "from gserver.board import Board\n"
+        f"board = Board.attach({board.fd}, {SLOTS})\n"
+        "board.cells[board.cell('clients', 2)] = 9\n"
+        "board.cells[board.command_cell('NAP', 2)] += 4\n"
+        "print(board.totals()['accepted'])\n"
+    )
+    output = subprocess.check_output(
+        [sys.executable, "-P", "-c", script], pass_fds=[board.fd], env=environment(), text=True
+    )
+    assert int(output) == 2**62
+    assert board.clients() == 9
+    assert board.totals()["commands.NAP"] == 4
+
+
+def test_every_cell_has_a_name_of_its_own() -> None:
+    names = [*WORKER_CELLS, *SINGLE_CELLS]
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_no_two_names_share_a_cell() -> None:
+    board = Board.create(SLOTS)
+    cells = [board.cell(name, slot) for name in WORKER_CELLS for slot in range(SLOTS)]
+    cells += [board.command_cell(f"C{number}", slot) for slot in range(SLOTS) for number in range(MAX_COMMANDS)]
+    cells += board.single.values()
+    assert len(set(cells)) == len(cells)
+    assert all(1 <= cell < len(board.cells) for cell in cells)  # The first holds the fingerprint.
+
+
+def test_command_names_do_not_reach_into_the_cells() -> None:
+    board = Board.create(SLOTS)
+    for slot in range(SLOTS):
+        for number in range(MAX_COMMANDS):
+            board.command_cell(f"C{number}".ljust(MAX_NAME_BYTES, "X"), slot)
+    assert list(board.cells[1:]) == [0] * (len(board.cells) - 1)
+    assert len([name for name in board.totals() if name.startswith("commands.")]) == MAX_COMMANDS
+
+
+def test_a_command_keeps_its_cell_whatever_comes_after_it() -> None:
+    board = Board.create(SLOTS)
+    first, second = board.command_cell("WHO", 1), board.command_cell("NAP", 1)
+    follower = attached(board)  # the next worker in that slot, whose commands come in another order
+    assert follower.command_cell("NEW", 1) not in (first, second)
+    assert follower.command_cell("NAP", 1) == second
+    assert follower.command_cell("WHO", 1) == first
+    assert board.command_cell("NEW", 1) == follower.command_cell("NEW", 1)
+
+
+def test_the_slots_name_their_commands_apart() -> None:
+    board = Board.create(SLOTS)
+    cells = {board.command_cell("NAP", slot) for slot in range(SLOTS)}
+    assert len(cells) == SLOTS
+    board.command_cell("ONLY-HERE", 0)
+    assert board.command_cell("ELSE", 1) == board.command_cell("NAP", 1) + 1
+
+
+def test_the_sixty_fifth_command_is_refused() -> None:
+    board = Board.create(SLOTS)
+    cells = [board.command_cell(f"C{number}", 0) for number in range(64)]
+    with pytest.raises(Misuse, match=r"more than 64 commands.*restart gserver"):
+        board.command_cell("ONE-MORE", 0)
+    assert [board.command_cell(f"C{number}", 0) for number in range(64)] == cells
+    board.command_cell("ONE-MORE", 1)  # Another slot has room of its own.
+
+
+def test_totals_sum_over_the_slots_and_merge_commands_by_name() -> None:
+    board = Board.create(SLOTS)
+    for slot, order in enumerate((("WHO", "NAP"), ("NAP", "WHO"), ("WHO",))):
+        for name in order:
+            board.cells[board.command_cell(name, slot)] += 10**slot
+        board.cells[board.cell("accepted", slot)] = 10**slot
+        board.cells[board.cell("refused.idle", slot)] = 2 * 10**slot
+    board.cells[board.single["lost"]] = 8
+    totals = board.totals()
+    assert (totals["accepted"], totals["refused.idle"], totals["lost"]) == (111, 222, 8)
+    assert (totals["commands.WHO"], totals["commands.NAP"]) == (111, 11)
+
+
+def test_signs_of_life_are_no_totals() -> None:
+    board = Board.create(SLOTS)
+    board.cells[board.cell("heartbeat", 1)] = 11
+    board.cells[board.single["agent_heartbeat"]] = 12
+    assert (board.heartbeat(0), board.heartbeat(1), board.heartbeat(-1)) == (0, 11, 12)
+    assert not [name for name in board.totals() if "heartbeat" in name]
+
+
+def test_settling_a_dead_worker_zeroes_its_gauge_and_keeps_its_counters() -> None:
+    board = Board.create(SLOTS)
+    for slot in range(SLOTS):
+        board.cells[board.cell("clients", slot)] = 3 + slot
+        board.cells[board.cell("accepted", slot)] = 100
+        board.cells[board.cell("heartbeat", slot)] = 1
+    board.cells[board.command_cell("WHO", 1)] = 6
+    assert board.settle(1) == 4
+    assert board.clients() == 3 + 5
+    assert board.totals()["accepted"] == 300
+    assert board.totals()["commands.WHO"] == 6
+    assert [board.heartbeat(slot) for slot in range(SLOTS)] == [1, 0, 1]
+    assert board.settle(1) == 0
+
+
+@pytest.mark.parametrize("difference", [1, -1, 2**40], ids=["above", "below", "far"])
+def test_a_board_of_another_version_is_refused(difference: int) -> None:
+    board = Board.create(SLOTS)
+    board.cells[0] += difference
+    with pytest.raises(Misuse, match="another version than this code: restart it") as caught:
+        attached(board)
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_what_is_no_board_is_refused() -> None:
+    fd = os.memfd_create("empty")
+    with pytest.raises(Misuse, match="another version"):
+        Board.attach(fd, SLOTS)
+    os.close(fd)

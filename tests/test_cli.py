@@ -1,0 +1,423 @@
+"""The command line as a person types it, a container sets it and a shell completes it."""
+
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import pytest
+
+from gserver import __version__, cli
+from gserver.config import OPTIONS, Config, flag
+from tests.running import LIMIT, Running, environment
+
+GSERVER = [sys.executable, "-P", "-m", "gserver"]
+
+#: Every option: its own variable, a text for it, and the value that comes of it.
+EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
+    "host": ("GSERVER_HOST", "0.0.0.0", "0.0.0.0"),
+    "port": ("GSERVER_PORT", "65535", 65535),
+    "backlog": ("GSERVER_BACKLOG", "7", 7),
+    "workers": ("GSERVER_WORKERS", "auto", 0),
+    "server_id": ("GSERVER_SERVER_ID", "an-id", "an-id"),
+    "max_clients": ("GSERVER_MAX_CLIENTS", "8", 8),
+    "max_line_bytes": ("GSERVER_MAX_LINE_BYTES", "65536", 65536),
+    "line_timeout_seconds": ("GSERVER_LINE_TIMEOUT", "0", 0.0),
+    "idle_timeout_seconds": ("GSERVER_IDLE_TIMEOUT", "1e3", 1000.0),
+    "write_timeout_seconds": ("GSERVER_WRITE_TIMEOUT", "2.5", 2.5),
+    "unterminated_after_seconds": ("GSERVER_UNTERMINATED_AFTER", "0.25", 0.25),
+    "drain_timeout_seconds": ("GSERVER_DRAIN_TIMEOUT", "3", 3.0),
+    "drain_delay_seconds": ("GSERVER_DRAIN_DELAY", "1", 1.0),
+    "hang_timeout_seconds": ("GSERVER_HANG_TIMEOUT", "0", 0.0),
+    "commands": ("GSERVER_COMMANDS", "my.module", "my.module"),
+    "statsd_host": ("GSERVER_STATSD_HOST", "localhost", "localhost"),
+    "statsd_port": ("GSERVER_STATSD_PORT", "1", 1),
+    "statsd_prefix": ("GSERVER_STATSD_PREFIX", "a:b", "a_b"),
+    "log_level": ("GSERVER_LOG_LEVEL", "debug", "debug"),
+    "log_format": ("GSERVER_LOG_FORMAT", "text", "text"),
+}
+
+RUNNERS = {
+    "port": "PORT",
+    "workers": "WEB_CONCURRENCY",
+    "statsd_host": "STATSD_HOST",
+    "statsd_port": "STATSD_PORT",
+    "statsd_prefix": "STATSD_PREFIX",
+}
+
+
+def _run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*GSERVER, *arguments], capture_output=True, text=True, timeout=LIMIT, env=environment(**env), check=False
+    )
+
+
+def _told(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The one line that a person is told, without its `gserver: `."""
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(r"gserver: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr.removeprefix("gserver: ").rstrip("\n")
+
+
+@pytest.fixture
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """This process's environment as `environment` gives it to others: without what configures gserver."""
+    for name in set(os.environ) - set(environment()):
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def _parsed(*arguments: str) -> dict[str, Any]:
+    """What `serve` would be called with."""
+    return cli.serve.make_context("serve", list(arguments)).params
+
+
+# Variables.
+
+
+def test_every_option_is_in_the_table_of_this_file() -> None:
+    assert list(EVERY_OPTION) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_has_a_flag_and_a_variable_and_the_flag_wins(
+    name: str, plain_environment: pytest.MonkeyPatch
+) -> None:
+    variable, text, value = EVERY_OPTION[name]
+    default = getattr(Config(), name)
+    assert _parsed()[name] == (None if default == "" else default)
+    assert value != default
+    assert _parsed(flag(name), text)[name] == value
+    plain_environment.setenv(variable, text)
+    assert _parsed()[name] == value
+    plain_environment.setenv(variable, "another")
+    assert _parsed(flag(name), text)[name] == value
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_empty_variable_counts_as_unset(name: str, plain_environment: pytest.MonkeyPatch) -> None:
+    unset = _parsed()[name]
+    plain_environment.setenv(EVERY_OPTION[name][0], "")
+    assert _parsed()[name] == unset
+    if name in RUNNERS:
+        plain_environment.setenv(RUNNERS[name], "")
+        assert _parsed()[name] == unset
+        plain_environment.setenv(RUNNERS[name], EVERY_OPTION[name][1])
+        assert _parsed()[name] == EVERY_OPTION[name][2]
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_a_process_runners_variable_is_heeded_but_that_of_gserver_wins(
+    name: str, plain_environment: pytest.MonkeyPatch
+) -> None:
+    variable, text, value = EVERY_OPTION[name]
+    plain_environment.setenv(RUNNERS[name], text)
+    assert _parsed()[name] == value
+    plain_environment.setenv(RUNNERS[name], "!")
+    plain_environment.setenv(variable, text)
+    assert _parsed()[name] == value
+
+
+@pytest.fixture(scope="module")
+def taken() -> Iterator[list[int]]:
+    """Three ports that are in use, so that a server which is told to use one says so and ends."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    yield [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "has_flag", "used"),
+    [
+        ({"PORT": 0}, False, 0),
+        ({"PORT": 0, "GSERVER_PORT": 1}, False, 1),
+        ({"PORT": 0, "GSERVER_PORT": 1}, True, 2),
+        ({"PORT": 0}, True, 2),
+    ],
+)
+def test_the_flag_wins_over_gserver_port_and_that_over_port(
+    taken: list[int], variables: dict[str, int], has_flag: bool, used: int
+) -> None:
+    options = ["--port", str(taken[2])] if has_flag else []
+    done = _run(*options, **{name: str(taken[index]) for name, index in variables.items()})
+    assert _told(done, 1).startswith(f"cannot listen on 127.0.0.1:{taken[used]}: it is in use")
+
+
+def test_a_server_can_be_configured_by_its_environment_alone() -> None:
+    env = {
+        "PORT": "0",
+        "GSERVER_PORT": "",
+        "WEB_CONCURRENCY": "2",
+        "GSERVER_SERVER_ID": "from-the-environment",
+        "GSERVER_MAX_CLIENTS": "1",
+        "GSERVER_LOG_LEVEL": "debug",
+    }
+    with Running(command=GSERVER, env=env) as server:
+        started = server.wait_for("server.listening")
+        assert (started["gserver.workers"], started["gserver.max_clients"]) == (2, 1)
+        with server.client() as client, server.client() as one_too_many:
+            assert client.ask(b"WHERE") == b"from-the-environment"
+            assert one_too_many.rest() == b"ERR too many clients\n"
+        assert server.wait_for("client.accepted")["log.level"] == "debug"
+
+
+# What runs.
+
+
+def test_with_options_alone_it_serves() -> None:
+    with Running("--port", "0", "--workers", "auto", "--server-id", "Z-1.a", command=GSERVER) as server:
+        assert server.wait_for("server.listening")["gserver.workers"] == len(os.sched_getaffinity(0))
+        with server.client() as client:
+            assert client.ask(b"WHERE") == b"Z-1.a"
+        assert server.stop() == 0
+        assert server.stderr == ""
+
+
+def test_each_server_has_an_id_of_its_own_if_it_is_given_none(server: Running) -> None:
+    with server.client() as client:
+        first = client.ask(b"WHERE").decode()
+    with Running() as other, other.client() as client:
+        second = client.ask(b"WHERE").decode()
+    assert {uuid.UUID(first).version, uuid.UUID(second).version} == {4}
+    assert first != second
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = _run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"gserver, version {__version__}\n", "")
+
+
+# Help.
+
+
+def _sections(text: str) -> dict[str, str]:
+    """The parts of a help text by their headings."""
+    parts = re.split(r"^(\S[^\n]*):$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("serve", "--help"), ("--port", "0", "--help")])
+def test_the_help_shows_every_option_in_its_group(arguments: tuple[str, ...]) -> None:
+    done = _run(*arguments, COLUMNS="100")
+    assert (done.returncode, done.stderr) == (0, "")
+    sections = _sections(done.stdout)
+    for name, option in OPTIONS.items():
+        assert re.search(rf"^  {flag(name)} ", sections[option.group], re.MULTILINE), name
+        first_words = " ".join(option.help.split()[:3])
+        assert first_words in " ".join(sections[option.group].split()), name
+    groups = [option.group for option in OPTIONS.values()]
+    assert [heading for heading in sections if heading in groups] == list(dict.fromkeys(groups))
+
+
+def test_the_help_of_gserver_shows_the_commands_and_that_of_serve_only_its_own() -> None:
+    assert re.search(r"^  ask +.*^  serve +", _sections(_run("--help").stdout)["Commands"], re.MULTILINE | re.DOTALL)
+    assert "Commands" not in _sections(_run("serve", "--help").stdout)
+
+
+def test_no_option_is_shown_twice() -> None:
+    flags = re.findall(r"^  (--[a-z-]+)", _run("--help").stdout, re.MULTILINE)
+    assert sorted(flags) == sorted({"--help", "--version", *map(flag, OPTIONS)})
+
+
+def test_the_help_shows_defaults_and_limits() -> None:
+    text = " ".join(_run("--help", COLUMNS="100").stdout.split())
+    assert "[default: 4242; 0<=x<=65535]" in text
+    assert "[default: 127.0.0.1]" in text
+    assert "[default: a new UUID]" in text
+    assert "[debug|info|warning|error]" in text
+
+
+def test_the_help_of_ask_shows_its_options() -> None:
+    done = _run("ask", "--help")
+    assert done.returncode == 0
+    assert "[WHO|WHERE|WHY]..." in done.stdout
+    for word in ("--server HOST:PORT", "--timeout SECONDS", "127.0.0.1:4242"):
+        assert word in done.stdout
+
+
+# Mistakes.
+
+
+def _bad_values() -> Iterator[tuple[str, str]]:
+    """Each option with texts that it cannot take, from its own limits."""
+    for name, option in OPTIONS.items():
+        default = getattr(Config(), name)
+        if isinstance(default, int | float) and not option.parse:
+            yield from ((name, text) for text in ("", "many", "-1", "0x10"))
+        if isinstance(default, int) and not option.parse:
+            yield name, "1.5"
+        if isinstance(default, float):
+            yield from ((name, text) for text in ("nan", "inf", "-inf", "1e9"))
+        if option.minimum:
+            yield name, str(int(option.minimum) - 1)
+        if option.maximum:
+            yield name, str(int(option.maximum) + 1)
+        if option.choices:
+            yield from ((name, text) for text in ("", "loud"))
+    yield from (("workers", text) for text in ("", "0", "257", "-1", "1.5", "nan", "all"))
+    yield from (("server_id", text) for text in ("", "two words", "caf\u00e9", "a\nb", "x" * 129))
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in _bad_values()}))
+def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> None:
+    texts = [text for other, text in _bad_values() if other == name]
+    runs = [
+        subprocess.Popen(
+            [*GSERVER, flag(name), text],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(PORT="0"),
+        )
+        for text in texts
+    ]
+    for text, run in zip(texts, runs, strict=True):
+        stdout, stderr = run.communicate(timeout=LIMIT)
+        told = _told(subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr))
+        assert told.startswith(f"Invalid value for '{flag(name)}': "), text
+        assert told.endswith(" (see gserver serve --help)"), text
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"PORT": "many"}, "PORT"),
+        ({"GSERVER_PORT": "65536", "PORT": "1"}, "GSERVER_PORT"),
+        ({"WEB_CONCURRENCY": "0"}, "WEB_CONCURRENCY"),
+        ({"GSERVER_WORKERS": "", "WEB_CONCURRENCY": "0"}, "WEB_CONCURRENCY"),
+        ({"GSERVER_IDLE_TIMEOUT": "nan"}, "GSERVER_IDLE_TIMEOUT"),
+        ({"GSERVER_SERVER_ID": "two words"}, "GSERVER_SERVER_ID"),
+        ({"GSERVER_LOG_LEVEL": "loud"}, "GSERVER_LOG_LEVEL"),
+    ],
+)
+def test_a_bad_variable_is_told_by_its_name(variables: dict[str, str], named: str) -> None:
+    told = _told(_run(**variables))
+    assert re.search(rf"\bfrom {named}\b", told), told
+
+
+def test_a_bad_flag_is_not_blamed_on_a_variable() -> None:
+    assert "from" not in _told(_run("--port", "many", PORT="1", GSERVER_PORT="2"))
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("serv", "serve"), ("srve", "serve"), ("aks", "ask"), ("asks", "ask")])
+def test_a_mistyped_command_is_answered_with_the_nearest(typed: str, meant: str) -> None:
+    told = _told(_run(typed))
+    assert told.startswith(f"No such command '{typed}'.")
+    assert f"'{meant}'" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--prot", "0"), "'--port'"),
+        (("serve", "--worker", "2"), "'--workers'"),
+        (("ask", "--sever", "127.0.0.1:1"), "'--server'"),
+    ],
+)
+def test_a_mistyped_option_is_answered_with_the_nearest(arguments: tuple[str, ...], word: str) -> None:
+    told = _told(_run(*arguments))
+    assert told.startswith("No such option ")
+    assert word in told.partition(".")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--frob",), ("serve", "now"), ("4242",), ("--port",), ("serve", "--port"), ("-p", "1"), ("ask", "--timeout")],
+)
+def test_what_makes_no_sense_is_told_in_one_line(arguments: tuple[str, ...]) -> None:
+    assert _told(_run(*arguments)).endswith("--help)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("serve", "now\nor never"), 2), (("--host", "no\nsuch", "--port", "0"), 1)]
+)
+def test_more_than_a_line_of_input_is_still_told_in_one_line(arguments: tuple[str, ...], code: int) -> None:
+    assert _told(_run(*arguments), code)
+
+
+def test_bytes_that_are_no_text_are_told_in_one_line() -> None:
+    done = subprocess.run(
+        [*(word.encode() for word in GSERVER), b"--server-id", b"\xff\n\x1b[31m"],
+        capture_output=True,
+        timeout=LIMIT,
+        env=environment(),
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert re.fullmatch(rb"gserver: [ -~]+\n", done.stderr)
+
+
+def test_a_help_that_cannot_be_written_is_told_in_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*GSERVER, "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT,
+            env=environment(),
+            check=False,
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(r"gserver: [^\n]*No space left on device[^\n]*\n", done.stderr)
+
+
+# Shells and terminals.
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_its_script_for_completion(shell: str) -> None:
+    done = _run(_GSERVER_COMPLETE=f"{shell}_source")
+    assert done.returncode == 0
+    assert "_GSERVER_COMPLETE" in done.stdout
+    assert f"{shell}_complete" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("gserver ", {"ask", "serve"}),
+        ("gserver as", {"ask"}),
+        ("gserver --po", {"--port"}),
+        ("gserver --port 0 --log-l", {"--log-level"}),
+        ("gserver serve --log-level ", {"debug", "info", "warning", "error"}),
+        ("gserver ask --ser", {"--server"}),
+    ],
+)
+def test_what_is_being_typed_is_completed(typed: str, expected: set[str]) -> None:
+    words = typed.split(" ")
+    done = _run(_GSERVER_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD=str(len(words) - 1))
+    assert done.returncode == 0
+    assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
+
+
+def test_ctrl_c_while_asking_ends_it_with_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        mute.settimeout(LIMIT)
+        asking = subprocess.Popen(
+            [*GSERVER, "ask", "--server", f"127.0.0.1:{mute.getsockname()[1]}", "--timeout", str(LIMIT)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        sock, _ = mute.accept()
+        with sock:
+            select.select([sock], [], [], LIMIT)
+            asking.send_signal(signal.SIGINT)
+            stdout, stderr = asking.communicate(timeout=LIMIT)
+    # A line end first, since a terminal has shown ^C.
+    assert (asking.returncode, stdout, stderr.removeprefix("\n")) == (1, "", "gserver: interrupted\n")
+
+
+def test_every_option_of_serve_comes_from_the_configuration() -> None:
+    options = [param.name for param in cli.serve.params if isinstance(param, click.Option)]
+    assert options == list(OPTIONS)

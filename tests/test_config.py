@@ -1,0 +1,141 @@
+"""The options as data: names, limits, and what their texts become. Nothing is started here."""
+
+import json
+import re
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gserver.config import OPTIONS, Config, environment_names, flag, parse_server_id, parse_statsd_prefix, parse_workers
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("port", "--port"),
+        ("max_line_bytes", "--max-line-bytes"),
+        ("line_timeout_seconds", "--line-timeout"),
+        ("unterminated_after_seconds", "--unterminated-after"),
+    ],
+)
+def test_a_flag_is_the_name_with_dashes_and_without_seconds(name: str, expected: str) -> None:
+    assert flag(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("host", ["GSERVER_HOST"]),
+        ("port", ["GSERVER_PORT", "PORT"]),
+        ("workers", ["GSERVER_WORKERS", "WEB_CONCURRENCY"]),
+        ("drain_timeout_seconds", ["GSERVER_DRAIN_TIMEOUT"]),
+        ("statsd_host", ["GSERVER_STATSD_HOST", "STATSD_HOST"]),
+        ("statsd_port", ["GSERVER_STATSD_PORT", "STATSD_PORT"]),
+        ("statsd_prefix", ["GSERVER_STATSD_PREFIX", "STATSD_PREFIX"]),
+    ],
+)
+def test_the_variable_of_gserver_comes_before_that_of_a_process_runner(name: str, expected: list[str]) -> None:
+    assert environment_names(name) == expected
+
+
+def test_no_two_options_share_a_flag_or_a_variable() -> None:
+    flags = [flag(name) for name in OPTIONS]
+    variables = [variable for name in OPTIONS for variable in environment_names(name)]
+    assert len(set(flags)) == len(flags) == len(fields(Config))
+    assert len(set(variables)) == len(variables)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("host", "127.0.0.1"),
+        ("port", 4242),
+        ("workers", 1),
+        ("max_line_bytes", 1024),
+        ("line_timeout_seconds", 10.0),
+        ("idle_timeout_seconds", 0.0),
+        ("write_timeout_seconds", 10.0),
+        ("unterminated_after_seconds", 0.1),
+    ],
+)
+def test_the_defaults_are_those_of_the_wire_page(name: str, expected: object) -> None:
+    assert getattr(Config(), name) == expected
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_default_is_within_the_limits_of_its_option(name: str) -> None:
+    option, default = OPTIONS[name], getattr(Config(), name)
+    assert option.minimum is None or option.minimum <= default
+    assert option.maximum is None or default <= option.maximum
+    assert not option.choices or default in option.choices
+    assert option.parse is None or default == "" or option.parse(str(default)) == default
+
+
+def test_no_number_is_without_a_limit_below() -> None:
+    numbers = [item.name for item in fields(Config) if isinstance(item.default, int | float)]
+    unlimited = [name for name in numbers if OPTIONS[name].minimum is None and OPTIONS[name].parse is None]
+    assert unlimited == []
+
+
+@pytest.mark.parametrize(("text", "expected"), [("auto", 0), ("1", 1), ("2", 2), ("256", 256)])
+def test_workers_are_a_number_or_auto(text: str, expected: int) -> None:
+    assert parse_workers(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "257", "-1", "+1", "1.5", " 2", "2 ", "AUTO", "two", "٣", "²", "9" * 5000])
+def test_other_workers_are_refused_with_what_is_meant(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is neither a number from 1 to 256 nor auto$"):
+        parse_workers(text)
+
+
+@pytest.mark.parametrize("text", ["a", "!", "~", "d1b2f0ce-8f1f-4f9e-9d59-0a4bb3b0a9d4", "x" * 128])
+def test_a_word_of_printable_ascii_is_a_server_id(text: str) -> None:
+    assert parse_server_id(text) == text
+
+
+@pytest.mark.parametrize("text", ["", " ", "a b", "a\n", "\ta", "a\0", "\x7f", "é", "x" * 129])
+def test_what_could_not_be_a_reply_on_the_wire_is_no_server_id(text: str) -> None:
+    with pytest.raises(ValueError, match="is not one word of at most 128 printable ASCII characters"):
+        parse_server_id(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gserver", "gserver"),
+        ("prod.eu-1.gserver_2", "prod.eu-1.gserver_2"),
+        (".prod.", "prod"),
+        ("a:b|c@d#e", "a_b_c_d_e"),
+        ("a b\nc", "a_b_c"),
+        ("é", "_"),
+        ("", ""),
+    ],
+)
+def test_what_would_break_a_statsd_line_becomes_an_underscore(text: str, expected: str) -> None:
+    assert parse_statsd_prefix(text) == expected
+
+
+@given(st.text(max_size=40))
+def test_no_prefix_can_break_a_statsd_line(text: str) -> None:
+    prefix = parse_statsd_prefix(text)
+    assert re.fullmatch(r"[A-Za-z0-9_.-]*", prefix)
+    assert not prefix.startswith(".")
+    assert not prefix.endswith(".")
+
+
+def test_an_agent_is_needed_only_where_there_is_a_statsd_host() -> None:
+    assert not Config().needs_agent
+    assert not Config(statsd_port=1234, statsd_prefix="x").needs_agent
+    assert Config(statsd_host="localhost").needs_agent
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Config().port = 1  # type: ignore[misc]
+
+
+def test_a_configuration_survives_the_way_to_a_child_as_json() -> None:
+    config = replace(Config(), workers=3, server_id="x", idle_timeout_seconds=0.25, statsd_host="::1")
+    assert Config(**json.loads(json.dumps(asdict(config)))) == config

@@ -1,0 +1,172 @@
+"""The listening socket: its options, and what a person is told when the address cannot be had."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gserver.errors import EXIT_RUNTIME, Failure
+from gserver.listener import bind, show_address
+from tests.running import LIMIT, Client, Running, environment
+
+NOBODY = 65534
+
+
+def accepted_by(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+    """A client of this listener, and the socket that it got."""
+    client = socket.create_connection(listener.getsockname()[:2], LIMIT)
+    listener.settimeout(LIMIT)
+    return client, listener.accept()[0]
+
+
+def needs_ipv6() -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"this machine has no ::1: {error}")
+
+
+@pytest.mark.parametrize(
+    ("level", "option", "value"),
+    [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000),
+    ],
+    ids=["nodelay", "keepalive", "idle", "interval", "probes", "user timeout"],
+)
+def test_an_accepted_socket_inherits_the_option(level: int, option: int, value: int) -> None:
+    with bind("127.0.0.1", 0, 5) as listener:
+        client, accepted = accepted_by(listener)
+        with client, accepted:
+            assert accepted.getsockopt(level, option) == value
+
+
+def test_a_listener_does_not_block() -> None:
+    with bind("127.0.0.1", 0, 5) as listener:
+        assert os.get_blocking(listener.fileno()) is False
+
+
+def test_a_port_that_clients_have_just_left_can_be_had_again() -> None:
+    listener = bind("127.0.0.1", 0, 5)
+    port = listener.getsockname()[1]
+    client, accepted = accepted_by(listener)
+    accepted.close()  # The server's side ends first, so it is the one that stays in TIME_WAIT.
+    assert client.recv(1) == b""
+    client.close()
+    listener.close()
+    bind("127.0.0.1", port, 5).close()
+
+
+def test_a_port_in_use_is_named_with_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(Failure) as caught:
+            bind("127.0.0.1", port, 5)
+    assert str(caught.value) == (
+        f"cannot listen on 127.0.0.1:{port}: it is in use by another program: stop that one, or choose another --port"
+    )
+    assert caught.value.exit_code == EXIT_RUNTIME
+
+
+def test_a_port_in_use_ends_the_program_with_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        command = [sys.executable, "-P", "-m", "gserver", "--port", port]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment(), timeout=LIMIT)
+    assert ended.returncode == EXIT_RUNTIME
+    assert ended.stderr.startswith(f"gserver: cannot listen on 127.0.0.1:{port}: it is in use")
+    assert ended.stderr.count("\n") == 1
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("host", "text"),
+    [
+        ("host.invalid", r"cannot listen on host\.invalid:0: the name 'host\.invalid' does not resolve: .*--host"),
+        ("a" * 64, r"the name 'a{64}' does not resolve: choose another --host"),  # no label of a name is that long
+        ("not..a.name", r"the name 'not\.\.a\.name' does not resolve"),
+        ("192.0.2.1", r"cannot listen on 192\.0\.2\.1:0: this machine has no such address: choose another --host"),
+    ],
+    ids=["unknown", "too long", "empty label", "somebody else's"],
+)
+def test_a_host_that_cannot_be_had_is_named_with_what_to_do(host: str, text: str) -> None:
+    with pytest.raises(Failure, match=text) as caught:
+        bind(host, 0, 5)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == EXIT_RUNTIME
+
+
+def test_a_low_port_without_permission_is_told_with_what_to_do() -> None:
+    if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
+        pytest.skip("on this machine anybody may listen on a low port")
+    script = (
+        "import os\n"
+        "from gserver.errors import Failure\n"
+        "from gserver.listener import bind\n"
+        # All that it imports is imported by then: another user may not be allowed to read it.
+        "bind('127.0.0.1', 0, 5).close()\n"
+        f"os.geteuid() or (os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY}))\n"
+        "try:\n    bind('127.0.0.1', 1, 5)\nexcept Failure as failure:\n    print(failure)\n"
+    )
+    output = subprocess.check_output([sys.executable, "-P", "-c", script], text=True, env=environment())
+    assert output == (
+        "cannot listen on 127.0.0.1:1: no permission: choose a --port from 1024 up, or grant CAP_NET_BIND_SERVICE\n"
+    )
+
+
+def test_a_failed_bind_leaves_no_descriptor_open() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Failure) as caught:  # Its traceback holds the socket, so that nothing else closes it.
+        bind("192.0.2.1", 0, 5)
+    assert len(os.listdir("/proc/self/fd")) == before, caught
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1:80"),
+        ("localhost", "localhost:80"),
+        ("::1", "[::1]:80"),
+        ("::", "[::]:80"),
+        ("::ffff:127.0.0.1", "[::ffff:127.0.0.1]:80"),
+    ],
+)
+def test_an_address_is_shown_as_it_would_be_typed(host: str, shown: str) -> None:
+    assert show_address(host, 80) == shown
+
+
+def test_an_ipv6_address_in_use_is_shown_in_brackets() -> None:
+    needs_ipv6()
+    with bind("::1", 0, 5) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(Failure, match=rf"cannot listen on \[::1\]:{port}: it is in use"):
+            bind("::1", port, 5)
+
+
+def test_clients_are_served_over_ipv6() -> None:
+    needs_ipv6()
+    with Running("--host", "::1") as server:
+        listening = server.wait_for("server.listening")
+        assert listening["server.address"] == "::1"
+        assert listening["message"] == f"listening on [::1]:{server.port}"
+        with Client(server.port, "::1") as client:
+            assert client.ask(b"WHO") == b"1"
+            assert client.sock.family == socket.AF_INET6
+
+
+def test_all_addresses_are_those_of_both_families() -> None:
+    needs_ipv6()
+    with bind("::", 0, 5) as listener:
+        listener.settimeout(LIMIT)
+        port = listener.getsockname()[1]
+        for host in ("::1", "127.0.0.1", "127.0.0.2"):
+            with socket.create_connection((host, port), LIMIT):
+                listener.accept()[0].close()

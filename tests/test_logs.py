@@ -1,0 +1,632 @@
+"""Logs: one event a line, whatever is in it, and never a client that waits for a reader of stdout."""
+
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from _thread import start_new_thread
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import IO, cast
+
+import psutil
+import pytest
+
+from gserver.logs import MAX_QUEUED_LINES, LineWriter
+from tests.running import LIMIT, Client, Event, Running, environment, program, until
+
+MAX_LINE = 4096
+DRAIN_TIMEOUT = 4.0  # the default of --drain-timeout
+
+COMMANDS = """
+import logging, threading, time
+import gevent
+from gserver.commands import command
+
+def fail():
+    raise LookupError("nobody\\nis at home")
+
+class Fails:
+    def __del__(self):
+        fail()
+
+class Wordless(Exception):
+    def __str__(self):
+        fail()
+
+@command("FAIL")
+def _(service):
+    fail()
+
+@command("WORDLESS")
+def _wordless(service):
+    raise Wordless
+
+@command("GREENLET")
+def _greenlet(service):
+    gevent.spawn(fail)
+    return "done"
+
+@command("THREAD")
+def _thread(service):
+    threading.Thread(target=fail).start()
+    return "done"
+
+@command("POOL")
+def _pool(service):
+    gevent.get_hub().threadpool.spawn(fail)
+    return "done"
+
+@command("FINALIZER")
+def _finalizer(service):
+    Fails()
+    return "done"
+
+@command("LOG")
+def _log(service):
+    logging.getLogger("my.module").warning("taken %d of %s", 3, "five", extra={"order.id": 7})
+    return "done"
+
+@command("CAUGHT")
+def _caught(service):
+    try:
+        fail()
+    except LookupError:
+        logging.exception("caught it")
+    return "done"
+
+@command("BAD-LOG")
+def _bad_log(service):
+    logging.warning("%d of them", "many")
+    return "done"
+
+@command("FLOOD")
+def _flood(service):
+    for number in range(20_000):
+        logging.getLogger("flood").info("%d", number)
+    return "done"
+
+@command("NAP")
+def _nap(service):
+    time.sleep(60)
+"""
+FLOOD = 20_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the command module `noisy`."""
+    made = tmp_path_factory.mktemp("commands")
+    (made / "noisy.py").write_text(COMMANDS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def noisy(folder: Path) -> Iterator[Running]:
+    """A server that logs all it can, with commands that fail and log."""
+    with Running("--commands", "noisy", "--log-level", "debug", cwd=folder) as running:
+        yield running
+
+
+def written(statements: str, log_format: str = "json") -> list[bytes]:
+    """The lines that a process of its own logs with these statements."""
+    script = (
+        "import logging, sys\nfrom gserver import logs\n"
+        f"logs.start('debug', {log_format!r}, 'some-id')\n"
+        f"{statements}\nlogs.stop({LIMIT})\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", script], check=False, capture_output=True, env=environment(), timeout=LIMIT
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    return ended.stdout.splitlines(keepends=True)
+
+
+@contextlib.contextmanager
+def piped(*options: str, cwd: Path, blocking: bool = True) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], int]]:
+    """The program with a small pipe as stdout, from which nobody reads on: (process, read end, port)."""
+    read_fd, write_fd = os.pipe()
+    fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(write_fd, blocking)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "gserver", "serve", "--port", "0", "--commands", "noisy", *options],
+        stdout=write_fd,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        cwd=cwd,
+    )
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb", buffering=0) as reader:
+        try:
+            port = 0
+            while not port:
+                port = json.loads(reader.readline()).get("server.port", 0)
+            yield process, reader, port
+        finally:
+            process.kill()  # Its children end with it.
+            process.communicate()
+
+
+def read_all(fd: int, into: bytearray) -> threading.Thread:
+    """Begin to read to the end, as a reader that goes on again."""
+
+    def read() -> None:
+        while data := os.read(fd, 65536):
+            into.extend(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    return reader
+
+
+def whole_lines(data: bytearray) -> list[Event]:
+    """The events so far; the last line may be on its way."""
+    return [json.loads(line) for line in bytes(data).split(b"\n")[:-1]]
+
+
+def stderr_of(process: subprocess.Popen[bytes]) -> bytes:
+    return cast(IO[bytes], process.stderr).read()
+
+
+# One event.
+
+
+def test_life_is_logged_at_info_with_the_fields_of_ecs() -> None:
+    with Running("--server-id", "here") as server:
+        with server.client() as client:
+            assert client.ask(b"WHERE") == b"here"
+            worker = server.workers()[0].pid
+        assert server.stop() == 0
+        assert server.stderr == ""
+        events = server.events()
+        actions = [event["event.action"] for event in events]
+        assert sorted(actions[:2]) == ["server.listening", "worker.ready"]
+        assert actions[2:] == ["server.draining", "server.stopped"]
+        for event, line in zip(events, server.lines, strict=True):
+            assert event["log.level"] == "info"
+            assert event["service.name"] == "gserver"
+            assert event["service.instance.id"] == "here"
+            assert event["process.pid"] == server.pid
+            assert event["message"]
+            moment = datetime.fromisoformat(event["@timestamp"])
+            assert moment.utcoffset() is not None
+            assert abs(datetime.now(UTC) - moment) < timedelta(minutes=1)
+            assert line.startswith('{"@timestamp": ')
+            assert line.endswith("}\n")
+        assert server.events("worker.ready")[0]["gserver.child_pid"] == worker
+
+
+def test_a_client_is_logged_at_debug_with_its_address(noisy: Running) -> None:
+    with noisy.client(source="127.0.0.5") as client:
+        port = client.sock.getsockname()[1]
+        assert client.ask(b"WHERE").decode() == noisy.wait_for("worker.ready")["service.instance.id"]
+    for action in ("client.accepted", "client.closed"):
+
+        def found(action: str = action) -> list[Event]:
+            return [event for event in noisy.events(action) if event["client.port"] == port]
+
+        event = until(found, f"{action} of port {port}")[0]
+        assert event["client.address"] == "127.0.0.5"
+        assert event["log.level"] == "debug"
+        assert event["process.pid"] == noisy.workers()[0].pid
+        assert "gserver.reason" not in event
+
+
+def test_why_a_client_was_turned_out_is_logged_with_its_end(noisy: Running) -> None:
+    with noisy.client() as client:
+        client.send(b"x" * 2000)
+        assert client.line() == b"ERR line too long\n"
+    until(lambda: [event for event in noisy.events("client.closed") if "gserver.reason" in event], "a reason")
+    reasons = [event["gserver.reason"] for event in noisy.events("client.closed") if "gserver.reason" in event]
+    assert reasons == ["line_too_long"]
+
+
+def test_what_a_peer_sends_is_not_logged(noisy: Running) -> None:
+    with noisy.client() as client:
+        assert client.ask(b'\x1b[31m"peer\r') == b"ERR unknown command"
+        assert client.ask(b"peer\xff") == b"ERR not ASCII"
+        port = client.sock.getsockname()[1]
+    until(lambda: [event for event in noisy.events("client.closed") if event["client.port"] == port], "its end")
+    assert not [line for line in noisy.lines if "peer" in line]
+
+
+def test_a_handlers_failure_is_logged_with_its_error(noisy: Running) -> None:
+    with noisy.client() as client:
+        assert client.ask(b"FAIL") == b"ERR internal"
+
+    def found() -> list[Event]:
+        return [event for event in noisy.events("command.failed") if event["gserver.command"] == "FAIL"]
+
+    (event,) = until(found, "the failure")
+    assert event["log.level"] == "warning"
+    assert event["error.type"] == "LookupError"
+    assert event["error.message"] == "nobody\nis at home"
+    assert event["error.stack_trace"].startswith("Traceback (most recent call last):\n")
+    assert 'raise LookupError("nobody\\nis at home")' in event["error.stack_trace"]
+    assert event["process.pid"] == noisy.workers()[0].pid
+
+
+def test_a_failure_that_cannot_be_put_into_words_is_a_failure_like_another(noisy: Running) -> None:
+    count = len(noisy.events("command.failed"))
+    with noisy.client() as client:
+        client.send(b"WORDLESS\nWHY\n")
+        assert [client.line(), client.line()] == [b"ERR internal\n", b"42\n"]
+        assert noisy.wait_for("command.failed", count + 1)["error.type"] == "Wordless"
+
+
+@pytest.mark.parametrize("where", ["GREENLET", "POOL", "THREAD", "FINALIZER"])
+def test_an_error_that_nothing_catches_is_one_event_and_nothing_on_stderr(noisy: Running, where: str) -> None:
+    count, errors = len(noisy.events("process.error")), len(noisy.errors)
+    with noisy.client() as client:
+        assert client.ask(where.encode()) == b"done"
+        until(lambda: len(noisy.events("process.error")) > count or len(noisy.errors) > errors, "a trace of the error")
+        assert client.ask(b"WHY") == b"42"
+    assert noisy.errors[errors:] == []
+    event = noisy.events("process.error")[-1]
+    assert event["error.type"] == "LookupError"
+    assert event["error.message"] == "nobody\nis at home"
+    assert "in fail\n" in event["error.stack_trace"]
+    assert event["log.level"] == "warning"
+
+
+def test_what_a_command_module_logs_comes_in_the_same_form(noisy: Running) -> None:
+    with noisy.client() as client:
+        assert client.ask(b"LOG") == b"done"
+        assert client.ask(b"CAUGHT") == b"done"
+
+    def found(message: str) -> Event | None:
+        return next((event for event in noisy.events() if event["message"] == message), None)
+
+    logged = until(lambda: found("taken 3 of five"), "the line that was logged")
+    assert logged["log.level"] == "warning"
+    assert logged["order.id"] == 7
+    assert "event.action" not in logged
+    assert logged["service.name"] == "gserver"
+    assert logged["process.pid"] == noisy.workers()[0].pid
+    caught = until(lambda: found("caught it"), "the exception that was logged")
+    assert caught["log.level"] == "error"
+    assert caught["error.stack_trace"].endswith("LookupError: nobody\nis at home")
+
+
+def test_a_logging_call_that_does_not_fit_its_text_does_no_harm(noisy: Running) -> None:
+    errors = len(noisy.errors)
+    with noisy.client() as client:
+        assert client.ask(b"BAD-LOG") == b"done"
+        assert client.ask(b"WHY") == b"42"
+    assert noisy.errors[errors:] == []
+
+
+HOSTILE = {
+    "newlines": "one\ntwo\r\nthree\n",
+    "escapes": "\x1b[2J\x1b]0;title\x07\x9b31mred",
+    "quotes": '"it\'s" \\"here\\\\", {"a": 1}',
+    "zero": "a\x00b",
+    "bytes of a peer": b"\xff\xfe caf\xe9".decode("utf-8", "surrogateescape"),
+    "other line ends": "a\u2028b\u2029c\x85d\x0be\x0cf",
+    "far letters": "\u0416\u6c34\U0001f600",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_text_stays_one_line_of_json(text: str) -> None:
+    lines = written(
+        f"text = {text!r}\n"
+        "logs.event(logging.INFO, 'a', text, {'client.address': text})\n"
+        "logging.getLogger('x').info('%s', text)\n"
+    )
+    assert len(lines) == 2
+    assert all(line.isascii() and line.endswith(b"}\n") for line in lines)
+    assert [json.loads(line)["message"] for line in lines] == [text, text]
+    assert json.loads(lines[0])["client.address"] == text
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_text_stays_one_line_without_control_characters_for_a_person(text: str) -> None:
+    lines = written(f"logs.event(logging.INFO, 'a', 'begun ' + {text!r})", "text")
+    assert len(lines) == 1
+    shown = lines[0].decode("ascii").removesuffix("\n")
+    assert shown.isprintable()
+    assert "INFO    begun " in shown
+
+
+LONG = {
+    "newlines": "'line\\n' * 20_000",
+    "escapes": "'\\x1b' * 100_000",
+    "quotes": "'\"' * 100_000",
+    "letters": "'x' * 100_000",
+    "far letters": "'\\U0001f600' * 100_000",
+    "bytes of a peer": "'\\udcff' * 100_000",
+}
+PREPARED = """
+class Odd:
+    def __repr__(self):
+        return text
+try:
+    raise ValueError(text)
+except ValueError as caught:
+    error = caught
+"""
+#: Ways to log a text, of this package and of a command module: each gives one event.
+WAYS = {
+    "event": "logs.event(logging.INFO, 'a', text, {'client.address': text})",
+    "complaint": "logs.complain('b', text, {'gserver.command': text, **logs.error_fields(error)})",
+    "unhandled": "logs.unhandled(text, type(error), error, error.__traceback__)",
+    "exception": "logging.error(text, exc_info=error, stack_info=True)",
+    "extra": "logging.info('%s', text, extra={'one': text, 'two': text})",
+    "nested": "logging.info('nested', extra={'payload': [text], 'deep': {'deeper': {'deepest': text}}})",
+    "many": "logging.info('many', extra={f'field-{number}': text for number in range(1000)})",
+    "named": "logging.info('named', extra={text: 1})",
+    "object": "logging.info('object', extra={'odd': Odd()})",
+    "dictionary": "logging.info({'message': 'a dictionary', 'text': text})",
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_no_event_is_longer_than_what_a_pipe_takes_whole(text: str) -> None:
+    lines = dict(zip(WAYS, written("\n".join([f"text = {text}{PREPARED}", *WAYS.values()])), strict=True))
+    assert {way: len(line) for way, line in lines.items() if len(line) > MAX_LINE} == {}
+    events = {way: json.loads(line) for way, line in lines.items()}
+    assert all(event["log.level"] and event["@timestamp"] and event["process.pid"] for event in events.values())
+    # What is cut is the text, and not what the event is about.
+    actions = {way: event["event.action"] for way, event in events.items() if "event.action" in event}
+    assert actions == {"event": "a", "complaint": "b", "unhandled": "process.error"}
+    assert [events[way]["error.type"] for way in ("complaint", "unhandled")] == ["ValueError", "ValueError"]
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_no_line_for_a_person_is_longer_than_what_a_pipe_takes_whole(text: str) -> None:
+    lines = written("\n".join([f"text = {text}{PREPARED}", *WAYS.values()]), "text")
+    assert [len(line) for line in lines if len(line) > MAX_LINE] == []
+    assert len([line for line in lines if not line.startswith(b"    ")]) == len(WAYS)
+
+
+def test_the_end_of_a_long_stack_trace_is_kept() -> None:
+    (line,) = written(
+        "def one(left):\n    two(left)\n"
+        "def two(left):\n    one(left - 1) if left else int('at the bottom')\n"
+        "try:\n    one(100)\nexcept ValueError as error:\n    logs.unhandled('here', type(error), error, None)\n"
+    )
+    assert len(line) <= MAX_LINE
+    trace = json.loads(line)["error.stack_trace"]
+    assert "in two\n" in trace
+    assert trace.endswith("ValueError: invalid literal for int() with base 10: 'at the bottom'")
+
+
+# Complaints.
+
+
+def test_complaints_are_limited_and_the_number_left_out_follows(folder: Path) -> None:
+    with Running("--commands", "noisy", "--workers", "2", cwd=folder) as server:
+        with server.client() as client:
+            client.send(b"FAIL\n" * 1000)
+            assert {client.line() for _ in range(1000)} == {b"ERR internal\n"}
+            failing = server.wait_for("command.failed", 5)["process.pid"]
+            # Meanwhile the supervisor has something to complain of too, once a second: it cannot start a process.
+            psutil.Process(server.pid).rlimit(
+                resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+            )
+            next(worker for worker in server.workers() if worker.pid != failing).kill()
+            server.wait_for("process.not_started", 5)
+
+            def left_out(action: str) -> list[Event]:
+                found = server.events("log.left_out")
+                return [event for event in found if event["gserver.left_out_action"] == action]
+
+            event = until(lambda: left_out("command.failed"), "how many failures were left out", 10 + LIMIT)[0]
+            assert len(server.events("command.failed")) == 5
+            assert (event["gserver.left_out"], event["process.pid"]) == (995, failing)
+            assert event["log.level"] == "warning"
+            client.ask(b"FAIL")
+            server.wait_for("command.failed", 6)
+        own = until(lambda: left_out("process.not_started"), "how many complaints of the supervisor were left out")[0]
+        assert own["process.pid"] == server.pid
+        assert own["gserver.left_out"] >= 1
+        assert server.stderr == ""
+
+
+# A person at a terminal.
+
+
+def test_a_person_at_a_terminal_is_told_how_to_talk_to_it_and_how_to_stop_it() -> None:
+    nc = program("nc")
+    script = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    command = [sys.executable, "-c", script, sys.executable, "-P", "-m", "gserver", "--port", "0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as terminal:
+        screen = bytearray()
+        reader = read_all(cast(IO[bytes], terminal.stdout).fileno(), screen)
+        try:
+            until(lambda: b"stop it:" in screen and screen.endswith(b"\n"), "how to stop it")
+            lines = bytes(screen).decode().splitlines()[:4]
+            (stop,) = [line for line in lines if "stop it:" in line]
+            assert stop.split()[-1] == "Ctrl-C"
+            (talk,) = [line.split() for line in lines if "talk to it:" in line]
+            asked = talk[talk.index("nc") + 1 :][:2]
+            with subprocess.Popen([nc, *asked], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as talking:
+                cast(IO[bytes], talking.stdin).write(b"WHY\n")
+                cast(IO[bytes], talking.stdin).flush()
+                assert cast(IO[bytes], talking.stdout).readline() == b"42\n"
+                talking.kill()
+            cast(IO[bytes], terminal.stdin).write(b"\x03")
+            cast(IO[bytes], terminal.stdin).flush()
+            assert terminal.wait(LIMIT) == 0
+        finally:
+            terminal.kill()
+            reader.join(LIMIT)
+    shown = bytes(screen).decode()
+    assert "SIGINT: draining\r\n" in shown
+    assert "stopped\r\n" in shown
+    assert "{" not in shown  # no JSON
+
+
+def test_a_stack_trace_for_a_person_is_indented_under_its_line() -> None:
+    lines = written("logs.unhandled('here', ValueError, ValueError('no\\nsuch \\x1b'), None)", "text")
+    assert lines[0].endswith(b"WARNING ValueError in 'here'\n")
+    assert len(lines) > 1
+    assert all(line.startswith(b"    ") for line in lines[1:])
+    assert b"\x1b" not in b"".join(lines)
+
+
+def test_json_and_text_can_be_had_wherever_stdout_goes() -> None:
+    (text,) = written("logs.event(logging.INFO, 'a', 'here')", "text")
+    (line,) = written("logs.event(logging.INFO, 'a', 'here')", "json")
+    assert text.decode().split(maxsplit=1)[1] == "INFO    here\n"
+    assert json.loads(line)["message"] == "here"
+
+
+# Readers of stdout.
+
+
+def test_a_reader_that_stalls_costs_no_client_anything_and_is_told_what_it_missed(folder: Path) -> None:
+    clients = 1000
+    with piped("--log-level", "debug", cwd=folder) as (process, stdout, port):
+        began = time.monotonic()
+        for _ in range(clients):
+            with Client(port) as client:
+                assert client.ask(b"WHY") == b"42"
+        assert time.monotonic() - began < LIMIT  # It takes half a second.
+        with Client(port) as client:
+            assert client.ask(b"FLOOD") == b"done"
+            assert client.ask(b"WHY") == b"42"
+        data = bytearray()
+        reader = read_all(stdout.fileno(), data)
+        until(lambda: b"log.dropped" in data, "the number of dropped lines")
+        time.sleep(0.6)  # It looks four times a second whether there is something to tell: this is told once.
+        process.terminate()
+        assert process.wait(LIMIT) == 0
+        reader.join(LIMIT)
+        assert stderr_of(process) == b""
+    events = whole_lines(data)
+    assert data.endswith(b"}\n")
+    assert len(data) > 20 * 65536
+    dropped = [event for event in events if event.get("event.action") == "log.dropped"]
+    missed = sum(event["gserver.left_out"] for event in dropped)
+    assert missed > FLOOD - MAX_QUEUED_LINES - 100
+    assert dropped[0]["log.level"] == "warning"
+    (worker,) = {event["process.pid"] for event in dropped}
+    arrived = [event for event in events if event["process.pid"] == worker and event not in dropped]
+    # Two for each client, and the last word of the worker.
+    assert len(arrived) + missed == 2 * (clients + 1) + FLOOD + 1
+    numbers = [int(event["message"]) for event in arrived if event["message"].isdigit()]
+    assert numbers == sorted(set(numbers))
+
+
+def test_a_pipe_that_does_not_block_gets_every_line_whole(folder: Path) -> None:
+    # O_NONBLOCK belongs to the pipe, not to the process: whoever started us may have set it.
+    count = 400
+    with piped("--log-level", "debug", cwd=folder, blocking=False) as (process, stdout, port):
+        with Client(port) as client:
+            for _ in range(count):
+                assert client.ask(b"LOG") == b"done"
+        data = bytearray()
+        reader = read_all(stdout.fileno(), data)
+        until(lambda: b"client.closed" in data, "the last of what was queued")
+        process.terminate()
+        assert process.wait(LIMIT) == 0
+        reader.join(LIMIT)
+    messages = [event["message"] for event in whole_lines(data)]
+    assert messages.count("taken 3 of five") == count
+    assert messages[-1] == "stopped"
+
+
+def test_a_reader_that_has_gone_costs_nothing(folder: Path) -> None:
+    with piped("--log-level", "debug", cwd=folder) as (process, stdout, port):
+        stdout.close()
+        for _ in range(200):
+            with Client(port) as client:
+                assert client.ask(b"WHY") == b"42"
+        began = time.monotonic()
+        process.terminate()
+        assert process.wait(LIMIT) == 0
+        assert time.monotonic() - began < DRAIN_TIMEOUT
+        assert stderr_of(process) == b""
+
+
+@pytest.mark.parametrize(
+    ("last_words", "options"),
+    [([b"WHY\n"], []), ([b"WHY\n", b"NAP\n"], ["--statsd-host", "127.0.0.1"])],
+    ids=["idle", "busy and with an agent"],
+)
+def test_a_reader_that_stalls_does_not_delay_the_end(folder: Path, last_words: list[bytes], options: list[str]) -> None:
+    with piped("--log-level", "debug", *options, cwd=folder) as (process, _, port), Client(port) as client:
+        for _ in range(50):
+            assert client.ask(b"LOG") == b"done"
+        for line in last_words:
+            client.send(line)
+        assert client.line() == b"42\n"
+        began = time.monotonic()
+        process.terminate()
+        assert process.wait(LIMIT) == 0
+        assert time.monotonic() - began < DRAIN_TIMEOUT
+        assert stderr_of(process) == b""
+
+
+# The writer by itself.
+
+
+def test_a_writer_holds_so_many_lines_and_counts_the_rest() -> None:
+    read_fd, write_fd = os.pipe()
+    writer = LineWriter(write_fd, start_new_thread)
+    count = MAX_QUEUED_LINES + 5000
+    for number in range(count):
+        writer.put(b"%d %s\n" % (number, b"x" * 90))
+    assert 4000 < writer.dropped <= 5000  # What the pipe itself holds is beside the queue.
+    assert not writer.has_room
+    data = bytearray()
+    reader = read_all(read_fd, data)
+    writer.close(LIMIT)
+    assert writer.has_room
+    os.close(write_fd)
+    reader.join(LIMIT)
+    os.close(read_fd)
+    numbers = [int(line.split()[0]) for line in bytes(data).splitlines()]
+    assert numbers == list(range(count - writer.dropped))
+
+
+def test_a_writer_gives_up_at_the_end_when_nobody_reads() -> None:
+    read_fd, write_fd = os.pipe()
+    writer = LineWriter(write_fd, start_new_thread)
+    for _ in range(2000):
+        writer.put(b"x" * 90 + b"\n")
+    closing = threading.Thread(target=writer.close, args=(0.2,))
+    closing.start()
+    closing.join(LIMIT)
+    has_given_up = not closing.is_alive()
+    os.close(read_fd)  # That lets its thread go.
+    assert has_given_up
+    until(lambda: writer.has_room and writer.dropped, "the end of the queue")
+    os.close(write_fd)
+
+
+def test_a_writer_without_a_reader_counts_what_is_lost() -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    writer = LineWriter(write_fd, start_new_thread)
+    for _ in range(100):
+        writer.put(b"x\n")
+    writer.close(LIMIT)
+    assert writer.dropped == 100
+    os.close(write_fd)
+
+
+def test_lines_of_several_writers_do_not_mix_in_one_pipe() -> None:
+    read_fd, write_fd = os.pipe()
+    writers = [LineWriter(write_fd, start_new_thread) for _ in range(4)]
+    data = bytearray()
+    reader = read_all(read_fd, data)
+    for _ in range(500):
+        for number, writer in enumerate(writers):
+            writer.put(b"%d" % number * (MAX_LINE - 1) + b"\n")
+    for writer in writers:
+        writer.close(LIMIT)
+    os.close(write_fd)
+    reader.join(LIMIT)
+    os.close(read_fd)
+    lines = bytes(data).splitlines()
+    assert len(lines) == 2000
+    assert {len(set(line)) for line in lines} == {1}

@@ -1,0 +1,87 @@
+"""Where every process begins: for a person, and for a child that was not meant to be started by one."""
+
+import os
+import pty
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import psutil
+import pytest
+
+from tests.running import LIMIT, ROOT, Client, Running, environment, until
+
+BY_HAND = "gserver: a child process is started by `gserver serve`, not by hand\n"
+
+
+def _child(*arguments: str, stdin: int | IO[bytes]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "gserver", "child", *arguments],
+        stdin=stdin,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=environment(),
+        check=False,
+    )
+
+
+def test_the_package_runs_as_a_module_from_its_own_folder() -> None:
+    with Running(command=[sys.executable, "-m", "gserver"], env={"PORT": "0", "PYTHONPATH": ""}, cwd=ROOT) as server:
+        assert server.who() == 1
+        assert server.stop() == 0
+        assert server.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [("worker",), ("agent",), ("worker", "0"), ("os",), ()])
+def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(arguments: tuple[str, ...]) -> None:
+    done = _child(*arguments, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
+
+
+@pytest.mark.parametrize("junk", [b"junk\n", b"\xff", b"42", b"[]", b"{}", b'{"config": {}}', b'{"config": {"x": 1}}'])
+def test_a_child_that_is_given_junk_says_that_it_is_not_for_people(junk: bytes, tmp_path: Path) -> None:
+    (tmp_path / "junk").write_bytes(junk)
+    with (tmp_path / "junk").open("rb") as stdin:
+        done = _child("worker", stdin=stdin)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
+
+
+def test_a_child_at_a_terminal_does_not_wait_for_what_a_person_cannot_type() -> None:
+    ours, theirs = pty.openpty()
+    try:
+        done = _child("worker", stdin=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
+
+
+def _port_of(server: Running) -> int:
+    """Where it listens, if it cannot say so."""
+    for found in psutil.Process(server.pid).net_connections("tcp"):
+        if found.status == psutil.CONN_LISTEN:
+            return int(found.laddr.port)
+    return 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -> None:
+    """As some supervisors start programs. What is opened next must not take the place of what is missing."""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-P", "-m", "gserver", "--port", "0"]
+    with Running(command=command, wait=False) as server:
+        until(lambda: server.process.poll() is not None or _port_of(server), "it listens")
+        assert server.process.poll() is None, server.stderr
+        with Client(_port_of(server)) as client:
+            assert client.ask(b"WHO") == b"1"
+        assert server.stop() == 0
+        assert server.stderr == ""
+
+
+def test_what_is_wrong_ends_with_its_exit_code_even_if_nobody_can_be_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-P", "-m", "gserver", "--port", port]
+        assert subprocess.run(command, env=environment(), timeout=LIMIT, check=False).returncode == 1

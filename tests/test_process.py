@@ -1,0 +1,144 @@
+"""How the processes hang together: a child never outlives its supervisor, and each has the files it may open."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.running import PATIENCE, Running, program, until
+
+MODULE = """
+import os
+from gserver.commands import command
+
+@command("SPIN")
+def spin(service):
+    while True:
+        pass
+
+@command("PROGRAM")
+def program(service):
+    return os.spawnlp(os.P_NOWAIT, "sh", "sh", "-c", "exec sleep 60 >/dev/null 2>&1")
+"""
+
+
+def left_over(folder: Path) -> list[psutil.Process]:
+    """The processes that still run of the servers started for this folder, whoever their parent is by now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """All that was started for this folder is gone soon after the body; what is not, is ended by force."""
+    try:
+        yield
+        until(lambda: not left_over(folder), "no process is left", 2 * PATIENCE)
+    finally:
+        for process in left_over(folder):
+            process.kill()
+
+
+def cpu_seconds(server: Running) -> float:
+    return sum(worker.cpu_times().user for worker in server.workers())
+
+
+def limited(files: int) -> list[str]:
+    """The command of a server that may open so many files in each process."""
+    return [
+        program("prlimit"),
+        f"--nofile={files}:{files}",
+        sys.executable,
+        "-P",
+        "-m",
+        "gserver",
+        "serve",
+        "--port",
+        "0",
+    ]
+
+
+def test_nothing_is_left_within_2_seconds_of_the_supervisor_being_killed(tmp_path: Path) -> None:
+    (tmp_path / "extra.py").write_text(MODULE)
+    options = ("--workers", "3", "--commands", "extra", "--statsd-host", "127.0.0.1")
+    with Running(*options, cwd=tmp_path, env={"MARK": str(tmp_path)}) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 3)
+        server.wait_for("agent.ready")
+        assert len(left_over(tmp_path)) == 5
+        server.workers()[0].suspend()
+        stack.enter_context(server.client()).send(b"SPIN\n")
+        used = cpu_seconds(server)
+        until(lambda: cpu_seconds(server) > used + 0.2, "a worker is in a busy loop")
+        with nothing_left(tmp_path):
+            server.process.kill()
+        with Running("--port", str(server.port)) as heir:
+            assert heir.who() == 1
+
+
+def test_nothing_is_left_of_a_supervisor_killed_at_any_moment_of_its_start(tmp_path: Path) -> None:
+    for step in range(12):
+        options = ("--workers", "2", "--statsd-host", "127.0.0.1")
+        with Running(*options, env={"MARK": str(tmp_path)}, wait=False) as server:
+            time.sleep(0.04 * step)  # The moment is the test.
+            with nothing_left(tmp_path):
+                server.process.kill()
+
+
+def test_a_program_that_a_command_has_started_keeps_no_port(tmp_path: Path) -> None:
+    (tmp_path / "extra.py").write_text(MODULE)
+    with Running("--commands", "extra", cwd=tmp_path) as server, server.client() as client:
+        other = psutil.Process(int(client.ask(b"PROGRAM")))
+        try:
+            until(lambda: other.name() == "sleep", "the program runs")
+            assert server.stop() == 0
+            with Running("--port", str(server.port)) as heir:
+                assert heir.who() == 1
+        finally:
+            other.kill()
+
+
+def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group(tmp_path: Path) -> None:
+    with Running("--server-id", "an-id-to-look-for", "--workers", "2") as server:
+        server.wait_for("worker.ready", 2)
+        for slot, worker in enumerate(server.workers()):
+            assert worker.cmdline()[1:] == ["-P", "-m", "gserver", "child", "worker", str(slot)]
+            assert "an-id-to-look-for" not in "".join(worker.environ().values())
+            assert os.getpgid(worker.pid) == worker.pid
+
+
+def test_a_worker_may_open_as_many_files_as_the_hard_limit_says() -> None:
+    command = [program("prlimit"), "--nofile=100:500", *limited(0)[2:]]
+    with Running(command=command) as server:
+        assert server.workers()[0].rlimit(psutil.RLIMIT_NOFILE) == (500, 500)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_usual_max_clients_is_lowered_to_what_fits_into_the_limit_of_files(workers: int) -> None:
+    with Running("--workers", str(workers), command=limited(100)) as server:
+        assert server.events("server.listening")[0]["gserver.max_clients"] == workers * 36
+
+
+def test_a_max_clients_of_your_own_that_just_fits_is_taken() -> None:
+    with Running("--max-clients", "36", command=limited(100)) as server:
+        assert server.events("server.listening")[0]["gserver.max_clients"] == 36
+
+
+@pytest.mark.parametrize(("options", "files"), [(("--max-clients", "37"), 100), (("--workers", "2"), 64)])
+def test_more_clients_than_there_may_be_files_are_refused_with_2(options: tuple[str, ...], files: int) -> None:
+    with Running(*options, command=limited(files), wait=False) as server:
+        assert server.exit_code() == 2
+        assert len(server.errors) == 1
+        assert "--max-clients" in server.stderr
+        assert f"{files} files" in server.stderr
+        assert server.lines == []

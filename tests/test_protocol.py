@@ -1,0 +1,278 @@
+"""The wire without a socket: the table of cases, random input against an oracle, and what a silence means."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gserver.protocol import LINE_TOO_LONG, NOT_ASCII, REFUSALS, UNKNOWN_COMMAND, Grammar, Parser, Refusal
+from tests import wire_cases as wire
+from tests.wire_cases import CASES, LIMIT_BYTES, REPLIES, Case
+
+#: A command is whatever the table holds for its name: here, the reply itself.
+GRAMMAR = Grammar(REPLIES, LIMIT_BYTES)
+#: One with a command that begins another, and one that is a single letter.
+NESTED = {**REPLIES, b"WHOAMI": b"you\n", b"X": b"ex\n"}
+
+every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+def replies_to(items: Iterable[bytes | Refusal]) -> bytes:
+    return b"".join(item.reply if isinstance(item, Refusal) else item for item in items)
+
+
+def fed(parser: Parser[bytes], pieces: Iterable[bytes]) -> bytes:
+    return b"".join(replies_to(parser.feed(piece)) for piece in pieces)
+
+
+def bytewise(data: bytes) -> list[bytes]:
+    return [data[at : at + 1] for at in range(len(data))]
+
+
+def test_no_two_cases_of_the_table_have_the_same_name_or_are_too_few() -> None:
+    assert max(Counter(case.name for case in CASES).values()) == 1
+    assert len(CASES) >= 300
+
+
+@every_case
+def test_a_case_sent_whole_has_its_replies(case: Case) -> None:
+    parser = Parser(GRAMMAR)
+    assert fed(parser, [case.sent]) + replies_to(parser.end()) == case.replies
+
+
+@every_case
+def test_a_case_sent_byte_by_byte_has_the_same_replies(case: Case) -> None:
+    parser = Parser(GRAMMAR)
+    assert fed(parser, bytewise(case.sent)) + replies_to(parser.end()) == case.replies
+
+
+@every_case
+@pytest.mark.parametrize("is_whole", [True, False], ids=["in one piece", "in a second piece"])
+def test_what_follows_a_case_is_answered_while_the_connection_is_open(case: Case, is_whole: bool) -> None:
+    parser = Parser(GRAMMAR)
+    rest = b"\nWHY\n\xff\nwhere"
+    pieces = [case.sent + rest] if is_whole else [case.sent, rest]
+    more = wire.WHY + wire.NOT_ASCII + wire.WHERE if case.stays_open else b""
+    assert fed(parser, pieces) + replies_to(parser.end()) == case.replies + more
+
+
+@every_case
+def test_only_a_refusal_that_closes_comes_last_and_closes(case: Case) -> None:
+    # The connection learns of a closing by this flag alone, be the reply empty or not.
+    items: list[bytes | Refusal] = Parser(GRAMMAR).feed(case.sent + b"\n")
+    closes = [isinstance(item, Refusal) and item.closes for item in items]
+    assert (bool(closes) and closes.pop()) is not case.stays_open
+    assert not any(closes)
+
+
+# Random input. The oracle takes the whole input at once and goes line by line, with a regular expression for
+# all that the parser does by splitting.
+
+_REQUEST = re.compile(rb"[ \t\r\v\f]*([^ \t\r\v\f]+[ \t\r\v\f]+){2,}HTTP/[^ \t\r\v\f]*[ \t\r\v\f]*", re.IGNORECASE)
+_WORDS = re.compile(rb"[ \t\r\v\f]*(.*?)[ \t\r\v\f]*", re.DOTALL)
+
+
+def oracle(data: bytes, commands: dict[bytes, bytes], limit: int) -> bytes:
+    """All replies to this input, which then ends."""
+    replies = b""
+    is_first = True
+    for line in data.split(b"\n"):
+        if len(line[:-1] if line[-1:] == b"\r" else line) > limit:
+            return replies + b"ERR line too long\n"
+        if is_first and _REQUEST.fullmatch(line):
+            return replies
+        words = _WORDS.fullmatch(line)
+        assert words
+        if words[1] == b"":
+            continue
+        is_first = False
+        known = [reply for name, reply in commands.items() if re.fullmatch(re.escape(name), words[1], re.IGNORECASE)]
+        if known:
+            replies += known[0]
+        elif re.search(rb"[\x80-\xff]", words[1]):
+            replies += b"ERR not ASCII\n"
+        else:
+            replies += b"ERR unknown command\n"
+    return replies
+
+
+WORDS = st.sampled_from(
+    [
+        *(b"WHO", b"who", b"WHERE", b"Where", b"WHY", b"why", b"WHOAMI", b"X", b"WH", b"WHOA", b"NOPE", b""),
+        *(b"GET / HTTP/1.1", b"get / http/1.0", b"GET /", b"HTTP/1.1", b"\0", b"\x1b[2J", b"\xff", b"\xc3\xa9"),
+    ]
+)
+BLANKS = st.text(" \t\r\v\f", max_size=2).map(str.encode)
+LINES = st.one_of(
+    st.tuples(BLANKS, WORDS, BLANKS).map(b"".join),
+    st.lists(WORDS, max_size=4).map(b" ".join),
+    st.binary(max_size=12),
+    st.integers(0, 20).map(lambda size: b"x" * size),
+)
+INPUTS = st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n", b"\n\n", b""])).map(b"".join), max_size=12).map(
+    b"".join
+)
+#: Small limits, so that random lines come to both sides of them; and the usual one.
+LIMITS = st.one_of(st.integers(1, 16), st.just(LIMIT_BYTES))
+#: Each chunk, and whether a silence follows it.
+CHUNK_SIZES = st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=40)
+
+
+def cut(data: bytes, sizes: list[tuple[int, bool]]) -> list[tuple[bytes, bool]]:
+    """The data in chunks of these sizes, what is left in one more."""
+    chunks = []
+    for size, is_paused in sizes:
+        chunks.append((data[:size], is_paused))
+        data = data[size:]
+    return [*chunks, (data, False)]
+
+
+@settings(deadline=None, max_examples=500)
+@given(data=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
+@example(data=b"WHO\n", sizes=[], limit=2)
+@example(data=b"GET / HTTP/1.1\nWHO\n", sizes=[(3, False)], limit=LIMIT_BYTES)
+def test_however_random_bytes_are_cut_the_replies_are_those_of_the_oracle(
+    data: bytes, sizes: list[tuple[int, bool]], limit: int
+) -> None:
+    parser = Parser(Grammar(NESTED, limit))
+    answered = fed(parser, [chunk for chunk, _ in cut(data, sizes)]) + replies_to(parser.end())
+    assert answered == oracle(data, NESTED, limit)
+
+
+@settings(deadline=None, max_examples=500)
+@given(data=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
+@example(data=b"WHOAMI\n", sizes=[(3, True)], limit=LIMIT_BYTES)
+@example(data=b" \r\n  WHY", sizes=[(1, True), (3, True)], limit=LIMIT_BYTES)
+def test_a_silence_is_a_newline_after_a_whole_command_or_blanks_and_else_nothing(
+    data: bytes, sizes: list[tuple[int, bool]], limit: int
+) -> None:
+    parser = Parser(Grammar(NESTED, limit))
+    answered = meant = b""
+    for chunk, is_paused in cut(data, sizes):
+        answered += fed(parser, [chunk])
+        meant += chunk
+        if is_paused:
+            answered += replies_to(parser.silence())
+            begun = meant.split(b"\n")[-1].strip().upper()
+            if begun in (b"", b"WHERE", b"WHY", b"WHOAMI", b"X"):  # Not WHO: more may come of it.
+                meant += b"\n"
+    assert answered + replies_to(parser.end()) == oracle(meant, NESTED, limit)
+
+
+@settings(deadline=None, max_examples=200)
+@given(chunks=st.lists(st.one_of(st.binary(max_size=3000), LINES), max_size=20), limit=LIMITS)
+@example(chunks=[b"\r" * 20, b"\r"], limit=16)
+@example(chunks=[b"x" * 5000], limit=LIMIT_BYTES)
+def test_a_parser_never_holds_more_than_a_line_and_its_cr(chunks: list[bytes], limit: int) -> None:
+    parser = Parser(Grammar(NESTED, limit))
+    for chunk in chunks:
+        parser.feed(chunk)
+        assert len(parser.partial) <= limit + 1
+
+
+# Silence.
+
+
+@pytest.mark.parametrize("command", [*REPLIES, b"who", b"Where", b" why", b"WHY ", b"\tWHO\r"])
+def test_a_silence_answers_a_whole_command_once(command: bytes) -> None:
+    parser = Parser(GRAMMAR)
+    assert parser.feed(command) == []
+    assert parser.is_complete
+    assert replies_to(parser.silence()) == REPLIES[command.strip().upper()]
+    assert parser.silence() == []
+    assert fed(parser, [b"\r\n"]) == b""  # The late newline is a blank line.
+    assert parser.end() == []
+
+
+@pytest.mark.parametrize(
+    "begun", [b"W", b"WH", b"WHOA", b"WHO x", b"WHO\0", b"NOPE", b"\xff", b"GET / HTTP/1.1", b"x" * 1024]
+)
+def test_a_silence_leaves_alone_what_is_no_command(begun: bytes) -> None:
+    parser = Parser(GRAMMAR)
+    parser.feed(begun)
+    assert not parser.is_complete
+    assert parser.silence() == []
+    assert parser.partial == begun
+
+
+@pytest.mark.parametrize("blanks", [b"", b" ", b"\r", b" \t\r\v\f", b" " * LIMIT_BYTES])
+def test_a_silence_drops_blanks(blanks: bytes) -> None:
+    parser = Parser(GRAMMAR)
+    parser.feed(blanks)
+    assert parser.is_complete
+    assert parser.silence() == []
+    assert parser.partial == b""
+    # They do not count in the line that follows.
+    assert parser.feed(b"x" * LIMIT_BYTES + b"\n") == [UNKNOWN_COMMAND]
+
+
+def test_blanks_and_a_silence_are_no_first_line() -> None:
+    parser = Parser(GRAMMAR)
+    parser.feed(b"  ")
+    parser.silence()
+    assert fed(parser, [b"GET / HTTP/1.1\nWHO\n"]) == b""
+
+
+def test_a_command_answered_by_a_silence_is_a_first_line() -> None:
+    parser = Parser(GRAMMAR)
+    parser.feed(b"WHY")
+    parser.silence()
+    assert parser.feed(b"\nGET / HTTP/1.1\n") == [UNKNOWN_COMMAND]
+
+
+def test_a_command_that_begins_another_waits_for_its_newline() -> None:
+    parser = Parser(Grammar(NESTED, LIMIT_BYTES))
+    parser.feed(b"who")
+    assert not parser.is_complete
+    assert parser.silence() == []
+    assert fed(parser, [b"ami"]) == b""
+    assert parser.is_complete  # Nothing longer begins with this one.
+    assert replies_to(parser.silence()) == b"you\n"
+    assert fed(parser, [b"WHO\n"]) == wire.WHO
+
+
+def test_a_command_inside_another_but_not_at_its_beginning_does_not_wait() -> None:
+    parser = Parser(Grammar({b"HO": b"ho\n", b"WHO": b"1\n"}, LIMIT_BYTES))
+    parser.feed(b"HO")
+    assert replies_to(parser.silence()) == b"ho\n"
+
+
+# The end.
+
+
+@pytest.mark.parametrize("last", [b"x" * 1025, b"x" * 1025 + b"\n", b"GET / HTTP/1.1\n"], ids=["begun", "long", "HTTP"])
+def test_after_an_item_that_closes_nothing_comes_out(last: bytes) -> None:
+    parser = Parser(GRAMMAR)
+    [item] = parser.feed(last)
+    assert isinstance(item, Refusal)
+    assert item.closes
+    assert parser.partial == b""
+    for data in (b"WHO\n", b"WHY", b"\n", last):
+        assert parser.feed(data) == []
+        assert parser.silence() == []
+        assert parser.partial == b""
+    assert parser.end() == []
+
+
+def test_a_line_too_long_is_refused_as_soon_as_it_is_too_long() -> None:
+    parser = Parser(GRAMMAR)
+    assert parser.feed(b"x" * LIMIT_BYTES) == []
+    assert parser.feed(b"\r") == []  # It may be half of an ending.
+    assert parser.feed(b"x") == [LINE_TOO_LONG]
+
+
+def test_the_end_of_input_answers_what_is_left_once() -> None:
+    parser = Parser(GRAMMAR)
+    parser.feed(b"WHY\nWHO\xff")
+    assert parser.end() == [NOT_ASCII]
+    assert parser.end() == []
+
+
+def test_every_refusal_has_a_name_of_its_own_and_says_nothing_or_one_err_line() -> None:
+    assert len({refusal.name for refusal in REFUSALS}) == len(REFUSALS)
+    for refusal in REFUSALS:
+        assert re.fullmatch(rb"(ERR [A-Za-z ]+\n)?", refusal.reply)
+        assert refusal.reply or refusal.closes  # A line that stays unanswered would put the replies out of step.

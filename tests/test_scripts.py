@@ -1,0 +1,484 @@
+"""bin/*, the Procfile and the package: from a fresh clone to a server, on real copies of this repository.
+
+No copy has `.venv` at first. What installs packages is done once for the file and copied from there.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.running import LIMIT, PATIENCE, ROOT, Client, Running, program, until
+
+#: An installation downloads, and compiles what it has got.
+INSTALL_LIMIT = 120 * PATIENCE
+SCRIPTS = [*sorted((ROOT / "bin").iterdir()), ROOT / ".ci/run"]
+#: What the scripts need beside Python.
+TOOLS = ["bash", "cat", "cmp", "cp", "dirname", "env", "flock", "id", "mkdir", "readlink", "rm", "sh"]
+#: With these, pip finds nothing to install.
+NO_PACKAGES = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+OWN_BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """A copy in which bin/setup was run, and what that said."""
+
+    root: Path
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def python(self) -> Path:
+        return self.root / ".venv" / "bin" / "python"
+
+
+def _copy(root: Path) -> Path:
+    """Copy what is in the repository or would be with the next commit, as a clone would."""
+    listed = subprocess.run(
+        [program("git"), "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in listed.stdout.decode().rstrip("\0").split("\0"):
+        if (ROOT / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    return root
+
+
+def _clean(*path: Path, **extra: str) -> dict[str, str]:
+    """An environment with a PATH, a home and what pip needs to reach its packages; no more."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
+    return {**kept, "PATH": os.pathsep.join(map(str, path)), **extra}
+
+
+def _run(*command: str | Path, env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)),
+        env=env,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=INSTALL_LIMIT,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PATH that has no Python, no pip, no apt-get and no npm."""
+    folder = tmp_path_factory.mktemp("tools")
+    for name in TOOLS:
+        (folder / name).symlink_to(program(name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PATH with a `python3` that has no packages, and can make virtualenvs."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy where nothing is set up, and nothing will be."""
+    return _copy(tmp_path_factory.mktemp("clone") / "never set up")
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory, bare: Path, tools: Path) -> SetUp:
+    """A copy that was set up, in a clean environment, in a folder with a blank in its name."""
+    root = _copy(tmp_path_factory.mktemp("clone") / "set up")
+    return SetUp(root, _run(root / "bin/setup", env=_clean(bare, tools), cwd=root.parent))
+
+
+@pytest.fixture
+def another(ready: SetUp, tmp_path: Path) -> Path:
+    """A copy that is set up, for a test that changes it."""
+    root = tmp_path / "another one"
+    shutil.copytree(ready.root, root, symlinks=True)
+    return root
+
+
+def _serving(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> Running:
+    """The server that a script starts; nothing of this test's own Python helps it."""
+    return Running("--port", "0", command=list(map(str, command)), cwd=cwd, env={"PYTHONPATH": "", **(env or {})})
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_script_is_a_program_in_good_bash_that_stops_at_the_first_failure(script: Path) -> None:
+    text = script.read_text()
+    assert os.access(script, os.X_OK)
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in text
+    subprocess.run([program("bash"), "-n", script], check=True)
+
+
+# The first start.
+
+
+def test_a_set_up_makes_a_virtualenv_and_says_so(ready: SetUp) -> None:
+    done = ready.done
+    assert (done.returncode, done.stdout) == (0, f"{ready.python}\n"), done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("gserver: ")]
+    venv = ready.root / ".venv"
+    assert told == [
+        f"gserver: first start: making a virtualenv in {venv} ...",
+        f"gserver: installing the packages of requirements.txt into {venv} ...",
+        "gserver: installed",
+    ]
+
+
+def test_a_set_up_installs_what_is_pinned_and_nothing_else(ready: SetUp) -> None:
+    freeze = _run(ready.python, "-m", "pip", "freeze", env=_clean())
+    assert sorted(freeze.stdout.split()) == sorted((ROOT / "requirements.txt").read_text().split())
+
+
+def test_a_second_set_up_says_the_same_at_once_and_needs_no_python(ready: SetUp, tools: Path) -> None:
+    began = time.monotonic()
+    done = _run(ready.root / "bin/setup", env=_clean(tools))
+    assert time.monotonic() - began < PATIENCE
+    assert (done.returncode, done.stdout, done.stderr) == (0, ready.done.stdout, "")
+
+
+def test_a_set_up_is_not_seen_by_git(ready: SetUp) -> None:
+    subprocess.run([program("git"), "init", "-q"], cwd=ready.root, check=True)
+    untracked = subprocess.run(
+        [program("git"), "ls-files", "-o", "--exclude-standard", "--directory"],
+        cwd=ready.root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [name for name in untracked.stdout.split() if "venv" in name] == []
+
+
+# bin/gserver.
+
+
+def test_a_symlink_in_another_folder_serves_as_the_process_that_was_started(ready: SetUp, tmp_path: Path) -> None:
+    (tmp_path / "g").symlink_to(ready.root / "bin/gserver")
+    (tmp_path / "click.py").write_text("raise SystemExit('this file is not what was meant')\n")
+    (tmp_path / "ours.py").write_text(
+        "import gserver\nfrom gserver.commands import command\n"
+        "@command('FROM')\ndef whence(service): return gserver.__file__\n"
+    )
+    with _serving(tmp_path / "g", "--commands", "ours", cwd=tmp_path) as server:
+        assert server.wait_for("server.listening")["process.pid"] == server.pid
+        with server.client() as client:
+            assert client.ask(b"FROM").decode() == f"{ready.root}/gserver/__init__.py"
+            server.send_signal(signal.SIGTERM)
+            assert client.rest() == b""
+        assert server.exit_code() == 0
+        assert server.stderr == ""
+        assert [event["event.action"] for event in server.events()][-2:] == ["server.draining", "server.stopped"]
+
+
+def test_a_relative_path_serves_with_the_options_of_the_environment(ready: SetUp) -> None:
+    env = {"PORT": "0", "GSERVER_SERVER_ID": "relative"}
+    with Running(command=["../bin/gserver"], cwd=ready.root / "docs", env={"PYTHONPATH": "", **env}) as server:
+        with server.client() as client:
+            assert client.ask(b"WHERE") == b"relative"
+        assert server.stop(signal.SIGINT) == 0
+
+
+def test_arguments_come_through_as_they_are(ready: SetUp, tools: Path) -> None:
+    done = _run(ready.root / "bin/gserver", "--server-id", "two  words", env=_clean(tools))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gserver: Invalid value for '--server-id': 'two words' is not one word")
+
+
+# Which Python.
+
+
+def test_a_python_that_has_the_packages_is_used_without_a_virtualenv(copy: Path, tools: Path) -> None:
+    env = _clean(OWN_BIN, tools, **NO_PACKAGES)
+    for options in ((), ("--dev",)):
+        done = _run(copy / "bin/setup", *options, env=env)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{OWN_BIN / 'python3'}\n", "")
+    with _serving(copy / "bin/gserver", env={"PATH": env["PATH"], **NO_PACKAGES}) as server:
+        assert server.who() == 1
+        assert server.stop() == 0
+    assert not (copy / ".venv").exists()
+
+
+def test_an_active_virtualenv_is_used(copy: Path, ready: SetUp, tools: Path) -> None:
+    env = _clean(OWN_BIN, tools, VIRTUAL_ENV=str(ready.root / ".venv"), **NO_PACKAGES)
+    done = _run(copy / "bin/setup", env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{ready.python}\n", "")
+    assert not (copy / ".venv").exists()
+
+
+def test_an_active_virtualenv_that_is_gone_is_not(copy: Path, tools: Path, tmp_path: Path) -> None:
+    done = _run(copy / "bin/setup", env=_clean(OWN_BIN, tools, VIRTUAL_ENV=str(tmp_path / "gone")))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{OWN_BIN / 'python3'}\n", "")
+
+
+def test_packages_are_installed_into_an_active_virtualenv_that_lacks_them(copy: Path, bare: Path, tools: Path) -> None:
+    done = _run(copy / "bin/gserver", env=_clean(tools, VIRTUAL_ENV=str(bare.parent), **NO_PACKAGES))
+    assert (done.returncode, done.stdout) == (1, "")
+    told = done.stderr.splitlines()
+    assert told[0] == f"gserver: installing the packages of requirements.txt into {bare.parent} ..."
+    assert told[-1] == "gserver: the packages could not be installed: see above, and run this again"
+    assert not (copy / ".venv").exists()
+
+
+def test_a_python_with_other_versions_of_the_packages_is_not_used(tools: Path, tmp_path: Path) -> None:
+    root = _copy(tmp_path / "copy")
+    pins = (root / "requirements.txt").read_text()
+    (root / "requirements.txt").write_text(re.sub(r"^click==.*$", "click==1.0", pins, flags=re.MULTILINE))
+    (root / ".venv.lock").mkdir()  # So that it ends where it would begin to make a virtualenv.
+    done = _run(root / "bin/setup", env=_clean(OWN_BIN, tools))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"gserver: cannot write to {root}, and no Python with the packages was found\n"
+
+
+def test_without_a_python_one_line_says_what_to_do(copy: Path, tools: Path) -> None:
+    for name in ("bin/setup", "bin/gserver"):
+        done = _run(copy / name, env=_clean(tools))
+        assert (done.returncode, done.stdout) == (1, "")
+        told = "Python 3.11 or newer is needed, and none is on the PATH: apt-get install python3"
+        assert done.stderr == f"gserver: {told}\n"
+    assert not (copy / ".venv").exists()
+
+
+def test_a_python3_that_is_none_is_passed_over_for_a_newer_one(copy: Path, tools: Path, tmp_path: Path) -> None:
+    ours = program(str(OWN_BIN / f"python3.{sys.version_info.minor}"))
+    (tmp_path / "python3").symlink_to(program("false"))
+    done = _run(copy / "bin/setup", env=_clean(tmp_path, OWN_BIN, tools))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{ours}\n", "")
+
+
+def test_a_python_that_cannot_make_virtualenvs_is_told_of_in_one_line(tools: Path, tmp_path: Path) -> None:
+    """As Debian has it without python3-venv: the same Python, from the same files, less ensurepip."""
+    ours, stdlib = tmp_path / "python", Path(sysconfig.get_path("stdlib"))
+    library = ours / stdlib.relative_to(sys.base_prefix)
+    library.mkdir(parents=True)
+    for entry in stdlib.iterdir():
+        if entry.name not in ("ensurepip", "site-packages", "dist-packages"):
+            (library / entry.name).symlink_to(entry)
+    (ours / "bin").mkdir()
+    shutil.copy2(Path(sys.executable).resolve(), ours / "bin" / "python3")
+    root = _copy(tmp_path / "copy")
+    env = _clean(ours / "bin", tools, LD_LIBRARY_PATH=str(Path(sys.base_prefix) / "lib"))
+    done = _run(root / "bin/gserver", env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    told = f"{ours}/bin/python3 cannot make a virtualenv: apt-get install python3-venv"
+    assert done.stderr == f"gserver: {told}\n"
+    assert not (root / ".venv").exists()
+
+
+# What is interrupted, changed, or done twice at once.
+
+
+def test_a_set_up_that_was_killed_is_repaired_by_the_next(bare: Path, tools: Path, tmp_path: Path) -> None:
+    root = _copy(tmp_path / "killed")
+    first = subprocess.Popen(
+        [root / "bin/setup"],
+        env=_clean(bare, tools),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    python = root / ".venv/bin/python"
+    until(python.exists, "the virtualenv has begun", INSTALL_LIMIT)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    done = _run(root / "bin/setup", env=_clean(bare, tools))
+    assert (done.returncode, done.stdout) == (0, f"{python}\n"), done.stderr
+    assert _run(python, "-c", "import click, gevent, statsd", env=_clean()).returncode == 0
+
+
+def test_an_installation_that_was_killed_is_repaired_by_the_next(another: Path, bare: Path, tools: Path) -> None:
+    python = another / ".venv/bin/python"
+    (another / ".venv/.requirements").unlink()
+    packages = Path(_run(python, "-c", "import click; print(click.__path__[0])", env=_clean()).stdout.strip()).parent
+    assert packages.is_relative_to(another)
+    for entry in packages.glob("click*"):
+        shutil.rmtree(entry)
+    for expected in ("gserver: installed", ""):  # The second time there is nothing to do.
+        done = _run(another / "bin/setup", env=_clean(bare, tools))
+        assert (done.returncode, done.stdout) == (0, f"{python}\n"), done.stderr
+        assert (done.stderr.splitlines() or [""])[-1] == expected
+    assert _run(another / "bin/gserver", "--version", env=_clean(tools)).returncode == 0
+
+
+def test_new_pins_are_installed_into_the_virtualenv_that_is_there(another: Path, bare: Path, tools: Path) -> None:
+    with (another / "requirements.txt").open("a") as file:
+        file.write("honcho==2.0.0\n")
+    done = _run(another / "bin/setup", env=_clean(bare, tools))
+    assert done.returncode == 0, done.stderr
+    assert "making a virtualenv" not in done.stderr
+    assert (another / ".venv/bin/honcho").exists()
+
+
+def test_packages_for_the_tests_come_beside_those_that_are_there(another: Path, bare: Path, tools: Path) -> None:
+    (another / "requirements-dev.txt").write_text("-r requirements.txt\nhoncho==2.0.0\n")
+    done = _run(another / "bin/setup", "--dev", env=_clean(bare, tools))
+    assert done.returncode == 0, done.stderr
+    assert "installing the packages of requirements-dev.txt" in done.stderr
+    assert (another / ".venv/bin/honcho").exists()
+    for options in ((), ("--dev",)):
+        done = _run(another / "bin/setup", *options, env=_clean(tools))
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{another}/.venv/bin/python\n", "")
+
+
+def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(another: Path, bare: Path, tools: Path) -> None:
+    pins = (another / "requirements.txt").read_text()
+    (another / "requirements.txt").write_text(pins + "honcho==2.0.0\n")
+    for _ in range(2):
+        done = _run(another / "bin/gserver", "--version", env=_clean(bare, tools, **NO_PACKAGES))
+        assert (done.returncode, done.stdout) == (1, "")
+        told = "gserver: the packages could not be installed: see above, and run this again"
+        assert done.stderr.splitlines()[-1] == told
+    # Back to the old pins: what is there now may be half of the new ones, so it is looked through again.
+    (another / "requirements.txt").write_text(pins)
+    done = _run(another / "bin/setup", env=_clean(bare, tools))
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "gserver: installed")
+
+
+def test_two_that_start_at_once_on_a_fresh_clone_both_serve(bare: Path, tools: Path, tmp_path: Path) -> None:
+    root = _copy(tmp_path / "twice")
+    command, env = [str(root / "bin/gserver"), "--port", "0"], {"PYTHONPATH": "", "PATH": f"{bare}:{tools}"}
+    with Running(command=command, env=env, wait=False) as one, Running(command=command, env=env, wait=False) as two:
+        for server in (one, two):
+            server.port = server.wait_for("server.listening", limit=INSTALL_LIMIT)["server.port"]
+        assert (one.who(), two.who()) == (1, 1)
+        assert (one.stop(), two.stop()) == (0, 0)
+    assert (one.stderr + two.stderr).count("making a virtualenv") == 1
+    assert (one.stderr + two.stderr).count("gserver: installed\n") == 1
+
+
+# The package.
+
+
+def test_the_package_installs_as_a_command_that_works_anywhere(
+    ready: SetUp, bare: Path, tools: Path, tmp_path: Path
+) -> None:
+    root, target = _copy(tmp_path / "source"), tmp_path / "target"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", target], check=True)
+    pip: list[str | Path] = [ready.python, "-m", "pip", "--python", target / "bin/python"]
+    done = _run(*pip, "install", root, env=_clean(bare, tools))
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(root)
+    with _serving(target / "bin/gserver", cwd=tmp_path) as server:
+        asked = _run(target / "bin/gserver", "ask", "WHY", "--server", f"127.0.0.1:{server.port}", env={}, cwd=tmp_path)
+        assert (asked.returncode, asked.stdout, asked.stderr) == (0, "42\n", "")
+        assert server.stop() == 0
+        assert server.stderr == ""
+    assert _run(*pip, "check", env=_clean()).returncode == 0
+    files = _run(*pip, "show", "--files", "gserver", env=_clean()).stdout
+    assert "gserver/cli.py" in files
+    assert "tests/" not in files
+
+
+# Process runners.
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.fixture
+def honcho(ready: SetUp) -> Iterator[Running]:
+    """`honcho start` in a copy that is set up, with a PORT."""
+    command = [program(str(OWN_BIN / "honcho")), "start"]
+    with Running(command=command, cwd=ready.root, env={"PORT": "0", "PYTHONPATH": ""}, wait=False) as running:
+        yield running
+
+
+def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(honcho: Running) -> None:
+    def found() -> re.Match[str] | None:
+        return re.search(r'web\.1 *\| .*"server\.address": "0\.0\.0\.0", "server\.port": (\d+)', "".join(honcho.lines))
+
+    port = int(until(found, f"it listens: {honcho.lines} {honcho.errors}")[1])
+    with Client(port) as one, Client(port, host="127.0.0.2") as two:
+        assert one.ask(b"WHY") == two.ask(b"WHY") == b"42"
+        processes = _descendants(honcho.pid)
+        assert any("gserver" in process.cmdline() for process in processes)
+        honcho.send_signal(signal.SIGINT)
+        assert one.rest() == two.rest() == b""
+    assert honcho.exit_code() == 130  # What honcho says of a Ctrl-C, whatever its programs say.
+    assert any(line.rstrip().endswith("web.1 stopped (rc=0)") for line in honcho.lines), honcho.lines
+    assert psutil.wait_procs(processes, timeout=LIMIT)[1] == []
+
+
+# bin/test, bin/check and bin/coverage.
+
+
+ONE_TEST = '''"""One test."""
+
+from gserver.errors import Misuse
+
+
+def test_one() -> None:
+    assert Misuse.exit_code == 2
+'''
+
+
+@pytest.fixture
+def tested(tmp_path: Path) -> Path:
+    """A copy with one test, which passes."""
+    root = _copy(tmp_path / "tested")
+    shutil.rmtree(root / "tests")
+    (root / "tests").mkdir()
+    (root / "tests/test_one.py").write_text(ONE_TEST)
+    return root
+
+
+def _started(name: str, root: Path, tools: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with this Python and its packages, from another folder."""
+    return _run(root / name, *arguments, env=_clean(OWN_BIN, tools, **NO_PACKAGES), cwd=root.parent)
+
+
+def test_bin_test_runs_what_it_is_told_to_and_ends_as_pytest_does(tested: Path, tools: Path) -> None:
+    done = _started("bin/test", tested, tools, "-q", "tests/test_one.py")
+    assert (done.returncode, done.stdout.splitlines()[-1][:9]) == (0, "1 passed ")
+    assert "missing, so some tests are skipped: apt-get install netcat-openbsd telnet curl nodejs npm" in done.stderr
+    assert _started("bin/test", tested, tools, "-q", "no/such/file").returncode == 4
+
+
+def test_bin_check_checks_and_then_tests(tested: Path, tools: Path) -> None:
+    done = _started("bin/check", tested, tools, "-q")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no issues found" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("1 passed ")
+
+
+def test_bin_coverage_reports_on_the_package_unless_a_test_fails(tested: Path, tools: Path) -> None:
+    done = _started("bin/coverage", tested, tools, "-q")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^gserver/cli\.py ", done.stdout, re.MULTILINE)
+    assert re.search(r"^TOTAL ", done.stdout, re.MULTILINE)
+    (tested / "tests/test_one.py").write_text(ONE_TEST.replace("2", "3"))
+    done = _started("bin/coverage", tested, tools, "-q")
+    assert done.returncode == 1
+    assert "TOTAL" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("    import os\n", "F401"),
+        ("    assert  True\n", "would be reformatted"),
+        ('    _x: int = "x"\n', "[assignment]"),
+    ],
+)
+def test_bin_check_ends_at_what_is_wrong(line: str, told: str, tested: Path, tools: Path) -> None:
+    with (tested / "tests/test_one.py").open("a") as file:
+        file.write(line)
+    done = _started("bin/check", tested, tools, "-q")
+    assert done.returncode != 0
+    assert told in done.stdout
+    assert "1 passed" not in done.stdout

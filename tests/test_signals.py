@@ -1,0 +1,34 @@
+"""Signals are noted in order, wake a selector, and are taken once. (In a process of its own: they are for all of it.)"""
+
+import subprocess
+import sys
+
+from tests.running import LIMIT, environment
+
+PROGRAM = """
+import os, select, signal
+from gserver.signals import SignalNotes
+
+notes = SignalNotes(signal.SIGHUP, signal.SIGTERM)
+assert select.select([notes.fd], [], [], 0)[0] == []
+os.kill(os.getpid(), signal.SIGHUP)
+os.kill(os.getpid(), signal.SIGTERM)
+assert select.select([notes.fd], [], [], 5)[0] == [notes.fd]
+assert notes.take() == [signal.SIGHUP, signal.SIGTERM]
+assert notes.take() == []
+assert select.select([notes.fd], [], [], 0)[0] == []
+if os.fork() == 0:
+    os._exit(0)
+assert select.select([notes.fd], [], [], 5)[0] == [notes.fd]
+assert notes.take() == []
+for _ in range(100_000):
+    os.kill(os.getpid(), signal.SIGHUP)
+assert len(notes.take()) == 100_000
+"""
+
+
+def test_signals_are_noted_in_order_and_wake_the_loop() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=LIMIT, env=environment(), check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,606 @@
+"""The supervisor: what becomes of workers that die, hang or fail to start, of reloads and of stops."""
+
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.running import LIMIT, PATIENCE, Client, Event, Running, program, until
+
+#: What the service promises in seconds holds on a machine of usual speed.
+SECOND = PATIENCE
+
+MODULE = """
+import os, signal, time
+from pathlib import Path
+from gserver.commands import command
+
+if Path("crash").exists():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@command("PID")
+def pid(service):
+    return os.getpid()
+
+@command("NAP")
+def nap(service):
+    time.sleep(1)
+    return "rested"
+
+@command("SLEEP")
+def sleep(service):
+    time.sleep(60)
+    return "too late"
+
+@command("SPIN")
+def spin(service):
+    while True:
+        pass
+
+@command("FORK")
+def fork(service):
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    return child
+"""
+
+
+def start(folder: Path, *options: str, wait: bool = True) -> Running:
+    """A server with the commands above; a new text of them in the folder is seen by the next worker that starts."""
+    (folder / "extra.py").write_text(MODULE)
+    # Two texts of one size, written within a second, would look the same to the cache of compiled modules.
+    return Running(
+        "--commands",
+        "extra",
+        *options,
+        cwd=folder,
+        env={"PYTHONDONTWRITEBYTECODE": "1", "MARK": str(folder)},
+        wait=wait,
+    )
+
+
+def left_over(folder: Path) -> list[psutil.Process]:
+    """The processes that still run of the servers started for this folder, whoever their parent is by now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@contextmanager
+def stopped(workers: Sequence[psutil.Process]) -> Iterator[None]:
+    for worker in workers:
+        worker.suspend()
+    try:
+        until(lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers), "the workers are stopped")
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
+
+
+def clients_of(server: Running, worker: psutil.Process, count: int, stack: ExitStack) -> list[Client]:
+    """Clients of that worker: the others are stopped for the moment in which they are accepted."""
+    with stopped([other for other in server.workers() if other != worker]):
+        clients = [stack.enter_context(server.client()) for _ in range(count)]
+        assert {int(client.ask(b"PID")) for client in clients} == {worker.pid}
+    return clients
+
+
+@contextmanager
+def talking(*clients: Client) -> Iterator[None]:
+    """Keep the clients asking; fail if one of them is not answered."""
+    is_over = threading.Event()
+
+    def talk(client: Client) -> int:
+        asked = 0
+        while not is_over.is_set():
+            assert client.ask(b"WHY") == b"42"
+            assert client.who() >= len(clients)
+            asked += 1
+            is_over.wait(0.002)
+        return asked
+
+    with ThreadPoolExecutor() as pool:
+        talks = [pool.submit(talk, client) for client in clients]
+        try:
+            yield
+        finally:
+            is_over.set()
+    assert all(talk.result() > 0 for talk in talks)
+
+
+def hear_end(client: Client) -> bytes:
+    """All that a client is still told, up to the end; it closes then, as a client does."""
+    with client:
+        return client.rest()
+
+
+def timed(action: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.monotonic()
+    result = action()
+    return result, time.monotonic() - began
+
+
+# Workers that die.
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_of_ten_killed_workers_is_replaced_within_a_second(tmp_path: Path, workers: int) -> None:
+    with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", workers)
+        stays = server.workers()[1:]
+        talkers = [client for worker in stays for client in clients_of(server, worker, 3, stack)]
+        stack.enter_context(talking(*talkers))
+        for kills in range(1, 11):
+            victim = next(worker for worker in server.workers() if worker not in stays)
+            clients_of(server, victim, 2, stack)
+            victim.kill()
+            deadline = time.monotonic() + SECOND
+            server.wait_for("worker.ready", workers + kills, SECOND)
+            until(lambda: server.who() == len(talkers) + 1, "WHO is exact again", deadline - time.monotonic())
+        assert [worker for worker in server.workers() if worker in stays] == stays
+        assert len(server.events("worker.died")) == 10
+
+
+def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_it_starts(tmp_path: Path) -> None:
+    with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        victim, stays = server.workers()
+        client = clients_of(server, stays, 1, stack)[0]
+        with talking(client):
+            (tmp_path / "crash").touch()
+            supervisor = psutil.Process(server.pid)
+            used = sum(supervisor.cpu_times()[:2])
+            victim.kill()
+            server.wait_for("worker.died", 6)
+            used = sum(supervisor.cpu_times()[:2]) - used
+            (tmp_path / "crash").unlink()
+            server.wait_for("worker.ready", 3)
+            until(lambda: server.who() == 2, "WHO is exact")
+        died = [datetime.fromisoformat(event["@timestamp"]).timestamp() for event in server.events("worker.died")[1:]]
+        gaps = [later - earlier for earlier, later in pairwise(died)]
+        assert [gap > 0.1 * 2**at for at, gap in enumerate(gaps)] == [True] * 4
+        assert used < sum(gaps) / 4, "it waits, and does not spin"
+
+
+def test_a_server_whose_first_workers_crash_goes_on_trying_and_can_be_stopped(tmp_path: Path) -> None:
+    (tmp_path / "crash").touch()
+    with start(tmp_path, "--workers", "2", wait=False) as server:
+        server.wait_for("worker.died", 4)
+        assert server.stop() == 0
+        assert not server.events("server.listening")
+        assert server.stderr == ""
+    assert left_over(tmp_path) == []
+
+
+def test_a_server_whose_first_workers_crash_listens_when_they_no_longer_do(tmp_path: Path) -> None:
+    (tmp_path / "crash").touch()
+    with start(tmp_path, wait=False) as server:
+        server.wait_for("worker.died", 2)
+        (tmp_path / "crash").unlink()
+        server.port = server.wait_for("server.listening")["server.port"]
+        assert server.who() == 1
+
+
+def test_a_worker_is_replaced_though_a_process_that_it_started_lives_on(tmp_path: Path) -> None:
+    with start(tmp_path) as server, server.client() as client:
+        grandchild = psutil.Process(int(client.ask(b"FORK")))
+        try:
+            server.workers()[0].kill()
+            server.wait_for("worker.ready", 2)
+            assert server.who() == 1
+        finally:
+            grandchild.kill()
+
+
+# Workers that hang.
+
+
+@pytest.mark.parametrize("how", ["stopped", "in a busy loop"])
+def test_a_worker_that_hangs_is_replaced_and_the_clients_of_others_go_on(tmp_path: Path, how: str) -> None:
+    with start(tmp_path, "--workers", "2", "--hang-timeout", "1") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        victim, stays = server.workers()
+        talkers = clients_of(server, stays, 3, stack)
+        lost = clients_of(server, victim, 1, stack)[0]
+        with talking(*talkers):
+            if how == "stopped":
+                victim.suspend()
+            else:
+                lost.send(b"SPIN\n")
+            assert server.wait_for("worker.hung")["gserver.child_pid"] == victim.pid
+            server.wait_for("worker.ready", 3, SECOND)
+            until(lambda: server.who() == len(talkers) + 1, "WHO is exact again", SECOND)
+        assert stays in server.workers()
+
+
+def test_workers_are_not_taken_for_hung_after_the_whole_machine_slept(tmp_path: Path) -> None:
+    with start(tmp_path, "--hang-timeout", "1") as server:
+        supervisor, worker = psutil.Process(server.pid), server.workers()[0]
+        supervisor.suspend()
+        worker.suspend()
+        time.sleep(2.5)  # Longer than any of them may take for a turn.
+        supervisor.resume()
+        time.sleep(0.3)  # It has its turn before the worker can give a sign of life.
+        worker.resume()
+        assert server.who() == 1
+        assert server.workers() == [worker]
+        assert not server.events("worker.hung")
+
+
+# Stops.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stop_lets_clients_go_at_once_and_exits_with_0(tmp_path: Path, number: signal.Signals, workers: int) -> None:
+    with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", workers)
+        clients = [stack.enter_context(server.client()) for _ in range(20)]
+        assert {client.ask(b"WHY") for client in clients[10:]} == {b"42"}
+        time.sleep(0.6)  # The others have said nothing, and are too old to be waited for.
+        began = time.monotonic()
+        server.send_signal(number)
+        assert {hear_end(client) for client in clients} == {b""}
+        assert time.monotonic() - began < SECOND
+        assert server.exit_code() == 0
+        assert time.monotonic() - began < 2 * SECOND  # Their leaving ends it, not the drain timeout.
+        assert server.events("server.stopped")
+        assert server.stderr == ""
+    assert left_over(tmp_path) == []
+
+
+def test_a_client_that_has_just_connected_may_still_speak_after_a_stop(tmp_path: Path) -> None:
+    with start(tmp_path) as server, server.client() as client:
+        server.send_signal(signal.SIGTERM)
+        server.wait_for("server.draining")
+        time.sleep(0.2)  # The worker knows it by now.
+        assert client.ask(b"WHY") == b"42"
+        assert hear_end(client) == b""
+        assert server.exit_code() == 0
+
+
+def test_lines_behind_a_slow_command_are_answered_after_a_stop(tmp_path: Path) -> None:
+    with start(tmp_path) as server, server.client() as client:
+        client.send(b"NAP\nWHY\n")
+        with server.client() as other:
+            until(lambda: other.who() == 2, "the first is in its command")
+            client.send(b"WHO\n")
+            server.send_signal(signal.SIGTERM)
+            assert hear_end(other) == b""
+        assert hear_end(client) == b"rested\n42\n1\n"
+        assert server.exit_code() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_read_it(
+    tmp_path: Path, workers: int
+) -> None:
+    """Both signal and bytes wait for the worker, which is stopped until then, as on a busy machine."""
+    with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", workers)
+        clients = [stack.enter_context(server.client()) for _ in range(100)]
+        assert {client.ask(b"WHY") for client in clients} == {b"42"}
+        with stopped(server.workers()):
+            clients += [stack.enter_context(server.client()) for _ in range(100)]
+            for client in clients:
+                client.send(b"WHY\n")
+            server.send_signal(signal.SIGTERM)
+            server.wait_for("server.draining")
+        replies = [hear_end(client) for client in clients]
+        assert replies[:100] == [b"42\n"] * 100, "those who had been accepted"
+        assert replies[100:] == [b"42\n"] * 100, "those who had only connected"
+        assert server.exit_code() == 0
+
+
+def test_all_lines_sent_before_a_stop_are_answered_though_they_are_more_than_is_read_at_once(tmp_path: Path) -> None:
+    with start(tmp_path) as server, server.client() as client:
+        assert client.ask(b"WHY") == b"42"
+        with stopped(server.workers()):
+            client.send(b"WHY\n" * 5000)
+            server.send_signal(signal.SIGTERM)
+            server.wait_for("server.draining")
+        assert hear_end(client).count(b"42\n") == 5000
+        assert server.exit_code() == 0
+
+
+@pytest.mark.parametrize("command", [b"SLEEP\n", b"SPIN\n"])
+def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(tmp_path: Path, command: bytes) -> None:
+    with start(tmp_path, "--drain-timeout", "3") as server, server.client() as client:
+        client.who()
+        client.send(command)
+        began = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        if command == b"SLEEP\n":
+            until(lambda: is_refused(server.port), "new clients are refused", SECOND)
+        assert server.exit_code() == 0
+        assert 2 < time.monotonic() - began < 3 * SECOND
+    assert left_over(tmp_path) == []
+
+
+def is_refused(port: int) -> bool:
+    try:
+        with Client(port):
+            return False
+    except ConnectionRefusedError:
+        return True
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(tmp_path: Path, workers: int) -> None:
+    with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", workers)
+        clients = [stack.enter_context(server.client()) for _ in range(500)]
+        asked, replies, rests = dict.fromkeys(clients, 0), dict.fromkeys(clients, 0), dict.fromkeys(clients, b"")
+        selector = stack.enter_context(selectors.DefaultSelector())
+
+        def ask(client: Client) -> None:
+            client.send(b"WHO\n")
+            asked[client] += 1
+
+        def turn() -> bool:
+            """Take what has come; ask again on every reply. A reset raises. Return whether all have ended."""
+            for key, _ in selector.select(LIMIT):
+                client = key.data
+                if data := client.sock.recv(4096):
+                    *lines, rests[client] = (rests[client] + data).split(b"\n")
+                    assert all(1 <= int(line) <= 500 for line in lines)
+                    replies[client] += len(lines)
+                    if lines:
+                        ask(client)
+                else:
+                    selector.unregister(client.sock)
+                    client.sock.close()
+            return not selector.get_map()
+
+        for client in clients:
+            selector.register(client.sock, selectors.EVENT_READ, client)
+            ask(client)
+        until(lambda: turn() or min(replies.values()) >= 20, "all are busy")
+        before = dict(asked)
+        server.send_signal(signal.SIGTERM)
+        until(turn, "all have come to an end")
+        assert set(rests.values()) == {b""}
+        assert [client for client in clients if replies[client] < before[client]] == [], "sent before, not answered"
+        assert server.exit_code() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.Signals) -> None:
+    with start(tmp_path, "--workers", "2", "--drain-timeout", "60") as server, server.client() as client:
+        client.who()
+        client.send(b"SLEEP\n")
+        server.send_signal(number)
+        server.wait_for("server.draining")
+        code, seconds = timed(lambda: server.stop(number))
+        assert code == 1
+        assert seconds < SECOND
+        assert server.events("server.forced")
+        assert server.stderr == ""
+    assert left_over(tmp_path) == []
+
+
+def test_with_a_drain_delay_it_goes_on_accepting_and_serving_after_the_signal(tmp_path: Path) -> None:
+    with start(tmp_path, "--drain-delay", "1") as server, server.client() as client:
+        assert client.who() == 1
+        began = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        server.wait_for("server.draining")
+        asked = 0
+        while time.monotonic() - began < 0.8:
+            with server.client() as other:
+                assert other.who() >= 2
+            asked += 1
+        assert client.ask(b"WHY") == b"42"
+        assert hear_end(client) == b""
+        assert server.exit_code() == 0
+        assert 1 <= time.monotonic() - began < 3 * SECOND
+        assert asked > 10
+
+
+def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    ends = set()
+    for step in range(14):
+        with start(tmp_path, "--workers", "2", wait=False) as server:
+            time.sleep(0.04 * step)  # The moment is the test.
+            ends.add(server.stop())
+            assert server.stderr == ""
+        assert left_over(tmp_path) == []
+    # Before the interpreter runs the program, the signal ends it as it ends any process.
+    assert ends == {-signal.SIGTERM, 0}
+
+
+# Reloads.
+
+
+def test_a_reload_brings_new_workers_with_new_code_and_keeps_all_else(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
+        daemon.bind(("127.0.0.1", 0))
+        statsd = ("--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1]))
+        with start(tmp_path, "--workers", "2", *statsd) as server, server.client() as before:
+            server.wait_for("worker.ready", 2)
+            server.wait_for("agent.ready")
+            children = {*server.workers(), *server.agents()}
+            where = before.ask(b"WHERE")
+            (tmp_path / "extra.py").write_text(MODULE.replace("rested", "well rested").replace("sleep(1)", "sleep(0)"))
+            server.send_signal(signal.SIGHUP)
+            assert hear_end(before) == b""
+            server.wait_for("server.reloaded")
+            server.wait_for("agent.ready", 2)
+            until(lambda: not any(child.is_running() for child in children), "the old ones are gone")
+            with server.client() as client:
+                assert client.who() == 1
+                assert client.ask(b"WHERE") == where
+                assert client.ask(b"NAP") == b"well rested"
+            assert len(server.workers()) == 2
+            assert len(server.agents()) == 1
+            assert not server.events("worker.died")
+            assert server.stop() == 0
+
+
+def test_after_reloads_in_quick_succession_the_last_code_is_what_runs(tmp_path: Path) -> None:
+    with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        for reloads in range(1, 8):
+            (tmp_path / "extra.py").write_text(MODULE.replace("time.sleep(1)", f"return 'version {reloads}'"))
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("server.reloading", reloads)
+            time.sleep(0.1)  # In the middle of the one before.
+        until(lambda: is_last(server.events(), "server.reloaded", "server.reloading"), "the last reload is done")
+        until(lambda: len(server.workers()) == 2, "the one before is gone")
+        for worker in server.workers():
+            assert clients_of(server, worker, 1, stack)[0].ask(b"NAP") == b"version 7"
+        assert not server.events("worker.died")
+
+
+def is_last(events: list[Event], last: str, other: str) -> bool:
+    """Whether the last event of these two kinds is of the first one."""
+    return [event["event.action"] for event in events if event["event.action"] in (last, other)][-1:] == [last]
+
+
+BROKEN = {
+    "no module": None,
+    "no Python": "def broken(:",
+    "an error": "raise RuntimeError('out of\\nluck')",
+    "an exit": "raise SystemExit(3)",
+    "no command": "WHO = 1",
+    "a command of ours": MODULE.replace('"NAP"', '"WHO"'),
+    "two of a name": MODULE.replace('"NAP"', '"SLEEP"'),
+}
+
+#: What the event of a failed reload says of a module that is like this.
+BROKEN_LATER = {
+    "SyntaxError": "def broken(:",
+    "out of luck": "raise RuntimeError('out of\\nluck')",
+    "no command": "WHO = 1",
+    "SIGKILL": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: Path, workers: int) -> None:
+    with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", workers)
+        old = server.workers()
+        with talking(*(client for worker in old for client in clients_of(server, worker, 1, stack))):
+            for failures, (reason, text) in enumerate(BROKEN_LATER.items(), 1):
+                (tmp_path / "extra.py").write_text(text)
+                server.send_signal(signal.SIGHUP)
+                assert reason in server.wait_for("server.reload_failed", failures)["message"]
+                time.sleep(0.5 if failures == 1 else 0)  # Time enough for another try, which there shall not be.
+                assert server.workers() == old
+            assert not server.events("worker.died")
+        (tmp_path / "extra.py").write_text(MODULE)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        until(lambda: not any(worker.is_running() for worker in old), "the old workers are gone")
+        assert len(server.workers()) == workers
+
+
+def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: Path) -> None:
+    with start(tmp_path) as server:
+        (tmp_path / "extra.py").write_text("raise RuntimeError('out of luck')")
+        server.workers()[0].kill()
+        assert "RuntimeError: out of luck" in server.wait_for("worker.died", 3)["message"]
+        (tmp_path / "extra.py").write_text(MODULE)
+        assert server.who() == 1
+
+
+def test_nobody_who_connects_during_reloads_is_refused_or_left_without_a_reply(tmp_path: Path) -> None:
+    with start(tmp_path, "--workers", "2") as server:
+        server.wait_for("worker.ready", 2)
+        is_over = threading.Event()
+        asked = {f"127.0.0.{thread}": 0 for thread in range(2, 10)}
+
+        def connect(source: str) -> None:
+            while not is_over.is_set():
+                with server.client(source) as client:
+                    assert 1 <= client.who() <= 50
+                asked[source] += 1
+                is_over.wait(0.001)
+
+        with ThreadPoolExecutor(8) as pool:
+            runs = [pool.submit(connect, source) for source in asked]
+            try:
+                for reloads in range(1, 11):
+                    server.send_signal(signal.SIGHUP)
+                    server.wait_for("server.reloaded", reloads)
+                until(lambda: sum(asked.values()) >= 10_000, "so many have connected")
+            finally:
+                is_over.set()
+        for run in runs:
+            run.result()
+        until(lambda: server.who() == 1, "WHO is exact")
+        assert not server.events("worker.died")
+
+
+@pytest.mark.parametrize("moment", [0, 0.2, 0.4, 0.6])
+def test_a_stop_during_a_reload_is_a_stop(tmp_path: Path, moment: float) -> None:
+    with start(tmp_path, "--workers", "2") as server:
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloading")
+        time.sleep(moment)
+        code, seconds = timed(server.stop)
+        assert code == 0
+        assert seconds < 4 * SECOND  # The usual drain timeout.
+        assert server.stderr == ""
+    assert left_over(tmp_path) == []
+
+
+# First starts that are refused.
+
+
+def fails(folder: Path, *options: str, code: int, command: list[str] | None = None) -> str:
+    """Start a server that cannot; return the one line that says why."""
+    with Running(*options, cwd=folder, env={"MARK": str(folder)}, command=command, wait=False) as server:
+        assert server.exit_code() == code
+        assert server.events("server.listening") == []
+        assert len(server.errors) == 1
+        assert server.stderr.startswith("gserver: ")
+    assert left_over(folder) == []
+    return server.stderr
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_module_of_commands_that_is_broken_is_refused_with_2(tmp_path: Path, what: str) -> None:
+    if text := BROKEN[what]:
+        (tmp_path / "extra.py").write_text(text)
+    assert "--commands extra" in fails(tmp_path, "--workers", "2", "--commands", "extra", code=2)
+
+
+def test_a_port_that_is_taken_is_refused_with_1(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert "in use" in fails(tmp_path, "--port", str(other.getsockname()[1]), code=1)
+
+
+@pytest.mark.parametrize("host", ["no such host", "x" * 64, "192.0.2.1"])
+def test_a_host_that_is_not_ours_is_refused_with_1(tmp_path: Path, host: str) -> None:
+    assert host in fails(tmp_path, "--host", host, code=1)
+
+
+def test_a_port_that_needs_a_permission_is_refused_with_1(tmp_path: Path) -> None:
+    if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 80:
+        pytest.skip("this machine lets everybody use port 80")
+    # Root may, but for this.
+    become = [program("setpriv"), "--bounding-set=-net_bind_service"] if os.geteuid() == 0 else []
+    command = [*become, sys.executable, "-P", "-m", "gserver", "serve", "--port", "80"]
+    assert "no permission" in fails(tmp_path, code=1, command=command)

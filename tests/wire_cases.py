@@ -1,0 +1,365 @@
+"""The wire as a table: what a lone client sends to a server with the id `here`, and what it reads.
+
+Every reply is written out here, by hand or by the rule of its family; the code under test has no part in it.
+A last line without its newline is ended by the end of input, or by a newline that comes later: the reply is the same.
+"""
+
+from itertools import product
+from typing import NamedTuple
+
+SERVER_ID = "here"
+LIMIT_BYTES = 1024
+
+WHO = b"1\n"
+WHERE = b"here\n"
+WHY = b"42\n"
+UNKNOWN = b"ERR unknown command\n"
+NOT_ASCII = b"ERR not ASCII\n"
+TOO_LONG = b"ERR line too long\n"
+
+REPLIES = {b"WHO": WHO, b"WHERE": WHERE, b"WHY": WHY}
+ENDINGS = {"LF": b"\n", "CRLF": b"\r\n"}
+
+
+class Case(NamedTuple):
+    """What is sent, all that comes back, and whether the connection is still open when the last line has ended."""
+
+    name: str
+    sent: bytes
+    replies: bytes
+    stays_open: bool = True
+
+
+def alternating(word: bytes) -> bytes:
+    """The word with every second letter small: WhErE."""
+    return bytes(byte | 0x20 if index % 2 else byte for index, byte in enumerate(word))
+
+
+# Letters of either case; LF and CRLF.
+
+SPELLED = [
+    Case(f"{spelling.decode()} {ending}", spelling + ENDINGS[ending], reply)
+    for command, reply in REPLIES.items()
+    for spelling in (command, command.lower(), command.title(), command.title().swapcase(), alternating(command))
+    for ending in ENDINGS
+]
+
+# Blanks around a command are dropped: space, tab, CR, VT and FF.
+
+BLANKS = {
+    "space": b" ",
+    "tab": b"\t",
+    "CR": b"\r",
+    "VT": b"\v",
+    "FF": b"\f",
+    "two spaces": b"  ",
+    "every blank": b" \t\r\v\f",
+}
+BLANKS_AROUND = [
+    *(Case(f"{name} before", blank + b"WHY\n", WHY) for name, blank in BLANKS.items()),
+    *(Case(f"{name} after", b"WHO" + blank + b"\n", WHO) for name, blank in BLANKS.items()),
+    *(Case(f"{name} around, CRLF", blank + b"where" + blank + b"\r\n", WHERE) for name, blank in BLANKS.items()),
+    *(Case(f"{name} in the middle", b"WH" + blank + b"Y\n", UNKNOWN) for name, blank in BLANKS.items()),
+]
+
+# A blank line has no reply.
+
+BLANK_LINES = {
+    "LF": b"\n",
+    "CRLF": b"\r\n",
+    "CRCRLF": b"\r\r\n",
+    "a space": b" \n",
+    "a tab": b"\t\n",
+    "VT and FF": b"\v\f\r\n",
+    "three of them": b"\n\r\n\n",
+}
+BLANK_LINE_CASES = [
+    *(Case(f"blank line, {name}, alone", line, b"") for name, line in BLANK_LINES.items()),
+    *(Case(f"blank line, {name}, before", line + b"WHY\n", WHY) for name, line in BLANK_LINES.items()),
+    *(
+        Case(f"blank line, {name}, between", b"WHO\n" + line + b"WHY\n", WHO + WHY)
+        for name, line in BLANK_LINES.items()
+    ),
+    *(Case(f"blank line, {name}, after", b"WHERE\n" + line, WHERE) for name, line in BLANK_LINES.items()),
+]
+
+# Several lines at once: the replies come in the order of the commands.
+
+PIPELINED = [
+    *(
+        Case(
+            f"{b', '.join(commands).decode()}",
+            b"\n".join(commands) + b"\n",
+            b"".join(map(REPLIES.__getitem__, commands)),
+        )
+        for count in (2, 3)
+        for commands in product(REPLIES, repeat=count)
+    ),
+    *(
+        Case(f"{first.decode()} {one}, {second.decode()} {two}", first + ENDINGS[one] + second + ENDINGS[two], replies)
+        for first, second, replies in ((b"who", b"why", WHO + WHY), (b"why", b"where", WHY + WHERE))
+        for one, two in (("LF", "CRLF"), ("CRLF", "LF"), ("CRLF", "CRLF"))
+    ),
+    *(
+        Case(f"{command.decode()}, a thousand times", (command + b"\n") * 1000, reply * 1000)
+        for command, reply in REPLIES.items()
+    ),
+    Case("a thousand of each", b"WHO\nWHERE\nWHY\n" * 1000, (WHO + WHERE + WHY) * 1000),
+    Case("a thousand blank lines", b"\n" * 1000 + b"WHY\n", WHY),
+    Case("unknown first", b"NOPE\nWHO\nWHY\n", UNKNOWN + WHO + WHY),
+    Case("unknown between", b"WHO\nNOPE\nWHY\n", WHO + UNKNOWN + WHY),
+    Case("unknown last", b"WHO\nWHY\nNOPE\n", WHO + WHY + UNKNOWN),
+    Case("not ASCII between", b"WHO\n\xff\nWHY\n", WHO + NOT_ASCII + WHY),
+    Case("refusals of both kinds", b"\xe9\nNOPE\n\xe9\nNOPE\n", (NOT_ASCII + UNKNOWN) * 2),
+    Case("a thousand refusals", b"NOPE\n" * 1000, UNKNOWN * 1000),
+]
+
+# What is no command: words, arguments, beginnings and extensions.
+
+WORDS = (
+    *(b"HELP", b"QUIT", b"EXIT", b"PING", b"HELLO", b"EHLO localhost", b"USER root", b"WHAT", b"WHEN", b"OHW", b"null"),
+    *(b"?", b".", b"-", b"--help", b"0", b"42", b"-1", b"*1", b"$3", b"{}", b"[]", b"#WHO", b"//", b"\\n", b"\\x57HO"),
+    *(b"WHO?", b"WHO!", b"WHO;", b"WHO.", b"WHO,", b"WHO:", b"/WHO", b'"WHO"', b"'WHO'", b"(WHO)", b"<WHO>"),
+    *(b"WHO,WHY", b"WHO;WHY", b"WHO|WHY", b"WHO&WHY", b"WHO+WHY", b"WHO/WHY"),
+    *(b"$(id)", b"`id`", b"%s%n%x", b"../../etc/passwd", b"' OR 1=1 --", b"<script>alert(1)</script>", b"{{7*7}}"),
+    *(b"ERR", b"ERR unknown command", b"ERR internal", b"1", b"here"),
+)
+ARGUMENTS = (b" x", b"\tx", b" 1", b" WHO", b" WHERE", b" WHY", b" --help", b" x y z")
+UNKNOWN_WORDS = [
+    *(Case(f"the word {word.decode()}", word + b"\n", UNKNOWN) for word in WORDS),
+    *(
+        Case(f"{command.decode()} with the argument {argument.decode()!r}", command + argument + b"\n", UNKNOWN)
+        for command in REPLIES
+        for argument in ARGUMENTS
+    ),
+    *(
+        Case(f"only {command[:length].decode()} of {command.decode()}", command[:length] + b"\n", UNKNOWN)
+        for command in REPLIES
+        for length in range(1, len(command))
+    ),
+    *(Case(f"only {command[1:].decode()}", command[1:] + b"\n", UNKNOWN) for command in REPLIES),
+    *(
+        Case(f"{command.decode()} and then {more.decode()}", command + more + b"\n", UNKNOWN)
+        for command in REPLIES
+        for more in (b"x", b"S", b"0", b"_", b"-", *REPLIES)
+    ),
+]
+
+# Control characters are no blanks, but for the five above (other notions of white space have 1C to 1F too).
+
+CONTROLS = [code for code in (*range(0x20), 0x7F) if code not in b"\t\n\v\f\r"]
+CONTROL_CHARACTERS = [
+    *(Case(f"byte {code:02X} alone", bytes([code]) + b"\n", UNKNOWN) for code in (0, 4, 0x1A, 0x1B, 0x1F, 0x7F)),
+    *(
+        Case(f"byte {code:02X} before WHO", bytes([code]) + b"WHO\n", UNKNOWN)
+        for code in (0, 4, 0x1A, 0x1C, 0x1F, 0x7F)
+    ),
+    *(Case(f"byte {code:02X} after WHO", b"WHO" + bytes([code]) + b"\n", UNKNOWN) for code in CONTROLS),
+    Case("NUL inside a command", b"W\0HO\n", UNKNOWN),
+    Case("NUL after CR", b"WHO\r\0\n", UNKNOWN),
+    Case("many NULs", b"\0" * 500 + b"\nWHY\n", UNKNOWN + WHY),
+    Case("backspace", b"WHX\bO\n", UNKNOWN),
+    Case("LF CR", b"WHO\n\rWHY\n\r", WHO + WHY),
+    Case("CR alone ends no line", b"WHO\rWHY\n", UNKNOWN),
+    Case("VT ends no line", b"WHO\vWHY\n", UNKNOWN),
+    Case("FF ends no line", b"WHO\fWHY\n", UNKNOWN),
+    Case("1E ends no line", b"WHO\x1eWHY\n", UNKNOWN),
+    Case("ANSI colour", b"\x1b[31mWHO\x1b[0m\n", UNKNOWN),
+    Case("ANSI colour after", b"WHO\x1b[0m\n", UNKNOWN),
+    Case("ANSI clear screen", b"\x1b[2J\x1b[H\n", UNKNOWN),
+    Case("ANSI window title", b"\x1b]0;pwned\x07\n", UNKNOWN),
+    Case("ANSI arrow key", b"\x1b[A\n", UNKNOWN),
+    Case("ANSI bracketed paste", b"\x1b[200~WHO\x1b[201~\n", UNKNOWN),
+    Case("ANSI then a command", b"\x1b[2J\nWHO\n", UNKNOWN + WHO),
+]
+
+# Bytes above 127, text or not.
+
+HIGH_BYTES = (0x80, 0x85, 0xA0, 0xC3, 0xD7, 0xFE, 0xFF)
+TEXTS = {
+    "e acute": "\u00e9",
+    "no-break space, WHO": "\u00a0WHO",
+    "WHO, next line": "WHO\u0085",
+    "WHO, line separator, WHY": "WHO\u2028WHY",
+    "WHO, zero width space": "WHO\u200b",
+    "byte order mark, WHO": "\ufeffWHO",
+    "fullwidth WHO": "\uff37\uff28\uff2f",
+    "Cyrillic WHO": "W\u041d\u041e",
+    "long s": "WHO\u017f",
+    "emoji": "\U0001f600",
+    "right to left": "\u202eOHW",
+    "WHO with an argument": "WHO \u00e9",
+}
+BAD_UTF8 = {
+    "a lone continuation": b"\x80\xbf",
+    "a cut sequence": b"WHO\xe2\x82",
+    "a sequence cut by a letter": b"\xc3(",
+    "an overlong slash": b"\xc0\xaf",
+    "an overlong W": b"\xc1\x97HO",
+    "a surrogate": b"\xed\xa0\x80",
+    "too large a code point": b"\xf4\x90\x80\x80",
+}
+NON_ASCII = [
+    *(Case(f"byte {code:02X} alone", bytes([code]) + b"\n", NOT_ASCII) for code in HIGH_BYTES),
+    *(Case(f"byte {code:02X} before WHO", bytes([code]) + b"WHO\n", NOT_ASCII) for code in HIGH_BYTES),
+    *(Case(f"byte {code:02X} after WHO", b"WHO" + bytes([code]) + b"\n", NOT_ASCII) for code in HIGH_BYTES),
+    *(Case(f"UTF-8, {name}", text.encode() + b"\n", NOT_ASCII) for name, text in TEXTS.items()),
+    *(Case(f"bad UTF-8, {name}", line + b"\nWHY\n", NOT_ASCII + WHY) for name, line in BAD_UTF8.items()),
+    Case("every byte but LF", bytes(code for code in range(256) if code != 10) + b"\n", NOT_ASCII),
+    Case("every byte", bytes(range(256)) + b"\n", UNKNOWN + NOT_ASCII),  # The tenth ends a line.
+    Case("UTF-16", "WHO\n".encode("utf-16-le"), UNKNOWN + UNKNOWN),  # W0H0O0 and, unterminated, 0.
+    Case("telnet negotiation", b"\xff\xfd\x03\xff\xfb\x18WHO\r\n", NOT_ASCII),
+    Case("telnet interrupt", b"\xff\xf4\xff\xfd\x06\r\nWHO\r\n", NOT_ASCII + WHO),
+    Case("TLS client hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\nWHO\n", NOT_ASCII + WHO),
+]
+
+# How long a line may be. Its ending does not count, be it LF or CRLF.
+
+LENGTHS = {"limit-1": LIMIT_BYTES - 1, "limit": LIMIT_BYTES, "limit+1": LIMIT_BYTES + 1, "limit+2": LIMIT_BYTES + 2}
+FILLINGS = (
+    # What fills the line, what the line ends in, and the reply to one that is not too long.
+    ("letters", b"x", b"", UNKNOWN),
+    ("bytes above 127", b"\xe9", b"", NOT_ASCII),
+    ("blanks", b" ", b"", b""),
+    ("blanks, then WHY", b" ", b"WHY", WHY),
+    ("NULs", b"\0", b"", UNKNOWN),
+)
+LENGTH_CASES = [
+    *(
+        Case(
+            f"{filling}, {length}, {ending}",
+            filler * (size - len(last)) + last + ENDINGS[ending],
+            reply if size <= LIMIT_BYTES else TOO_LONG,
+            stays_open=size <= LIMIT_BYTES,
+        )
+        for filling, filler, last, reply in FILLINGS
+        for length, size in LENGTHS.items()
+        for ending in ENDINGS
+    ),
+    Case("WHY and blanks, limit", b"WHY".ljust(LIMIT_BYTES) + b"\n", WHY),
+    Case("WHY and blanks, limit+1", b"WHY".ljust(LIMIT_BYTES + 1) + b"\n", TOO_LONG, stays_open=False),
+    Case("CRCRLF, limit-1: the first CR counts", b"x" * (LIMIT_BYTES - 1) + b"\r\r\n", UNKNOWN),
+    Case("CRCRLF, limit: the first CR counts", b"x" * LIMIT_BYTES + b"\r\r\n", TOO_LONG, stays_open=False),
+    Case("CR inside at the limit", b"x" * LIMIT_BYTES + b"\rx\n", TOO_LONG, stays_open=False),
+    Case("CRs alone, limit+1", b"\r" * (LIMIT_BYTES + 1) + b"\n", b""),  # The last is half of an ending.
+    Case("CRs alone, limit+2", b"\r" * (LIMIT_BYTES + 2) + b"\n", TOO_LONG, stays_open=False),
+    Case("unterminated, limit", b"x" * LIMIT_BYTES, UNKNOWN),
+    Case("unterminated, limit, CR", b"x" * LIMIT_BYTES + b"\r", UNKNOWN),
+    Case("unterminated, limit+1", b"x" * (LIMIT_BYTES + 1), TOO_LONG, stays_open=False),
+    Case("unterminated, limit+1, CR", b"x" * (LIMIT_BYTES + 1) + b"\r", TOO_LONG, stays_open=False),
+    Case("long after good ones", b"WHO\nWHY\n" + b"x" * 2000 + b"\n", WHO + WHY + TOO_LONG, stays_open=False),
+    Case("long and unterminated after a good one", b"WHO\n" + b"x" * 2000, WHO + TOO_LONG, stays_open=False),
+    Case("long before good ones", b"x" * 2000 + b"\nWHO\nWHY\n", TOO_LONG, stays_open=False),
+    Case("long between", b"WHO\n" + b"x" * 2000 + b"\nWHY\n", WHO + TOO_LONG, stays_open=False),
+    Case("long twice", (b"x" * 2000 + b"\n") * 2, TOO_LONG, stays_open=False),
+    Case("very long", b"x" * 100_000 + b"\nWHO\n", TOO_LONG, stays_open=False),
+    Case("very long and blank", b" " * 100_000 + b"WHO\n", TOO_LONG, stays_open=False),
+    Case("a command said over and over on one line", b"WHO" * 1000 + b"\nWHO\n", TOO_LONG, stays_open=False),
+    Case("good before and after the limit", b"WHO\n" + b"x" * LIMIT_BYTES + b"\nWHY\n", WHO + UNKNOWN + WHY),
+    Case("ten of the limit", (b"x" * LIMIT_BYTES + b"\r\n") * 10 + b"WHY\n", UNKNOWN * 10 + WHY),
+    Case("short lines that are long together", b"x\n" * 2000, UNKNOWN * 2000),
+]
+
+# A first line of the shape of an HTTP request: no reply, closed, and nothing after it is run.
+
+HTTP_LINES = (
+    *(b"GET / HTTP/1.1", b"GET / HTTP/1.0", b"HEAD / HTTP/1.1", b"POST /x HTTP/1.1", b"PUT /x HTTP/1.1"),
+    *(b"get / http/1.1", b"Post / Http/1.1", b"gET / hTtP/1.1", b"GET / HTTP/2", b"PRI * HTTP/2.0", b"GET / HTTP/"),
+    *(b"OPTIONS * HTTP/1.1", b"CONNECT example.com:443 HTTP/1.1", b"GET http://example.com/ HTTP/1.1", b"a b HTTP/x"),
+    *(
+        b"GET  /  HTTP/1.1",
+        b"\t GET\t/\tHTTP/1.1 \t",
+        b"GET /a b c HTTP/1.1",
+        b"WHO WHO HTTP/1.1",
+        b"GET /\xc3 HTTP/1.1",
+    ),
+)
+NO_HTTP_LINES = (
+    *(
+        b"GET",
+        b"GET /",
+        b"GET /index.html",
+        b"HTTP/1.1",
+        b"GET HTTP/1.1",
+        b"WHO HTTP/1.1",
+        b"GET / HTTP",
+        b"GET / HTTPS/1",
+    ),
+    *(
+        b"GET / XHTTP/1.1",
+        b"GET /HTTP/1.1",
+        b"GET /\0HTTP/1.1",
+        b"HTTP/1.1 200 OK",
+        b"GET / HTTP/1.1 x",
+        b"GET HTTP/1.1 /",
+    ),
+)
+REQUEST = b"POST /x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 8\r\n\r\nWHO\nWHO\n"
+HTTP = [
+    *(
+        Case(f"HTTP, {line.decode('latin1').strip()}, {ending}", line + ENDINGS[ending], b"", stays_open=False)
+        for line in HTTP_LINES
+        for ending in ENDINGS
+    ),
+    *(
+        Case(f"HTTP after a blank line, {name}", line + b"GET / HTTP/1.1\r\n", b"", stays_open=False)
+        for name, line in BLANK_LINES.items()
+    ),
+    Case("HTTP request with a body of commands", REQUEST, b"", stays_open=False),
+    Case("HTTP request after blank lines", b"\r\n\n" + REQUEST, b"", stays_open=False),
+    Case("HTTP, then commands", b"GET / HTTP/1.1\nWHO\nWHERE\nWHY\n", b"", stays_open=False),
+    Case("HTTP, then not ASCII", b"GET / HTTP/1.1\n\xff\n", b"", stays_open=False),
+    Case("HTTP, then a long line", b"GET / HTTP/1.1\n" + b"x" * 2000 + b"\n", b"", stays_open=False),
+    Case("HTTP, unterminated", b"GET / HTTP/1.1", b"", stays_open=False),
+    Case("HTTP, unterminated after a blank line", b"\r\nGET / HTTP/1.1", b"", stays_open=False),
+    Case("HTTP, limit", b"GET /".ljust(LIMIT_BYTES - 9, b"x") + b" HTTP/1.1\r\n", b"", stays_open=False),
+    Case("HTTP, limit+1", b"GET /".ljust(LIMIT_BYTES - 8, b"x") + b" HTTP/1.1\r\n", TOO_LONG, stays_open=False),
+    *(Case(f"no HTTP, {line.decode()}", line + b"\r\nWHY\n", UNKNOWN + WHY) for line in NO_HTTP_LINES),
+    *(
+        Case(f"HTTP second, after {line.decode('latin1')}", line + b"\nGET / HTTP/1.1\nWHY\n", reply + UNKNOWN + WHY)
+        for line, reply in (*REPLIES.items(), (b"NOPE", UNKNOWN), (b"\xff", NOT_ASCII), (b"GET /", UNKNOWN))
+    ),
+    Case("HTTP second, not ASCII", b"WHO\nGET /\xc3 HTTP/1.1\n", WHO + NOT_ASCII),
+    Case("HTTP second and third", b"WHO\n" + b"GET / HTTP/1.1\n" * 2, WHO + UNKNOWN * 2),
+    Case("HTTP second, a whole request", b"WHY\n" + REQUEST, WHY + UNKNOWN * 3 + WHO * 2),
+    Case("HTTP second, unterminated", b"WHO\nGET / HTTP/1.1", WHO + UNKNOWN),
+]
+
+# A last line without its newline.
+
+UNTERMINATED = [
+    Case("nothing at all", b"", b""),
+    *(
+        Case(f"unterminated {name}", before + command + after, replies + reply)
+        for command, reply in REPLIES.items()
+        for name, before, after, replies in (
+            (f"{command.decode()}", b"", b"", b""),
+            (f"{command.decode()}, CR", b"", b"\r", b""),
+            (f"{command.decode()}, blanks", b" \t", b"  ", b""),
+            (f"{command.decode()} after a command", b"WHY\n", b"", WHY),
+            (f"{command.decode()} after blank lines", b"\n\r\n", b"", b""),
+        )
+    ),
+    Case("unterminated who", b"who", WHO),
+    Case("unterminated WH", b"WH", UNKNOWN),
+    Case("unterminated WHOA", b"WHOA", UNKNOWN),
+    Case("unterminated argument", b"WHO x", UNKNOWN),
+    Case("unterminated NUL", b"WHO\0", UNKNOWN),
+    Case("unterminated byte above 127", b"WHY\nWHO\xff", WHY + NOT_ASCII),
+    Case("unterminated blanks", b"WHO\n \t", WHO),
+    Case("unterminated CR", b"\r", b""),
+    Case("unterminated after a thousand", b"WHY\n" * 1000 + b"WHO", WHY * 1000 + WHO),
+]
+
+CASES = [
+    *SPELLED,
+    *BLANKS_AROUND,
+    *BLANK_LINE_CASES,
+    *PIPELINED,
+    *UNKNOWN_WORDS,
+    *CONTROL_CHARACTERS,
+    *NON_ASCII,
+    *LENGTH_CASES,
+    *HTTP,
+    *UNTERMINATED,
+]
