@@ -19,7 +19,7 @@ LADDER = (
     ("children", "connection", "statsd"),
     ("process", "clientele"),
     ("board", "commands", "listener"),
-    ("protocol", "config", "logs", "receiver"),
+    ("protocol", "config", "logs", "receiver", "signals"),
     ("errors", "__init__"),
 )
 #: Who may know gevent; all others are ordinary Python.

@@ -1,4 +1,4 @@
-"""Signals are noted in order, wake a selector, and are taken once. (In a process of its own: they are for all of it.)"""
+"""Signals are noted in order, wake a selector, and are taken once. In a process of its own: they are for all of it."""
 
 import subprocess
 import sys
