@@ -66,10 +66,11 @@ def _ask_one(commands: Sequence[str], host: str, port: int, timeout_seconds: flo
 def _connect(host: str, port: int, deadline: float) -> socket.socket:
     """Connect to the first of the name's addresses that accepts; one deadline holds for all of them."""
     error: OSError = TimeoutError()
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for tried, (family, kind, protocol, _, address) in enumerate(found):
         sock = socket.socket(family, kind, protocol)
         try:
-            sock.settimeout(_left(deadline))
+            sock.settimeout(_left(deadline) / (len(found) - tried))
             sock.connect(address)
         except OSError as failed:
             sock.close()

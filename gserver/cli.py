@@ -97,7 +97,9 @@ def _click_type(option: Option, default: Any) -> click.ParamType[Any] | None:
     if option.parse:
         return _Parsed(option.parse)
     if isinstance(default, int):
-        return click.IntRange(cast("int | None", option.minimum), cast("int | None", option.maximum))
+        whole = click.IntRange(cast("int | None", option.minimum), cast("int | None", option.maximum))
+        whole.name = "whole number"
+        return whole
     if isinstance(default, float):
         return _Seconds(option.minimum, option.maximum)
     return None
@@ -170,14 +172,16 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     "servers",
     multiple=True,
     metavar="HOST:PORT",
+    envvar="GSERVER_SERVER",
     default=["127.0.0.1:4242"],
     show_default=True,
-    help="Server to ask; give several to have them tried in turn.",
+    help="Server to ask; give several to have them tried in turn (in GSERVER_SERVER: separated by blanks).",
 )
 @click.option(
     "--timeout",
     "timeout_seconds",
     type=_Seconds(0.001),
+    envvar="GSERVER_TIMEOUT",
     default=3.0,
     show_default=True,
     help="Time that each server has.",
@@ -207,9 +211,7 @@ def main() -> None:
     except OSError as error:
         # Output that cannot be written. What is still buffered goes nowhere, or it would fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_RUNTIME
-        if not isinstance(error, BrokenPipeError):  # Whoever read our output has left: nothing to tell.
-            _give_up(str(error), code)
+        _give_up(str(error), EXIT_RUNTIME)
     sys.exit(code)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.running import LIMIT, Running
+from tests.running import LIMIT, Client, Running, until
 from tests.test_statsd import Daemon, becomes, received, statsd_daemon, to
 
 #: Nobody listens there, and nothing of this kind of address leaves the machine.
@@ -137,3 +137,17 @@ def test_an_agent_that_hangs_at_the_end_does_not_delay_it() -> None:
         began = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - began < 4  # the default of --drain-timeout
+
+
+def test_a_server_that_stops_before_its_agent_is_ready_tells_its_figures_all_the_same(daemon: Daemon) -> None:
+    with Running(*to(daemon, "short"), wait=False) as server:
+        (agent,) = until(server.agents, "an agent")
+        agent.suspend()  # while it starts, which takes a tenth of a second and more
+        with Client(server.wait_for("server.listening")["server.port"]) as client:
+            assert client.ask(b"WHY") == b"42"
+        assert server.events("agent.ready") == []
+        server.send_signal(signal.SIGTERM)
+        until(lambda: not server.workers(), "the end of the workers")
+        agent.resume()
+        assert server.exit_code() == 0
+    becomes(lambda: received(daemon, "counters", "short.").get("commands.why"), 1)

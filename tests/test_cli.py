@@ -279,11 +279,16 @@ def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> Non
         )
         for text in texts
     ]
-    for text, run in zip(texts, runs, strict=True):
-        stdout, stderr = run.communicate(timeout=LIMIT)
-        told = _told(subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr))
-        assert told.startswith(f"Invalid value for '{flag(name)}': "), text
-        assert told.endswith(" (see gserver serve --help)"), text
+    try:
+        for text, run in zip(texts, runs, strict=True):
+            stdout, stderr = run.communicate(timeout=LIMIT)
+            told = _told(subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr))
+            assert told.startswith(f"Invalid value for '{flag(name)}': "), text
+            assert told.endswith(" (see gserver serve --help)"), text
+    finally:
+        for run in runs:
+            run.terminate()  # One that took its value is a server.
+            run.communicate(timeout=LIMIT)
 
 
 @pytest.mark.parametrize(

@@ -386,6 +386,46 @@ def test_no_line_for_a_person_is_longer_than_what_a_pipe_takes_whole(text: str) 
     assert len([line for line in lines if not line.startswith(b"    ")]) == len(WAYS)
 
 
+UNFIT = {
+    "arguments": "logging.warning('%d of them', 'many')",
+    "too few": "logging.warning('%s of %s', 1)",
+    "object": "logging.warning(Wordless())",
+    "argument": "logging.warning('%s', Wordless())",
+    "extra": "logging.warning('here', extra={'odd': Wordless()})",
+    "extra of our own name": "logging.warning('here', extra={'fields': 5})",
+    "extra of a field's name": "logging.warning('here', extra={'log.level': 5, 'event.action': None, '@timestamp': 1})",
+    "number": "logging.warning('here', extra={'number': 10**5000})",
+    "no number": "logging.warning('here', extra={'number': float('nan'), 'other': float('inf')})",
+    "keys": "logging.warning('here', extra={1: 2, (3, 4): 5})",
+    "itself": "logging.warning('here', extra={'loop': loop})",
+    "dictionary": "logging.warning({'message': 1, 'log.level': 2, 3: Wordless()})",
+    "bytes": "logging.warning(b'\\xff', extra={'raw': b'\\xff'})",
+}
+WORDLESS = """
+class Wordless:
+    def __repr__(self):
+        raise LookupError
+loop = []
+loop.append(loop)
+"""
+
+
+def no_number(text: str) -> None:
+    raise AssertionError(f"{text} is not JSON")
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+@pytest.mark.parametrize("statement", UNFIT.values(), ids=UNFIT)
+def test_a_log_call_that_cannot_be_carried_out_raises_nothing_and_is_one_line(statement: str, log_format: str) -> None:
+    lines = written(f"{WORDLESS}{statement}\nlogging.warning('next')", log_format)
+    assert len(lines) == 2
+    assert b"next" in lines[1]
+    if log_format == "json":
+        events = [json.loads(line, parse_constant=no_number) for line in lines]
+        assert [event["log.level"] for event in events] == ["warning", "warning"]
+        assert all(datetime.fromisoformat(event["@timestamp"]) for event in events)
+
+
 def test_the_end_of_a_long_stack_trace_is_kept() -> None:
     (line,) = written(
         "def one(left):\n    two(left)\n"

@@ -319,6 +319,7 @@ def sent_with(prefix: str, folder: Path) -> list[bytes]:
             with server.client() as client:
                 client.send("".join(f"{name}\n" for name in NAMES).encode())
                 assert [client.line() for _ in NAMES] == [b"1\n"] * len(NAMES)
+            server.wait_for("agent.ready")
             assert server.stop() == 0
         arrived = []
         with contextlib.suppress(BlockingIOError):

@@ -212,6 +212,18 @@ def test_a_worker_is_replaced_though_a_process_that_it_started_lives_on(tmp_path
             grandchild.kill()
 
 
+def test_a_worker_that_is_told_to_stop_drains_and_is_replaced(tmp_path: Path) -> None:
+    with start(tmp_path) as server, server.client() as client, server.client() as other:
+        assert other.who() == 2
+        client.send(b"NAP\nWHY\n")
+        until(lambda: server.who() == 3, "the first is in its command")
+        server.workers()[0].terminate()
+        assert hear_end(other) == b""
+        assert hear_end(client) == b"rested\n42\n"
+        assert server.wait_for("worker.died", limit=SECOND)["process.exit_code"] == 0
+        assert server.who() == 1
+
+
 # Workers that hang.
 
 
@@ -427,6 +439,20 @@ def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path)
         assert left_over(tmp_path) == []
     # Before the interpreter runs the program, the signal ends it as it ends any process.
     assert ends == {-signal.SIGTERM, 0}
+
+
+def test_it_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
+    terminal = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
+    command = [*terminal, sys.executable, "-P", "-m", "gserver", "serve", "--port", "0", "--log-format", "json"]
+    try:
+        with Running(command=command, env={"MARK": str(tmp_path)}) as server, server.client() as client:
+            client.who()
+            server.process.kill()
+            assert hear_end(client) == b""
+            until(lambda: not left_over(tmp_path), "no process is left")
+    finally:
+        for process in left_over(tmp_path):
+            process.kill()
 
 
 # Reloads.
