@@ -67,7 +67,9 @@ class Config:
     port: int = _option(
         4242, LISTENING, "Port to listen on; 0 = any free one.", minimum=0, maximum=65535, runner_variable="PORT"
     )
-    backlog: int = _option(1024, LISTENING, "Connections that the kernel may hold before accept.", minimum=1)
+    backlog: int = _option(
+        1024, LISTENING, "Connections that the kernel may hold before accept.", minimum=1, maximum=65535
+    )
     workers: int = _option(
         1,
         LISTENING,
@@ -79,7 +81,7 @@ class Config:
     server_id: str = _option(
         "", LISTENING, "What WHERE answers [default: a new UUID].", parse=parse_server_id, metavar="ID"
     )
-    max_clients: int = _option(10000, CLIENTS, "Clients at once, over all workers.", minimum=1)
+    max_clients: int = _option(10000, CLIENTS, "Clients at once, over all workers.", minimum=1, maximum=10_000_000)
     max_line_bytes: int = _option(1024, CLIENTS, "Longest line, its ending not counted.", minimum=1, maximum=65536)
     line_timeout_seconds: float = _option(
         10.0, CLIENTS, "Time from a line's first byte to its end; 0 = no limit.", minimum=0

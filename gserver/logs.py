@@ -6,14 +6,16 @@ what does not fit is dropped and counted. Field names are those of ECS and OpenT
 """
 
 import _thread
+import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import threading
 import time
 import traceback
-from _queue import SimpleQueue  # the C one, which stays native when gevent patches `queue`
+from _queue import Empty, SimpleQueue  # the C one, which stays native when gevent patches `queue`
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,8 +41,7 @@ class LineWriter:
     def __init__(self, fd: int, start_thread: Callable[..., Any]) -> None:
         self._fd = fd
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
-        self._done = _thread.allocate_lock()
-        self._done.acquire()
+        self._done: SimpleQueue[None] = SimpleQueue()
         self.dropped = 0
         start_thread(self._run, ())
 
@@ -59,7 +60,8 @@ class LineWriter:
     def close(self, timeout_seconds: float) -> None:
         """Write what is queued, for so long at most."""
         self._queue.put(None)
-        self._done.acquire(timeout=timeout_seconds)
+        with contextlib.suppress(Empty):
+            self._done.get(timeout=timeout_seconds)
 
     def _run(self) -> None:
         while (line := self._queue.get()) is not None:
@@ -68,13 +70,14 @@ class LineWriter:
                     line = line[os.write(self._fd, line) :]
                 except BlockingIOError:
                     # O_NONBLOCK on a shared descriptor is somebody else's, so not ours to clear: wait a little.
-                    # (The lock is held: this is a sleep that gevent has not patched.)
-                    self._done.acquire(timeout=0.05)
+                    # (For what never comes: a sleep that gevent has not patched.)
+                    with contextlib.suppress(Empty):
+                        SimpleQueue[None]().get(timeout=0.05)
                 except OSError:
                     # Nobody reads any more. The service goes on, and so does the emptying of the queue.
                     self.dropped += 1
                     break
-        self._done.release()
+        self._done.put(None)
 
 
 class EcsFormatter(JsonFormatter):
@@ -83,10 +86,11 @@ class EcsFormatter(JsonFormatter):
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
         """Put the fields in order, the most important first, and cut them to what a line may hold."""
         fields = log_data.pop("fields", {})
-        first = {"@timestamp": log_data.pop("@timestamp"), "log.level": log_data.pop("log.level").lower()}
+        first = {"@timestamp": log_data.pop("@timestamp").isoformat(), "log.level": log_data.pop("log.level").lower()}
         room, kept = MAX_LINE_BYTES, {}
         for key, value in {**first, **log_data, **fields}.items():
-            kept[key] = value if isinstance(value, int | float | None) else cut(key, str(value))
+            is_plain = isinstance(value, int | None) or (isinstance(value, float) and math.isfinite(value))
+            kept[key] = value if is_plain else cut(key, str(value))
             room -= len(json.dumps({key: kept[key]}))
             if room < 0:
                 del kept[key]
@@ -124,8 +128,10 @@ class _QueueHandler(logging.Handler):
         try:
             line = self.format(record)
         except Exception as error:  # noqa: BLE001 (of a command module: arguments that do not fit its text, say)
-            record.msg, record.args = f"{record.msg!r} cannot be logged: {type(error).__name__}", ()
-            line = self.format(record)
+            where = f"{record.pathname}:{record.lineno}"
+            message = f"a log call cannot be carried out: {type(error).__name__} at {where}"
+            plain = logging.LogRecord(record.name, record.levelno, record.pathname, record.lineno, message, None, None)
+            line = self.format(plain)
         self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n")
 
 

@@ -85,7 +85,8 @@ class Supervisor:
             logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
             for child in self._staying(AGENT):
                 child.dismiss(now + self._config.drain_timeout_seconds)
-        if self._config.needs_agent and not self._staying(AGENT):
+        # One at a time: the next one goes on where the last one has ended.
+        if self._config.needs_agent and not any(child.role == AGENT for child in self._children):
             self._start(AGENT, now)
 
     def _staying(self, role: str) -> list[Child]:
@@ -118,7 +119,9 @@ class Supervisor:
             child.dismiss(began_at + timeout * WORKERS_SHARE)
         if not any(child.role == WORKER for child in self._children):
             for child in self._staying(AGENT):
-                child.dismiss(began_at + timeout * AGENT_SHARE)
+                child.kill_at = began_at + timeout * AGENT_SHARE
+                if child.ready_at:  # SIGTERM would end one that still starts, with the last figures untold.
+                    child.dismiss(child.kill_at)
 
     # What there is.
 

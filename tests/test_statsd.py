@@ -17,7 +17,7 @@ import pytest
 
 from gserver.board import Board
 from gserver.statsd import COUNTERS, MAX_DATAGRAM_BYTES, RETRY_SECONDS, changes
-from tests.running import LIMIT, ROOT, Running, program, until
+from tests.running import LIMIT, PATIENCE, ROOT, Running, program, until
 
 STATSD = ROOT / ".tools/node_modules/statsd/stats.js"
 COMMANDS = """
@@ -282,7 +282,7 @@ def test_a_daemon_that_cannot_be_found_costs_no_client_anything() -> None:
         while len(server.events("statsd.unresolved")) < 2:
             asked = time.monotonic()
             assert client.ask(b"WHY") == b"42"
-            assert time.monotonic() - asked < 1
+            assert time.monotonic() - asked < PATIENCE
             assert asked - began < RETRY_SECONDS + 3 * LIMIT, "never tried again"
             time.sleep(0.05)
         spent = sum(agent.cpu_times()[:2]) - spent

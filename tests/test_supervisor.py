@@ -229,7 +229,7 @@ def test_a_worker_that_is_told_to_stop_drains_and_is_replaced(tmp_path: Path) ->
 
 @pytest.mark.parametrize("how", ["stopped", "in a busy loop"])
 def test_a_worker_that_hangs_is_replaced_and_the_clients_of_others_go_on(tmp_path: Path, how: str) -> None:
-    with start(tmp_path, "--workers", "2", "--hang-timeout", "1") as server, ExitStack() as stack:
+    with start(tmp_path, "--workers", "2", "--hang-timeout", str(SECOND)) as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
         victim, stays = server.workers()
         talkers = clients_of(server, stays, 3, stack)
@@ -246,11 +246,11 @@ def test_a_worker_that_hangs_is_replaced_and_the_clients_of_others_go_on(tmp_pat
 
 
 def test_workers_are_not_taken_for_hung_after_the_whole_machine_slept(tmp_path: Path) -> None:
-    with start(tmp_path, "--hang-timeout", "1") as server:
+    with start(tmp_path, "--hang-timeout", str(SECOND)) as server:
         supervisor, worker = psutil.Process(server.pid), server.workers()[0]
         supervisor.suspend()
         worker.suspend()
-        time.sleep(2.5)  # Longer than any of them may take for a turn.
+        time.sleep(1.5 + SECOND)  # Longer than any of them may take for a turn.
         supervisor.resume()
         time.sleep(0.3)  # It has its turn before the worker can give a sign of life.
         worker.resume()
