@@ -88,7 +88,7 @@ class Child:
 
 @dataclass
 class Pacing:
-    """When a role may be started again."""
+    """When a role may be started again; `failures` are the deaths since one was ready."""
 
     failures: int = 0
     spawn_at: float = 0.0
@@ -100,5 +100,4 @@ class Pacing:
             self.failures += 1
         else:
             pause = SHORT_LIFE_PAUSE_SECONDS if now - child.ready_at < SHORT_LIFE_SECONDS else 0.0
-            self.failures = 0
         self.spawn_at = now + pause

@@ -69,14 +69,14 @@ def spawn(role: str, instructions: Instructions) -> subprocess.Popen[bytes]:
 
 
 def begin(start_thread: Callable[..., Any]) -> Instructions:
-    """In a child: read the instructions, tie its life to the supervisor's, start its logs."""
+    """In a child: tie its life to the supervisor's, read the instructions, start its logs."""
+    # Killed by the kernel when the supervisor dies, even if this process hangs; `leave_if_orphaned` closes the gap before.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
         told = {} if sys.stdin.isatty() else json.load(sys.stdin)
         instructions = Instructions(**{**told, "config": Config(**told["config"])})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Misuse("a child process is started by `gserver serve`, not by hand") from error
-    # Killed by the kernel when the supervisor dies, even if this process hangs; the check closes the gap before.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     leave_if_orphaned(instructions)
     # These two are the supervisor's business, even when somebody sends them to all processes of the name.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

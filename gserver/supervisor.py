@@ -53,8 +53,9 @@ class Supervisor:
             while self._children or self._drain_at is None:
                 self._reconcile(monotonic())
                 self._wait()
-                self._reap(monotonic())
+                # Signals first: taking them empties the pipe that a death has woken the loop by.
                 self._heed_signals(monotonic())
+                self._reap(monotonic())
                 self._watch(monotonic())
         finally:
             for child in self._children:
@@ -136,6 +137,7 @@ class Supervisor:
 
     def _listen_to(self, child: Child) -> None:
         if child.read_report():
+            self._pacing[child.role].failures = 0
             if child.role == WORKER and not self._was_ready:
                 self._was_ready = True
                 self._announce()
@@ -166,7 +168,8 @@ class Supervisor:
     def _judge(self, child: Child, lost: int) -> None:
         """Decide what the unexpected end of a child means."""
         fields = {"gserver.child_pid": child.pid, "process.exit_code": child.process.returncode, "gserver.lost": lost}
-        is_reload = child.role == WORKER and child.ready_at is None and self._reloaded < self._generation
+        is_new = child.role == WORKER and child.ready_at is None and child.generation == self._generation
+        is_reload = is_new and self._reloaded < self._generation
         if child.refusal and not self._was_ready:
             self._failure = Misuse(child.refusal)
             self._end_now()
@@ -195,7 +198,7 @@ class Supervisor:
                 if now >= child.kill_at:
                     child.kill()
                     child.kill_at = now + WATCH_SECONDS
-            elif limit and silence > (limit if child.ready_at else max(limit, BOOT_SECONDS)):
+            elif limit and silence > max(limit, WATCH_SECONDS if child.ready_at else BOOT_SECONDS):
                 child.process.kill()
                 child.kill_at = now + WATCH_SECONDS
                 message = f"{child.role} {child.pid} has hung for {silence:.1f} s: killed"

@@ -141,7 +141,7 @@ class Worker:
 
     def is_full(self) -> bool:
         """Whether this process should leave new clients to the others, or to the kernel's queue."""
-        if self._open >= self._capacity + MAX_TURNED_AWAY:
+        if self._open > self._capacity + MAX_TURNED_AWAY:
             return True
         # Others may have room. When nobody has, new clients are let in to be told so.
         return self._open - self._turned_away >= self._capacity and self._board.clients() < self._config.max_clients

@@ -127,7 +127,7 @@ class Running:
         self.lines: list[str] = []
         self.errors: list[str] = []
         self._readers = [
-            threading.Thread(target=_collect, args=(stream, into))
+            threading.Thread(target=_collect, args=(stream, into), daemon=True)
             for stream, into in ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
         ]
         for reader in self._readers:

