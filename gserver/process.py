@@ -70,7 +70,7 @@ def spawn(role: str, instructions: Instructions) -> subprocess.Popen[bytes]:
 
 def begin(start_thread: Callable[..., Any]) -> Instructions:
     """In a child: tie its life to the supervisor's, read the instructions, start its logs."""
-    # Killed by the kernel when the supervisor dies, even if this process hangs; `leave_if_orphaned` closes the gap before.
+    # Killed by the kernel when the supervisor dies, even if this process hangs. (A check below closes the gap before.)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
         told = {} if sys.stdin.isatty() else json.load(sys.stdin)
