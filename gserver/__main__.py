@@ -38,7 +38,7 @@ def run_child(name: str) -> int:
 
     setattr(gevent.get_hub(), "print_exception", logs.unhandled)  # noqa: B010 (types-gevent forbids the plain form)
     role = import_module(f"gserver.{name}")
-    return process.run_child(role.run, monkey.get_original("_thread", "start_new_thread"))
+    return process.take_role(role.run)
 
 
 if __name__ == "__main__":

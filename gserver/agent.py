@@ -4,17 +4,13 @@ Clients never wait for it: when it hangs or dies, the workers go on, and the sup
 """
 
 import signal
-from time import monotonic, monotonic_ns
+from time import monotonic
 
 import gevent
 from gevent.event import Event
 
-from gserver import logs
-from gserver.board import Board
-from gserver.process import Instructions, leave_if_orphaned
+from gserver.process import Instructions, beat
 from gserver.statsd import FLUSH_SECONDS, StatsdClient
-
-HEARTBEAT_SECONDS = 0.25
 
 
 def run(instructions: Instructions) -> None:
@@ -22,22 +18,12 @@ def run(instructions: Instructions) -> None:
     board = instructions.board()
     should_stop = Event()
     gevent.signal_handler(signal.SIGTERM, should_stop.set)
-    gevent.spawn_raw(_beat, instructions, board)
-    # One that follows another goes on where that one ended.
-    client = StatsdClient(instructions.config, board.totals, board.read_note() or {})
+    gevent.spawn_raw(beat, instructions, board)
+    client = StatsdClient(instructions.config, board)
     instructions.report("ready")
     while True:
         flush_at = monotonic() + FLUSH_SECONDS
         client.flush()
-        board.leave_note(client.sent)
         if should_stop.is_set():
             break
         should_stop.wait(max(0.0, flush_at - monotonic()))
-
-
-def _beat(instructions: Instructions, board: Board) -> None:
-    while True:
-        leave_if_orphaned(instructions)
-        board.cells[board.single["agent_heartbeat"]] = monotonic_ns()
-        logs.report_left_out()
-        gevent.sleep(HEARTBEAT_SECONDS)

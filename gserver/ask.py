@@ -26,8 +26,8 @@ def parse_address(text: str) -> tuple[str, int]:
 def ask(commands: Sequence[str], servers: Sequence[tuple[str, int]], timeout_seconds: float) -> list[str]:
     """Return a reply for each command, all of one server: the first that answers them all without an ERR.
 
-    Each server has `timeout_seconds` for everything. Raises `Failure`, which names what each one did,
-    when none answers.
+    Each server has `timeout_seconds` for everything once its name is found. Raises `Failure`, which names what
+    each one did, when none answers.
     """
     for command in commands:
         if not command.strip() or not command.isprintable():

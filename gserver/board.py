@@ -5,11 +5,10 @@ A worker writes its own column; the supervisor writes its own cells, and settles
 worker that has died. Every cell is named here and nowhere else.
 """
 
-import json
 import mmap
 import os
 import zlib
-from typing import Any
+from collections.abc import Sequence
 
 from gserver.errors import Misuse
 from gserver.protocol import MAX_NAME_BYTES, REFUSALS
@@ -36,7 +35,6 @@ SINGLE_CELLS = (
 MAX_COMMANDS = 64
 
 _CELL_BYTES = 8
-_NOTE_BYTES = 1 << 18
 _FIRST = 1  # cell 0 holds the layout's fingerprint
 _FINGERPRINT = zlib.crc32(repr((WORKER_CELLS, SINGLE_CELLS, MAX_COMMANDS, MAX_NAME_BYTES)).encode())
 
@@ -49,15 +47,15 @@ class Board:
         self.slots = slots
         singles = _FIRST + slots * (len(WORKER_CELLS) + MAX_COMMANDS)
         self.single = {name: singles + index for index, name in enumerate(SINGLE_CELLS)}
-        self._names_at = (singles + len(SINGLE_CELLS)) * _CELL_BYTES
-        self._note_at = slots * MAX_COMMANDS * MAX_NAME_BYTES
-        self._size = self._names_at + self._note_at + _NOTE_BYTES
+        end = (singles + len(SINGLE_CELLS)) * _CELL_BYTES
+        size = 2 * end + slots * MAX_COMMANDS * MAX_NAME_BYTES
         if os.fstat(fd).st_size == 0:
-            os.ftruncate(fd, self._size)
-        memory = memoryview(mmap.mmap(fd, self._size))
-        self.cells = memory[: self._names_at].cast("q")
-        names_and_note = memory[self._names_at :]
-        self._names, self._note = names_and_note[: self._note_at], names_and_note[self._note_at :]
+            os.ftruncate(fd, size)
+        memory = memoryview(mmap.mmap(fd, size))
+        self.cells = memory[:end].cast("q")
+        #: The agent's: the cells as they were when it last sent them, from where one that follows it goes on.
+        self.sent = memory[end : 2 * end].cast("q")
+        self._names = memory[2 * end :]
 
     @classmethod
     def create(cls, slots: int) -> "Board":
@@ -96,42 +94,30 @@ class Board:
             names.append(name)
         return self._first_command(slot) + names.index(name)
 
-    def heartbeat(self, slot: int) -> int:
-        """Return when the worker in a slot, or the agent (-1), last gave a sign of life: monotonic nanoseconds."""
-        return self.cells[self.single["agent_heartbeat"] if slot < 0 else self.cell("heartbeat", slot)]
+    def heartbeat_cell(self, slot: int) -> int:
+        """Return the index of the cell where the worker in a slot, or the agent (-1), gives its signs of life."""
+        return self.single["agent_heartbeat"] if slot < 0 else self.cell("heartbeat", slot)
 
     def settle(self, slot: int) -> int:
         """Zero the gauge of a worker that is dead and return how many clients died with it."""
         index = self.cell("clients", slot)
         lost, self.cells[index] = self.cells[index], 0
-        self.cells[self.cell("heartbeat", slot)] = 0
         return lost
 
-    def totals(self) -> dict[str, int]:
+    def totals(self, cells: Sequence[int] | None = None) -> dict[str, int]:
         """Return every counter and gauge by name, summed over the workers; commands as `commands.NAME`."""
+        cells = self.cells if cells is None else cells
         totals = {
-            name: sum(self.cells[self.cell(name, 0) : self.cell(name, 0) + self.slots])
+            name: sum(cells[self.cell(name, 0) : self.cell(name, 0) + self.slots])
             for name in WORKER_CELLS
             if name != "heartbeat"
         }
-        totals.update((name, self.cells[index]) for name, index in self.single.items() if name != "agent_heartbeat")
+        totals.update((name, cells[index]) for name, index in self.single.items() if name != "agent_heartbeat")
         for slot in range(self.slots):
             for offset, name in enumerate(self._command_names(slot)):
                 key = f"commands.{name}"
-                totals[key] = totals.get(key, 0) + self.cells[self._first_command(slot) + offset]
+                totals[key] = totals.get(key, 0) + cells[self._first_command(slot) + offset]
         return totals
-
-    def leave_note(self, note: Any) -> None:
-        """Leave something, as JSON, to the agent that will follow this one."""
-        data = json.dumps(note).encode() + b"\0"
-        self._note[: len(data)] = data
-
-    def read_note(self) -> Any:
-        """Return what the last agent left; None if it is the first, or died while it wrote."""
-        try:
-            return json.loads(bytes(self._note).partition(b"\0")[0])
-        except ValueError:
-            return None
 
     def _first_command(self, slot: int) -> int:
         return _FIRST + self.slots * len(WORKER_CELLS) + slot * MAX_COMMANDS

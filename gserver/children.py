@@ -1,14 +1,19 @@
 """A process as its supervisor knows it: how it is started, what it has said, how it ended, when to start the next."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from time import monotonic
+from typing import IO, cast
 
 from gserver.board import Board
 from gserver.config import Config
-from gserver.process import Instructions, spawn
+from gserver.process import Instructions
 
 #: Pause before the next try after a child that died before it was ready: doubled each time, up to the maximum.
 FIRST_PAUSE_SECONDS = 0.1
@@ -18,6 +23,7 @@ SHORT_LIFE_SECONDS = 1.0
 SHORT_LIFE_PAUSE_SECONDS = 0.2
 
 WORKER, AGENT = "worker", "agent"
+ROOT = str(Path(__file__).parent.parent)
 
 
 @dataclass(eq=False)
@@ -41,13 +47,23 @@ class Child:
         """Start a process; raise OSError when the system cannot."""
         report_fd, its_end = os.pipe()
         try:
-            process = spawn(role, Instructions(config, slot, board.slots, os.getpid(), board.fd, listener_fd, its_end))
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "gserver", "child", role, str(slot)],
+                stdin=subprocess.PIPE,
+                pass_fds=[fd for fd in (board.fd, listener_fd, its_end) if fd >= 0],
+                process_group=0,  # so that a terminal's Ctrl-C reaches the supervisor alone
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))},
+            )
         except OSError:
             os.close(report_fd)
             raise
         finally:
             os.close(its_end)
         os.set_blocking(report_fd, False)
+        instructions = Instructions(config, slot, board.slots, os.getpid(), board.fd, listener_fd, its_end)
+        # A child that is dead already is found out by its exit, like any other.
+        with contextlib.suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as stdin:
+            stdin.write(json.dumps(asdict(instructions)).encode())
         return cls(role, slot, generation, process, report_fd, monotonic())
 
     @property
@@ -59,7 +75,8 @@ class Child:
     def end(self) -> str:
         """Why it ended: what it said itself, or its exit code."""
         code = self.process.returncode
-        return self.refusal or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
+        name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
+        return self.refusal or (f"killed by {name}" if code < 0 else f"exit code {code}")
 
     def read_report(self) -> bool:
         """Note what it says; return whether that is that it is ready."""
@@ -96,6 +113,8 @@ class Pacing:
     def note_death(self, child: Child, now: float) -> None:
         """Set the pause that its death calls for."""
         if child.ready_at is None:
+            if child.spawned_at < self.spawn_at:
+                return  # It was started with one that has died already: their pause is set.
             pause = min(FIRST_PAUSE_SECONDS * 2 ** min(self.failures, 10), MAX_PAUSE_SECONDS)
             self.failures += 1
         else:

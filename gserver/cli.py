@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import click
 from click.shell_completion import CompletionItem
@@ -16,8 +16,6 @@ from click.shell_completion import CompletionItem
 from gserver import __version__, logs
 from gserver.config import OPTIONS, Config, Option, environment_names, flag
 from gserver.errors import EXIT_RUNTIME, Failure, Misuse
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Parsed(click.ParamType[Any]):
@@ -35,28 +33,22 @@ class _Parsed(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
-class _GroupedOption(click.Option):
-    def __init__(self, *args: Any, group: str, **rest: Any) -> None:
-        super().__init__(*args, **rest)
-        self.group = group
-
-
 def _write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
     groups: dict[str, list[tuple[str, str]]] = {}
     for param in command.get_params(ctx):
         record = param.get_help_record(ctx)
         if record is not None:
-            groups.setdefault(getattr(param, "group", "Other"), []).append(record)
+            option = OPTIONS.get(param.name or "")
+            groups.setdefault(option.group if option else "Options", []).append(record)
     for group, records in groups.items():
         with formatter.section(group):
             formatter.write_dl(records, col_max=26)
 
 
-class _Command(click.Command):
-    """A command whose help shows its options by group."""
+class _Serve(click.Command):
+    """The command whose help shows its options by group."""
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        _write_options(self, ctx, formatter)
+    format_options = _write_options
 
 
 class _Group(click.Group):
@@ -115,27 +107,20 @@ class _Seconds(click.FloatRange):
         return seconds
 
 
-def _with_config_options(function: F) -> F:
-    for item in reversed(fields(Config)):
-        option = OPTIONS[item.name]
-        decorate = click.option(
-            flag(item.name),
-            item.name,
-            cls=_GroupedOption,
-            group=option.group,
-            default=None if item.default == "" else item.default,
-            type=_click_type(option, item.default),
-            metavar=option.metavar or ("N" if isinstance(item.default, int) else None),
-            help=option.help,
-            envvar=environment_names(item.name),
-            show_default=item.default != "",
-        )
-        function = decorate(function)
-    return function
+def _option(name: str, default: Any) -> click.Option:
+    option = OPTIONS[name]
+    return click.Option(
+        [flag(name), name],
+        default=None if default == "" else default,
+        type=_click_type(option, default),
+        metavar=option.metavar or ("N" if isinstance(default, int) else None),
+        help=option.help,
+        envvar=environment_names(name),
+        show_default=default != "",
+    )
 
 
-@gserver.command(cls=_Command)
-@_with_config_options
+@gserver.command(cls=_Serve, params=[_option(item.name, item.default) for item in fields(Config)])
 @click.pass_context
 def serve(ctx: click.Context, /, **options: Any) -> None:
     """Serve (what runs when no command is named)."""
@@ -147,25 +132,20 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     config = replace(
         config, workers=config.workers or len(os.sched_getaffinity(0)), server_id=config.server_id or str(uuid.uuid4())
     )
-    process.raise_file_limit()
-    room = config.workers * (process.open_file_limit() - process.RESERVED_FILES)
+    limit = process.raise_file_limit()
+    room = config.workers * (limit - process.RESERVED_FILES)
     is_chosen = ctx.get_parameter_source("max_clients") is not click.core.ParameterSource.DEFAULT
     if config.max_clients > room and (is_chosen or room < 1):
-        limit = process.open_file_limit()
         raise Misuse(
             f"--max-clients {config.max_clients} does not fit: a process may open {limit} files, which leaves room"
             f" for {room} clients: raise the limit (ulimit -n), lower --max-clients or raise --workers"
         )
     config = replace(config, max_clients=min(config.max_clients, room))
     logs.start(config.log_level, config.log_format, config.server_id)
-    try:
-        code = supervisor.run(config)
-    finally:
-        logs.stop(config.drain_timeout_seconds * 0.05)
-    ctx.exit(code)
+    ctx.exit(supervisor.Supervisor(config).run())
 
 
-@gserver.command(cls=_Command)
+@gserver.command()
 @click.argument("commands", nargs=-1, metavar="[WHO|WHERE|WHY]...")
 @click.option(
     "--server",

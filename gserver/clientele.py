@@ -3,42 +3,25 @@
 Owns the two ends of the count, `admit` and `release`; who calls the one owes the other.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from time import monotonic
-from typing import Protocol
+from typing import Any
 
 from gserver.board import Board
+from gserver.commands import Command, Service
 from gserver.config import Config
 from gserver.protocol import REFUSALS, Grammar, Refusal
-from gserver.receiver import Receiver
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """A command as one worker knows it: how it is answered, and the cell that counts it."""
-
-    name: str
-    answer: Callable[[], bytes]
-    cell: int
-    may_block: bool
-
-
-class Client(Protocol):
-    """What a sweep or a drain sees of a client."""
-
-    receiver: Receiver
-    was_active: bool
-    is_overstayed: bool
-    idle_since: float
 
 
 class Clientele:
     """All clients of one worker."""
 
-    def __init__(self, config: Config, board: Board, slot: int, verbs: dict[bytes, Verb]) -> None:
+    def __init__(self, config: Config, board: Board, slot: int, commands: Iterable[Command]) -> None:
         self.config = config
-        self.grammar = Grammar(verbs, config.max_line_bytes)
+        self.service = Service(config.server_id, board.clients)
+        table = {item.name.encode(): replace(item, cell=board.command_cell(item.name, slot)) for item in commands}
+        self.grammar = Grammar(table, config.max_line_bytes)
         self.cells = board.cells
         self.count_clients = board.clients
         self.clients = board.cell("clients", slot)
@@ -47,7 +30,7 @@ class Clientele:
         self.bursts = board.cell("bursts", slot)
         self.service_ns = board.cell("service_ns", slot)
         self.refusals = {refusal: board.cell(f"refused.{refusal.name}", slot) for refusal in REFUSALS}
-        self.connections: set[Client] = set()
+        self.connections: set[Any] = set()  # of Connection, which stands above this module
         self.is_draining = False
         self.drain_started_at = 0.0
 

@@ -1,14 +1,7 @@
 """The commands and their handlers: ordinary blocking functions that return one line.
 
-A handler is given the `Service` it runs in. It may sleep, look up a name or call a database: only the
-client that asked waits. `--commands MODULE` adds the commands that a module of your own defines:
-
-    from gserver.commands import command
-
-    @command("NAP")
-    def nap(service):
-        time.sleep(1)
-        return "rested"
+A handler may sleep, look up a name or call a database: only the client that asked waits. `--commands MODULE`
+adds those that a module of your own defines; README.md shows one.
 """
 
 import importlib
@@ -34,13 +27,15 @@ class Service:
 Handler = Callable[[Service], str | int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Command:
     """A name on the wire and the function that answers it. `may_block` is false for the built-in ones."""
 
     name: str
     handler: Handler
     may_block: bool = True
+    #: Of the board: where a worker counts it.
+    cell: int = -1
 
     def answer(self, service: Service) -> bytes:
         """Return the reply line, LF included. Raises what the handler raises, and ValueError for a bad reply."""

@@ -17,6 +17,9 @@ METRICS = "Metrics (StatsD)"
 LOGS = "Logs"
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "json", "text")
+#: Names that process runners give to the same things; GSERVER_<OPTION> wins over them.
+RUNNER_VARIABLES = {"port": "PORT", "workers": "WEB_CONCURRENCY"}
+RUNNER_VARIABLES |= {name: name.upper() for name in ("statsd_host", "statsd_port", "statsd_prefix")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,11 @@ class Option:
 
     group: str
     help: str
-    minimum: float | None = None
+    minimum: float = 0
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     parse: Callable[[str], Any] | None = None
     metavar: str | None = None
-    #: A name that process runners give to the same thing; GSERVER_<OPTION> wins over it.
-    runner_variable: str | None = None
 
 
 def _option(default: Any, group: str, help: str, **rest: Any) -> Any:  # noqa: A002 (click's own word)
@@ -64,52 +65,37 @@ class Config:
     """One server's configuration. Periods are seconds; 0 switches off what its help says it does."""
 
     host: str = _option("127.0.0.1", LISTENING, "Address to listen on; 0.0.0.0 or :: for all.")
-    port: int = _option(
-        4242, LISTENING, "Port to listen on; 0 = any free one.", minimum=0, maximum=65535, runner_variable="PORT"
-    )
+    port: int = _option(4242, LISTENING, "Port to listen on; 0 = any free one.", maximum=65535)
     backlog: int = _option(
         1024, LISTENING, "Connections that the kernel may hold before accept.", minimum=1, maximum=65535
     )
     workers: int = _option(
-        1,
-        LISTENING,
-        "Worker processes, or auto: one for each core.",
-        parse=parse_workers,
-        metavar="N|auto",
-        runner_variable="WEB_CONCURRENCY",
+        1, LISTENING, "Worker processes, or auto: one for each core.", parse=parse_workers, metavar="N|auto"
     )
     server_id: str = _option(
         "", LISTENING, "What WHERE answers [default: a new UUID].", parse=parse_server_id, metavar="ID"
     )
     max_clients: int = _option(10000, CLIENTS, "Clients at once, over all workers.", minimum=1, maximum=10_000_000)
     max_line_bytes: int = _option(1024, CLIENTS, "Longest line, its ending not counted.", minimum=1, maximum=65536)
-    line_timeout_seconds: float = _option(
-        10.0, CLIENTS, "Time from a line's first byte to its end; 0 = no limit.", minimum=0
-    )
-    idle_timeout_seconds: float = _option(0.0, CLIENTS, "Time a client may say nothing; 0 = no limit.", minimum=0)
-    write_timeout_seconds: float = _option(
-        10.0, CLIENTS, "Time a client may leave its replies unread; 0 = no limit.", minimum=0
-    )
+    line_timeout_seconds: float = _option(10.0, CLIENTS, "Time from a line's first byte to its end; 0 = no limit.")
+    idle_timeout_seconds: float = _option(0.0, CLIENTS, "Time a client may say nothing; 0 = no limit.")
+    write_timeout_seconds: float = _option(10.0, CLIENTS, "Time a client may leave its replies unread; 0 = no limit.")
     unterminated_after_seconds: float = _option(
-        0.1, CLIENTS, "Silence after which a whole command without its newline is answered; 0 = never.", minimum=0
+        0.1, CLIENTS, "Silence after which a whole command without its newline is answered; 0 = never."
     )
     drain_timeout_seconds: float = _option(
-        4.0, STOPPING, "Time from a stop to the exit, at most; what is busy then is cut off.", minimum=0
+        4.0, STOPPING, "Time from a stop to the exit, at most; what is busy then is cut off."
     )
     drain_delay_seconds: float = _option(
-        0.0, STOPPING, "Time to go on serving after SIGTERM, before the drain, for balancers to notice.", minimum=0
+        0.0, STOPPING, "Time to go on serving after SIGTERM, before the drain, for balancers to notice."
     )
     hang_timeout_seconds: float = _option(
-        10.0, STOPPING, "Time without a sign of life after which a process is replaced; 0 = never.", minimum=0
+        10.0, STOPPING, "Time without a sign of life after which a process is replaced; 0 = never."
     )
     commands: str = _option("", EXTENDING, "Python module with commands of your own.", metavar="MODULE")
-    statsd_host: str = _option(
-        "", METRICS, "StatsD daemon [default: none, no metrics are sent].", runner_variable="STATSD_HOST"
-    )
-    statsd_port: int = _option(8125, METRICS, "Its UDP port.", minimum=1, maximum=65535, runner_variable="STATSD_PORT")
-    statsd_prefix: str = _option(
-        "gserver", METRICS, "First part of every name.", parse=parse_statsd_prefix, runner_variable="STATSD_PREFIX"
-    )
+    statsd_host: str = _option("", METRICS, "StatsD daemon [default: none, no metrics are sent].")
+    statsd_port: int = _option(8125, METRICS, "Its UDP port.", minimum=1, maximum=65535)
+    statsd_prefix: str = _option("gserver", METRICS, "First part of every name.", parse=parse_statsd_prefix)
     log_level: str = _option("info", LOGS, "Least level to log.", choices=LEVELS)
     log_format: str = _option("auto", LOGS, "auto = text on a terminal, json elsewhere.", choices=FORMATS)
 
@@ -130,5 +116,4 @@ def flag(name: str) -> str:
 def environment_names(name: str) -> list[str]:
     """Return the environment variables of a field, the one that wins first."""
     own = "GSERVER_" + flag(name).removeprefix("--").replace("-", "_").upper()
-    runner = OPTIONS[name].runner_variable
-    return [own, runner] if runner else [own]
+    return [own, RUNNER_VARIABLES[name]] if name in RUNNER_VARIABLES else [own]

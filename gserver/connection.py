@@ -13,7 +13,8 @@ import gevent
 from gevent import socket as gevent_socket
 
 from gserver import logs
-from gserver.clientele import Clientele, Verb
+from gserver.clientele import Clientele
+from gserver.commands import Command
 from gserver.protocol import IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
 from gserver.receiver import Receiver, raw_socket
 
@@ -47,7 +48,7 @@ class Connection:
         self._sock = sock
         self._raw = raw_socket(sock)
         self._clientele = clientele
-        self._parser: Parser[Verb] = Parser(clientele.grammar)
+        self._parser: Parser[Command] = Parser(clientele.grammar)
         self._accepted_at = self.idle_since = monotonic()
         self._line_deadline = math.inf
         self._has_spoken = self._is_ended = False
@@ -89,7 +90,7 @@ class Connection:
                 self.is_overstayed = False
                 if not parser.partial or b"\n" in data:
                     self._line_deadline = math.inf  # What is left of it, if anything, is a new line.
-                items: Sequence[Verb | Refusal] = parser.feed(data)
+                items: Sequence[Command | Refusal] = parser.feed(data)
             elif data is None:
                 items = self._take_silence()
                 if not items and clientele.is_draining and self._leaves_at() <= monotonic():
@@ -123,7 +124,7 @@ class Connection:
             return self._clientele.drain_started_at + DRAIN_GRACE_SECONDS
         return 0.0 if self._has_spoken else self._accepted_at + DRAIN_GRACE_SECONDS
 
-    def _take_silence(self) -> Sequence[Verb | Refusal]:
+    def _take_silence(self) -> Sequence[Command | Refusal]:
         """Nothing came in time: return what that means."""
         clientele = self._clientele
         if self.is_overstayed:
@@ -132,21 +133,22 @@ class Connection:
             return [TOO_SLOW]
         return self._parser.silence() if clientele.config.unterminated_after_seconds or clientele.is_draining else []
 
-    def _answer(self, items: Sequence[Verb | Refusal]) -> Refusal | None:
+    def _answer(self, items: Sequence[Command | Refusal]) -> Refusal | None:
         """Answer in order; return the refusal that ends the conversation, if one does."""
         clientele, cells = self._clientele, self._clientele.cells
         replies: list[bytes] = []
         for item in items:
-            if isinstance(item, Verb):
+            if isinstance(item, Command):
                 if item.may_block and replies:
                     self._send(replies)  # Nobody waits for a reply that is ready.
                     replies = []
                 try:
-                    replies.append(item.answer())
+                    replies.append(item.answer(clientele.service))
                     cells[item.cell] += 1
                     continue
                 except HANDLER_ERRORS as error:
-                    _complain_of_handler(item.name, error)
+                    message = f"the handler of {item.name} raised {type(error).__name__}"
+                    logs.complain("command.failed", message, {"gserver.command": item.name, **logs.error_fields(error)})
                     item = INTERNAL  # noqa: PLW2901
             clientele.refuse(item)
             replies.append(item.reply)
@@ -183,8 +185,3 @@ def close_cleanly(sock: gevent_socket.socket) -> None:
         pass
     finally:
         sock.close()
-
-
-def _complain_of_handler(name: str, error: BaseException) -> None:
-    fields = {"gserver.command": name, **logs.error_fields(error)}
-    logs.complain("command.failed", f"the handler of {name} raised {type(error).__name__}", fields)

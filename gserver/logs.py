@@ -5,7 +5,7 @@ what does not fit is dropped and counted. Field names are those of ECS and OpenT
 4,096 bytes, so that those of several processes do not mix in one pipe (PIPE_BUF, pipe(7)).
 """
 
-import _thread
+import atexit
 import contextlib
 import json
 import logging
@@ -16,7 +16,8 @@ import threading
 import time
 import traceback
 from _queue import Empty, SimpleQueue  # the C one, which stays native when gevent patches `queue`
-from collections.abc import Callable, Mapping
+from _thread import start_new  # `start_new_thread` under its old name, which gevent does not patch
+from collections.abc import Mapping
 from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
@@ -27,6 +28,8 @@ MAX_TEXT_BYTES = 300
 #: A complaint is logged so often in a window; the rest is counted, and the count logged when the window ends.
 COMPLAINTS = 5
 WINDOW_SECONDS = 10.0
+#: How long a process that ends waits for a reader of its last lines.
+LAST_WORDS_SECONDS = 0.2
 STACK = "error.stack_trace"
 LIMITS = {"message": 800, STACK: 1800}
 
@@ -38,12 +41,12 @@ _windows: dict[str, list[float]] = {}
 class LineWriter:
     """Writes lines to a descriptor from a native thread; `put` never waits."""
 
-    def __init__(self, fd: int, start_thread: Callable[..., Any]) -> None:
+    def __init__(self, fd: int) -> None:
         self._fd = fd
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._done: SimpleQueue[None] = SimpleQueue()
         self.dropped = 0
-        start_thread(self._run, ())
+        start_new(self._run, ())
 
     def put(self, line: bytes) -> None:
         """Queue a line, or count it as dropped when the queue is full."""
@@ -135,12 +138,11 @@ class _QueueHandler(logging.Handler):
         self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n")
 
 
-def start(
-    level: str, format_name: str, server_id: str, start_thread: Callable[..., Any] = _thread.start_new_thread
-) -> None:
-    """Begin logging in this process. `start_thread` starts a native thread, whatever has been patched."""
+def start(level: str, format_name: str, server_id: str) -> None:
+    """Begin logging in this process; what is queued when it ends is still written, unless nobody reads."""
     global _writer  # noqa: PLW0603 (a process has one stdout)
-    _writer = LineWriter(1, start_thread)
+    _writer = LineWriter(1)
+    atexit.register(_writer.close, LAST_WORDS_SECONDS)  # after `sys.excepthook` has had its word
     handler = _QueueHandler(_writer)
     if format_name == "text":
         handler.setFormatter(TextFormatter())
@@ -166,11 +168,6 @@ def event(level: int, action: str, message: str, fields: Mapping[str, Any] | Non
     """Log one event. `action` is its name in docs/operations.md; `fields` have ECS names."""
     if _logger.isEnabledFor(level):
         _logger.log(level, message, extra={"fields": {"event.action": action, **(fields or {})}})
-
-
-def is_debug() -> bool:
-    """Whether events at DEBUG are wanted: ask first where building one costs."""
-    return _logger.isEnabledFor(logging.DEBUG)
 
 
 def complain(action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
@@ -210,18 +207,6 @@ def unhandled(context: object, kind: type[BaseException] | None, value: Any, tra
     error = value if isinstance(value, BaseException) else RuntimeError(str(value or kind))
     error.__traceback__ = trace or error.__traceback__
     complain("process.error", f"{type(error).__name__} in {context!r}", error_fields(error))
-
-
-def stop(timeout_seconds: float) -> None:
-    """Write what is still queued; give up when nobody reads."""
-    if _writer is not None:
-        _writer.close(timeout_seconds)
-
-
-def say(text: str) -> None:
-    """Print a line to a person, in its place among the events."""
-    if _writer is not None:
-        _writer.put(text.encode("ascii", "backslashreplace") + b"\n")
 
 
 def _printable(text: str) -> str:

@@ -4,12 +4,13 @@ Aggregated: counters as their increase since the last flush, gauges as they are.
 client: it runs in the agent, and UDP does not wait.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from time import monotonic
 
 import statsd
 
 from gserver import logs
+from gserver.board import Board
 from gserver.config import Config
 from gserver.listener import show_address
 from gserver.protocol import REFUSALS
@@ -57,25 +58,24 @@ def changes(before: Totals, now: Totals) -> Iterator[Metric]:
 class StatsdClient:
     """Sends to the daemon; until its name resolves, and again and again later, looks it up."""
 
-    def __init__(self, config: Config, totals: Callable[[], Totals], sent: Totals) -> None:
-        """`totals` reads the board; `sent` is what counts as sent already."""
+    def __init__(self, config: Config, board: Board) -> None:
         self._config = config
-        self._totals = totals
-        self.sent = sent
+        self._board = board
         self._client: statsd.StatsClient | None = None
         self._resolve_at = 0.0
 
     def flush(self) -> None:
-        """Send what has changed. What cannot be sent is kept for the next flush."""
+        """Send what has changed. While the daemon's name does not resolve, it is kept for a later flush."""
         if monotonic() >= self._resolve_at:
             self._resolve()
         if self._client is None:
             return
-        now = self._totals()
+        board = self._board
+        now = memoryview(bytes(board.cells)).cast("q")
         with self._client.pipeline() as pipe:
-            for kind, name, value in changes(self.sent, now):
+            for kind, name, value in changes(board.totals(board.sent), board.totals(now)):
                 getattr(pipe, kind)(name, value)
-        self.sent = now
+        board.sent[:] = now
 
     def _resolve(self) -> None:
         host, port = self._config.statsd_host, self._config.statsd_port

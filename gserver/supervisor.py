@@ -25,6 +25,8 @@ BOOT_SECONDS = 30.0
 #: Parts of the drain timeout by which workers, then the agent, are killed if they are still there.
 WORKERS_SHARE = 0.85
 AGENT_SHARE = 0.92
+#: SIGTERM so soon after SIGINT, or the other way round, is the same request once more.
+PASS_ON_SECONDS = 0.5
 
 
 class Supervisor:
@@ -43,6 +45,7 @@ class Supervisor:
         self._drain_at: float | None = None
         self._looked_at = monotonic()
         self._signals = SignalNotes(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        self._asked_to_stop: tuple[signal.Signals, float] | None = None
         self._had_terminal = os.isatty(0)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._signals.fd, selectors.EVENT_READ, None)
@@ -57,9 +60,9 @@ class Supervisor:
                 self._heed_signals(monotonic())
                 self._reap(monotonic())
                 self._watch(monotonic())
+                self._board.cells[self._board.single["workers"]] = sum(bool(c.ready_at) for c in self._staying(WORKER))
         finally:
-            for child in self._children:
-                child.kill()
+            self._end_now()
         if self._failure is not None:
             raise self._failure
         logs.event(logging.INFO, "server.stopped", "stopped" + (", forced" if self._was_forced else ""))
@@ -102,13 +105,13 @@ class Supervisor:
             slot, listener_fd = min(free), self._socket.fileno()
         if now < self._pacing[role].spawn_at:
             return
-        self._add("agent_starts", role == AGENT)
         try:
             child = Child.start(role, slot, self._generation, self._config, self._board, listener_fd)
         except OSError as error:
             self._pacing[role].spawn_at = now + SHORT_LIFE_SECONDS
             logs.complain("process.not_started", f"cannot start the {role}: {error}", logs.error_fields(error))
             return
+        self._add("agent_starts", role == AGENT)
         self._children.append(child)
         self._selector.register(child.report_fd, selectors.EVENT_READ, child)
 
@@ -145,7 +148,6 @@ class Supervisor:
             logs.event(logging.INFO, f"{child.role}.ready", f"{child.role} {child.pid} is ready", fields)
         if child.has_hung_up:
             self._hang_up(child)
-        self._count_workers()
 
     def _hang_up(self, child: Child) -> None:
         if child.report_fd >= 0:
@@ -158,7 +160,6 @@ class Supervisor:
             self._listen_to(child)  # Its last words.
             self._hang_up(child)
             self._children.remove(child)
-            self._count_workers()
             lost = self._board.settle(child.slot) if child.role == WORKER else 0
             self._add("lost", lost)
             if not child.is_leaving:
@@ -193,10 +194,10 @@ class Supervisor:
         for child in self._children:
             if was_stopped:
                 child.spawned_at = now
-            silence = now - max(child.spawned_at, self._board.heartbeat(child.slot) / 1e9)
+            silence = now - max(child.spawned_at, self._board.cells[self._board.heartbeat_cell(child.slot)] / 1e9)
             if child.kill_at is not None:
                 if now >= child.kill_at:
-                    child.kill()
+                    child.process.kill()
                     child.kill_at = now + WATCH_SECONDS
             elif limit and silence > max(limit, WATCH_SECONDS if child.ready_at else BOOT_SECONDS):
                 child.process.kill()
@@ -207,42 +208,38 @@ class Supervisor:
     def _add(self, name: str, amount: int) -> None:
         self._board.cells[self._board.single[name]] += amount
 
-    def _count_workers(self) -> None:
-        self._board.cells[self._board.single["workers"]] = sum(bool(child.ready_at) for child in self._staying(WORKER))
-
     def _announce(self) -> None:
         config = self._config
         where = listener.show_address(config.host, config.port)
         fields = {"server.address": config.host, "server.port": config.port}
         fields |= {"gserver.workers": config.workers, "gserver.max_clients": config.max_clients}
-        logs.event(logging.INFO, "server.listening", f"listening on {where}", fields)
-        if config.log_format == "text":
-            logs.say(f"  talk to it:  nc {config.host} {config.port}   then type WHO, WHERE or WHY")
-            logs.say("  stop it:     Ctrl-C")
+        hint = f": nc {config.host} {config.port}, then WHO, WHERE or WHY; Ctrl-C stops it"
+        message = f"listening on {where}" + (hint if config.log_format == "text" else "")
+        logs.event(logging.INFO, "server.listening", message, fields)
 
     # Signals.
 
     def _heed_signals(self, now: float) -> None:
         for number in self._signals.take():
-            # A terminal that is closed sends SIGHUP too: then it is no terminal any more.
-            if number == signal.SIGHUP and not (self._had_terminal and not os.isatty(0)):
-                if self._drain_at is None:
-                    self._generation += 1
-                    logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
+            # A terminal that is closed sends SIGHUP too, more than once: then it is no terminal any more.
+            if self._drain_at is None and number == signal.SIGHUP and self._had_terminal <= os.isatty(0):
+                self._generation += 1
+                logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
             elif self._drain_at is None:
+                self._asked_to_stop = number, now
                 self._drain_at = now + self._config.drain_delay_seconds
                 logs.event(logging.INFO, "server.draining", f"{number.name}: draining")
-            else:
+            elif number != signal.SIGHUP and self._is_second_request(number, now):
                 self._was_forced = True
                 logs.event(logging.WARNING, "server.forced", f"{number.name} again: ending now")
                 self._end_now()
+
+    def _is_second_request(self, number: signal.Signals, now: float) -> bool:
+        """Whether that is not what a runner, sharing our terminal and its Ctrl-C, passes on of the first one."""
+        first, at = self._asked_to_stop or (number, now)
+        return number == first or now - at > PASS_ON_SECONDS
 
     def _end_now(self) -> None:
         self._drain_at = 0.0
         for child in self._children:
             child.kill()
-
-
-def run(config: Config) -> int:
-    """Serve with this configuration and return the exit code."""
-    return Supervisor(config).run()

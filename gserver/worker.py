@@ -7,8 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from functools import partial
-from time import monotonic, monotonic_ns
+from time import monotonic
 from typing import Any, cast
 
 import gevent
@@ -17,13 +16,12 @@ from gevent.server import StreamServer
 
 from gserver import commands, logs
 from gserver.board import Board
-from gserver.clientele import Clientele, Verb
+from gserver.clientele import Clientele
 from gserver.connection import Connection, close_cleanly
-from gserver.process import RESERVED_FILES, Instructions, leave_if_orphaned, open_file_limit
+from gserver.process import RESERVED_FILES, Instructions, beat, raise_file_limit
 from gserver.protocol import TOO_MANY_CLIENTS, Refusal
 from gserver.receiver import READ, raw_socket
 
-HEARTBEAT_SECONDS = 0.25
 #: Clients that are being told that there are too many, at once; more are closed without a word.
 MAX_TURNED_AWAY = RESERVED_FILES // 2
 #: Connections that a drain takes over from the kernel's queue, at most.
@@ -67,17 +65,8 @@ class Worker:
         self._instructions = instructions
         self._config = config = instructions.config
         self._board: Board = instructions.board()
-        slot = instructions.slot
-        service = commands.Service(config.server_id, self._board.clients)
-        verbs = {
-            item.name.encode(): Verb(
-                item.name, partial(item.answer, service), self._board.command_cell(item.name, slot), item.may_block
-            )
-            for item in commands.load(config.commands)
-        }
-        self._clientele = Clientele(config, self._board, slot, verbs)
-        self._heartbeat = self._board.cell("heartbeat", slot)
-        self._capacity = open_file_limit() - RESERVED_FILES
+        self._clientele = Clientele(config, self._board, instructions.slot, commands.load(config.commands))
+        self._capacity = raise_file_limit() - RESERVED_FILES
         self._open = 0
         self._turned_away = 0
         self._should_drain = Event()
@@ -88,7 +77,7 @@ class Worker:
     def run(self) -> None:
         """Serve until SIGTERM, then drain."""
         gevent.signal_handler(signal.SIGTERM, self._should_drain.set)
-        gevent.spawn_raw(self._beat)
+        gevent.spawn_raw(beat, self._instructions, self._board)
         if self._config.idle_timeout_seconds:
             gevent.spawn_raw(self._sweep)
         self._server.start()
@@ -107,16 +96,14 @@ class Worker:
             if not is_admitted:
                 self._turn_away(sock)
                 return
-            if logs.is_debug():
-                _log_client("client.accepted", "accepted", address, None)
+            _log_client("client.accepted", "accepted", address, None)
             try:
                 connection = Connection(sock, self._clientele)
                 refusal = connection.run()
             finally:
                 self._clientele.release()
             connection.close()
-            if logs.is_debug():
-                _log_client("client.closed", "closed", address, refusal)
+            _log_client("client.closed", "closed", address, refusal)
         finally:
             self._open -= 1
             self._changed.set()
@@ -145,13 +132,6 @@ class Worker:
             return True
         # Others may have room. When nobody has, new clients are let in to be told so.
         return self._open - self._turned_away >= self._capacity and self._board.clients() < self._config.max_clients
-
-    def _beat(self) -> None:
-        while True:
-            leave_if_orphaned(self._instructions)
-            self._board.cells[self._heartbeat] = monotonic_ns()
-            logs.report_left_out()
-            gevent.sleep(HEARTBEAT_SECONDS)
 
     def _sweep(self) -> None:
         pause = min(1.0, self._config.idle_timeout_seconds / 4)

@@ -41,13 +41,12 @@ def test_a_refusal_is_its_reason_and_not_that_it_is_ready() -> None:
     os.close(refusing.report_fd)
 
 
-def test_a_signal_that_ends_it_is_named() -> None:
-    killed = child("")
-    killed.process.send_signal(signal.SIGKILL)
-    assert killed.process.wait(LIMIT) in (-signal.SIGKILL, 0)
-    if killed.process.returncode:
-        assert killed.end == "killed by SIGKILL"
-    os.close(killed.report_fd)
+@pytest.mark.parametrize(("number", "shown"), [(signal.SIGKILL, "SIGKILL"), (40, "signal 40")])
+def test_a_signal_that_ends_it_is_named(number: int, shown: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    process.send_signal(number)
+    process.wait(LIMIT)
+    assert Child(WORKER, 0, 0, process, -1, 0.0).end == f"killed by {shown}"
 
 
 def dying(lived_seconds: float | None, now: float) -> Child:
@@ -59,15 +58,22 @@ def dying(lived_seconds: float | None, now: float) -> Child:
 
 def test_deaths_before_it_is_ready_double_the_pause_up_to_a_limit() -> None:
     pacing, pauses = Pacing(), []
-    unready = dying(None, 100.0)
     for _ in range(12):
-        pacing.note_death(unready, 100.0)
-        pauses.append(pacing.spawn_at - 100.0)
+        now = pacing.spawn_at
+        pacing.note_death(dying(None, now), now)
+        pauses.append(pacing.spawn_at - now)
     assert pauses[:4] == pytest.approx([FIRST_PAUSE_SECONDS * 2**n for n in range(4)])
     assert pauses[-1] == pytest.approx(MAX_PAUSE_SECONDS)
-    for _ in range(2000):  # Nor is there a number of failures at which the reckoning itself fails.
-        pacing.note_death(unready, 100.0)
-    assert pacing.spawn_at == pytest.approx(100.0 + MAX_PAUSE_SECONDS)
+    pacing.failures = 100_000  # Nor is there a number of them at which the reckoning itself fails.
+    pacing.note_death(dying(None, 500.0), 500.0)
+    assert pacing.spawn_at == pytest.approx(500.0 + MAX_PAUSE_SECONDS)
+
+
+def test_a_crowd_that_dies_together_is_one_failure() -> None:
+    pacing = Pacing(spawn_at=1.0)
+    for child in [dying(None, 1.0) for _ in range(8)]:
+        pacing.note_death(child, 2.0)
+    assert pacing.spawn_at == pytest.approx(2.0 + FIRST_PAUSE_SECONDS)
 
 
 @pytest.mark.parametrize(("lived", "pause"), [(0.5, 0.2), (2.0, 0.0)])

@@ -375,6 +375,16 @@ def test_a_help_that_cannot_be_written_is_told_in_one_line() -> None:
     assert re.fullmatch(r"gserver: [^\n]*No space left on device[^\n]*\n", done.stderr)
 
 
+def test_an_error_of_our_own_is_an_event_and_ends_with_1() -> None:
+    code = (
+        "import sys; from gserver import cli, supervisor; sys.argv = ['gserver', '--port', '0']\n"
+        "supervisor.Supervisor._watch = lambda self, now: 1 / 0\ncli.main()\n"
+    )
+    with Running(command=[sys.executable, "-P", "-c", code], wait=False) as server:
+        assert server.exit_code() == 1
+        assert server.events("process.error")[0]["error.type"] == "ZeroDivisionError"
+
+
 # Shells and terminals.
 
 

@@ -67,16 +67,10 @@ def test_the_defaults_are_those_of_the_wire_page(name: str, expected: object) ->
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_default_is_within_the_limits_of_its_option(name: str) -> None:
     option, default = OPTIONS[name], getattr(Config(), name)
-    assert option.minimum is None or option.minimum <= default
+    assert isinstance(default, str) or option.minimum <= default
     assert option.maximum is None or default <= option.maximum
     assert not option.choices or default in option.choices
     assert option.parse is None or default == "" or option.parse(str(default)) == default
-
-
-def test_no_number_is_without_a_limit_below() -> None:
-    numbers = [item.name for item in fields(Config) if isinstance(item.default, int | float)]
-    unlimited = [name for name in numbers if OPTIONS[name].minimum is None and OPTIONS[name].parse is None]
-    assert unlimited == []
 
 
 @pytest.mark.parametrize(("text", "expected"), [("auto", 0), ("1", 1), ("2", 2), ("256", 256)])

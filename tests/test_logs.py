@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from _thread import start_new_thread
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -118,9 +117,7 @@ def noisy(folder: Path) -> Iterator[Running]:
 def written(statements: str, log_format: str = "json") -> list[bytes]:
     """The lines that a process of its own logs with these statements."""
     script = (
-        "import logging, sys\nfrom gserver import logs\n"
-        f"logs.start('debug', {log_format!r}, 'some-id')\n"
-        f"{statements}\nlogs.stop({LIMIT})\n"
+        f"import logging, sys\nfrom gserver import logs\nlogs.start('debug', {log_format!r}, 'some-id')\n{statements}\n"
     )
     ended = subprocess.run(
         [sys.executable, "-P", "-c", script], check=False, capture_output=True, env=environment(), timeout=LIMIT
@@ -482,12 +479,10 @@ def test_a_person_at_a_terminal_is_told_how_to_talk_to_it_and_how_to_stop_it() -
         screen = bytearray()
         reader = read_all(cast(IO[bytes], terminal.stdout).fileno(), screen)
         try:
-            until(lambda: b"stop it:" in screen and screen.endswith(b"\n"), "how to stop it")
-            lines = bytes(screen).decode().splitlines()[:4]
-            (stop,) = [line for line in lines if "stop it:" in line]
-            assert stop.split()[-1] == "Ctrl-C"
-            (talk,) = [line.split() for line in lines if "talk to it:" in line]
-            asked = talk[talk.index("nc") + 1 :][:2]
+            until(lambda: b"Ctrl-C stops it" in screen, "how to stop it")
+            found = re.search(rb": nc (\S+) (\d+), then WHO", screen)
+            assert found
+            asked = [word.decode() for word in found.groups()]
             with subprocess.Popen([nc, *asked], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as talking:
                 cast(IO[bytes], talking.stdin).write(b"WHY\n")
                 cast(IO[bytes], talking.stdin).flush()
@@ -612,7 +607,7 @@ def test_a_reader_that_stalls_does_not_delay_the_end(folder: Path, last_words: l
 
 def test_a_writer_holds_so_many_lines_and_counts_the_rest() -> None:
     read_fd, write_fd = os.pipe()
-    writer = LineWriter(write_fd, start_new_thread)
+    writer = LineWriter(write_fd)
     count = MAX_QUEUED_LINES + 5000
     for number in range(count):
         writer.put(b"%d %s\n" % (number, b"x" * 90))
@@ -633,7 +628,7 @@ def test_a_writer_holds_so_many_lines_and_counts_the_rest() -> None:
 
 def test_a_writer_gives_up_at_the_end_when_nobody_reads() -> None:
     read_fd, write_fd = os.pipe()
-    writer = LineWriter(write_fd, start_new_thread)
+    writer = LineWriter(write_fd)
     for _ in range(2000):
         writer.put(b"x" * 90 + b"\n")
     closing = threading.Thread(target=writer.close, args=(0.2,))
@@ -649,7 +644,7 @@ def test_a_writer_gives_up_at_the_end_when_nobody_reads() -> None:
 def test_a_writer_without_a_reader_counts_what_is_lost() -> None:
     read_fd, write_fd = os.pipe()
     os.close(read_fd)
-    writer = LineWriter(write_fd, start_new_thread)
+    writer = LineWriter(write_fd)
     for _ in range(100):
         writer.put(b"x\n")
     writer.close(LIMIT)
@@ -659,7 +654,7 @@ def test_a_writer_without_a_reader_counts_what_is_lost() -> None:
 
 def test_lines_of_several_writers_do_not_mix_in_one_pipe() -> None:
     read_fd, write_fd = os.pipe()
-    writers = [LineWriter(write_fd, start_new_thread) for _ in range(4)]
+    writers = [LineWriter(write_fd) for _ in range(4)]
     data = bytearray()
     reader = read_all(read_fd, data)
     for _ in range(500):

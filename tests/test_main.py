@@ -13,7 +13,7 @@ import pytest
 
 from tests.running import LIMIT, ROOT, Client, Running, environment, until
 
-BY_HAND = "gserver: a child process is started by `gserver serve`, not by hand\n"
+BY_HAND = "gserver: a child process is started by a `gserver serve` of the same version, not by hand\n"
 
 
 def _child(*arguments: str, stdin: int | IO[bytes]) -> subprocess.CompletedProcess[str]:

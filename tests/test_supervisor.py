@@ -411,6 +411,18 @@ def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.S
     assert left_over(tmp_path) == []
 
 
+def test_a_stop_that_is_passed_on_as_another_signal_is_no_second_request_and_a_later_one_is(tmp_path: Path) -> None:
+    with start(tmp_path, "--drain-timeout", "60") as server, server.client() as client:
+        client.who()
+        client.send(b"SLEEP\n")
+        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGTERM)  # What a runner does that got the same Ctrl-C.
+        server.wait_for("server.draining")
+        time.sleep(0.7)
+        assert not server.events("server.forced")
+        assert server.stop(signal.SIGTERM) == 1
+
+
 def test_with_a_drain_delay_it_goes_on_accepting_and_serving_after_the_signal(tmp_path: Path) -> None:
     with start(tmp_path, "--drain-delay", "1") as server, server.client() as client:
         assert client.who() == 1
@@ -502,6 +514,17 @@ def test_after_reloads_in_quick_succession_the_last_code_is_what_runs(tmp_path: 
 def is_last(events: list[Event], last: str, other: str) -> bool:
     """Whether the last event of these two kinds is of the first one."""
     return [event["event.action"] for event in events if event["event.action"] in (last, other)][-1:] == [last]
+
+
+def test_a_hangup_does_not_hasten_a_stop(tmp_path: Path) -> None:
+    with start(tmp_path) as server, server.client() as client:
+        client.who()
+        client.send(b"NAP\n")
+        server.send_signal(signal.SIGTERM)
+        server.wait_for("server.draining")
+        server.send_signal(signal.SIGHUP)  # A terminal that is closed sends several.
+        assert hear_end(client) == b"rested\n"
+        assert server.exit_code() == 0
 
 
 BROKEN = {
