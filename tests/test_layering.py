@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,17 +12,13 @@ import pytest
 
 from tests.running import LIMIT, ROOT, environment
 
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 #: From the top down. A module imports only what stands on a lower line, wherever in it the import is written.
-LADDER = (
-    ("__main__",),
-    ("cli",),
-    ("supervisor", "worker", "agent", "ask"),  # what a process can be; they know nothing of each other
-    ("children", "connection", "statsd"),
-    ("process", "clientele"),
-    ("board", "commands", "listener"),
-    ("protocol", "config", "logs", "receiver", "signals"),
-    ("errors", "__init__"),
-)
+LADDER = [
+    re.findall(r"`(\w+)`", row.split(" | ")[0])
+    for row in ARCHITECTURE.partition("## The ladder")[2].partition("\n## ")[0].splitlines()
+    if row.startswith("| `")
+]
 #: Who may know gevent; all others are ordinary Python.
 GEVENT = {"__main__", "worker", "agent", "connection", "receiver"}
 MAX_MODULE_LINES = 250
