@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,9 @@ ROOT = Path(__file__).parent.parent
 #: All limits of waiting are multiplied by this: set it higher on a slow machine.
 PATIENCE = float(os.environ.get("GSERVER_TEST_PATIENCE", "1"))
 LIMIT = 15 * PATIENCE
+
+#: The command line.
+GSERVER = [sys.executable, "-P", "-m", "gserver"]
 
 Event = dict[str, Any]
 
@@ -54,6 +58,49 @@ def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
             pytest.fail(f"not within {limit:.1f} s: {what}")
         time.sleep(0.005)
     return value
+
+
+def gserver(*arguments: str, stdin: Any = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return subprocess.run(
+        [*GSERVER, *arguments],
+        stdin=stdin,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=environment(**env),
+        check=False,
+    )
+
+
+def limited(files: int) -> list[str]:
+    """The command of a server that may open so many files in each process."""
+    return [program("prlimit"), f"--nofile={files}:{files}", *GSERVER, "serve", "--port", "0"]
+
+
+def left_over(folder: Path) -> list[psutil.Process]:
+    """The processes that still run of the servers started for this folder, whoever their parent is by now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@contextmanager
+def stopped(*workers: psutil.Process) -> Iterator[None]:
+    """Hold processes up for the time of the body."""
+    for worker in workers:
+        worker.suspend()
+    try:
+        until(lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers), "they are stopped")
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
 
 
 class Client:
@@ -118,7 +165,7 @@ class Running:
         wait: bool = True,
     ) -> None:
         self.process = subprocess.Popen(
-            [*(command or [sys.executable, "-P", "-m", "gserver", "serve", "--port", "0"]), *options],
+            [*(command or [*GSERVER, "serve", "--port", "0"]), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(**(env or {})),

@@ -17,23 +17,12 @@ from hypothesis import strategies as st
 
 from gserver.ask import ask, parse_address
 from gserver.errors import Failure, Misuse
-from tests.running import LIMIT, PATIENCE, Running, environment, program
+from tests.running import LIMIT, PATIENCE, Running, environment, gserver, program
 
 NOT_IN_TIME = "did not answer in time"
 NOT_RUNNING = "refused the connection (is it running?)"
 #: What a reply in time, or a time-out, may take longer than it should, on a machine that is busy.
 SLACK = 0.5 * PATIENCE
-
-
-def _ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "gserver", "ask", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        env=environment(),
-        check=False,
-    )
 
 
 def _options(*ports: int) -> list[str]:
@@ -84,13 +73,13 @@ def _server_that(act: Callable[[socket.socket], object]) -> Iterator[int]:
 def test_without_a_command_it_asks_who(server: Running) -> None:
     with server.client() as client:
         client.ask(b"WHY")
-        done = _ask(*_options(server.port))
+        done = gserver("ask", *_options(server.port))
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) >= 2
 
 
 def test_several_commands_get_their_replies_in_order_from_one_call(server: Running) -> None:
-    done = _ask("WHY", "where", "WHO", "Why", *_options(server.port))
+    done = gserver("ask", "WHY", "where", "WHO", "Why", *_options(server.port))
     assert (done.returncode, done.stderr) == (0, "")
     why, where, who, again = done.stdout.splitlines()
     assert (why, again) == ("42", "42")
@@ -109,7 +98,7 @@ def test_replies_that_come_in_pieces_over_one_connection_are_put_together() -> N
 
 
 def test_the_first_server_that_answers_is_the_one(server: Running, nobody: int, mute: int) -> None:
-    done = _ask("WHY", "WHERE", "--timeout", "0.3", *_options(nobody, mute, server.port))
+    done = gserver("ask", "WHY", "WHERE", "--timeout", "0.3", *_options(nobody, mute, server.port))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "42\n" + server.events("server.listening")[0]["service.instance.id"] + "\n"
 
@@ -126,7 +115,7 @@ def test_an_ipv6_server_is_asked_in_brackets() -> None:
     if not Path("/proc/net/if_inet6").exists():
         pytest.skip("this machine has no IPv6")
     with Running("--host", "::1") as server:
-        done = _ask("WHY", "--server", f"[::1]:{server.port}")
+        done = gserver("ask", "WHY", "--server", f"[::1]:{server.port}")
         assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
 
@@ -134,7 +123,7 @@ def test_an_ipv6_server_is_asked_in_brackets() -> None:
 
 
 def test_when_none_answers_one_line_tells_what_each_did(nobody: int, mute: int) -> None:
-    done = _ask("--timeout", "0.2", "--server", "no-such-host.invalid:42", *_options(nobody, mute))
+    done = gserver("ask", "--timeout", "0.2", "--server", "no-such-host.invalid:42", *_options(nobody, mute))
     assert (done.returncode, done.stdout) == (1, "")
     told = done.stderr.removeprefix("gserver: no server answered: ").split("; ")
     assert told[0].startswith("no-such-host.invalid:42 ")
@@ -185,22 +174,22 @@ def test_a_server_that_talks_without_end_is_given_up_before_the_timeout() -> Non
 def test_a_server_that_is_full_is_passed_over_and_its_word_is_told(server: Running) -> None:
     with Running("--max-clients", "1") as full, full.client() as only:
         only.ask(b"WHY")
-        done = _ask("WHO", "WHY", *_options(full.port))
+        done = gserver("ask", "WHO", "WHY", *_options(full.port))
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == f"gserver: no server answered: 127.0.0.1:{full.port} said ERR too many clients\n"
-        done = _ask("WHY", *_options(full.port, server.port))
+        done = gserver("ask", "WHY", *_options(full.port, server.port))
         assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
 
 def test_one_err_among_the_replies_prints_none_of_them(server: Running) -> None:
-    done = _ask("WHY", "NOPE", "WHO", *_options(server.port))
+    done = gserver("ask", "WHY", "NOPE", "WHO", *_options(server.port))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"gserver: no server answered: 127.0.0.1:{server.port} said ERR unknown command\n"
 
 
 @pytest.mark.parametrize("word", ["", " ", "WHO\nWHY", "WHY\n"])
 def test_what_is_not_one_line_with_one_reply_is_not_asked(server: Running, word: str) -> None:
-    done = _ask(word, "WHY", "--timeout", "0.5", *_options(server.port))
+    done = gserver("ask", word, "WHY", "--timeout", "0.5", *_options(server.port))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("gserver: ")
     assert done.stderr.count("\n") == 1
@@ -361,7 +350,7 @@ def test_no_text_can_break_the_reading_of_addresses(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["4242", "localhost:" + "9" * 5000])
 def test_a_bad_address_is_told_in_one_line_before_anybody_is_asked(server: Running, text: str) -> None:
-    done = _ask(*_options(server.port), "--server", text)
+    done = gserver("ask", *_options(server.port), "--server", text)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"gserver: {text[:20]!r}"[:-1])
     assert done.stderr.count("\n") == 1
@@ -379,7 +368,7 @@ def test_a_name_that_does_not_resolve_is_told_of(host: str) -> None:
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon"])
 def test_a_timeout_that_is_none_is_refused(timeout: str) -> None:
-    done = _ask("--timeout", timeout)
+    done = gserver("ask", "--timeout", timeout)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("gserver: Invalid value for '--timeout': ")
     assert done.stderr.count("\n") == 1

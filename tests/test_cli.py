@@ -16,9 +16,7 @@ import pytest
 
 from gserver import __version__, cli
 from gserver.config import OPTIONS, Config, flag
-from tests.running import LIMIT, Running, environment
-
-GSERVER = [sys.executable, "-P", "-m", "gserver"]
+from tests.running import GSERVER, LIMIT, Running, environment, gserver
 
 #: Every option: its own variable, a text for it, and the value that comes of it.
 EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
@@ -51,12 +49,6 @@ RUNNERS = {
     "statsd_port": "STATSD_PORT",
     "statsd_prefix": "STATSD_PREFIX",
 }
-
-
-def _run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*GSERVER, *arguments], capture_output=True, text=True, timeout=LIMIT, env=environment(**env), check=False
-    )
 
 
 def _told(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
@@ -147,7 +139,7 @@ def test_the_flag_wins_over_gserver_port_and_that_over_port(
     taken: list[int], variables: dict[str, int], has_flag: bool, used: int
 ) -> None:
     options = ["--port", str(taken[2])] if has_flag else []
-    done = _run(*options, **{name: str(taken[index]) for name, index in variables.items()})
+    done = gserver(*options, **{name: str(taken[index]) for name, index in variables.items()})
     assert _told(done, 1).startswith(f"cannot listen on 127.0.0.1:{taken[used]}: it is in use")
 
 
@@ -191,7 +183,7 @@ def test_each_server_has_an_id_of_its_own_if_it_is_given_none(server: Running) -
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    done = _run("--version")
+    done = gserver("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"gserver, version {__version__}\n", "")
 
 
@@ -206,7 +198,7 @@ def _sections(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("arguments", [("--help",), ("serve", "--help"), ("--port", "0", "--help")])
 def test_the_help_shows_every_option_in_its_group(arguments: tuple[str, ...]) -> None:
-    done = _run(*arguments, COLUMNS="100")
+    done = gserver(*arguments, COLUMNS="100")
     assert (done.returncode, done.stderr) == (0, "")
     sections = _sections(done.stdout)
     for name, option in OPTIONS.items():
@@ -218,17 +210,17 @@ def test_the_help_shows_every_option_in_its_group(arguments: tuple[str, ...]) ->
 
 
 def test_the_help_of_gserver_shows_the_commands_and_that_of_serve_only_its_own() -> None:
-    assert re.search(r"^  ask +.*^  serve +", _sections(_run("--help").stdout)["Commands"], re.MULTILINE | re.DOTALL)
-    assert "Commands" not in _sections(_run("serve", "--help").stdout)
+    assert re.search(r"^  ask +.*^  serve +", _sections(gserver("--help").stdout)["Commands"], re.MULTILINE | re.DOTALL)
+    assert "Commands" not in _sections(gserver("serve", "--help").stdout)
 
 
 def test_no_option_is_shown_twice() -> None:
-    flags = re.findall(r"^  (--[a-z-]+)", _run("--help").stdout, re.MULTILINE)
+    flags = re.findall(r"^  (--[a-z-]+)", gserver("--help").stdout, re.MULTILINE)
     assert sorted(flags) == sorted({"--help", "--version", *map(flag, OPTIONS)})
 
 
 def test_the_help_shows_defaults_and_limits() -> None:
-    text = " ".join(_run("--help", COLUMNS="100").stdout.split())
+    text = " ".join(gserver("--help", COLUMNS="100").stdout.split())
     assert "[default: 4242; 0<=x<=65535]" in text
     assert "[default: 127.0.0.1]" in text
     assert "[default: a new UUID]" in text
@@ -236,7 +228,7 @@ def test_the_help_shows_defaults_and_limits() -> None:
 
 
 def test_the_help_of_ask_shows_its_options() -> None:
-    done = _run("ask", "--help")
+    done = gserver("ask", "--help")
     assert done.returncode == 0
     assert "[WHO|WHERE|WHY]..." in done.stdout
     for word in ("--server HOST:PORT", "--timeout SECONDS", "127.0.0.1:4242"):
@@ -304,17 +296,17 @@ def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> Non
     ],
 )
 def test_a_bad_variable_is_told_by_its_name(variables: dict[str, str], named: str) -> None:
-    told = _told(_run(**variables))
+    told = _told(gserver(**variables))
     assert re.search(rf"\bfrom {named}\b", told), told
 
 
 def test_a_bad_flag_is_not_blamed_on_a_variable() -> None:
-    assert "from" not in _told(_run("--port", "many", PORT="1", GSERVER_PORT="2"))
+    assert "from" not in _told(gserver("--port", "many", PORT="1", GSERVER_PORT="2"))
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("serv", "serve"), ("srve", "serve"), ("aks", "ask"), ("asks", "ask")])
 def test_a_mistyped_command_is_answered_with_the_nearest(typed: str, meant: str) -> None:
-    told = _told(_run(typed))
+    told = _told(gserver(typed))
     assert told.startswith(f"No such command '{typed}'.")
     assert f"'{meant}'" in told
 
@@ -328,7 +320,7 @@ def test_a_mistyped_command_is_answered_with_the_nearest(typed: str, meant: str)
     ],
 )
 def test_a_mistyped_option_is_answered_with_the_nearest(arguments: tuple[str, ...], word: str) -> None:
-    told = _told(_run(*arguments))
+    told = _told(gserver(*arguments))
     assert told.startswith("No such option ")
     assert word in told.partition(".")[2]
 
@@ -338,14 +330,14 @@ def test_a_mistyped_option_is_answered_with_the_nearest(arguments: tuple[str, ..
     [("--frob",), ("serve", "now"), ("4242",), ("--port",), ("serve", "--port"), ("-p", "1"), ("ask", "--timeout")],
 )
 def test_what_makes_no_sense_is_told_in_one_line(arguments: tuple[str, ...]) -> None:
-    assert _told(_run(*arguments)).endswith("--help)")
+    assert _told(gserver(*arguments)).endswith("--help)")
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"), [(("serve", "now\nor never"), 2), (("--host", "no\nsuch", "--port", "0"), 1)]
 )
 def test_more_than_a_line_of_input_is_still_told_in_one_line(arguments: tuple[str, ...], code: int) -> None:
-    assert _told(_run(*arguments), code)
+    assert _told(gserver(*arguments), code)
 
 
 def test_bytes_that_are_no_text_are_told_in_one_line() -> None:
@@ -390,7 +382,7 @@ def test_an_error_of_our_own_is_an_event_and_ends_with_1() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shell_gets_its_script_for_completion(shell: str) -> None:
-    done = _run(_GSERVER_COMPLETE=f"{shell}_source")
+    done = gserver(_GSERVER_COMPLETE=f"{shell}_source")
     assert done.returncode == 0
     assert "_GSERVER_COMPLETE" in done.stdout
     assert f"{shell}_complete" in done.stdout
@@ -409,7 +401,7 @@ def test_a_shell_gets_its_script_for_completion(shell: str) -> None:
 )
 def test_what_is_being_typed_is_completed(typed: str, expected: set[str]) -> None:
     words = typed.split(" ")
-    done = _run(_GSERVER_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD=str(len(words) - 1))
+    done = gserver(_GSERVER_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD=str(len(words) - 1))
     assert done.returncode == 0
     assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
 

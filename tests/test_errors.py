@@ -2,23 +2,10 @@
 
 import ast
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from gserver import errors
-from tests.running import LIMIT, environment
-
-
-def _serve(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "gserver", "serve", *options],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        env=environment(),
-        check=False,
-    )
+from tests.running import gserver
 
 
 def test_a_misuse_is_a_failure_with_an_exit_code_of_its_own() -> None:
@@ -29,14 +16,14 @@ def test_a_misuse_is_a_failure_with_an_exit_code_of_its_own() -> None:
 def test_what_is_in_the_way_outside_ends_with_1() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = _serve("--port", str(port))
+        done = gserver("serve", "--port", str(port))
     assert (done.returncode, done.stdout) == (1, "")
     reason = "it is in use by another program: stop that one, or choose another --port"
     assert done.stderr == f"gserver: cannot listen on 127.0.0.1:{port}: {reason}\n"
 
 
 def test_what_a_worker_finds_that_cannot_be_done_ends_with_2() -> None:
-    done = _serve("--port", "0", "--commands", "no_such_module")
+    done = gserver("serve", "--port", "0", "--commands", "no_such_module")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("gserver: --commands no_such_module: cannot import it: ModuleNotFoundError")
     assert done.stderr.count("\n") == 1

@@ -6,26 +6,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
 
 import psutil
 import pytest
 
-from tests.running import LIMIT, ROOT, Client, Running, environment, until
+from tests.running import LIMIT, ROOT, Client, Running, environment, gserver, until
 
 BY_HAND = "gserver: a child process is started by a `gserver serve` of the same version, not by hand\n"
-
-
-def _child(*arguments: str, stdin: int | IO[bytes]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "gserver", "child", *arguments],
-        stdin=stdin,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        env=environment(),
-        check=False,
-    )
 
 
 def test_the_package_runs_as_a_module_from_its_own_folder() -> None:
@@ -37,7 +24,7 @@ def test_the_package_runs_as_a_module_from_its_own_folder() -> None:
 
 @pytest.mark.parametrize("arguments", [("worker",), ("agent",), ("worker", "0"), ("os",), ()])
 def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(arguments: tuple[str, ...]) -> None:
-    done = _child(*arguments, stdin=subprocess.DEVNULL)
+    done = gserver("child", *arguments, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
 
 
@@ -45,14 +32,14 @@ def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(arguments:
 def test_a_child_that_is_given_junk_says_that_it_is_not_for_people(junk: bytes, tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(junk)
     with (tmp_path / "junk").open("rb") as stdin:
-        done = _child("worker", stdin=stdin)
+        done = gserver("child", "worker", stdin=stdin)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
 
 
 def test_a_child_at_a_terminal_does_not_wait_for_what_a_person_cannot_type() -> None:
     ours, theirs = pty.openpty()
     try:
-        done = _child("worker", stdin=theirs)
+        done = gserver("child", "worker", stdin=theirs)
     finally:
         os.close(ours)
         os.close(theirs)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.running import LIMIT, PATIENCE, Running, program, until
+from tests.running import LIMIT, PATIENCE, Running, left_over, limited, program, until
 
 MODULE = """
 import os
@@ -28,18 +27,6 @@ def program(service):
 """
 
 
-def left_over(folder: Path) -> list[psutil.Process]:
-    """The processes that still run of the servers started for this folder, whoever their parent is by now."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
 @contextmanager
 def nothing_left(folder: Path, limit: float) -> Iterator[None]:
     """All that was started for this folder is gone soon after the body; what is not, is ended by force."""
@@ -53,21 +40,6 @@ def nothing_left(folder: Path, limit: float) -> Iterator[None]:
 
 def cpu_seconds(server: Running) -> float:
     return sum(worker.cpu_times().user for worker in server.workers())
-
-
-def limited(files: int) -> list[str]:
-    """The command of a server that may open so many files in each process."""
-    return [
-        program("prlimit"),
-        f"--nofile={files}:{files}",
-        sys.executable,
-        "-P",
-        "-m",
-        "gserver",
-        "serve",
-        "--port",
-        "0",
-    ]
 
 
 def test_nothing_is_left_within_2_seconds_of_the_supervisor_being_killed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.running import LIMIT, PATIENCE, Client, Event, Running, program, until
+from tests.running import LIMIT, PATIENCE, Client, Event, Running, left_over, program, stopped, until
 
 #: What the service promises in seconds holds on a machine of usual speed.
 SECOND = PATIENCE
@@ -73,33 +73,9 @@ def start(folder: Path, *options: str, wait: bool = True) -> Running:
     )
 
 
-def left_over(folder: Path) -> list[psutil.Process]:
-    """The processes that still run of the servers started for this folder, whoever their parent is by now."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-@contextmanager
-def stopped(workers: Sequence[psutil.Process]) -> Iterator[None]:
-    for worker in workers:
-        worker.suspend()
-    try:
-        until(lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers), "the workers are stopped")
-        yield
-    finally:
-        for worker in workers:
-            worker.resume()
-
-
 def clients_of(server: Running, worker: psutil.Process, count: int, stack: ExitStack) -> list[Client]:
     """Clients of that worker: the others are stopped for the moment in which they are accepted."""
-    with stopped([other for other in server.workers() if other != worker]):
+    with stopped(*(other for other in server.workers() if other != worker)):
         clients = [stack.enter_context(server.client()) for _ in range(count)]
         assert {int(client.ask(b"PID")) for client in clients} == {worker.pid}
     return clients
@@ -312,7 +288,7 @@ def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_rea
         server.wait_for("worker.ready", workers)
         clients = [stack.enter_context(server.client()) for _ in range(100)]
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
-        with stopped(server.workers()):
+        with stopped(*server.workers()):
             clients += [stack.enter_context(server.client()) for _ in range(100)]
             for client in clients:
                 client.send(b"WHY\n")
@@ -327,7 +303,7 @@ def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_rea
 def test_all_lines_sent_before_a_stop_are_answered_though_they_are_more_than_is_read_at_once(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         assert client.ask(b"WHY") == b"42"
-        with stopped(server.workers()):
+        with stopped(*server.workers()):
             client.send(b"WHY\n" * 5000)
             server.send_signal(signal.SIGTERM)
             server.wait_for("server.draining")

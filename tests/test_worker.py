@@ -4,18 +4,16 @@ import random
 import signal
 import socket
 import struct
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.running import PATIENCE, Client, Running, program, until
+from tests.running import PATIENCE, Client, Running, limited, stopped, until
 
 TURNED_AWAY = b"ERR too many clients\n"
 
@@ -65,31 +63,6 @@ def start(folder: Path, *options: str, command: list[str] | None = None) -> Runn
     """A server with the commands above."""
     (folder / "extra.py").write_text(MODULE)
     return Running("--commands", "extra", *options, cwd=folder, command=command)
-
-
-def limited(files: int) -> list[str]:
-    """The command of a server that may open so many files in each process."""
-    return [
-        program("prlimit"),
-        f"--nofile={files}:{files}",
-        sys.executable,
-        "-P",
-        "-m",
-        "gserver",
-        "serve",
-        "--port",
-        "0",
-    ]
-
-
-@contextmanager
-def stopped(worker: psutil.Process) -> Iterator[None]:
-    worker.suspend()
-    try:
-        until(lambda: worker.status() == psutil.STATUS_STOPPED, "the worker is stopped")
-        yield
-    finally:
-        worker.resume()
 
 
 def test_who_counts_the_asker_and_the_others(server: Running) -> None:
