@@ -81,7 +81,7 @@ class Child:
     def read_report(self) -> bool:
         """Note what it says; return whether that is that it is ready."""
         try:
-            report = os.read(self.report_fd, 8192).decode() if self.report_fd >= 0 else ""
+            report = os.read(self.report_fd, 8192).decode("ascii", "replace") if self.report_fd >= 0 else ""
         except BlockingIOError:
             return False
         self.has_hung_up = not report

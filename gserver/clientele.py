@@ -11,7 +11,7 @@ from typing import Any
 from gserver.board import Board
 from gserver.commands import Command, Service
 from gserver.config import Config
-from gserver.protocol import REFUSALS, Grammar, Refusal
+from gserver.protocol import REFUSALS, TOO_MANY_CLIENTS, Grammar, Refusal
 
 
 class Clientele:
@@ -35,13 +35,15 @@ class Clientele:
         self.drain_started_at = 0.0
 
     def admit(self) -> bool:
-        """Count a client in, unless there are too many; who is counted in must be counted out by `release`."""
-        self.cells[self.clients] += 1
-        # Counted first and compared then, so that two workers never both give away the last place.
-        if self.count_clients() <= self.config.max_clients:
-            self.cells[self.accepted] += 1
-            return True
-        self.cells[self.clients] -= 1
+        """Count a client in, or, if there are too many, as refused; who is in must be counted out by `release`."""
+        if self.count_clients() < self.config.max_clients:
+            self.cells[self.clients] += 1
+            # Compared again once it is counted, so that two workers never both give away the last place.
+            if self.count_clients() <= self.config.max_clients:
+                self.cells[self.accepted] += 1
+                return True
+            self.cells[self.clients] -= 1
+        self.refuse(TOO_MANY_CLIENTS)
         return False
 
     def release(self) -> None:

@@ -5,6 +5,7 @@ adds those that a module of your own defines; README.md shows one.
 """
 
 import importlib
+import multiprocessing
 import re
 import sys
 from collections.abc import Callable
@@ -88,6 +89,8 @@ def load(module_name: str) -> tuple[Command, ...]:
     """Return the built-in commands and those of the named module ("" for none); raise `Misuse` for a bad one."""
     if not module_name:
         return BUILT_IN
+    # A forked child would hold our port and our clients, and go on with our event loop.
+    multiprocessing.set_start_method("spawn", force=True)
     # The folder that gserver was started in, after everything installed: a file there must not hide a package.
     sys.path.append("")
     try:

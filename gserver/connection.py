@@ -22,8 +22,6 @@ from gserver.receiver import Receiver, raw_socket
 DRAIN_GRACE_SECONDS = 0.5
 #: After the last word, how long to wait for the client's own end, so that no reset overtakes that word.
 LINGER_SECONDS = 1.0
-#: A handler is somebody else's code: whatever it raises ends its command, not the worker or the conversation.
-HANDLER_ERRORS = (Exception, SystemExit, KeyboardInterrupt, gevent.Timeout)
 
 
 class Connection:
@@ -139,14 +137,18 @@ class Connection:
         replies: list[bytes] = []
         for item in items:
             if isinstance(item, Command):
-                if item.may_block and replies:
-                    self._send(replies)  # Nobody waits for a reply that is ready.
-                    replies = []
+                if item.may_block:
+                    if replies:
+                        self._send(replies)  # Nobody waits for a reply that is ready.
+                        replies = []
+                    gevent.sleep(0)  # Others have their turn between two that take long.
                 try:
                     replies.append(item.answer(clientele.service))
                     cells[item.cell] += 1
                     continue
-                except HANDLER_ERRORS as error:
+                except gevent.GreenletExit:
+                    raise  # The worker is ending.
+                except BaseException as error:  # noqa: BLE001 (somebody else's code: it ends its command, no more)
                     message = f"the handler of {item.name} raised {type(error).__name__}"
                     logs.complain("command.failed", message, {"gserver.command": item.name, **logs.error_fields(error)})
                     item = INTERNAL  # noqa: PLW2901

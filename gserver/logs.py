@@ -138,10 +138,10 @@ class _QueueHandler(logging.Handler):
         self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n")
 
 
-def start(level: str, format_name: str, server_id: str) -> None:
+def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
     """Begin logging in this process; what is queued when it ends is still written, unless nobody reads."""
     global _writer  # noqa: PLW0603 (a process has one stdout)
-    _writer = LineWriter(1)
+    _writer = LineWriter(fd)
     atexit.register(_writer.close, LAST_WORDS_SECONDS)  # after `sys.excepthook` has had its word
     handler = _QueueHandler(_writer)
     if format_name == "text":
@@ -196,9 +196,12 @@ def report_left_out() -> None:
 
 def error_fields(error: BaseException) -> dict[str, str]:
     """Return the ECS fields of an exception, its stack trace's end included."""
-    trace = "".join(traceback.format_exception(error)).rstrip("\n")
-    # Not str(error): that is somebody's code too, and may raise.
-    message = traceback.format_exception_only(error)[-1].rstrip("\n").partition(": ")[2]
+    try:
+        trace = "".join(traceback.format_exception(error)).rstrip("\n")
+        # Not str(error): that is somebody's code too, and may raise.
+        message = traceback.format_exception_only(error)[-1].rstrip("\n").partition(": ")[2]
+    except Exception:  # noqa: BLE001 (such as a SyntaxError with fields of its own)
+        trace = message = "cannot be put into words"
     return {"error.type": type(error).__name__, "error.message": message, STACK: trace}
 
 

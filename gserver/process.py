@@ -45,7 +45,7 @@ class Instructions:
 
     def report(self, text: str) -> None:
         """Tell the supervisor, in one line."""
-        os.write(self.report_fd, " ".join(text.split()).encode()[:4000] + b"\n")
+        os.write(self.report_fd, " ".join(text.split()).encode("ascii", "backslashreplace")[:4000] + b"\n")
 
 
 def begin() -> Instructions:
@@ -65,7 +65,10 @@ def begin() -> Instructions:
         if fd >= 0:
             os.set_inheritable(fd, False)  # A program that a handler starts must not hold the port.
     config = instructions.config
-    logs.start(config.log_level, config.log_format, config.server_id)
+    # What a handler prints must not get between the events: it goes to stderr.
+    log_fd = os.dup(1)
+    os.dup2(2, 1)
+    logs.start(config.log_level, config.log_format, config.server_id, log_fd)
     return instructions
 
 

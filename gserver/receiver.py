@@ -51,7 +51,7 @@ class Receiver:
         try:
             if timeout_seconds is not None:
                 timer = self._hub.loop.timer(timeout_seconds)
-                timer.start(self.interrupt)
+                timer.start(self.interrupt, update=True)  # from now, not from when the loop last looked
             self._hub.switch()
         finally:
             self._waiting = None

@@ -12,6 +12,7 @@ class SignalNotes:
         self.fd, write_fd = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(write_fd, False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])  # Who has started us may have blocked some.
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         self._noted: list[signal.Signals] = []
         for number in numbers:

@@ -81,9 +81,9 @@ class Supervisor:
         stale = [child for child in workers if child.generation < self._generation]
         if stale and len(workers) == wanted:
             self._start(WORKER, now)
-        elif stale and all(child.ready_at for child in workers):
+        elif stale and len(workers) > wanted and all(child.ready_at for child in workers):
             stale[0].dismiss(now + self._config.drain_timeout_seconds)
-        elif self._reloaded < self._generation and not stale and len(workers) == wanted:
+        elif self._reloaded < self._generation and not stale and sum(bool(c.ready_at) for c in workers) == wanted:
             self._reloaded = self._generation
             self._add("reloads", 1)
             logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
@@ -224,6 +224,7 @@ class Supervisor:
             # A terminal that is closed sends SIGHUP too, more than once: then it is no terminal any more.
             if self._drain_at is None and number == signal.SIGHUP and self._had_terminal <= os.isatty(0):
                 self._generation += 1
+                self._pacing[WORKER] = Pacing()  # The cause of earlier failures may be mended.
                 logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
             elif self._drain_at is None:
                 self._asked_to_stop = number, now
