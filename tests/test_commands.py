@@ -3,6 +3,7 @@
 import select
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from gserver.commands import BUILT_IN, Command, Service, command, load
 from gserver.errors import Misuse
-from tests.running import LIMIT, Running, until
+from tests.running import LIMIT, PATIENCE, Running, until
 
 SERVICE = Service("an-id", lambda: 3)
 
@@ -318,3 +319,47 @@ def test_files_named_like_packages_in_the_start_folder_harm_nobody(tmp_path: Pat
             assert daemon.recv(512).startswith(b"gserver.")
             assert server.stop() == 0
             assert server.stderr == ""
+
+
+MISBEHAVING = """
+import time
+from gserver.commands import command
+
+@command("WORK")
+def work(service):
+    until = time.perf_counter() + 0.005
+    while time.perf_counter() < until:
+        pass
+    return "done"
+
+@command("PRINT")
+def print_half_a_line(service):
+    print("half a line", end="", flush=True)
+    return "printed"
+
+@command("CANCELLED")
+def cancelled(service):
+    import asyncio
+    raise asyncio.CancelledError("and more")
+"""
+
+
+def test_many_commands_of_one_client_that_each_take_a_while_leave_others_their_turns(tmp_path: Path) -> None:
+    (tmp_path / "extra.py").write_text(MISBEHAVING)
+    with Running("--commands", "extra", cwd=tmp_path) as server, server.client() as busy, server.client() as other:
+        busy.send(b"WORK\n" * 400)  # Two seconds of work.
+        assert busy.line() == b"done\n"
+        began = time.monotonic()
+        assert other.ask(b"WHY") == b"42"
+        assert time.monotonic() - began < 1 * PATIENCE
+
+
+def test_what_a_handler_prints_keeps_out_of_the_log_and_what_it_raises_keeps_its_client(tmp_path: Path) -> None:
+    (tmp_path / "extra.py").write_text(MISBEHAVING)
+    with Running("--commands", "extra", cwd=tmp_path) as server, server.client() as client:
+        assert client.ask(b"PRINT") == b"printed"
+        assert client.ask(b"CANCELLED") == b"ERR internal"
+        assert client.ask(b"WHY") == b"42"
+        server.wait_for("command.failed")
+        assert server.stop() == 0
+        assert "half a line" in server.stderr

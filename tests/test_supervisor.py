@@ -541,6 +541,34 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
         assert len(server.workers()) == 2
 
 
+def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_ready(tmp_path: Path) -> None:
+    with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        staying, missing = server.workers()
+        (client,) = clients_of(server, staying, 1, stack)
+        (tmp_path / "extra.py").write_text("raise RuntimeError('half a deploy')")
+        missing.kill()
+        server.wait_for("worker.died", 3)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reload_failed")
+        assert int(client.ask(b"PID")) == staying.pid
+        assert server.who() == 2
+        assert not server.events("server.reloaded")
+        (tmp_path / "extra.py").write_text(MODULE)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        until(lambda: len(server.workers()) == 2 and staying not in server.workers(), "both are new")
+
+
+@pytest.mark.parametrize("text", ["\u00e9" * 5000, "\ud800"])
+def test_a_reason_of_any_length_and_letters_ends_a_reload_and_not_the_server(tmp_path: Path, text: str) -> None:
+    with start(tmp_path) as server:
+        (tmp_path / "extra.py").write_text(f"raise RuntimeError({text!r})")
+        server.send_signal(signal.SIGHUP)
+        assert "RuntimeError" in server.wait_for("server.reload_failed")["message"]
+        assert server.who() == 1
+
+
 def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: Path) -> None:
     with start(tmp_path) as server:
         (tmp_path / "extra.py").write_text("raise RuntimeError('out of luck')")
