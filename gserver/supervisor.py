@@ -68,8 +68,6 @@ class Supervisor:
         logs.event(logging.INFO, "server.stopped", "stopped" + (", forced" if self._was_forced else ""))
         return EXIT_RUNTIME if self._was_forced else EXIT_CLEAN
 
-    # What there should be.
-
     def _reconcile(self, now: float) -> None:
         """Start and dismiss what it takes to come a step nearer to what there should be."""
         if self._drain_at is not None and now >= self._drain_at:
@@ -83,18 +81,21 @@ class Supervisor:
             self._start(WORKER, now)
         elif stale and len(workers) > wanted and all(child.ready_at for child in workers):
             stale[0].dismiss(now + self._config.drain_timeout_seconds)
-        elif self._reloaded < self._generation and not stale and sum(bool(c.ready_at) for c in workers) == wanted:
+        elif self._reloaded < self._generation and [bool(c.ready_at) for c in self._of(WORKER)] == [True] * wanted:
             self._reloaded = self._generation
             self._add("reloads", 1)
             logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
             for child in self._staying(AGENT):
                 child.dismiss(now + self._config.drain_timeout_seconds)
         # One at a time: the next one goes on where the last one has ended.
-        if self._config.needs_agent and not any(child.role == AGENT for child in self._children):
+        if self._config.needs_agent and not self._of(AGENT):
             self._start(AGENT, now)
 
+    def _of(self, role: str) -> list[Child]:
+        return [child for child in self._children if child.role == role]
+
     def _staying(self, role: str) -> list[Child]:
-        return [child for child in self._children if child.role == role and not child.is_leaving]
+        return [child for child in self._of(role) if not child.is_leaving]
 
     def _start(self, role: str, now: float) -> None:
         slot, listener_fd = -1, -1
@@ -117,17 +118,19 @@ class Supervisor:
 
     def _drain(self, began_at: float) -> None:
         """Accept no more, end the workers, and last the agent, with the final figures."""
-        self._socket.close()
         timeout = self._config.drain_timeout_seconds
+        kill_at = began_at + timeout * WORKERS_SHARE
+        if self._socket.fileno() >= 0:
+            self._socket.close()
+            for child in self._children:  # Who leaves already, after a reload, has no longer than the others.
+                child.kill_at = child.kill_at and min(child.kill_at, kill_at)
         for child in self._staying(WORKER):
-            child.dismiss(began_at + timeout * WORKERS_SHARE)
-        if not any(child.role == WORKER for child in self._children):
+            child.dismiss(kill_at)
+        if not self._of(WORKER):
             for child in self._staying(AGENT):
                 child.kill_at = began_at + timeout * AGENT_SHARE
                 if child.ready_at:  # SIGTERM would end one that still starts, with the last figures untold.
                     child.dismiss(child.kill_at)
-
-    # What there is.
 
     def _wait(self) -> None:
         """Wait for a report, a signal or the next moment at which something is due."""
@@ -216,8 +219,6 @@ class Supervisor:
         hint = f": nc {config.host} {config.port}, then WHO, WHERE or WHY; Ctrl-C stops it"
         message = f"listening on {where}" + (hint if config.log_format == "text" else "")
         logs.event(logging.INFO, "server.listening", message, fields)
-
-    # Signals.
 
     def _heed_signals(self, now: float) -> None:
         for number in self._signals.take():

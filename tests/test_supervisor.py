@@ -541,6 +541,21 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
         assert len(server.workers()) == 2
 
 
+def test_a_stop_during_a_reload_ends_in_time_though_an_old_worker_is_stuck(tmp_path: Path) -> None:
+    with start(tmp_path, "--drain-timeout", "2") as server, server.client() as client:
+        client.who()
+        client.send(b"SPIN\n")
+        (old,) = server.workers()
+        until(lambda: old.cpu_times().user > 0.5, "it spins")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.ready", 2)
+        code, seconds = timed(server.stop)
+        assert code == 0
+        assert seconds < 2 * PATIENCE
+        assert not server.events("server.reloaded")  # An old one was there to the end.
+        assert not server.events("server.forced")
+
+
 def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_ready(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
