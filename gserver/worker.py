@@ -162,6 +162,8 @@ def run(instructions: Instructions) -> None:
 
 
 def _log_client(action: str, verb: str, address: Any, refusal: Refusal | None) -> None:
+    if not logging.root.isEnabledFor(logging.DEBUG):
+        return  # Before the words are put together: this is paid for every client.
     host, port = address[:2]
     fields = {"client.address": host, "client.port": port}
     if refusal is not None:
