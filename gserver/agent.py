@@ -1,4 +1,4 @@
-"""The control plane: one process that tells the outside what the board says. StatsD is its first job.
+"""The control plane: one process that beats to the cluster's Redis, and tells StatsD what the board says.
 
 Clients never wait for it: when it hangs or dies, the workers go on, and the supervisor starts another.
 """
@@ -9,21 +9,48 @@ from time import monotonic
 import gevent
 from gevent.event import Event
 
-from gserver.process import Instructions, beat
+from gserver.errors import Misuse
+from gserver.process import Instructions, show_life
 from gserver.statsd import FLUSH_SECONDS, StatsdClient
+
+#: How long a start waits to know whether the server's id is free, and a stop for the cluster to be told.
+SETTLE_SECONDS = 1.8
+LEAVE_SECONDS = 1.5
 
 
 def run(instructions: Instructions) -> None:
-    """Be the agent until SIGTERM, which comes when the workers are gone: then send the last figures."""
-    board = instructions.board()
+    """Be the agent until SIGTERM, which at a stop comes when the workers are gone: then tell the last figures.
+
+    Raises `Misuse` when another live server has this one's id.
+    """
+    config, board = instructions.config, instructions.board()
     should_stop = Event()
     gevent.signal_handler(signal.SIGTERM, should_stop.set)
-    gevent.spawn_raw(beat, instructions, board)
-    client = StatsdClient(instructions.config, board)
-    instructions.report("ready")
+    gevent.spawn_raw(show_life, instructions, board)
+    client = StatsdClient(config, board) if config.statsd_host else None
+    member = beats = None
+    if config.redis_url:
+        from gserver.cluster import Member  # Loaded only where there is a cluster.
+
+        member = Member(config, board)
+        beats = gevent.spawn(member.run)
+        member.is_settled.wait(SETTLE_SECONDS)
+    is_ready = False
     while True:
         flush_at = monotonic() + FLUSH_SECONDS
-        client.flush()
+        if member and member.has_twin:
+            where = f"cluster {config.cluster_name}"
+            raise Misuse(f"another live server of {where} has the id {config.server_id}: choose another --server-id")
+        if not is_ready:
+            instructions.report("ready")
+            is_ready = True
+        if client:
+            client.flush()
+        if beats and beats.ready():
+            beats.get()  # Raises what has ended it.
         if should_stop.is_set():
             break
         should_stop.wait(max(0.0, flush_at - monotonic()))
+    if member and beats:
+        member.should_stop.set()
+        beats.join(LEAVE_SECONDS)

@@ -7,13 +7,16 @@ worker that has died. Every cell is named here and nowhere else.
 
 import mmap
 import os
+import secrets
+import time
 import zlib
 from collections.abc import Sequence
 
 from gserver.errors import Misuse
+from gserver.membership import BEAT_ERRORS
 from gserver.protocol import MAX_NAME_BYTES, REFUSALS
 
-#: Of each worker. `clients` is the only gauge; times are monotonic nanoseconds.
+#: Of each worker. `clients` is the only gauge; moments are monotonic nanoseconds.
 WORKER_CELLS = (
     "clients",  # connected now
     "heartbeat",  # when its loop last turned
@@ -31,7 +34,18 @@ SINGLE_CELLS = (
     "reloads",  # SIGHUPs carried out
     "lost",  # clients of workers that died
     "agent_heartbeat",
+    "draining",  # 1 from the stop on
+    "incarnation",  # which life of this server it is: drawn by lot
+    "remote",  # clients of the other servers, as last known
+    "servers",  # servers in the cluster, as last known; 0 before the first beat
+    "view",  # when that was learned
+    "lease_clock",  # of the cluster, as last known; milliseconds
+    "beats",  # answered by Redis
+    "beat_ns",  # time until the answer, over all beats
+    *(f"beat_errors.{kind}" for kind in BEAT_ERRORS),
 )
+#: What is neither a counter nor a gauge.
+NO_TOTALS = {"heartbeat", "agent_heartbeat", "draining", "incarnation", "view", "lease_clock", "remote", "servers"}
 MAX_COMMANDS = 64
 
 _CELL_BYTES = 8
@@ -56,12 +70,14 @@ class Board:
         #: The agent's: the cells as they were when it last sent them, from where one that follows it goes on.
         self.sent = memory[end : 2 * end].cast("q")
         self._names = memory[2 * end :]
+        self._remote = self.single["remote"]
 
     @classmethod
     def create(cls, slots: int) -> "Board":
         """Make an empty board with a column for each of `slots` workers."""
         board = cls(os.memfd_create("gserver-board"), slots)
         board.cells[0] = _FINGERPRINT
+        board.put("incarnation", secrets.randbits(62))
         return board
 
     @classmethod
@@ -73,8 +89,24 @@ class Board:
         return cls(fd, slots)
 
     def clients(self) -> int:
-        """Clients connected to all workers now: WHO. One slice, since the cells of a name lie together."""
+        """Clients connected to all workers now. One slice, since the cells of a name lie together."""
         return sum(self.cells[_FIRST : _FIRST + self.slots])
+
+    def everybody(self) -> int:
+        """Clients of the whole cluster: those of this server now, and those of the others as last known."""
+        return sum(self.cells[_FIRST : _FIRST + self.slots]) + self.cells[self._remote]
+
+    def get(self, name: str) -> int:
+        """Return the value of a cell of the supervisor's or the agent's."""
+        return self.cells[self.single[name]]
+
+    def put(self, name: str, value: int) -> None:
+        """Set such a cell."""
+        self.cells[self.single[name]] = value
+
+    def add(self, name: str, amount: int) -> None:
+        """Count in such a cell."""
+        self.cells[self.single[name]] += amount
 
     def cell(self, name: str, slot: int) -> int:
         """Return the index of a worker's cell."""
@@ -105,18 +137,25 @@ class Board:
         return lost
 
     def totals(self, cells: Sequence[int] | None = None) -> dict[str, int]:
-        """Return every counter and gauge by name, summed over the workers; commands as `commands.NAME`."""
+        """Return every counter and gauge by name, summed over the workers; commands as `commands.NAME`.
+
+        In a cluster that has been heard of: `servers`, `everybody` and `view_age_ms` too.
+        """
         cells = self.cells if cells is None else cells
         totals = {
             name: sum(cells[self.cell(name, 0) : self.cell(name, 0) + self.slots])
             for name in WORKER_CELLS
-            if name != "heartbeat"
+            if name not in NO_TOTALS
         }
-        totals.update((name, cells[index]) for name, index in self.single.items() if name != "agent_heartbeat")
+        totals.update((name, cells[index]) for name, index in self.single.items() if name not in NO_TOTALS)
         for slot in range(self.slots):
             for offset, name in enumerate(self._command_names(slot)):
                 key = f"commands.{name}"
                 totals[key] = totals.get(key, 0) + cells[self._first_command(slot) + offset]
+        if cells[self.single["view"]]:
+            totals["servers"] = cells[self.single["servers"]]
+            totals["everybody"] = totals["clients"] + cells[self._remote]
+            totals["view_age_ms"] = (time.monotonic_ns() - cells[self.single["view"]]) // 1_000_000
         return totals
 
     def _first_command(self, slot: int) -> int:

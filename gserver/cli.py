@@ -16,6 +16,7 @@ from click.shell_completion import CompletionItem
 from gserver import __version__, logs
 from gserver.config import OPTIONS, Config, Option, environment_names, flag
 from gserver.errors import EXIT_RUNTIME, Failure, Misuse
+from gserver.redis_url import RedisUrl
 
 
 class _Parsed(click.ParamType[Any]):
@@ -127,11 +128,15 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     from gserver import process, supervisor
 
     config = Config(**{name: value for name, value in options.items() if value is not None})
+    if ctx.get_parameter_source("redis_url") is click.core.ParameterSource.COMMANDLINE:
+        _hide_secret(config.redis_url)
     if config.log_format == "auto":
         config = replace(config, log_format="text" if sys.stdout.isatty() else "json")
     config = replace(
         config, workers=config.workers or len(os.sched_getaffinity(0)), server_id=config.server_id or str(uuid.uuid4())
     )
+    if config.contradiction:
+        raise Misuse(config.contradiction)
     limit = process.raise_file_limit()
     room = config.workers * (limit - process.RESERVED_FILES)
     is_chosen = ctx.get_parameter_source("max_clients") is not click.core.ParameterSource.DEFAULT
@@ -143,6 +148,17 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     config = replace(config, max_clients=min(config.max_clients, room))
     logs.start(config.log_level, config.log_format, config.server_id)
     ctx.exit(supervisor.Supervisor(config).run())
+
+
+def _hide_secret(redis_url: str) -> None:
+    """Begin again with a URL that has a password in the environment: arguments can be read by every user (ps)."""
+    if RedisUrl.parse(redis_url).has_secret:
+        option = flag("redis_url")
+        arguments = list(sys.orig_argv)
+        while option in arguments:
+            del arguments[arguments.index(option) : arguments.index(option) + 2]
+        arguments = [argument for argument in arguments if not argument.startswith(option + "=")]
+        os.execve(sys.executable, arguments, {**os.environ, environment_names("redis_url")[0]: redis_url})  # noqa: S606
 
 
 @gserver.command()

@@ -3,14 +3,15 @@
 Owns the two ends of the count, `admit` and `release`; who calls the one owes the other.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from time import monotonic
+from time import monotonic, monotonic_ns
 from typing import Any
 
 from gserver.board import Board
 from gserver.commands import Command, Service
 from gserver.config import Config
+from gserver.errors import ClusterUnavailable
 from gserver.protocol import REFUSALS, TOO_MANY_CLIENTS, Grammar, Refusal
 
 
@@ -19,7 +20,7 @@ class Clientele:
 
     def __init__(self, config: Config, board: Board, slot: int, commands: Iterable[Command]) -> None:
         self.config = config
-        self.service = Service(config.server_id, board.clients)
+        self.service = Service(config.server_id, _who(config, board))
         table = {item.name.encode(): replace(item, cell=board.command_cell(item.name, slot)) for item in commands}
         self.grammar = Grammar(table, config.max_line_bytes)
         self.cells = board.cells
@@ -71,3 +72,21 @@ class Clientele:
         self.drain_started_at = monotonic()
         for connection in self.connections:
             connection.receiver.interrupt()
+
+
+def _who(config: Config, board: Board) -> Callable[[], int]:
+    """Return what counts the clients for WHO: those of this server, and in a cluster those of all."""
+    if not config.redis_url:
+        return board.clients
+    if config.on_cluster_loss == "last-known":
+        return board.everybody
+    view, max_age_ns = board.single["view"], round(config.cluster_max_age_seconds * 1e9)
+
+    def count() -> int:
+        if board.cells[view] and monotonic_ns() - board.cells[view] <= max_age_ns:
+            return board.everybody()
+        if config.on_cluster_loss == "error":
+            raise ClusterUnavailable
+        return board.clients()
+
+    return count

@@ -9,16 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from gserver.redis_url import RedisUrl
+
 LISTENING = "Listening"
 CLIENTS = "Clients"
 STOPPING = "Stopping"
 EXTENDING = "Extending"
+CLUSTER = "Cluster (Redis)"
 METRICS = "Metrics (StatsD)"
 LOGS = "Logs"
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "json", "text")
 #: Names that process runners give to the same things; GSERVER_<OPTION> wins over them.
-RUNNER_VARIABLES = {"port": "PORT", "workers": "WEB_CONCURRENCY"}
+RUNNER_VARIABLES = {"port": "PORT", "workers": "WEB_CONCURRENCY", "redis_url": "REDIS_URL"}
 RUNNER_VARIABLES |= {name: name.upper() for name in ("statsd_host", "statsd_port", "statsd_prefix")}
 
 
@@ -60,6 +63,19 @@ def parse_statsd_prefix(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text).strip(".")[:128]
 
 
+def parse_redis_url(text: str) -> str:
+    """Return the URL as it is, once it is known to be one."""
+    RedisUrl.parse(text)
+    return text
+
+
+def parse_cluster_name(text: str) -> str:
+    """Return the name: it is part of the keys in Redis, between braces."""
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", text):
+        raise ValueError(f"{text!r} is not 1 to 64 letters, digits, _, ., : and -")
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """One server's configuration. Periods are seconds; 0 switches off what its help says it does."""
@@ -93,6 +109,22 @@ class Config:
         10.0, STOPPING, "Time without a sign of life after which a process is replaced; 0 = never."
     )
     commands: str = _option("", EXTENDING, "Python module with commands of your own.", metavar="MODULE")
+    redis_url: str = _option(
+        "", CLUSTER, "Redis of the cluster [default: none, a server alone].", parse=parse_redis_url, metavar="URL"
+    )
+    redis_ca_file: str = _option("", CLUSTER, "CA certificate for rediss:// [default: the system's].", metavar="FILE")
+    redis_tls_verify: str = _option("yes", CLUSTER, "Whether its certificate must be right.", choices=("yes", "no"))
+    cluster_name: str = _option("gserver", CLUSTER, "Name of the cluster.", parse=parse_cluster_name, metavar="NAME")
+    beat_interval_seconds: float = _option(0.5, CLUSTER, "Time from one report to Redis to the next.", minimum=0.1)
+    member_ttl_seconds: float = _option(5.0, CLUSTER, "Time without one after which a server is taken for dead.")
+    on_cluster_loss: str = _option(
+        "last-known",
+        CLUSTER,
+        "What WHO says when the others have not been heard of for --cluster-max-age: own clients and the last known of"
+        " others, own alone, or an ERR.",
+        choices=("last-known", "local", "error"),
+    )
+    cluster_max_age_seconds: float = _option(30.0, CLUSTER, "Age of that knowledge from which it is too old.")
     statsd_host: str = _option("", METRICS, "StatsD daemon [default: none, no metrics are sent].")
     statsd_port: int = _option(8125, METRICS, "Its UDP port.", minimum=1, maximum=65535)
     statsd_prefix: str = _option("gserver", METRICS, "First part of every name.", parse=parse_statsd_prefix)
@@ -102,7 +134,24 @@ class Config:
     @property
     def needs_agent(self) -> bool:
         """Whether there is anything for an agent to do."""
-        return bool(self.statsd_host)
+        return bool(self.statsd_host or self.redis_url)
+
+    def hang_seconds(self, *, is_agent: bool) -> float:
+        """After how long a silence a process has hung. An agent that beats must be back before its TTL is over."""
+        limit = self.hang_timeout_seconds
+        return min(limit, self.member_ttl_seconds / 3) if is_agent and self.redis_url else limit
+
+    @property
+    def contradiction(self) -> str:
+        """Which options contradict each other, and how; "" when none do."""
+        beat, ttl, age = self.beat_interval_seconds, self.member_ttl_seconds, self.cluster_max_age_seconds
+        if ttl < 5 * beat:
+            return f"--member-ttl {ttl:g} is too short: at least five times --beat-interval, which is {beat:g}"
+        if age < 2 * beat:
+            return f"--cluster-max-age {age:g} is too short: at least twice --beat-interval, which is {beat:g}"
+        if self.redis_ca_file and not RedisUrl.parse(self.redis_url or "redis://-").has_tls:
+            return "--redis-ca-file is for a --redis-url with TLS: rediss://"
+        return ""
 
 
 OPTIONS: dict[str, Option] = {item.name: item.metadata["option"] for item in fields(Config)}

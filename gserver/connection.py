@@ -15,7 +15,8 @@ from gevent import socket as gevent_socket
 from gserver import logs
 from gserver.clientele import Clientele
 from gserver.commands import Command
-from gserver.protocol import IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
+from gserver.errors import ClusterUnavailable
+from gserver.protocol import CLUSTER_UNAVAILABLE, IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
 from gserver.receiver import Receiver, raw_socket
 
 #: At a drain, a client that has just connected, or whose line is still on its way, has so long to say it.
@@ -148,6 +149,8 @@ class Connection:
                     continue
                 except gevent.GreenletExit:
                     raise  # The worker is ending.
+                except ClusterUnavailable:
+                    item = CLUSTER_UNAVAILABLE  # noqa: PLW2901
                 except BaseException as error:  # noqa: BLE001 (somebody else's code: it ends its command, no more)
                     message = f"the handler of {item.name} raised {type(error).__name__}"
                     logs.complain("command.failed", message, {"gserver.command": item.name, **logs.error_fields(error)})

@@ -18,3 +18,7 @@ class Misuse(Failure):
     """The program was asked for something that it cannot do: a bad option, a bad module."""
 
     exit_code = EXIT_USAGE
+
+
+class ClusterUnavailable(Exception):
+    """The number of clients is not known well enough to be told (`--on-cluster-loss error`)."""

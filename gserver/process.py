@@ -78,7 +78,7 @@ def leave_if_orphaned(instructions: Instructions) -> None:
         os._exit(EXIT_RUNTIME)
 
 
-def beat(instructions: Instructions, board: Board) -> None:
+def show_life(instructions: Instructions, board: Board) -> None:
     """Give signs of life for ever: to be run in a greenlet of its own."""
     heartbeat = board.heartbeat_cell(instructions.slot)
     while True:

@@ -25,6 +25,7 @@ class Refusal(NamedTuple):
 UNKNOWN_COMMAND = Refusal("unknown_command", b"ERR unknown command\n", closes=False)
 NOT_ASCII = Refusal("not_ascii", b"ERR not ASCII\n", closes=False)
 INTERNAL = Refusal("internal", b"ERR internal\n", closes=False)
+CLUSTER_UNAVAILABLE = Refusal("cluster_unavailable", b"ERR cluster unavailable\n", closes=False)
 LINE_TOO_LONG = Refusal("line_too_long", b"ERR line too long\n", closes=True)
 TOO_SLOW = Refusal("too_slow", b"ERR too slow\n", closes=True)
 IDLE = Refusal("idle", b"ERR idle\n", closes=True)
@@ -34,7 +35,18 @@ HTTP = Refusal("http", b"", closes=True)
 # Who does not read cannot be told that either.
 SLOW_READER = Refusal("slow_reader", b"", closes=True)
 
-REFUSALS = (UNKNOWN_COMMAND, NOT_ASCII, INTERNAL, LINE_TOO_LONG, TOO_SLOW, IDLE, TOO_MANY_CLIENTS, HTTP, SLOW_READER)
+REFUSALS = (
+    UNKNOWN_COMMAND,
+    NOT_ASCII,
+    INTERNAL,
+    CLUSTER_UNAVAILABLE,
+    LINE_TOO_LONG,
+    TOO_SLOW,
+    IDLE,
+    TOO_MANY_CLIENTS,
+    HTTP,
+    SLOW_READER,
+)
 
 
 class Grammar(Generic[C]):

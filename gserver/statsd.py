@@ -13,6 +13,7 @@ from gserver import logs
 from gserver.board import Board
 from gserver.config import Config
 from gserver.listener import show_address
+from gserver.membership import BEAT_ERRORS
 from gserver.protocol import REFUSALS
 
 FLUSH_SECONDS = 1.0
@@ -24,6 +25,8 @@ MAX_DATAGRAM_BYTES = 512
 
 #: Metric: the board's total that it is, for gauges and for counters.
 GAUGES = {"connections": "clients", "workers": "workers"}
+#: As far as there is a cluster: all clients and servers, and how old that knowledge is, in milliseconds.
+CLUSTER_GAUGES = {"cluster.clients": "everybody", "cluster.servers": "servers", "cluster.view_age": "view_age_ms"}
 COUNTERS = {
     "accepted": "accepted",
     "closed": "closed",
@@ -31,13 +34,16 @@ COUNTERS = {
     "restarts": "worker_restarts",
     "agent_starts": "agent_starts",
     "reloads": "reloads",
+    "cluster.beats": "beats",
+    **{f"cluster.beat_errors.{kind}": f"beat_errors.{kind}" for kind in BEAT_ERRORS},
     **{
         f"{'rejected' if refusal.closes else 'errors'}.{refusal.name}": f"refused.{refusal.name}"
         for refusal in REFUSALS
     },
 }
-#: Mean time from bytes read to replies handed to the kernel, since the last flush; milliseconds.
-SERVICE_TIME = "service_time"
+#: Mean times since the last flush, in milliseconds: from bytes read to replies handed to the kernel, and from a beat
+#: to its answer. Their number and their sum, in nanoseconds.
+TIMINGS = {"service_time": ("bursts", "service_ns"), "cluster.beat_time": ("beats", "beat_ns")}
 
 Metric = tuple[str, str, float]
 Totals = dict[str, int]
@@ -45,14 +51,16 @@ Totals = dict[str, int]
 
 def changes(before: Totals, now: Totals) -> Iterator[Metric]:
     """Yield what to send, as (kind, name, value): `gauge`, `incr` or `timing`. Counters that stand still are not."""
-    for name, total in GAUGES.items():
-        yield "gauge", name, now[total]
+    for name, total in {**GAUGES, **CLUSTER_GAUGES}.items():
+        if total in now:
+            yield "gauge", name, now[total]
     commands = {f"commands.{key.partition('.')[2].lower()}": key for key in now if key.startswith("commands.")}
     for name, total in {**COUNTERS, **commands}.items():
         if increase := now[total] - before.get(total, 0):
             yield "incr", name, increase
-    if bursts := now["bursts"] - before.get("bursts", 0):
-        yield "timing", SERVICE_TIME, (now["service_ns"] - before.get("service_ns", 0)) / bursts / 1e6
+    for name, (number, sum_ns) in TIMINGS.items():
+        if increase := now[number] - before.get(number, 0):
+            yield "timing", name, (now[sum_ns] - before.get(sum_ns, 0)) / increase / 1e6
 
 
 class StatsdClient:

@@ -25,8 +25,8 @@ BOOT_SECONDS = 30.0
 #: Parts of the drain timeout by which workers, then the agent, are killed if they are still there.
 WORKERS_SHARE = 0.85
 AGENT_SHARE = 0.92
-#: SIGTERM so soon after SIGINT, or the other way round, is the same request once more.
-PASS_ON_SECONDS = 0.5
+#: How long the first start of the workers waits for the agent, which finds out whether the server's id is free.
+ID_CHECK_SECONDS = 2.5
 
 
 class Supervisor:
@@ -44,8 +44,8 @@ class Supervisor:
         self._failure: Failure | None = None
         self._drain_at: float | None = None
         self._looked_at = monotonic()
+        self._id_check_until = self._looked_at + ID_CHECK_SECONDS if config.redis_url else 0.0
         self._signals = SignalNotes(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        self._asked_to_stop: tuple[signal.Signals, float] | None = None
         self._had_terminal = os.isatty(0)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._signals.fd, selectors.EVENT_READ, None)
@@ -60,7 +60,7 @@ class Supervisor:
                 self._heed_signals(monotonic())
                 self._reap(monotonic())
                 self._watch(monotonic())
-                self._board.cells[self._board.single["workers"]] = sum(bool(c.ready_at) for c in self._staying(WORKER))
+                self._board.put("workers", sum(bool(child.ready_at) for child in self._staying(WORKER)))
         finally:
             self._end_now()
         if self._failure is not None:
@@ -73,6 +73,11 @@ class Supervisor:
         if self._drain_at is not None and now >= self._drain_at:
             self._drain(self._drain_at)
             return
+        # One agent at a time: the next one goes on where the last one has ended.
+        if self._config.needs_agent and not self._of(AGENT):
+            self._start(AGENT, now)
+        if now < self._id_check_until and any(child.ready_at is None for child in self._of(AGENT)):
+            return
         workers, wanted = self._staying(WORKER), self._config.workers
         for _ in range(wanted - len(workers)):
             self._start(WORKER, now)
@@ -83,13 +88,10 @@ class Supervisor:
             stale[0].dismiss(now + self._config.drain_timeout_seconds)
         elif self._reloaded < self._generation and [bool(c.ready_at) for c in self._of(WORKER)] == [True] * wanted:
             self._reloaded = self._generation
-            self._add("reloads", 1)
+            self._board.add("reloads", 1)
             logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
             for child in self._staying(AGENT):
                 child.dismiss(now + self._config.drain_timeout_seconds)
-        # One at a time: the next one goes on where the last one has ended.
-        if self._config.needs_agent and not self._of(AGENT):
-            self._start(AGENT, now)
 
     def _of(self, role: str) -> list[Child]:
         return [child for child in self._children if child.role == role]
@@ -112,7 +114,7 @@ class Supervisor:
             self._pacing[role].spawn_at = now + SHORT_LIFE_SECONDS
             logs.complain("process.not_started", f"cannot start the {role}: {error}", logs.error_fields(error))
             return
-        self._add("agent_starts", role == AGENT)
+        self._board.add("agent_starts", role == AGENT)
         self._children.append(child)
         self._selector.register(child.report_fd, selectors.EVENT_READ, child)
 
@@ -122,6 +124,7 @@ class Supervisor:
         kill_at = began_at + timeout * WORKERS_SHARE
         if self._socket.fileno() >= 0:
             self._socket.close()
+            self._board.put("draining", 1)
             for child in self._children:  # Who leaves already, after a reload, has no longer than the others.
                 child.kill_at = child.kill_at and min(child.kill_at, kill_at)
         for child in self._staying(WORKER):
@@ -164,12 +167,12 @@ class Supervisor:
             self._hang_up(child)
             self._children.remove(child)
             lost = self._board.settle(child.slot) if child.role == WORKER else 0
-            self._add("lost", lost)
+            self._board.add("lost", lost)
             if not child.is_leaving:
                 self._pacing[child.role].note_death(child, now)
-                self._judge(child, lost)
+                self._judge(child, lost, now)
 
-    def _judge(self, child: Child, lost: int) -> None:
+    def _judge(self, child: Child, lost: int, now: float) -> None:
         """Decide what the unexpected end of a child means."""
         fields = {"gserver.child_pid": child.pid, "process.exit_code": child.process.returncode, "gserver.lost": lost}
         is_new = child.role == WORKER and child.ready_at is None and child.generation == self._generation
@@ -177,6 +180,10 @@ class Supervisor:
         if child.refusal and not self._was_ready:
             self._failure = Misuse(child.refusal)
             self._end_now()
+        elif child.refusal and child.role == AGENT:
+            self._failure = Misuse(child.refusal)
+            self._drain_at = now
+            logs.event(logging.ERROR, "server.draining", f"draining: {child.refusal}", fields)
         elif is_reload:
             self._reloaded = self._generation
             for other in self._staying(WORKER):
@@ -184,7 +191,7 @@ class Supervisor:
             message = f"reload given up, the old workers stay: a new one did not start: {child.end}"
             logs.event(logging.ERROR, "server.reload_failed", message, fields)
         else:
-            self._add("worker_restarts", child.role == WORKER)
+            self._board.add("worker_restarts", child.role == WORKER)
             message = f"{child.role} {child.pid} died ({child.end}), another takes its place"
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
 
@@ -193,10 +200,10 @@ class Supervisor:
         was_stopped = now - self._looked_at > 2 * WATCH_SECONDS  # and so, perhaps, were the others
         self._looked_at = now
         logs.report_left_out()
-        limit = self._config.hang_timeout_seconds
         for child in self._children:
             if was_stopped:
                 child.spawned_at = now
+            limit = self._config.hang_seconds(is_agent=child.role == AGENT)
             silence = now - max(child.spawned_at, self._board.cells[self._board.heartbeat_cell(child.slot)] / 1e9)
             if child.kill_at is not None:
                 if now >= child.kill_at:
@@ -207,9 +214,6 @@ class Supervisor:
                 child.kill_at = now + WATCH_SECONDS
                 message = f"{child.role} {child.pid} has hung for {silence:.1f} s: killed"
                 logs.event(logging.ERROR, f"{child.role}.hung", message, {"gserver.child_pid": child.pid})
-
-    def _add(self, name: str, amount: int) -> None:
-        self._board.cells[self._board.single[name]] += amount
 
     def _announce(self) -> None:
         config = self._config
@@ -228,18 +232,12 @@ class Supervisor:
                 self._pacing[WORKER] = Pacing()  # The cause of earlier failures may be mended.
                 logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
             elif self._drain_at is None:
-                self._asked_to_stop = number, now
                 self._drain_at = now + self._config.drain_delay_seconds
                 logs.event(logging.INFO, "server.draining", f"{number.name}: draining")
-            elif number != signal.SIGHUP and self._is_second_request(number, now):
+            elif number != signal.SIGHUP:
                 self._was_forced = True
                 logs.event(logging.WARNING, "server.forced", f"{number.name} again: ending now")
                 self._end_now()
-
-    def _is_second_request(self, number: signal.Signals, now: float) -> bool:
-        """Whether that is not what a runner, sharing our terminal and its Ctrl-C, passes on of the first one."""
-        first, at = self._asked_to_stop or (number, now)
-        return number == first or now - at > PASS_ON_SECONDS
 
     def _end_now(self) -> None:
         self._drain_at = 0.0

@@ -18,7 +18,7 @@ from gserver import commands, logs
 from gserver.board import Board
 from gserver.clientele import Clientele
 from gserver.connection import Connection, close_cleanly
-from gserver.process import RESERVED_FILES, Instructions, beat, raise_file_limit
+from gserver.process import RESERVED_FILES, Instructions, raise_file_limit, show_life
 from gserver.protocol import TOO_MANY_CLIENTS, Refusal
 from gserver.receiver import READ, raw_socket
 
@@ -78,7 +78,7 @@ class Worker:
     def run(self) -> None:
         """Serve until SIGTERM, then drain."""
         gevent.signal_handler(signal.SIGTERM, self._should_drain.set)
-        gevent.spawn_raw(beat, self._instructions, self._board)
+        gevent.spawn_raw(show_life, self._instructions, self._board)
         if self._config.idle_timeout_seconds:
             gevent.spawn_raw(self._sweep)
         self._server.start()

@@ -45,7 +45,7 @@ def program(name: str) -> str:
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without what would configure gserver, and with `extra`."""
-    theirs = ("PORT", "WEB_CONCURRENCY", "STATSD_HOST", "STATSD_PORT", "STATSD_PREFIX", "VIRTUAL_ENV")
+    theirs = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT", "STATSD_PREFIX", "VIRTUAL_ENV")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("GSERVER_") and key not in theirs}
     return {**kept, "PYTHONPATH": str(ROOT), **extra}
 

@@ -379,6 +379,9 @@ def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.S
         client.send(b"SLEEP\n")
         server.send_signal(number)
         server.wait_for("server.draining")
+        server.send_signal(number)  # At once: a runner's, which got the same Ctrl-C.
+        time.sleep(0.3)
+        assert not server.events("server.forced")
         code, seconds = timed(lambda: server.stop(number))
         assert code == 1
         assert seconds < SECOND

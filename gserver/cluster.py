@@ -1,0 +1,146 @@
+"""Membership in the cluster: this server beats, and puts what it learns of the others on the board.
+
+Runs in the agent; no client ever waits for it. Whatever goes wrong with a beat means that Redis is away: what was last
+known stands, and the next beat tries again.
+"""
+
+import logging
+import random
+from time import monotonic, monotonic_ns
+
+from gevent.event import Event
+
+from gserver import logs
+from gserver.board import Board
+from gserver.config import Config
+from gserver.membership import Membership, Reply, Rivalry
+from gserver.redis_link import RedisLink, kind_of
+
+#: How often to look whether the own count has changed. A change is told at once, but so long after the beat before.
+LOOK_SECONDS = 0.05
+LEAST_PAUSE_SECONDS = 0.1
+#: A beat follows the one before after such a part of the interval, so that servers do not keep step.
+JITTER = (0.75, 0.95)
+#: While watching whether the holder of the own id is alive: beats in an interval.
+WATCHES = 4
+FIRST_BACKOFF_SECONDS = 0.05
+#: A Redis that is away is tried about as often as one that is there, but not more often than this a second by all
+#: servers together; and each one comes back within a third of the TTL, since the others hold its count so long.
+RETRIES_PER_SECOND = 1000
+#: While Redis stays away, it is said again so often.
+REMIND_SECONDS = 60.0
+
+
+class Member:
+    """One server's membership. The board carries it from one agent to the next, under the same incarnation."""
+
+    def __init__(self, config: Config, board: Board) -> None:
+        self._config = config
+        self._board = board
+        self._incarnation = f"{board.get('incarnation'):x}"
+        self._link = RedisLink(config)
+        remote, servers, clock = (board.get(name) for name in ("remote", "servers", "lease_clock"))
+        self._membership = Membership(config.member_ttl_seconds, remote, servers, clock)
+        self._rivalry = Rivalry(config.beat_interval_seconds)
+        self._is_member = servers > 0
+        self._failures = 0
+        self._away_since = self._said_at = 0.0
+        self._said_kinds: set[str] = set()
+        self.should_stop = Event()
+        #: Set when this server is a member, or has a twin, or cannot know since Redis is away.
+        self.is_settled = Event()
+        self.has_twin = False
+
+    def run(self) -> None:
+        """Beat until told to stop, or until a live twin is found; at a stop of the whole server, leave the cluster."""
+        while not (self.should_stop.is_set() or self.has_twin):
+            began, count = monotonic(), self._board.clients()
+            self._beat(count)
+            self._pause(began, count)
+        if self._board.get("draining") and self._is_member:
+            try:
+                self._call("leave")
+            except Exception as error:  # noqa: BLE001 (as for a beat)
+                logs.complain("cluster.not_left", f"cannot tell the others of the stop: {error}")
+        self._link.drop()
+
+    def _call(self, count: int | str) -> Reply:
+        config, stamp = self._config, monotonic_ns() // 1000
+        times = (round(seconds * 1000) for seconds in (config.member_ttl_seconds, config.beat_interval_seconds))
+        return self._link.call(config.server_id, self._incarnation, stamp, count, *times, self._rivalry.replaceable)
+
+    def _beat(self, count: int) -> None:
+        began = monotonic_ns()
+        try:
+            reply = self._call(count)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the members go on, and so must the beats)
+            self._note_failure(error)
+        else:
+            self._board.add("beats", 1)
+            self._board.add("beat_ns", monotonic_ns() - began)
+            self._note(reply, count)
+
+    def _pause(self, began: float, count: int) -> None:
+        config = self._config
+        seconds = config.beat_interval_seconds * random.uniform(*JITTER)  # noqa: S311 (no secret)
+        if self._failures:
+            most = max(config.beat_interval_seconds, self._membership.servers / RETRIES_PER_SECOND)
+            backoff = FIRST_BACKOFF_SECONDS * 2 ** min(self._failures - 1, 20)
+            seconds = min(backoff, most, config.member_ttl_seconds / 3) * random.uniform(0.8, 1.0)  # noqa: S311
+            began = monotonic()
+        elif not self.is_settled.is_set():
+            seconds = config.beat_interval_seconds / WATCHES
+        while (left := began + seconds - monotonic()) > 0 and not self.should_stop.wait(min(left, LOOK_SECONDS)):
+            is_news = self._board.clients() != count and not self._failures
+            if is_news and monotonic() - began >= LEAST_PAUSE_SECONDS:
+                break
+
+    def _note(self, reply: Reply, count: int) -> None:
+        now, known = monotonic(), self._membership.servers
+        self._note_changes(reply, now)
+        self._membership.take(reply, count, now)
+        self.has_twin = self._rivalry.watch(reply, self._incarnation, now)
+        self._is_member = reply.holder == self._incarnation
+        if self._is_member or self.has_twin:
+            self.is_settled.set()
+        board, membership = self._board, self._membership
+        board.put("remote", membership.remote)
+        board.put("servers", membership.servers)
+        board.put("lease_clock", membership.clock)
+        board.put("view", monotonic_ns())
+        if membership.servers != known:
+            fields = {"gserver.servers": membership.servers, "gserver.remote_clients": membership.remote}
+            message = f"servers in the cluster: {membership.servers} (before: {known})"
+            logs.event(logging.INFO, "cluster.servers", message, fields)
+
+    def _note_changes(self, reply: Reply, now: float) -> None:
+        if self._failures:
+            message = f"Redis is back after {now - self._away_since:.1f} s and {self._failures} failed beats"
+            logs.event(logging.INFO, "cluster.regained", message)
+            self._failures = 0
+            self._said_kinds.clear()
+        if self._is_member and reply.clock < self._membership.clock:
+            message = "Redis has lost the cluster's state: the last known count stands until the others are back"
+            logs.event(logging.WARNING, "cluster.reset", message)
+        elif self._is_member and reply.was_missing:
+            message = "the others had dropped this server, since it could not beat for the TTL: it is back"
+            logs.event(logging.WARNING, "cluster.expired", message)
+        elif not self._is_member and reply.holder == self._incarnation:
+            message = f"joined the cluster {self._config.cluster_name} at {self._link}"
+            logs.event(logging.INFO, "cluster.joined", message, {"gserver.servers": reply.servers})
+
+    def _note_failure(self, error: Exception) -> None:
+        kind, now = kind_of(error), monotonic()
+        self._board.add(f"beat_errors.{kind}", 1)
+        if not self._failures:
+            self._away_since = now
+        self._failures += 1
+        if kind not in self._said_kinds or now - self._said_at >= REMIND_SECONDS:
+            self._said_kinds.add(kind)
+            self._said_at = now
+            unsure = "" if self._is_member else " (nor is it known whether another server has the same id)"
+            reason = str(error).partition(" : ")[0]  # what follows are objects of redis-py
+            message = f"Redis at {self._link} is away ({kind}), WHO does without it{unsure}: {reason}"
+            fields = {"error.type": type(error).__name__, "error.message": reason, "gserver.kind": kind}
+            logs.event(logging.WARNING, "cluster.lost", message, fields)
+        self.is_settled.set()

@@ -1,0 +1,98 @@
+"""What a server makes of the answers to its beats: how many clients the others have, and whether it has a twin.
+
+Pure: knows no Redis and no clock of its own. Times are monotonic seconds, leases milliseconds of the lease clock,
+which gserver/cluster.lua explains.
+"""
+
+from typing import NamedTuple
+
+#: Kinds of failed beats, by their names in metrics and logs.
+BEAT_ERRORS = (
+    "auth",
+    "connection",
+    "loading",
+    "name",
+    "no_primary",
+    "other",
+    "out_of_memory",
+    "read_only",
+    "timeout",
+    "tls",
+)
+#: A live server's lease is renewed every beat interval; one that stands still for so many is dead.
+STILL_INTERVALS = 2
+
+
+class Reply(NamedTuple):
+    """The answer to one beat, in the order of gserver/cluster.lua."""
+
+    total: int
+    servers: int
+    fresh: int
+    was_missing: int
+    clock: int
+    holder: str
+    lease: int
+
+
+class Membership:
+    """What is known of the others. `servers` counts this one too, and is 0 as long as it has never been a member."""
+
+    def __init__(self, ttl_seconds: float, remote: int, servers: int, clock: int) -> None:
+        self._ttl = ttl_seconds
+        self.remote = self._held = remote
+        self.servers = servers
+        self.clock = clock
+        self.hold_until = 0.0
+
+    def take(self, reply: Reply, count: int, now: float) -> None:
+        """Take the answer to a beat that has reported `count` own clients.
+
+        When Redis has lost what it knew, or has dropped this server, the total lacks whoever has not beaten since. So
+        the last known number is held, unless the new one is higher, until as many servers have beaten as were known,
+        or whoever can must have done so.
+        """
+        remote = max(0, reply.total - count)
+        if self.servers:
+            if reply.clock < self.clock:
+                self._hold(now + self._ttl)
+            elif reply.was_missing:
+                # Redis goes on, without us for a while: who was cut off with us returns within a third of the TTL.
+                self._hold(now + self._ttl / 3)
+        self.clock = reply.clock
+        if now < self.hold_until and reply.fresh < self.servers:
+            self.remote = max(self._held, remote)
+        else:
+            self.hold_until = 0.0
+            self.remote, self.servers = remote, reply.servers
+
+    def _hold(self, until: float) -> None:
+        if not self.hold_until:
+            self._held = self.remote
+        self.hold_until = max(self.hold_until, until)
+
+
+class Rivalry:
+    """Whether another incarnation that holds the own id is alive: then its lease is renewed while one watches."""
+
+    def __init__(self, beat_interval_seconds: float) -> None:
+        self._patience = STILL_INTERVALS * beat_interval_seconds
+        self._seen = ("", 0)
+        self._since = 0.0
+        self._renewals = 0
+        #: The holder, once it is known to be dead: this server may take its place.
+        self.replaceable = ""
+
+    def watch(self, reply: Reply, incarnation: str, now: float) -> bool:
+        """Take an answer; return whether the holder is a live twin. One renewal may be a late beat of a dead one."""
+        self.replaceable = ""
+        holder, lease = self._seen
+        if reply.holder in ("", incarnation):
+            self._seen = ("", 0)
+        elif reply.holder != holder:
+            self._seen, self._since, self._renewals = (reply.holder, reply.lease), now, 0
+        elif reply.lease != lease:
+            self._seen, self._since, self._renewals = (reply.holder, reply.lease), now, self._renewals + 1
+        elif now - self._since >= self._patience:
+            self.replaceable = reply.holder
+        return bool(self._seen[0]) and self._renewals >= 2

@@ -1,0 +1,86 @@
+"""Where Redis is, as one URL says it: `redis://`, `rediss://` (TLS), `unix://`, and `redis+sentinel://`, `rediss+sentinel://`.
+
+Pure. Understands what redis-py understands of the first three, and for Sentinel
+`redis+sentinel://[user:password@]host:port,host:port,.../service[/db]`.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+REDIS_PORT = 6379
+SENTINEL_PORT = 26379
+PARAMETERS = ("db", "username", "password", "sentinel_username", "sentinel_password")
+
+
+@dataclass(frozen=True, slots=True)
+class RedisUrl:
+    """The parts of such a URL. `hosts` are the Sentinels where there is a `service`; a `path` is a unix socket's."""
+
+    hosts: tuple[tuple[str, int], ...] = ()
+    service: str = ""
+    path: str = ""
+    has_tls: bool = False
+    db: int = 0
+    username: str = ""
+    password: str = ""
+    sentinel_username: str = ""
+    sentinel_password: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "RedisUrl":
+        """Return the parts; raise ValueError, whose text repeats nothing that may be secret."""
+        try:
+            url = urlsplit(text)
+            given = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query)))
+        except ValueError as error:
+            raise ValueError("this is no URL") from error
+        kind, is_sentinel = url.scheme.removesuffix("+sentinel"), url.scheme.endswith("+sentinel")
+        if kind not in ("redis", "rediss") and url.scheme != "unix":
+            raise ValueError("a URL begins with redis://, rediss://, unix://, redis+sentinel:// or rediss+sentinel://")
+        for name in given:
+            if name not in PARAMETERS:
+                raise ValueError(f"the URL has a parameter that is none of {', '.join(PARAMETERS)}")
+        user, _, netloc = url.netloc.rpartition("@")
+        username, _, password = user.partition(":")
+        secrets: dict[str, Any] = {"username": unquote(username), "password": unquote(password)}
+        secrets |= {name: value for name, value in given.items() if name != "db"}
+        if url.scheme == "unix":
+            if not url.path:
+                raise ValueError("the URL names no path: write unix:///path/to/redis.sock")
+            return cls(path=unquote(url.path), db=_number(given.get("db", "0")), **secrets)
+        hosts = tuple(_host(host, SENTINEL_PORT if is_sentinel else REDIS_PORT) for host in netloc.split(","))
+        service, _, db = url.path.removeprefix("/").partition("/") if is_sentinel else ("", "", url.path[1:])
+        if is_sentinel and not service:
+            raise ValueError("the URL names no service: write redis+sentinel://host:port,host:port/service")
+        if len(hosts) > 1 and not is_sentinel:
+            raise ValueError("the URL names several hosts: that is for redis+sentinel://")
+        db = given.get("db", db) or "0"
+        return cls(hosts, unquote(service), has_tls=kind == "rediss", db=_number(db), **secrets)
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether anything in it is not for the eyes of all."""
+        return bool(self.password or self.sentinel_password)
+
+    def __str__(self) -> str:
+        """The URL without names and passwords, for logs."""
+        if self.path:
+            return f"unix://{self.path}"
+        scheme = ("rediss" if self.has_tls else "redis") + ("+sentinel" if self.service else "")
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        return f"{scheme}://{hosts}" + (f"/{self.service}" if self.service else "")
+
+
+def _host(text: str, default_port: int) -> tuple[str, int]:
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:\[\]]+))(?::([0-9]{1,5}))?", text)
+    if not found or not 0 < int(found[3] or default_port) < 65536:
+        raise ValueError("the URL has a host or port that is none")
+    return unquote(found[1] or found[2]), int(found[3] or default_port)
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text):
+        raise ValueError("the URL's database is not a number")
+    return int(text)
