@@ -1,0 +1,356 @@
+"""Real Redis servers, real Sentinels, and a network before them, each with the faults that a test may want of it.
+
+All listen on 127.0.0.1 and end with their `with` block. A method returns when what it does has happened.
+"""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from tests.running import LIMIT, program, until
+
+#: A failover takes three seconds, but a Sentinel that was held up for two does nothing for the next thirty.
+FAILOVER_LIMIT = 4 * LIMIT
+TLS = ["port 0", "tls-port PORT", "tls-auth-clients no"]
+TLS += ["tls-ca-cert-file ca.pem", "tls-cert-file server.pem", "tls-key-file server.key"]
+#: Any fault loses the data, unless a test says otherwise; replicas are filled without waiting for more of them.
+DEFAULTS = {"save": '""', "appendonly": "no", "repl-diskless-sync-delay": 0, "unixsocket": "redis.sock"}
+
+
+def free_port() -> int:
+    """A port below those that the system gives away, so nobody takes it while its server is down."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(20000, 32768)))
+            return int(probe.getsockname()[1])
+
+
+def make_certificates(folder: Path) -> None:
+    """A CA, a server's certificate by it for 127.0.0.1 (not for localhost), and a CA that signed nothing."""
+    new = [program("openssl"), "req", "-x509", "-days", "2", "-nodes", "-newkey", "ec"]
+    new += ["-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    for_ca = ["-addext", "keyUsage=critical,keyCertSign"]
+    for_server = ["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE"]
+    for_server += ["-CA", "ca.pem", "-CAkey", "ca.key"]
+    for name, options in {"ca": for_ca, "other-ca": for_ca, "server": for_server}.items():
+        command = [*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem", *options]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+class Server(ExitStack[None]):
+    """A redis-server or redis-sentinel, with a folder of its own in the one given."""
+
+    def __init__(self, kind: str, folder: Path, lines: list[str], password: str = "") -> None:
+        super().__init__()
+        self.port = free_port()
+        self.password = password
+        self.folder = folder / f"{kind}-{self.port}"
+        self.folder.mkdir()
+        lines = [f'dir "{self.folder}"', "bind 127.0.0.1", *lines, *([f"requirepass {password}"] if password else [])]
+        config = self.folder / "redis.conf"
+        config.write_text("\n".join(lines).replace("PORT", str(self.port)) + "\n")
+        self._argv = [program(kind), str(config)]
+        self._log = self.folder / "log"
+        self.ca_file, self.other_ca_file = self.folder / "ca.pem", self.folder / "other-ca.pem"
+        self.is_tls = set(TLS) <= set(lines)
+        if self.is_tls:
+            make_certificates(self.folder)
+        self.callback(self.kill)
+        self.start()
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(self._argv, stdout=log, stderr=log, start_new_session=True)
+        try:
+            until(self._is_ready, f"{self._argv} answers")
+        except BaseException:
+            self.kill()
+            raise
+
+    def _is_ready(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail(f"{self._argv} ended: {self._log.read_text()}")
+        try:
+            return bool(self.command("PING"))
+        except redis.ConnectionError:  # it does not listen yet, or still loads its data
+            return False
+
+    @property
+    def url(self) -> str:
+        return self.url_at(self.port)
+
+    def url_at(self, port: int) -> str:
+        """The URL by way of another port: a Proxy's."""
+        login = f":{self.password}@" if self.password else ""
+        return f"{'rediss' if self.is_tls else 'redis'}://{login}127.0.0.1:{port}"
+
+    def command(self, *words: str | int) -> Any:
+        """The reply to a command on a new connection, or redis-py's error."""
+        options: dict[str, Any] = {"ssl_ca_certs": str(self.ca_file)} if self.is_tls else {}
+        options |= {"socket_timeout": LIMIT, "retry": Retry(NoBackoff(), 0), "decode_responses": True, "protocol": 2}
+        with redis.Redis.from_url(self.url, **options) as client:
+            return client.execute_command(*words)
+
+    def is_running(self) -> bool:
+        """Whether it is neither dead nor frozen."""
+        return self.process.poll() is None and psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED
+
+    def kill(self) -> None:
+        """kill -9 it, frozen or not, and what it has forked to save its data."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(LIMIT)
+
+    def freeze(self) -> None:
+        """Nobody answers any more, but the kernel still accepts connections for it."""
+        self.process.send_signal(signal.SIGSTOP)
+        until(lambda: not self.is_running(), "it is frozen")
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        until(self.is_running, "it runs again")
+
+
+class Redis(Server):
+    """A Redis server, also on `unix_url`. Options are lines of its config: `maxmemory_policy="noeviction"`."""
+
+    def __init__(self, folder: Path, is_tls: bool = False, requirepass: str = "", **options: Any) -> None:
+        given = {name.replace("_", "-"): value for name, value in options.items()}
+        lines = [f"{name} {value}" for name, value in {**DEFAULTS, **given}.items()]
+        super().__init__("redis-server", folder, [*(TLS if is_tls else ["port PORT"]), *lines], requirepass)
+
+    @property
+    def unix_url(self) -> str:
+        return f"unix://{f':{self.password}@' if self.password else ''}{self.folder}/redis.sock"
+
+    def restart(self, keep_data: bool) -> None:
+        """Kill it, and start it on the same port: empty, or as of its last SAVE (its last write with `appendonly`)."""
+        self.kill()
+        dump, writes = self.folder / "dump.rdb", self.folder / "appendonlydir"
+        if keep_data:
+            assert dump.exists() or writes.exists(), "there is nothing to keep: SAVE before"
+        else:
+            dump.unlink(missing_ok=True)
+            shutil.rmtree(writes, ignore_errors=True)
+        self.start()
+
+    def wipe(self) -> None:
+        self.command("FLUSHALL")
+
+    def read_only(self) -> None:
+        """Make it a replica that still answers reads, as a primary is after a failover; of nobody, so it keeps all."""
+        self.command("CONFIG", "SET", "replica-read-only", "yes", "replica-serve-stale-data", "yes")
+        self.command("REPLICAOF", "127.0.0.1", 1)
+
+    def writable(self) -> None:
+        self.command("REPLICAOF", "NO", "ONE")
+
+    def out_of_memory(self) -> None:
+        self.command("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", 1)
+
+    def enough_memory(self) -> None:
+        self.command("CONFIG", "SET", "maxmemory", 0)
+
+    def forget_scripts(self) -> None:
+        self.command("SCRIPT", "FLUSH")
+
+    def role(self) -> str:
+        """`master` or `slave`; empty where nobody answers, as in the moment in which Sentinels change it."""
+        with suppress(redis.ConnectionError):
+            return str(self.command("ROLE")[0])
+        return ""
+
+    def members(self, name: str = "gserver") -> dict[str, int]:
+        """How many clients each server of a cluster has, as it last told."""
+        found: dict[str, str] = self.command("HGETALL", f"{{gserver:{name}}}:members")
+        return {member: int(entry.split()[0]) for member, entry in found.items()}
+
+
+class Sentinels(ExitStack[None]):
+    """A primary and two replicas, watched under one name by three Sentinels, of which two must agree."""
+
+    def __init__(self, folder: Path, name: str = "gserver", password: str = "", sentinel_password: str = "") -> None:
+        super().__init__()
+        self.name = name
+        self.redises: list[Redis] = []
+        self.sentinels: list[Server] = []
+        login: dict[str, Any] = {"requirepass": password, "masterauth": password} if password else {}
+        with ExitStack() as stack:
+            first = stack.enter_context(Redis(folder, **login))
+            copies = [stack.enter_context(Redis(folder, replicaof=f"127.0.0.1 {first.port}", **login)) for _ in "12"]
+            self.redises += [first, *copies]
+            # A Sentinel looks for replicas when it starts, then only every ten seconds: let them be there.
+            until(lambda: first.command("INFO", "replication").get("connected_slaves") == 2, "both are replicas")
+            rules = [f"monitor {name} 127.0.0.1 {first.port} 2", f"down-after-milliseconds {name} 500"]
+            rules += [f"failover-timeout {name} 2000", *([f"auth-pass {name} {password}"] if password else [])]
+            lines = ["port PORT", *(f"sentinel {rule}" for rule in rules)]
+            for _ in range(3):
+                sentinel = Server("redis-sentinel", folder, lines, sentinel_password)
+                self.sentinels.append(stack.enter_context(sentinel))
+            self._wait_until_settled()
+            self.push(stack.pop_all())
+
+    @property
+    def url(self) -> str:
+        login = f":{self.redises[0].password}@" if self.redises[0].password else ""
+        query = f"?sentinel_password={self.sentinels[0].password}" if self.sentinels[0].password else ""
+        return f"redis+sentinel://{login}{','.join(f'127.0.0.1:{s.port}' for s in self.sentinels)}/{self.name}{query}"
+
+    def primary(self) -> Redis:
+        """The Redis that all running Sentinels name, as soon as they agree."""
+
+        def named() -> set[str]:
+            ports = {port for _, port in self._ask("GET-MASTER-ADDR-BY-NAME")}
+            return ports if len(ports) == 1 else set()
+
+        (port,) = until(named, "the Sentinels agree", FAILOVER_LIMIT)
+        return next(one for one in self.redises if one.port == int(port))
+
+    def failover(self) -> Redis:
+        """Have the Sentinels replace the primary while all is well. Returns the one before.
+
+        They tell it some ten seconds later: until then there are two that accept writes.
+        """
+        self._wait_until_settled()
+        running = next(sentinel for sentinel in self.sentinels if sentinel.is_running())
+        return self._replaced(lambda _: running.command("SENTINEL", "FAILOVER", self.name))
+
+    def kill_primary(self) -> Redis:
+        """Returns the one killed, when another has taken over."""
+        return self._replaced(Redis.kill)
+
+    def freeze_primary(self) -> Redis:
+        """Returns the one frozen, when another has taken over. Thawed, it does not know for some ten seconds."""
+        return self._replaced(Redis.freeze)
+
+    def _replaced(self, fault: Callable[[Redis], object]) -> Redis:
+        before = self.primary()
+        fault(before)
+        until(lambda: self.primary() is not before and self.primary().role() == "master", "another", FAILOVER_LIMIT)
+        return before
+
+    def _ask(self, subcommand: str) -> list[Any]:
+        """What each running Sentinel says."""
+        return [one.command("SENTINEL", subcommand, self.name) for one in self.sentinels if one.is_running()]
+
+    def _wait_until_settled(self) -> None:
+        """Until every Sentinel knows the others, and a replica that can take over."""
+
+        def is_settled() -> bool:
+            primaries = map(_fields, self._ask("MASTER"))
+            replicas = [list(map(_fields, found)) for found in self._ask("REPLICAS")]
+            return all(one["flags"] == "master" and one["num-other-sentinels"] == "2" for one in primaries) and all(
+                any(one["flags"] == "slave" and one["master-link-status"] == "ok" for one in found)
+                for found in replicas
+            )
+
+        until(is_settled, "the Sentinels know all", FAILOVER_LIMIT)
+
+
+def _fields(flat: list[str]) -> dict[str, str]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+class Proxy(ExitStack[None]):
+    """The network before a port of 127.0.0.1: another port, which passes on what comes as the switches say.
+
+    Bytes that are dropped, and an end of input then, were received: the sender sees nothing of the loss.
+    """
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.port = free_port()
+        self.delay_seconds = 0.0
+        self.is_dropping = self.drop_requests = self.drop_replies = False
+        self.bytes_to_server = self.bytes_to_client = self.bytes_dropped = 0
+        self._server = "127.0.0.1", port
+        self._sockets: set[socket.socket] = set()
+        self.accept()
+        self.callback(self.refuse)
+
+    def accept(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
+
+    def refuse(self) -> None:
+        """Close the port, and reset all connections."""
+        with suppress(OSError):  # nobody listens already
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._acceptor.join(LIMIT)
+        self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Reset all connections, towards both sides. New ones are welcome."""
+        while self._sockets:
+            _reset(self._sockets.pop())
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # the port was closed
+            while True:
+                client, _ = self._listener.accept()
+                self._sockets.add(client)
+                threading.Thread(target=self._serve, args=[client], daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            server = socket.create_connection(self._server, LIMIT)
+        except OSError:
+            self._sockets.discard(client)
+            _reset(client)
+            return
+        server.settimeout(None)
+        self._sockets.add(server)
+        replies = threading.Thread(target=self._pass_on, args=(server, client, True), daemon=True)
+        replies.start()
+        self._pass_on(client, server, False)
+        replies.join()
+        for connection in (client, server):
+            connection.close()
+            self._sockets.discard(connection)
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, is_reply: bool) -> None:
+        """One way, until its end. An error, which may be `cut`, ends the other way too."""
+        data = b"?"
+        try:
+            while data:
+                data = source.recv(65536)
+                size = len(data)
+                if source not in self._sockets:  # `cut` woke this up, which is no end of input to pass on
+                    raise ConnectionResetError
+                time.sleep(self.delay_seconds)
+                if self.is_dropping or (self.drop_replies if is_reply else self.drop_requests):
+                    self.bytes_dropped += size
+                elif not data:
+                    target.shutdown(socket.SHUT_WR)
+                else:
+                    self.bytes_to_client += size if is_reply else 0
+                    self.bytes_to_server += 0 if is_reply else size
+                    target.sendall(data)
+        except OSError:
+            _reset(source)
+            _reset(target)
+
+
+def _reset(connection: socket.socket) -> None:
+    """Close it so that its other side gets a reset at once, although a thread reads from it."""
+    with connection, suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.shutdown(socket.SHUT_RD)
