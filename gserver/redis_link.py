@@ -54,7 +54,7 @@ class RedisLink:
     def __init__(self, config: Config) -> None:
         self._url = url = RedisUrl.parse(config.redis_url)
         # One hash tag: all keys are in one slot of a Redis Cluster.
-        self._keys = [f"{{gserver:{config.cluster_name}}}:{name}" for name in ("members", "leases", "state")]
+        self.keys = [f"{{gserver:{config.cluster_name}}}:{name}" for name in ("members", "leases", "state")]
         self._client: redis.Redis | None = None
         # Left alone, redis-py tries ten times for five seconds each. Here the next beat is the next try.
         timeout = min(TIMEOUT_SECONDS, config.member_ttl_seconds / 10)
@@ -84,9 +84,9 @@ class RedisLink:
             if self._client is None:
                 self._client = self._connect()
             try:
-                answer = self._client.evalsha(SCRIPT_SHA, len(self._keys), *self._keys, *arguments)
+                answer = self._client.evalsha(SCRIPT_SHA, len(self.keys), *self.keys, *arguments)
             except redis.exceptions.NoScriptError:
-                answer = self._client.eval(SCRIPT, len(self._keys), *self._keys, *arguments)
+                answer = self._client.eval(SCRIPT, len(self.keys), *self.keys, *arguments)
             return Reply._make(item.decode() if isinstance(item, bytes) else item for item in cast(list[Any], answer))
         except BaseException:
             self.drop()
