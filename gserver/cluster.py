@@ -139,8 +139,7 @@ class Member:
             self._said_kinds.add(kind)
             self._said_at = now
             unsure = "" if self._is_member else " (nor is it known whether another server has the same id)"
-            reason = str(error).partition(" : ")[0]  # what follows are objects of redis-py
-            message = f"Redis at {self._link} is away ({kind}), WHO does without it{unsure}: {reason}"
-            fields = {"error.type": type(error).__name__, "error.message": reason, "gserver.kind": kind}
+            message = f"Redis at {self._link} is away ({kind}), WHO does without it{unsure}: {error}"
+            fields = {"error.type": type(error).__name__, "error.message": str(error), "gserver.kind": kind}
             logs.event(logging.WARNING, "cluster.lost", message, fields)
         self.is_settled.set()

@@ -5,14 +5,15 @@ that a primary that was demoted is not asked again: the next call connects anew,
 """
 
 import hashlib
+import random
 import re
 from pathlib import Path
+from time import monotonic
 from typing import Any, cast
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel
 
 from gserver.config import Config
 from gserver.membership import Reply
@@ -29,7 +30,7 @@ _KINDS = {
     "name": "gaierror|UnicodeError",
     "tls": "SSL",
     "auth": "Authentication|NOAUTH|WRONGPASS|NOPERM|NoPermission",
-    "no_primary": "MasterNotFound",
+    "no_primary": "NoPrimary",
     "timeout": "Timeout|timed out",
     "read_only": "READONLY|ReadOnly",
     "out_of_memory": "OOM|OutOfMemory",
@@ -48,11 +49,20 @@ def kind_of(error: BaseException) -> str:
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, "\n".join(texts))), "other")
 
 
+class NoPrimary(redis.ConnectionError):
+    """None of the Sentinels names a primary."""
+
+
 class RedisLink:
     """At most one connection, made when it is needed."""
 
     def __init__(self, config: Config) -> None:
         self._url = url = RedisUrl.parse(config.redis_url)
+        self._sentinels = random.sample(url.hosts, len(url.hosts))
+        self._primary = ("", 0)
+        self._check_at = 0.0
+        # Within a TTL all servers have found the new primary, so nobody's lease is over there.
+        self._check_seconds = config.member_ttl_seconds / 4
         # One hash tag: all keys are in one slot of a Redis Cluster.
         self.keys = [f"{{gserver:{config.cluster_name}}}:{name}" for name in ("members", "leases", "state")]
         self._client: redis.Redis | None = None
@@ -81,7 +91,8 @@ class RedisLink:
     def call(self, *arguments: str | int) -> Reply:
         """Run the script; raise what redis-py or the system raises, with the connection dropped."""
         try:
-            if self._client is None:
+            if self._client is None or self._has_moved():
+                self.drop()
                 self._client = self._connect()
             try:
                 answer = self._client.evalsha(SCRIPT_SHA, len(self.keys), *self.keys, *arguments)
@@ -103,15 +114,38 @@ class RedisLink:
         login: dict[str, Any] = {"username": url.username or None, "password": url.password or None, "db": url.db}
         if url.path:
             return redis.Redis(unix_socket_path=url.path, **login, **self._options)
-        host, port = url.hosts[0]
-        if url.service:
-            names: dict[str, Any] = {
-                "username": url.sentinel_username or None,
-                "password": url.sentinel_password or None,
-            }
-            sentinel: Any = Sentinel(url.hosts, sentinel_kwargs={**names, **self._options})  # type: ignore[no-untyped-call]
-            try:
-                host, port = sentinel.discover_master(url.service)
-            finally:
-                sentinel.close()
+        host, port = self._find_primary() if url.service else url.hosts[0]
         return redis.Redis(host, port, **login, **self._options)
+
+    def _find_primary(self) -> tuple[str, int]:
+        """Ask the Sentinels in turn; who does not know comes last the next time."""
+        reasons = []
+        for host, port in list(self._sentinels):
+            try:
+                return self._ask_sentinel(host, port)
+            except (redis.RedisError, OSError) as error:
+                reasons.append(f"{host}:{port}: {error}")
+                self._sentinels.append(self._sentinels.pop(0))
+        raise NoPrimary("no Sentinel names a primary: " + "; ".join(reasons))
+
+    def _ask_sentinel(self, host: str, port: int) -> tuple[str, int]:
+        url = self._url
+        self._check_at = monotonic() + self._check_seconds
+        login: dict[str, Any] = {"username": url.sentinel_username or None, "password": url.sentinel_password or None}
+        with redis.Redis(host, port, **login, **self._options) as sentinel:
+            primary = cast(Any, sentinel.sentinel_get_master_addr_by_name(url.service))
+        if not primary:
+            raise NoPrimary(f"knows no {url.service}")
+        self._primary = primary[0].decode(), int(primary[1])
+        return self._primary
+
+    def _has_moved(self) -> bool:
+        """Whether the primary is another one by now: a demoted one goes on taking beats for some ten seconds."""
+        if not self._url.service or monotonic() < self._check_at:
+            return False
+        known = self._primary
+        try:
+            return self._ask_sentinel(*self._sentinels[0]) != known
+        except (redis.RedisError, OSError):
+            self._sentinels.append(self._sentinels.pop(0))
+            return False
