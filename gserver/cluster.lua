@@ -2,9 +2,8 @@
 -- KEYS, all in one slot: members (hash: id -> "count stamp incarnation"); leases (sorted set: id -> the moment of the
 -- lease clock at which it is over); state (hash: total, clock, beat_at, recount_at). All times are milliseconds.
 -- ARGV: id; incarnation; stamp, which grows with each of its beats; count, or "leave"; TTL; beat interval; and the
--- incarnation that this one may take the place of, or "".
--- Returns: total; servers; how many of them have beaten in the last quarter of the TTL; whether this one was missing; the
--- lease clock; who holds the id, and until when.
+-- incarnation that this one may take the place of, or "". Returns: total; servers; those that have beaten in the last
+-- quarter of the TTL; whether this one was missing; the lease clock; who holds the id, and until when.
 -- The lease clock runs while anybody beats: each beat moves it on by the time since the one before, but by one interval at
 -- most. So neither an outage, however long, nor a jump of Redis' clock makes those look dead who could not beat.
 local members, leases, state = KEYS[1], KEYS[2], KEYS[3]
@@ -48,12 +47,13 @@ if #over > 0 then
   redis.call('ZREM', leases, unpack(over))
 end
 
-local recount_at = tonumber(kept[4]) or now
-if math.abs(now - recount_at) >= 60000 then
+local recount_at = tonumber(kept[4]) or 0
+local is_due = math.abs(now - recount_at) >= 60000
+if is_due then
   total, recount_at = 0, now
   for _, value in ipairs(redis.call('HVALS', members)) do total = total + (string.match(value, '^%d+') or 0) end
-  for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 86400) end
 end
 redis.call('HSET', state, 'total', total, 'clock', clock, 'beat_at', now, 'recount_at', recount_at)
+for _, key in ipairs(is_due and KEYS or {}) do redis.call('EXPIRE', key, 86400) end
 local servers, fresh = redis.call('ZCARD', leases), redis.call('ZCOUNT', leases, clock + math.floor(ttl * 3 / 4), '+inf')
 return {total, servers, fresh, is_mine and 0 or 1, clock, holder or '', tonumber(redis.call('ZSCORE', leases, id) or 0)}

@@ -152,8 +152,9 @@ class Worker:
         while self._open and (left := deadline - monotonic()) > 0:
             self._changed.clear()
             self._changed.wait(left)
-        fields = {"gserver.clients": self._open}
-        logs.event(logging.DEBUG, "worker.drained", f"drained, {self._open} clients cut off", fields)
+        if self._open:
+            message = f"{self._open} clients were cut off: their commands took longer than the drain may"
+            logs.event(logging.WARNING, "worker.cut_off", message, {"gserver.clients": self._open})
 
 
 def run(instructions: Instructions) -> None:

@@ -322,6 +322,9 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(tmp_path: P
             until(lambda: is_refused(server.port), "new clients are refused", SECOND)
         assert server.exit_code() == 0
         assert 2 < time.monotonic() - began < 3 * SECOND
+        # One that computes does not even come to say so: it is killed.
+        cut_off = [event["gserver.clients"] for event in server.events("worker.cut_off")]
+        assert cut_off == ([1] if command == b"SLEEP\n" else [])
     assert left_over(tmp_path) == []
 
 
