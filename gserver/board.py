@@ -40,12 +40,23 @@ SINGLE_CELLS = (
     "servers",  # servers in the cluster, as last known; 0 before the first beat
     "view",  # when that was learned
     "lease_clock",  # of the cluster, as last known; milliseconds
+    "hold_until",  # on that clock: how long `remote` is an older number that is held; 0 = it is not
     "beats",  # answered by Redis
     "beat_ns",  # time until the answer, over all beats
     *(f"beat_errors.{kind}" for kind in BEAT_ERRORS),
 )
 #: What is neither a counter nor a gauge.
-NO_TOTALS = {"heartbeat", "agent_heartbeat", "draining", "incarnation", "view", "lease_clock", "remote", "servers"}
+NO_TOTALS = {
+    "heartbeat",
+    "agent_heartbeat",
+    "draining",
+    "incarnation",
+    "view",
+    "lease_clock",
+    "hold_until",
+    "remote",
+    "servers",
+}
 MAX_COMMANDS = 64
 
 _CELL_BYTES = 8

@@ -6,6 +6,7 @@ known stands, and the next beat tries again.
 
 import logging
 import random
+from math import inf
 from time import monotonic, monotonic_ns
 
 from gevent.event import Event
@@ -27,6 +28,9 @@ FIRST_BACKOFF_SECONDS = 0.05
 #: A Redis that is away is tried about as often as one that is there, but not more often than this a second by all
 #: servers together; and each one comes back within a third of the TTL, since the others hold its count so long.
 RETRIES_PER_SECOND = 1000
+#: A newcomer's lease is such a part of the TTL for the first quarter of one: so it does not count as one of those whose
+#: return the others await after a loss of data.
+NEWCOMER_LEASE = 0.7
 #: While Redis stays away, it is said again so often.
 REMIND_SECONDS = 60.0
 
@@ -39,10 +43,14 @@ class Member:
         self._board = board
         self._incarnation = f"{board.get('incarnation'):x}"
         self._link = RedisLink(config)
-        remote, servers, clock = (board.get(name) for name in ("remote", "servers", "lease_clock"))
-        self._membership = Membership(config.member_ttl_seconds, remote, servers, clock)
+        known = [board.get(name) for name in ("remote", "servers", "lease_clock", "hold_until")]
+        self._ttl_ms, self._interval_ms = (
+            round(seconds * 1000) for seconds in (config.member_ttl_seconds, config.beat_interval_seconds)
+        )
+        self._membership = Membership(self._ttl_ms, *known)
         self._rivalry = Rivalry(config.beat_interval_seconds)
-        self._is_member = servers > 0
+        self._is_member = self._membership.servers > 0
+        self._new_until = 0.0 if self._is_member else inf
         self._failures = 0
         self._away_since = self._said_at = 0.0
         self._said_kinds: set[str] = set()
@@ -65,9 +73,16 @@ class Member:
         self._link.drop()
 
     def _call(self, count: int | str) -> Reply:
-        config, stamp = self._config, monotonic_ns() // 1000
-        times = (round(seconds * 1000) for seconds in (config.member_ttl_seconds, config.beat_interval_seconds))
-        return self._link.call(config.server_id, self._incarnation, stamp, count, *times, self._rivalry.replaceable)
+        return self._link.call(
+            self._config.server_id,
+            self._incarnation,
+            monotonic_ns() // 1000,
+            count,
+            self._ttl_ms if monotonic() >= self._new_until else round(self._ttl_ms * NEWCOMER_LEASE),
+            self._interval_ms,
+            self._rivalry.replaceable,
+            self._membership.clock,
+        )
 
     def _beat(self, count: int) -> None:
         began = monotonic_ns()
@@ -98,7 +113,7 @@ class Member:
     def _note(self, reply: Reply, count: int) -> None:
         now, known = monotonic(), self._membership.servers
         self._note_changes(reply, now)
-        self._membership.take(reply, count, now)
+        self._membership.take(reply, count)
         self.has_twin = self._rivalry.watch(reply, self._incarnation, now)
         self._is_member = reply.holder == self._incarnation
         if self._is_member or self.has_twin:
@@ -107,6 +122,7 @@ class Member:
         board.put("remote", membership.remote)
         board.put("servers", membership.servers)
         board.put("lease_clock", membership.clock)
+        board.put("hold_until", membership.hold_until)
         board.put("view", monotonic_ns())
         if membership.servers != known:
             fields = {"gserver.servers": membership.servers, "gserver.remote_clients": membership.remote}
@@ -126,6 +142,7 @@ class Member:
             message = "the others had dropped this server, since it could not beat for the TTL: it is back"
             logs.event(logging.WARNING, "cluster.expired", message)
         elif not self._is_member and reply.holder == self._incarnation:
+            self._new_until = min(self._new_until, now + self._config.member_ttl_seconds / 4)
             message = f"joined the cluster {self._config.cluster_name} at {self._link}"
             logs.event(logging.INFO, "cluster.joined", message, {"gserver.servers": reply.servers})
 

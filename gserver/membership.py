@@ -1,7 +1,7 @@
 """What a server makes of the answers to its beats: how many clients the others have, and whether it has a twin.
 
-Pure: knows no Redis and no clock of its own. Times are monotonic seconds, leases milliseconds of the lease clock,
-which gserver/cluster.lua explains.
+Pure: knows no Redis and no clock of its own. Leases are milliseconds of the lease clock, which gserver/cluster.lua
+explains; other times are monotonic seconds.
 """
 
 from typing import NamedTuple
@@ -38,14 +38,15 @@ class Reply(NamedTuple):
 class Membership:
     """What is known of the others. `servers` counts this one too, and is 0 as long as it has never been a member."""
 
-    def __init__(self, ttl_seconds: float, remote: int, servers: int, clock: int) -> None:
-        self._ttl = ttl_seconds
+    def __init__(self, ttl_ms: int, remote: int, servers: int, clock: int, hold_until: int) -> None:
+        self._ttl_ms = ttl_ms
         self.remote = self._held = remote
         self.servers = servers
         self.clock = clock
-        self.hold_until = 0.0
+        #: Of the lease clock, so that the time in which nobody can beat does not count; 0 = nothing is held.
+        self.hold_until = hold_until
 
-    def take(self, reply: Reply, count: int, now: float) -> None:
+    def take(self, reply: Reply, count: int) -> None:
         """Take the answer to a beat that has reported `count` own clients.
 
         When Redis has lost what it knew, or has dropped this server, the total lacks whoever has not beaten since. So
@@ -53,23 +54,20 @@ class Membership:
         or whoever can must have done so.
         """
         remote = max(0, reply.total - count)
-        if self.servers:
+        if self.servers and (reply.clock < self.clock or reply.was_missing):
+            if not self.hold_until:
+                self._held = self.remote
             if reply.clock < self.clock:
-                self._hold(now + self._ttl)
-            elif reply.was_missing:
-                # Redis goes on, without us for a while: who was cut off with us returns within a third of the TTL.
-                self._hold(now + self._ttl / 3)
+                self.hold_until = reply.clock + self._ttl_ms
+            else:
+                # Redis went on without this server: who was cut off with it is back within a third of the TTL.
+                self.hold_until = max(self.hold_until, reply.clock + self._ttl_ms // 3)
         self.clock = reply.clock
-        if now < self.hold_until and reply.fresh < self.servers:
+        if reply.clock < self.hold_until and reply.fresh < self.servers:
             self.remote = max(self._held, remote)
         else:
-            self.hold_until = 0.0
+            self.hold_until = 0
             self.remote, self.servers = remote, reply.servers
-
-    def _hold(self, until: float) -> None:
-        if not self.hold_until:
-            self._held = self.remote
-        self.hold_until = max(self.hold_until, until)
 
 
 class Rivalry:
