@@ -137,6 +137,8 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     )
     if config.contradiction:
         raise Misuse(config.contradiction)
+    if config.redis_ca_file and not os.access(config.redis_ca_file, os.R_OK):
+        raise Misuse(f"--redis-ca-file {config.redis_ca_file} cannot be read: name a file of certificates (PEM)")
     limit = process.raise_file_limit()
     room = config.workers * (limit - process.RESERVED_FILES)
     is_chosen = ctx.get_parameter_source("max_clients") is not click.core.ParameterSource.DEFAULT

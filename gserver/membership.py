@@ -55,8 +55,7 @@ class Membership:
         """
         remote = max(0, reply.total - count)
         if self.servers and (reply.clock < self.clock or reply.was_missing):
-            if not self.hold_until:
-                self._held = self.remote
+            self._held = self.remote
             if reply.clock < self.clock:
                 self.hold_until = reply.clock + self._ttl_ms
             else:

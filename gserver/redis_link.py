@@ -29,7 +29,7 @@ SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 _KINDS = {
     "name": "gaierror|UnicodeError",
     "tls": "SSL",
-    "auth": "Authentication|NOAUTH|WRONGPASS|NOPERM|NoPermission",
+    "auth": "Authentication|NOAUTH|unauthenticated|WRONGPASS|NOPERM|NoPermission|user executing the script",
     "no_primary": "NoPrimary",
     "timeout": "Timeout|timed out",
     "read_only": "READONLY|ReadOnly",

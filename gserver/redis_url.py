@@ -7,10 +7,11 @@ Pure. Understands what redis-py understands of the first three, and for Sentinel
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
+SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 PARAMETERS = ("db", "username", "password", "sentinel_username", "sentinel_password")
 
 
@@ -31,33 +32,24 @@ class RedisUrl:
     @classmethod
     def parse(cls, text: str) -> "RedisUrl":
         """Return the parts; raise ValueError, whose text repeats nothing that may be secret."""
-        try:
-            url = urlsplit(text)
-            given = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query)))
-        except ValueError as error:
-            raise ValueError("this is no URL") from error
-        kind, is_sentinel = url.scheme.removesuffix("+sentinel"), url.scheme.endswith("+sentinel")
-        if kind not in ("redis", "rediss") and url.scheme != "unix":
-            raise ValueError("a URL begins with redis://, rediss://, unix://, redis+sentinel:// or rediss+sentinel://")
-        for name in given:
-            if name not in PARAMETERS:
-                raise ValueError(f"the URL has a parameter that is none of {', '.join(PARAMETERS)}")
+        url, given = _split(text)
         user, _, netloc = url.netloc.rpartition("@")
         username, _, password = user.partition(":")
-        secrets: dict[str, Any] = {"username": unquote(username), "password": unquote(password)}
-        secrets |= {name: value for name, value in given.items() if name != "db"}
+        logins: dict[str, Any] = {"username": unquote(username), "password": unquote(password)}
+        logins |= {name: value for name, value in given.items() if name != "db"}
         if url.scheme == "unix":
-            if not url.path:
-                raise ValueError("the URL names no path: write unix:///path/to/redis.sock")
-            return cls(path=unquote(url.path), db=_number(given.get("db", "0")), **secrets)
+            if netloc or len(url.path) < 2:
+                raise ValueError("the URL names no absolute path: write unix:///path/to/redis.sock")
+            return cls(path=unquote(url.path), db=_number(given.get("db", "0")), **logins)
+        is_sentinel = url.scheme.endswith("+sentinel")
         hosts = tuple(_host(host, SENTINEL_PORT if is_sentinel else REDIS_PORT) for host in netloc.split(","))
-        service, _, db = url.path.removeprefix("/").partition("/") if is_sentinel else ("", "", url.path[1:])
+        service, _, db = url.path[1:].partition("/") if is_sentinel else ("", "", url.path[1:])
         if is_sentinel and not service:
             raise ValueError("the URL names no service: write redis+sentinel://host:port,host:port/service")
         if len(hosts) > 1 and not is_sentinel:
             raise ValueError("the URL names several hosts: that is for redis+sentinel://")
         db = given.get("db", db) or "0"
-        return cls(hosts, unquote(service), has_tls=kind == "rediss", db=_number(db), **secrets)
+        return cls(hosts, unquote(service), has_tls=url.scheme.startswith("rediss"), db=_number(db), **logins)
 
     @property
     def has_secret(self) -> bool:
@@ -71,6 +63,23 @@ class RedisUrl:
         scheme = ("rediss" if self.has_tls else "redis") + ("+sentinel" if self.service else "")
         hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
         return f"{scheme}://{hosts}" + (f"/{self.service}" if self.service else "")
+
+
+def _split(text: str) -> tuple[SplitResult, dict[str, str]]:
+    """Return the URL in pieces, and its parameters."""
+    try:
+        url = urlsplit(text)
+        given = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query)))
+    except ValueError:
+        raise ValueError("this is no URL") from None  # Its text may repeat what is secret.
+    if url.scheme not in SCHEMES:
+        raise ValueError(f"a URL begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}")
+    # What is not percent-encoded in a password would be taken for a host or a path, and be shown.
+    if "@" in url.path or url.fragment or not unquote(url.netloc.rpartition("@")[2] + url.path).isprintable():
+        raise ValueError("the URL has an @, / or # in the wrong place: in a password they are %40, %2F and %23")
+    if not given.keys() <= set(PARAMETERS):
+        raise ValueError(f"the URL has a parameter that is none of {', '.join(PARAMETERS)}")
+    return url, given
 
 
 def _host(text: str, default_port: int) -> tuple[str, int]:

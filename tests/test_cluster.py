@@ -1,0 +1,400 @@
+"""The cluster, with real servers and a real Redis: what WHO says over several servers, and what faults do to it."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.redises import Proxy, Redis
+from tests.running import LIMIT, PATIENCE, Client, Event, Running, until
+
+#: A beat interval and a TTL that make a test of death a short one.
+BEAT, TTL = 0.2, 2.0
+FAST = ["--beat-interval", str(BEAT), "--member-ttl", str(TTL)]
+#: A change shows on the others within this time with the default interval of 0.5 s.
+SEEN = 0.7 * PATIENCE
+
+
+@contextmanager
+def started(*servers: list[str]) -> Iterator[list[Running]]:
+    """Servers with those options, all started at the same time."""
+    with ExitStack() as stack:
+        running = [stack.enter_context(Running(*options, wait=False)) for options in servers]
+        for server in running:
+            server.port = server.wait_for("server.listening")["server.port"]
+        yield running
+
+
+@contextmanager
+def cluster(url: str, name: str, *servers: list[str]) -> Iterator[list[Running]]:
+    """Such servers as a cluster, as soon as each knows all."""
+    with started(*(["--redis-url", url, "--cluster-name", name, *options] for options in servers)) as running:
+        until(lambda: {servers_known(server) for server in running} == {len(servers)}, "each of them knows all")
+        yield running
+
+
+def servers_known(server: Running) -> int:
+    """How many servers it has said that there are."""
+    events = server.events("cluster.servers")
+    return int(events[-1]["gserver.servers"]) if events else 0
+
+
+class Watch:
+    """One more client of a server, which asks WHO again and again; `seen` are its replies, each with its moment."""
+
+    def __init__(self, server: Running) -> None:
+        self.seen: list[tuple[float, bytes]] = []
+        self._client = server.client()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(0.005):
+            self.seen.append((time.monotonic(), self._client.ask(b"WHO")))
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self._thread.join(LIMIT)
+        self._client.sock.close()
+
+    @property
+    def last(self) -> int:
+        return int(self.seen[-1][1]) if self.seen else -1
+
+    def replies(self, since: float = 0.0) -> set[int]:
+        return {int(reply) for at, reply in self.seen if at >= since}
+
+    def until(self, *, since: float, at_least: int = 0, at_most: int = 10**6) -> float:
+        """How long after a moment it first saw such a number."""
+        return next(at for at, reply in self.seen if at >= since and at_least <= int(reply) <= at_most) - since
+
+    @property
+    def longest_silence(self) -> float:
+        return max(later - earlier for (earlier, _), (later, _) in pairwise(self.seen))
+
+
+@contextmanager
+def watching(*servers: Running, total: int) -> Iterator[list[Watch]]:
+    """Watch WHO on each of the servers, from the moment on at which all say the total, these clients included."""
+    watches: list[Watch] = []
+    try:
+        watches += (Watch(server) for server in servers)
+        all_say(watches, total)
+        for watch in watches:
+            watch.seen.clear()
+        yield watches
+    finally:
+        for watch in watches:
+            watch.stop()
+
+
+def all_say(watches: list[Watch], total: int, limit: float = LIMIT) -> None:
+    until(lambda: {watch.last for watch in watches} == {total}, f"{total}: {[w.seen[-5:] for w in watches]}", limit)
+
+
+def connect(stack: ExitStack, server: Running, count: int) -> list[Client]:
+    return [stack.enter_context(server.client()) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """One Redis for those tests that do it no harm; each cluster has a name of its own."""
+    with Redis(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def three(redis: Redis) -> Iterator[list[Running]]:
+    """Three servers with the default periods, which all tests leave alive and without clients."""
+    with cluster(redis.url, "three", *[["--workers", "2"]] * 3) as servers:
+        yield servers
+
+
+class Resting:
+    """The agents of servers without clients, and what they had used of the CPU at the beginning."""
+
+    def __init__(self, servers: list[Running]) -> None:
+        self._agents = [agent for server in servers for agent in server.agents()]
+        self.before = self.cpu_seconds()
+        self.began = time.monotonic()
+
+    def cpu_seconds(self) -> list[float]:
+        return [sum(agent.cpu_times()[:2]) for agent in self._agents]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resting(redis: Redis) -> Iterator[Resting]:
+    """A cluster with the default periods that is left alone while the tests run."""
+    with cluster(redis.url, "resting", [], []) as servers:
+        yield Resting(servers)
+
+
+# The number.
+
+
+def test_who_is_the_total_on_every_server_and_counts_its_own_clients_at_once(three: list[Running]) -> None:
+    with ExitStack() as stack:
+        for count, server in enumerate(three):
+            connect(stack, server, count)
+        with watching(*three, total=6):
+            assert three[0].who() == 7
+            assert three[2].who() in (7, 8), "the asker, and perhaps still the one before"
+
+
+def test_a_change_shows_on_the_others_within_a_beat_and_all_is_exact_after_two_seconds(three: list[Running]) -> None:
+    changing, *others = three
+    with watching(*others, total=2) as watches, ExitStack() as stack:
+        moments = []
+        for number in range(64):
+            time.sleep(0.05 + 0.1 * (number * 0.618 % 1))  # all phases of a beat
+            connect(stack, changing, 1)
+            moments.append(time.monotonic())
+        all_say(watches, 66)
+        came = [w.until(since=at, at_least=n) for w in watches for n, at in enumerate(moments, 3)]
+        assert sorted(came)[int(len(came) * 0.99)] <= SEEN, came
+        left = time.monotonic()
+        stack.close()
+        all_say(watches, 2)
+        gone = [watch.until(since=left, at_most=2) for watch in watches]
+        assert max(gone) <= SEEN, gone
+        connect(stack, changing, 5)
+        connect(stack, others[0], 5)
+        quiet = time.monotonic() + 2 * PATIENCE
+        until(lambda: time.monotonic() > quiet + 0.3, "some replies after the quiet")
+        assert [watch.replies(since=quiet) for watch in watches] == [{12}, {12}]
+        assert changing.who() == 13
+
+
+# Faults within a server.
+
+
+def test_where_is_one_for_each_server_and_outlives_its_workers_its_agent_and_a_reload(three: list[Running]) -> None:
+    def where() -> list[bytes]:
+        answers = []
+        for server in three:
+            with server.client() as client:
+                answers.append(client.ask(b"WHERE"))
+        return answers
+
+    before, server = where(), three[0]
+    assert len(set(before)) == 3
+    for victims, role in (server.workers(), "worker"), (server.agents(), "agent"):
+        starts = len(server.events(f"{role}.ready"))
+        victims[0].kill()
+        server.wait_for(f"{role}.ready", starts + 1)
+        assert where() == before
+    reloads, agents = len(server.events("server.reloaded")), len(server.events("agent.ready"))
+    server.send_signal(signal.SIGHUP)
+    server.wait_for("server.reloaded", reloads + 1)
+    server.wait_for("agent.ready", agents + 1)
+    assert where() == before
+
+
+def test_clients_that_die_with_their_worker_are_not_counted_elsewhere(three: list[Running]) -> None:
+    server, *others = three
+    with ExitStack() as stack, watching(*others, total=2) as watches:
+        connect(stack, server, 20)
+        all_say(watches, 22)
+        deaths, starts, left = len(server.events("worker.died")), len(server.events("worker.ready")), 20
+        for number, worker in enumerate(server.workers(), 1):
+            worker.kill()
+            left -= server.wait_for("worker.died", deaths + number)["gserver.lost"]
+            all_say(watches, 2 + left)
+            server.wait_for("worker.ready", starts + number)
+        assert left == 0
+
+
+def test_an_agent_that_dies_or_hangs_is_replaced_and_nobody_sees_a_dip(three: list[Running]) -> None:
+    server = three[0]
+    with ExitStack() as stack:
+        connect(stack, server, 3)
+        with watching(*three, total=6) as watches:
+            changes = [len(other.events("cluster.servers")) for other in three]
+            ready, hung = len(server.events("agent.ready")), len(server.events("agent.hung"))
+            server.agents()[0].kill()
+            server.wait_for("agent.ready", ready + 1)
+            server.agents()[0].suspend()
+            suspended = time.monotonic()
+            server.wait_for("agent.hung", hung + 1)
+            server.wait_for("agent.ready", ready + 2)
+            until(lambda: time.monotonic() > suspended + 6, "its lease, and that of the dead one, would be over")
+            assert [watch.replies() for watch in watches] == [{6}] * 3
+            assert max(watch.longest_silence for watch in watches) < PATIENCE, "workers do not wait for their agent"
+            assert [len(other.events("cluster.servers")) for other in three] == changes
+            assert not any(other.events("cluster.expired") for other in three)
+
+
+def test_a_reload_does_not_leave_the_cluster(redis: Redis, three: list[Running]) -> None:
+    server, *others = three
+    with server.client() as client:
+        where = client.ask(b"WHERE").decode()
+    with watching(*others, total=2) as watches:
+        changes = [len(other.events("cluster.servers")) for other in three]
+        reloads, agents = len(server.events("server.reloaded")), len(server.events("agent.ready"))
+        server.send_signal(signal.SIGHUP)
+
+        def is_over() -> bool:
+            assert where in redis.members("three")
+            return len(server.events("server.reloaded")) > reloads and len(server.events("agent.ready")) > agents
+
+        until(is_over, "all processes are new ones")
+        assert [watch.replies() for watch in watches] == [{2}, {2}]
+        assert server.who() == 3, "the new workers know of the others"
+        assert [len(other.events("cluster.servers")) for other in three] == changes
+
+
+# Servers that go.
+
+
+def test_a_killed_server_is_counted_for_its_ttl_and_no_longer(redis: Redis) -> None:
+    with cluster(redis.url, "killed", FAST, FAST, FAST) as (server, *others), ExitStack() as stack:
+        connect(stack, server, 3)
+        with watching(*others, total=5) as watches:
+            now = time.monotonic()
+            until(lambda: time.monotonic() > now + TTL / 2, "it is no newcomer any more, whose lease is shorter")
+            killed = time.monotonic()
+            os.kill(server.pid, signal.SIGKILL)
+            all_say(watches, 2)
+            gone = [watch.until(since=killed, at_most=4) for watch in watches]
+            assert all(TTL - BEAT <= seconds <= TTL + PATIENCE for seconds in gone), gone
+            assert [watch.replies() for watch in watches] == [{5, 2}, {5, 2}]
+
+
+def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_it_is_back(redis: Redis) -> None:
+    ttl = 2.5
+    theirs = [["--server-id", name, "--member-ttl", str(ttl)] for name in ("stopping", "staying")]
+    with cluster(redis.url, "stopped", *theirs) as (server, other), ExitStack() as stack:
+        connect(stack, server, 3)
+        with watching(other, total=4) as watches:
+            assert server.stop() == 0
+            exited = time.monotonic()
+            until(lambda: servers_known(other) == 1 and watches[0].last == 1, "it is gone", SEEN)
+            while time.monotonic() < exited + ttl:
+                assert set(redis.members("stopped")) == {"staying"}, "a late beat has brought it back"
+                time.sleep(0.01)
+            assert not server.events("cluster.not_left")
+            with Running("--redis-url", redis.url, "--cluster-name", "stopped", *theirs[0]) as back, back.client():
+                connected = time.monotonic()
+                all_say(watches, 2)
+                assert watches[0].until(since=connected, at_least=2) <= SEEN
+
+
+# Redis away.
+
+
+def test_each_policy_says_what_it_promises_while_redis_is_away(tmp_path: Path) -> None:
+    age = 2.0
+    policies = {"last-known": b"6", "local": b"1", "error": b"ERR cluster unavailable"}
+    options = [[*FAST, "--cluster-max-age", str(age), "--on-cluster-loss", policy] for policy in policies]
+    with (
+        Redis(tmp_path) as redis,
+        cluster(redis.url, "loss", *options, FAST) as (*servers, other),
+        ExitStack() as stack,
+    ):
+        connect(stack, other, 3)
+        with watching(*servers, total=6) as watches:
+            away = time.monotonic()
+            redis.kill()
+            until(lambda: time.monotonic() > away + age + 0.5 + PATIENCE, "the knowledge is old")
+            for watch, reply in zip(watches, policies.values(), strict=True):
+                fresh = [said for at, said in watch.seen if away < at < away + age - 2 * BEAT]
+                stale = [said for at, said in watch.seen if at > away + age + 0.5]
+                assert fresh
+                assert set(fresh) == {b"6"}, "the last known number stands for a while"
+                assert set(stale) == {reply}
+            failing = stack.enter_context(servers[2].client())
+            assert [failing.ask(word) for word in (b"WHO", b"WHY", b"WHO")] == [
+                policies["error"],
+                b"42",
+                policies["error"],
+            ]
+            assert len(failing.ask(b"WHERE")) == 36
+            redis.restart(keep_data=False)
+            until(lambda: {watch.seen[-1][1] for watch in watches} == {b"7"}, "exact again")
+            assert failing.who() == 7
+
+
+def test_what_is_told_in_the_log(tmp_path: Path) -> None:
+    def told(server: Running, action: str, count: int = 1) -> Event:
+        event = server.wait_for(action, count)
+        assert event["log.level"] == (
+            "info" if action in ("cluster.joined", "cluster.regained", "cluster.servers") else "warning"
+        )
+        return event
+
+    with Redis(tmp_path) as redis, Proxy(redis.port) as proxy, ExitStack() as stack:
+        urls = [["--redis-url", redis.url_at(port), *FAST] for port in (proxy.port, redis.port)]
+        cut, other = stack.enter_context(started(*urls))
+        connect(stack, other, 2)
+        assert told(cut, "cluster.joined")["gserver.servers"] in (1, 2)
+        until(lambda: [servers_known(cut), servers_known(other)] == [2, 2], "they know of each other")
+        assert told(cut, "cluster.servers")["gserver.remote_clients"] in (0, 2)
+        proxy.refuse()
+        lost = told(cut, "cluster.lost")
+        assert (lost["gserver.kind"], lost["error.type"]) == ("connection", "ConnectionError")
+        assert lost["error.message"]
+        until(lambda: servers_known(other) == 1, "it is dropped after its TTL")
+        assert len(cut.events("cluster.lost")) == 1, "that Redis stays away is no news"
+        proxy.is_dropping = True
+        proxy.accept()
+        assert told(cut, "cluster.lost", 2)["gserver.kind"] == "timeout"
+        proxy.is_dropping = False
+        told(cut, "cluster.regained")
+        told(cut, "cluster.expired")
+        until(lambda: [servers_known(cut), servers_known(other)] == [2, 2], "all as before")
+        with watching(cut, other, total=4) as watches:
+            redis.wipe()
+            told(cut, "cluster.reset")
+            told(other, "cluster.reset")
+            until(lambda: len(redis.members()) == 2, "both have beaten since")
+            assert [watch.replies() for watch in watches] == [{4}, {4}]
+        counts = {action: len(cut.events(f"cluster.{action}")) for action in ("joined", "lost", "regained", "expired")}
+        assert counts == {"joined": 1, "lost": 2, "regained": 1, "expired": 1}
+
+
+# What it costs, and what is told of it.
+
+
+def test_metrics_of_the_cluster_arrive_at_statsd(tmp_path: Path) -> None:
+    sent: dict[str, list[float]] = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, Redis(tmp_path) as redis, ExitStack() as stack:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(LIMIT)
+        metrics = [*FAST, "--statsd-host", "127.0.0.1", "--statsd-port", str(sock.getsockname()[1])]
+        _, other = stack.enter_context(cluster(redis.url, "metrics", metrics, FAST))
+        connect(stack, other, 2)
+
+        def last(name: str) -> float:
+            """Its last value, after what the next datagram says."""
+            for line in sock.recv(65536).decode().splitlines():
+                metric, _, value = line.partition(":")
+                number, _, kind = value.partition("|")
+                sent.setdefault(f"{metric.removeprefix('gserver.cluster.')}|{kind}", []).append(float(number))
+            return sent.get(name, [-1.0])[-1]
+
+        until(lambda: last("clients|g") == 2, f"clients: {sent}")
+        until(lambda: last("servers|g") == 2, f"servers: {sent}")
+        assert 0 <= sent["view_age|g"][-1] < 1000 * PATIENCE
+        assert sum(sent["beats|c"]) >= 2
+        assert 0 < sent["beat_time|ms"][-1] < 1000 * PATIENCE
+        assert not any("beat_errors" in name for name in sent)
+        redis.kill()
+        until(lambda: last("beat_errors.connection|c") >= 1, f"errors: {sent}")
+        until(lambda: last("view_age|g") >= 1500, f"an age that grows: {sent}")
+        assert last("clients|g") == 2
+
+
+def test_an_agent_at_rest_takes_next_to_nothing(resting: Resting) -> None:
+    until(lambda: time.monotonic() > resting.began + 10, "time to measure")
+    seconds = time.monotonic() - resting.began
+    used = [after - before for after, before in zip(resting.cpu_seconds(), resting.before, strict=True)]
+    assert len(used) == 2
+    assert max(used) / seconds < 0.02, used

@@ -1,0 +1,317 @@
+"""Who is who in the cluster, and how a server gets in: twins of one id, a Redis that is away at the start, options,
+secrets, TLS.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.redises import Redis, free_port
+from tests.running import LIMIT, PATIENCE, Running, environment, gserver, until
+from tests.test_cluster import FAST, all_say, cluster, connect, servers_known, started, watching
+
+#: So much longer may a start take that waits for a Redis which is away.
+START = 2.5 * PATIENCE
+SECRET = "open-sesame"
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """One Redis for those tests that do it no harm; each cluster has a name of its own."""
+    with Redis(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """A Redis that wants a password."""
+    with Redis(tmp_path_factory.mktemp("locked"), requirepass=SECRET) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    with Redis(tmp_path_factory.mktemp("encrypted"), is_tls=True) as running:
+        yield running
+
+
+def in_cluster(redis: Redis, name: str, *options: str) -> list[str]:
+    return ["--redis-url", redis.url, "--cluster-name", name, *options]
+
+
+def only_line(stderr: str) -> str:
+    assert re.fullmatch("gserver: [^\n]+\n", stderr), stderr
+    return stderr
+
+
+def usual_start() -> float:
+    """How long a start takes here and now."""
+    began = time.monotonic()
+    with Running():
+        return time.monotonic() - began
+
+
+# Twins.
+
+
+def test_a_second_server_of_a_live_id_is_refused_and_the_first_one_goes_on(redis: Redis) -> None:
+    with cluster(redis.url, "twins", [*FAST, "--server-id", "one"], FAST) as (first, other), ExitStack() as stack:
+        connect(stack, first, 2)
+        with watching(first, other, total=4) as watches:
+            twin = stack.enter_context(
+                Running(*in_cluster(redis, "twins", *FAST, "--server-id", "one", "--workers", "2"), wait=False)
+            )
+            assert twin.exit_code() == 2
+            assert "another live server of cluster twins has the id one" in only_line(twin.stderr)
+            assert not twin.events("server.listening"), "it has never served"
+            assert [watch.replies() for watch in watches] == [{4}, {4}]
+            assert redis.members("twins")["one"] == 3
+        assert first.process.poll() is None
+        assert not [event for event in first.events() if event["log.level"] in ("warning", "error")]
+
+
+def test_servers_of_one_id_in_clusters_of_different_names_do_not_know_of_each_other(redis: Redis) -> None:
+    options = [in_cluster(redis, name, *FAST, "--server-id", "one") for name in ("red", "blue")]
+    with started(*options) as servers, ExitStack() as stack:
+        for count, server in enumerate(servers, 1):
+            connect(stack, server, count)
+            server.wait_for("cluster.joined")
+        with watching(servers[0], total=2) as red, watching(servers[1], total=3) as blue:
+            until(lambda: [redis.members("red"), redis.members("blue")] == [{"one": 2}, {"one": 3}], "all is told")
+            for watch in (*red, *blue):
+                watch.seen.clear()
+            now = time.monotonic()
+            until(lambda: time.monotonic() > now + 1, "some beats of both")
+            assert [red[0].replies(), blue[0].replies()] == [{2}, {3}]
+        assert [servers_known(server) for server in servers] == [1, 1]
+
+
+def test_a_server_that_died_is_back_under_its_id_long_before_its_ttl_is_over(redis: Redis) -> None:
+    ttl, usual = ["--member-ttl", "10"], usual_start()
+    options = [*ttl, "--server-id", "phoenix"]
+    with cluster(redis.url, "phoenix", options, ttl) as (dead, other), ExitStack() as stack:
+        connect(stack, dead, 3)
+        with watching(other, total=4) as watches:
+            os.kill(dead.pid, signal.SIGKILL)
+            killed = time.monotonic()
+            with Running(*in_cluster(redis, "phoenix", *options)) as back, back.client() as client:
+                assert client.ask(b"WHERE") == b"phoenix"
+                assert time.monotonic() - killed <= 2 * usual + 2 * PATIENCE
+                all_say(watches, 2)
+                assert time.monotonic() - killed <= 5 * PATIENCE, "long before the lease of the dead one is over"
+                until(lambda: client.who() == 2, "it does not count its former self either", PATIENCE)
+
+
+def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(tmp_path: Path) -> None:
+    with Redis(tmp_path) as redis, ExitStack() as stack:
+        redis.kill()
+        twin = in_cluster(redis, "twins", *FAST, "--server-id", "one")
+        twins = stack.enter_context(started(twin, twin))
+        for server in twins:
+            assert server.wait_for("cluster.lost")["gserver.kind"] == "connection"
+            assert server.who() == 1
+        clients = [connect(stack, server, 1)[0] for server in twins]
+        redis.restart(keep_data=False)
+        until(lambda: any(server.process.poll() is not None for server in twins), "one of them ends")
+        leaving, staying = sorted(twins, key=lambda server: server.process.poll() is None)
+        assert leaving.exit_code() == 2
+        assert "another live server of cluster twins has the id one" in only_line(leaving.stderr)
+        (draining,) = leaving.events("server.draining")
+        assert draining["log.level"] == "error"
+        assert clients[twins.index(leaving)].rest() == b"", "its client was let go in good order"
+        assert staying.wait_for("cluster.joined")
+        until(lambda: redis.members("twins") == {"one": 1}, "the one that stays is counted")
+        assert clients[twins.index(staying)].who() == 1
+        assert staying.process.poll() is None
+
+
+# A start without Redis.
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("killed", "connection"), ("frozen", "timeout")])
+def test_a_server_starts_while_redis_is_away_and_joins_when_it_comes(tmp_path: Path, fault: str, kind: str) -> None:
+    with Redis(tmp_path) as redis, ExitStack() as stack:
+        usual = usual_start()
+        (redis.kill if fault == "killed" else redis.freeze)()
+        began = time.monotonic()
+        policies = ("last-known", "local", "error")
+        servers = stack.enter_context(
+            started(*(["--redis-url", redis.url, *FAST, "--on-cluster-loss", policy] for policy in policies))
+        )
+        assert time.monotonic() - began <= 3 * usual + START
+        for server in servers:
+            event = server.wait_for("cluster.lost")
+            assert (event["log.level"], event["gserver.kind"]) == ("warning", kind)
+        said = []
+        for server in servers:
+            with server.client() as client:
+                said.append(client.ask(b"WHO"))
+                assert client.ask(b"WHY") == b"42"
+                assert len(client.ask(b"WHERE")) == 36
+        assert said == [b"1", b"1", b"ERR cluster unavailable"]
+        now = time.monotonic()
+        until(lambda: time.monotonic() > now + 1, "some more tries")
+        assert [len(server.events("cluster.lost")) for server in servers] == [1, 1, 1]
+        if fault == "killed":
+            redis.restart(keep_data=False)
+        else:
+            redis.thaw()
+        for server in servers:
+            server.wait_for("cluster.joined")
+        with watching(*servers, total=3):
+            assert [len(server.events("cluster.lost")) for server in servers] == [1, 1, 1]
+
+
+def test_a_server_starts_when_the_name_of_its_redis_does_not_resolve() -> None:
+    began = time.monotonic()
+    with Running("--redis-url", "redis://no-such-host.invalid", *FAST) as server:
+        assert time.monotonic() - began <= START + 2 * PATIENCE
+        assert server.who() == 1
+        lost = server.wait_for("cluster.lost")
+        assert lost["gserver.kind"] == "name"
+        assert "redis://no-such-host.invalid:6379" in lost["message"]
+        now = time.monotonic()
+        until(lambda: time.monotonic() > now + 1, "some more tries")
+        assert len(server.events("cluster.lost")) == 1
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--member-ttl", "2.4"], "--member-ttl 2.4 is too short: at least five times --beat-interval, which is 0.5"),
+        (["--beat-interval", "2"], "--member-ttl 5 is too short: at least five times --beat-interval, which is 2"),
+        (["--cluster-max-age", "0.9"], "--cluster-max-age 0.9 is too short: at least twice --beat-interval"),
+        (["--redis-ca-file", "ca.pem"], "--redis-ca-file is for a --redis-url with TLS: rediss://"),
+        (["--beat-interval", "0"], "--beat-interval"),
+        (["--cluster-name", "a b"], "--cluster-name"),
+        (["--on-cluster-loss", "panic"], "--on-cluster-loss"),
+        (["--redis-tls-verify", "maybe"], "--redis-tls-verify"),
+        (["--redis-url", f"http://:{SECRET}@localhost"], "a URL begins with redis://"),
+        (["--redis-url", f"redis://:{SECRET}@localhost/x{SECRET}"], "the URL's database is not a number"),
+        (["--redis-url", f"redis://:{SECRET}@localhost:port"], "the URL has a host or port that is none"),
+        (["--redis-url", f"redis://localhost?pass={SECRET}"], "the URL has a parameter that is none of"),
+        (["--redis-url", f"redis+sentinel://:{SECRET}@a:1,b:2"], "the URL names no service"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_in_one_line(options: list[str], message: str) -> None:
+    done = gserver("--port", "0", *(options if "--redis-url" in options else ["--redis-url", "redis://-", *options]))
+    assert done.returncode == 2
+    assert message in only_line(done.stderr)
+    assert SECRET not in done.stderr + done.stdout
+
+
+def test_a_bad_url_of_the_environment_is_refused_without_its_secret() -> None:
+    done = gserver("--port", "0", REDIS_URL=f"redis://:{SECRET}@h:1,h:2")
+    assert done.returncode == 2
+    assert "the URL names several hosts" in only_line(done.stderr)
+    assert "(from REDIS_URL)" in done.stderr
+    assert SECRET not in done.stderr + done.stdout
+
+
+def test_redis_is_found_by_variables_too(redis: Redis) -> None:
+    away = f"redis://127.0.0.1:{free_port()}"
+    for variables in {"REDIS_URL": redis.url}, {"GSERVER_REDIS_URL": redis.url, "REDIS_URL": away}:
+        with Running("--cluster-name", "variables", env=variables) as server:
+            assert redis.url in server.wait_for("cluster.joined")["message"]
+            assert len(redis.members("variables")) == 1
+            server.stop()
+
+
+# Secrets.
+
+
+@pytest.mark.parametrize("form", ["--redis-url {}", "--redis-url={}"])
+@pytest.mark.parametrize(
+    ("url", "outcome"),
+    [
+        ("redis://:open-sesame@127.0.0.1:{}", "joined"),
+        ("redis://127.0.0.1:{}?password=open-sesame", "joined"),
+        ("redis://:open-sesame-not@127.0.0.1:{}", "auth"),
+        ("redis://ali:open-sesame@127.0.0.1:{}", "auth"),
+    ],
+)
+def test_a_password_shows_in_no_command_line_and_no_log(locked: Redis, form: str, url: str, outcome: str) -> None:
+    options = form.format(url.format(locked.port)).split()
+    with Running(*FAST, "--cluster-name", "locked", "--log-level", "debug", *options) as server:
+        command_lines = [p.cmdline() for p in psutil.Process(server.pid).children(recursive=True)]
+        assert len(command_lines) >= 2, "a worker and an agent"
+        command_lines.append(psutil.Process(server.pid).cmdline())
+        assert SECRET not in str(command_lines)
+        assert "--cluster-name" in command_lines[-1], "the other arguments are as they were"
+        if outcome == "joined":
+            assert f"redis://127.0.0.1:{locked.port}" in server.wait_for("cluster.joined")["message"]
+        else:
+            assert server.wait_for("cluster.lost")["gserver.kind"] == outcome
+        assert server.who() == 1
+        server.stop()
+        assert SECRET not in server.stderr + "".join(server.lines)
+
+
+def test_a_redis_without_the_password_it_wants_is_an_error_of_kind_auth(locked: Redis) -> None:
+    with Running("--redis-url", f"redis://127.0.0.1:{locked.port}", *FAST) as server:
+        assert server.wait_for("cluster.lost")["gserver.kind"] == "auth"
+
+
+def test_a_unix_socket_will_do(redis: Redis, locked: Redis) -> None:
+    for one in (redis, locked):
+        with Running("--redis-url", one.unix_url, "--cluster-name", "unix", *FAST) as server:
+            assert f"at unix://{one.folder}/redis.sock" in server.wait_for("cluster.joined")["message"]
+            assert len(one.members("unix")) == 1
+
+
+def test_tls_is_spoken_with_a_redis_whose_certificate_is_right_or_may_be_wrong(encrypted: Redis) -> None:
+    url = ["--cluster-name", "tls", *FAST, "--redis-url"]
+    localhost = encrypted.url.replace("127.0.0.1", "localhost")
+    joining = [
+        [*url, encrypted.url, "--redis-ca-file", str(encrypted.ca_file)],
+        [*url, encrypted.url, "--redis-tls-verify", "no"],
+        [*url, localhost, "--redis-tls-verify", "no"],
+    ]
+    refusing = [
+        [*url, encrypted.url, "--redis-ca-file", str(encrypted.other_ca_file)],
+        [*url, encrypted.url],
+        [*url, localhost, "--redis-ca-file", str(encrypted.ca_file)],
+    ]
+    with started(*joining, *refusing) as servers:
+        for server in servers[:3]:
+            server.wait_for("cluster.joined")
+        for server in servers[3:]:
+            assert server.wait_for("cluster.lost")["gserver.kind"] == "tls"
+        assert len(encrypted.members("tls")) == 3
+
+
+# A server alone.
+
+
+def test_a_server_alone_has_no_agent_and_an_agent_for_metrics_loads_nothing_of_redis() -> None:
+    with Running() as server:
+        assert server.agents() == []
+    with Running("--statsd-host", "127.0.0.1", "--statsd-port", "9") as server:
+        assert len(server.agents()) == 1
+        assert not server.events("cluster.joined")
+    code = "import sys, json, gserver.agent; before = list(sys.modules); import gserver.cluster"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"{code}; print(json.dumps([before, list(sys.modules)]))"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env={key: value for key, value in environment().items() if not key.startswith("COVERAGE_")},
+        check=True,
+    )
+    before, after = json.loads(done.stdout)
+    assert "gserver.statsd" in before
+    assert not {"redis", "gserver.cluster", "gserver.redis_link"} & set(before)
+    assert {"redis", "gserver.redis_link"} <= set(after)

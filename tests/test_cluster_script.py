@@ -1,0 +1,596 @@
+"""The script of a beat, run as it is on a real Redis: each promise of its header, and a model of it in Python.
+
+Its clock is that of Redis, which the tests cannot set. But the script only looks at how long ago the last beat was,
+and writes into `beat_at` what it has taken for now: by moving that, time passes without a sleep.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from gserver.config import Config
+from gserver.membership import Reply
+from gserver.redis_link import SCRIPT, RedisLink
+from tests.redises import Redis, free_port
+from tests.running import until
+
+#: So long that no lease is over because a machine is slow. An interval is all that a beat moves the clock.
+TTL, INTERVAL = 60_000, 6000
+TTL_INTERVALS = TTL // INTERVAL
+RECOUNT = 60_000
+MEMBERS, LEASES, STATE = KEYS = RedisLink(Config(redis_url="redis://127.0.0.1", cluster_name="test")).keys
+
+
+@dataclass
+class Entry:
+    count: int
+    stamp: int
+    incarnation: str
+    until: int
+
+
+class Model:
+    """What the script does, in Python, with the time given: for clusters in whose keys nobody else writes."""
+
+    def __init__(self) -> None:
+        self.lose_all()
+
+    def lose_all(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.clock = self.since = 0
+        self.beat_at: int | None = None
+
+    def beat(
+        self,
+        member: str,
+        count: int | str,
+        now: int,
+        incarnation: str = "a1",
+        stamp: int = 0,
+        replaced: str = "",
+        known: int = 0,
+    ) -> Reply:
+        if self.beat_at is not None and known - self.clock >= TTL and now - self.beat_at >= TTL:
+            self.lose_all()
+        if self.beat_at is not None:
+            self.clock += max(0, min(now - self.beat_at, INTERVAL))
+        self.beat_at = now
+        if known > self.clock:
+            self.since = self.clock
+        before = self.entries.get(member)
+        holder = before.incarnation if before else ""
+        is_mine = holder == incarnation
+        if not before or holder == replaced or (is_mine and stamp > before.stamp):
+            if count == "leave":
+                self.entries.pop(member, None)
+            else:
+                self.entries[member] = Entry(int(count), stamp, incarnation, self.clock + TTL)
+                holder = incarnation
+        self.entries = {name: entry for name, entry in self.entries.items() if entry.until > self.clock}
+        total = sum(entry.count for entry in self.entries.values())
+        fresh = sum(entry.until >= self.since + TTL for entry in self.entries.values())
+        lease = self.entries[member].until if member in self.entries else 0
+        return Reply(total, len(self.entries), fresh, int(not is_mine), self.clock, holder, lease)
+
+
+class Cluster:
+    """The script on a Redis that is otherwise empty."""
+
+    def __init__(self, server: Redis) -> None:
+        self.server = server
+        self.redis: Any = redis.Redis(port=server.port, decode_responses=True)
+        self.redis.flushall()
+        self.run = self.redis.register_script(SCRIPT)
+        self.stamp = 0
+
+    def beat(
+        self,
+        member: str,
+        count: int | str,
+        incarnation: str = "a1",
+        stamp: int | None = None,
+        replaced: str = "",
+        times: tuple[int, int] = (TTL, INTERVAL),
+        known: int = 0,
+    ) -> Reply:
+        self.stamp += 1
+        stamp = self.stamp if stamp is None else stamp
+        return Reply(*self.run(keys=KEYS, args=[member, incarnation, stamp, count, *times, replaced, known]))
+
+    def elapse(self, milliseconds: int) -> None:
+        """Let time pass in which nobody beats; less than none for a clock of Redis that was set back."""
+        self.redis.hincrby(STATE, "beat_at", -milliseconds)
+
+    def now(self) -> int:
+        """What the last beat took for the time."""
+        return int(self.redis.hget(STATE, "beat_at"))
+
+    def counts(self) -> dict[str, int]:
+        return {member: int(entry.split()[0]) for member, entry in self.redis.hgetall(MEMBERS).items()}
+
+    def keys(self) -> list[str]:
+        return sorted(self.redis.keys("*"))
+
+    def contents(self) -> dict[str, bytes]:
+        """All that is stored, in Redis' own form."""
+        return {key: self.redis.execute_command("DUMP", key, NEVER_DECODE=True) for key in self.keys()}
+
+
+def seen(reply: Reply) -> tuple[int, int, int]:
+    return reply.total, reply.servers, reply.was_missing
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    with Redis(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture
+def cluster(server: Redis) -> Iterator[Cluster]:
+    cluster = Cluster(server)
+    with cluster.redis:
+        yield cluster
+
+
+def test_the_first_beat_of_the_first_server_founds_the_cluster(cluster: Cluster) -> None:
+    assert cluster.beat("one", 5) == Reply(total=5, servers=1, fresh=1, was_missing=1, clock=0, holder="a1", lease=TTL)
+    assert cluster.redis.hgetall(MEMBERS) == {"one": "5 1 a1"}
+    assert cluster.redis.zrange(LEASES, 0, -1, withscores=True) == [("one", TTL)]
+
+
+def test_a_server_that_is_there_is_not_missing_and_its_new_count_replaces_the_old(cluster: Cluster) -> None:
+    cluster.beat("one", 5)
+    second, third = cluster.beat("one", 7), cluster.beat("one", 0)
+    assert seen(second) == (7, 1, 0)
+    assert seen(third) == (0, 1, 0)
+
+
+def test_each_server_is_told_the_total_and_the_number_of_all(cluster: Cluster) -> None:
+    replies = [cluster.beat(member, count) for member, count in (("one", 1), ("two", 20), ("three", 300), ("one", 2))]
+    assert [seen(reply) for reply in replies] == [(1, 1, 1), (21, 2, 1), (321, 3, 1), (322, 3, 0)]
+
+
+def test_who_leaves_is_gone_at_once_with_its_clients(cluster: Cluster) -> None:
+    cluster.beat("one", 1)
+    cluster.beat("two", 20)
+    left = cluster.beat("two", "leave")
+    assert (left.total, left.servers, left.lease) == (1, 1, 0)
+    assert cluster.counts() == {"one": 1}
+    assert cluster.redis.zrange(LEASES, 0, -1) == ["one"]
+    assert seen(cluster.beat("two", 3)) == (4, 2, 1)
+
+
+def test_who_leaves_without_being_there_changes_nothing(cluster: Cluster) -> None:
+    cluster.beat("one", 1)
+    assert seen(cluster.beat("two", "leave")) == (1, 1, 1)
+    assert cluster.counts() == {"one": 1}
+
+
+def test_the_clock_goes_on_from_where_it_was_after_the_last_server_has_left(cluster: Cluster) -> None:
+    cluster.beat("one", 1)
+    cluster.elapse(1000)
+    clock = cluster.beat("one", "leave").clock
+    assert clock >= 1000
+    assert cluster.keys() == [STATE]
+    assert cluster.beat("two", 2).clock >= clock
+
+
+def test_a_server_that_beats_no_more_is_dropped_when_its_lease_is_over_and_not_before(cluster: Cluster) -> None:
+    lease = cluster.beat("dead", 9).lease
+    replies = []
+    for _ in range(TTL_INTERVALS):
+        cluster.elapse(INTERVAL)
+        replies.append(cluster.beat("one", 1))
+    assert [(reply.total, reply.servers) for reply in replies] == [(10, 2)] * (TTL_INTERVALS - 1) + [(1, 1)]
+    assert replies[-2].clock < lease <= replies[-1].clock
+    assert cluster.counts() == {"one": 1}
+    assert seen(cluster.beat("dead", 9)) == (10, 2, 1)
+
+
+def test_a_short_ttl_is_over_in_real_time(cluster: Cluster) -> None:
+    cluster.beat("dead", 9, times=(200, 20))
+    before = cluster.now()
+    until(lambda: cluster.beat("one", 1, times=(200, 20)).servers == 1, "the dead one is dropped")
+    assert cluster.now() - before >= 200
+
+
+def test_a_server_that_beats_is_never_dropped(cluster: Cluster) -> None:
+    for _ in range(20):
+        for member in ("one", "two"):
+            cluster.elapse(INTERVAL)
+            reply = cluster.beat(member, 1)
+    assert reply.servers == 2
+    assert reply.clock >= 39 * INTERVAL
+
+
+def test_at_most_500_are_dropped_at_once_and_the_rest_by_the_next_beats(cluster: Cluster) -> None:
+    for number in range(1200):
+        cluster.beat(f"dead-{number}", 1)
+    cluster.redis.zadd(LEASES, {f"dead-{number}": 0 for number in range(1200)}, xx=True)
+    replies = [cluster.beat("one", 5) for _ in range(4)]
+    assert [(reply.servers, reply.total) for reply in replies] == [(701, 705), (201, 205), (1, 5), (1, 5)]
+    assert cluster.counts() == {"one": 5}
+
+
+def test_after_an_outage_of_any_length_nobody_is_dropped_before_it_could_beat(cluster: Cluster) -> None:
+    members = ["one", "two", "three"]
+    for member in members:
+        cluster.beat(member, 1)
+    for members_in_order in (members, members[::-1]):
+        cluster.elapse(1000 * TTL)
+        for member in members_in_order:
+            reply = cluster.beat(member, 1)
+            assert seen(reply) == (3, 3, 0)
+
+
+def test_the_clock_runs_as_the_time_between_beats_does(cluster: Cluster) -> None:
+    clock, began = cluster.beat("one", 1).clock, cluster.now()
+    replies = [cluster.beat("one", 1) for _ in range(300)]
+    until(lambda: cluster.beat("one", 1).clock > clock, "the clock goes on")
+    assert cluster.beat("one", 1).clock - clock == cluster.now() - began
+    assert [reply.clock for reply in replies] == sorted(reply.clock for reply in replies)
+
+
+@pytest.mark.parametrize("pause", [INTERVAL, INTERVAL + 1, TTL, 1000 * TTL])
+def test_after_a_pause_the_clock_is_moved_on_by_one_interval(cluster: Cluster, pause: int) -> None:
+    clock = cluster.beat("one", 1).clock
+    cluster.elapse(pause)
+    assert cluster.beat("one", 1).clock == clock + INTERVAL
+
+
+def test_it_is_told_how_many_have_beaten_since_data_was_lost(cluster: Cluster) -> None:
+    for member in ("one", "two"):
+        cluster.beat(member, 1)
+    for _ in range(TTL_INTERVALS - 1):
+        cluster.elapse(INTERVAL)
+        cluster.beat("one", 1)
+    cluster.beat("two", 1)
+    assert cluster.beat("one", 1).fresh == 2
+    cluster.elapse(INTERVAL)
+    lost = cluster.beat("one", 1, known=10**9)  # It remembers a later moment: Redis went back to older data.
+    assert (lost.servers, lost.fresh) == (2, 1)
+    cluster.elapse(1000)
+    assert cluster.beat("one", 1, known=lost.clock).fresh == 1
+    # The second one to remember begins the count anew: nobody is sure before both have beaten after that.
+    cluster.elapse(1000)
+    assert cluster.beat("two", 1, known=10**9).fresh == 1
+    cluster.elapse(1000)
+    assert cluster.beat("one", 1, known=lost.clock).fresh == 2
+
+
+def test_after_a_loss_a_newcomer_with_its_shorter_lease_is_not_counted(cluster: Cluster) -> None:
+    cluster.beat("one", 1)
+    assert cluster.beat("new", 1, times=(TTL * 7 // 10, INTERVAL)).servers == 2
+    assert cluster.beat("one", 1).fresh == 1
+    cluster.beat("new", 1)
+    assert cluster.beat("one", 1).fresh == 2
+
+
+@pytest.mark.parametrize("jump", [TTL, 1000 * TTL])
+def test_a_clock_of_redis_that_was_set_back_does_not_turn_the_lease_clock(cluster: Cluster, jump: int) -> None:
+    cluster.beat("one", 1)
+    cluster.elapse(INTERVAL)
+    clock, before = cluster.beat("one", 1).clock, cluster.now()
+    cluster.elapse(-jump)
+    assert cluster.beat("one", 1).clock == clock
+    assert cluster.now() < before + jump, "Redis' time was taken as it is"
+    cluster.elapse(1000)
+    assert clock + 1000 <= cluster.beat("one", 1).clock <= clock + INTERVAL
+
+
+def test_a_beat_that_was_overtaken_undoes_nothing(cluster: Cluster) -> None:
+    cluster.beat("one", 5, stamp=10)
+    cluster.elapse(1000)
+    for count, stamp in ((3, 9), (3, 10), ("leave", 9), ("leave", 10)):
+        late = cluster.beat("one", count, stamp=stamp)
+        assert seen(late) == (5, 1, 0)
+        assert (late.holder, late.lease) == ("a1", TTL)
+    assert cluster.redis.hgetall(MEMBERS) == {"one": "5 10 a1"}
+    assert cluster.beat("one", 3, stamp=11).total == 3
+
+
+@pytest.mark.parametrize("count", [7, "leave"])
+def test_another_incarnation_changes_nothing_while_the_holder_is_there(cluster: Cluster, count: int | str) -> None:
+    cluster.beat("one", 5, incarnation="a1", stamp=10)
+    cluster.elapse(1000)
+    for replaced in ("", "c3"):
+        reply = cluster.beat("one", count, incarnation="b2", stamp=99, replaced=replaced)
+        assert seen(reply) == (5, 1, 1)
+        assert (reply.holder, reply.lease) == ("a1", TTL)
+        assert reply.clock >= 1000
+    assert cluster.redis.hgetall(MEMBERS) == {"one": "5 10 a1"}
+
+
+def test_a_watcher_sees_the_lease_of_the_holder_move(cluster: Cluster) -> None:
+    cluster.beat("one", 5)
+    first = cluster.beat("one", 0, incarnation="b2").lease
+    cluster.elapse(1000)
+    cluster.beat("one", 5)
+    assert cluster.beat("one", 0, incarnation="b2").lease >= first + 1000
+
+
+@pytest.mark.parametrize(("behind", "pause", "is_old"), [(0, 0, True), (-1, 0, False), (0, -TTL // 2, False)])
+def test_an_old_backup_is_as_good_as_none(cluster: Cluster, behind: int, pause: int, is_old: bool) -> None:
+    """It is one if its clock is a TTL behind what a server knows, and its last beat a TTL ago."""
+    cluster.beat("one", 1)
+    cluster.elapse(1000)
+    clock = cluster.beat("two", 20).clock
+    cluster.elapse(TTL + pause)
+    reply = cluster.beat("one", 1, known=clock + TTL + behind)
+    assert seen(reply) == ((1, 1, 1) if is_old else (21, 2, 0))
+    assert (reply.clock < clock) == is_old
+
+
+def test_an_incarnation_takes_the_place_of_the_one_it_names(cluster: Cluster) -> None:
+    cluster.beat("one", 5, incarnation="a1", stamp=10)
+    cluster.beat("two", 20)
+    reply = cluster.beat("one", 7, incarnation="b2", stamp=1, replaced="a1")
+    assert seen(reply) == (27, 2, 1)
+    assert reply.holder == "b2"
+    assert cluster.beat("one", 5, incarnation="a1", stamp=11).holder == "b2"
+    assert cluster.counts() == {"one": 7, "two": 20}
+
+
+JUNK: dict[str, Callable[[Any, str], object]] = {
+    "a string": lambda client, key: client.set(key, "x"),
+    "a list": lambda client, key: client.rpush(key, "x"),
+    "a hash": lambda client, key: client.hset(key, "x", "y"),
+    "a sorted set": lambda client, key: client.zadd(key, {"x": 1, "y": 2, "z": 3}),
+}
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_that_are_somebody_elses_are_as_good_as_none(cluster: Cluster, key: str, junk: str) -> None:
+    cluster.beat("one", 1)
+    cluster.elapse(1000)
+    assert cluster.beat("two", 20).clock >= 1000
+    cluster.redis.delete(key)
+    JUNK[junk](cluster.redis, key)
+    assert cluster.beat("one", 1) == Reply(1, 1, 1, 1, 0, "a1", TTL)
+    assert seen(cluster.beat("two", 20)) == (21, 2, 1)
+    assert cluster.counts() == {"one": 1, "two": 20}
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("key", KEYS)
+def test_junk_where_no_cluster_was_is_in_nobodys_way(cluster: Cluster, key: str, junk: str) -> None:
+    JUNK[junk](cluster.redis, key)
+    assert seen(cluster.beat("one", 1)) == (1, 1, 1)
+    assert seen(cluster.beat("one", 2)) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_when_one_key_was_evicted_all_begin_anew(cluster: Cluster, key: str) -> None:
+    for member, count in (("one", 1), ("two", 20), ("three", 300)):
+        cluster.beat(member, count)
+    cluster.elapse(1000)
+    assert cluster.beat("one", 1).clock >= 1000
+    assert cluster.redis.delete(key) == 1
+    assert cluster.beat("two", 20) == Reply(20, 1, 1, 1, 0, "a1", TTL)
+    assert seen(cluster.beat("one", 1)) == (21, 2, 1)
+
+
+@pytest.mark.parametrize("entry", ["", " ", "x", "7", "7 1", "-7 1 a1", "7 1 a1 ", "7 x a1", "1e99 1 a1", "nan", "\0"])
+def test_an_entry_that_is_junk_is_replaced_by_its_server_and_the_total_right_again(
+    cluster: Cluster, entry: str
+) -> None:
+    cluster.beat("one", 1)
+    cluster.beat("two", 20)
+    cluster.redis.hset(MEMBERS, "one", entry)
+    cluster.beat("one", 1)
+    cluster.redis.hincrby(STATE, "recount_at", -RECOUNT)
+    assert seen(cluster.beat("one", 1)) == (21, 2, 0)
+
+
+@pytest.mark.parametrize("entry", ["", "x", "-7 1 a1", "nan", "\0"])
+def test_an_entry_that_is_junk_and_nobodys_is_dropped_when_its_lease_is_over(cluster: Cluster, entry: str) -> None:
+    cluster.beat("one", 1)
+    cluster.redis.hset(MEMBERS, "junk", entry)
+    cluster.redis.zadd(LEASES, {"junk": TTL})
+    for _ in range(TTL_INTERVALS + 1):
+        cluster.elapse(INTERVAL)
+        reply = cluster.beat("one", 1)
+    assert seen(reply) == (1, 1, 0)
+    assert cluster.counts() == {"one": 1}
+
+
+@pytest.mark.parametrize("junk", ["x", "", "nan", "inf", "-inf"])
+@pytest.mark.parametrize("field", ["total", "clock", "beat_at", "recount_at"])
+def test_junk_in_the_state_does_no_harm_for_longer_than_until_the_recount(
+    cluster: Cluster, field: str, junk: str
+) -> None:
+    cluster.beat("one", 1)
+    cluster.beat("two", 20)
+    cluster.redis.hset(STATE, field, junk)
+    for member, count in (("one", 1), ("two", 20)):
+        cluster.beat(member, count)
+    cluster.redis.hset(STATE, "recount_at", cluster.now() - RECOUNT)
+    cluster.elapse(1000)
+    reply = cluster.beat("one", 1)
+    assert seen(reply) == (21, 2, 0)
+    assert 1000 <= reply.clock <= TTL
+
+
+@pytest.mark.parametrize("since", [RECOUNT, 1000 * RECOUNT, -RECOUNT - 30_000])
+def test_a_wrong_total_is_put_right_by_a_recount_after_a_minute(cluster: Cluster, since: int) -> None:
+    cluster.beat("one", 1)
+    cluster.beat("two", 20)
+    cluster.redis.hset(STATE, "total", 999)
+    assert cluster.beat("one", 2).total == 1000, "the members are not counted at each beat"
+    cluster.redis.hset(STATE, "recount_at", cluster.now() - since)
+    assert cluster.beat("one", 3).total == 23
+    assert int(cluster.redis.hget(STATE, "recount_at")) == cluster.now()
+    cluster.redis.hset(STATE, "total", 999)
+    assert cluster.beat("one", 3).total == 999, "only once a minute"
+
+
+def test_where_nobody_is_the_total_is_nothing_whatever_the_state_says(cluster: Cluster) -> None:
+    cluster.beat("one", 1)
+    cluster.beat("one", "leave")
+    cluster.redis.hset(STATE, "total", 999)
+    assert cluster.beat("one", 2).total == 2
+
+
+def test_the_first_beat_and_each_recount_let_the_keys_live_for_a_day(cluster: Cluster) -> None:
+    cluster.beat("one", 1)
+    assert all(86_400 - 3000 < cluster.redis.ttl(key) <= 86_400 for key in KEYS)
+    for _ in range(2):
+        for key in KEYS:
+            cluster.redis.expire(key, 3000)
+        cluster.redis.hincrby(STATE, "recount_at", -RECOUNT)
+        cluster.beat("one", 1)
+        assert all(86_400 - 3000 < cluster.redis.ttl(key) <= 86_400 for key in KEYS)
+
+
+PREPARE: dict[str, Callable[[Any], object]] = {
+    "nothing else": lambda client: None,
+    "a lease over": lambda client: client.zadd(LEASES, {"two": 0}),
+    "a recount due": lambda client: client.hset(STATE, "recount_at", 0),
+    "junk": lambda client: client.set(STATE, "x"),
+}
+SENDERS: dict[str, tuple[str, int | str, str]] = {
+    "a member": ("one", 2, "a1"),
+    "a newcomer": ("new", 2, "a1"),
+    "one that leaves": ("one", "leave", "a1"),
+    "a stranger": ("one", 2, "b2"),
+}
+
+
+@pytest.mark.parametrize("prepare", PREPARE)
+@pytest.mark.parametrize("sender", SENDERS)
+def test_without_memory_a_beat_is_carried_out_whole_or_changes_nothing(
+    cluster: Cluster, sender: str, prepare: str
+) -> None:
+    member, count, incarnation = SENDERS[sender]
+    cluster.beat("one", 1)
+    cluster.beat("two", 20)
+    PREPARE[prepare](cluster.redis)
+    before = cluster.contents()
+    cluster.server.out_of_memory()
+    try:
+        total = cluster.beat(member, count, incarnation).total
+    except redis.OutOfMemoryError:
+        assert sender != "one that leaves", "there is always memory for having less"
+        assert cluster.contents() == before
+    else:
+        assert total == sum(cluster.counts().values())
+    finally:
+        cluster.server.enough_memory()
+    cluster.beat("one", 1)
+    assert cluster.beat("two", 20).total == sum(cluster.counts().values())
+
+
+def test_without_memory_an_ordinary_beat_is_refused(cluster: Cluster) -> None:
+    cluster.beat("one", 1)
+    cluster.server.out_of_memory()
+    try:
+        with pytest.raises(redis.OutOfMemoryError):
+            cluster.beat("one", 2)
+    finally:
+        cluster.server.enough_memory()
+
+
+@pytest.mark.parametrize("prepare", PREPARE)
+@pytest.mark.parametrize("sender", SENDERS)
+def test_a_redis_that_may_not_write_changes_nothing(cluster: Cluster, sender: str, prepare: str) -> None:
+    member, count, incarnation = SENDERS[sender]
+    cluster.beat("one", 1)
+    cluster.beat("two", 20)
+    PREPARE[prepare](cluster.redis)
+    before = cluster.contents()
+    cluster.server.read_only()
+    try:
+        with pytest.raises(redis.ReadOnlyError):
+            cluster.beat(member, count, incarnation)
+        assert cluster.contents() == before
+    finally:
+        cluster.server.writable()
+
+
+MEMBER = st.sampled_from(["one", "two", "three", "four"])
+INCARNATION = st.sampled_from(["a1", "b2"])
+
+
+class Machine(RuleBasedStateMachine):
+    """Any sequence of beats, pauses and losses: the script and the model stay the same."""
+
+    cluster: Cluster
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model()
+        self.cluster.redis.flushall()
+
+    @rule(
+        member=MEMBER,
+        count=st.integers(0, 10**7) | st.just("leave"),
+        incarnation=INCARNATION,
+        stamp=st.integers(1, 20),
+        replaced=st.just("") | INCARNATION,
+        known=st.sampled_from([0, TTL, 10 * TTL, 1000 * TTL]),
+    )
+    def beat(self, member: str, count: int | str, incarnation: str, stamp: int, replaced: str, known: int) -> None:
+        reply = self.cluster.beat(member, count, incarnation, stamp, replaced, known=known)
+        assert reply == self.model.beat(member, count, self.cluster.now(), incarnation, stamp, replaced, known)
+
+    @precondition(lambda self: self.model.beat_at is not None)
+    @rule(milliseconds=st.sampled_from([-TTL, -1, 1, INTERVAL // 2, INTERVAL, 10 * TTL]))
+    def elapse(self, milliseconds: int) -> None:
+        self.cluster.elapse(milliseconds)
+        self.model.beat_at = self.cluster.now()
+
+    @precondition(lambda self: self.model.entries)
+    @rule(key=st.sampled_from(KEYS))
+    def lose(self, key: str) -> None:
+        self.cluster.redis.delete(key)
+        self.model.lose_all()
+
+    @precondition(lambda self: self.model.beat_at is not None)
+    @rule()
+    def recount(self) -> None:
+        self.cluster.redis.hset(STATE, "recount_at", 0)
+
+    @invariant()
+    def the_total_is_the_sum_of_the_members(self) -> None:
+        if self.model.beat_at is not None:
+            counts = self.cluster.counts()
+            assert counts == {member: entry.count for member, entry in self.model.entries.items()}
+            assert int(self.cluster.redis.hget(STATE, "total")) == sum(counts.values())
+            leases = {member: entry.until for member, entry in self.model.entries.items()}
+            assert dict(self.cluster.redis.zrange(LEASES, 0, -1, withscores=True)) == leases
+
+
+def test_after_any_sequence_the_total_is_the_sum_of_the_members(cluster: Cluster) -> None:
+    class ThisMachine(Machine):
+        pass
+
+    ThisMachine.cluster = cluster
+    run_state_machine_as_test(ThisMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+
+
+def test_the_script_is_short() -> None:
+    assert len(SCRIPT.splitlines()) < 60
+
+
+def test_it_runs_on_a_redis_cluster_where_all_its_keys_are_in_one_slot(tmp_path: Path) -> None:
+    with Redis(tmp_path, cluster_enabled="yes", cluster_port=free_port()) as server:
+        server.command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        until(lambda: "cluster_state:ok" in repr(server.command("CLUSTER", "INFO")), "all slots are served")
+        with pytest.raises(redis.ResponseError, match="same slot"):
+            server.command("MGET", "one", "two")
+        link = RedisLink(Config(redis_url=server.url, cluster_name="of.many:parts"))
+        assert link.call("one", "a1", 1, 5, TTL, INTERVAL, "", 0) == Reply(5, 1, 1, 1, 0, "a1", TTL)
+        assert seen(link.call("two", "a1", 1, 20, TTL, INTERVAL, "", 0)) == (25, 2, 1)
+        link.drop()
+        keys = server.command("KEYS", "*")
+        assert sorted(keys) == [f"{{gserver:of.many:parts}}:{name}" for name in ("leases", "members", "state")]
+        assert len({server.command("CLUSTER", "KEYSLOT", key) for key in keys}) == 1
