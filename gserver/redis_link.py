@@ -7,6 +7,7 @@ that a primary that was demoted is not asked again: the next call connects anew,
 import hashlib
 import random
 import re
+import socket
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -71,6 +72,9 @@ class RedisLink:
         self._options: dict[str, Any] = {
             "socket_timeout": timeout,
             "socket_connect_timeout": timeout,
+            # What is given up must not be sent again by the kernel, for minutes, and bring back who is gone by then.
+            "socket_keepalive": True,
+            "socket_keepalive_options": {socket.TCP_USER_TIMEOUT: round(timeout * 1000)},
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
             "driver_info": None,

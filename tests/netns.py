@@ -1,0 +1,146 @@
+"""A network that can be cut. Hosts are network namespaces of the kernel; packets are lost by the router between them.
+
+Nobody is told of a loss, and it may be of one direction only. It takes root, and touches nothing outside of them.
+"""
+
+import ctypes
+import os
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import pytest
+
+from tests.running import LIMIT, program
+
+CLONE_NEWNET = 0x40000000
+#: How long a packet is waited for that must not come. One that may come takes microseconds.
+LOST_SECONDS = 0.05
+
+
+def _unavailable(reason: str) -> NoReturn:
+    """Skip, or fail where CI is set."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+class Host:
+    """A namespace with an address that the other hosts know, and a loopback of its own."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """What this thread opens or starts in the body is on this host, and stays there."""
+        with open("/proc/thread-self/ns/net") as outside, open(f"/run/netns/{self.name}") as inside:
+            _enter(inside.fileno())
+            try:
+                yield
+            finally:
+                _enter(outside.fileno())
+
+
+def _enter(namespace: int) -> None:
+    """As os.setns, which is there from Python 3.12 on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+Way = tuple[Host, Host]
+
+
+class Cut(NamedTuple):
+    """When packets began to be lost: between these two moments."""
+
+    after: float
+    before: float
+
+
+class Network(ExitStack[None]):
+    """So many hosts and their router. Skips, or fails where CI is set, where there can be none."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._ip_program = program("ip")
+        if os.geteuid() != 0:
+            _unavailable("network namespaces need root")
+        prefix = f"gserver-{os.getpid()}-{secrets.token_hex(3)}"
+        with ExitStack() as stack:
+            try:
+                self._router = self._add(stack, f"{prefix}-router", "")
+                self.hosts = [self._add(stack, f"{prefix}-{n}", f"198.18.{n}.1") for n in range(count)]
+                for number, host in enumerate(self.hosts):
+                    self._connect(host, f"host{number}", f"198.18.{number}.254")
+            except subprocess.CalledProcessError as error:
+                _unavailable(f"no network namespaces: {' '.join(error.cmd)}: {error.stderr.strip()}")
+            with self._router.inside():
+                Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+                # Else a packet is dropped whose answer would be: no one-way cut.
+                for name in ("all", *(f"host{number}" for number in range(count))):
+                    Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text("0")
+            self.push(stack.pop_all())
+
+    def _ip(self, *words: str, text: str = "") -> None:
+        subprocess.run([self._ip_program, *words], input=text, check=True, capture_output=True, text=True)
+
+    def _add(self, stack: ExitStack[Any], name: str, address: str) -> Host:
+        self._ip("netns", "add", name)
+        stack.callback(self._ip, "netns", "delete", name)
+        self._ip("-n", name, "link", "set", "lo", "up")
+        return Host(name, address)
+
+    def _connect(self, host: Host, port: str, gateway: str) -> None:
+        router = self._router.name
+        self._ip("link", "add", port, "netns", router, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+        for name, link, address in ((router, port, gateway), (host.name, "eth0", host.address)):
+            self._ip("-n", name, "address", "add", f"{address}/24", "dev", link)
+            self._ip("-n", name, "link", "set", link, "up")
+        self._ip("-n", host.name, "route", "add", "default", "via", gateway)
+
+    def reaches(self, source: Host, target: Host, limit: float = LIMIT) -> bool:
+        """Whether a packet arrives."""
+        with target.inside():
+            receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with source.inside():
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with receiver, sender:
+            receiver.bind((target.address, 0))
+            receiver.settimeout(limit)
+            sender.sendto(b"?", receiver.getsockname())
+            try:
+                return receiver.recv(1) == b"?"
+            except TimeoutError:
+                return False
+
+    @contextmanager
+    def cut(self, *ways: Way) -> Iterator[Cut]:
+        """Lose all that goes from the first to the second host of each way, from the same moment to the same moment.
+
+        It is seen to be lost, and what goes the other way to arrive unless that is cut too.
+        """
+        assert all(self.reaches(*way) for way in ways)
+        after = time.monotonic()
+        self._rules("add", ways)
+        cut = Cut(after, time.monotonic())
+        try:
+            back = {(target, source) for source, target in ways} - set(ways)
+            assert all(self.reaches(*way) for way in back)
+            assert not any(self.reaches(*way, LOST_SECONDS) for way in ways)
+            yield cut
+            assert not any(self.reaches(*way, LOST_SECONDS) for way in ways)
+        finally:
+            self._rules("delete", ways)
+        assert all(self.reaches(*way) for way in ways)
+
+    def _rules(self, action: str, ways: tuple[Way, ...]) -> None:
+        lines = (f"rule {action} from {a.address} to {b.address} priority 100 blackhole\n" for a, b in ways)
+        self._ip("-n", self._router.name, "-batch", "-", text="".join(lines))

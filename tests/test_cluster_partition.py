@@ -1,0 +1,303 @@
+"""Servers on hosts of their own, and a network that loses packets between them and Redis: both ways, or one way only.
+
+The clients stay connected all the time, and each server is asked WHO all the time.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.netns import Cut, Host, Network, Way
+from tests.redises import FAILOVER_LIMIT, Redis, Server
+from tests.running import LIMIT, PATIENCE, Running, until
+from tests.steady import Cluster, SteadyServer
+
+SHARES = 5, 3, 2
+#: All is exact so soon after a partition; a server that is cut off is dropped so soon after its TTL.
+HEALED = 2 * PATIENCE
+DROPPED = 1 * PATIENCE
+#: Other hosts may connect to it.
+OPEN: dict[str, Any] = {"bind": "0.0.0.0", "protected-mode": "no"}
+
+
+def spread(stack: ExitStack[Any], hosts: list[Host], url: str, beat: float, ttl: float) -> Cluster:
+    """A cluster of one server on each host, all of which say the total."""
+    cluster = stack.enter_context(Cluster(url, beat, ttl, shares=()))
+    options = "--redis-url", url, "--beat-interval", str(beat), "--member-ttl", str(ttl)
+    for host, share in zip(hosts, SHARES, strict=True):
+        with host.inside():
+            cluster.members.append(stack.enter_context(SteadyServer(share, *options)))
+    until(lambda: cluster.all_say(cluster.total), f"all say {cluster.total}")
+    cluster.may_say(cluster.total)
+    return cluster
+
+
+class World(ExitStack[None]):
+    """Three servers and a Redis, each on a host of its own."""
+
+    def __init__(self, folder: Path, beat: float, ttl: float) -> None:
+        super().__init__()
+        self.ttl = ttl
+        with ExitStack() as stack:
+            self.network = stack.enter_context(Network(1 + len(SHARES)))
+            self.redis_host, *self.hosts = self.network.hosts
+            with self.redis_host.inside():
+                self.redis = stack.enter_context(Redis(folder, **OPEN))
+            url = f"redis://{self.redis_host.address}:{self.redis.port}"
+            self.cluster = spread(stack, self.hosts, url, beat, ttl)
+            self.members = list(self.cluster.members)
+            self.push(stack.pop_all())
+
+    def to_redis(self, *numbers: int) -> list[Way]:
+        return [(self.hosts[number], self.redis_host) for number in numbers]
+
+    def from_redis(self, *numbers: int) -> list[Way]:
+        return [(self.redis_host, self.hosts[number]) for number in numbers]
+
+    @contextmanager
+    def cut(self, *ways: Way) -> Iterator[Cut]:
+        """Lose what goes these ways. All servers concerned notice before the body, and after it as soon as they may."""
+        concerned = [m for host, m in zip(self.hosts, self.members, strict=True) if any(host in way for way in ways)]
+        counts = [len(member.server.events("cluster.lost")) for member in concerned]
+        with self.network.cut(*ways) as cut:
+            for member, count in zip(concerned, counts, strict=True):
+                assert member.server.wait_for("cluster.lost", count + 1)["gserver.kind"] == "timeout"
+            yield cut
+        for member, count in zip(concerned, counts, strict=True):
+            if member in self.cluster.members:
+                member.server.wait_for("cluster.regained", count + 1, HEALED)
+
+    @contextmanager
+    def guest(self, number: int, total: int) -> Iterator[None]:
+        """One more client of a server that has said this total: it counts it at once."""
+        member = self.members[number]
+        member.watcher.may_say(total, total + 1)
+        with self.hosts[number].inside():
+            client = member.server.client()
+        with client:
+            assert client.who() == total + 1
+            member.watcher.may_say(total + 1)
+            yield
+
+    def come_and_go(self, number: int, total: int) -> None:
+        """Five clients, one after another, of a server that says this total."""
+        watcher = self.members[number].watcher
+        for _ in range(5):
+            with self.guest(number, total):
+                assert watcher.says(total + 1)
+                watcher.may_say(total, total + 1)
+            until(lambda: watcher.says(total), f"{total} again", PATIENCE)
+            watcher.may_say(total)
+
+    def told_at(self, number: int) -> float:
+        """When the server sent the last beat that Redis has carried out."""
+        name = self.members[number].clients[0].ask(b"WHERE").decode()
+        with self.redis_host.inside():
+            entry = str(self.redis.command("HGET", "{gserver:gserver}:members", name))
+        return int(entry.split()[1]) / 1e6
+
+    def wait_until_alone(self, staying: list[SteadyServer], since: float) -> None:
+        """Those who stay go on counting those who were heard last at that moment, but not for long."""
+        left = sum(member.share for member in staying)
+        for watcher in [member.watcher for member in staying]:
+            until(partial(watcher.says, left), f"only {left} are left", self.ttl + LIMIT)
+            watcher.may_say(left)
+            dropped_at = next(a.asked for a in watcher.answers if a.asked > since and a.clients == left)
+            assert self.ttl / 2 <= dropped_at - since <= self.ttl + DROPPED
+
+
+@pytest.fixture(scope="module")
+def shared_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One for all tests that leave it as it was."""
+    with World(tmp_path_factory.mktemp("world"), *request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def world(shared_world: World) -> World:
+    """All is well, whatever became of the test before."""
+    shared_world.cluster.start_over()
+    return shared_world
+
+
+QUICK, DEFAULT = (0.3, 3.0), (0.5, 5.0)
+quick = pytest.mark.parametrize("shared_world", [QUICK], ids=["quick"], indirect=True)
+default = pytest.mark.parametrize("shared_world", [DEFAULT], ids=["default"], indirect=True)
+
+
+@default
+def test_a_server_that_is_cut_off_counts_its_own_and_is_dropped_after_its_ttl(world: World) -> None:
+    cluster, (cut_off, *others), began = world.cluster, world.members, time.monotonic()
+    with ExitStack() as ongoing:
+        for member in others:
+            member.watcher.may_say(10, 5)
+        cut = ongoing.enter_context(world.cut(*world.to_redis(0), *world.from_redis(0)))
+        world.come_and_go(0, 10)
+        world.wait_until_alone(others, cut.before)
+        others[1].watcher.may_say(5, 6)
+        with world.guest(1, 5):
+            until(lambda: others[1].watcher.says(6), "the other one knows of it", HEALED)
+            world.come_and_go(0, 10)
+            for member in world.members:
+                member.watcher.may_say(10 if member is cut_off else 6, 11)
+            others[0].share += 1
+            ongoing.close()
+            cluster.settle(HEALED)
+            others[0].share -= 1
+            cluster.may_say(10, 11)
+    cluster.settle(HEALED)
+    cluster.assert_as_quick_as_alone(began)
+    cluster.check()
+
+
+@quick
+def test_a_server_whose_beats_are_lost_is_as_good_as_cut_off(world: World) -> None:
+    cluster, others = world.cluster, world.members[1:]
+    for member in others:
+        member.watcher.may_say(10, 5)
+    with world.cut(*world.to_redis(0)) as cut:
+        assert world.told_at(0) <= cut.before
+        world.come_and_go(0, 10)
+        world.wait_until_alone(others, cut.before)
+        for member in others:
+            member.watcher.may_say(5, 10)
+    cluster.settle(HEALED)
+    cluster.check()
+
+
+@quick
+def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_off(world: World) -> None:
+    """A beat without an answer ends its connection, and there is no other: a connection needs both directions."""
+    cluster, others = world.cluster, world.members[1:]
+    for member in others:
+        member.watcher.may_say(10, 5)
+    with world.cut(*world.from_redis(0)) as cut:
+        told_at = world.told_at(0)
+        assert told_at >= cut.after
+        world.come_and_go(0, 10)
+        world.wait_until_alone(others, told_at)
+        for member in others:
+            member.watcher.may_say(5, 10)
+    cluster.settle(HEALED)
+    cluster.check()
+
+
+@quick
+def test_nobody_is_dropped_while_all_are_cut_off_nor_when_they_are_back(world: World) -> None:
+    cluster = world.cluster
+    expired = cluster.events("cluster.expired")
+    with world.cut(*world.to_redis(0, 1, 2), *world.from_redis(0, 1, 2)):
+        cluster.watch(2 * world.ttl)
+    cluster.settle(HEALED)
+    assert cluster.events("cluster.expired") == expired
+    cluster.check()
+
+
+@quick
+def test_two_that_were_cut_off_together_come_back_without_a_dip(world: World) -> None:
+    cluster, third = world.cluster, world.members[2]
+    expired = cluster.events("cluster.expired")
+    third.watcher.may_say(10, 7, 5, 2)
+    with world.cut(*world.to_redis(0, 1), *world.from_redis(0, 1)) as cut:
+        world.wait_until_alone([third], cut.before)
+        cluster.watch(world.ttl / 2)
+        third.watcher.may_say(2, 5, 7, 10)
+    cluster.settle(HEALED)
+    assert cluster.events("cluster.expired") == [expired[0] + 1, expired[1] + 1, expired[2]]
+    cluster.check()
+
+
+def kill(server: Running) -> None:
+    server.send_signal(signal.SIGKILL)
+    server.exit_code()
+
+
+def stop_untold(server: Running) -> None:
+    assert server.stop() == 0
+    assert server.events("cluster.not_left")
+
+
+def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(tmp_path: Path) -> None:
+    """Their last beats are lost, and are to stay so: the kernel must not send them again when they are long dropped."""
+    with World(tmp_path, *QUICK) as world:
+        cluster, (killed, stopped, third) = world.cluster, world.members
+        with world.cut(*world.to_redis(0), *world.from_redis(0)):
+            cluster.end(killed, kill)
+            assert third.watcher.says(10), "the network is repaired before it is dropped"
+        third.watcher.may_say(10, 7, 5, 2)
+        with world.cut(*world.to_redis(1), *world.from_redis(1)) as cut:
+            cluster.end(stopped, stop_untold)
+            world.wait_until_alone([third], cut.before)
+            until(lambda: time.monotonic() > cut.after + 1.5 * world.ttl, "the network is repaired after it is dropped")
+        until(lambda: time.monotonic() > cut.after + 2.5 * world.ttl, "whatever was to be sent again was sent")
+        cluster.check()
+
+
+class Node(NamedTuple):
+    """A host with one of everything."""
+
+    host: Host
+    redis: Redis
+    sentinel: Server
+
+    def role(self) -> str:
+        with self.host.inside():
+            return self.redis.role()
+
+    def knows(self) -> tuple[str, str, str]:
+        """Where this Sentinel has the primary, how many replicas and how many other Sentinels it knows."""
+        with self.host.inside():
+            flat: list[str] = self.sentinel.command("SENTINEL", "MASTER", "gserver")
+        fields = dict(zip(flat[::2], flat[1::2], strict=True))
+        return fields["ip"], fields["num-slaves"], fields["num-other-sentinels"]
+
+
+def start_nodes(stack: ExitStack[Any], folder: Path, hosts: list[Host]) -> list[Node]:
+    """Redis and its replicas, each with a Sentinel, of which two must agree."""
+    redises: list[Redis] = []
+    for host in hosts:
+        primary: dict[str, Any] = {"replicaof": f"{hosts[0].address} {redises[0].port}"} if redises else {}
+        (place := folder / host.address).mkdir()
+        with host.inside():
+            redises.append(stack.enter_context(Redis(place, **OPEN, **primary)))
+    with hosts[0].inside():
+        until(lambda: redises[0].command("INFO", "replication")["connected_slaves"] == 2, "both are replicas")
+    rules = [f"monitor gserver {hosts[0].address} {redises[0].port} 2", "down-after-milliseconds gserver 500"]
+    rules += ["failover-timeout gserver 2000"]
+    lines = ["port PORT", *(f"{name} {value}" for name, value in OPEN.items()), *(f"sentinel {rule}" for rule in rules)]
+    nodes: list[Node] = []
+    for host, redis in zip(hosts, redises, strict=True):
+        with host.inside():
+            sentinel = stack.enter_context(Server("redis-sentinel", folder / host.address, lines))
+        nodes.append(Node(host, redis, sentinel))
+    settled = (hosts[0].address, "2", "2")
+    until(lambda: {node.knows() for node in nodes} == {settled}, "the Sentinels know all", FAILOVER_LIMIT)
+    return nodes
+
+
+def test_each_side_counts_its_own_when_the_majority_elects_another_primary(tmp_path: Path) -> None:
+    beat, ttl = QUICK
+    with ExitStack() as stack:
+        network = stack.enter_context(Network(len(SHARES)))
+        nodes = start_nodes(stack, tmp_path, network.hosts)
+        sentinels = ",".join(f"{node.host.address}:{node.sentinel.port}" for node in nodes)
+        cluster = spread(stack, network.hosts, f"redis+sentinel://{sentinels}/gserver", beat, ttl)
+        old, *majority = nodes
+        cluster.may_say(10, 8, 7, 5)
+        to_old = [(node.host, old.host) for node in majority]
+        with network.cut(*to_old, *((minority, other) for other, minority in to_old)):
+            until(lambda: "master" in [node.role() for node in majority], "another is primary", FAILOVER_LIMIT)
+            until(lambda: cluster.all_say(5), "each side counts its own", ttl + LIMIT)
+            assert old.role() == "master"
+            cluster.may_say(5)
+            cluster.watch(2 * beat)
+            cluster.may_say(5, 10)
+        until(lambda: old.role() == "slave", "the old one has heard of it", FAILOVER_LIMIT)
+        cluster.settle(HEALED)
+        cluster.check()
