@@ -40,6 +40,7 @@ SINGLE_CELLS = (
     "servers",  # servers in the cluster, as last known; 0 before the first beat
     "view",  # when that was learned
     "lease_clock",  # of the cluster, as last known; milliseconds
+    "lost_at",  # on that clock: when Redis last lost data
     "hold_until",  # on that clock: how long `remote` is an older number that is held; 0 = it is not
     "beats",  # answered by Redis
     "beat_ns",  # time until the answer, over all beats
@@ -53,6 +54,7 @@ NO_TOTALS = {
     "incarnation",
     "view",
     "lease_clock",
+    "lost_at",
     "hold_until",
     "remote",
     "servers",

@@ -39,6 +39,7 @@ class Child:
     ready_at: float | None = None
     is_leaving: bool = False
     kill_at: float | None = None
+    suspected_at: float | None = None
     refusal: str = ""
     has_hung_up: bool = False
 

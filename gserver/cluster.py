@@ -43,7 +43,7 @@ class Member:
         self._board = board
         self._incarnation = f"{board.get('incarnation'):x}"
         self._link = RedisLink(config)
-        known = [board.get(name) for name in ("remote", "servers", "lease_clock", "hold_until")]
+        known = [board.get(name) for name in ("remote", "servers", "lease_clock", "lost_at", "hold_until")]
         self._ttl_ms, self._interval_ms = (
             round(seconds * 1000) for seconds in (config.member_ttl_seconds, config.beat_interval_seconds)
         )
@@ -51,6 +51,7 @@ class Member:
         self._rivalry = Rivalry(config.beat_interval_seconds)
         self._is_member = self._membership.servers > 0
         self._new_until = 0.0 if self._is_member else inf
+        self._answered = 0
         self._failures = 0
         self._away_since = self._said_at = 0.0
         self._said_kinds: set[str] = set()
@@ -73,16 +74,20 @@ class Member:
         self._link.drop()
 
     def _call(self, count: int | str) -> Reply:
-        return self._link.call(
+        stamp = monotonic_ns() // 1000
+        reply = self._link.call(
             self._config.server_id,
             self._incarnation,
-            monotonic_ns() // 1000,
+            stamp,
             count,
             self._ttl_ms if monotonic() >= self._new_until else round(self._ttl_ms * NEWCOMER_LEASE),
             self._interval_ms,
             self._rivalry.replaceable,
+            self._answered,
             self._membership.clock,
         )
+        self._answered = stamp
+        return reply
 
     def _beat(self, count: int) -> None:
         began = monotonic_ns()
@@ -122,6 +127,7 @@ class Member:
         board.put("remote", membership.remote)
         board.put("servers", membership.servers)
         board.put("lease_clock", membership.clock)
+        board.put("lost_at", membership.lost_at)
         board.put("hold_until", membership.hold_until)
         board.put("view", monotonic_ns())
         if membership.servers != known:
@@ -135,7 +141,7 @@ class Member:
             logs.event(logging.INFO, "cluster.regained", message)
             self._failures = 0
             self._said_kinds.clear()
-        if self._is_member and reply.clock < self._membership.clock:
+        if self._is_member and reply.lost_at != self._membership.lost_at:
             message = "Redis has lost the cluster's state: the last known count stands until the others are back"
             logs.event(logging.WARNING, "cluster.reset", message)
         elif self._is_member and reply.was_missing:

@@ -31,6 +31,7 @@ class Reply(NamedTuple):
     fresh: int
     was_missing: int
     clock: int
+    lost_at: int
     holder: str
     lease: int
 
@@ -38,30 +39,31 @@ class Reply(NamedTuple):
 class Membership:
     """What is known of the others. `servers` counts this one too, and is 0 as long as it has never been a member."""
 
-    def __init__(self, ttl_ms: int, remote: int, servers: int, clock: int, hold_until: int) -> None:
+    def __init__(self, ttl_ms: int, remote: int, servers: int, clock: int, lost_at: int, hold_until: int) -> None:
         self._ttl_ms = ttl_ms
         self.remote = self._held = remote
         self.servers = servers
         self.clock = clock
+        self.lost_at = lost_at
         #: Of the lease clock, so that the time in which nobody can beat does not count; 0 = nothing is held.
         self.hold_until = hold_until
 
     def take(self, reply: Reply, count: int) -> None:
         """Take the answer to a beat that has reported `count` own clients.
 
-        When Redis has lost what it knew, or has dropped this server, the total lacks whoever has not beaten since. So
+        When Redis has lost what it knew, or has dropped this server, the total lacks who has not beaten since. So
         the last known number is held, unless the new one is higher, until as many servers have beaten as were known,
         or whoever can must have done so.
         """
         remote = max(0, reply.total - count)
-        if self.servers and (reply.clock < self.clock or reply.was_missing):
+        if self.servers and (reply.lost_at != self.lost_at or reply.was_missing):
             self._held = self.remote
-            if reply.clock < self.clock:
+            if reply.lost_at != self.lost_at:
                 self.hold_until = reply.clock + self._ttl_ms
             else:
                 # Redis went on without this server: who was cut off with it is back within a third of the TTL.
                 self.hold_until = max(self.hold_until, reply.clock + self._ttl_ms // 3)
-        self.clock = reply.clock
+        self.clock, self.lost_at = reply.clock, reply.lost_at
         if reply.clock < self.hold_until and reply.fresh < self.servers:
             self.remote = max(self._held, remote)
         else:

@@ -20,6 +20,8 @@ from gserver.signals import SignalNotes
 
 #: How often to look at the heartbeats, at least.
 WATCH_SECONDS = 1.0
+#: Who seems to hang is looked at once more before it is killed: the whole machine may have stood still.
+SECOND_LOOK_SECONDS = 0.4
 #: A child that is not ready by then is taken for hung.
 BOOT_SECONDS = 30.0
 #: Parts of the drain timeout by which workers, then the agent, are killed if they are still there.
@@ -43,8 +45,7 @@ class Supervisor:
         self._was_ready = self._was_forced = False
         self._failure: Failure | None = None
         self._drain_at: float | None = None
-        self._looked_at = monotonic()
-        self._id_check_until = self._looked_at + ID_CHECK_SECONDS if config.redis_url else 0.0
+        self._id_check_until = monotonic() + ID_CHECK_SECONDS if config.redis_url else 0.0
         self._signals = SignalNotes(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._had_terminal = os.isatty(0)
         self._selector = selectors.DefaultSelector()
@@ -139,6 +140,7 @@ class Supervisor:
         """Wait for a report, a signal or the next moment at which something is due."""
         now = monotonic()
         due = [child.kill_at for child in self._children if child.kill_at is not None]
+        due += [child.suspected_at + SECOND_LOOK_SECONDS for child in self._children if child.suspected_at is not None]
         due += [at for at in (*(pacing.spawn_at for pacing in self._pacing.values()), self._drain_at or 0) if at > now]
         for key, _ in self._selector.select(max(0.0, min([now + WATCH_SECONDS, *due]) - now)):
             if key.data is not None:
@@ -197,19 +199,20 @@ class Supervisor:
 
     def _watch(self, now: float) -> None:
         """Kill who has not turned its loop for too long, and who was asked to end and did not."""
-        was_stopped = now - self._looked_at > 2 * WATCH_SECONDS  # and so, perhaps, were the others
-        self._looked_at = now
         logs.report_left_out()
         for child in self._children:
-            if was_stopped:
-                child.spawned_at = now
-            limit = self._config.hang_seconds(is_agent=child.role == AGENT)
-            silence = now - max(child.spawned_at, self._board.cells[self._board.heartbeat_cell(child.slot)] / 1e9)
             if child.kill_at is not None:
                 if now >= child.kill_at:
                     child.process.kill()
                     child.kill_at = now + WATCH_SECONDS
-            elif limit and silence > max(limit, WATCH_SECONDS if child.ready_at else BOOT_SECONDS):
+                continue
+            limit = self._config.hang_seconds(is_agent=child.role == AGENT)
+            silence = now - max(child.spawned_at, self._board.cells[self._board.heartbeat_cell(child.slot)] / 1e9)
+            if not limit or silence <= max(limit, WATCH_SECONDS if child.ready_at else BOOT_SECONDS):
+                child.suspected_at = None
+            elif child.suspected_at is None:
+                child.suspected_at = now
+            elif now - child.suspected_at >= SECOND_LOOK_SECONDS:
                 child.process.kill()
                 child.kill_at = now + WATCH_SECONDS
                 message = f"{child.role} {child.pid} has hung for {silence:.1f} s: killed"
