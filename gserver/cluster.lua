@@ -19,13 +19,13 @@ local before, last_stamp, holder = string.match(type(entry) == 'string' and entr
 -- Keys that are somebody else's, of which one was evicted, or that are older than what this server was told last (out of
 -- a backup, or of a replica that lagged) are as good as none. All beat again; the clock goes on from where it was.
 local is_sane = size == leased and total >= 0 and total < 1e15 and clock >= 0 and clock < 1e15
-local is_older = known - clock > 2 * interval or (holder == incarnation and answered - last_stamp > 0)
+local pause = now - (tonumber(kept[4]) or now)
+local is_older = math.min(known - clock, pause) > 2 * interval or (holder == incarnation and answered - last_stamp > 0)
 if kept.err or not is_sane or is_older then
   if size ~= 0 or leased ~= 0 or kept.err or kept[2] then redis.call('DEL', members, leases, state) end
-  size, kept, before, holder, clock, lost_at = 0, {}, nil, nil, known + 1, known + 1
+  size, kept, pause, before, holder, clock, lost_at = 0, {}, 0, nil, nil, known + 1, known + 1
 end
-total = size > 0 and total or 0
-clock = clock + math.max(0, math.min(now - (tonumber(kept[4]) or now), interval))
+total, clock = size > 0 and total or 0, clock + math.max(0, math.min(pause, interval))
 
 local function drop(ids)
   for _, value in ipairs(redis.call('HMGET', members, unpack(ids))) do

@@ -1,0 +1,248 @@
+"""Servers of one cluster whose clients stay, each asked WHO all the time: any wrong answer, however short, is seen."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from typing import NamedTuple
+
+from tests.running import LIMIT, PATIENCE, Client, Running, until
+
+PAUSE_SECONDS = 0.005
+#: What a busy machine may add to an answer. One that waited for Redis would take ten times that.
+NOISE_SECONDS = 0.02
+
+
+class Answer(NamedTuple):
+    """An answer to WHO, when it was asked and how long it took."""
+
+    asked: float
+    clients: int
+    seconds: float
+
+
+class Watcher:
+    """Asks one server WHO all the time, over one connection. It knows what may be said, and since when."""
+
+    def __init__(self, server: Running) -> None:
+        self.server = server
+        self.answers: list[Answer] = []
+        self._checked = 0
+        self._allowed: list[tuple[float, frozenset[int]]] = []
+        self._failure = ""
+        self._client = server.client()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        try:
+            while not self._is_over.wait(PAUSE_SECONDS):
+                asked = time.monotonic()
+                count = self._client.who()
+                self.answers.append(Answer(asked, count, time.monotonic() - asked))
+        except (OSError, ValueError, AssertionError) as error:
+            self._failure = repr(error)
+
+    def may_say(self, *counts: int) -> None:
+        """From now on, an answer is one of these, until this is called again. The first call begins the watch."""
+        if not self._allowed:
+            self._checked = len(self.answers) + 1  # one may be on its way
+        self._allowed.append((time.monotonic(), frozenset(counts)))
+
+    def says(self, count: int) -> bool:
+        """Whether this is its answer to a question from now on."""
+        now, seen = time.monotonic(), len(self.answers)
+        until(lambda: self._failure or any(answer.asked >= now for answer in self.answers[seen:]), "an answer")
+        return not self._failure and self.answers[-1].clients == count
+
+    def complaints(self) -> list[str]:
+        """What was wrong since the last call: an answer must have been allowed between its question and its arrival."""
+        answers = self.answers[self._checked :]
+        self._checked += len(answers)
+        ends = [began for began, _ in self._allowed[1:]] + [float("inf")]
+        phases = [(began, end, counts) for (began, counts), end in zip(self._allowed, ends, strict=True)]
+        del self._allowed[:-1]
+
+        def is_true(answer: Answer) -> bool:
+            asked, came = answer.asked, answer.asked + answer.seconds
+            return any(answer.clients in counts for began, end, counts in phases if began <= came and end >= asked)
+
+        runs = [list(run) for _, run in groupby(answers, lambda answer: (is_true(answer), answer.clients))]
+        told = [(run[0], f"{run[0].clients} at {run[0].asked - answers[0].asked:.3f} s") for run in runs]
+        if self._failure or not answers:
+            return [f"no answer: {self._failure}"]
+        if all(is_true(first) for first, _ in told):
+            return []
+        return ["it said " + ", ".join(text + (" (WRONG)" * (not is_true(first))) for first, text in told)]
+
+    def stop(self) -> None:
+        """Ask no more; the client stays connected."""
+        self._is_over.set()
+        self._thread.join(LIMIT)
+
+    def close(self) -> None:
+        self.stop()
+        self._client.sock.close()
+
+
+class SteadyServer(ExitStack[None]):
+    """A server with so many clients, one of which watches."""
+
+    def __init__(self, share: int, *options: str, env: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.share = share
+        self._read = self._read_errors = 0
+        self.server = self.enter_context(Running(*options, env=env))
+        self.clients: list[Client] = [self.enter_context(self.server.client()) for _ in range(share - 1)]
+        self.watcher = Watcher(self.server)
+        self.callback(self.watcher.close)
+
+    def complaints(self) -> list[str]:
+        """What was wrong since the last call: with answers, with processes, and with what they have written."""
+        server = self.server
+        lines, errors = server.lines[self._read :], server.errors[self._read_errors :]
+        self._read += len(lines)
+        self._read_errors += len(errors)
+        bad = ("died", "hung", "not_started")
+        found = self.watcher.complaints() + errors + [line for line in lines if "Traceback" in line]
+        found += [line for line in lines if json.loads(line)["event.action"].endswith(bad)]
+        return found + ["it has ended"] * (server.process.poll() is not None)
+
+
+class Cluster(ExitStack[None]):
+    """Such servers with one Redis, and beside them one that has none: its pace is that of the machine."""
+
+    def __init__(
+        self, url: str, beat: float, ttl: float, env: dict[str, str] | None = None, shares: tuple[int, ...] = (5, 3, 2)
+    ) -> None:
+        super().__init__()
+        self.beat, self.ttl = beat, ttl
+        self._env = env
+        self._options = "--redis-url", url, "--beat-interval", str(beat), "--member-ttl", str(ttl)
+        self.members: list[SteadyServer] = []
+        with ExitStack() as stack:
+            self._bystander = stack.enter_context(SteadyServer(1)).watcher
+            self._bystander.may_say(1)
+            for share in shares:
+                self.members.append(stack.enter_context(SteadyServer(share, *self._options, env=env)))
+            until(lambda: self.all_say(self.total), f"all say {self.total}")
+            self.may_say(self.total)
+            self.push(stack.pop_all())
+
+    @property
+    def total(self) -> int:
+        return sum(member.share for member in self.members)
+
+    @property
+    def recovery_seconds(self) -> float:
+        """By when all is exact again after a fault has ended: each server beats, then beats again."""
+        return (2 * self.beat + 1) * PATIENCE
+
+    def may_say(self, *counts: int) -> None:
+        for member in self.members:
+            member.watcher.may_say(*counts)
+
+    def all_say(self, count: int) -> bool:
+        return all(member.watcher.says(count) for member in self.members)
+
+    def watch(self, seconds: float) -> None:
+        """Let time pass; what is said in it is checked later."""
+        time.sleep(seconds)
+
+    def events(self, action: str, kind: str = "") -> list[int]:
+        """How many such events each server has logged."""
+        found = (member.server.events(action) for member in self.members)
+        return [sum(kind in ("", event.get("gserver.kind")) for event in events) for events in found]
+
+    @contextmanager
+    def telling(self, action: str, kind: str = "") -> Iterator[None]:
+        """What the body does makes every server log this event, each anew."""
+        before = self.events(action, kind)
+        yield
+
+        def have_told() -> bool:
+            return all(now > then for now, then in zip(self.events(action, kind), before, strict=True))
+
+        until(have_told, f"{action} {kind} by all servers")
+
+    @contextmanager
+    def guests(self, *hosts: int) -> Iterator[None]:
+        """One more client of each of these servers, which count it at once; the others may when they hear of it."""
+        between = range(self.total, self.total + len(hosts) + 1)
+        members = [self.members[host] for host in hosts]
+        with ExitStack() as stack:
+            self.may_say(*between)
+            for member in members:
+                stack.enter_context(member.server.client()).who()
+                member.share += 1
+            if len(hosts) == 1:
+                members[0].watcher.may_say(self.total)
+            try:
+                yield
+            finally:
+                self.may_say(*between)
+                for member in members:
+                    member.share -= 1
+
+    @contextmanager
+    def settled_guests(self) -> Iterator[None]:
+        """One more client of every server; all is settled before the body, after it, and when they have gone."""
+        with self.guests(*range(len(self.members))):
+            self.settle()
+            yield
+            self.settle()
+        self.settle()
+
+    @contextmanager
+    def one_more(self, share: int) -> Iterator[SteadyServer]:
+        """A fourth server, until the body is over; the body is to end it."""
+        total = self.total
+        self.may_say(*range(total, total + share + 1))
+        with SteadyServer(share, *self._options, env=self._env) as member:
+            member.watcher.may_say(*range(total + share + 1))
+            self.members.append(member)
+            self.settle()
+            yield member
+
+    def end(self, member: SteadyServer, how: Callable[[Running], object]) -> None:
+        """End a server whose clients stay as long as it does. Nobody else can know of it as long as Redis is away."""
+        member.watcher.stop()
+        assert not member.complaints()
+        how(member.server)
+        self.members.remove(member)
+
+    def start_over(self) -> None:
+        """Whatever became of the fault before this one, it is over."""
+        self.may_say(*range(1000))
+        until(lambda: self.all_say(self.total), f"all say {self.total}")
+        for member in self.members:
+            member.complaints()
+        self.may_say(self.total)
+
+    def settle(self, limit: float | None = None) -> None:
+        """Within the limit all are exact, and stay so."""
+        until(lambda: self.all_say(self.total), f"all say {self.total}", limit or self.recovery_seconds)
+        self.may_say(self.total)
+        self.watch(2 * self.beat)
+
+    def check(self) -> None:
+        """Every answer so far was true, and no process has died, or said anything that it should not."""
+        assert not self._bystander.complaints()
+        wrong = {member.server.port: member.complaints() for member in self.members}
+        assert not any(wrong.values()), wrong
+
+    def assert_as_quick_as_alone(self, since: float) -> None:
+        """99 of 100 answers came as soon as those of the server without a Redis did, give or take the noise."""
+        alone = _p99([self._bystander], since)
+        together = _p99([member.watcher for member in self.members], since)
+        assert together <= (2 * alone + NOISE_SECONDS) * PATIENCE, (
+            f"WHO took {together:.4f} s, {alone:.4f} s without a Redis"
+        )
+
+
+def _p99(watchers: list[Watcher], since: float) -> float:
+    seconds = sorted(a.seconds for watcher in watchers for a in watcher.answers if a.asked >= since)
+    return seconds[len(seconds) * 99 // 100]

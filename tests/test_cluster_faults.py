@@ -1,0 +1,503 @@
+"""Three servers with clients that stay: whatever happens to Redis, each WHO is answered, at once, and with the truth.
+
+Each fault happens to servers that have gone through those before it, as in life.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import redis
+
+from tests.redises import FAILOVER_LIMIT, Proxy, Redis, Sentinels
+from tests.running import LIMIT, PATIENCE, ROOT, Running, stopped, until
+from tests.steady import Cluster
+
+KEYS = [f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state")]
+
+
+class World(ExitStack[None]):
+    """A cluster, its Redis, and the network between them."""
+
+    def __init__(self, folder: Path, beat: float, ttl: float, **env: str) -> None:
+        super().__init__()
+        self.ttl = ttl
+        with ExitStack() as stack:
+            self.redis = stack.enter_context(Redis(folder))
+            self.proxy = stack.enter_context(Proxy(self.redis.port))
+            self.cluster = stack.enter_context(Cluster(self.redis.url_at(self.proxy.port), beat, ttl, env))
+            self.push(stack.pop_all())
+
+    def lost(self, kind: str) -> AbstractContextManager[None]:
+        """What the body does takes Redis away from every server, in this way."""
+        return self.cluster.telling("cluster.lost", kind)
+
+    def reset(self) -> AbstractContextManager[None]:
+        """What the body does loses what Redis knew, as every server notices."""
+        return self.cluster.telling("cluster.reset")
+
+    def dump(self) -> list[Any]:
+        """The keys as they are, for `restore`."""
+        with redis.Redis(port=self.redis.port) as client:
+            return [client.dump(key) for key in KEYS]
+
+    def restore(self, dumped: list[Any]) -> None:
+        with redis.Redis(port=self.redis.port) as client, client.pipeline() as pipeline:
+            for key, value in zip(KEYS, dumped, strict=True):
+                pipeline.restore(key, 0, value, replace=True)
+            pipeline.execute()
+
+
+Fault = Callable[[World], AbstractContextManager[None]]
+
+
+# Each begins a fault, returns when all servers have noticed, and ends it with its `with` block.
+
+
+@contextmanager
+def killed_and_back_empty(world: World) -> Iterator[None]:
+    with world.lost("connection"):
+        world.redis.kill()
+    yield
+    with world.reset():
+        world.redis.restart(keep_data=False)
+
+
+@contextmanager
+def killed_and_back_with_its_data(world: World) -> Iterator[None]:
+    world.redis.command("SAVE")
+    before = world.redis.members()
+    with world.lost("connection"):
+        world.redis.kill()
+    yield
+    world.redis.restart(keep_data=True)
+    assert world.redis.members() == before
+
+
+@contextmanager
+def back_with_old_data_of_when_there_were_more(world: World) -> Iterator[None]:
+    """Older than the TTL, as backups mostly are."""
+    with world.cluster.settled_guests():
+        world.redis.command("SAVE")
+    world.cluster.watch(world.ttl)
+    with world.lost("connection"):
+        world.redis.kill()
+    with world.reset():
+        world.redis.restart(keep_data=True)
+    yield
+
+
+@contextmanager
+def back_with_data_of_when_there_were_less(world: World) -> Iterator[None]:
+    world.redis.command("SAVE")
+    with world.cluster.settled_guests():
+        with world.lost("connection"):
+            world.redis.kill()
+        with world.reset():
+            world.redis.restart(keep_data=True)
+    yield
+
+
+@contextmanager
+def an_old_state_of_less_put_back(world: World) -> Iterator[None]:
+    old = world.dump()
+    with world.cluster.settled_guests(), world.reset():
+        world.restore(old)
+    yield
+
+
+@contextmanager
+def an_old_state_of_more_put_back(world: World) -> Iterator[None]:
+    with world.cluster.settled_guests():
+        old = world.dump()
+    with world.reset():
+        world.restore(old)
+    yield
+
+
+@contextmanager
+def wiped_then_the_backup_put_back(world: World) -> Iterator[None]:
+    """As an operator does who has wiped by mistake. The backup's lease clock is ahead of the one since the wipe."""
+    world.cluster.watch(4 * world.cluster.beat)
+    old = world.dump()
+    with world.reset():
+        world.redis.wipe()
+    with world.cluster.settled_guests():
+        world.restore(old)
+    yield
+
+
+@contextmanager
+def frozen_for_a_second(world: World) -> Iterator[None]:
+    with world.lost("timeout"):
+        world.redis.freeze()
+    world.cluster.watch(1)
+    yield
+    world.redis.thaw()
+
+
+@contextmanager
+def frozen_longer_than_the_ttl(world: World) -> Iterator[None]:
+    with world.lost("timeout"):
+        world.redis.freeze()
+    world.cluster.watch(world.ttl * 1.2)
+    yield
+    world.redis.thaw()
+
+
+@contextmanager
+def wiped(world: World) -> Iterator[None]:
+    with world.reset():
+        world.redis.wipe()
+    yield
+
+
+@contextmanager
+def wiped_ten_times(world: World) -> Iterator[None]:
+    with world.reset():
+        for number in range(10):
+            world.redis.wipe()
+            world.cluster.watch(world.cluster.beat * (0.1 + number / 8))
+    yield
+
+
+@contextmanager
+def wiped_while_one_server_does_not_beat(world: World) -> Iterator[None]:
+    """The others must wait for it, although they have found each other again."""
+    with stopped(*world.cluster.members[0].server.agents()):
+        world.redis.wipe()
+        until(lambda: len(world.redis.members()) == 2, "two are back")
+        world.cluster.watch(1.5 * world.cluster.beat)
+        assert len(world.redis.members()) == 2
+    yield
+
+
+@contextmanager
+def one_key_after_another_deleted(world: World) -> Iterator[None]:
+    for key in KEYS:
+        with world.reset():
+            assert world.redis.command("DEL", key) == 1
+        world.cluster.settle()
+    yield
+
+
+@contextmanager
+def entries_deleted(world: World) -> Iterator[None]:
+    (first, *_), total = world.redis.members(), "total"
+    for command in (["HDEL", KEYS[0], first], ["ZREM", KEYS[1], first], ["HDEL", KEYS[2], total]):
+        with world.reset():
+            assert world.redis.command(*command) == 1
+        world.cluster.settle()
+    yield
+
+
+@contextmanager
+def junk_in_the_keys(world: World) -> Iterator[None]:
+    for key in KEYS:
+        with world.reset():
+            world.redis.command("SET", key, "junk")
+        world.cluster.settle()
+    yield
+
+
+@contextmanager
+def read_only(world: World) -> Iterator[None]:
+    with world.lost("read_only"):
+        world.redis.read_only()
+    yield
+    world.redis.writable()
+
+
+@contextmanager
+def out_of_memory(world: World) -> Iterator[None]:
+    with world.lost("out_of_memory"):
+        world.redis.out_of_memory()
+    yield
+    world.redis.enough_memory()
+
+
+@contextmanager
+def too_few_replicas(world: World) -> Iterator[None]:
+    with world.lost("other"):
+        world.redis.command("CONFIG", "SET", "min-replicas-to-write", 5)
+    yield
+    world.redis.command("CONFIG", "SET", "min-replicas-to-write", 0)
+
+
+@contextmanager
+def scripts_forgotten(world: World) -> Iterator[None]:
+    def told_in_full() -> int:
+        return int(world.redis.command("INFO", "commandstats")["cmdstat_eval"]["calls"])
+
+    before = told_in_full()
+    world.redis.forget_scripts()
+    until(lambda: told_in_full() > before, "a server tells it again")
+    yield
+
+
+@contextmanager
+def busy_with_somebodys_script(world: World) -> Iterator[None]:
+    def run() -> None:
+        with pytest.raises(redis.ResponseError, match="Script killed"):
+            world.redis.command("EVAL", "while true do end", 0)
+
+    world.redis.command("CONFIG", "SET", "busy-reply-threshold", 50)
+    script = threading.Thread(target=run)
+    with world.lost("other"):
+        script.start()
+    world.cluster.watch(1)
+    yield
+    world.redis.command("SCRIPT", "KILL")
+    script.join(LIMIT)
+
+
+@contextmanager
+def all_connections_killed(world: World) -> Iterator[None]:
+    assert world.redis.command("CLIENT", "KILL", "TYPE", "normal") >= 3
+    yield
+
+
+@contextmanager
+def paused(world: World) -> Iterator[None]:
+    with world.lost("timeout"):
+        world.redis.command("CLIENT", "PAUSE", 1000, "ALL")
+    yield
+    world.redis.command("PING")
+
+
+@contextmanager
+def slow_but_in_time(world: World) -> Iterator[None]:
+    """There and back takes 60 % of what a beat waits for an answer, which is half a second or a tenth of the TTL."""
+    world.proxy.delay_seconds = 0.3 * min(0.5, world.ttl / 10)
+    before = world.proxy.bytes_to_client
+    world.cluster.watch(4 * world.cluster.beat)
+    assert world.proxy.bytes_to_client > before
+    yield
+    world.proxy.delay_seconds = 0
+
+
+@contextmanager
+def slower_than_beats_wait(world: World) -> Iterator[None]:
+    """Beats arrive all the same, each after it was given up."""
+    before = world.proxy.bytes_to_server
+    with world.lost("timeout"):
+        world.proxy.delay_seconds = 0.3
+    world.cluster.watch(1)
+    assert world.proxy.bytes_to_server > before
+    yield
+    world.proxy.delay_seconds = 0
+
+
+@contextmanager
+def connections_cut_all_the_time(world: World) -> Iterator[None]:
+    is_over = threading.Event()
+
+    def cut() -> None:
+        while not is_over.wait(0.003):
+            world.proxy.cut()
+
+    cutter = threading.Thread(target=cut)
+    try:
+        with world.lost("connection"):
+            cutter.start()
+        world.cluster.watch(2)
+        yield
+    finally:
+        is_over.set()
+        cutter.join(LIMIT)
+
+
+@contextmanager
+def all_cut_off_twice_as_long_as_the_ttl(world: World) -> Iterator[None]:
+    with world.lost("connection"):
+        world.proxy.refuse()
+    world.cluster.watch(world.ttl * 2)
+    yield
+    world.proxy.accept()
+
+
+@contextmanager
+def replies_lost(world: World) -> Iterator[None]:
+    with world.lost("timeout"):
+        world.proxy.drop_replies = True
+    yield
+    world.proxy.drop_replies = False
+    world.proxy.cut()
+
+
+QUICK: list[Fault] = [
+    wiped,
+    killed_and_back_empty,
+    killed_and_back_with_its_data,
+    back_with_old_data_of_when_there_were_more,
+    back_with_data_of_when_there_were_less,
+    an_old_state_of_less_put_back,
+    an_old_state_of_more_put_back,
+    wiped_then_the_backup_put_back,
+    frozen_for_a_second,
+    frozen_longer_than_the_ttl,
+    wiped_ten_times,
+    wiped_while_one_server_does_not_beat,
+    one_key_after_another_deleted,
+    entries_deleted,
+    junk_in_the_keys,
+    read_only,
+    out_of_memory,
+    too_few_replicas,
+    scripts_forgotten,
+    busy_with_somebodys_script,
+    all_connections_killed,
+    paused,
+    slow_but_in_time,
+    slower_than_beats_wait,
+    connections_cut_all_the_time,
+    all_cut_off_twice_as_long_as_the_ttl,
+    replies_lost,
+]
+AS_BY_DEFAULT: list[Fault] = [wiped, frozen_longer_than_the_ttl, killed_and_back_empty, slow_but_in_time]
+
+
+def survive(cluster: Cluster, fault: AbstractContextManager[None]) -> None:
+    """Go through a fault; a client that comes meanwhile is counted by all when it is over."""
+    cluster.start_over()
+    began = time.monotonic()
+    with ExitStack() as ongoing:
+        ongoing.enter_context(fault)
+        with cluster.guests(0):
+            ongoing.close()
+            cluster.settle()
+        cluster.settle()
+    cluster.assert_as_quick_as_alone(began)
+    cluster.check()
+
+
+@pytest.fixture(scope="module")
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One cluster for all faults of a kind."""
+    with World(tmp_path_factory.mktemp("faults"), *request.param) as running:
+        yield running
+
+
+quick = pytest.mark.parametrize("world", [(0.2, 2)], ids=["quick"], indirect=True)
+as_by_default = pytest.mark.parametrize("world", [(0.5, 5)], ids=["as_by_default"], indirect=True)
+
+
+@quick
+@pytest.mark.parametrize("fault", QUICK, ids=lambda fault: fault.__name__)
+def test_no_answer_is_wrong_late_or_missing_when_redis_is(world: World, fault: Fault) -> None:
+    survive(world.cluster, fault(world))
+
+
+def be_stopped(server: Running) -> None:
+    assert server.stop() == 0
+    assert server.events("cluster.not_left")
+
+
+@quick
+@pytest.mark.parametrize("end", [Running.kill, be_stopped], ids=["killed", "stopped"])
+@pytest.mark.parametrize("fault", [killed_and_back_empty, killed_and_back_with_its_data], ids=lambda f: f.__name__)
+def test_a_server_that_ends_while_redis_is_away_is_gone_by_its_ttl_thereafter(
+    world: World, fault: Fault, end: Callable[[Running], None]
+) -> None:
+    cluster, total = world.cluster, world.cluster.total
+    cluster.start_over()
+    with cluster.one_more(4) as member:
+        with fault(world):
+            cluster.end(member, end)
+            assert cluster.all_say(total + 4)
+            cluster.may_say(total + 4, total)
+        cluster.settle((world.ttl + 1) * PATIENCE)
+    cluster.check()
+
+
+@as_by_default
+@pytest.mark.parametrize("fault", AS_BY_DEFAULT, ids=lambda fault: fault.__name__)
+def test_nor_is_one_with_the_default_times(world: World, fault: Fault) -> None:
+    survive(world.cluster, fault(world))
+
+
+class Watched(ExitStack[None]):
+    """A cluster whose Redis is watched by Sentinels."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        with ExitStack() as stack:
+            self.sentinels = stack.enter_context(Sentinels(folder))
+            self.cluster = stack.enter_context(Cluster(self.sentinels.url, 0.2, 2))
+            self.push(stack.pop_all())
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """One for the faults of primaries."""
+    with Watched(tmp_path_factory.mktemp("watched")) as running:
+        yield running
+
+
+@contextmanager
+def replaced_by_command(watched: Watched) -> Iterator[None]:
+    """For a while two Redises accept writes, and all servers are at the old one, where clients come.
+
+    What the new one knows, when the servers change over, is as old as the failover.
+    """
+    sentinels, cluster = watched.sentinels, watched.cluster
+    before = sentinels.primary()
+    with ExitStack() as change_over:
+        change_over.enter_context(cluster.telling("cluster.reset"))
+        sentinels.sentinels[0].command("SENTINEL", "FAILOVER", sentinels.name)
+        until(lambda: [one.role() for one in sentinels.redises].count("master") == 2, "there are two", FAILOVER_LIMIT)
+        with cluster.settled_guests():
+            change_over.close()
+    assert sentinels.primary() is not before
+    yield
+
+
+@contextmanager
+def frozen(watched: Watched) -> Iterator[None]:
+    with watched.cluster.telling("cluster.lost"):
+        before = watched.sentinels.freeze_primary()
+    yield
+    before.thaw()
+
+
+@contextmanager
+def killed(watched: Watched) -> Iterator[None]:
+    with watched.cluster.telling("cluster.lost"):
+        watched.sentinels.kill_primary()
+    yield
+
+
+@pytest.mark.parametrize("fault", [replaced_by_command, frozen, killed], ids=lambda fault: fault.__name__)
+def test_nor_is_one_when_the_primary_is(
+    watched: Watched, fault: Callable[[Watched], AbstractContextManager[None]]
+) -> None:
+    survive(watched.cluster, fault(watched))
+
+
+#: Bugs by intent: a file, what is in it, what is put in its place, and the fault in which these tests see it.
+BUGS: dict[str, tuple[str, str, str, Fault]] = {
+    "no_hold": ("membership.py", "self.remote = max(self._held, remote)", "self.remote = remote", wiped),
+    "leases_end_while_nobody_can_beat": (
+        "cluster.lua",
+        "math.min(pause, interval)",
+        "pause",
+        all_cut_off_twice_as_long_as_the_ttl,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "instead", "fault"), BUGS.values(), ids=BUGS)
+def test_these_tests_see_a_bug_put_in_on_purpose(
+    name: str, text: str, instead: str, fault: Fault, tmp_path: Path
+) -> None:
+    copytree(ROOT / "gserver", tmp_path / "gserver")
+    file = tmp_path / "gserver" / name
+    assert file.read_text().count(text) == 1
+    file.write_text(file.read_text().replace(text, instead))
+    with World(tmp_path, 0.2, 1, PYTHONPATH=str(tmp_path)) as world, pytest.raises(AssertionError, match="WRONG"):
+        survive(world.cluster, fault(world))
