@@ -18,7 +18,7 @@ local total, clock, lost_at = tonumber(kept[1]) or -1, tonumber(kept[2]) or -1, 
 local before, last_stamp, holder = string.match(type(entry) == 'string' and entry or '', '^(%d+) (%d+) (%S+)$')
 -- Keys that are somebody else's, of which one was evicted, or that are older than what this server was told last (out of
 -- a backup, or of a replica that lagged) are as good as none. All beat again; the clock goes on from where it was.
-local is_sane = size == leased and total >= 0 and total < 1e15 and clock >= 0 and clock < 1e15
+local is_sane = size == leased and (holder or not entry) and total >= 0 and total < 1e15 and clock >= 0 and clock < 1e15
 local pause = now - (tonumber(kept[4]) or now)
 local is_older = math.min(known - clock, pause) > 2 * interval or (holder == incarnation and answered - last_stamp > 0)
 if kept.err or not is_sane or is_older then

@@ -1,0 +1,684 @@
+"""Random hours of real servers and a real Redis, judged by the checker of histories; then the bugs it is there to find.
+
+Each place in a cluster has a thread of its own: it starts and ends servers there, its clients come and go, and one of
+them asks WHO at any time. Two more break Redis, and the way of one place to it. All is drawn from one seed, but when
+things happen depends on the machine: the same seed gives the same kinds of trouble, not the same moments. To go on from
+a failure: GSERVER_HISTORY_SEED, which is in the tests' names, and GSERVER_HISTORY_SECONDS for more rounds.
+"""
+
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from signal import SIGHUP
+from typing import TypeVar
+
+import pytest
+
+from tests import history
+from tests.history import Answer, Fact, Kind, Promise, Verdict, check
+from tests.redises import Proxy, Redis
+from tests.running import LIMIT, PATIENCE, ROOT, Client, Running, until
+
+SEED = int(os.environ.get("GSERVER_HISTORY_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
+SECONDS = float(os.environ.get("GSERVER_HISTORY_SECONDS", "25"))
+#: For an agent's looks at the count, round trips by way of a Proxy, and a busy machine. On two cores, at loads up to 8,
+#: no run of half an hour in all needed more than 0.1 s.
+SLACK = 0.35
+KEYS = [f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state")]
+#: What servers log only when something is wrong with them.
+BAD = (".hung", ".error", ".failed", ".not_started", ".reload_failed", ".forced", ".cut_off", "worker.died", ".dropped")
+
+
+class Recorder(history.Recorder):
+    @contextmanager
+    def letting_go(self, client: Client) -> Iterator[None]:
+        """The server lets it go in the body; afterwards its end is there to be read."""
+        server, key = self._clients.pop(client)
+        with suppress(OSError), client, self._span(Kind.CLOSING, Kind.CLOSED, server, key):
+            yield
+            client.rest()
+
+
+@dataclass
+class Life:
+    """One server, from before its start until after its end. Its name is the recorder's for it."""
+
+    name: str
+    born: float
+    ended: float = inf
+
+
+class Place:
+    """Where one server runs after another, often with the same id, behind a way to Redis of its own."""
+
+    def __init__(self, world: "World", proxy: Proxy, number: int) -> None:
+        self.number, self.recorder = number, world.recorder
+        self.link = f"link {number}"
+        self.proxy = proxy
+        self._options = ["--redis-url", world.redis.url_at(proxy.port), *world.options]
+        self._options += ["--workers", "2"] if number == 1 else []
+        self._env, self._stack = world.env, world
+        self.lives: list[Life] = []
+        self._ids: set[str] = set()
+        self.ended: list[Running] = []
+        self.clients: list[Client] = []
+        self.agents_killed = 0
+
+    @property
+    def name(self) -> str:
+        return self.lives[-1].name
+
+    def start(self, server_id: str = "") -> None:
+        """Start a server, with one client."""
+        self._options = [option for option in self._options if not option.startswith("--server-id")]
+        self._options += [f"--server-id={server_id}"] if server_id else []
+        self.lives.append(Life(f"{self.number}.{len(self.lives)}", time.monotonic()))
+        self.server = self._stack.enter_context(Running(*self._options, env=self._env))
+        self.recorder.note(Kind.RESTARTED if server_id in self._ids else Kind.STARTED, self.name)
+        self._ids.add(server_id or self.name)
+        self.connect()
+
+    def connect(self) -> None:
+        client = self.recorder.connect(self.name, self.server.port)
+        self.clients.append(client)
+        self.recorder.ask(client)
+
+    def close(self, client: Client) -> None:
+        self.clients.remove(client)
+        self.recorder.close(client)
+
+    def ask(self, rng: random.Random) -> int:
+        return self.recorder.ask(rng.choice(self.clients))
+
+    @contextmanager
+    def next_agent(self, meanwhile: Callable[[], object]) -> Iterator[None]:
+        """The body does what brings a new agent; after it, do something until that one has beaten, or failed to."""
+        agents, deadline = len(self.server.events("agent.ready")), time.monotonic() + LIMIT
+        yield
+        while len(self.server.events("agent.ready")) == agents:
+            assert time.monotonic() < deadline, f"no new agent: {self.server.lines}"
+            meanwhile()
+            time.sleep(0.02)
+
+    def end(self, is_clean: bool) -> None:
+        if is_clean:
+            assert self.recorder.stop(self.name, self.server) == 0
+        else:
+            self.recorder.kill(self.name, self.server)
+        self.lives[-1].ended = time.monotonic()
+        self.ended.append(self.server)
+        self.drop_clients()
+
+    def drop_clients(self) -> None:
+        for client in self.clients:
+            client.sock.close()
+        self.clients.clear()
+
+    def complaints(self) -> list[str]:
+        """What its servers have said that they should not."""
+        found, died = [], 0
+        for server in {*self.ended, self.server}:
+            events = server.events()
+            found += [str(event) for event in events if event["event.action"].endswith(BAD)] + server.errors
+            died += len([event for event in events if event["event.action"] == "agent.died"])
+        found += ["it has ended"] * (self.server not in self.ended and self.server.process.poll() is not None)
+        return found + [f"{died} agents died, {self.agents_killed} were killed"] * (died > self.agents_killed)
+
+    def logged(self, action: str, kind: str = "") -> int:
+        events = [event for server in {*self.ended, self.server} for event in server.events(action)]
+        return sum(kind in ("", event.get("gserver.kind")) for event in events)
+
+
+class World(ExitStack[None]):
+    """A Redis, and places for servers."""
+
+    def __init__(self, folder: Path, beat: float, ttl: float, places: int, env: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.beat, self.ttl, self.env = beat, ttl, env
+        self.promise = Promise(beat + SLACK * PATIENCE, ttl)
+        self.options = "--beat-interval", str(beat), "--member-ttl", str(ttl)
+        self.recorder = Recorder()
+        with ExitStack() as stack:
+            self.redis = stack.enter_context(Redis(folder))
+            self.places = [Place(self, stack.enter_context(Proxy(self.redis.port)), n) for n in range(places)]
+            self.push(stack.pop_all())
+        for place in self.places:
+            self.callback(place.drop_clients)
+
+    def history(self) -> list[Fact | Answer]:
+        """With what was noted of a way to Redis told of the servers that it then led to."""
+        told = self.recorder.history
+        links = {place.link: place for place in self.places}
+        ends = {fact.key: fact.at for fact in told if isinstance(fact, Fact) and fact.kind is Kind.HEALED}
+        begins = {fact.key: fact.at for fact in told if isinstance(fact, Fact) and fact.kind is Kind.FAULT}
+        found: list[Fact | Answer] = []
+        for it in told:
+            if isinstance(it, Fact) and it.server in links:
+                lives = links[it.server].lives
+                heirs = [life for life in lives if life.born <= ends.get(it.key, inf) and life.ended >= begins[it.key]]
+                found += [it._replace(server=life.name) for life in heirs]
+            else:
+                found.append(it)
+        return found
+
+    def verdict(self) -> Verdict:
+        return check(self.history(), self.promise)
+
+
+# Faults. Each begins, and ends with its `with` block.
+
+RedisFault = Callable[[Redis], AbstractContextManager[None]]
+LinkFault = Callable[[Proxy], AbstractContextManager[None]]
+Card = TypeVar("Card")
+
+
+@contextmanager
+def frozen(redis: Redis) -> Iterator[None]:
+    redis.freeze()
+    yield
+    redis.thaw()
+
+
+@contextmanager
+def killed_and_back_empty(redis: Redis) -> Iterator[None]:
+    redis.kill()
+    yield
+    redis.restart(keep_data=False)
+
+
+@contextmanager
+def killed_and_back_with_its_data(redis: Redis) -> Iterator[None]:
+    redis.command("SAVE")
+    redis.kill()
+    yield
+    redis.restart(keep_data=True)
+
+
+@contextmanager
+def read_only(redis: Redis) -> Iterator[None]:
+    redis.read_only()
+    yield
+    redis.writable()
+
+
+@contextmanager
+def out_of_memory(redis: Redis) -> Iterator[None]:
+    redis.out_of_memory()
+    yield
+    redis.enough_memory()
+
+
+@contextmanager
+def wiped(redis: Redis) -> Iterator[None]:
+    redis.wipe()
+    yield
+
+
+@contextmanager
+def wiped_again(redis: Redis) -> Iterator[None]:
+    redis.wipe()
+    yield
+    redis.wipe()
+
+
+@contextmanager
+def junk_in_the_keys(redis: Redis) -> Iterator[None]:
+    for key in KEYS:
+        redis.command("SET", key, "junk")
+    yield
+    redis.command("DEL", KEYS[1])
+
+
+@contextmanager
+def scripts_forgotten(redis: Redis) -> Iterator[None]:
+    redis.forget_scripts()
+    yield
+
+
+@contextmanager
+def connections_killed(redis: Redis) -> Iterator[None]:
+    until(lambda: redis.command("CLIENT", "KILL", "TYPE", "normal"), "somebody was connected")
+    yield
+
+
+@contextmanager
+def bytes_dropped(proxy: Proxy) -> Iterator[None]:
+    proxy.is_dropping = True
+    yield
+    proxy.is_dropping = False
+
+
+@contextmanager
+def requests_dropped(proxy: Proxy) -> Iterator[None]:
+    proxy.drop_requests = True
+    yield
+    proxy.drop_requests = False
+
+
+@contextmanager
+def replies_dropped(proxy: Proxy) -> Iterator[None]:
+    proxy.drop_replies = True
+    yield
+    proxy.drop_replies = False
+
+
+@contextmanager
+def delayed(proxy: Proxy) -> Iterator[None]:
+    """Beats arrive, each after it was given up."""
+    proxy.delay_seconds = 0.6
+    yield
+    proxy.delay_seconds = 0
+
+
+@contextmanager
+def refused(proxy: Proxy) -> Iterator[None]:
+    proxy.refuse()
+    yield
+    proxy.accept()
+
+
+@contextmanager
+def cut(proxy: Proxy) -> Iterator[None]:
+    proxy.cut()
+    yield
+    proxy.cut()
+
+
+LASTING: list[RedisFault] = [frozen, killed_and_back_empty, killed_and_back_with_its_data, read_only, out_of_memory]
+REDIS_FAULTS = [*LASTING, wiped, wiped_again, junk_in_the_keys, scripts_forgotten, connections_killed]
+LINK_FAULTS: list[LinkFault] = [bytes_dropped, requests_dropped, replies_dropped, delayed, refused, cut]
+#: Of a round: with clients that come and go, and no trouble.
+FAIR_SECONDS = 1.5
+SERVER_EVENTS = ["reloaded", "killed", "stopped", "agent killed"]
+STARTS = ["started again with its id", "started again with a new id"]
+
+
+class Hour(World):
+    """A random run, in rounds: clients come and go; then trouble, several kinds at once; then calm, and all settles.
+
+    In every second round servers and clients stay as they are in the trouble, so that answers have to be exact in it.
+    The server of place 0 stays, and keeps its way to Redis: without any beat no lease runs out.
+    """
+
+    def __init__(self, folder: Path, seed: int, beat: float, ttl: float, hand: int) -> None:
+        super().__init__(folder, beat, ttl, 4)
+        self._seed, self._hand = seed, hand
+        self.happened: Counter[str] = Counter()
+        self._round = 0  # -1 when it is over
+        self._done: set[str] = set()
+        self._said: dict[str, int] = {}
+        #: What a hold and a recovery take, at most, and some time to be exact in.
+        self._calm_seconds = ttl + 5 * self.promise.delta
+
+    def run(self, rounds: int) -> "Hour":
+        """So many rounds, or more if there is time."""
+        for place in self.places:
+            place.start(f"place-{place.number}")
+        end = time.monotonic() + SECONDS
+        with ThreadPoolExecutor(len(self.places) + 2) as pool:
+            tasks = [pool.submit(self._live, place) for place in self.places]
+            tasks += [pool.submit(self._break_redis), pool.submit(self._break_links)]
+
+            def wait(condition: Callable[[], bool], what: str) -> None:
+                until(lambda: condition() or any(task.done() for task in tasks), what, 4 * LIMIT)
+                for task in tasks:
+                    if task.done():  # too early
+                        task.result()
+
+            try:
+                while self._round < rounds or time.monotonic() < end:
+                    self._done.clear()
+                    self._round += 1
+                    wait(lambda: len(self._done) == len(tasks), "the trouble is over")
+                    time.sleep(self._calm_seconds)
+                    wait(self._is_exact, "all say the total")
+            finally:
+                self._round = -1
+            for task in tasks:
+                task.result()
+        return self
+
+    def _is_exact(self) -> bool:
+        total = sum(len(place.clients) for place in self.places)
+        return [self._said.get(place.link) for place in self.places] == [total] * len(self.places)
+
+    def _rng(self, name: str) -> random.Random:
+        return random.Random(f"{self._seed} {self.beat} {name}")
+
+    def _rounds(self, name: str) -> Iterator[int]:
+        """Each round, when its trouble begins; what comes between belongs to it."""
+        last = 0
+        while self._round >= 0:
+            if self._round > last:
+                last = self._round
+                time.sleep(FAIR_SECONDS + self.promise.delta)
+                yield last
+                self._done.add(name)
+            time.sleep(0.01)
+
+    # What a place's thread does
+
+    def _live(self, place: Place) -> None:
+        """Its clients come and go; in each round its server ends, is reloaded or loses its agent."""
+        rng, last = self._rng(place.link), 0
+        events = SERVER_EVENTS if place.number else ["agent killed", "reloaded"]
+        while self._round >= 0:
+            if self._round > last:
+                last = self._round
+                self._let_time_pass(FAIR_SECONDS, place, rng)
+                if last % 2:
+                    self._let_time_pass(rng.uniform(0, self.ttl), place, rng)
+                    self._happen(events[(place.number + last // 2) % len(events)], place, rng)
+                    self._let_time_pass(1, place, rng)
+                self._done.add(place.link)
+            self._ask(place, rng)
+
+    def _let_time_pass(self, seconds: float, place: Place, rng: random.Random) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if rng.random() < 0.05:
+                self._come_or_go(place, rng)
+            self._ask(place, rng)
+
+    def _ask(self, place: Place, rng: random.Random) -> None:
+        self._said[place.link] = place.ask(rng)
+        time.sleep(rng.uniform(0.002, 0.03))
+
+    def _come_or_go(self, place: Place, rng: random.Random) -> None:
+        if (len(place.clients) > 1 and rng.random() < 0.5) or len(place.clients) > 8:
+            place.close(rng.choice(place.clients))
+        else:
+            place.connect()
+
+    def _happen(self, event: str, place: Place, rng: random.Random) -> None:
+        if event == "reloaded":
+            self._reload(place)
+        elif event == "agent killed":
+            with self.recorder.fault(place.name), place.next_agent(lambda: self._ask(place, rng)):
+                (agent,) = place.server.agents()
+                agent.kill()
+                place.agents_killed += 1
+        else:
+            place.end(is_clean=event == "stopped")
+            time.sleep(rng.choice([0, rng.uniform(0, 1)]))
+            is_same = (place.number + len(place.lives)) % 2 == 0
+            place.start(f"place-{place.number}" if is_same else "")
+            self.happened[STARTS[is_same]] += 1
+        self.happened[event] += 1
+
+    def _reload(self, place: Place) -> None:
+        """All its clients are let go; those that come meanwhile ask once, and go."""
+        reloads = len(place.server.events("server.reloaded"))
+
+        def visit() -> None:
+            place.connect()
+            place.close(place.clients[-1])
+
+        with self.recorder.fault(place.name), ExitStack() as leaving, place.next_agent(visit):
+            for client in place.clients:
+                leaving.enter_context(self.recorder.letting_go(client))
+            place.clients.clear()
+            place.server.send_signal(SIGHUP)
+        assert len(place.server.events("server.reloaded")) == reloads + 1
+        place.connect()
+
+    # What breaks the rest
+
+    def _seconds(self, fault: RedisFault | LinkFault, rng: random.Random) -> float:
+        """Less than the TTL, or more; when it has happened before, perhaps a moment that nobody notices."""
+        lengths = [rng.uniform(1, 0.9 * self.ttl), 1.3 * self.ttl, rng.uniform(0, 0.3)]
+        return rng.choice(lengths if self.happened[fault.__name__] else lengths[:2])
+
+    def _deal(self, rng: random.Random, cards: list[Card], size: int) -> Iterator[list[Card]]:
+        """So many for each round, of one shuffled pack after another."""
+        pack: list[Card] = []
+        while True:
+            while len(pack) < size:
+                pack += rng.sample(cards, len(cards))
+            yield [pack.pop(0) for _ in range(size)]
+
+    def _break_redis(self) -> None:
+        rng = self._rng("redis")
+        hands = self._deal(rng, REDIS_FAULTS, self._hand)
+        for _ in self._rounds("redis"):
+            for fault in next(hands):
+                time.sleep(rng.uniform(0, 0.5))
+                with self.recorder.fault(), fault(self.redis):
+                    time.sleep(self._seconds(fault, rng) if fault in LASTING else 0)
+                self.happened[fault.__name__] += 1
+
+    def _break_links(self) -> None:
+        rng = self._rng("links")
+        hands = self._deal(rng, LINK_FAULTS, self._hand // 2)
+        for _ in self._rounds("links"):
+            for fault in next(hands):
+                time.sleep(rng.uniform(0, 0.5))
+                place = rng.choice(self.places[1:])
+                with self.recorder.fault(place.link), fault(place.proxy):
+                    time.sleep(self._seconds(fault, rng))
+                self.happened[fault.__name__] += 1
+
+
+@pytest.fixture(scope="module", params=[SEED], ids=lambda seed: f"GSERVER_HISTORY_SEED={seed}")
+def hours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Hour]]:
+    """Two at once: one with short times, which sees more; one with the default ones."""
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        folder = tmp_path_factory.mktemp("hours")
+        hours = [stack.enter_context(Hour(folder, request.param, *it)) for it in ((0.2, 2, 4), (0.5, 5, 2))]
+        yield list(pool.map(Hour.run, hours, (3, 2)))
+
+
+def test_no_answer_breaks_the_promise_whatever_happens(hours: list[Hour]) -> None:
+    for hour in hours:
+        verdict = hour.verdict()
+        assert not verdict.violations, f"{verdict}"
+        assert verdict.exact > verdict.answers / 10, f"{verdict}"
+
+
+def test_no_process_complains_or_dies_unasked(hours: list[Hour]) -> None:
+    complaints = [text for hour in hours for place in hour.places for text in place.complaints()]
+    assert not complaints, "\n".join(complaints)
+
+
+def test_everything_has_happened_and_was_noticed(hours: list[Hour]) -> None:
+    faults = [fault.__name__ for fault in [*REDIS_FAULTS, *LINK_FAULTS]]
+    happened = sum((hour.happened for hour in hours), Counter[str]())
+    assert set(happened) == {*faults, *SERVER_EVENTS, *STARTS}
+
+    def logged(action: str, kind: str = "") -> int:
+        return sum(place.logged(action, kind) for hour in hours for place in hour.places)
+
+    kinds = {kind: logged("cluster.lost", kind) for kind in ("connection", "timeout", "read_only", "out_of_memory")}
+    assert all(kinds.values()), kinds
+    assert logged("cluster.reset")
+    assert all(place.proxy.bytes_to_client for hour in hours for place in hour.places)
+    assert sum(place.proxy.bytes_dropped for hour in hours for place in hour.places)
+
+
+# Bugs put in on purpose, each with a scene in which it shows.
+
+
+class Scene(World):
+    """Three servers in which all is well, each with two clients; the body says what happens."""
+
+    def __init__(self, folder: Path, env: dict[str, str] | None = None) -> None:
+        super().__init__(folder, 0.2, 1, 3, env)
+        self._rng = random.Random(0)
+
+    def begin(self) -> None:
+        for place in self.places:
+            place.start()
+            place.connect()
+        self.ask(2 * self.promise.delta)
+
+    def ask(self, seconds: float) -> None:
+        """Ask all servers all the time for so long."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for place in self.places:
+                if place.clients:
+                    place.ask(self._rng)
+            time.sleep(0.002)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Nobody reaches Redis."""
+        with self.recorder.fault():
+            for place in self.places:
+                place.proxy.refuse()
+            yield
+            for place in self.places:
+                place.proxy.accept()
+
+
+def one_comes_while_redis_is_away(scene: Scene) -> None:
+    with scene.away():
+        scene.ask(0.5)
+        scene.places[0].connect()
+        scene.ask(0.7)
+    scene.ask(4 * scene.promise.delta)
+
+
+def one_comes_while_replies_are_lost(scene: Scene) -> None:
+    place = scene.places[0]
+    with scene.recorder.fault(place.link), replies_dropped(place.proxy):
+        place.connect()
+        scene.ask(0.7)
+    scene.ask(4 * scene.promise.delta)
+
+
+def redis_is_wiped(scene: Scene) -> None:
+    for _ in range(5):
+        with scene.recorder.fault(), wiped(scene.redis):
+            pass
+        scene.ask(0.3)
+
+
+def redis_is_away_for_longer_than_the_ttl(scene: Scene) -> None:
+    for _ in range(2):
+        with scene.away():
+            scene.ask(1.3 * scene.ttl)
+        scene.ask(0.5)
+
+
+def one_is_killed(scene: Scene) -> None:
+    scene.places[0].end(is_clean=False)
+    scene.ask(scene.ttl + 2 * scene.promise.delta)
+
+
+def one_is_stopped(scene: Scene) -> None:
+    scene.ask(0.2)
+    scene.places[0].end(is_clean=True)
+    scene.ask(2 * scene.promise.delta)
+
+
+def some_come(scene: Scene) -> None:
+    for _ in range(5):
+        for place in scene.places:
+            place.connect()
+            scene.ask(0.1)
+
+
+def nothing_happens(scene: Scene) -> None:
+    scene.ask(0.5)
+
+
+Change = tuple[str, str, str]  # in a file, a text, and what is put in its place
+BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
+    "a change that did not arrive is forgotten": (
+        one_comes_while_redis_is_away,
+        [
+            (
+                "cluster.py",
+                "            reply = self._call(count)\n",
+                "            change, self._seen = count - getattr(self, '_seen', 0), count\n"
+                "            reply = self._call(getattr(self, '_told', 0) + change)\n"
+                "            self._told = getattr(self, '_told', 0) + change\n",
+            )
+        ],
+    ),
+    "a change is told again when its reply was lost": (
+        one_comes_while_replies_are_lost,
+        [
+            (
+                "cluster.py",
+                "            reply = self._call(count)\n",
+                "            reply = self._call(count - getattr(self, '_told', 0))\n            self._told = count\n",
+            ),
+            ("cluster.lua", "elseif may_write then\n", "elseif may_write then\n  count = (before or 0) + count\n"),
+        ],
+    ),
+    "no hold": (redis_is_wiped, [("membership.py", "self.remote = max(self._held, remote)", "self.remote = remote")]),
+    "leases end by the wall clock": (
+        redis_is_away_for_longer_than_the_ttl,
+        [("cluster.lua", ", interval))", ", 1e9))")],
+    ),
+    "no TTL": (one_is_killed, [("cluster.lua", "'-inf', clock, 'LIMIT'", "'-inf', -1, 'LIMIT'")]),
+    "the own share as of the last beat": (
+        some_come,
+        [
+            ("board.py", '    "remote",  # clients', '    "told",\n    "remote",  # clients'),
+            (
+                "board.py",
+                "return sum(self.cells[_FIRST : _FIRST + self.slots]) + self.cells[self._remote]",
+                "return self.get('told') + self.cells[self._remote]",
+            ),
+            (
+                "cluster.py",
+                '        board.put("remote",',
+                '        board.put("told", count)\n        board.put("remote",',
+            ),
+        ],
+    ),
+    "the own share twice": (nothing_happens, [("membership.py", "reply.total - count)", "reply.total)")]),
+    "a beat after the leave": (
+        one_is_stopped,
+        [
+            (
+                "cluster.py",
+                "            self._beat(count)\n",
+                "            self._beat(count)\n            self._last = count or getattr(self, '_last', 0)\n",
+            ),
+            (
+                "cluster.py",
+                '                self._call("leave")\n',
+                '                self._call("leave"), self._call(self._last)\n',
+            ),
+        ],
+    ),
+}
+
+
+def changed(folder: Path, changes: list[Change]) -> dict[str, str]:
+    """The environment of a server whose code has these changes."""
+    shutil.copytree(ROOT / "gserver", folder / "gserver")
+    for name, text, instead in changes:
+        file = folder / "gserver" / name
+        assert file.read_text().count(text) == 1, f"{text!r} is not once in {name}"
+        file.write_text(file.read_text().replace(text, instead))
+    return {"PYTHONPATH": str(folder)}
+
+
+def played(scene: Scene, play: Callable[[Scene], None]) -> Verdict:
+    scene.begin()
+    play(scene)
+    return scene.verdict()
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_put_in_on_purpose_is_found_and_the_same_without_it_is_accepted(bug: str, tmp_path: Path) -> None:
+    play, changes = BUGS[bug]
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        scenes = [stack.enter_context(Scene(tmp_path, env)) for env in (None, changed(tmp_path, changes))]
+        right, wrong = pool.map(played, scenes, [play, play])
+    assert not right.violations, f"{right}"
+    assert right.exact > right.answers / 10
+    assert wrong.violations
