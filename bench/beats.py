@@ -57,22 +57,21 @@ def command(*words: str) -> bytes:
 def beat(member: int, stamp: int, count: int) -> bytes:
     """One server's beat, as `gserver.cluster` sends it."""
     own = (f"{member:08x}-0000-4000-8000-000000000000", f"{member:016x}", str(stamp), str(count))
-    return command("EVALSHA", SCRIPT_SHA, str(len(KEYS)), *KEYS, *own, TTL_MS, INTERVAL_MS, "")
+    return command("EVALSHA", SCRIPT_SHA, str(len(KEYS)), *KEYS, *own, TTL_MS, INTERVAL_MS, "", "0", "0")
 
 
-def script_times() -> dict[int, list[float]]:
+def script_times(rounds: int = ROUNDS, beats: int = BEATS) -> dict[int, list[float]]:
     """Microseconds of the script inside Redis for each number of servers, round by round, each size in its turn."""
     times: dict[int, list[float]] = {size: [] for size in SIZES}
-    with running_redis() as (client, _, path):
-        sock = socket.socket(socket.AF_UNIX)
+    with running_redis() as (client, _, path), socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
-        for size in SIZES * ROUNDS:
+        for size in SIZES * rounds:
             client.delete(*KEYS)
             run(sock, [beat(member, 1, member % 7) for member in range(size)])
             client.config_resetstat()
-            run(sock, [beat(number % size, 2 + number // size, random.randrange(100)) for number in range(BEATS)])
+            run(sock, [beat(number % size, 2 + number // size, random.randrange(100)) for number in range(beats)])
             stats = client.info("commandstats")["cmdstat_evalsha"]
-            assert stats["calls"] == BEATS
+            assert stats["calls"] == beats
             assert client.hlen(KEYS[0]) == size
             times[size].append(stats["usec_per_call"])
     return times
@@ -84,7 +83,7 @@ def run(sock: socket.socket, commands: list[bytes]) -> None:
         batch = commands[start : start + 100]
         sock.sendall(b"".join(batch))
         received = b""
-        while received.count(b"*7\r\n") < len(batch) or not received.endswith(b"\r\n"):
+        while received.count(b"*8\r\n") < len(batch) or not received.endswith(b"\r\n"):
             received += sock.recv(1 << 20)
             assert b"-ERR" not in received, received[:300]
 

@@ -18,7 +18,8 @@ local total, clock, lost_at = tonumber(kept[1]) or -1, tonumber(kept[2]) or -1, 
 local before, last_stamp, holder = string.match(type(entry) == 'string' and entry or '', '^(%d+) (%d+) (%S+)$')
 -- Keys that are somebody else's, of which one was evicted, or that are older than what this server was told last (out of
 -- a backup, or of a replica that lagged) are as good as none. All beat again; the clock goes on from where it was.
-local is_sane = size == leased and (holder or not entry) and total >= 0 and total < 1e15 and clock >= 0 and clock < 1e15
+local function sane(number) return number >= 0 and number < 1e15 end
+local is_sane = size == leased and (holder or not entry) and sane(total) and sane(clock) and sane(lost_at)
 local pause = now - (tonumber(kept[4]) or now)
 local is_older = math.min(known - clock, pause) > 2 * interval or (holder == incarnation and answered - last_stamp > 0)
 if kept.err or not is_sane or is_older then
@@ -28,9 +29,7 @@ end
 total, clock = size > 0 and total or 0, clock + math.max(0, math.min(pause, interval))
 
 local function drop(ids)
-  for _, value in ipairs(redis.call('HMGET', members, unpack(ids))) do
-    total = total - (string.match(value or '', '^%d+') or 0)
-  end
+  for _, value in ipairs(redis.call('HMGET', members, unpack(ids))) do total = total - (string.match(value or '', '^%d+') or 0) end
   redis.call('HDEL', members, unpack(ids))
   redis.call('ZREM', leases, unpack(ids))
 end
