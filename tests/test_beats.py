@@ -5,7 +5,8 @@ from typing import Any, cast
 
 import redis
 
-from bench.beats import KEYS, SCRIPT, SIZES, beat, run, running_redis, script_times
+from bench.beats import KEYS, SIZES, beat, run, running_redis, script_times
+from gserver.redis_link import SCRIPT
 from tests.running import program
 
 

@@ -67,7 +67,7 @@ def locked(server: Redis, password: str) -> Iterator[None]:
 
 
 def beat(link: RedisLink, count: int = 1, incarnation: str = "a1") -> Reply:
-    return link.call("one", incarnation, time.monotonic_ns() // 1000, count, TTL, INTERVAL, "", 0)
+    return link.call("one", incarnation, time.monotonic_ns() // 1000, count, TTL, INTERVAL, "", 0, 0)
 
 
 def failed(link: RedisLink) -> Exception:
