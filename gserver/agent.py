@@ -9,19 +9,18 @@ from time import monotonic
 import gevent
 from gevent.event import Event
 
-from gserver.errors import Misuse
+from gserver.errors import Twin
 from gserver.process import Instructions, show_life
 from gserver.statsd import FLUSH_SECONDS, StatsdClient
 
-#: How long a start waits to know whether the server's id is free, and a stop for the cluster to be told.
-SETTLE_SECONDS = 1.8
+#: How long a stop waits for the cluster to be told.
 LEAVE_SECONDS = 1.5
 
 
 def run(instructions: Instructions) -> None:
     """Be the agent until SIGTERM, which at a stop comes when the workers are gone: then tell the last figures.
 
-    Raises `Misuse` when another live server has this one's id.
+    Raises `Twin` when another live server has this one's id.
     """
     config, board = instructions.config, instructions.board()
     should_stop = Event()
@@ -34,23 +33,23 @@ def run(instructions: Instructions) -> None:
 
         member = Member(config, board)
         beats = gevent.spawn(member.run)
-        member.is_settled.wait(SETTLE_SECONDS)
+        member.is_settled.wait(config.settle_seconds)
     is_ready = False
     while True:
         flush_at = monotonic() + FLUSH_SECONDS
-        if member and member.has_twin:
+        if member is not None and member.has_twin:
             where = f"cluster {config.cluster_name}"
-            raise Misuse(f"another live server of {where} has the id {config.server_id}: choose another --server-id")
+            raise Twin(f"another live server of {where} has the id {config.server_id}: choose another --server-id")
         if not is_ready:
             instructions.report("ready")
             is_ready = True
         if client:
             client.flush()
-        if beats and beats.ready():
+        if beats is not None and beats.ready():  # A greenlet that has ended is false.
             beats.get()  # Raises what has ended it.
         if should_stop.is_set():
             break
         should_stop.wait(max(0.0, flush_at - monotonic()))
-    if member and beats:
+    if member is not None and beats is not None:
         member.should_stop.set()
         beats.join(LEAVE_SECONDS)

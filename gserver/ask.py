@@ -12,13 +12,15 @@ from gserver.errors import Failure, Misuse
 
 #: A reply longer than this is no reply of a gserver.
 MAX_REPLY_BYTES = 65536
+#: What the replies to these look like: something else that listens there must not be taken for a gserver.
+REPLIES = {"WHO": "[0-9]+", "WHERE": "[!-~]+", "WHY": "42"}
 
 
 def parse_address(text: str) -> tuple[str, int]:
     """Return host and port of `HOST:PORT`, `[IPV6]:PORT`; raise `Misuse` for anything else."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+    if not colon or not host or "," in host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise Misuse(f"{text!r} is no address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242")
     return host, int(port)
 
@@ -58,6 +60,9 @@ def _ask_one(commands: Sequence[str], host: str, port: int, timeout_seconds: flo
             raise Failure(f"sent what is no reply: {reply[:100]!r}")
         if reply.startswith("ERR"):
             raise Failure(f"said {reply[:100]}")
+    for command, reply in zip(commands, replies, strict=False):
+        if not re.fullmatch(REPLIES.get(command.strip().upper(), ".*"), reply):
+            raise Failure(f"sent what is no reply to {command}: {reply[:100]!r}")
     if len(replies) < len(commands):
         raise Failure("closed the connection without a reply")
     return replies[: len(commands)]

@@ -41,6 +41,7 @@ SINGLE_CELLS = (
     "view",  # when that was learned
     "lease_clock",  # of the cluster, as last known; milliseconds
     "lost_at",  # on that clock: when Redis last lost data
+    "answered",  # the stamp of the last beat that was answered
     "hold_until",  # on that clock: how long `remote` is an older number that is held; 0 = it is not
     "beats",  # answered by Redis
     "beat_ns",  # time until the answer, over all beats
@@ -55,6 +56,7 @@ NO_TOTALS = {
     "view",
     "lease_clock",
     "lost_at",
+    "answered",
     "hold_until",
     "remote",
     "servers",

@@ -41,6 +41,7 @@ class Child:
     kill_at: float | None = None
     suspected_at: float | None = None
     refusal: str = ""
+    is_unwanted: bool = False
     has_hung_up: bool = False
 
     @classmethod
@@ -86,8 +87,9 @@ class Child:
         except BlockingIOError:
             return False
         self.has_hung_up = not report
-        if report.startswith("refused "):
-            self.refusal = report.removeprefix("refused ").strip()
+        if report.startswith(("refused ", "unwanted ")):
+            kind, _, self.refusal = report.strip().partition(" ")
+            self.is_unwanted = kind == "unwanted"
         elif report:
             self.ready_at = monotonic()
         return bool(report) and not self.refusal

@@ -6,9 +6,9 @@ known stands, and the next beat tries again.
 
 import logging
 import random
-from math import inf
 from time import monotonic, monotonic_ns
 
+import gevent
 from gevent.event import Event
 
 from gserver import logs
@@ -24,13 +24,12 @@ LEAST_PAUSE_SECONDS = 0.1
 JITTER = (0.75, 0.95)
 #: While watching whether the holder of the own id is alive: beats in an interval.
 WATCHES = 4
+#: How long one try to reach Redis may take in all; less in proportion where the TTL is below 5 s.
+TRY_SECONDS = 2.0
 FIRST_BACKOFF_SECONDS = 0.05
 #: A Redis that is away is tried about as often as one that is there, but not more often than this a second by all
 #: servers together; and each one comes back within a third of the TTL, since the others hold its count so long.
 RETRIES_PER_SECOND = 1000
-#: A newcomer's lease is such a part of the TTL for the first quarter of one: so it does not count as one of those whose
-#: return the others await after a loss of data.
-NEWCOMER_LEASE = 0.7
 #: While Redis stays away, it is said again so often.
 REMIND_SECONDS = 60.0
 
@@ -48,10 +47,9 @@ class Member:
             round(seconds * 1000) for seconds in (config.member_ttl_seconds, config.beat_interval_seconds)
         )
         self._membership = Membership(self._ttl_ms, *known)
-        self._rivalry = Rivalry(config.beat_interval_seconds)
+        self._rivalry = Rivalry(self._interval_ms)
         self._is_member = self._membership.servers > 0
-        self._new_until = 0.0 if self._is_member else inf
-        self._answered = 0
+        self._answered = board.get("answered")
         self._failures = 0
         self._away_since = self._said_at = 0.0
         self._said_kinds: set[str] = set()
@@ -66,26 +64,29 @@ class Member:
             began, count = monotonic(), self._board.clients()
             self._beat(count)
             self._pause(began, count)
-        if self._board.get("draining") and self._is_member:
+        if self._board.get("draining"):
             try:
                 self._call("leave")
             except Exception as error:  # noqa: BLE001 (as for a beat)
-                logs.complain("cluster.not_left", f"cannot tell the others of the stop: {error}")
+                logs.complain("cluster.not_left", f"cannot tell the others of the stop: {self._link.explain(error)}")
         self._link.drop()
 
     def _call(self, count: int | str) -> Reply:
         stamp = monotonic_ns() // 1000
-        reply = self._link.call(
-            self._config.server_id,
-            self._incarnation,
-            stamp,
-            count,
-            self._ttl_ms if monotonic() >= self._new_until else round(self._ttl_ms * NEWCOMER_LEASE),
-            self._interval_ms,
-            self._rivalry.replaceable,
-            self._answered,
-            self._membership.clock,
-        )
+        limit = TRY_SECONDS * min(1.0, self._ttl_ms / 5000)
+        told = (self._answered, self._membership.clock)
+        # Over all of a try: its look-ups of names, its Sentinels, and answers that come byte by byte.
+        with gevent.Timeout(limit, TimeoutError(f"Timeout: no answer within {limit:.1f} s")):
+            reply = self._link.call(
+                self._config.server_id,
+                self._incarnation,
+                stamp,
+                count,
+                self._ttl_ms,
+                self._interval_ms,
+                self._rivalry.replaceable,
+                *told,
+            )
         self._answered = stamp
         return reply
 
@@ -116,39 +117,43 @@ class Member:
                 break
 
     def _note(self, reply: Reply, count: int) -> None:
-        now, known = monotonic(), self._membership.servers
-        self._note_changes(reply, now)
-        self._membership.take(reply, count)
-        self.has_twin = self._rivalry.watch(reply, self._incarnation, now)
-        self._is_member = reply.holder == self._incarnation
-        if self._is_member or self.has_twin:
+        board, membership, known = self._board, self._membership, self._membership.servers
+        is_member = reply.holder == self._incarnation
+        self._note_changes(reply, is_member)
+        if is_member:
+            membership.take(reply, count)
+        else:
+            membership.remote = reply.total  # Without the own clients, since another holds the id.
+        self.has_twin = self._rivalry.watch(reply, self._incarnation)
+        self._is_member = is_member
+        if is_member or self.has_twin:
             self.is_settled.set()
-        board, membership = self._board, self._membership
+        # In this order, so that the next agent never finds a loss noted and no hold.
+        board.put("hold_until", membership.hold_until)
         board.put("remote", membership.remote)
         board.put("servers", membership.servers)
         board.put("lease_clock", membership.clock)
         board.put("lost_at", membership.lost_at)
-        board.put("hold_until", membership.hold_until)
+        board.put("answered", self._answered)
         board.put("view", monotonic_ns())
         if membership.servers != known:
             fields = {"gserver.servers": membership.servers, "gserver.remote_clients": membership.remote}
             message = f"servers in the cluster: {membership.servers} (before: {known})"
             logs.event(logging.INFO, "cluster.servers", message, fields)
 
-    def _note_changes(self, reply: Reply, now: float) -> None:
+    def _note_changes(self, reply: Reply, is_member: bool) -> None:
         if self._failures:
-            message = f"Redis is back after {now - self._away_since:.1f} s and {self._failures} failed beats"
+            message = f"Redis is back after {monotonic() - self._away_since:.1f} s and {self._failures} failed beats"
             logs.event(logging.INFO, "cluster.regained", message)
             self._failures = 0
             self._said_kinds.clear()
-        if self._is_member and reply.lost_at != self._membership.lost_at:
+        if self._is_member and self._membership.has_lost(reply):
             message = "Redis has lost the cluster's state: the last known count stands until the others are back"
             logs.event(logging.WARNING, "cluster.reset", message)
-        elif self._is_member and reply.was_missing:
+        elif self._is_member and self._membership.was_dropped(reply):
             message = "the others had dropped this server, since it could not beat for the TTL: it is back"
             logs.event(logging.WARNING, "cluster.expired", message)
-        elif not self._is_member and reply.holder == self._incarnation:
-            self._new_until = min(self._new_until, now + self._config.member_ttl_seconds / 4)
+        elif not self._is_member and is_member:
             message = f"joined the cluster {self._config.cluster_name} at {self._link}"
             logs.event(logging.INFO, "cluster.joined", message, {"gserver.servers": reply.servers})
 
@@ -161,8 +166,9 @@ class Member:
         if kind not in self._said_kinds or now - self._said_at >= REMIND_SECONDS:
             self._said_kinds.add(kind)
             self._said_at = now
-            unsure = "" if self._is_member else " (nor is it known whether another server has the same id)"
-            message = f"Redis at {self._link} is away ({kind}), WHO does without it{unsure}: {error}"
-            fields = {"error.type": type(error).__name__, "error.message": str(error), "gserver.kind": kind}
+            reason = self._link.explain(error)
+            unsure = "" if self._is_member else ", and whether another server has this id is not known yet"
+            message = f"Redis at {self._link} is away ({kind}): WHO has the others as last known{unsure}: {reason}"
+            fields = {"error.type": type(error).__name__, "error.message": reason, "gserver.kind": kind}
             logs.event(logging.WARNING, "cluster.lost", message, fields)
         self.is_settled.set()

@@ -142,10 +142,15 @@ class Config:
         return min(limit, self.member_ttl_seconds / 3) if is_agent and self.redis_url else limit
 
     @property
+    def settle_seconds(self) -> float:
+        """How long a start waits at most to know whether the server's id is free: three beats of who may hold it."""
+        return max(1.8, 3 * self.beat_interval_seconds)
+
+    @property
     def contradiction(self) -> str:
         """Which options contradict each other, and how; "" when none do."""
         beat, ttl, age = self.beat_interval_seconds, self.member_ttl_seconds, self.cluster_max_age_seconds
-        if ttl < 5 * beat:
+        if ttl < 5 * beat - 1e-9:
             return f"--member-ttl {ttl:g} is too short: at least five times --beat-interval, which is {beat:g}"
         if age < 2 * beat:
             return f"--cluster-max-age {age:g} is too short: at least twice --beat-interval, which is {beat:g}"

@@ -20,5 +20,9 @@ class Misuse(Failure):
     exit_code = EXIT_USAGE
 
 
+class Twin(Misuse):
+    """Another live server has this one's id."""
+
+
 class ClusterUnavailable(Exception):
     """The number of clients is not known well enough to be told (`--on-cluster-loss error`)."""

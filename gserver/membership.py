@@ -1,7 +1,6 @@
 """What a server makes of the answers to its beats: how many clients the others have, and whether it has a twin.
 
-Pure: knows no Redis and no clock of its own. Leases are milliseconds of the lease clock, which gserver/cluster.lua
-explains; other times are monotonic seconds.
+Pure: knows no Redis and no clock. All times are milliseconds of the lease clock, which gserver/cluster.lua explains.
 """
 
 from typing import NamedTuple
@@ -28,8 +27,7 @@ class Reply(NamedTuple):
 
     total: int
     servers: int
-    fresh: int
-    was_missing: int
+    back: int
     clock: int
     lost_at: int
     holder: str
@@ -45,26 +43,34 @@ class Membership:
         self.servers = servers
         self.clock = clock
         self.lost_at = lost_at
-        #: Of the lease clock, so that the time in which nobody can beat does not count; 0 = nothing is held.
+        #: How long `remote` is an older number; 0 = it is not. By the lease clock, so that the time in which nobody can
+        #: beat does not count.
         self.hold_until = hold_until
+
+    def has_lost(self, reply: Reply) -> bool:
+        """Whether Redis has lost data since the last answer."""
+        return bool(self.servers) and reply.lost_at != self.lost_at
+
+    def was_dropped(self, reply: Reply) -> bool:
+        """Whether this server's lease had ended before this beat, the last one that was answered being so long ago."""
+        return bool(self.servers) and reply.clock - self.clock >= self._ttl_ms
 
     def take(self, reply: Reply, count: int) -> None:
         """Take the answer to a beat that has reported `count` own clients.
 
-        When Redis has lost what it knew, or has dropped this server, the total lacks who has not beaten since. So
-        the last known number is held, unless the new one is higher, until as many servers have beaten as were known,
-        or whoever can must have done so.
+        When Redis has lost data, or has dropped this server, the total lacks who has not beaten since. So the last
+        known number is held, unless the new one is higher, until as many servers are back as were known, or whoever
+        can be must be.
         """
         remote = max(0, reply.total - count)
-        if self.servers and (reply.lost_at != self.lost_at or reply.was_missing):
+        if self.has_lost(reply) or self.was_dropped(reply):
             self._held = self.remote
-            if reply.lost_at != self.lost_at:
-                self.hold_until = reply.clock + self._ttl_ms
-            else:
-                # Redis went on without this server: who was cut off with it is back within a third of the TTL.
-                self.hold_until = max(self.hold_until, reply.clock + self._ttl_ms // 3)
+            # Where Redis went on without this server, who was cut off with it is back within a third of the TTL.
+            wait = self._ttl_ms if self.has_lost(reply) else self._ttl_ms // 3
+            self.hold_until = max(self.hold_until, reply.clock + wait)
         self.clock, self.lost_at = reply.clock, reply.lost_at
-        if reply.clock < self.hold_until and reply.fresh < self.servers:
+        are_back = reply.back if reply.clock < reply.lost_at + self._ttl_ms else reply.servers
+        if reply.clock < self.hold_until and are_back < self.servers:
             self.remote = max(self._held, remote)
         else:
             self.hold_until = 0
@@ -74,24 +80,24 @@ class Membership:
 class Rivalry:
     """Whether another incarnation that holds the own id is alive: then its lease is renewed while one watches."""
 
-    def __init__(self, beat_interval_seconds: float) -> None:
-        self._patience = STILL_INTERVALS * beat_interval_seconds
+    def __init__(self, interval_ms: int) -> None:
+        self._patience_ms = STILL_INTERVALS * interval_ms
         self._seen = ("", 0)
-        self._since = 0.0
+        self._since = 0
         self._renewals = 0
         #: The holder, once it is known to be dead: this server may take its place.
         self.replaceable = ""
 
-    def watch(self, reply: Reply, incarnation: str, now: float) -> bool:
+    def watch(self, reply: Reply, incarnation: str) -> bool:
         """Take an answer; return whether the holder is a live twin. One renewal may be a late beat of a dead one."""
         self.replaceable = ""
         holder, lease = self._seen
         if reply.holder in ("", incarnation):
             self._seen = ("", 0)
         elif reply.holder != holder:
-            self._seen, self._since, self._renewals = (reply.holder, reply.lease), now, 0
+            self._seen, self._since, self._renewals = (reply.holder, reply.lease), reply.clock, 0
         elif reply.lease != lease:
-            self._seen, self._since, self._renewals = (reply.holder, reply.lease), now, self._renewals + 1
-        elif now - self._since >= self._patience:
+            self._seen, self._since, self._renewals = (reply.holder, reply.lease), reply.clock, self._renewals + 1
+        elif reply.clock - self._since >= self._patience_ms:
             self.replaceable = reply.holder
         return bool(self._seen[0]) and self._renewals >= 2

@@ -2,7 +2,8 @@
 
 A child is a new interpreter (`python -m gserver child ROLE`), not a fork: gevent starts clean in it, and a
 reload brings new code. Its instructions come as JSON on its stdin, so that neither arguments nor
-environment carry them; it reports through a pipe: `ready`, or `refused` and the reason.
+environment carry them; it reports through a pipe: `ready`; or `refused` and the reason; or `unwanted`, when the
+whole server cannot stay.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from gserver import logs
 from gserver.board import Board
 from gserver.config import Config
-from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse
+from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse, Twin
 
 #: Descriptors that a process needs beside its clients: standard ones, board, listener, event loop, logs,
 #: name look-ups, and clients that are being turned away.
@@ -98,7 +99,7 @@ def take_role(role: Callable[[Instructions], None]) -> int:
     try:
         role(instructions)
     except Failure as failure:
-        instructions.report(f"refused {failure}")
+        instructions.report(f"{'unwanted' if isinstance(failure, Twin) else 'refused'} {failure}")
         return failure.exit_code
     return EXIT_CLEAN
 

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
+from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
@@ -29,12 +30,12 @@ SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 #: text, since redis-py has classes for some only, and Redis 6 wraps those of a script.
 _KINDS = {
     "name": "gaierror|UnicodeError",
-    "tls": "SSL",
+    "tls": r"\bSSL",
     "auth": "Authentication|NOAUTH|unauthenticated|WRONGPASS|NOPERM|NoPermission|user executing the script",
     "no_primary": "NoPrimary",
     "timeout": "Timeout|timed out",
     "read_only": "READONLY|ReadOnly",
-    "out_of_memory": "OOM|OutOfMemory",
+    "out_of_memory": r"\bOOM\b|OutOfMemory",
     "loading": "LOADING|BusyLoading",
     "connection": "Connection|OSError",
 }
@@ -50,6 +51,16 @@ def kind_of(error: BaseException) -> str:
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, "\n".join(texts))), "other")
 
 
+def _read(answer: Any) -> Reply:
+    """Return the script's answer; raise ValueError if it cannot be one."""
+    total, servers, back, clock, lost_at, holder, lease = answer
+    if not all(
+        isinstance(number, int) and 0 <= number < 2**53 for number in (total, servers, back, clock, lost_at, lease)
+    ):
+        raise ValueError("the answer is not of the script's form")
+    return Reply(total, servers, back, clock, lost_at, holder.decode(), lease)
+
+
 class NoPrimary(redis.ConnectionError):
     """None of the Sentinels names a primary."""
 
@@ -59,7 +70,7 @@ class RedisLink:
 
     def __init__(self, config: Config) -> None:
         self._url = url = RedisUrl.parse(config.redis_url)
-        self._sentinels = random.sample(url.hosts, len(url.hosts))
+        self._sentinels = random.sample(url.hosts, len(url.hosts)) or [("", 0)]
         self._primary = ("", 0)
         self._check_at = 0.0
         # Within a TTL all servers have found the new primary, so nobody's lease is over there.
@@ -102,10 +113,20 @@ class RedisLink:
                 answer = self._client.evalsha(SCRIPT_SHA, len(self.keys), *self.keys, *arguments)
             except redis.exceptions.NoScriptError:
                 answer = self._client.eval(SCRIPT, len(self.keys), *self.keys, *arguments)
-            return Reply._make(item.decode() if isinstance(item, bytes) else item for item in cast(list[Any], answer))
+            return _read(answer)
         except BaseException:
             self.drop()
+            # What a Sentinel has named may be what is wrong: another one is asked next.
+            self._sentinels.append(self._sentinels.pop(0))
             raise
+
+    def explain(self, error: BaseException) -> str:
+        """Return the error's text, without the secrets that a Redis may have repeated in it."""
+        text = str(error)
+        for secret in (self._url.password, self._url.sentinel_password):
+            for form in (secret, quote(secret, safe="")) if secret else ():
+                text = text.replace(form, "***")
+        return text
 
     def drop(self) -> None:
         """Close the connection, if there is one."""

@@ -1,13 +1,13 @@
 """Where Redis is, as one URL says it: `redis://`, `rediss://` (TLS), `unix://`, and `redis+sentinel://`, `rediss+sentinel://`.
 
-Pure. Understands what redis-py understands of the first three, and for Sentinel
-`redis+sentinel://[user:password@]host:port,host:port,.../service[/db]`.
+Pure. The first three as redis-py has them, but for its further parameters (`ssl_cert_reqs` …): those are options of
+gserver. For Sentinel `redis+sentinel://[user:password@]host:port,host:port,.../service[/db]`.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
@@ -32,24 +32,24 @@ class RedisUrl:
     @classmethod
     def parse(cls, text: str) -> "RedisUrl":
         """Return the parts; raise ValueError, whose text repeats nothing that may be secret."""
-        url, given = _split(text)
-        user, _, netloc = url.netloc.rpartition("@")
+        scheme, authority, path, given = _split(text)
+        user, _, netloc = authority.rpartition("@")
         username, _, password = user.partition(":")
         logins: dict[str, Any] = {"username": unquote(username), "password": unquote(password)}
         logins |= {name: value for name, value in given.items() if name != "db"}
-        if url.scheme == "unix":
-            if netloc or len(url.path) < 2:
+        if scheme == "unix":
+            if netloc or len(path) < 2:
                 raise ValueError("the URL names no absolute path: write unix:///path/to/redis.sock")
-            return cls(path=unquote(url.path), db=_number(given.get("db", "0")), **logins)
-        is_sentinel = url.scheme.endswith("+sentinel")
+            return cls(path=unquote(path), db=_number(given.get("db", "0")), **logins)
+        is_sentinel = scheme.endswith("+sentinel")
         hosts = tuple(_host(host, SENTINEL_PORT if is_sentinel else REDIS_PORT) for host in netloc.split(","))
-        service, _, db = url.path[1:].partition("/") if is_sentinel else ("", "", url.path[1:])
+        service, _, db = path[1:].partition("/") if is_sentinel else ("", "", path[1:])
         if is_sentinel and not service:
             raise ValueError("the URL names no service: write redis+sentinel://host:port,host:port/service")
         if len(hosts) > 1 and not is_sentinel:
             raise ValueError("the URL names several hosts: that is for redis+sentinel://")
         db = given.get("db", db) or "0"
-        return cls(hosts, unquote(service), has_tls=url.scheme.startswith("rediss"), db=_number(db), **logins)
+        return cls(hosts, unquote(service), has_tls=scheme.startswith("rediss"), db=_number(db), **logins)
 
     @property
     def has_secret(self) -> bool:
@@ -58,28 +58,30 @@ class RedisUrl:
 
     def __str__(self) -> str:
         """The URL without names and passwords, for logs."""
+        db = f"/{self.db}" if self.db else ""
         if self.path:
-            return f"unix://{self.path}"
+            return f"unix://{self.path}" + (f"?db={self.db}" if self.db else "")
         scheme = ("rediss" if self.has_tls else "redis") + ("+sentinel" if self.service else "")
         hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
-        return f"{scheme}://{hosts}" + (f"/{self.service}" if self.service else "")
+        return f"{scheme}://{hosts}" + (f"/{self.service}" if self.service else "") + db
 
 
-def _split(text: str) -> tuple[SplitResult, dict[str, str]]:
-    """Return the URL in pieces, and its parameters."""
-    try:
-        url = urlsplit(text)
-        given = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query)))
-    except ValueError:
-        raise ValueError("this is no URL") from None  # Its text may repeat what is secret.
-    if url.scheme not in SCHEMES:
+def _split(text: str) -> tuple[str, str, str, dict[str, str]]:
+    """Return scheme, user and hosts, path, and parameters."""
+    # Not by `urlsplit`, which refuses lists of hosts that have IPv6 addresses among them.
+    found = re.fullmatch(r"([A-Za-z+]+)://([^/?#]*)([^?#]*)(?:\?([^#]*))?", text)
+    if not re.match(rf"({'|'.join(map(re.escape, SCHEMES))})://", text.lower()):
         raise ValueError(f"a URL begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}")
     # What is not percent-encoded in a password would be taken for a host or a path, and be shown.
-    if "@" in url.path or url.fragment or not unquote(url.netloc.rpartition("@")[2] + url.path).isprintable():
-        raise ValueError("the URL has an @, / or # in the wrong place: in a password they are %40, %2F and %23")
+    if not found or "@" in found[3] or not unquote(found[2].rpartition("@")[2] + found[3]).isprintable():
+        raise ValueError("this is no URL; in a password, @ / ? and # are written as %40 %2F %3F and %23")
+    try:
+        given = dict(parse_qsl(found[4] or "", keep_blank_values=True, strict_parsing=bool(found[4])))
+    except ValueError:
+        raise ValueError("the URL's parameters are not name=value&name=value") from None
     if not given.keys() <= set(PARAMETERS):
         raise ValueError(f"the URL has a parameter that is none of {', '.join(PARAMETERS)}")
-    return url, given
+    return found[1].lower(), found[2], found[3], given
 
 
 def _host(text: str, default_port: int) -> tuple[str, int]:

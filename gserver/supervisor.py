@@ -27,8 +27,8 @@ BOOT_SECONDS = 30.0
 #: Parts of the drain timeout by which workers, then the agent, are killed if they are still there.
 WORKERS_SHARE = 0.85
 AGENT_SHARE = 0.92
-#: How long the first start of the workers waits for the agent, which finds out whether the server's id is free.
-ID_CHECK_SECONDS = 2.5
+#: How long after it should have found out whether the server's id is free the first workers wait for the agent.
+ID_CHECK_SECONDS = 0.7
 
 
 class Supervisor:
@@ -45,7 +45,7 @@ class Supervisor:
         self._was_ready = self._was_forced = False
         self._failure: Failure | None = None
         self._drain_at: float | None = None
-        self._id_check_until = monotonic() + ID_CHECK_SECONDS if config.redis_url else 0.0
+        self._id_check_until = monotonic() + config.settle_seconds + ID_CHECK_SECONDS if config.redis_url else 0.0
         self._signals = SignalNotes(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._had_terminal = os.isatty(0)
         self._selector = selectors.DefaultSelector()
@@ -71,12 +71,13 @@ class Supervisor:
 
     def _reconcile(self, now: float) -> None:
         """Start and dismiss what it takes to come a step nearer to what there should be."""
+        # One agent at a time: the next one goes on where the last one has ended.
+        is_wanted = self._failure is None and (self._drain_at is None or bool(self._of(WORKER)))
+        if self._config.needs_agent and is_wanted and not self._of(AGENT):
+            self._start(AGENT, now)
         if self._drain_at is not None and now >= self._drain_at:
             self._drain(self._drain_at)
             return
-        # One agent at a time: the next one goes on where the last one has ended.
-        if self._config.needs_agent and not self._of(AGENT):
-            self._start(AGENT, now)
         if now < self._id_check_until and any(child.ready_at is None for child in self._of(AGENT)):
             return
         workers, wanted = self._staying(WORKER), self._config.workers
@@ -182,7 +183,7 @@ class Supervisor:
         if child.refusal and not self._was_ready:
             self._failure = Misuse(child.refusal)
             self._end_now()
-        elif child.refusal and child.role == AGENT:
+        elif child.is_unwanted:
             self._failure = Misuse(child.refusal)
             self._drain_at = now
             logs.event(logging.ERROR, "server.draining", f"draining: {child.refusal}", fields)
@@ -223,6 +224,7 @@ class Supervisor:
         where = listener.show_address(config.host, config.port)
         fields = {"server.address": config.host, "server.port": config.port}
         fields |= {"gserver.workers": config.workers, "gserver.max_clients": config.max_clients}
+        fields |= {"gserver.cluster": config.cluster_name if config.redis_url else None}
         hint = f": nc {config.host} {config.port}, then WHO, WHERE or WHY; Ctrl-C stops it"
         message = f"listening on {where}" + (hint if config.log_format == "text" else "")
         logs.event(logging.INFO, "server.listening", message, fields)
@@ -232,7 +234,7 @@ class Supervisor:
             # A terminal that is closed sends SIGHUP too, more than once: then it is no terminal any more.
             if self._drain_at is None and number == signal.SIGHUP and self._had_terminal <= os.isatty(0):
                 self._generation += 1
-                self._pacing[WORKER] = Pacing()  # The cause of earlier failures may be mended.
+                self._pacing = {WORKER: Pacing(), AGENT: Pacing()}  # The cause of earlier failures may be mended.
                 logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
             elif self._drain_at is None:
                 self._drain_at = now + self._config.drain_delay_seconds

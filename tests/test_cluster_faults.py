@@ -481,13 +481,7 @@ def test_nor_is_one_when_the_primary_is(
 
 #: Bugs by intent: a file, what is in it, what is put in its place, and the fault in which these tests see it.
 BUGS: dict[str, tuple[str, str, str, Fault]] = {
-    "no_hold": ("membership.py", "self.remote = max(self._held, remote)", "self.remote = remote", wiped),
-    "leases_end_while_nobody_can_beat": (
-        "cluster.lua",
-        "math.min(pause, interval)",
-        "pause",
-        all_cut_off_twice_as_long_as_the_ttl,
-    ),
+    "no_hold": ("membership.py", "self.remote = max(self._held, remote)", "self.remote = remote", wiped)
 }
 
 
