@@ -37,7 +37,7 @@ def free_port() -> int:
     """A port below those that the system gives away, so nobody takes it while its server is down."""
     while True:
         with socket.socket() as probe, suppress(OSError):
-            # A process that another thread starts just now holds the probe for a moment; this lets it not be in the way.
+            # A process that another thread starts just now holds the probe for a moment: it must not be in the way.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", random.randrange(20000, 32768)))
             return int(probe.getsockname()[1])

@@ -617,9 +617,12 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
         ],
     ),
     "no hold": (redis_is_wiped, [("membership.py", "self.remote = max(self._held, remote)", "self.remote = remote")]),
-    "leases end by the wall clock": (
+    "leases end by the wall clock, and who was away does not wait for the others": (
         redis_is_away_for_longer_than_the_ttl,
-        [("cluster.lua", ", interval))", ", 1e9))")],
+        [
+            ("cluster.lua", ", interval))", ", 1e9))"),
+            ("membership.py", "reply.clock - self.clock >= self._ttl_ms", "False"),
+        ],
     ),
     "no TTL": (one_is_killed, [("cluster.lua", "'-inf', clock, 'LIMIT'", "'-inf', -1, 'LIMIT'")]),
     "the own share as of the last beat": (

@@ -266,7 +266,7 @@ def test_it_is_told_how_many_are_back_since_data_was_lost_and_newcomers_are_not_
         known = cluster.beat(member, 1).clock
     assert cluster.beat("one", 1, known=known).back == 0, "nothing was lost yet"
     cluster.redis.flushall()
-    replies = []
+    replies: list[Reply] = []
     for member, told in (("one", known), ("two", known), ("one", None), ("new", 0), ("new", None), ("three", known)):
         cluster.elapse(1000)
         replies.append(cluster.beat(member, 1, known=replies[-1].clock if told is None else told))
@@ -386,7 +386,7 @@ def test_where_nothing_is_the_clock_begins_after_what_the_caller_knew_and_not_be
 @pytest.mark.parametrize("known", ["-1", "nan", "inf", str(10**15), str(10**300)])
 def test_a_clock_that_cannot_be_is_not_taken_from_a_caller(cluster: Cluster, known: str) -> None:
     cluster.beat("two", 20)
-    arguments = ["one", "a1", 1, 5, TTL, INTERVAL, "", 0, known]
+    arguments: list[Any] = ["one", "a1", 1, 5, TTL, INTERVAL, "", 0, known]
     assert seen(Reply(*cluster.run(keys=KEYS, args=arguments))) == (25, 2)
 
 

@@ -1,0 +1,132 @@
+"""What a Redis, a Sentinel or an update on disk can do to a cluster's server that is not to be trusted to behave."""
+
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gserver.config import Config
+from gserver.redis_link import RedisLink, kind_of
+from tests.redises import Redis
+from tests.running import LIMIT, PATIENCE, ROOT, Running, until
+
+SECRETS = ("hush-hush", "qui et/")
+
+
+@contextmanager
+def listener(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Something that takes connections on a port, and answers each with what it likes, as soon as it is spoken to."""
+
+    def serve(sock: socket.socket) -> None:
+        try:
+            with sock:
+                sock.recv(65536)
+                answer(sock)
+        except OSError:
+            pass
+
+    def accept() -> None:
+        while True:
+            try:
+                sock, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(sock,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def trickle(sock: socket.socket) -> None:
+    for _ in range(round(60 * PATIENCE / 0.2)):
+        sock.sendall(b"*")
+        time.sleep(0.2)
+
+
+ANSWERS = {
+    "texts": b"*7\r\n" + b"$1\r\na\r\n" * 7,
+    "too few": b"*2\r\n:1\r\n:2\r\n",
+    "one": b":1\r\n",
+    "none": b"$-1\r\n",
+    "huge": b"*7\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n",
+    "negative": b"*7\r\n" + b":-1\r\n" * 5 + b"$1\r\na\r\n:1\r\n",
+    "nested": b"*7\r\n" + b"*1\r\n:1\r\n" * 7,
+    "no protocol": b"HTTP/1.1 400 Bad Request\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_that_is_none_of_the_script_is_an_error_like_others(name: str) -> None:
+    with listener(lambda sock: sock.sendall(ANSWERS[name])) as port:
+        link = RedisLink(Config(redis_url=f"redis://127.0.0.1:{port}"))
+        with pytest.raises(Exception) as caught:  # noqa: PT011 (any: the agent takes all alike)
+            link.call("one", "a1", 1, 1, 5000, 500, "", 0, 0)
+        assert kind_of(caught.value) in ("other", "connection")
+
+
+def test_a_redis_that_answers_byte_by_byte_is_given_up_and_clients_notice_nothing() -> None:
+    with listener(trickle) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
+        assert server.wait_for("cluster.lost")["gserver.kind"] == "timeout"
+        assert server.who() == 1
+        agent = server.agents()
+        time.sleep(3)
+        assert server.agents() == agent
+        assert not server.events("agent.hung")
+
+
+def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
+    password, sentinels = SECRETS
+    echo = f"-ERR unknown command 'AUTH', with args beginning with: '{password}' '{sentinels}' \r\n".encode()
+    with listener(lambda sock: sock.sendall(echo)) as port:
+        query = "?password=hush-hush&sentinel_password=qui%20et%2F"
+        for url in (f"redis://127.0.0.1:{port}/{query}", f"redis+sentinel://127.0.0.1:{port}/name{query}"):
+            with Running(env={"REDIS_URL": url}) as server:
+                lost = server.wait_for("cluster.lost")
+                assert "***" in lost["error.message"]
+                server.stop()
+            assert not re.search("hush|qui.{0,3}et", server.stderr + "".join(server.lines))
+
+
+def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(tmp_path: Path) -> None:
+    with Redis(tmp_path) as redis:
+        wrong = b"*2\r\n$9\r\n127.0.0.1\r\n$1\r\n1\r\n"
+        right = f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(redis.port))}\r\n{redis.port}\r\n".encode()
+        with listener(lambda sock: sock.sendall(wrong)) as liar, listener(lambda sock: sock.sendall(right)) as honest:
+            link = RedisLink(Config(redis_url=f"redis+sentinel://127.0.0.1:{liar},127.0.0.1:{honest}/name"))
+            link._sentinels.sort(key=lambda address: address[1] != liar)
+
+            def answered() -> bool:
+                try:
+                    return link.call("one", "a1", 1, 5, 5000, 500, "", 0, 0).total == 5
+                except OSError:
+                    return False
+                except Exception as error:  # noqa: BLE001 (redis-py's own)
+                    return kind_of(error) != "connection"
+
+            assert not answered()
+            assert answered()
+            link.drop()
+
+
+def test_an_update_on_disk_that_the_agent_cannot_work_with_does_not_end_the_server(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "gserver", tmp_path / "gserver")
+    options = ("--statsd-host", "127.0.0.1")
+    with Running(*options, env={"PYTHONPATH": str(tmp_path)}) as server, server.client() as client:
+        assert client.who() == 1
+        board = tmp_path / "gserver/board.py"
+        text = board.read_text()
+        assert text.count("MAX_COMMANDS = 64") == 1
+        board.write_text(text.replace("MAX_COMMANDS = 64", "MAX_COMMANDS = 65"))
+        (agent,) = until(server.agents, "there is an agent")
+        agent.kill()
+        until(lambda: len(server.events("agent.died")) >= 2, "the next one does not start either", 2 * LIMIT)
+        assert client.who() == 1
+        assert not server.events("server.draining")
