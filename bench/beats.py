@@ -21,6 +21,7 @@ import redis
 
 from gserver.cluster import JITTER
 from gserver.config import Config
+from gserver.membership import Reply
 from gserver.redis_link import SCRIPT, SCRIPT_SHA, RedisLink
 
 SIZES = (3, 300, 3000)
@@ -79,11 +80,13 @@ def script_times(rounds: int = ROUNDS, beats: int = BEATS) -> dict[int, list[flo
 
 def run(sock: socket.socket, commands: list[bytes]) -> None:
     """Send commands, some at a time, and read an answer to each."""
+    sock.settimeout(10)
+    head = f"*{len(Reply._fields)}\r\n".encode()
     for start in range(0, len(commands), 100):
         batch = commands[start : start + 100]
         sock.sendall(b"".join(batch))
         received = b""
-        while received.count(b"*8\r\n") < len(batch) or not received.endswith(b"\r\n"):
+        while received.count(head) < len(batch) or not received.endswith(b"\r\n"):
             received += sock.recv(1 << 20)
             assert b"-ERR" not in received, received[:300]
 
