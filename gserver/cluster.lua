@@ -14,7 +14,6 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function sane(value) return value and value >= 0 and value < 1e15 end
 local function number(value) return tonumber(string.match(value or '', '^%d+') or 0) end
 known = sane(tonumber(known)) and tonumber(known) or 0
-
 local size, leased, entry = redis.pcall('HLEN', members), redis.pcall('ZCARD', leases), redis.pcall('HGET', members, id)
 local kept = redis.pcall('HMGET', state, 'total', 'clock', 'lost_at', 'back', 'beat_at', 'recount_at')
 local total, clock, lost_at, back = tonumber(kept[1]), tonumber(kept[2]), tonumber(kept[3]), tonumber(kept[4])
@@ -24,7 +23,8 @@ local pause = now - (tonumber(kept[5]) or now)
 -- a backup, or of a replica that lagged) are as good as none. All beat again; the clock never goes back.
 local is_sane = size == leased and (holder or not entry) and sane(total) and sane(clock) and sane(lost_at)
 is_sane = is_sane and sane(back) and (size > 0 or total == 0)
-local is_older = is_sane and math.min(known - clock, pause) > 2 * interval
+local is_gone = not holder and answered - 0 > 0 and is_sane and known >= lost_at and clock - known - ttl < 0
+local is_older = is_gone or (is_sane and math.min(known - clock, pause) > 2 * interval)
 if not is_sane or is_older or (holder == incarnation and answered - last_stamp > 0) then
   if size ~= 0 or leased ~= 0 or kept.err or kept[2] then redis.call('DEL', members, leases, state) end
   clock, lost_at = math.max(known + 1, now), math.max(known + 1, now)

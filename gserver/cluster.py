@@ -87,7 +87,7 @@ class Member:
                 self._rivalry.replaceable,
                 *told,
             )
-        self._answered = stamp
+        self._answered = stamp if reply.holder == self._incarnation else 0
         return reply
 
     def _beat(self, count: int) -> None:

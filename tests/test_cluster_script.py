@@ -63,6 +63,8 @@ class Model:
     ) -> Reply:
         before = self.entries.get(member)
         is_older = before is not None and before.incarnation == incarnation and answered > before.stamp
+        # It was told so lately that it was a member that its lease cannot be over.
+        is_older |= before is None and answered > 0 and known >= self.lost_at and self.clock - known < ttl
         if self.beat_at is None or is_older or min(known - self.clock, now - self.beat_at) > 2 * INTERVAL:
             self.lose_all()
             self.clock = self.lost_at = max(known + 1, now)
@@ -338,6 +340,29 @@ def test_a_beat_that_was_carried_out_but_not_answered_is_no_reason_to_drop_anyth
     cluster.beat("one", 1, stamp=10)
     cluster.beat("one", 2, stamp=11, answered=10)
     assert seen(cluster.beat("one", 3, stamp=12, answered=10)) == (23, 2)
+
+
+def test_data_in_which_the_caller_is_missing_though_its_lease_cannot_be_over_are_as_good_as_none(
+    cluster: Cluster,
+) -> None:
+    old = cluster.beat("two", 20)
+    backup = cluster.contents()
+    joined = cluster.beat("one", 1, stamp=10)
+    restore(cluster, backup)
+    reply = cluster.beat("one", 1, stamp=11, answered=10, known=joined.clock)
+    assert seen(reply) == (1, 1)
+    assert reply.lost_at == anew(cluster, joined.clock) > old.lost_at
+    # The other one learns of that loss, and causes no other.
+    cluster.elapse(1000)
+    assert seen(cluster.beat("two", 20, stamp=12, answered=1, known=old.clock)) == (21, 2)
+
+
+def test_who_is_missing_since_its_lease_is_over_drops_nothing(cluster: Cluster) -> None:
+    known = cluster.beat("one", 1, stamp=10).clock
+    for _ in range(TTL_INTERVALS + 1):
+        cluster.elapse(INTERVAL)
+        cluster.beat("two", 20)
+    assert seen(cluster.beat("one", 1, stamp=11, answered=10, known=known)) == (21, 2)
 
 
 def test_the_stamps_of_another_incarnation_say_nothing_of_the_age_of_the_data(cluster: Cluster) -> None:

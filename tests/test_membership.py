@@ -201,6 +201,7 @@ class World:
         self.now = 100.0
         self.stamp = 0
         self.is_judging = True
+        self.unjudged_until = 0.0
         self.units: list[int] = []
         self.servers: list[Server] = []
         for number, period in enumerate(periods):
@@ -240,12 +241,17 @@ class World:
         server.is_deaf, is_deaf = False, server.is_deaf
         if is_deaf:
             return
-        knew_others, before = server.membership.servers > 0, server.membership.remote
+        knew_others, before = server.membership.servers > 0 and server.answered > 0, server.membership.remote
+        if answer.holder != server.incarnation:
+            # An earlier life, which a backup has brought back. What `Rivalry` finds out in two intervals is known here.
+            server.replaced, server.answered, server.membership.remote = answer.holder, 0, answer.total
+            # Until it is, what that life counted is told, and what this one counts is not.
+            self.unjudged_until = self.now + TTL_S
+            return
         server.answered = self.stamp
-        assert answer.holder == server.incarnation
         server.membership.take(answer, server.count)
         remote, units = server.membership.remote, [unit for unit in self.units if unit != server.unit]
-        if knew_others and self.is_judging:
+        if knew_others and self.is_judging and self.now > self.unjudged_until:
             assert remote >= self.least(server, before), "a false dip"
             may_count = sum(unit * server.may_count[unit] for unit in units)
             is_known = by_units(remote, units) <= server.may_count or remote <= may_count
@@ -398,7 +404,8 @@ FAULTS = st.one_of(
 PERIODS_OF_ALL = st.lists(PERIODS, min_size=2, max_size=4)
 
 
-@settings(max_examples=400, deadline=None)
+# The same examples each time. To hunt: without derandomize, and with some thousands of them.
+@settings(max_examples=600, deadline=None, derandomize=True)
 @given(periods=PERIODS_OF_ALL, faults=st.lists(FAULTS, max_size=20))
 def test_whatever_happens_no_count_dips_or_rises_falsely_and_all_are_exact_when_it_is_quiet(
     periods: list[float], faults: list[tuple[Any, ...]]
