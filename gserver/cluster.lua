@@ -24,7 +24,7 @@ local pause = now - (tonumber(kept[5]) or now)
 local is_sane = size == leased and (holder or not entry) and sane(total) and sane(clock) and sane(lost_at)
 is_sane = is_sane and sane(back) and (size > 0 or total == 0)
 local is_gone = not holder and answered - 0 > 0 and is_sane and known >= lost_at and clock - known - ttl < 0
-local is_older = is_gone or (is_sane and math.min(known - clock, pause) > 2 * interval)
+local is_older = (is_gone and pause - interval > 0) or (is_sane and math.min(known - clock, pause) > 2 * interval)
 if not is_sane or is_older or (holder == incarnation and answered - last_stamp > 0) then
   if size ~= 0 or leased ~= 0 or kept.err or kept[2] then redis.call('DEL', members, leases, state) end
   clock, lost_at = math.max(known + 1, now), math.max(known + 1, now)
