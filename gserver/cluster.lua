@@ -41,7 +41,7 @@ local may_write = not holder or holder == replaced or (holder == incarnation and
 if may_write and count == 'leave' then
   drop({id})
 elseif may_write then
-  if not before and known > 0 and known < lost_at then back = back + 1 end
+  if not before and answered - 0 > 0 then back = back + 1 end
   total, holder = total + count - (before or 0), incarnation
   redis.call('HSET', members, id, count .. ' ' .. stamp .. ' ' .. incarnation)
   redis.call('ZADD', leases, clock + ttl, id)

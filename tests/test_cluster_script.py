@@ -79,7 +79,7 @@ class Model:
             if count == "leave":
                 self.entries.pop(member, None)
             else:
-                if not before and 0 < known < self.lost_at:
+                if not before and answered > 0:
                     self.back.append(incarnation)
                 self.entries[member] = Entry(int(count), stamp, incarnation, self.clock + ttl)
                 holder = incarnation
@@ -108,11 +108,13 @@ class Cluster:
         stamp: int | None = None,
         replaced: str = "",
         times: tuple[int, int] = (TTL, INTERVAL),
-        answered: int = 0,
+        answered: int | None = None,
         known: int = 0,
     ) -> Reply:
+        """Who knows of the clock has been answered before, with its first beat if nothing else is said."""
         self.stamp += 1
         stamp = self.stamp if stamp is None else stamp
+        answered = int(known > 0) if answered is None else answered
         arguments = [member, incarnation, stamp, count, *times, replaced, answered, known]
         return Reply(*self.run(keys=KEYS, args=arguments))
 
@@ -275,6 +277,14 @@ def test_it_is_told_how_many_are_back_since_data_was_lost_and_newcomers_are_not_
         replies.append(cluster.beat(member, 1, known=replies[-1].clock if told is None else told))
     assert [(reply.servers, reply.back) for reply in replies] == [(1, 1), (2, 2), (2, 2), (3, 2), (3, 2), (4, 3)]
     assert len({reply.lost_at for reply in replies}) == 1
+
+
+def test_who_comes_over_later_from_the_primary_before_is_back_too(cluster: Cluster) -> None:
+    known = cluster.beat("one", 1).clock
+    cluster.beat("two", 20)
+    cluster.redis.flushall()
+    reply = cluster.beat("one", 1, known=known)
+    assert cluster.beat("two", 20, answered=1, known=reply.lost_at + 1000).back == reply.back + 1 == 2
 
 
 def test_a_return_whose_answer_was_lost_is_counted_once(cluster: Cluster) -> None:
