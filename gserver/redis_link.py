@@ -8,6 +8,7 @@ import hashlib
 import random
 import re
 import socket
+from collections import deque
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -70,7 +71,7 @@ class RedisLink:
 
     def __init__(self, config: Config) -> None:
         self._url = url = RedisUrl.parse(config.redis_url)
-        self._sentinels = random.sample(url.hosts, len(url.hosts)) or [("", 0)]
+        self._sentinels = deque(random.sample(url.hosts, len(url.hosts)))
         self._primary = ("", 0)
         self._check_at = 0.0
         # Within a TTL all servers have found the new primary, so nobody's lease is over there.
@@ -117,7 +118,7 @@ class RedisLink:
         except BaseException:
             self.drop()
             # What a Sentinel has named may be what is wrong: another one is asked next.
-            self._sentinels.append(self._sentinels.pop(0))
+            self._sentinels.rotate(-1)
             raise
 
     def explain(self, error: BaseException) -> str:
@@ -150,7 +151,7 @@ class RedisLink:
                 return self._ask_sentinel(host, port)
             except (redis.RedisError, OSError) as error:
                 reasons.append(f"{host}:{port}: {error}")
-                self._sentinels.append(self._sentinels.pop(0))
+                self._sentinels.rotate(-1)
         raise NoPrimary("no Sentinel names a primary: " + "; ".join(reasons))
 
     def _ask_sentinel(self, host: str, port: int) -> tuple[str, int]:
@@ -172,5 +173,5 @@ class RedisLink:
         try:
             return self._ask_sentinel(*self._sentinels[0]) != known
         except (redis.RedisError, OSError):
-            self._sentinels.append(self._sentinels.pop(0))
+            self._sentinels.rotate(-1)
             return False

@@ -101,7 +101,8 @@ def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(tmp_path: P
         right = f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(redis.port))}\r\n{redis.port}\r\n".encode()
         with listener(lambda sock: sock.sendall(wrong)) as liar, listener(lambda sock: sock.sendall(right)) as honest:
             link = RedisLink(Config(redis_url=f"redis+sentinel://127.0.0.1:{liar},127.0.0.1:{honest}/name"))
-            link._sentinels.sort(key=lambda address: address[1] != liar)
+            while link._sentinels[0][1] != liar:
+                link._sentinels.rotate()
 
             def answered() -> bool:
                 try:
