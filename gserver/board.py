@@ -85,6 +85,7 @@ class Board:
         #: The agent's: the cells as they were when it last sent them, from where one that follows it goes on.
         self.sent = memory[end : 2 * end].cast("q")
         self._names = memory[2 * end :]
+        self._clients = self.cells[_FIRST : _FIRST + slots]
         self._remote = self.single["remote"]
 
     @classmethod
@@ -104,12 +105,12 @@ class Board:
         return cls(fd, slots)
 
     def clients(self) -> int:
-        """Clients connected to all workers now. One slice, since the cells of a name lie together."""
-        return sum(self.cells[_FIRST : _FIRST + self.slots])
+        """Clients connected to all workers now."""
+        return sum(self._clients)
 
     def everybody(self) -> int:
         """Clients of the whole cluster: those of this server now, and those of the others as last known."""
-        return sum(self.cells[_FIRST : _FIRST + self.slots]) + self.cells[self._remote]
+        return sum(self._clients) + self.cells[self._remote]
 
     def get(self, name: str) -> int:
         """Return the value of a cell of the supervisor's or the agent's."""

@@ -6,7 +6,6 @@ Owns the two ends of the count, `admit` and `release`; who calls the one owes th
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import monotonic, monotonic_ns
-from typing import Any
 
 from gserver.board import Board
 from gserver.commands import Command, Service
@@ -31,7 +30,6 @@ class Clientele:
         self.bursts = board.cell("bursts", slot)
         self.service_ns = board.cell("service_ns", slot)
         self.refusals = {refusal: board.cell(f"refused.{refusal.name}", slot) for refusal in REFUSALS}
-        self.connections: set[Any] = set()  # of Connection, which stands above this module
         self.is_draining = False
         self.drain_started_at = 0.0
 
@@ -56,22 +54,10 @@ class Clientele:
         """Count a refusal."""
         self.cells[self.refusals[refusal]] += 1
 
-    def close_idle(self, now: float) -> None:
-        """Close who has been idle too long. One such sweep now and then costs less than a timer for each command."""
-        for connection in self.connections:
-            if connection.was_active or not connection.receiver.is_waiting:
-                connection.was_active = False
-                connection.idle_since = now
-            elif now - connection.idle_since >= self.config.idle_timeout_seconds:
-                connection.is_overstayed = True
-                connection.receiver.interrupt()
-
     def drain(self) -> None:
-        """Let every client go as soon as what it has sent is answered."""
+        """From now on every client is to go as soon as what it has sent is answered."""
         self.is_draining = True
         self.drain_started_at = monotonic()
-        for connection in self.connections:
-            connection.receiver.interrupt()
 
 
 def _who(config: Config, board: Board) -> Callable[[], int]:

@@ -39,14 +39,18 @@ class Command:
     cell: int = -1
 
     def answer(self, service: Service) -> bytes:
-        """Return the reply line, LF included. Raises what the handler raises, and ValueError for a bad reply."""
-        reply = self.handler(service)
-        if not isinstance(reply, str | int):
-            raise TypeError(f"the reply of {self.name} is neither str nor int but {type(reply).__name__}")
-        line = str(reply)
-        if not line.isprintable():
-            raise ValueError(f"the reply of {self.name} is not one printable line")
-        return line.encode("ascii") + b"\n"
+        """Return the reply as a line. Raises what the handler raises, and what `line` does."""
+        return line(self.handler(service))
+
+
+def line(reply: str | int) -> bytes:
+    """Return the reply as a line, LF included; raise TypeError or ValueError for one that cannot be."""
+    if not isinstance(reply, str | int):
+        raise TypeError(f"a reply is a str or an int, not {type(reply).__name__}")
+    text = str(reply)
+    if not text.isprintable():
+        raise ValueError("a reply is one printable line")
+    return text.encode("ascii") + b"\n"
 
 
 def command(name: str, *, may_block: bool = True) -> Callable[[Handler], Command]:

@@ -92,12 +92,18 @@ class Config:
         "", LISTENING, "What WHERE answers [default: a new UUID].", parse=parse_server_id, metavar="ID"
     )
     max_clients: int = _option(10000, CLIENTS, "Clients at once, over all workers.", minimum=1, maximum=10_000_000)
-    max_line_bytes: int = _option(1024, CLIENTS, "Longest line, its ending not counted.", minimum=1, maximum=65536)
+    max_line_bytes: int = _option(1024, CLIENTS, "Longest line, its ending not counted.", minimum=5, maximum=65536)
     line_timeout_seconds: float = _option(10.0, CLIENTS, "Time from a line's first byte to its end; 0 = no limit.")
     idle_timeout_seconds: float = _option(0.0, CLIENTS, "Time a client may say nothing; 0 = no limit.")
     write_timeout_seconds: float = _option(10.0, CLIENTS, "Time a client may leave its replies unread; 0 = no limit.")
     unterminated_after_seconds: float = _option(
         0.1, CLIENTS, "Silence after which a whole command without its newline is answered; 0 = never."
+    )
+    client_greenlets: str = _option(
+        "when-needed",
+        CLIENTS,
+        "When a client has a greenlet: while something may block, or always (slower; the replies are the same).",
+        choices=("when-needed", "always"),
     )
     drain_timeout_seconds: float = _option(
         4.0, STOPPING, "Time from a stop to the exit, at most; what is busy then is cut off."

@@ -68,13 +68,16 @@ class Grammar(Generic[C]):
 
 
 class Parser(Generic[C]):
-    """One client's side of the conversation. After an item that closes, nothing more comes out."""
+    """One client's side of the conversation. After an item that closes, nothing more comes out.
+
+    `is_first`: whether the client has yet to send its first line, which may be a request of HTTP.
+    """
 
     __slots__ = ("_grammar", "_is_closed", "_is_first", "partial")
 
-    def __init__(self, grammar: Grammar[C]) -> None:
+    def __init__(self, grammar: Grammar[C], *, is_first: bool = True) -> None:
         self._grammar = grammar
-        self._is_first = True
+        self._is_first = is_first
         self._is_closed = False
         #: The bytes of a line that has begun and not ended.
         self.partial = b""

@@ -31,6 +31,7 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "idle_timeout_seconds": ("GSERVER_IDLE_TIMEOUT", "1e3", 1000.0),
     "write_timeout_seconds": ("GSERVER_WRITE_TIMEOUT", "2.5", 2.5),
     "unterminated_after_seconds": ("GSERVER_UNTERMINATED_AFTER", "0.25", 0.25),
+    "client_greenlets": ("GSERVER_CLIENT_GREENLETS", "always", "always"),
     "drain_timeout_seconds": ("GSERVER_DRAIN_TIMEOUT", "3", 3.0),
     "drain_delay_seconds": ("GSERVER_DRAIN_DELAY", "1", 1.0),
     "hang_timeout_seconds": ("GSERVER_HANG_TIMEOUT", "0", 0.0),

@@ -631,7 +631,7 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
             ("board.py", '    "remote",  # clients', '    "told",\n    "remote",  # clients'),
             (
                 "board.py",
-                "return sum(self.cells[_FIRST : _FIRST + self.slots]) + self.cells[self._remote]",
+                "return sum(self._clients) + self.cells[self._remote]",
                 "return self.get('told') + self.cells[self._remote]",
             ),
             (

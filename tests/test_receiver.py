@@ -1,5 +1,6 @@
 """How a connection waits for bytes, with real socket pairs under gevent's loop, in this process, unpatched."""
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -7,7 +8,6 @@ from typing import Any, cast
 
 import gevent
 import pytest
-from gevent import socket
 
 from gserver.receiver import BURST_BYTES, Receiver
 from tests.running import LIMIT, PATIENCE
@@ -21,6 +21,7 @@ LONG = LIMIT
 def pair() -> Iterator[tuple[Receiver, socket.socket]]:
     """A receiver, and the socket of its peer."""
     ours, theirs = socket.socketpair()
+    ours.setblocking(False)
     with closing(ours), closing(theirs), closing(Receiver(ours)) as receiver:
         yield receiver, theirs
 
@@ -204,6 +205,7 @@ def test_the_end_of_input_ends_a_wait() -> None:
 @pytest.mark.parametrize("timeout", [None, LONG, 0])
 def test_a_broken_connection_raises(timeout: float | None) -> None:
     ours, theirs = socket.socketpair()
+    ours.setblocking(False)
     with closing(ours), closing(Receiver(ours)) as receiver:
         ours.sendall(b"unread, so that closing is a reset")
         theirs.close()
@@ -244,6 +246,7 @@ def test_a_receiver_that_is_closed_leaves_nothing_in_the_loop_and_its_socket_ope
     loop = cast(Any, gevent.get_hub().loop)
     before = loop.activecnt
     ours, theirs = socket.socketpair()
+    ours.setblocking(False)
     with closing(ours), closing(theirs):
         receiver = Receiver(ours)
         theirs.sendall(b"WHO\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import PATIENCE, Client, Running, limited, stopped, until
+from tests.running import CLIENT_GREENLETS, PATIENCE, Client, Running, limited, stopped, until
 
 TURNED_AWAY = b"ERR too many clients\n"
 
@@ -47,9 +47,16 @@ def held(service):
     files = len(os.listdir("/proc/self/fd"))
     return f"{greenlets} greenlets, {files} files, {gevent.get_hub().loop.activecnt} watchers"
 
+def is_tcp(fd):
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            return sock.family == socket.AF_INET and sock.type == socket.SOCK_STREAM
+    except OSError:
+        return False
+
 @command("OPTIONS")
 def options(service):
-    accepted = [item for item in gc.get_objects() if type(item).__name__ == "socket" and item.fileno() >= 0]
+    accepted = [socket.socket(fileno=os.dup(int(fd))) for fd in os.listdir("/proc/self/fd") if is_tcp(int(fd))]
     tcp = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT, socket.TCP_NODELAY)
     found = {
         (one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), *(one.getsockopt(socket.IPPROTO_TCP, o) for o in tcp))
@@ -181,8 +188,13 @@ def figures(daemon: socket.socket) -> Counter[str]:
                 sums[name.removeprefix("gserver.")] += int(value)
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(1, 0), (2, 0), (2, 1)])
-def test_who_is_exact_after_10000_clients_that_went_in_all_ways(tmp_path: Path, workers: int, kills: int) -> None:
+@pytest.mark.parametrize(
+    ("greenlets", "workers", "kills"),
+    [("when-needed", 1, 0), ("when-needed", 2, 0), ("when-needed", 2, 1), ("always", 1, 0)],
+)
+def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
+    tmp_path: Path, greenlets: str, workers: int, kills: int
+) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")  # noqa: T201 (shown when the test fails)
     chance = random.Random(seed)
@@ -205,7 +217,7 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(tmp_path: Path, 
         daemon.bind(("127.0.0.1", 0))
         statsd = ("--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1]))
         options = ("--workers", str(workers), "--max-clients", "24", "--line-timeout", "0.3")
-        with start(tmp_path, *options, *statsd) as server:
+        with start(tmp_path, *options, *statsd, "--client-greenlets", greenlets) as server:
             server.wait_for("worker.ready", workers)
             server.wait_for("agent.ready")
             with ThreadPoolExecutor(at_once) as pool:
@@ -239,9 +251,11 @@ def test_who_has_connected_before_a_who_is_sent_is_in_its_answer(server: Running
             assert asker.line() == b"%d\n" % (10 * crowd + 1)
 
 
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, workers: int) -> None:
-    with start(tmp_path, "--workers", str(workers), "--max-clients", "30") as server, ExitStack() as stack:
+def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, workers: int, greenlets: str) -> None:
+    options = ("--workers", str(workers), "--max-clients", "30", "--client-greenlets", greenlets)
+    with start(tmp_path, *options) as server, ExitStack() as stack:
         server.wait_for("worker.ready", workers)
         clients = []
         for count in range(1, 31):
@@ -262,10 +276,12 @@ def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, worker
             assert other.rest() == TURNED_AWAY
 
 
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("most", [10, 36])
-def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(tmp_path: Path, most: int) -> None:
+def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(tmp_path: Path, most: int, greenlets: str) -> None:
     """With the files that this worker may open, 36 clients are as many as it can have."""
-    with start(tmp_path, "--max-clients", str(most), command=limited(100)) as server, ExitStack() as stack:
+    options = ("--max-clients", str(most), "--client-greenlets", greenlets)
+    with start(tmp_path, *options, command=limited(100)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(most)]
         assert clients[-1].who() == most
         began = time.monotonic()
@@ -325,8 +341,10 @@ def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) ->
         assert not server.events("worker.died")
 
 
-def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -> None:
-    with start(tmp_path, "--max-clients", "24", "--line-timeout", "0.3") as server, server.client() as client:
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
+def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path, greenlets: str) -> None:
+    options = ("--max-clients", "24", "--line-timeout", "0.3", "--client-greenlets", greenlets)
+    with start(tmp_path, *options) as server, server.client() as client:
         ways = 10 * [way for way, (often, _) in WAYS.items() for _ in range(often)]
         with ThreadPoolExecutor(30) as pool:
             became = set(pool.map(lambda way: go(server, way, "127.0.0.2"), ways))
@@ -339,6 +357,7 @@ def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -
 def held(client: Client) -> bytes:
     """What the worker holds for this client when it is alone."""
     until(lambda: client.who() == 1, "the others are gone")
+    client.ask(b"HELD")  # It has a greenlet now, which waits again when it asks once more.
     return client.ask(b"HELD")
 
 

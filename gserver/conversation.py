@@ -1,0 +1,213 @@
+"""A client that has a greenlet, in plain blocking code: receive, feed the parser, answer, send.
+
+Owns the client's deadlines.
+"""
+
+import math
+import socket
+import struct
+from collections.abc import Sequence
+from time import monotonic, perf_counter_ns
+
+import gevent
+from gevent.socket import wait_read, wait_write
+
+from gserver import logs
+from gserver.clientele import Clientele
+from gserver.commands import Command
+from gserver.connection import Connection
+from gserver.errors import ClusterUnavailable
+from gserver.protocol import CLUSTER_UNAVAILABLE, IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
+from gserver.receiver import Receiver
+
+#: At a drain, a client that has just connected, or whose line is still on its way, has so long to say it.
+DRAIN_GRACE_SECONDS = 0.5
+#: After the last word, how long to wait for the client's own end, so that no reset overtakes that word.
+LINGER_SECONDS = 1.0
+
+
+class Conversation:
+    """From when a client wakes until it rests again or is let go."""
+
+    __slots__ = ("_clientele", "_connection", "_is_ended", "_line_deadline", "_parser", "_receiver", "rests")
+
+    def __init__(self, connection: Connection, clientele: Clientele) -> None:
+        self._connection = connection
+        self._clientele = clientele
+        self._receiver = Receiver(connection.sock)
+        self._parser: Parser[Command] = Parser(clientele.grammar, is_first=not connection.has_spoken)
+        self._line_deadline = math.inf
+        self._is_ended = False
+        #: Whether the client is to rest now: else it has left, or is to be closed.
+        self.rests = False
+
+    def run(self, data: bytes | None, unsent: bytes) -> Refusal | None:
+        """Serve the client until it `rests` or is let go; return for what it was turned out, None for nothing.
+
+        Begins with what is still to be sent and what has been received (None: look whether there is something).
+        """
+        try:
+            self._send(unsent)
+            return self._converse(self._receiver.receive(0) if data is None else data)
+        except _SlowReader:
+            # What the kernel holds for the client would stay for minutes; closing with a reset drops it.
+            self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._clientele.refuse(SLOW_READER)
+            self._is_ended = True
+            return SLOW_READER
+        except OSError:
+            self._is_ended = True  # It is gone, and cannot be told anything.
+            return None
+        finally:
+            self._receiver.close()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for the client to say something."""
+        return self._receiver.is_waiting
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether there is nothing to do but to wait for a new line."""
+        is_needed = self._parser.partial or self._clientele.is_draining
+        return not is_needed and self._clientele.config.client_greenlets == "when-needed"
+
+    def interrupt(self) -> None:
+        """Have it look, if it waits, what there is to be done but that."""
+        self._receiver.interrupt()
+
+    def close(self) -> None:
+        """Close the socket: at once when the client has ended, else so that it reads what it was told."""
+        if self._is_ended:
+            self._connection.sock.close()
+        else:
+            close_cleanly(self._connection.sock)
+
+    def _converse(self, data: bytes | None) -> Refusal | None:
+        clientele, connection, parser = self._clientele, self._connection, self._parser
+        while True:
+            started = perf_counter_ns()
+            if data:
+                connection.is_overstayed = False
+                if not parser.partial or b"\n" in data:
+                    self._line_deadline = math.inf  # What is left of it, if anything, is a new line.
+                items: Sequence[Command | Refusal] = parser.feed(data)
+            elif data is None:
+                items = self._take_silence()
+                if not items and self._is_over():
+                    return None
+            else:
+                self._is_ended = True
+                return self._answer(parser.end())
+            refusal = self._answer(items)
+            if refusal is not None:
+                return refusal
+            if data:
+                connection.quiet_since = monotonic()
+            if items:
+                connection.has_spoken = True
+                clientele.cells[clientele.bursts] += 1
+                clientele.cells[clientele.service_ns] += perf_counter_ns() - started
+            data = self._receiver.receive(self._patience() if parser.partial or clientele.is_draining else None)
+
+    def _is_over(self) -> bool:
+        """Whether a client that says nothing is to leave, for a drain, or to rest."""
+        if self._clientele.is_draining:
+            return self._leaves_at() <= monotonic()
+        self.rests = self.may_rest
+        return self.rests
+
+    def _patience(self) -> float | None:
+        """How many seconds to wait for more: to the end of the line, or of the drain's grace; None = any time."""
+        clientele, config, now = self._clientele, self._clientele.config, monotonic()
+        patience = self._leaves_at() - now if clientele.is_draining else math.inf
+        if self._parser.partial:
+            if self._line_deadline == math.inf and config.line_timeout_seconds:
+                self._line_deadline = now + config.line_timeout_seconds
+            patience = min(patience, self._line_deadline - now)
+            if config.unterminated_after_seconds and self._parser.is_complete:
+                patience = min(patience, config.unterminated_after_seconds)
+        return None if patience == math.inf else patience
+
+    def _leaves_at(self) -> float:
+        """When a drain lets this client go, if it says nothing more."""
+        if self._parser.partial:
+            return self._clientele.drain_started_at + DRAIN_GRACE_SECONDS
+        return 0.0 if self._connection.has_spoken else self._connection.quiet_since + DRAIN_GRACE_SECONDS
+
+    def _take_silence(self) -> Sequence[Command | Refusal]:
+        """Nothing came in time: return what that means."""
+        clientele = self._clientele
+        if self._connection.is_overstayed:
+            return [IDLE]
+        if self._parser.partial and self._line_deadline <= monotonic():
+            return [TOO_SLOW]
+        return self._parser.silence() if clientele.config.unterminated_after_seconds or clientele.is_draining else []
+
+    def _answer(self, items: Sequence[Command | Refusal]) -> Refusal | None:
+        """Answer in order; return the refusal that ends the conversation, if one does."""
+        clientele, cells = self._clientele, self._clientele.cells
+        replies: list[bytes] = []
+        for item in items:
+            if isinstance(item, Command):
+                if item.may_block:
+                    self._send(b"".join(replies))  # Nobody waits for a reply that is ready.
+                    replies = []
+                    gevent.sleep(0)  # Others have their turn between two that take long.
+                try:
+                    replies.append(item.answer(clientele.service))
+                    cells[item.cell] += 1
+                    continue
+                except gevent.GreenletExit:
+                    raise  # The worker is ending.
+                except ClusterUnavailable:
+                    item = CLUSTER_UNAVAILABLE  # noqa: PLW2901
+                except BaseException as error:  # noqa: BLE001 (somebody else's code: it ends its command, no more)
+                    message = f"the handler of {item.name} raised {type(error).__name__}"
+                    logs.complain("command.failed", message, {"gserver.command": item.name, **logs.error_fields(error)})
+                    item = INTERNAL  # noqa: PLW2901
+            clientele.refuse(item)
+            replies.append(item.reply)
+            if item.closes:
+                self._send(b"".join(replies))
+                return item
+        self._send(b"".join(replies))
+        return None
+
+    def _send(self, data: bytes) -> None:
+        """Send, waiting for a slow reader as long as it may take; nothing is read from it meanwhile."""
+        if not data:
+            return
+        sock, seconds, deadline = self._connection.sock, self._clientele.config.write_timeout_seconds, 0.0
+        rest = memoryview(data)
+        while True:
+            try:
+                rest = rest[sock.send(rest) :]
+                if not rest:
+                    return
+            except BlockingIOError:
+                pass
+            now = monotonic()
+            deadline = deadline or (now + seconds if seconds else math.inf)
+            if now >= deadline:
+                raise _SlowReader
+            wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
+
+
+class _SlowReader(Exception):
+    """The client has not read its replies in time."""
+
+
+def close_cleanly(sock: socket.SocketType) -> None:
+    """Close so that the client reads the last word and then an end, not a reset: wait for its own end a little."""
+    deadline = monotonic() + LINGER_SECONDS
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        while (left := deadline - monotonic()) > 0:
+            wait_read(sock.fileno(), left)
+            if not sock.recv(65536):
+                break
+    except OSError:
+        pass
+    finally:
+        sock.close()

@@ -1,0 +1,633 @@
+"""The wire on real sockets: the table again, deadlines, closings, slow and greedy clients, and everyday programs."""
+
+import os
+import pty
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests import wire_cases as wire
+from tests.running import CLIENT_GREENLETS, LIMIT, PATIENCE, Client, Running, program, until
+from tests.wire_cases import CASES, Case
+
+#: Of the servers below, in seconds.
+UNTERMINATED_AFTER = 1.0
+LINE_TIMEOUT = 1.0
+WRITE_TIMEOUT = 2.0
+IDLE_TIMEOUT = 1.0
+NAP = 1.5
+MAX_CLIENTS = 8
+
+NAPS = f"""
+import sys
+import time
+import gevent
+from gserver.commands import command
+
+@command("NAP")
+def nap(service):
+    time.sleep({NAP})
+    return "rested"
+
+@command("BOOM")
+def boom(service):
+    raise RuntimeError("no secret of mine")
+
+@command("LEAVE")
+def leave(service):
+    sys.exit(3)
+
+@command("LATE")
+def late(service):
+    with gevent.Timeout(0.01):
+        time.sleep(60)
+
+@command("LINES")
+def lines(service):
+    return "one\\ntwo"
+
+@command("LARGE")
+def large(service):
+    return "x" * 20_000_000
+
+@command("WHOAMI")
+def who_am_i(service):
+    return "you"
+"""
+
+
+@pytest.fixture(scope="module", params=CLIENT_GREENLETS)
+def greenlets(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The option that says when a client has a greenlet: all here is true of both."""
+    return "--client-greenlets", request.param
+
+
+@pytest.fixture(scope="module")
+def server(greenlets: tuple[str, str]) -> Iterator[Running]:
+    """A server as it is without options."""
+    with Running(*greenlets) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def here(greenlets: tuple[str, str]) -> Iterator[Running]:
+    """The server of the table. It is more patient than usual, so that no pause of this machine is a silence."""
+    options = ("--server-id", wire.SERVER_ID, "--unterminated-after", str(UNTERMINATED_AFTER))
+    with Running(*greenlets, *options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a module of commands."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "naps.py").write_text(NAPS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def strict(folder: Path, greenlets: tuple[str, str]) -> Iterator[Running]:
+    """A server with short deadlines and few places, that never answers an unterminated command."""
+    timeouts = ("--line-timeout", str(LINE_TIMEOUT), "--write-timeout", str(WRITE_TIMEOUT), "--unterminated-after", "0")
+    with Running(*greenlets, *timeouts, "--max-clients", str(MAX_CLIENTS), "--commands", "naps", cwd=folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def napping(folder: Path, greenlets: tuple[str, str]) -> Iterator[Running]:
+    """A server that closes idle clients."""
+    with Running(*greenlets, "--commands", "naps", "--idle-timeout", str(IDLE_TIMEOUT), cwd=folder) as running:
+        yield running
+
+
+def wait_until_alone(server: Running) -> None:
+    """Wait until the clients of earlier tests are counted out."""
+    with server.client() as client:
+        until(lambda: client.who() == 1, "all other clients are gone")
+        client.end()  # Whoever has read the end is counted out already.
+
+
+def is_readable(client: Client, within: float = 0) -> bool:
+    """Whether the server says anything, or closes, in that time."""
+    return bool(select.select([client.sock], [], [], within)[0])
+
+
+@contextmanager
+def held_up(server: Running) -> Iterator[None]:
+    """The worker stands still, as on a machine that has no time for it."""
+    [worker] = server.workers()
+    worker.suspend()
+    try:
+        yield
+    finally:
+        worker.resume()
+
+
+# The table.
+
+every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+short_cases = [case for case in CASES if 1 < len(case.sent) < 50][::4]
+
+
+@every_case
+def test_a_case_and_the_end_of_input_have_their_replies_and_a_clean_end(here: Running, case: Case) -> None:
+    with here.client() as client:
+        client.send(case.sent)
+        assert client.end() == case.replies
+
+
+@every_case
+def test_a_case_and_a_newline_have_their_replies_and_leave_the_connection_as_the_table_says(
+    here: Running, case: Case
+) -> None:
+    with here.client() as client:
+        client.send(case.sent + b"\n")
+        assert b"".join(client.line() for _ in range(case.replies.count(b"\n"))) == case.replies
+        if case.stays_open:
+            assert client.ask(b"WHY") == b"42"
+            assert client.end() == b""
+        else:
+            assert client.rest() == b""
+
+
+@pytest.mark.parametrize("case", short_cases, ids=[case.name for case in short_cases])
+def test_a_case_sent_in_single_bytes_has_the_same_replies(here: Running, case: Case) -> None:
+    with here.client() as client:
+        client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(len(case.sent)):
+            client.send(case.sent[at : at + 1])
+        assert client.end() == case.replies
+
+
+def test_the_end_of_input_has_everything_answered_and_then_a_clean_end(server: Running) -> None:
+    with server.client() as client:
+        client.send(b"WHY\nNOPE\n" * 10_000 + b"why")
+        assert client.end() == b"42\nERR unknown command\n" * 10_000 + b"42\n"
+
+
+# Without a newline.
+
+
+@pytest.mark.parametrize("command", [b"WHY", b"why", b" Why\t", b"WHY\r"])
+def test_an_unterminated_command_is_answered_after_a_tenth_of_a_second(server: Running, command: bytes) -> None:
+    with server.client() as client:
+        began = time.monotonic()
+        client.send(command)
+        assert client.line() == b"42\n"
+        assert 0.08 <= time.monotonic() - began < 0.1 + PATIENCE
+        # The newline that comes late is a blank line.
+        client.send(b"\r\n")
+        assert client.ask(b"NOPE") == b"ERR unknown command"
+        assert client.end() == b""
+
+
+def test_a_reply_does_not_wait_for_the_unterminated_command_behind_it(here: Running) -> None:
+    with here.client() as client:
+        client.send(b"WHERE\nWHY")
+        assert client.line() == b"here\n"
+        assert not is_readable(client, 0.1)
+        assert client.line() == b"42\n"
+
+
+def test_blanks_and_a_silence_are_no_part_of_the_next_line(server: Running) -> None:
+    with server.client() as client:
+        client.send(b" " * 10)
+        assert not is_readable(client, 0.3)
+        assert client.ask(b"x" * wire.LIMIT_BYTES) == b"ERR unknown command"
+
+
+def test_what_is_no_command_is_not_answered_without_its_newline(server: Running) -> None:
+    with server.client() as client:
+        client.send(b"WHOEVER")
+        assert not is_readable(client, 0.3)
+        client.send(b"\n")
+        assert client.line() == b"ERR unknown command\n"
+
+
+def test_a_command_that_begins_another_is_not_answered_without_its_newline(napping: Running) -> None:
+    with napping.client() as client:
+        client.send(b"WHO")
+        assert not is_readable(client, 0.3)
+        client.send(b"AMI")
+        assert client.line() == b"you\n"
+
+
+def test_a_line_that_goes_on_while_the_worker_is_held_up_is_one_line(here: Running) -> None:
+    with here.client() as client:
+        client.send(b"WHERE")
+        assert not is_readable(client, 0.1)
+        with held_up(here):
+            client.send(b"VER\n")
+            time.sleep(UNTERMINATED_AFTER)
+        assert client.line() == b"ERR unknown command\n"
+        assert client.end() == b""
+
+
+# Deadlines.
+
+
+def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(strict: Running) -> None:
+    [worker] = strict.workers()
+    used = sum(worker.cpu_times()[:2])
+    with strict.client() as client:
+        began = time.monotonic()
+        client.send(b"WHY")
+        assert client.line() == b"ERR too slow\n"
+        assert LINE_TIMEOUT * 0.9 <= time.monotonic() - began < LINE_TIMEOUT + PATIENCE
+        assert client.rest() == b""
+    assert sum(worker.cpu_times()[:2]) - used < LINE_TIMEOUT / 5  # The worker has waited, not asked again and again.
+
+
+def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict: Running) -> None:
+    with strict.client() as client:
+        began = time.monotonic()
+        count = 0
+        while not is_readable(client, 0.05):
+            assert time.monotonic() - began < LINE_TIMEOUT + PATIENCE
+            client.send(b"x")
+            count += 1
+        assert time.monotonic() - began >= LINE_TIMEOUT * 0.9
+        assert count >= 3
+        assert client.rest() == b"ERR too slow\n"
+
+
+def test_each_line_has_its_own_time(strict: Running) -> None:
+    with strict.client() as client:
+        for piece in (b"WH", b"Y\nWH", b"Y\n  "):
+            client.send(piece)
+            time.sleep(LINE_TIMEOUT * 0.6)
+        client.send(b"WHY\n")
+        assert client.end() == b"42\n42\n42\n"
+
+
+@pytest.mark.parametrize("said", [b"", b"WHY\n"], ids=["ever", "any more"])
+def test_who_says_nothing_is_idle(napping: Running, said: bytes) -> None:
+    with napping.client() as client:
+        began = time.monotonic()
+        client.send(said)
+        assert client.rest() == (b"42\n" if said else b"") + b"ERR idle\n"
+        assert IDLE_TIMEOUT * 0.9 <= time.monotonic() - began < IDLE_TIMEOUT + 1 + PATIENCE
+
+
+def test_who_speaks_now_and_then_is_not_idle(napping: Running) -> None:
+    with napping.client() as client:
+        for _ in range(8):
+            assert client.ask(b"WHY") == b"42"
+            assert not is_readable(client, IDLE_TIMEOUT / 4)
+
+
+def test_time_in_a_handler_is_not_idle_time(napping: Running) -> None:
+    assert NAP > IDLE_TIMEOUT
+    with napping.client() as client:
+        assert client.ask(b"NAP") == b"rested"
+        assert not is_readable(client, IDLE_TIMEOUT / 2)
+        client.send(b"WHY")  # Without a newline, a silence ends it: it must not be taken for an idle one.
+        assert client.line() == b"42\n"
+        assert client.ask(b"WHY") == b"42"
+
+
+def test_who_speaks_while_the_worker_is_held_up_is_not_idle(napping: Running) -> None:
+    with napping.client() as client:
+        assert client.ask(b"WHY") == b"42"
+        assert not is_readable(client, IDLE_TIMEOUT / 2)  # It has been silent for a while, though not for too long.
+        with held_up(napping):
+            client.send(b"WHY\n")
+            time.sleep(IDLE_TIMEOUT * 1.5)
+        assert client.line() == b"42\n"
+        client.send(b"WHY")  # Nor is the silence that ends this one an idle one.
+        assert client.line() == b"42\n"
+
+
+# Closings: the last line is read in full, and then a clean end. A reset would raise ConnectionResetError.
+
+MUCH = b"more\n" * 200_000
+
+
+def test_a_line_too_long_is_told_and_ended_cleanly_although_much_more_comes(server: Running) -> None:
+    with server.client() as client:
+        client.send(b"WHY\n" + b"x" * 2000 + MUCH)
+        assert client.rest() == b"42\nERR line too long\n"
+
+
+def test_a_line_too_slow_is_told_and_ended_cleanly_although_much_more_comes(strict: Running) -> None:
+    with strict.client() as client:
+        client.send(b"x")
+        assert is_readable(client, LIMIT)
+        client.send(MUCH)
+        assert client.rest() == b"ERR too slow\n"
+
+
+def test_an_idle_client_is_told_and_ended_cleanly_although_much_more_comes(napping: Running) -> None:
+    with napping.client() as client:
+        assert is_readable(client, LIMIT)
+        client.send(MUCH)
+        assert client.rest() == b"ERR idle\n"
+
+
+def test_a_client_too_many_is_told_and_ended_cleanly_although_much_more_comes(strict: Running) -> None:
+    wait_until_alone(strict)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(strict.client()) for _ in range(MAX_CLIENTS)]
+        assert clients[-1].who() == MAX_CLIENTS
+        with strict.client() as client:
+            client.send(MUCH)
+            assert client.rest() == b"ERR too many clients\n"
+        assert clients[0].who() == MAX_CLIENTS
+
+
+def test_a_request_like_http_is_ended_cleanly_although_much_more_comes(server: Running) -> None:
+    with server.client() as client:
+        client.send(b"POST / HTTP/1.1\r\n" + MUCH)
+        assert client.rest() == b""
+
+
+def test_a_line_of_10_mb_is_refused_and_not_kept(server: Running) -> None:
+    [worker] = server.workers()
+    before = most = worker.memory_info().rss
+    with server.client() as client:
+        for _ in range(40):
+            client.send(b"x" * 250_000)
+            most = max(most, worker.memory_info().rss)
+        assert client.rest() == b"ERR line too long\n"
+    assert most - before < 2_000_000
+
+
+# Clients that do not read, clients that send without end, clients that go.
+
+
+def fill(sock: socket.socket, data: bytes, most: int) -> int:
+    """Send until nothing has gone out for a while; return how many bytes went, `most` at most."""
+    sock.settimeout(0.3)
+    sent = 0
+    try:
+        while sent < most:
+            sent += sock.send(data[sent % len(data) :])
+    except TimeoutError:
+        pass
+    finally:
+        sock.settimeout(LIMIT)
+    return sent
+
+
+def read_to_the_end(sock: socket.socket) -> int:
+    """Read and drop all that comes; return how many bytes came."""
+    received = 0
+    while data := sock.recv(65536):
+        received += len(data)
+    return received
+
+
+@contextmanager
+def small_window(server: Running) -> Iterator[socket.socket]:
+    """A client whose kernel takes in next to nothing."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.settimeout(LIMIT)
+        sock.connect(("127.0.0.1", server.port))
+        yield sock
+
+
+def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(strict: Running) -> None:
+    wait_until_alone(strict)
+    [worker] = strict.workers()
+    before = worker.memory_info().rss
+    with strict.client() as other, small_window(strict) as sock:
+        began = time.monotonic()
+        # The server does not read on: the rest stays in the kernel's buffers, and they are full one day.
+        assert fill(sock, b"WHERE\n" * 1000, 100_000_000) < 100_000_000
+        for _ in range(20):
+            assert other.who() == 2
+        until(lambda: other.who() == 1, "the client that does not read is counted out")
+        assert WRITE_TIMEOUT * 0.9 <= time.monotonic() - began < WRITE_TIMEOUT + LIMIT
+        with pytest.raises(ConnectionResetError):
+            read_to_the_end(sock)
+    assert worker.memory_info().rss - before < 2_000_000
+
+
+def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -> None:
+    # Nothing that it has sent is unread, so that closing alone would be no reset: the kernel would keep the rest.
+    wait_until_alone(strict)
+    with strict.client() as other, small_window(strict) as sock:
+        sock.sendall(b"LARGE\n")
+        until(lambda: other.who() == 2, "the client has come")
+        until(lambda: other.who() == 1, "the client that does not read is counted out")
+        with pytest.raises(ConnectionResetError):
+            read_to_the_end(sock)
+
+
+@pytest.mark.parametrize("command", [b"WHERE", b"WHY"])
+def test_a_client_that_reads_late_but_in_time_gets_every_reply(strict: Running, command: bytes) -> None:
+    with strict.client() as client, small_window(strict) as sock:
+        reply = client.ask(command) + b"\n"
+        line = command + b"\n"
+        sent = fill(sock, line * 1000, 100_000_000)
+        sock.shutdown(socket.SHUT_WR)
+        # The last line may be cut: then it is the beginning of a command, or one that lacks its newline alone.
+        last = {0: b"", len(command): reply}.get(sent % len(line), b"ERR unknown command\n")
+        assert read_to_the_end(sock) == sent // len(line) * len(reply) + len(last)
+
+
+#: Plays many greedy clients for some seconds: sends without end, reads all, comes again when it is closed.
+#: Prints `ready` when all are connected, and at the end how many bytes of replies it has had.
+GREEDY = """
+import select, socket, sys, time
+
+port, count, seconds, data = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4].encode() * 500
+
+def dial():
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.setblocking(False)
+    return sock
+
+socks = [dial() for _ in range(count)]
+print("ready", flush=True)
+end, received = time.monotonic() + seconds, 0
+while time.monotonic() < end:
+    readable, writable, _ = select.select(socks, socks, [], 0.1)
+    for index, sock in enumerate(socks):
+        try:
+            had = len(sock.recv(65536)) if sock in readable else -1
+            received += max(had, 0)
+            if had and sock in writable:
+                sock.send(data)
+        except OSError:
+            had = 0
+        if had == 0:
+            sock.close()
+            socks[index] = dial()
+print(received)
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "least_received"), [("WHY\n", 100_000), ("xxxx", 1000)], ids=["commands", "a line without end"]
+)
+def test_twenty_clients_that_send_without_end_starve_nobody(server: Running, data: str, least_received: int) -> None:
+    worst = 0.0
+    count = 0
+    with server.client() as client:
+        greedy = subprocess.Popen(
+            [sys.executable, "-c", GREEDY, str(server.port), "20", "2", data], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert greedy.stdout
+            assert greedy.stdout.readline() == "ready\n"
+            while greedy.poll() is None:
+                began = time.monotonic()
+                assert client.ask(b"WHY") == b"42"
+                worst = max(worst, time.monotonic() - began)
+                count += 1
+                time.sleep(0.002)
+            received = int(greedy.stdout.readline())
+        finally:
+            greedy.kill()
+            greedy.communicate()
+    assert received > least_received  # They were greedy indeed.
+    assert worst < 1.0, f"the worst of {count} replies took {worst:.3f} s"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"WH", b"WHY\n", b"WHY\nWH", b"WHERE\n" * 100_000],
+    ids=["nothing said", "in a line", "after a command", "after a command, in a line", "with many replies to come"],
+)
+def test_a_client_that_resets_is_counted_out_and_harms_nobody(server: Running, sent: bytes) -> None:
+    wait_until_alone(server)
+    [worker] = server.workers()
+    with server.client() as other:
+        client = server.client()
+        assert client.ask(b"WHY") == b"42"
+        assert other.who() == 2
+        fill(client.sock, sent, len(sent))
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.sock.close()
+        until(lambda: other.who() == 1, "the client that has reset is counted out")
+    assert server.workers() == [worker]
+    assert [event for event in server.events() if event["log.level"] in ("warning", "error")] == []
+
+
+def test_clients_that_connect_and_say_nothing_are_counted_and_in_nobodys_way(server: Running) -> None:
+    wait_until_alone(server)
+    with server.client() as client:
+        with ExitStack() as stack:
+            for _ in range(50):
+                stack.enter_context(server.client())
+            assert client.who() == 51
+        until(lambda: client.who() == 1, "the silent clients are counted out")
+
+
+# Handlers.
+
+
+def test_a_handler_that_fails_is_an_internal_error_and_the_connection_stays(napping: Running) -> None:
+    [worker] = napping.workers()
+    with napping.client() as client:
+        client.send(b"WHY\nBOOM\nboom\nLINES\nLEAVE\nLATE\nNOPE\nWHY\n")
+        refused = b"ERR internal\n" * 5 + b"ERR unknown command\n"
+        assert b"".join(client.line() for _ in range(8)) == b"42\n" + refused + b"42\n"
+        client.send(b"BOOM")  # Without a newline, too.
+        assert client.line() == b"ERR internal\n"
+        assert client.ask(b"WHY") == b"42"
+        client.send(b"BOOM")  # And at the end of input.
+        assert client.end() == b"ERR internal\n"
+    assert napping.workers() == [worker]
+
+
+def test_a_handler_that_sleeps_delays_its_own_client_alone_and_keeps_its_order(napping: Running) -> None:
+    with napping.client() as sleeper, napping.client() as other:
+        began = time.monotonic()
+        sleeper.send(b"WHY\nNAP\nWHY\nNOPE\nNAP\nWHY")
+        assert sleeper.line() == b"42\n"
+        assert time.monotonic() - began < NAP / 2  # It was not held back by the nap behind it.
+        for _ in range(20):
+            assert other.ask(b"WHY") == b"42"
+        assert not is_readable(sleeper)  # All that happened during the nap.
+        assert sleeper.line() == b"rested\n"
+        assert time.monotonic() - began >= NAP * 0.9
+        assert sleeper.line() == b"42\n"
+        assert sleeper.line() == b"ERR unknown command\n"
+        assert not is_readable(sleeper, NAP / 2)  # The second nap comes after the first.
+        assert sleeper.end() == b"rested\n42\n"
+        assert time.monotonic() - began >= NAP * 1.9
+
+
+# Everyday programs.
+
+
+def read_until(fd: int, text: bytes) -> bytes:
+    """All that comes, up to that text."""
+    received = b""
+    while text not in received:
+        assert select.select([fd], [], [], LIMIT)[0], f"{text!r} has not come, only {received!r}"
+        data = os.read(fd, 4096)
+        assert data, f"{text!r} has not come before the end, only {received!r}"
+        received += data
+    return received
+
+
+@pytest.mark.parametrize("options", [(), ("--http1.0",), ("-X", "get")], ids=["HTTP/1.1", "HTTP/1.0", "lower case"])
+def test_curl_cannot_be_made_to_run_commands(server: Running, options: tuple[str, ...]) -> None:
+    # With --http0.9, curl would print whatever comes. 52 = not a byte came.
+    curl = [program("curl"), "--silent", "--noproxy", "*", "--max-time", str(LIMIT), "--http0.9"]
+    url = f"http://127.0.0.1:{server.port}/"
+    command = [*curl, *options, "-d", "x=1\nWHO\nWHERE\nWHO\n", url]
+    done = subprocess.run(command, check=False, capture_output=True, timeout=LIMIT)
+    assert (done.returncode, done.stdout) == (52, b"")
+
+
+@pytest.mark.parametrize("text", [b"WHO", b"WHO\n", b"who\r\n"])
+def test_nc_that_ends_its_input_gets_the_reply_and_ends(server: Running, text: bytes) -> None:
+    wait_until_alone(server)
+    nc = [program("nc.openbsd"), "-N", "127.0.0.1", str(server.port)]
+    done = subprocess.run(nc, check=False, input=text, capture_output=True, timeout=LIMIT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"1\n", b"")
+
+
+def test_nc_gets_the_replies_to_what_is_typed_with_and_without_a_newline(server: Running) -> None:
+    wait_until_alone(server)
+    nc = [program("nc.openbsd"), "-N", "127.0.0.1", str(server.port)]
+    with subprocess.Popen(nc, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as typing:
+        try:
+            assert typing.stdin
+            assert typing.stdout
+            for typed, reply in ((b"WHO", b"1\n"), (b"\nWHY\n", b"42\n"), (b"nope\nwho", b"ERR unknown command\n1\n")):
+                typing.stdin.write(typed)
+                assert read_until(typing.stdout.fileno(), reply) == reply
+            typing.stdin.close()
+            assert typing.wait(LIMIT) == 0
+            assert typing.stdout.read() == b""
+        finally:
+            typing.kill()
+
+
+def test_telnet_on_a_terminal_gets_the_replies(server: Running) -> None:
+    telnet = [program("telnet"), "127.0.0.1", str(server.port)]
+    wait_until_alone(server)
+    keyboard, terminal = pty.openpty()
+    try:
+        process = subprocess.Popen(telnet, stdin=terminal, stdout=terminal, stderr=terminal)
+        try:
+            read_until(keyboard, b"Escape character is '^]'.\r\n")
+            # It sends CRLF. The terminal echoes, and makes CRLF of the LF of a reply.
+            os.write(keyboard, b"who\n")
+            assert read_until(keyboard, b"1\r\n") == b"who\r\n1\r\n"
+            os.write(keyboard, b"nope\n")
+            assert read_until(keyboard, b"command\r\n") == b"nope\r\nERR unknown command\r\n"
+            os.write(keyboard, b"\x1d")
+            read_until(keyboard, b"telnet> ")
+            os.write(keyboard, b"quit\n")
+            assert process.wait(LIMIT) == 0
+        finally:
+            process.kill()
+            process.wait()
+    finally:
+        os.close(keyboard)
+        os.close(terminal)

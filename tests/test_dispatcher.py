@@ -1,0 +1,205 @@
+"""The dispatcher: who has a greenlet and who has none, and that a client cannot tell."""
+
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.running import LIMIT, PATIENCE, Client, Running, stopped, until
+
+MODULE = """
+import gc
+from greenlet import greenlet
+from gserver.commands import command
+
+@command("GREENLETS")
+def greenlets(service):
+    gc.collect()
+    return sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
+"""
+CROWD = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the command above."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "greenlets.py").write_text(MODULE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(folder: Path) -> Iterator[Running]:
+    """A server that is left as it was."""
+    with Running("--commands", "greenlets", "--server-id", "here", cwd=folder) as running:
+        yield running
+
+
+@pytest.fixture
+def watcher(here: Running) -> Iterator[Client]:
+    """A client that counts greenlets. It has one itself."""
+    with here.client() as client:
+        until(lambda: client.who() == 1, "it is alone")
+        yield client
+
+
+def greenlets(client: Client) -> int:
+    return int(client.ask(b"GREENLETS"))
+
+
+def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(here: Running, watcher: Client) -> None:
+    before = greenlets(watcher)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(here.client()) for _ in range(CROWD)]
+        assert watcher.who() == CROWD + 1
+        assert greenlets(watcher) == before
+        for client in clients:
+            client.send(b"WHY\n")
+            assert client.line() == b"42\n"
+            client.send(b"where\r\n")
+            assert client.line() == b"here\n"
+            client.send(b"WHO\nWHERE\nWHY\n" * 10)
+            assert b"".join(client.line() for _ in range(30)) == b"%d\nhere\n42\n" % (CROWD + 1) * 10
+        assert greenlets(watcher) == before
+    until(lambda: watcher.who() == 1, "they are counted out")
+    assert greenlets(watcher) == before
+
+
+def test_a_greenlet_each_is_what_an_option_gives(folder: Path) -> None:
+    options = ("--client-greenlets", "always", "--commands", "greenlets")
+    with Running(*options, cwd=folder) as server, server.client() as watcher, ExitStack() as stack:
+        before = greenlets(watcher)
+        clients = [stack.enter_context(server.client()) for _ in range(CROWD)]
+        assert [client.ask(b"WHY") for client in clients] == [b"42"] * CROWD
+        time.sleep(2.5)  # Time to rest, if they would.
+        assert greenlets(watcher) == before + CROWD
+
+
+@pytest.mark.parametrize("said", [b"NOPE\n", b"WHO\nWHY\nNOPE\n", b" why\n", b"\xff\n", b"\n", b"WHO\nWH"])
+def test_all_else_wakes_a_client_which_rests_again_when_it_has_been_quiet(
+    here: Running, watcher: Client, said: bytes
+) -> None:
+    before = greenlets(watcher)
+    with here.client() as client:
+        client.send(said)
+        until(lambda: greenlets(watcher) == before + 1, "it has a greenlet", 1.0 * PATIENCE)
+        client.send(b"\nWHERE\n")  # After the line that has only begun; else a blank one.
+        assert b"here\n" in iter(client.line, b"")
+        until(lambda: greenlets(watcher) == before, "it rests again")
+        assert client.ask(b"WHERE") == b"here"
+        assert greenlets(watcher) == before
+
+
+def test_who_is_not_quiet_does_not_rest(here: Running, watcher: Client) -> None:
+    before = greenlets(watcher)
+    with here.client() as client:
+        assert client.ask(b"NOPE") == b"ERR unknown command"
+        for _ in range(15):
+            time.sleep(0.2)
+            assert client.ask(b"WHY") == b"42"
+            assert greenlets(watcher) == before + 1
+
+
+def test_a_line_that_has_begun_keeps_its_client_awake(here: Running, watcher: Client) -> None:
+    before = greenlets(watcher)
+    with here.client() as client:
+        client.send(b"WHERE is")
+        time.sleep(3)
+        assert greenlets(watcher) == before + 1
+        client.send(b" it\n")
+        assert client.line() == b"ERR unknown command\n"
+
+
+def test_a_blank_line_before_a_rest_is_no_first_line_and_a_command_is_one(here: Running, watcher: Client) -> None:
+    before = greenlets(watcher)
+    for said, told in (
+        (b"\n", b""),
+        (b"NOPE\n", b"ERR unknown command\nERR unknown command\n"),
+        (b"WHY\n", b"42\nERR unknown command\n"),
+    ):
+        with here.client() as client:
+            client.send(said)
+            time.sleep(0.1)
+            until(lambda: greenlets(watcher) == before, "it rests")
+            client.send(b"GET / HTTP/1.1\n")
+            assert client.end() == told
+
+
+def test_a_burst_that_is_larger_than_what_is_taken_at_once_is_answered_in_order(here: Running, watcher: Client) -> None:
+    for count in (85, 86, 100, 127, 128, 129, 1000):
+        with here.client() as client:
+            client.send(b"WHERE\n" * count + b"WHY\n" * count)
+            assert client.end() == b"here\n" * count + b"42\n" * count
+    assert watcher.who() == 1
+
+
+def test_replies_that_are_not_read_are_kept_in_order(here: Running) -> None:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.settimeout(0.3)
+        sock.connect(("127.0.0.1", here.port))
+        sent, block = 0, b"WHY\n" * 128  # As much as is taken at once from a client at rest.
+        try:
+            while True:
+                sent += sock.send(block[sent % 512 :])
+        except TimeoutError:
+            pass
+        sock.settimeout(LIMIT)
+        sock.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: sock.recv(65536), b""))
+    lines = sent // 4
+    assert lines > 128
+    assert received[: 3 * lines] == b"42\n" * lines
+    assert received[3 * lines :] in (b"", b"42\n", b"ERR unknown command\n")
+
+
+def test_who_has_connected_before_a_who_is_sent_is_in_its_answer_whoever_else_speaks(here: Running) -> None:
+    with ExitStack() as stack:
+        clients = [stack.enter_context(here.client()) for _ in range(100)]  # More than have their turn at once.
+        until(lambda: clients[0].who() == 100, "all are there")
+        with stopped(here.workers()[0]):
+            for client in clients[:-1]:
+                client.send(b"WHY\n")
+            more = [stack.enter_context(here.client()) for _ in range(5)]
+            clients[-1].send(b"WHO\n")
+        assert clients[-1].line() == b"105\n"
+        assert [client.line() for client in clients[:-1]] == [b"42\n"] * 99
+        assert more[0].who() == 105
+
+
+def test_a_drain_answers_what_a_client_at_rest_has_sent_and_then_ends_it(folder: Path) -> None:
+    with Running("--commands", "greenlets", cwd=folder) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in range(CROWD)]
+        assert [client.ask(b"WHY") for client in clients] == [b"42"] * CROWD
+        [worker] = server.workers()
+        with stopped(worker):
+            for client in clients[:10]:
+                client.send(b"WHY\nNOPE\n")
+            worker.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert {client.rest() for client in clients[:10]} == {b"42\nERR unknown command\n"}
+        assert {client.rest() for client in clients[10:]} == {b""}
+        assert time.monotonic() - began < PATIENCE
+
+
+def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> None:
+    [worker] = here.workers()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(here.client()) for _ in range(500)]
+        assert [client.ask(b"WHY") for client in clients] == [b"42"] * 500
+        until(lambda: watcher.who() == 501, "all are there")
+        used = sum(worker.cpu_times()[:2])
+        time.sleep(3)
+        assert sum(worker.cpu_times()[:2]) - used < 0.1  # A loop that spins takes 3.
+        # Nor does one that has been awake leave something behind that keeps the loop awake.
+        assert clients[0].ask(b"NOPE") == b"ERR unknown command"
+        time.sleep(3)
+        used = sum(worker.cpu_times()[:2])
+        clients[0].send(b"WHY\n")
+        assert clients[0].line() == b"42\n"
+        time.sleep(1)
+        assert sum(worker.cpu_times()[:2]) - used < 0.1
