@@ -1,6 +1,6 @@
 """What beats cost: the script inside Redis at 3, 300 and 3,000 servers, and one Redis under the beats of 3,000.
 
-Run by `bin/bench beats`. Starts a Redis of its own on a unix socket, and ends it. The script and its arguments are
+A scenario of `bin/bench`. Starts a Redis of its own on a unix socket, and ends it. The script and its arguments are
 gserver's; only the servers are simulated, each with a connection of its own.
 """
 
@@ -33,11 +33,11 @@ KEYS = RedisLink(Config(redis_url="redis://localhost")).keys
 
 
 @contextmanager
-def running_redis() -> Iterator[tuple[redis.Redis, psutil.Process, str]]:
-    """A Redis that keeps nothing on disk, its process, and the path of its socket."""
+def running_redis(port: int = 0) -> Iterator[tuple[redis.Redis, psutil.Process, str]]:
+    """A Redis that keeps nothing on disk, its process, and the path of its socket; on a port too if one is named."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/redis.sock"
-        words = ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", folder]
+        words = ["redis-server", "--port", str(port), "--unixsocket", path, "--save", "", "--dir", folder]
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         try:
             client = redis.Redis(unix_socket_path=path)
@@ -137,23 +137,3 @@ def under_beats(size: int, seconds: float) -> dict[str, float]:
             "later than 0.5 s": late,
             "memory of Redis, MB": process.memory_info().rss / 1e6,
         }
-
-
-def main() -> None:
-    """Measure both, and print tables in Markdown."""
-    print(f"Time of the script inside Redis: median of {ROUNDS} rounds of {BEATS} beats, sizes in turn\n")
-    print("| servers | us a beat | least | most | of that at 3 |\n| --- | --- | --- | --- | --- |")
-    times = script_times()
-    base = statistics.median(times[SIZES[0]])
-    for size, values in times.items():
-        middle = statistics.median(values)
-        print(f"| {size:,} | {middle:.1f} | {min(values):.1f} | {max(values):.1f} | {middle / base:.2f} |")
-    print(f"\nOne Redis under the beats of so many servers for {SECONDS:g} s\n")
-    results = {size: under_beats(size, SECONDS) for size in SIZES}
-    print("| | " + " | ".join(f"{size:,} servers" for size in results) + " |\n| ---" + " | ---" * len(results) + " |")
-    for name in results[SIZES[0]]:
-        print(f"| {name} | " + " | ".join(f"{result[name]:,.1f}" for result in results.values()) + " |")
-
-
-if __name__ == "__main__":
-    main()

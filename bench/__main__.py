@@ -1,0 +1,177 @@
+"""The command line of the measurements: see `bin/bench --help`."""
+
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import peers, plots, report
+from bench.measure import CORES, LOAD_CORE, Failed, Sample
+from bench.scenarios import FULL, QUICK, Scenario
+
+RESULTS = peers.ROOT / "bench/results.json"
+BASELINE = peers.ROOT / "bench/baseline.json"
+NAMES = list(dict.fromkeys(scenario.name for scenario in FULL))
+
+Run = tuple[Scenario, int, dict[str, Any]]
+
+
+HELP = f"""Measure gserver beside its peers, write bench/results.json, and render docs/performance.md and docs/plots.
+
+NAME is one of: {", ".join(NAMES)}. Without one, all are measured, which takes 25 minutes; nothing else should run
+on the machine meanwhile."""
+
+
+@click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("names", nargs=-1, type=click.Choice(NAMES), metavar="[NAME]...")
+@click.option("--quick", is_flag=True, help="A short form of the main ratios, beside those of bench/baseline.json.")
+@click.option("--save", is_flag=True, help="With --quick: make its figures the new baseline.")
+@click.option("--render", is_flag=True, help="Measure nothing: write tables and plots again from the results.")
+def main(names: tuple[str, ...], quick: bool, save: bool, render: bool) -> None:
+    """Run the command line."""
+    if sum((bool(names), quick, render)) > 1 or (save and not quick):
+        raise click.UsageError("choose one of NAME, --quick and --render; --save goes with --quick")
+    if quick:
+        _quick(save)
+        return
+    results: report.Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    failures: list[str] = []
+    if not render:
+        measured, failures = _measure([scenario for scenario in FULL if not names or scenario.name in names])
+        results |= measured
+        _write(RESULTS, results)
+        for name, text in report.tables(results, list(measured)).items():
+            click.echo(f"\n{name}\n\n{text}")
+    report.render(results)
+    plots.draw(results)
+    _end(failures)
+
+
+def _quick(save: bool) -> None:
+    """Measure the short form and say what has moved."""
+    results, failures = _measure(QUICK)
+    now, machine = report.goal_figures(results), _machine()
+    was: dict[str, Any] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"machine": {}, "figures": {}}
+    click.echo(report.comparison({what: report.Figure(*numbers) for what, numbers in was["figures"].items()}, now))
+    changes = [f"{text}, not {machine[key]}" for key, text in was["machine"].items() if text != machine[key]]
+    click.echo("".join(f"\nThe baseline was made with {change}." for change in changes))
+    if save and not failures:
+        BASELINE.write_text(json.dumps({"machine": machine, "figures": now}, indent=1) + "\n")
+        click.echo(f"\nThis is the new {BASELINE.relative_to(peers.ROOT)}.")
+    _end(failures)
+
+
+def _end(failures: list[str]) -> None:
+    for failure in failures:
+        _warn(f"FAILED: {failure}")
+    sys.exit(1 if failures else 0)
+
+
+def _measure(scenarios: Sequence[Scenario]) -> tuple[report.Results, list[str]]:
+    """Run scenarios; return their samples, and what failed."""
+    peers.build(peers.PEERS)
+    if len(CORES) < 2:
+        _warn("one core for servers and load generator: the figures say little")
+    if os.getloadavg()[0] > 0.5:
+        _warn(f"something else runs on this machine (load {os.getloadavg()[0]:.1f}): the figures will be worse for it")
+    os.sched_setaffinity(0, LOAD_CORE)  # Children inherit it; servers are put elsewhere.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results: report.Results = {
+        scenario.name: {"machine": _machine(), "samples": list[Sample]()} for scenario in scenarios
+    }
+    runs = [(each, number, case) for each in scenarios for number in range(each.rounds) for case in each.cases]
+    failures = []
+    with closing(_shown(runs)) as shown:
+        for scenario, number, case in shown:
+            try:
+                samples = list(scenario.run(scenario.seconds, **case))
+            except (Failed, RuntimeError, OSError, AssertionError, psutil.Error) as error:
+                failures.append(f"{_label(scenario, number, case)}: {str(error) or type(error).__name__}")
+                _warn(f"FAILED: {failures[-1]}")
+                samples = [{"failed": failures[-1]}]
+            results[scenario.name]["samples"] += [{"round": number, **case, **sample} for sample in samples]
+    return results, failures
+
+
+def _warn(text: str) -> None:
+    click.secho(f"bench: {text}", err=True, fg="red", bold=True)
+
+
+def _label(scenario: Scenario, number: int, case: dict[str, Any]) -> str:
+    values = ", ".join(f"{value} {key}" if isinstance(value, int) else str(value) for key, value in case.items())
+    return f"{scenario.name}: {values}, round {number + 1} of {scenario.rounds}"
+
+
+def _shown(runs: list[Run]) -> Generator[Run]:
+    """Hand out the runs, and show how far they are: a bar on a terminal, lines elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        started = time.monotonic()
+        for number, run in enumerate(runs, 1):
+            click.echo(f"{time.monotonic() - started:6.0f} s  {number}/{len(runs)}  {_label(*run)}", err=True)
+            yield run
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
+        task = progress.add_task("", total=len(runs))
+        for run in runs:
+            progress.update(task, description=_label(*run))
+            yield run
+            progress.advance(task)
+
+
+def _machine() -> dict[str, str]:
+    """Where and with what the figures are made, each as it is to be read."""
+    processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": f"{processor.partition(': ')[2]}, {len(CORES)} cores, {memory:.0f} GB",
+        "kernel": f"Linux {platform.release()}",
+        "Python": f"Python {platform.python_version()}",
+        **{name: f"{name} {version(name)}" for name in ("gevent", "uvloop")},
+        **{
+            words[0]: _said(*words)
+            for words in (("go", "version"), ("gcc", "--version"), ("redis-server", "--version"))
+        },
+    }
+
+
+def _said(*words: str) -> str:
+    """Name and version of a program."""
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"[0-9]+\.[0-9.]+", said)
+    return f"{words[0]} {found[0] if found else 'of no version'}"
+
+
+def _write(path: Path, results: report.Results) -> None:
+    """Write results, a sample a line, so that a change of them can be read."""
+    parts = []
+    for name, result in sorted(results.items()):
+        samples = ",\n".join(f"  {json.dumps(_rounded(sample))}" for sample in result["samples"])
+        machine = json.dumps(result["machine"])
+        parts.append(f'"{name}": {{"machine": {machine}, "samples": [\n{samples}\n]}}')
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _rounded(sample: Sample) -> Sample:
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in sample.items()}
+
+
+if __name__ == "__main__":
+    main()

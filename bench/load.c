@@ -1,0 +1,281 @@
+/* The load generator: one epoll loop that checks every reply.
+ *
+ *   load pipeline HOST PORT CONNECTIONS DEPTH SECONDS [FROM]   DEPTH commands, their replies, and again
+ *   load connect  HOST PORT CONCURRENCY SECONDS [FROM]         connect, WHO, its reply, close, and again
+ *   load hold     HOST PORT CONNECTIONS [FROM]                 connect, WHO, its reply, and stay
+ *
+ * FROM is the source address. Prints `start` when warm, then a line of JSON; `hold` prints `held N` and then
+ * answers `ask` on stdin by `answered N LOWEST HIGHEST`. Latency is from the write of a batch to its last reply.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/tcp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { WHO, WHERE, WHY, KINDS };
+enum { MAX_DEPTH = 1024, WARM_MS = 500, OPENING = 256, MAX_EVENTS = 512, SLOTS = 200000 };
+
+typedef struct {
+    int fd, connecting, next, expected, length;
+    long long sent_at;
+    char line[128]; /* of a reply that has begun */
+} Client;
+
+static const char *const NAMES[KINDS] = {"WHO\n", "WHERE\n", "WHY\n"};
+static struct sockaddr_in server, from;
+static int epoll, depth = 1, asks_who_only, closes_after, clients;
+static char id[128]; /* of the server: what WHERE answered first */
+static char batches[KINDS][MAX_DEPTH * 6];
+static int batch_sizes[KINDS];
+static long long answers, errors, lowest, highest;
+static unsigned *latencies; /* how many took so many tenths of a microsecond; logarithmic beyond 10 ms */
+static int measuring;
+
+static long long now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static void die(const char *what) {
+    fprintf(stderr, "load: %s: %s\n", what, strerror(errno));
+    exit(1);
+}
+
+static void wrong(const char *format, ...) {
+    if (++errors > 10) {
+        if (errors < 1000) return;
+        fputs("load: too many errors\n", stderr);
+        exit(1);
+    }
+    va_list list;
+    va_start(list, format);
+    fputs("load: ", stderr);
+    vfprintf(stderr, format, list);
+    fputc('\n', stderr);
+    va_end(list);
+}
+
+static void open_client(Client *client) {
+    client->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    if (client->fd < 0) die("socket");
+    int one = 1;
+    setsockopt(client->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    setsockopt(client->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
+    if (from.sin_family && bind(client->fd, (struct sockaddr *)&from, sizeof from)) die("bind");
+    if (connect(client->fd, (struct sockaddr *)&server, sizeof server) && errno != EINPROGRESS) die("connect");
+    client->connecting = 1;
+    client->expected = client->length = 0;
+    struct epoll_event event = {.events = EPOLLOUT, .data.ptr = client};
+    if (epoll_ctl(epoll, EPOLL_CTL_ADD, client->fd, &event)) die("epoll_ctl");
+}
+
+static void ask(Client *client) {
+    const char *data = asks_who_only ? NAMES[WHO] : batches[client->next];
+    int size = asks_who_only ? 4 : batch_sizes[client->next];
+    client->expected = asks_who_only ? 1 : depth;
+    client->sent_at = now_ns();
+    /* A batch fits into an empty socket buffer many times over, and the one before it has been answered. */
+    if (write(client->fd, data, size) != size) wrong("short write: %s", strerror(errno));
+}
+
+static int slot_of(long long ns) {
+    long long tenths = ns / 100;
+    if (tenths < 100000) return (int)tenths;
+    int slot = 100000;
+    for (double edge = 100000; edge * 1.001 < tenths && slot < SLOTS - 1; edge *= 1.001) slot++;
+    return slot;
+}
+
+static double value_of(int slot) {
+    if (slot < 100000) return slot / 10.0;
+    double edge = 100000;
+    for (int i = 100000; i < slot; i++) edge *= 1.001;
+    return edge / 10.0;
+}
+
+static double percentile(double share) {
+    long long total = 0, seen = 0;
+    for (int i = 0; i < SLOTS; i++) total += latencies[i];
+    for (int i = 0; i < SLOTS; i++)
+        if ((seen += latencies[i]) >= total * share && total) return value_of(i);
+    return 0;
+}
+
+static void check(Client *client, const char *line, int length) {
+    int kind = asks_who_only ? WHO : client->next;
+    client->next = (client->next + 1) % KINDS;
+    if (kind == WHO) {
+        char *end;
+        long long number = strtoll(line, &end, 10);
+        if (end != line + length || !length || number < 1 || number > 1000000) wrong("WHO: %.*s", length, line);
+        if (number < lowest) lowest = number;
+        if (number > highest) highest = number;
+    } else if (kind == WHY) {
+        if (length != 2 || memcmp(line, "42", 2)) wrong("WHY: %.*s", length, line);
+    } else if (!id[0]) {
+        if (length < 1 || length > 64) wrong("WHERE: %.*s", length, line);
+        memcpy(id, line, length);
+    } else if (length != (int)strlen(id) || memcmp(line, id, length)) {
+        wrong("WHERE: %.*s", length, line);
+    }
+}
+
+/* Returns 0 when the client has gone. */
+static int receive(Client *client) {
+    static char buffer[131072];
+    memcpy(buffer, client->line, client->length);
+    ssize_t got = read(client->fd, buffer + client->length, sizeof buffer - client->length);
+    if (got <= 0) {
+        if (got < 0 && errno == EAGAIN) return 1;
+        wrong("closed: %s", got ? strerror(errno) : "end of input");
+        return 0;
+    }
+    char *line = buffer, *end = buffer + client->length + got, *newline;
+    while ((newline = memchr(line, '\n', end - line))) {
+        if (client->expected-- <= 0) wrong("a reply too many: %.*s", (int)(newline - line), line);
+        check(client, line, newline - line);
+        line = newline + 1;
+        if (measuring) answers++;
+    }
+    client->length = end - line;
+    if (client->length >= (int)sizeof client->line) {
+        wrong("a reply without end");
+        return 0;
+    }
+    memcpy(client->line, line, client->length);
+    if (client->expected == 0 && measuring) latencies[slot_of(now_ns() - client->sent_at)]++;
+    return 1;
+}
+
+static void report(double seconds) {
+    printf("{\"seconds\": %.4f, \"answers\": %lld, \"errors\": %lld, \"p50_us\": %.1f, \"p99_us\": %.1f, \"p999_us\": %.1f}\n",
+           seconds, answers, errors, percentile(0.5), percentile(0.99), percentile(0.999));
+    fflush(stdout);
+}
+
+/* Runs the loop until a moment, or, when `count` is given, until so many clients have their answer. */
+static int run(long long until, int count, int goes_on) {
+    struct epoll_event events[MAX_EVENTS];
+    int answered = 0;
+    while ((!until || now_ns() < until) && (!count || answered < count)) {
+        int ready = epoll_wait(epoll, events, MAX_EVENTS, 100);
+        for (int i = 0; i < ready; i++) {
+            Client *client = events[i].data.ptr;
+            if (client->connecting) {
+                int error = 0;
+                socklen_t size = sizeof error;
+                getsockopt(client->fd, SOL_SOCKET, SO_ERROR, &error, &size);
+                if (error) {
+                    wrong("connect: %s", strerror(error));
+                    close(client->fd);
+                    answered++;
+                    if (goes_on) open_client(client);
+                    continue;
+                }
+                client->connecting = 0;
+                struct epoll_event event = {.events = EPOLLIN, .data.ptr = client};
+                epoll_ctl(epoll, EPOLL_CTL_MOD, client->fd, &event);
+                ask(client);
+                continue;
+            }
+            int is_there = receive(client);
+            if (is_there && client->expected > 0) continue;
+            answered++;
+            if (!is_there || closes_after) {
+                close(client->fd);
+                if (goes_on) open_client(client);
+            } else if (goes_on) {
+                ask(client);
+            }
+        }
+    }
+    return answered;
+}
+
+static void hold(Client *all) {
+    for (int opened = 0; opened < clients;) {
+        int some = clients - opened < OPENING ? clients - opened : OPENING;
+        for (int i = 0; i < some; i++) open_client(&all[opened++]);
+        run(0, some, 0);
+    }
+    if (errors) exit(1);
+    printf("held %d\n", clients);
+    fflush(stdout);
+    char word[16];
+    while (fgets(word, sizeof word, stdin)) {
+        lowest = 1000000, highest = 0;
+        long long before = errors;
+        int answered = 0;
+        for (int at = 0; at < clients;) {
+            int some = clients - at < OPENING ? clients - at : OPENING;
+            for (int i = 0; i < some; i++) ask(&all[at++]);
+            answered += run(now_ns() + 30000000000LL, some, 0);
+        }
+        printf("answered %lld %lld %lld\n", answered - (errors - before), lowest, highest);
+        fflush(stdout);
+    }
+}
+
+int main(int count, char **words) {
+    int is_connect = count > 1 && !strcmp(words[1], "connect"), is_hold = count > 1 && !strcmp(words[1], "hold");
+    int needed = is_connect ? 6 : is_hold ? 5 : 7;
+    if (count < needed || count > needed + 1) {
+        fprintf(stderr, "usage: load pipeline HOST PORT CONNECTIONS DEPTH SECONDS [FROM]\n"
+                        "       load connect HOST PORT CONCURRENCY SECONDS [FROM]\n"
+                        "       load hold HOST PORT CONNECTIONS [FROM]\n");
+        return 2;
+    }
+    server.sin_family = AF_INET;
+    server.sin_port = htons(atoi(words[3]));
+    inet_pton(AF_INET, words[2], &server.sin_addr);
+    clients = atoi(words[4]);
+    if (!is_connect && !is_hold) depth = atoi(words[5]);
+    if (depth < 1 || depth > MAX_DEPTH) die("depth");
+    double seconds = is_hold ? 0 : atof(words[needed - 1]);
+    if (count > needed) {
+        from.sin_family = AF_INET;
+        inet_pton(AF_INET, words[needed], &from.sin_addr);
+    }
+    struct rlimit files;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+    asks_who_only = is_connect || is_hold;
+    closes_after = is_connect;
+    for (int first = 0; first < KINDS; first++)
+        for (int i = 0; i < depth; i++) {
+            const char *name = NAMES[(first + i) % KINDS];
+            memcpy(batches[first] + batch_sizes[first], name, strlen(name));
+            batch_sizes[first] += strlen(name);
+        }
+    latencies = calloc(SLOTS, sizeof *latencies);
+    Client *all = calloc(clients, sizeof *all);
+    epoll = epoll_create1(0);
+    if (is_hold) {
+        hold(all);
+        return 0;
+    }
+    /* A few at a time, so that no server's queue of new connections overflows. */
+    for (int opened = 0; opened < clients;) {
+        int some = clients - opened < OPENING ? clients - opened : OPENING;
+        for (int i = 0; i < some; i++) open_client(&all[opened++]);
+        run(0, opened, 1);
+    }
+    run(now_ns() + WARM_MS * 1000000LL, 0, 1);
+    printf("start\n");
+    fflush(stdout);
+    measuring = 1;
+    long long started = now_ns();
+    run(started + (long long)(seconds * 1e9), 0, 1);
+    report((now_ns() - started) / 1e9);
+    return 0;
+}

@@ -1,0 +1,137 @@
+"""How things are measured: CPU and memory of a server's processes, and the work of the load generator."""
+
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.peers import LOAD, Server
+
+#: Read before this process binds itself to one core.
+CORES = frozenset(os.sched_getaffinity(0))
+SERVER_CORE, LOAD_CORE = {min(CORES)}, {max(CORES)}
+PATIENCE_SECONDS = 60.0
+
+#: What one run found out, by name.
+Sample = dict[str, Any]
+
+
+class Failed(Exception):
+    """A run whose figures are worth nothing; says why."""
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    return [pid, *sorted(child.pid for child in psutil.Process(pid).children(recursive=True))]
+
+
+def cpu_ns(pids: list[int]) -> int:
+    """CPU time that processes have used, their ended threads included: from the clock that the kernel keeps of each."""
+    return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in pids)
+
+
+def memory(pids: list[int]) -> int:
+    """Bytes of memory of processes, what they share counted once (PSS)."""
+    rollups = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
+    return sum(1024 * int(rollup.partition("\nPss:")[2].split()[0]) for rollup in rollups)
+
+
+@contextmanager
+def load(mode: str, server: Server, *arguments: object, limit: float = PATIENCE_SECONDS) -> Iterator["Load"]:
+    """Run the load generator beside the body; it is ended with it, and after `limit` seconds in any case."""
+    words = [str(LOAD), mode, server.host, str(server.port), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        try:
+            yield Load(process)
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+class Load:
+    """A running load generator."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def line(self) -> str:
+        """The next line that it prints."""
+        assert self._process.stdout
+        assert self._process.stderr
+        line = self._process.stdout.readline().strip()
+        if not line:
+            self._process.kill()
+            raise Failed(f"the load generator ended: {self._process.stderr.read().strip() or 'it took too long'}")
+        return line
+
+    def expect(self, wanted: str) -> None:
+        """Read a line that must be this one."""
+        if (line := self.line()) != wanted:
+            raise Failed(f"the load generator said {line!r}, not {wanted!r}")
+
+    def ask(self, words: str) -> str:
+        """Send a line and read one."""
+        assert self._process.stdin
+        print(words, file=self._process.stdin, flush=True)
+        return self.line()
+
+    def result(self) -> Sample:
+        """Its line of JSON; an error in it makes all of it worthless."""
+        result: Sample = json.loads(self.line())
+        if result["errors"] or not result["answers"]:
+            assert self._process.stderr
+            told = self._process.stderr.read().strip().replace("\n", "; ")
+            raise Failed(f"{result['answers']} answers, {result['errors']} errors: {told}")
+        return result
+
+
+def work(server: Server, mode: str, *arguments: object, during: Callable[[], Sample] = dict) -> Sample:
+    """Let the load generator work a server: latencies, CPU for each answer, and what `during` returns meanwhile."""
+    pids = tree(server.pid)
+    with load(mode, server, *arguments) as process:
+        process.expect("start")
+        before = cpu_ns(pids)
+        more = during()
+        result = process.result()
+        used = cpu_ns(pids) - before
+    if tree(server.pid) != pids:
+        raise Failed("a process of the server ended or began meanwhile")
+    return {"cpu_us": used / 1e3 / result["answers"], "busy": used / 1e9 / result["seconds"], **result, **more}
+
+
+class Client:
+    """A client that asks and waits."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS)
+        self._replies = self._socket.makefile("r")
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._replies.close()
+        self._socket.close()
+
+    def ask(self, command: str) -> str:
+        """The reply to a command."""
+        self._socket.sendall(f"{command}\n".encode())
+        return self._replies.readline().strip()
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,157 @@
+"""The servers that are measured side by side: how each is built, started on cores of its own, and ended.
+
+The sources of all but gserver are in `bench/peers/`. gserver has on all that it has: limits, deadlines, logs, metrics.
+"""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from gserver.process import RESERVED_FILES
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "bench" / "peers"
+BUILT = ROOT / ".tools" / "bench"
+LOAD = BUILT / "load"
+HOST = "127.0.0.1"
+#: Seconds that a server has to begin, and to end.
+PATIENCE = 10.0
+PYTHON = (sys.executable, "-P")
+GCC = ("gcc", "-O2", "-Wall", "-Wextra", "-o")
+#: What would configure gserver from outside.
+FOREIGN = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT", "STATSD_PREFIX")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server: its title in tables, the words that start it, PORT among them, and what is to be compiled."""
+
+    name: str
+    title: str
+    words: tuple[str, ...]
+    source: Path | None = None
+    compiler: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that runs. `pid` is the process started; gserver's has children."""
+
+    name: str
+    pid: int
+    host: str
+    port: int
+
+
+def _script(file: str, *more: str) -> tuple[str, ...]:
+    return (*PYTHON, str(SOURCES / file), "PORT", *more)
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("gserver", "gserver", (*PYTHON, "-m", "gserver", "serve", "--port", "PORT", "--workers", "1")),
+        Peer("epoll", "C, epoll", (str(BUILT / "epoll"), "PORT"), SOURCES / "epoll.c", GCC),
+        Peer("go", "Go, net", (str(BUILT / "go"), "PORT"), SOURCES / "main.go", ("go", "build", "-o")),
+        Peer("uvloop", "uvloop, protocol", _script("protocol.py", "uvloop")),
+        Peer("asyncio", "asyncio, protocol", _script("protocol.py", "asyncio")),
+        Peer("uvloop-streams", "uvloop, streams", _script("streams.py", "uvloop")),
+        Peer("asyncio-streams", "asyncio, streams", _script("streams.py", "asyncio")),
+        Peer("threads", "threads, socketserver", _script("threads.py")),
+        Peer("gevent", "gevent, makefile", _script("makefile.py")),
+    )
+}
+
+
+def build(names: Iterable[str]) -> None:
+    """Compile the load generator and those of the named that need it, where the source is newer."""
+    _compile(ROOT / "bench" / "load.c", LOAD, GCC)
+    for peer in (PEERS[name] for name in names):
+        if peer.source:
+            _compile(peer.source, Path(peer.words[0]), peer.compiler)
+
+
+def _compile(source: Path, target: Path, compiler: tuple[str, ...]) -> None:
+    if target.exists() and target.stat().st_mtime > source.stat().st_mtime:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run([*compiler, str(target), str(source)], check=True)
+    except FileNotFoundError:
+        package = "golang-go" if compiler[0] == "go" else f"{compiler[0]} libc6-dev"
+        raise SystemExit(f"bench: {compiler[0]} is missing: apt-get install {package}") from None
+    except subprocess.CalledProcessError:
+        raise SystemExit(f"bench: {compiler[0]} could not build {source.relative_to(ROOT)}: see above") from None
+
+
+@contextmanager
+def running(name: str, *, cores: set[int], options: tuple[str, ...] = ()) -> Iterator[Server]:
+    """Run a server on a free port of loopback and on these cores, for the time of the body; `options` come last."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # children inherit it
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("GSERVER_") and key not in FOREIGN}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "GOMAXPROCS": str(len(cores))}
+    with tempfile.TemporaryFile() as log, closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as statsd:
+        statsd.bind((HOST, 0))  # never read: the kernel drops what is too much
+        if name == "gserver":
+            metrics = ("--statsd-host", HOST, "--statsd-port", str(statsd.getsockname()[1]))
+            clients = ("--max-clients", str(min(60_000, limit - RESERVED_FILES)), "--idle-timeout", "600")
+            options = (*metrics, *clients, *options)
+        port = _free_port()
+        words = [str(port) if word == "PORT" else word for word in PEERS[name].words]
+        pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))]
+        process = subprocess.Popen(
+            [*pinned, *words, *options], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            _wait_until_it_answers(process, name, port, log)
+            yield Server(name, process.pid, HOST, port)
+        finally:
+            has_died = process.poll() is not None
+            _end(process)
+            if has_died:
+                raise RuntimeError(f"{name} ended with status {process.returncode}; it said:\n{_said(log)}")
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as sock:
+        sock.bind((HOST, 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _said(log: IO[bytes]) -> str:
+    log.seek(0)
+    return log.read()[-4000:].decode(errors="replace")
+
+
+def _wait_until_it_answers(process: "subprocess.Popen[bytes]", name: str, port: int, log: IO[bytes]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None:
+        with suppress(OSError), socket.create_connection((HOST, port), PATIENCE) as sock:
+            sock.sendall(b"WHY\n")
+            if sock.recv(100) == b"42\n":
+                return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{name} does not answer; it said:\n{_said(log)}")
+        time.sleep(0.01)
+    raise ChildProcessError(f"{name} has not started")
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # gserver's children see to it themselves
+    process.wait()

@@ -1,0 +1,247 @@
+"""What is measured: each scenario is a list of cases that take turns, round by round, and a function that runs one."""
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from bench import beats
+from bench.measure import (
+    CORES,
+    PATIENCE_SECONDS,
+    SERVER_CORE,
+    Client,
+    Failed,
+    Sample,
+    cpu_ns,
+    free_port,
+    load,
+    memory,
+    tree,
+    work,
+)
+from bench.peers import FOREIGN, PEERS, ROOT, running
+
+CLIENTS = 64
+HELD_BY_ONE = 12500
+#: Of a cluster whose news are timed: one is told of a client, the others are watched.
+MEMBERS, EVENTS = 4, 12
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something to measure: `run(seconds, **case)` yields a sample for each thing that it tried."""
+
+    name: str
+    run: Callable[..., Iterator[Sample]]
+    cases: tuple[dict[str, Any], ...]
+    rounds: int
+    seconds: float = 0.0
+
+
+def speed(seconds: float, server: str) -> Iterator[Sample]:
+    """Answer commands, one in flight on each connection, and 32."""
+    yield from depth(seconds, server, (1, 32))
+
+
+def depth(seconds: float, server: str, depths: Iterable[int] = (1, 2, 4, 8, 16, 32, 64, 128)) -> Iterator[Sample]:
+    """Answer commands, more and more of them in flight on each connection."""
+    with running(server, cores=SERVER_CORE) as peer:
+        for number in depths:
+            yield {"depth": number, **work(peer, "pipeline", CLIENTS, number, seconds)}
+
+
+def connect(seconds: float, server: str) -> Iterator[Sample]:
+    """Take in clients that ask one question and go."""
+    with running(server, cores=SERVER_CORE) as peer:
+        yield work(peer, "connect", CLIENTS, seconds)
+
+
+def idle(seconds: float, server: str) -> Iterator[Sample]:
+    """Hold 1,000 clients that say nothing, then 10,000."""
+    with running(server, cores=SERVER_CORE) as peer, ExitStack() as stack:
+        with load("hold", peer, 10) as first:  # What is set up for the first clients is not theirs.
+            first.expect("held 10")
+        pids, held = tree(peer.pid), 0
+        before = memory(pids)
+        for clients in (1000, 10000):
+            process = stack.enter_context(load("hold", peer, clients - held, limit=PATIENCE_SECONDS + seconds))
+            process.expect(f"held {clients - held}")
+            held = clients
+            time.sleep(0.5)
+            started, cpu = time.monotonic(), cpu_ns(pids)
+            time.sleep(seconds if clients == 10000 else 1)
+            used = (cpu_ns(pids) - cpu) / 1e9 / (time.monotonic() - started)
+            yield {"clients": clients, "client_bytes": (memory(pids) - before) / clients, "cpu_percent": 100 * used}
+
+
+def connections(seconds: float, server: str, clients: int) -> Iterator[Sample]:
+    """Answer commands of many clients, all of them active."""
+    with running(server, cores=SERVER_CORE) as peer:
+        pids = tree(peer.pid)
+        yield work(peer, "pipeline", clients, 1, seconds, during=lambda: {"memory_mb": memory(pids) / 1e6})
+
+
+def workers(seconds: float, workers: int, clients: int) -> Iterator[Sample]:
+    """Answer commands by more than one process; how evenly the clients spread over them."""
+    with running("gserver", cores=set(CORES), options=("--workers", str(workers))) as server:
+        time.sleep(1)  # One answers; by now the others do too.
+        own = [pid for pid in tree(server.pid) if b"\0worker\0" in _command_line(pid)]
+        if len(own) != workers:
+            raise Failed(f"{len(own)} workers, not {workers}")
+
+        def spread() -> Sample:
+            taken = [_sockets(pid) - 1 for pid in own]  # less the one that listens
+            if sum(taken) != clients:
+                raise Failed(f"the workers hold {taken}, not {clients} clients")
+            return {"busiest_percent": 100 * max(taken) / clients, "idlest_percent": 100 * min(taken) / clients}
+
+        yield work(server, "pipeline", clients, 1, seconds, during=spread)
+
+
+def _sockets(pid: int) -> int:
+    return sum(os.readlink(entry.path).startswith("socket:") for entry in os.scandir(f"/proc/{pid}/fd"))
+
+
+def _command_line(pid: int) -> bytes:
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read()
+
+
+def hold(_seconds: float, processes: int) -> Iterator[Sample]:
+    """Hold more clients than one address has ports for; each of them asks WHO when all are there."""
+    clients = processes * HELD_BY_ONE
+    options = ("--workers", "4", "--max-clients", "60000")
+    with running("gserver", cores=set(CORES), options=options) as server, ExitStack() as stack:
+        pids = tree(server.pid)
+        before, started = memory(pids), time.monotonic()
+        loads = [
+            stack.enter_context(load("hold", server, HELD_BY_ONE, f"127.0.0.{number + 1}", limit=120))
+            for number in range(processes)
+        ]
+        for process in loads:
+            process.expect(f"held {HELD_BY_ONE}")
+        taken = time.monotonic() - started
+        told = [process.ask("ask").split() for process in loads]
+        if any(words[:2] != ["answered", str(HELD_BY_ONE)] for words in told):
+            raise Failed(f"not all were answered: {told}")
+        lowest, highest = min(int(words[2]) for words in told), max(int(words[3]) for words in told)
+        yield {
+            "clients": clients,
+            "lowest": lowest,
+            "highest": highest,
+            "taken_s": taken,
+            "client_bytes": (memory(pids) - before) / clients,
+        }
+
+
+def start(_seconds: float, workers: int) -> Iterator[Sample]:
+    """From the start of bin/gserver, which was set up before, to its first answer."""
+    port = free_port()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("GSERVER_") and k not in FOREIGN}
+    if sys.prefix not in (sys.base_prefix, str(ROOT / ".venv")):
+        kept["VIRTUAL_ENV"] = sys.prefix
+    subprocess.run([ROOT / "bin/setup"], env=kept, check=True, stdout=subprocess.DEVNULL)
+    words = ["taskset", "-c", ",".join(map(str, CORES)), str(ROOT / "bin/gserver")]
+    words += ["--port", str(port), "--workers", str(workers)]
+    begun = time.monotonic()
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=kept) as process:
+        try:
+            yield {"start_s": _first_answer(process, port) - begun}
+        finally:
+            process.terminate()
+
+
+def _first_answer(process: "subprocess.Popen[bytes]", port: int) -> float:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with Client(port) as client:
+                if client.ask("WHY") == "42":
+                    return time.monotonic()
+        except ConnectionError:
+            time.sleep(0.001)
+    raise Failed("bin/gserver did not answer")
+
+
+def beat_script(_seconds: float, beats_a_round: int) -> Iterator[Sample]:
+    """What a beat costs inside Redis."""
+    for size, times in beats.script_times(beats=beats_a_round).items():
+        yield from ({"servers": size, "script_us": microseconds} for microseconds in times)
+
+
+def beat_load(seconds: float, servers: int) -> Iterator[Sample]:
+    """One Redis under the beats of many servers."""
+    yield beats.under_beats(servers, seconds)
+
+
+def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
+    """How long until a client of one server is in the WHO of another."""
+    port = free_port()
+    redis = ("--redis-url", f"redis://127.0.0.1:{port}")
+    pace = ("--beat-interval", f"{interval:g}", "--member-ttl", f"{max(5, 5 * interval):g}")
+    with beats.running_redis(port), ExitStack() as stack:
+        entered = [running("gserver", cores=set(CORES), options=(*redis, *pace)) for _ in range(MEMBERS)]
+        first, *others = [stack.enter_context(server) for server in entered]
+        watchers = [stack.enter_context(Client(server.port)) for server in others]
+        _moments(watchers, len(watchers))
+        for _ in range(EVENTS):
+            time.sleep(random.uniform(0, interval))
+            begun = time.monotonic()
+            with Client(first.port):
+                yield from ({"delay_ms": 1e3 * (at - begun)} for at in _moments(watchers, len(watchers) + 1))
+            _moments(watchers, len(watchers))
+
+
+def _moments(watchers: list[Client], wanted: int) -> list[float]:
+    """When each of the watchers was told first that so many are connected."""
+    moments: dict[Client, float] = {}
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while len(moments) < len(watchers):
+        for watcher in watchers:
+            if watcher not in moments and watcher.ask("WHO") == str(wanted):
+                moments[watcher] = time.monotonic()
+        if time.monotonic() > deadline:
+            raise Failed(f"not all servers have heard of {wanted} clients")
+        time.sleep(0.001)
+    return list(moments.values())
+
+
+def _cases(**values: Iterable[Any]) -> tuple[dict[str, Any], ...]:
+    """Every combination of the values."""
+    return tuple(dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values()))
+
+
+FULL = (
+    Scenario("speed", speed, _cases(server=PEERS), rounds=5, seconds=1.5),
+    Scenario("connect", connect, _cases(server=[name for name in PEERS if "streams" not in name]), 5, 1.5),
+    Scenario("idle", idle, _cases(server=("gserver", "epoll", "go", "uvloop", "gevent")), rounds=3, seconds=10),
+    Scenario(
+        "connections",
+        connections,
+        _cases(clients=(1, 8, 64, 500, 1000, 4000, 10000, 15000), server=("gserver", "uvloop", "go")),
+        rounds=3,
+        seconds=1.5,
+    ),
+    Scenario("depth", depth, _cases(server=("gserver", "epoll", "go", "uvloop")), rounds=3, seconds=1.2),
+    Scenario("workers", workers, _cases(clients=(64, 1000), workers=(1, 2, 4)), rounds=5, seconds=1.5),
+    Scenario("hold", hold, _cases(processes=(4,)), rounds=2),
+    Scenario("start", start, _cases(workers=(1, 4)), rounds=15),
+    Scenario("propagation", propagation, _cases(interval=(0.1, 0.2, 0.5, 1.0, 2.0)), rounds=1),
+    Scenario("beats", beat_script, _cases(beats_a_round=(beats.BEATS,)), rounds=1),
+    Scenario("beats", beat_load, _cases(servers=beats.SIZES), rounds=1, seconds=beats.SECONDS),
+)
+#: Enough for most of the goals, in less than two minutes.
+QUICK = (
+    Scenario("speed", speed, _cases(server=("gserver", "uvloop", "go", "gevent")), rounds=5, seconds=0.6),
+    Scenario("connect", connect, _cases(server=("gserver", "uvloop")), rounds=5, seconds=0.6),
+    Scenario("connections", connections, _cases(clients=(64, 1000, 10000), server=("gserver",)), rounds=2, seconds=0.6),
+    Scenario("idle", idle, _cases(server=("gserver", "go")), rounds=1, seconds=3),
+    Scenario("start", start, _cases(workers=(1,)), rounds=5),
+)
