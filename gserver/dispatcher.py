@@ -94,8 +94,8 @@ class Dispatcher:
         for connection in self._connections.values():
             conversation = self._conversations.get(connection)
             if conversation and not conversation.is_waiting:
-                connection.quiet_since = now
-            elif idle_seconds and now - connection.quiet_since >= idle_seconds:
+                continue  # What takes long is not the client's silence.
+            if idle_seconds and now - connection.quiet_since >= idle_seconds:
                 connection.is_overstayed = True
                 self._interrupt(connection)
             elif conversation and conversation.may_rest and now - connection.quiet_since >= REST_AFTER_SECONDS:
