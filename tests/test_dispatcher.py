@@ -4,11 +4,17 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
+import gevent
 import pytest
 
+from gserver.board import Board
+from gserver.clientele import Clientele
+from gserver.commands import BUILT_IN
+from gserver.config import Config
+from gserver.dispatcher import Dispatcher
 from tests.running import LIMIT, PATIENCE, Client, Running, stopped, until
 
 MODULE = """
@@ -203,3 +209,25 @@ def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> No
         assert clients[0].line() == b"42\n"
         time.sleep(1)
         assert sum(worker.cpu_times()[:2]) - used < 0.1
+
+
+def test_each_burst_is_counted_and_timed_whichever_way_it_is_answered() -> None:
+    board = Board.create(1)
+    clientele = Clientele(Config(server_id="here"), board, 0, BUILT_IN)
+    dispatcher = Dispatcher(clientele, lambda: None)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with closing(theirs):
+        assert clientele.admit()
+        dispatcher.take_in(ours, None)
+        for count, (said, told) in enumerate(((b"WHO\n", b"1\n"), (b"WHY\nWHERE\n", b"42\nhere\n"), (b"Who\nwhy\n", b"1\n42\n")), 1):
+            before = board.totals()["service_ns"]
+            theirs.sendall(said)
+            gevent.sleep(0.05)
+            assert theirs.recv(100) == told
+            assert board.totals()["bursts"] == count
+            assert 0 < board.totals()["service_ns"] - before < 10**9
+    gevent.sleep(0.05)
+    totals = board.totals()
+    assert (totals["clients"], totals["closed"], dispatcher.open) == (0, 1, 0)
+    assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == {"WHO": 2, "WHERE": 1, "WHY": 2}
