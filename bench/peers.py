@@ -27,6 +27,7 @@ HOST = "127.0.0.1"
 #: Seconds that a server has to begin, and to end.
 PATIENCE = 10.0
 PYTHON = (sys.executable, "-P")
+GSERVER = (*PYTHON, "-m", "gserver", "serve", "--port", "PORT", "--workers", "1")
 GCC = ("gcc", "-O2", "-Wall", "-Wextra", "-o")
 #: What would configure gserver from outside.
 FOREIGN = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT", "STATSD_PREFIX")
@@ -60,7 +61,8 @@ def _script(file: str, *more: str) -> tuple[str, ...]:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("gserver", "gserver", (*PYTHON, "-m", "gserver", "serve", "--port", "PORT", "--workers", "1")),
+        Peer("gserver", "gserver", GSERVER),
+        Peer("gserver-greenlets", "gserver, a greenlet each", (*GSERVER, "--client-greenlets", "always")),
         Peer("epoll", "C, epoll", (str(BUILT / "epoll"), "PORT"), SOURCES / "epoll.c", GCC),
         Peer("go", "Go, net", (str(BUILT / "go"), "PORT"), SOURCES / "main.go", ("go", "build", "-o")),
         Peer("uvloop", "uvloop, protocol", _script("protocol.py", "uvloop")),
@@ -103,7 +105,7 @@ def running(name: str, *, cores: set[int], options: tuple[str, ...] = ()) -> Ite
     environment = {**kept, "PYTHONPATH": str(ROOT), "GOMAXPROCS": str(len(cores))}
     with tempfile.TemporaryFile() as log, closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as statsd:
         statsd.bind((HOST, 0))  # never read: the kernel drops what is too much
-        if name == "gserver":
+        if PEERS[name].words[: len(GSERVER)] == GSERVER:
             metrics = ("--statsd-host", HOST, "--statsd-port", str(statsd.getsockname()[1]))
             clients = ("--max-clients", str(min(60_000, limit - RESERVED_FILES)), "--idle-timeout", "600")
             options = (*metrics, *clients, *options)

@@ -219,13 +219,13 @@ def _cases(**values: Iterable[Any]) -> tuple[dict[str, Any], ...]:
 
 
 FULL = (
-    Scenario("speed", speed, _cases(server=PEERS), rounds=5, seconds=1.5),
+    Scenario("speed", speed, _cases(server=PEERS), rounds=5, seconds=1.2),
     Scenario("connect", connect, _cases(server=[name for name in PEERS if "streams" not in name]), 5, 1.5),
-    Scenario("idle", idle, _cases(server=("gserver", "epoll", "go", "uvloop", "gevent")), rounds=3, seconds=10),
+    Scenario("idle", idle, _cases(server=("gserver", "gserver-greenlets", "epoll", "go", "uvloop", "gevent")), 3, 10),
     Scenario(
         "connections",
         connections,
-        _cases(clients=(1, 8, 64, 500, 1000, 4000, 10000, 15000), server=("gserver", "uvloop", "go")),
+        _cases(clients=(1, 8, 64, 500, 1000, 4000, 10000, 15000), server=("gserver", "epoll", "uvloop", "go")),
         rounds=3,
         seconds=1.5,
     ),

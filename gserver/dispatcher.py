@@ -3,10 +3,10 @@
 A client begins at rest, without a greenlet: a burst that is nothing but built-in commands is answered in the event
 loop's callback. All else wakes it (a command that may block, a line in pieces, a refusal, a reply that does not fit, a
 deadline, a drain): `conversation` goes on in a greenlet, in plain blocking code, until the client has been quiet for a
-second or two. A greenlet each took 0.9 us more a command, 15 us a connection, and 7 KB an idle client (measured).
+second or two. A greenlet each takes half as much CPU again a command, and 7 KB an idle client.
 
-Those at rest have an epoll of their own, which is one event of gevent's loop. Its watchers and callbacks for each took
-0.5 us more a command, and they run last come, first served: the 99th percentile was twice as late (measured).
+Those at rest have an epoll of their own, which is one event of gevent's loop. A watcher of gevent's for each takes 15 %
+more, and its callbacks run last come, first served: the 99th percentile is 1.8 times as late. (docs/performance.md)
 """
 
 import _socket
@@ -25,12 +25,10 @@ from gserver.conversation import Conversation, close_cleanly
 from gserver.express import Express
 from gserver.process import RESERVED_FILES
 from gserver.protocol import TOO_MANY_CLIENTS, Refusal
-from gserver.receiver import READ
+from gserver.receiver import BURST_BYTES, READ
 
-#: Bytes taken at once from a client at rest.
-REST_BYTES = 512
 #: Clients at rest that are answered in one turn of the event loop; then the others have theirs.
-TURN_CLIENTS = 64
+TURN_CLIENTS = 256
 HIGHEST = 2  # priority in libev
 #: How long a client that has a greenlet is quiet before it rests.
 REST_AFTER_SECONDS = 1.0
@@ -129,7 +127,7 @@ class Dispatcher:
                 continue  # The listener.
             sock = connection.sock
             try:
-                data = sock.recv(REST_BYTES)
+                data = sock.recv(BURST_BYTES)
             except BlockingIOError:
                 continue
             except OSError:

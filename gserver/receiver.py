@@ -1,8 +1,7 @@
 """How a greenlet waits for its client's bytes.
 
-gevent's own `recv` first tries, fails, and starts a watcher for each call (12.6 us a command, measured with
-64 clients). Here the read watcher stays started: a call switches to the loop, and the loop switches
-back when there are bytes to read (6.4 us). While the client's greenlet is busy elsewhere the watcher is
+gevent's own `recv` first tries, fails, and starts a watcher for each call. Here the read watcher stays started: a call
+switches to the loop, and the loop switches back when there are bytes to read, for half the CPU. While the client's greenlet is busy elsewhere the watcher is
 stopped at its first idle report, so a client that sends on cannot make the loop spin.
 """
 

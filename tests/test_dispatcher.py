@@ -220,7 +220,9 @@ def test_each_burst_is_counted_and_timed_whichever_way_it_is_answered() -> None:
     with closing(theirs):
         assert clientele.admit()
         dispatcher.take_in(ours, None)
-        for count, (said, told) in enumerate(((b"WHO\n", b"1\n"), (b"WHY\nWHERE\n", b"42\nhere\n"), (b"Who\nwhy\n", b"1\n42\n")), 1):
+        for count, (said, told) in enumerate(
+            ((b"WHO\n", b"1\n"), (b"WHY\nWHERE\n", b"42\nhere\n"), (b"Who\nwhy\n", b"1\n42\n")), 1
+        ):
             before = board.totals()["service_ns"]
             theirs.sendall(said)
             gevent.sleep(0.05)
