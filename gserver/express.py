@@ -1,7 +1,7 @@
 """Answers a burst that is nothing but whole lines of the built-in commands, without taking it apart.
 
-What the parser and the loop over its items do in 1.2 us for one command, and in 29 us for 32, is done here in 0.3 and
-2 us (measured). Says nothing where there is anything else in the burst: then those two have their turn.
+What the parser and a loop over its items do in 1.2 us for one command, and in 17 us for 32, is done here in 0.5 and
+0.9 us (measured). Says nothing where there is anything else in the burst: then those two have their turn.
 """
 
 from functools import lru_cache
@@ -10,8 +10,7 @@ from gserver.commands import BUILT_IN, Command, Service, line, where, who, why
 from gserver.errors import ClusterUnavailable
 from gserver.protocol import Grammar
 
-#: Bursts of which the counts and the replies are remembered: a client that sends many commands at once often sends the
-#: same ones.
+#: Bursts of which counts and replies are remembered: who sends many commands at once often sends the same. 1 us of 2.
 SAME_BURSTS = 64
 #: The same few numbers again and again, an id, and 42: 0.3 us less for each.
 _line = lru_cache(maxsize=1024)(line)
@@ -69,5 +68,5 @@ def _count(data: bytes) -> tuple[int, int, int] | None:
 
 @lru_cache(maxsize=SAME_BURSTS)
 def _replace(data: bytes, who: bytes, where: bytes, why: bytes) -> bytes:
-    """The replies, one for each command. WHERE's comes last: an id may hold the name of a command, a number does not."""
+    """The replies. WHERE's come last: an id may hold the name of a command, a number does not."""
     return data.replace(b"WHO\n", who).replace(b"WHY\n", why).replace(b"WHERE\n", where)

@@ -1,8 +1,9 @@
 """How a greenlet waits for its client's bytes.
 
 gevent's own `recv` first tries, fails, and starts a watcher for each call. Here the read watcher stays started: a call
-switches to the loop, and the loop switches back when there are bytes to read, for half the CPU. While the client's greenlet is busy elsewhere the watcher is
-stopped at its first idle report, so a client that sends on cannot make the loop spin.
+switches to the loop, and the loop switches back when there are bytes to read, for half the CPU. While the client's
+greenlet is busy elsewhere the watcher is stopped at its first idle report, so a client that sends on cannot make the
+loop spin.
 """
 
 import _socket
