@@ -4,11 +4,12 @@ import json
 import os
 import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,6 +27,8 @@ from bench.scenarios import FULL, QUICK, Scenario
 
 RESULTS = peers.ROOT / "bench/results.json"
 BASELINE = peers.ROOT / "bench/baseline.json"
+#: Of open files, for 15,000 clients.
+LEAST_FILES = 16_000
 NAMES = list(dict.fromkeys(scenario.name for scenario in FULL))
 
 Run = tuple[Scenario, int, dict[str, Any]]
@@ -33,7 +36,7 @@ Run = tuple[Scenario, int, dict[str, Any]]
 
 HELP = f"""Measure gserver beside its peers, write bench/results.json, and render docs/performance.md and docs/plots.
 
-NAME is one of: {", ".join(NAMES)}. Without one, all are measured, which takes 25 minutes; nothing else should run
+NAME is one of: {", ".join(NAMES)}. Without one, all are measured, which takes 20 minutes; nothing else should run
 on the machine meanwhile."""
 
 
@@ -49,26 +52,40 @@ def main(names: tuple[str, ...], quick: bool, save: bool, render: bool) -> None:
     if quick:
         _quick(save)
         return
-    results: report.Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    failures: list[str] = []
-    if not render:
-        measured, failures = _measure([scenario for scenario in FULL if not names or scenario.name in names])
-        results |= measured
-        _write(RESULTS, results)
-        for name, text in report.tables(results, list(measured)).items():
-            click.echo(f"\n{name}\n\n{text}")
+    failures = [] if render else _measure([scenario for scenario in FULL if not names or scenario.name in names], _keep)
+    results = _kept()
     report.render(results)
     plots.draw(results)
+    for name, text in report.tables(results, names or NAMES).items() if not render else ():
+        click.echo(f"\n{name}\n\n{text}")
     _end(failures)
+
+
+def _kept() -> report.Results:
+    try:
+        results: report.Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    except ValueError as error:
+        raise click.ClickException(f"{RESULTS} cannot be read: {error}") from error
+    return results
+
+
+def _keep(name: str, result: dict[str, Any]) -> None:
+    """Write the results of a scenario in the place of its last ones."""
+    new = RESULTS.with_suffix(".new")
+    _write(new, _kept() | {name: result})
+    new.rename(RESULTS)
 
 
 def _quick(save: bool) -> None:
     """Measure the short form and say what has moved."""
-    results, failures = _measure(QUICK)
+    results: report.Results = {}
+    failures = _measure(QUICK, results.__setitem__)
     now, machine = report.goal_figures(results), _machine()
     was: dict[str, Any] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"machine": {}, "figures": {}}
+    if not was["figures"] and not save:
+        click.echo("There is no baseline yet: --save makes these figures it.")
     click.echo(report.comparison({what: report.Figure(*numbers) for what, numbers in was["figures"].items()}, now))
-    changes = [f"{text}, not {machine[key]}" for key, text in was["machine"].items() if text != machine[key]]
+    changes = [f"{text}, not {machine.get(key)}" for key, text in was["machine"].items() if text != machine.get(key)]
     click.echo("".join(f"\nThe baseline was made with {change}." for change in changes))
     if save and not failures:
         BASELINE.write_text(json.dumps({"machine": machine, "figures": now}, indent=1) + "\n")
@@ -82,30 +99,37 @@ def _end(failures: list[str]) -> None:
     sys.exit(1 if failures else 0)
 
 
-def _measure(scenarios: Sequence[Scenario]) -> tuple[report.Results, list[str]]:
-    """Run scenarios; return their samples, and what failed."""
+def _measure(scenarios: Sequence[Scenario], keep: Callable[[str, dict[str, Any]], None]) -> list[str]:
+    """Run scenarios, hand on the samples of each that has not failed, and return what failed."""
     peers.build(peers.PEERS)
     if len(CORES) < 2:
         _warn("one core for servers and load generator: the figures say little")
     if os.getloadavg()[0] > 0.5:
         _warn(f"something else runs on this machine (load {os.getloadavg()[0]:.1f}): the figures will be worse for it")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < LEAST_FILES:
+        _warn(f"the limit of open files is below {LEAST_FILES:,} (ulimit -Hn): what holds many clients will fail")
     os.sched_setaffinity(0, LOAD_CORE)  # Children inherit it; servers are put elsewhere.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results: report.Results = {
-        scenario.name: {"machine": _machine(), "samples": list[Sample]()} for scenario in scenarios
-    }
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    machine = _machine()
+    samples: dict[str, list[Sample]] = {scenario.name: [] for scenario in scenarios}
     runs = [(each, number, case) for each in scenarios for number in range(each.rounds) for case in each.cases]
-    failures = []
+    failures: dict[str, list[str]] = {}
     with closing(_shown(runs)) as shown:
-        for scenario, number, case in shown:
+        for at, (scenario, number, case) in enumerate(shown, 1):
+            name = scenario.name
             try:
-                samples = list(scenario.run(scenario.seconds, **case))
+                samples[name] += [
+                    {"round": number, **case, **sample} for sample in scenario.run(scenario.seconds, **case)
+                ]
             except (Failed, RuntimeError, OSError, AssertionError, psutil.Error) as error:
-                failures.append(f"{_label(scenario, number, case)}: {str(error) or type(error).__name__}")
-                _warn(f"FAILED: {failures[-1]}")
-                samples = [{"failed": failures[-1]}]
-            results[scenario.name]["samples"] += [{"round": number, **case, **sample} for sample in samples]
-    return results, failures
+                failures.setdefault(name, []).append(
+                    f"{_label(scenario, number, case)}: {error or type(error).__name__}"
+                )
+                _warn(f"FAILED: {failures[name][-1]}")
+            if name not in failures and name not in {each.name for each, *_ in runs[at:]}:
+                keep(name, {"machine": machine, "samples": samples[name]})
+    return [failure for found in failures.values() for failure in found]
 
 
 def _warn(text: str) -> None:
@@ -137,11 +161,12 @@ def _shown(runs: list[Run]) -> Generator[Run]:
 
 def _machine() -> dict[str, str]:
     """Where and with what the figures are made, each as it is to be read."""
-    processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "processor": f"{processor.partition(': ')[2]}, {len(CORES)} cores, {memory:.0f} GB",
+        "processor": f"{processor[1] if processor else platform.machine()}, {len(CORES)} cores, {memory:.0f} GB",
+        "commit": _said_by("git", "describe", "--always", "--dirty"),
         "kernel": f"Linux {platform.release()}",
         "Python": f"Python {platform.python_version()}",
         **{name: f"{name} {version(name)}" for name in ("gevent", "uvloop")},
@@ -150,6 +175,11 @@ def _machine() -> dict[str, str]:
             for words in (("go", "version"), ("gcc", "--version"), ("redis-server", "--version"))
         },
     }
+
+
+def _said_by(*words: str) -> str:
+    done = subprocess.run(words, cwd=peers.ROOT, capture_output=True, text=True, check=False)
+    return f"gserver {done.stdout.strip() or 'of no commit'}"
 
 
 def _said(*words: str) -> str:
@@ -174,4 +204,4 @@ def _rounded(sample: Sample) -> Sample:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="bin/bench")

@@ -1,11 +1,13 @@
 /* The load generator: one epoll loop that checks every reply.
  *
- *   load pipeline HOST PORT CONNECTIONS DEPTH SECONDS [FROM]   DEPTH commands, their replies, and again
+ *   load pipeline HOST PORT CONNECTIONS DEPTH SECONDS [FROM]   DEPTH commands, their replies, and again: WHO, WHERE, WHY in turn
+ *   load shuffled HOST PORT CONNECTIONS DEPTH SECONDS [FROM]   the same, each time in another order
  *   load connect  HOST PORT CONCURRENCY SECONDS [FROM]         connect, WHO, its reply, close, and again
  *   load hold     HOST PORT CONNECTIONS [FROM]                 connect, WHO, its reply, and stay
  *
- * FROM is the source address. Prints `start` when warm, then a line of JSON; `hold` prints `held N` and then
- * answers `ask` on stdin by `answered N LOWEST HIGHEST`. Latency is from the write of a batch to its last reply.
+ * FROM is the source address. Prints `start` when warm, then a line of JSON, and stays until the end of its stdin; `hold`
+ * prints `held N` and then answers `ask` on stdin by `answered N LOWEST HIGHEST`. Latency is from the write of a batch to
+ * its last reply.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -21,7 +23,9 @@
 #include <unistd.h>
 
 enum { WHO, WHERE, WHY, KINDS };
-enum { MAX_DEPTH = 1024, WARM_MS = 500, OPENING = 256, MAX_EVENTS = 512, SLOTS = 200000 };
+enum { MAX_DEPTH = 1024, ORDER = 65535, WARM_MS = 500, OPENING = 256, MAX_EVENTS = 512, SLOTS = 200000 };
+
+#define SHOWN(length) ((int)((length) < 64 ? (length) : 64))
 
 typedef struct {
     int fd, connecting, next, expected, length;
@@ -33,8 +37,10 @@ static const char *const NAMES[KINDS] = {"WHO\n", "WHERE\n", "WHY\n"};
 static struct sockaddr_in server, from;
 static int epoll, depth = 1, asks_who_only, closes_after, clients;
 static char id[128]; /* of the server: what WHERE answered first */
-static char batches[KINDS][MAX_DEPTH * 6];
-static int batch_sizes[KINDS];
+/* All commands in their order, through which each client goes from a place of its own. */
+static unsigned char kinds[ORDER + MAX_DEPTH];
+static char text[(ORDER + MAX_DEPTH) * 6 + 1];
+static int starts[ORDER + MAX_DEPTH + 1];
 static long long answers, errors, lowest, highest;
 static unsigned *latencies; /* how many took so many tenths of a microsecond; logarithmic beyond 10 ms */
 static int measuring;
@@ -79,8 +85,9 @@ static void open_client(Client *client) {
 }
 
 static void ask(Client *client) {
-    const char *data = asks_who_only ? NAMES[WHO] : batches[client->next];
-    int size = asks_who_only ? 4 : batch_sizes[client->next];
+    client->next %= ORDER;
+    const char *data = asks_who_only ? NAMES[WHO] : text + starts[client->next];
+    int size = asks_who_only ? 4 : starts[client->next + depth] - starts[client->next];
     client->expected = asks_who_only ? 1 : depth;
     client->sent_at = now_ns();
     /* A batch fits into an empty socket buffer many times over, and the one before it has been answered. */
@@ -111,21 +118,22 @@ static double percentile(double share) {
 }
 
 static void check(Client *client, const char *line, int length) {
-    int kind = asks_who_only ? WHO : client->next;
-    client->next = (client->next + 1) % KINDS;
+    int kind = asks_who_only ? WHO : kinds[client->next++];
     if (kind == WHO) {
         char *end;
         long long number = strtoll(line, &end, 10);
-        if (end != line + length || !length || number < 1 || number > 1000000) wrong("WHO: %.*s", length, line);
+        if (end != line + length || !length || number < 1 || number > 1000000) wrong("WHO: %.*s", SHOWN(length), line);
         if (number < lowest) lowest = number;
         if (number > highest) highest = number;
     } else if (kind == WHY) {
-        if (length != 2 || memcmp(line, "42", 2)) wrong("WHY: %.*s", length, line);
+        if (length != 2 || memcmp(line, "42", 2)) wrong("WHY: %.*s", SHOWN(length), line);
     } else if (!id[0]) {
-        if (length < 1 || length > 64) wrong("WHERE: %.*s", length, line);
-        memcpy(id, line, length);
+        if (length < 1 || length > 64)
+            wrong("WHERE: %d bytes", length);
+        else
+            memcpy(id, line, length);
     } else if (length != (int)strlen(id) || memcmp(line, id, length)) {
-        wrong("WHERE: %.*s", length, line);
+        wrong("WHERE: %.*s", SHOWN(length), line);
     }
 }
 
@@ -141,7 +149,7 @@ static int receive(Client *client) {
     }
     char *line = buffer, *end = buffer + client->length + got, *newline;
     while ((newline = memchr(line, '\n', end - line))) {
-        if (client->expected-- <= 0) wrong("a reply too many: %.*s", (int)(newline - line), line);
+        if (client->expected-- <= 0) wrong("a reply too many: %.*s", SHOWN(newline - line), line);
         check(client, line, newline - line);
         line = newline + 1;
         if (measuring) answers++;
@@ -227,9 +235,11 @@ static void hold(Client *all) {
 
 int main(int count, char **words) {
     int is_connect = count > 1 && !strcmp(words[1], "connect"), is_hold = count > 1 && !strcmp(words[1], "hold");
+    int is_shuffled = count > 1 && !strcmp(words[1], "shuffled");
     int needed = is_connect ? 6 : is_hold ? 5 : 7;
     if (count < needed || count > needed + 1) {
         fprintf(stderr, "usage: load pipeline HOST PORT CONNECTIONS DEPTH SECONDS [FROM]\n"
+                        "       load shuffled HOST PORT CONNECTIONS DEPTH SECONDS [FROM]\n"
                         "       load connect HOST PORT CONCURRENCY SECONDS [FROM]\n"
                         "       load hold HOST PORT CONNECTIONS [FROM]\n");
         return 2;
@@ -251,14 +261,13 @@ int main(int count, char **words) {
     setrlimit(RLIMIT_NOFILE, &files);
     asks_who_only = is_connect || is_hold;
     closes_after = is_connect;
-    for (int first = 0; first < KINDS; first++)
-        for (int i = 0; i < depth; i++) {
-            const char *name = NAMES[(first + i) % KINDS];
-            memcpy(batches[first] + batch_sizes[first], name, strlen(name));
-            batch_sizes[first] += strlen(name);
-        }
+    for (int i = 0; i < ORDER + MAX_DEPTH; i++) {
+        kinds[i] = is_shuffled ? random() % KINDS : i % KINDS;
+        starts[i + 1] = starts[i] + sprintf(text + starts[i], "%s", NAMES[kinds[i]]);
+    }
     latencies = calloc(SLOTS, sizeof *latencies);
     Client *all = calloc(clients, sizeof *all);
+    for (int i = 0; i < clients; i++) all[i].next = random() % ORDER;
     epoll = epoll_create1(0);
     if (is_hold) {
         hold(all);
@@ -268,8 +277,11 @@ int main(int count, char **words) {
     for (int opened = 0; opened < clients;) {
         int some = clients - opened < OPENING ? clients - opened : OPENING;
         for (int i = 0; i < some; i++) open_client(&all[opened++]);
-        run(0, opened, 1);
+        run(0, some, 0);
     }
+    for (int i = 0; i < clients; i++)
+        if (!closes_after) ask(&all[i]);
+        else open_client(&all[i]);
     run(now_ns() + WARM_MS * 1000000LL, 0, 1);
     printf("start\n");
     fflush(stdout);
@@ -277,5 +289,6 @@ int main(int count, char **words) {
     long long started = now_ns();
     run(started + (long long)(seconds * 1e9), 0, 1);
     report((now_ns() - started) / 1e9);
+    while (getchar() != EOF) continue; /* What it costs the server that all clients go is not to be measured. */
     return 0;
 }

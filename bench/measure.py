@@ -1,5 +1,6 @@
 """How things are measured: CPU and memory of a server's processes, and the work of the load generator."""
 
+import itertools
 import json
 import os
 import socket
@@ -19,6 +20,8 @@ from bench.peers import LOAD, Server
 CORES = frozenset(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = {min(CORES)}, {max(CORES)}
 PATIENCE_SECONDS = 60.0
+
+_runs = itertools.count()
 
 #: What one run found out, by name.
 Sample = dict[str, Any]
@@ -48,6 +51,8 @@ def memory(pids: list[int]) -> int:
 def load(mode: str, server: Server, *arguments: object, limit: float = PATIENCE_SECONDS) -> Iterator["Load"]:
     """Run the load generator beside the body; it is ended with it, and after `limit` seconds in any case."""
     words = [str(LOAD), mode, server.host, str(server.port), *map(str, arguments)]
+    if mode == "connect":  # From an address of its own, since the ports of the one before are not free for a minute.
+        words.append(f"127.1.{next(_runs) % 250}.1")
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         timer = threading.Timer(limit, process.kill)
@@ -90,6 +95,7 @@ class Load:
         """Its line of JSON; an error in it makes all of it worthless."""
         result: Sample = json.loads(self.line())
         if result["errors"] or not result["answers"]:
+            self._process.kill()
             assert self._process.stderr
             told = self._process.stderr.read().strip().replace("\n", "; ")
             raise Failed(f"{result['answers']} answers, {result['errors']} errors: {told}")

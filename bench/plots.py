@@ -13,8 +13,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.peers import PEERS, ROOT
 from bench.report import Results, figure, number, pick
+from bench.scenarios import ORDERS
 
 FOLDER = ROOT / "docs/plots"
+SPEEDS = ({"depth": 1, "order": ORDERS[0]}, *({"depth": 32, "order": order} for order in ORDERS))
 INK, FAINT, OTHERS = "#7d8590", "#7d859040", "#6c8ebf"
 COLOURS = {"gserver": "#e8710a", "uvloop": "#3b82f6", "go": "#12a18a", "epoll": "#a371f7"}
 STYLE: dict[Any, Any] = {
@@ -40,13 +42,13 @@ def draw(results: Results) -> None:
     connections = ("connections", "clients", "connections, all active")
     with mpl.rc_context(STYLE):
         if "speed" in results:
-            _bars(results, "speed", "CPU a command, 64 connections", "speed", "cpu_us", "µs", ("depth", (1, 32)))
+            _bars(results, "speed", "CPU a command, 64 connections", "speed", "cpu_us", "µs", SPEEDS)
             _latency(results)
         if "connect" in results:
             _bars(results, "connect", "CPU to take a client in, answer it and let it go", "connect", "cpu_us", "µs")
         if "idle" in results:
             title = "Memory a client of 10,000 idle ones"
-            _bars(results, "idle", title, "idle", "client_bytes", "bytes", ("clients", (10000,)))
+            _bars(results, "idle", title, "idle", "client_bytes", "bytes", ({"clients": 10000},))
         if "connections" in results:
             _lines(results, "connections", "CPU a command by connections", *connections, "cpu_us", "µs")
             _lines(results, "memory", "Memory of the server by connections", *connections, "memory_mb", "MB")
@@ -73,32 +75,38 @@ def _bars(
     name: str,
     measure: str,
     unit: str,
-    split: tuple[str, tuple[int, ...]] = ("", (0,)),
+    choices: tuple[dict[str, Any], ...] = ({},),
 ) -> None:
-    """Draw a bar for each server, the least on top, and its quartiles; a panel for each value that `split` names."""
-    key, values = split
-    servers = _sorted(results, name, measure, **({key: values[0]} if key else {}))
-    with _picture(plot, title, 0.9 + 0.3 * len(servers), len(values)) as panels:
-        for panel, (axes, value) in enumerate(zip(panels, values, strict=True)):
+    """Draw a bar for each server, the least on top, and its quartiles; a panel for each of these choices of samples."""
+    servers = _sorted(results, name, measure, **choices[0])
+    with _picture(plot, title, 0.9 + 0.3 * len(servers), len(choices)) as panels:
+        for panel, (axes, choice) in enumerate(zip(panels, choices, strict=True)):
+            drawn = {server: figure(results, name, measure, server=server, **choice) for server in servers}
+            found = {server: value for server, value in drawn.items() if value}
+            edge = 4 * median(
+                value.value for value in found.values()
+            )  # What is longer is cut, so that the others show.
             for row, server in enumerate(servers):
-                found = figure(results, name, measure, server=server, **({key: value} if key else {}))
-                if found:
-                    axes.barh(row, found.value, color=_colour(server), height=0.66)
-                    axes.plot([found.low, found.high], [row, row], color=INK, linewidth=1.2)
-                    _write(axes, number(found.value), max(found.value, found.high), row, 5)
-            axes.margins(x=0.16)
+                if server not in found:
+                    continue
+                value = found[server]
+                axes.barh(row, min(value.value, edge), color=_colour(server), height=0.66)
+                if value.high < edge:
+                    axes.plot([value.low, value.high], [row, row], color=INK, linewidth=1.2)
+                _write(axes, number(value.value), min(max(value.value, value.high), edge), row, 5)
+            axes.margins(x=0.25)
             axes.set_xlim(left=0)
             axes.xaxis.set_major_formatter(_in_full)
-            axes.set_xlabel(f"{unit}, {value} in flight" if panels[1:] else unit)
+            axes.set_xlabel(f"{unit}, {choice['depth']} in flight, {choice['order']}" if panels[1:] else unit)
             _name_rows(axes, servers if panel == 0 else [""] * len(servers))
 
 
 def _latency(results: Results) -> None:
     """Draw a ring at the median and a dot at the 99th percentile."""
-    servers = _sorted(results, "speed", "p50_us", depth=1)
+    servers = _sorted(results, "speed", "p50_us", **SPEEDS[0])
     with _picture("latency", "Time to the reply, 64 connections, 1 in flight", 3.6) as (axes,):
         for row, server in enumerate(servers):
-            ends = [figure(results, "speed", measure, server=server, depth=1) for measure in ("p50_us", "p99_us")]
+            ends = [figure(results, "speed", measure, server=server, **SPEEDS[0]) for measure in ("p50_us", "p99_us")]
             values = [end.value / 1000 for end in ends if end]
             axes.plot(values, [row] * len(values), color=_colour(server), linewidth=2, zorder=2)
             for value, fill, shift in zip(values, ("none", _colour(server)), (-8, 8), strict=False):
@@ -106,7 +114,7 @@ def _latency(results: Results) -> None:
                 _write(axes, number(value), value, row, shift)
         axes.set_xscale("log")
         axes.margins(x=0.16)
-        _tick(axes, "x", (1, 2, 5))
+        _tick(axes, "x", (1, 2, 3, 5, 7))
         axes.set_xlabel("ms; ring: median, dot: 99th percentile")
         _name_rows(axes, servers)
 
@@ -115,7 +123,8 @@ def _lines(results: Results, plot: str, title: str, name: str, key: str, label: 
     """Draw a line for each server, its quartiles about it, its name at its end; `what` is the measure and its unit."""
     measure, unit = what
     with _picture(plot, title, 3.8) as (axes,):
-        ends = []
+        ends: list[tuple[float, float, str]] = []
+        all_points: list[tuple[float, float]] = []
         samples = results[name]["samples"]
         values = sorted({sample[key] for sample in samples if key in sample})
         for server in dict.fromkeys(sample["server"] for sample in samples):
@@ -126,11 +135,16 @@ def _lines(results: Results, plot: str, title: str, name: str, key: str, label: 
                 width = 2.4 if server == "gserver" else 1.6
                 axes.plot(xs, middles, color=_colour(server), marker="o", markersize=4, linewidth=width)
                 axes.fill_between(xs, lows, highs, color=_colour(server), alpha=0.18, linewidth=0)
+                all_points += zip(xs, middles, strict=True)
                 ends.append((xs[-1], middles[-1], server))
         axes.set_xscale("log")
-        axes.set_yscale("log")
         _tick(axes, "x", (1,))
-        _tick(axes, "y", (1, 2, 5))
+        least, most = (choose(end[1] for end in all_points) for choose in (min, max))
+        if most > 8 * least:
+            axes.set_yscale("log")
+            _tick(axes, "y", (1, 2, 5))
+        else:
+            axes.set_ylim(bottom=0)
         if key == "depth":
             axes.set_xticks(values)
         axes.set_xlabel(label)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from bench.measure import Sample
 from bench.peers import PEERS, ROOT
+from bench.scenarios import ORDERS
 
 PAGE = ROOT / "docs/performance.md"
 #: A figure that moved by less is taken for the same, however narrow its spread.
@@ -43,10 +44,9 @@ def number(value: float) -> str:
 
 
 def samples_of(results: Results, name: str, **where: Any) -> list[Sample]:
-    """The samples of a scenario that have these values; none when one of them failed."""
+    """The samples of a scenario that have these values."""
     samples: list[Sample] = results.get(name, {}).get("samples", [])
-    fit = [sample for sample in samples if all(sample.get(key, value) == value for key, value in where.items())]
-    return [] if any("failed" in sample for sample in fit) else fit
+    return [sample for sample in samples if all(sample.get(key, value) == value for key, value in where.items())]
 
 
 def pick(results: Results, name: str, measure: str, **where: Any) -> list[float]:
@@ -54,12 +54,12 @@ def pick(results: Results, name: str, measure: str, **where: Any) -> list[float]
     return [sample[measure] for sample in samples_of(results, name, **where) if measure in sample]
 
 
-def summary(values: list[float], middle: float | None = None) -> Figure | None:
-    """The median of values, unless another middle is given, and the quartiles."""
+def summary(values: list[float]) -> Figure | None:
+    """The median of values, and the quartiles."""
     if not values:
         return None
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
-    return Figure(median if middle is None else middle, low, high, len(values))
+    return Figure(median, low, high, len(values))
 
 
 def figure(results: Results, name: str, measure: str, **where: Any) -> Figure | None:
@@ -68,12 +68,13 @@ def figure(results: Results, name: str, measure: str, **where: Any) -> Figure | 
 
 
 def ratio(results: Results, name: str, measure: str, over: dict[str, Any], **where: Any) -> Figure | None:
-    """The median of a measure in parts of another's, the same but for `over`; the quartiles are those of the rounds."""
+    """The median of a measure in parts of another's, the same but for `over`; about it, the spread of the rounds."""
     above, below = (pick(results, name, measure, **(where | more)) for more in ({}, over))
-    if not above or len(above) != len(below):
+    rounds = summary([one / other for one, other in zip(above, below, strict=False)])
+    if not rounds:
         return None
-    rounds = [one / other for one, other in zip(above, below, strict=True)]
-    return summary(rounds, statistics.median(above) / statistics.median(below))
+    value = statistics.median(above) / statistics.median(below)
+    return Figure(value, value * rounds.low / rounds.value, value * rounds.high / rounds.value, rounds.rounds)
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ BEAT_MEASURES = (
 TABLES = {
     "speed": Table(
         "speed",
-        {"depth": "in flight", "server": "server"},
+        {"depth": "in flight", "order": "order", "server": "server"},
         {
             "CPU a command, µs": CPU,
             "in uvloop's": OF_UVLOOP,
@@ -197,12 +198,12 @@ TABLES = {
     "propagation": Table(
         "propagation",
         {"interval": "`--beat-interval`, s"},
-        {"p50, ms": Column("delay_ms", percent=50), "p99, ms": Column("delay_ms", percent=99)},
+        {"median, ms": Column("delay_ms", percent=50), "most, ms": Column("delay_ms", percent=100)},
     ),
     "beats": Table(
         "beats",
         {"servers": "servers"},
-        {"script inside Redis, us a beat": Column("script_us"), **{name: Column(name) for name in BEAT_MEASURES}},
+        {"script inside Redis, µs a beat": Column("script_us"), **{name: Column(name) for name in BEAT_MEASURES}},
         is_turned=True,
     ),
 }
@@ -250,14 +251,24 @@ def _two_workers(results: Results) -> Figure | None:
     return ratio(results, "workers", "cpu_us", {"workers": 1}, workers=2, clients=64)
 
 
+ONE: dict[str, Any] = {"depth": 1, "order": ORDERS[0]}
 IDLE = {"server": "gserver", "clients": 10000}
 GOALS = (
-    Goal("CPU a command, 1 in flight, in uvloop's", 1.15, "", _in("uvloop", depth=1), 1.0),
-    Goal("CPU a command, 1 in flight, in gevent's", 0.65, "", _in("gevent", depth=1)),
-    Goal("CPU a command, 32 in flight, in uvloop's", 0.9, "", _in("uvloop", depth=32), 0.5),
-    Goal("CPU a command, 32 in flight, in Go's", 1.4, "", _in("go", depth=32)),
+    Goal("CPU a command, 1 in flight, in uvloop's", 1.15, "", _in("uvloop", **ONE), 1.0),
+    Goal("CPU a command, 1 in flight, in gevent's", 0.65, "", _in("gevent", **ONE)),
+    *(
+        Goal(
+            f"CPU a command, 32 in flight, {order}, in {title}'s",
+            limit,
+            "",
+            _in(server, depth=32, order=order),
+            further,
+        )
+        for order in ORDERS
+        for server, title, limit, further in (("uvloop", "uvloop", 0.9, 0.5), ("go", "Go", 1.4, None))
+    ),
     Goal("CPU a connection, in uvloop's", 1.5, "", _in("uvloop", "connect"), 1.0),
-    Goal("latency p99, 1 in flight, in uvloop's", 1.3, "", _in("uvloop", measure="p99_us", depth=1)),
+    Goal("latency p99, 1 in flight, in uvloop's", 1.3, "", _in("uvloop", measure="p99_us", **ONE)),
     Goal("memory a client of 10,000 idle ones", 2048, "bytes", _of("idle", "client_bytes", **IDLE), 500),
     Goal("the same, in Go's", 1.0, "", _in("go", "idle", "client_bytes", clients=10000)),
     Goal("CPU with 10,000 idle clients, of a core", 1.0, "%", _of("idle", "cpu_percent", **IDLE)),
@@ -301,7 +312,11 @@ def tables(results: Results, scenarios: Iterable[str]) -> dict[str, str]:
     for name, result in results.items():
         machines.setdefault(", ".join(result["machine"].values()), []).append(name)
     return {
-        **{name: item.write(results) for name, item in TABLES.items() if item.scenario in scenarios},
+        **{
+            name: item.write(results)
+            for name, item in TABLES.items()
+            if item.scenario in scenarios and item.scenario in results
+        },
         "goals": table(["", "goal", "further aim", "measured", "met"], [goal.row(results) for goal in GOALS]),
         "machine": table(["measured on", "what"], [[text, ", ".join(names)] for text, names in machines.items()]),
     }

@@ -30,6 +30,9 @@ from bench.peers import FOREIGN, PEERS, ROOT, running
 
 CLIENTS = 64
 HELD_BY_ONE = 12500
+#: In which order commands come, and the load generator's word for it.
+MODES = {"in turn": "pipeline", "shuffled": "shuffled"}
+ORDERS = tuple(MODES)
 #: Of a cluster whose news are timed: one is told of a client, the others are watched.
 MEMBERS, EVENTS = 4, 12
 
@@ -46,15 +49,17 @@ class Scenario:
 
 
 def speed(seconds: float, server: str) -> Iterator[Sample]:
-    """Answer commands, one in flight on each connection, and 32."""
-    yield from depth(seconds, server, (1, 32))
+    """Answer commands, one in flight on each connection, and 32: WHO, WHERE and WHY in turn, and in any order."""
+    with running(server, cores=SERVER_CORE) as peer:
+        for number, order in ((1, ORDERS[0]), (32, ORDERS[0]), (32, ORDERS[1])):
+            yield {"depth": number, "order": order, **work(peer, MODES[order], CLIENTS, number, seconds)}
 
 
-def depth(seconds: float, server: str, depths: Iterable[int] = (1, 2, 4, 8, 16, 32, 64, 128)) -> Iterator[Sample]:
+def depth(seconds: float, server: str) -> Iterator[Sample]:
     """Answer commands, more and more of them in flight on each connection."""
     with running(server, cores=SERVER_CORE) as peer:
-        for number in depths:
-            yield {"depth": number, **work(peer, "pipeline", CLIENTS, number, seconds)}
+        for number in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024):
+            yield {"depth": number, **work(peer, "shuffled", CLIENTS, number, seconds)}
 
 
 def connect(seconds: float, server: str) -> Iterator[Sample]:
@@ -219,7 +224,7 @@ def _cases(**values: Iterable[Any]) -> tuple[dict[str, Any], ...]:
 
 
 FULL = (
-    Scenario("speed", speed, _cases(server=PEERS), rounds=5, seconds=1.2),
+    Scenario("speed", speed, _cases(server=PEERS), rounds=5, seconds=1),
     Scenario("connect", connect, _cases(server=[name for name in PEERS if "streams" not in name]), 5, 1.5),
     Scenario("idle", idle, _cases(server=("gserver", "gserver-greenlets", "epoll", "go", "uvloop", "gevent")), 3, 10),
     Scenario(
@@ -229,10 +234,10 @@ FULL = (
         rounds=3,
         seconds=1.5,
     ),
-    Scenario("depth", depth, _cases(server=("gserver", "epoll", "go", "uvloop")), rounds=3, seconds=1.2),
+    Scenario("depth", depth, _cases(server=("gserver", "epoll", "go", "uvloop")), rounds=3, seconds=0.8),
     Scenario("workers", workers, _cases(clients=(64, 1000), workers=(1, 2, 4)), rounds=5, seconds=1.5),
     Scenario("hold", hold, _cases(processes=(4,)), rounds=2),
-    Scenario("start", start, _cases(workers=(1, 4)), rounds=15),
+    Scenario("start", start, _cases(workers=(1, 4)), rounds=11),
     Scenario("propagation", propagation, _cases(interval=(0.1, 0.2, 0.5, 1.0, 2.0)), rounds=1),
     Scenario("beats", beat_script, _cases(beats_a_round=(beats.BEATS,)), rounds=1),
     Scenario("beats", beat_load, _cases(servers=beats.SIZES), rounds=1, seconds=beats.SECONDS),

@@ -47,7 +47,9 @@ class Conversation:
         Begins with what is still to be sent and what has been received (None: look whether there is something).
         """
         try:
-            self._send(unsent)
+            if unsent:
+                self._send(unsent)
+                self._connection.quiet_since = monotonic()
             return self._converse(self._receiver.receive(0) if data is None else data)
         except _SlowReader:
             # What the kernel holds for the client would stay for minutes; closing with a reset drops it.
@@ -69,8 +71,7 @@ class Conversation:
     @property
     def may_rest(self) -> bool:
         """Whether there is nothing to do but to wait for a new line."""
-        is_needed = self._parser.partial or self._clientele.is_draining
-        return not is_needed and self._clientele.config.client_greenlets == "when-needed"
+        return not self._parser.partial and self._clientele.config.client_greenlets == "when-needed"
 
     def interrupt(self) -> None:
         """Have it look, if it waits, what there is to be done but that."""
@@ -102,7 +103,7 @@ class Conversation:
             refusal = self._answer(items)
             if refusal is not None:
                 return refusal
-            if data:
+            if data or items:
                 connection.quiet_since = monotonic()
             if items:
                 connection.has_spoken = True

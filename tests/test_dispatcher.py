@@ -1,11 +1,13 @@
 """The dispatcher: who has a greenlet and who has none, and that a client cannot tell."""
 
+import select
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import gevent
 import pytest
@@ -14,11 +16,13 @@ from gserver.board import Board
 from gserver.clientele import Clientele
 from gserver.commands import BUILT_IN
 from gserver.config import Config
-from gserver.dispatcher import Dispatcher
-from tests.running import LIMIT, PATIENCE, Client, Running, stopped, until
+from gserver.dispatcher import TURN_CLIENTS, Dispatcher
+from gserver.receiver import BURST_BYTES
+from tests.running import CLIENT_GREENLETS, LIMIT, PATIENCE, Client, Running, stopped, until
 
 MODULE = """
 import gc
+import time
 from greenlet import greenlet
 from gserver.commands import command
 
@@ -26,6 +30,11 @@ from gserver.commands import command
 def greenlets(service):
     gc.collect()
     return sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
+
+@command("NAP")
+def nap(service):
+    time.sleep(2.5)
+    return "rested"
 """
 CROWD = 20
 
@@ -136,7 +145,7 @@ def test_a_blank_line_before_a_rest_is_no_first_line_and_a_command_is_one(here: 
 
 
 def test_a_burst_that_is_larger_than_what_is_taken_at_once_is_answered_in_order(here: Running, watcher: Client) -> None:
-    for count in (85, 86, 100, 127, 128, 129, 1000):
+    for count in (1, 409, 410, 682, 683, 1023, 1024, 1025, 5000):
         with here.client() as client:
             client.send(b"WHERE\n" * count + b"WHY\n" * count)
             assert client.end() == b"here\n" * count + b"42\n" * count
@@ -148,10 +157,10 @@ def test_replies_that_are_not_read_are_kept_in_order(here: Running) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.settimeout(0.3)
         sock.connect(("127.0.0.1", here.port))
-        sent, block = 0, b"WHY\n" * 128  # As much as is taken at once from a client at rest.
+        sent, block = 0, b"WHY\n" * (BURST_BYTES // 4)
         try:
             while True:
-                sent += sock.send(block[sent % 512 :])
+                sent += sock.send(block[sent % BURST_BYTES :])
         except TimeoutError:
             pass
         sock.settimeout(LIMIT)
@@ -165,16 +174,18 @@ def test_replies_that_are_not_read_are_kept_in_order(here: Running) -> None:
 
 def test_who_has_connected_before_a_who_is_sent_is_in_its_answer_whoever_else_speaks(here: Running) -> None:
     with ExitStack() as stack:
-        clients = [stack.enter_context(here.client()) for _ in range(100)]  # More than have their turn at once.
-        until(lambda: clients[0].who() == 100, "all are there")
+        count = TURN_CLIENTS + 50  # More than have their turn at once.
+        clients = [stack.enter_context(here.client()) for _ in range(count)]
+        until(lambda: clients[0].who() == count, "all are there")
         with stopped(here.workers()[0]):
-            for client in clients[:-1]:
+            for client in clients:
                 client.send(b"WHY\n")
             more = [stack.enter_context(here.client()) for _ in range(5)]
-            clients[-1].send(b"WHO\n")
-        assert clients[-1].line() == b"105\n"
-        assert [client.line() for client in clients[:-1]] == [b"42\n"] * 99
-        assert more[0].who() == 105
+            for client in clients:
+                client.send(b"WHO\n")
+        assert [client.line() for client in clients] == [b"42\n"] * count
+        assert [client.line() for client in clients] == [b"%d\n" % (count + 5)] * count
+        assert more[0].who() == count + 5
 
 
 def test_a_drain_answers_what_a_client_at_rest_has_sent_and_then_ends_it(folder: Path) -> None:
@@ -211,25 +222,89 @@ def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> No
         assert sum(worker.cpu_times()[:2]) - used < 0.1
 
 
-def test_each_burst_is_counted_and_timed_whichever_way_it_is_answered() -> None:
+def test_time_in_a_handler_is_not_idle_time_however_often_it_is_looked_at(folder: Path) -> None:
+    options = ("--idle-timeout", "2", "--commands", "greenlets")
+    with Running(*options, cwd=folder) as server, server.client() as client:
+        for said in (b"NAP\n", b"NAP"):  # The second is ended by a silence.
+            client.send(said)
+            assert client.line() == b"rested\n"
+            assert not select.select([client.sock], [], [], 1.6)[0]
+            assert client.ask(b"WHY") == b"42"
+
+
+@contextmanager
+def dispatcher(**options: Any) -> Iterator[tuple[Board, Dispatcher, socket.socket]]:
+    """A dispatcher in this process, and one client of it."""
     board = Board.create(1)
-    clientele = Clientele(Config(server_id="here"), board, 0, BUILT_IN)
+    clientele = Clientele(Config(server_id="here", **options), board, 0, BUILT_IN)
     dispatcher = Dispatcher(clientele, lambda: None)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with closing(theirs):
         assert clientele.admit()
         dispatcher.take_in(ours, None)
-        for count, (said, told) in enumerate(
-            ((b"WHO\n", b"1\n"), (b"WHY\nWHERE\n", b"42\nhere\n"), (b"Who\nwhy\n", b"1\n42\n")), 1
-        ):
-            before = board.totals()["service_ns"]
-            theirs.sendall(said)
+        yield board, dispatcher, theirs
+
+
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
+def test_time_in_which_replies_wait_to_be_read_is_not_idle_time(greenlets: str) -> None:
+    with dispatcher(idle_timeout_seconds=0.5, client_greenlets=greenlets) as (board, ours, client):
+        client.setblocking(False)
+        sent = received = 0
+        blocked = 0
+        while blocked < 20:  # Until nothing is taken any more, since nothing is read.
+            try:
+                sent += client.send(b"WHY\n" * (BURST_BYTES // 4))
+                blocked = 0
+            except BlockingIOError:
+                blocked += 1
+                gevent.sleep(0.005)
+        gevent.sleep(0.6)
+        ours.sweep()
+        assert board.totals()["clients"] == 1
+        while received < sent // 4 * 3:
+            with suppress(BlockingIOError):
+                received += len(client.recv(1 << 20))
+            gevent.sleep(0.001)
+        ours.sweep()
+        gevent.sleep(0.05)
+        assert board.totals()["refused.idle"] == 0
+        assert board.totals()["clients"] == 1
+
+
+def test_a_failure_of_our_own_costs_its_client_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with dispatcher() as (board, ours, client):
+        other, theirs = socket.socketpair()
+        other.setblocking(False)
+        assert ours._clientele.admit()
+        ours.take_in(other, None)
+        with monkeypatch.context() as patch, closing(theirs):
+            patch.setattr(ours._express, "answer", fail)
+            theirs.sendall(b"WHO\n")
             gevent.sleep(0.05)
-            assert theirs.recv(100) == told
+            assert theirs.recv(10) == b""
+        client.sendall(b"WHO\n")
+        gevent.sleep(0.05)
+        assert client.recv(10) == b"1\n"
+        totals = board.totals()
+        assert (totals["clients"], totals["closed"], ours.open) == (1, 1, 1)
+
+
+def fail(_data: bytes) -> bytes:
+    raise MemoryError
+
+
+def test_each_burst_is_counted_and_timed_whichever_way_it_is_answered() -> None:
+    with dispatcher() as (board, ours, client):
+        bursts = ((b"WHO\n", b"1\n"), (b"WHY\nWHERE\n", b"42\nhere\n"), (b"Who\nwhy\n", b"1\n42\n"))
+        for count, (said, told) in enumerate(bursts, 1):
+            before = board.totals()["service_ns"]
+            client.sendall(said)
+            gevent.sleep(0.05)
+            assert client.recv(100) == told
             assert board.totals()["bursts"] == count
             assert 0 < board.totals()["service_ns"] - before < 10**9
     gevent.sleep(0.05)
     totals = board.totals()
-    assert (totals["clients"], totals["closed"], dispatcher.open) == (0, 1, 0)
+    assert (totals["clients"], totals["closed"], ours.open) == (0, 1, 0)
     assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == {"WHO": 2, "WHERE": 1, "WHY": 2}
