@@ -1,7 +1,7 @@
 """The clients of one worker from accept to close: who is answered where the bytes arrive, and who in a greenlet.
 
-A client begins at rest: a burst that is nothing but built-in commands is answered in the event loop's callback. All else
-wakes it (a command that may block, a line in pieces, a refusal, a reply that does not fit, a deadline, a drain):
+A client begins at rest: a burst that is nothing but built-in commands is answered in the event loop's callback. All
+else wakes it (a command that may block, a line in pieces, a refusal, a reply that does not fit, a deadline, a drain):
 `conversation` goes on in a greenlet, in plain blocking code, until the client has been quiet for a second or two. A
 greenlet each takes half as much CPU again, or more, and 7 KB an idle client.
 
