@@ -129,12 +129,15 @@ class Table:
 
 
 def _order(values: tuple[Any, ...]) -> list[float]:
-    """By numbers; servers stay as they are."""
-    return [value for value in values if not isinstance(value, str)]
+    """By numbers, then by the order of commands; servers stay as they are."""
+    numbers = [value for value in values if not isinstance(value, str)]
+    return [*numbers, *(ORDERS.index(value) for value in values if value in ORDERS)]
 
 
 def _title(value: Any) -> str:
-    return PEERS[value].title if value in PEERS else f"{value:,g}"
+    if isinstance(value, str):
+        return PEERS[value].title if value in PEERS else value
+    return f"{value:,g}"
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

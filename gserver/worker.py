@@ -23,6 +23,8 @@ from gserver.process import RESERVED_FILES, Instructions, raise_file_limit, show
 
 #: Connections that a drain takes over from the kernel's queue, at most.
 MAX_LATE_ACCEPTS = 4096
+#: How long a worker that is ahead leaves a new client to the others; it takes one itself then, in case they cannot.
+YIELD_SECONDS = 0.001
 #: The part of the drain timeout that a worker uses; the rest is for processes to end in.
 DRAIN_SHARE = 0.75
 
@@ -31,6 +33,7 @@ class _Server(StreamServer):
     """gevent's server on an inherited listener; it pauses while this process has no descriptor to spare."""
 
     _do_read: Any
+    _start_accepting_if_started: Any
 
     def __init__(self, listener: Any, worker: "Worker", many: bool) -> None:
         super().__init__(listener, cast(Any, worker.handle))
@@ -39,6 +42,7 @@ class _Server(StreamServer):
         # A few at a time where other workers wait for clients too, so that the load spreads: with one at a time, 300
         # clients that send without end held a new one up for 11 s; with 16, for 0.2 s.
         self.max_accept = 16 if many else MAX_LATE_ACCEPTS
+        self._has_yielded = False
 
     def full(self) -> bool:
         return self._worker.is_full()
@@ -51,6 +55,17 @@ class _Server(StreamServer):
         super().stop_accepting()
 
     def do_read(self) -> Any:
+        """Accept a client, unless others are to have a moment for it; return the arguments of `handle`, or None."""
+        if self._worker.is_ahead() and not self._has_yielded:
+            self.stop_accepting()
+            self._has_yielded = True
+            self._timer = self.loop.timer(YIELD_SECONDS)
+            self._timer.start(self._start_accepting_if_started)
+            return None
+        self._has_yielded = False
+        return self.accept()
+
+    def accept(self) -> Any:
         """Accept a client, and count it at that moment; return the arguments of `handle`, or None.
 
         The socket is the bare one: gevent's around it would take 0.5 KB more, and lend it methods that are not used.
@@ -112,6 +127,11 @@ class Worker:
             and self._board.clients() < self._config.max_clients
         )
 
+    def is_ahead(self) -> bool:
+        """Whether this worker has more than its share: else who wakes first takes nearly all of a few clients."""
+        clientele, workers = self._clientele, self._config.workers
+        return workers > 1 and clientele.cells[clientele.clients] > 1.1 * clientele.count_clients() / workers + 2
+
     def _on_close(self) -> None:
         self._changed.set()
         if self._server.started:
@@ -127,7 +147,7 @@ class Worker:
         deadline = monotonic() + self._config.drain_timeout_seconds * DRAIN_SHARE
         with contextlib.suppress(OSError):  # Out of descriptors: the rest of the queue is lost.
             for _ in range(MAX_LATE_ACCEPTS):
-                accepted = self._server.do_read()
+                accepted = self._server.accept()
                 if not accepted:
                     break
                 self._server.do_handle(*accepted)

@@ -22,7 +22,7 @@ LADDER = [
 #: Who may know gevent; all others are ordinary Python.
 GEVENT = {"__main__", "worker", "agent", "dispatcher", "conversation", "cluster", "receiver"}
 MAX_MODULE_LINES = 250
-MAX_PACKAGE_LINES = 3400
+MAX_PACKAGE_LINES = 3450
 
 MODULES = {path.stem: path for path in sorted((ROOT / "gserver").glob("*.py"))}
 

@@ -251,6 +251,28 @@ def test_who_has_connected_before_a_who_is_sent_is_in_its_answer(server: Running
             assert asker.line() == b"%d\n" % (10 * crowd + 1)
 
 
+def test_clients_that_come_at_once_spread_over_the_workers(tmp_path: Path) -> None:
+    with start(tmp_path, "--workers", "2") as server:
+        server.wait_for("worker.ready", 2)
+        for count in (16, 64, 200):
+            with ExitStack() as stack:
+                clients = [stack.enter_context(server.client()) for _ in range(count)]
+                shares = Counter(client.ask(b"PID") for client in clients)
+                assert max(shares.values()) <= 0.55 * count + 3
+            until(lambda: server.who() == 1, "they are gone")
+
+
+def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> None:
+    with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        worker, other = server.workers()
+        with stopped(other):
+            began = time.monotonic()
+            clients = [stack.enter_context(server.client()) for _ in range(200)]
+            assert {int(client.ask(b"PID")) for client in clients} == {worker.pid}
+            assert time.monotonic() - began < PATIENCE
+
+
 @pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, workers: int, greenlets: str) -> None:
