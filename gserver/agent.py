@@ -4,6 +4,7 @@ Clients never wait for it: when it hangs or dies, the workers go on, and the sup
 """
 
 import signal
+import socket
 from time import monotonic
 
 import gevent
@@ -27,6 +28,10 @@ def run(instructions: Instructions) -> None:
     gevent.signal_handler(signal.SIGTERM, should_stop.set)
     gevent.spawn_raw(show_life, instructions, board)
     client = StatsdClient(config, board) if config.statsd_host else None
+    if config.admin_port >= 0:
+        from gserver import admin  # Loaded only where it is wanted.
+
+        admin.serve(config, board, socket.socket(fileno=instructions.listener_fd))
     member = beats = None
     if config.redis_url:
         from gserver.cluster import Member  # Loaded only where there is a cluster.

@@ -16,14 +16,20 @@ from gserver.errors import Misuse
 from gserver.membership import BEAT_ERRORS
 from gserver.protocol import MAX_NAME_BYTES, REFUSALS
 
-#: Of each worker. `clients` is the only gauge; moments are monotonic nanoseconds.
+#: Upper bounds of the classes by which the times of bursts are counted; what is longer is in a last class.
+SERVICE_BOUNDS_NS = tuple(round(us * 1000) for us in (5, 10, 20, 50, 100, 200, 500, 1e3, 5e3, 2e4, 1e5, 1e6, 1e7))
+#: Of each worker. `clients` is a gauge, `pid` and `peak` are what they say; moments are monotonic nanoseconds.
 WORKER_CELLS = (
     "clients",  # connected now
     "heartbeat",  # when its loop last turned
+    "pid",  # of the worker that has this column; 0 = none
+    "begun",  # when it began
+    "peak",  # most clients of all workers at once that it has seen
     "accepted",  # clients taken in
     "closed",  # clients that have gone
     "bursts",  # times that bytes were read and answered
     "service_ns",  # time from bytes read to replies handed to the kernel, over all bursts
+    *(f"service.{number}" for number in range(len(SERVICE_BOUNDS_NS) + 1)),  # bursts by their time: classes above
     *(f"refused.{refusal.name}" for refusal in REFUSALS),
 )
 #: Of the supervisor and of the agent.
@@ -34,7 +40,9 @@ SINGLE_CELLS = (
     "reloads",  # SIGHUPs carried out
     "lost",  # clients of workers that died
     "agent_heartbeat",
-    "draining",  # 1 from the stop on
+    "begun_at",  # when the supervisor began
+    "stopping",  # 1 from the signal on that ends it
+    "draining",  # 1 from when it accepts no more
     "incarnation",  # which life of this server it is: drawn by lot
     "remote",  # clients of the other servers, as last known
     "servers",  # servers in the cluster, as last known; 0 before the first beat
@@ -50,7 +58,12 @@ SINGLE_CELLS = (
 #: What is neither a counter nor a gauge.
 NO_TOTALS = {
     "heartbeat",
+    "pid",
+    "begun",
+    "peak",
     "agent_heartbeat",
+    "begun_at",
+    "stopping",
     "draining",
     "incarnation",
     "view",
@@ -94,6 +107,7 @@ class Board:
         board = cls(os.memfd_create("gserver-board"), slots)
         board.cells[0] = _FINGERPRINT
         board.put("incarnation", secrets.randbits(62))
+        board.put("begun_at", time.monotonic_ns())
         return board
 
     @classmethod
@@ -150,7 +164,12 @@ class Board:
         """Zero the gauge of a worker that is dead and return how many clients died with it."""
         index = self.cell("clients", slot)
         lost, self.cells[index] = self.cells[index], 0
+        self.cells[self.cell("pid", slot)] = 0
         return lost
+
+    def column(self, name: str) -> Sequence[int]:
+        """Return a cell of every worker, in the order of their slots."""
+        return self.cells[self.cell(name, 0) : self.cell(name, 0) + self.slots]
 
     def totals(self, cells: Sequence[int] | None = None) -> dict[str, int]:
         """Return every counter and gauge by name, summed over the workers; commands as `commands.NAME`.

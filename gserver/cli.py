@@ -13,7 +13,7 @@ from typing import Any, cast
 import click
 from click.shell_completion import CompletionItem
 
-from gserver import __version__, logs
+from gserver import __version__, admin_cli, logs
 from gserver.config import OPTIONS, Config, Option, environment_names, flag
 from gserver.errors import EXIT_RUNTIME, Failure, Misuse
 from gserver.redis_url import RedisUrl
@@ -117,7 +117,7 @@ def _option(name: str, default: Any) -> click.Option:
         metavar=option.metavar or ("N" if isinstance(default, int) else None),
         help=option.help,
         envvar=environment_names(name),
-        show_default=default != "",
+        show_default=option.shown_default or default != "",
     )
 
 
@@ -128,8 +128,7 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     from gserver import process, supervisor
 
     config = Config(**{name: value for name, value in options.items() if value is not None})
-    if ctx.get_parameter_source("redis_url") is click.core.ParameterSource.COMMANDLINE:
-        _hide_secret(config.redis_url)
+    _hide_secrets(ctx, config)
     if config.log_format == "auto":
         config = replace(config, log_format="text" if sys.stdout.isatty() else "json")
     config = replace(
@@ -152,15 +151,21 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     ctx.exit(supervisor.Supervisor(config).run())
 
 
-def _hide_secret(redis_url: str) -> None:
-    """Begin again with a URL that has a password in the environment: arguments can be read by every user (ps)."""
-    if RedisUrl.parse(redis_url).has_secret:
-        option = flag("redis_url")
-        arguments = list(sys.orig_argv)
-        while option in arguments:
-            del arguments[arguments.index(option) : arguments.index(option) + 2]
-        arguments = [argument for argument in arguments if not argument.startswith(option + "=")]
-        os.execve(sys.executable, arguments, {**os.environ, environment_names("redis_url")[0]: redis_url})  # noqa: S606
+def _hide_secrets(ctx: click.Context, config: Config) -> None:
+    """Begin again with the secrets among the flags in the environment: arguments can be read by every user (ps)."""
+    secrets = {"admin_token": config.admin_token}
+    if RedisUrl.parse(config.redis_url or "redis://-").has_secret:
+        secrets["redis_url"] = config.redis_url
+    arguments, environment = list(sys.orig_argv), dict(os.environ)
+    for name, value in secrets.items():
+        if value and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = flag(name)
+            while option in arguments:
+                del arguments[arguments.index(option) : arguments.index(option) + 2]
+            arguments = [argument for argument in arguments if not argument.startswith(option + "=")]
+            environment[environment_names(name)[0]] = value
+    if environment != os.environ or len(arguments) < len(sys.orig_argv):
+        os.execve(sys.executable, arguments, environment)  # noqa: S606
 
 
 @gserver.command()
@@ -194,6 +199,10 @@ def ask(commands: tuple[str, ...], servers: tuple[str, ...], timeout_seconds: fl
 
     for reply in ask_servers(commands or ("WHO",), [parse_address(server) for server in servers], timeout_seconds):
         click.echo(reply)
+
+
+gserver.add_command(admin_cli.top)
+gserver.add_command(admin_cli.status)
 
 
 def main() -> None:

@@ -3,11 +3,12 @@
 Owns the two ends of the count, `admit` and `release`; who calls the one owes the other.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import monotonic, monotonic_ns
 
-from gserver.board import Board
+from gserver.board import SERVICE_BOUNDS_NS, Board
 from gserver.commands import Command, Service
 from gserver.config import Config
 from gserver.errors import ClusterUnavailable
@@ -27,8 +28,10 @@ class Clientele:
         self.clients = board.cell("clients", slot)
         self.accepted = board.cell("accepted", slot)
         self.closed = board.cell("closed", slot)
-        self.bursts = board.cell("bursts", slot)
-        self.service_ns = board.cell("service_ns", slot)
+        self._peak = board.cell("peak", slot)
+        self._bursts = board.cell("bursts", slot)
+        self._service_ns = board.cell("service_ns", slot)
+        self._classes = [board.cell(f"service.{number}", slot) for number in range(len(SERVICE_BOUNDS_NS) + 1)]
         self.refusals = {refusal: board.cell(f"refused.{refusal.name}", slot) for refusal in REFUSALS}
         self.is_draining = False
         self.drain_started_at = 0.0
@@ -38,8 +41,9 @@ class Clientele:
         if self.count_clients() < self.config.max_clients:
             self.cells[self.clients] += 1
             # Compared again once it is counted, so that two workers never both give away the last place.
-            if self.count_clients() <= self.config.max_clients:
+            if (count := self.count_clients()) <= self.config.max_clients:
                 self.cells[self.accepted] += 1
+                self.cells[self._peak] = max(self.cells[self._peak], count)
                 return True
             self.cells[self.clients] -= 1
         self.refuse(TOO_MANY_CLIENTS)
@@ -53,6 +57,12 @@ class Clientele:
     def refuse(self, refusal: Refusal) -> None:
         """Count a refusal."""
         self.cells[self.refusals[refusal]] += 1
+
+    def note_service(self, bursts: int, nanoseconds: int) -> None:
+        """Count bursts that have been answered in so much time together."""
+        self.cells[self._bursts] += bursts
+        self.cells[self._service_ns] += nanoseconds
+        self.cells[self._classes[bisect_left(SERVICE_BOUNDS_NS, nanoseconds // bursts)]] += bursts
 
     def drain(self) -> None:
         """From now on every client is to go as soon as what it has sent is answered."""

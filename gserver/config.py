@@ -4,6 +4,8 @@ The command line, the documents and the tests derive from `Config`. Pure: reads 
 A field's flag is its name with dashes, without the unit: `line_timeout_seconds` is `--line-timeout`.
 """
 
+import contextlib
+import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -17,6 +19,7 @@ STOPPING = "Stopping"
 EXTENDING = "Extending"
 CLUSTER = "Cluster (Redis)"
 METRICS = "Metrics (StatsD)"
+ADMIN = "Admin port (HTTP)"
 LOGS = "Logs"
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "json", "text")
@@ -36,6 +39,7 @@ class Option:
     choices: tuple[str, ...] = ()
     parse: Callable[[str], Any] | None = None
     metavar: str | None = None
+    shown_default: str | None = None
 
 
 def _option(default: Any, group: str, help: str, **rest: Any) -> Any:  # noqa: A002 (click's own word)
@@ -63,6 +67,15 @@ def parse_statsd_prefix(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text).strip(".")[:128]
 
 
+def parse_admin_port(text: str) -> int:
+    """Return the port; -1 stands for `off`."""
+    if text == "off":
+        return -1
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text!r} is neither a port from 0 to 65535 nor off")
+    return int(text)
+
+
 def parse_redis_url(text: str) -> str:
     """Return the URL as it is, once it is known to be one."""
     RedisUrl.parse(text)
@@ -74,6 +87,13 @@ def parse_cluster_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", text):
         raise ValueError(f"{text!r} is not 1 to 64 letters, digits, _, ., : and -")
     return text
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address, or the name `localhost`, is reached from this machine alone."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +154,25 @@ class Config:
     statsd_host: str = _option("", METRICS, "StatsD daemon [default: none, no metrics are sent].")
     statsd_port: int = _option(8125, METRICS, "Its UDP port.", minimum=1, maximum=65535)
     statsd_prefix: str = _option("gserver", METRICS, "First part of every name.", parse=parse_statsd_prefix)
+    admin_port: int = _option(
+        -1,
+        ADMIN,
+        "Port for health, metrics and status; 0 = any free one.",
+        parse=parse_admin_port,
+        metavar="PORT|off",
+        shown_default="off",
+    )
+    admin_host: str = _option("127.0.0.1", ADMIN, "Address of that port.")
+    admin_token: str = _option(
+        "", ADMIN, "Secret to ask for; needed where the address is not loopback.", metavar="TEXT"
+    )
     log_level: str = _option("info", LOGS, "Least level to log.", choices=LEVELS)
     log_format: str = _option("auto", LOGS, "auto = text on a terminal, json elsewhere.", choices=FORMATS)
 
     @property
     def needs_agent(self) -> bool:
         """Whether there is anything for an agent to do."""
-        return bool(self.statsd_host or self.redis_url)
+        return bool(self.statsd_host or self.redis_url) or self.admin_port >= 0
 
     def hang_seconds(self, *, is_agent: bool) -> float:
         """After how long a silence a process has hung. An agent that beats must be back before its TTL is over."""
@@ -160,6 +192,8 @@ class Config:
             return f"--member-ttl {ttl:g} is too short: at least five times --beat-interval, which is {beat:g}"
         if age < 2 * beat:
             return f"--cluster-max-age {age:g} is too short: at least twice --beat-interval, which is {beat:g}"
+        if self.admin_port >= 0 and not self.admin_token and not is_loopback(self.admin_host):
+            return f"--admin-host {self.admin_host} can be reached from elsewhere: give it an --admin-token too"
         if self.redis_ca_file and not RedisUrl.parse(self.redis_url or "redis://-").has_tls:
             return "--redis-ca-file is for a --redis-url with TLS: rediss://"
         return ""

@@ -107,8 +107,7 @@ class Conversation:
                 connection.quiet_since = monotonic()
             if items:
                 connection.has_spoken = True
-                clientele.cells[clientele.bursts] += 1
-                clientele.cells[clientele.service_ns] += perf_counter_ns() - started
+                clientele.note_service(1, perf_counter_ns() - started)
             data = self._receiver.receive(self._patience() if parser.partial or clientele.is_draining else None)
 
     def _is_over(self) -> bool:

@@ -153,9 +153,7 @@ class Dispatcher:
             except Exception as error:  # noqa: BLE001 (gevent would end the watch over all clients)
                 self._give_up(connection, error)
         if bursts:
-            cells, clientele = self._clientele.cells, self._clientele
-            cells[clientele.bursts] += bursts
-            cells[clientele.service_ns] += round((monotonic() - started) * 1e9)
+            self._clientele.note_service(bursts, round((monotonic() - started) * 1e9))
 
     def _wake(self, connection: Connection, data: bytes | None, unsent: bytes = b"") -> None:
         """Give a client at rest a greenlet."""

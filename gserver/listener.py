@@ -14,22 +14,25 @@ KEEPALIVE_PROBES = 4
 USER_TIMEOUT_MILLISECONDS = 120_000
 
 _REASONS = {
-    errno.EADDRINUSE: "it is in use by another program: stop that one, or choose another --port",
-    errno.EACCES: "no permission: choose a --port from 1024 up, or grant CAP_NET_BIND_SERVICE",
-    errno.EADDRNOTAVAIL: "this machine has no such address: choose another --host",
+    errno.EADDRINUSE: "it is in use by another program: stop that one, or choose another {port}",
+    errno.EACCES: "no permission: choose a {port} from 1024 up, or grant CAP_NET_BIND_SERVICE",
+    errno.EADDRNOTAVAIL: "this machine has no such address: choose another {host}",
 }
 
 
-def bind(host: str, port: int, backlog: int) -> socket.socket:
+def bind(host: str, port: int, backlog: int, prefix: str = "--") -> socket.socket:
     """Return a non-blocking listening socket; raise `Failure` when the address cannot be had.
 
+    `prefix` is that of the options that the address comes from, for a person to know which.
     The options are set here, once: on Linux an accepted socket inherits them from its listener.
     """
-    where = show_address(host, port)
+    where, options = show_address(host, port), {"host": f"{prefix}host", "port": f"{prefix}port"}
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise Failure(f"cannot listen on {where}: the name {host!r} does not resolve: choose another --host") from error
+        raise Failure(
+            f"cannot listen on {where}: the name {host!r} does not resolve: choose another {prefix}host"
+        ) from error
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -45,7 +48,7 @@ def bind(host: str, port: int, backlog: int) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = _REASONS.get(error.errno or 0, os.strerror(error.errno or 0))
-        raise Failure(f"cannot listen on {where}: {reason}") from error
+        raise Failure(f"cannot listen on {where}: {reason.format(**options)}") from error
     listener.setblocking(False)
     return listener
 

@@ -18,6 +18,7 @@ from gserver.config import Config
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse
 from gserver.signals import SignalNotes
 
+ADMIN_BACKLOG = 64
 #: How often to look at the heartbeats, at least.
 WATCH_SECONDS = 1.0
 #: Who seems to hang is looked at once more before it is killed: the whole machine may have stood still.
@@ -36,7 +37,12 @@ class Supervisor:
 
     def __init__(self, config: Config) -> None:
         self._socket = listener.bind(config.host, config.port, config.backlog)
-        self._config = replace(config, port=self._socket.getsockname()[1])
+        config = replace(config, port=self._socket.getsockname()[1])
+        self._admin_socket = None
+        if config.admin_port >= 0:  # Here, so that it stays open while one agent follows another.
+            self._admin_socket = listener.bind(config.admin_host, config.admin_port, ADMIN_BACKLOG, "--admin-")
+            config = replace(config, admin_port=self._admin_socket.getsockname()[1])
+        self._config = config
         # One column more than workers: a reload starts the new one before the old one goes.
         self._board = Board.create(config.workers + 1)
         self._children: list[Child] = []
@@ -102,7 +108,7 @@ class Supervisor:
         return [child for child in self._of(role) if not child.is_leaving]
 
     def _start(self, role: str, now: float) -> None:
-        slot, listener_fd = -1, -1
+        slot, listener_fd = -1, self._admin_socket.fileno() if self._admin_socket else -1
         if role == WORKER:
             free = set(range(self._board.slots)) - {child.slot for child in self._children}
             if not free:
@@ -224,6 +230,7 @@ class Supervisor:
         where = listener.show_address(config.host, config.port)
         fields = {"server.address": config.host, "server.port": config.port}
         fields |= {"gserver.workers": config.workers, "gserver.max_clients": config.max_clients}
+        fields |= {"gserver.admin_port": config.admin_port if self._admin_socket else None}
         fields |= {"gserver.cluster": config.cluster_name if config.redis_url else None}
         hint = f": nc {config.host} {config.port}, then WHO, WHERE or WHY; Ctrl-C stops it"
         message = f"listening on {where}" + (hint if config.log_format == "text" else "")
@@ -238,6 +245,7 @@ class Supervisor:
                 logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
             elif self._drain_at is None:
                 self._drain_at = now + self._config.drain_delay_seconds
+                self._board.put("stopping", 1)
                 logs.event(logging.INFO, "server.draining", f"{number.name}: draining")
             elif number != signal.SIGHUP:
                 self._was_forced = True

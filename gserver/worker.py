@@ -6,9 +6,10 @@ Reads and writes its column of the board; knows nothing of the other processes, 
 import _socket
 import contextlib
 import logging
+import os
 import signal
 import socket
-from time import monotonic
+from time import monotonic, monotonic_ns
 from typing import Any, cast
 
 import gevent
@@ -90,6 +91,8 @@ class Worker:
         self._instructions = instructions
         self._config = config = instructions.config
         self._board: Board = instructions.board()
+        for name, value in (("pid", os.getpid()), ("begun", monotonic_ns())):
+            self._board.cells[self._board.cell(name, instructions.slot)] = value
         self._clientele = Clientele(config, self._board, instructions.slot, commands.load(config.commands))
         self.admit = self._clientele.admit
         self.dispatcher = Dispatcher(self._clientele, self._on_close)

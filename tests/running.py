@@ -223,6 +223,11 @@ class Running:
         events: list[Event] = until(found, f"{count} of {action} in {self.lines} {self.errors}", limit)
         return events[count - 1]
 
+    def admin_port(self) -> int:
+        """The port of its admin server."""
+        port: int = self.events("server.listening")[0]["gserver.admin_port"]
+        return port
+
     def client(self, source: str = "") -> Client:
         return Client(self.port, source=source)
 

@@ -1,0 +1,174 @@
+"""The admin port: health, metrics and status over HTTP, for balancers, Prometheus and people.
+
+Served by the agent, so that nothing here can slow a client. `GET` alone; each connection has one request, a limit on
+what it may send, and a deadline.
+"""
+
+import base64
+import binascii
+import hmac
+import io
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import gevent
+from gevent.pool import Pool
+from gevent.pywsgi import WSGIHandler, WSGIServer
+from prometheus_client import CollectorRegistry, generate_latest
+
+from gserver import logs
+from gserver.board import Board
+from gserver.config import Config, is_loopback
+from gserver.metrics import BoardCollector
+from gserver.status import state, status
+
+MAX_CONNECTIONS = 32
+MAX_REQUEST_BYTES = 16_384
+REQUEST_SECONDS = 5.0
+TEXT, JSON = "text/plain; charset=utf-8", "application/json"
+HTML, PAGE = "text/html; charset=utf-8", Path(__file__).with_name("page.html")
+#: The page is one file, and talks to nobody but this port.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+Answer = tuple[str, str, bytes]
+StartResponse = Callable[[str, list[tuple[str, str]]], object]
+
+
+def serve(config: Config, board: Board, listener: socket.socket) -> None:
+    """Answer on a listening socket for as long as this process lives."""
+    WSGIServer(
+        listener,
+        _Admin(config, board).respond,
+        spawn=Pool(MAX_CONNECTIONS),
+        handler_class=_Handler,
+        log=None,
+        error_log=_Log(),
+    ).start()
+
+
+class _Admin:
+    """What is answered."""
+
+    def __init__(self, config: Config, board: Board) -> None:
+        self._config = config
+        self._board = board
+        self._registry = CollectorRegistry()
+        self._registry.register(BoardCollector(config, board))
+        self._routes = {
+            "/": self._page,
+            "/status.json": self._status,
+            "/metrics": self._metrics,
+            "/livez": self._live,
+            "/readyz": self._ready,
+        }
+
+    def respond(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        status_line, kind, body = self._answer(environ)
+        headers = [
+            ("Content-Type", kind),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Content-Security-Policy", POLICY),
+            ("Connection", "close"),
+        ]
+        if status_line.startswith("401"):
+            headers.append(("WWW-Authenticate", 'Basic realm="gserver", charset="UTF-8"'))
+        start_response(status_line, headers)
+        return [body]
+
+    def _answer(self, environ: dict[str, Any]) -> Answer:
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] != "GET":
+            return "405 Method Not Allowed", TEXT, b"GET is all there is\n"
+        if path not in self._routes:
+            return "404 Not Found", TEXT, b"there is: " + ", ".join(self._routes).encode() + b"\n"
+        if path not in ("/livez", "/readyz"):  # Balancers cannot carry secrets, and a word tells little.
+            if not self._may_read(environ):
+                return "401 Unauthorized", TEXT, b"the --admin-token is wanted, as Bearer or as a password\n"
+            if not self._config.admin_token and not _is_local(environ.get("HTTP_HOST", "")):
+                # A page somewhere could have its own name resolve to this machine, and read what is here.
+                return "403 Forbidden", TEXT, b"without an --admin-token, ask by address or as localhost\n"
+        return self._routes[path]()
+
+    def _may_read(self, environ: dict[str, Any]) -> bool:
+        kind, _, value = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        if kind.lower() == "basic":
+            try:
+                value = base64.b64decode(value).decode().partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                return False
+        return hmac.compare_digest(value.strip().encode(), self._config.admin_token.encode())
+
+    def _page(self) -> Answer:
+        return "200 OK", HTML, PAGE.read_bytes()
+
+    def _live(self) -> Answer:
+        return "200 OK", TEXT, b"alive\n"
+
+    def _ready(self) -> Answer:
+        word = state(self._board)
+        return "200 OK" if word == "ready" else "503 Service Unavailable", TEXT, f"{word}\n".encode()
+
+    def _metrics(self) -> Answer:
+        return "200 OK", METRICS, generate_latest(self._registry)
+
+    def _status(self) -> Answer:
+        return "200 OK", JSON, json.dumps(status(self._config, self._board), indent=1).encode() + b"\n"
+
+
+def _is_local(host: str) -> bool:
+    """Whether a Host header holds an address or localhost: no name that a stranger may define."""
+    name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+    return is_loopback(name)
+
+
+class _Handler(WSGIHandler):
+    """A connection of one request, all of which has a deadline and a limit."""
+
+    def __init__(self, sock: Any, address: Any, server: Any) -> None:
+        super().__init__(sock, address, server)
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Limited(sock))
+
+    def handle(self) -> None:
+        with gevent.Timeout(REQUEST_SECONDS, False):  # type: ignore[arg-type]
+            super().handle()
+
+
+class _Limited(io.RawIOBase):
+    """What a socket receives, up to a limit: beyond it, as if the client had ended."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._left = MAX_REQUEST_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._sock.recv_into(buffer, min(len(buffer), self._left)) if self._left else 0
+        self._left -= count
+        return count
+
+
+class _Log:
+    """Where pywsgi tells of errors: an event each, never a traceback on a terminal."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            logs.event(logging.DEBUG, "admin.error", " ".join(text.split())[:500])
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """Nothing is kept back."""

@@ -1,0 +1,94 @@
+"""Metrics for Prometheus, read off the board whenever they are asked for.
+
+Named by its conventions: https://prometheus.io/docs/practices/naming/. Counters are those of the whole server, so a
+worker that is replaced changes nothing about them.
+"""
+
+from collections.abc import Iterator
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+
+from gserver import __version__
+from gserver.board import SERVICE_BOUNDS_NS, Board
+from gserver.config import Config
+from gserver.protocol import REFUSALS
+from gserver.status import state
+
+#: Each with the total of the board that it tells, and its help.
+GAUGES = {
+    "gserver_clients": ("clients", "Clients connected now."),
+    "gserver_workers": ("workers", "Workers that accept."),
+}
+COUNTERS = {
+    "gserver_clients_accepted": ("accepted", "Clients taken in."),
+    "gserver_clients_closed": ("closed", "Clients that have gone."),
+    "gserver_clients_lost": ("lost", "Clients of workers that died."),
+    "gserver_worker_restarts": ("worker_restarts", "Workers replaced because they died or hung."),
+    "gserver_agent_starts": ("agent_starts", "Starts of the agent."),
+    "gserver_reloads": ("reloads", "SIGHUPs carried out."),
+}
+CLUSTER_COUNTERS = {"gserver_cluster_beats": ("beats", "Beats answered by Redis.")}
+BEAT_SECONDS = ("gserver_cluster_beat_seconds", "Time from a beat to its answer, over all beats.")
+
+
+class BoardCollector:
+    """A collector for one server."""
+
+    def __init__(self, config: Config, board: Board) -> None:
+        self._config = config
+        self._board = board
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric as it is now."""
+        board, config, totals = self._board, self._config, self._board.totals()
+        yield InfoMetricFamily("gserver", "The server.", {"version": __version__, "server_id": config.server_id})
+        yield GaugeMetricFamily("gserver_ready", "1 while it takes new clients.", float(state(board) == "ready"))
+        for name, (total, text) in GAUGES.items():
+            yield GaugeMetricFamily(name, text, totals[total])
+        yield GaugeMetricFamily("gserver_clients_peak", "Most clients at once.", max(board.column("peak")))
+        yield GaugeMetricFamily("gserver_clients_limit", "Most clients that it takes.", config.max_clients)
+        for name, (total, text) in COUNTERS.items():
+            yield CounterMetricFamily(name, text, totals[total])
+        commands = CounterMetricFamily("gserver_commands", "Commands answered.", labels=["command"])
+        for key, count in totals.items():
+            if key.startswith("commands."):
+                commands.add_metric([key.partition(".")[2]], count)
+        yield commands
+        refusals = CounterMetricFamily("gserver_refusals", "ERR lines, and clients turned out.", labels=["reason"])
+        for refusal in REFUSALS:
+            refusals.add_metric([refusal.name], totals[f"refused.{refusal.name}"])
+        yield refusals
+        yield self._service_time(totals)
+        if config.redis_url:
+            yield from self._cluster(totals)
+
+    def _service_time(self, totals: dict[str, int]) -> Metric:
+        text = "Time from bytes read to replies handed to the kernel, a burst of commands each."
+        family = HistogramMetricFamily("gserver_service_seconds", text)
+        bounds, buckets, count = [*(bound / 1e9 for bound in SERVICE_BOUNDS_NS), float("inf")], [], 0
+        for number, bound in enumerate(bounds):
+            count += totals[f"service.{number}"]
+            buckets.append(("+Inf" if bound == float("inf") else f"{bound:g}", float(count)))
+        family.add_metric([], buckets, totals["service_ns"] / 1e9)
+        return family
+
+    def _cluster(self, totals: dict[str, int]) -> Iterator[Metric]:
+        if "view_age_ms" in totals:
+            yield GaugeMetricFamily("gserver_cluster_servers", "Servers, as last known.", totals["servers"])
+            yield GaugeMetricFamily("gserver_cluster_clients", "Clients of all, as last known.", totals["everybody"])
+            age = totals["view_age_ms"] / 1000
+            yield GaugeMetricFamily("gserver_cluster_view_age_seconds", "Age of that knowledge.", age)
+        for name, (total, text) in CLUSTER_COUNTERS.items():
+            yield CounterMetricFamily(name, text, totals[total])
+        yield CounterMetricFamily(*BEAT_SECONDS, totals["beat_ns"] / 1e9)
+        errors = CounterMetricFamily("gserver_cluster_beat_errors", "Beats that failed.", labels=["kind"])
+        for key, count in totals.items():
+            if key.startswith("beat_errors."):
+                errors.add_metric([key.partition(".")[2]], count)
+        yield errors

@@ -1,0 +1,89 @@
+"""What there is to tell of a server, as plain values made from the board: for the admin port, `top` and the page."""
+
+import time
+from typing import Any
+
+from gserver import __version__
+from gserver.board import Board
+from gserver.config import Config
+from gserver.protocol import REFUSALS
+
+#: In the order in which a server goes through them.
+STATES = ("starting", "ready", "draining")
+
+
+def state(board: Board) -> str:
+    """Whether the server is `ready`: it takes new clients; and what it is if not. Redis has no part in it."""
+    if board.get("stopping") or board.get("draining"):
+        return "draining"
+    return "ready" if board.get("workers") else "starting"
+
+
+def status(config: Config, board: Board) -> dict[str, Any]:
+    """Return all of it. Counters grow for as long as the server lives; times are seconds."""
+    totals, now = board.totals(), time.monotonic_ns()
+    return {
+        "server": {
+            "id": config.server_id,
+            "version": __version__,
+            "host": config.host,
+            "port": config.port,
+            "state": state(board),
+            "uptime_seconds": _seconds(now - board.get("begun_at")),
+        },
+        "clients": {
+            "now": totals["clients"],
+            "peak": max(board.column("peak")),
+            "limit": config.max_clients,
+            **{name: totals[name] for name in ("accepted", "closed", "lost")},
+        },
+        "commands": {name.partition(".")[2]: total for name, total in totals.items() if name.startswith("commands.")},
+        "errors": {item.name: totals[f"refused.{item.name}"] for item in REFUSALS if not item.closes},
+        "rejected": {item.name: totals[f"refused.{item.name}"] for item in REFUSALS if item.closes},
+        "service": {"bursts": totals["bursts"], "seconds": _seconds(totals["service_ns"])},
+        "workers": {
+            "wanted": config.workers,
+            "accepting": board.get("workers"),
+            "restarts": totals["worker_restarts"],
+            "reloads": totals["reloads"],
+            "each": _workers(board, now),
+        },
+        "cluster": _cluster(config, board, totals) if config.redis_url else None,
+    }
+
+
+def _workers(board: Board, now: int) -> list[dict[str, Any]]:
+    names = ("pid", "begun", "heartbeat", "clients", "accepted", "bursts")
+    rows = enumerate(zip(*(board.column(name) for name in names), strict=True))
+    return [
+        {
+            "slot": slot,
+            "pid": pid,
+            "age_seconds": _seconds(now - begun),
+            "silent_seconds": _seconds(now - max(begun, heartbeat)),
+            "clients": clients,
+            "accepted": accepted,
+            "bursts": bursts,
+        }
+        for slot, (pid, begun, heartbeat, clients, accepted, bursts) in rows
+        if pid
+    ]
+
+
+def _cluster(config: Config, board: Board, totals: dict[str, int]) -> dict[str, Any]:
+    is_known = "view_age_ms" in totals
+    return {
+        "name": config.cluster_name,
+        "servers": totals["servers"] if is_known else None,
+        "clients": totals["everybody"] if is_known else None,
+        "view_age_seconds": totals["view_age_ms"] / 1000 if is_known else None,
+        "is_held": bool(board.get("hold_until")),
+        "beats": totals["beats"],
+        "beat_errors": {
+            name.partition(".")[2]: total for name, total in totals.items() if name.startswith("beat_errors.") and total
+        },
+    }
+
+
+def _seconds(nanoseconds: int) -> float:
+    return round(nanoseconds / 1e9, 6)

@@ -1,0 +1,175 @@
+"""What admin ports say, on a terminal: for `gserver top` and `gserver status`. Knows nothing else of a server."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from gserver.errors import Misuse
+
+TIMEOUT_SECONDS = 2.0
+STYLES = {"ready": "bold green", "draining": "bold yellow", "starting": "bold yellow", "away": "bold red"}
+
+Status = dict[str, Any]
+
+
+@dataclass
+class Watched:
+    """One server's admin port: what it said last, and before that."""
+
+    url: str
+    token: str = ""
+    now: Status = field(default_factory=dict)
+    before: Status = field(default_factory=dict)
+    #: Why there is no answer; "" when there is.
+    trouble: str = ""
+
+    def look(self) -> None:
+        """Ask once more."""
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        try:
+            opener = build_opener(ProxyHandler({}))  # An admin port is never behind the proxy that a shell names.
+            request = Request(f"{self.url}/status.json", headers=headers)  # noqa: S310 (the scheme is http)
+            with opener.open(request, timeout=TIMEOUT_SECONDS) as reply:
+                now: Status = json.load(reply)
+            now["server"]["state"]  # It is one of ours.
+        except HTTPError as error:
+            self.trouble = "the admin token is missing or wrong" if error.code == 401 else f"HTTP {error.code}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.trouble = str(getattr(error, "reason", error)) or type(error).__name__
+        else:
+            self.before, self.now, self.trouble = self.now, now, ""
+
+    @property
+    def state(self) -> str:
+        """The server's state, or `away`."""
+        return "away" if self.trouble else str(self.now["server"]["state"])
+
+    def rate(self, *path: str) -> float | None:
+        """How fast a counter, or a dict of them, has grown since the last look; None when that is not known."""
+        if self.trouble or not self.before or self.before["server"]["id"] != self.now["server"]["id"]:
+            return None
+        seconds = self.now["server"]["uptime_seconds"] - self.before["server"]["uptime_seconds"]
+        now, before = (_total(status, path) for status in (self.now, self.before))
+        return (now - before) / seconds if seconds > 0 else None
+
+    def line(self) -> str:
+        """It in one plain line."""
+        if self.trouble:
+            return f"{self.url} away: {self.trouble}"
+        clients, cluster = self.now["clients"], self.now["cluster"]
+        everywhere = (
+            f" of {cluster['clients']} in {cluster['servers']} servers" if cluster and cluster["servers"] else ""
+        )
+        rates = f"{_number(self.rate('commands'))} commands/s {_number(self.rate('errors'))} errors/s"
+        return f"{self.now['server']['id']} {self.state} {clients['now']} clients{everywhere} {rates}"
+
+
+def watch(urls: Sequence[str], token: str) -> list[Watched]:
+    """Return a watch for each URL or HOST:PORT; raise `Misuse` for what is neither."""
+    return [Watched(*_parse(url, token)) for url in urls]
+
+
+def look(watched: Sequence[Watched]) -> None:
+    """Ask all of them at once."""
+    with ThreadPoolExecutor(len(watched)) as pool:
+        list(pool.map(Watched.look, watched))
+
+
+def lines(watched: Sequence[Watched], seconds: float) -> Iterator[str]:
+    """Yield a plain line for each, again and again."""
+    while True:
+        look(watched)
+        yield from (each.line() for each in watched)
+        time.sleep(seconds)
+
+
+def live(watched: Sequence[Watched], seconds: float, console: Console) -> None:
+    """Show them on a terminal until Ctrl-C."""
+    with Live(console=console, screen=True, auto_refresh=False) as screen:
+        while True:
+            look(watched)
+            screen.update(screens(watched), refresh=True)
+            time.sleep(seconds)
+
+
+def screens(watched: Sequence[Watched]) -> Group:
+    """What there is to see of them: a table of all, and for each its workers and its cluster."""
+    table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
+    for name in ("server", "state", "clients", "peak", "limit", "commands/s", "errors/s", "µs a burst", "up"):
+        table.add_column(name, justify="left" if name in ("server", "state") else "right", no_wrap=name != "server")
+    for each in watched:
+        table.add_row(*_row(each))
+    return Group(table, *(_details(each) for each in watched if not each.trouble))
+
+
+def _row(each: Watched) -> list[Text | str]:
+    state = Text(each.state, STYLES[each.state])
+    if not each.now:
+        return [each.url, state, Text(each.trouble, "red")]
+    clients, server = each.now["clients"], each.now["server"]
+    bursts, busy = each.rate("service", "bursts"), each.rate("service", "seconds")
+    mean = 1e6 * busy / bursts if bursts and busy is not None else None
+    counts = [f"{clients[name]:,}" for name in ("now", "peak", "limit")]
+    rates = [_number(value) for value in (each.rate("commands"), each.rate("errors"), mean)]
+    return [server["id"], state, *counts, *rates, _age(server["uptime_seconds"])]
+
+
+def _details(each: Watched) -> Panel:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("worker", "age", "clients", "taken in", "last sign of life"):
+        table.add_column(name, justify="left" if name == "worker" else "right")
+    for worker in each.now["workers"]["each"]:
+        counts = [f"{worker[name]:,}" for name in ("clients", "accepted")]
+        table.add_row(str(worker["pid"]), _age(worker["age_seconds"]), *counts, f"{worker['silent_seconds']:.1f} s ago")
+    told = [f"{name} {_number(each.rate('commands', name))}/s" for name in each.now["commands"]]
+    wrong = {**each.now["errors"], **each.now["rejected"]}
+    told += [f"[red]{name} {count:,}[/]" for name, count in wrong.items() if count]
+    cluster = each.now["cluster"]
+    if cluster:
+        known = cluster["servers"] is not None
+        heard = f", heard of {cluster['view_age_seconds']:.1f} s ago" if known else ", not heard of yet"
+        told.append(f"cluster {cluster['name']}: {cluster['clients']} clients of {cluster['servers']} servers{heard}")
+    return Panel(
+        Group(table, Text.from_markup("\n" + "   ".join(told))), title=each.now["server"]["id"], title_align="left"
+    )
+
+
+def _parse(url: str, token: str) -> tuple[str, str]:
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        is_good = parts.scheme == "http" and bool(parts.hostname) and parts.port is not None
+    except ValueError:
+        is_good = False
+    if not is_good or parts.path.strip("/") or parts.query:
+        raise Misuse(f"{url!r} is no admin port: name it as HOST:PORT or http://HOST:PORT")
+    return f"http://{parts.netloc.rpartition('@')[2]}", parts.password or token
+
+
+def _total(status: Status, path: Sequence[str]) -> float:
+    value: Any = status
+    for name in path:
+        value = value.get(name, 0)
+    return float(sum(value.values()) if isinstance(value, dict) else value)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
+
+
+def _age(seconds: float) -> str:
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,270 @@
+"""The admin port: what it says, to whom, and that nothing that is done to it holds up a client."""
+
+import base64
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.running import LIMIT, PATIENCE, Running, gserver, program, stopped, until
+
+TOKEN = "not-a-secret"
+
+
+def get(
+    server: Running, path: str, method: str = "GET", host: str = "127.0.0.1", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of an answer."""
+    connection = http.client.HTTPConnection(host, server.admin_port(), timeout=LIMIT)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
+def status(server: Running, **headers: str) -> Any:
+    code, _, body = get(server, "/status.json", **headers)
+    assert code == 200, body
+    return json.loads(body)
+
+
+def metrics(server: Running) -> dict[str, float]:
+    """Every sample, by name and labels as they are written."""
+    _, _, body = get(server, "/metrics")
+    lines = [line for line in body.decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Running]:
+    """A server with an admin port, for tests that leave it as it was."""
+    with Running("--admin-port", "0", "--server-id", "here", "--max-clients", "50") as running:
+        running.wait_for("agent.ready")
+        yield running
+
+
+def test_there_is_none_unless_it_is_asked_for(server: Running) -> None:
+    assert server.agents() == []
+    assert server.events("server.listening")[0].get("gserver.admin_port") is None
+
+
+def test_a_server_that_serves_is_alive_and_ready(here: Running) -> None:
+    assert get(here, "/livez")[::2] == (200, b"alive\n")
+    assert get(here, "/readyz")[::2] == (200, b"ready\n")
+
+
+def test_what_is_not_there_is_not_found_and_all_but_get_is_refused(here: Running) -> None:
+    for path in ("/x", "/status", "//", "/%00", "/../etc/passwd", "/" + "x" * 2000):
+        assert get(here, path)[0] == 404
+    for method in ("POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "x"):
+        assert get(here, "/livez", method)[0] == 405
+
+
+def test_every_answer_closes_and_may_not_be_kept_or_framed(here: Running) -> None:
+    for path in ("/", "/livez", "/metrics", "/status.json", "/x"):
+        _, headers, body = get(here, path)
+        assert (headers["connection"], headers["cache-control"]) == ("close", "no-store")
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert int(headers["content-length"]) == len(body)
+
+
+def test_the_status_says_what_there_is(here: Running) -> None:
+    before = status(here)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(here.client()) for _ in range(3)]
+        assert clients[0].ask(b"WHO") == b"3"
+        assert clients[1].ask(b"WHERE") == b"here"
+        assert clients[2].ask(b"NOPE") == b"ERR unknown command"
+        now = status(here)
+    assert now["server"]["id"] == "here"
+    assert (now["server"]["state"], now["server"]["port"]) == ("ready", here.port)
+    assert now["server"]["uptime_seconds"] > before["server"]["uptime_seconds"]
+    assert (now["clients"]["now"], now["clients"]["limit"]) == (3, 50)
+    assert now["clients"]["peak"] >= 3
+    assert now["clients"]["accepted"] - before["clients"]["accepted"] == 3
+    changed = {name: now["commands"][name] - before["commands"][name] for name in ("WHO", "WHERE", "WHY")}
+    assert changed == {"WHO": 1, "WHERE": 1, "WHY": 0}
+    assert now["errors"]["unknown_command"] - before["errors"]["unknown_command"] == 1
+    assert now["service"]["bursts"] - before["service"]["bursts"] == 3
+    assert 0 < now["service"]["seconds"] - before["service"]["seconds"] < 1
+    [worker] = now["workers"]["each"]
+    assert (worker["pid"], worker["clients"]) == (here.workers()[0].pid, 3)
+    assert 0 <= worker["silent_seconds"] < PATIENCE
+    assert now["cluster"] is None
+
+
+def test_the_metrics_say_the_same_and_are_what_prometheus_reads(here: Running) -> None:
+    before = metrics(here)
+    with here.client() as client:
+        assert client.ask(b"WHY") == b"42"
+        now = metrics(here)
+        assert now["gserver_clients"] == 1
+    assert now['gserver_commands_total{command="WHY"}'] - before['gserver_commands_total{command="WHY"}'] == 1
+    assert now["gserver_service_seconds_count"] - before["gserver_service_seconds_count"] == 1
+    assert now['gserver_service_seconds_bucket{le="+Inf"}'] == now["gserver_service_seconds_count"]
+    assert now["gserver_clients_limit"] == 50
+    assert now["gserver_ready"] == 1
+    _, headers, body = get(here, "/metrics")
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    done = subprocess.run(
+        [program("promtool"), "check", "metrics"], input=body, capture_output=True, timeout=LIMIT, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_counters_survive_a_worker_and_the_agent() -> None:
+    with Running("--admin-port", "0") as server, server.client() as client:
+        server.wait_for("agent.ready")
+        assert client.ask(b"WHY") == b"42"
+        before = metrics(server)
+        server.workers()[0].kill()
+        server.wait_for("worker.ready", 2)
+        server.agents()[0].kill()
+        server.wait_for("agent.ready", 2)
+        now = metrics(server)
+        assert now['gserver_commands_total{command="WHY"}'] == before['gserver_commands_total{command="WHY"}'] == 1
+        assert now["gserver_clients_lost_total"] == 1
+        assert now["gserver_worker_restarts_total"] == 1
+        assert [worker["pid"] for worker in status(server)["workers"]["each"]] == [server.workers()[0].pid]
+
+
+def test_it_is_unready_from_the_signal_on_though_it_still_serves() -> None:
+    with Running("--admin-port", "0", "--drain-delay", "2") as server:
+        server.wait_for("agent.ready")
+        assert get(server, "/readyz")[0] == 200
+        server.send_signal(signal.SIGTERM)
+        server.wait_for("server.draining")
+        assert get(server, "/readyz")[::2] == (503, b"draining\n")
+        assert get(server, "/livez")[0] == 200
+        assert metrics(server)["gserver_ready"] == 0
+        assert server.who() == 1
+        assert server.exit_code() == 0
+
+
+def test_without_workers_it_is_alive_but_not_ready() -> None:
+    with Running("--admin-port", "0", "--hang-timeout", "0") as server:
+        server.wait_for("agent.ready")
+        with stopped(server.workers()[0]):
+            assert get(server, "/livez")[0] == 200
+        server.workers()[0].kill()
+        until(lambda: get(server, "/readyz")[0] == 503 or server.events("worker.ready")[1:], "it is noticed")
+
+
+@pytest.mark.parametrize(
+    "value", [f"Bearer {TOKEN}", f"bearer {TOKEN}", "Basic " + base64.b64encode(f"x:{TOKEN}".encode()).decode()]
+)
+def test_with_a_token_all_but_health_needs_it(value: str) -> None:
+    with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": TOKEN}) as server:
+        server.wait_for("agent.ready")
+        for path in ("/", "/status.json", "/metrics"):
+            code, headers, body = get(server, path)
+            assert (code, headers["www-authenticate"].partition(" ")[0]) == (401, "Basic")
+            assert TOKEN.encode() not in body
+            assert get(server, path, Authorization=value)[0] == 200
+            for wrong in ("", "Bearer", "Bearer x", f"Basic {TOKEN}", "Basic !", value + "x", f"Digest {TOKEN}x"):
+                assert get(server, path, Authorization=wrong)[0] == 401, wrong
+        assert get(server, "/livez")[0] == get(server, "/readyz")[0] == 200
+        assert TOKEN not in "".join(server.lines)
+
+
+def test_a_token_that_is_given_as_a_flag_is_no_argument_for_long() -> None:
+    with Running("--admin-port", "0", "--admin-token", TOKEN) as server:
+        server.wait_for("agent.ready")
+        processes = [*server.workers(), *server.agents()]
+        assert processes
+        with open(f"/proc/{server.pid}/cmdline") as file:
+            lines = [file.read(), *(" ".join(process.cmdline()) for process in processes)]
+        assert not any(TOKEN in line for line in lines)
+        assert status(server, Authorization=f"Bearer {TOKEN}")["server"]["state"] == "ready"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.com"])
+def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
+    done = gserver("--admin-port", "0", "--admin-host", host)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"gserver: --admin-host {host} can be reached from elsewhere: give it an --admin-token too\n"
+
+
+def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running) -> None:
+    for name in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "localhost.evil"):
+        assert get(here, "/status.json", Host=name)[0] in (400, 403), name
+    for name in ("127.0.0.1", "localhost:1", "[::1]:80", "127.8.8.8"):
+        assert get(here, "/status.json", Host=name)[0] == 200, name
+
+
+def test_a_busy_admin_port_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = gserver("--port", "0", "--admin-port", str(port))
+    assert done.returncode == 1
+    told = "it is in use by another program: stop that one, or choose another --admin-port"
+    assert done.stderr == f"gserver: cannot listen on 127.0.0.1:{port}: {told}\n"
+
+
+# What is done to it.
+
+
+def dial(server: Running) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.admin_port()), LIMIT)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /",
+        b"GET /livez HTTP/1.1\r\n",
+        b"GET /livez HTTP/1.1\r\nX: y\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nx",
+    ],
+)
+def test_who_does_not_finish_a_request_is_closed_in_time_and_in_nobodys_way(here: Running, sent: bytes) -> None:
+    with dial(here) as sock:
+        began = time.monotonic()
+        sock.sendall(sent)
+        while sock.recv(65536):
+            pass
+        assert time.monotonic() - began < 5 + PATIENCE
+    assert get(here, "/livez")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\0" * 1000, b"x" * 100_000, b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * 100_000, b"\r\n" * 50_000]
+)
+def test_rubbish_and_too_much_end_the_connection(here: Running, sent: bytes) -> None:
+    [agent] = here.agents()
+    before = agent.memory_info().rss
+    with dial(here) as sock:
+        try:
+            sock.sendall(sent)
+            while sock.recv(65536):
+                pass
+        except ConnectionError:
+            pass
+    assert get(here, "/livez")[0] == 200
+    assert here.agents() == [agent]
+    assert agent.memory_info().rss - before < 4_000_000
+    assert not here.events("process.error")
+
+
+def test_a_crowd_of_silent_connections_holds_up_neither_clients_nor_for_long_the_port(here: Running) -> None:
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(dial(here))
+        with here.client() as client:
+            began = time.monotonic()
+            for _ in range(100):
+                assert client.ask(b"WHY") == b"42"
+            assert time.monotonic() - began < PATIENCE
+        assert get(here, "/livez")[0] == 200
+    assert here.agents()
+    assert not here.events("agent.died")
