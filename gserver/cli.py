@@ -112,12 +112,12 @@ def _option(name: str, default: Any) -> click.Option:
     option = OPTIONS[name]
     return click.Option(
         [flag(name), name],
-        default=None if default == "" else default,
+        default=None if default == "" else option.shown_default or default,
         type=_click_type(option, default),
         metavar=option.metavar or ("N" if isinstance(default, int) else None),
         help=option.help,
         envvar=environment_names(name),
-        show_default=option.shown_default or default != "",
+        show_default=default != "",
     )
 
 

@@ -47,6 +47,9 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "statsd_host": ("GSERVER_STATSD_HOST", "localhost", "localhost"),
     "statsd_port": ("GSERVER_STATSD_PORT", "1", 1),
     "statsd_prefix": ("GSERVER_STATSD_PREFIX", "a:b", "a_b"),
+    "admin_port": ("GSERVER_ADMIN_PORT", "9", 9),
+    "admin_host": ("GSERVER_ADMIN_HOST", "localhost", "localhost"),
+    "admin_token": ("GSERVER_ADMIN_TOKEN", "a-token", "a-token"),
     "log_level": ("GSERVER_LOG_LEVEL", "debug", "debug"),
     "log_format": ("GSERVER_LOG_FORMAT", "text", "text"),
 }

@@ -20,9 +20,9 @@ LADDER = [
     if row.startswith("| `")
 ]
 #: Who may know gevent; all others are ordinary Python.
-GEVENT = {"__main__", "worker", "agent", "dispatcher", "conversation", "cluster", "receiver"}
+GEVENT = {"__main__", "worker", "agent", "dispatcher", "conversation", "cluster", "receiver", "admin"}
 MAX_MODULE_LINES = 250
-MAX_PACKAGE_LINES = 3450
+MAX_PACKAGE_LINES = 4200
 
 MODULES = {path.stem: path for path in sorted((ROOT / "gserver").glob("*.py"))}
 
@@ -75,7 +75,16 @@ def test_ask_knows_the_wire_and_nothing_of_the_server() -> None:
 
 @pytest.mark.parametrize("name", ["protocol", "config", "membership", "redis_url"])
 def test_a_pure_module_imports_neither_sockets_nor_clocks(name: str) -> None:
-    pure = {"collections.abc", "dataclasses", "re", "typing", "urllib.parse", "gserver.redis_url"}
+    pure = {
+        "collections.abc",
+        "contextlib",
+        "dataclasses",
+        "ipaddress",
+        "re",
+        "typing",
+        "urllib.parse",
+        "gserver.redis_url",
+    }
     assert set(_imports(MODULES[name])) <= pure
 
 
@@ -87,7 +96,7 @@ def test_only_who_serves_clients_or_sends_metrics_knows_gevent() -> None:
 def test_the_supervisor_loads_nothing_that_serves_or_talks_to_a_network() -> None:
     loaded = _loaded_after("import gserver.__main__, gserver.cli, gserver.process, gserver.supervisor")
     assert {"gserver.supervisor", "gserver.board"} <= loaded
-    theirs = {"gevent", "greenlet", "statsd", "redis", "asyncio", "ssl"}
+    theirs = {"gevent", "greenlet", "statsd", "redis", "asyncio", "ssl", "rich", "prometheus_client"}
     own = {
         f"gserver.{name}"
         for name in ("worker", "dispatcher", "conversation", "clientele", "receiver", "commands", "agent", "statsd")

@@ -1,0 +1,60 @@
+"""What Prometheus is told, made from a board."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from gserver.board import SERVICE_BOUNDS_NS, Board
+from gserver.clientele import Clientele
+from gserver.config import Config
+from gserver.metrics import BoardCollector
+from tests.running import ROOT
+
+CONFIG = Config(server_id="here", redis_url="redis://x")
+
+
+def told(board: Board, config: Config = CONFIG) -> dict[str, float]:
+    registry = CollectorRegistry()
+    registry.register(BoardCollector(config, board))
+    lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_bursts_are_counted_by_their_time_up_to_each_bound() -> None:
+    board = Board.create(2)
+    clientele = Clientele(CONFIG, board, 1, ())
+    for bursts, nanoseconds in ((1, 5_000), (1, 5_001), (4, 4 * 60_000), (1, 10**12)):
+        clientele.note_service(bursts, nanoseconds)
+    now = told(board)
+    counts = [now[f'gserver_service_seconds_bucket{{le="{bound / 1e9:g}"}}'] for bound in SERVICE_BOUNDS_NS]
+    assert counts[:6] == [1, 2, 2, 2, 6, 6]
+    assert counts == sorted(counts)
+    assert counts[-1] == 6
+    assert now['gserver_service_seconds_bucket{le="+Inf"}'] == now["gserver_service_seconds_count"] == 7
+    assert now["gserver_service_seconds_sum"] == pytest.approx(1000.00025, rel=1e-6)
+
+
+def test_what_is_not_known_is_not_told() -> None:
+    board = Board.create(2)
+    assert "gserver_cluster_servers" not in told(board)
+    assert not [name for name in told(board, replace(CONFIG, redis_url="")) if "cluster" in name.partition("{")[0]]
+    board.put("view", 1)
+    board.put("servers", 3)
+    assert told(board)["gserver_cluster_servers"] == 3
+    assert told(board)["gserver_cluster_view_age_seconds"] > 0
+
+
+def test_every_metric_is_in_the_operators_table_and_the_other_way_round() -> None:
+    board = Board.create(2)
+    board.put("view", 1)
+    Clientele(CONFIG, board, 0, ())
+    registry = CollectorRegistry()
+    registry.register(BoardCollector(CONFIG, board))
+    names = {
+        metric.name + {"counter": "_total", "info": "_info"}.get(metric.type, "")
+        for metric in BoardCollector(CONFIG, board).collect()
+    }
+    page = (ROOT / "docs/operations.md").read_text()
+    assert set(re.findall(r"`(gserver_\w+)(?:\{\w+\})?`", page)) == names

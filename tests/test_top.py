@@ -1,0 +1,137 @@
+"""`gserver top` and `gserver status`: on a terminal, in a pipe, and for scripts."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from gserver.errors import Misuse
+from gserver.top import Watched, watch
+from tests.running import GSERVER, LIMIT, Running, environment, gserver
+
+NOBODY = "127.0.0.1:1"
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Running]:
+    with Running("--admin-port", "0", "--server-id", "here", "--workers", "2") as running:
+        running.wait_for("agent.ready")
+        running.wait_for("worker.ready", 2)
+        yield running
+
+
+def address(server: Running) -> str:
+    return f"127.0.0.1:{server.admin_port()}"
+
+
+def test_status_is_0_when_all_are_ready_and_1_when_not(here: Running) -> None:
+    done = gserver("status", "--admin", address(here))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "here" in done.stdout
+    assert "ready" in done.stdout
+    done = gserver("status", "--admin", address(here), "--admin", NOBODY)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "Connection refused" in done.stdout
+    assert gserver("status", GSERVER_ADMIN=address(here)).returncode == 0
+
+
+def test_status_is_1_for_a_token_that_is_wrong_and_for_something_else_that_listens(here: Running) -> None:
+    with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": "right"}) as server:
+        server.wait_for("agent.ready")
+        assert gserver("status", "--admin", address(server), GSERVER_ADMIN_TOKEN="right").returncode == 0
+        done = gserver("status", "--admin", address(server), GSERVER_ADMIN_TOKEN="wrong")
+        assert done.returncode == 1
+        assert "the admin token is missing or wrong" in done.stdout
+        assert "Traceback" not in done.stderr
+        assert gserver("status", "--admin", f"http://x:right@{address(server)}").returncode == 0
+    assert gserver("status", "--admin", f"127.0.0.1:{here.port}").returncode == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["", "x", "http://", "https://127.0.0.1:1", "127.0.0.1:x", "127.0.0.1:1/x", "127.0.0.1:99999"]
+)
+def test_what_is_no_admin_port_is_refused_in_one_line(url: str) -> None:
+    with pytest.raises(Misuse, match="is no admin port"):
+        watch([url], "")
+    done = gserver("top", "--once", "--admin", url)
+    assert done.returncode == 2 or url == ""
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_top_once_shows_rates_and_json_what_the_server_says(here: Running) -> None:
+    with here.client() as client:
+        assert client.ask(b"WHY") == b"42"
+        done = gserver("top", "--once", "--admin", address(here))
+        assert done.returncode == 0
+        for worker in here.workers():
+            assert str(worker.pid) in done.stdout
+        done = gserver("top", "--once", "--json", "--admin", address(here), "--admin", NOBODY)
+        assert done.returncode == 1
+        told = json.loads(done.stdout)
+        assert told[f"http://{address(here)}"]["clients"]["now"] == 1
+        assert "refused" in told[f"http://{NOBODY}"]["trouble"]
+
+
+def test_top_in_a_pipe_is_a_plain_line_for_each_look(here: Running) -> None:
+    words = [*GSERVER, "top", "--interval", "0.2", "--admin", address(here)]
+    with (
+        subprocess.Popen(words, stdout=subprocess.PIPE, env=environment(), text=True) as process,
+        here.client() as client,
+    ):
+        assert process.stdout
+        try:
+            assert process.stdout.readline().startswith("here ready ")
+            assert client.who() == 1
+            assert any(line.startswith("here ready 1 clients ") for line in process.stdout)
+        finally:
+            process.kill()
+
+
+def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
+    keyboard, terminal = pty.openpty()
+    env = environment(TERM="xterm", COLUMNS="120", LINES="40")
+    words = [*GSERVER, "top", "--interval", "0.2", "--admin", address(here)]
+    process = subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, env=env, start_new_session=True)
+    os.close(terminal)
+    seen, end = b"", time.monotonic() + LIMIT
+    try:
+        while seen.count(b"ready") < 3:
+            assert time.monotonic() < end
+            if select.select([keyboard], [], [], 0.1)[0]:
+                seen += os.read(keyboard, 65536)
+        assert b"\x1b[?1049h" in seen  # a screen of its own
+        process.send_signal(2)
+        assert process.wait(LIMIT) == 1
+        while select.select([keyboard], [], [], 0.1)[0]:
+            try:
+                seen += os.read(keyboard, 65536)
+            except OSError:
+                break
+        assert b"\x1b[?1049l" in seen  # and the old one is back
+        assert b"Traceback" not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(keyboard)
+
+
+def status(uptime: float, who: int = 0, server_id: str = "a") -> dict[str, object]:
+    return {"server": {"id": server_id, "state": "ready", "uptime_seconds": uptime}, "commands": {"WHO": who, "WHY": 1}}
+
+
+def test_a_rate_is_by_the_servers_own_clock_and_none_is_made_up() -> None:
+    watched = Watched("x")
+    watched.now = status(10, 100)
+    assert watched.rate("commands") is None
+    watched.before, watched.now = watched.now, status(12, 150)
+    assert watched.rate("commands") == watched.rate("commands", "WHO") == 25
+    assert watched.rate("commands", "WHY") == 0
+    watched.before, watched.now = watched.now, status(1, 0, "another")
+    assert watched.rate("commands") is None
+    watched.before, watched.now = status(12), status(12)
+    assert watched.rate("commands") is None
