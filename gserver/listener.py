@@ -1,9 +1,12 @@
 """The listening socket: bound once by the supervisor, inherited by every worker, never closed by a reload."""
 
 import errno
+import logging
 import os
 import socket
 
+from gserver import logs
+from gserver.config import Config
 from gserver.errors import Failure
 
 #: A peer that died without a FIN is found out within about two minutes: 60 s of silence, then 4 probes
@@ -20,7 +23,7 @@ _REASONS = {
 }
 
 
-def bind(host: str, port: int, backlog: int, prefix: str = "--") -> socket.socket:
+def bind(host: str, port: int, backlog: int = 64, prefix: str = "--") -> socket.socket:
     """Return a non-blocking listening socket; raise `Failure` when the address cannot be had.
 
     `prefix` is that of the options that the address comes from, for a person to know which.
@@ -51,6 +54,17 @@ def bind(host: str, port: int, backlog: int, prefix: str = "--") -> socket.socke
         raise Failure(f"cannot listen on {where}: {reason.format(**options)}") from error
     listener.setblocking(False)
     return listener
+
+
+def announce(config: Config) -> None:
+    """Log where the server listens."""
+    fields = {"server.address": config.host, "server.port": config.port, "gserver.workers": config.workers}
+    fields |= {"gserver.max_clients": config.max_clients}
+    fields |= {"gserver.cluster": config.cluster_name if config.redis_url else None}
+    fields |= {"gserver.admin_port": config.admin_port if config.admin_port >= 0 else None}
+    hint = f": nc {config.host} {config.port}, then WHO, WHERE or WHY; Ctrl-C stops it"
+    message = f"listening on {show_address(config.host, config.port)}"
+    logs.event(logging.INFO, "server.listening", message + (hint if config.log_format == "text" else ""), fields)
 
 
 def show_address(host: str, port: int) -> str:

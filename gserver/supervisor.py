@@ -18,7 +18,6 @@ from gserver.config import Config
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse
 from gserver.signals import SignalNotes
 
-ADMIN_BACKLOG = 64
 #: How often to look at the heartbeats, at least.
 WATCH_SECONDS = 1.0
 #: Who seems to hang is looked at once more before it is killed: the whole machine may have stood still.
@@ -38,10 +37,10 @@ class Supervisor:
     def __init__(self, config: Config) -> None:
         self._socket = listener.bind(config.host, config.port, config.backlog)
         config = replace(config, port=self._socket.getsockname()[1])
-        self._admin_socket = None
-        if config.admin_port >= 0:  # Here, so that it stays open while one agent follows another.
-            self._admin_socket = listener.bind(config.admin_host, config.admin_port, ADMIN_BACKLOG, "--admin-")
-            config = replace(config, admin_port=self._admin_socket.getsockname()[1])
+        self._admin = None
+        if config.admin_port >= 0:  # Bound here, so that it stays open while one agent follows another.
+            self._admin = listener.bind(config.admin_host, config.admin_port, prefix="--admin-")
+            config = replace(config, admin_port=self._admin.getsockname()[1])
         self._config = config
         # One column more than workers: a reload starts the new one before the old one goes.
         self._board = Board.create(config.workers + 1)
@@ -108,7 +107,7 @@ class Supervisor:
         return [child for child in self._of(role) if not child.is_leaving]
 
     def _start(self, role: str, now: float) -> None:
-        slot, listener_fd = -1, self._admin_socket.fileno() if self._admin_socket else -1
+        slot, listener_fd = -1, self._admin.fileno() if self._admin else -1
         if role == WORKER:
             free = set(range(self._board.slots)) - {child.slot for child in self._children}
             if not free:
@@ -158,7 +157,7 @@ class Supervisor:
             self._pacing[child.role].failures = 0
             if child.role == WORKER and not self._was_ready:
                 self._was_ready = True
-                self._announce()
+                listener.announce(self._config)
             fields = {"gserver.child_pid": child.pid}
             logs.event(logging.INFO, f"{child.role}.ready", f"{child.role} {child.pid} is ready", fields)
         if child.has_hung_up:
@@ -224,17 +223,6 @@ class Supervisor:
                 child.kill_at = now + WATCH_SECONDS
                 message = f"{child.role} {child.pid} has hung for {silence:.1f} s: killed"
                 logs.event(logging.ERROR, f"{child.role}.hung", message, {"gserver.child_pid": child.pid})
-
-    def _announce(self) -> None:
-        config = self._config
-        where = listener.show_address(config.host, config.port)
-        fields = {"server.address": config.host, "server.port": config.port}
-        fields |= {"gserver.workers": config.workers, "gserver.max_clients": config.max_clients}
-        fields |= {"gserver.admin_port": config.admin_port if self._admin_socket else None}
-        fields |= {"gserver.cluster": config.cluster_name if config.redis_url else None}
-        hint = f": nc {config.host} {config.port}, then WHO, WHERE or WHY; Ctrl-C stops it"
-        message = f"listening on {where}" + (hint if config.log_format == "text" else "")
-        logs.event(logging.INFO, "server.listening", message, fields)
 
     def _heed_signals(self, now: float) -> None:
         for number in self._signals.take():
