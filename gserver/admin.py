@@ -144,7 +144,8 @@ class _Handler(WSGIHandler):
         # Cut off, rather than interrupted: whatever it waits for, it finds that the client has ended.
         cut = gevent.spawn_later(REQUEST_SECONDS, _cut_off, self.socket)
         try:
-            super().handle()
+            with contextlib.suppress(OSError):  # It has gone.
+                super().handle()
         finally:
             cut.kill()
 

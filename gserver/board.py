@@ -107,7 +107,6 @@ class Board:
         board = cls(os.memfd_create("gserver-board"), slots)
         board.cells[0] = _FINGERPRINT
         board.put("incarnation", secrets.randbits(62))
-        board.put("begun_at", time.monotonic_ns())
         return board
 
     @classmethod

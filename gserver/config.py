@@ -158,6 +158,7 @@ class Config:
         -1,
         ADMIN,
         "Port for health, metrics and status; 0 = any free one.",
+        minimum=-1,
         parse=parse_admin_port,
         metavar="PORT|off",
         shown_default="off",

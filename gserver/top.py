@@ -107,22 +107,21 @@ def live(watched: Sequence[Watched], seconds: float, console: Console) -> None:
 def screens(watched: Sequence[Watched]) -> Group:
     """What there is to see of them: a table of all, and for each its workers and its cluster."""
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-    for name in ("server", "state", "clients", "peak", "limit", "commands/s", "errors/s", "µs a burst", "up"):
+    for name in ("server", "state", "clients", "peak", "commands/s", "errors/s", "up"):
         table.add_column(name, justify="left" if name in ("server", "state") else "right", no_wrap=name != "server")
     for each in watched:
         table.add_row(*_row(each))
-    return Group(table, *(_details(each) for each in watched if not each.trouble))
+    troubles = [Text(f"{each.url}: {each.trouble}", "red") for each in watched if each.trouble]
+    return Group(table, *troubles, *(_details(each) for each in watched if not each.trouble))
 
 
 def _row(each: Watched) -> list[Text | str]:
     state = Text(each.state, STYLES[each.state])
     if not each.now:
-        return [each.url, state, Text(each.trouble, "red")]
+        return [each.url, state]
     clients, server = each.now["clients"], each.now["server"]
-    bursts, busy = each.rate("service", "bursts"), each.rate("service", "seconds")
-    mean = 1e6 * busy / bursts if bursts and busy is not None else None
-    counts = [f"{clients[name]:,}" for name in ("now", "peak", "limit")]
-    rates = [_number(value) for value in (each.rate("commands"), each.rate("errors"), mean)]
+    counts = [f"{clients[name]:,}" for name in ("now", "peak")]
+    rates = [_number(value) for value in (each.rate("commands"), each.rate("errors"))]
     return [server["id"], state, *counts, *rates, _age(server["uptime_seconds"])]
 
 

@@ -404,7 +404,7 @@ def test_a_shell_gets_its_script_for_completion(shell: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("gserver ", {"ask", "serve"}),
+        ("gserver ", {"ask", "serve", "status", "top"}),
         ("gserver as", {"ask"}),
         ("gserver --po", {"--port"}),
         ("gserver --port 0 --log-l", {"--log-level"}),

@@ -30,7 +30,7 @@ def test_it_shows_the_real_numbers_and_follows_changes(window: Browser) -> None:
         assert window.text("now") == "0"
         assert window.text("limit") == "of 10,000"
         clients = [stack.enter_context(server.client()) for _ in range(12)]
-        assert clients[0].who() == 12
+        until(lambda: clients[0].who() == 12, "all are accepted")
         until(lambda: window.text("now") == "12", "the page has noticed them")
         for client in clients[:6]:
             client.sock.close()
