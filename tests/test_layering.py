@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,6 +126,13 @@ def test_every_module_has_its_test_file(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_can_be_read_in_one_sitting(name: str) -> None:
     assert len(MODULES[name].read_text().splitlines()) <= MAX_MODULE_LINES
+
+
+def test_what_is_no_python_is_installed_with_the_package() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["gserver"]
+    others = {path for path in (ROOT / "gserver").iterdir() if path.is_file() and path.suffix != ".py"}
+    assert others
+    assert others == {path for pattern in patterns for path in (ROOT / "gserver").glob(pattern)}
 
 
 def test_the_package_stays_small() -> None:
