@@ -134,10 +134,3 @@ class Client:
         """The reply to a command."""
         self._socket.sendall(f"{command}\n".encode())
         return self._replies.readline().strip()
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

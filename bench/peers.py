@@ -109,7 +109,7 @@ def running(name: str, *, cores: set[int], options: tuple[str, ...] = ()) -> Ite
             metrics = ("--statsd-host", HOST, "--statsd-port", str(statsd.getsockname()[1]))
             clients = ("--max-clients", str(min(60_000, limit - RESERVED_FILES)), "--idle-timeout", "600")
             options = (*metrics, *clients, *options)
-        port = _free_port()
+        port = free_port()
         words = [str(port) if word == "PORT" else word for word in PEERS[name].words]
         pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))]
         process = subprocess.Popen(
@@ -125,7 +125,8 @@ def running(name: str, *, cores: set[int], options: tuple[str, ...] = ()) -> Ite
                 raise RuntimeError(f"{name} ended with status {process.returncode}; it said:\n{_said(log)}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody has."""
     with closing(socket.socket()) as sock:
         sock.bind((HOST, 0))
         port: int = sock.getsockname()[1]

@@ -12,21 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench import beats
-from bench.measure import (
-    CORES,
-    PATIENCE_SECONDS,
-    SERVER_CORE,
-    Client,
-    Failed,
-    Sample,
-    cpu_ns,
-    free_port,
-    load,
-    memory,
-    tree,
-    work,
-)
-from bench.peers import FOREIGN, PEERS, ROOT, running
+from bench.measure import CORES, PATIENCE_SECONDS, SERVER_CORE, Client, Failed, Sample, cpu_ns, load, memory, tree, work
+from bench.peers import FOREIGN, PEERS, ROOT, free_port, running
 
 CLIENTS = 64
 HELD_BY_ONE = 12500

@@ -166,9 +166,9 @@ class Board:
         self.cells[self.cell("pid", slot)] = 0
         return lost
 
-    def column(self, name: str) -> Sequence[int]:
+    def column(self, name: str, cells: Sequence[int] | None = None) -> Sequence[int]:
         """Return a cell of every worker, in the order of their slots."""
-        return self.cells[self.cell(name, 0) : self.cell(name, 0) + self.slots]
+        return (self.cells if cells is None else cells)[self.cell(name, 0) : self.cell(name, 0) + self.slots]
 
     def totals(self, cells: Sequence[int] | None = None) -> dict[str, int]:
         """Return every counter and gauge by name, summed over the workers; commands as `commands.NAME`.
@@ -176,11 +176,7 @@ class Board:
         In a cluster that has been heard of: `servers`, `everybody` and `view_age_ms` too.
         """
         cells = self.cells if cells is None else cells
-        totals = {
-            name: sum(cells[self.cell(name, 0) : self.cell(name, 0) + self.slots])
-            for name in WORKER_CELLS
-            if name not in NO_TOTALS
-        }
+        totals = {name: sum(self.column(name, cells)) for name in WORKER_CELLS if name not in NO_TOTALS}
         totals.update((name, cells[index]) for name, index in self.single.items() if name not in NO_TOTALS)
         for slot in range(self.slots):
             for offset, name in enumerate(self._command_names(slot)):
@@ -191,6 +187,11 @@ class Board:
             totals["everybody"] = totals["clients"] + cells[self._remote]
             totals["view_age_ms"] = (time.monotonic_ns() - cells[self.single["view"]]) // 1_000_000
         return totals
+
+    @staticmethod
+    def under(totals: dict[str, int], prefix: str) -> dict[str, int]:
+        """Return those of such totals that are named `prefix.NAME`, by NAME."""
+        return {key.removeprefix(f"{prefix}."): total for key, total in totals.items() if key.startswith(f"{prefix}.")}
 
     def _first_command(self, slot: int) -> int:
         return _FIRST + self.slots * len(WORKER_CELLS) + slot * MAX_COMMANDS

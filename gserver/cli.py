@@ -164,7 +164,7 @@ def _hide_secrets(ctx: click.Context, config: Config) -> None:
                 del arguments[arguments.index(option) : arguments.index(option) + 2]
             arguments = [argument for argument in arguments if not argument.startswith(option + "=")]
             environment[environment_names(name)[0]] = value
-    if environment != os.environ or len(arguments) < len(sys.orig_argv):
+    if len(arguments) < len(sys.orig_argv):
         os.execve(sys.executable, arguments, environment)  # noqa: S606
 
 

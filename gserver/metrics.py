@@ -17,7 +17,6 @@ from prometheus_client.core import (
 from gserver import __version__
 from gserver.board import SERVICE_BOUNDS_NS, Board
 from gserver.config import Config
-from gserver.protocol import REFUSALS
 from gserver.status import state
 
 #: Each with the total of the board that it tells, and its help.
@@ -33,8 +32,6 @@ COUNTERS = {
     "gserver_agent_starts": ("agent_starts", "Starts of the agent."),
     "gserver_reloads": ("reloads", "SIGHUPs carried out."),
 }
-CLUSTER_COUNTERS = {"gserver_cluster_beats": ("beats", "Beats answered by Redis.")}
-BEAT_SECONDS = ("gserver_cluster_beat_seconds", "Time from a beat to its answer, over all beats.")
 
 
 class BoardCollector:
@@ -55,15 +52,9 @@ class BoardCollector:
         yield GaugeMetricFamily("gserver_clients_limit", "Most clients that it takes.", config.max_clients)
         for name, (total, text) in COUNTERS.items():
             yield CounterMetricFamily(name, text, totals[total])
-        commands = CounterMetricFamily("gserver_commands", "Commands answered.", labels=["command"])
-        for key, count in totals.items():
-            if key.startswith("commands."):
-                commands.add_metric([key.partition(".")[2]], count)
-        yield commands
-        refusals = CounterMetricFamily("gserver_refusals", "ERR lines, and clients turned out.", labels=["reason"])
-        for refusal in REFUSALS:
-            refusals.add_metric([refusal.name], totals[f"refused.{refusal.name}"])
-        yield refusals
+        yield _labelled("gserver_commands", "Commands answered.", "command", board.under(totals, "commands"))
+        refusals = board.under(totals, "refused")
+        yield _labelled("gserver_refusals", "ERR lines, and clients turned out.", "reason", refusals)
         yield self._service_time(totals)
         if config.redis_url:
             yield from self._cluster(totals)
@@ -84,11 +75,16 @@ class BoardCollector:
             yield GaugeMetricFamily("gserver_cluster_clients", "Clients of all, as last known.", totals["everybody"])
             age = totals["view_age_ms"] / 1000
             yield GaugeMetricFamily("gserver_cluster_view_age_seconds", "Age of that knowledge.", age)
-        for name, (total, text) in CLUSTER_COUNTERS.items():
-            yield CounterMetricFamily(name, text, totals[total])
-        yield CounterMetricFamily(*BEAT_SECONDS, totals["beat_ns"] / 1e9)
-        errors = CounterMetricFamily("gserver_cluster_beat_errors", "Beats that failed.", labels=["kind"])
-        for key, count in totals.items():
-            if key.startswith("beat_errors."):
-                errors.add_metric([key.partition(".")[2]], count)
-        yield errors
+        yield CounterMetricFamily("gserver_cluster_beats", "Beats answered by Redis.", totals["beats"])
+        text = "Time from a beat to its answer, over all beats."
+        yield CounterMetricFamily("gserver_cluster_beat_seconds", text, totals["beat_ns"] / 1e9)
+        errors = self._board.under(totals, "beat_errors")
+        yield _labelled("gserver_cluster_beat_errors", "Beats that failed.", "kind", errors)
+
+
+def _labelled(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
+    """A counter for each value of a label."""
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family

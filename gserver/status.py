@@ -37,7 +37,7 @@ def status(config: Config, board: Board) -> dict[str, Any]:
             "limit": config.max_clients,
             **{name: totals[name] for name in ("accepted", "closed", "lost")},
         },
-        "commands": {name.partition(".")[2]: total for name, total in totals.items() if name.startswith("commands.")},
+        "commands": board.under(totals, "commands"),
         "errors": {item.name: totals[f"refused.{item.name}"] for item in REFUSALS if not item.closes},
         "rejected": {item.name: totals[f"refused.{item.name}"] for item in REFUSALS if item.closes},
         "service": {"bursts": totals["bursts"], "seconds": _seconds(totals["service_ns"])},
@@ -79,9 +79,7 @@ def _cluster(config: Config, board: Board, totals: dict[str, int]) -> dict[str, 
         "view_age_seconds": totals["view_age_ms"] / 1000 if is_known else None,
         "is_held": bool(board.get("hold_until")),
         "beats": totals["beats"],
-        "beat_errors": {
-            name.partition(".")[2]: total for name, total in totals.items() if name.startswith("beat_errors.") and total
-        },
+        "beat_errors": {kind: total for kind, total in board.under(totals, "beat_errors").items() if total},
     }
 
 
