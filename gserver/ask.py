@@ -5,7 +5,8 @@ Imports nothing of the server: it knows only the wire.
 
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic
 
 from gserver.errors import Failure, Misuse
@@ -14,6 +15,29 @@ from gserver.errors import Failure, Misuse
 MAX_REPLY_BYTES = 65536
 #: What the replies to these look like: something else that listens there must not be taken for a gserver.
 REPLIES = {"WHO": "[0-9]+", "WHERE": "[!-~]+", "WHY": "42"}
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whom to trust in TLS, and who one is: files in PEM; "" for the system's CAs, no certificate, the host's name."""
+
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    name: str = ""
+
+    def secure(self) -> Callable[[socket.socket, str], socket.socket]:
+        """Return what begins TLS on a socket to a host; raise `Misuse` for a file that is none."""
+        import ssl  # Loaded only where it is wanted.
+
+        try:
+            context = ssl.create_default_context(cafile=self.ca or None)
+            if self.cert:
+                context.load_cert_chain(self.cert, self.key or None, lambda: "")
+        except (OSError, ValueError) as error:
+            files = " or ".join(filter(None, (self.ca, self.cert, self.key)))
+            raise Misuse(f"{files} cannot be used: {getattr(error, 'reason', '') or error}") from error
+        return lambda sock, host: context.wrap_socket(sock, server_hostname=self.name or host)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -25,35 +49,41 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def ask(commands: Sequence[str], servers: Sequence[tuple[str, int]], timeout_seconds: float) -> list[str]:
+def ask(
+    commands: Sequence[str], servers: Sequence[tuple[str, int]], timeout_seconds: float, trust: Trust | None = None
+) -> list[str]:
     """Return a reply for each command, all of one server: the first that answers them all without an ERR.
 
+    By TLS where `trust` says whom to trust.
     Each server has `timeout_seconds` for everything once its name is found. Raises `Failure`, which names what
     each one did, when none answers.
     """
     for command in commands:
         if not command.strip() or not command.isprintable():
             raise Misuse(f"{command!r} is no command: name one word, such as WHO")
+    secure = trust.secure() if trust else None
     reasons = []
     for host, port in servers:
         try:
-            return _ask_one(commands, host, port, timeout_seconds)
+            deadline = monotonic() + timeout_seconds
+            with _connect(host, port, deadline) as plain:
+                plain.settimeout(_left(deadline))
+                with secure(plain, host) if secure else plain as sock:
+                    return _ask_one(commands, sock, deadline)
         except (OSError, UnicodeError, Failure) as error:
             reasons.append(f"{host}:{port} {_reason(error)}")
     raise Failure("no server answered: " + "; ".join(reasons))
 
 
-def _ask_one(commands: Sequence[str], host: str, port: int, timeout_seconds: float) -> list[str]:
-    deadline = monotonic() + timeout_seconds
-    with _connect(host, port, deadline) as sock:
-        sock.sendall("".join(f"{command}\n" for command in commands).encode())
-        received = b""
-        while received.count(b"\n") < len(commands):
-            sock.settimeout(_left(deadline))
-            data = sock.recv(4096)
-            received += data
-            if not data or len(received) > MAX_REPLY_BYTES:
-                break
+def _ask_one(commands: Sequence[str], sock: socket.socket, deadline: float) -> list[str]:
+    sock.sendall("".join(f"{command}\n" for command in commands).encode())
+    received = b""
+    while received.count(b"\n") < len(commands):
+        sock.settimeout(_left(deadline))
+        data = sock.recv(4096)
+        received += data
+        if not data or len(received) > MAX_REPLY_BYTES:
+            break
     replies = received.decode("latin-1").split("\n")[:-1]
     for reply in replies:
         if not reply.isprintable() or not reply.isascii():
@@ -99,4 +129,9 @@ def _reason(error: Exception) -> str:
         return "did not answer in time"
     if isinstance(error, ConnectionRefusedError):
         return "refused the connection (is it running?)"
+    if type(error).__module__ == "ssl":
+        untrusted = getattr(error, "verify_message", "")
+        if untrusted:
+            return f"has a certificate that is not trusted: {untrusted} (--tls-ca, --tls-name)"
+        return f"came to no TLS connection: {getattr(error, 'reason', '') or error}"
     return str(error.args[-1] if error.args else error)

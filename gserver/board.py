@@ -24,6 +24,7 @@ WORKER_CELLS = (
     "heartbeat",  # when its loop last turned
     "pid",  # of the worker that has this column; 0 = none
     "begun",  # when it began
+    "tls_expires_at",  # when the certificate it shows expires, in Unix seconds; 0 = it has none
     "peak",  # most clients of all workers at once that it has seen
     "accepted",  # clients taken in
     "closed",  # clients that have gone
@@ -60,6 +61,7 @@ NO_TOTALS = {
     "heartbeat",
     "pid",
     "begun",
+    "tls_expires_at",
     "peak",
     "agent_heartbeat",
     "begun_at",
@@ -163,7 +165,7 @@ class Board:
         """Zero the gauge of a worker that is dead and return how many clients died with it."""
         index = self.cell("clients", slot)
         lost, self.cells[index] = self.cells[index], 0
-        self.cells[self.cell("pid", slot)] = 0
+        self.cells[self.cell("pid", slot)] = self.cells[self.cell("tls_expires_at", slot)] = 0
         return lost
 
     def column(self, name: str, cells: Sequence[int] | None = None) -> Sequence[int]:

@@ -6,13 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import IO, cast
 
-from gserver.board import Board
-from gserver.config import Config
 from gserver.process import Instructions
 
 #: Pause before the next try after a child that died before it was ready: doubled each time, up to the maximum.
@@ -45,14 +43,14 @@ class Child:
     has_hung_up: bool = False
 
     @classmethod
-    def start(cls, role: str, slot: int, generation: int, config: Config, board: Board, listener_fd: int) -> "Child":
-        """Start a process; raise OSError when the system cannot."""
+    def start(cls, role: str, generation: int, instructions: Instructions) -> "Child":
+        """Start a process, with a pipe to report by added to its instructions; raise OSError when the system cannot."""
         report_fd, its_end = os.pipe()
         try:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gserver", "child", role, str(slot)],
+                [sys.executable, "-P", "-m", "gserver", "child", role, str(instructions.slot)],
                 stdin=subprocess.PIPE,
-                pass_fds=[fd for fd in (board.fd, listener_fd, its_end) if fd >= 0],
+                pass_fds=[fd for fd in (instructions.board_fd, instructions.listener_fd, its_end) if fd >= 0],
                 process_group=0,  # so that a terminal's Ctrl-C reaches the supervisor alone
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))},
             )
@@ -62,11 +60,11 @@ class Child:
         finally:
             os.close(its_end)
         os.set_blocking(report_fd, False)
-        instructions = Instructions(config, slot, board.slots, os.getpid(), board.fd, listener_fd, its_end)
+        told = replace(instructions, report_fd=its_end)
         # A child that is dead already is found out by its exit, like any other.
         with contextlib.suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as stdin:
-            stdin.write(json.dumps(asdict(instructions)).encode())
-        return cls(role, slot, generation, process, report_fd, monotonic())
+            stdin.write(json.dumps(asdict(told)).encode())
+        return cls(role, instructions.slot, generation, process, report_fd, monotonic())
 
     @property
     def pid(self) -> int:

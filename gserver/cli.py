@@ -189,15 +189,28 @@ def _hide_secrets(ctx: click.Context, config: Config) -> None:
     show_default=True,
     help="Time that each server has.",
 )
-def ask(commands: tuple[str, ...], servers: tuple[str, ...], timeout_seconds: float) -> None:
+@click.option("--tls", is_flag=True, help="By TLS; implied by the options below.")
+@click.option("--tls-ca", "ca", metavar="FILE", default="", help="CA (PEM) of its certificate [default: the system's].")
+@click.option(
+    "--tls-cert", "cert", metavar="FILE", default="", help="Certificate (PEM) to show, and its key if in one."
+)
+@click.option("--tls-key", "key", metavar="FILE", default="", help="That key (PEM).")
+@click.option("--tls-name", "name", metavar="NAME", default="", help="Name in its certificate [default: HOST].")
+def ask(
+    commands: tuple[str, ...], servers: tuple[str, ...], timeout_seconds: float, *, tls: bool, **trust: str
+) -> None:
     """Ask a server and print its replies; WHO when no command is named.
 
     Exits with 1 when no server answers, or the answer is an ERR.
     """
+    from gserver.ask import Trust, parse_address
     from gserver.ask import ask as ask_servers
-    from gserver.ask import parse_address
 
-    for reply in ask_servers(commands or ("WHO",), [parse_address(server) for server in servers], timeout_seconds):
+    if trust["key"] and not trust["cert"]:
+        raise Misuse("--tls-key is that of a certificate: give --tls-cert too")
+    whom = Trust(**trust) if tls or any(trust.values()) else None
+    addresses = [parse_address(server) for server in servers]
+    for reply in ask_servers(commands or ("WHO",), addresses, timeout_seconds, whom):
         click.echo(reply)
 
 

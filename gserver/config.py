@@ -16,6 +16,7 @@ from gserver.redis_url import RedisUrl
 LISTENING = "Listening"
 CLIENTS = "Clients"
 STOPPING = "Stopping"
+TLS = "TLS"
 EXTENDING = "Extending"
 CLUSTER = "Cluster (Redis)"
 METRICS = "Metrics (StatsD)"
@@ -125,6 +126,12 @@ class Config:
         "When a client has a greenlet: while something may block, or always (slower; the replies are the same).",
         choices=("when-needed", "always"),
     )
+    tls_cert: str = _option(
+        "", TLS, "Certificate (PEM, those that lead to its CA after it): the port speaks TLS.", metavar="FILE"
+    )
+    tls_key: str = _option("", TLS, "Its private key (PEM) [default: in the file of --tls-cert].", metavar="FILE")
+    tls_client_ca: str = _option("", TLS, "CA (PEM) that clients need a certificate of.", metavar="FILE")
+    tls_handshake_timeout_seconds: float = _option(5.0, TLS, "Time for the handshake; 0 = no limit.")
     drain_timeout_seconds: float = _option(
         4.0, STOPPING, "Time from a stop to the exit, at most; what is busy then is cut off."
     )
@@ -195,6 +202,8 @@ class Config:
             return f"--cluster-max-age {age:g} is too short: at least twice --beat-interval, which is {beat:g}"
         if self.admin_port >= 0 and not self.admin_token and not is_loopback(self.admin_host):
             return f"--admin-host {self.admin_host} can be reached from elsewhere: give it an --admin-token too"
+        if (self.tls_key or self.tls_client_ca) and not self.tls_cert:
+            return f"{'--tls-key' if self.tls_key else '--tls-client-ca'} is for a port with TLS: give --tls-cert too"
         if self.redis_ca_file and not RedisUrl.parse(self.redis_url or "redis://-").has_tls:
             return "--redis-ca-file is for a --redis-url with TLS: rediss://"
         return ""

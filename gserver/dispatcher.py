@@ -76,7 +76,7 @@ class Dispatcher:
         connection = Connection(sock, address if logging.root.isEnabledFor(logging.DEBUG) else None)
         self._connections[sock.fileno()] = connection
         _log_client("client.accepted", "accepted", connection, None)
-        if self._clientele.config.client_greenlets == "always":
+        if self._clientele.is_draining or self._clientele.config.client_greenlets == "always":
             self._converse_with(connection, None)
         else:
             self._rest(connection)

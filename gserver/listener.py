@@ -62,8 +62,11 @@ def announce(config: Config) -> None:
     fields |= {"gserver.max_clients": config.max_clients}
     fields |= {"gserver.cluster": config.cluster_name if config.redis_url else None}
     fields |= {"gserver.admin_port": config.admin_port if config.admin_port >= 0 else None}
-    hint = f": nc {config.host} {config.port}, then WHO, WHERE or WHY; Ctrl-C stops it"
-    message = f"listening on {show_address(config.host, config.port)}"
+    fields |= {"gserver.has_tls": bool(config.tls_cert)}
+    where = show_address(config.host, config.port)
+    talk = f"openssl s_client -quiet -connect {where}" if config.tls_cert else f"nc {config.host} {config.port}"
+    hint = f": {talk}, then WHO, WHERE or WHY; Ctrl-C stops it"
+    message = f"listening on {where}" + (" by TLS" if config.tls_cert else "")
     logs.event(logging.INFO, "server.listening", message + (hint if config.log_format == "text" else ""), fields)
 
 

@@ -50,6 +50,10 @@ class BoardCollector:
             yield GaugeMetricFamily(name, text, totals[total])
         yield GaugeMetricFamily("gserver_clients_peak", "Most clients at once.", max(board.column("peak")))
         yield GaugeMetricFamily("gserver_clients_limit", "Most clients that it takes.", config.max_clients)
+        expires_at = [moment for moment in board.column("tls_expires_at") if moment]
+        if expires_at:
+            text = "When the certificate that clients are shown expires, in Unix time."
+            yield GaugeMetricFamily("gserver_tls_certificate_expiry_timestamp_seconds", text, min(expires_at))
         for name, (total, text) in COUNTERS.items():
             yield CounterMetricFamily(name, text, totals[total])
         yield _labelled("gserver_commands", "Commands answered.", "command", board.under(totals, "commands"))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from gserver import logs
 from gserver.board import Board
+from gserver.certificates import Certificates
 from gserver.config import Config
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse, Twin
 
@@ -33,12 +34,13 @@ class Instructions:
     """What a child is told. Descriptors are inherited under the same numbers; -1 stands for none."""
 
     config: Config
+    certificates: Certificates
     slot: int
     slots: int
     supervisor_pid: int
     board_fd: int
     listener_fd: int
-    report_fd: int
+    report_fd: int = -1
 
     def board(self) -> Board:
         """Map the shared board."""
@@ -55,7 +57,8 @@ def begin() -> Instructions:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
         told = {} if sys.stdin.isatty() else json.load(sys.stdin)
-        instructions = Instructions(**{**told, "config": Config(**told["config"])})
+        parts = {"config": Config(**told["config"]), "certificates": Certificates(**told["certificates"])}
+        instructions = Instructions(**{**told, **parts})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Misuse("a child process is started by a `gserver serve` of the same version, not by hand") from error
     leave_if_orphaned(instructions)

@@ -30,6 +30,9 @@ LINE_TOO_LONG = Refusal("line_too_long", b"ERR line too long\n", closes=True)
 TOO_SLOW = Refusal("too_slow", b"ERR too slow\n", closes=True)
 IDLE = Refusal("idle", b"ERR idle\n", closes=True)
 TOO_MANY_CLIENTS = Refusal("too_many_clients", b"ERR too many clients\n", closes=True)
+PLAIN_TEXT = Refusal("plain_text", b"ERR TLS only\n", closes=True)
+# TLS has alerts of its own for it.
+TLS_FAILED = Refusal("tls_failed", b"", closes=True)
 # A browser is told nothing: what it got could be taken for a page (CWE-352).
 HTTP = Refusal("http", b"", closes=True)
 # Who does not read cannot be told that either.
@@ -44,6 +47,8 @@ REFUSALS = (
     TOO_SLOW,
     IDLE,
     TOO_MANY_CLIENTS,
+    PLAIN_TEXT,
+    TLS_FAILED,
     HTTP,
     SLOW_READER,
 )

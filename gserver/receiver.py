@@ -45,14 +45,18 @@ class Receiver:
             if timeout_seconds is not None:
                 timer = hub.loop.timer(timeout_seconds)
                 timer.start(self.interrupt, update=True)  # from now, not from when the loop last looked
-            hub.switch()
+            while True:
+                hub.switch()
+                # Even after a timeout: a loop that was held up finds timer and bytes due at once, and the bytes came in
+                # time. Readable, and yet nothing: a part of a TLS record, which is not the end of a silence.
+                data = self._receive_now()
+                if data is not None or self._waiting is None:
+                    return data
         finally:
             self._waiting = None
             if timer is not None:
                 timer.stop()
                 timer.close()
-        # Even after a timeout: a loop that was held up finds timer and bytes due at once, and the bytes came in time.
-        return self._receive_now()
 
     @property
     def is_waiting(self) -> bool:

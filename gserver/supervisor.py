@@ -11,11 +11,12 @@ import signal
 from dataclasses import replace
 from time import monotonic
 
-from gserver import listener, logs
+from gserver import certificates, listener, logs
 from gserver.board import Board
 from gserver.children import AGENT, SHORT_LIFE_SECONDS, WORKER, Child, Pacing
 from gserver.config import Config
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse
+from gserver.process import Instructions
 from gserver.signals import SignalNotes
 
 #: How often to look at the heartbeats, at least.
@@ -35,6 +36,8 @@ class Supervisor:
     """One server, from bind to exit."""
 
     def __init__(self, config: Config) -> None:
+        #: Those that a new worker gets, and those that workers have been found to start with.
+        self._certificates = self._good_certificates = certificates.read(config)
         self._socket = listener.bind(config.host, config.port, config.backlog)
         config = replace(config, port=self._socket.getsockname()[1])
         self._admin = None
@@ -96,6 +99,7 @@ class Supervisor:
             stale[0].dismiss(now + self._config.drain_timeout_seconds)
         elif self._reloaded < self._generation and [bool(c.ready_at) for c in self._of(WORKER)] == [True] * wanted:
             self._reloaded = self._generation
+            self._good_certificates = self._certificates
             self._board.add("reloads", 1)
             logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
             for child in self._staying(AGENT):
@@ -116,8 +120,12 @@ class Supervisor:
             slot, listener_fd = min(free), self._socket.fileno()
         if now < self._pacing[role].spawn_at:
             return
+        board = self._board
+        instructions = Instructions(
+            self._config, self._certificates, slot, board.slots, os.getpid(), board.fd, listener_fd
+        )
         try:
-            child = Child.start(role, slot, self._generation, self._config, self._board, listener_fd)
+            child = Child.start(role, self._generation, instructions)
         except OSError as error:
             self._pacing[role].spawn_at = now + SHORT_LIFE_SECONDS
             logs.complain("process.not_started", f"cannot start the {role}: {error}", logs.error_fields(error))
@@ -195,6 +203,7 @@ class Supervisor:
             logs.event(logging.ERROR, "server.draining", f"draining: {child.refusal}", fields)
         elif is_reload:
             self._reloaded = self._generation
+            self._certificates = self._good_certificates
             for other in self._staying(WORKER):
                 other.generation = self._generation
             message = f"reload given up, the old workers stay: a new one did not start: {child.end}"
@@ -229,6 +238,12 @@ class Supervisor:
         for number in self._signals.take():
             # A terminal that is closed sends SIGHUP too, more than once: then it is no terminal any more.
             if self._drain_at is None and number == signal.SIGHUP and self._had_terminal <= os.isatty(0):
+                try:
+                    self._certificates = certificates.read(self._config)
+                except Misuse as misuse:
+                    message = f"reload given up, the workers stay: {misuse}"
+                    logs.event(logging.ERROR, "server.reload_failed", message)
+                    continue
                 self._generation += 1
                 self._pacing = {WORKER: Pacing(), AGENT: Pacing()}  # The cause of earlier failures may be mended.
                 logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")

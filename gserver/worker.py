@@ -9,8 +9,8 @@ import logging
 import os
 import signal
 import socket
-from time import monotonic, monotonic_ns
-from typing import Any, cast
+from time import gmtime, monotonic, monotonic_ns, strftime, time
+from typing import TYPE_CHECKING, Any, cast
 
 import gevent
 from gevent.event import Event
@@ -18,9 +18,13 @@ from gevent.server import StreamServer
 
 from gserver import commands, logs
 from gserver.board import Board
+from gserver.certificates import Certificates
 from gserver.clientele import Clientele
 from gserver.dispatcher import MAX_TURNED_AWAY, Dispatcher
 from gserver.process import RESERVED_FILES, Instructions, raise_file_limit, show_life
+
+if TYPE_CHECKING:
+    from gserver.tls import Handshakes
 
 #: Connections that a drain takes over from the kernel's queue, at most.
 MAX_LATE_ACCEPTS = 4096
@@ -67,7 +71,7 @@ class _Server(StreamServer):
         return self.accept()
 
     def accept(self) -> Any:
-        """Accept a client, and count it at that moment; return the arguments of `handle`, or None.
+        """Accept a client; return the arguments of `handle`, which counts it at the same moment, or None.
 
         The socket is the bare one: gevent's around it would take 0.5 KB more, and lend it methods that are not used.
         """
@@ -77,7 +81,7 @@ class _Server(StreamServer):
             return None
         sock = _socket.socket(*self._kind, fd)
         sock.setblocking(False)
-        return sock, address, self._worker.admit()
+        return sock, address
 
     def do_handle(self, *args: Any) -> None:
         """Begin with a client here, in the loop's callback: it needs no greenlet yet."""
@@ -94,11 +98,11 @@ class Worker:
         for name, value in (("pid", os.getpid()), ("begun", monotonic_ns())):
             self._board.cells[self._board.cell(name, instructions.slot)] = value
         self._clientele = Clientele(config, self._board, instructions.slot, commands.load(config.commands))
-        self.admit = self._clientele.admit
         self.dispatcher = Dispatcher(self._clientele, self._on_close)
         self._capacity = raise_file_limit() - RESERVED_FILES
         self._should_drain = Event()
         self._changed = Event()
+        self._handshakes = self._prepare_tls(instructions.certificates) if instructions.certificates.chain else None
         listener = socket.socket(fileno=instructions.listener_fd)
         self._server = _Server(listener, self, config.workers > 1)
 
@@ -112,28 +116,49 @@ class Worker:
         self._should_drain.wait()
         self._drain()
 
-    def handle(self, sock: _socket.socket, address: Any, is_admitted: bool) -> None:
+    def handle(self, sock: _socket.socket, address: Any) -> None:
+        """Begin with who has connected."""
+        if self._handshakes:
+            self._handshakes.begin(sock, address)
+        else:
+            self._take_in(sock, address)
+
+    def _take_in(self, sock: _socket.socket, address: Any) -> None:
         """Take in a client, or turn it away."""
-        if is_admitted:
+        if self._clientele.admit():
             self.dispatcher.take_in(sock, address)
         else:
             self.dispatcher.turn_away(sock)
 
+    @property
+    def open(self) -> int:
+        """How many sockets of clients there are."""
+        return self.dispatcher.open + (self._handshakes.open if self._handshakes else 0)
+
     def is_full(self) -> bool:
         """Whether this process should leave new clients to the others, or to the kernel's queue."""
         dispatcher = self.dispatcher
-        if dispatcher.open > self._capacity + MAX_TURNED_AWAY:
+        if self.open > self._capacity + MAX_TURNED_AWAY:
             return True
         # Others may have room. When nobody has, new clients are let in to be told so.
-        return (
-            dispatcher.open - dispatcher.turned_away >= self._capacity
-            and self._board.clients() < self._config.max_clients
-        )
+        return self.open - dispatcher.turned_away >= self._capacity and self._board.clients() < self._config.max_clients
 
     def is_ahead(self) -> bool:
         """Whether this worker has more than its share: else who wakes first takes nearly all of a few clients."""
         clientele, workers = self._clientele, self._config.workers
         return workers > 1 and clientele.cells[clientele.clients] > 1.1 * clientele.count_clients() / workers + 2
+
+    def _prepare_tls(self, certificates: Certificates) -> "Handshakes":
+        from gserver import tls  # Loaded only where it is wanted.
+
+        context, expires_at = tls.make_context(certificates), tls.expires_at(certificates)
+        self._board.cells[self._board.cell("tls_expires_at", self._instructions.slot)] = expires_at
+        if expires_at < time():
+            day = strftime("%Y-%m-%d", gmtime(expires_at))
+            message = f"the certificate of --tls-cert has expired on {day}: clients that check it refuse it"
+            logs.complain("tls.expired", message)
+        seconds, refuse = self._config.tls_handshake_timeout_seconds, self._clientele.refuse
+        return tls.Handshakes(context, seconds, refuse, self._take_in, self._on_close)
 
     def _on_close(self) -> None:
         self._changed.set()
@@ -156,12 +181,14 @@ class Worker:
                 self._server.do_handle(*accepted)
         self._server.close()
         self.dispatcher.drain()
-        while self.dispatcher.open and (left := deadline - monotonic()) > 0:
+        if self._handshakes:
+            self._handshakes.drain()
+        while self.open and (left := deadline - monotonic()) > 0:
             self._changed.clear()
             self._changed.wait(left)
-        if self.dispatcher.open:
-            message = f"{self.dispatcher.open} clients were cut off: their commands took longer than the drain may"
-            logs.event(logging.WARNING, "worker.cut_off", message, {"gserver.clients": self.dispatcher.open})
+        if self.open:
+            message = f"{self.open} clients were cut off: their commands took longer than the drain may"
+            logs.event(logging.WARNING, "worker.cut_off", message, {"gserver.clients": self.open})
 
 
 def run(instructions: Instructions) -> None:

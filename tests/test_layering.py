@@ -21,7 +21,7 @@ LADDER = [
     if row.startswith("| `")
 ]
 #: Who may know gevent; all others are ordinary Python.
-GEVENT = {"__main__", "worker", "agent", "dispatcher", "conversation", "cluster", "receiver", "admin"}
+GEVENT = {"__main__", "worker", "agent", "dispatcher", "conversation", "cluster", "receiver", "admin", "tls"}
 MAX_MODULE_LINES = 250
 MAX_PACKAGE_LINES = 4200
 

@@ -1,0 +1,37 @@
+"""The files of TLS, as text: read by the supervisor, at its start and at SIGHUP, and handed to every worker.
+
+So a worker that follows one that died has what was proven good, whatever the files hold by then; and no worker has to
+be able to read a key.
+"""
+
+from dataclasses import dataclass
+
+from gserver.config import Config, flag
+from gserver.errors import Misuse
+
+MAX_FILE_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """In PEM; "" for what there is none of. The server's own comes first in `chain`, then those that lead to its CA."""
+
+    chain: str = ""
+    key: str = ""
+    client_ca: str = ""
+
+
+def read(config: Config) -> Certificates:
+    """Read what the options name; raise `Misuse` for a file that cannot be read."""
+    names = {"chain": "tls_cert", "key": "tls_key" if config.tls_key else "tls_cert", "client_ca": "tls_client_ca"}
+    return Certificates(**{part: _read(name, getattr(config, name)) for part, name in names.items()})
+
+
+def _read(name: str, path: str) -> str:
+    if not path:
+        return ""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        raise Misuse(f"{flag(name)} {path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,431 @@
+"""TLS on the port: with OpenSSL's own client and Python's, and with who speaks none, or says nothing."""
+
+import contextlib
+import re
+import select
+import signal
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from gserver import tls
+from gserver.certificates import Certificates
+from gserver.errors import Misuse
+from tests.redises import make_certificates
+from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, program, until
+from tests.test_admin import get, status
+from tests.wire_cases import CASES, Case
+
+#: Of the servers below, in seconds.
+HANDSHAKE_TIMEOUT = 1.0
+MAX_CLIENTS = 1200
+LARGE = """
+from gserver.commands import command
+
+@command("LARGE")
+def large(service):
+    return "x" * 3_000_000
+"""
+
+
+@pytest.fixture(scope="module")
+def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tls")
+    make_certificates(folder)
+    (folder / "large.py").write_text(LARGE)
+    return folder
+
+
+def options(pems: Path, name: str = "server") -> list[str]:
+    return ["--tls-cert", str(pems / f"{name}.pem"), "--tls-key", str(pems / f"{name}.key")]
+
+
+@pytest.fixture(scope="module", params=CLIENT_GREENLETS)
+def server(request: pytest.FixtureRequest, pems: Path) -> Iterator[Running]:
+    """One server for the tests that leave it as it was."""
+    more = ["--server-id", "here", "--admin-port", "0", "--max-clients", str(MAX_CLIENTS), "--commands", "large"]
+    more += ["--tls-handshake-timeout", str(HANDSHAKE_TIMEOUT), "--client-greenlets", request.param]
+    with Running(*options(pems), *more, cwd=pems) as running:
+        yield running
+
+
+def trust(pems: Path, cert: str = "") -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(pems / "ca.pem"))
+    if cert:
+        context.load_cert_chain(pems / f"{cert}.pem", pems / f"{cert}.key")
+    return context
+
+
+class TlsClient(Client):
+    """A client that speaks TLS, and takes an end without its closing alert for an error."""
+
+    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+        super().__init__(port)
+        self.sock = context.wrap_socket(self.sock, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
+
+    def end(self) -> bytes:
+        """Send the end of input, by TCP alone: Python cannot say it by TLS and go on reading."""
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        return self.rest()
+
+
+def refusals(server: Running) -> Callable[[str], int]:
+    """Count those of a reason from now on."""
+    before = status(server)
+
+    def count(reason: str) -> int:
+        now = status(server)
+        return int(now["rejected"][reason] - before["rejected"][reason])
+
+    return count
+
+
+def s_client(server: Running, *more: str) -> list[str]:
+    """The command line of OpenSSL's client."""
+    return [program("openssl"), "s_client", "-connect", f"127.0.0.1:{server.port}", *more]
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_openssl_is_answered(server: Running, pems: Path, version: str) -> None:
+    command = s_client(server, version, "-quiet", "-CAfile", str(pems / "ca.pem"), "-verify_return_error")
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with process as client:
+        assert client.stdin
+        assert client.stdout
+        client.stdin.write(b"WHO\nWHERE\nWHY")  # Its input stays open: a pause ends the last line.
+        client.stdin.flush()
+        assert [client.stdout.readline() for _ in range(3)] == [b"1\n", b"here\n", b"42\n"]
+        client.terminate()
+
+
+def test_older_versions_are_refused(server: Running) -> None:
+    count = refusals(server)
+    command = s_client(server, "-tls1_1", "-cipher", "DEFAULT@SECLEVEL=0")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, check=False)
+    assert done.returncode == 1
+    assert b"alert protocol version" in done.stderr
+    assert count("tls_failed") == 1
+
+
+def test_renegotiation_is_refused(server: Running) -> None:
+    # A line that begins with R makes s_client ask for it.
+    command = s_client(server, "-tls1_2")
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with process as client:
+        assert client.stdin
+        assert client.stdout
+        client.stdin.write(b"R\n")
+        client.stdin.flush()
+        assert any(b"no renegotiation" in line for line in client.stdout)
+        client.terminate()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_wire_is_the_same(server: Running, pems: Path, case: Case) -> None:
+    with TlsClient(server.port, trust(pems)) as client:
+        client.send(case.sent)
+        assert client.end() == case.replies
+
+
+def test_replies_and_bursts_of_many_records(server: Running, pems: Path) -> None:
+    with TlsClient(server.port, trust(pems)) as client:
+        client.send(b"WHY\n" * 20_000 + b"LARGE\n" + b"WHERE\n" * 3)
+        assert [client.line() for _ in range(20_000)] == [b"42\n"] * 20_000
+        assert client.line() == b"x" * 3_000_000 + b"\n"
+        assert [client.line() for _ in range(3)] == [b"here\n"] * 3
+
+
+def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path) -> None:
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    inner = trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1")
+    with Client(server.port) as client:
+        while True:
+            try:
+                inner.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                client.send(sent.read())
+                received.write(client.sock.recv(65536))
+        client.send(sent.read())
+        # After WHO, which would be answered after a silence, comes part of a record: of what may be another line.
+        inner.write(b"WHO")
+        client.send(sent.read())
+        inner.write(b"LE\n")
+        record = sent.read()
+        for byte in record:
+            client.send(bytes([byte]))
+        client.sock.settimeout(LIMIT)
+        reply = b""
+        while not reply.endswith(b"\n"):
+            received.write(client.sock.recv(65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                reply += inner.read()
+        assert reply == b"ERR unknown command\n"
+
+
+@pytest.mark.parametrize("said", [b"WHO\n", b"W", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x80\x2e\x01"])
+def test_who_speaks_plain_text_is_told(server: Running, said: bytes) -> None:
+    count = refusals(server)
+    with server.client() as client:
+        client.send(said)
+        assert client.rest() == b"ERR TLS only\n"
+    assert count("plain_text") == 1
+    assert count("tls_failed") == 0
+
+
+@pytest.mark.parametrize("said", [b"\x16", b"\x16\x03\x01\x02\x00\x01garbage", b"\x16" + b"\xff" * 5000])
+def test_a_handshake_that_is_none_ends_and_is_counted(server: Running, said: bytes) -> None:
+    count = refusals(server)
+    with server.client() as client:
+        client.send(said)
+        with contextlib.suppress(ConnectionResetError):
+            client.rest()
+    until(lambda: count("tls_failed") == 1, "it is counted")
+
+
+def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: Path) -> None:
+    count = refusals(server)
+    with server.client():
+        pass
+    with TlsClient(server.port, trust(pems)) as client:
+        assert client.who() == 1
+    assert (count("tls_failed"), count("plain_text")) == (0, 0)
+
+
+def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(server: Running, pems: Path) -> None:
+    count = refusals(server)
+    with ExitStack() as stack:
+        silent = [stack.enter_context(server.client()) for _ in range(50)]
+        for client in silent[::2]:
+            client.send(b"\x16\x03\x01")
+        began = time.monotonic()
+        with TlsClient(server.port, trust(pems)) as good:
+            assert good.who() == 1
+            assert time.monotonic() - began < HANDSHAKE_TIMEOUT, "it was held up"
+            for client in silent:
+                assert client.rest() == b""
+            assert time.monotonic() - began > HANDSHAKE_TIMEOUT * 0.9
+            assert good.who() == 1
+    assert count("tls_failed") == 50
+
+
+def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(Running(*options(pems), "--tls-handshake-timeout", "0"))
+        silent = [stack.enter_context(server.client()) for _ in range(tls.MAX_HANDSHAKES + 10)]
+        assert [client.rest() for client in silent[:10]] == [b""] * 10
+        with TlsClient(server.port, trust(pems)) as good:
+            assert good.who() == 1
+        ended = select.poll()
+        for client in silent[12:]:
+            ended.register(client.sock, select.POLLIN)
+        assert ended.poll(0) == []
+
+
+def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
+    with (
+        Running(*options(pems), "--max-clients", "1") as server,
+        TlsClient(server.port, trust(pems)) as first,
+        server.client(),
+    ):
+        assert first.who() == 1
+        with TlsClient(server.port, trust(pems)) as second:
+            assert second.rest() == b"ERR too many clients\n"
+        assert first.who() == 1
+
+
+def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
+    with (
+        Running(*options(pems), "--drain-timeout", "60") as server,
+        TlsClient(server.port, trust(pems)) as one,
+        TlsClient(server.port, trust(pems)) as other,
+        server.client() as silent,
+    ):
+        assert one.ask(b"WHY") == b"42"
+        other.send(b"WHO\nWH")
+        assert other.line() == b"2\n"
+        server.send_signal(signal.SIGTERM)
+        other.send(b"Y\n")
+        assert one.rest() == b""
+        assert other.rest() == b"42\n"
+        assert silent.rest() == b""
+        assert server.exit_code(LIMIT) == 0
+
+
+@pytest.fixture(scope="module")
+def mutual(pems: Path) -> Iterator[Running]:
+    """A server that asks clients for a certificate."""
+    with Running(*options(pems), "--tls-client-ca", str(pems / "ca.pem"), "--admin-port", "0") as running:
+        yield running
+
+
+def test_clients_need_a_certificate_where_there_is_a_ca_for_them(mutual: Running, pems: Path) -> None:
+    count = refusals(mutual)
+    # With TLS 1.3 a client hears of it only after its own end of the handshake.
+    for bad in (trust(pems), trust(pems, "other-ca")):
+        with pytest.raises(ssl.SSLError, match="ALERT"), TlsClient(mutual.port, bad) as client:
+            client.ask(b"WHO")
+    assert count("tls_failed") == 2
+    with TlsClient(mutual.port, trust(pems, "server")) as client:
+        assert client.who() == 1
+
+
+def serial(server: Running) -> str:
+    """Of the certificate that the server shows."""
+    pem = ssl.get_server_certificate(("127.0.0.1", server.port), timeout=LIMIT)
+    command = [program("openssl"), "x509", "-noout", "-serial"]
+    return subprocess.run(command, input=pem, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_bad(pems: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "new", tmp_path / "live"):
+        folder.mkdir()
+        make_certificates(folder)
+    live = tmp_path / "live"
+    with Running(*options(live)) as server:
+        old = serial(server)
+        for name in ("server.pem", "server.key"):
+            (live / name).write_bytes((tmp_path / "new" / name).read_bytes())
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        new = serial(server)
+        assert new != old
+        (live / "server.key").write_bytes((pems / "server.key").read_bytes())
+        server.send_signal(signal.SIGHUP)
+        assert "--tls-key is not the key" in server.wait_for("server.reload_failed")["message"]
+        (live / "server.key").unlink()
+        server.send_signal(signal.SIGHUP)
+        assert "--tls-key" in server.wait_for("server.reload_failed", 2)["message"]
+        assert serial(server) == new
+        # Who follows one that dies has what was good.
+        (worker,) = server.workers()
+        worker.kill()
+        server.wait_for("worker.ready", 3)
+        assert serial(server) == new
+        for name in ("server.pem", "server.key"):
+            (live / name).write_bytes((pems / name).read_bytes())
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded", 2)
+        assert serial(server) not in (old, new)
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("days", [1, 20_000])
+def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> None:
+    command = [program("openssl"), "req", "-x509", "-days", str(days), "-nodes", "-newkey", "ec", "-subj", "/CN=x"]
+    command += ["-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", "server.key", "-out", "server.pem"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    dates = [program("openssl"), "x509", "-noout", "-enddate", "-in", "server.pem"]
+    told = subprocess.run(dates, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    moment = datetime.strptime(told + "+0000", "notAfter=%b %d %H:%M:%S %Y GMT%z").timestamp()
+    with Running(*options(tmp_path), "--admin-port", "0", "--workers", "2") as server:
+        assert status(server)["server"]["tls_expires_at"] == moment
+        metric = re.search(
+            r"^gserver_tls_certificate_expiry_timestamp_seconds (\S+)$", get(server, "/metrics")[2].decode(), re.M
+        )
+        assert metric
+        assert float(metric[1]) == moment
+
+
+def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Path) -> None:
+    # openssl req takes no dates here, so the day of expiry is set by `ca`.
+    (tmp_path / "index.txt").touch()
+    lines = ["[ca]", "default_ca=x", "[x]", "database=index.txt", "serial=serial", "new_certs_dir=.", "policy=p"]
+    (tmp_path / "ca.conf").write_text("\n".join([*lines, "default_md=sha256", "[p]", "CN=supplied", ""]))
+    request = ["req", "-new", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN=x"]
+    request += ["-keyout", "server.key", "-out", "server.csr"]
+    sign = ["ca", "-batch", "-config", "ca.conf", "-cert", str(pems / "ca.pem"), "-keyfile", str(pems / "ca.key")]
+    sign += ["-create_serial", "-startdate", "20200101000000Z", "-enddate", "20200202000000Z"]
+    for arguments in (request, [*sign, "-in", "server.csr", "-out", "server.pem"]):
+        subprocess.run([program("openssl"), *arguments], cwd=tmp_path, check=True, capture_output=True)
+    with Running(*options(tmp_path)) as server:
+        assert "2020-02-02" in server.wait_for("tls.expired")["message"]
+        anyone = trust(pems)
+        anyone.check_hostname = False
+        with pytest.raises(ssl.SSLCertVerificationError, match="expired"), TlsClient(server.port, anyone):
+            pass
+
+
+def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
+    good = {part: (pems / name).read_text() for part, name in (("chain", "server.pem"), ("key", "server.key"))}
+    damaged = good["chain"][:200] + "!" + good["chain"][201:]
+    encrypt = [program("openssl"), "pkey", "-aes128", "-passout", "pass:x", "-in", str(pems / "server.key")]
+    encrypted = subprocess.run(encrypt, check=True, capture_output=True, text=True).stdout
+    other = (pems / "ca.key").read_text()
+    for parts, words in (
+        ({"chain": ""}, "--tls-cert must hold a certificate"),
+        ({"chain": damaged}, "--tls-cert must hold a certificate"),
+        ({"chain": good["key"]}, "--tls-cert must hold a certificate"),
+        ({"key": good["chain"]}, "--tls-cert must hold a certificate"),
+        ({"key": other}, "--tls-key is not the key"),
+        ({"key": encrypted}, "--tls-key is encrypted"),
+        ({"client_ca": "nothing"}, "--tls-client-ca holds no certificate"),
+        ({"client_ca": good["key"]}, "--tls-client-ca holds no certificate"),
+    ):
+        with pytest.raises(Misuse, match=words):
+            tls.make_context(Certificates(**{**good, **parts}))
+    tls.make_context(Certificates(**good, client_ca=good["chain"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("", "said ERR TLS only"),
+        ("--tls", "has a certificate that is not trusted: self-signed certificate in certificate chain"),
+        ("--tls-ca other-ca.pem", "has a certificate that is not trusted: self-signed"),
+        ("--tls-ca ca.pem", "came to no TLS connection: TLSV13_ALERT_CERTIFICATE_REQUIRED"),
+        ("--tls-ca ca.pem --tls-cert other-ca.pem --tls-key other-ca.key", "came to no TLS connection: TLSV1_ALERT_"),
+        ("--tls-ca ca.pem --tls-cert server.pem --tls-key server.key --tls-name x", "Hostname mismatch"),
+        ("--tls-ca none.pem", "none.pem cannot be used: "),
+        ("--tls-cert server.pem", "server.pem cannot be used: "),
+        ("--tls-key server.key", "--tls-key is that of a certificate: give --tls-cert too"),
+    ],
+)
+def test_ask_says_why_it_has_no_answer_by_tls(mutual: Running, pems: Path, given: str, told: str) -> None:
+    words = [str(pems / word) if "." in word else word for word in given.split()]
+    done = gserver("ask", "--server", f"127.0.0.1:{mutual.port}", *words)
+    assert done.stdout == ""
+    assert done.returncode == (1 if "no server answered" in done.stderr else 2)
+    assert told.replace("none.pem", str(pems / "none.pem")) in done.stderr.replace(f"{pems}/server.pem", "server.pem")
+    assert done.stderr.count("\n") == 1
+
+
+def test_ask_is_answered_by_tls(mutual: Running, pems: Path) -> None:
+    words = ["--tls-ca", str(pems / "ca.pem"), *options(pems)]
+    assert gserver("ask", "WHY", "WHO", "--server", f"127.0.0.1:{mutual.port}", *words).stdout == "42\n1\n"
+    named = gserver("ask", "WHY", "--server", f"localhost:{mutual.port}", *words, "--tls-name", "127.0.0.1")
+    assert named.stdout == "42\n"
+
+
+def test_ask_keeps_its_timeout_when_the_handshake_is_not_answered(mutual: Running, pems: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        servers = ["--server", f"127.0.0.1:{mute.getsockname()[1]}", "--server", f"127.0.0.1:{mutual.port}"]
+        done = gserver("ask", *servers, "--timeout", "0.5", "--tls-ca", str(pems / "ca.pem"), *options(pems))
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+def test_descriptors_come_back(server: Running, pems: Path) -> None:
+    def files() -> int:
+        return sum(worker.num_fds() for worker in server.workers())
+
+    with TlsClient(server.port, trust(pems)) as client:
+        client.who()
+        before = files()
+        for _ in range(20):
+            with TlsClient(server.port, trust(pems)) as other:
+                other.who()
+            with server.client() as plain:
+                plain.send(b"WHO\n")
+                plain.rest()
+            with server.client() as broken:
+                broken.send(b"\x16\x03\x01\x02\x00")
+                broken.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        until(lambda: files() == before, "all are closed")
+        assert client.who() == 1
