@@ -39,6 +39,7 @@ def test_bursts_are_counted_by_their_time_up_to_each_bound() -> None:
 def test_what_is_not_known_is_not_told() -> None:
     board = Board.create(2)
     assert "gserver_cluster_servers" not in told(board)
+    assert "gserver_tls_certificate_expiry_timestamp_seconds" not in told(board)
     assert not [name for name in told(board, replace(CONFIG, redis_url="")) if "cluster" in name.partition("{")[0]]
     board.put("view", 1)
     board.put("servers", 3)
@@ -49,6 +50,7 @@ def test_what_is_not_known_is_not_told() -> None:
 def test_every_metric_is_in_the_operators_table_and_the_other_way_round() -> None:
     board = Board.create(2)
     board.put("view", 1)
+    board.cells[board.cell("tls_expires_at", 1)] = 1
     Clientele(CONFIG, board, 0, ())
     registry = CollectorRegistry()
     registry.register(BoardCollector(CONFIG, board))
