@@ -1,8 +1,11 @@
-"""A process as its supervisor knows it: how it is started, what it has said, how it ended, when to start the next."""
+"""A process as its supervisor knows it: how it is started, watched and ended, what it says, when to start the next."""
 
 import contextlib
 import json
+import logging
+import math
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, cast
 
+from gserver import logs
 from gserver.process import Instructions
 
 #: Pause before the next try after a child that died before it was ready: doubled each time, up to the maximum.
@@ -19,6 +23,13 @@ MAX_PAUSE_SECONDS = 10.0
 #: One that was ready is replaced at once; after this pause if it did not live for a second.
 SHORT_LIFE_SECONDS = 1.0
 SHORT_LIFE_PAUSE_SECONDS = 0.2
+
+#: How often to look at a child, at least.
+WATCH_SECONDS = 1.0
+#: Who seems to hang is looked at once more before it is killed: the whole machine may have stood still.
+SECOND_LOOK_SECONDS = 0.4
+#: A child that is not ready by then is taken for hung.
+BOOT_SECONDS = 30.0
 
 WORKER, AGENT = "worker", "agent"
 ROOT = str(Path(__file__).parent.parent)
@@ -35,6 +46,7 @@ class Child:
     report_fd: int
     spawned_at: float
     ready_at: float | None = None
+    is_retired: bool = False
     is_leaving: bool = False
     kill_at: float | None = None
     suspected_at: float | None = None
@@ -44,7 +56,7 @@ class Child:
 
     @classmethod
     def start(cls, role: str, generation: int, instructions: Instructions) -> "Child":
-        """Start a process, with a pipe to report by added to its instructions; raise OSError when the system cannot."""
+        """Start a process, told its supervisor and its pipe besides; raise OSError when the system cannot."""
         report_fd, its_end = os.pipe()
         try:
             process = subprocess.Popen(
@@ -60,7 +72,7 @@ class Child:
         finally:
             os.close(its_end)
         os.set_blocking(report_fd, False)
-        told = replace(instructions, report_fd=its_end)
+        told = replace(instructions, supervisor_pid=os.getpid(), report_fd=its_end)
         # A child that is dead already is found out by its exit, like any other.
         with contextlib.suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as stdin:
             stdin.write(json.dumps(asdict(told)).encode())
@@ -78,6 +90,15 @@ class Child:
         name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
         return self.refusal or (f"killed by {name}" if code < 0 else f"exit code {code}")
 
+    @property
+    def _fields(self) -> dict[str, object]:
+        return {"gserver.child_pid": self.pid}
+
+    @property
+    def has_ended_as_asked(self) -> bool:
+        """Whether the end that it has come to is the one that it was asked for."""
+        return self.is_leaving or (self.is_retired and self.process.returncode == 0)
+
     def read_report(self) -> bool:
         """Note what it says; return whether that is that it is ready."""
         try:
@@ -90,7 +111,48 @@ class Child:
             self.is_unwanted = kind == "unwanted"
         elif report:
             self.ready_at = monotonic()
+            logs.event(logging.INFO, f"{self.role}.ready", f"{self.role} {self.pid} is ready", self._fields)
         return bool(report) and not self.refusal
+
+    def hang_up(self, selector: selectors.BaseSelector) -> None:
+        """Listen to it no more: close its pipe, after taking it out of the selector."""
+        if self.report_fd >= 0:
+            selector.unregister(self.report_fd)
+            os.close(self.report_fd)
+            self.report_fd = -1
+
+    @property
+    def due_at(self) -> float:
+        """When `watch` has something to do, if nothing happens before; infinity for never."""
+        if self.kill_at is not None:
+            return self.kill_at
+        return math.inf if self.suspected_at is None else self.suspected_at + SECOND_LOOK_SECONDS
+
+    def watch(self, now: float, beat_at: float, limit: float) -> None:
+        """Kill it if it was asked to end and did not, or has not turned its loop for `limit` seconds; 0 = no limit."""
+        if self.kill_at is not None:
+            if now >= self.kill_at:
+                self._kill_by(now + WATCH_SECONDS)
+            return
+        silence = now - max(self.spawned_at, beat_at)
+        if not limit or silence <= max(limit, WATCH_SECONDS if self.ready_at else BOOT_SECONDS):
+            self.suspected_at = None
+        elif self.suspected_at is None:
+            self.suspected_at = now
+        elif now - self.suspected_at >= SECOND_LOOK_SECONDS:
+            self._kill_by(now + WATCH_SECONDS)
+            message = f"{self.role} {self.pid} has hung for {silence:.1f} s: killed"
+            logs.event(logging.ERROR, f"{self.role}.hung", message, self._fields)
+
+    def _kill_by(self, again_at: float) -> None:
+        self.process.kill()
+        self.kill_at = again_at
+
+    def retire(self) -> None:
+        """Ask a worker, once it can hear it, to accept no more, and to end when its clients have gone."""
+        if self.ready_at and not self.is_retired:
+            self.is_retired = True
+            self.process.send_signal(signal.SIGUSR2)
 
     def dismiss(self, kill_at: float) -> None:
         """Ask it to end, and note when to stop asking."""

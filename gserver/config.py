@@ -136,7 +136,7 @@ class Config:
         4.0, STOPPING, "Time from a stop to the exit, at most; what is busy then is cut off."
     )
     drain_delay_seconds: float = _option(
-        0.0, STOPPING, "Time to go on serving after SIGTERM, before the drain, for balancers to notice."
+        0.0, STOPPING, "Time to go on accepting and serving after SIGTERM or SIGUSR2, for balancers to notice."
     )
     hang_timeout_seconds: float = _option(
         10.0, STOPPING, "Time without a sign of life after which a process is replaced; 0 = never."

@@ -37,9 +37,9 @@ class Instructions:
     certificates: Certificates
     slot: int
     slots: int
-    supervisor_pid: int
     board_fd: int
     listener_fd: int
+    supervisor_pid: int = -1
     report_fd: int = -1
 
     def board(self) -> Board:
@@ -62,9 +62,9 @@ def begin() -> Instructions:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Misuse("a child process is started by a `gserver serve` of the same version, not by hand") from error
     leave_if_orphaned(instructions)
-    # These two are the supervisor's business, even when somebody sends them to all processes of the name.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # These are the supervisor's business, even when somebody sends them to all processes of the name.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     for fd in (instructions.board_fd, instructions.listener_fd, instructions.report_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)  # A program that a handler starts must not hold the port.

@@ -100,20 +100,26 @@ class Worker:
         self._clientele = Clientele(config, self._board, instructions.slot, commands.load(config.commands))
         self.dispatcher = Dispatcher(self._clientele, self._on_close)
         self._capacity = raise_file_limit() - RESERVED_FILES
-        self._should_drain = Event()
+        self._should_close = Event()
+        self._should_drain = False
         self._changed = Event()
         self._handshakes = self._prepare_tls(instructions.certificates) if instructions.certificates.chain else None
         listener = socket.socket(fileno=instructions.listener_fd)
         self._server = _Server(listener, self, config.workers > 1)
 
     def run(self) -> None:
-        """Serve until SIGTERM, then drain."""
-        gevent.signal_handler(signal.SIGTERM, self._should_drain.set)
+        """Serve until SIGTERM, then drain. After SIGUSR2: accept no more, and serve until the last client has gone."""
+        gevent.signal_handler(signal.SIGTERM, self._heed_stop)
+        gevent.signal_handler(signal.SIGUSR2, self._heed_retirement)
         gevent.spawn_raw(show_life, self._instructions, self._board)
         gevent.spawn_raw(self._sweep)
         self._server.start()
         self._instructions.report("ready")
-        self._should_drain.wait()
+        self._should_close.wait()
+        self._close_port()
+        while self.open and not self._should_drain:
+            self._changed.clear()
+            self._changed.wait()
         self._drain()
 
     def handle(self, sock: _socket.socket, address: Any) -> None:
@@ -153,7 +159,7 @@ class Worker:
 
         context, expires_at = tls.make_context(certificates), tls.expires_at(certificates)
         self._board.cells[self._board.cell("tls_expires_at", self._instructions.slot)] = expires_at
-        if expires_at < time():
+        if 0 < expires_at < time():
             day = strftime("%Y-%m-%d", gmtime(expires_at))
             message = f"the certificate of --tls-cert has expired on {day}: clients that check it refuse it"
             logs.complain("tls.expired", message)
@@ -170,9 +176,17 @@ class Worker:
             gevent.sleep(min(1.0, (self._config.idle_timeout_seconds or 4.0) / 4))
             self.dispatcher.sweep()
 
-    def _drain(self) -> None:
-        """Take over who has connected already, stop accepting, and let everybody go, within the deadline."""
-        deadline = monotonic() + self._config.drain_timeout_seconds * DRAIN_SHARE
+    def _heed_stop(self) -> None:
+        self._should_drain = True
+        self._changed.set()
+        self._should_close.set()
+
+    def _heed_retirement(self) -> None:
+        if self._board.get("draining"):  # Else it is not from the supervisor, and the port would have nobody.
+            self._should_close.set()
+
+    def _close_port(self) -> None:
+        """Take over who has connected already, and stop accepting."""
         with contextlib.suppress(OSError):  # Out of descriptors: the rest of the queue is lost.
             for _ in range(MAX_LATE_ACCEPTS):
                 accepted = self._server.accept()
@@ -180,6 +194,10 @@ class Worker:
                     break
                 self._server.do_handle(*accepted)
         self._server.close()
+
+    def _drain(self) -> None:
+        """Let everybody go, within the deadline."""
+        deadline = monotonic() + self._config.drain_timeout_seconds * DRAIN_SHARE
         self.dispatcher.drain()
         if self._handshakes:
             self._handshakes.drain()

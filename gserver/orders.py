@@ -1,0 +1,62 @@
+"""What signals have asked of a server so far: to reload, to retire, to stop, to end now.
+
+Retiring is to be a lame duck: no new clients, full service for those who are connected, and a stop when they have gone.
+"""
+
+import logging
+import math
+import os
+import signal
+
+from gserver import logs
+from gserver.signals import STOPS
+
+
+class Orders:
+    """All of it. Moments are monotonic seconds, infinity for what nobody has asked for."""
+
+    def __init__(self, drain_delay_seconds: float, drain_timeout_seconds: float) -> None:
+        self._delay = drain_delay_seconds
+        self._timeout = drain_timeout_seconds
+        self._had_terminal = os.isatty(0)
+        self._was_told_to_stop = False
+        #: How often the workers were to be replaced.
+        self.reloads = 0
+        #: When to accept no more, and when to let everybody go.
+        self.retire_at = self.drain_at = math.inf
+        self.is_forced = False
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the server is to end, now or later."""
+        return self.drain_at < math.inf
+
+    def heed(self, number: signal.Signals, now: float) -> None:
+        """Take in a signal, and say in the log what follows from it, if anything does."""
+        # A terminal that is closed sends SIGHUP too, more than once: then it is no terminal any more.
+        has_lost_terminal = number == signal.SIGHUP and self._had_terminal > os.isatty(0)
+        if number in STOPS or (has_lost_terminal and not self.is_stopping):
+            self._stop(number.name, now)
+        elif self.is_stopping:
+            return
+        elif number == signal.SIGHUP:
+            self.reloads += 1
+            logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
+        elif number == signal.SIGUSR2:
+            self.retire_at = now + self._delay
+            self.drain_at = self.retire_at + self._timeout
+            message = "SIGUSR2: accepting no more clients, and stopping when those who are connected have gone"
+            logs.event(logging.INFO, "server.retiring", message)
+
+    def drain(self, at: float) -> None:
+        """Let everybody go at that moment, unless that is to be earlier."""
+        self.drain_at = min(self.drain_at, at)
+
+    def _stop(self, name: str, now: float) -> None:
+        if self._was_told_to_stop:
+            self.is_forced = True
+            logs.event(logging.WARNING, "server.forced", f"{name} again: ending now")
+        else:
+            self.drain(now if self.is_stopping else now + self._delay)
+            self._was_told_to_stop = True
+            logs.event(logging.INFO, "server.draining", f"{name}: draining")

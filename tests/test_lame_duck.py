@@ -1,0 +1,287 @@
+"""SIGUSR2: a server that accepts nobody any more, serves who is there in full, and ends when they have gone."""
+
+import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.running import CLIENT_GREENLETS, PATIENCE, Client, Running, left_over, stopped, until
+
+SECOND = PATIENCE
+#: Long enough for what a test does meanwhile.
+LONG = ("--drain-timeout", "60")
+
+MODULE = """
+import os, time
+from pathlib import Path
+from gserver.commands import command
+
+if Path("slow").exists():
+    Path("booting").touch()
+    while Path("slow").exists():
+        time.sleep(0.01)
+
+@command("PID")
+def pid(service):
+    return os.getpid()
+
+@command("NAP")
+def nap(service):
+    time.sleep(0.5)
+    return "rested"
+"""
+
+
+def start(folder: Path, *options: str) -> Running:
+    (folder / "extra.py").write_text(MODULE)
+    return Running("--commands", "extra", *options, cwd=folder, env={"MARK": str(folder)})
+
+
+def is_refused(port: int) -> bool:
+    try:
+        with Client(port):
+            return False
+    except ConnectionRefusedError:
+        return True
+
+
+def retire(server: Running) -> None:
+    """Make it a lame duck; return when it is one."""
+    server.send_signal(signal.SIGUSR2)
+    server.wait_for("server.retiring")
+    until(lambda: is_refused(server.port), "new clients are refused")
+
+
+def readiness(server: Running) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.admin_port()}/readyz") as answer:
+            return answer.status, answer.read().decode().strip()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode().strip()
+
+
+@pytest.mark.parametrize(("workers", "greenlets"), list(zip((1, 2), CLIENT_GREENLETS, strict=True)))
+def test_a_lame_duck_serves_who_is_connected_in_full_and_ends_with_the_last_of_them(
+    tmp_path: Path, workers: int, greenlets: str
+) -> None:
+    options = ("--workers", str(workers), "--client-greenlets", greenlets, "--admin-port", "0")
+    with start(tmp_path, *LONG, *options) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", workers)
+        server.wait_for("agent.ready")
+        clients = [stack.enter_context(server.client()) for _ in range(6)]
+        assert {client.ask(b"WHY") for client in clients} == {b"42"}
+        retire(server)
+        assert readiness(server) == (503, "draining")
+        time.sleep(0.3 * SECOND)  # A drain would have let them go by then.
+        for left in range(6, 0, -1):
+            client = clients[left - 1]
+            assert client.ask(b"NAP" if left == 3 else b"WHY") == (b"rested" if left == 3 else b"42")
+            until(lambda: client.who() == left, f"{left} are left")  # noqa: B023 (called at once)
+            client.send(b"no command\n")
+            assert client.line().startswith(b"ERR ")
+            assert server.process.poll() is None
+            client.sock.close()
+        began = time.monotonic()
+        assert server.exit_code() == 0
+        assert time.monotonic() - began < 2 * SECOND
+        assert not server.events("worker.died")
+        assert not server.events("server.draining")
+        assert server.events("server.stopped")
+        assert server.stderr == ""
+    assert left_over(tmp_path) == []
+
+
+def test_a_server_without_clients_ends_at_once(tmp_path: Path) -> None:
+    with start(tmp_path, *LONG, "--workers", "2") as server:
+        server.send_signal(signal.SIGUSR2)
+        assert server.exit_code(5 * SECOND) == 0
+        assert not server.events("worker.died")
+
+
+def test_who_is_in_the_kernels_queue_is_served_too(tmp_path: Path) -> None:
+    with start(tmp_path, *LONG) as server, ExitStack() as stack:
+        with stopped(*server.workers()):
+            clients = [stack.enter_context(server.client()) for _ in range(50)]
+            server.send_signal(signal.SIGUSR2)
+            server.wait_for("server.retiring")
+        time.sleep(0.6 * SECOND)  # In a drain they have half a second to speak.
+        assert {client.ask(b"WHO") for client in clients} == {b"50"}
+
+
+def test_before_it_is_one_it_accepts_for_the_drain_delay_and_is_unready(tmp_path: Path) -> None:
+    with start(tmp_path, *LONG, "--drain-delay", "1", "--admin-port", "0") as server, server.client() as first:
+        server.wait_for("agent.ready")
+        first.who()
+        began = time.monotonic()
+        server.send_signal(signal.SIGUSR2)
+        server.wait_for("server.retiring")
+        assert readiness(server) == (503, "draining")
+        asked = 0
+        while time.monotonic() - began < 0.8:
+            with server.client() as other:
+                assert other.ask(b"WHY") == b"42"
+            asked += 1
+        assert asked > 10
+        until(lambda: is_refused(server.port), "new clients are refused")
+        assert time.monotonic() - began >= 1
+        assert first.who() == 1
+
+
+def test_after_the_drain_timeout_the_ordinary_drain_follows(tmp_path: Path) -> None:
+    with start(tmp_path, "--drain-timeout", "2") as server, server.client() as client:
+        client.who()
+        began = time.monotonic()
+        server.send_signal(signal.SIGUSR2)
+        server.wait_for("server.retiring")
+        while (passed := time.monotonic() - began) < 1.7:
+            assert client.ask(b"WHY") == b"42"
+        client.sock.settimeout(5 * SECOND)
+        assert client.rest() == b""
+        assert 2 <= (passed := time.monotonic() - began) < 2 + 2 * SECOND, passed
+        client.sock.close()
+        assert server.exit_code() == 0
+
+
+@pytest.mark.parametrize(("number", "delay"), [(signal.SIGTERM, "0"), (signal.SIGINT, "60")])
+def test_a_stop_during_it_is_the_ordinary_drain_at_once(tmp_path: Path, number: signal.Signals, delay: str) -> None:
+    with start(tmp_path, *LONG, "--drain-delay", delay) as server, server.client() as client:
+        client.who()
+        server.send_signal(signal.SIGUSR2)
+        server.wait_for("server.retiring")
+        client.send(b"NAP\n")
+        server.send_signal(number)
+        server.wait_for("server.draining")
+        assert client.rest() == b"rested\n"
+        client.sock.close()
+        assert server.exit_code(5 * SECOND) == 0
+        assert not server.events("server.forced")
+
+
+def test_hangups_and_further_requests_during_it_change_nothing(tmp_path: Path) -> None:
+    with start(tmp_path, *LONG, "--workers", "2") as server, server.client() as client:
+        server.wait_for("worker.ready", 2)
+        pid = client.ask(b"PID")
+        retire(server)
+        for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGHUP):
+            server.send_signal(number)
+        until(lambda: len(server.workers()) == 1, "the one without clients has gone")
+        assert client.ask(b"PID") == pid
+        assert not server.events("server.reloading")
+        assert len(server.events("server.retiring")) == 1
+        client.sock.close()
+        assert server.exit_code() == 0
+
+
+def test_a_worker_that_dies_during_it_is_told_of_and_not_replaced(tmp_path: Path) -> None:
+    with start(tmp_path, *LONG, "--workers", "2") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        by_worker: dict[bytes, Client] = {}
+
+        def connect() -> bool:
+            client = stack.enter_context(server.client())
+            by_worker.setdefault(client.ask(b"PID"), client)
+            return len(by_worker) == 2
+
+        until(connect, "both have clients")
+        retire(server)
+        victim, stays = by_worker
+        psutil.Process(int(victim)).kill()
+        died = server.wait_for("worker.died")
+        assert died["process.exit_code"] == -signal.SIGKILL
+        assert died["gserver.lost"] >= 1
+        assert "another" not in died["message"]
+        assert by_worker[stays].ask(b"PID") == stays
+        assert len(server.events("worker.ready")) == 2
+        stack.close()
+        assert server.exit_code() == 0
+
+
+def test_a_worker_that_hangs_during_it_is_killed(tmp_path: Path) -> None:
+    with start(tmp_path, *LONG, "--hang-timeout", str(SECOND)) as server, server.client() as client:
+        client.who()
+        retire(server)
+        server.workers()[0].suspend()
+        server.wait_for("worker.hung")
+        assert server.exit_code() == 0
+
+
+def test_a_worker_that_still_starts_takes_over_who_has_connected(tmp_path: Path) -> None:
+    """The only one has died when the signal comes, and the next one is not ready: it hears of it when it is."""
+    with start(tmp_path, *LONG) as server:
+        (tmp_path / "slow").touch()
+        server.workers()[0].kill()
+        until((tmp_path / "booting").exists, "the next one starts")
+        with server.client() as client:
+            server.send_signal(signal.SIGUSR2)
+            server.wait_for("server.retiring")
+            time.sleep(0.2)  # The supervisor has had its turn: a signal sent now would be lost, or deadly.
+            (tmp_path / "slow").unlink()
+            assert client.who() == 1
+            until(lambda: is_refused(server.port), "new clients are refused")
+            assert client.who() == 1
+        assert server.exit_code() == 0
+        assert len(server.events("worker.died")) == 1
+
+
+@pytest.mark.parametrize("moment", [0, 0.2, 0.4])
+def test_during_a_reload_nobody_who_is_connected_is_lost_to_a_signal(tmp_path: Path, moment: float) -> None:
+    with start(tmp_path, *LONG, "--workers", "2") as server:
+        server.wait_for("worker.ready", 2)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloading")
+        time.sleep(moment)  # The moment is the test.
+        server.send_signal(signal.SIGUSR2)
+        assert server.exit_code() == 0
+        assert not server.events("worker.died")
+        assert server.stderr == ""
+    assert left_over(tmp_path) == []
+
+
+def test_a_worker_or_agent_that_gets_the_signal_from_somebody_else_goes_on(tmp_path: Path) -> None:
+    with start(tmp_path, "--admin-port", "0") as server, server.client() as client:
+        server.wait_for("agent.ready")
+        children = [*server.workers(), *server.agents()]
+        assert client.who() == 1
+        for child in children:
+            os.kill(child.pid, signal.SIGUSR2)
+        for _ in range(20):
+            with server.client() as other:
+                assert other.who() == 2
+            until(lambda: client.who() == 1, "it has gone")
+        assert readiness(server) == (200, "ready")
+        assert [*server.workers(), *server.agents()] == children
+
+
+def test_busy_clients_are_answered_without_a_gap_while_it_becomes_one(tmp_path: Path) -> None:
+    with start(tmp_path, *LONG, "--workers", "2") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        clients = [stack.enter_context(server.client()) for _ in range(20)]
+        is_over, asked = threading.Event(), dict.fromkeys(clients, 0)
+
+        def talk(client: Client) -> None:
+            while not is_over.is_set():
+                assert client.ask(b"WHY") == b"42"
+                asked[client] += 1
+                is_over.wait(0.002)
+
+        talks = [threading.Thread(target=talk, args=(client,)) for client in clients]
+        for each in talks:
+            each.start()
+        retire(server)
+        before = dict(asked)
+        try:
+            until(lambda: all(asked[client] > before[client] + 20 for client in clients), "all are answered still")
+        finally:
+            is_over.set()
+            for each in talks:
+                each.join()
+        stack.close()
+        assert server.exit_code() == 0
