@@ -1,0 +1,216 @@
+"""The shipped HAProxy configuration before three servers of a cluster under load: one drains, one dies, one retires."""
+
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from tests.redises import Redis, free_port
+from tests.running import LIMIT, ROOT, Client, Running, program, until
+
+CONFIG = ROOT / "deploy/haproxy/haproxy.cfg"
+#: As the configuration says that it has to be.
+DRAIN_DELAY = 2.0
+CLIENTS = 12
+#: How a reply looks to each command that the load sends.
+REPLIES = {b"WHO": rb"[0-9]+", b"WHERE": rb"server-[0-9]", b"WHY": rb"42"}
+
+
+class Load:
+    """Clients that ask all the time, connect anew now and then, and once more when they are let go."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(CLIENTS)]
+        self.answered = [0] * CLIENTS
+        #: Of each request that was not answered and had to be sent once more: how often it had been sent before.
+        self.retries: list[int] = []
+        self.failures: list[str] = []
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        try:
+            while not self._is_over.is_set():
+                self._ask_some(number)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the test fails for it)
+            self.failures.append(repr(error))
+
+    def _ask_some(self, number: int) -> None:
+        client = None
+        for command in [*REPLIES] * 7:
+            for tries in range(4):
+                client = client or Client(self._port)
+                reply = self._ask(client, command)
+                if reply:
+                    assert re.fullmatch(REPLIES[command] + rb"\n", reply), (command, reply)
+                    self.answered[number] += 1
+                    break
+                self.retries.append(tries)
+                client.sock.close()
+                client = None
+            else:
+                raise AssertionError(f"{command!r} was not answered")
+            if self._is_over.wait(0.005):
+                break
+        if client:
+            client.sock.close()
+
+    @staticmethod
+    def _ask(client: Client, command: bytes) -> bytes:
+        """The reply; nothing when the connection has ended without one."""
+        try:
+            client.send(command + b"\n")
+            return client.line()
+        except (ConnectionResetError, BrokenPipeError):
+            return b""
+
+    def goes_on(self) -> None:
+        """Wait until every client has been answered some times more."""
+        before = list(self.answered)
+        until(lambda: self.failures or all(now > old + 30 for now, old in zip(self.answered, before, strict=True)), "")
+        assert self.failures == []
+
+    def stop(self) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(LIMIT)
+
+
+class Front(ExitStack[None]):
+    """HAProxy with the shipped configuration, at other ports, before servers."""
+
+    def __init__(self, folder: Path, servers: list[Running]) -> None:
+        super().__init__()
+        self.port = free_port()
+        text = CONFIG.read_text().replace("bind 127.0.0.1:4242", f"bind 127.0.0.1:{self.port}")
+        text = text.replace("    #stats socket /run/haproxy.sock", f"    stats socket {folder}/haproxy.sock")
+        text, count = re.subn(r"(default-server check )port 4243 ", r"\1", text)
+        assert count == 1
+        for number, server in enumerate(servers, 1):
+            old = f"server gs{number} 10.0.0.{number}:4242"
+            assert old in text
+            text = text.replace(old, f"server gs{number} 127.0.0.1:{server.port} port {server.admin_port()}")
+        self._socket = folder / "haproxy.sock"
+        (folder / "haproxy.cfg").write_text(text)
+        self.process = subprocess.Popen(
+            [program("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.callback(self._end)
+        until(lambda: self._socket.exists() and [*self.states().values()] == ["UP"] * len(servers), "all are up")
+
+    def _end(self) -> None:
+        self.process.kill()
+        self.process.wait(LIMIT)
+
+    def states(self) -> dict[str, str]:
+        """What HAProxy thinks of each server: UP, DOWN ..."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self._socket))
+            sock.sendall(b"show stat\n")
+            rows = [line.split(",") for line in sock.makefile().read().splitlines()]
+        return {row[1]: row[17].split()[0] for row in rows if row[0] == "gservers" and row[1] != "BACKEND"}
+
+
+@contextmanager
+def service(folder: Path, *options: str) -> Iterator[tuple[list[Running], Front, Load]]:
+    """Three servers, HAProxy before them, and clients that ask."""
+    with ExitStack() as stack:
+        redis = stack.enter_context(Redis(folder))
+        common = ["--redis-url", redis.url, "--admin-port", "0", "--drain-delay", str(DRAIN_DELAY), *options]
+        servers = [stack.enter_context(Running("--server-id", f"server-{number}", *common)) for number in (1, 2, 3)]
+        front = stack.enter_context(Front(folder, servers))
+        load = Load(front.port)
+        stack.callback(load.stop)
+        load.goes_on()
+        yield servers, front, load
+
+
+def accepts(port: int) -> bool:
+    """Whether there is anybody."""
+    with suppress(ConnectionRefusedError), Client(port):
+        return True
+    return False
+
+
+def test_the_configuration_is_one() -> None:
+    done = subprocess.run([program("haproxy"), "-c", "-f", str(CONFIG)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr.lower()
+
+
+def test_servers_drain_and_die_under_load_and_every_request_is_answered(tmp_path: Path) -> None:
+    with service(tmp_path) as (servers, front, load):
+        one, other, _ = servers
+        assert load.retries == []
+        # Checks are no clients: WHO is the load's, and the one that asks.
+
+        # A drain: HAProxy notices while the server still accepts, so only connections that are there are let go.
+        one.send_signal(signal.SIGTERM)
+        until(lambda: front.states()["gs1"] == "DOWN", "HAProxy sees it draining", DRAIN_DELAY)
+        assert one.process.poll() is None
+        assert load.retries == []
+        assert one.exit_code() == 0
+        load.goes_on()
+        assert set(load.retries) <= {0}, "none had to be sent a third time"
+        assert len(load.retries) <= CLIENTS
+
+        # A crash: connections break, and what was under way is asked once more. Nobody waits for a health check.
+        load.retries.clear()
+        other.kill()
+        load.goes_on()
+        assert set(load.retries) <= {0}
+        assert len(load.retries) <= CLIENTS
+        until(lambda: front.states() == {"gs1": "DOWN", "gs2": "DOWN", "gs3": "UP"}, "HAProxy sees it gone")
+        load.goes_on()
+        load.stop()
+        assert load.failures == []
+
+
+def test_a_lame_duck_lets_clients_finish_and_gets_no_new_ones(tmp_path: Path) -> None:
+    with service(tmp_path, "--drain-timeout", "60") as (servers, front, load), ExitStack() as stack:
+        held: dict[str, Client] = {}
+        while len(held) < 3:  # Least connections: soon every server has one of ours.
+            client = stack.enter_context(Client(front.port))
+            held.setdefault(client.ask(b"WHERE").decode(), client)
+        servers[0].send_signal(signal.SIGUSR2)
+        servers[0].wait_for("server.retiring")
+        until(lambda: front.states()["gs1"] == "DOWN", "HAProxy sees it retiring", DRAIN_DELAY)
+        # Those of the load have all connected anew by and by; none was let go before it wanted to.
+        load.goes_on()
+        load.goes_on()
+        assert load.retries == []
+        assert held["server-1"].ask(b"WHERE") == b"server-1"
+        assert servers[0].process.poll() is None
+        with Client(front.port) as new:
+            assert new.ask(b"WHERE") != b"server-1"
+        began = time.monotonic()
+        held["server-1"].sock.close()
+        for client in held.values():
+            client.sock.close()
+        stack.close()
+        assert servers[0].exit_code() == 0
+        assert time.monotonic() - began < LIMIT
+        load.stop()
+        assert (load.failures, load.retries) == ([], [])
+        with Client(front.port) as client:  # The checks are no clients.
+            until(lambda: client.who() == 1, "only the one that asks is in WHO")
+
+
+def test_haproxy_itself_stops_without_breaking_a_connection(tmp_path: Path) -> None:
+    with service(tmp_path) as (_, front, load):
+        load.stop()
+        with Client(front.port) as client:
+            assert client.ask(b"WHY") == b"42"
+            front.process.send_signal(signal.SIGUSR1)
+            until(lambda: not accepts(front.port), "it accepts no more")
+            assert client.ask(b"WHY") == b"42"
+        assert front.process.wait(LIMIT) == 0
