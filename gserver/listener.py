@@ -1,13 +1,15 @@
-"""The listening socket: bound once by the supervisor, inherited by every worker, never closed by a reload."""
+"""The listening sockets: bound or taken over once by the supervisor, inherited by children, kept open by reloads."""
 
 import errno
 import logging
 import os
 import socket
+from collections.abc import Sequence
+from dataclasses import replace
 
 from gserver import logs
 from gserver.config import Config
-from gserver.errors import Failure
+from gserver.errors import Failure, Misuse
 
 #: A peer that died without a FIN is found out within about two minutes: 60 s of silence, then 4 probes
 #: 15 s apart; unacknowledged data is given up on after the same time.
@@ -23,11 +25,45 @@ _REASONS = {
 }
 
 
+#: Names by which a service manager tells the sockets of the two ports apart; one of any other name is the first.
+PORT, ADMIN_PORT = "gserver", "admin"
+
+
+def open_ports(
+    config: Config, handed_over: Sequence[tuple[str, int]]
+) -> tuple[Config, socket.socket, socket.socket | None]:
+    """Return a config that says where the ports are, the socket of the port, and that of the admin port or None.
+
+    Taken from `handed_over`, names and descriptors, or else bound. Raises `Failure` when one cannot be had, and
+    `Misuse` when a socket was handed over that is not fit for use, or that there is no use for: who connected to it
+    would wait for ever.
+    """
+    adopted: dict[str, socket.socket] = {}
+    for name, fd in handed_over:
+        role = name if name in (PORT, ADMIN_PORT) or PORT in dict(handed_over) else PORT
+        if role in adopted or role not in (PORT, ADMIN_PORT) or (role == ADMIN_PORT and config.admin_port < 0):
+            wanted = f"one named {PORT}" + (f" and one named {ADMIN_PORT}" if config.admin_port >= 0 else "")
+            raise Misuse(f"socket {fd} ({name}) was handed over, and there is only use for {wanted}")
+        adopted[role] = _adopt(name, fd, config.backlog)
+    port = adopted.get(PORT) or bind(config.host, config.port, config.backlog)
+    config = replace(config, port=port.getsockname()[1])
+    if PORT in adopted:
+        config = replace(config, host=port.getsockname()[0])
+    if config.admin_port < 0:
+        return config, port, None
+    admin = adopted.get(ADMIN_PORT) or bind(config.admin_host, config.admin_port, prefix="--admin-")
+    config = replace(config, admin_port=admin.getsockname()[1])
+    if ADMIN_PORT in adopted:
+        config = replace(config, admin_host=admin.getsockname()[0])
+    if config.contradiction:  # The address may be another one than the options have said.
+        raise Misuse(config.contradiction)
+    return config, port, admin
+
+
 def bind(host: str, port: int, backlog: int = 64, prefix: str = "--") -> socket.socket:
     """Return a non-blocking listening socket; raise `Failure` when the address cannot be had.
 
     `prefix` is that of the options that the address comes from, for a person to know which.
-    The options are set here, once: on Linux an accepted socket inherits them from its listener.
     """
     where, options = show_address(host, port), {"host": f"{prefix}host", "port": f"{prefix}port"}
     try:
@@ -40,20 +76,42 @@ def bind(host: str, port: int, backlog: int = 64, prefix: str = "--") -> socket.
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MILLISECONDS)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.bind(address)
-        listener.listen(backlog)
+        _listen(listener, backlog)
     except OSError as error:
         listener.close()
         reason = _REASONS.get(error.errno or 0, os.strerror(error.errno or 0))
         raise Failure(f"cannot listen on {where}: {reason.format(**options)}") from error
-    listener.setblocking(False)
     return listener
+
+
+def _adopt(name: str, fd: int, backlog: int) -> socket.socket:
+    """Return a socket that was handed over, as `bind` would have made it."""
+    wrong = f"socket {fd} ({name}) was handed over, and is {{}}: a TCP socket that listens is wanted (ListenStream=)"
+    try:
+        listener = socket.socket(fileno=fd)
+    except OSError as error:
+        raise Misuse(wrong.format("no socket")) from error
+    if listener.type != socket.SOCK_STREAM or listener.family not in (socket.AF_INET, socket.AF_INET6):
+        kind = (getattr(each, "name", str(each)) for each in (listener.family, listener.type))
+        raise Misuse(wrong.format(" ".join(kind)))
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise Misuse(wrong.format("not listening"))
+    os.set_inheritable(fd, False)
+    _listen(listener, backlog)
+    return listener
+
+
+def _listen(listener: socket.socket, backlog: int) -> None:
+    """Listen, without blocking. The options are set here, once: on Linux an accepted socket inherits them."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MILLISECONDS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.listen(backlog)
+    listener.setblocking(False)
 
 
 def announce(config: Config) -> None:

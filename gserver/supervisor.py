@@ -7,10 +7,9 @@ it can break. Signal handlers only take note; the loop acts. All its times are m
 import logging
 import selectors
 import signal
-from dataclasses import replace
 from time import monotonic
 
-from gserver import certificates, listener, logs
+from gserver import certificates, listener, logs, systemd
 from gserver.board import Board
 from gserver.children import AGENT, SHORT_LIFE_SECONDS, WATCH_SECONDS, WORKER, Child, Pacing
 from gserver.config import Config
@@ -32,12 +31,9 @@ class Supervisor:
     def __init__(self, config: Config) -> None:
         #: Those that a new worker gets, and those that workers have been found to start with.
         self._certificates = self._good_certificates = certificates.read(config)
-        self._socket = listener.bind(config.host, config.port, config.backlog)
-        config = replace(config, port=self._socket.getsockname()[1])
-        self._admin = None
-        if config.admin_port >= 0:  # Bound here, so that it stays open while one agent follows another.
-            self._admin = listener.bind(config.admin_host, config.admin_port, prefix="--admin-")
-            config = replace(config, admin_port=self._admin.getsockname()[1])
+        self._manager = systemd.Manager()
+        # The admin port too, so that it stays open while one agent follows another.
+        config, self._socket, self._admin = listener.open_ports(config, self._manager.sockets)
         self._config = config
         # One column more than workers: a reload starts the new one before the old one goes.
         self._board = Board.create(config.workers + 1)
@@ -64,6 +60,7 @@ class Supervisor:
                 self._reap(monotonic())
                 self._watch(monotonic())
                 self._board.put("workers", sum(bool(child.ready_at) for child in self._staying(WORKER)))
+                self._tell_manager(monotonic())
         finally:
             self._end_now()
         if self._failure is not None:
@@ -161,6 +158,7 @@ class Supervisor:
         """Wait for a report, a signal or the next moment at which something is due."""
         now = monotonic()
         due = [child.due_at for child in self._children]
+        due.append(self._manager.due_at)
         moments = (self._orders.retire_at, self._orders.drain_at, *(each.spawn_at for each in self._pacing.values()))
         due += [at for at in moments if at > now]
         for key, _ in self._selector.select(max(0.0, min([now + WATCH_SECONDS, *due]) - now)):
@@ -234,6 +232,16 @@ class Supervisor:
                 self._give_up_reload(str(misuse), {})
         if self._orders.is_forced:
             self._end_now()
+
+    def _tell_manager(self, now: float) -> None:
+        self._manager.show_life(now)
+        if self._orders.is_stopping:
+            self._manager.tell(systemd.STOPPING, "stopping")
+        elif self._reloaded < self._orders.reloads:
+            self._manager.tell(systemd.RELOADING, "replacing the workers one by one")
+        elif self._was_ready:
+            where = listener.show_address(self._config.host, self._config.port)
+            self._manager.tell(systemd.READY, f"listening on {where}, workers: {self._config.workers}")
 
     def _end_now(self) -> None:
         self._orders.drain(0.0)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -165,6 +165,7 @@ class Running:
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
         command: list[str] | None = None,
+        pass_fds: Collection[int] = (),
         wait: bool = True,
     ) -> None:
         self.process = subprocess.Popen(
@@ -173,6 +174,7 @@ class Running:
             stderr=subprocess.PIPE,
             env=environment(**(env or {})),
             cwd=cwd,
+            pass_fds=pass_fds,
         )
         self.lines: list[str] = []
         self.errors: list[str] = []

@@ -1,0 +1,373 @@
+"""What is told to a service manager, and what one hands over: with real sockets, and with systemd-socket-activate."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gserver.errors import Misuse
+from gserver.systemd import VARIABLES, Manager
+from tests.redises import free_port
+from tests.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
+
+SECOND = PATIENCE
+
+MODULE = """
+import os
+from gserver.commands import command
+
+@command("VARIABLES")
+def variables(service):
+    return " ".join(sorted(name for name in os.environ if name.startswith(("LISTEN_", "NOTIFY_", "WATCHDOG_")))) or "-"
+"""
+
+
+class Listener:
+    """The manager's end of sd_notify: a datagram socket."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address)
+        self._socket.settimeout(LIMIT)
+        self.address = address.replace("\0", "@")
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def message(self, *but: str) -> list[str]:
+        """The lines of the next message whose first line is none of `but`."""
+        while (lines := self._socket.recv(4096).decode().splitlines())[0] in but:
+            continue
+        return lines
+
+    def waiting(self) -> list[str]:
+        """The first lines of all that has come."""
+        found = []
+        self._socket.setblocking(False)
+        try:
+            while True:
+                found.append(self._socket.recv(4096).decode().splitlines()[0])
+        except BlockingIOError:
+            return found
+        finally:
+            self._socket.settimeout(LIMIT)
+
+
+# What is told.
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[Listener]:
+    with Listener(str(tmp_path / "notify")) as listener:
+        yield listener
+
+
+def test_a_server_tells_when_it_is_ready_reloads_and_stops(listener: Listener, tmp_path: Path) -> None:
+    (tmp_path / "extra.py").write_text(MODULE)
+    options = ("--workers", "2", "--commands", "extra")
+    env = {"NOTIFY_SOCKET": listener.address, "PYTHONDONTWRITEBYTECODE": "1"}
+    with Running(*options, env=env, cwd=tmp_path) as server:
+        assert listener.message() == ["READY=1", f"STATUS=listening on 127.0.0.1:{server.port}, workers: 2"]
+
+        began = time.monotonic_ns() // 1000
+        server.send_signal(signal.SIGHUP)
+        state, moment, status = listener.message()
+        assert (state, status) == ("RELOADING=1", "STATUS=replacing the workers one by one")
+        name, _, value = moment.partition("=")
+        assert name == "MONOTONIC_USEC"
+        assert began <= int(value) <= time.monotonic_ns() // 1000
+        assert listener.message()[0] == "READY=1"
+        assert server.events("server.reloaded")
+
+        (tmp_path / "extra.py").write_text("raise RuntimeError('broken')")
+        server.send_signal(signal.SIGHUP)
+        assert listener.message()[0] == "RELOADING=1"
+        assert listener.message()[0] == "READY=1"
+        server.wait_for("server.reload_failed")
+        assert len(server.events("server.reloaded")) == 1
+
+        with server.client() as client:
+            client.who()
+            server.send_signal(signal.SIGUSR2)
+            assert listener.message() == ["STOPPING=1", "STATUS=stopping"]
+            assert client.who() == 1, "the lame duck serves on"
+        assert server.exit_code() == 0
+    assert listener.waiting() == [], "each state is told once"
+
+
+def test_a_server_that_never_gets_ready_does_not_say_so(listener: Listener, tmp_path: Path) -> None:
+    (tmp_path / "extra.py").write_text("import os; os.abort()")
+    env = {"NOTIFY_SOCKET": listener.address}
+    with Running("--commands", "extra", env=env, cwd=tmp_path, wait=False) as server:
+        server.wait_for("worker.died", 2)
+        assert listener.waiting() == []
+        server.stop()
+    assert listener.waiting() == ["STOPPING=1"]
+
+
+def test_signs_of_life_come_at_least_twice_in_the_time_that_the_watchdog_gives(tmp_path: Path) -> None:
+    with Listener(str(tmp_path / "notify")) as listener:
+        env = {"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "600000"}
+        with Running(env=env) as server:
+            supervisor = psutil.Process(server.pid)
+            used, moments = sum(supervisor.cpu_times()[:2]), []
+            listener.waiting()
+            for _ in range(6):
+                assert listener.message("READY=1") == ["WATCHDOG=1"]
+                moments.append(time.monotonic())
+            assert moments[-1] - moments[0] < 5 * 0.3 * SECOND + 0.2
+            assert moments[-1] - moments[0] > 1, "no more often than that"
+            assert sum(supervisor.cpu_times()[:2]) - used < 0.5
+            supervisor.suspend()
+            listener.waiting()
+            time.sleep(0.7)
+            assert listener.waiting() == [], "a supervisor that hangs gives none"
+            supervisor.resume()
+            assert listener.message() == ["WATCHDOG=1"]
+
+
+def test_a_watchdog_that_is_anothers_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "600000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    assert Manager().due_at < 0
+    monkeypatch.setenv("WATCHDOG_USEC", "600000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getppid()))
+    assert Manager().due_at > 1e9
+
+
+def test_what_is_not_heard_is_told_again_and_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    monkeypatch.setenv("WATCHDOG_USEC", "10000000")
+    manager = Manager()
+    manager.tell("READY=1", "nobody listens")
+    manager.show_life(100.0)
+    assert manager.due_at == pytest.approx(100.1)
+    with Listener(address) as listener:
+        manager.tell("READY=1", "nobody listens")
+        assert listener.message() == ["READY=1", "STATUS=nobody listens"]
+        for number in range(10_000):  # Nobody reads: the queue is full long before that.
+            manager.tell("READY=1", str(number))
+        assert 0 < len(listener.waiting()) < 10_000
+        manager.tell("READY=1", "9999")
+        assert listener.message() == ["READY=1", "STATUS=9999"]
+
+
+def test_an_abstract_socket_is_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Listener(f"\0gserver-test-{os.getpid()}") as listener:
+        monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
+        Manager().tell("READY=1", "here")
+        assert listener.message() == ["READY=1", "STATUS=here"]
+
+
+@pytest.mark.parametrize("address", ["/no/such/folder/notify", "@nobody", "vsock:2:1234", "/" + "x" * 200, "@"])
+def test_an_address_where_nobody_is_is_no_error(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+    manager = Manager()
+    manager.tell("READY=1", "here")
+    manager.show_life(100.0)
+    assert manager.due_at > 100.0
+
+
+def test_a_manager_that_cannot_be_reached_costs_nothing() -> None:
+    with Running(env={"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": "1000000"}) as server:
+        used = sum(psutil.Process(server.pid).cpu_times()[:2])
+        time.sleep(0.3)
+        assert sum(psutil.Process(server.pid).cpu_times()[:2]) - used < 0.1, "it does not spin"
+        assert server.who() == 1
+        assert server.stop() == 0
+        assert server.stderr == ""
+
+
+@pytest.mark.parametrize("text", ["", "0", "soon", "-1", "1.5"])
+def test_a_watchdog_of_no_time_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", text)
+    assert Manager().due_at > 1e9
+    assert "WATCHDOG_USEC" not in os.environ
+
+
+# Sockets that are handed over.
+
+
+#: Makes the descriptors in its first argument those from 3 on, and becomes the program in the others.
+HAND_OVER = """
+import os, sys
+fds = [int(fd) for fd in sys.argv[1].split(",")]
+for number, fd in enumerate(fds):
+    os.dup2(fd, 100 + number)
+for number in range(len(fds)):
+    os.dup2(100 + number, 3 + number)
+    os.close(100 + number)
+os.environ["LISTEN_PID"] = str(os.getpid() + int(os.environ.pop("OFFSET", "0")))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def start(*handed: socket.socket | int, options: tuple[str, ...] = (), cwd: str = "/", **env: str) -> Running:
+    """A server to which these are handed over; it may not come to listen."""
+    fds = [each if isinstance(each, int) else each.fileno() for each in handed]
+    command = [sys.executable, "-S", "-c", HAND_OVER, ",".join(map(str, fds)), *GSERVER, "serve"]
+    told = {"LISTEN_FDS": str(len(fds)), **env}
+    return Running(*options, command=command, env=told, pass_fds=fds, cwd=Path(cwd), wait=False)
+
+
+def refused(*handed: socket.socket | int, options: tuple[str, ...] = (), **env: str) -> str:
+    """The one line by which a server refuses to start with these."""
+    with start(*handed, options=options, **env) as server:
+        assert server.exit_code() == 2, server.lines
+        assert len(server.errors) == 1
+        assert server.stderr.startswith("gserver: ")
+        assert server.lines == []
+    return server.stderr
+
+
+def listening(host: str = "127.0.0.1") -> socket.socket:
+    return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
+def port_of(sock: socket.socket) -> int:
+    port: int = sock.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", ""), ("127.0.0.1", "gserver.socket"), ("::1", "gserver")])
+def test_a_socket_that_is_handed_over_is_the_port(host: str, name: str) -> None:
+    with listening(host) as sock, start(sock, options=("--port", "1"), LISTEN_FDNAMES=name) as server:
+        said = server.wait_for("server.listening")
+        assert (said["server.address"], said["server.port"]) == (host, port_of(sock))
+        with Client(port_of(sock), host) as client:
+            assert client.who() == 1
+        assert server.stop() == 0
+        with socket.create_connection((host, port_of(sock)), LIMIT):
+            pass  # It is open still, for the server that is started next.
+
+
+def test_by_their_names_the_sockets_are_the_port_and_the_admin_port() -> None:
+    with ExitStack() as stack:
+        admin, port = (stack.enter_context(listening()) for _ in range(2))
+        options = ("--admin-port", "1")
+        with start(admin, port, options=options, LISTEN_FDNAMES="admin:gserver") as server:
+            said = server.wait_for("server.listening")
+            assert (said["server.port"], said["gserver.admin_port"]) == (port_of(port), port_of(admin))
+            asked = subprocess.run(
+                [program("curl"), "-sS", f"http://127.0.0.1:{port_of(admin)}/readyz"], capture_output=True, check=True
+            )
+            assert asked.stdout == b"ready\n"
+            with Client(port_of(port)) as client:
+                assert client.who() == 1
+
+
+def test_it_has_the_options_of_one_of_our_own_and_so_have_its_clients() -> None:
+    with listening() as sock, start(sock, options=("--backlog", "7", "--admin-port", "0")) as server:
+        admin_port = server.wait_for("server.listening")["gserver.admin_port"]
+        assert admin_port not in (port_of(sock), 0), "which was not handed over, and so is bound"
+        told = subprocess.run(
+            [program("ss"), "-Hltn", f"sport = :{port_of(sock)}"], capture_output=True, text=True, check=True
+        )
+        assert told.stdout.split()[2] == "7"
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        assert [sock.getsockopt(socket.IPPROTO_TCP, each) for each in options] == [60, 15, 4, 120_000]
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+        assert os.get_blocking(sock.fileno()) is False
+
+
+def test_children_are_not_handed_what_is_the_supervisors(tmp_path: Path) -> None:
+    (tmp_path / "extra.py").write_text(MODULE)
+    env = {"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": "9000000", "LISTEN_FDNAMES": "gserver"}
+    with listening() as sock, start(sock, options=("--commands", "extra"), cwd=str(tmp_path), **env) as server:
+        server.wait_for("server.listening")
+        assert set(psutil.Process(server.pid).environ()) >= {*VARIABLES} - {"LISTEN_PIDFDID", "WATCHDOG_PID"}
+        with Client(port_of(sock)) as client:
+            assert client.ask(b"VARIABLES") == b"-"
+
+
+def test_sockets_for_another_process_are_left_alone() -> None:
+    with listening() as sock, start(sock, options=("--port", "0"), OFFSET="1") as server:
+        assert server.wait_for("server.listening")["server.port"] != port_of(sock)
+
+
+def test_a_file_a_datagram_socket_and_others_that_are_no_port_are_refused(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        wrong: dict[str, socket.socket | int] = {
+            "no socket": (stack.enter_context((tmp_path / "file").open("w"))).fileno(),
+            "AF_INET SOCK_DGRAM": stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+            "AF_UNIX SOCK_STREAM": stack.enter_context(socket.socket(socket.AF_UNIX)),
+            "not listening": stack.enter_context(socket.socket()),
+        }
+        for what, handed in wrong.items():
+            said = f"socket 3 (unknown) was handed over, and is {what}: a TCP socket that listens is wanted"
+            assert said in refused(handed)
+
+
+def test_sockets_that_there_is_no_use_for_are_refused_for_their_clients_would_wait_for_ever() -> None:
+    with listening() as one, listening() as two:
+        only = "was handed over, and there is only use for one named gserver"
+        assert f"socket 4 (unknown) {only}\n" in refused(one, two)
+        assert f"socket 4 (gserver) {only}\n" in refused(one, two, LISTEN_FDNAMES="gserver:gserver")
+        assert f"socket 4 (other) {only}\n" in refused(one, two, LISTEN_FDNAMES="gserver:other")
+        assert f"socket 4 (admin) {only}\n" in refused(one, two, LISTEN_FDNAMES="gserver:admin")
+        both = f"socket 4 (gserver) {only} and one named admin\n"
+        assert both in refused(one, two, options=("--admin-port", "0"), LISTEN_FDNAMES="gserver:gserver")
+
+
+def test_an_admin_socket_that_others_can_reach_needs_a_token() -> None:
+    with listening() as port, listening("0.0.0.0") as admin:
+        said = refused(port, admin, options=("--admin-port", "0"), LISTEN_FDNAMES="gserver:admin")
+        assert "--admin-host 0.0.0.0 can be reached from elsewhere" in said
+
+
+@pytest.mark.parametrize(("fds", "names"), [("many", ""), ("-1", ""), ("", ""), ("2", "one"), ("1", "one:two")])
+def test_numbers_and_names_that_do_not_go_together_are_refused(
+    fds: str, names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", fds)
+    monkeypatch.setenv("LISTEN_FDNAMES", names)
+    with pytest.raises(Misuse, match="see sd_listen_fds"):
+        Manager()
+
+
+# With systemd's own program, which waits for a client before it starts the server.
+
+
+def test_the_client_that_has_it_started_is_served(listener: Listener) -> None:
+    port = free_port()
+    kept = [f"--setenv=PYTHONPATH={ROOT}", f"--setenv=NOTIFY_SOCKET={listener.address}"]
+    activate = [program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}", "--fdname=gserver", *kept]
+    with Running(command=[*activate, *GSERVER, "--workers", "1"], wait=False) as server:
+        until(lambda: any("Listening" in line for line in server.errors), "it listens")
+        with Client(port) as client:
+            assert client.who() == 1
+            assert listener.message() == ["READY=1", f"STATUS=listening on 127.0.0.1:{port}, workers: 1"]
+            server.send_signal(signal.SIGHUP)
+            assert client.rest() == b""
+        assert [listener.message()[0] for _ in range(2)] == ["RELOADING=1", "READY=1"]
+        server.wait_for("server.reloaded")
+        with Client(port) as client:
+            assert client.who() == 1
+        assert server.stop() == 0
+        assert listener.message()[0] == "STOPPING=1"
+
+
+def test_a_datagram_socket_of_systemds_is_refused() -> None:
+    address = ("127.0.0.1", free_port())
+    listen = [program("systemd-socket-activate"), "-d", "-l", f"127.0.0.1:{address[1]}"]
+    with Running(command=[*listen, f"--setenv=PYTHONPATH={ROOT}", *GSERVER, "serve"], wait=False) as server:
+        until(lambda: any("Listening" in line for line in server.errors), "it listens")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"WHO\n", address)
+            assert server.exit_code() == 2
+            assert "is AF_INET SOCK_DGRAM" in server.stderr
