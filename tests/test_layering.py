@@ -21,9 +21,9 @@ LADDER = [
     if row.startswith("| `")
 ]
 #: Who may know gevent; all others are ordinary Python.
-GEVENT = {"__main__", "worker", "agent", "dispatcher", "conversation", "cluster", "receiver", "admin"}
+GEVENT = {"__main__", "worker", "agent", "dispatcher", "conversation", "cluster", "receiver", "admin", "roster"}
 MAX_MODULE_LINES = 250
-MAX_PACKAGE_LINES = 4200
+MAX_PACKAGE_LINES = 4300
 
 MODULES = {path.stem: path for path in sorted((ROOT / "gserver").glob("*.py"))}
 
