@@ -1,14 +1,14 @@
 -- Who is in the cluster, for people to look at. It changes nothing, so a replica and a full Redis answer it too.
 -- KEYS: as in cluster.lua. ARGV: the id of the server that asks; beat interval; how many servers to tell of at most.
--- Returns: servers; the lease clock as it is now; then for each server told of its id, lease and entry. Those whose lease
+-- Returns: servers; the lease clock as it is now, -1 if there is none; then for each server told of its id, lease and entry. Those whose lease
 -- is over first have been silent longest, and are told of first; the one that asks is always among them.
 local members, leases, state = KEYS[1], KEYS[2], KEYS[3]
 local own, interval, most = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local kept = redis.call('HMGET', state, 'clock', 'beat_at')
-local clock = (tonumber(kept[1]) or -1) + math.max(0, math.min(now - (tonumber(kept[2]) or now), interval))
-local told = {redis.call('ZCARD', leases), clock}
+local clock, pause = tonumber(kept[1]) or -1, now - (tonumber(kept[2]) or now)
+local told = {redis.call('ZCARD', leases), clock >= 0 and clock + math.max(0, math.min(pause, interval)) or -1}
 local function tell(id, lease)
   -- Cut, since all of it may be somebody else's: an id has at most 128 characters, and an entry fewer.
   local entry = redis.call('HGET', members, id) or ''

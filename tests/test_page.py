@@ -107,6 +107,8 @@ def test_it_lists_the_servers_of_the_cluster_and_follows_them(window: Browser, s
         assert window.text("servers-note") == ""
         window.resize(320, 900)
         assert window.run("return document.documentElement.scrollWidth") <= 320
+        table = "document.querySelector('#cluster .table')"
+        assert window.run(f"return {table}.scrollWidth - {table}.clientWidth") <= 0
         second.kill()
         until(lambda: cells(window)[0][2].endswith("late"), "the other is late")
         store.freeze()
