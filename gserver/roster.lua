@@ -1,7 +1,7 @@
 -- Who is in the cluster, for people to look at. It changes nothing, so a replica and a full Redis answer it too.
 -- KEYS: as in cluster.lua. ARGV: the id of the server that asks; beat interval; how many servers to tell of at most.
--- Returns: servers; the lease clock as it is now, -1 if there is none; then for each server told of its id, lease and entry. Those whose lease
--- is over first have been silent longest, and are told of first; the one that asks is always among them.
+-- Returns: servers; the lease clock as it is now, -1 if there is none; then id, lease and entry of each server told of:
+-- the one that asks, then those whose leases are over first, which have been silent longest.
 local members, leases, state = KEYS[1], KEYS[2], KEYS[3]
 local own, interval, most = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')

@@ -1,5 +1,6 @@
 """The page in a real browser: it shows the real numbers, follows changes, and says so when anything goes away."""
 
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 from tests.browser import Browser, browser
 from tests.redises import Redis, free_port
 from tests.running import Running, until
-from tests.test_cluster import FAST, cluster
+from tests.test_cluster import cluster
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +97,14 @@ HOSTILE = "<img/src=x>".ljust(128, "x")
 
 def test_it_lists_the_servers_of_the_cluster_and_follows_them(window: Browser, store: Redis) -> None:
     here, there = ["--server-id", "here", "--admin-port", "0"], ["--server-id", HOSTILE]
-    with cluster(store.url, "gserver", [*FAST, *here], [*FAST, *there]) as [first, second], second.client() as client:
+    with cluster(store.url, "gserver", here, there) as [first, second], second.client() as client:
         assert client.ask(b"WHERE") == HOSTILE.encode()
         window.open(page(first))
-        until(lambda: "1" in cells(window)[0][1:2], "the page has the other's client")
-        assert [row[0] for row in cells(window)] == [HOSTILE, "here (this server)"]
+        both = [[HOSTILE, "1"], ["here (this server)", "0"]]
+        until(lambda: [row[:2] for row in cells(window)] == both, "the page has the other's client")
         assert window.run("return document.querySelectorAll('img').length") == 0
         assert window.run("return document.querySelector('#servers th').scope") == "row"
-        assert all(re.fullmatch(r"\d\.\d s ago", row[2]) for row in cells(window))
+        assert all(re.match(r"\d\.\d s ago", row[2]) for row in cells(window))
         assert window.text("servers-note") == ""
         window.resize(320, 900)
         assert window.run("return document.documentElement.scrollWidth") <= 320
@@ -118,7 +119,6 @@ def test_it_lists_the_servers_of_the_cluster_and_follows_them(window: Browser, s
             assert "here (this server)" in [row[0] for row in cells(window)]
         finally:
             store.thaw()
-        until(lambda: window.text("servers-note") == "", "it is read again")
         assert not [said for said in window.complaints() if page(first) in said]
 
 
@@ -151,35 +151,37 @@ return [words("plot-clients"), words("plot-rate"), part, chart.ariaLabel];
 """
 
 
-@pytest.mark.parametrize(("seconds", "minutes"), [(0, 1), (59, 1), (61, 2), (200, 4), (300, 5)])
-def test_a_chart_begins_with_the_minutes_of_which_there_is_something(
-    window: Browser, seconds: int, minutes: int
-) -> None:
+def test_a_chart_begins_with_the_minutes_of_which_there_is_something(window: Browser) -> None:
     with Running("--admin-port", "0") as server:
         window.resize(1280, 900)
         window.open(page(server))
         until(lambda: window.run("return points.length"), "there is a point")
-        clients, rate, part, said = window.run(DRAWN.replace("SECONDS", str(seconds)))
-        assert clients == rate == [f"{minutes} min ago", "now"]
-        assert part == pytest.approx(seconds / 60 / minutes, abs=0.01)
-        assert said.endswith("the last minute" if minutes == 1 else f"the last {minutes} minutes")
+        for seconds, minutes in ((0, 1), (59, 1), (61, 2), (200, 4), (300, 5)):
+            clients, rate, part, said = window.run(DRAWN.replace("SECONDS", str(seconds)))
+            assert clients == rate == [f"{minutes} min ago", "now"]
+            assert part == pytest.approx(seconds / 60 / minutes, abs=0.01)
+            assert said.endswith("the last minute" if minutes == 1 else f"the last {minutes} minutes")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_words_stand_out_from_their_ground(window: Browser, scheme: str) -> None:
+#: The colours of the page by their names.
+PALETTE = """
+const style = getComputedStyle(document.documentElement);
+return Object.fromEntries(NAMES.map(name => [name, style.getPropertyValue("--" + name)]));
+"""
+
+
+def test_all_words_stand_out_from_their_ground(window: Browser) -> None:
     """By https://www.w3.org/TR/WCAG22/#contrast-minimum: 4.5 to 1."""
+    words = ["ink", "soft", "own", "all", "good", "warn", "bad"]
+    pairs = [*((word, "card") for word in words), ("ink", "ground"), ("soft", "ground")]
     with Running("--admin-port", "0") as server:
-        window.resize(1280, 900, scheme)
         window.open(page(server))
-        script = "const style = getComputedStyle(document.documentElement); return name => style.getPropertyValue(name)"
-        colour = {
-            name: window.run(f"return (() => {{ {script} }})()('--{name}')")
-            for name in ("ground", "card", "ink", "soft", "own", "all", "good", "warn", "bad")
-        }
-    pairs = [(text, "card") for text in ("ink", "soft", "own", "all", "good", "warn", "bad")]
-    for text, ground in [*pairs, ("ink", "ground"), ("soft", "ground")]:
-        light, dark = sorted((luminance(colour[text]), luminance(colour[ground])), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+        for scheme in ("light", "dark"):
+            window.resize(1280, 900, scheme)
+            colour = window.run(PALETTE.replace("NAMES", json.dumps([*words, "card", "ground"])))
+            for word, ground in pairs:
+                low, high = sorted((luminance(colour[word]), luminance(colour[ground])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (scheme, word, ground)
 
 
 def luminance(colour: str) -> float:

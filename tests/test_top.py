@@ -19,9 +19,9 @@ from gserver.config import Config
 from gserver.errors import Misuse
 from gserver.status import status as describe
 from gserver.top import Watched, screens, watch
-from tests.redises import Redis, free_port
+from tests.redises import Redis
 from tests.running import GSERVER, LIMIT, Running, environment, gserver, until
-from tests.test_cluster import FAST, cluster
+from tests.test_cluster import cluster
 
 NOBODY = "127.0.0.1:1"
 
@@ -130,29 +130,22 @@ def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
 
 
 def test_the_servers_of_a_cluster_are_shown_once_whoever_is_watched(tmp_path: Path) -> None:
-    options = [*FAST, "--admin-port", "0", "--server-id"]
+    options = ["--admin-port", "0", "--server-id"]
     hostile = "[red]<x>[/y]"
-    with Redis(tmp_path) as redis:
-        with cluster(redis.url, "east", [*options, "a"], [*options, hostile], [*options, "c"]) as servers:
-            for server in servers:
-                server.wait_for("agent.ready")
-            one, two, three = servers
-            both = ["--admin", address(one), "--admin", address(two)]
-            with three.client() as client:
-                assert client.ask(b"WHERE") == b"c"
-                done = until(lambda: shown(both, ["c", "1"]), "the client is told of")
-            assert done.stdout.count("servers of cluster east") == 1
-            table = [line.strip("│ ").split() for line in done.stdout.partition("servers of cluster")[2].splitlines()]
-            [heading, *lines] = table[1:4] + table[4:5]
-            assert heading == ["server", "clients", "last", "report"]
-            assert [(line[0], line[-1]) for line in lines] == [(hostile, "watched"), ("a", "watched"), ("c", "ago")]
-            three.kill()
-            until(lambda: "late" in gserver("status", *both).stdout, "the third is late")
-        alone = ["--redis-url", f"redis://127.0.0.1:{free_port()}", "--server-id", "alone", "--admin-port", "0"]
-        with Running(*alone) as server:
+    with (
+        Redis(tmp_path) as redis,
+        cluster(redis.url, "east", [*options, "a"], [*options, hostile], [*options, "c"]) as servers,
+        servers[2].client() as client,
+    ):
+        assert client.ask(b"WHERE") == b"c"
+        for server in servers:
             server.wait_for("agent.ready")
-            unknown = "Redis cannot be read (connection): the servers are not known"
-            until(lambda: unknown in gserver("status", "--admin", address(server)).stdout, "it is said")
+        watched = [word for server in servers[:2] for word in ("--admin", address(server))]
+        done = until(lambda: shown(watched, ["c", "1"]), "the client is told of")
+    assert done.stdout.count("servers of cluster east") == 1
+    table = [line.strip("│ ").split() for line in done.stdout.partition("servers of cluster east")[2].splitlines()]
+    assert table[1] == ["server", "clients", "last", "report"]
+    assert {line[0]: line[-1] == "watched" for line in table[2:5]} == {hostile: True, "a": True, "c": False}
 
 
 def shown(options: list[str], row: list[str]) -> subprocess.CompletedProcess[str] | None:
