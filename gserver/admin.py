@@ -61,6 +61,11 @@ class _Admin:
     def __init__(self, config: Config, board: Board) -> None:
         self._config = config
         self._board = board
+        self._roster = None
+        if config.redis_url:
+            from gserver.roster import Roster  # Loaded only where there is a cluster.
+
+            self._roster = Roster(config)
         self._registry = CollectorRegistry()
         self._registry.register(BoardCollector(config, board))
         self._routes = {
@@ -123,7 +128,8 @@ class _Admin:
         return "200 OK", METRICS, generate_latest(self._registry)
 
     def _status(self) -> Answer:
-        return "200 OK", JSON, json.dumps(status(self._config, self._board), indent=1).encode() + b"\n"
+        roster = self._roster.told() if self._roster else None  # Waits for Redis, but a moment only.
+        return "200 OK", JSON, json.dumps(status(self._config, self._board, roster), indent=1).encode() + b"\n"
 
 
 def _is_local(host: str) -> bool:

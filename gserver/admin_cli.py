@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -39,32 +40,27 @@ def _ports(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--json", "is_json", is_flag=True, help="Print what the servers say, as one line of JSON for each look.")
 def top(urls: tuple[str, ...], token: str, interval: float, once: bool, is_json: bool) -> None:
     """Show servers live, by their admin ports: on a terminal a screen, else a line for each a second."""
-    import time
-
     from rich.console import Console
+    from rich.live import Live
 
     from gserver import top as tops
 
-    watched = tops.watch(urls, token)
-    if not (once or is_json or sys.stdout.isatty()):
-        for line in tops.lines(watched, interval):
-            click.echo(line)
-    if not (once or is_json):
-        tops.live(watched, interval, Console())
-    while True:
-        tops.look(watched)
-        if once:
-            time.sleep(interval)
-            tops.look(watched)
-        if is_json:
-            click.echo(
-                json.dumps({each.url: each.now if not each.trouble else {"trouble": each.trouble} for each in watched})
-            )
-        else:
-            Console(highlight=False).print(tops.screens(watched))
-        if once:
-            sys.exit(EXIT_RUNTIME if any(each.trouble for each in watched) else 0)
-        time.sleep(interval)
+    watched, console = tops.watch(urls, token), Console(highlight=False)
+    is_screen = sys.stdout.isatty() and not (once or is_json)
+    with Live(console=console, screen=True, auto_refresh=False) if is_screen else nullcontext() as screen:
+        for number, _ in enumerate(tops.looks(watched, interval)):
+            if once and number == 0:
+                continue  # Rates are between two looks.
+            if is_json:
+                click.echo(json.dumps({each.url: each.told() for each in watched}))
+            elif screen:
+                screen.update(tops.screens(watched), refresh=True)
+            elif once:
+                console.print(tops.screens(watched))
+            else:
+                click.echo("\n".join(each.line() for each in watched))
+            if once:
+                sys.exit(EXIT_RUNTIME if any(each.trouble for each in watched) else 0)
 
 
 @click.command()

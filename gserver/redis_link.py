@@ -1,4 +1,4 @@
-"""The one connection to Redis over which this server beats, and what its errors are called.
+"""A connection to Redis, such as the one over which this server beats, and what its errors are called.
 
 Any error drops the connection, so that no late answer can be taken for the next one's (redis-py issue 4292), and so
 that a primary that was demoted is not asked again: the next call connects anew, and asks the Sentinels first.
@@ -9,9 +9,10 @@ import random
 import re
 import socket
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 import redis
@@ -25,7 +26,8 @@ from gserver.redis_url import RedisUrl
 #: For a connect and for each answer, of Redis and of a Sentinel; a tenth of the TTL if that is less.
 TIMEOUT_SECONDS = 0.5
 SCRIPT = Path(__file__).with_name("cluster.lua").read_text()
-SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+
+Answer = TypeVar("Answer")
 
 #: Kinds of BEAT_ERRORS: the first whose pattern is in the error or its causes. Redis' own codes are looked for in the
 #: text, since redis-py has classes for some only, and Redis 6 wraps those of a script.
@@ -40,6 +42,14 @@ _KINDS = {
     "loading": "LOADING|BusyLoading",
     "connection": "Connection|OSError",
 }
+
+
+def sha_of(script: str) -> str:
+    """Return the name by which Redis knows a script that it has run before."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+SCRIPT_SHA = sha_of(SCRIPT)
 
 
 def kind_of(error: BaseException) -> str:
@@ -105,16 +115,23 @@ class RedisLink:
         return str(self._url)
 
     def call(self, *arguments: str | int) -> Reply:
-        """Run the script; raise what redis-py or the system raises, with the connection dropped."""
+        """Beat: run gserver/cluster.lua."""
+        return self.run(SCRIPT, _read, *arguments)
+
+    def run(self, script: str, read: Callable[[Any], Answer], *arguments: str | int) -> Answer:
+        """Return what `read` makes of a script's answer; raise what it, redis-py or the system raises.
+
+        After any error the connection is dropped.
+        """
         try:
             if self._client is None or self._has_moved():
                 self.drop()
                 self._client = self._connect()
             try:
-                answer = self._client.evalsha(SCRIPT_SHA, len(self.keys), *self.keys, *arguments)
+                answer = self._client.evalsha(sha_of(script), len(self.keys), *self.keys, *arguments)
             except redis.exceptions.NoScriptError:
-                answer = self._client.eval(SCRIPT, len(self.keys), *self.keys, *arguments)
-            return _read(answer)
+                answer = self._client.eval(script, len(self.keys), *self.keys, *arguments)
+            return read(answer)
         except BaseException:
             self.drop()
             # What a Sentinel has named may be what is wrong: another one is asked next.

@@ -19,8 +19,11 @@ def state(board: Board) -> str:
     return "ready" if board.get("workers") else "starting"
 
 
-def status(config: Config, board: Board) -> dict[str, Any]:
-    """Return all of it. Counters grow for as long as the server lives; times are seconds."""
+def status(config: Config, board: Board, roster: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return all of it. Counters grow for as long as the server lives; times are seconds.
+
+    The board knows nothing of the other servers one by one: that is the `roster`, of `Roster.told`.
+    """
     totals, now = board.totals(), time.monotonic_ns()
     return {
         "server": {
@@ -50,7 +53,7 @@ def status(config: Config, board: Board) -> dict[str, Any]:
             "reloads": totals["reloads"],
             "each": _workers(board, now),
         },
-        "cluster": _cluster(config, board, totals) if config.redis_url else None,
+        "cluster": _cluster(config, board, totals) | {"roster": roster} if config.redis_url else None,
     }
 
 

@@ -10,8 +10,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +18,8 @@ from rich.text import Text
 from gserver.errors import Misuse
 
 TIMEOUT_SECONDS = 2.0
+#: What is known of a cluster's servers is read when it is asked for; when it is older than this, that is said.
+OLD_SECONDS = 2.5
 STYLES = {"ready": "bold green", "draining": "bold yellow", "starting": "bold yellow", "away": "bold red"}
 
 Status = dict[str, Any]
@@ -64,6 +65,10 @@ class Watched:
         now, before = (_total(status, path) for status in (self.now, self.before))
         return (now - before) / seconds if seconds > 0 else None
 
+    def told(self) -> Status:
+        """What the server said, or why it said nothing."""
+        return {"trouble": self.trouble} if self.trouble else self.now
+
     def line(self) -> str:
         """It in one plain line."""
         if self.trouble:
@@ -87,42 +92,34 @@ def look(watched: Sequence[Watched]) -> None:
         list(pool.map(Watched.look, watched))
 
 
-def lines(watched: Sequence[Watched], seconds: float) -> Iterator[str]:
-    """Yield a plain line for each, again and again."""
+def looks(watched: Sequence[Watched], seconds: float) -> Iterator[None]:
+    """Ask all of them again and again, with so many seconds between."""
     while True:
         look(watched)
-        yield from (each.line() for each in watched)
+        yield
         time.sleep(seconds)
 
 
-def live(watched: Sequence[Watched], seconds: float, console: Console) -> None:
-    """Show them on a terminal until Ctrl-C."""
-    with Live(console=console, screen=True, auto_refresh=False) as screen:
-        while True:
-            look(watched)
-            screen.update(screens(watched), refresh=True)
-            time.sleep(seconds)
-
-
 def screens(watched: Sequence[Watched]) -> Group:
-    """What there is to see of them: a table of all, and for each its workers and its cluster."""
+    """What there is to see of them: a table of all, for each its workers, and the servers of their clusters."""
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
     for name in ("server", "state", "clients", "peak", "commands/s", "errors/s", "up"):
         table.add_column(name, justify="left" if name in ("server", "state") else "right", no_wrap=name != "server")
     for each in watched:
         table.add_row(*_row(each))
     troubles = [Text(f"{each.url}: {each.trouble}", "red") for each in watched if each.trouble]
-    return Group(table, *troubles, *(_details(each) for each in watched if not each.trouble))
+    there = [each for each in watched if not each.trouble]
+    return Group(table, *troubles, *(_details(each) for each in there), *_rosters(there))
 
 
 def _row(each: Watched) -> list[Text | str]:
     state = Text(each.state, STYLES[each.state])
     if not each.now:
-        return [each.url, state]
+        return [Text(each.url), state]
     clients, server = each.now["clients"], each.now["server"]
     counts = [f"{clients[name]:,}" for name in ("now", "peak")]
     rates = [_number(value) for value in (each.rate("commands"), each.rate("errors"))]
-    return [server["id"], state, *counts, *rates, _age(server["uptime_seconds"])]
+    return [Text(server["id"]), state, *counts, *rates, _age(server["uptime_seconds"])]
 
 
 def _details(each: Watched) -> Panel:
@@ -140,9 +137,40 @@ def _details(each: Watched) -> Panel:
         known = cluster["servers"] is not None
         heard = f", heard of {cluster['view_age_seconds']:.1f} s ago" if known else ", not heard of yet"
         told.append(f"cluster {cluster['name']}: {cluster['clients']} clients of {cluster['servers']} servers{heard}")
-    return Panel(
-        Group(table, Text.from_markup("\n" + "   ".join(told))), title=each.now["server"]["id"], title_align="left"
-    )
+    words = Text.from_markup("\n" + "   ".join(told))
+    return Panel(Group(table, words), title=Text(each.now["server"]["id"]), title_align="left")
+
+
+def _rosters(watched: Sequence[Watched]) -> Iterator[Panel]:
+    """The servers of each cluster, once however many of them are watched."""
+    own = {each.now["server"]["id"] for each in watched}
+    shown: set[tuple[str, str]] = set()
+    for each in watched:
+        cluster = each.now["cluster"] or {}
+        roster = cluster.get("roster")
+        if roster and (cluster["name"], each.now["server"]["id"]) not in shown:
+            shown |= {(cluster["name"], server["id"]) for server in roster["servers"] or []}
+            yield Panel(_roster(roster, own), title=Text(f"servers of cluster {cluster['name']}"), title_align="left")
+
+
+def _roster(roster: Status, own: set[str]) -> Group:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("server", "clients", "last report", ""):
+        is_number = name in ("clients", "last report")
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=name != "server")
+    age = roster["age_seconds"]
+    for server in roster["servers"] or []:
+        silent = server["silent_seconds"]
+        ago = "-" if silent is None else f"{silent + age:.1f} s ago"
+        marks = ["late"] * server["is_late"] + ["watched"] * (server["id"] in own)
+        style = "red" if server["is_late"] else "bold" if marks else ""
+        table.add_row(Text(server["id"]), _number(server["clients"]), ago, ", ".join(marks), style=style)
+    notes = [f"{roster['left_out']:,} more, which have reported since"] if roster["left_out"] else []
+    if age is None or age > OLD_SECONDS:
+        why = f"Redis cannot be read ({roster['trouble']})" if roster["trouble"] else "Redis has not answered yet"
+        known = "the servers are not known" if age is None else f"this is what it said {_age(age)} ago"
+        notes.append(f"{why}: {known}")
+    return Group(table, *(Text(note, "yellow") for note in notes))
 
 
 def _parse(url: str, token: str) -> tuple[str, str]:

@@ -102,7 +102,7 @@ class Server(ExitStack[None]):
         login = f":{self.password}@" if self.password else ""
         return f"{'rediss' if self.is_tls else 'redis'}://{login}127.0.0.1:{port}"
 
-    def command(self, *words: str | int) -> Any:
+    def command(self, *words: str | int | bytes) -> Any:
         """The reply to a command on a new connection, or redis-py's error."""
         options: dict[str, Any] = {"ssl_ca_certs": str(self.ca_file)} if self.is_tls else {}
         options |= {"socket_timeout": LIMIT, "retry": Retry(NoBackoff(), 0), "decode_responses": True, "protocol": 2}

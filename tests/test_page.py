@@ -1,5 +1,7 @@
-"""The page in a real browser: it shows the real numbers, follows changes, and says so when the server goes away."""
+"""The page in a real browser: it shows the real numbers, follows changes, and says so when anything goes away."""
 
+import json
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -7,7 +9,9 @@ from contextlib import ExitStack
 import pytest
 
 from tests.browser import Browser, browser
+from tests.redises import Redis, free_port
 from tests.running import Running, until
+from tests.test_cluster import cluster
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +83,111 @@ def test_it_fits_screens_large_and_small_light_and_dark(window: Browser, width: 
         assert window.run("return document.documentElement.scrollWidth") <= width
         ground = window.run("return getComputedStyle(document.body).backgroundColor")
         assert (sum(int(part) for part in ground[4:-1].split(",")) < 200) is (scheme == "dark")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    with Redis(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+#: As long as an id may be.
+HOSTILE = "<img/src=x>".ljust(128, "x")
+
+
+def test_it_lists_the_servers_of_the_cluster_and_follows_them(window: Browser, store: Redis) -> None:
+    here, there = ["--server-id", "here", "--admin-port", "0"], ["--server-id", HOSTILE]
+    with cluster(store.url, "gserver", here, there) as [first, second], second.client() as client:
+        assert client.ask(b"WHERE") == HOSTILE.encode()
+        window.open(page(first))
+        both = [[HOSTILE, "1"], ["here (this server)", "0"]]
+        until(lambda: [row[:2] for row in cells(window)] == both, "the page has the other's client")
+        assert window.run("return document.querySelectorAll('img').length") == 0
+        assert window.run("return document.querySelector('#servers th').scope") == "row"
+        assert all(re.match(r"\d\.\d s ago", row[2]) for row in cells(window))
+        assert window.text("servers-note") == ""
+        window.resize(320, 900)
+        assert window.run("return document.documentElement.scrollWidth") <= 320
+        table = "document.querySelector('#cluster .table')"
+        assert window.run(f"return {table}.scrollWidth - {table}.clientWidth") <= 0
+        second.kill()
+        until(lambda: cells(window)[0][2].endswith("late"), "the other is late")
+        store.freeze()
+        try:
+            known = r"Redis cannot be read \(timeout\): this is what it said \d+ s ago"
+            until(lambda: re.fullmatch(known, window.text("servers-note")), "the page says so")
+            assert "here (this server)" in [row[0] for row in cells(window)]
+        finally:
+            store.thaw()
+        assert not [said for said in window.complaints() if page(first) in said]
+
+
+def cells(window: Browser) -> list[list[str]]:
+    """The rows of the table of servers; one without cells if there is none."""
+    script = (
+        "return [...document.querySelectorAll('#servers tr')].map(row => [...row.cells].map(cell => cell.innerText))"
+    )
+    found: list[list[str]] = window.run(script)
+    return found or [[]]
+
+
+def test_servers_that_redis_does_not_tell_of_are_said_to_be_unknown(window: Browser) -> None:
+    with Running("--admin-port", "0", "--redis-url", f"redis://127.0.0.1:{free_port()}") as server:
+        window.open(page(server))
+        unknown = "Redis cannot be read (connection): the servers are not known"
+        until(lambda: window.text("servers-note") == unknown, "the page says so")
+        assert cells(window) == [[]]
+
+
+#: Replace what the page remembers by one point so many seconds old, and tell what it draws then.
+DRAWN = """
+points.splice(0, points.length - 1, {...points.at(-1), at: points.at(-1).at - SECONDS * 1000, rate: 5});
+draw();
+const chart = document.getElementById("plot-clients"), line = chart.querySelector("polyline").getAttribute("points");
+const words = name => [...document.querySelectorAll(`#${name} text`)].map(text => text.textContent).slice(-2);
+const drawn = line.split(" ").map(point => parseFloat(point)), axis = chart.querySelector("line");
+const part = (drawn.at(-1) - drawn[0]) / (axis.getAttribute("x2") - axis.getAttribute("x1"));
+return [words("plot-clients"), words("plot-rate"), part, chart.ariaLabel];
+"""
+
+
+def test_a_chart_begins_with_the_minutes_of_which_there_is_something(window: Browser) -> None:
+    with Running("--admin-port", "0") as server:
+        window.resize(1280, 900)
+        window.open(page(server))
+        until(lambda: window.run("return points.length"), "there is a point")
+        for seconds, minutes in ((0, 1), (59, 1), (61, 2), (200, 4), (300, 5)):
+            clients, rate, part, said = window.run(DRAWN.replace("SECONDS", str(seconds)))
+            assert clients == rate == [f"{minutes} min ago", "now"]
+            assert part == pytest.approx(seconds / 60 / minutes, abs=0.01)
+            assert said.endswith("the last minute" if minutes == 1 else f"the last {minutes} minutes")
+
+
+#: The colours of the page by their names.
+PALETTE = """
+const style = getComputedStyle(document.documentElement);
+return Object.fromEntries(NAMES.map(name => [name, style.getPropertyValue("--" + name)]));
+"""
+
+
+def test_all_words_stand_out_from_their_ground(window: Browser) -> None:
+    """By https://www.w3.org/TR/WCAG22/#contrast-minimum: 4.5 to 1."""
+    words = ["ink", "soft", "own", "all", "good", "warn", "bad"]
+    pairs = [*((word, "card") for word in words), ("ink", "ground"), ("soft", "ground")]
+    with Running("--admin-port", "0") as server:
+        window.open(page(server))
+        for scheme in ("light", "dark"):
+            window.resize(1280, 900, scheme)
+            colour = window.run(PALETTE.replace("NAMES", json.dumps([*words, "card", "ground"])))
+            for word, ground in pairs:
+                low, high = sorted((luminance(colour[word]), luminance(colour[ground])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (scheme, word, ground)
+
+
+def luminance(colour: str) -> float:
+    """Of #rgb or #rrggbb, from 0 to 1."""
+    digits = colour.strip().lstrip("#")
+    pairs = [digits[at : at + 2] for at in (0, 2, 4)] if len(digits) == 6 else [digit * 2 for digit in digits]
+    parts = [int(pair, 16) / 255 for pair in pairs]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

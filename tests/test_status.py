@@ -59,3 +59,6 @@ def test_a_cluster_is_told_of_when_it_is_known() -> None:
     assert (told["servers"], told["clients"], told["is_held"], told["beats"]) == (3, 7, True, 5)
     assert told["beat_errors"] == {"tls": 2}
     assert 0 <= told["view_age_seconds"] < 1
+    assert told["roster"] is None
+    roster = {"servers": [{"id": "a"}]}
+    assert status(config, board, roster)["cluster"]["roster"] == roster

@@ -1,5 +1,6 @@
 """`gserver top` and `gserver status`: on a terminal, in a pipe, and for scripts."""
 
+import io
 import json
 import os
 import pty
@@ -7,12 +8,20 @@ import select
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from gserver.board import Board
+from gserver.config import Config
 from gserver.errors import Misuse
-from gserver.top import Watched, watch
-from tests.running import GSERVER, LIMIT, Running, environment, gserver
+from gserver.status import status as describe
+from gserver.top import Watched, screens, watch
+from tests.redises import Redis
+from tests.running import GSERVER, LIMIT, Running, environment, gserver, until
+from tests.test_cluster import cluster
 
 NOBODY = "127.0.0.1:1"
 
@@ -118,6 +127,55 @@ def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
         process.kill()
         process.wait()
         os.close(keyboard)
+
+
+def test_the_servers_of_a_cluster_are_shown_once_whoever_is_watched(tmp_path: Path) -> None:
+    options = ["--admin-port", "0", "--server-id"]
+    hostile = "[red]<x>[/y]"
+    with (
+        Redis(tmp_path) as redis,
+        cluster(redis.url, "east", [*options, "a"], [*options, hostile], [*options, "c"]) as servers,
+        servers[2].client() as client,
+    ):
+        assert client.ask(b"WHERE") == b"c"
+        for server in servers:
+            server.wait_for("agent.ready")
+        watched = [word for server in servers[:2] for word in ("--admin", address(server))]
+        done = until(lambda: shown(watched, ["c", "1"]), "the client is told of")
+    assert done.stdout.count("servers of cluster east") == 1
+    table = [line.strip("│ ").split() for line in done.stdout.partition("servers of cluster east")[2].splitlines()]
+    assert table[1] == ["server", "clients", "last", "report"]
+    assert {line[0]: line[-1] == "watched" for line in table[2:5]} == {hostile: True, "a": True, "c": False}
+
+
+def shown(options: list[str], row: list[str]) -> subprocess.CompletedProcess[str] | None:
+    """What `status` shows, if a line of it begins with these words."""
+    done = gserver("status", *options)
+    return done if any(line.strip("│ ").split()[: len(row)] == row for line in done.stdout.splitlines()) else None
+
+
+def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
+    server = {"id": "a", "clients": None, "silent_seconds": 2.5, "is_late": True, "is_this": False}
+    roster = {"servers": [server], "left_out": 1234, "age_seconds": 100.0, "trouble": "timeout"}
+    told = screen(roster)
+    assert "102.5 s ago  late" in told
+    assert "1,234 more, which have reported since" in told
+    assert "Redis cannot be read (timeout): this is what it said 2 min ago" in told
+    told = screen(roster | {"age_seconds": 0.5, "trouble": None, "left_out": 0})
+    assert "more" not in told
+    assert "Redis" not in told
+    assert "Redis has not answered yet: the servers are not known" in screen(
+        {"servers": None, "left_out": 0, "age_seconds": None, "trouble": None}
+    )
+
+
+def screen(roster: dict[str, Any]) -> str:
+    """What is shown of a server that tells this of its cluster."""
+    config = Config(server_id="here", redis_url="redis://x")
+    now = describe(config, Board.create(2), roster)
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(screens([Watched("x", now=now)]))
+    return console.export_text()
 
 
 def status(uptime: float, who: int = 0, server_id: str = "a") -> dict[str, object]:
