@@ -32,7 +32,6 @@ def status(config: Config, board: Board, roster: dict[str, Any] | None = None) -
             "host": config.host,
             "port": config.port,
             "state": state(board),
-            "has_tls": bool(config.tls_cert),
             "tls_expires_at": min((moment for moment in board.column("tls_expires_at") if moment), default=None),
             "uptime_seconds": _seconds(now - board.get("begun_at")),
         },

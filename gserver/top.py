@@ -18,6 +18,8 @@ from rich.text import Text
 from gserver.errors import Misuse
 
 TIMEOUT_SECONDS = 2.0
+#: A certificate that expires within this time is worth a look.
+SOON_SECONDS = 14 * 86400
 #: What is known of a cluster's servers is read when it is asked for; when it is older than this, that is said.
 OLD_SECONDS = 2.5
 STYLES = {"ready": "bold green", "draining": "bold yellow", "starting": "bold yellow", "away": "bold red"}
@@ -132,6 +134,11 @@ def _details(each: Watched) -> Panel:
     told = [f"{name} {_number(each.rate('commands', name))}/s" for name in each.now["commands"]]
     wrong = {**each.now["errors"], **each.now["rejected"]}
     told += [f"[red]{name} {count:,}[/]" for name, count in wrong.items() if count]
+    expires_at = each.now["server"]["tls_expires_at"]
+    if expires_at:
+        left = expires_at - time.time()
+        valid = f"certificate valid for {_age(left)}" if left > 0 else "certificate expired"
+        told.append(f"[red]{valid}[/]" if left < SOON_SECONDS else valid)
     cluster = each.now["cluster"]
     if cluster:
         known = cluster["servers"] is not None

@@ -5,11 +5,12 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from tests.browser import Browser, browser
-from tests.redises import Redis, free_port
+from tests.redises import Redis, free_port, make_certificates
 from tests.running import Running, until
 from tests.test_cluster import cluster
 
@@ -57,6 +58,21 @@ def test_it_shows_the_real_numbers_and_follows_changes(window: Browser) -> None:
         assert window.run("return document.querySelectorAll('#plot-clients polyline').length") >= 1
         assert "clients of this server" in window.run("return document.getElementById('plot-clients').ariaLabel")
         assert window.complaints() == []
+
+
+def test_it_says_for_how_long_the_certificate_is_valid(window: Browser, tmp_path: Path) -> None:
+    make_certificates(tmp_path)  # for two days
+    files = ["--tls-cert", str(tmp_path / "server.pem"), "--tls-key", str(tmp_path / "server.key")]
+    with Running("--admin-port", "0", *files) as server:
+        window.open(page(server))
+        until(lambda: "TLS, certificate valid for 1 d" in window.text("side"), "it is there")
+        assert window.run("return document.getElementById('side').className") == "side bad"
+        assert window.complaints() == []
+    with Running("--admin-port", "0") as server:
+        window.open(page(server))
+        until(lambda: "up" in window.text("side"), "it is there")
+        assert "TLS" not in window.text("side")
+        assert window.run("return document.getElementById('side').className") == "side"
 
 
 def test_it_says_when_the_server_goes_away_and_when_it_is_back(window: Browser) -> None:

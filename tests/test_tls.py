@@ -327,6 +327,8 @@ def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> 
     moment = datetime.strptime(told + "+0000", "notAfter=%b %d %H:%M:%S %Y GMT%z").timestamp()
     with Running(*options(tmp_path), "--admin-port", "0", "--workers", "2") as server:
         assert status(server)["server"]["tls_expires_at"] == moment
+        told = gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
+        assert re.search(r"certificate valid for (24 h|20000 d)", told), told
         metric = re.search(
             r"^gserver_tls_certificate_expiry_timestamp_seconds (\S+)$", get(server, "/metrics")[2].decode(), re.M
         )
@@ -345,7 +347,8 @@ def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Pat
     sign += ["-create_serial", "-startdate", "20200101000000Z", "-enddate", "20200202000000Z"]
     for arguments in (request, [*sign, "-in", "server.csr", "-out", "server.pem"]):
         subprocess.run([program("openssl"), *arguments], cwd=tmp_path, check=True, capture_output=True)
-    with Running(*options(tmp_path)) as server:
+    with Running(*options(tmp_path), "--admin-port", "0") as server:
+        assert "certificate expired" in gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
         assert "2020-02-02" in server.wait_for("tls.expired")["message"]
         anyone = trust(pems)
         anyone.check_hostname = False
