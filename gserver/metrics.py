@@ -48,6 +48,7 @@ class BoardCollector:
         yield GaugeMetricFamily("gserver_ready", "1 while it takes new clients.", float(state(board) == "ready"))
         for name, (total, text) in GAUGES.items():
             yield GaugeMetricFamily(name, text, totals[total])
+        yield GaugeMetricFamily("gserver_workers_wanted", "Workers that there should be.", config.workers)
         yield GaugeMetricFamily("gserver_clients_peak", "Most clients at once.", max(board.column("peak")))
         yield GaugeMetricFamily("gserver_clients_limit", "Most clients that it takes.", config.max_clients)
         expires_at = [moment for moment in board.column("tls_expires_at") if moment]

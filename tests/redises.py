@@ -43,9 +43,9 @@ def free_port() -> int:
             return int(probe.getsockname()[1])
 
 
-def make_certificates(folder: Path) -> None:
+def make_certificates(folder: Path, days: int = 2) -> None:
     """A CA, a server's certificate by it for 127.0.0.1 (not for localhost), and a CA that signed nothing."""
-    new = [program("openssl"), "req", "-x509", "-days", "2", "-nodes", "-newkey", "ec"]
+    new = [program("openssl"), "req", "-x509", "-days", str(days), "-nodes", "-newkey", "ec"]
     new += ["-pkeyopt", "ec_paramgen_curve:prime256v1"]
     for_ca = ["-addext", "keyUsage=critical,keyCertSign"]
     for_server = ["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE"]

@@ -47,6 +47,13 @@ def test_what_is_not_known_is_not_told() -> None:
     assert told(board)["gserver_cluster_view_age_seconds"] > 0
 
 
+def test_workers_are_told_beside_how_many_there_should_be() -> None:
+    board = Board.create(4)
+    board.put("workers", 2)
+    now = told(board, replace(CONFIG, workers=3))
+    assert (now["gserver_workers"], now["gserver_workers_wanted"]) == (2, 3)
+
+
 def test_every_metric_is_in_the_operators_table_and_the_other_way_round() -> None:
     board = Board.create(2)
     board.put("view", 1)
