@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from bench import beats
+from bench import admin, beats, tls
 from bench.measure import (
     CLIENTS,
     CORES,
@@ -232,6 +232,8 @@ FULL = (
     ),
     Scenario("depth", depth, _cases(server=("gserver", "epoll", "go", "uvloop")), rounds=3, seconds=0.8),
     Scenario("workers", workers, _cases(clients=(64, 1000), workers=(1, 2, 4)), rounds=5, seconds=1.5),
+    Scenario("tls", tls.tls, _cases(service=tls.SERVICES), rounds=5, seconds=1.5),
+    Scenario("admin", admin.admin, _cases(admin_port=(admin.OFF, admin.SCRAPED)), rounds=7, seconds=5),
     Scenario("hold", hold, _cases(processes=(4,)), rounds=2),
     Scenario("start", start, _cases(workers=(1, 4)), rounds=11),
     Scenario("propagation", propagation, _cases(interval=(0.1, 0.2, 0.5, 1.0, 2.0)), rounds=1),
