@@ -36,7 +36,7 @@ Run = tuple[Scenario, int, dict[str, Any]]
 
 HELP = f"""Measure gserver beside its peers, write bench/results.json, and render docs/performance.md and docs/plots.
 
-NAME is one of: {", ".join(NAMES)}. Without one, all are measured, which takes 20 minutes; nothing else should run
+NAME is one of: {", ".join(NAMES)}. Without one, all are measured, which takes 24 minutes; nothing else should run
 on the machine meanwhile."""
 
 
@@ -172,7 +172,14 @@ def _machine() -> dict[str, str]:
         **{name: f"{name} {version(name)}" for name in ("gevent", "uvloop")},
         **{
             words[0]: _said(*words)
-            for words in (("go", "version"), ("gcc", "--version"), ("redis-server", "--version"))
+            for words in (
+                ("go", "version"),
+                ("gcc", "--version"),
+                ("redis-server", "--version"),
+                ("haproxy", "-v"),
+                ("stunnel", "-version"),
+                ("openssl", "version"),
+            )
         },
     }
 
@@ -184,7 +191,7 @@ def _said_by(*words: str) -> str:
 
 def _said(*words: str) -> str:
     """Name and version of a program."""
-    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
     found = re.search(r"[0-9]+\.[0-9.]+", said)
     return f"{words[0]} {found[0] if found else 'of no version'}"
 

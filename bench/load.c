@@ -5,6 +5,9 @@
  *   load connect  HOST PORT CONCURRENCY SECONDS [FROM]         connect, WHO, its reply, close, and again
  *   load hold     HOST PORT CONNECTIONS [FROM]                 connect, WHO, its reply, and stay
  *
+ * `load tls` and then any of these: by TLS 1.3, with X25519, AES-256-GCM and a full handshake for each connection; whose
+ * certificate that is, is not asked.
+ *
  * FROM is the source address. Prints `start` when warm, then a line of JSON, and stays until the end of its stdin; `hold`
  * prints `held N` and then answers `ask` on stdin by `answered N LOWEST HIGHEST`. Latency is from the write of a batch to
  * its last reply.
@@ -13,6 +16,9 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/tcp.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,6 +29,8 @@
 #include <unistd.h>
 
 enum { WHO, WHERE, WHY, KINDS };
+/* How far a client is: a socket, then TLS if there is any, then its commands. */
+enum { CONNECTED, BY_TCP, BY_TLS };
 enum { MAX_DEPTH = 1024, ORDER = 65535, WARM_MS = 500, OPENING = 256, MAX_EVENTS = 512, SLOTS = 200000 };
 
 #define SHOWN(length) ((int)((length) < 64 ? (length) : 64))
@@ -30,11 +38,13 @@ enum { MAX_DEPTH = 1024, ORDER = 65535, WARM_MS = 500, OPENING = 256, MAX_EVENTS
 typedef struct {
     int fd, connecting, next, expected, length;
     long long sent_at;
+    SSL *ssl;
     char line[128]; /* of a reply that has begun */
 } Client;
 
 static const char *const NAMES[KINDS] = {"WHO\n", "WHERE\n", "WHY\n"};
 static struct sockaddr_in server, from;
+static SSL_CTX *tls; /* NULL without TLS */
 static int epoll, depth = 1, asks_who_only, closes_after, clients;
 static char id[128]; /* of the server: what WHERE answered first */
 /* All commands in their order, through which each client goes from a place of its own. */
@@ -78,10 +88,60 @@ static void open_client(Client *client) {
     setsockopt(client->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
     if (from.sin_family && bind(client->fd, (struct sockaddr *)&from, sizeof from)) die("bind");
     if (connect(client->fd, (struct sockaddr *)&server, sizeof server) && errno != EINPROGRESS) die("connect");
-    client->connecting = 1;
+    client->connecting = BY_TCP;
     client->expected = client->length = 0;
     struct epoll_event event = {.events = EPOLLOUT, .data.ptr = client};
     if (epoll_ctl(epoll, EPOLL_CTL_ADD, client->fd, &event)) die("epoll_ctl");
+}
+
+/* Returns 1 when a client that was connecting may ask, 0 when it has to wait, -1 when it has failed. */
+static int go_on(Client *client) {
+    if (client->connecting == BY_TCP) {
+        int error = 0;
+        socklen_t size = sizeof error;
+        getsockopt(client->fd, SOL_SOCKET, SO_ERROR, &error, &size);
+        if (error) {
+            wrong("connect: %s", strerror(error));
+            return -1;
+        }
+        struct epoll_event event = {.events = EPOLLIN, .data.ptr = client};
+        epoll_ctl(epoll, EPOLL_CTL_MOD, client->fd, &event);
+        client->connecting = tls ? BY_TLS : CONNECTED;
+        if (tls && (!(client->ssl = SSL_new(tls)) || !SSL_set_fd(client->ssl, client->fd))) die("SSL_new");
+    }
+    if (client->connecting == BY_TLS) {
+        int done = SSL_connect(client->ssl);
+        if (done != 1 && SSL_get_error(client->ssl, done) == SSL_ERROR_WANT_READ) return 0;
+        if (done != 1) {
+            const char *reason = ERR_reason_error_string(ERR_peek_last_error());
+            wrong("handshake: %s", reason ? reason : "closed");
+            return -1;
+        }
+        client->connecting = CONNECTED;
+    }
+    return 1;
+}
+
+static void let_go(Client *client) {
+    if (client->ssl && !client->connecting) SSL_shutdown(client->ssl);
+    SSL_free(client->ssl);
+    client->ssl = NULL;
+    close(client->fd);
+}
+
+static ssize_t put(Client *client, const char *data, int size) {
+    return tls ? SSL_write(client->ssl, data, size) : write(client->fd, data, size);
+}
+
+/* As `read`. With TLS that is one record at most: more of them stay in the socket, and epoll tells of them. */
+static ssize_t get(Client *client, char *data, int size) {
+    if (!tls) return read(client->fd, data, size);
+    int got = SSL_read(client->ssl, data, size);
+    if (got > 0) return got;
+    int error = SSL_get_error(client->ssl, got);
+    if (error == SSL_ERROR_ZERO_RETURN) return 0;
+    errno = error == SSL_ERROR_WANT_READ ? EAGAIN : EPROTO;
+    return -1;
 }
 
 static void ask(Client *client) {
@@ -91,7 +151,7 @@ static void ask(Client *client) {
     client->expected = asks_who_only ? 1 : depth;
     client->sent_at = now_ns();
     /* A batch fits into an empty socket buffer many times over, and the one before it has been answered. */
-    if (write(client->fd, data, size) != size) wrong("short write: %s", strerror(errno));
+    if (put(client, data, size) != size) wrong("short write: %s", strerror(errno));
 }
 
 static int slot_of(long long ns) {
@@ -141,7 +201,7 @@ static void check(Client *client, const char *line, int length) {
 static int receive(Client *client) {
     static char buffer[131072];
     memcpy(buffer, client->line, client->length);
-    ssize_t got = read(client->fd, buffer + client->length, sizeof buffer - client->length);
+    ssize_t got = get(client, buffer + client->length, sizeof buffer - client->length);
     if (got <= 0) {
         if (got < 0 && errno == EAGAIN) return 1;
         wrong("closed: %s", got ? strerror(errno) : "end of input");
@@ -179,27 +239,19 @@ static int run(long long until, int count, int goes_on) {
         for (int i = 0; i < ready; i++) {
             Client *client = events[i].data.ptr;
             if (client->connecting) {
-                int error = 0;
-                socklen_t size = sizeof error;
-                getsockopt(client->fd, SOL_SOCKET, SO_ERROR, &error, &size);
-                if (error) {
-                    wrong("connect: %s", strerror(error));
-                    close(client->fd);
-                    answered++;
-                    if (goes_on) open_client(client);
-                    continue;
-                }
-                client->connecting = 0;
-                struct epoll_event event = {.events = EPOLLIN, .data.ptr = client};
-                epoll_ctl(epoll, EPOLL_CTL_MOD, client->fd, &event);
-                ask(client);
+                int is_connected = go_on(client);
+                if (is_connected > 0) ask(client);
+                if (is_connected >= 0) continue;
+                let_go(client);
+                answered++;
+                if (goes_on) open_client(client);
                 continue;
             }
             int is_there = receive(client);
             if (is_there && client->expected > 0) continue;
             answered++;
             if (!is_there || closes_after) {
-                close(client->fd);
+                let_go(client);
                 if (goes_on) open_client(client);
             } else if (goes_on) {
                 ask(client);
@@ -233,7 +285,20 @@ static void hold(Client *all) {
     }
 }
 
+static void use_tls(void) {
+    tls = SSL_CTX_new(TLS_client_method());
+    if (!tls || !SSL_CTX_set_min_proto_version(tls, TLS1_3_VERSION) || !SSL_CTX_set1_groups_list(tls, "X25519") ||
+        !SSL_CTX_set_ciphersuites(tls, "TLS_AES_256_GCM_SHA384"))
+        die("SSL_CTX_new");
+    SSL_CTX_set_session_cache_mode(tls, SSL_SESS_CACHE_OFF);
+}
+
 int main(int count, char **words) {
+    signal(SIGPIPE, SIG_IGN);
+    if (count > 1 && !strcmp(words[1], "tls")) {
+        use_tls();
+        count--, words++;
+    }
     int is_connect = count > 1 && !strcmp(words[1], "connect"), is_hold = count > 1 && !strcmp(words[1], "hold");
     int is_shuffled = count > 1 && !strcmp(words[1], "shuffled");
     int needed = is_connect ? 6 : is_hold ? 5 : 7;
@@ -241,7 +306,8 @@ int main(int count, char **words) {
         fprintf(stderr, "usage: load pipeline HOST PORT CONNECTIONS DEPTH SECONDS [FROM]\n"
                         "       load shuffled HOST PORT CONNECTIONS DEPTH SECONDS [FROM]\n"
                         "       load connect HOST PORT CONCURRENCY SECONDS [FROM]\n"
-                        "       load hold HOST PORT CONNECTIONS [FROM]\n");
+                        "       load hold HOST PORT CONNECTIONS [FROM]\n"
+                        "       load tls ..., the same by TLS\n");
         return 2;
     }
     server.sin_family = AF_INET;
@@ -279,6 +345,7 @@ int main(int count, char **words) {
         for (int i = 0; i < some; i++) open_client(&all[opened++]);
         run(0, some, 0);
     }
+    if (errors) exit(1);
     for (int i = 0; i < clients; i++)
         if (!closes_after) ask(&all[i]);
         else open_client(&all[i]);

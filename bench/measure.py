@@ -20,6 +20,8 @@ from bench.peers import LOAD, Server
 CORES = frozenset(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = {min(CORES)}, {max(CORES)}
 PATIENCE_SECONDS = 60.0
+#: Connections that work a server where their number is not what is measured.
+CLIENTS = 64
 
 _runs = itertools.count()
 
@@ -31,9 +33,18 @@ class Failed(Exception):
     """A run whose figures are worth nothing; says why."""
 
 
-def tree(pid: int) -> list[int]:
-    """A process and all below it."""
-    return [pid, *sorted(child.pid for child in psutil.Process(pid).children(recursive=True))]
+def tree(server: Server) -> list[int]:
+    """The processes of a server: those that were started, and all below them."""
+    return [
+        each
+        for pid in server.pids
+        for each in (pid, *sorted(child.pid for child in psutil.Process(pid).children(recursive=True)))
+    ]
+
+
+def in_role(server: Server, role: str) -> list[int]:
+    """Those of gserver's processes that have this role: `worker` or `agent`."""
+    return [pid for pid in tree(server) if f"\0{role}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def cpu_ns(pids: list[int]) -> int:
@@ -43,14 +54,23 @@ def cpu_ns(pids: list[int]) -> int:
 
 def memory(pids: list[int]) -> int:
     """Bytes of memory of processes, what they share counted once (PSS)."""
+    return _memory(pids, "Pss")
+
+
+def own_memory(pids: list[int]) -> int:
+    """The same without mapped files: of those, each has less as soon as one more process maps them."""
+    return _memory(pids, "Pss_Anon") + _memory(pids, "Pss_Shmem")
+
+
+def _memory(pids: list[int], kind: str) -> int:
     rollups = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
-    return sum(1024 * int(rollup.partition("\nPss:")[2].split()[0]) for rollup in rollups)
+    return sum(1024 * int(rollup.partition(f"\n{kind}:")[2].split()[0]) for rollup in rollups)
 
 
 @contextmanager
 def load(mode: str, server: Server, *arguments: object, limit: float = PATIENCE_SECONDS) -> Iterator["Load"]:
     """Run the load generator beside the body; it is ended with it, and after `limit` seconds in any case."""
-    words = [str(LOAD), mode, server.host, str(server.port), *map(str, arguments)]
+    words = [str(LOAD), *(["tls"] if server.is_tls else []), mode, server.host, str(server.port), *map(str, arguments)]
     if mode == "connect":  # From an address of its own, since the ports of the one before are not free for a minute.
         words.append(f"127.1.{next(_runs) % 250}.1")
     pipe = subprocess.PIPE
@@ -104,14 +124,14 @@ class Load:
 
 def work(server: Server, mode: str, *arguments: object, during: Callable[[], Sample] = dict) -> Sample:
     """Let the load generator work a server: latencies, CPU for each answer, and what `during` returns meanwhile."""
-    pids = tree(server.pid)
+    pids = tree(server)
     with load(mode, server, *arguments) as process:
         process.expect("start")
         before = cpu_ns(pids)
         more = during()
         result = process.result()
         used = cpu_ns(pids) - before
-    if tree(server.pid) != pids:
+    if tree(server) != pids:
         raise Failed("a process of the server ended or began meanwhile")
     return {"cpu_us": used / 1e3 / result["answers"], "busy": used / 1e9 / result["seconds"], **result, **more}
 

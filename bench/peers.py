@@ -5,8 +5,10 @@ The sources of all but gserver are in `bench/peers/`. gserver has on all that it
 
 import os
 import resource
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,8 @@ HOST = "127.0.0.1"
 PATIENCE = 10.0
 PYTHON = (sys.executable, "-P")
 GSERVER = (*PYTHON, "-m", "gserver", "serve", "--port", "PORT", "--workers", "1")
+#: Programs that are run as they come, and the packages that have them.
+PROGRAMS = {"redis-server": "redis-server", "haproxy": "haproxy", "stunnel": "stunnel4", "openssl": "openssl"}
 GCC = ("gcc", "-O2", "-Wall", "-Wextra", "-o")
 #: What would configure gserver from outside.
 FOREIGN = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT", "STATSD_PREFIX")
@@ -46,12 +50,13 @@ class Peer:
 
 @dataclass(frozen=True)
 class Server:
-    """One that runs. `pid` is the process started; gserver's has children."""
+    """One that runs. `pids` are the processes started, its own and that of one behind it; gserver's has children."""
 
     name: str
-    pid: int
+    pids: tuple[int, ...]
     host: str
     port: int
+    is_tls: bool = False
 
 
 def _script(file: str, *more: str) -> tuple[str, ...]:
@@ -77,18 +82,21 @@ PEERS = {
 
 def build(names: Iterable[str]) -> None:
     """Compile the load generator and those of the named that need it, where the source is newer."""
-    _compile(ROOT / "bench" / "load.c", LOAD, GCC)
+    for program, package in PROGRAMS.items():
+        if not shutil.which(program):
+            raise SystemExit(f"bench: {program} is missing: apt-get install {package}")
+    _compile(ROOT / "bench" / "load.c", LOAD, GCC, ("-lssl", "-lcrypto"))
     for peer in (PEERS[name] for name in names):
         if peer.source:
             _compile(peer.source, Path(peer.words[0]), peer.compiler)
 
 
-def _compile(source: Path, target: Path, compiler: tuple[str, ...]) -> None:
+def _compile(source: Path, target: Path, compiler: tuple[str, ...], libraries: tuple[str, ...] = ()) -> None:
     if target.exists() and target.stat().st_mtime > source.stat().st_mtime:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        subprocess.run([*compiler, str(target), str(source)], check=True)
+        subprocess.run([*compiler, str(target), str(source), *libraries], check=True)
     except FileNotFoundError:
         package = "golang-go" if compiler[0] == "go" else f"{compiler[0]} libc6-dev"
         raise SystemExit(f"bench: {compiler[0]} is missing: apt-get install {package}") from None
@@ -97,13 +105,15 @@ def _compile(source: Path, target: Path, compiler: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def running(name: str, *, cores: set[int], options: tuple[str, ...] = ()) -> Iterator[Server]:
-    """Run a server on a free port of loopback and on these cores, for the time of the body; `options` come last."""
+def running(
+    name: str, *, cores: set[int], options: tuple[str, ...] = (), tls: ssl.SSLContext | None = None
+) -> Iterator[Server]:
+    """Run a server on a free port of loopback and on these cores, for the time of the body; `options` come last.
+
+    With `tls`, which is a client's, it is one that speaks TLS.
+    """
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # children inherit it
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("GSERVER_") and key not in FOREIGN}
-    environment = {**kept, "PYTHONPATH": str(ROOT), "GOMAXPROCS": str(len(cores))}
-    with tempfile.TemporaryFile() as log, closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as statsd:
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as statsd:
         statsd.bind((HOST, 0))  # never read: the kernel drops what is too much
         if PEERS[name].words[: len(GSERVER)] == GSERVER:
             metrics = ("--statsd-host", HOST, "--statsd-port", str(statsd.getsockname()[1]))
@@ -111,13 +121,26 @@ def running(name: str, *, cores: set[int], options: tuple[str, ...] = ()) -> Ite
             options = (*metrics, *clients, *options)
         port = free_port()
         words = [str(port) if word == "PORT" else word for word in PEERS[name].words]
-        pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))]
-        process = subprocess.Popen(
-            [*pinned, *words, *options], stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+        with started(name, [*words, *options], port, cores=cores, tls=tls) as server:
+            yield server
+
+
+@contextmanager
+def started(
+    name: str, words: list[str], port: int, *, cores: set[int], tls: ssl.SSLContext | None = None
+) -> Iterator[Server]:
+    """Run a program on these cores that answers on this port of loopback as gserver does, for the time of the body."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # children inherit it
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("GSERVER_") and key not in FOREIGN}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "GOMAXPROCS": str(len(cores))}
+    pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([*pinned, *words], stdout=log, stderr=log, env=environment, start_new_session=True)
+        server = Server(name, (process.pid,), HOST, port, tls is not None)
         try:
-            _wait_until_it_answers(process, name, port, log)
-            yield Server(name, process.pid, HOST, port)
+            _wait_until_it_answers(process, server, tls, log)
+            yield server
         finally:
             has_died = process.poll() is not None
             _end(process)
@@ -138,17 +161,24 @@ def _said(log: IO[bytes]) -> str:
     return log.read()[-4000:].decode(errors="replace")
 
 
-def _wait_until_it_answers(process: "subprocess.Popen[bytes]", name: str, port: int, log: IO[bytes]) -> None:
+def _wait_until_it_answers(
+    process: "subprocess.Popen[bytes]", server: Server, tls: ssl.SSLContext | None, log: IO[bytes]
+) -> None:
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None:
-        with suppress(OSError), socket.create_connection((HOST, port), PATIENCE) as sock:
+        with suppress(OSError), _connected(server, tls) as sock:
             sock.sendall(b"WHY\n")
             if sock.recv(100) == b"42\n":
                 return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{name} does not answer; it said:\n{_said(log)}")
+            raise TimeoutError(f"{server.name} does not answer; it said:\n{_said(log)}")
         time.sleep(0.01)
-    raise ChildProcessError(f"{name} has not started")
+    raise ChildProcessError(f"{server.name} has not started")
+
+
+def _connected(server: Server, tls: ssl.SSLContext | None) -> socket.socket:
+    sock = socket.create_connection((server.host, server.port), PATIENCE)
+    return tls.wrap_socket(sock, server_hostname=server.host) if tls else sock
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

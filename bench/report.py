@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from bench import admin, tls
 from bench.measure import Sample
 from bench.peers import PEERS, ROOT
 from bench.scenarios import ORDERS
@@ -186,6 +187,27 @@ TABLES = {
             "clients of the idlest, %": Column("idlest_percent"),
             "of the busiest, %": Column("busiest_percent"),
         },
+    ),
+    "tls": Table(
+        "tls",
+        {"service": "service"},
+        {
+            "CPU a command, µs": Column("command_us"),
+            "in that without TLS": Column("command_us", ("service", tls.PLAIN)),
+            "CPU a connection, µs": Column("connection_us"),
+            "in one's without TLS": Column("connection_us", ("service", tls.PLAIN)),
+            "memory an idle client, bytes": Column("client_bytes"),
+        },
+    ),
+    "admin": Table(
+        "admin",
+        {"admin_port": "admin port"},
+        {
+            "CPU a command, µs": CPU,
+            "in that without": Column("cpu_us", ("admin_port", admin.OFF)),
+            "CPU of the agent, % of a core": Column("agent_percent"),
+        },
+        is_turned=True,
     ),
     "hold": Table(
         "hold",

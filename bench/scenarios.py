@@ -11,11 +11,25 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from bench import beats
-from bench.measure import CORES, PATIENCE_SECONDS, SERVER_CORE, Client, Failed, Sample, cpu_ns, load, memory, tree, work
+from bench import admin, beats, tls
+from bench.measure import (
+    CLIENTS,
+    CORES,
+    PATIENCE_SECONDS,
+    SERVER_CORE,
+    Client,
+    Failed,
+    Sample,
+    cpu_ns,
+    in_role,
+    load,
+    memory,
+    own_memory,
+    tree,
+    work,
+)
 from bench.peers import FOREIGN, PEERS, ROOT, free_port, running
 
-CLIENTS = 64
 HELD_BY_ONE = 12500
 #: In which order commands come, and the load generator's word for it.
 MODES = {"in turn": "pipeline", "shuffled": "shuffled"}
@@ -60,8 +74,8 @@ def idle(seconds: float, server: str) -> Iterator[Sample]:
     with running(server, cores=SERVER_CORE) as peer, ExitStack() as stack:
         with load("hold", peer, 10) as first:  # What is set up for the first clients is not theirs.
             first.expect("held 10")
-        pids, held = tree(peer.pid), 0
-        before = memory(pids)
+        pids, held = tree(peer), 0
+        before = own_memory(pids)
         for clients in (1000, 10000):
             process = stack.enter_context(load("hold", peer, clients - held, limit=PATIENCE_SECONDS + seconds))
             process.expect(f"held {clients - held}")
@@ -70,13 +84,13 @@ def idle(seconds: float, server: str) -> Iterator[Sample]:
             started, cpu = time.monotonic(), cpu_ns(pids)
             time.sleep(seconds if clients == 10000 else 1)
             used = (cpu_ns(pids) - cpu) / 1e9 / (time.monotonic() - started)
-            yield {"clients": clients, "client_bytes": (memory(pids) - before) / clients, "cpu_percent": 100 * used}
+            yield {"clients": clients, "client_bytes": (own_memory(pids) - before) / clients, "cpu_percent": 100 * used}
 
 
 def connections(seconds: float, server: str, clients: int) -> Iterator[Sample]:
     """Answer commands of many clients, all of them active."""
     with running(server, cores=SERVER_CORE) as peer:
-        pids = tree(peer.pid)
+        pids = tree(peer)
         yield work(peer, "pipeline", clients, 1, seconds, during=lambda: {"memory_mb": memory(pids) / 1e6})
 
 
@@ -84,7 +98,7 @@ def workers(seconds: float, workers: int, clients: int) -> Iterator[Sample]:
     """Answer commands by more than one process; how evenly the clients spread over them."""
     with running("gserver", cores=set(CORES), options=("--workers", str(workers))) as server:
         time.sleep(1)  # One answers; by now the others do too.
-        own = [pid for pid in tree(server.pid) if b"\0worker\0" in _command_line(pid)]
+        own = in_role(server, "worker")
         if len(own) != workers:
             raise Failed(f"{len(own)} workers, not {workers}")
 
@@ -101,18 +115,13 @@ def _sockets(pid: int) -> int:
     return sum(os.readlink(entry.path).startswith("socket:") for entry in os.scandir(f"/proc/{pid}/fd"))
 
 
-def _command_line(pid: int) -> bytes:
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read()
-
-
 def hold(_seconds: float, processes: int) -> Iterator[Sample]:
     """Hold more clients than one address has ports for; each of them asks WHO when all are there."""
     clients = processes * HELD_BY_ONE
     options = ("--workers", "4", "--max-clients", "60000")
     with running("gserver", cores=set(CORES), options=options) as server, ExitStack() as stack:
-        pids = tree(server.pid)
-        before, started = memory(pids), time.monotonic()
+        pids = tree(server)
+        before, started = own_memory(pids), time.monotonic()
         loads = [
             stack.enter_context(load("hold", server, HELD_BY_ONE, f"127.0.0.{number + 1}", limit=120))
             for number in range(processes)
@@ -129,7 +138,7 @@ def hold(_seconds: float, processes: int) -> Iterator[Sample]:
             "lowest": lowest,
             "highest": highest,
             "taken_s": taken,
-            "client_bytes": (memory(pids) - before) / clients,
+            "client_bytes": (own_memory(pids) - before) / clients,
         }
 
 
@@ -223,6 +232,8 @@ FULL = (
     ),
     Scenario("depth", depth, _cases(server=("gserver", "epoll", "go", "uvloop")), rounds=3, seconds=0.8),
     Scenario("workers", workers, _cases(clients=(64, 1000), workers=(1, 2, 4)), rounds=5, seconds=1.5),
+    Scenario("tls", tls.tls, _cases(service=tls.SERVICES), rounds=5, seconds=1.5),
+    Scenario("admin", admin.admin, _cases(admin_port=(admin.OFF, admin.SCRAPED)), rounds=7, seconds=5),
     Scenario("hold", hold, _cases(processes=(4,)), rounds=2),
     Scenario("start", start, _cases(workers=(1, 4)), rounds=11),
     Scenario("propagation", propagation, _cases(interval=(0.1, 0.2, 0.5, 1.0, 2.0)), rounds=1),

@@ -1,0 +1,41 @@
+"""What the admin port costs: commands of a server that is scraped every second, beside those of one that has none.
+
+A scenario of `bin/bench`. The scrapes are made on the load generator's core.
+"""
+
+import time
+import urllib.request
+from collections.abc import Iterator
+
+from bench.measure import CLIENTS, PATIENCE_SECONDS, SERVER_CORE, Sample, cpu_ns, in_role, work
+from bench.peers import HOST, free_port, running
+
+OFF, SCRAPED = "off", "on, scraped every second"
+#: What is fetched, one after the other.
+PATHS = ("/metrics", "/status.json")
+
+
+def admin(seconds: float, admin_port: str) -> Iterator[Sample]:
+    """Answer commands, one in flight on each connection, with OFF or SCRAPED; what of the CPU is the agent's."""
+    port = free_port()
+    is_scraped = admin_port == SCRAPED
+    options = ("--admin-port", str(port)) if is_scraped else ()
+    with running("gserver", cores=SERVER_CORE, options=options) as server:
+
+        def scrape() -> Sample:
+            agent = in_role(server, "agent")
+            started, before = time.monotonic(), cpu_ns(agent)
+            for number in range(1, int(seconds) + 1):
+                for path in PATHS if is_scraped else ():
+                    _fetch(port, path)
+                time.sleep(max(0.0, started + number - time.monotonic()))
+            used = cpu_ns(agent) - before
+            return {"agent_percent": 100 * used / 1e9 / (time.monotonic() - started)}
+
+        yield work(server, "pipeline", CLIENTS, 1, seconds, during=scrape)
+
+
+def _fetch(port: int, path: str) -> None:
+    """An answer that is no success raises an OSError."""
+    with urllib.request.urlopen(f"http://{HOST}:{port}{path}", timeout=PATIENCE_SECONDS) as answer:
+        answer.read()

@@ -1,0 +1,102 @@
+"""What TLS costs: gserver that speaks it, gserver behind a proxy that ends it, and gserver without.
+
+A scenario of `bin/bench`. A proxy and its gserver share one core, and the figures are those of both. All have one key
+and certificate (ECDSA, P-256), and log no clients; the load generator sees to it that version, group, cipher and
+handshakes are the same.
+"""
+
+import atexit
+import functools
+import shutil
+import ssl
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from bench.measure import CLIENTS, SERVER_CORE, Sample, load, own_memory, tree, work
+from bench.peers import HOST, Server, free_port, running, started
+
+PLAIN, OWN = "gserver without TLS", "gserver, `--tls-cert`"
+#: That hold still while memory is measured.
+IDLE = 1000
+
+HAPROXY = """
+global
+    nbthread 1
+    maxconn 4000
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 10m
+    timeout server 10m
+listen tls
+    bind {host}:{port} ssl crt {pem}
+    server gserver {host}:{behind}
+"""
+STUNNEL = """
+foreground = yes
+pid =
+syslog = no
+debug = warning
+[tls]
+accept = {host}:{port}
+connect = {host}:{behind}
+cert = {pem}
+"""
+#: Of each proxy by its title: the words that start it, the file of its configuration after them, and that file.
+PROXIES = {
+    "HAProxy before gserver": (("haproxy", "-db", "-f"), HAPROXY),
+    "stunnel before gserver": (("stunnel",), STUNNEL),
+}
+SERVICES = (PLAIN, OWN, *PROXIES)
+
+
+def tls(seconds: float, service: str) -> Iterator[Sample]:
+    """Hold clients that say nothing, answer commands, one in flight on each connection, and take in clients that go."""
+    with serving(service) as server:
+        with load("hold", server, 10) as first:  # What is set up for the first clients is not theirs.
+            first.expect("held 10")
+        before = own_memory(tree(server))
+        with load("hold", server, IDLE) as idle:
+            idle.expect(f"held {IDLE}")
+            time.sleep(0.5)
+            yield {"clients": IDLE, "client_bytes": (own_memory(tree(server)) - before) / IDLE}
+        for what, words in (("command", ("pipeline", CLIENTS, 1)), ("connection", ("connect", CLIENTS))):
+            worked = work(server, *words, seconds)
+            yield {f"{what}_us": worked.pop("cpu_us"), **worked}
+
+
+@contextmanager
+def serving(service: str) -> Iterator[Server]:
+    """Run one of SERVICES for the time of the body: what clients connect to."""
+    options = ("--tls-cert", str(_pem())) if service == OWN else ()
+    client = None if service == PLAIN else ssl.create_default_context(cafile=_pem())
+    with running("gserver", cores=SERVER_CORE, options=options, tls=client if service == OWN else None) as gserver:
+        if service not in PROXIES:
+            yield gserver
+            return
+        words, text = PROXIES[service]
+        port = free_port()
+        with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
+            file.write(text.format(host=HOST, port=port, behind=gserver.port, pem=_pem()))
+            file.flush()
+            with started(words[0], [*words, file.name], port, cores=SERVER_CORE, tls=client) as proxy:
+                yield replace(proxy, pids=(*proxy.pids, *gserver.pids))
+
+
+@functools.cache
+def _pem() -> Path:
+    """A key and its certificate in one file, made when it is needed first; it goes with this process."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    key, certificate, both = (folder / name for name in ("key.pem", "certificate.pem", "both.pem"))
+    made = ("-keyout", str(key), "-out", str(certificate), "-days", "2")
+    told = ("-subj", "/CN=localhost", "-addext", f"subjectAltName=IP:{HOST}")
+    kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc")
+    subprocess.run(["openssl", "req", "-x509", *kind, *made, *told], check=True, stderr=subprocess.DEVNULL)
+    both.write_text(certificate.read_text() + key.read_text())
+    return both
