@@ -222,7 +222,7 @@ class Supervisor:
     def _tell_manager(self, now: float) -> None:
         self._manager.show_life(now)
         if self._orders.is_stopping:
-            self._manager.tell(systemd.STOPPING, "stopping")
+            self._manager.tell(systemd.STOPPING, f"stopping, clients: {self._board.clients()}")
         elif self._reloaded < self._orders.reloads:
             self._manager.tell(systemd.RELOADING, "replacing the workers one by one")
         elif self._was_ready:

@@ -32,14 +32,15 @@ mount --bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys
 mount -t tmpfs tmpfs /sys/fs/cgroup
 mkdir /sys/fs/cgroup/all && mount -t cgroup2 none /sys/fs/cgroup/all
 mkdir "/sys/fs/cgroup/all/$cgroup" && echo $$ >"/sys/fs/cgroup/all/$cgroup/cgroup.procs"
-mount -t tmpfs tmpfs /opt
-mkdir -p /opt/gserver /opt/python /opt/venv/bin /opt/venv/lib
-mount --bind "$base" /opt/python
-mount --bind "$repository" /opt/gserver
-ln -s /opt/python/bin/python3 /opt/venv/bin/python
-printf 'home = /opt/python/bin\\n' >/opt/venv/pyvenv.cfg
-mkdir -p "/opt/venv/lib/$(basename "$(dirname "$packages")")/site-packages"
-mount --bind "$packages" "/opt/venv/lib/$(basename "$(dirname "$packages")")/site-packages"
+site=venv/lib/$(basename "$(dirname "$packages")")/site-packages
+mkdir "$folder/opt" && mount -t tmpfs tmpfs "$folder/opt" && cd "$folder/opt"
+mkdir -p gserver python venv/bin "$site"
+mount --bind "$base" python
+mount --bind "$repository" gserver
+mount --bind "$packages" "$site"
+ln -s /opt/python/bin/python3 venv/bin/python
+printf 'home = /opt/python/bin\\n' >venv/pyvenv.cfg
+mount --rbind . /opt && cd /
 exec unshare --cgroup sh -euc '
 mount -t tmpfs tmpfs /run
 mkdir /run/systemd
@@ -89,8 +90,7 @@ class Booted:
         subprocess.run(["mount", "-t", "cgroup2", "none", mounted], check=True)
         try:
             for path in sorted((mounted / self._cgroup).glob("**/"), reverse=True):
-                until(lambda: not (path / "cgroup.procs").read_text(), "all are gone")  # noqa: B023 (called at once)
-                path.rmdir()
+                until(lambda: is_removed(path), "nobody is in the cgroup any more")  # noqa: B023 (called at once)
         finally:
             subprocess.run(["umount", mounted], check=True)
 
@@ -141,3 +141,12 @@ class Booted:
         for kind, change in changes.items():
             (units / f"gserver.{kind}.d").mkdir()
             (units / f"gserver.{kind}.d/test.conf").write_text(f"[{kind.title()}]\n{change}\n")
+
+
+def is_removed(folder: Path) -> bool:
+    """Remove an empty folder, if it can be."""
+    try:
+        folder.rmdir()
+    except OSError:
+        return False
+    return True

@@ -124,7 +124,7 @@ def test_the_units_are_valid_and_their_score_is_the_one_that_the_page_says(tmp_p
 def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:
     port = free_port()
     variables = {"GSERVER_PORT": str(port), "GSERVER_WORKERS": "2", "GSERVER_ADMIN_PORT": str(free_port())}
-    with Booted(tmp_path, variables | {"GSERVER_DRAIN_DELAY": "0.3"}) as machine:
+    with Booted(tmp_path, variables | {"GSERVER_DRAIN_DELAY": "0.3"}, service="RestartSec=100ms") as machine:
         machine.run("systemctl", "start", "gserver.service")
         assert machine.show("gserver.service", "StatusText") == f"listening on 127.0.0.1:{port}, workers: 2"
         main = machine.main_process()
@@ -159,7 +159,7 @@ def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Pat
 
 def test_under_systemd_a_hang_is_ended_and_a_bad_option_is_not_tried_again(tmp_path: Path) -> None:
     variables = {"GSERVER_PORT": str(free_port()), "GSERVER_DRAIN_DELAY": "0"}
-    short = f"WatchdogSec={PATIENCE}\nTimeoutAbortSec=1"
+    short = f"WatchdogSec={PATIENCE}\nTimeoutAbortSec=500ms\nRestartSec=100ms"
     with Booted(tmp_path, variables, service=short) as machine:
         machine.run("systemctl", "start", "gserver.service")
         machine.main_process().suspend()
@@ -249,6 +249,11 @@ def image(tmp_path: Path) -> Path:
     return folder
 
 
+def words(command: str, image: Path) -> list[str]:
+    """A command of the Dockerfile, in its exec form, as it is where the image's folder is another one."""
+    return [word.replace(value("WORKDIR"), str(image)) for word in json.loads(command)]
+
+
 def of_image() -> dict[str, str]:
     """The environment of a process in the image, with this Python's packages in place of those that it installs."""
     told = dict(pair.split("=", 1) for pair in shlex.split(value("ENV")))
@@ -268,7 +273,7 @@ def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(
         pytest.skip("namespaces take root")
     begin = 'ip link set lo up && mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd "$0" && exec "$@"'
     apart = [program("unshare"), "--pid", "--net", "--mount", "--ipc", "--fork", "--mount-proc", "--kill-child"]
-    command = [*apart, "sh", "-c", begin, str(image), *json.loads(value("ENTRYPOINT")), "--drain-timeout", "20"]
+    command = [*apart, "sh", "-c", begin, str(image), *words(value("ENTRYPOINT"), image), "--drain-timeout", "20"]
     environment = {**of_image(), "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": ""}
     with Running(command=command, env=environment, cwd=image, wait=False) as server:
         said = server.wait_for("server.listening")
@@ -282,7 +287,7 @@ def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(
                 [*enter, *command], env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
             )
 
-        check = json.loads(re.sub(r"^.*?CMD ", "", value("HEALTHCHECK")))
+        check = words(re.sub(r"^.*?CMD ", "", value("HEALTHCHECK")), image)
         until(lambda: inside(*check).returncode == 0, "it is healthy")
         assert inside("bin/gserver", "ask", "WHO").stdout == "1\n"
 
