@@ -69,13 +69,13 @@ def readiness(server: Running) -> tuple[int, str]:
             return error.code, error.read().decode().strip()
 
 
-@pytest.mark.parametrize(("workers", "greenlets"), list(zip((1, 2), CLIENT_GREENLETS, strict=True)))
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 def test_a_lame_duck_serves_who_is_connected_in_full_and_ends_with_the_last_of_them(
-    tmp_path: Path, workers: int, greenlets: str
+    tmp_path: Path, greenlets: str
 ) -> None:
-    options = ("--workers", str(workers), "--client-greenlets", greenlets, "--admin-port", "0")
+    options = ("--workers", "2", "--client-greenlets", greenlets, "--admin-port", "0")
     with start(tmp_path, *LONG, *options) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", workers)
+        server.wait_for("worker.ready", 2)
         server.wait_for("agent.ready")
         clients = [stack.enter_context(server.client()) for _ in range(6)]
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
@@ -222,15 +222,6 @@ def test_the_cluster_counts_its_clients_until_they_have_gone(tmp_path: Path) -> 
         until(lambda: asker.who() == 1, "they have gone")
 
 
-def test_a_worker_that_hangs_during_it_is_killed(tmp_path: Path) -> None:
-    with start(tmp_path, *LONG, "--hang-timeout", str(SECOND)) as server, server.client() as client:
-        client.who()
-        retire(server)
-        server.workers()[0].suspend()
-        server.wait_for("worker.hung")
-        assert server.exit_code() == 0
-
-
 def test_a_worker_that_still_starts_takes_over_who_has_connected(tmp_path: Path) -> None:
     """The only one has died when the signal comes, and the next one is not ready: it hears of it when it is."""
     with start(tmp_path, *LONG) as server:
@@ -249,13 +240,12 @@ def test_a_worker_that_still_starts_takes_over_who_has_connected(tmp_path: Path)
         assert len(server.events("worker.died")) == 1
 
 
-@pytest.mark.parametrize("moment", [0.1, 0.3])
-def test_during_a_reload_nobody_who_is_connected_is_lost_to_a_signal(tmp_path: Path, moment: float) -> None:
+def test_during_a_reload_the_worker_that_starts_is_not_killed_by_the_signal(tmp_path: Path) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloading")
-        time.sleep(moment)  # The moment is the test.
+        time.sleep(0.2)  # The new one is starting.
         server.send_signal(signal.SIGUSR2)
         assert server.exit_code() == 0
         assert not server.events("worker.died")
