@@ -9,6 +9,7 @@ import selectors
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -164,6 +165,13 @@ class Child:
         """End it now."""
         self.is_leaving = True
         self.process.kill()
+
+
+def reap_strangers(known: Collection[int]) -> None:
+    """Bury the dead that are none of the known children: orphans, which the first process of a container gets."""
+    with contextlib.suppress(ChildProcessError):  # It has no children at all.
+        while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and dead.si_pid not in known:
+            os.waitpid(dead.si_pid, 0)
 
 
 @dataclass

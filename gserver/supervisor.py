@@ -11,7 +11,7 @@ from time import monotonic
 
 from gserver import certificates, listener, logs, systemd
 from gserver.board import Board
-from gserver.children import AGENT, SHORT_LIFE_SECONDS, WATCH_SECONDS, WORKER, Child, Pacing
+from gserver.children import AGENT, SHORT_LIFE_SECONDS, WATCH_SECONDS, WORKER, Child, Pacing, reap_strangers
 from gserver.config import Config
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse
 from gserver.orders import Orders
@@ -184,6 +184,7 @@ class Supervisor:
             if not child.has_ended_as_asked:
                 self._pacing[child.role].note_death(child, now)
                 self._judge(child, lost, now)
+        reap_strangers([child.pid for child in self._children])
 
     def _judge(self, child: Child, lost: int, now: float) -> None:
         """Decide what the unexpected end of a child means."""
@@ -236,7 +237,7 @@ class Supervisor:
     def _tell_manager(self, now: float) -> None:
         self._manager.show_life(now)
         if self._orders.is_stopping:
-            self._manager.tell(systemd.STOPPING, "stopping")
+            self._manager.tell(systemd.STOPPING, f"stopping, clients: {self._board.clients()}")
         elif self._reloaded < self._orders.reloads:
             self._manager.tell(systemd.RELOADING, "replacing the workers one by one")
         elif self._was_ready:

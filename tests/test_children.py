@@ -1,14 +1,25 @@
 """A child as its supervisor knows it: what it says, and the pauses between two tries."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 from time import monotonic
 
+import psutil
 import pytest
 
-from gserver.children import FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, WORKER, Child, Pacing
+from gserver.children import (
+    FIRST_PAUSE_SECONDS,
+    MAX_PAUSE_SECONDS,
+    SECOND_LOOK_SECONDS,
+    WATCH_SECONDS,
+    WORKER,
+    Child,
+    Pacing,
+    reap_strangers,
+)
 from tests.running import LIMIT, until
 
 
@@ -47,6 +58,68 @@ def test_a_signal_that_ends_it_is_named(number: int, shown: str) -> None:
     process.send_signal(number)
     process.wait(LIMIT)
     assert Child(WORKER, 0, 0, process, -1, 0.0).end == f"killed by {shown}"
+
+
+def test_a_silence_is_looked_at_twice_before_it_ends_the_child_and_killing_is_said_again() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    silent = Child(WORKER, 0, 0, process, -1, spawned_at=100.0, ready_at=100.0)
+    silent.watch(102.0, beat_at=100.0, limit=5.0)
+    assert silent.due_at == math.inf
+    silent.watch(106.0, beat_at=100.0, limit=5.0)
+    assert silent.due_at == pytest.approx(106.0 + SECOND_LOOK_SECONDS)
+    silent.watch(106.1, beat_at=106.0, limit=5.0)
+    assert silent.due_at == math.inf, "it has moved"
+    silent.watch(112.0, beat_at=106.0, limit=5.0)
+    silent.watch(112.1, beat_at=106.0, limit=5.0)
+    assert process.poll() is None
+    silent.watch(112.0 + SECOND_LOOK_SECONDS, beat_at=106.0, limit=5.0)
+    assert process.wait(LIMIT) == -signal.SIGKILL
+    assert silent.due_at == pytest.approx(112.0 + SECOND_LOOK_SECONDS + WATCH_SECONDS)
+    assert not silent.has_ended_as_asked
+
+
+def test_without_a_limit_no_silence_is_too_long() -> None:
+    silent = Child(WORKER, 0, 0, subprocess.Popen([sys.executable, "-c", ""]), -1, spawned_at=0.0, ready_at=0.0)
+    silent.watch(1e6, beat_at=0.0, limit=0.0)
+    assert silent.due_at == math.inf
+    silent.process.wait(LIMIT)
+
+
+def test_only_one_that_is_ready_is_asked_to_retire_and_once() -> None:
+    code = """
+import signal, sys
+asked = []
+signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(len(asked)))
+print("it can hear", flush=True)
+while True:
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        retiring = Child(WORKER, 0, 0, process, -1, 0.0)
+        retiring.retire()
+        assert not retiring.is_retired
+        assert process.stdout
+        process.stdout.readline()
+        retiring.ready_at = 1.0
+        retiring.retire()
+        retiring.retire()
+        retiring.dismiss(2.0)
+        assert process.wait(LIMIT) == 1
+        assert retiring.has_ended_as_asked
+
+
+def test_strangers_are_buried_and_children_are_left_to_who_waits_for_them() -> None:
+    own = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(7)"])
+    stranger = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], os.environ)
+    for pid in (own.pid, stranger):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # It is dead, and not buried.
+    known = [child.pid for child in psutil.Process().children() if child.pid != stranger]
+    reap_strangers(known)
+    assert own.wait() == 7
+    reap_strangers(known)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(stranger, os.WNOHANG)
 
 
 def dying(lived_seconds: float | None, now: float) -> Child:

@@ -13,6 +13,7 @@ from gserver import errors
 from gserver.config import OPTIONS, Config, environment_names, flag
 from gserver.protocol import REFUSALS
 from gserver.statsd import CLUSTER_GAUGES, COUNTERS, GAUGES, TIMINGS
+from gserver.systemd import VARIABLES
 from tests.running import ROOT, Running, environment
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
@@ -95,6 +96,10 @@ def test_signals_are_those_that_the_supervisor_heeds() -> None:
     )
     assert set(rows("Signals")) == heeded
     assert all(hasattr(signal, name) for name in heeded)
+
+
+def test_what_a_service_manager_says_is_in_the_table_and_nothing_else() -> None:
+    assert set(rows("Deploying")) == set(VARIABLES)
 
 
 def test_exit_codes_are_those_of_errors() -> None:

@@ -100,10 +100,10 @@ def test_a_server_tells_when_it_is_ready_reloads_and_stops(listener: Listener, t
         with server.client() as client:
             client.who()
             server.send_signal(signal.SIGUSR2)
-            assert listener.message() == ["STOPPING=1", "STATUS=stopping"]
+            assert listener.message() == ["STOPPING=1", "STATUS=stopping, clients: 1"]
             assert client.who() == 1, "the lame duck serves on"
         assert server.exit_code() == 0
-    assert listener.waiting() == [], "each state is told once"
+    assert set(listener.waiting()) <= {"STOPPING=1"}, "it stays with that, with other numbers of clients"
 
 
 def test_a_server_that_never_gets_ready_does_not_say_so(listener: Listener, tmp_path: Path) -> None:
@@ -118,20 +118,20 @@ def test_a_server_that_never_gets_ready_does_not_say_so(listener: Listener, tmp_
 
 def test_signs_of_life_come_at_least_twice_in_the_time_that_the_watchdog_gives(tmp_path: Path) -> None:
     with Listener(str(tmp_path / "notify")) as listener:
-        env = {"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "600000"}
+        env = {"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "400000"}
         with Running(env=env) as server:
             supervisor = psutil.Process(server.pid)
             used, moments = sum(supervisor.cpu_times()[:2]), []
             listener.waiting()
-            for _ in range(6):
+            for _ in range(5):
                 assert listener.message("READY=1") == ["WATCHDOG=1"]
                 moments.append(time.monotonic())
-            assert moments[-1] - moments[0] < 5 * 0.3 * SECOND + 0.2
-            assert moments[-1] - moments[0] > 1, "no more often than that"
+            assert moments[-1] - moments[0] < 4 * 0.2 * SECOND + 0.2
+            assert moments[-1] - moments[0] > 0.5, "no more often than that"
             assert sum(supervisor.cpu_times()[:2]) - used < 0.5
             supervisor.suspend()
             listener.waiting()
-            time.sleep(0.7)
+            time.sleep(0.5)
             assert listener.waiting() == [], "a supervisor that hangs gives none"
             supervisor.resume()
             assert listener.message() == ["WATCHDOG=1"]
@@ -242,7 +242,7 @@ def port_of(sock: socket.socket) -> int:
     return port
 
 
-@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", ""), ("127.0.0.1", "gserver.socket"), ("::1", "gserver")])
+@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "gserver.socket"), ("::1", "")])
 def test_a_socket_that_is_handed_over_is_the_port(host: str, name: str) -> None:
     with listening(host) as sock, start(sock, options=("--port", "1"), LISTEN_FDNAMES=name) as server:
         said = server.wait_for("server.listening")

@@ -1,0 +1,368 @@
+"""deploy/: what is there is valid, names what exists, and a server runs as it says."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from fnmatch import fnmatchcase
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path, PurePath
+from typing import Any
+
+import psutil
+import pytest
+
+from gserver.config import OPTIONS, environment_names, flag
+from tests.booted import UNITS, Booted
+from tests.redises import free_port
+from tests.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
+
+DEPLOY = ROOT / "deploy"
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+
+
+def unit(name: str) -> dict[str, dict[str, str]]:
+    """A unit's sections and settings; the lines of one that is there more than once are joined."""
+    found: dict[str, dict[str, str]] = {}
+    for line in (UNITS / name).read_text().splitlines():
+        if line.startswith("["):
+            section = found.setdefault(line.strip("[]"), {})
+        elif line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            section[key] = f"{section[key]} {value}" if key in section else value
+    return found
+
+
+#: Of systemctl, docker and kubectl.
+FLAGS_OF_OTHERS = {"--now", "--kill-who", "--signal", "--file", "--tag", "--rm", "--read-only", "--publish"}
+FLAGS_OF_OTHERS |= {"--interval", "--timeout", "--start-period", "--from-literal"}
+
+
+def package(name: str) -> Any:
+    """A package of requirements-dev.txt, which is there wherever bin/test runs."""
+    if find_spec(name) is None and not os.environ.get("CI"):
+        pytest.skip(f"{name} is not installed: bin/setup --dev does it")
+    return import_module(name)
+
+
+def manifests() -> dict[str, Any]:
+    """What is in the manifest, by its kind."""
+    with (DEPLOY / "kubernetes/gserver.yaml").open() as stream:
+        return {each["kind"]: each for each in package("yaml").safe_load_all(stream)}
+
+
+def container() -> dict[str, Any]:
+    found: dict[str, Any] = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+# Names and times.
+
+
+def test_every_option_and_variable_that_is_named_exists() -> None:
+    options = {flag(name) for name in OPTIONS}
+    variables = {name for field in OPTIONS for name in environment_names(field)} | {"GSERVER_SERVER", "GSERVER_ADMIN"}
+    named = set()
+    for path in (path for path in DEPLOY.rglob("*") if path.is_file()):
+        text = path.read_text()
+        named |= (used := set(re.findall(r"\bGSERVER_[A-Z_]+|\bREDIS_URL", text)))
+        assert used <= variables, path
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - FLAGS_OF_OTHERS <= options, path
+    assert {"GSERVER_DRAIN_DELAY", "GSERVER_DRAIN_TIMEOUT"} <= named
+
+
+def test_a_service_has_time_for_a_lame_duck_before_it_is_killed() -> None:
+    service = unit("gserver.service")["Service"]
+    told = dict(pair.split("=") for pair in service["Environment"].split())
+    delay, timeout = float(told["GSERVER_DRAIN_DELAY"]), float(told["GSERVER_DRAIN_TIMEOUT"])
+    assert delay + 2 * timeout < float(service["TimeoutStopSec"])
+
+
+def test_a_pod_has_time_for_a_lame_duck_before_it_is_killed() -> None:
+    values = {each["name"]: each.get("value") for each in container()["env"]}
+    delay, timeout = float(values["GSERVER_DRAIN_DELAY"]), float(values["GSERVER_DRAIN_TIMEOUT"])
+    pod = manifests()["Deployment"]["spec"]["template"]["spec"]
+    assert delay + 2 * timeout < pod["terminationGracePeriodSeconds"]
+    readiness = container()["readinessProbe"]
+    assert readiness["periodSeconds"] * readiness["failureThreshold"] < delay, "it is known to be unready by then"
+
+
+# systemd.
+
+
+def test_the_units_are_valid_and_their_score_is_the_one_that_the_page_says(tmp_path: Path) -> None:
+    for name in ("gserver.service", "gserver.socket"):
+        text = (UNITS / name).read_text()
+        (tmp_path / name).write_text(text.replace("/opt/gserver", str(ROOT)))  # It looks for the program.
+    verified = subprocess.run(
+        [program("systemd-analyze"), "verify", "--man=no", *map(str, sorted(tmp_path.iterdir()))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    ours = [line for line in verified.stderr.splitlines() if "gserver" in line]
+    assert (verified.returncode, ours) == (0, [])
+    score = subprocess.run(
+        [program("systemd-analyze"), "security", "--offline=true", str(tmp_path / "gserver.service")],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    found = re.search(r"Overall exposure level for gserver.service: ([0-9.]+) OK", score)
+    assert found, score
+    assert f"`systemd-analyze security` says {found[1]}" in OPERATIONS
+
+
+def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:
+    port = free_port()
+    variables = {"GSERVER_PORT": str(port), "GSERVER_WORKERS": "2", "GSERVER_ADMIN_PORT": str(free_port())}
+    with Booted(tmp_path, variables | {"GSERVER_DRAIN_DELAY": "0.3"}, service="RestartSec=100ms") as machine:
+        machine.run("systemctl", "start", "gserver.service")
+        assert machine.show("gserver.service", "StatusText") == f"listening on 127.0.0.1:{port}, workers: 2"
+        main = machine.main_process()
+        for process in (main, *main.children()):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            for line in ("Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000"):
+                assert line in status
+            assert not re.search(r"^Uid:.*\b0\b", status, re.M)
+            mounts = Path(f"/proc/{process.pid}/mounts").read_text().splitlines()
+            root = next(mount.split() for mount in reversed(mounts) if mount.split()[1] == "/")
+            assert "ro" in root[3].split(",")
+
+        with Client(port) as client:
+            assert client.who() == 1
+            machine.run("systemctl", "reload", "gserver.service")
+            assert client.rest() == b""
+        until(lambda: machine.events("server.reloaded"), "it has reloaded")
+        until(lambda: machine.show("gserver.service", "ActiveState") == "active", "systemd knows of it")
+
+        main.kill()
+        until(lambda: machine.show("gserver.service", "NRestarts") == "1", "it is started again")
+        until(lambda: machine.show("gserver.service", "ActiveState") == "active", "and is ready")
+        with Client(port) as client:
+            assert client.who() == 1
+            machine.run("systemctl", "stop", "gserver.service")
+            assert client.rest() == b""
+        assert machine.show("gserver.service", "Result") == "success"
+        assert len(machine.events("server.stopped")) == 1
+        assert machine.events("worker.died") == [], "the signal is for the supervisor alone"
+        assert machine.errors.read_text() == ""
+
+
+def test_under_systemd_a_hang_is_ended_and_a_bad_option_is_not_tried_again(tmp_path: Path) -> None:
+    variables = {"GSERVER_PORT": str(free_port()), "GSERVER_DRAIN_DELAY": "0"}
+    short = f"WatchdogSec={PATIENCE}\nTimeoutAbortSec=500ms\nRestartSec=100ms"
+    with Booted(tmp_path, variables, service=short) as machine:
+        machine.run("systemctl", "start", "gserver.service")
+        machine.main_process().suspend()
+        until(lambda: machine.show("gserver.service", "NRestarts") == "1", "it is started again")
+        until(lambda: machine.show("gserver.service", "ActiveState") == "active", "and is ready")
+        (tmp_path / "units/gserver.service.d/bad.conf").write_text("[Service]\nEnvironment='GSERVER_WORKERS=a few'\n")
+        machine.run("systemctl", "daemon-reload")
+        assert machine.run("systemctl", "restart", "gserver.service", check=False).returncode != 0
+        assert machine.show("gserver.service", "ExecMainStatus") == "2"
+        assert machine.show("gserver.service", "ActiveState") == "failed"
+        assert "neither a number from 1 to 256 nor auto" in machine.errors.read_text()
+
+
+def test_under_systemd_a_lame_duck_serves_on_and_its_socket_loses_nobody(tmp_path: Path) -> None:
+    port = free_port()
+    listen = f"ListenStream=\nListenStream=127.0.0.1:{port}"
+    with Booted(tmp_path, {"GSERVER_DRAIN_DELAY": "0"}, socket=listen) as machine:
+        machine.run("systemctl", "start", "gserver.socket")
+        assert machine.show("gserver.service", "ActiveState") == "inactive"
+        with Client(port) as client:
+            assert client.who() == 1
+            until(lambda: machine.show("gserver.service", "ActiveState") == "active", "it has been started")
+            machine.run("systemctl", "kill", "--kill-who=main", "--signal=SIGUSR2", "gserver.service")
+            until(lambda: machine.show("gserver.service", "ActiveState") == "deactivating", "it is a lame duck")
+            until(lambda: machine.events("server.retiring"), "it says so")
+            with socket.create_connection(("127.0.0.1", port), LIMIT) as late:
+                late.sendall(b"WHO\n")
+                until(client.who, "the first is served still")
+                client.sock.close()
+                assert late.recv(100) == b"1\n"
+        until(lambda: len(machine.events("server.listening")) == 2, "the late one had it started again")
+        assert len(machine.events("server.stopped")) == 1
+
+
+# A container.
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's, in order: the word and what follows."""
+    lines = (DEPLOY / "docker/Dockerfile").read_text().splitlines()
+    found = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
+    return [(word, rest) for word, rest in found]
+
+
+def value(word: str) -> str:
+    return next(rest for each, rest in instructions() if each == word)
+
+
+def is_ignored(path: PurePath) -> bool:
+    """Whether .dockerignore keeps a path from the build: the last line that fits it, or a folder of it, decides."""
+    ignored = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = line.removeprefix("!")
+        assert re.fullmatch(r"(\*\*/)?[\w.]+|\*", pattern), "as much of the language as this understands"
+        parts = [*(str(parent) for parent in path.parents if parent.name), str(path)]
+        if pattern.startswith("**/"):
+            parts = [PurePath(part).name for part in parts]
+        if any(fnmatchcase(part, pattern.removeprefix("**/")) for part in parts if pattern != "*" or "/" not in part):
+            ignored = not line.startswith("!")
+    return ignored
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """The folder of the image's root, after what the Dockerfile copies and runs. Packages are those of this Python."""
+    root = tmp_path / "image"
+    folder = root / value("WORKDIR").lstrip("/")
+    folder.mkdir(parents=True)
+    for word, rest in instructions():
+        if word == "COPY":
+            *sources, target = rest.split()
+            for source in map(Path, sources):
+                assert not is_ignored(source)
+                if (ROOT / source).is_dir():
+                    inside = [path for path in (ROOT / source).rglob("*") if path.is_file()]
+                    pairs = [(path, folder / target / path.relative_to(ROOT / source)) for path in inside]
+                else:
+                    pairs = [(ROOT / source, folder / target / source.name)]
+                for path, copy in pairs:
+                    if not is_ignored(path.relative_to(ROOT)):
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copy2(path, copy)
+        elif word == "RUN":
+            subprocess.run(["sh", "-c", rest], cwd=folder, env=of_image(), check=True, capture_output=True)
+    return folder
+
+
+def words(command: str, image: Path) -> list[str]:
+    """A command of the Dockerfile, in its exec form, as it is where the image's folder is another one."""
+    return [word.replace(value("WORKDIR"), str(image)) for word in json.loads(command)]
+
+
+def of_image() -> dict[str, str]:
+    """The environment of a process in the image, with this Python's packages in place of those that it installs."""
+    told = dict(pair.split("=", 1) for pair in shlex.split(value("ENV")))
+    return {"PATH": os.environ["PATH"], "VIRTUAL_ENV": sys.prefix, "HOME": "/", **told}
+
+
+def test_nothing_but_the_program_is_in_what_an_image_is_built_from() -> None:
+    for path in (".git/config", ".venv/pyvenv.cfg", "docs/protocol.md", "tests/running.py", "README.md", ".env"):
+        assert is_ignored(PurePath(path)), path
+    assert is_ignored(PurePath("gserver/__pycache__/cli.cpython-311.pyc"))
+    assert not is_ignored(PurePath("gserver/page.html"))
+
+
+def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(image: Path, tmp_path: Path) -> None:
+    """In namespaces, with the image's own ports and on files that cannot be written: all but the container's root."""
+    if os.geteuid() != 0:
+        pytest.skip("namespaces take root")
+    begin = 'ip link set lo up && mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd "$0" && exec "$@"'
+    apart = [program("unshare"), "--pid", "--net", "--mount", "--ipc", "--fork", "--mount-proc", "--kill-child"]
+    command = [*apart, "sh", "-c", begin, str(image), *words(value("ENTRYPOINT"), image), "--drain-timeout", "20"]
+    environment = {**of_image(), "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": ""}
+    with Running(command=command, env=environment, cwd=image, wait=False) as server:
+        said = server.wait_for("server.listening")
+        assert (said["server.address"], said["server.port"]) == ("0.0.0.0", int(value("EXPOSE")))
+        first = psutil.Process(server.pid).children()[0]
+        assert f"\nNSpid:\t{first.pid}\t1\n" in Path(f"/proc/{first.pid}/status").read_text()
+        enter = [program("nsenter"), "-a", "-t", str(first.pid), f"--wd={image}"]
+
+        def inside(*command: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [*enter, *command], env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+            )
+
+        check = words(re.sub(r"^.*?CMD ", "", value("HEALTHCHECK")), image)
+        until(lambda: inside(*check).returncode == 0, "it is healthy")
+        assert inside("bin/gserver", "ask", "WHO").stdout == "1\n"
+
+        inside("sh", "-c", "(sleep 60 & sleep 60 &) >/dev/null 2>&1")
+        orphans = [each for each in first.children() if each.name() == "sleep"]
+        assert len(orphans) == 2
+        for orphan in orphans:
+            orphan.kill()
+        until(lambda: not any(each.is_running() for each in orphans), "they are reaped")
+        assert not [each for each in first.children() if each.status() == psutil.STATUS_ZOMBIE]
+
+        first.send_signal(signal.Signals[value("STOPSIGNAL")])
+        assert server.exit_code() == 0
+        assert server.events("server.stopped")
+        assert not server.events("worker.died")
+        assert server.stderr == ""
+
+
+# Kubernetes.
+
+
+def test_the_manifest_fits_the_schemas_of_kubernetes() -> None:
+    package("kubernetes_validate")
+    validate = [sys.executable, "-m", "kubernetes_validate", "--strict", str(DEPLOY / "kubernetes/gserver.yaml")]
+    done = subprocess.run(validate, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count(" passed ") == len(manifests())
+
+
+def test_what_belongs_together_in_the_manifest_goes_by_the_same_names() -> None:
+    found = manifests()
+    pod = found["Deployment"]["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    assert found["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert found["Service"]["spec"]["selector"] == labels
+    assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    assert found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    # Else the Service's name makes a variable GSERVER_PORT of its own.
+    assert pod["spec"]["enableServiceLinks"] is False
+    ports = {each["name"] for each in container()["ports"]}
+    probes = [container()[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "liveness", "readiness")]
+    opened = [port["port"] for rule in found["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]]
+    assert {*probes, *opened, *(each["targetPort"] for each in found["Service"]["spec"]["ports"])} == ports
+
+
+def test_a_server_with_the_variables_of_the_manifest_answers_its_probes() -> None:
+    secrets = {"admin-token": "a secret", "redis-url": f"redis://127.0.0.1:{free_port()}"}
+    env = {}
+    for each in container()["env"]:
+        source = each.get("valueFrom", {})
+        env[each["name"]] = each.get("value") or (
+            secrets[source["secretKeyRef"]["key"]] if "secretKeyRef" in source else "gserver-5d4f-x7x2p"
+        )
+    ports = {each["name"]: each["containerPort"] for each in container()["ports"]}
+    assert (int(env["GSERVER_PORT"]), int(env["GSERVER_ADMIN_PORT"])) == (ports["gserver"], ports["admin"])
+    env |= {"GSERVER_PORT": "0", "GSERVER_ADMIN_PORT": "0"}
+    with Running(command=[*GSERVER, "serve"], env=env) as server, server.client() as client:
+        server.wait_for("agent.ready")
+        assert client.ask(b"WHERE") == b"gserver-5d4f-x7x2p"
+
+        def status(path: str, **headers: str) -> int:
+            request = urllib.request.Request(f"http://127.0.0.1:{server.admin_port()}{path}", headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=LIMIT) as answer:
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code
+
+        for kind in ("startup", "liveness", "readiness"):
+            assert status(container()[f"{kind}Probe"]["httpGet"]["path"]) == 200
+        assert status("/metrics") == 401
+        assert status("/metrics", Authorization="Bearer a secret") == 200
+        server.send_signal(signal.SIGTERM)
+        server.wait_for("server.draining")
+        assert status(container()["readinessProbe"]["httpGet"]["path"]) == 503
+        assert status(container()["livenessProbe"]["httpGet"]["path"]) == 200
+        assert client.ask(b"WHY") == b"42"
