@@ -23,7 +23,7 @@ LADDER = [
 #: Who may know gevent; all others are ordinary Python.
 GEVENT = {"__main__", "worker", "agent", "dispatcher", "conversation", "cluster", "receiver", "admin"}
 MAX_MODULE_LINES = 250
-MAX_PACKAGE_LINES = 4420
+MAX_PACKAGE_LINES = 4430
 
 MODULES = {path.stem: path for path in sorted((ROOT / "gserver").glob("*.py"))}
 
