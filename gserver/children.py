@@ -92,6 +92,11 @@ class Child:
         return self.refusal or (f"killed by {name}" if code < 0 else f"exit code {code}")
 
     @property
+    def accepts(self) -> bool:
+        """Whether a worker takes new clients, as far as is known."""
+        return self.ready_at is not None and not (self.is_retired or self.is_leaving)
+
+    @property
     def _fields(self) -> dict[str, object]:
         return {"gserver.child_pid": self.pid}
 

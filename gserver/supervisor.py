@@ -59,7 +59,7 @@ class Supervisor:
                 self._heed_signals(monotonic())
                 self._reap(monotonic())
                 self._watch(monotonic())
-                self._board.put("workers", sum(bool(child.ready_at) for child in self._staying(WORKER)))
+                self._board.put("workers", sum(child.accepts for child in self._of(WORKER)))
                 self._tell_manager(monotonic())
         finally:
             self._end_now()
@@ -127,6 +127,7 @@ class Supervisor:
 
     def _close_port(self) -> None:
         self._board.put("draining", 1)
+        self._board.put("workers", 0)  # that accept
         self._socket.close()
 
     def _retire(self, now: float) -> None:

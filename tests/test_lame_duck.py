@@ -1,5 +1,6 @@
 """SIGUSR2: a server that accepts nobody any more, serves who is there in full, and ends when they have gone."""
 
+import json
 import os
 import signal
 import threading
@@ -8,6 +9,7 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -60,6 +62,11 @@ def retire(server: Running) -> None:
     until(lambda: is_refused(server.port), "new clients are refused")
 
 
+def look(server: Running, path: str) -> Any:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.admin_port()}{path}") as answer:
+        return json.load(answer)
+
+
 def readiness(server: Running) -> tuple[int, str]:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{server.admin_port()}/readyz") as answer:
@@ -81,6 +88,7 @@ def test_a_lame_duck_serves_who_is_connected_in_full_and_ends_with_the_last_of_t
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
         retire(server)
         assert readiness(server) == (503, "draining")
+        assert look(server, "/status.json")["workers"]["accepting"] == 0
         time.sleep(0.3 * SECOND)  # A drain would have let them go by then.
         for left in range(6, 0, -1):
             client = clients[left - 1]
