@@ -13,7 +13,6 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
-from typing import IO, cast
 
 from gserver import logs
 from gserver.process import Instructions
@@ -59,10 +58,14 @@ class Child:
     def start(cls, role: str, generation: int, instructions: Instructions) -> "Child":
         """Start a process, told its supervisor and its pipe besides; raise OSError when the system cannot."""
         report_fd, its_end = os.pipe()
+        told = replace(instructions, supervisor_pid=os.getpid(), report_fd=its_end)
+        # A file, for a pipe has room for 64 KB, and a child that never reads it would hold the supervisor up.
+        stdin = os.memfd_create("gserver-instructions")
         try:
+            os.pwrite(stdin, json.dumps(asdict(told)).encode(), 0)
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "gserver", "child", role, str(instructions.slot)],
-                stdin=subprocess.PIPE,
+                stdin=stdin,
                 pass_fds=[fd for fd in (instructions.board_fd, instructions.listener_fd, its_end) if fd >= 0],
                 process_group=0,  # so that a terminal's Ctrl-C reaches the supervisor alone
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))},
@@ -72,11 +75,8 @@ class Child:
             raise
         finally:
             os.close(its_end)
+            os.close(stdin)
         os.set_blocking(report_fd, False)
-        told = replace(instructions, supervisor_pid=os.getpid(), report_fd=its_end)
-        # A child that is dead already is found out by its exit, like any other.
-        with contextlib.suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as stdin:
-            stdin.write(json.dumps(asdict(told)).encode())
         return cls(role, instructions.slot, generation, process, report_fd, monotonic())
 
     @property
@@ -111,14 +111,15 @@ class Child:
             report = os.read(self.report_fd, 8192).decode("ascii", "replace") if self.report_fd >= 0 else ""
         except BlockingIOError:
             return False
-        self.has_hung_up = not report
-        if report.startswith(("refused ", "unwanted ")):
-            kind, _, self.refusal = report.strip().partition(" ")
-            self.is_unwanted = kind == "unwanted"
-        elif report:
-            self.ready_at = monotonic()
-            logs.event(logging.INFO, f"{self.role}.ready", f"{self.role} {self.pid} is ready", self._fields)
-        return bool(report) and not self.refusal
+        self.has_hung_up, was_ready = not report, self.ready_at
+        for line in report.splitlines():
+            kind, _, reason = line.partition(" ")
+            if kind == "ready":
+                self.ready_at = monotonic()
+                logs.event(logging.INFO, f"{self.role}.ready", f"{self.role} {self.pid} is ready", self._fields)
+            else:
+                self.refusal, self.is_unwanted = reason, kind == "unwanted"
+        return self.ready_at != was_ready
 
     def hang_up(self, selector: selectors.BaseSelector) -> None:
         """Listen to it no more: close its pipe, after taking it out of the selector."""

@@ -29,7 +29,16 @@ LINGER_SECONDS = 1.0
 class Conversation:
     """From when a client wakes until it rests again or is let go."""
 
-    __slots__ = ("_clientele", "_connection", "_is_ended", "_line_deadline", "_parser", "_receiver", "rests")
+    __slots__ = (
+        "_clientele",
+        "_connection",
+        "_is_ended",
+        "_line_deadline",
+        "_parser",
+        "_receiver",
+        "_stalled_ns",
+        "rests",
+    )
 
     def __init__(self, connection: Connection, clientele: Clientele) -> None:
         self._connection = connection
@@ -38,6 +47,8 @@ class Conversation:
         self._parser: Parser[Command] = Parser(clientele.grammar, is_first=not connection.has_spoken)
         self._line_deadline = math.inf
         self._is_ended = False
+        #: How long replies have waited for the client to read: its time, not the service's.
+        self._stalled_ns = 0
         #: Whether the client is to rest now: else it has left, or is to be closed.
         self.rests = False
 
@@ -87,7 +98,7 @@ class Conversation:
     def _converse(self, data: bytes | None) -> Refusal | None:
         clientele, connection, parser = self._clientele, self._connection, self._parser
         while True:
-            started = perf_counter_ns()
+            started, self._stalled_ns = perf_counter_ns(), 0
             if data:
                 connection.is_overstayed = False
                 if not parser.partial or b"\n" in data:
@@ -107,7 +118,7 @@ class Conversation:
                 connection.quiet_since = monotonic()
             if items:
                 connection.has_spoken = True
-                clientele.note_service(1, perf_counter_ns() - started)
+                clientele.note_service(1, perf_counter_ns() - started - self._stalled_ns)
             data = self._receiver.receive(self._patience() if parser.partial or clientele.is_draining else None)
 
     def _is_over(self) -> bool:
@@ -192,6 +203,7 @@ class Conversation:
             if now >= deadline:
                 raise _SlowReader
             wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
+            self._stalled_ns += round((monotonic() - now) * 1e9)
 
 
 class _SlowReader(Exception):

@@ -45,7 +45,7 @@ class Orders:
         elif number == signal.SIGUSR2:
             self.retire_at = now + self._delay
             self.drain_at = self.retire_at + self._timeout
-            message = "SIGUSR2: accepting no more clients, and stopping when those who are connected have gone"
+            message = f"SIGUSR2: no new clients, and a stop when the others have gone, or after {self._timeout:g} s"
             logs.event(logging.INFO, "server.retiring", message)
 
     def drain(self, at: float) -> None:

@@ -62,6 +62,8 @@ def begin() -> Instructions:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Misuse("a child process is started by a `gserver serve` of the same version, not by hand") from error
     leave_if_orphaned(instructions)
+    with open(os.devnull) as nothing:  # Programs that a handler starts must not read secrets there.
+        os.dup2(nothing.fileno(), 0)
     # These are the supervisor's business, even when somebody sends them to all processes of the name.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -113,10 +113,9 @@ class Supervisor:
             slot, listener_fd = min(free), self._socket.fileno()
         if now < self._pacing[role].spawn_at:
             return
-        board = self._board
-        instructions = Instructions(self._config, self._certificates, slot, board.slots, board.fd, listener_fd)
+        told = Instructions(self._config, self._certificates, slot, self._board.slots, self._board.fd, listener_fd)
         try:
-            child = Child.start(role, self._orders.reloads, instructions)
+            child = Child.start(role, self._orders.reloads, told)
         except OSError as error:
             self._pacing[role].spawn_at = now + SHORT_LIFE_SECONDS
             logs.complain("process.not_started", f"cannot start the {role}: {error}", logs.error_fields(error))
@@ -158,8 +157,7 @@ class Supervisor:
     def _wait(self) -> None:
         """Wait for a report, a signal or the next moment at which something is due."""
         now = monotonic()
-        due = [child.due_at for child in self._children]
-        due.append(self._manager.due_at)
+        due = [self._manager.due_at, *(child.due_at for child in self._children)]
         moments = (self._orders.retire_at, self._orders.drain_at, *(each.spawn_at for each in self._pacing.values()))
         due += [at for at in moments if at > now]
         for key, _ in self._selector.select(max(0.0, min([now + WATCH_SECONDS, *due]) - now)):
@@ -210,10 +208,11 @@ class Supervisor:
     def _give_up_reload(self, reason: str, fields: dict[str, object]) -> None:
         self._reloaded = self._orders.reloads
         self._certificates = self._good_certificates
-        for child in self._staying(WORKER):
+        for number, child in enumerate(self._staying(WORKER), 1):
             child.generation = self._reloaded
-        message = f"reload given up, the old workers stay: {reason}"
-        logs.event(logging.ERROR, "server.reload_failed", message, fields)
+            if number > self._config.workers:  # It was to follow another.
+                child.dismiss(monotonic() + self._config.drain_timeout_seconds)
+        logs.event(logging.ERROR, "server.reload_failed", f"reload given up, the old workers stay: {reason}", fields)
 
     def _watch(self, now: float) -> None:
         logs.report_left_out()

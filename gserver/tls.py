@@ -26,7 +26,8 @@ from gserver.conversation import DRAIN_GRACE_SECONDS, close_cleanly
 from gserver.errors import Misuse
 from gserver.protocol import PLAIN_TEXT, TLS_FAILED, Refusal
 
-#: Handshakes under way in one worker, at most: for one more the oldest ends, since an honest one takes milliseconds.
+#: Handshakes under way in one worker, at most, and at most a quarter of its open files: for one more the oldest ends,
+#: since an honest one takes milliseconds.
 MAX_HANDSHAKES = 1024
 #: What a client that speaks TLS begins with (RFC 8446, 5.1).
 HANDSHAKE_RECORD = b"\x16"
@@ -118,12 +119,14 @@ class Handshakes:
     def __init__(
         self,
         context: SSLContext,
+        max_handshakes: int,
         timeout_seconds: float,
         refuse: Callable[[Refusal], None],
         on_done: Callable[[Any, Any], None],
         on_close: Callable[[], None],
     ) -> None:
         self._context = context
+        self._max_handshakes = min(max_handshakes, MAX_HANDSHAKES)
         self._timeout_seconds = timeout_seconds or None
         self._refuse = refuse
         self._on_done = on_done
@@ -140,7 +143,7 @@ class Handshakes:
 
     def begin(self, sock: _socket.socket, address: Any) -> None:
         """Begin one with a client that has connected."""
-        if len(self._under_way) >= MAX_HANDSHAKES:
+        if len(self._under_way) >= self._max_handshakes:
             oldest = next(iter(self._under_way))
             del self._under_way[oldest]
             _cut_off(oldest)

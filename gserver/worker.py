@@ -163,8 +163,8 @@ class Worker:
             day = strftime("%Y-%m-%d", gmtime(expires_at))
             message = f"the certificate of --tls-cert has expired on {day}: clients that check it refuse it"
             logs.complain("tls.expired", message)
-        seconds, refuse = self._config.tls_handshake_timeout_seconds, self._clientele.refuse
-        return tls.Handshakes(context, seconds, refuse, self._take_in, self._on_close)
+        limits = self._capacity // 4, self._config.tls_handshake_timeout_seconds
+        return tls.Handshakes(context, *limits, self._clientele.refuse, self._take_in, self._on_close)
 
     def _on_close(self) -> None:
         self._changed.set()
@@ -205,7 +205,9 @@ class Worker:
             self._changed.clear()
             self._changed.wait(left)
         if self.open:
-            message = f"{self.open} clients were cut off: their commands took longer than the drain may"
+            message = (
+                f"{self.open} clients were cut off: their commands, or their own ends, took longer than the drain may"
+            )
             logs.event(logging.WARNING, "worker.cut_off", message, {"gserver.clients": self.open})
 
 

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,3 +269,17 @@ def test_a_crowd_of_silent_connections_holds_up_neither_clients_nor_for_long_the
         assert get(here, "/livez")[0] == 200
     assert here.agents()
     assert not here.events("agent.died")
+
+
+def test_the_time_that_a_client_takes_to_read_is_not_the_services(tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(
+        "from gserver.commands import command\n@command('LARGE')\ndef large(service):\n    return 'x' * 20_000_000\n"
+    )
+    with Running("--admin-port", "0", "--commands", "large", cwd=tmp_path) as server, server.client() as client:
+        server.wait_for("agent.ready")
+        client.send(b"LARGE\n")
+        client.sock.recv(1)
+        time.sleep(1.0)  # It does not read.
+        assert len(client.line()) == 20_000_000
+        until(lambda: status(server)["service"]["bursts"] == 1, "it is counted")
+        assert status(server)["service"]["seconds"] < 0.9

@@ -5,11 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from threading import Thread
 from time import monotonic
 
 import psutil
 import pytest
 
+from gserver.board import Board
+from gserver.certificates import Certificates
 from gserver.children import (
     FIRST_PAUSE_SECONDS,
     MAX_PAUSE_SECONDS,
@@ -20,6 +24,8 @@ from gserver.children import (
     Pacing,
     reap_strangers,
 )
+from gserver.config import Config
+from gserver.process import Instructions
 from tests.running import LIMIT, until
 
 
@@ -41,6 +47,26 @@ def test_ready_is_noted_once_and_then_the_end() -> None:
     assert started.process.wait(LIMIT) == 0
     assert started.end == "exit code 0"
     os.close(started.report_fd)
+
+
+def test_what_is_said_at_once_is_all_heard() -> None:
+    started = child("ready\nunwanted another has its id\n")
+    until(started.read_report, "it is ready")
+    assert (started.is_unwanted, started.refusal) == (True, "another has its id")
+
+
+def test_one_that_never_reads_what_it_is_told_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told = Instructions(Config(), Certificates(chain="x" * 1_000_000), 0, 1, Board.create(1).fd, -1)
+    started: list[Child] = []
+    starting = Thread(target=lambda: started.append(Child.start(WORKER, 0, told)), daemon=True)
+    starting.start()
+    starting.join(LIMIT)
+    assert len(started) == 1
+    started[0].kill()
+    started[0].process.wait(LIMIT)
+    os.close(started[0].report_fd)
 
 
 def test_a_refusal_is_its_reason_and_not_that_it_is_ready() -> None:

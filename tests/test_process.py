@@ -81,6 +81,15 @@ def test_a_program_that_a_command_has_started_keeps_no_port(tmp_path: Path) -> N
             other.kill()
 
 
+def test_a_program_that_a_command_has_started_does_not_read_what_the_worker_was_told(tmp_path: Path) -> None:
+    (tmp_path / "spy.py").write_text(
+        "import subprocess\nfrom gserver.commands import command\n"
+        "@command('SPY')\ndef spy(service):\n    return len(subprocess.check_output(['cat', '/proc/self/fd/0']))\n"
+    )
+    with Running("--commands", "spy", cwd=tmp_path) as server, server.client() as client:
+        assert client.ask(b"SPY") == b"0"
+
+
 def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group(tmp_path: Path) -> None:
     with Running("--server-id", "an-id-to-look-for", "--workers", "2") as server:
         server.wait_for("worker.ready", 2)

@@ -19,7 +19,7 @@ from gserver import tls
 from gserver.certificates import Certificates
 from gserver.errors import Misuse
 from tests.redises import make_certificates
-from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, program, until
+from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, limited, program, until
 from tests.test_admin import get, status
 from tests.wire_cases import CASES, Case
 
@@ -229,6 +229,16 @@ def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
         assert ended.poll(0) == []
 
 
+def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
+    with ExitStack() as stack:
+        more = [*options(pems), "--tls-handshake-timeout", "0"]
+        server = stack.enter_context(Running(*more, command=limited(512)))
+        for _ in range(560):
+            stack.enter_context(server.client())
+        with TlsClient(server.port, trust(pems)) as good:
+            assert good.who() == 1
+
+
 def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
     with (
         Running(*options(pems), "--max-clients", "1") as server,
@@ -243,7 +253,7 @@ def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
 
 def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
     with (
-        Running(*options(pems), "--drain-timeout", "60") as server,
+        Running(*options(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0") as server,
         TlsClient(server.port, trust(pems)) as one,
         TlsClient(server.port, trust(pems)) as other,
         server.client() as silent,
@@ -315,6 +325,26 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
         server.wait_for("server.reloaded", 2)
         assert serial(server) not in (old, new)
         assert server.stop() == 0
+
+
+def test_a_reload_that_is_given_up_while_its_worker_starts_leaves_as_many_workers_as_there_were(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    (tmp_path / "late.py").write_text(
+        "import time\nfrom pathlib import Path\nwhile Path('wait').exists(): time.sleep(0.01)\n"
+    )
+    more = ["--workers", "2", "--commands", "late", "--admin-port", "0"]
+    with Running(*options(tmp_path), *more, cwd=tmp_path) as server:
+        server.wait_for("worker.ready", 2)
+        server.wait_for("agent.ready")
+        (tmp_path / "wait").touch()
+        server.send_signal(signal.SIGHUP)
+        until(lambda: len(server.workers()) == 3, "a new one starts")
+        (tmp_path / "server.key").unlink()
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reload_failed")
+        (tmp_path / "wait").unlink()
+        until(lambda: len(server.workers()) == 2, "it is not kept")
+        until(lambda: status(server)["workers"]["accepting"] == 2, "the others are")
 
 
 @pytest.mark.parametrize("days", [1, 20_000])
