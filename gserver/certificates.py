@@ -4,6 +4,8 @@ So a worker that follows one that died has what was proven good, whatever the fi
 be able to read a key.
 """
 
+import os
+import stat
 from dataclasses import dataclass
 
 from gserver.config import Config, flag
@@ -31,7 +33,13 @@ def _read(name: str, path: str) -> str:
     if not path:
         return ""
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read(MAX_FILE_BYTES)
+        # Of a pipe that nobody writes into, without O_NONBLOCK, even the opening would never end.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="ascii", errors="replace") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Misuse(f"{flag(name)} {path} is no regular file")
+            text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise Misuse(f"{flag(name)} {path} cannot be read: {error.strerror}") from error
+    if not text.strip() or len(text) > MAX_FILE_BYTES:  # One that is being written anew is empty for a moment.
+        raise Misuse(f"{flag(name)} {path} {'is too large' if text.strip() else 'is empty'}: name a file in PEM")
+    return text

@@ -70,14 +70,14 @@ class Dispatcher:
             self._epoll.unregister(self._knock[0])
             self._knock = None
 
-    def take_in(self, sock: _socket.socket, address: Any) -> None:
-        """Begin with a client that has been admitted."""
+    def take_in(self, sock: _socket.socket, address: Any, early: bytes = b"") -> None:
+        """Begin with a client that has been admitted, and has said something already or not."""
         self.open += 1
         connection = Connection(sock, address if logging.root.isEnabledFor(logging.DEBUG) else None)
         self._connections[sock.fileno()] = connection
         _log_client("client.accepted", "accepted", connection, None)
-        if self._clientele.is_draining or self._clientele.config.client_greenlets == "always":
-            self._converse_with(connection, None)
+        if early or self._clientele.is_draining or self._clientele.config.client_greenlets == "always":
+            self._converse_with(connection, early or None)
         else:
             self._rest(connection)
 

@@ -1,47 +1,36 @@
-"""TLS for the clients of one worker: 1.2 or newer. What comes of a handshake is used like a bare non-blocking socket.
+"""TLS, 1.2 or newer: what the certificates make of a context, and a client's connection, used like its bare socket.
 
-A client whose handshake is not done is none yet: it is not counted, has a deadline of its own, and holds nobody up.
+OpenSSL is never given the socket, so what it does in one go is bounded by the bytes that were received in one: left
+alone, it reads on and on while a client sends KeyUpdates, for ten seconds and more.
 """
 
 import _socket
 import contextlib
-import logging
 import os
 import re
 import socket
 import ssl
 from calendar import timegm
-from collections.abc import Callable
 from time import strptime
 from typing import Any
 
-import gevent
-from gevent.lock import Semaphore
-from gevent.socket import wait_read, wait_write
-from gevent.ssl import SSLContext, SSLSocket
-
-from gserver import logs
 from gserver.certificates import Certificates
-from gserver.conversation import DRAIN_GRACE_SECONDS, close_cleanly
 from gserver.errors import Misuse
-from gserver.protocol import PLAIN_TEXT, TLS_FAILED, Refusal
 
-#: Handshakes under way in one worker, at most, and at most a quarter of its open files: for one more the oldest ends,
-#: since an honest one takes milliseconds.
-MAX_HANDSHAKES = 1024
-#: What a client that speaks TLS begins with (RFC 8446, 5.1).
-HANDSHAKE_RECORD = b"\x16"
+#: What a record holds, at most (RFC 8446, 5.1).
+RECORD_BYTES = 16_384
+#: What a client makes OpenSSL say (to its KeyUpdates, say) and does not read.
+MAX_UNREAD_BYTES = 65_536
 #: How a certificate says from when to when it holds (RFC 5280, 4.1.2.5): two UTCTime or GeneralizedTime.
 _VALIDITY = re.compile(rb"\x30[\x1e\x20\x22](?:\x17\x0d\d{12}|\x18\x0f\d{14})Z(?:\x17\x0d(\d{12})|\x18\x0f(\d{14}))Z")
 
 
 def make_context(certificates: Certificates) -> ssl.SSLContext:
     """Return what clients are met with; raise `Misuse`, which names the option, for what cannot be used."""
-    context = SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # An end by TCP alone is an end: what such a client has asked is answered.
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_IGNORE_UNEXPECTED_EOF
-    context.sslsocket_class = TlsSocket
     with _file(certificates.chain) as chain, _file(certificates.key) as key:
         try:
             context.load_cert_chain(chain, key, password=_no_password)
@@ -85,137 +74,91 @@ def _no_password() -> str:
     raise Misuse("--tls-key is encrypted, and nobody is there to type its password: decrypt it (openssl pkey)")
 
 
-class TlsSocket(SSLSocket):
-    """A client's, once it is non-blocking: receives, sends and closes as a bare socket does."""
+class TlsSocket:
+    """A client's connection: receives, sends and closes like the bare non-blocking socket in it."""
 
-    def recv(self, size: int = 0, _flags: int = 0) -> bytes:
-        """Return what has arrived, whole records: of what is decrypted the event loop would not know."""
+    __slots__ = ("_has_said_end", "_incoming", "_outgoing", "_owed", "_sock", "_tls", "_unsent", "fileno", "setsockopt")
+
+    def __init__(self, sock: _socket.socket, context: ssl.SSLContext) -> None:
+        self._sock = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        #: Encrypted, and not taken by the kernel yet; and how much of what `send` was given is in it.
+        self._unsent, self._owed = b"", 0
+        self._has_said_end = False
+        self.fileno, self.setsockopt = sock.fileno, sock.setsockopt
+
+    def shake_hands(self, received: bytes) -> bool:
+        """Go on by what has been received; return whether that was all of it. Raises OSError when it has failed."""
+        self._incoming.write(received)
         try:
-            data = super().recv(size)
-            while more := self.pending():
-                data += super().recv(more)
-        except ssl.SSLWantReadError as error:
-            raise BlockingIOError from error
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        finally:
+            self._flush()  # A few KB at most, which the kernel has room for.
+        return True
+
+    def recv(self, size: int) -> bytes:
+        """Return what has arrived in whole records. Raises BlockingIOError when there is nothing."""
+        received = self._sock.recv(size)
+        if not received or self._has_said_end:
+            return received
+        self._incoming.write(received)
+        data, has_ended = self.decrypted()
+        if self._outgoing.pending:
+            with contextlib.suppress(BlockingIOError):
+                self._flush()
+            if len(self._unsent) > MAX_UNREAD_BYTES:
+                raise ConnectionAbortedError("it does not read what TLS has to say")
+        if not data and not has_ended:
+            raise BlockingIOError
         return data
+
+    def decrypted(self) -> tuple[bytes, bool]:
+        """Return what can be read of what was received, and whether the client has ended."""
+        data = b""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while self._incoming.pending or self._tls.pending():
+                part = self._tls.read(RECORD_BYTES)
+                if not part:
+                    with contextlib.suppress(OSError):
+                        self._sock.shutdown(socket.SHUT_RD)  # So that the event loop reports it, until it is read.
+                    return data, True
+                data += part
+        return data, False
+
+    def send(self, data: "bytes | memoryview[int]") -> int:
+        """Send some of it, and return how much. Raises BlockingIOError, and then wants the same data once more.
+
+        A client that has said half a message of TLS where it has to be whole is as good as gone: SSLWantReadError.
+        """
+        if not self._owed:
+            self._owed = self._tls.write(data[:RECORD_BYTES])
+        self._flush()
+        sent, self._owed = self._owed, 0
+        return sent
 
     def shutdown(self, how: int) -> None:
         """Say by TLS that this was all, then by TCP."""
         self._say_end()
-        super().shutdown(how)
+        self._sock.shutdown(how)
 
     def close(self) -> None:
         """Say by TLS that this was all, if that was not said, and close."""
         self._say_end()
-        super().close()
+        self._sock.close()
 
     def _say_end(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # It has gone; or it was said.
-            self.unwrap()
+        self._has_said_end = True
+        with contextlib.suppress(OSError):  # It has gone; or it was said.
+            self._tls.unwrap()
+        with contextlib.suppress(OSError):
+            self._flush()
 
-
-class Handshakes:
-    """Those under way. `on_done` is called with the socket of each that succeeds, `on_close` when one has ended."""
-
-    def __init__(
-        self,
-        context: SSLContext,
-        max_handshakes: int,
-        timeout_seconds: float,
-        refuse: Callable[[Refusal], None],
-        on_done: Callable[[Any, Any], None],
-        on_close: Callable[[], None],
-    ) -> None:
-        self._context = context
-        self._max_handshakes = min(max_handshakes, MAX_HANDSHAKES)
-        self._timeout_seconds = timeout_seconds or None
-        self._refuse = refuse
-        self._on_done = on_done
-        self._on_close = on_close
-        #: Each takes up to a millisecond of CPU: one has its turn, then everybody else.
-        self._turn = Semaphore()
-        #: By descriptor, the oldest first.
-        self._under_way: dict[int, None] = {}
-
-    @property
-    def open(self) -> int:
-        """How many there are."""
-        return len(self._under_way)
-
-    def begin(self, sock: _socket.socket, address: Any) -> None:
-        """Begin one with a client that has connected."""
-        if len(self._under_way) >= self._max_handshakes:
-            oldest = next(iter(self._under_way))
-            del self._under_way[oldest]
-            _cut_off(oldest)
-        self._under_way[sock.fileno()] = None
-        gevent.spawn_raw(self._meet, sock, address)
-
-    def drain(self) -> None:
-        """Let those that are under way end soon."""
-        gevent.spawn_later(DRAIN_GRACE_SECONDS, self._cut_off_all)
-
-    def _cut_off_all(self) -> None:
-        for fd in self._under_way:
-            _cut_off(fd)
-
-    def _meet(self, sock: _socket.socket, address: Any) -> None:
-        """The greenlet of one."""
-        fd, met = sock.fileno(), None
-        try:
-            with gevent.Timeout(self._timeout_seconds, TimeoutError("it took too long")):
-                wait_read(fd)
-                first = sock.recv(1, socket.MSG_PEEK)
-                if first == HANDSHAKE_RECORD:
-                    met = self._shake_hands(sock)
-                elif first:
-                    self._refuse(PLAIN_TEXT)
-                    sock.send(PLAIN_TEXT.reply)
-                    close_cleanly(sock)
-        except OSError as error:
-            self._refuse(TLS_FAILED)
-            if logging.root.isEnabledFor(logging.DEBUG):
-                fields = {"client.address": address[0], "client.port": address[1], **logs.error_fields(error)}
-                logs.event(logging.DEBUG, "client.tls_failed", f"no TLS with {address[0]}: {error}", fields)
-        finally:
-            self._under_way.pop(fd, None)
-            sock.close()
-            if met is None:
-                self._on_close()
-            else:
-                self._on_done(met, address)
-
-    def _shake_hands(self, sock: _socket.socket) -> SSLSocket:
-        met = self._context.wrap_socket(
-            gevent.socket.socket(fileno=sock.detach()), server_side=True, do_handshake_on_connect=False
-        )
-        met.setblocking(False)
-        try:
-            while wait := self._go_on(met):
-                wait(met.fileno())
-        except ssl.SSLError:
-            close_cleanly(met)  # It is told why, by an alert.
-            raise
-        except OSError:
-            met.close()
-            raise
-        return met
-
-    def _go_on(self, met: SSLSocket) -> Callable[[int], None] | None:
-        """Take what has arrived; return what to wait by for more, None when it is done."""
-        with self._turn:
-            try:
-                met.do_handshake()
-            except ssl.SSLWantReadError:
-                return wait_read
-            except ssl.SSLWantWriteError:
-                return wait_write
-            finally:
-                gevent.sleep(0)
-        return None
-
-
-def _cut_off(fd: int) -> None:
-    sock = _socket.socket(fileno=fd)
-    with contextlib.suppress(OSError):  # It has gone.
-        sock.shutdown(socket.SHUT_RDWR)
-    sock.detach()
+    def _flush(self) -> None:
+        self._unsent += self._outgoing.read()
+        if self._unsent:
+            self._unsent = self._unsent[self._sock.send(self._unsent) :]
+            if self._unsent:
+                raise BlockingIOError

@@ -24,7 +24,7 @@ from gserver.dispatcher import MAX_TURNED_AWAY, Dispatcher
 from gserver.process import RESERVED_FILES, Instructions, raise_file_limit, show_life
 
 if TYPE_CHECKING:
-    from gserver.tls import Handshakes
+    from gserver.handshakes import Handshakes
 
 #: Connections that a drain takes over from the kernel's queue, at most.
 MAX_LATE_ACCEPTS = 4096
@@ -40,13 +40,13 @@ class _Server(StreamServer):
     _do_read: Any
     _start_accepting_if_started: Any
 
-    def __init__(self, listener: Any, worker: "Worker", many: bool) -> None:
+    def __init__(self, listener: Any, worker: "Worker", few_at_a_time: bool) -> None:
         super().__init__(listener, cast(Any, worker.handle))
         self._worker = worker
         self._kind = int(self.socket.family), int(self.socket.type), self.socket.proto
-        # A few at a time where other workers wait for clients too, so that the load spreads: with one at a time, 300
-        # clients that send without end held a new one up for 11 s; with 16, for 0.2 s.
-        self.max_accept = 16 if many else MAX_LATE_ACCEPTS
+        # A few where other workers wait for clients too, so that the load spreads: with one at a time, 300 clients that
+        # send without end held a new one up for 11 s; with 16, for 0.2 s. And where handshakes must begin before more.
+        self.max_accept = 16 if few_at_a_time else MAX_LATE_ACCEPTS
         self._has_yielded = False
 
     def full(self) -> bool:
@@ -103,9 +103,9 @@ class Worker:
         self._should_close = Event()
         self._should_drain = False
         self._changed = Event()
-        self._handshakes = self._prepare_tls(instructions.certificates) if instructions.certificates.chain else None
+        self._handshakes = self._prepare_tls(instructions.certificates) if config.tls_cert else None
         listener = socket.socket(fileno=instructions.listener_fd)
-        self._server = _Server(listener, self, config.workers > 1)
+        self._server = _Server(listener, self, config.workers > 1 or self._handshakes is not None)
 
     def run(self) -> None:
         """Serve until SIGTERM, then drain. After SIGUSR2: accept no more, and serve until the last client has gone."""
@@ -125,14 +125,16 @@ class Worker:
     def handle(self, sock: _socket.socket, address: Any) -> None:
         """Begin with who has connected."""
         if self._handshakes:
+            if self.open >= self._capacity:
+                self._handshakes.end_oldest()
             self._handshakes.begin(sock, address)
         else:
             self._take_in(sock, address)
 
-    def _take_in(self, sock: _socket.socket, address: Any) -> None:
+    def _take_in(self, sock: _socket.socket, address: Any, early: bytes = b"") -> None:
         """Take in a client, or turn it away."""
         if self._clientele.admit():
-            self.dispatcher.take_in(sock, address)
+            self.dispatcher.take_in(sock, address, early)
         else:
             self.dispatcher.turn_away(sock)
 
@@ -147,7 +149,10 @@ class Worker:
         if self.open > self._capacity + MAX_TURNED_AWAY:
             return True
         # Others may have room. When nobody has, new clients are let in to be told so.
-        return self.open - dispatcher.turned_away >= self._capacity and self._board.clients() < self._config.max_clients
+        return (
+            dispatcher.open - dispatcher.turned_away >= self._capacity
+            and self._board.clients() < self._config.max_clients
+        )
 
     def is_ahead(self) -> bool:
         """Whether this worker has more than its share: else who wakes first takes nearly all of a few clients."""
@@ -155,7 +160,8 @@ class Worker:
         return workers > 1 and clientele.cells[clientele.clients] > 1.1 * clientele.count_clients() / workers + 2
 
     def _prepare_tls(self, certificates: Certificates) -> "Handshakes":
-        from gserver import tls  # Loaded only where it is wanted.
+        from gserver import tls  # Loaded only where they are wanted.
+        from gserver.handshakes import Handshakes
 
         context, expires_at = tls.make_context(certificates), tls.expires_at(certificates)
         self._board.cells[self._board.cell("tls_expires_at", self._instructions.slot)] = expires_at
@@ -164,7 +170,7 @@ class Worker:
             message = f"the certificate of --tls-cert has expired on {day}: clients that check it refuse it"
             logs.complain("tls.expired", message)
         limits = self._capacity // 4, self._config.tls_handshake_timeout_seconds
-        return tls.Handshakes(context, *limits, self._clientele.refuse, self._take_in, self._on_close)
+        return Handshakes(context, *limits, self._clientele.refuse, self._take_in, self._on_close)
 
     def _on_close(self) -> None:
         self._changed.set()

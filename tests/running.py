@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
@@ -113,7 +113,7 @@ class Client:
         self.sock = socket.create_connection((host, port), LIMIT, (source, 0) if source else None)
         self._buffer = b""
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,11 +1,12 @@
 """What is read of the files of TLS, and what is said when that cannot be."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gserver.certificates import Certificates, read
+from gserver.certificates import MAX_FILE_BYTES, Certificates, read
 from gserver.config import Config
 from gserver.errors import Misuse
 
@@ -25,8 +26,19 @@ def test_the_key_is_in_a_file_of_its_own_or_in_that_of_the_certificate(tmp_path:
 
 @pytest.mark.parametrize("option", ["tls_cert", "tls_key", "tls_client_ca"])
 def test_a_file_that_cannot_be_read_is_named_with_its_option(option: str, tmp_path: Path) -> None:
-    good = tmp_path / "good"
+    good, none, empty, large, pipe = (tmp_path / name for name in ("good", "none", "empty", "large", "pipe"))
     good.write_bytes(b"\xff no text")
-    files: dict[str, Any] = {"tls_cert": str(good), option: str(tmp_path)}
-    with pytest.raises(Misuse, match=f"^--{option.replace('_', '-')} {tmp_path} cannot be read: Is a directory$"):
-        read(Config(**files))
+    empty.write_text(" \n")
+    large.write_text("x" * (MAX_FILE_BYTES + 1))
+    os.mkfifo(pipe)
+    for path, words in (
+        (none, "cannot be read: No such file or directory"),
+        (tmp_path, "cannot be read: Is a directory"),
+        (pipe, "is no regular file"),
+        (Path("/dev/null"), "is no regular file"),
+        (empty, "is empty: name a file in PEM"),
+        (large, "is too large: name a file in PEM"),
+    ):
+        files: dict[str, Any] = {"tls_cert": str(good), option: str(path)}
+        with pytest.raises(Misuse, match=f"^--{option.replace('_', '-')} {path} {words}$"):
+            read(Config(**files))

@@ -53,6 +53,8 @@ def test_what_is_said_at_once_is_all_heard() -> None:
     started = child("ready\nunwanted another has its id\n")
     until(started.read_report, "it is ready")
     assert (started.is_unwanted, started.refusal) == (True, "another has its id")
+    assert started.process.wait(LIMIT) == 0
+    os.close(started.report_fd)
 
 
 def test_one_that_never_reads_what_it_is_told_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

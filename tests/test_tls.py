@@ -1,12 +1,16 @@
 """TLS on the port: with OpenSSL's own client and Python's, and with who speaks none, or says nothing."""
 
 import contextlib
+import fcntl
 import re
 import select
 import signal
 import socket
 import ssl
 import subprocess
+import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,8 +23,9 @@ from gserver import tls
 from gserver.certificates import Certificates
 from gserver.errors import Misuse
 from tests.redises import make_certificates
-from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, limited, program, until
+from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, program, stopped, until
 from tests.test_admin import get, status
+from tests.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
 from tests.wire_cases import CASES, Case
 
 #: Of the servers below, in seconds.
@@ -34,13 +39,18 @@ def large(service):
     return "x" * 3_000_000
 """
 
+LATE = """
+import time
+from pathlib import Path
+from gserver.commands import command
 
-@pytest.fixture(scope="module")
-def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tls")
-    make_certificates(folder)
-    (folder / "large.py").write_text(LARGE)
-    return folder
+while Path("wait").exists():
+    time.sleep(0.01)
+
+@command("LATE")
+def late(service):
+    return 1
+"""
 
 
 def options(pems: Path, name: str = "server") -> list[str]:
@@ -52,6 +62,7 @@ def server(request: pytest.FixtureRequest, pems: Path) -> Iterator[Running]:
     """One server for the tests that leave it as it was."""
     more = ["--server-id", "here", "--admin-port", "0", "--max-clients", str(MAX_CLIENTS), "--commands", "large"]
     more += ["--tls-handshake-timeout", str(HANDSHAKE_TIMEOUT), "--client-greenlets", request.param]
+    (pems / "large.py").write_text(LARGE)
     with Running(*options(pems), *more, cwd=pems) as running:
         yield running
 
@@ -85,6 +96,11 @@ def refusals(server: Running) -> Callable[[str], int]:
         return int(now["rejected"][reason] - before["rejected"][reason])
 
     return count
+
+
+def waiting(client: Client) -> int:
+    """How many bytes of what it has sent the server has not taken yet, as far as the kernel here knows."""
+    return int.from_bytes(fcntl.ioctl(client.sock, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
 
 
 def s_client(server: Running, *more: str) -> list[str]:
@@ -125,6 +141,46 @@ def test_renegotiation_is_refused(server: Running) -> None:
         client.stdin.flush()
         assert any(b"no renegotiation" in line for line in client.stdout)
         client.terminate()
+
+
+def test_keys_may_be_updated(server: Running, pems: Path, tmp_path: Path) -> None:
+    with RecordClient(server.port, trust(pems), tmp_path) as client:
+        client.send(client.record(b"WHY\n") + client.key_update() + client.record(b"WHERE\n"))
+        assert (client.line(), client.line()) == (b"42\n", b"here\n")
+        client.send(client.key_update(wants_one=True) + client.record(b"WHO\n"))
+        assert client.line() == b"1\n"
+        client.send(client.record(b"WHY\n"))
+        assert client.line() == b"42\n"
+
+
+def test_updates_without_end_are_taken_in_turn_with_what_others_say(
+    server: Running, pems: Path, tmp_path: Path
+) -> None:
+    with RecordClient(server.port, trust(pems), tmp_path) as greedy, TlsClient(server.port, trust(pems)) as good:
+        greedy.send(greedy.record(b"WHY\n"))
+        assert (good.ask(b"WHY"), greedy.line()) == (b"42", b"42\n")
+        flood = b"".join(greedy.key_update() for _ in range(10_000)) + greedy.record(b"WHY\n")
+        sending = threading.Thread(target=greedy.send, args=[flood])
+        with stopped(*server.workers()):
+            sending.start()
+            # What fits into the kernel is there before the other one speaks.
+            until(lambda: waiting(greedy) > 100_000 or not sending.is_alive(), "it has been sent")
+            good.send(b"WHERE\n")
+        first, _, _ = select.select([good.sock, greedy.sock], [], [], LIMIT)
+        assert first == [good.sock]
+        assert good.line() == b"here\n"
+        assert greedy.line() == b"42\n"
+        sending.join()
+
+
+def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: Path) -> None:
+    count = refusals(server)
+    with RecordClient(server.port, trust(pems), tmp_path) as client:
+        # The reply is due after a silence, and cannot be encrypted before the rest of the message is there.
+        client.send(client.record(b"WHO") + client.record(KEY_UPDATE, HANDSHAKE))
+        with contextlib.suppress(ConnectionResetError):
+            assert client.line() == b""
+    assert count("slow_reader") == 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -216,29 +272,6 @@ def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(server: Running
     assert count("tls_failed") == 50
 
 
-def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
-    with ExitStack() as stack:
-        server = stack.enter_context(Running(*options(pems), "--tls-handshake-timeout", "0"))
-        silent = [stack.enter_context(server.client()) for _ in range(tls.MAX_HANDSHAKES + 10)]
-        assert [client.rest() for client in silent[:10]] == [b""] * 10
-        with TlsClient(server.port, trust(pems)) as good:
-            assert good.who() == 1
-        ended = select.poll()
-        for client in silent[12:]:
-            ended.register(client.sock, select.POLLIN)
-        assert ended.poll(0) == []
-
-
-def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
-    with ExitStack() as stack:
-        more = [*options(pems), "--tls-handshake-timeout", "0"]
-        server = stack.enter_context(Running(*more, command=limited(512)))
-        for _ in range(560):
-            stack.enter_context(server.client())
-        with TlsClient(server.port, trust(pems)) as good:
-            assert good.who() == 1
-
-
 def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
     with (
         Running(*options(pems), "--max-clients", "1") as server,
@@ -249,24 +282,6 @@ def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
         with TlsClient(server.port, trust(pems)) as second:
             assert second.rest() == b"ERR too many clients\n"
         assert first.who() == 1
-
-
-def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
-    with (
-        Running(*options(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0") as server,
-        TlsClient(server.port, trust(pems)) as one,
-        TlsClient(server.port, trust(pems)) as other,
-        server.client() as silent,
-    ):
-        assert one.ask(b"WHY") == b"42"
-        other.send(b"WHO\nWH")
-        assert other.line() == b"2\n"
-        server.send_signal(signal.SIGTERM)
-        other.send(b"Y\n")
-        assert one.rest() == b""
-        assert other.rest() == b"42\n"
-        assert silent.rest() == b""
-        assert server.exit_code(LIMIT) == 0
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +328,11 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
         (live / "server.key").unlink()
         server.send_signal(signal.SIGHUP)
         assert "--tls-key" in server.wait_for("server.reload_failed", 2)["message"]
+        # One that is just being written: TLS does not go away with it.
+        for name in ("server.pem", "server.key"):
+            (live / name).write_bytes(b"")
+        server.send_signal(signal.SIGHUP)
+        assert "is empty" in server.wait_for("server.reload_failed", 3)["message"]
         assert serial(server) == new
         # Who follows one that dies has what was good.
         (worker,) = server.workers()
@@ -329,9 +349,7 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
 
 def test_a_reload_that_is_given_up_while_its_worker_starts_leaves_as_many_workers_as_there_were(tmp_path: Path) -> None:
     make_certificates(tmp_path)
-    (tmp_path / "late.py").write_text(
-        "import time\nfrom pathlib import Path\nwhile Path('wait').exists(): time.sleep(0.01)\n"
-    )
+    (tmp_path / "late.py").write_text(LATE)
     more = ["--workers", "2", "--commands", "late", "--admin-port", "0"]
     with Running(*options(tmp_path), *more, cwd=tmp_path) as server:
         server.wait_for("worker.ready", 2)

@@ -1,0 +1,131 @@
+"""The TLS handshakes of one worker.
+
+A client whose handshake is not done is none yet: it is not counted, has a deadline of its own, and holds nobody up.
+"""
+
+import _socket
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+from gevent.lock import Semaphore
+from gevent.socket import wait_read
+
+from gserver import logs
+from gserver.conversation import DRAIN_GRACE_SECONDS, close_cleanly
+from gserver.protocol import PLAIN_TEXT, TLS_FAILED, Refusal
+from gserver.receiver import BURST_BYTES
+from gserver.tls import TlsSocket
+
+#: Handshakes under way in one worker, at most, and at most a quarter of its open files: for one more the oldest ends,
+#: since an honest one takes milliseconds.
+MAX_HANDSHAKES = 1024
+#: What a client that speaks TLS begins with (RFC 8446, 5.1).
+HANDSHAKE_RECORD = b"\x16"
+
+
+class Handshakes:
+    """Those under way. `on_done` is called when one has succeeded, with the socket, the address and what came after it.
+
+    `on_close` is called when one has ended otherwise.
+    """
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        max_handshakes: int,
+        timeout_seconds: float,
+        refuse: Callable[[Refusal], None],
+        on_done: Callable[[Any, Any, bytes], None],
+        on_close: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._max_handshakes = min(max_handshakes, MAX_HANDSHAKES)
+        self._timeout_seconds = timeout_seconds or None
+        self._refuse = refuse
+        self._on_done = on_done
+        self._on_close = on_close
+        #: Each takes up to a millisecond of CPU: one has its turn, then everybody else.
+        self._turn = Semaphore()
+        #: By descriptor, the oldest first, without those that are to end.
+        self._under_way: dict[int, _socket.socket] = {}
+        #: How many sockets there are.
+        self.open = 0
+
+    def begin(self, sock: _socket.socket, address: Any) -> None:
+        """Begin one with a client that has connected."""
+        if len(self._under_way) >= self._max_handshakes:
+            self.end_oldest()
+        self._under_way[sock.fileno()] = sock
+        self.open += 1
+        gevent.spawn_raw(self._meet, sock, address)
+
+    def end_oldest(self) -> None:
+        """Make room for another one, if there is any to end."""
+        for fd in list(self._under_way)[:1]:
+            self._cut_off(fd)
+
+    def drain(self) -> None:
+        """Let those that are under way end soon."""
+        gevent.spawn_later(DRAIN_GRACE_SECONDS, self._cut_off_all)
+
+    def _cut_off_all(self) -> None:
+        for fd in list(self._under_way):
+            self._cut_off(fd)
+
+    def _cut_off(self, fd: int) -> None:
+        with contextlib.suppress(OSError):  # It has gone.
+            self._under_way.pop(fd).shutdown(socket.SHUT_RDWR)
+
+    def _meet(self, sock: _socket.socket, address: Any) -> None:
+        """The greenlet of one."""
+        fd, met, early = sock.fileno(), None, b""
+        try:
+            with gevent.Timeout(self._timeout_seconds, TimeoutError("it took too long")):
+                met = self._shake_hands(sock)
+            if met:
+                early, _ = met.decrypted()
+        except OSError as error:
+            met = None
+            self._refuse(TLS_FAILED)
+            if logging.root.isEnabledFor(logging.DEBUG):
+                fields = {"client.address": address[0], "client.port": address[1], **logs.error_fields(error)}
+                logs.event(logging.DEBUG, "client.tls_failed", f"no TLS with {address[0]}: {error}", fields)
+        finally:
+            self._under_way.pop(fd, None)
+            self.open -= 1
+            if met:
+                self._on_done(met, address, early)
+            else:
+                sock.close()
+                self._on_close()
+
+    def _shake_hands(self, sock: _socket.socket) -> TlsSocket | None:
+        """Return what has come of it; None when the client has left, or wanted no TLS and was told so."""
+        met, is_first = TlsSocket(sock, self._context), True
+        while True:
+            wait_read(sock.fileno())
+            received = sock.recv(BURST_BYTES)
+            if not received:
+                if is_first and sock.fileno() in self._under_way:
+                    return None
+                raise ConnectionError("it has gone, or was cut off")
+            if is_first and not received.startswith(HANDSHAKE_RECORD):
+                self._refuse(PLAIN_TEXT)
+                sock.send(PLAIN_TEXT.reply)
+                close_cleanly(sock)
+                return None
+            is_first = False
+            with self._turn:
+                try:
+                    if met.shake_hands(received):
+                        return met
+                except ssl.SSLError:
+                    close_cleanly(sock)  # It is told why, by an alert.
+                    raise
+                finally:
+                    gevent.sleep(0)

@@ -1,0 +1,51 @@
+"""Handshakes under way: how many, for how long, and in nobody's way."""
+
+import select
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+from gserver.handshakes import MAX_HANDSHAKES
+from tests.running import LIMIT, Running, limited
+from tests.test_tls import TlsClient, options, trust
+
+
+def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(Running(*options(pems), "--tls-handshake-timeout", "0"))
+        silent = [stack.enter_context(server.client()) for _ in range(MAX_HANDSHAKES + 10)]
+        assert [client.rest() for client in silent[:10]] == [b""] * 10
+        with TlsClient(server.port, trust(pems)) as good:
+            assert good.who() == 1
+        ended = select.poll()
+        for client in silent[12:]:
+            ended.register(client.sock, select.POLLIN)
+        assert ended.poll(0) == []
+
+
+def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
+    with ExitStack() as stack:
+        more = [*options(pems), "--tls-handshake-timeout", "0"]
+        server = stack.enter_context(Running(*more, command=limited(512)))
+        for _ in range(560):
+            stack.enter_context(server.client())
+        with TlsClient(server.port, trust(pems)) as good:
+            assert good.who() == 1
+
+
+def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
+    with (
+        Running(*options(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0") as server,
+        TlsClient(server.port, trust(pems)) as one,
+        TlsClient(server.port, trust(pems)) as other,
+        server.client() as silent,
+    ):
+        assert one.ask(b"WHY") == b"42"
+        other.send(b"WHO\nWH")
+        assert other.line() == b"2\n"
+        server.send_signal(signal.SIGTERM)
+        other.send(b"Y\n")
+        assert one.rest() == b""
+        assert other.rest() == b"42\n"
+        assert silent.rest() == b""
+        assert server.exit_code(LIMIT) == 0

@@ -1,0 +1,80 @@
+"""A client that speaks TLS 1.3 record by record, so that it can say what no library lets one say (RFC 8446)."""
+
+import hashlib
+import hmac
+import ssl
+from pathlib import Path
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from tests.running import Client
+
+#: Types of content: 4, B.1.
+HANDSHAKE, APPLICATION_DATA = 22, 23
+#: A message: 4.6.3. Whether the other side is to update its keys too is its last byte.
+KEY_UPDATE = b"\x18\x00\x00\x01"
+
+
+class RecordClient(Client):
+    """A client whose handshake is made by the ssl module, and whose records after that are made here."""
+
+    def __init__(self, port: int, context: ssl.SSLContext, folder: Path) -> None:
+        super().__init__(port)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.keylog_filename = str(folder / "keys")
+        self._received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, sent, server_hostname="127.0.0.1")
+        is_done = False
+        while not is_done:
+            try:
+                self._tls.do_handshake()
+                is_done = True
+            except ssl.SSLWantReadError:
+                pass
+            self.sock.sendall(sent.read())
+            if not is_done:
+                self._received.write(self.sock.recv(65536))
+        lines = [line.split() for line in (folder / "keys").read_text().splitlines()]
+        (secret,) = [line[2] for line in lines if line[0] == "CLIENT_TRAFFIC_SECRET_0"]
+        cipher = self._tls.cipher()
+        assert cipher
+        assert "AES" in cipher[0]
+        self._digest, self._key_bytes = ("sha384", 32) if cipher[0].endswith("SHA384") else ("sha256", 16)
+        self._use(bytes.fromhex(secret))
+
+    def record(self, content: bytes, kind: int = APPLICATION_DATA) -> bytes:
+        """Return a record as it goes over the wire: 5.2."""
+        plain = content + bytes([kind])
+        header = b"\x17\x03\x03" + (len(plain) + 16).to_bytes(2, "big")
+        nonce = (int.from_bytes(self._nonce, "big") ^ self._sequence).to_bytes(12, "big")
+        self._sequence += 1
+        return header + AESGCM(self._key).encrypt(nonce, plain, header)
+
+    def key_update(self, wants_one: bool = False) -> bytes:
+        """Return the record that says so, and use the next keys from now on: 7.2."""
+        record = self.record(KEY_UPDATE + bytes([wants_one]), HANDSHAKE)
+        self._use(self._expand(b"traffic upd", hashlib.new(self._digest).digest_size))
+        return record
+
+    def line(self) -> bytes:
+        """The next line, its LF included; what there is before the end of the connection, if that comes first."""
+        line = b""
+        while not line.endswith(b"\n"):
+            try:
+                line += self._tls.read(1)
+            except ssl.SSLWantReadError:
+                data = self.sock.recv(65536)
+                if not data:
+                    break
+                self._received.write(data)
+        return line
+
+    def _use(self, secret: bytes) -> None:
+        self._secret, self._sequence = secret, 0
+        self._key, self._nonce = self._expand(b"key", self._key_bytes), self._expand(b"iv", 12)
+
+    def _expand(self, label: bytes, size: int) -> bytes:
+        """HKDF-Expand-Label with an empty context: 7.1. One block is enough for what is asked here."""
+        name = b"tls13 " + label
+        info = size.to_bytes(2, "big") + bytes([len(name)]) + name + b"\0"
+        return hmac.new(self._secret, info + b"\1", self._digest).digest()[:size]
