@@ -39,6 +39,7 @@ SINGLE_CELLS = (
     "worker_restarts",  # workers replaced because they died or hung
     "agent_starts",
     "reloads",  # SIGHUPs carried out
+    "reload_failures",  # and given up
     "lost",  # clients of workers that died
     "agent_heartbeat",
     "begun_at",  # when the supervisor began

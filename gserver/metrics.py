@@ -31,6 +31,7 @@ COUNTERS = {
     "gserver_worker_restarts": ("worker_restarts", "Workers replaced because they died or hung."),
     "gserver_agent_starts": ("agent_starts", "Starts of the agent."),
     "gserver_reloads": ("reloads", "SIGHUPs carried out."),
+    "gserver_reload_failures": ("reload_failures", "SIGHUPs given up: the old workers stay."),
 }
 
 

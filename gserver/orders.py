@@ -20,8 +20,10 @@ class Orders:
         self._timeout = drain_timeout_seconds
         self._had_terminal = os.isatty(0)
         self._was_told_to_stop = False
-        #: How often the workers were to be replaced.
-        self.reloads = 0
+        #: How often the workers were to be replaced, and how often that has come to an end.
+        self.reloads = self.reloaded = 0
+        #: Why the last time was given up; "" if it was not.
+        self.reload_failure = ""
         #: When to accept no more, and when to let everybody go.
         self.retire_at = self.drain_at = math.inf
         self.is_forced = False
@@ -30,6 +32,20 @@ class Orders:
     def is_stopping(self) -> bool:
         """Whether the server is to end, now or later."""
         return self.drain_at < math.inf
+
+    @property
+    def is_reloading(self) -> bool:
+        """Whether the workers are being replaced."""
+        return self.reloaded < self.reloads
+
+    def end_reload(self, failure: str = "", fields: dict[str, object] | None = None) -> None:
+        """Take the workers for replaced, or that for given up, and say which."""
+        self.reloaded, self.reload_failure = self.reloads, failure
+        if failure:
+            message = f"reload given up, the old workers stay: {failure}"
+            logs.event(logging.ERROR, "server.reload_failed", message, fields)
+        else:
+            logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
 
     def heed(self, number: signal.Signals, now: float) -> None:
         """Take in a signal, and say in the log what follows from it, if anything does."""

@@ -34,6 +34,7 @@ COUNTERS = {
     "restarts": "worker_restarts",
     "agent_starts": "agent_starts",
     "reloads": "reloads",
+    "reload_failures": "reload_failures",
     "cluster.beats": "beats",
     **{f"cluster.beat_errors.{kind}": f"beat_errors.{kind}" for kind in BEAT_ERRORS},
     **{

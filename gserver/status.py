@@ -50,6 +50,7 @@ def status(config: Config, board: Board, roster: dict[str, Any] | None = None) -
             "accepting": board.get("workers"),
             "restarts": totals["worker_restarts"],
             "reloads": totals["reloads"],
+            "reload_failures": totals["reload_failures"],
             "each": _workers(board, now),
         },
         "cluster": _cluster(config, board, totals) | {"roster": roster} if config.redis_url else None,

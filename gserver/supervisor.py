@@ -40,7 +40,6 @@ class Supervisor:
         self._board.put("begun_at", round(monotonic() * 1e9))
         self._children: list[Child] = []
         self._pacing = {WORKER: Pacing(), AGENT: Pacing()}
-        self._reloaded = 0
         self._was_ready = self._is_draining = False
         self._failure: Failure | None = None
         self._orders = Orders(config.drain_delay_seconds, config.drain_timeout_seconds)
@@ -90,11 +89,10 @@ class Supervisor:
             self._start(WORKER, now)
         elif stale and len(workers) > wanted and all(child.ready_at for child in workers):
             stale[0].dismiss(now + self._config.drain_timeout_seconds)
-        elif self._reloaded < self._orders.reloads and [bool(c.ready_at) for c in self._of(WORKER)] == [True] * wanted:
-            self._reloaded = self._orders.reloads
+        elif self._orders.is_reloading and [bool(child.ready_at) for child in self._of(WORKER)] == [True] * wanted:
             self._good_certificates = self._certificates
             self._board.add("reloads", 1)
-            logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
+            self._orders.end_reload()
             for child in self._staying(AGENT):
                 child.dismiss(now + self._config.drain_timeout_seconds)
 
@@ -189,7 +187,7 @@ class Supervisor:
         """Decide what the unexpected end of a child means."""
         fields = {"gserver.child_pid": child.pid, "process.exit_code": child.process.returncode, "gserver.lost": lost}
         is_new = child.role == WORKER and child.ready_at is None and child.generation == self._orders.reloads
-        is_reload = is_new and self._reloaded < self._orders.reloads
+        is_reload = is_new and self._orders.is_reloading
         if child.refusal and not self._was_ready:
             self._failure = Misuse(child.refusal)
             self._end_now()
@@ -206,13 +204,13 @@ class Supervisor:
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
 
     def _give_up_reload(self, reason: str, fields: dict[str, object]) -> None:
-        self._reloaded = self._orders.reloads
+        self._orders.end_reload(reason, fields)
+        self._board.add("reload_failures", 1)
         self._certificates = self._good_certificates
         for number, child in enumerate(self._staying(WORKER), 1):
-            child.generation = self._reloaded
+            child.generation = self._orders.reloads
             if number > self._config.workers:  # It was to follow another.
                 child.dismiss(monotonic() + self._config.drain_timeout_seconds)
-        logs.event(logging.ERROR, "server.reload_failed", f"reload given up, the old workers stay: {reason}", fields)
 
     def _watch(self, now: float) -> None:
         logs.report_left_out()
@@ -238,11 +236,12 @@ class Supervisor:
         self._manager.show_life(now)
         if self._orders.is_stopping:
             self._manager.tell(systemd.STOPPING, f"stopping, clients: {self._board.clients()}")
-        elif self._reloaded < self._orders.reloads:
+        elif self._orders.is_reloading:
             self._manager.tell(systemd.RELOADING, "replacing the workers one by one")
         elif self._was_ready:
             where = listener.show_address(self._config.host, self._config.port)
-            self._manager.tell(systemd.READY, f"listening on {where}, workers: {self._config.workers}")
+            failure = self._orders.reload_failure and f"; the last reload was given up: {self._orders.reload_failure}"
+            self._manager.tell(systemd.READY, f"listening on {where}, workers: {self._config.workers}{failure}")
 
     def _end_now(self) -> None:
         self._orders.drain(0.0)

@@ -100,3 +100,15 @@ def test_what_follows_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
         orders(SIGHUP, SIGUSR2, SIGHUP, SIGTERM, SIGINT)
     said = [message.partition(":")[0] for message in caplog.messages]
     assert said == ["SIGHUP", "SIGUSR2", "SIGTERM", "SIGINT again"]
+
+
+def test_a_reload_ends_carried_out_or_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    orders = Orders(0.0, 4.0)
+    assert not orders.is_reloading
+    for failure in ("no such file", ""):
+        orders.heed(signal.SIGHUP, 1.0)
+        orders.heed(signal.SIGHUP, 1.0)
+        assert orders.is_reloading
+        orders.end_reload(failure)
+        assert (orders.is_reloading, orders.reload_failure) == (False, failure)
+    assert "reload given up, the old workers stay: no such file" in caplog.text

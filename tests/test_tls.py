@@ -314,7 +314,7 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
         folder.mkdir()
         make_certificates(folder)
     live = tmp_path / "live"
-    with Running(*options(live)) as server:
+    with Running(*options(live), "--admin-port", "0") as server:
         old = serial(server)
         for name in ("server.pem", "server.key"):
             (live / name).write_bytes((tmp_path / "new" / name).read_bytes())
@@ -344,6 +344,8 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded", 2)
         assert serial(server) not in (old, new)
+        workers = status(server)["workers"]
+        assert (workers["reloads"], workers["reload_failures"]) == (2, 3)
         assert server.stop() == 0
 
 
