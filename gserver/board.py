@@ -18,14 +18,9 @@ from gserver.protocol import MAX_NAME_BYTES, REFUSALS
 
 #: Upper bounds of the classes by which the times of bursts are counted; what is longer is in a last class.
 SERVICE_BOUNDS_NS = tuple(round(us * 1000) for us in (5, 10, 20, 50, 100, 200, 500, 1e3, 5e3, 2e4, 1e5, 1e6, 1e7))
-#: Of each worker. `clients` is a gauge, `pid` and `peak` are what they say; moments are monotonic nanoseconds.
-WORKER_CELLS = (
+#: Of each worker, what adds up over all of them: counters, and the gauge `clients`, which comes first.
+WORKER_TOTALS = (
     "clients",  # connected now
-    "heartbeat",  # when its loop last turned
-    "pid",  # of the worker that has this column; 0 = none
-    "begun",  # when it began
-    "tls_expires_at",  # when the certificate it shows expires, in Unix seconds; 0 = it has none
-    "peak",  # most clients of all workers at once that it has seen
     "accepted",  # clients taken in
     "closed",  # clients that have gone
     "bursts",  # times that bytes were read and answered
@@ -33,14 +28,29 @@ WORKER_CELLS = (
     *(f"service.{number}" for number in range(len(SERVICE_BOUNDS_NS) + 1)),  # bursts by their time: classes above
     *(f"refused.{refusal.name}" for refusal in REFUSALS),
 )
-#: Of the supervisor and of the agent.
-SINGLE_CELLS = (
+#: What does not. Moments are monotonic nanoseconds.
+WORKER_CELLS = (
+    *WORKER_TOTALS,
+    "heartbeat",  # when its loop last turned
+    "pid",  # of the worker that has this column; 0 = none
+    "begun",  # when it began
+    "tls_expires_at",  # when the certificate it shows expires, in Unix seconds; 0 = it has none
+    "peak",  # most clients of all workers at once that it has seen
+)
+#: Of the supervisor and of the agent, likewise.
+SINGLE_TOTALS = (
     "workers",  # workers that accept
     "worker_restarts",  # workers replaced because they died or hung
     "agent_starts",
     "reloads",  # SIGHUPs carried out
     "reload_failures",  # and given up
     "lost",  # clients of workers that died
+    "beats",  # answered by Redis
+    "beat_ns",  # time until the answer, over all beats
+    *(f"beat_errors.{kind}" for kind in BEAT_ERRORS),
+)
+SINGLE_CELLS = (
+    *SINGLE_TOTALS,
     "agent_heartbeat",
     "begun_at",  # when the supervisor began
     "stopping",  # 1 from the signal on that ends it
@@ -53,30 +63,7 @@ SINGLE_CELLS = (
     "lost_at",  # on that clock: when Redis last lost data
     "answered",  # the stamp of the last beat that was answered
     "hold_until",  # on that clock: how long `remote` is an older number that is held; 0 = it is not
-    "beats",  # answered by Redis
-    "beat_ns",  # time until the answer, over all beats
-    *(f"beat_errors.{kind}" for kind in BEAT_ERRORS),
 )
-#: What is neither a counter nor a gauge.
-NO_TOTALS = {
-    "heartbeat",
-    "pid",
-    "begun",
-    "tls_expires_at",
-    "peak",
-    "agent_heartbeat",
-    "begun_at",
-    "stopping",
-    "draining",
-    "incarnation",
-    "view",
-    "lease_clock",
-    "lost_at",
-    "answered",
-    "hold_until",
-    "remote",
-    "servers",
-}
 MAX_COMMANDS = 64
 
 _CELL_BYTES = 8
@@ -179,8 +166,8 @@ class Board:
         In a cluster that has been heard of: `servers`, `everybody` and `view_age_ms` too.
         """
         cells = self.cells if cells is None else cells
-        totals = {name: sum(self.column(name, cells)) for name in WORKER_CELLS if name not in NO_TOTALS}
-        totals.update((name, cells[index]) for name, index in self.single.items() if name not in NO_TOTALS)
+        totals = {name: sum(self.column(name, cells)) for name in WORKER_TOTALS}
+        totals.update((name, cells[self.single[name]]) for name in SINGLE_TOTALS)
         for slot in range(self.slots):
             for offset, name in enumerate(self._command_names(slot)):
                 key = f"commands.{name}"

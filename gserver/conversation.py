@@ -89,10 +89,8 @@ class Conversation:
         self._receiver.interrupt()
 
     def close(self) -> None:
-        """Close the socket: at once when the client has ended, else so that it reads what it was told."""
-        if self._is_ended:
-            self._connection.sock.close()
-        else:
+        """Close the socket so that the client reads what it was told, if it has not ended; that may take a moment."""
+        if not self._is_ended:
             close_cleanly(self._connection.sock)
 
     def _converse(self, data: bytes | None) -> Refusal | None:

@@ -97,7 +97,6 @@ def _adopt(name: str, fd: int, backlog: int) -> socket.socket:
         raise Misuse(wrong.format(" ".join(kind)))
     if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise Misuse(wrong.format("not listening"))
-    os.set_inheritable(fd, False)
     _listen(listener, backlog)
     return listener
 

@@ -95,9 +95,8 @@ def test_a_server_tells_when_it_is_ready_reloads_and_stops(listener: Listener, t
         assert listener.message()[0] == "RELOADING=1"
         state, status = listener.message()
         assert state == "READY=1"
-        assert status.endswith(
-            "; the last reload was given up: a new one did not start: --commands extra: cannot import it: RuntimeError: broken"
-        )
+        assert "; the last reload was given up: a new one did not start: " in status
+        assert status.endswith("cannot import it: RuntimeError: broken")
         server.wait_for("server.reload_failed")
         assert len(server.events("server.reloaded")) == 1
 
