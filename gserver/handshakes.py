@@ -120,12 +120,12 @@ class Handshakes:
                 close_cleanly(sock)
                 return None
             is_first = False
-            with self._turn:
-                try:
-                    if met.shake_hands(received):
-                        return met
-                except ssl.SSLError:
-                    close_cleanly(sock)  # It is told why, by an alert.
-                    raise
-                finally:
+            try:
+                with self._turn:
+                    is_done = met.shake_hands(received)
                     gevent.sleep(0)
+            except ssl.SSLError:
+                close_cleanly(sock)  # It is told why, by an alert.
+                raise
+            if is_done:
+                return met

@@ -23,6 +23,15 @@ def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
         assert ended.poll(0) == []
 
 
+def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
+    with Running(*options(pems)) as server, ExitStack() as stack:
+        bad = [stack.enter_context(server.client()) for _ in range(round(2 * LIMIT))]
+        for client in bad:
+            client.send(b"\x16" + b"\xff" * 9)
+        with TlsClient(server.port, trust(pems)) as good:
+            assert good.who() == 1
+
+
 def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
     with ExitStack() as stack:
         more = [*options(pems), "--tls-handshake-timeout", "0"]
