@@ -30,13 +30,18 @@ class Trust:
         """Return what begins TLS on a socket to a host; raise `Misuse` for a file that is none."""
         import ssl  # Loaded only where it is wanted.
 
+        option, path = "--tls-ca", self.ca
         try:
             context = ssl.create_default_context(cafile=self.ca or None)
+            option, path = "--tls-cert", self.cert
             if self.cert:
                 context.load_cert_chain(self.cert, self.key or None, lambda: "")
-        except (OSError, ValueError) as error:
-            files = " or ".join(filter(None, (self.ca, self.cert, self.key)))
-            raise Misuse(f"{files} cannot be used: {getattr(error, 'reason', '') or error}") from error
+        except ssl.SSLError as error:
+            key = ", its key with it or in --tls-key, not encrypted" if path == self.cert else ""
+            raise Misuse(f"{option} {path} cannot be used: it must hold a certificate in PEM{key}") from error
+        except OSError as error:
+            also = f" or --tls-key {self.key}" if path == self.cert and self.key else ""
+            raise Misuse(f"{option} {path}{also} cannot be read: {error.strerror}") from error
         return lambda sock, host: context.wrap_socket(sock, server_hostname=self.name or host)
 
 

@@ -436,8 +436,14 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
         ("--tls-ca ca.pem", "came to no TLS connection: TLSV13_ALERT_CERTIFICATE_REQUIRED"),
         ("--tls-ca ca.pem --tls-cert other-ca.pem --tls-key other-ca.key", "came to no TLS connection: TLSV1_ALERT_"),
         ("--tls-ca ca.pem --tls-cert server.pem --tls-key server.key --tls-name x", "Hostname mismatch"),
-        ("--tls-ca none.pem", "none.pem cannot be used: "),
-        ("--tls-cert server.pem", "server.pem cannot be used: "),
+        ("--tls-ca none.pem", "--tls-ca none.pem cannot be read: No such file or directory"),
+        ("--tls-ca server.key", "server.key cannot be used: it must hold a certificate in PEM"),
+        (
+            "--tls-cert server.pem",
+            "server.pem cannot be used: it must hold a certificate in PEM, its key with it or in",
+        ),
+        ("--tls-cert server.pem --tls-key ca.key", "server.pem cannot be used: "),
+        ("--tls-cert server.pem --tls-key none.pem", "server.pem or --tls-key none.pem cannot be read: No such file"),
         ("--tls-key server.key", "--tls-key is that of a certificate: give --tls-cert too"),
     ],
 )
@@ -446,7 +452,7 @@ def test_ask_says_why_it_has_no_answer_by_tls(mutual: Running, pems: Path, given
     done = gserver("ask", "--server", f"127.0.0.1:{mutual.port}", *words)
     assert done.stdout == ""
     assert done.returncode == (1 if "no server answered" in done.stderr else 2)
-    assert told.replace("none.pem", str(pems / "none.pem")) in done.stderr.replace(f"{pems}/server.pem", "server.pem")
+    assert told in done.stderr.replace(f"{pems}/", "")
     assert done.stderr.count("\n") == 1
 
 
