@@ -44,6 +44,7 @@ def unit(name: str) -> dict[str, dict[str, str]]:
 
 #: Of systemctl, groupadd, docker and kubectl.
 FLAGS_OF_OTHERS = {"--now", "--kill-who", "--signal", "--file", "--tag", "--rm", "--read-only", "--publish"}
+FLAGS_OF_OTHERS |= {"--cert", "--key"}
 FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--from-literal"}
 
 
@@ -364,12 +365,38 @@ def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(
 # Kubernetes.
 
 
-def test_the_manifest_fits_the_schemas_of_kubernetes() -> None:
+def uncommented(lines: str) -> str:
+    """YAML with what is commented out in it: lines that begin with a # and no blank."""
+    return re.sub(r"(?m)^( *)#(?=[^ #])(.*(?:\n\1#  .*)*)", lambda found: found[0].replace("#", ""), lines)
+
+
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_the_manifest_fits_the_schemas_of_kubernetes(has_tls: bool, tmp_path: Path) -> None:
     package("kubernetes_validate")
-    validate = [sys.executable, "-m", "kubernetes_validate", "--strict", str(DEPLOY / "kubernetes/gserver.yaml")]
+    text = (DEPLOY / "kubernetes/gserver.yaml").read_text()
+    (tmp_path / "gserver.yaml").write_text(uncommented(text) if has_tls else text)
+    validate = [sys.executable, "-m", "kubernetes_validate", "--strict", str(tmp_path / "gserver.yaml")]
     done = subprocess.run(validate, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count(" passed ") == len(manifests())
+
+
+def test_with_tls_the_manifest_mounts_what_the_server_reads() -> None:
+    text = uncommented((DEPLOY / "kubernetes/gserver.yaml").read_text())
+    pod = next(package("yaml").safe_load_all(text))["spec"]["template"]["spec"]
+    [container], [volume] = pod["containers"], pod["volumes"]
+    [mount] = container["volumeMounts"]
+    named = {each["name"]: each["value"] for each in container["env"] if each["name"].startswith("GSERVER_TLS")}
+    # A Secret of type kubernetes.io/tls has these two keys.
+    assert named == {
+        f"GSERVER_TLS_{name}": f"{mount['mountPath']}/tls.{end}" for name, end in (("CERT", "crt"), ("KEY", "key"))
+    }
+    assert mount["name"] == volume["name"]
+    assert f"secret tls {volume['secret']['secretName']} " in text
+    assert (volume["secret"]["defaultMode"], pod["securityContext"]["fsGroup"]) == (
+        0o440,
+        pod["securityContext"]["runAsUser"],
+    )
 
 
 def test_what_belongs_together_in_the_manifest_goes_by_the_same_names() -> None:
