@@ -120,9 +120,9 @@ def test_every_alert_has_a_section_of_the_runbook_and_the_other_way_round() -> N
 
 
 def test_the_runbook_names_events_options_and_sections_that_there_are() -> None:
-    events = set(re.findall(r"`((?:server|worker|agent|process|client|command|cluster)\.\w+)`", RUNBOOK))
+    events = set(re.findall(r"`((?:server|worker|agent|process|client|command|cluster|tls)\.\w+)`", RUNBOOK))
     assert events - {"process.exit_code"} <= set(rows("Logs"))
-    options = {flag(name) for name in OPTIONS} | {"--server", "--latency"}
+    options = {flag(name) for name in OPTIONS} | {"--server", "--latency", "--cacert"}
     assert set(re.findall(r"(?<!\w)--[a-z-]+", RUNBOOK)) <= options
     anchors = {name.lower() for name in ALERTS}
     assert set(re.findall(r"\]\(#([^)]+)\)", RUNBOOK)) <= anchors
