@@ -248,6 +248,10 @@ def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload
         put(pems[1], "-m", "640", "-g", "adm")
         reload()
         assert is_served(pems[1])
+        put("no certificate", "-m", "640", "-g", "adm")
+        machine.run("systemctl", "reload", "gserver.service")
+        until(lambda: machine.events("server.reload_failed"), "only the log says that it has failed")
+        assert is_served(pems[1])
 
 
 # A container.
