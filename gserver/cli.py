@@ -80,7 +80,7 @@ def gserver() -> None:
     """A small TCP service: a client sends the line WHO, WHERE or WHY and gets a line back.
 
     WHO is the number of clients connected, WHERE the id of the server, WHY is 42. Without a command,
-    `serve` runs. Every option has a variable too: --max-clients is GSERVER_MAX_CLIENTS.
+    `serve` runs, whose options have variables too: GSERVER_MAX_CLIENTS is --max-clients.
     """
 
 

@@ -45,6 +45,7 @@ exec unshare --cgroup sh -euc '
 mount -t tmpfs tmpfs /run
 mkdir /run/systemd
 mount -t cgroup2 none /sys/fs/cgroup
+mount --make-rshared /  # As a host has it: by that credentials are handed over.
 exec env -i container=lxc PATH=/usr/sbin:/usr/bin:/sbin:/bin "SYSTEMD_UNIT_PATH=$1/units" \\
     '"$6"' --system --unit=basic.target --log-target=console --show-status=0' sh "$folder"
 """

@@ -6,12 +6,17 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
+from gserver.config import Config
 from tests.redises import Redis, free_port
 from tests.running import LIMIT, ROOT, Client, Running, program, until
+from tests.test_docs import section
 
 CONFIG = ROOT / "deploy/haproxy/haproxy.cfg"
 #: As the configuration says that it has to be.
@@ -90,7 +95,8 @@ class Load:
 class Front(ExitStack[None]):
     """HAProxy with the shipped configuration, at other ports, before servers."""
 
-    def __init__(self, folder: Path, servers: list[Running]) -> None:
+    def __init__(self, folder: Path, servers: list[Running], **settings: list[str]) -> None:
+        """`settings` are of the servers' lines: a value for each server."""
         super().__init__()
         self.port = free_port()
         text = CONFIG.read_text().replace("bind 127.0.0.1:4242", f"bind 127.0.0.1:{self.port}")
@@ -100,7 +106,8 @@ class Front(ExitStack[None]):
         for number, server in enumerate(servers, 1):
             old = f"server gs{number} 10.0.0.{number}:4242"
             assert old in text
-            text = text.replace(old, f"server gs{number} 127.0.0.1:{server.port} port {server.admin_port()}")
+            own = "".join(f" {name} {values[number - 1]}" for name, values in settings.items())
+            text = text.replace(old, f"server gs{number} 127.0.0.1:{server.port} port {server.admin_port()}{own}")
         self._socket = folder / "haproxy.sock"
         (folder / "haproxy.cfg").write_text(text)
         self.process = subprocess.Popen(
@@ -149,6 +156,46 @@ def test_the_configuration_is_one() -> None:
     done = subprocess.run([program("haproxy"), "-c", "-f", str(CONFIG)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower()
+
+
+def test_the_configuration_is_as_the_page_says() -> None:
+    text, page = CONFIG.read_text(), section("Behind HAProxy")
+    for pattern, said in {
+        r"balance leastconn": "least connections",
+        r"hard-stop-after (\d+)s": "connections go on for up to {} s (`hard-stop-after`)",
+        r"timeout client (\d+)h\n +timeout server \1h": "silent for {} h",
+        r"tcp-ut (\d+)s": "vanishes end after {} s",
+        r"timeout queue (\d+)s": "waits for a place for {} s",
+    }.items():
+        found = re.search(rf"^ +(?:default-server .*)?{pattern}$", text, re.M)
+        assert found, pattern
+        assert said.format(*found.groups()) in page, pattern
+    # HAProxy hears of the end of a connection before the server has counted it out, so it needs a margin.
+    [most] = re.findall(r"default-server .*maxconn (\d+)", text)
+    assert 0.95 * Config().max_clients < int(most) < Config().max_clients
+
+
+def test_no_client_is_turned_away_while_others_have_room_and_one_too_many_waits(tmp_path: Path) -> None:
+    sizes = [5, 20, 20]
+    with ExitStack() as stack:
+        common = ["--admin-port", "0", "--max-clients"]
+        servers = [
+            stack.enter_context(Running("--server-id", f"server-{number}", *common, str(size)))
+            for number, size in enumerate(sizes, 1)
+        ]
+        margin = [str(size - 1) for size in sizes]
+        front = stack.enter_context(Front(tmp_path, servers, maxconn=margin))
+        clients = [stack.enter_context(Client(front.port)) for _ in range(sum(map(int, margin)))]
+        served = Counter(client.ask(b"WHERE").decode() for client in clients)
+        assert served == {f"server-{number}": size - 1 for number, size in enumerate(sizes, 1)}
+        with Client(front.port) as late:
+            late.send(b"WHY\n")
+            late.sock.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                late.line()
+            late.sock.settimeout(LIMIT)
+            clients[0].sock.close()
+            assert late.line() == b"42\n"
 
 
 def test_servers_drain_and_die_under_load_and_every_request_is_answered(tmp_path: Path) -> None:

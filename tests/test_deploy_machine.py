@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -22,7 +23,7 @@ import pytest
 
 from gserver.config import OPTIONS, environment_names, flag
 from tests.booted import UNITS, Booted
-from tests.redises import free_port
+from tests.redises import free_port, make_certificates
 from tests.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
 
 DEPLOY = ROOT / "deploy"
@@ -41,9 +42,10 @@ def unit(name: str) -> dict[str, dict[str, str]]:
     return found
 
 
-#: Of systemctl, docker and kubectl.
+#: Of systemctl, groupadd, docker and kubectl.
 FLAGS_OF_OTHERS = {"--now", "--kill-who", "--signal", "--file", "--tag", "--rm", "--read-only", "--publish"}
-FLAGS_OF_OTHERS |= {"--interval", "--timeout", "--start-period", "--from-literal"}
+FLAGS_OF_OTHERS |= {"--cert", "--key"}
+FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--from-literal"}
 
 
 def package(name: str) -> Any:
@@ -194,6 +196,64 @@ def test_under_systemd_a_lame_duck_serves_on_and_its_socket_loses_nobody(tmp_pat
         assert len(machine.events("server.stopped")) == 1
 
 
+def commented(*beginnings: str) -> str:
+    """Lines of the unit that are comments there, as a drop-in."""
+    lines = [line[1:] for line in (UNITS / "gserver.service").read_text().splitlines() if line.startswith("#")]
+    found = [line for line in lines if line.startswith(beginnings)]
+    assert len(found) == len(beginnings)
+    return "\n".join(["[Service]", *found])
+
+
+def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload_reads_again(tmp_path: Path) -> None:
+    port = free_port()
+    pems = []
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        make_certificates(tmp_path / name)
+        pems.append("".join((tmp_path / name / f"server.{part}").read_text() for part in ("pem", "key")))
+
+    def is_served(pem: str) -> bool:
+        return pem.startswith(ssl.get_server_certificate(("127.0.0.1", port), timeout=LIMIT))
+
+    with Booted(tmp_path, {"GSERVER_PORT": str(port), "GSERVER_DRAIN_DELAY": "0"}) as machine:
+
+        def put(pem: str, *options: str) -> None:
+            """As root, where DynamicUser= and PrivateTmp= let the service see it if the file's mode does."""
+            (tmp_path / "pem").write_text(pem)
+            machine.run("install", *options, str(tmp_path / "pem"), "/opt/gserver.pem")
+
+        def start_with(lines: str) -> None:
+            lines = lines.replace("/etc/ssl/gserver.pem", "/opt/gserver.pem").replace("=gserver-tls", "=adm")
+            (tmp_path / "units/gserver.service.d/tls.conf").write_text(lines)
+            machine.run("systemctl", "daemon-reload")
+            machine.run("systemctl", "restart", "gserver.service")
+
+        def reload() -> None:
+            before = len(machine.events("server.reloaded"))
+            machine.run("systemctl", "reload", "gserver.service")
+            until(lambda: len(machine.events("server.reloaded")) > before, "it has reloaded")
+
+        put(pems[0], "-m", "600")
+        start_with(commented("LoadCredential=", "Environment=GSERVER_TLS_CERT=%d/"))
+        assert is_served(pems[0])
+        put(pems[1], "-m", "600")
+        reload()
+        assert is_served(pems[0]), "what systemd has copied stays until the next start"
+        machine.run("systemctl", "restart", "gserver.service")
+        assert is_served(pems[1])
+
+        put(pems[0], "-m", "640", "-g", "adm")
+        start_with(commented("SupplementaryGroups=", "Environment=GSERVER_TLS_CERT=/"))
+        assert is_served(pems[0])
+        put(pems[1], "-m", "640", "-g", "adm")
+        reload()
+        assert is_served(pems[1])
+        put("no certificate", "-m", "640", "-g", "adm")
+        machine.run("systemctl", "reload", "gserver.service")
+        until(lambda: machine.events("server.reload_failed"), "only the log says that it has failed")
+        assert is_served(pems[1])
+
+
 # A container.
 
 
@@ -309,12 +369,38 @@ def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(
 # Kubernetes.
 
 
-def test_the_manifest_fits_the_schemas_of_kubernetes() -> None:
+def uncommented(lines: str) -> str:
+    """YAML with what is commented out in it: lines that begin with a # and no blank."""
+    return re.sub(r"(?m)^( *)#(?=[^ #])(.*(?:\n\1#  .*)*)", lambda found: found[0].replace("#", ""), lines)
+
+
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_the_manifest_fits_the_schemas_of_kubernetes(has_tls: bool, tmp_path: Path) -> None:
     package("kubernetes_validate")
-    validate = [sys.executable, "-m", "kubernetes_validate", "--strict", str(DEPLOY / "kubernetes/gserver.yaml")]
+    text = (DEPLOY / "kubernetes/gserver.yaml").read_text()
+    (tmp_path / "gserver.yaml").write_text(uncommented(text) if has_tls else text)
+    validate = [sys.executable, "-m", "kubernetes_validate", "--strict", str(tmp_path / "gserver.yaml")]
     done = subprocess.run(validate, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count(" passed ") == len(manifests())
+
+
+def test_with_tls_the_manifest_mounts_what_the_server_reads() -> None:
+    text = uncommented((DEPLOY / "kubernetes/gserver.yaml").read_text())
+    pod = next(package("yaml").safe_load_all(text))["spec"]["template"]["spec"]
+    [container], [volume] = pod["containers"], pod["volumes"]
+    [mount] = container["volumeMounts"]
+    named = {each["name"]: each["value"] for each in container["env"] if each["name"].startswith("GSERVER_TLS")}
+    # A Secret of type kubernetes.io/tls has these two keys.
+    assert named == {
+        f"GSERVER_TLS_{name}": f"{mount['mountPath']}/tls.{end}" for name, end in (("CERT", "crt"), ("KEY", "key"))
+    }
+    assert mount["name"] == volume["name"]
+    assert f"secret tls {volume['secret']['secretName']} " in text
+    assert (volume["secret"]["defaultMode"], pod["securityContext"]["fsGroup"]) == (
+        0o440,
+        pod["securityContext"]["runAsUser"],
+    )
 
 
 def test_what_belongs_together_in_the_manifest_goes_by_the_same_names() -> None:

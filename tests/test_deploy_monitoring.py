@@ -22,6 +22,7 @@ import pytest
 from gserver.config import OPTIONS, flag
 from tests.redises import Redis, free_port, make_certificates
 from tests.running import LIMIT, ROOT, Running, program, until
+from tests.test_deploy_machine import package
 from tests.test_docs import rows
 from tests.test_tls import TlsClient, trust
 
@@ -78,6 +79,18 @@ def test_promtool_finds_no_fault_with_the_configuration_and_the_rules(tmp_path: 
     promtool("check", "rules", "--lint=all", "--lint-fatal", FILES / "gserver.rules.yml")
 
 
+def test_the_discoveries_that_are_commented_out_are_valid_in_place_of_the_targets(tmp_path: Path) -> None:
+    config = configuration(tmp_path, [])
+    begin, end = config.read_text().split("    static_configs:\n")
+    found = dict(re.findall(r"(?m)^    # (\w+_configs):((?: .*)?(?:\n    #   - .*)*)$", end))
+    assert list(found) == [f"{name}_configs" for name in ("file_sd", "dns_sd", "kubernetes_sd", "relabel")]
+    [kubernetes] = package("yaml").safe_load(found.pop("kubernetes_sd_configs").replace("#", ""))
+    assert kubernetes["role"] == "pod"  # More is not checked: Debian's Prometheus knows no Kubernetes.
+    lines = "".join(f"    {name}:{value}\n".replace("    #   - ", "      - ") for name, value in found.items())
+    config.write_text(begin + lines)
+    promtool("check", "config", config)
+
+
 def test_the_unit_tests_of_the_rules_pass() -> None:
     promtool("test", "rules", *UNIT_TESTS)
 
@@ -107,9 +120,9 @@ def test_every_alert_has_a_section_of_the_runbook_and_the_other_way_round() -> N
 
 
 def test_the_runbook_names_events_options_and_sections_that_there_are() -> None:
-    events = set(re.findall(r"`((?:server|worker|agent|process|client|command|cluster)\.\w+)`", RUNBOOK))
+    events = set(re.findall(r"`((?:server|worker|agent|process|client|command|cluster|tls)\.\w+)`", RUNBOOK))
     assert events - {"process.exit_code"} <= set(rows("Logs"))
-    options = {flag(name) for name in OPTIONS} | {"--server", "--latency"}
+    options = {flag(name) for name in OPTIONS} | {"--server", "--latency", "--cacert"}
     assert set(re.findall(r"(?<!\w)--[a-z-]+", RUNBOOK)) <= options
     anchors = {name.lower() for name in ALERTS}
     assert set(re.findall(r"\]\(#([^)]+)\)", RUNBOOK)) <= anchors

@@ -247,6 +247,36 @@ def test_a_python_with_other_versions_of_the_packages_is_not_used(tools: Path, t
     assert done.stderr == f"gserver: cannot write to {root}, and no Python with the packages was found\n"
 
 
+def test_a_virtualenv_whose_python_this_user_cannot_execute_is_told_of_in_one_line(tools: Path, tmp_path: Path) -> None:
+    """As when it was made with a Python in somebody's home. It is told without any other Python too."""
+    root = _copy(tmp_path / "copy")
+    python = root / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(tmp_path / "home/of/another/python3")
+    (root / ".venv.lock").mkdir()
+    for path in ((tools,), (OWN_BIN, tools)):
+        done = _run(root / "bin/gserver", env=_clean(*path))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            f"gserver: this user cannot execute {python}: as the owner of {root}, remove .venv, and run bin/setup with"
+            " a Python that all may execute: PATH=/usr/bin:/bin bin/setup\n"
+        )
+
+
+def test_packages_that_this_user_cannot_renew_are_told_of_in_one_line(another: Path, tools: Path) -> None:
+    (another / ".venv.lock").unlink()
+    (another / ".venv.lock").mkdir()
+    for options, name in (([], "requirements.txt"), (["--dev"], "requirements-dev.txt")):
+        with (another / name).open("a") as file:
+            file.write("honcho==2.0.0\n")
+        done = _run(another / "bin/setup", *options, env=_clean(tools))
+        assert (done.returncode, done.stdout) == (1, "")
+        again = " ".join(["bin/setup", *options])
+        venv = another / ".venv"
+        told = f"the packages in {venv} are not those of {name}: run {again} again as the owner of {another}"
+        assert done.stderr == f"gserver: {told}\n"
+
+
 def test_without_a_python_one_line_says_what_to_do(copy: Path, tools: Path) -> None:
     for name in ("bin/setup", "bin/gserver"):
         done = _run(copy / name, env=_clean(tools))
@@ -349,6 +379,13 @@ def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(another: Path
     (another / "requirements.txt").write_text(pins)
     done = _run(another / "bin/setup", env=_clean(bare, tools))
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "gserver: installed")
+
+
+def test_a_set_up_for_the_tests_that_fails_leaves_the_server_its_own(another: Path, bare: Path, tools: Path) -> None:
+    (another / "requirements-dev.txt").write_text("-r requirements.txt\nhoncho==2.0.0\n")
+    assert _run(another / "bin/setup", "--dev", env=_clean(bare, tools, **NO_PACKAGES)).returncode == 1
+    done = _run(another / "bin/setup", env=_clean(tools))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{another}/.venv/bin/python\n", "")
 
 
 def test_two_that_start_at_once_on_a_fresh_clone_both_serve(bare: Path, tools: Path, tmp_path: Path) -> None:
