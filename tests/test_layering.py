@@ -23,7 +23,7 @@ LADDER = [
 #: Who may know gevent; all others are ordinary Python.
 GEVENT = {"__main__", "worker", "agent", "dispatcher", "conversation", "cluster", "receiver", "admin", "tls", "roster"}
 MAX_MODULE_LINES = 250
-MAX_PACKAGE_LINES = 5000
+MAX_PACKAGE_LINES = 5130
 
 MODULES = {path.stem: path for path in sorted((ROOT / "gserver").glob("*.py"))}
 
