@@ -11,10 +11,11 @@ import hmac
 import io
 import json
 import logging
+import re
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gevent
 from gevent.pool import Pool
@@ -27,7 +28,8 @@ from gserver.config import Config, is_loopback
 from gserver.metrics import BoardCollector
 from gserver.status import state, status
 
-MAX_CONNECTIONS = 32
+#: That wait for their client at a time; for one more, the oldest is cut off. As many may be having their answer made.
+MAX_WAITING = 32
 MAX_REQUEST_BYTES = 16_384
 REQUEST_SECONDS = 5.0
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
@@ -48,7 +50,7 @@ def serve(config: Config, board: Board, listener: socket.socket) -> None:
     WSGIServer(
         listener,
         _Admin(config, board).respond,
-        spawn=Pool(MAX_CONNECTIONS),
+        spawn=Pool(2 * MAX_WAITING),
         handler_class=_Handler,
         log=None,
         error_log=_Log(),
@@ -98,7 +100,7 @@ class _Admin:
         if path not in self._routes:
             return "404 Not Found", TEXT, b"there is: " + ", ".join(self._routes).encode() + b"\n"
         if path not in ("/livez", "/readyz"):  # Balancers cannot carry secrets, and a word tells little.
-            if not self._may_read(environ):
+            if self._config.admin_token and not self._may_read(environ):
                 return "401 Unauthorized", TEXT, b"the --admin-token is wanted, as Bearer or as a password\n"
             if not self._config.admin_token and not _is_local(environ.get("HTTP_HOST", "")):
                 # A page somewhere could have its own name resolve to this machine, and read what is here.
@@ -134,26 +136,47 @@ class _Admin:
 
 def _is_local(host: str) -> bool:
     """Whether a Host header holds an address or localhost: no name that a stranger may define."""
-    name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-    return is_loopback(name)
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]*)\]|([^][:]*))(?::\d*)?", host)
+    return found is not None and is_loopback(found[1] or found[2] or "")
 
 
 class _Handler(WSGIHandler):
     """A connection of one request, all of which has a deadline and a limit."""
 
+    #: The sockets of those that wait for their client, to say or to take in what it may; the oldest first.
+    _waiting: ClassVar[dict[socket.socket, None]] = {}
+
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
         super().__init__(sock, address, server)
+        self._sock = sock
         self.rfile.close()
         self.rfile = io.BufferedReader(_Limited(sock))
 
     def handle(self) -> None:
         # Cut off, rather than interrupted: whatever it waits for, it finds that the client has ended.
-        cut = gevent.spawn_later(REQUEST_SECONDS, _cut_off, self.socket)
+        cut = gevent.spawn_later(REQUEST_SECONDS, _cut_off, self._sock)
+        self._wait()
         try:
             with contextlib.suppress(OSError):  # It has gone.
                 super().handle()
         finally:
             cut.kill()
+            self._waiting.pop(self._sock, None)
+
+    def get_environ(self) -> dict[str, Any]:
+        self._waiting.pop(self._sock, None)  # The request is there.
+        return dict(super().get_environ())
+
+    def process_result(self) -> None:
+        self._wait()
+        super().process_result()
+
+    def _wait(self) -> None:
+        self._waiting[self._sock] = None
+        if len(self._waiting) > MAX_WAITING:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            _cut_off(oldest)
 
 
 def _cut_off(sock: socket.socket) -> None:

@@ -94,7 +94,7 @@ def is_loopback(host: str) -> bool:
     """Return whether an address, or the name `localhost`, is reached from this machine alone."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+    return host.lower() == "localhost"
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,20 +48,20 @@ class Roster:
         """Return `servers` (None: not known), those that are late first; how many are `left_out`; `age_seconds` of it.
 
         `trouble` is the kind of the error when Redis could not be read, of BEAT_ERRORS. Each server has an `id`,
-        `clients` and `silent_seconds` (None where Redis holds no such number), `is_late` and `is_this`.
+        `clients` and `silent_seconds`, until now (None where Redis holds no such number), `is_this`, and `is_late`:
+        it was when Redis was read.
         """
         if not self._reading and monotonic() >= self._began_at + READ_SECONDS:
             self._began_at = monotonic()
             self._reading = gevent.spawn(self._read)
         if self._reading:
             self._reading.join(max(0.0, self._began_at + WAIT_SECONDS - monotonic()))
-        is_known = self._servers is not None
-        return {
-            "servers": self._servers,
-            "left_out": self._left_out,
-            "age_seconds": round(monotonic() - self._known_at, 3) if is_known else None,
-            "trouble": self._trouble,
-        }
+        known = {"left_out": self._left_out, "trouble": self._trouble}
+        if self._servers is None:
+            return {"servers": None, "age_seconds": None, **known}
+        age = round(monotonic() - self._known_at, 3)
+        servers = [one | {"silent_seconds": _later(one["silent_seconds"], age)} for one in self._servers]
+        return {"servers": servers, "age_seconds": age, **known}
 
     def _read(self) -> None:
         began = monotonic()
@@ -106,3 +106,7 @@ class Roster:
 def _number(pattern: bytes, text: bytes) -> int | None:
     found = re.fullmatch(pattern, text)
     return int(found[1]) if found else None
+
+
+def _later(seconds: float | None, more: float) -> float | None:
+    return None if seconds is None else round(seconds + more, 3)

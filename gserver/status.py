@@ -8,9 +8,6 @@ from gserver.board import Board
 from gserver.config import Config
 from gserver.protocol import REFUSALS
 
-#: In the order in which a server goes through them.
-STATES = ("starting", "ready", "draining")
-
 
 def state(board: Board) -> str:
     """Whether the server is `ready`: it takes new clients; and what it is if not. Redis has no part in it."""
@@ -58,7 +55,7 @@ def status(config: Config, board: Board, roster: dict[str, Any] | None = None) -
 
 
 def _workers(board: Board, now: int) -> list[dict[str, Any]]:
-    names = ("pid", "begun", "heartbeat", "clients", "accepted", "bursts")
+    names = ("pid", "begun", "heartbeat", "clients", "bursts")
     rows = enumerate(zip(*(board.column(name) for name in names), strict=True))
     return [
         {
@@ -67,10 +64,9 @@ def _workers(board: Board, now: int) -> list[dict[str, Any]]:
             "age_seconds": _seconds(now - begun),
             "silent_seconds": _seconds(now - max(begun, heartbeat)),
             "clients": clients,
-            "accepted": accepted,
-            "bursts": bursts,
+            "bursts": bursts,  # of all that have had this slot
         }
-        for slot, (pid, begun, heartbeat, clients, accepted, bursts) in rows
+        for slot, (pid, begun, heartbeat, clients, bursts) in rows
         if pid
     ]
 

@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import select
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gserver.admin import MAX_WAITING
 from tests.running import LIMIT, PATIENCE, Running, gserver, program, stopped, until
 
 TOKEN = "not-a-secret"
@@ -196,10 +198,17 @@ def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
 
 
 def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running) -> None:
-    for name in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "localhost.evil"):
+    evil = ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1].evil.example", "[::1]evil:80")
+    for name in (*evil, "[localhost]", "", "[", "]", "[]", "localhost.evil", "localhost:80.evil"):
         assert get(here, "/status.json", Host=name)[0] in (400, 403), name
-    for name in ("127.0.0.1", "localhost:1", "[::1]:80", "127.8.8.8"):
+    for name in ("127.0.0.1", "localhost:1", "LOCALHOST", "LocalHost:80", "[::1]", "[::1]:80", "127.8.8.8"):
         assert get(here, "/status.json", Host=name)[0] == 200, name
+
+
+def test_a_server_without_a_token_ignores_one_but_not_the_name_by_which_it_is_asked(here: Running) -> None:
+    for value in (f"Bearer {TOKEN}", "Basic !", ""):
+        assert get(here, "/status.json", Authorization=value)[0] == 200
+        assert get(here, "/status.json", Authorization=value, Host="evil.example")[0] == 403
 
 
 def test_a_busy_admin_port_is_told_in_one_line() -> None:
@@ -257,18 +266,40 @@ def test_rubbish_and_too_much_end_the_connection(here: Running, sent: bytes) -> 
     assert not here.events("process.error")
 
 
-def test_a_crowd_of_silent_connections_holds_up_neither_clients_nor_for_long_the_port(here: Running) -> None:
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /livez HTTP/1.1\r\nX: y", b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nx"]
+)
+def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_the_port(
+    here: Running, sent: bytes
+) -> None:
     with ExitStack() as stack:
-        for _ in range(100):
-            stack.enter_context(dial(here))
+        crowd = []
+        for _ in range(90):
+            crowd.append(stack.enter_context(dial(here)))
+            crowd[-1].sendall(sent)
+        began = time.monotonic()
+        for _ in range(5):
+            assert get(here, "/livez")[0] == get(here, "/readyz")[0] == get(here, "/metrics")[0] == 200
         with here.client() as client:
-            began = time.monotonic()
             for _ in range(100):
                 assert client.ask(b"WHY") == b"42"
-            assert time.monotonic() - began < PATIENCE
-        assert get(here, "/livez")[0] == 200
-    assert here.agents()
+        assert time.monotonic() - began < PATIENCE
+        still = [sock for sock in crowd if not select.select([sock], [], [], 0)[0]]
+        assert len(still) == (0 if sent.startswith(b"POST") else MAX_WAITING - 1), "the latest wait on"
+        assert still == crowd[len(crowd) - len(still) :] or not still
     assert not here.events("agent.died")
+
+
+def test_no_answer_is_cut_off_while_it_is_made() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"  # Each answer waits for it, for a moment.
+        server = stack.enter_context(Running("--admin-port", "0", "--redis-url", url))
+        server.wait_for("agent.ready")
+        crowd = []
+        for _ in range(2 * MAX_WAITING - 4):
+            crowd.append(stack.enter_context(dial(server)))
+            crowd[-1].sendall(b"GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert [sock.recv(12) for sock in crowd] == [b"HTTP/1.1 200"] * len(crowd)
 
 
 def test_the_time_that_a_client_takes_to_read_is_not_the_services(tmp_path: Path) -> None:

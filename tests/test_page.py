@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -52,6 +53,10 @@ def test_it_shows_the_real_numbers_and_follows_changes(window: Browser) -> None:
         until(has_rate, "the page shows a rate")
         pids = {str(worker.pid) for worker in server.workers()}
         assert {line.split()[0] for line in window.text("workers").splitlines()} == pids
+        heads = window.run("return [...document.querySelectorAll('th[scope=col]')].map(head => head.innerText)")
+        assert heads[-5:] == ["process", "age", "clients", "bursts a second", "last sign of life"]
+        widths = "return [...document.querySelectorAll('#workers tr')].map(row => row.cells.length)"
+        assert set(window.run(widths)) == {5}
         server.workers()[0].kill()
         server.wait_for("worker.ready", 3)
         until(lambda: "1 restarted" in window.text("workers-title"), "the page has noticed the restart")
@@ -65,14 +70,56 @@ def test_it_says_for_how_long_the_certificate_is_valid(window: Browser, tmp_path
     files = ["--tls-cert", str(tmp_path / "server.pem"), "--tls-key", str(tmp_path / "server.key")]
     with Running("--admin-port", "0", *files) as server:
         window.open(page(server))
-        until(lambda: "TLS, certificate valid for 1 d" in window.text("side"), "it is there")
-        assert window.run("return document.getElementById('side').className") == "side bad"
-        assert window.complaints() == []
+        until(lambda: "TLS, certificate valid for 1 d" in window.text("tls"), "it is there")
+        assert colour(window, "tls") == colour(window, "alarm", "backgroundColor"), "there is little time left"
+        assert colour(window, "side") != colour(window, "tls")
+        (tmp_path / "server.key").unlink()
+        server.send_signal(signal.SIGHUP)
+        until(lambda: window.text("workers-title").endswith("0 reloads, 1 given up"), "the reload could not be")
+        assert not [said for said in window.complaints() if page(server) in said]
     with Running("--admin-port", "0") as server:
         window.open(page(server))
         until(lambda: "up" in window.text("side"), "it is there")
-        assert "TLS" not in window.text("side")
-        assert window.run("return document.getElementById('side').className") == "side"
+        assert window.text("tls") == ""
+
+
+def colour(window: Browser, element: str, kind: str = "color") -> str:
+    """As it is shown."""
+    return str(window.run(f"return getComputedStyle(document.getElementById('{element}')).{kind}"))
+
+
+def test_it_says_how_long_a_certificate_is_valid_as_status_does_and_is_red_only_when_that_is_little(
+    window: Browser,
+) -> None:
+    with Running("--admin-port", "0") as server:
+        window.open(page(server))
+        until(lambda: window.text("state") == "ready", "it is there")
+        for days, words, is_red in (
+            (4.99, "valid for 4 d", True),
+            (14.1, "valid for 14 d", False),
+            (-1, "expired", True),
+        ):
+            status = f"{{...last, server: {{...last.server, tls_expires_at: Date.now() / 1000 + {days * 86400}}}}}"
+            shown = "const tls = document.getElementById('tls'); return [tls.textContent, tls.className]"
+            told = window.run(f"show({status}, last); {shown}")
+            assert told == [f" · TLS, certificate {words}", "bad" if is_red else ""]
+
+
+def test_words_go_with_their_numbers(window: Browser) -> None:
+    with Running("--admin-port", "0") as server:
+        window.open(page(server))
+        until(lambda: window.text("state") == "ready", "it is there")
+        for count, words in ((0, "0 reloads"), (1, "1 reload"), (2000, "2,000 reloads")):
+            script = f"show({{...last, workers: {{...last.workers, reloads: {count}}}}}, last)"
+            told = window.run(f"{script}; return document.getElementById('workers-title').textContent")
+            assert told == f"Workers: 1 of 1 accepting, 0 restarted, {words}"
+
+
+@pytest.mark.parametrize("path", ["", "?x=y", "#z"])
+def test_it_works_when_the_token_is_in_its_address(window: Browser, path: str) -> None:
+    with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": "s3cret"}) as server:
+        window.open(page(server).replace("://", "://x:s3cret@") + path)
+        until(lambda: window.text("state") == "ready", "the page has the status")
 
 
 def test_it_says_when_the_server_goes_away_and_when_it_is_back(window: Browser) -> None:
@@ -83,7 +130,8 @@ def test_it_says_when_the_server_goes_away_and_when_it_is_back(window: Browser) 
         until(lambda: window.text("state") == "ready", "it is there")
     until(lambda: window.text("state") == "away", "the page has noticed")
     assert window.run("return document.getElementById('alarm').hidden") is False
-    assert "No answer from the server since" in window.text("alarm")
+    said = r"No answer from the server since [0-9:]+ \(Failed to fetch\)\. What you see is what it said last\."
+    assert re.fullmatch(said, window.text("alarm"))
     with Running("--admin-port", str(port)) as server:
         server.wait_for("agent.ready")
         until(lambda: window.text("state") == "ready", "it is back")
@@ -120,7 +168,7 @@ def test_it_lists_the_servers_of_the_cluster_and_follows_them(window: Browser, s
         until(lambda: [row[:2] for row in cells(window)] == both, "the page has the other's client")
         assert window.run("return document.querySelectorAll('img').length") == 0
         assert window.run("return document.querySelector('#servers th').scope") == "row"
-        assert all(re.match(r"\d\.\d s ago", row[2]) for row in cells(window))
+        assert all(re.match(r"[0-2]\.\d s ago", row[2]) for row in cells(window))
         assert window.text("servers-note") == ""
         window.resize(320, 900)
         assert window.run("return document.documentElement.scrollWidth") <= 320

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,13 +15,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from gserver.admin_client import Watched
 from gserver.board import Board
 from gserver.config import Config
-from gserver.errors import Misuse
 from gserver.status import status as describe
-from gserver.top import Watched, screens, watch
+from gserver.top import line, screens
 from tests.redises import Redis
-from tests.running import GSERVER, LIMIT, Running, environment, gserver, until
+from tests.running import GSERVER, LIMIT, PATIENCE, Running, environment, gserver, until
 from tests.test_cluster import cluster
 
 NOBODY = "127.0.0.1:1"
@@ -41,8 +42,11 @@ def address(server: Running) -> str:
 def test_status_is_0_when_all_are_ready_and_1_when_not(here: Running) -> None:
     done = gserver("status", "--admin", address(here))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "here" in done.stdout
-    assert "ready" in done.stdout
+    first, row, title = done.stdout.splitlines()[:3]
+    assert first.split()[:3] == ["admin", "port", "state"]
+    assert row.split()[:2] == [address(here), "ready"]
+    assert row.split()[4:6] == ["0", "0"], "it has looked twice: there are rates"
+    assert title.split()[1:3] == [address(here), "here"]
     done = gserver("status", "--admin", address(here), "--admin", NOBODY)
     assert (done.returncode, done.stderr) == (1, "")
     assert "Connection refused" in done.stdout
@@ -61,17 +65,6 @@ def test_status_is_1_for_a_token_that_is_wrong_and_for_something_else_that_liste
     assert gserver("status", "--admin", f"127.0.0.1:{here.port}").returncode == 1
 
 
-@pytest.mark.parametrize(
-    "url", ["", "x", "http://", "https://127.0.0.1:1", "127.0.0.1:x", "127.0.0.1:1/x", "127.0.0.1:99999"]
-)
-def test_what_is_no_admin_port_is_refused_in_one_line(url: str) -> None:
-    with pytest.raises(Misuse, match="is no admin port"):
-        watch([url], "")
-    done = gserver("top", "--once", "--admin", url)
-    assert done.returncode == 2 or url == ""
-    assert len(done.stderr.splitlines()) <= 1
-
-
 def test_top_once_shows_rates_and_json_what_the_server_says(here: Running) -> None:
     with here.client() as client:
         assert client.ask(b"WHY") == b"42"
@@ -82,8 +75,8 @@ def test_top_once_shows_rates_and_json_what_the_server_says(here: Running) -> No
         done = gserver("top", "--once", "--json", "--admin", address(here), "--admin", NOBODY)
         assert done.returncode == 1
         told = json.loads(done.stdout)
-        assert told[f"http://{address(here)}"]["clients"]["now"] == 1
-        assert "refused" in told[f"http://{NOBODY}"]["trouble"]
+        assert told[address(here)]["clients"]["now"] == 1
+        assert told[NOBODY]["trouble"] == "Connection refused"
 
 
 def test_top_in_a_pipe_is_a_plain_line_for_each_look(here: Running) -> None:
@@ -94,11 +87,27 @@ def test_top_in_a_pipe_is_a_plain_line_for_each_look(here: Running) -> None:
     ):
         assert process.stdout
         try:
-            assert process.stdout.readline().startswith("here ready ")
+            assert process.stdout.readline().startswith(f"{address(here)} here ready ")
             assert client.who() == 1
-            assert any(line.startswith("here ready 1 clients ") for line in process.stdout)
+            assert any(line.startswith(f"{address(here)} here ready 1 client ") for line in process.stdout)
         finally:
             process.kill()
+
+
+def test_a_server_that_does_not_answer_holds_up_no_other(here: Running) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        mute = f"127.0.0.1:{silent.getsockname()[1]}"
+        words = [*GSERVER, "top", "--interval", "0.2", "--admin", mute, "--admin", address(here)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment(), text=True) as process:
+            assert process.stdout
+            try:
+                assert process.stdout.readline() == f"{mute} away: no answer yet\n"
+                began, lines = time.monotonic(), [process.stdout.readline() for _ in range(12)]
+                assert time.monotonic() - began < 6 * 0.7 + PATIENCE
+            finally:
+                process.kill()
+    assert all(row.startswith(f"{address(here)} here ready ") for row in lines[::2])
+    assert f"{mute} away: no answer in 2 s\n" in lines
 
 
 def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
@@ -114,6 +123,7 @@ def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
             if select.select([keyboard], [], [], 0.1)[0]:
                 seen += os.read(keyboard, 65536)
         assert b"\x1b[?1049h" in seen  # a screen of its own
+        assert b"Ctrl-C ends it" in seen
         process.send_signal(2)
         assert process.wait(LIMIT) == 1
         while select.select([keyboard], [], [], 0.1)[0]:
@@ -155,41 +165,84 @@ def shown(options: list[str], row: list[str]) -> subprocess.CompletedProcess[str
 
 
 def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
-    server = {"id": "a", "clients": None, "silent_seconds": 2.5, "is_late": True, "is_this": False}
+    server = {"id": "a", "clients": None, "silent_seconds": 102.5, "is_late": True, "is_this": False}
     roster = {"servers": [server], "left_out": 1234, "age_seconds": 100.0, "trouble": "timeout"}
     told = screen(roster)
     assert "102.5 s ago  late" in told
-    assert "1,234 more, which have reported since" in told
-    assert "Redis cannot be read (timeout): this is what it said 2 min ago" in told
-    told = screen(roster | {"age_seconds": 0.5, "trouble": None, "left_out": 0})
+    assert "1,234 more, heard of more recently" in told
+    assert "Redis cannot be read (timeout): this is what it said 1 min ago" in told
+    told = screen(roster | {"age_seconds": 2.4, "trouble": None, "left_out": 0})
     assert "more" not in told
     assert "Redis" not in told
+    assert "Redis has not answered yet: this is what it said 2 s ago" in screen(
+        roster | {"age_seconds": 2.6, "trouble": None}
+    )
     assert "Redis has not answered yet: the servers are not known" in screen(
         {"servers": None, "left_out": 0, "age_seconds": None, "trouble": None}
     )
 
 
-def screen(roster: dict[str, Any]) -> str:
+def test_a_cluster_is_told_of_in_words_that_fit() -> None:
+    def told(servers: int, clients: int) -> tuple[str, str]:
+        board = Board.create(2)
+        for name, value in (("servers", servers), ("remote", clients), ("view", time.monotonic_ns())):
+            board.put(name, value)
+        watched = Watched("x", now=describe(Config(server_id="here", redis_url="redis://x"), board))
+        return shown_of(watched), line(watched)
+
+    for servers, clients, words, brief in (
+        (1, 0, "0 clients of 1 server", "0 clients of 0 in 1 server "),
+        (3, 1, "1 client of 3 servers", "0 clients of 1 in 3 servers "),
+        (2000, 1500, "1,500 clients of 2,000 servers", "0 clients of 1,500 in 2,000 servers "),
+    ):
+        long, short = told(servers, clients)
+        assert f"cluster gserver: {words}, heard of 0.0 s ago" in long
+        assert brief in short
+    assert "cluster gserver: not known yet" in screen(None)
+
+
+def test_for_how_long_a_certificate_is_valid_is_never_said_too_long() -> None:
+    for days, words, is_soon in (
+        (4.99, "4 d", True),
+        (13.99, "13 d", True),
+        (14.01, "14 d", False),
+        (0.5, "12 h", True),
+    ):
+        now = describe(Config(), Board.create(1))
+        now["server"]["tls_expires_at"] = time.time() + days * 86400 + 5
+        told = shown_of(Watched("x", now=now), colours=True)
+        assert f"certificate valid for {words}" in told
+        assert (f"\x1b[31mcertificate valid for {words}" in told) is is_soon
+
+
+def test_of_a_server_that_is_away_no_old_figures_are_shown() -> None:
+    now = describe(Config(server_id="here"), Board.create(1))
+    now["server"]["uptime_seconds"], now["clients"]["now"] = 3 * 86400, 4711
+    assert all(old in shown_of(Watched("x", now=now)) for old in ("4,711", "3 d", "here"))
+    told = shown_of(Watched("x", now=now, trouble="timed out"))
+    assert "x: timed out" in told
+    assert not any(old in told for old in ("4,711", "3 d", "here"))
+
+
+def test_texts_of_a_server_are_no_markup() -> None:
+    now = describe(Config(server_id="[/]", redis_url="redis://x"), Board.create(1))
+    now |= {"commands": {"[/red]": 1}, "errors": {"[link=http://x]y[/link]": 7}}
+    now["cluster"] |= {"name": "[bold]"}
+    now["server"]["state"] = "[blink]"
+    told = shown_of(Watched("[red]", now=now, before=now))
+    assert all(
+        text in told for text in ("[/]", "[/red] -/s", "[link=http://x]y[/link] 7", "[bold]", "[blink]", "[red]")
+    )
+
+
+def screen(roster: dict[str, Any] | None) -> str:
     """What is shown of a server that tells this of its cluster."""
     config = Config(server_id="here", redis_url="redis://x")
-    now = describe(config, Board.create(2), roster)
-    console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(screens([Watched("x", now=now)]))
-    return console.export_text()
+    return shown_of(Watched("x", now=describe(config, Board.create(2), roster)))
 
 
-def status(uptime: float, who: int = 0, server_id: str = "a") -> dict[str, object]:
-    return {"server": {"id": server_id, "state": "ready", "uptime_seconds": uptime}, "commands": {"WHO": who, "WHY": 1}}
-
-
-def test_a_rate_is_by_the_servers_own_clock_and_none_is_made_up() -> None:
-    watched = Watched("x")
-    watched.now = status(10, 100)
-    assert watched.rate("commands") is None
-    watched.before, watched.now = watched.now, status(12, 150)
-    assert watched.rate("commands") == watched.rate("commands", "WHO") == 25
-    assert watched.rate("commands", "WHY") == 0
-    watched.before, watched.now = watched.now, status(1, 0, "another")
-    assert watched.rate("commands") is None
-    watched.before, watched.now = status(12), status(12)
-    assert watched.rate("commands") is None
+def shown_of(watched: Watched, *, colours: bool = False) -> str:
+    """What is shown of one server, on 80 columns."""
+    console = Console(width=80, file=io.StringIO(), record=True, force_terminal=True, color_system="standard")
+    console.print(screens([watched]))
+    return console.export_text(styles=colours)
