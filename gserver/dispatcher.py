@@ -70,16 +70,18 @@ class Dispatcher:
             self._epoll.unregister(self._knock[0])
             self._knock = None
 
-    def take_in(self, sock: _socket.socket, address: Any, early: bytes = b"") -> None:
-        """Begin with a client that has been admitted, and has said something already or not."""
+    def take_in(self, sock: _socket.socket, address: Any, has_spoken: bool = False) -> None:
+        """Begin with a client that has been admitted; if it `has_spoken`, `sock` has that without being readable."""
         self.open += 1
         connection = Connection(sock, address if logging.root.isEnabledFor(logging.DEBUG) else None)
         self._connections[sock.fileno()] = connection
         _log_client("client.accepted", "accepted", connection, None)
-        if early or self._clientele.is_draining or self._clientele.config.client_greenlets == "always":
-            self._converse_with(connection, early or None)
+        if self._clientele.is_draining or self._clientele.config.client_greenlets == "always":
+            self._converse_with(connection, None)
         else:
             self._rest(connection)
+            if has_spoken:
+                self._answer([(sock.fileno(), READ)])
 
     def turn_away(self, sock: _socket.socket) -> None:
         """Tell a client that has not been admitted."""

@@ -29,9 +29,10 @@ HANDSHAKE_RECORD = b"\x16"
 
 
 class Handshakes:
-    """Those under way. `on_done` is called when one has succeeded, with the socket, the address and what came after it.
+    """Those under way.
 
-    `on_close` is called when one has ended otherwise.
+    `on_done` is called when one has succeeded, with the socket, the address, and whether the client has said something
+    already; `on_close` when one has ended otherwise.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Handshakes:
         max_handshakes: int,
         timeout_seconds: float,
         refuse: Callable[[Refusal], None],
-        on_done: Callable[[Any, Any, bytes], None],
+        on_done: Callable[[Any, Any, bool], None],
         on_close: Callable[[], None],
     ) -> None:
         self._context = context
@@ -83,14 +84,11 @@ class Handshakes:
 
     def _meet(self, sock: _socket.socket, address: Any) -> None:
         """The greenlet of one."""
-        fd, met, early = sock.fileno(), None, b""
+        fd, met = sock.fileno(), None
         try:
             with gevent.Timeout(self._timeout_seconds, TimeoutError("it took too long")):
                 met = self._shake_hands(sock)
-            if met:
-                early, _ = met.decrypted()
         except OSError as error:
-            met = None
             self._refuse(TLS_FAILED)
             if logging.root.isEnabledFor(logging.DEBUG):
                 fields = {"client.address": address[0], "client.port": address[1], **logs.error_fields(error)}
@@ -99,7 +97,7 @@ class Handshakes:
             self._under_way.pop(fd, None)
             self.open -= 1
             if met:
-                self._on_done(met, address, early)
+                self._on_done(met, address, bool(met.early))
             else:
                 sock.close()
                 self._on_close()

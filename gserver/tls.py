@@ -77,7 +77,18 @@ def _no_password() -> str:
 class TlsSocket:
     """A client's connection: receives, sends and closes like the bare non-blocking socket in it."""
 
-    __slots__ = ("_has_said_end", "_incoming", "_outgoing", "_owed", "_sock", "_tls", "_unsent", "fileno", "setsockopt")
+    __slots__ = (
+        "_has_said_end",
+        "_incoming",
+        "_outgoing",
+        "_owed",
+        "_sock",
+        "_tls",
+        "_unsent",
+        "early",
+        "fileno",
+        "setsockopt",
+    )
 
     def __init__(self, sock: _socket.socket, context: ssl.SSLContext) -> None:
         self._sock = sock
@@ -86,6 +97,8 @@ class TlsSocket:
         #: Encrypted, and not taken by the kernel yet; and how much of what `send` was given is in it.
         self._unsent, self._owed = b"", 0
         self._has_said_end = False
+        #: What came with the end of the handshake: `recv` returns it first, and the event loop knows nothing of it.
+        self.early = b""
         self.fileno, self.setsockopt = sock.fileno, sock.setsockopt
 
     def shake_hands(self, received: bytes) -> bool:
@@ -93,6 +106,7 @@ class TlsSocket:
         self._incoming.write(received)
         try:
             self._tls.do_handshake()
+            self.early, _ = self._decrypted()
         except ssl.SSLWantReadError:
             return False
         finally:
@@ -101,11 +115,14 @@ class TlsSocket:
 
     def recv(self, size: int) -> bytes:
         """Return what has arrived in whole records. Raises BlockingIOError when there is nothing."""
+        if self.early:
+            early, self.early = self.early, b""
+            return early
         received = self._sock.recv(size)
         if not received or self._has_said_end:
             return received
         self._incoming.write(received)
-        data, has_ended = self.decrypted()
+        data, has_ended = self._decrypted()
         if self._outgoing.pending:
             with contextlib.suppress(BlockingIOError):
                 self._flush()
@@ -114,19 +131,6 @@ class TlsSocket:
         if not data and not has_ended:
             raise BlockingIOError
         return data
-
-    def decrypted(self) -> tuple[bytes, bool]:
-        """Return what can be read of what was received, and whether the client has ended."""
-        data = b""
-        with contextlib.suppress(ssl.SSLWantReadError):
-            while self._incoming.pending or self._tls.pending():
-                part = self._tls.read(RECORD_BYTES)
-                if not part:
-                    with contextlib.suppress(OSError):
-                        self._sock.shutdown(socket.SHUT_RD)  # So that the event loop reports it, until it is read.
-                    return data, True
-                data += part
-        return data, False
 
     def send(self, data: "bytes | memoryview[int]") -> int:
         """Send some of it, and return how much. Raises BlockingIOError, and then wants the same data once more.
@@ -156,9 +160,26 @@ class TlsSocket:
         with contextlib.suppress(OSError):
             self._flush()
 
+    def _decrypted(self) -> tuple[bytes, bool]:
+        """Return what can be read of what was received, and whether the client has ended."""
+        data = b""
+        try:
+            while True:
+                part = self._tls.read(RECORD_BYTES)
+                if not part:
+                    with contextlib.suppress(OSError):
+                        self._sock.shutdown(socket.SHUT_RD)  # So that the event loop reports it, until it is read.
+                    return data, True
+                data = data + part if data else part
+                if not (self._incoming.pending or self._tls.pending()):
+                    return data, False
+        except ssl.SSLWantReadError:
+            return data, False
+
     def _flush(self) -> None:
         self._unsent += self._outgoing.read()
         if self._unsent:
-            self._unsent = self._unsent[self._sock.send(self._unsent) :]
+            sent = self._sock.send(self._unsent)
+            self._unsent = self._unsent[sent:]
             if self._unsent:
                 raise BlockingIOError

@@ -131,10 +131,10 @@ class Worker:
         else:
             self._take_in(sock, address)
 
-    def _take_in(self, sock: _socket.socket, address: Any, early: bytes = b"") -> None:
+    def _take_in(self, sock: _socket.socket, address: Any, has_spoken: bool = False) -> None:
         """Take in a client, or turn it away."""
         if self._clientele.admit():
-            self.dispatcher.take_in(sock, address, early)
+            self.dispatcher.take_in(sock, address, has_spoken)
         else:
             self.dispatcher.turn_away(sock)
 
