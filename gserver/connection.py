@@ -5,6 +5,10 @@ from time import monotonic
 from typing import Any
 
 
+class PartialRecord(BlockingIOError):
+    """Bytes have arrived that cannot be read before more has: part of a record of TLS."""
+
+
 class Connection:
     """A client from accept to close. `address` is kept only where it will be logged."""
 

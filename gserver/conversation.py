@@ -82,7 +82,17 @@ class Conversation:
     @property
     def may_rest(self) -> bool:
         """Whether there is nothing to do but to wait for a new line."""
-        return not self._parser.partial and self._clientele.config.client_greenlets == "when-needed"
+        return not self._has_part and self._clientele.config.client_greenlets == "when-needed"
+
+    @property
+    def heard_at(self) -> float:
+        """When it heard something last that is not whole enough to be read."""
+        return self._receiver.heard_at
+
+    @property
+    def _has_part(self) -> bool:
+        """Whether a line has begun, or a record of TLS."""
+        return bool(self._parser.partial) or getattr(self._connection.sock, "has_part", False)
 
     def interrupt(self) -> None:
         """Have it look, if it waits, what there is to be done but that."""
@@ -117,7 +127,7 @@ class Conversation:
             if items:
                 connection.has_spoken = True
                 clientele.note_service(1, perf_counter_ns() - started - self._stalled_ns)
-            data = self._receiver.receive(self._patience() if parser.partial or clientele.is_draining else None)
+            data = self._receiver.receive(self._patience() if self._has_part or clientele.is_draining else None)
 
     def _is_over(self) -> bool:
         """Whether a client that says nothing is to leave, for a drain, or to rest."""
@@ -130,17 +140,17 @@ class Conversation:
         """How many seconds to wait for more: to the end of the line, or of the drain's grace; None = any time."""
         clientele, config, now = self._clientele, self._clientele.config, monotonic()
         patience = self._leaves_at() - now if clientele.is_draining else math.inf
-        if self._parser.partial:
+        if self._has_part:
             if self._line_deadline == math.inf and config.line_timeout_seconds:
                 self._line_deadline = now + config.line_timeout_seconds
             patience = min(patience, self._line_deadline - now)
-            if config.unterminated_after_seconds and self._parser.is_complete:
+            if config.unterminated_after_seconds and self._parser.partial and self._parser.is_complete:
                 patience = min(patience, config.unterminated_after_seconds)
         return None if patience == math.inf else patience
 
     def _leaves_at(self) -> float:
         """When a drain lets this client go, if it says nothing more."""
-        if self._parser.partial:
+        if self._has_part:
             return self._clientele.drain_started_at + DRAIN_GRACE_SECONDS
         return 0.0 if self._connection.has_spoken else self._connection.quiet_since + DRAIN_GRACE_SECONDS
 
@@ -149,7 +159,7 @@ class Conversation:
         clientele = self._clientele
         if self._connection.is_overstayed:
             return [IDLE]
-        if self._parser.partial and self._line_deadline <= monotonic():
+        if self._has_part and self._line_deadline <= monotonic():
             return [TOO_SLOW]
         return self._parser.silence() if clientele.config.unterminated_after_seconds or clientele.is_draining else []
 

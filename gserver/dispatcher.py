@@ -21,7 +21,7 @@ from gevent.monkey import get_original
 
 from gserver import logs
 from gserver.clientele import Clientele
-from gserver.connection import Connection
+from gserver.connection import Connection, PartialRecord
 from gserver.conversation import Conversation, close_cleanly
 from gserver.express import Express
 from gserver.process import RESERVED_FILES
@@ -97,7 +97,8 @@ class Dispatcher:
             conversation = self._conversations.get(connection)
             if conversation and not conversation.is_waiting:
                 continue  # What takes long is not the client's silence.
-            if idle_seconds and now - connection.quiet_since >= idle_seconds:
+            quiet_since = max(connection.quiet_since, conversation.heard_at) if conversation else connection.quiet_since
+            if idle_seconds and now - quiet_since >= idle_seconds:
                 connection.is_overstayed = True
                 self._interrupt(connection)
             elif conversation and conversation.may_rest and now - connection.quiet_since >= REST_AFTER_SECONDS:
@@ -126,7 +127,7 @@ class Dispatcher:
             self._accept()
         self._answer(events)
 
-    def _answer(self, events: list[tuple[int, int]]) -> None:
+    def _answer(self, events: list[tuple[int, int]]) -> None:  # noqa: C901 (what all clients pay for is in one piece)
         started, bursts = monotonic(), 0
         connections, answer = self._connections, self._express.answer
         for fd, _ in events:
@@ -148,6 +149,8 @@ class Dispatcher:
                     sent = 0
                 if sent < len(replies):
                     self._wake(connection, None, replies[sent:])
+            except PartialRecord:
+                self._wake(connection, None)  # As for a line in pieces: it has so long for the rest.
             except BlockingIOError:
                 continue
             except OSError:

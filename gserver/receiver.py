@@ -7,25 +7,32 @@ loop spin.
 """
 
 import _socket
+from time import monotonic
 from typing import Any
 
 import gevent
 from greenlet import getcurrent
 
+from gserver.connection import PartialRecord
+
 READ = 1
 #: Bytes taken at once. It bounds what one client gets done before the others have their turn.
 BURST_BYTES = 4096
+#: In so many of them is a whole record of TLS.
+RECORD_BURSTS = 5
 
 
 class Receiver:
     """Receives from one non-blocking socket, for one greenlet."""
 
-    __slots__ = ("_sock", "_waiting", "_watcher")
+    __slots__ = ("_sock", "_waiting", "_watcher", "heard_at")
 
     def __init__(self, sock: _socket.socket) -> None:
         self._sock = sock
         self._watcher: Any = gevent.get_hub().loop.io(sock.fileno(), READ)
         self._waiting: Any = None
+        #: When a part of a record came last.
+        self.heard_at = 0.0
 
     def receive(self, timeout_seconds: float | None) -> bytes | None:
         """Wait for bytes and return them; b"" at the end of input; None after the timeout or `interrupt`.
@@ -82,7 +89,11 @@ class Receiver:
             waiting.switch()
 
     def _receive_now(self) -> bytes | None:
-        try:
-            return self._sock.recv(BURST_BYTES)
-        except BlockingIOError:
-            return None
+        for _ in range(RECORD_BURSTS):
+            try:
+                return self._sock.recv(BURST_BYTES)
+            except PartialRecord:
+                self.heard_at = monotonic()
+            except BlockingIOError:
+                break
+        return None

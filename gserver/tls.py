@@ -15,10 +15,13 @@ from time import strptime
 from typing import Any
 
 from gserver.certificates import Certificates
+from gserver.connection import PartialRecord
 from gserver.errors import Misuse
 
-#: What a record holds, at most (RFC 8446, 5.1).
+#: What a record holds, at most (RFC 8446, 5.1); its header, the last two bytes of which are its length; all of it.
 RECORD_BYTES = 16_384
+HEADER_BYTES = 5
+MAX_RECORD_BYTES = HEADER_BYTES + RECORD_BYTES + 2048
 #: What a client makes OpenSSL say (to its KeyUpdates, say) and does not read.
 MAX_UNREAD_BYTES = 65_536
 #: How a certificate says from when to when it holds (RFC 5280, 4.1.2.5): two UTCTime or GeneralizedTime.
@@ -82,6 +85,7 @@ class TlsSocket:
         "_incoming",
         "_outgoing",
         "_owed",
+        "_part",
         "_sock",
         "_tls",
         "_unsent",
@@ -94,6 +98,8 @@ class TlsSocket:
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        #: Of a record that has not arrived in whole.
+        self._part = b""
         #: Encrypted, and not taken by the kernel yet; and how much of what `send` was given is in it.
         self._unsent, self._owed = b"", 0
         self._has_said_end = False
@@ -103,7 +109,7 @@ class TlsSocket:
 
     def shake_hands(self, received: bytes) -> bool:
         """Go on by what has been received; return whether that was all of it. Raises OSError when it has failed."""
-        self._incoming.write(received)
+        self._take(received)
         try:
             self._tls.do_handshake()
             self.early, _ = self._decrypted()
@@ -114,14 +120,14 @@ class TlsSocket:
         return True
 
     def recv(self, size: int) -> bytes:
-        """Return what has arrived in whole records. Raises BlockingIOError when there is nothing."""
+        """Return what has arrived in whole records. Raises BlockingIOError when there is nothing, or PartialRecord."""
         if self.early:
             early, self.early = self.early, b""
             return early
         received = self._sock.recv(size)
         if not received or self._has_said_end:
             return received
-        self._incoming.write(received)
+        self._take(received)
         data, has_ended = self._decrypted()
         if self._outgoing.pending:
             with contextlib.suppress(BlockingIOError):
@@ -129,8 +135,13 @@ class TlsSocket:
             if len(self._unsent) > MAX_UNREAD_BYTES:
                 raise ConnectionAbortedError("it does not read what TLS has to say")
         if not data and not has_ended:
-            raise BlockingIOError
+            raise PartialRecord if self.has_part else BlockingIOError
         return data
+
+    @property
+    def has_part(self) -> bool:
+        """Whether a part of a record has arrived."""
+        return bool(self._part)
 
     def send(self, data: "bytes | memoryview[int]") -> int:
         """Send some of it, and return how much. Raises BlockingIOError, and then wants the same data once more.
@@ -159,6 +170,20 @@ class TlsSocket:
             self._tls.unwrap()
         with contextlib.suppress(OSError):
             self._flush()
+
+    def _take(self, received: bytes) -> None:
+        """Give OpenSSL the records that are whole by now: of the others it would not say that it has a part."""
+        data, end = self._part + received, 0
+        while len(data) - end >= HEADER_BYTES:
+            after = end + HEADER_BYTES + int.from_bytes(data[end + 3 : end + HEADER_BYTES])
+            if after - end > MAX_RECORD_BYTES:
+                end = len(data)  # It is no record: let OpenSSL say so.
+            elif after <= len(data):
+                end = after
+                continue
+            break
+        self._part = data[end:]
+        self._incoming.write(data[:end])
 
     def _decrypted(self) -> tuple[bytes, bool]:
         """Return what can be read of what was received, and whether the client has ended."""

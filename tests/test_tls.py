@@ -173,6 +173,51 @@ def test_updates_without_end_are_taken_in_turn_with_what_others_say(
         sending.join()
 
 
+def test_a_drain_answers_all_that_has_arrived_in_large_records(pems: Path, tmp_path: Path) -> None:
+    with (
+        Running(*options(pems), "--drain-timeout", "60") as server,
+        RecordClient(server.port, trust(pems), tmp_path) as client,
+    ):
+        client.send(client.record(b"WHY\n"))
+        assert client.line() == b"42\n"
+        with stopped(*server.workers()):
+            client.send(b"".join(client.record(b"WHY\n" * 4096) for _ in range(4)))
+            server.send_signal(signal.SIGTERM)
+            server.wait_for("server.draining")
+        assert [client.line() for _ in range(4 * 4096)] == [b"42\n"] * (4 * 4096)
+        assert client.line() == b""
+
+
+def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(pems: Path, tmp_path: Path) -> None:
+    with (
+        Running(*options(pems), "--drain-timeout", "60") as server,
+        RecordClient(server.port, trust(pems), tmp_path) as client,
+    ):
+        client.send(client.record(b"WHY\n"))
+        assert client.line() == b"42\n"
+        record = client.record(b"WHY\n" * 1000)
+        client.send(record[:1500])
+        server.send_signal(signal.SIGTERM)
+        server.wait_for("server.draining")
+        client.send(record[1500:])
+        assert [client.line() for _ in range(1000)] == [b"42\n"] * 1000
+        assert client.line() == b""
+
+
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
+def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path: Path, greenlets: str) -> None:
+    limits = ("--idle-timeout", "1", "--line-timeout", "3", "--client-greenlets", greenlets)
+    with Running(*options(pems), *limits) as server, RecordClient(server.port, trust(pems), tmp_path) as client:
+        record = client.record(b"WHY\n" * 500)
+        for at in range(0, len(record), 300):
+            client.send(record[at : at + 300])
+            time.sleep(0.3)  # 2 s in all
+        assert [client.line() for _ in range(500)] == [b"42\n"] * 500
+        client.send(client.record(b"WHY\n")[:-1])
+        assert client.line() in (b"ERR too slow\n", b"ERR idle\n")
+        assert client.line() == b""
+
+
 def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: Path) -> None:
     count = refusals(server)
     with RecordClient(server.port, trust(pems), tmp_path) as client:

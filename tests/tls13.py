@@ -61,7 +61,10 @@ class RecordClient(Client):
         line = b""
         while not line.endswith(b"\n"):
             try:
-                line += self._tls.read(1)
+                part = self._tls.read(1)
+                if not part:
+                    break
+                line += part
             except ssl.SSLWantReadError:
                 data = self.sock.recv(65536)
                 if not data:
