@@ -22,7 +22,7 @@ import redis
 from gserver.cluster import JITTER
 from gserver.config import Config
 from gserver.membership import Reply
-from gserver.redis_link import SCRIPT, SCRIPT_SHA, RedisLink
+from gserver.redis_link import SCRIPT, RedisLink, sha_of
 
 SIZES = (3, 300, 3000)
 ROUNDS = 9
@@ -58,7 +58,7 @@ def command(*words: str) -> bytes:
 def beat(member: int, stamp: int, count: int) -> bytes:
     """One server's beat, as `gserver.cluster` sends it."""
     own = (f"{member:08x}-0000-4000-8000-000000000000", f"{member:016x}", str(stamp), str(count))
-    return command("EVALSHA", SCRIPT_SHA, str(len(KEYS)), *KEYS, *own, TTL_MS, INTERVAL_MS, "", "0", "0")
+    return command("EVALSHA", sha_of(SCRIPT), str(len(KEYS)), *KEYS, *own, TTL_MS, INTERVAL_MS, "", "0", "0")
 
 
 def script_times(rounds: int = ROUNDS, beats: int = BEATS) -> dict[int, list[float]]:

@@ -67,8 +67,9 @@ class Handshakes:
 
     def end_oldest(self) -> None:
         """Make room for another one, if there is any to end."""
-        for fd in list(self._under_way)[:1]:
-            self._cut_off(fd)
+        oldest = next(iter(self._under_way), None)
+        if oldest is not None:
+            self._cut_off(oldest)
 
     def drain(self) -> None:
         """Let those that are under way end soon."""

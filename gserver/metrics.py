@@ -17,7 +17,7 @@ from prometheus_client.core import (
 from gserver import __version__
 from gserver.board import SERVICE_BOUNDS_NS, Board
 from gserver.config import Config
-from gserver.status import state
+from gserver.status import certificate_expires_at, state
 
 #: Each with the total of the board that it tells, and its help.
 GAUGES = {
@@ -52,10 +52,9 @@ class BoardCollector:
         yield GaugeMetricFamily("gserver_workers_wanted", "Workers that there should be.", config.workers)
         yield GaugeMetricFamily("gserver_clients_peak", "Most clients at once.", max(board.column("peak")))
         yield GaugeMetricFamily("gserver_clients_limit", "Most clients that it takes.", config.max_clients)
-        expires_at = [moment for moment in board.column("tls_expires_at") if moment]
-        if expires_at:
+        if (expires_at := certificate_expires_at(board)) is not None:
             text = "When the certificate that clients are shown expires, in Unix time."
-            yield GaugeMetricFamily("gserver_tls_certificate_expiry_timestamp_seconds", text, min(expires_at))
+            yield GaugeMetricFamily("gserver_tls_certificate_expiry_timestamp_seconds", text, expires_at)
         for name, (total, text) in COUNTERS.items():
             yield CounterMetricFamily(name, text, totals[total])
         yield _labelled("gserver_commands", "Commands answered.", "command", board.under(totals, "commands"))

@@ -10,6 +10,7 @@ import re
 import socket
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar, cast
@@ -44,12 +45,10 @@ _KINDS = {
 }
 
 
+@cache
 def sha_of(script: str) -> str:
     """Return the name by which Redis knows a script that it has run before."""
     return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
-
-
-SCRIPT_SHA = sha_of(SCRIPT)
 
 
 def kind_of(error: BaseException) -> str:

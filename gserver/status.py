@@ -16,6 +16,11 @@ def state(board: Board) -> str:
     return "ready" if board.get("workers") else "starting"
 
 
+def certificate_expires_at(board: Board) -> int | None:
+    """When the first of the certificates that clients are shown expires, in Unix seconds; None when there is none."""
+    return min((moment for moment in board.column("tls_expires_at") if moment), default=None)
+
+
 def status(config: Config, board: Board, roster: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return all of it. Counters grow for as long as the server lives; times are seconds.
 
@@ -29,7 +34,7 @@ def status(config: Config, board: Board, roster: dict[str, Any] | None = None) -
             "host": config.host,
             "port": config.port,
             "state": state(board),
-            "tls_expires_at": min((moment for moment in board.column("tls_expires_at") if moment), default=None),
+            "tls_expires_at": certificate_expires_at(board),
             "uptime_seconds": _seconds(now - board.get("begun_at")),
         },
         "clients": {

@@ -177,11 +177,10 @@ class TlsSocket:
         while len(data) - end >= HEADER_BYTES:
             after = end + HEADER_BYTES + int.from_bytes(data[end + 3 : end + HEADER_BYTES])
             if after - end > MAX_RECORD_BYTES:
-                end = len(data)  # It is no record: let OpenSSL say so.
-            elif after <= len(data):
-                end = after
-                continue
-            break
+                after = len(data)  # It is no record: let OpenSSL say so.
+            if after > len(data):
+                break
+            end = after
         self._part = data[end:]
         self._incoming.write(data[:end])
 
@@ -204,7 +203,6 @@ class TlsSocket:
     def _flush(self) -> None:
         self._unsent += self._outgoing.read()
         if self._unsent:
-            sent = self._sock.send(self._unsent)
-            self._unsent = self._unsent[sent:]
+            self._unsent = self._unsent[self._sock.send(self._unsent) :]
             if self._unsent:
                 raise BlockingIOError

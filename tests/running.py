@@ -106,6 +106,17 @@ def stopped(*workers: psutil.Process) -> Iterator[None]:
             worker.resume()
 
 
+def extended(folder: Path, module: str, *options: str, **more: Any) -> "Running":
+    """A server with a module's commands, whose processes are marked with the folder.
+
+    A new text of `extra.py` there is seen by the next worker that starts.
+    """
+    (folder / "extra.py").write_text(module)
+    # Two texts of one size, written within a second, would look the same to the cache of compiled modules.
+    env = {"PYTHONDONTWRITEBYTECODE": "1", "MARK": str(folder)}
+    return Running("--commands", "extra", *options, cwd=folder, env=env, **more)
+
+
 class Client:
     """A plain socket with a line reader. It knows nothing of the protocol."""
 

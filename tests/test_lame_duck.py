@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.redises import Redis
-from tests.running import CLIENT_GREENLETS, PATIENCE, Client, Running, left_over, stopped, until
+from tests.running import CLIENT_GREENLETS, PATIENCE, Client, Running, extended, left_over, stopped, until
 
 SECOND = PATIENCE
 #: Long enough for what a test does meanwhile.
@@ -43,8 +43,7 @@ def nap(service):
 
 
 def start(folder: Path, *options: str) -> Running:
-    (folder / "extra.py").write_text(MODULE)
-    return Running("--commands", "extra", *options, cwd=folder, env={"MARK": str(folder)})
+    return extended(folder, MODULE, *options)
 
 
 def is_refused(port: int) -> bool:

@@ -14,7 +14,7 @@ import redis
 
 from gserver.config import Config
 from gserver.membership import BEAT_ERRORS, Reply
-from gserver.redis_link import SCRIPT_SHA, TIMEOUT_SECONDS, RedisLink, kind_of
+from gserver.redis_link import SCRIPT, TIMEOUT_SECONDS, RedisLink, kind_of, sha_of
 from gserver.redis_url import RedisUrl
 from tests.redises import Proxy, Redis, Server, free_port
 from tests.running import LIMIT, PATIENCE, until
@@ -110,7 +110,7 @@ def test_the_script_is_sent_when_redis_does_not_know_it_and_only_then(server: Re
                 assert beat(link, count).total == count
             counted = calls(server)
             assert (counted["eval"], counted["evalsha"]) == (1, 3)
-            assert server.command("SCRIPT", "EXISTS", SCRIPT_SHA) == [True]
+            assert server.command("SCRIPT", "EXISTS", sha_of(SCRIPT)) == [True]
 
 
 def test_there_is_one_connection_which_is_made_for_the_first_beat(server: Redis) -> None:

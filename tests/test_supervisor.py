@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.running import LIMIT, PATIENCE, Client, Event, Running, left_over, program, stopped, until
+from tests.running import LIMIT, PATIENCE, Client, Event, Running, extended, left_over, program, stopped, until
 
 #: What the service promises in seconds holds on a machine of usual speed.
 SECOND = PATIENCE
@@ -60,17 +60,8 @@ def fork(service):
 
 
 def start(folder: Path, *options: str, wait: bool = True) -> Running:
-    """A server with the commands above; a new text of them in the folder is seen by the next worker that starts."""
-    (folder / "extra.py").write_text(MODULE)
-    # Two texts of one size, written within a second, would look the same to the cache of compiled modules.
-    return Running(
-        "--commands",
-        "extra",
-        *options,
-        cwd=folder,
-        env={"PYTHONDONTWRITEBYTECODE": "1", "MARK": str(folder)},
-        wait=wait,
-    )
+    """A server with the commands above."""
+    return extended(folder, MODULE, *options, wait=wait)
 
 
 def clients_of(server: Running, worker: psutil.Process, count: int, stack: ExitStack) -> list[Client]:

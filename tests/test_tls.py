@@ -13,7 +13,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -173,13 +173,20 @@ def test_updates_without_end_are_taken_in_turn_with_what_others_say(
         sending.join()
 
 
-def test_a_drain_answers_all_that_has_arrived_in_large_records(pems: Path, tmp_path: Path) -> None:
+@contextmanager
+def answered(pems: Path, folder: Path) -> Iterator[tuple[Running, RecordClient]]:
+    """A server that is patient in a drain, and a client that it has answered."""
     with (
         Running(*options(pems), "--drain-timeout", "60") as server,
-        RecordClient(server.port, trust(pems), tmp_path) as client,
+        RecordClient(server.port, trust(pems), folder) as client,
     ):
         client.send(client.record(b"WHY\n"))
         assert client.line() == b"42\n"
+        yield server, client
+
+
+def test_a_drain_answers_all_that_has_arrived_in_large_records(pems: Path, tmp_path: Path) -> None:
+    with answered(pems, tmp_path) as (server, client):
         with stopped(*server.workers()):
             client.send(b"".join(client.record(b"WHY\n" * 4096) for _ in range(4)))
             server.send_signal(signal.SIGTERM)
@@ -189,12 +196,7 @@ def test_a_drain_answers_all_that_has_arrived_in_large_records(pems: Path, tmp_p
 
 
 def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(pems: Path, tmp_path: Path) -> None:
-    with (
-        Running(*options(pems), "--drain-timeout", "60") as server,
-        RecordClient(server.port, trust(pems), tmp_path) as client,
-    ):
-        client.send(client.record(b"WHY\n"))
-        assert client.line() == b"42\n"
+    with answered(pems, tmp_path) as (server, client):
         record = client.record(b"WHY\n" * 1000)
         client.send(record[:1500])
         server.send_signal(signal.SIGTERM)

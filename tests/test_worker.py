@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import CLIENT_GREENLETS, PATIENCE, Client, Running, limited, stopped, until
+from tests.running import CLIENT_GREENLETS, PATIENCE, Client, Running, extended, limited, stopped, until
 
 TURNED_AWAY = b"ERR too many clients\n"
 
@@ -68,8 +68,7 @@ def options(service):
 
 def start(folder: Path, *options: str, command: list[str] | None = None) -> Running:
     """A server with the commands above."""
-    (folder / "extra.py").write_text(MODULE)
-    return Running("--commands", "extra", *options, cwd=folder, command=command)
+    return extended(folder, MODULE, *options, command=command)
 
 
 def test_who_counts_the_asker_and_the_others(server: Running) -> None:
