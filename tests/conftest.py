@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.rows import Notes
 from tests.redises import make_certificates
 from tests.running import Running
 
@@ -22,3 +23,17 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pems")
     make_certificates(folder)
     return folder
+
+
+@pytest.fixture
+def notes(request: pytest.FixtureRequest) -> Notes:
+    """What a test of the fault matrix tells."""
+    return Notes(request.node.user_properties)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test of the fault matrix fails when it has not told what shows that its fault has happened."""
+    yield
+    if item.get_closest_marker("fault") and not Notes(item.user_properties).is_proven:
+        pytest.fail("nothing shows that the fault has happened")

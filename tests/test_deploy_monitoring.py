@@ -24,7 +24,7 @@ from tests.redises import Redis, free_port, make_certificates
 from tests.running import LIMIT, ROOT, Running, program, until
 from tests.test_deploy_machine import package
 from tests.test_docs import rows
-from tests.test_tls import TlsClient, trust
+from tests.tls_client import TlsClient, trust
 
 FILES = ROOT / "deploy/prometheus"
 RULES = (FILES / "gserver.rules.yml").read_text()

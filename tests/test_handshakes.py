@@ -7,12 +7,12 @@ from pathlib import Path
 
 from gserver.handshakes import MAX_HANDSHAKES
 from tests.running import LIMIT, Running, limited
-from tests.test_tls import TlsClient, options, trust
+from tests.tls_client import TlsClient, certified, trust
 
 
 def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
     with ExitStack() as stack:
-        server = stack.enter_context(Running(*options(pems), "--tls-handshake-timeout", "0"))
+        server = stack.enter_context(Running(*certified(pems), "--tls-handshake-timeout", "0"))
         silent = [stack.enter_context(server.client()) for _ in range(MAX_HANDSHAKES + 10)]
         assert [client.rest() for client in silent[:10]] == [b""] * 10
         with TlsClient(server.port, trust(pems)) as good:
@@ -24,7 +24,7 @@ def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
 
 
 def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
-    with Running(*options(pems)) as server, ExitStack() as stack:
+    with Running(*certified(pems)) as server, ExitStack() as stack:
         bad = [stack.enter_context(server.client()) for _ in range(round(2 * LIMIT))]
         for client in bad:
             client.send(b"\x16" + b"\xff" * 9)
@@ -34,7 +34,7 @@ def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
 
 def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
     with ExitStack() as stack:
-        more = [*options(pems), "--tls-handshake-timeout", "0"]
+        more = [*certified(pems), "--tls-handshake-timeout", "0"]
         server = stack.enter_context(Running(*more, command=limited(512)))
         for _ in range(560):
             stack.enter_context(server.client())
@@ -44,7 +44,7 @@ def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
 
 def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
     with (
-        Running(*options(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0") as server,
+        Running(*certified(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0") as server,
         TlsClient(server.port, trust(pems)) as one,
         TlsClient(server.port, trust(pems)) as other,
         server.client() as silent,

@@ -26,6 +26,7 @@ from tests.redises import make_certificates
 from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, program, stopped, until
 from tests.test_admin import get, status
 from tests.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
+from tests.tls_client import TlsClient, certified, trust
 from tests.wire_cases import CASES, Case
 
 #: Of the servers below, in seconds.
@@ -53,38 +54,14 @@ def late(service):
 """
 
 
-def options(pems: Path, name: str = "server") -> list[str]:
-    return ["--tls-cert", str(pems / f"{name}.pem"), "--tls-key", str(pems / f"{name}.key")]
-
-
 @pytest.fixture(scope="module", params=CLIENT_GREENLETS)
 def server(request: pytest.FixtureRequest, pems: Path) -> Iterator[Running]:
     """One server for the tests that leave it as it was."""
     more = ["--server-id", "here", "--admin-port", "0", "--max-clients", str(MAX_CLIENTS), "--commands", "large"]
     more += ["--tls-handshake-timeout", str(HANDSHAKE_TIMEOUT), "--client-greenlets", request.param]
     (pems / "large.py").write_text(LARGE)
-    with Running(*options(pems), *more, cwd=pems) as running:
+    with Running(*certified(pems), *more, cwd=pems) as running:
         yield running
-
-
-def trust(pems: Path, cert: str = "") -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(pems / "ca.pem"))
-    if cert:
-        context.load_cert_chain(pems / f"{cert}.pem", pems / f"{cert}.key")
-    return context
-
-
-class TlsClient(Client):
-    """A client that speaks TLS, and takes an end without its closing alert for an error."""
-
-    def __init__(self, port: int, context: ssl.SSLContext) -> None:
-        super().__init__(port)
-        self.sock = context.wrap_socket(self.sock, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
-
-    def end(self) -> bytes:
-        """Send the end of input, by TCP alone: Python cannot say it by TLS and go on reading."""
-        socket.socket.shutdown(self.sock, socket.SHUT_WR)
-        return self.rest()
 
 
 def refusals(server: Running) -> Callable[[str], int]:
@@ -177,7 +154,7 @@ def test_updates_without_end_are_taken_in_turn_with_what_others_say(
 def answered(pems: Path, folder: Path) -> Iterator[tuple[Running, RecordClient]]:
     """A server that is patient in a drain, and a client that it has answered."""
     with (
-        Running(*options(pems), "--drain-timeout", "60") as server,
+        Running(*certified(pems), "--drain-timeout", "60") as server,
         RecordClient(server.port, trust(pems), folder) as client,
     ):
         client.send(client.record(b"WHY\n"))
@@ -209,7 +186,7 @@ def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(pems: Path, t
 @pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path: Path, greenlets: str) -> None:
     limits = ("--idle-timeout", "1", "--line-timeout", "3", "--client-greenlets", greenlets)
-    with Running(*options(pems), *limits) as server, RecordClient(server.port, trust(pems), tmp_path) as client:
+    with Running(*certified(pems), *limits) as server, RecordClient(server.port, trust(pems), tmp_path) as client:
         record = client.record(b"WHY\n" * 500)
         for at in range(0, len(record), 300):
             client.send(record[at : at + 300])
@@ -321,7 +298,7 @@ def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(server: Running
 
 def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
     with (
-        Running(*options(pems), "--max-clients", "1") as server,
+        Running(*certified(pems), "--max-clients", "1") as server,
         TlsClient(server.port, trust(pems)) as first,
         server.client(),
     ):
@@ -334,7 +311,7 @@ def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
 @pytest.fixture(scope="module")
 def mutual(pems: Path) -> Iterator[Running]:
     """A server that asks clients for a certificate."""
-    with Running(*options(pems), "--tls-client-ca", str(pems / "ca.pem"), "--admin-port", "0") as running:
+    with Running(*certified(pems), "--tls-client-ca", str(pems / "ca.pem"), "--admin-port", "0") as running:
         yield running
 
 
@@ -361,7 +338,7 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
         folder.mkdir()
         make_certificates(folder)
     live = tmp_path / "live"
-    with Running(*options(live), "--admin-port", "0") as server:
+    with Running(*certified(live), "--admin-port", "0") as server:
         old = serial(server)
         for name in ("server.pem", "server.key"):
             (live / name).write_bytes((tmp_path / "new" / name).read_bytes())
@@ -400,7 +377,7 @@ def test_a_reload_that_is_given_up_while_its_worker_starts_leaves_as_many_worker
     make_certificates(tmp_path)
     (tmp_path / "late.py").write_text(LATE)
     more = ["--workers", "2", "--commands", "late", "--admin-port", "0"]
-    with Running(*options(tmp_path), *more, cwd=tmp_path) as server:
+    with Running(*certified(tmp_path), *more, cwd=tmp_path) as server:
         server.wait_for("worker.ready", 2)
         server.wait_for("agent.ready")
         (tmp_path / "wait").touch()
@@ -422,7 +399,7 @@ def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> 
     dates = [program("openssl"), "x509", "-noout", "-enddate", "-in", "server.pem"]
     told = subprocess.run(dates, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
     moment = datetime.strptime(told + "+0000", "notAfter=%b %d %H:%M:%S %Y GMT%z").timestamp()
-    with Running(*options(tmp_path), "--admin-port", "0", "--workers", "2") as server:
+    with Running(*certified(tmp_path), "--admin-port", "0", "--workers", "2") as server:
         assert status(server)["server"]["tls_expires_at"] == moment
         told = gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
         assert re.search(r"certificate valid for (23 h|19,?999 d)", told), told
@@ -444,7 +421,7 @@ def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Pat
     sign += ["-create_serial", "-startdate", "20200101000000Z", "-enddate", "20200202000000Z"]
     for arguments in (request, [*sign, "-in", "server.csr", "-out", "server.pem"]):
         subprocess.run([program("openssl"), *arguments], cwd=tmp_path, check=True, capture_output=True)
-    with Running(*options(tmp_path), "--admin-port", "0") as server:
+    with Running(*certified(tmp_path), "--admin-port", "0") as server:
         assert "certificate expired" in gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
         assert "2020-02-02" in server.wait_for("tls.expired")["message"]
         anyone = trust(pems)
@@ -504,7 +481,7 @@ def test_ask_says_why_it_has_no_answer_by_tls(mutual: Running, pems: Path, given
 
 
 def test_ask_is_answered_by_tls(mutual: Running, pems: Path) -> None:
-    words = ["--tls-ca", str(pems / "ca.pem"), *options(pems)]
+    words = ["--tls-ca", str(pems / "ca.pem"), *certified(pems)]
     assert gserver("ask", "WHY", "WHO", "--server", f"127.0.0.1:{mutual.port}", *words).stdout == "42\n1\n"
     named = gserver("ask", "WHY", "--server", f"localhost:{mutual.port}", *words, "--tls-name", "127.0.0.1")
     assert named.stdout == "42\n"
@@ -513,7 +490,7 @@ def test_ask_is_answered_by_tls(mutual: Running, pems: Path) -> None:
 def test_ask_keeps_its_timeout_when_the_handshake_is_not_answered(mutual: Running, pems: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         servers = ["--server", f"127.0.0.1:{mute.getsockname()[1]}", "--server", f"127.0.0.1:{mutual.port}"]
-        done = gserver("ask", *servers, "--timeout", "0.5", "--tls-ca", str(pems / "ca.pem"), *options(pems))
+        done = gserver("ask", *servers, "--timeout", "0.5", "--tls-ca", str(pems / "ca.pem"), *certified(pems))
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 

@@ -1,0 +1,89 @@
+"""A pytest plugin that tells what the fault matrix has shown: a table at the end, and a file. See bin/faults."""
+
+import json
+import platform
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.site import SEED
+
+OUTCOMES: Final = {"passed": "survived", "failed": "FAILED", "skipped": "SKIPPED"}
+
+Case = dict[str, Any]
+
+
+class Matrix:
+    """The cases of a run, as they end."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._faults: dict[str, str] = {}
+        self._cases: dict[str, Case] = {}
+        self._began = time.monotonic()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            if mark := item.get_closest_marker("fault"):
+                self._faults[item.nodeid] = mark.args[0]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.nodeid not in self._faults:
+            return
+        case = self._cases.setdefault(
+            report.nodeid, {"fault": self._faults[report.nodeid], "test": report.nodeid, "seconds": 0.0, "outcome": ""}
+        )
+        case["seconds"] = round(case["seconds"] + report.duration, 1)
+        if report.when == "call" or report.outcome != "passed":
+            case["outcome"] = OUTCOMES[report.outcome]
+            case["happened"] = [text for name, text in report.user_properties if name == "happened"]
+            case["measured"] = {
+                name: [float(f"{value:.3g}"), unit] for name, value, unit in _measured(report.user_properties)
+            }
+            if report.skipped and isinstance(report.longrepr, tuple):
+                case["why"] = report.longrepr[2].removeprefix("Skipped: ")
+
+    def pytest_terminal_summary(self) -> None:
+        table = Table("fault", "variant", "outcome", "s", "measured", title="Faults")
+        cases = sorted(self._cases.values(), key=lambda case: list(self._faults.values()).index(case["fault"]))
+        for case, before in zip(cases, [None, *cases], strict=False):
+            fault = case["fault"] if before is None or before["fault"] != case["fault"] else ""
+            told = case.get("why") or ", ".join(
+                f"{name} {value:g} {unit}" for name, (value, unit) in case["measured"].items()
+            )
+            table.add_row(fault, _variant(case), case["outcome"], f"{case['seconds']:.1f}", told)
+        console = Console()
+        console.print(table)
+        outcomes = Counter(case["outcome"] for case in cases)
+        faults = len({case["fault"] for case in cases})
+        console.print(
+            f"{faults} faults, {len(cases)} cases: " + ", ".join(f"{n} {name}" for name, n in outcomes.items())
+        )
+        if self._path:
+            machine = {"system": platform.platform(), "python": platform.python_version(), "seed": SEED}
+            report = {"machine": machine, "seconds": round(time.monotonic() - self._began), "cases": cases}
+            self._path.write_text(json.dumps(report, indent=1) + "\n")
+            console.print(f"written to {self._path}")
+
+
+def _measured(properties: list[tuple[str, Any]]) -> list[tuple[str, float, str]]:
+    return [value for name, value in properties if name == "measured"]
+
+
+def _variant(case: Case) -> str:
+    """What is in a test's brackets, or its name."""
+    name = case["test"].rpartition("::")[2]
+    return str(name.partition("[")[2].removesuffix("]") or name.removeprefix("test_").replace("_", " "))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--report", metavar="FILE", type=Path, help="where to write the report (JSON)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Matrix(config.getoption("report")))

@@ -1,0 +1,33 @@
+"""A client that speaks TLS, and what a server needs to be spoken to so: with the files of the fixture `pems`."""
+
+import socket
+import ssl
+from pathlib import Path
+
+from tests.running import Client
+
+
+def certified(pems: Path, name: str = "server") -> list[str]:
+    """The options of a server with the certificate of that name."""
+    return ["--tls-cert", str(pems / f"{name}.pem"), "--tls-key", str(pems / f"{name}.key")]
+
+
+def trust(pems: Path, cert: str = "") -> ssl.SSLContext:
+    """What a client trusts, and the name of the certificate that it shows, if any."""
+    context = ssl.create_default_context(cafile=str(pems / "ca.pem"))
+    if cert:
+        context.load_cert_chain(pems / f"{cert}.pem", pems / f"{cert}.key")
+    return context
+
+
+class TlsClient(Client):
+    """A client that speaks TLS, and takes an end without its closing alert for an error."""
+
+    def __init__(self, port: int, context: ssl.SSLContext, source: str = "") -> None:
+        super().__init__(port, source=source)
+        self.sock = context.wrap_socket(self.sock, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
+
+    def end(self) -> bytes:
+        """Send the end of input, by TCP alone: Python cannot say it by TLS and go on reading."""
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        return self.rest()
