@@ -61,7 +61,7 @@ class Conversation:
             if unsent:
                 self._send(unsent)
                 self._connection.quiet_since = monotonic()
-            return self._converse(self._receiver.receive(0) if data is None else data)
+            return self._converse(self._receiver.receive(0) if data is None else self._receiver.piece(data))
         except _SlowReader:
             # What the kernel holds for the client would stay for minutes; closing with a reset drops it.
             self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -55,8 +55,9 @@ class Dispatcher:
         self._accept: Callable[[], object] = bool
         self._watcher = gevent.get_hub().loop.io(self._epoll.fileno(), READ, priority=HIGHEST)
         self._watcher.start(self._take_turn)
-        #: Sockets that are open, and those among them whose clients are told that there are too many.
-        self.open = self.turned_away = 0
+        #: Sockets that are open, and those among them whose clients are told that there are too many; and how many have
+        #: been since this turn began.
+        self.open = self.turned_away = self.turned_away_now = 0
 
     def start_accepting(self, listener_fd: int, accept: Callable[[], object]) -> None:
         """Call `accept` whenever somebody has connected; do nothing if that is so already."""
@@ -87,6 +88,7 @@ class Dispatcher:
         """Tell a client that has not been admitted."""
         self.open += 1
         self.turned_away += 1
+        self.turned_away_now += 1
         gevent.spawn_raw(self._turn_away, sock)
 
     def sweep(self) -> None:
@@ -121,6 +123,7 @@ class Dispatcher:
     def _take_turn(self) -> None:
         """Accept who has connected, then answer who has spoken, first come, first served."""
         events = self._epoll.poll(0, TURN_CLIENTS)
+        self.turned_away_now = 0
         # Before the bytes of others: who has connected before a WHO is sent is in its answer. In a full turn, the knock
         # may be among the events that are left for the next one.
         if self._knock and (self._knock in events or len(events) == TURN_CLIENTS):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Connections that a drain takes over from the kernel's queue, at most.
 MAX_LATE_ACCEPTS = 4096
+#: Of those who are turned away, who are not counted, so many in a turn: a flood of them waits for the clients, 0.1 ms.
+MAX_TURNED_AWAY_NOW = 4
 #: How long a worker that is ahead leaves a new client to the others; it takes one itself then, in case they cannot.
 YIELD_SECONDS = 0.001
 #: The part of the drain timeout that a worker uses; the rest is for processes to end in.
@@ -68,7 +70,7 @@ class _Server(StreamServer):
             self._timer.start(self._start_accepting_if_started)
             return None
         self._has_yielded = False
-        return self.accept()
+        return None if self._worker.dispatcher.turned_away_now >= MAX_TURNED_AWAY_NOW else self.accept()
 
     def accept(self) -> Any:
         """Accept a client; return the arguments of `handle`, which counts it at the same moment, or None.

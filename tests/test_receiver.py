@@ -2,14 +2,14 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, cast
 
 import gevent
 import pytest
 
-from gserver.receiver import BURST_BYTES, Receiver
+from gserver.receiver import BURST_BYTES, PIECE_BYTES, Receiver
 from tests.running import LIMIT, PATIENCE
 
 #: A timeout that is over soon, and one that a test never waits out.
@@ -59,12 +59,56 @@ def test_bytes_that_come_later_end_the_wait(timeout: float | None) -> None:
         assert not receiver.is_waiting
 
 
-def test_no_more_than_a_burst_is_taken_at_once_and_nothing_is_lost() -> None:
+def test_no_more_than_a_piece_is_taken_at_once_and_nothing_is_lost() -> None:
+    sent = bytes(range(256)) * 40
+    assert len(sent) > 2 * BURST_BYTES
     with pair() as (receiver, peer):
-        peer.sendall(b"a" * BURST_BYTES + b"b" * BURST_BYTES + b"c")
-        assert receiver.receive(None) == b"a" * BURST_BYTES
-        assert receiver.receive(0) == b"b" * BURST_BYTES
-        assert receiver.receive(LONG) == b"c"
+        peer.sendall(sent)
+        peer.shutdown(socket.SHUT_WR)
+        pieces = []
+        for timeout in (None, 0, LONG) * len(sent):
+            pieces.append(receiver.receive(timeout) or b"")
+            if not pieces[-1]:
+                break
+        assert b"".join(pieces) == sent
+        assert {len(piece) for piece in pieces} == {PIECE_BYTES, 0}
+
+
+def test_between_two_pieces_the_loop_looks_who_has_spoken_however_many_have_more() -> None:
+    order: list[str] = []
+
+    def receive_all(name: str, receiver: Receiver) -> None:
+        while receiver.receive(None):
+            order.append(name)
+
+    with pair() as (one, one_peer), pair() as (other, other_peer), pair() as (modest, modest_peer):
+        for peer in (one_peer, other_peer):
+            peer.sendall(b"a" * BURST_BYTES)
+            peer.shutdown(socket.SHUT_WR)
+
+        def speak() -> None:
+            modest_peer.sendall(b"b")
+            modest_peer.shutdown(socket.SHUT_WR)
+            order.append("spoke")
+
+        waiting = started(modest, None)
+        greedy = [gevent.spawn(receive_all, name, receiver) for name, receiver in (("one", one), ("other", other))]
+        # While both have pieces left: what it says is heard before each has had another turn.
+        gevent.get_hub().loop.run_callback(lambda: until_both(order, speak))
+        waiting.link(lambda _: order.append("heard"))
+        gevent.joinall(greedy, timeout=LIMIT)
+        assert waiting.get(timeout=LIMIT) == b"b"
+    assert order.count("one") == order.count("other") == BURST_BYTES // PIECE_BYTES
+    assert len(order[order.index("spoke") : order.index("heard")]) <= 3, order
+    assert order.index("heard") < len(order) - 3
+
+
+def until_both(order: list[str], act: Callable[[], None]) -> None:
+    """Act once both have begun."""
+    if {"one", "other"} <= set(order):
+        act()
+    else:
+        gevent.get_hub().loop.run_callback(lambda: until_both(order, act))
 
 
 def test_the_others_have_their_turn_between_two_bursts() -> None:
@@ -76,7 +120,7 @@ def test_the_others_have_their_turn_between_two_bursts() -> None:
             order.append(name)
 
     with pair() as (greedy, greedy_peer), pair() as (modest, modest_peer):
-        greedy_peer.sendall(b"a" * BURST_BYTES * 10)
+        greedy_peer.sendall(b"a" * BURST_BYTES * 2)
         modest_peer.sendall(b"b")
         greenlets = [gevent.spawn(receive, "greedy", greedy, 10), gevent.spawn(receive, "modest", modest, 1)]
         gevent.joinall(greenlets, timeout=LIMIT)

@@ -142,7 +142,7 @@ class Site(ExitStack[None]):
     def __init__(self, folder: Path, pems: Path, variant: Variant, *options: str, **more: object) -> None:
         super().__init__()
         self.variant, self.may_lose = variant, False
-        self._pems = pems
+        self.pems = pems
         (folder / "census.py").write_text(CENSUS)
         words = ["--workers", str(variant.workers), "--server-id", "here", "--admin-port", "0", "--commands", "census"]
         tls = certified(pems) if variant.is_tls else []
@@ -161,7 +161,7 @@ class Site(ExitStack[None]):
     def client(self, source: str = "") -> Client:
         """A new client, of the variant's kind."""
         if self.variant.is_tls:
-            return TlsClient(self.server.port, trust(self._pems), source=source)
+            return TlsClient(self.server.port, trust(self.pems), source=source)
         return self.server.client(source)
 
     def check(self, command: bytes, reply: bytes) -> None:
