@@ -208,6 +208,10 @@ class Site(ExitStack[None]):
         """The supervisor, its workers and its agent."""
         return [psutil.Process(self.server.pid), *self.server.workers(), *self.server.agents()]
 
+    def resident_of_workers(self) -> int:
+        """Bytes."""
+        return sum(worker.memory_info().rss for worker in self.server.workers())
+
     def held(self) -> Held:
         """What it holds with one client for each worker."""
         until(lambda: len(self.server.workers()) == len(self.clients()) == self.variant.workers, "all workers run")

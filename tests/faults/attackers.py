@@ -1,0 +1,172 @@
+"""Crowds and floods, each a process of its own: `python -m tests.faults.attackers NAME PORT CA SECONDS NUMBER SOURCE`.
+
+CA is "" for plain. Each prints `begun` when it is under way, and at the end how much of it there was. It ends by
+itself, or with its stdin.
+"""
+
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+from tests.faults.site import Site
+from tests.running import LIMIT, ROOT, environment
+
+
+@dataclass
+class Attack:
+    """What an attacker is told."""
+
+    port: int
+    context: ssl.SSLContext | None
+    seconds: float
+    number: int
+    source: str
+
+    def connect(self) -> socket.socket:
+        """Connect, by TLS if so told."""
+        sock = socket.create_connection(("127.0.0.1", self.port), LIMIT, (self.source, 0))
+        return self.context.wrap_socket(sock, server_hostname="127.0.0.1") if self.context else sock
+
+    def until_over(self, act: Callable[[], object]) -> None:
+        """Do it again and again."""
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            act()
+
+
+def bad_lines(attack: Attack) -> int:
+    """So many lines that are no command, as fast as they are answered; return how many replies came."""
+    with attack.connect() as sock:
+        counts = [0]
+
+        def count() -> None:
+            while data := sock.recv(65536):
+                counts[0] += data.count(b"\n")
+
+        reader = threading.Thread(target=count)
+        reader.start()
+        for _ in range(attack.number // 1000):
+            sock.sendall(b"NO\n" * 1000)
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        reader.join()
+    return counts[0]
+
+
+def connects(attack: Attack) -> int:
+    """Connect, read until the end and do it again; return how many were told that there are too many clients."""
+    told = 0
+
+    def connect() -> None:
+        nonlocal told
+        with suppress(OSError), attack.connect() as sock:
+            told += sock.recv(100) == b"ERR too many clients\n"
+
+    attack.until_over(connect)
+    return told
+
+
+def dribblers(attack: Attack) -> int:
+    """So many send a byte twice a second, one after another; return how many are told that they are too slow."""
+    socks = [attack.connect() for _ in range(attack.number)]
+    _say("begun")
+    following = cycle(socks)
+
+    def dribble() -> None:
+        for sock in islice(following, attack.number // 250):
+            with suppress(OSError):
+                sock.send(b"x")
+        time.sleep(0.008)
+
+    attack.until_over(dribble)
+    return sum(sock.recv(100) == b"ERR too slow\n" for sock in socks)
+
+
+def crowd(attack: Attack) -> int:
+    """So many clients that have been answered; return how many are answered again at the end of stdin."""
+    socks = [attack.connect() for _ in range(attack.number)]
+
+    def are_answered() -> int:
+        for sock in socks:
+            sock.send(b"WHY\n")
+        return sum(sock.recv(100) == b"42\n" for sock in socks)
+
+    assert are_answered() == attack.number
+    _say("begun")
+    sys.stdin.read()
+    return are_answered()
+
+
+def silent(attack: Attack) -> int:
+    """So many connect and say nothing; who is cut off comes again. Return how often they connected."""
+    attack.context = None
+    socks = [attack.connect() for _ in range(attack.number)]
+    _say("begun")
+    count = len(socks)
+
+    def look() -> None:
+        nonlocal count
+        for index, sock in enumerate(socks):
+            sock.setblocking(False)
+            with suppress(BlockingIOError):
+                sock.recv(100)
+                sock.close()
+                socks[index] = attack.connect()
+                count += 1
+        time.sleep(0.1)
+
+    attack.until_over(look)
+    return count
+
+
+class Attacker:
+    """One that is under way, until `result`."""
+
+    def __init__(self, name: str, site: Site, seconds: float = 0, number: int = 0, source: str = "127.0.0.1") -> None:
+        ca = str(site.pems / "ca.pem") if site.variant.is_tls else ""
+        words = [name, str(site.server.port), ca, str(seconds), str(number), source]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tests.faults.attackers", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            cwd=ROOT,
+        )
+        assert self._process.stdout
+        assert self._process.stdout.readline() == "begun\n"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def result(self) -> int:
+        """Wait for its end; how much there was."""
+        told, _ = self._process.communicate(timeout=4 * LIMIT)
+        assert self._process.returncode == 0
+        return int(told)
+
+
+def _say(text: object) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Carry one out."""
+    name, port, ca, seconds, number, source = sys.argv[1:]
+    context = ssl.create_default_context(cafile=ca) if ca else None
+    attack = Attack(int(port), context, float(seconds), int(number), source)
+    if name in ("bad_lines", "connects"):
+        _say("begun")
+    _say(globals()[name](attack))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Crowds and floods, and how soon a good client beside them is answered: within twice the time that it usually takes.
+
+Server and good client run at real-time priorities, above those who flood: these stand for others' machines, whose CPUs
+are not the server's, and no noise of this one is measured. That takes root.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from tests.faults.attackers import Attacker
+from tests.faults.pace import Pace, measured
+from tests.faults.rows import Notes, Variant, row
+from tests.faults.site import Site
+from tests.running import until
+from tests.test_admin import status
+
+Start = Callable[..., Site]
+CROWD = 50_000
+#: Priorities of the server and the good client, and of those who flood.
+OURS, THEIRS = 50, 10
+QUIET_SECONDS = 3.0
+
+
+@pytest.fixture(autouse=True)
+def undisturbed() -> Iterator[None]:
+    """This process and those that it starts run before all others."""
+    if os.geteuid() != 0:
+        pytest.skip("real-time priorities need root")
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(OURS))
+    except OSError as error:
+        pytest.skip(f"no real-time priorities: {error}")
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def attack(name: str, site: Site, seconds: float = 0, number: int = 0, source: str = "127.0.0.1") -> Attacker:
+    """Begin it, at the lower priority."""
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(THEIRS))
+    try:
+        return Attacker(name, site, seconds, number, source)
+    finally:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(OURS))
+
+
+@contextmanager
+def compared(site: Site, notes: Notes) -> Iterator[None]:
+    """The good client's 99th percentile during the body is at most twice that before it."""
+    with measured(site) as before:
+        time.sleep(QUIET_SECONDS)
+    with measured(site) as during:
+        yield
+    assert_as_usual(notes, *before, *during)
+
+
+def assert_as_usual(notes: Notes, usual: Pace, now: Pace) -> None:
+    """The 99th percentile is at most twice the usual one."""
+    assert min(usual.replies, now.replies) > 300
+    notes.measured("p99 usually", usual.p99 * 1000, "ms")
+    notes.measured("p99", now.p99 * 1000, "ms")
+    notes.measured("ratio", now.p99 / usual.p99, "times")
+    assert now.p99 <= 2 * usual.p99, f"{now} beside it, {usual} usually"
+
+
+@row("50,000 clients", Variant(4), quick=None)
+def test_50000_clients_at_once(start: Start, notes: Notes) -> None:
+    site = start("--max-clients", str(CROWD + 100), "--backlog", "1024")
+    before = site.resident_of_workers()
+    with measured(site) as usual_paces:
+        time.sleep(QUIET_SECONDS)
+    # Each address has 28,000 ports, and each process 20,000 files.
+    crowds = [attack("crowd", site, 0, CROWD // 5, f"127.0.1.{number}") for number in range(5)]
+    with site.client() as one:
+        assert one.who() == CROWD + 1
+    each = site.clients()
+    notes.happened(f"{sum(each)} clients, in the workers {each}")
+    notes.measured("memory", (site.resident_of_workers() - before) / CROWD, "bytes a client")
+    with measured(site) as paces:
+        time.sleep(QUIET_SECONDS)
+        assert sum(crowd.result() for crowd in crowds) == CROWD
+    assert_as_usual(notes, *usual_paces, *paces)
+    site.assert_as_before()
+
+
+@row("Flood of connects", Variant(1), Variant(2), Variant(1, True), quick=None)
+def test_a_flood_of_connects_beyond_the_limit(start: Start, notes: Notes) -> None:
+    site = start("--max-clients", "10")
+    with ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(site.client()).ask(b"WHY")
+        with compared(site, notes), site.client() as last:
+            assert last.who() == 10
+            refused = status(site.server)["rejected"]["too_many_clients"]
+            floods = [attack("connects", site, 5) for _ in range(2)]
+            told = sum(flood.result() for flood in floods)
+            refused = status(site.server)["rejected"]["too_many_clients"] - refused
+            assert last.who() == 10
+        notes.happened(f"{told} were told so, {refused} were counted")
+        assert refused >= told > 1000
+    site.assert_as_before()
+
+
+@row("1,000 slowloris clients", Variant(1), Variant(2), Variant(1, True), quick=None)
+def test_1000_that_send_a_byte_now_and_then(start: Start, notes: Notes) -> None:
+    site = start("--line-timeout", "6")
+    with measured(site) as usual:
+        time.sleep(QUIET_SECONDS)
+    flood = attack("dribblers", site, 8, 1000)
+    until(lambda: sum(site.clients()) == 1000, "all are there")
+    with measured(site) as paces:
+        time.sleep(QUIET_SECONDS)
+        dribbling = status(site.server)["clients"]["now"]
+    assert flood.result() == 1000
+    until(lambda: status(site.server)["rejected"]["too_slow"] == 1000, "all are cut off")
+    notes.happened(f"{dribbling - 1} clients at once sent a byte every 0.5 s, and were cut off")
+    assert dribbling == 1001
+    assert_as_usual(notes, *usual, *paces)
+    site.assert_as_before()
+
+
+@row("1,000 silent TLS peers", Variant(1, True), Variant(2, True), quick=None)
+def test_1000_that_never_begin_the_handshake(start: Start, notes: Notes) -> None:
+    site = start("--tls-handshake-timeout", "2", "--max-clients", "20")
+    with measured(site) as usual:
+        time.sleep(QUIET_SECONDS)
+    flood = attack("silent", site, 6, 1000)
+    until(lambda: sum(worker.num_fds() for worker in site.server.workers()) > 1000, "all are there")
+    with measured(site) as paces:
+        time.sleep(QUIET_SECONDS)
+        with site.client() as client:
+            assert client.who() == 2
+    count = flood.result()
+    notes.happened(f"1,000 at once were silent, and connected {count} times in all")
+    assert count > 1000
+    assert_as_usual(notes, *usual, *paces)
+    site.assert_as_before()
+
+
+@row("A million bad lines", Variant(1), Variant(2), Variant(1, True), quick=None, values={"one": 1, "four": 4})
+def test_a_million_bad_lines_from_one_or_four(start: Start, notes: Notes, kind: int) -> None:
+    site = start()
+    with compared(site, notes):
+        floods = [attack("bad_lines", site, number=1_000_000 // kind) for _ in range(kind)]
+        replies = sum(flood.result() for flood in floods)
+        counted = status(site.server)["errors"]["unknown_command"]
+    notes.happened(f"{replies} replies, {counted} counted as unknown")
+    assert replies == 1_000_000
+    until(lambda: status(site.server)["errors"]["unknown_command"] >= replies, "all are counted")
+    site.assert_as_before()
