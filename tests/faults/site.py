@@ -136,10 +136,13 @@ class Neighbours(ExitStack[None]):
 class Site(ExitStack[None]):
     """A server in a variant, with an admin port.
 
-    `may_lose` is whether a neighbour may lose its connection, as at a worker's death: it comes back then.
+    `crowd` is how many clients each worker has had before the fault. `may_lose` is whether a neighbour may lose its
+    connection, as at a worker's death: it comes back then.
     """
 
-    def __init__(self, folder: Path, pems: Path, variant: Variant, *options: str, **more: object) -> None:
+    def __init__(
+        self, folder: Path, pems: Path, variant: Variant, *options: str, crowd: int = 60, **more: object
+    ) -> None:
         super().__init__()
         self.variant, self.may_lose = variant, False
         self.pems = pems
@@ -148,12 +151,12 @@ class Site(ExitStack[None]):
         tls = certified(pems) if variant.is_tls else []
         self.server = self.enter_context(Running(*words, *tls, *options, cwd=folder, **more))  # type: ignore[arg-type]
         self.server.wait_for("agent.ready")
-        self._before = self._warm()
+        self._before = self._warm(crowd * variant.workers)
 
-    def _warm(self) -> Held:
-        """What it holds when every worker has had clients of several kinds."""
+    def _warm(self, crowd: int) -> Held:
+        """What it holds when it has had so many clients at once: an allocator keeps some of what they took."""
         with ExitStack() as stack:
-            for _ in range(60 * self.variant.workers):
+            for _ in range(crowd):
                 with contextlib.suppress(OSError):
                     stack.enter_context(self.client()).send(b"WHY\nNOPE\nWH")
         return self.held()

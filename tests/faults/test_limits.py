@@ -107,8 +107,8 @@ def test_a_flood_of_connects_beyond_the_limit(start: Start, notes: Notes) -> Non
 
 
 @row("1,000 slowloris clients", Variant(1), Variant(2), Variant(1, True), quick=None)
-def test_1000_that_send_a_byte_now_and_then(start: Start, notes: Notes) -> None:
-    site = start("--line-timeout", "6")
+def test_1000_that_send_a_byte_now_and_then(start: Start, notes: Notes, variant: Variant) -> None:
+    site = start("--line-timeout", "6", crowd=1000 // variant.workers)
     with measured(site) as usual:
         time.sleep(QUIET_SECONDS)
     flood = attack("dribblers", site, 8, 1000)
