@@ -24,6 +24,7 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "port": ("GSERVER_PORT", "65535", 65535),
     "backlog": ("GSERVER_BACKLOG", "7", 7),
     "workers": ("GSERVER_WORKERS", "auto", 0),
+    "user": ("GSERVER_USER", "nobody:nogroup", "nobody:nogroup"),
     "server_id": ("GSERVER_SERVER_ID", "an-id", "an-id"),
     "max_clients": ("GSERVER_MAX_CLIENTS", "8", 8),
     "max_line_bytes": ("GSERVER_MAX_LINE_BYTES", "65536", 65536),
