@@ -153,9 +153,9 @@ def test_the_version_has_an_entry_in_the_changelog() -> None:
 
 
 def test_pins_are_exact_and_name_no_index() -> None:
-    for page in ("requirements.txt", "requirements-dev.txt"):
+    for page in (path.name for path in ROOT.glob("requirements*.txt")):
         for line in (ROOT / page).read_text().splitlines():
-            pin = r"-r requirements\.txt|[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*(; python_full_version < \"[0-9.]+\")?"
+            pin = r"-r requirements(-dev)?\.txt|[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*(; python_full_version < \"[0-9.]+\")?"
             assert re.fullmatch(pin, line), line
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert all("==" in requirement for requirement in build)
