@@ -246,5 +246,5 @@ def _describe(error: click.ClickException) -> str:
 
 
 def _give_up(message: str, code: int) -> None:
-    click.echo("gserver: " + " ".join(message.split()), err=True)
+    click.echo("gserver: " + logs.printable(" ".join(message.split())), err=True)
     sys.exit(code)
