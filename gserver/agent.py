@@ -3,6 +3,8 @@
 Clients never wait for it: when it hangs or dies, the workers go on, and the supervisor starts another.
 """
 
+import contextlib
+import resource
 import signal
 import socket
 from time import monotonic
@@ -16,6 +18,8 @@ from gserver.statsd import FLUSH_SECONDS, StatsdClient
 
 #: How long a stop waits for the cluster to be told.
 LEAVE_SECONDS = 1.5
+#: More than it ever needs: an answer of whoever speaks for Redis may be without end.
+MAX_DATA_BYTES = 400_000_000
 
 
 def run(instructions: Instructions) -> None:
@@ -24,6 +28,8 @@ def run(instructions: Instructions) -> None:
     Raises `Twin` when another live server has this one's id.
     """
     config, board = instructions.config, instructions.board()
+    with contextlib.suppress(ValueError):  # The hard limit is lower still.
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     should_stop = Event()
     gevent.signal_handler(signal.SIGTERM, should_stop.set)
     gevent.spawn_raw(show_life, instructions, board)

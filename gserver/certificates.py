@@ -39,7 +39,8 @@ def _read(name: str, path: str) -> str:
                 raise Misuse(f"{flag(name)} {path} is no regular file")
             text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise Misuse(f"{flag(name)} {path} cannot be read: {error.strerror}") from error
+        hint = f": let user {os.geteuid()} read it, too" if isinstance(error, PermissionError) else ""
+        raise Misuse(f"{flag(name)} {path} cannot be read: {error.strerror}{hint}") from error
     if not text.strip() or len(text) > MAX_FILE_BYTES:  # One that is being written anew is empty for a moment.
         raise Misuse(f"{flag(name)} {path} {'is too large' if text.strip() else 'is empty'}: name a file in PEM")
     return text

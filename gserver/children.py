@@ -63,7 +63,7 @@ class Child:
         stdin = os.memfd_create("gserver-instructions")
         try:
             os.pwrite(stdin, json.dumps(asdict(told)).encode(), 0)
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: S603 (this very program)
                 [sys.executable, "-P", "-m", "gserver", "child", role, str(instructions.slot)],
                 stdin=stdin,
                 pass_fds=[fd for fd in (instructions.board_fd, instructions.listener_fd, its_end) if fd >= 0],

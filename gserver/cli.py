@@ -136,8 +136,6 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     )
     if config.contradiction:
         raise Misuse(config.contradiction)
-    if config.redis_ca_file and not os.access(config.redis_ca_file, os.R_OK):
-        raise Misuse(f"--redis-ca-file {config.redis_ca_file} cannot be read: name a file of certificates (PEM)")
     limit = process.raise_file_limit()
     room = config.workers * (limit - process.RESERVED_FILES)
     is_chosen = ctx.get_parameter_source("max_clients") is not click.core.ParameterSource.DEFAULT
@@ -147,8 +145,11 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
             f" for {room} clients: raise the limit (ulimit -n), lower --max-clients or raise --workers"
         )
     config = replace(config, max_clients=min(config.max_clients, room))
+    server = supervisor.Supervisor(config)  # From now on, this may be another user.
+    if config.redis_ca_file and not os.access(config.redis_ca_file, os.R_OK):
+        raise Misuse(f"--redis-ca-file {config.redis_ca_file} cannot be read: name a file of certificates (PEM)")
     logs.start(config.log_level, config.log_format, config.server_id)
-    ctx.exit(supervisor.Supervisor(config).run())
+    ctx.exit(server.run())
 
 
 def _hide_secrets(ctx: click.Context, config: Config) -> None:
@@ -245,5 +246,5 @@ def _describe(error: click.ClickException) -> str:
 
 
 def _give_up(message: str, code: int) -> None:
-    click.echo("gserver: " + " ".join(message.split()), err=True)
+    click.echo("gserver: " + logs.printable(" ".join(message.split())), err=True)
     sys.exit(code)

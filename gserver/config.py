@@ -109,6 +109,7 @@ class Config:
     workers: int = _option(
         1, LISTENING, "Worker processes, or auto: one for each core.", parse=parse_workers, metavar="N|auto"
     )
+    user: str = _option("", LISTENING, "User to serve as, where root starts it.", metavar="NAME[:GROUP]")
     server_id: str = _option(
         "", LISTENING, "What WHERE answers [default: a new UUID].", parse=parse_server_id, metavar="ID"
     )

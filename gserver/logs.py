@@ -110,7 +110,7 @@ class TextFormatter(logging.Formatter):
         trace = getattr(record, "fields", {}).get(STACK, "")
         trace = trace or (self.formatException(record.exc_info) if record.exc_info else "")
         rows = [f"{moment} {record.levelname:<7} {cut('message', record.getMessage())}"]
-        return "\n    ".join(_printable(row) for row in (*rows, *cut(STACK, trace).splitlines()))
+        return "\n    ".join(printable(row) for row in (*rows, *cut(STACK, trace).splitlines()))
 
 
 def cut(key: str, text: str) -> str:
@@ -212,5 +212,6 @@ def unhandled(context: object, kind: type[BaseException] | None, value: Any, tra
     complain("process.error", f"{type(error).__name__} in {context!r}", error_fields(error))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return the text without anything that a terminal would obey."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

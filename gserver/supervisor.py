@@ -9,7 +9,7 @@ import selectors
 import signal
 from time import monotonic
 
-from gserver import certificates, listener, logs, systemd
+from gserver import certificates, listener, logs, privileges, systemd
 from gserver.board import Board
 from gserver.children import AGENT, SHORT_LIFE_SECONDS, WATCH_SECONDS, WORKER, Child, Pacing, reap_strangers
 from gserver.config import Config
@@ -34,6 +34,7 @@ class Supervisor:
         self._manager = systemd.Manager()
         # The admin port too, so that it stays open while one agent follows another.
         config, self._socket, self._admin = listener.open_ports(config, self._manager.sockets)
+        privileges.become(config.user)
         self._config = config
         # One column more than workers: a reload starts the new one before the old one goes.
         self._board = Board.create(config.workers + 1)

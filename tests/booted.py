@@ -22,9 +22,23 @@ UNITS = ROOT / "deploy/systemd"
 #: Of systemd's own, without what they would pull in.
 TARGETS = ("basic", "default", "multi-user", "network-online", "shutdown", "sockets", "sysinit", "umount")
 
-#: Arguments: a folder for all that is made, the name of the cgroup, and PATHS. This Python may be where ProtectHome and
-#: PrivateTmp hide it, and so is bound to /opt, as a virtualenv that is ready.
-BOOT = """
+#: In the folder that is to be /opt: the repository, and a virtualenv that is ready. Only root may look where they are.
+INSTALL = """
+site=venv/lib/$(basename "$(dirname "$packages")")/site-packages
+mkdir -p gserver python venv/bin "$site"
+mount --bind "$base" python
+mount --bind "$repository" gserver
+mount --bind "$packages" "$site"
+ln -s /opt/python/bin/python3 venv/bin/python
+printf 'home = /opt/python/bin\\n' >venv/pyvenv.cfg
+"""
+#: What it takes, in this order: base, packages, repository.
+INSTALLED = [sys.base_prefix, sysconfig.get_path("purelib"), str(ROOT)]
+
+#: Arguments: a folder for all that is made, the name of the cgroup, what is installed, systemd. What is installed may
+#: be where ProtectHome and PrivateTmp hide it.
+BOOT = (
+    """
 set -eu
 folder=$1 cgroup=$2 base=$3 packages=$4 repository=$5
 mount --make-rprivate /
@@ -32,14 +46,10 @@ mount --bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys
 mount -t tmpfs tmpfs /sys/fs/cgroup
 mkdir /sys/fs/cgroup/all && mount -t cgroup2 none /sys/fs/cgroup/all
 mkdir "/sys/fs/cgroup/all/$cgroup" && echo $$ >"/sys/fs/cgroup/all/$cgroup/cgroup.procs"
-site=venv/lib/$(basename "$(dirname "$packages")")/site-packages
 mkdir "$folder/opt" && mount -t tmpfs tmpfs "$folder/opt" && cd "$folder/opt"
-mkdir -p gserver python venv/bin "$site"
-mount --bind "$base" python
-mount --bind "$repository" gserver
-mount --bind "$packages" "$site"
-ln -s /opt/python/bin/python3 venv/bin/python
-printf 'home = /opt/python/bin\\n' >venv/pyvenv.cfg
+"""
+    + INSTALL
+    + """
 mount --rbind . /opt && cd /
 exec unshare --cgroup sh -euc '
 mount -t tmpfs tmpfs /run
@@ -49,6 +59,7 @@ mount --make-rshared /  # As a host has it: by that credentials are handed over.
 exec env -i container=lxc PATH=/usr/sbin:/usr/bin:/sbin:/bin "SYSTEMD_UNIT_PATH=$1/units" \\
     '"$6"' --system --unit=basic.target --log-target=console --show-status=0' sh "$folder"
 """
+)
 
 
 class Booted:
@@ -69,7 +80,7 @@ class Booted:
     def __enter__(self) -> "Booted":
         self._write_units()
         namespaces = ["--mount", "--pid", "--ipc", "--uts", "--fork", "--mount-proc", "--kill-child"]
-        places = [self._folder, self._cgroup, sys.base_prefix, sysconfig.get_path("purelib"), ROOT, SYSTEMD]
+        places = [self._folder, self._cgroup, *INSTALLED, SYSTEMD]
         command = [program("unshare"), *namespaces, program("bash"), "-c", BOOT, "boot", *map(str, places)]
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gserver.agent import MAX_DATA_BYTES
 from gserver.config import Config
 from gserver.redis_link import RedisLink, kind_of
 from tests.redises import Redis
@@ -131,3 +132,19 @@ def test_an_update_on_disk_that_the_agent_cannot_work_with_does_not_end_the_serv
         until(lambda: len(server.events("agent.died")) >= 2, "the next one does not start either", 2 * LIMIT)
         assert client.who() == 1
         assert not server.events("server.draining")
+
+
+def test_an_answer_without_end_is_given_up_before_it_takes_all_memory() -> None:
+    def pour(sock: socket.socket) -> None:
+        sock.sendall(b"$9000000000\r\n")
+        while True:
+            sock.sendall(bytes(1_000_000))
+
+    with listener(pour) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
+        until(lambda: server.events("cluster.lost"), "it is given up")
+        (agent,) = server.agents()
+        said = Path(f"/proc/{agent.pid}/status").read_text() + Path(f"/proc/{agent.pid}/limits").read_text()
+        found = re.search(rf"VmHWM:\s+(\d+) kB.*\nMax data size +{MAX_DATA_BYTES} ", said, re.S)
+        assert found, said
+        assert 50_000 < int(found[1]) < MAX_DATA_BYTES / 1000, "it was sent much, and has held no more than it may"
+        assert server.who() == 1

@@ -152,10 +152,31 @@ def test_the_version_has_an_entry_in_the_changelog() -> None:
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_security_page_names_tests_options_and_limits_as_they_are() -> None:
+    page = (ROOT / "docs/security.md").read_text()
+    there = {name for path in (ROOT / "tests").glob("test_*.py") for name in functions(path)}
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 40
+    assert named <= there
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= {flag(name) for name in OPTIONS}
+    for name, shown in re.findall(r"^\| `([^`]+)` \| ([0-9,]+) \|", page, re.M):
+        module, _, constant = name.rpartition(".")
+        if module:
+            found = re.search(rf"^{constant} = (\S+)$", (ROOT / f"gserver/{module}.py").read_text(), re.M)
+            value = found and int(found[1])
+        else:
+            value = next(getattr(Config(), option) for option in OPTIONS if flag(option) == name)
+        assert f"{value:,}" == shown, name
+
+
+def functions(path: Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
 def test_pins_are_exact_and_name_no_index() -> None:
-    for page in ("requirements.txt", "requirements-dev.txt"):
+    for page in (path.name for path in ROOT.glob("requirements*.txt")):
         for line in (ROOT / page).read_text().splitlines():
-            pin = r"-r requirements\.txt|[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*(; python_full_version < \"[0-9.]+\")?"
+            pin = r"-r requirements(-dev)?\.txt|[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*(; python_full_version < \"[0-9.]+\")?"
             assert re.fullmatch(pin, line), line
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert all("==" in requirement for requirement in build)
