@@ -71,10 +71,10 @@ class _Admin:
         self._registry = CollectorRegistry()
         self._registry.register(BoardCollector(config, board))
         self._routes = {
-            "/": self._page,
+            "/": lambda: ("200 OK", HTML, PAGE.read_bytes()),
             "/status.json": self._status,
-            "/metrics": self._metrics,
-            "/livez": self._live,
+            "/metrics": lambda: ("200 OK", METRICS, generate_latest(self._registry)),
+            "/livez": lambda: ("200 OK", TEXT, b"alive\n"),
             "/readyz": self._ready,
         }
 
@@ -116,18 +116,9 @@ class _Admin:
                 return False
         return hmac.compare_digest(value.strip().encode(), self._config.admin_token.encode())
 
-    def _page(self) -> Answer:
-        return "200 OK", HTML, PAGE.read_bytes()
-
-    def _live(self) -> Answer:
-        return "200 OK", TEXT, b"alive\n"
-
     def _ready(self) -> Answer:
         word = state(self._board)
         return "200 OK" if word == "ready" else "503 Service Unavailable", TEXT, f"{word}\n".encode()
-
-    def _metrics(self) -> Answer:
-        return "200 OK", METRICS, generate_latest(self._registry)
 
     def _status(self) -> Answer:
         roster = self._roster.told() if self._roster else None  # Waits for Redis, but a moment only.

@@ -56,6 +56,7 @@ SINGLE_CELLS = (
     "stopping",  # 1 from the signal on that ends it
     "draining",  # 1 from when it accepts no more
     "incarnation",  # which life of this server it is: drawn by lot
+    "address_key",  # of the hash of addresses: drawn by lot, and secret
     "remote",  # clients of the other servers, as last known
     "servers",  # servers in the cluster, as last known; 0 before the first beat
     "view",  # when that was learned
@@ -67,6 +68,7 @@ SINGLE_CELLS = (
 MAX_COMMANDS = 64
 
 _CELL_BYTES = 8
+_ADDRESS_BYTES = 4
 _FIRST = 1  # cell 0 holds the layout's fingerprint
 _FINGERPRINT = zlib.crc32(repr((WORKER_CELLS, SINGLE_CELLS, MAX_COMMANDS, MAX_NAME_BYTES)).encode())
 
@@ -74,7 +76,7 @@ _FINGERPRINT = zlib.crc32(repr((WORKER_CELLS, SINGLE_CELLS, MAX_COMMANDS, MAX_NA
 class Board:
     """All cells, as seen by one process. A cell is `board.cells[index]`."""
 
-    def __init__(self, fd: int, slots: int) -> None:
+    def __init__(self, fd: int, slots: int, address_cells: int = 0) -> None:
         self.fd = fd
         self.slots = slots
         singles = _FIRST + slots * (len(WORKER_CELLS) + MAX_COMMANDS)
@@ -82,21 +84,24 @@ class Board:
         end = (singles + len(SINGLE_CELLS)) * _CELL_BYTES
         size = 2 * end + slots * MAX_COMMANDS * MAX_NAME_BYTES
         if os.fstat(fd).st_size == 0:
-            os.ftruncate(fd, size)
-        memory = memoryview(mmap.mmap(fd, size))
+            os.ftruncate(fd, size + slots * address_cells * _ADDRESS_BYTES)
+        memory = memoryview(mmap.mmap(fd, 0))
         self.cells = memory[:end].cast("q")
         #: The agent's: the cells as they were when it last sent them, from where one that follows it goes on.
         self.sent = memory[end : 2 * end].cast("q")
-        self._names = memory[2 * end :]
+        self._names = memory[2 * end : size]
+        #: Gauges of clients by address, those of one worker after those of another; empty where nobody needs them.
+        self.addresses = memory[size:].cast("i")
         self._clients = self.cells[_FIRST : _FIRST + slots]
         self._remote = self.single["remote"]
 
     @classmethod
-    def create(cls, slots: int) -> "Board":
-        """Make an empty board with a column for each of `slots` workers."""
-        board = cls(os.memfd_create("gserver-board"), slots)
+    def create(cls, slots: int, address_cells: int = 0) -> "Board":
+        """Make an empty board with a column for each of `slots` workers, and so many cells of each for addresses."""
+        board = cls(os.memfd_create("gserver-board"), slots, address_cells)
         board.cells[0] = _FINGERPRINT
         board.put("incarnation", secrets.randbits(62))
+        board.put("address_key", secrets.randbits(62))
         return board
 
     @classmethod
@@ -150,11 +155,18 @@ class Board:
         return self.single["agent_heartbeat"] if slot < 0 else self.cell("heartbeat", slot)
 
     def settle(self, slot: int) -> int:
-        """Zero the gauge of a worker that is dead and return how many clients died with it."""
+        """Zero the gauges of a worker that is dead and return how many clients died with it."""
         index = self.cell("clients", slot)
         lost, self.cells[index] = self.cells[index], 0
         self.cells[self.cell("pid", slot)] = self.cells[self.cell("tls_expires_at", slot)] = 0
+        addresses = self.addresses_of(slot)
+        addresses[:] = memoryview(bytes(addresses.nbytes)).cast("i")
         return lost
+
+    def addresses_of(self, slot: int) -> "memoryview[int]":
+        """Return the gauges by address of one worker."""
+        size = len(self.addresses) // self.slots
+        return self.addresses[slot * size : (slot + 1) * size]
 
     def column(self, name: str, cells: Sequence[int] | None = None) -> Sequence[int]:
         """Return a cell of every worker, in the order of their slots."""

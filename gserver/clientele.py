@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import monotonic, monotonic_ns
 
+from gserver.addresses import Addresses
 from gserver.board import SERVICE_BOUNDS_NS, Board
 from gserver.commands import Command, Service
 from gserver.config import Config
 from gserver.errors import ClusterUnavailable
-from gserver.protocol import REFUSALS, TOO_MANY_CLIENTS, Grammar, Refusal
+from gserver.protocol import REFUSALS, TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, Grammar, Refusal
 
 
 class Clientele:
@@ -33,24 +34,36 @@ class Clientele:
         self._service_ns = board.cell("service_ns", slot)
         self._classes = [board.cell(f"service.{number}", slot) for number in range(len(SERVICE_BOUNDS_NS) + 1)]
         self.refusals = {refusal: board.cell(f"refused.{refusal.name}", slot) for refusal in REFUSALS}
+        #: By address, from the accept on; None where that is not limited.
+        self.addresses = Addresses(board, slot, limit) if (limit := config.max_clients_per_address) else None
         self.is_draining = False
         self.drain_started_at = 0.0
 
-    def admit(self) -> bool:
+    def admit(self, fd: int) -> Refusal | None:
         """Count a client in, or, if there are too many, as refused; who is in must be counted out by `release`."""
+        if self.addresses and fd not in self.addresses:
+            self.refuse(TOO_MANY_FROM_ADDRESS)
+            return TOO_MANY_FROM_ADDRESS
         if self.count_clients() < self.config.max_clients:
             self.cells[self.clients] += 1
             # Compared again once it is counted, so that two workers never both give away the last place.
             if (count := self.count_clients()) <= self.config.max_clients:
                 self.cells[self.accepted] += 1
                 self.cells[self._peak] = max(self.cells[self._peak], count)
-                return True
+                return None
             self.cells[self.clients] -= 1
+        self.leave(fd)
         self.refuse(TOO_MANY_CLIENTS)
-        return False
+        return TOO_MANY_CLIENTS
 
-    def release(self) -> None:
+    def leave(self, fd: int) -> None:
+        """Count who is no client, or no more, out of those of its address."""
+        if self.addresses:
+            self.addresses.leave(fd)
+
+    def release(self, fd: int) -> None:
         """Count a client out."""
+        self.leave(fd)
         self.cells[self.clients] -= 1
         self.cells[self.closed] += 1
 

@@ -41,11 +41,11 @@ class Member:
         self._config = config
         self._board = board
         self._incarnation = f"{board.get('incarnation'):x}"
+        self._own = config.server_id, self._incarnation
         self._link = RedisLink(config)
         known = [board.get(name) for name in ("remote", "servers", "lease_clock", "lost_at", "hold_until")]
-        self._ttl_ms, self._interval_ms = (
-            round(seconds * 1000) for seconds in (config.member_ttl_seconds, config.beat_interval_seconds)
-        )
+        self._ttl_ms = round(config.member_ttl_seconds * 1000)
+        self._interval_ms = round(config.beat_interval_seconds * 1000)
         self._membership = Membership(self._ttl_ms, *known)
         self._rivalry = Rivalry(self._interval_ms)
         self._is_member = self._membership.servers > 0
@@ -74,19 +74,10 @@ class Member:
     def _call(self, count: int | str) -> Reply:
         stamp = monotonic_ns() // 1000
         limit = TRY_SECONDS * min(1.0, self._ttl_ms / 5000)
-        told = (self._answered, self._membership.clock)
+        times, told = (self._ttl_ms, self._interval_ms), (self._answered, self._membership.clock)
         # Over all of a try: its look-ups of names, its Sentinels, and answers that come byte by byte.
         with gevent.Timeout(limit, TimeoutError(f"Timeout: no answer within {limit:.1f} s")):
-            reply = self._link.call(
-                self._config.server_id,
-                self._incarnation,
-                stamp,
-                count,
-                self._ttl_ms,
-                self._interval_ms,
-                self._rivalry.replaceable,
-                *told,
-            )
+            reply = self._link.call(*self._own, stamp, count, *times, self._rivalry.replaceable, *told)
         self._answered = stamp if reply.holder == self._incarnation else 0
         return reply
 

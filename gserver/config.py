@@ -114,6 +114,9 @@ class Config:
         "", LISTENING, "What WHERE answers [default: a new UUID].", parse=parse_server_id, metavar="ID"
     )
     max_clients: int = _option(10000, CLIENTS, "Clients at once, over all workers.", minimum=1, maximum=10_000_000)
+    max_clients_per_address: int = _option(
+        0, CLIENTS, "Clients of one address at once (IPv6: of one /64); 0 = no limit.", maximum=10_000_000
+    )
     max_line_bytes: int = _option(1024, CLIENTS, "Longest line, its ending not counted.", minimum=5, maximum=65536)
     line_timeout_seconds: float = _option(10.0, CLIENTS, "Time from a line's first byte to its end; 0 = no limit.")
     idle_timeout_seconds: float = _option(0.0, CLIENTS, "Time a client may say nothing; 0 = no limit.")
@@ -192,6 +195,11 @@ class Config:
     def settle_seconds(self) -> float:
         """How long a start waits at most to know whether the server's id is free: three beats of who may hold it."""
         return max(1.8, 3 * self.beat_interval_seconds)
+
+    @property
+    def address_cells(self) -> int:
+        """In how many cells each worker counts clients by address: as many for each client at least, or none."""
+        return 2 * max(65536, self.max_clients) if self.max_clients_per_address else 0
 
     @property
     def contradiction(self) -> str:

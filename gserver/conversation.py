@@ -29,24 +29,14 @@ LINGER_SECONDS = 1.0
 class Conversation:
     """From when a client wakes until it rests again or is let go."""
 
-    __slots__ = (
-        "_clientele",
-        "_connection",
-        "_is_ended",
-        "_line_deadline",
-        "_parser",
-        "_receiver",
-        "_stalled_ns",
-        "rests",
-    )
-
     def __init__(self, connection: Connection, clientele: Clientele) -> None:
         self._connection = connection
         self._clientele = clientele
-        self._receiver = Receiver(connection.sock)
+        self.receiver = Receiver(connection.sock)
         self._parser: Parser[Command] = Parser(clientele.grammar, is_first=not connection.has_spoken)
         self._line_deadline = math.inf
-        self._is_ended = False
+        #: Whether the client has ended, or is gone: it can be told nothing more.
+        self.is_ended = False
         #: How long replies have waited for the client to read: its time, not the service's.
         self._stalled_ns = 0
         #: Whether the client is to rest now: else it has left, or is to be closed.
@@ -61,23 +51,18 @@ class Conversation:
             if unsent:
                 self._send(unsent)
                 self._connection.quiet_since = monotonic()
-            return self._converse(self._receiver.receive(0) if data is None else self._receiver.piece(data))
+            return self._converse(self.receiver.receive(0) if data is None else self.receiver.piece(data))
         except _SlowReader:
             # What the kernel holds for the client would stay for minutes; closing with a reset drops it.
             self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._clientele.refuse(SLOW_READER)
-            self._is_ended = True
+            self.is_ended = True
             return SLOW_READER
         except OSError:
-            self._is_ended = True  # It is gone, and cannot be told anything.
+            self.is_ended = True
             return None
         finally:
-            self._receiver.close()
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it waits for the client to say something."""
-        return self._receiver.is_waiting
+            self.receiver.close()
 
     @property
     def may_rest(self) -> bool:
@@ -85,23 +70,9 @@ class Conversation:
         return not self._has_part and self._clientele.config.client_greenlets == "when-needed"
 
     @property
-    def heard_at(self) -> float:
-        """When it heard something last that is not whole enough to be read."""
-        return self._receiver.heard_at
-
-    @property
     def _has_part(self) -> bool:
         """Whether a line has begun, or a record of TLS."""
         return bool(self._parser.partial) or getattr(self._connection.sock, "has_part", False)
-
-    def interrupt(self) -> None:
-        """Have it look, if it waits, what there is to be done but that."""
-        self._receiver.interrupt()
-
-    def close(self) -> None:
-        """Close the socket so that the client reads what it was told, if it has not ended; that may take a moment."""
-        if not self._is_ended:
-            close_cleanly(self._connection.sock)
 
     def _converse(self, data: bytes | None) -> Refusal | None:
         clientele, connection, parser = self._clientele, self._connection, self._parser
@@ -117,7 +88,7 @@ class Conversation:
                 if not items and self._is_over():
                     return None
             else:
-                self._is_ended = True
+                self.is_ended = True
                 return self._answer(parser.end())
             refusal = self._answer(items)
             if refusal is not None:
@@ -127,7 +98,7 @@ class Conversation:
             if items:
                 connection.has_spoken = True
                 clientele.note_service(1, perf_counter_ns() - started - self._stalled_ns)
-            data = self._receiver.receive(self._patience() if self._has_part or clientele.is_draining else None)
+            data = self.receiver.receive(self._patience() if self._has_part or clientele.is_draining else None)
 
     def _is_over(self) -> bool:
         """Whether a client that says nothing is to leave, for a drain, or to rest."""

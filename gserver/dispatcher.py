@@ -25,7 +25,7 @@ from gserver.connection import Connection, PartialRecord
 from gserver.conversation import Conversation, close_cleanly
 from gserver.express import Express
 from gserver.process import RESERVED_FILES
-from gserver.protocol import TOO_MANY_CLIENTS, Refusal
+from gserver.protocol import TOO_MANY_FROM_ADDRESS, Refusal
 from gserver.receiver import BURST_BYTES, READ
 
 #: Clients at rest that are answered in one turn of the event loop; then the others have theirs.
@@ -84,12 +84,12 @@ class Dispatcher:
             if has_spoken:
                 self._answer([(sock.fileno(), READ)])
 
-    def turn_away(self, sock: _socket.socket) -> None:
+    def turn_away(self, sock: _socket.socket, address: Any, refusal: Refusal) -> None:
         """Tell a client that has not been admitted."""
         self.open += 1
         self.turned_away += 1
         self.turned_away_now += 1
-        gevent.spawn_raw(self._turn_away, sock)
+        gevent.spawn_raw(self._turn_away, sock, address, refusal)
 
     def sweep(self) -> None:
         """Close who has been idle too long; let rest who is quiet. One sweep costs less than a timer a command."""
@@ -97,14 +97,14 @@ class Dispatcher:
         now, idle_seconds = monotonic(), self._clientele.config.idle_timeout_seconds
         for connection in self._connections.values():
             conversation = self._conversations.get(connection)
-            if conversation and not conversation.is_waiting:
+            if conversation and not conversation.receiver.is_waiting:
                 continue  # What takes long is not the client's silence.
-            quiet_since = max(connection.quiet_since, conversation.heard_at) if conversation else connection.quiet_since
+            quiet_since = max(connection.quiet_since, conversation.receiver.heard_at if conversation else 0.0)
             if idle_seconds and now - quiet_since >= idle_seconds:
                 connection.is_overstayed = True
                 self._interrupt(connection)
             elif conversation and conversation.may_rest and now - connection.quiet_since >= REST_AFTER_SECONDS:
-                conversation.interrupt()
+                conversation.receiver.interrupt()
 
     def drain(self) -> None:
         """Let every client go as soon as what it has sent is answered."""
@@ -116,7 +116,7 @@ class Dispatcher:
         """Have its greenlet look what there is to be done; if it has none, wake it for that."""
         conversation = self._conversations.get(connection)
         if conversation:
-            conversation.interrupt()
+            conversation.receiver.interrupt()
         else:
             self._wake(connection, None)
 
@@ -184,7 +184,8 @@ class Dispatcher:
             else:
                 self._count_out(connection)
                 try:
-                    conversation.close()
+                    if not conversation.is_ended:
+                        close_cleanly(connection.sock)
                 finally:
                     self._close(connection, refusal)
 
@@ -207,8 +208,9 @@ class Dispatcher:
         self._close(connection, None)
 
     def _count_out(self, connection: Connection) -> None:
-        del self._connections[connection.sock.fileno()]
-        self._clientele.release()
+        fd = connection.sock.fileno()
+        del self._connections[fd]
+        self._clientele.release(fd)
 
     def _close(self, connection: Connection, refusal: Refusal | None) -> None:
         connection.sock.close()
@@ -216,11 +218,14 @@ class Dispatcher:
         self.open -= 1
         self._on_close()
 
-    def _turn_away(self, sock: _socket.socket) -> None:
-        message = f"a client was turned away: {self._clientele.config.max_clients} are connected (--max-clients)"
-        logs.complain("client.turned_away", message)
+    def _turn_away(self, sock: _socket.socket, address: Any, refusal: Refusal) -> None:
+        config, host = self._clientele.config, address[0]
+        reason = f"{config.max_clients} are connected (--max-clients)"
+        if refusal is TOO_MANY_FROM_ADDRESS:
+            reason = f"{config.max_clients_per_address} of its address are (--max-clients-per-address)"
+        logs.complain("client.turned_away", f"{host} was turned away: {reason}", _fields(address, refusal))
         try:
-            sock.send(TOO_MANY_CLIENTS.reply)
+            sock.send(refusal.reply)
             if self.turned_away <= MAX_TURNED_AWAY:
                 close_cleanly(sock)
         except OSError:
@@ -236,7 +241,9 @@ def _log_client(action: str, verb: str, connection: Connection, refusal: Refusal
     if connection.address is None:
         return  # Before the words are put together: this is paid for every client.
     host, port = connection.address[:2]
-    fields = {"client.address": host, "client.port": port}
-    if refusal is not None:
-        fields["gserver.reason"] = refusal.name
-    logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", fields)
+    logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", _fields(connection.address, refusal))
+
+
+def _fields(address: Any, refusal: Refusal | None) -> dict[str, object]:
+    fields = {"client.address": address[0], "client.port": address[1]}
+    return fields if refusal is None else fields | {"gserver.reason": refusal.name}

@@ -16,8 +16,9 @@ from gevent.lock import Semaphore
 from gevent.socket import wait_read
 
 from gserver import logs
+from gserver.clientele import Clientele
 from gserver.conversation import DRAIN_GRACE_SECONDS, close_cleanly
-from gserver.protocol import PLAIN_TEXT, TLS_FAILED, Refusal
+from gserver.protocol import PLAIN_TEXT, TLS_FAILED
 from gserver.receiver import BURST_BYTES
 from gserver.tls import TlsSocket
 
@@ -39,15 +40,14 @@ class Handshakes:
         self,
         context: ssl.SSLContext,
         max_handshakes: int,
-        timeout_seconds: float,
-        refuse: Callable[[Refusal], None],
+        clientele: Clientele,
         on_done: Callable[[Any, Any, bool], None],
         on_close: Callable[[], None],
     ) -> None:
         self._context = context
         self._max_handshakes = min(max_handshakes, MAX_HANDSHAKES)
-        self._timeout_seconds = timeout_seconds or None
-        self._refuse = refuse
+        self._timeout_seconds = clientele.config.tls_handshake_timeout_seconds or None
+        self._clientele = clientele
         self._on_done = on_done
         self._on_close = on_close
         #: Each takes up to a millisecond of CPU: one has its turn, then everybody else.
@@ -90,7 +90,7 @@ class Handshakes:
             with gevent.Timeout(self._timeout_seconds, TimeoutError("it took too long")):
                 met = self._shake_hands(sock)
         except OSError as error:
-            self._refuse(TLS_FAILED)
+            self._clientele.refuse(TLS_FAILED)
             if logging.root.isEnabledFor(logging.DEBUG):
                 fields = {"client.address": address[0], "client.port": address[1], **logs.error_fields(error)}
                 logs.event(logging.DEBUG, "client.tls_failed", f"no TLS with {address[0]}: {error}", fields)
@@ -100,6 +100,7 @@ class Handshakes:
             if met:
                 self._on_done(met, address, bool(met.early))
             else:
+                self._clientele.leave(fd)
                 sock.close()
                 self._on_close()
 
@@ -114,7 +115,7 @@ class Handshakes:
                     return None
                 raise ConnectionError("it has gone, or was cut off")
             if is_first and not received.startswith(HANDSHAKE_RECORD):
-                self._refuse(PLAIN_TEXT)
+                self._clientele.refuse(PLAIN_TEXT)
                 sock.send(PLAIN_TEXT.reply)
                 close_cleanly(sock)
                 return None

@@ -5,19 +5,21 @@ Pure: knows no Redis and no clock. All times are milliseconds of the lease clock
 
 from typing import NamedTuple
 
-#: Kinds of failed beats, by their names in metrics and logs.
-BEAT_ERRORS = (
-    "auth",
-    "connection",
-    "loading",
-    "name",
-    "no_primary",
-    "other",
-    "out_of_memory",
-    "read_only",
-    "timeout",
-    "tls",
-)
+#: Kinds of failed beats, by their names in metrics and logs, each with the pattern that is in such an error or its
+#: causes; it is of the first whose pattern is. Redis' own codes are looked for in the text, since redis-py has classes
+#: for some only, and Redis 6 wraps those of a script.
+BEAT_ERRORS = {
+    "name": "gaierror|UnicodeError",
+    "tls": r"\bSSL",
+    "auth": "Authentication|NOAUTH|unauthenticated|WRONGPASS|NOPERM|NoPermission|user executing the script",
+    "no_primary": "NoPrimary",
+    "timeout": "Timeout|timed out",
+    "read_only": "READONLY|ReadOnly",
+    "out_of_memory": r"\bOOM\b|OutOfMemory",
+    "loading": "LOADING|BusyLoading",
+    "connection": "Connection|OSError",
+    "other": "",
+}
 #: A live server's lease is renewed every beat interval; one that stands still for so many is dead.
 STILL_INTERVALS = 2
 

@@ -20,10 +20,6 @@ from gserver.config import Config
 from gserver.status import certificate_expires_at, state
 
 #: Each with the total of the board that it tells, and its help.
-GAUGES = {
-    "gserver_clients": ("clients", "Clients connected now."),
-    "gserver_workers": ("workers", "Workers that accept."),
-}
 COUNTERS = {
     "gserver_clients_accepted": ("accepted", "Clients taken in."),
     "gserver_clients_closed": ("closed", "Clients that have gone."),
@@ -47,9 +43,9 @@ class BoardCollector:
         board, config, totals = self._board, self._config, self._board.totals()
         yield InfoMetricFamily("gserver", "The server.", {"version": __version__, "server_id": config.server_id})
         yield GaugeMetricFamily("gserver_ready", "1 while it takes new clients.", float(state(board) == "ready"))
-        for name, (total, text) in GAUGES.items():
-            yield GaugeMetricFamily(name, text, totals[total])
+        yield GaugeMetricFamily("gserver_workers", "Workers that accept.", totals["workers"])
         yield GaugeMetricFamily("gserver_workers_wanted", "Workers that there should be.", config.workers)
+        yield GaugeMetricFamily("gserver_clients", "Clients connected now.", totals["clients"])
         yield GaugeMetricFamily("gserver_clients_peak", "Most clients at once.", max(board.column("peak")))
         yield GaugeMetricFamily("gserver_clients_limit", "Most clients that it takes.", config.max_clients)
         if (expires_at := certificate_expires_at(board)) is not None:

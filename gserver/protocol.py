@@ -22,35 +22,23 @@ class Refusal(NamedTuple):
     closes: bool
 
 
-UNKNOWN_COMMAND = Refusal("unknown_command", b"ERR unknown command\n", closes=False)
-NOT_ASCII = Refusal("not_ascii", b"ERR not ASCII\n", closes=False)
-INTERNAL = Refusal("internal", b"ERR internal\n", closes=False)
-CLUSTER_UNAVAILABLE = Refusal("cluster_unavailable", b"ERR cluster unavailable\n", closes=False)
-LINE_TOO_LONG = Refusal("line_too_long", b"ERR line too long\n", closes=True)
-TOO_SLOW = Refusal("too_slow", b"ERR too slow\n", closes=True)
-IDLE = Refusal("idle", b"ERR idle\n", closes=True)
-TOO_MANY_CLIENTS = Refusal("too_many_clients", b"ERR too many clients\n", closes=True)
-PLAIN_TEXT = Refusal("plain_text", b"ERR TLS only\n", closes=True)
-# TLS has alerts of its own for it.
-TLS_FAILED = Refusal("tls_failed", b"", closes=True)
-# A browser is told nothing: what it got could be taken for a page (CWE-352).
-HTTP = Refusal("http", b"", closes=True)
-# Who does not read cannot be told that either.
-SLOW_READER = Refusal("slow_reader", b"", closes=True)
-
 REFUSALS = (
-    UNKNOWN_COMMAND,
-    NOT_ASCII,
-    INTERNAL,
-    CLUSTER_UNAVAILABLE,
-    LINE_TOO_LONG,
-    TOO_SLOW,
-    IDLE,
-    TOO_MANY_CLIENTS,
-    PLAIN_TEXT,
-    TLS_FAILED,
-    HTTP,
-    SLOW_READER,
+    UNKNOWN_COMMAND := Refusal("unknown_command", b"ERR unknown command\n", closes=False),
+    NOT_ASCII := Refusal("not_ascii", b"ERR not ASCII\n", closes=False),
+    INTERNAL := Refusal("internal", b"ERR internal\n", closes=False),
+    CLUSTER_UNAVAILABLE := Refusal("cluster_unavailable", b"ERR cluster unavailable\n", closes=False),
+    LINE_TOO_LONG := Refusal("line_too_long", b"ERR line too long\n", closes=True),
+    TOO_SLOW := Refusal("too_slow", b"ERR too slow\n", closes=True),
+    IDLE := Refusal("idle", b"ERR idle\n", closes=True),
+    TOO_MANY_CLIENTS := Refusal("too_many_clients", b"ERR too many clients\n", closes=True),
+    TOO_MANY_FROM_ADDRESS := Refusal("too_many_from_address", b"ERR too many clients from your address\n", closes=True),
+    PLAIN_TEXT := Refusal("plain_text", b"ERR TLS only\n", closes=True),
+    # TLS has alerts of its own for it.
+    TLS_FAILED := Refusal("tls_failed", b"", closes=True),
+    # A browser is told nothing: what it got could be taken for a page (CWE-352).
+    HTTP := Refusal("http", b"", closes=True),
+    # Who does not read cannot be told that either.
+    SLOW_READER := Refusal("slow_reader", b"", closes=True),
 )
 
 

@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from gserver.config import Config
-from gserver.membership import Reply
+from gserver.membership import BEAT_ERRORS, Reply
 from gserver.redis_url import RedisUrl
 
 #: For a connect and for each answer, of Redis and of a Sentinel; a tenth of the TTL if that is less.
@@ -29,20 +29,6 @@ TIMEOUT_SECONDS = 0.5
 SCRIPT = Path(__file__).with_name("cluster.lua").read_text()
 
 Answer = TypeVar("Answer")
-
-#: Kinds of BEAT_ERRORS: the first whose pattern is in the error or its causes. Redis' own codes are looked for in the
-#: text, since redis-py has classes for some only, and Redis 6 wraps those of a script.
-_KINDS = {
-    "name": "gaierror|UnicodeError",
-    "tls": r"\bSSL",
-    "auth": "Authentication|NOAUTH|unauthenticated|WRONGPASS|NOPERM|NoPermission|user executing the script",
-    "no_primary": "NoPrimary",
-    "timeout": "Timeout|timed out",
-    "read_only": "READONLY|ReadOnly",
-    "out_of_memory": r"\bOOM\b|OutOfMemory",
-    "loading": "LOADING|BusyLoading",
-    "connection": "Connection|OSError",
-}
 
 
 @cache
@@ -58,15 +44,13 @@ def kind_of(error: BaseException) -> str:
     while cause is not None and len(texts) < 10:
         texts.append(f"{type(cause).__name__} {cause}")
         cause = cause.__cause__ or cause.__context__
-    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, "\n".join(texts))), "other")
+    return next(kind for kind, pattern in BEAT_ERRORS.items() if re.search(pattern, "\n".join(texts)))
 
 
 def _read(answer: Any) -> Reply:
     """Return the script's answer; raise ValueError if it cannot be one."""
     total, servers, back, clock, lost_at, holder, lease = answer
-    if not all(
-        isinstance(number, int) and 0 <= number < 2**53 for number in (total, servers, back, clock, lost_at, lease)
-    ):
+    if not all(isinstance(item, int) and 0 <= item < 2**53 for item in (total, servers, back, clock, lost_at, lease)):
         raise ValueError("the answer is not of the script's form")
     return Reply(total, servers, back, clock, lost_at, holder.decode(), lease)
 

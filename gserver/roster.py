@@ -34,9 +34,8 @@ class Roster:
 
     def __init__(self, config: Config) -> None:
         self._own = config.server_id
-        self._interval_ms, self._ttl_ms = (
-            round(seconds * 1000) for seconds in (config.beat_interval_seconds, config.member_ttl_seconds)
-        )
+        self._interval_ms = round(config.beat_interval_seconds * 1000)
+        self._ttl_ms = round(config.member_ttl_seconds * 1000)
         self._link = RedisLink(config)
         self._reading: gevent.Greenlet[[], None] | None = None
         self._began_at = self._known_at = -math.inf

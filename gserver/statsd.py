@@ -26,15 +26,10 @@ MAX_DATAGRAM_BYTES = 512
 #: Metric: the board's total that it is, for gauges and for counters.
 GAUGES = {"connections": "clients", "workers": "workers"}
 #: As far as there is a cluster: all clients and servers, and how old that knowledge is, in milliseconds.
-CLUSTER_GAUGES = {"cluster.clients": "everybody", "cluster.servers": "servers", "cluster.view_age": "view_age_ms"}
+GAUGES |= {"cluster.clients": "everybody", "cluster.servers": "servers", "cluster.view_age": "view_age_ms"}
 COUNTERS = {
-    "accepted": "accepted",
-    "closed": "closed",
-    "lost": "lost",
+    **{name: name for name in ("accepted", "closed", "lost", "agent_starts", "reloads", "reload_failures")},
     "restarts": "worker_restarts",
-    "agent_starts": "agent_starts",
-    "reloads": "reloads",
-    "reload_failures": "reload_failures",
     "cluster.beats": "beats",
     **{f"cluster.beat_errors.{kind}": f"beat_errors.{kind}" for kind in BEAT_ERRORS},
     **{
@@ -52,7 +47,7 @@ Totals = dict[str, int]
 
 def changes(before: Totals, now: Totals) -> Iterator[Metric]:
     """Yield what to send, as (kind, name, value): `gauge`, `incr` or `timing`. Counters that stand still are not."""
-    for name, total in {**GAUGES, **CLUSTER_GAUGES}.items():
+    for name, total in GAUGES.items():
         if total in now:
             yield "gauge", name, now[total]
     commands = {f"commands.{key.partition('.')[2].lower()}": key for key in now if key.startswith("commands.")}

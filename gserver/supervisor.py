@@ -37,7 +37,7 @@ class Supervisor:
         privileges.become(config.user)
         self._config = config
         # One column more than workers: a reload starts the new one before the old one goes.
-        self._board = Board.create(config.workers + 1)
+        self._board = Board.create(config.workers + 1, config.address_cells)
         self._board.put("begun_at", round(monotonic() * 1e9))
         self._children: list[Child] = []
         self._pacing = {WORKER: Pacing(), AGENT: Pacing()}

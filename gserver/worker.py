@@ -126,6 +126,8 @@ class Worker:
 
     def handle(self, sock: _socket.socket, address: Any) -> None:
         """Begin with who has connected."""
+        if self._clientele.addresses:
+            self._clientele.addresses.enter(sock.fileno(), address[0])
         if self._handshakes:
             if self.open >= self._capacity:
                 self._handshakes.end_oldest()
@@ -135,10 +137,11 @@ class Worker:
 
     def _take_in(self, sock: _socket.socket, address: Any, has_spoken: bool = False) -> None:
         """Take in a client, or turn it away."""
-        if self._clientele.admit():
+        refusal = self._clientele.admit(sock.fileno())
+        if refusal is None:
             self.dispatcher.take_in(sock, address, has_spoken)
         else:
-            self.dispatcher.turn_away(sock)
+            self.dispatcher.turn_away(sock, address, refusal)
 
     @property
     def open(self) -> int:
@@ -171,8 +174,7 @@ class Worker:
             day = strftime("%Y-%m-%d", gmtime(expires_at))
             message = f"the certificate of --tls-cert has expired on {day}: clients that check it refuse it"
             logs.complain("tls.expired", message)
-        limits = self._capacity // 4, self._config.tls_handshake_timeout_seconds
-        return Handshakes(context, *limits, self._clientele.refuse, self._take_in, self._on_close)
+        return Handshakes(context, self._capacity // 4, self._clientele, self._take_in, self._on_close)
 
     def _on_close(self) -> None:
         self._changed.set()

@@ -14,10 +14,10 @@ def two_workers(max_clients: int) -> tuple[Board, Clientele, Clientele]:
 
 def test_who_is_admitted_counts_until_released() -> None:
     board, one, other = two_workers(10)
-    assert one.admit()
-    assert other.admit()
+    assert one.admit(3) is None
+    assert other.admit(3) is None
     assert board.clients() == 2
-    one.release()
+    one.release(3)
     assert board.clients() == 1
     totals = board.totals()
     assert (totals["accepted"], totals["closed"], totals["clients"]) == (2, 1, 1)
@@ -25,15 +25,15 @@ def test_who_is_admitted_counts_until_released() -> None:
 
 def test_the_limit_is_over_all_workers_and_who_is_not_admitted_leaves_no_trace() -> None:
     board, one, other = two_workers(2)
-    assert one.admit()
-    assert other.admit()
-    assert not one.admit()
-    assert not other.admit()
+    assert one.admit(3) is None
+    assert other.admit(3) is None
+    assert one.admit(4) is TOO_MANY_CLIENTS
+    assert other.admit(4) is TOO_MANY_CLIENTS
     assert board.clients() == 2
     totals = board.totals()
     assert (totals["accepted"], totals["refused.too_many_clients"]) == (2, 2)
-    other.release()
-    assert one.admit()
+    other.release(3)
+    assert one.admit(4) is None
 
 
 def test_a_refusal_is_counted_under_its_name() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from gserver.config import Config
 from tests.redises import Redis, free_port
-from tests.running import LIMIT, ROOT, Client, Running, program, until
+from tests.running import LIMIT, PATIENCE, ROOT, Client, Running, program, until
 from tests.test_docs import section
 
 CONFIG = ROOT / "deploy/haproxy/haproxy.cfg"
@@ -95,12 +95,14 @@ class Load:
 class Front(ExitStack[None]):
     """HAProxy with the shipped configuration, at other ports, before servers."""
 
-    def __init__(self, folder: Path, servers: list[Running], **settings: list[str]) -> None:
+    def __init__(self, folder: Path, servers: list[Running], of_one_address: int = 0, **settings: list[str]) -> None:
         """`settings` are of the servers' lines: a value for each server."""
         super().__init__()
         self.port = free_port()
         text = CONFIG.read_text().replace("bind 127.0.0.1:4242", f"bind 127.0.0.1:{self.port}")
         text = text.replace("    #stats socket /run/haproxy.sock", f"    stats socket {folder}/haproxy.sock")
+        if of_one_address:
+            text = re.sub(r"#(stick-table|tcp-request)", r"\1", text).replace(" gt 100 }", f" gt {of_one_address} }}")
         text, count = re.subn(r"(default-server check )port 4243 ", r"\1", text)
         assert count == 1
         for number, server in enumerate(servers, 1):
@@ -184,7 +186,7 @@ def test_no_client_is_turned_away_while_others_have_room_and_one_too_many_waits(
             for number, size in enumerate(sizes, 1)
         ]
         margin = [str(size - 1) for size in sizes]
-        front = stack.enter_context(Front(tmp_path, servers, maxconn=margin))
+        front = stack.enter_context(Front(tmp_path, servers, of_one_address=sum(map(int, margin)) + 1, maxconn=margin))
         clients = [stack.enter_context(Client(front.port)) for _ in range(sum(map(int, margin)))]
         served = Counter(client.ask(b"WHERE").decode() for client in clients)
         assert served == {f"server-{number}": size - 1 for number, size in enumerate(sizes, 1)}
@@ -193,6 +195,9 @@ def test_no_client_is_turned_away_while_others_have_room_and_one_too_many_waits(
             late.sock.settimeout(0.2)
             with pytest.raises(TimeoutError):
                 late.line()
+            with suppress(ConnectionResetError), Client(front.port) as more:
+                more.sock.settimeout(PATIENCE)
+                assert more.rest() == b"", "so many of one address are let in, and no more"
             late.sock.settimeout(LIMIT)
             clients[0].sock.close()
             assert late.line() == b"42\n"

@@ -241,7 +241,7 @@ def dispatcher(**options: Any) -> Iterator[tuple[Board, Dispatcher, socket.socke
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with closing(theirs):
-        assert clientele.admit()
+        assert clientele.admit(ours.fileno()) is None
         dispatcher.take_in(ours, None)
         yield board, dispatcher, theirs
 
@@ -276,7 +276,7 @@ def test_a_failure_of_our_own_costs_its_client_alone(monkeypatch: pytest.MonkeyP
     with dispatcher() as (board, ours, client):
         other, theirs = socket.socketpair()
         other.setblocking(False)
-        assert ours._clientele.admit()
+        assert ours._clientele.admit(other.fileno()) is None
         ours.take_in(other, None)
         with monkeypatch.context() as patch, closing(theirs):
             patch.setattr(ours._express, "answer", fail)

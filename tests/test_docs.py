@@ -12,7 +12,7 @@ from pathlib import Path
 from gserver import errors
 from gserver.config import OPTIONS, Config, environment_names, flag
 from gserver.protocol import REFUSALS
-from gserver.statsd import CLUSTER_GAUGES, COUNTERS, GAUGES, TIMINGS
+from gserver.statsd import COUNTERS, GAUGES, TIMINGS
 from gserver.systemd import VARIABLES
 from tests.running import ROOT, Running, environment
 
@@ -55,7 +55,7 @@ def test_the_options_are_those_of_the_table_with_their_defaults_and_variables() 
 
 def test_every_metric_is_in_the_table_and_no_other() -> None:
     documented = {name for name in rows("Metrics") if "commands." not in name}
-    assert documented == {*GAUGES, *CLUSTER_GAUGES, *COUNTERS, *TIMINGS}
+    assert documented == {*GAUGES, *COUNTERS, *TIMINGS}
 
 
 def test_every_event_is_in_the_table_and_no_other() -> None:

@@ -48,8 +48,8 @@ class Worker:
     def __init__(self, config: Config = CONFIG, clients: int = 3) -> None:
         self.board = Board.create(2)
         self.clientele = Clientele(config, self.board, 1, (*BUILT_IN, quick, nap))
-        for _ in range(clients):
-            self.clientele.admit()
+        for fd in range(clients):
+            self.clientele.admit(fd)
         self.express = Express(self.clientele.grammar, self.clientele.service, self.clientele.cells)
 
     def counts(self) -> dict[str, int]:
@@ -141,12 +141,9 @@ def test_an_id_that_is_a_command_is_answered_as_it_is(server_id: str) -> None:
 
 
 def test_who_is_counted_anew_each_time(worker: Worker) -> None:
-    assert [worker.clientele.admit(), check(worker, b"WHO\n"), check(worker, b"WHY\nWHO\n")] == [
-        True,
-        b"4\n",
-        b"42\n4\n",
-    ]
-    worker.clientele.release()
+    assert worker.clientele.admit(3) is None
+    assert [check(worker, b"WHO\n"), check(worker, b"WHY\nWHO\n")] == [b"4\n", b"42\n4\n"]
+    worker.clientele.release(3)
     assert check(worker, b"WHO\n") == b"3\n"
 
 

@@ -1,0 +1,227 @@
+"""One address does not take all: how many clients each has, over all workers, however they come and go."""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from gserver.addresses import Addresses, network
+from gserver.board import Board
+from tests.running import PATIENCE, Client, Running, extended, stopped, until
+from tests.test_admin import status
+from tests.test_worker import MODULE, WAYS
+from tests.tls_client import TlsClient, certified, trust
+
+MANY, OTHER = "127.0.0.2", "127.0.0.3"
+LIMIT = 6
+TURNED_AWAY = b"ERR too many clients from your address\n"
+COMMANDS = f"""{MODULE}
+from pathlib import Path
+
+@command("STAY")
+def stay(service):
+    while not Path("done").exists():
+        time.sleep(0.01)
+    return "done"
+"""
+
+Connect = Callable[..., Client]
+
+
+def limited(folder: Path, *more: str, limit: int = LIMIT) -> Running:
+    """A server with the commands above and a limit for each address."""
+    return extended(folder, COMMANDS, "--max-clients-per-address", str(limit), *more)
+
+
+def fill(stack: ExitStack, connect: Connect, source: str = MANY) -> list[Client]:
+    """All clients that an address may have; the next ones are told that there are too many."""
+    clients = []
+    while (client := stack.enter_context(connect(source=source))) and is_let_in(client):
+        clients.append(client)
+    assert stack.enter_context(connect(source=source)).rest() == TURNED_AWAY
+    return clients
+
+
+def is_let_in(client: Client) -> bool:
+    with suppress(ConnectionError):
+        client.send(b"WHY\n")
+    told = client.line()
+    assert told in (b"42\n", TURNED_AWAY)
+    return told == b"42\n"
+
+
+def gone(server: Running, connect: Connect) -> None:
+    def is_alone() -> bool:
+        with connect() as client:
+            return client.who() == 1
+
+    until(is_alone, "all have gone")
+
+
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_one_address_has_so_many_clients_and_no_other_feels_it(
+    tmp_path: Path, pems: Path, workers: int, has_tls: bool
+) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")  # noqa: T201 (shown when the test fails)
+    chance = random.Random(seed)
+    more = ["--workers", str(workers), "--line-timeout", "0.2", "--max-clients", "14"]
+    if has_tls:
+        more += [*certified(pems), "--tls-handshake-timeout", str(PATIENCE)]
+    with limited(tmp_path, *more) as server:
+
+        def connect(source: str = "") -> Client:
+            return TlsClient(server.port, trust(pems), source) if has_tls else server.client(source)
+
+        def go(way: Callable[[Client], bytes]) -> None:
+            source = chance.choice([MANY, OTHER])
+            connection = server.client if has_tls and chance.random() < 0.2 else connect  # Who speaks no TLS goes too.
+            with suppress(OSError), connection(source=source) as client:
+                way(client)
+
+        server.wait_for("worker.ready", workers)
+        with ExitStack() as stack:
+            clients = fill(stack, connect)
+            assert len(clients) == LIMIT
+            assert stack.enter_context(connect(source=OTHER)).who() == LIMIT + 1
+            assert clients[0].who() == LIMIT + 1
+            clients[1].sock.close()
+            until(lambda: clients[0].who() == LIMIT, "it has left")
+            assert len(fill(stack, connect)) == 1
+        event = server.wait_for("client.turned_away")
+        assert (event["client.address"], event["gserver.reason"]) == (MANY, "too_many_from_address")
+        gone(server, connect)
+        with ExitStack() as stack:  # Whom there is no place for at all counts for no address.
+            assert all(is_let_in(stack.enter_context(connect(source=f"127.0.0.{host}"))) for host in range(10, 24))
+            beyond = [stack.enter_context(connect(source=MANY)) for _ in range(LIMIT + 1)]
+            assert {client.rest() for client in beyond} == {b"ERR too many clients\n"}
+        with ThreadPoolExecutor(30) as pool:
+            list(pool.map(go, chance.choices(list(WAYS), k=100)))
+        gone(server, connect)
+        with ExitStack() as stack:
+            assert [len(fill(stack, connect, source)) for source in (MANY, OTHER)] == [LIMIT] * 2
+
+
+def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(tmp_path: Path, pems: Path) -> None:
+    more = [*certified(pems), "--tls-handshake-timeout", str(PATIENCE), "--admin-port", "0"]
+    with limited(tmp_path, *more) as server, ExitStack() as stack:
+        silent = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT)]
+        assert stack.enter_context(TlsClient(server.port, trust(pems), MANY)).rest() == TURNED_AWAY
+        assert stack.enter_context(TlsClient(server.port, trust(pems), OTHER)).who() == 1
+        assert {client.rest() for client in silent} == {b""}
+        assert stack.enter_context(TlsClient(server.port, trust(pems), MANY)).who() == 2
+        assert status(server)["rejected"]["too_many_from_address"] == 1
+
+
+def test_workers_that_accept_a_crowd_at_once_keep_to_the_limit_and_one_that_is_killed_gives_its_share_back(
+    tmp_path: Path,
+) -> None:
+    with limited(tmp_path, "--workers", "3", limit=30) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 3)
+        with stopped(*server.workers()):
+            crowd = [stack.enter_context(server.client(MANY)) for _ in range(90)]
+        clients = [client for client in crowd if is_let_in(client)]
+        assert len(clients) <= 30
+        clients += fill(stack, server.client)
+        assert len(clients) == 30
+        os.kill(int(clients[0].ask(b"PID")), signal.SIGKILL)
+        lost = server.wait_for("worker.died")["gserver.lost"]
+        assert len(fill(stack, server.client)) == lost > 0
+
+
+def test_at_a_reload_those_of_the_old_worker_and_of_the_new_one_count_together(tmp_path: Path) -> None:
+    with limited(tmp_path, "--drain-timeout", "60") as server, ExitStack() as stack:
+        stay = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT - 2)]
+        for client in stay:
+            client.send(b"STAY\n")
+        with server.client(MANY) as idle:
+            until(lambda: idle.who() == LIMIT - 1, "they are there")
+            server.send_signal(signal.SIGHUP)
+            assert idle.rest() == b"", "the old worker drains"
+        new = fill(stack, server.client)
+        assert len(new) == 2
+        (tmp_path / "done").touch()
+        assert {client.rest() for client in stay} == {b"done\n"}
+        server.wait_for("server.reloaded")
+        assert new[0].who() == 2
+        assert len(fill(stack, server.client)) == LIMIT - 2
+
+
+def test_a_lame_duck_takes_over_no_more_of_an_address_either(tmp_path: Path) -> None:
+    with limited(tmp_path, "--workers", "2", limit=70) as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        with stopped(*server.workers()):  # Each accepts 16 when it goes on; then it takes over the others.
+            clients = [stack.enter_context(server.client(MANY)) for _ in range(80)]
+            other = stack.enter_context(server.client(OTHER))
+            server.send_signal(signal.SIGUSR2)
+            server.wait_for("server.retiring")
+        let_in = sum(is_let_in(client) for client in clients)
+        assert 68 <= let_in <= 70
+        assert other.who() == let_in + 1
+        for client in (*clients, other):
+            client.sock.close()
+        assert server.exit_code() == 0
+
+
+def test_ipv4_is_one_address_on_a_socket_of_ipv6_too(tmp_path: Path) -> None:
+    with limited(tmp_path, "--host", "::", limit=1) as server, ExitStack() as stack:
+        assert len(fill(stack, server.client)) == 1
+        assert len(fill(stack, server.client, OTHER)) == 1
+
+
+def test_an_address_is_ipv4_in_whole_or_a_64_of_ipv6() -> None:
+    hosts = ("10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::ffff:0:0:1", "2001:db8:0:1::1", "::1")
+    assert [len({network(host) for host in hosts[:number]}) for number in range(1, 7)] == [1, 2, 3, 3, 4, 5]
+    assert network("::ffff:10.0.0.1") == network("10.0.0.1")
+
+
+def test_addresses_that_meet_are_refused_too_early_and_none_too_late() -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")  # noqa: T201 (shown when the test fails)
+    there: list[tuple[Addresses, int, str]] = []
+    chance, board = random.Random(seed), Board.create(3, 2 * 8)  # So few cells that they meet all the time.
+    workers = [Addresses(board, slot, 5) for slot in range(3)]
+    counts = dict.fromkeys((f"10.0.0.{number}" for number in range(10)), 0)
+    for fd in range(2000):
+        if there and chance.random() < 0.5:
+            worker, left, host = there.pop(chance.randrange(len(there)))
+            worker.leave(left)
+            counts[host] -= 1
+        worker, host = chance.choice(workers), chance.choice(list(counts))
+        worker.enter(fd, host)
+        if fd in worker:
+            there.append((worker, fd, host))
+            counts[host] += 1
+        assert max(counts.values()) <= 5
+    for worker, fd, _ in there:
+        worker.leave(fd)
+        worker.leave(fd)
+    assert not any(board.addresses)
+
+
+def test_who_meets_others_in_one_cell_of_two_is_let_in() -> None:
+    board = Board.create(1, 2 * 1024)
+    addresses = Addresses(board, 0, 1)
+    for fd in range(256):
+        addresses.enter(fd, f"10.0.0.{fd}")
+    refused = 0
+    for number in range(4000):
+        addresses.enter(1000, f"10.1.{number // 256}.{number % 256}")
+        refused += 1000 not in addresses
+        addresses.leave(1000)
+    assert 0.02 < refused / 4000 < 0.1  # (1 - exp(-1/4)) ** 2 = 0.05
+
+
+def test_the_hash_is_another_one_at_each_start() -> None:
+    places = set()
+    for _ in range(5):
+        board = Board.create(1, 1 << 17)
+        Addresses(board, 0, 1).enter(3, MANY)
+        places.add(tuple(at for at, count in enumerate(board.addresses) if count))
+    assert len(places) == 5
