@@ -1,1 +1,1 @@
-"""What takes longer than a test and shows more: fuzzing, soaks, timelines through faults, what availability rests on."""
+"""What takes longer than a test and shows more: fuzzing, soaks, timelines through faults, the sums of availability."""
