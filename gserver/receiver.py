@@ -73,6 +73,8 @@ class Receiver:
     def receive(self, timeout_seconds: float | None) -> bytes | None:
         """Wait for bytes and return them; b"" at the end of input; None after the timeout or `interrupt`.
 
+        Without a timeout, None also when part of a record of TLS has arrived: a line may have begun.
+
         Raises OSError when the connection is broken. A timeout of 0 or less takes what is there, after everybody
         else has had a turn.
         """
@@ -96,7 +98,7 @@ class Receiver:
                 # Even after a timeout: a loop that was held up finds timer and bytes due at once, and the bytes came in
                 # time. Readable, and yet nothing: a part of a TLS record, which is not the end of a silence.
                 data = self._receive_now()
-                if data is not None or self._waiting is None:
+                if data is not None or self._waiting is None or timer is None:
                     return self.piece(data)
         finally:
             self._waiting = None
