@@ -76,8 +76,11 @@ class Member:
         limit = TRY_SECONDS * min(1.0, self._ttl_ms / 5000)
         times, told = (self._ttl_ms, self._interval_ms), (self._answered, self._membership.clock)
         # Over all of a try: its look-ups of names, its Sentinels, and answers that come byte by byte.
-        with gevent.Timeout(limit, TimeoutError(f"Timeout: no answer within {limit:.1f} s")):
-            reply = self._link.call(*self._own, stamp, count, *times, self._rivalry.replaceable, *told)
+        try:
+            with gevent.Timeout(limit):  # Not an OSError, which would pass for that of one Sentinel, or one address.
+                reply = self._link.call(*self._own, stamp, count, *times, self._rivalry.replaceable, *told)
+        except gevent.Timeout:
+            raise TimeoutError(f"no answer within {limit:.1f} s") from None
         self._answered = stamp if reply.holder == self._incarnation else 0
         return reply
 

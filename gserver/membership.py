@@ -17,6 +17,9 @@ BEAT_ERRORS = {
     "read_only": "READONLY|ReadOnly",
     "out_of_memory": r"\bOOM\b|OutOfMemory",
     "loading": "LOADING|BusyLoading",
+    "busy": r"\bBUSY\b",
+    "cannot_save": "MISCONF",
+    "no_replicas": "NOREPLICAS",
     "connection": "Connection|OSError",
     "other": "",
 }

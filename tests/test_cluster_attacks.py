@@ -84,6 +84,13 @@ def test_a_redis_that_answers_byte_by_byte_is_given_up_and_clients_notice_nothin
         assert not server.events("agent.hung")
 
 
+def test_sentinels_that_answer_byte_by_byte_are_given_up_all_together() -> None:
+    with listener(trickle) as one, listener(trickle) as other:
+        url = f"redis+sentinel://127.0.0.1:{one},127.0.0.1:{other}/name"
+        with Running("--redis-url", url) as server:
+            assert server.wait_for("cluster.lost")["gserver.kind"] == "timeout"
+
+
 def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
     password, sentinels = SECRETS
     echo = f"-ERR unknown command 'AUTH', with args beginning with: '{password}' '{sentinels}' \r\n".encode()
