@@ -122,7 +122,7 @@ class Member:
         self._note_changes(reply, is_member)
         if is_member:
             membership.take(reply, count)
-        else:
+        elif not membership.servers:
             membership.remote = reply.total  # Without the own clients, since another holds the id.
         self.has_twin = self._rivalry.watch(reply, self._incarnation)
         self._is_member = is_member
@@ -151,7 +151,9 @@ class Member:
             message = "Redis has lost the cluster's state: the last known count stands until the others are back"
             logs.event(logging.WARNING, "cluster.reset", message)
         elif self._is_member and self._membership.was_dropped(reply):
-            message = "the others had dropped this server, since it could not beat for the TTL: it is back"
+            message = (
+                "Redis had dropped this server (it could not beat for the TTL), or has not yet heard of it: it is back"
+            )
             logs.event(logging.WARNING, "cluster.expired", message)
         elif not self._is_member and is_member:
             message = f"joined the cluster {self._config.cluster_name} at {self._link}"

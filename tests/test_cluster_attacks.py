@@ -53,13 +53,14 @@ def trickle(sock: socket.socket) -> None:
 
 
 ANSWERS = {
-    "texts": b"*7\r\n" + b"$1\r\na\r\n" * 7,
+    "texts": b"*8\r\n" + b"$1\r\na\r\n" * 8,
+    "one too few": b"*7\r\n" + b":1\r\n" * 5 + b"$1\r\na\r\n:1\r\n",
     "too few": b"*2\r\n:1\r\n:2\r\n",
     "one": b":1\r\n",
     "none": b"$-1\r\n",
-    "huge": b"*7\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n",
-    "negative": b"*7\r\n" + b":-1\r\n" * 5 + b"$1\r\na\r\n:1\r\n",
-    "nested": b"*7\r\n" + b"*1\r\n:1\r\n" * 7,
+    "huge": b"*8\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n:0\r\n",
+    "negative": b"*8\r\n" + b":-1\r\n" * 5 + b"$1\r\na\r\n:1\r\n:0\r\n",
+    "nested": b"*8\r\n" + b"*1\r\n:1\r\n" * 8,
     "no protocol": b"HTTP/1.1 400 Bad Request\r\n\r\n",
 }
 

@@ -98,7 +98,7 @@ def connections(server: Redis) -> list[dict[str, str]]:
 def test_an_answer_has_its_names_and_texts(server: Redis) -> None:
     with linked(server.url) as link:
         reply = beat(link, 5)
-        assert reply == Reply(5, 1, 0, reply.clock, reply.clock, "a1", reply.clock + TTL)
+        assert reply == Reply(5, 1, 0, reply.clock, reply.clock, "a1", reply.clock + TTL, 0)
 
 
 def test_the_script_is_sent_when_redis_does_not_know_it_and_only_then(server: Redis) -> None:
