@@ -4,7 +4,7 @@
 -- ARGV: id; incarnation; stamp, growing with each beat; count, or "leave"; TTL; beat interval; the incarnation that this
 -- one may replace, or ""; the stamp of the last beat that was answered; the lease clock as it was told then.
 -- Returns: total; servers; how many of those that were members when data was last lost are back; the lease clock; when
--- on it that loss was; who holds the id; until when.
+-- on it that loss was; who holds the id; until when; 1 if this server was there no more when it came, else 0.
 -- The lease clock runs while anybody beats: each beat moves it on by the time since the one before, by one interval at
 -- most. So neither an outage, however long, nor a jump of Redis' clock makes those look dead who could not beat.
 local members, leases, state = KEYS[1], KEYS[2], KEYS[3]
@@ -56,4 +56,4 @@ end
 redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'back', back, 'beat_at', now, 'recount_at', recount_at)
 if recount_at == now then for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 86400) end end
 local lease = redis.call('ZSCORE', leases, id)
-return {total, redis.call('ZCARD', leases), back, clock, lost_at, lease and holder or '', tonumber(lease or 0)}
+return {total, redis.call('ZCARD', leases), back, clock, lost_at, lease and holder or '', tonumber(lease or 0), not before and answered - 0 > 0 and 1 or 0}

@@ -223,7 +223,7 @@ def out_of_memory(world: World) -> Iterator[None]:
 
 @contextmanager
 def too_few_replicas(world: World) -> Iterator[None]:
-    with world.lost("other"):
+    with world.lost("no_replicas"):
         world.redis.command("CONFIG", "SET", "min-replicas-to-write", 5)
     yield
     world.redis.command("CONFIG", "SET", "min-replicas-to-write", 0)
@@ -248,7 +248,7 @@ def busy_with_somebodys_script(world: World) -> Iterator[None]:
 
     world.redis.command("CONFIG", "SET", "busy-reply-threshold", 50)
     script = threading.Thread(target=run)
-    with world.lost("other"):
+    with world.lost("busy"):
         script.start()
     world.cluster.watch(1)
     yield
