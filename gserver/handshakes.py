@@ -98,7 +98,7 @@ class Handshakes:
             self._under_way.pop(fd, None)
             self.open -= 1
             if met:
-                self._on_done(met, address, bool(met.early))
+                self._on_done(met, address, met.early is not None)
             else:
                 self._clientele.leave(fd)
                 sock.close()

@@ -207,7 +207,7 @@ def error_fields(error: BaseException) -> dict[str, str]:
         trace = "".join(traceback.format_exception(error)).rstrip("\n")
         # Not str(error): that is somebody's code too, and may raise.
         message = traceback.format_exception_only(error)[-1].rstrip("\n").partition(": ")[2]
-    except Exception:  # noqa: BLE001 (such as a SyntaxError with fields of its own)
+    except BaseException:  # noqa: BLE001 (such as a SyntaxError with fields of its own)
         trace = message = "cannot be put into words"
     return {"error.type": type(error).__name__, "error.message": message, STACK: trace}
 

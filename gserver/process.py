@@ -94,6 +94,21 @@ def show_life(instructions: Instructions, board: Board) -> None:
         time.sleep(HEARTBEAT_SECONDS)
 
 
+def vital(function: Callable[[], object]) -> Callable[[], None]:
+    """Return it so that its failure ends the process: for what everybody depends on, since another can take its place.
+
+    gevent would go on without what has failed, and the process would seem well. For a SystemError it ends `main`.
+    """
+
+    def run() -> None:
+        try:
+            function()
+        except Exception as error:
+            raise SystemError(f"{function.__qualname__} has failed: another process is to take over") from error
+
+    return run
+
+
 def take_role(role: Callable[[Instructions], None]) -> int:
     """Run a role to its end and return the exit code; a `Failure` is reported, not raised."""
     try:

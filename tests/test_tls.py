@@ -198,6 +198,45 @@ def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path
         assert client.line() == b""
 
 
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
+@pytest.mark.parametrize("whole", [b"", b"WHY\n", b"NOPE\nWHY\n", b"WHY\nWHE"])
+@pytest.mark.parametrize("is_early", [True, False], ids=["with the handshake", "later"])
+def test_a_part_of_a_record_has_its_time_wherever_it_comes(
+    pems: Path, greenlets: str, whole: bytes, is_early: bool
+) -> None:
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    inner = trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1")
+    limits = ("--line-timeout", "0.5", "--client-greenlets", greenlets)
+    with Running(*certified(pems), *limits) as server, server.client() as client:
+        while True:
+            try:
+                inner.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                client.send(sent.read())
+                received.write(client.sock.recv(65536))
+
+        def line() -> bytes:
+            reply = b""
+            while not reply.endswith(b"\n"):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    reply += inner.read(1)
+                    continue
+                received.write(client.sock.recv(65536))
+            return reply
+
+        if not is_early:
+            inner.write(b"WHO\n")
+            client.send(sent.read())
+            assert line() == b"1\n"
+        for said in (whole, b"WHY\n"):
+            if said:
+                inner.write(said)
+        client.send(sent.read()[:-1])
+        expected = [b"ERR unknown command\n"] * (b"NOPE" in whole) + [b"42\n"] * (b"WHY" in whole)
+        assert [line() for _ in (*expected, 1)] == [*expected, b"ERR too slow\n"]
+
+
 def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: Path) -> None:
     count = refusals(server)
     with RecordClient(server.port, trust(pems), tmp_path) as client:
