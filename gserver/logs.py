@@ -46,6 +46,7 @@ class LineWriter:
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._done: SimpleQueue[None] = SimpleQueue()
         self.dropped = 0
+        self._is_taken = True
         start_new(self._run, ())
 
     def put(self, line: bytes) -> None:
@@ -57,8 +58,8 @@ class LineWriter:
 
     @property
     def has_room(self) -> bool:
-        """Whether the reader has caught up with half of the queue."""
-        return self._queue.qsize() < MAX_QUEUED_LINES // 2
+        """Whether the last line was taken, and the reader has caught up with half of the queue."""
+        return self._is_taken and self._queue.qsize() < MAX_QUEUED_LINES // 2
 
     def close(self, timeout_seconds: float) -> None:
         """Write what is queued, for so long at most."""
@@ -67,19 +68,27 @@ class LineWriter:
             self._done.get(timeout=timeout_seconds)
 
     def _run(self) -> None:
+        start = b""
         while (line := self._queue.get()) is not None:
-            while line:
+            rest = line = start + line
+            while rest:
                 try:
-                    line = line[os.write(self._fd, line) :]
+                    rest = rest[os.write(self._fd, rest) :]
                 except BlockingIOError:
                     # O_NONBLOCK on a shared descriptor is somebody else's, so not ours to clear: wait a little.
                     # (For what never comes: a sleep that gevent has not patched.)
                     with contextlib.suppress(Empty):
                         SimpleQueue[None]().get(timeout=0.05)
                 except OSError:
-                    # Nobody reads any more. The service goes on, and so does the emptying of the queue.
+                    # Nobody reads any more, or the disk is full. The service goes on, and so does the emptying of the
+                    # queue. What follows a part of a line begins a new one.
                     self.dropped += 1
                     break
+            self._is_taken = not rest
+            if not rest:
+                start = b""
+            elif rest != line:
+                start = b"\n"
         self._done.put(None)
 
 
@@ -191,7 +200,7 @@ def report_left_out() -> None:
     if _writer is not None and _writer.dropped and _writer.has_room:
         dropped, _writer.dropped = _writer.dropped, 0
         fields = {"gserver.left_out": dropped}
-        event(logging.WARNING, "log.dropped", f"{dropped} lines dropped: nobody read stdout in time", fields)
+        event(logging.WARNING, "log.dropped", f"{dropped} lines dropped: stdout did not take them", fields)
 
 
 def error_fields(error: BaseException) -> dict[str, str]:
