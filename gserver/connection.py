@@ -6,7 +6,11 @@ from typing import Any
 
 
 class PartialRecord(BlockingIOError):
-    """Bytes have arrived that cannot be read before more has: part of a record of TLS."""
+    """Bytes have arrived that cannot be read before more has: part of a record of TLS. `data` came before it."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.data = data
 
 
 class Connection:

@@ -153,8 +153,8 @@ class Dispatcher:
                     sent = 0
                 if sent < len(replies):
                     self._wake(connection, None, replies[sent:])
-            except PartialRecord:
-                self._wake(connection, None)  # As for a line in pieces: it has so long for the rest.
+            except PartialRecord as part:
+                self._wake(connection, part.data or None)  # As for a line in pieces: it has so long for the rest.
             except BlockingIOError:
                 continue
             except OSError:

@@ -177,10 +177,12 @@ def test_with_a_token_all_but_health_needs_it(value: str) -> None:
             assert (code, headers["www-authenticate"].partition(" ")[0]) == (401, "Basic")
             assert TOKEN.encode() not in body
             assert get(server, path, Authorization=value)[0] == 200
-            for wrong in ("", "Bearer", "Bearer x", f"Basic {TOKEN}", "Basic !", value + "x", f"Digest {TOKEN}x"):
+            bad = "", "Bearer", "Bearer x", f"Basic {TOKEN}", "Basic !", "Basic \xff", "Basic /w==", f"Digest {TOKEN}x"
+            for wrong in (*bad, value + "x"):
                 assert get(server, path, Authorization=wrong)[0] == 401, wrong
         assert get(server, "/livez")[0] == get(server, "/readyz")[0] == 200
         assert TOKEN not in "".join(server.lines)
+        assert not server.events("process.error")
 
 
 def test_a_token_that_is_given_as_a_flag_is_no_argument_for_long() -> None:
