@@ -86,10 +86,12 @@ class Crowd:
             self.is_full = self.is_full or not came
 
     def stop(self) -> None:
-        """Let them stay as they are."""
+        """Ask no more, and let them go."""
         self._is_over.set()
         for thread in self._threads:
             thread.join(LIMIT)
+        for client in itertools.chain(*self._clients.values()):
+            client.sock.close()
         assert not self.failures, self.failures
 
 
@@ -167,7 +169,7 @@ def steps(points: Iterable[tuple[float, int]]) -> Steps:
     return found
 
 
-def failover(timeline: Timeline, seconds: float = 6) -> None:
+def failover(timeline: Timeline, seconds: float = 7) -> None:
     """The primary is killed."""
     world, recorder = timeline.world, timeline.crowd.recorder
     timeline.let_pass(seconds)
@@ -186,13 +188,17 @@ def failover(timeline: Timeline, seconds: float = 6) -> None:
 def partition(timeline: Timeline, seconds: float = 5) -> None:
     """A is cut off from Redis and the Sentinels, for longer than its lease."""
     world, recorder = timeline.world, timeline.crowd.recorder
-    first = world.members[0]
+    first, *others = world.members
+    counts = [len(member.server.events("cluster.servers")) for member in others]
     ways = world.between(first.host, *(node.host for node in world.nodes))
     timeline.let_pass(seconds)
     with recorder.fault(first.name), timeline.regained():
         with world.network.cut(*ways) as cut:
             timeline.happened("A cut off from Redis", cut.after)
-            timeline.let_pass(world.ttl + seconds)
+            for member, count in zip(others, counts, strict=True):
+                member.server.wait_for("cluster.servers", count + 1)
+            timeline.happened("B and C drop A: its lease is over")
+            timeline.let_pass(seconds)
         timeline.happened("A joined again")
     timeline.happened("A has reported")
     timeline.let_pass(seconds)
