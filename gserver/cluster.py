@@ -50,6 +50,7 @@ class Member:
         self._rivalry = Rivalry(self._interval_ms)
         self._is_member = self._membership.servers > 0
         self._answered = board.get("answered")
+        self._sent = 0
         self._failures = 0
         self._away_since = self._said_at = 0.0
         self._said_kinds: set[str] = set()
@@ -74,14 +75,19 @@ class Member:
     def _call(self, count: int | str) -> Reply:
         stamp = monotonic_ns() // 1000
         limit = TRY_SECONDS * min(1.0, self._ttl_ms / 5000)
-        times, told = (self._ttl_ms, self._interval_ms), (self._answered, self._membership.clock)
+        times, before = (self._ttl_ms, self._interval_ms), self._sent
+        told = self._answered, self._membership.clock, before or stamp
+        self._sent = stamp  # It may be carried out, whether answered or not.
         # Over all of a try: its look-ups of names, its Sentinels, and answers that come byte by byte.
         try:
             with gevent.Timeout(limit):  # Not an OSError, which would pass for that of one Sentinel, or one address.
                 reply = self._link.call(*self._own, stamp, count, *times, self._rivalry.replaceable, *told)
         except gevent.Timeout:
             raise TimeoutError(f"no answer within {limit:.1f} s") from None
-        self._answered = stamp if reply.holder == self._incarnation else 0
+        if reply.holder == self._incarnation:
+            self._answered = stamp
+        else:
+            self._answered, self._sent = 0, before
         return reply
 
     def _beat(self, count: int) -> None:

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,8 @@ class Proxy(ExitStack[None]):
         super().__init__()
         self.port = free_port()
         self.delay_seconds = 0.0
+        #: What becomes of some bytes of a reply: they are sent piece by piece.
+        self.alter: Callable[[bytes], Iterable[bytes]] = lambda data: [data]
         self.is_dropping = self.drop_requests = self.drop_replies = False
         self.bytes_to_server = self.bytes_to_client = self.bytes_dropped = 0
         self._server = "127.0.0.1", port
@@ -345,7 +347,8 @@ class Proxy(ExitStack[None]):
                 else:
                     self.bytes_to_client += size if is_reply else 0
                     self.bytes_to_server += 0 if is_reply else size
-                    target.sendall(data)
+                    for piece in self.alter(data) if is_reply else [data]:
+                        target.sendall(piece)
         except OSError:
             _reset(source)
             _reset(target)

@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import NamedTuple
 
+import psutil
+
 from tests.running import LIMIT, PATIENCE, Client, Running, until
 
 PAUSE_SECONDS = 0.005
@@ -140,6 +142,24 @@ class Cluster(ExitStack[None]):
     def recovery_seconds(self) -> float:
         """By when all is exact again after a fault has ended: each server beats, then beats again."""
         return (2 * self.beat + 1) * PATIENCE
+
+    @property
+    def answers(self) -> int:
+        """How many all have given so far."""
+        return sum(len(member.watcher.answers) for member in self.members)
+
+    def processes(self) -> list[psutil.Process]:
+        """The supervisors, the workers and the agents."""
+        servers = [member.server for member in self.members]
+        return [one for s in servers for one in (psutil.Process(s.pid), *s.workers(), *s.agents())]
+
+    def descriptors(self) -> list[int]:
+        """How many each process has."""
+        return [process.num_fds() for process in self.processes()]
+
+    def resident(self) -> int:
+        """Bytes of all processes."""
+        return sum(process.memory_info().rss for process in self.processes())
 
     def may_say(self, *counts: int) -> None:
         for member in self.members:
