@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import random
-import re
 import tempfile
 import threading
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import click
 
-from proof.world import NAMES, Member, World, machine, undisturbed
+from proof.world import NAMES, Member, World, machine, undisturbed, write
 from tests.history import Answer, Fact, Kind, Promise, Recorder, check
 from tests.redises import FAILOVER_LIMIT
 from tests.running import LIMIT, ROOT, Client, until
@@ -215,12 +214,6 @@ def record(folder: Path, seed: int, scenario: Callable[[Timeline], None], **worl
         return {"seed": seed, **timeline.report()}
 
 
-def write(report: dict[str, Any], path: Path = FILE) -> None:
-    """Write it, a series a line."""
-    points = re.sub(r"\[\s+([^][]+?),\s+([^][]+?)\s+\]", r"[\1, \2]", json.dumps(report, indent=1))
-    path.write_text(re.sub(r"\],\s+\[", "], [", points) + "\n")
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--seed", type=int, help="What the coming and going of clients is drawn from.")
 @click.option("--render", is_flag=True, help="Record nothing: write plots and page again from docs/timelines.json.")
@@ -237,7 +230,7 @@ def main(seed: int | None, render: bool) -> None:
                 (place := Path(folder) / name).mkdir()
                 report[name] = record(place, seed, scenario)
                 click.echo(page.told(report[name]))
-        write(report)
+        write(report, FILE)
     timeline_plots.draw(json.loads(FILE.read_text()))
     page.render()
 

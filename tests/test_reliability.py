@@ -1,5 +1,6 @@
 """docs/reliability.md says what the reports say, and its sums are right."""
 
+import json
 import random
 import re
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proof import page, timeline
+from proof import outages, page, timeline
 from proof.availability import (
     BUDGET_SECONDS,
     COMMON,
@@ -65,9 +66,16 @@ def test_the_sums_are_those_that_one_makes_by_hand() -> None:
     trials = [Outage(10, 1 / 3, 0.1), Outage(12, 1 / 2, 0), Outage(0, 0)]
     assert cost(rate, trials) == pytest.approx(Cost(10 / 3, 6, 1))
     # What lasts a minute, and 10 s to recover from, hits all for so long.
-    assert cost(rate._replace(lasts_seconds=60), trials).median == pytest.approx(70)
+    assert cost(rate, trials, 60).median == pytest.approx(70)
     assert in_window(12, 100) == pytest.approx(98.63, abs=0.01)
     assert availability(1296) == "99.9500 %"
+
+
+def test_no_fault_of_redis_or_an_agent_costs_a_reply() -> None:
+    report = json.loads(outages.FILE.read_text())
+    quiet = {name: trials for name, trials in report["replies"].items() if re.search("Redis|failover|agent", name)}
+    assert len(quiet) == 8
+    assert not any(figure for trials in quiet.values() for trial in trials for figure in trial)
 
 
 def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
@@ -76,7 +84,7 @@ def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
     common = sum(each.per_year * each.seconds * each.share for each in COMMON) * 30 / 365
     assert f"| common causes, assumed | {common:.0f} |" in table
     lost = 18 * 30 / 365
-    assert f"| single faults, measured, worst | {lost:.2f} | {lost / 1296:.1%} | 99.9999 % |" in table
+    assert f"| single faults, measured, worst | {lost:.2f} | {100 * lost / 1296:.1f} % | 99.9999 % |" in table
     assert f"| the same, if a reply needed Redis | {lost + common + 12 * 1801 * 30 / 365:,.0f} |" in table
 
 
@@ -120,6 +128,12 @@ def test_a_fault_is_one_line_with_what_was_done_and_measured() -> None:
         "| Flood | 9 came; all left | 2 of 3; FAILED | p99 0.500 .. 2 ms |",
         "| Frost | - | 0 of 1; SKIPPED: needs root |  |",
     ]
+
+
+def test_a_soak_is_told_in_a_line() -> None:
+    report = {"seconds": 3600, "faults": {"a": {"seconds": [1, 2]}, "b": {"seconds": [3]}}, "censuses": [1] * 30}
+    told = page.soak({**report, "replies": {"right": 12345, "wrong": 0, "lost": 2}})
+    assert told.startswith("1.0 hours, 3 faults of 2 kinds; 12,345 right replies, none wrong, 2 lost but to a fault")
 
 
 def test_the_true_count_changes_in_the_middle_of_the_time_in_which_it_may() -> None:
