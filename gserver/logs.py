@@ -43,23 +43,22 @@ class LineWriter:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[bytes, int] | None] = SimpleQueue()
         self._done: SimpleQueue[None] = SimpleQueue()
         self.dropped = 0
-        self._is_taken = True
         start_new(self._run, ())
 
-    def put(self, line: bytes) -> None:
-        """Queue a line, or count it as dropped when the queue is full."""
+    def put(self, line: bytes, worth: int = 1) -> None:
+        """Queue a line, or count it as so many dropped when the queue is full."""
         if self._queue.qsize() < MAX_QUEUED_LINES:
-            self._queue.put(line)
+            self._queue.put((line, worth))
         else:
-            self.dropped += 1
+            self.dropped += worth
 
     @property
     def has_room(self) -> bool:
-        """Whether the last line was taken, and the reader has caught up with half of the queue."""
-        return self._is_taken and self._queue.qsize() < MAX_QUEUED_LINES // 2
+        """Whether the reader has caught up with half of the queue."""
+        return self._queue.qsize() < MAX_QUEUED_LINES // 2
 
     def close(self, timeout_seconds: float) -> None:
         """Write what is queued, for so long at most."""
@@ -68,9 +67,10 @@ class LineWriter:
             self._done.get(timeout=timeout_seconds)
 
     def _run(self) -> None:
-        start = b""
-        while (line := self._queue.get()) is not None:
-            rest = line = start + line
+        torn = b""  # What ends the half of a line that was written before the disk was full.
+        while (item := self._queue.get()) is not None:
+            line, worth = item
+            rest, torn = torn + line, b""
             while rest:
                 try:
                     rest = rest[os.write(self._fd, rest) :]
@@ -80,15 +80,10 @@ class LineWriter:
                     with contextlib.suppress(Empty):
                         SimpleQueue[None]().get(timeout=0.05)
                 except OSError:
-                    # Nobody reads any more, or the disk is full. The service goes on, and so does the emptying of the
-                    # queue. What follows a part of a line begins a new one.
-                    self.dropped += 1
+                    # Nobody reads any more, or the disk is full. The service and the emptying of the queue go on.
+                    self.dropped += worth
+                    torn = b"\n" if len(rest) != len(line) else b""
                     break
-            self._is_taken = not rest
-            if not rest:
-                start = b""
-            elif rest != line:
-                start = b"\n"
         self._done.put(None)
 
 
@@ -137,14 +132,17 @@ class _QueueHandler(logging.Handler):
         self._line_writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
+        worth = 1
         try:
             line = self.format(record)
+            # When a report of what was left out is lost, all that is to be told of again.
+            worth = int(getattr(record, "fields", {}).get("gserver.left_out", 1))
         except Exception as error:  # noqa: BLE001 (of a command module: arguments that do not fit its text, say)
             where = f"{record.pathname}:{record.lineno}"
             message = f"a log call cannot be carried out: {type(error).__name__} at {where}"
             plain = logging.LogRecord(record.name, record.levelno, record.pathname, record.lineno, message, None, None)
             line = self.format(plain)
-        self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n")
+        self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n", worth)
 
 
 def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:

@@ -321,7 +321,7 @@ def _contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 class TlsTarget(Target):
-    """A connection by TLS: the same bytes for any pieces of records, a part of one is told, a broken one is an error."""
+    """A connection by TLS: the same bytes for any pieces of records; a part of one is told; a broken one fails."""
 
     code: ModuleType = tls
 

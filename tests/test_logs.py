@@ -637,7 +637,7 @@ def test_a_writer_gives_up_at_the_end_when_nobody_reads() -> None:
     has_given_up = not closing.is_alive()
     os.close(read_fd)  # That lets its thread go.
     assert has_given_up
-    until(lambda: writer.dropped and writer._queue.empty(), "the end of the queue")
+    until(lambda: writer.has_room and writer.dropped, "the end of the queue")
     os.close(write_fd)
 
 
