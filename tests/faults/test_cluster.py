@@ -138,7 +138,8 @@ Member(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Board.create(1)).ru
 CROWD = 50
 
 
-@row("50 servers come back to Redis at once", Variant(1), quick=None)
+@pytest.mark.fault("50 servers come back to Redis at once")
+@pytest.mark.long
 def test_stampede(redis: Redis, notes: Notes) -> None:
     """They are those of 50 servers that beat; the servers' workers have no part in it."""
     with ExitStack() as stack:
