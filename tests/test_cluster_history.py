@@ -738,10 +738,7 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
     "no hold": (redis_is_wiped, [("membership.py", "self.remote = max(self._held, remote)", "self.remote = remote")]),
     "leases end by the wall clock, and who was away does not wait for the others": (
         redis_is_away_for_longer_than_the_ttl,
-        [
-            ("cluster.lua", ", interval))", ", 1e9))"),
-            ("membership.py", "reply.was_missing > 0", "False"),
-        ],
+        [("cluster.lua", ", interval))", ", 1e9))"), ("membership.py", "reply.was_missing > 0", "False")],
     ),
     "no TTL": (one_is_killed, [("cluster.lua", "'-inf', clock, 'LIMIT'", "'-inf', -1, 'LIMIT'")]),
     "the own share as of the last beat": (

@@ -125,7 +125,7 @@ OTHERS: dict[str, type[socketserver.BaseRequestHandler]] = {
 }
 
 
-@row("Another kind of server answers for Redis", *PLAIN, values=OTHERS)
+@row("Another kind of server answers for Redis", *PLAIN, quick=None, values=OTHERS)
 def test_another_kind_of_server(start: Start, notes: Notes, kind: type[socketserver.BaseRequestHandler]) -> None:
     world = start()
 
@@ -338,7 +338,7 @@ def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
     survive(world.cluster, jumping(), notes)
 
 
-@row("Wall clock of a server jumps", *PLAIN)
+@row("Wall clock of a server jumps", *PLAIN, quick=None)
 def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: Notes) -> None:
     clock = tmp_path / "clock"
     clock.write_text("+0")
