@@ -6,7 +6,11 @@ from typing import Any
 
 
 class PartialRecord(BlockingIOError):
-    """Bytes have arrived that cannot be read before more has: part of a record of TLS."""
+    """Bytes have arrived that cannot be read before more has: part of a record of TLS. `data` came before it."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.data = data
 
 
 class Connection:
@@ -23,3 +27,10 @@ class Connection:
         self.has_spoken = False
         #: Whether it has been quiet for longer than it may.
         self.is_overstayed = False
+
+    def close(self) -> None:
+        """Close the socket."""
+        try:
+            self.sock.close()
+        except OSError as error:
+            raise SystemError("somebody has closed a descriptor that is ours") from error

@@ -98,7 +98,7 @@ class Handshakes:
             self._under_way.pop(fd, None)
             self.open -= 1
             if met:
-                self._on_done(met, address, bool(met.early))
+                self._on_done(met, address, met.early is not None)
             else:
                 self._clientele.leave(fd)
                 sock.close()
@@ -116,7 +116,8 @@ class Handshakes:
                 raise ConnectionError("it has gone, or was cut off")
             if is_first and not received.startswith(HANDSHAKE_RECORD):
                 self._clientele.refuse(PLAIN_TEXT)
-                sock.send(PLAIN_TEXT.reply)
+                with contextlib.suppress(OSError):  # It has gone: it is no failed handshake, too.
+                    sock.send(PLAIN_TEXT.reply)
                 close_cleanly(sock)
                 return None
             is_first = False

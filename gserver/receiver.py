@@ -74,7 +74,7 @@ class Receiver:
         """Wait for bytes and return them; b"" at the end of input; None after the timeout or `interrupt`.
 
         Raises OSError when the connection is broken. A timeout of 0 or less takes what is there, after everybody
-        else has had a turn.
+        else has had a turn. Without one, None too when part of a record of TLS has come: a line may have begun.
         """
         if self._rest:
             _queue.wait()
@@ -82,7 +82,7 @@ class Receiver:
         if timeout_seconds is not None and timeout_seconds <= 0:
             gevent.sleep(0)
             return self.piece(self._receive_now())
-        timer = None
+        timer, heard_at = None, self.heard_at
         if not self._watcher.active:
             self._watcher.start(self._on_readable)
         hub = gevent.get_hub()
@@ -94,9 +94,10 @@ class Receiver:
             while True:
                 hub.switch()
                 # Even after a timeout: a loop that was held up finds timer and bytes due at once, and the bytes came in
-                # time. Readable, and yet nothing: a part of a TLS record, which is not the end of a silence.
+                # time. Readable, and yet nothing: a part of a TLS record, which is not the end of a silence, and from
+                # which on the caller may have to set a timeout.
                 data = self._receive_now()
-                if data is not None or self._waiting is None:
+                if data is not None or self._waiting is None or (timer is None and self.heard_at != heard_at):
                     return self.piece(data)
         finally:
             self._waiting = None
@@ -139,8 +140,10 @@ class Receiver:
         for _ in range(RECORD_BURSTS):
             try:
                 return self._sock.recv(BURST_BYTES)
-            except PartialRecord:
+            except PartialRecord as part:
                 self.heard_at = monotonic()
+                if part.data:
+                    return part.data
             except BlockingIOError:
                 break
         return None

@@ -49,10 +49,11 @@ def kind_of(error: BaseException) -> str:
 
 def _read(answer: Any) -> Reply:
     """Return the script's answer; raise ValueError if it cannot be one."""
-    total, servers, back, clock, lost_at, holder, lease = answer
-    if not all(isinstance(item, int) and 0 <= item < 2**53 for item in (total, servers, back, clock, lost_at, lease)):
+    reply = Reply(*answer)
+    numbers = [value for name, value in reply._asdict().items() if name != "holder"]
+    if not all(isinstance(number, int) and 0 <= number < 2**53 for number in numbers):
         raise ValueError("the answer is not of the script's form")
-    return Reply(total, servers, back, clock, lost_at, holder.decode(), lease)
+    return reply._replace(holder=answer[5].decode())
 
 
 class NoPrimary(redis.ConnectionError):

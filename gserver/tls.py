@@ -103,8 +103,9 @@ class TlsSocket:
         #: Encrypted, and not taken by the kernel yet; and how much of what `send` was given is in it.
         self._unsent, self._owed = b"", 0
         self._has_said_end = False
-        #: What came with the end of the handshake: `recv` returns it first, and the event loop knows nothing of it.
-        self.early = b""
+        #: What came with the end of the handshake, b"" for part of a record. `recv` returns it first: the event loop
+        #: knows nothing of it.
+        self.early: bytes | None = None
         self.fileno, self.setsockopt = sock.fileno, sock.setsockopt
 
     def shake_hands(self, received: bytes) -> bool:
@@ -112,7 +113,8 @@ class TlsSocket:
         self._take(received)
         try:
             self._tls.do_handshake()
-            self.early, _ = self._decrypted()
+            early, _ = self._decrypted()
+            self.early = early if early or self.has_part else None
         except ssl.SSLWantReadError:
             return False
         finally:
@@ -120,10 +122,10 @@ class TlsSocket:
         return True
 
     def recv(self, size: int) -> bytes:
-        """Return what has arrived in whole records. Raises BlockingIOError when there is nothing, or PartialRecord."""
-        if self.early:
-            early, self.early = self.early, b""
-            return early
+        """Return what has arrived in whole records. Raises BlockingIOError when that is nothing, or PartialRecord."""
+        if self.early is not None:
+            early, self.early = self.early, None
+            return self._with_part(early)
         received = self._sock.recv(size)
         if not received or self._has_said_end:
             return received
@@ -134,8 +136,13 @@ class TlsSocket:
                 self._flush()
             if len(self._unsent) > MAX_UNREAD_BYTES:
                 raise ConnectionAbortedError("it does not read what TLS has to say")
-        if not data and not has_ended:
-            raise PartialRecord if self.has_part else BlockingIOError
+        return data if has_ended else self._with_part(data)
+
+    def _with_part(self, data: bytes) -> bytes:
+        if self.has_part:
+            raise PartialRecord(data)
+        if not data:
+            raise BlockingIOError
         return data
 
     @property

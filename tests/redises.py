@@ -12,8 +12,8 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ def make_certificates(folder: Path, days: int = 2) -> None:
 class Server(ExitStack[None]):
     """A redis-server or redis-sentinel, with a folder of its own in the one given."""
 
-    def __init__(self, kind: str, folder: Path, lines: list[str], password: str = "") -> None:
+    def __init__(
+        self, kind: str, folder: Path, lines: list[str], password: str = "", command: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.port = free_port()
         self.password = password
@@ -67,7 +69,7 @@ class Server(ExitStack[None]):
         lines = [f'dir "{self.folder}"', "bind 127.0.0.1", *lines, *([f"requirepass {password}"] if password else [])]
         config = self.folder / "redis.conf"
         config.write_text("\n".join(lines).replace("PORT", str(self.port)) + "\n")
-        self._argv = [program(kind), str(config)]
+        self._argv = [*command, program(kind), str(config)]
         self._log = self.folder / "log"
         self.ca_file, self.other_ca_file = self.folder / "ca.pem", self.folder / "other-ca.pem"
         self.is_tls = set(TLS) <= set(lines)
@@ -132,10 +134,12 @@ class Server(ExitStack[None]):
 class Redis(Server):
     """A Redis server, also on `unix_url`. Options are lines of its config: `maxmemory_policy="noeviction"`."""
 
-    def __init__(self, folder: Path, is_tls: bool = False, requirepass: str = "", **options: Any) -> None:
+    def __init__(
+        self, folder: Path, is_tls: bool = False, requirepass: str = "", command: Sequence[str] = (), **options: Any
+    ) -> None:
         given = {name.replace("_", "-"): value for name, value in options.items()}
         lines = [f"{name} {value}" for name, value in {**DEFAULTS, **given}.items()]
-        super().__init__("redis-server", folder, [*(TLS if is_tls else ["port PORT"]), *lines], requirepass)
+        super().__init__("redis-server", folder, [*(TLS if is_tls else ["port PORT"]), *lines], requirepass, command)
 
     @property
     def unix_url(self) -> str:
@@ -241,6 +245,12 @@ class Sentinels(ExitStack[None]):
         """Returns the one frozen, when another has taken over. Thawed, it does not know for some ten seconds."""
         return self._replaced(Redis.freeze)
 
+    def rejoin(self, redis: Redis) -> None:
+        """Start one that was killed, as a replica; return when the Sentinels know all."""
+        redis.start()
+        redis.command("REPLICAOF", "127.0.0.1", self.primary().port)
+        self._wait_until_settled()
+
     def _replaced(self, fault: Callable[[Redis], object]) -> Redis:
         before = self.primary()
         fault(before)
@@ -279,6 +289,8 @@ class Proxy(ExitStack[None]):
         super().__init__()
         self.port = free_port()
         self.delay_seconds = 0.0
+        #: What becomes of some bytes of a reply: they are sent piece by piece.
+        self.alter: Callable[[bytes], Iterable[bytes]] = lambda data: [data]
         self.is_dropping = self.drop_requests = self.drop_replies = False
         self.bytes_to_server = self.bytes_to_client = self.bytes_dropped = 0
         self._server = "127.0.0.1", port
@@ -303,6 +315,15 @@ class Proxy(ExitStack[None]):
         """Reset all connections, towards both sides. New ones are welcome."""
         while self._sockets:
             _reset(self._sockets.pop())
+
+    @contextmanager
+    def instead(self, port: int) -> Iterator[None]:
+        """Lead to another port in the body. All connections are reset before and after it."""
+        before, self._server = self._server, ("127.0.0.1", port)
+        self.cut()
+        yield
+        self._server = before
+        self.cut()
 
     def _accept(self) -> None:
         with suppress(OSError):  # the port was closed
@@ -345,7 +366,8 @@ class Proxy(ExitStack[None]):
                 else:
                     self.bytes_to_client += size if is_reply else 0
                     self.bytes_to_server += 0 if is_reply else size
-                    target.sendall(data)
+                    for piece in self.alter(data) if is_reply else [data]:
+                        target.sendall(piece)
         except OSError:
             _reset(source)
             _reset(target)

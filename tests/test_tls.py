@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import termios
@@ -197,6 +198,45 @@ def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path
         assert client.line() == b""
 
 
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
+@pytest.mark.parametrize("whole", [b"", b"WHY\n", b"NOPE\nWHY\n", b"WHY\nWHE"])
+@pytest.mark.parametrize("is_early", [True, False], ids=["with the handshake", "later"])
+def test_a_part_of_a_record_has_its_time_wherever_it_comes(
+    pems: Path, greenlets: str, whole: bytes, is_early: bool
+) -> None:
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    inner = trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1")
+    limits = ("--line-timeout", "0.5", "--client-greenlets", greenlets)
+    with Running(*certified(pems), *limits) as server, server.client() as client:
+        while True:
+            try:
+                inner.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                client.send(sent.read())
+                received.write(client.sock.recv(65536))
+
+        def line() -> bytes:
+            reply = b""
+            while not reply.endswith(b"\n"):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    reply += inner.read(1)
+                    continue
+                received.write(client.sock.recv(65536))
+            return reply
+
+        if not is_early:
+            inner.write(b"WHO\n")
+            client.send(sent.read())
+            assert line() == b"1\n"
+        for said in (whole, b"WHY\n"):
+            if said:
+                inner.write(said)
+        client.send(sent.read()[:-1])
+        expected = [b"ERR unknown command\n"] * (b"NOPE" in whole) + [b"42\n"] * (b"WHY" in whole)
+        assert [line() for _ in (*expected, 1)] == [*expected, b"ERR too slow\n"]
+
+
 def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: Path) -> None:
     count = refusals(server)
     with RecordClient(server.port, trust(pems), tmp_path) as client:
@@ -258,6 +298,29 @@ def test_who_speaks_plain_text_is_told(server: Running, said: bytes) -> None:
         assert client.rest() == b"ERR TLS only\n"
     assert count("plain_text") == 1
     assert count("tls_failed") == 0
+
+
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
+@pytest.mark.parametrize("first", [b"", b"NOPE\n"], ids=["at rest", "awake"])
+def test_a_record_that_does_not_end_is_too_slow(pems: Path, tmp_path: Path, first: bytes, greenlets: str) -> None:
+    options = ["--line-timeout", "0.5", "--client-greenlets", greenlets]
+    with Running(*certified(pems), *options) as server, RecordClient(server.port, trust(pems), tmp_path) as client:
+        if first:
+            client.send(client.record(first))
+            assert client.line() == b"ERR unknown command\n"
+        client.send(client.record(b"WHY\n")[:-1])
+        assert client.line() == b"ERR too slow\n"
+
+
+def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> None:
+    count = refusals(server)
+    for _ in range(20):
+        client = server.client()
+        client.send(b"WHO\n")
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.sock.close()
+    until(lambda: count("plain_text") + count("tls_failed") >= 20, "all are counted")
+    assert count("plain_text") + count("tls_failed") == 20
 
 
 @pytest.mark.parametrize("said", [b"\x16", b"\x16\x03\x01\x02\x00\x01garbage", b"\x16" + b"\xff" * 5000])

@@ -238,4 +238,4 @@ class Site(ExitStack[None]):
         assert grown < KEPT_BYTES * len(self.processes()) * PATIENCE, f"it has grown by {grown} bytes"
         bad = [event for event in self.server.events() if event["event.action"] == "process.error"]
         assert not bad, bad
-        assert not self.server.stderr
+        assert not self.server.stderr, self.server.stderr
