@@ -49,7 +49,6 @@ class Soak:
         command = f"bin/soak --hours {hours:g} --every {pace:g} --seed {seed}"
         self.report: Report = {"command": command, "machine": _machine(), "seconds": 0.0}
         self.report |= {"is_interrupted": False, "failures": [], "faults": {}, "censuses": []}
-        self.report |= {"replies": {"right": 0, "wrong": 0, "excused": 0, "lost": 0}, "kinds": {}}
 
     @property
     def elapsed(self) -> float:
@@ -67,7 +66,7 @@ class Soak:
                 self.report["is_interrupted"] = True
                 self._say("interrupted")
             finally:
-                self._keep(world)
+                self._keep(world, "at the end")
                 self._load.stop()
 
     def _go_on(self, world: World) -> None:
@@ -75,7 +74,7 @@ class Soak:
         next_fault = self._pace / 2
         drawn = self._draw()
         eventually(partial(world.are_well, self._load.usual_ceiling), "all begin well")
-        self._load.resume()
+        self._load.may_call.set()
         self._settle(world)
         self._census(world)
         while self.elapsed < self._seconds:
@@ -97,7 +96,7 @@ class Soak:
         fault, load = FAULTS[name], self._load
         member = world.members[NAMES.index(self._random.choice(fault.victims))]
         noted = self.report["faults"].setdefault(name, {"seconds": [], "happened": ""})
-        member.excuse, load.book.ceiling = fault.excuse, load.usual_ceiling + fault.crowd
+        member.excuse, load.ceiling = fault.excuse, load.usual_ceiling + fault.crowd
         try:
             try:
                 noted["happened"] = fault.act(world, member)
@@ -110,7 +109,7 @@ class Soak:
         except EXPECTED as error:
             self._fail(f"{name}, {member.name}: {error!r}")
         finally:
-            member.excuse, load.book.ceiling = "", load.usual_ceiling
+            member.excuse, load.ceiling = "", load.usual_ceiling
         self._keep(world, f"{name}, {member.name}")
         with suppress(*EXPECTED):  # The next fault of Redis waits for it, and says so.
             eventually(world.is_redundant, "Redis has two replicas again", FAILOVER_LIMIT)
@@ -129,18 +128,16 @@ class Soak:
             self._say(f"census: WHO {self.report['censuses'][-1]['who']}, {sum(each[0] for each in held) / 1e6:.1f} MB")
         except EXPECTED as error:
             self._fail(f"census: {error!r}")
-        self._load.resume()
+        self._load.may_call.set()
         self._keep(world, "census")
 
-    def _keep(self, world: World, during: str = "at the end") -> None:
+    def _keep(self, world: World, during: str) -> None:
         """Bring the report up to date."""
-        book, report = self._load.book, self.report
-        for failure in [*self._load.failures(during), *(f"{during}: {text}" for text in world.complaints())]:
-            self._fail(failure)
-        report["seconds"] = round(self.elapsed, 1)
-        report["kinds"] = dict(book.kinds)
-        report["replies"] = {"right": book.kinds.total(), "wrong": book.wrong}
-        report["replies"] |= {"excused": book.excused, "lost": book.lost}
+        for complain in (self._load.complaints, *(member.complaints for member in world.members)):
+            for text in complain():
+                self._fail(f"{during}: {text}")
+        self.report |= {"seconds": round(self.elapsed, 1), "kinds": dict(self._load.kinds)}
+        self.report |= {"replies": dict(self._load.replies)}
 
     def _fail(self, text: str) -> None:
         self.report["failures"].append(f"{self.elapsed:.0f} s, {text}"[:2000])

@@ -8,8 +8,9 @@ import signal
 import socket
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import NamedTuple
 
 import psutil
@@ -19,17 +20,18 @@ from tests.redises import Redis, Sentinels, Server
 from tests.running import LIMIT, Client, gserver, stopped
 
 Act = Callable[[World, Member], str]
+CROWD = 2 * MAX_CLIENTS  # those of a server, and of one before it by that name
 #: The one that may be restarted, and those whose processes may die: the third lives on, so that its memory tells.
 FIRST, MORTAL = NAMES[:1], NAMES[:2]
 
 
 class Fault(NamedTuple):
-    """One kind: to whom it may happen, what their clients may see of it, and by how much WHO may say more."""
+    """One kind: to whom it may happen, and what their clients may see of it."""
 
     act: Act
     victims: tuple[str, ...] = NAMES
     excuse: str = ""  #: see `Member.excuse`
-    crowd: int = 0
+    crowd: int = 0  #: by how much WHO may say more
 
 
 def _told(action: str, do: Callable[[], object], *members: Member) -> str:
@@ -47,12 +49,11 @@ def _told(action: str, do: Callable[[], object], *members: Member) -> str:
 # A server's processes.
 
 
-def _process(role: str, do: Callable[[psutil.Process], None], action: str) -> Act:
-    def act(world: World, member: Member) -> str:
-        process = world.random.choice([each for name, each in member.processes().items() if name.startswith(role)])
-        return _told(action, lambda: do(process), member)
-
-    return act
+def _process(role: str, do: Callable[[psutil.Process], None], action: str, world: World, member: Member) -> str:
+    process = world.random.choice([each for name, each in member.processes().items() if name.startswith(role)])
+    told = _told(action, lambda: do(process), member)
+    member.deaths += 1
+    return told
 
 
 def _held_up(world: World, member: Member) -> str:
@@ -69,15 +70,12 @@ def _reload(world: World, member: Member) -> str:
     return "all processes but the supervisor are new"
 
 
-def _ended(number: signal.Signals, code: int) -> Act:
-    def act(world: World, member: Member) -> str:
-        member.running.send_signal(number)
-        assert member.running.exit_code() == code, member.running.stderr
-        assert not member.running.stderr, member.running.stderr
-        member.start()
-        return f"exit code {code}, started again"
-
-    return act
+def _ended(number: signal.Signals, code: int, world: World, member: Member) -> str:
+    member.running.send_signal(number)
+    assert member.running.exit_code() == code, member.running.stderr
+    assert not (told := member.complaints()), told
+    member.start()
+    return f"exit code {code}, started again"
 
 
 def _same_id(world: World, member: Member) -> str:
@@ -89,30 +87,21 @@ def _same_id(world: World, member: Member) -> str:
 # Redis and its Sentinels.
 
 
-def _noticed(do: Callable[[World], object], action: str = "cluster.lost", seconds: float = 0) -> Act:
-    def act(world: World, member: Member) -> str:
-        noticed = _told(action, lambda: do(world), *world.members)
-        time.sleep(seconds)
-        return f"all servers {noticed}"
-
-    return act
+def _noticed(action: str, seconds: float, do: Callable[[World], object], world: World, member: Member) -> str:
+    noticed = _told(action, lambda: do(world), *world.members)
+    time.sleep(seconds)
+    return f"all servers {noticed}"
 
 
-def _replaced(do: Callable[[Sentinels], Redis]) -> Act:
-    def act(world: World, member: Member) -> str:
-        before = do(world.redises)
-        return f"{world.redises.primary().port} took over from {before.port}"
-
-    return act
+def _replaced(do: Callable[[Sentinels], Redis], world: World, member: Member) -> str:
+    before = do(world.redises)
+    return f"{world.primary.port} took over from {before.port}"
 
 
-def _restarted(which: Callable[[World], list[Server]]) -> Act:
-    def act(world: World, member: Member) -> str:
-        world.random.choice(which(world)).kill()
-        time.sleep(2)
-        return "it was killed, and away for 2 s"
-
-    return act
+def _away(which: Callable[[World], Sequence[Server]], world: World, member: Member) -> str:
+    world.random.choice(which(world)).kill()
+    time.sleep(2)
+    return "it was killed, and away for 2 s"
 
 
 def _freeze_all(world: World) -> None:
@@ -121,14 +110,14 @@ def _freeze_all(world: World) -> None:
 
 
 def _scripts_forgotten(world: World, member: Member) -> str:
-    primary = world.redises.primary()
+    primary = world.primary
     primary.forget_scripts()
     eventually(lambda: primary.command("INFO", "memory")["number_of_cached_scripts"] > 0, "the script is back")
     return "the script was loaded again"
 
 
 def _cut(world: World, member: Member) -> str:
-    count = world.redises.primary().command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    count = world.primary.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     assert count >= len(NAMES), count
     return "those of all servers, at least"
 
@@ -136,21 +125,20 @@ def _cut(world: World, member: Member) -> str:
 # Clients, and what else talks to a server.
 
 
-def _refused(name: str, count: int, attack: Callable[[list[Client]], int], least: int = 0) -> Act:
-    """So many connect, attack, and return how many were told; that many are counted as refused so."""
+def _refused(
+    name: str, count: int, least: int, attack: Callable[[list[Client]], int], world: World, member: Member
+) -> str:
+    """So many connect and attack; the least that are told must be counted as refused so."""
 
-    def counted(member: Member) -> int:
+    def counted() -> int:
         return int(eventually(member.status, "the admin port answers")["rejected"][name])
 
-    def act(world: World, member: Member) -> str:
-        before = counted(member)
-        with ExitStack() as stack:
-            told = attack([stack.enter_context(member.client()) for _ in range(count)])
-            assert told >= (least or count), f"{told} were told"
-            eventually(lambda: counted(member) - before >= told, "as many are counted")
-        return f"{least or count} at least were cut off, and counted: {name}"
-
-    return act
+    before = counted()
+    with ExitStack() as stack:
+        told = attack([stack.enter_context(member.client()) for _ in range(count)])
+        assert told >= least, f"{told} were told"
+        eventually(lambda: counted() - before >= told, "as many are counted")
+    return f"{least} at least were cut off, and counted as {name}"
 
 
 def _flood(crowd: list[Client]) -> int:
@@ -190,9 +178,10 @@ def _silent(world: World, member: Member) -> str:
 def _sink_gone(world: World, member: Member) -> str:
     world.sink.close()
     time.sleep(5)
-    world.sink.datagrams.clear()
-    world.sink.open()
-    eventually(lambda: set(NAMES) <= set(world.sink.datagrams), "all servers send again")
+    world.open_sink()
+    silent = {*NAMES}
+    while silent:
+        silent.discard(world.sink.recv(1000).partition(b".")[0].decode())
     return "nobody listened; then all sent again"
 
 
@@ -224,33 +213,34 @@ def _garbage(world: World, member: Member) -> str:
     return "many of 60 connections were answered with 4xx"
 
 
+_kill, _suspend = psutil.Process.kill, psutil.Process.suspend
 FAULTS = {
-    "worker killed": Fault(_process("worker", psutil.Process.kill, "worker.died"), MORTAL, "lost"),
-    "worker hung": Fault(_process("worker", psutil.Process.suspend, "worker.hung"), MORTAL, "lost"),
+    "worker killed": Fault(partial(_process, "worker", _kill, "worker.died"), MORTAL, "lost"),
+    "worker hung": Fault(partial(_process, "worker", _suspend, "worker.hung"), MORTAL, "lost"),
     "worker held up for a second": Fault(_held_up),
-    "agent killed": Fault(_process("agent", psutil.Process.kill, "agent.died"), MORTAL),
-    "agent hung": Fault(_process("agent", psutil.Process.suspend, "agent.hung"), MORTAL),
+    "agent killed": Fault(partial(_process, "agent", _kill, "agent.died"), MORTAL),
+    "agent hung": Fault(partial(_process, "agent", _suspend, "agent.hung"), MORTAL),
     "reload (SIGHUP)": Fault(_reload, FIRST, "lost"),
-    "stop and start (SIGTERM)": Fault(_ended(signal.SIGTERM, 0), FIRST, "away", 2 * MAX_CLIENTS),
-    "retire and start (SIGUSR2)": Fault(_ended(signal.SIGUSR2, 0), FIRST, "away", 2 * MAX_CLIENTS),
-    "kill -9 and start": Fault(_ended(signal.SIGKILL, -9), FIRST, "away", 2 * MAX_CLIENTS),
+    "stop and start (SIGTERM)": Fault(partial(_ended, signal.SIGTERM, 0), FIRST, "away", CROWD),
+    "retire and start (SIGUSR2)": Fault(partial(_ended, signal.SIGUSR2, 0), FIRST, "away", CROWD),
+    "kill -9 and start": Fault(partial(_ended, signal.SIGKILL, -9), FIRST, "away", CROWD),
     "a second server by the same id": Fault(_same_id, FIRST),
-    "primary killed": Fault(_replaced(Sentinels.kill_primary)),
-    "primary hung": Fault(_noticed(lambda world: world.redises.freeze_primary())),
-    "failover by Sentinel": Fault(_replaced(Sentinels.failover)),
-    "all Redis hung for 3 s": Fault(_noticed(_freeze_all, seconds=3)),
-    "primary out of memory": Fault(_noticed(lambda world: world.redises.primary().out_of_memory())),
-    "FLUSHALL": Fault(_noticed(lambda world: world.redises.primary().wipe(), "cluster.reset")),
+    "primary killed": Fault(partial(_replaced, Sentinels.kill_primary)),
+    "primary hung": Fault(partial(_noticed, "cluster.lost", 0, lambda world: world.redises.freeze_primary())),
+    "failover by Sentinel": Fault(partial(_replaced, Sentinels.failover)),
+    "all Redis hung for 3 s": Fault(partial(_noticed, "cluster.lost", 3, _freeze_all)),
+    "primary out of memory": Fault(partial(_noticed, "cluster.lost", 0, lambda world: world.primary.out_of_memory())),
+    "FLUSHALL": Fault(partial(_noticed, "cluster.reset", 0, lambda world: world.primary.wipe())),
     "SCRIPT FLUSH": Fault(_scripts_forgotten),
     "connections to Redis cut (CLIENT KILL)": Fault(_cut),
-    "replica killed": Fault(_restarted(lambda world: [*world.replicas()])),
-    "a Sentinel killed": Fault(_restarted(lambda world: world.redises.sentinels)),
+    "replica killed": Fault(partial(_away, lambda world: world.replicas)),
+    "a Sentinel killed": Fault(partial(_away, lambda world: world.redises.sentinels)),
     "flood beyond --max-clients": Fault(
-        _refused("too_many_clients", MAX_CLIENTS + 50, _flood, 50), excuse="lost", crowd=2 * MAX_CLIENTS
+        partial(_refused, "too_many_clients", MAX_CLIENTS + 50, 50, _flood), excuse="lost", crowd=CROWD
     ),
-    "slowloris": Fault(_refused("too_slow", 150, _slowloris), crowd=MAX_CLIENTS),
-    "slow readers": Fault(_refused("slow_reader", 5, _never_read), crowd=MAX_CLIENTS),
-    "silent peers before a handshake": Fault(_silent, NAMES[-1:], crowd=MAX_CLIENTS),
+    "slowloris": Fault(partial(_refused, "too_slow", 150, 150, _slowloris), crowd=CROWD),
+    "slow readers": Fault(partial(_refused, "slow_reader", 5, 5, _never_read), crowd=CROWD),
+    "silent peers before a handshake": Fault(_silent, NAMES[-1:], crowd=CROWD),
     "StatsD daemon gone for 5 s": Fault(_sink_gone),
     "reader of the log stalled": Fault(_reader_stalled),
     "garbage at the admin port": Fault(_garbage),

@@ -58,71 +58,79 @@ def complaints(report: Report) -> Iterator[str]:
 
 def _table(*rows: tuple[object, ...]) -> str:
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:], ""])
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def _seconds(times: list[float]) -> str:
     return f"{median(times):.1f} (at most {max(times):.1f})" if times else ""
 
 
-INTRODUCTION = """\
+PAGE = """\
+# A soak under faults
+
+`{command}` on {machine}.
+
 Three servers of two workers each, `three` by TLS, with a Redis, two replicas and three Sentinels, under a mixed load
 and one fault after another. `one` may be restarted, processes of `two` may die, and those of `three` live all the time.
 This page is made of the report, `soak.json`.
-"""
-REPLIES = """\
+
+It took {hours:.2f} hours{interrupted}: {count} faults, {censuses} censuses. {verdict}
+
+## Replies
+
 Each reply is checked: WHERE is the server's id, WHY is 42, WHO counts those who are surely there and nobody who cannot
 be; and at each census, when all is quiet, WHO is exact on all three servers. A connection may be lost only at the
 server that a fault takes it from.
-"""
-FAULTS = """\
+
+{replies}
+
+Right ones by kind of client: {kinds}.
+
+## Faults
+
 Recovered is: all workers and the agent run, the servers know of one another, what they know is fresh, and each client
 of the load has been served anew.
-"""
-HELD = f"""\
+
+{faults}
+
+## What is held
+
 With one client for each worker and nobody else, at each census after the warm-up, of the processes that were there for
-two of them at least. Memory is the medians of the first and the last quarter, in MB. It may grow by {100 * MAX_GROWTH:g} %, and
-is judged where there are {LEAST_CENSUSES} censuses; descriptors and greenlets stay the same.
+two of them at least. Memory is the medians of the first and the last quarter, in MB. It may grow by {growth:g} %, and
+is judged where there are {least} censuses; descriptors and greenlets stay the same.
+
+{held}
 """
 
 
 def render(report: Report) -> str:
     """Make the page."""
-    wrong, replies = list(complaints(report)), report["replies"]
-    faults = sorted(report["faults"].items())
-    count = sum(len(fault["seconds"]) for _, fault in faults)
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    kinds = ", ".join(f"{kind.replace('_', ' ')} {number:,}" for kind, number in sorted(report["kinds"].items()))
-    shown = sorted(lives(report), key=lambda life: (-len(life.resident), life.name))
-    return "\n".join(
-        [
-            "# A soak under faults\n",
-            f"`{report['command']}` on {machine}.\n",
-            INTRODUCTION,
-            f"It took {report['seconds'] / 3600:.2f} hours{', and was interrupted' * report['is_interrupted']}: "
-            f"{count} faults, {len(report['censuses'])} censuses. {'**Wrong:**' if wrong else 'Nothing was wrong.'}\n",
-            *(f"- {' '.join(text.split())}" for text in wrong),
-            *[""][: len(wrong)],
-            "## Replies\n",
-            REPLIES,
-            _table(
-                ("right", "wrong", "connections lost to a fault of their server", "lost otherwise"),
-                (f"{replies['right']:,}", replies["wrong"], f"{replies['excused']:,}", replies["lost"]),
-            ),
-            f"Right ones by kind of client: {kinds}.\n",
-            "## Faults\n",
-            FAULTS,
-            _table(
-                ("fault", "times", "seconds from its end until all had recovered", "what showed that it happened"),
-                *((name, len(each["seconds"]), _seconds(each["seconds"]), each["happened"]) for name, each in faults),
-            ),
-            "## What is held\n",
-            HELD,
-            _table(
-                ("process", "censuses", "memory, first", "last", "growth", "descriptors", "greenlets"),
-                *(_row(life) for life in shown),
-            ),
-        ]
+    wrong, replies, faults = list(complaints(report)), report["replies"], sorted(report["faults"].items())
+    return PAGE.format(
+        command=report["command"],
+        machine=", ".join(f"{name} {value}" for name, value in report["machine"].items()),
+        hours=report["seconds"] / 3600,
+        interrupted=", and was interrupted" * report["is_interrupted"],
+        count=sum(len(fault["seconds"]) for _, fault in faults),
+        censuses=len(report["censuses"]),
+        verdict="\n- ".join(
+            ["**Wrong:**", *(" ".join(text.split()) for text in wrong)] if wrong else ["All was well."]
+        ),
+        replies=_table(
+            ("right", "wrong", "connections lost to a fault of their server", "lost otherwise"),
+            (f"{replies['right']:,}", replies["wrong"], f"{replies['excused']:,}", replies["lost"]),
+        ),
+        kinds=", ".join(f"{kind.replace('_', ' ')} {number:,}" for kind, number in sorted(report["kinds"].items())),
+        faults=_table(
+            ("fault", "times", "seconds from its end until all had recovered", "what showed that it happened"),
+            *((name, len(each["seconds"]), _seconds(each["seconds"]), each["happened"]) for name, each in faults),
+        ),
+        growth=100 * MAX_GROWTH,
+        least=LEAST_CENSUSES,
+        held=_table(
+            ("process", "censuses", "memory, first", "last", "growth", "descriptors", "greenlets"),
+            *map(_row, sorted(lives(report), key=lambda life: (-len(life.resident), life.name))),
+        ),
     )
 
 

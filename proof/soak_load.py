@@ -5,7 +5,6 @@ import socket
 import struct
 import threading
 from collections import Counter
-from contextlib import suppress
 from itertools import groupby
 
 from proof.soak_world import Member, eventually
@@ -15,61 +14,44 @@ HTTP = b"GET / HTTP/1.1\r\nHost: here\r\n\r\nWHO\n"
 COMMANDS = b"WHO", b"WHERE", b"WHY"
 
 
-class Book:
-    """What the clients of all servers have seen, and who is surely there."""
-
-    def __init__(self) -> None:
-        self.kinds: Counter[str] = Counter()  #: right replies
-        self.excused = self.lost = self.wrong = 0
-        self.failures: list[str] = []
-        self.staying: Counter[str] = Counter()  #: clients of each server, answered at least once and not leaving
-        self.ceiling = 0  #: what WHO says at most
-        self.lock = threading.Lock()
-
-
 class Caller:
     """A client of one kind, again and again."""
 
-    def __init__(self, kind: str, member: Member, book: Book, may_call: threading.Event, seed: str) -> None:
+    def __init__(self, kind: str, member: Member, load: "Load", seed: str) -> None:
         self.kind, self.member, self.rounds, self.is_parked = kind, member, 0, False
-        self._book, self._may_call, self._random = book, may_call, random.Random(seed)
-        self._is_over = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self._load, self._random = load, random.Random(seed)
+        threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        while not self._is_over.is_set():
-            self.is_parked = not self._may_call.is_set()
-            self._may_call.wait()
+        load = self._load
+        while not load.is_over.is_set():
+            self.is_parked = not load.may_call.is_set()
+            load.may_call.wait()
             self.is_parked = False
-            if self._is_over.is_set():
-                return
             try:
                 getattr(self, f"_{self.kind}")()
                 self.rounds += 1
             except (OSError, EOFError, ValueError) as error:
-                self._note_loss(error)
+                is_refused = isinstance(error, ConnectionRefusedError)
+                is_excused = self.member.excuse == "away" or (self.member.excuse and not is_refused)
+                self._note("excused" if is_excused else "lost", error)
             except AssertionError as error:
-                with self._book.lock:
-                    self._book.wrong += 1
-                    self._book.failures.append(f"{self.member.name}, {self.kind}: {error}")
+                self._note("wrong", error)
             self._rest()
 
+    def _note(self, what: str, error: Exception | None = None) -> None:
+        with self._load.lock:
+            self._load.replies[what] += 1
+            if error and what != "excused":
+                self._load.failures.append(f"{self.member.name}, {self.kind}: {what}: {error!r}")
+
+    def _right(self) -> None:
+        with self._load.lock:
+            self._load.replies["right"] += 1
+            self._load.kinds[self.kind] += 1
+
     def _rest(self) -> None:
-        self._is_over.wait(self._random.uniform(0.05, 0.25))
-
-    def _note_loss(self, error: Exception) -> None:
-        is_refused = isinstance(error, ConnectionRefusedError)
-        with self._book.lock:
-            if self.member.excuse == "away" or (self.member.excuse and not is_refused):
-                self._book.excused += 1
-            else:
-                self._book.lost += 1
-                self._book.failures.append(f"{self.member.name}, {self.kind}: lost: {error!r}")
-
-    def stop(self) -> None:
-        """Call no more."""
-        self._is_over.set()
+        self._load.is_over.wait(self._random.uniform(0.05, 0.25))
 
     def _draw(self, count: int = 0) -> list[bytes]:
         return self._random.choices(COMMANDS, k=count or self._random.randint(1, 4))
@@ -83,7 +65,7 @@ class Caller:
             self._check(command, reply, floor)
 
     def _floor(self) -> int:
-        return 1 if self.member.excuse else max(1, self._book.staying[self.member.name])
+        return 1 if self.member.excuse else max(1, self._load.staying[self.member.name])
 
     def _line(self, client: Client) -> bytes:
         line = client.line()
@@ -94,34 +76,30 @@ class Caller:
     def _check(self, command: bytes, reply: bytes, floor: int) -> None:
         told = reply.decode("ascii", "replace")
         right = {b"WHY": told == "42", b"WHERE": told == self.member.name}
-        right[b"WHO"] = told.isdigit() and floor <= int(told) <= self._book.ceiling
-        assert right[command], f"{command!r} was answered {reply!r}, {floor} to {self._book.ceiling} may be"
-        self._right(1)
-
-    def _right(self, count: int) -> None:
-        with self._book.lock:
-            self._book.kinds[self.kind] += count
+        right[b"WHO"] = told.isdigit() and floor <= int(told) <= self._load.ceiling
+        assert right[command], f"{command!r} was answered {reply!r}, {floor} to {self._load.ceiling} may be"
+        self._right()
 
     def _expect(self, reply: bytes, *replies: bytes) -> None:
         """It is one of these, or the server was away."""
         if self.member.excuse and reply not in replies:
             raise EOFError(f"{reply!r}")
         assert reply in replies, f"answered {reply[:200]!r}, not {replies!r}"
-        self._right(1)
+        self._right()
 
     # The kinds.
 
     def _stays(self) -> None:
         with self.member.client() as client:
             self._ask(client, [b"WHERE"])
-            self._book.staying.update([self.member.name])
+            self._load.staying.update([self.member.name])
             try:
-                while self._may_call.is_set() and not self._is_over.is_set():
+                while self._load.may_call.is_set() and not self._load.is_over.is_set():
                     self._ask(client, self._draw())
                     self.rounds += 1
                     self._rest()
             finally:
-                self._book.staying.subtract([self.member.name])
+                self._load.staying.subtract([self.member.name])
 
     def _comes_and_goes(self) -> None:
         with self.member.client() as client:
@@ -138,7 +116,7 @@ class Caller:
             asked = self._draw(2)
             for byte in b"\n".join(asked):
                 client.send(bytes([byte]))
-                self._is_over.wait(0.01)
+                self._load.is_over.wait(0.01)
             for command in asked:
                 self._check(command, self._line(client), 1)
 
@@ -156,7 +134,7 @@ class Caller:
         with self.member.client() as client:
             client.send(b"WHO\nWHERE\nWH" * self._random.randint(1, 20))
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._right(1)
+        self._right()
 
     def _sends_bad_lines(self) -> None:
         with self.member.client() as client:
@@ -183,48 +161,44 @@ KINDS = (
 
 
 class Load:
-    """Callers of all kinds at all servers."""
+    """Callers of all kinds at all servers, and what they have seen."""
 
     def __init__(self, members: list[Member], seed: int) -> None:
-        self.book = Book()
-        self._may_call = threading.Event()
+        self.kinds: Counter[str] = Counter()  #: right replies
+        self.replies = Counter(right=0, wrong=0, excused=0, lost=0)
+        self.staying: Counter[str] = Counter()  #: clients of each server, answered at least once and not leaving
+        self.failures: list[str] = []
+        self.lock, self.may_call, self.is_over = threading.Lock(), threading.Event(), threading.Event()
         kinds = [*KINDS, "stays", "stays", "comes_and_goes"]
-        self.usual_ceiling = self.book.ceiling = 3 * len(kinds) * len(members)
-        self.callers = [
-            Caller(kind, member, self.book, self._may_call, f"{seed} {member.name} {number}")
+        #: What WHO says at most; more while there is a crowd beside them.
+        self.usual_ceiling = self.ceiling = 3 * len(kinds) * len(members)
+        self._callers = [
+            Caller(kind, member, self, f"{seed} {member.name} {number}")
             for member in members
             for number, kind in enumerate(kinds)
         ]
 
-    def resume(self) -> None:
-        """Go on."""
-        self._may_call.set()
-
     def pause(self) -> None:
         """Until nobody is connected."""
-        self._may_call.clear()
-        eventually(lambda: all(caller.is_parked for caller in self.callers), "all clients pause")
+        self.may_call.clear()
+        eventually(lambda: all(caller.is_parked for caller in self._callers), "all clients pause")
 
     def are_served(self) -> None:
         """Until each has been served anew, from its beginning."""
-        before = [(caller, caller.rounds) for caller in self.callers]
+        before = [(caller, caller.rounds) for caller in self._callers]
 
         def late() -> list[str]:
             return [f"{caller.member.name} {caller.kind}" for caller, rounds in before if caller.rounds < rounds + 2]
 
         eventually(lambda: not late(), lambda: f"all are served anew: not {late()}")
 
-    def failures(self, during: str) -> list[str]:
+    def complaints(self) -> list[str]:
         """What was wrong since the last call, each kind of it once."""
-        with self.book.lock:
-            found, self.book.failures[:] = sorted(self.book.failures), []
-        return [f"{during}: {text} ({len(list(same))} times)" for text, same in groupby(found)]
+        with self.lock:
+            found, self.failures[:] = sorted(self.failures), []
+        return [f"{text} ({len(list(same))} times)" for text, same in groupby(found)]
 
     def stop(self) -> None:
         """End all."""
-        for caller in self.callers:
-            caller.stop()
-        self._may_call.set()
-        for caller in self.callers:
-            with suppress(RuntimeError):
-                caller.thread.join(1)
+        self.is_over.set()
+        self.may_call.set()

@@ -4,12 +4,11 @@ import http.client
 import json
 import math
 import random
-import select
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -28,15 +27,13 @@ MAX_CLIENTS = 300
 NAMES = ("one", "two", "three")
 
 
-def eventually(
-    condition: Callable[[], Any], what: str | Callable[[], str], limit: float = 2 * LIMIT, pause: float = 0.05
-) -> Any:
+def eventually(condition: Callable[[], Any], what: str | Callable[[], str], limit: float = 2 * LIMIT) -> Any:
     """Return the first true value; AssertionError when there is none within the limit."""
     deadline = time.monotonic() + limit
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {limit:.0f} s: {what if isinstance(what, str) else what()}")
-        time.sleep(pause)
+        time.sleep(0.05)
     return value
 
 
@@ -67,21 +64,20 @@ class Log(list[str]):
 class Member:
     """One of the servers: it keeps its name and port when it is started again."""
 
-    def __init__(self, name: str, world: "World", is_tls: bool) -> None:
+    def __init__(self, name: str, folder: Path, *options: str, is_tls: bool = False) -> None:
         self.name, self.is_tls, self.port = name, is_tls, free_port()
         #: "" while no client may be lost, "lost" while one may, "away" while it may not even connect.
         self.excuse = ""
-        self._folder, self._trust = world.folder, trust(world.folder)
-        words = ["--server-id", name, "--workers", str(WORKERS), "--redis-url", world.redises.url, "--admin-port", "0"]
-        words += ["--log-format", "json", "--log-level", "debug", "--statsd-host", "127.0.0.1", "--commands", "census"]
-        words += ["--statsd-port", str(world.sink.port), "--statsd-prefix", name, "--max-clients", str(MAX_CLIENTS)]
+        self._folder, self._trust = folder, trust(folder)
+        words = ["--server-id", name, "--workers", str(WORKERS), "--max-clients", str(MAX_CLIENTS), "--admin-port", "0"]
+        words += ["--log-format", "json", "--log-level", "debug", "--commands", "census"]
         words += ["--line-timeout", "2", "--write-timeout", "2", "--tls-handshake-timeout", "2", "--hang-timeout", "2"]
-        self._options = [*words, *(certified(world.folder) if is_tls else [])]
+        self._options = [*words, *(certified(folder) if is_tls else []), *options]
         self.start()
 
     def start(self) -> None:
         """Start it, out of reach of a terminal's Ctrl-C; let it have had a crowd."""
-        self.log = Log()
+        self.log, self.deaths = Log(), 0  #: of processes, which a fault has caused
         command = ["setsid", *GSERVER, "serve", "--port", str(self.port), *self._options]
         self.running = Running(command=command, cwd=self._folder, lines=self.log)
         self.running.wait_for("agent.ready")
@@ -89,6 +85,18 @@ class Member:
             for _ in range(MAX_CLIENTS):
                 with suppress(OSError):
                     stack.enter_context(self.client()).send(b"WHY\nNO\nWH")
+
+    def complaints(self) -> list[str]:
+        """What it should never have said, since the last call."""
+        lines = [line for line in self.log if '"process.error"' in line or '"process.not_started"' in line]
+        told = self.running.errors + self.log.broken + lines
+        self.running.errors.clear()
+        self.log.broken.clear()
+        self.log[:] = [line for line in self.log if line not in lines]
+        died = self.log.actions["worker.died"] + self.log.actions["agent.died"]
+        told += [f"{died - self.deaths} processes died by themselves"] * (died > self.deaths)
+        self.deaths = died
+        return [f"{self.name}: {text}" for text in told]
 
     def client(self) -> Client:
         """A new client, of the server's kind."""
@@ -142,60 +150,50 @@ class Member:
         return chosen
 
 
-class Sink:
-    """A port that gets what is sent to a StatsD daemon, and may be gone."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.datagrams: Counter[str] = Counter()  #: by the prefix of their names
-        self.open()
-
-    def open(self) -> None:
-        """Listen, again."""
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(("127.0.0.1", self.port))
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._receive, daemon=True)
-        self._thread.start()
-
-    def _receive(self) -> None:
-        while not self._is_over.is_set():
-            if select.select([self._socket], [], [], 0.1)[0]:
-                self.datagrams[self._socket.recv(65536).partition(b".")[0].decode()] += 1
-
-    def close(self) -> None:
-        """Be gone."""
-        self._is_over.set()
-        self._thread.join()
-        self._socket.close()
-
-
 class World(ExitStack):
     """All of it. It ends with its `with` block."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         super().__init__()
-        self.folder, self.random = folder, random.Random(seed)
+        self.random, self.sink_port, self.members = random.Random(seed), free_port(), list[Member]()
         make_certificates(folder)
         (folder / "census.py").write_text(CENSUS)
         with ExitStack() as stack:
             self.redises = stack.enter_context(Sentinels(folder))
-            self.sink = Sink()
-            stack.callback(self.sink.close)
-            self.members: list[Member] = []
-            stack.callback(self._kill)
+            self.open_sink()
+            stack.callback(self._end)
+            words = [
+                "--redis-url",
+                self.redises.url,
+                "--statsd-host",
+                "127.0.0.1",
+                "--statsd-port",
+                str(self.sink_port),
+            ]
             for name in NAMES:
-                self.members.append(Member(name, self, is_tls=name == NAMES[-1]))
+                self.members.append(Member(name, folder, *words, "--statsd-prefix", name, is_tls=name == NAMES[-1]))
             self.push(stack.pop_all())
 
-    def _kill(self) -> None:
+    def open_sink(self) -> None:
+        """Have a port that gets what is sent to a StatsD daemon."""
+        self.sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sink.bind(("127.0.0.1", self.sink_port))
+        self.sink.settimeout(LIMIT)
+
+    def _end(self) -> None:
+        self.sink.close()
         for member in self.members:
             member.running.kill()
 
+    @property
+    def primary(self) -> Redis:
+        """The primary, as the Sentinels say."""
+        return self.redises.primary()
+
+    @property
     def replicas(self) -> list[Redis]:
-        """Those that are no primary."""
-        primary = self.redises.primary()
-        return [each for each in self.redises.redises if each is not primary]
+        """Those that are not."""
+        return [each for each in self.redises.redises if each.port != self.primary.port]
 
     def heal(self) -> None:
         """End what was done to Redis and its Sentinels."""
@@ -214,20 +212,9 @@ class World(ExitStack):
     def is_redundant(self) -> bool:
         """Whether Redis may lose its primary once more."""
         roles = [each.role() for each in self.redises.redises]
-        told = self.redises.primary().command("INFO", "replication")
+        told = self.primary.command("INFO", "replication")
         states = [told.get(f"slave{number}", {}).get("state") for number in range(2)]
         return sorted(roles) == ["master", "slave", "slave"] and states == ["online"] * 2
-
-    def complaints(self) -> Iterator[str]:
-        """Yield what no server should ever say."""
-        for member in self.members:
-            yield from (f"{member.name} wrote to stderr: {line}" for line in member.running.errors)
-            yield from (f"{member.name} logged: {line}" for line in member.log.broken)
-            for event in member.running.events("process.error"):
-                yield f"{member.name}: {event}"
-            member.running.errors.clear()
-            member.log.broken.clear()
-            member.log[:] = [line for line in member.log if "process.error" not in line]
 
     def census(self, at: float) -> dict[str, Any]:
         """What is held by whom, with one client for each worker; what WHO says then."""
