@@ -110,6 +110,20 @@ def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(number:
         assert not server.events("worker.died")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
+def test_it_leaves_a_worker_alone_that_still_starts(number: signal.Signals) -> None:
+    with Running() as server:
+        old = server.workers()
+        old[0].kill()
+        [new] = until(lambda: [worker for worker in server.workers() if worker not in old], "another one starts")
+        new.send_signal(number)
+        server.wait_for("worker.ready", 2)
+        assert server.workers() == [new]
+        assert server.who() == 1
+        assert server.stop() == 0
+        assert server.stderr == ""
+
+
 def test_a_worker_may_open_as_many_files_as_the_hard_limit_says() -> None:
     command = [program("prlimit"), "--nofile=100:500", *limited(0)[2:]]
     with Running(command=command) as server:

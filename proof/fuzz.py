@@ -1,0 +1,207 @@
+"""The command line of the fuzzers: see `bin/fuzz --help`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from proof import fuzz_core, fuzz_sockets
+from proof.fuzz_report import section
+
+ROOT = Path(__file__).parent.parent
+#: More than so many findings are not waited for.
+ENOUGH = 5
+console = Console(stderr=True, highlight=False)
+
+
+class Job(NamedTuple):
+    """A batch of one target: `work(seed, batch, inputs)` gives what is wrong, and how often each outcome was met."""
+
+    target: str
+    batch: int
+    inputs: int
+    work: Callable[[int, int, int], tuple[str, Counter[str]]]
+
+
+def _core(target: str, seed: int, batch: int, count: int) -> tuple[str, Counter[str]]:
+    return fuzz_core.run_batch(target, seed, batch, count), Counter()
+
+
+def _batches(target: str, inputs: int, size: int, work: Callable[..., Any]) -> Iterator[Job]:
+    return (Job(target, at // size, min(size, inputs - at), work) for at in range(0, inputs, size))
+
+
+def _in_turn(queues: list[Iterator[Job]]) -> Iterator[Job]:
+    """One of each, for as long as there are any: a run that is cut short has had some of all."""
+    while queues:
+        for queue in list(queues):
+            if (job := next(queue, None)) is None:
+                queues.remove(queue)
+            else:
+                yield job
+
+
+class Run:
+    """What is done by one command: its options, its findings and figures."""
+
+    def __init__(self, kind: str, inputs: int, seed: int, seconds: float, report: Path | None) -> None:
+        self.kind, self.inputs, self.seconds, self._report = kind, inputs, seconds, report
+        self.seed = seed or SystemRandom().randrange(1, 1_000_000)
+        self.done: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+        self.findings: list[str] = []
+        self.more: dict[str, Any] = {}
+        self._began = time.monotonic()
+        console.print(f"bin/fuzz {kind} --inputs {inputs} --seed {self.seed}")
+
+    def drive(self, jobs: Iterator[Job], processes: int) -> None:
+        """Do the jobs in several processes, and show how it goes."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with (
+            Progress(*columns, console=console) as progress,
+            ProcessPoolExecutor(processes, get_context("spawn")) as pool,
+        ):
+            task = progress.add_task(self.kind, total=self.inputs)
+            under_way: dict[Future[tuple[str, Counter[str]]], Job] = {}
+            while True:
+                is_over = len(self.findings) >= ENOUGH or (self.seconds and self._elapsed() > self.seconds)
+                while not is_over and len(under_way) < 2 * processes and (job := next(jobs, None)):
+                    under_way[pool.submit(job.work, self.seed, job.batch, job.inputs)] = job
+                if not under_way:
+                    return
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    job = under_way.pop(future)
+                    found, outcomes = future.result()
+                    self.outcomes += outcomes
+                    self.done[job.target] += job.inputs
+                    progress.advance(task, job.inputs)
+                    if found:
+                        self.find(job.target, found, f"--only {job.target} --batch {job.batch} --inputs {job.inputs}")
+
+    def find(self, target: str, found: str, again: str) -> None:
+        """Note what is wrong, in a file, with the command that shows it again."""
+        command = f"bin/fuzz {self.kind} --seed {self.seed} {again}"
+        path = Path(f"fuzz-{self.kind}-{target}-{self.seed}-{len(self.findings)}.txt")
+        path.write_text(f"{command}\n{found}\n", errors="backslashreplace")
+        self.findings.append(f"{target}: {ascii(found)[1:500]}\n  the whole is in {path}; to see it again: {command}")
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def end(self) -> None:
+        """Say how it went, write the report, and exit."""
+        told = {
+            "inputs": sum(self.done.values()),
+            "seconds": round(self._elapsed(), 1),
+            "seed": self.seed,
+            "findings": len(self.findings),
+            "targets": dict(self.done),
+            "outcomes": dict(sorted(self.outcomes.items())),
+            **self.more,
+        }
+        if self._report:
+            kept = json.loads(self._report.read_text()) if self._report.exists() else {}
+            self._report.write_text(json.dumps(kept | {self.kind: told}, indent=1) + "\n")
+        click.echo(section({self.kind: told}))
+        for finding in self.findings:
+            click.echo(finding, err=True)
+        sys.exit(bool(self.findings))
+
+
+def _options(inputs: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.option("--inputs", type=click.IntRange(1), default=inputs, show_default=True, help="How many."),
+            click.option("--seed", type=int, default=0, help="To have the same inputs again [default: a new one]."),
+            click.option("--seconds", type=float, default=0, help="Begin no more after so long."),
+            click.option(
+                "--report", type=click.Path(path_type=Path), help="Write the figures into this file, as JSON."
+            ),
+            click.option("--only", default="", metavar="TARGET", help="This target alone."),
+            click.option("--batch", type=int, default=-1, help="With --only: this batch alone."),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Try hostile inputs, and judge what becomes of each by docs/protocol.md. A finding is exit code 1."""
+
+
+@main.command()
+@_options(100_000)
+@click.option("--guided", type=int, default=-1, help="Inputs that coverage guides [default: a twentieth of --inputs].")
+def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
+    """The pure parts: parser, express way, URLs, options, logs, records of TLS, status of others."""
+    run = Run("core", inputs, **rest)
+    if batch >= 0:
+        run.drive(iter([Job(only, batch, inputs, partial(_core, only))]), 1)
+    else:
+        shares = {name: share for name, (_, share) in fuzz_core.TARGETS.items() if only in ("", name)}
+        total, queues = sum(shares.values()), []
+        for name, share in shares.items():
+            count = max(1, inputs * share // total)
+            queues.append(_batches(name, count, 200 if name == "status" else 2000, partial(_core, name)))
+        run.drive(_in_turn(queues), os.cpu_count() or 1)
+        _guide(run, inputs // 20 if guided < 0 else guided)
+    run.end()
+
+
+def _guide(run: Run, inputs: int) -> None:
+    """Let Atheris, which is guided by what the code does with an input, have so many."""
+    if not inputs or run.findings:
+        return
+    words = [sys.executable, "-P", "-m", "proof.fuzz_guided", str(inputs), str(run.seed)]
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+    if "No module named 'atheris'" in done.stderr:
+        run.more["guided"] = "SKIPPED: Atheris is not installed"
+    elif done.returncode:
+        run.find("guided", done.stderr[-4000:], f"--guided {inputs} --only guided --inputs 1")
+    found = re.search(r"#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)", done.stderr)
+    if found:
+        run.more["guided"] = dict(
+            zip(("inputs", "branches", "features", "corpus"), map(int, found.groups()), strict=True)
+        )
+
+
+@main.command()
+@_options(5_000)
+def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
+    """Real servers, plain and by TLS, with small limits and short deadlines, and hundreds of clients at once."""
+    run = Run("sockets", inputs, **rest)
+    with fuzz_sockets.servers([only] if only else list(fuzz_sockets.VARIANTS)) as sites:
+        work = {
+            name: partial(fuzz_sockets.run_batch, name, site.server.port, str(site.pems))
+            for name, site in sites.items()
+        }
+        if batch >= 0:
+            run.drive(iter([Job(only, batch, inputs, work[only])]), 1)
+        else:
+            share = inputs // len(work)
+            run.drive(
+                _in_turn([_batches(name, share, fuzz_sockets.BATCH, each) for name, each in work.items()]), len(work)
+            )
+        for name, wrong in fuzz_sockets.judge(sites, run.outcomes):
+            run.find(name, f"after it: {wrong}", f"--inputs {inputs}")
+    run.end()
+
+
+if __name__ == "__main__":
+    main(prog_name="bin/fuzz")

@@ -1,0 +1,150 @@
+"""What a client may send, drawn from a grammar of nasty lines, and what docs/protocol.md says that it reads.
+
+The oracle is written from that page and knows nothing of gserver's code: it never sees how bytes are cut, but reads the
+whole with `split`.
+"""
+
+from collections.abc import Collection, Iterable
+from random import Random
+from typing import NamedTuple
+
+#: Of a line: docs/protocol.md, "Lines".
+BLANKS = b" \t\r\v\f"
+TOO_LONG, UNKNOWN, NOT_ASCII = b"ERR line too long", b"ERR unknown command", b"ERR not ASCII"
+#: A pause that is long enough for a line without its newline.
+SILENCE = None
+Cut = Iterable[bytes | None]
+
+
+class Said(NamedTuple):
+    """What the page says of all that one client has sent, up to its end: commands by name, refusals by their text."""
+
+    replies: list[bytes]
+    #: Whether the server closes before the client has ended.
+    is_closed: bool
+
+
+def read(sent: bytes, commands: Collection[bytes], limit: int) -> Said:
+    """Return what is said to a client that sends this and then ends."""
+    replies: list[bytes] = []
+    is_first = True
+    for line in sent.split(b"\n"):
+        if len(line) - line.endswith(b"\r") > limit:
+            return Said([*replies, TOO_LONG], True)
+        words = line.strip(BLANKS)
+        if not words:
+            continue
+        if is_first and len(parts := words.split()) >= 3 and parts[-1][:5].upper() == b"HTTP/":
+            return Said(replies, True)
+        is_first = False
+        if words.upper() in commands:
+            replies.append(words.upper())
+        else:
+            replies.append(UNKNOWN if max(words) < 128 else NOT_ASCII)
+    return Said(replies, False)
+
+
+def is_ended_by_silence(sent: bytes, commands: Collection[bytes]) -> bool:
+    """Whether a silence is as good as a newline now."""
+    words = sent.rpartition(b"\n")[2].strip(BLANKS).upper()
+    return not words or (words in commands and not any(c != words and c.startswith(words) for c in commands))
+
+
+def heard(cut: Cut, commands: Collection[bytes]) -> bytes:
+    """Return what pieces with silences between them come to: the page's newline for each silence that ends a line."""
+    sent = b""
+    for piece in cut:
+        if piece is not SILENCE:
+            sent += piece
+        elif is_ended_by_silence(sent, commands):
+            sent += b"\n"
+    return sent
+
+
+WORDS = (
+    *(b"WHO", b"WHERE", b"WHY", b"who", b"Where", b"wHy", b"WH", b"W", b"HO", b"WHOWHY", b"WHERES", b"WHYNOT", b"NAP"),
+    *(
+        b"WHO WHY",
+        b"WHO x",
+        b"42",
+        b"ERR",
+        b"QUIT",
+        b"*1\r\n$3\r\nWHO\r\n",
+        b"\0",
+        b"WHO\0",
+        b"\x1b[2J",
+        b"\x1c",
+        b"\x85",
+    ),
+    *(b"\xff", b"\xc3\xa9", b"\xa0WHO", b"WHO\xe2\x80\xa8", b"\x16\x03\x01\x02\x00\x01", b"%s%n", b"{}", b"'\"`$(id)"),
+    *(
+        b"GET / HTTP/1.1",
+        b"post /x http/1.0",
+        b"a b c HTTP/",
+        b"GET HTTP/1.1",
+        b"GET / HTTPS/1",
+        b"GET /\0HTTP/1",
+        b"x y z",
+    ),
+)
+ENDS = (
+    b"\n",
+    b"\n",
+    b"\n",
+    b"\r\n",
+    b"\r\n",
+    b"\n\n",
+    b"",
+    b"\r",
+    b" \n",
+    b"\t\r\n",
+    b"\v\f\n",
+    b"\n\r",
+    b"\0\n",
+    b" ",
+)
+STARTS = (b"", b"", b"", b"", b" ", b"\t", b"\r", b"\n", b"\r\n", b"\v\f", b"\0")
+PLAIN = (b"WHO\n", b"WHERE\n", b"WHY\n", b"who\n", b"WHY\r\n", b"WHO\nWHY\n")
+
+
+def draw(random: Random, limit: int) -> bytes:
+    """Return what a client sends in all: mostly lines, some of them at the limit, some spoilt."""
+    kind = random.random()
+    if kind < 0.15:  # What the express way takes, or nearly.
+        sent = b"".join(random.choices(PLAIN, k=int(12 * random.random()) + 1))
+    elif kind < 0.2:
+        sent = random.randbytes(random.randrange(3 * limit // 2))
+    else:
+        parts: list[bytes] = []
+        for _ in range(int(5 * random.random()) + 1):
+            word = random.choice(WORDS)
+            if random.random() < 0.15:
+                word = _long(random, word, limit)
+            parts += (random.choice(STARTS), word, random.choice(ENDS))
+        sent = b"".join(parts)
+    return _spoilt(random, sent) if random.random() < 0.2 else sent
+
+
+def _long(random: Random, word: bytes, limit: int) -> bytes:
+    """A line of the limit, or nearly; or with much in it."""
+    size = max(0, limit + random.randrange(-3, 4))
+    filler = random.choice((b" ", b"x", b"\0", b"\xe9", b"\r", b"WHO ", b"HTTP/ "))
+    filling = (filler * (size // len(filler) + 1))[: max(0, size - len(word))]
+    return filling + word if random.random() < 0.5 else word + filling
+
+
+def _spoilt(random: Random, sent: bytes) -> bytes:
+    """A byte changed, added, lost, or a part said twice."""
+    at, to = sorted((random.randrange(len(sent) + 1), random.randrange(len(sent) + 1)))
+    what = random.randrange(4)
+    if what == 0:
+        return sent[:at] + bytes((random.randrange(256),)) + sent[at + 1 :]
+    if what == 1:
+        return sent[:at] + bytes((random.randrange(256),)) + sent[at:]
+    return sent[:at] + sent[to:] if what == 2 else sent[:to] + sent[at:]
+
+
+def pieces(random: Random, sent: bytes, most: int) -> list[bytes]:
+    """The same in pieces: at most so many, of random sizes."""
+    cuts = sorted(random.randrange(len(sent) + 1) for _ in range(random.randrange(most)))
+    return [sent[at:to] for at, to in zip([0, *cuts], [*cuts, len(sent)], strict=True)]
