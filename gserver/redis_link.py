@@ -59,7 +59,7 @@ def _read(answer: Any) -> Reply:
 
 
 class _Parser(_RESP2Parser):
-    """Gives up an answer of more parts than ours ever have: while it takes them apart, nobody else in the agent runs."""
+    """Gives up an answer of more parts than ours have: while it takes them apart, nothing else in the agent runs."""
 
     def read_response(self, *arguments: Any, **more: Any) -> Any:
         self._parts = 0
