@@ -56,6 +56,9 @@ class Target:
         """Judge what is made of it."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Let go of what it has."""
+
 
 class ParserTarget(Target):
     """The parser, with the input in one piece, byte by byte, in random pieces, and with silences, against the page."""
@@ -339,7 +342,7 @@ class TlsTarget(Target):
         self._out, received = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._client = trust.wrap_bio(received, self._out, server_hostname="127.0.0.1")
         is_done = is_met = False
-        while not (is_done and is_met):
+        for _ in range(10):
             with contextlib.suppress(ssl.SSLWantReadError):
                 self._client.do_handshake()
                 is_done = True
@@ -347,6 +350,9 @@ class TlsTarget(Target):
                 is_met = self._server.shake_hands(piece)
             with contextlib.suppress(BlockingIOError):
                 received.write(self._sock.recv(65536, socket.MSG_DONTWAIT))
+            if is_done and is_met:
+                return
+        raise AssertionError("no end of the handshake")
 
     def _received(self) -> tuple[bytes, bool]:
         """What comes of one burst, and whether it ends in a part of a record."""
@@ -390,6 +396,10 @@ class TlsTarget(Target):
         except ssl.SSLError:
             assert is_broken, "an error without a fault"
         if is_broken:
+            self.close()
+
+    def close(self) -> None:
+        if self._server:
             self._sock.close()
             self._server.close()
             self._server = None
@@ -410,10 +420,11 @@ TARGETS: dict[str, tuple[Callable[[Random], Target], int]] = {
 def run_batch(name: str, seed: int, batch: int, count: int, make: Callable[[Random], Target] | None = None) -> str:
     """Try so many inputs; return the first that was wrong, and how, or nothing."""
     target = (make or TARGETS[name][0])(Random(f"{seed}/{name}/{batch}"))
-    for number in range(count):
-        given = target.draw()
-        try:
-            target.check(given)
-        except Exception as error:  # noqa: BLE001 (whatever the code raises is a finding)
-            return f"input {number}: {type(error).__name__}: {error}\n{given!r}"
+    with contextlib.closing(target):
+        for number in range(count):
+            given = target.draw()
+            try:
+                target.check(given)
+            except Exception as error:  # noqa: BLE001 (whatever the code raises is a finding)
+                return f"input {number}: {type(error).__name__}: {error}\n{given!r}"
     return ""

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,7 @@ def make_certificates(folder: Path, days: int = 2) -> None:
 class Server(ExitStack[None]):
     """A redis-server or redis-sentinel, with a folder of its own in the one given."""
 
-    def __init__(
-        self, kind: str, folder: Path, lines: list[str], password: str = "", command: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, kind: str, folder: Path, lines: list[str], password: str = "") -> None:
         super().__init__()
         self.port = free_port()
         self.password = password
@@ -69,7 +67,7 @@ class Server(ExitStack[None]):
         lines = [f'dir "{self.folder}"', "bind 127.0.0.1", *lines, *([f"requirepass {password}"] if password else [])]
         config = self.folder / "redis.conf"
         config.write_text("\n".join(lines).replace("PORT", str(self.port)) + "\n")
-        self._argv = [*command, program(kind), str(config)]
+        self._argv = [program(kind), str(config)]
         self._log = self.folder / "log"
         self.ca_file, self.other_ca_file = self.folder / "ca.pem", self.folder / "other-ca.pem"
         self.is_tls = set(TLS) <= set(lines)
@@ -134,12 +132,10 @@ class Server(ExitStack[None]):
 class Redis(Server):
     """A Redis server, also on `unix_url`. Options are lines of its config: `maxmemory_policy="noeviction"`."""
 
-    def __init__(
-        self, folder: Path, is_tls: bool = False, requirepass: str = "", command: Sequence[str] = (), **options: Any
-    ) -> None:
+    def __init__(self, folder: Path, is_tls: bool = False, requirepass: str = "", **options: Any) -> None:
         given = {name.replace("_", "-"): value for name, value in options.items()}
         lines = [f"{name} {value}" for name, value in {**DEFAULTS, **given}.items()]
-        super().__init__("redis-server", folder, [*(TLS if is_tls else ["port PORT"]), *lines], requirepass, command)
+        super().__init__("redis-server", folder, [*(TLS if is_tls else ["port PORT"]), *lines], requirepass)
 
     @property
     def unix_url(self) -> str:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -62,8 +61,8 @@ def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
         ("express", express, "or 4 * whos + 6 * wheres + 4 * whys != len(data)", ""),
         ("express", express, "cells[why.cell] += whys", "cells[why.cell] += whos"),
         ("url", redis_url, 'return f"unix://{self.path}"', 'return f"unix://{self.password}@{self.path}"'),
-        ("url", redis_url, "< 65536:", "< 65537:"),
-        ("url", redis_url, "is that is none", "is none"),
+        ("url", redis_url, '"rediss" if self.has_tls else "redis"', '"redis"'),
+        ("url", redis_url, "if found else", "if not found else"),
         ("option", config, "[!-~]{1,128}", "[ -~]{1,128}"),
         ("log", logs, "char if char.isprintable() else ascii(char)[1:-1] for char in text", "text"),
         ("log", logs, "if room < 0:", "if room < -9999:"),
@@ -73,8 +72,6 @@ def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
     ],
 )
 def test_a_fault_in_the_pure_parts_is_found(target: str, module: ModuleType, old: str, new: str) -> None:
-    if "is that" in old:
-        pytest.skip("to be written")
     kind: Callable[[Random], fuzz_core.Target] = fuzz_core.TARGETS[target][0]
     mutant = type("Mutant", (kind,), {"code": _mutant(module, old, new)})  # type: ignore[arg-type]
     assert fuzz_core.run_batch(target, 1, 0, 4000, mutant), "it was not found"
@@ -104,15 +101,12 @@ def test_servers_take_anything(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("dispatcher.py", "self._let_go(connection)  # It is gone.", "self._epoll.unregister(fd)"),
+        ("conversation.py", "deadline = monotonic() + LINGER_SECONDS", "deadline = 0.0"),
         ("conversation.py", "return self._answer(parser.end())", "return None"),
     ],
 )
 def test_a_fault_in_a_server_is_found(tmp_path: Path, module: str, old: str, new: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.faults.site.LIMIT", 2.0)  # What has leaked does not come back.
-        patch.setattr("tests.running.LIMIT", 2.0)
-        assert _fuzz("plain", 300, _broken(tmp_path, module, old, new)), "it was not found"
+    assert _fuzz("plain", 300, _broken(tmp_path, module, old, new)), "it was not found"
 
 
 def test_the_command_finds_reports_and_shows_again(tmp_path: Path) -> None:
@@ -140,7 +134,7 @@ def test_the_command_finds_reports_and_shows_again(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     (path,) = tmp_path.glob("fuzz-core-parser-3-*.txt")
     again = path.read_text().splitlines()[0].removeprefix("bin/fuzz ")
+    found = path.read_text()
     path.unlink()
     assert run(again, broken).returncode == 1
-    assert run(again, {}).returncode == 0
-    assert Counter(path.name for path in tmp_path.glob("fuzz-core-parser-3-*.txt")).total() == 1
+    assert path.read_text() == found

@@ -30,9 +30,14 @@ def redis(tmp_path: Path) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def cluster(redis: Redis, variant: Variant) -> Iterator[Cluster]:
+def ttl() -> float:
+    return TTL
+
+
+@pytest.fixture
+def cluster(redis: Redis, variant: Variant, ttl: float) -> Iterator[Cluster]:
     """Three servers of the test's variant."""
-    with Cluster(redis.url, BEAT, TTL, {"WEB_CONCURRENCY": str(variant.workers)}) as running:
+    with Cluster(redis.url, BEAT, ttl, {"WEB_CONCURRENCY": str(variant.workers)}) as running:
         yield running
 
 
@@ -64,8 +69,9 @@ def pids(member: SteadyServer) -> set[int]:
 
 
 @row("Agents are killed just after a beat", *PLAIN)
+@pytest.mark.parametrize("ttl", [10], ids=[""])
 def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: Notes) -> None:
-    """Redis has carried the beat out, and nobody is there to hear so."""
+    """Redis has carried the beat out, and nobody is there to hear so. The next agent comes well within the TTL."""
     descriptors = cluster.descriptors()
     for number in range(3):
         for member in cluster.members:
@@ -138,13 +144,16 @@ Member(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Board.create(1)).ru
 CROWD = 50
 
 
-@row("50 servers come back to Redis at once", Variant(1), quick=None)
+@pytest.mark.fault("50 servers come back to Redis at once")
+@pytest.mark.long
 def test_stampede(redis: Redis, notes: Notes) -> None:
     """They are those of 50 servers that beat; the servers' workers have no part in it."""
     with ExitStack() as stack:
         for number in range(CROWD):
             words = [sys.executable, "-P", "-c", AGENT, redis.url, f"server-{number}"]
-            stack.callback(subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL).kill)
+            agent = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
+            stack.enter_context(agent)
+            stack.callback(agent.kill)
         until(lambda: len(redis.members()) == CROWD, "all beat", 4 * LIMIT)
         redis.kill()
         time.sleep(5)

@@ -26,6 +26,7 @@ from tests.test_cluster_attacks import listener
 from tests.test_cluster_faults import World, survive
 
 BEAT, TTL = 0.2, 2.0
+STATE = "{gserver:gserver}:state"
 
 Start = Callable[..., World]
 
@@ -124,7 +125,7 @@ OTHERS: dict[str, type[socketserver.BaseRequestHandler]] = {
 }
 
 
-@row("Another kind of server answers for Redis", *PLAIN, values=OTHERS)
+@row("Another kind of server answers for Redis", *PLAIN, quick=None, values=OTHERS)
 def test_another_kind_of_server(start: Start, notes: Notes, kind: type[socketserver.BaseRequestHandler]) -> None:
     world = start()
 
@@ -318,27 +319,26 @@ JUMPS = "+3600", "-7200", "+86000", "+400000", "-1000000000", "+0"
 
 
 @row("Wall clock of Redis jumps", *PLAIN)
-def test_the_clock_of_redis_jumps(variant: Variant, tmp_path: Path, notes: Notes) -> None:
-    clock = tmp_path / "clock"
-    clock.write_text("+0")
-    command = ["env", *(f"{name}={value}" for name, value in with_clock(clock).items())]
-    env = {"WEB_CONCURRENCY": str(variant.workers)}
-    with Redis(tmp_path, command=command) as server, Cluster(server.url, BEAT, TTL, env) as cluster:
+def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
+    """Whoever looks at a clock that jumps sees the same as here, where what it has noted is moved the other way.
 
-        @contextmanager
-        def jumping() -> Iterator[None]:
-            for jump in JUMPS:
-                clock.write_text(jump)
-                said = int(server.command("TIME")[0]) - time.time()
-                assert abs(said - int(jump)) < 60
-                notes.happened(f"TIME of Redis is {said:.0f} s ahead")
-                cluster.watch(5 * BEAT)
-            yield
+    Redis itself does not start under libfaketime, which its allocator calls too early.
+    """
+    world = start()
 
-        survive(cluster, jumping(), notes)
+    @contextmanager
+    def jumping() -> Iterator[None]:
+        for jump in map(int, JUMPS):
+            said = [world.redis.command("HINCRBY", STATE, name, -jump * 1000) for name in ("beat_at", "recount_at")]
+            until(lambda: world.redis.command("HGET", STATE, "beat_at") != str(said[0]), "a beat")  # noqa: B023
+            notes.happened(f"the clock of Redis was {jump:+} s ahead of what the beat before had noted")
+            world.cluster.watch(5 * BEAT)
+        yield
+
+    survive(world.cluster, jumping(), notes)
 
 
-@row("Wall clock of a server jumps", *PLAIN)
+@row("Wall clock of a server jumps", *PLAIN, quick=None)
 def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: Notes) -> None:
     clock = tmp_path / "clock"
     clock.write_text("+0")
