@@ -171,7 +171,9 @@ def _shown() -> Iterator[Progress]:
     """Show how far it is: a bar on a terminal, lines elsewhere."""
     console = Console(stderr=True)
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=2
+    ) as progress:
         yield progress
 
 
