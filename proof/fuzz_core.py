@@ -167,7 +167,7 @@ class UrlTarget(Target):
         for _ in range(random.randrange(4)):
             at = random.randrange(len(text) + 1)
             if not _is_inside(text, at):
-                text = text[:at] + random.choice(self.PARTS) + text[at + random.randrange(2) :]
+                text = text[:at] + random.choice(("", *self.PARTS)) + text[at + random.choice((0, 0, 1, 1, 2, 4)) :]
         return text
 
     def check(self, given: str) -> None:
