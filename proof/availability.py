@@ -109,7 +109,8 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 def availability(lost_seconds: float) -> str:
     """As a percentage."""
-    return f"{100 * (1 - lost_seconds / WINDOW_SECONDS):.4f} %"
+    percent = f"{100 * (1 - lost_seconds / WINDOW_SECONDS):.4f} %"
+    return percent if lost_seconds == 0 else percent.replace("100.0000", "over 99.9999")
 
 
 def _cells(rate: Rate, trials: Sequence[Outage]) -> list[str]:

@@ -20,7 +20,16 @@ from tests.running import GSERVER, PATIENCE, Client, gserver, left_over, program
 
 Start = Callable[..., Site]
 Choice = Callable[[Site], list[psutil.Process]]
-FOR_ALL = [signal.SIGHUP, signal.SIGINT, signal.SIGUSR2, signal.SIGCHLD, signal.SIGWINCH, signal.SIGURG, signal.SIGCONT]
+FOR_ALL = [
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCHLD,
+    signal.SIGWINCH,
+    signal.SIGURG,
+    signal.SIGCONT,
+]
 FOR_SUPERVISOR = [number for number in FOR_ALL if number not in (signal.SIGINT, signal.SIGUSR2)]
 SPINNING = '''
 @command("SPIN")
