@@ -21,6 +21,7 @@ from gserver.board import Board
 from gserver.certificates import Certificates
 from gserver.clientele import Clientele
 from gserver.dispatcher import MAX_TURNED_AWAY, Dispatcher
+from gserver.listener import FATAL_ERRORS
 from gserver.process import RESERVED_FILES, Instructions, raise_file_limit, show_life, vital
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class _Server(StreamServer):
 
     _do_read: Any
     _start_accepting_if_started: Any
+    fatal_errors = FATAL_ERRORS
 
     def __init__(self, listener: Any, worker: "Worker", few_at_a_time: bool) -> None:
         super().__init__(listener, cast(Any, worker.handle))
