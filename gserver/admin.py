@@ -13,6 +13,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -152,6 +153,12 @@ class _Handler(WSGIHandler):
         finally:
             cut.kill()
             self._waiting.pop(self._sock, None)
+
+    def read_request(self, raw_requestline: Any) -> Any:
+        try:
+            return super().read_request(raw_requestline)
+        except (OSError, HTTPException) as error:  # It is broken off, or has too many headers.
+            raise ValueError(str(error)) from error  # Of anything else pywsgi prints a traceback.
 
     def get_environ(self) -> dict[str, Any]:
         self._waiting.pop(self._sock, None)  # The request is there.
