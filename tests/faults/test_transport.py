@@ -163,7 +163,7 @@ def test_who_does_not_go_on_with_a_handshake_is_let_go_in_time(start: Start, not
         notes.happened(f"{len(crowd)} were let go")
 
 
-@row("Bad certificates at a reload", *BY_TLS)
+@row("Bad certificates at a reload", *BY_TLS, quick=None)
 def test_bad_certificates_at_a_reload_change_nothing(start: Start, notes: Notes, tmp_path: Path, pems: Path) -> None:
     for name in ("server.pem", "server.key"):
         shutil.copy(pems / name, tmp_path)
