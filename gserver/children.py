@@ -15,7 +15,7 @@ from pathlib import Path
 from time import monotonic
 
 from gserver import logs
-from gserver.process import Instructions
+from gserver.process import SUPERVISORS_SIGNALS, Instructions
 
 #: Pause before the next try after a child that died before it was ready: doubled each time, up to the maximum.
 FIRST_PAUSE_SECONDS = 0.1
@@ -58,6 +58,7 @@ class Child:
     def start(cls, role: str, generation: int, instructions: Instructions) -> "Child":
         """Start a process, told its supervisor and its pipe besides; raise OSError when the system cannot."""
         report_fd, its_end = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISORS_SIGNALS)
         told = replace(instructions, supervisor_pid=os.getpid(), report_fd=its_end)
         try:
             # A file, for a pipe has room for 64 KB, and a child that never reads it would hold the supervisor up.
@@ -78,6 +79,7 @@ class Child:
             os.close(report_fd)
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISORS_SIGNALS)
             os.close(its_end)
         os.set_blocking(report_fd, False)
         return cls(role, instructions.slot, generation, process, report_fd, monotonic())

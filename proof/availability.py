@@ -5,15 +5,16 @@ be; what hits all servers at once is assumed too, and counted apart.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
 import click
 
-from bench.report import number, table
+from bench.report import table
 from proof import outages
 from proof.outages import Outage
+from proof.world import write
 
 DAYS = 30
 WINDOW_SECONDS = DAYS * 86400
@@ -87,76 +88,80 @@ def in_window(per_year: float, seconds: float) -> float:
     return per_year * DAYS / 365 * seconds
 
 
-def cost(rate: Rate, trials: Iterable[Outage]) -> Cost:
-    """What a fault costs. One that lasts for as long as it likes, and then recovers, hits all while it lasts."""
-    each = [rate.lasts_seconds + trial.seconds * (1 if rate.lasts_seconds else trial.share) for trial in trials]
+def cost(rate: Rate, trials: Sequence[Outage], lasts_seconds: float = 0.0) -> Cost:
+    """What a fault costs. One that lasts for as long as it likes, and then has to recover, hits all until then."""
+    each = [lasts_seconds + trial.seconds * (1 if lasts_seconds else trial.share) for trial in trials]
     retried = [trial.seconds * trial.retried for trial in trials]
     return Cost(*(in_window(rate.per_year, seconds) for seconds in (median(each), max(each), max(retried))))
 
 
-def cost_of_replies(rate: Rate, trials: Sequence[Outage]) -> Cost:
-    """The same for replies, which do not depend on how long Redis is away."""
-    return cost(rate._replace(lasts_seconds=0.0), trials)
+def costs(report: dict[str, Any], sort: str) -> dict[str, tuple[Rate, list[Outage], Cost]]:
+    """What was measured of each fault, and what that costs. No reply depends on how long Redis is away."""
+    found = {name: [Outage(*figures) for figures in each] for name, each in report[sort].items()}
+    rates = {name: RATES[name] if sort == "who" else RATES[name]._replace(lasts_seconds=0.0) for name in found}
+    return {name: (rate, found[name], cost(rate, found[name], rate.lasts_seconds)) for name, rate in rates.items()}
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum."""
+    return Cost(*map(sum, zip(*costs, strict=True)))
 
 
 def availability(lost_seconds: float) -> str:
     """As a percentage."""
-    return f"{100 * (1 - lost_seconds / WINDOW_SECONDS):.4f} %"
+    percent = f"{100 * (1 - lost_seconds / WINDOW_SECONDS):.4f} %"
+    return percent if lost_seconds == 0 else percent.replace("100.0000", "over 99.9999")
 
 
-def trials_of(report: dict[str, Any], sort: str) -> dict[str, list[Outage]]:
-    """What was measured of each fault."""
-    return {name: [Outage(*figures) for figures in each] for name, each in report[sort].items()}
+def _cells(rate: Rate, trials: Sequence[Outage]) -> list[str]:
+    """How long, and which part: the median, and the worst in brackets."""
+    seconds, shares = [each.seconds for each in trials], [each.share for each in trials]
+    if rate.lasts_seconds:
+        return [f"{_seconds(rate.lasts_seconds)} + {_both(_seconds, seconds)}", "all"]
+    return [_both(_seconds, seconds), _both(_percent, shares) if any(shares) else "none"]
 
 
-def _span(values: Sequence[float], unit: str = "") -> str:
-    middle, worst = (f"{number(round(value, 2))}{unit}" for value in (median(values), max(values)))
+def _both(write: Callable[[float], str], values: Sequence[float]) -> str:
+    middle, worst = write(median(values)), write(max(values))
     return middle if middle == worst else f"{middle} ({worst})"
 
 
-def _percent(values: Sequence[float]) -> str:
-    return _span([round(100 * value, 1) for value in values], " %") if any(values) else "none"
-
-
-def _cells(rate: Rate, trials: Sequence[Outage], found: Cost) -> list[str]:
-    length = f"{number(rate.lasts_seconds)} + " if rate.lasts_seconds else ""
-    seconds, shares = [each.seconds for each in trials], [each.share for each in trials]
-    return [length + _span(seconds), "all" if length else _percent(shares), *(_seconds(each) for each in found[:2])]
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
 def _seconds(value: float) -> str:
-    return f"{value:,.2f}" if value < 10 else f"{value:,.0f}"
+    return f"{value:,.2f}" if 0 < value < 10 else f"{value:,.0f}"
 
 
 def replies_table(report: dict[str, Any]) -> str:
     """What each fault that can be made costs replies, and their sum."""
-    rows, sums = [], [0.0, 0.0, 0.0]
-    for name, trials in trials_of(report, "replies").items():
-        rate = RATES[name]._replace(lasts_seconds=0.0)
-        found = cost(rate, trials)
-        sums = [one + other for one, other in zip(sums, found, strict=True)]
-        rows.append([name, number(rate.per_year), rate.why, *_cells(rate, trials, found), _seconds(found.retried)])
-    rows.append(["**sum**", "", "", "", "", *(f"**{_seconds(each)}**" for each in sums)])
+    found = costs(report, "replies")
+    rows = [
+        [name, f"{rate.per_year:g}", rate.why, *_cells(rate, trials), *map(_seconds, each)]
+        for name, (rate, trials, each) in found.items()
+    ]
+    sums = [f"**{_seconds(each)}**" for each in total(each for *_, each in found.values())]
     head = ["fault", "a year", "assumed, because", "lasts, s", "requests hit", "s in 30 days", "worst", "with a retry"]
-    return table(head, rows)
+    return table(head, [*rows, ["**sum**", "", "", "", "", *sums]])
 
 
 def who_table(report: dict[str, Any]) -> str:
-    """For how long WHO is not what it promises, and the sum."""
-    rows, sums = [], [0.0, 0.0]
-    for name, trials in trials_of(report, "who").items():
-        rate = RATES[name]
-        found = cost(rate, trials)
-        sums = [one + other for one, other in zip(sums, found, strict=False)]
-        rows.append([name, number(rate.per_year), *_cells(rate, trials, found)])
-    rows.append(["**sum**", "", "", "", *(f"**{_seconds(each)}**" for each in sums)])
-    return table(["fault", "a year", "wrong for, s", "answers wrong", "s in 30 days", "worst"], rows)
+    """For how long WHO is not exact, and the sum."""
+    found = costs(report, "who")
+    rows = [
+        [name, f"{rate.per_year:g}", *_cells(rate, trials), *map(_seconds, each[:2])]
+        for name, (rate, trials, each) in found.items()
+    ]
+    sums = [f"**{_seconds(each)}**" for each in total(each for *_, each in found.values())[:2]]
+    head = ["fault", "a year", "wrong for, s", "answers wrong", "s in 30 days", "worst"]
+    return table(head, [*rows, ["**sum**", "", "", "", *sums]])
 
 
 def common_table() -> str:
     """What hits all of it, and the sum."""
     rows = [
-        [each.what, number(each.per_year), each.why, number(each.seconds), f"{each.share:.0%}", _seconds(each.cost)]
+        [each.what, f"{each.per_year:g}", each.why, _seconds(each.seconds), _percent(each.share), _seconds(each.cost)]
         for each in COMMON
     ]
     rows.append(["**sum**", "", "", "", "", f"**{_seconds(sum(each.cost for each in COMMON))}**"])
@@ -165,11 +170,10 @@ def common_table() -> str:
 
 def sums_table(report: dict[str, Any]) -> str:
     """The sums beside the budget."""
-    costs = [cost_of_replies(RATES[name], trials) for name, trials in trials_of(report, "replies").items()]
-    by_median, by_worst, retried = (sum(each) for each in zip(*costs, strict=True))
+    by_median, by_worst, retried = total(each for *_, each in costs(report, "replies").values())
     common = sum(each.cost for each in COMMON)
-    stale = [cost(RATES[name], trials) for name, trials in trials_of(report, "who").items()]
-    redis = sum(each.worst for name, each in zip(report["who"], stale, strict=True) if "Redis" in name)
+    stale = {name: each.worst for name, (*_, each) in costs(report, "who").items()}
+    redis = sum(each for name, each in stale.items() if "Redis" in name)
     lines = {
         "single faults, measured, median": by_median,
         "single faults, measured, worst": by_worst,
@@ -177,9 +181,9 @@ def sums_table(report: dict[str, Any]) -> str:
         "common causes, assumed": common,
         "**single faults, worst, and common causes**": by_worst + common,
         "the same, if a reply needed Redis": by_worst + common + redis,
-        "WHO not exact, worst (an objective of its own)": sum(each.worst for each in stale),
+        "WHO not exact, worst (an objective of its own)": sum(stale.values()),
     }
-    rows = [[what, _seconds(lost), f"{lost / BUDGET_SECONDS:.1%}", availability(lost)] for what, lost in lines.items()]
+    rows = [[what, _seconds(lost), _percent(lost / BUDGET_SECONDS), availability(lost)] for what, lost in lines.items()]
     return table(["", "s in 30 days", f"of the {BUDGET_SECONDS:,.0f} s of 99.95 %", "availability"], rows)
 
 
@@ -205,8 +209,7 @@ def main(measure: bool, rounds: int, only: str) -> None:
         report = outages.measure(rounds, lambda text: click.echo(text, err=True), only)
         if only:
             return
-        lines = json.dumps(report, indent=1)
-        outages.FILE.write_text(outages.FIGURES.sub(lambda found: " ".join(found[0].split()), lines) + "\n")
+        write(report, outages.FILE)
     page.render()
     report = json.loads(outages.FILE.read_text())
     for text in (replies_table(report), common_table(), who_table(report), sums_table(report)):

@@ -198,11 +198,8 @@ def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
             run.drive(
                 _in_turn([_batches(name, share, fuzz_sockets.BATCH, each) for name, each in work.items()]), len(work)
             )
-        for name, site in sites.items():
-            try:
-                fuzz_sockets.judge(site)
-            except BaseException as error:  # noqa: BLE001 (what pytest raises to fail is no Exception)
-                run.find(name, f"after it: {error}", f"--only {name} --inputs {run.done[name]}")
+        for name, wrong in fuzz_sockets.judge(sites, run.outcomes):
+            run.find(name, f"after it: {wrong}", f"--inputs {inputs}")
     run.end()
 
 

@@ -1,3 +1,387 @@
-"""Nothing yet."""
+"""The clients of `bin/fuzz sockets`: what each sends, when, how it ends, and what docs/protocol.md says that it reads.
 
-VARIANTS = ()
+A batch runs in one process, its clients in greenlets, hundreds at once. Time is the client's own: where a pause was so
+long that the server may have taken it for a silence, or so long that a deadline may have passed, both are right.
+"""
+
+import socket as sockets
+import ssl
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from random import Random
+from time import monotonic
+from typing import Any, NamedTuple
+
+import gevent
+from gevent import socket
+from gevent.pool import Pool
+
+from proof import fuzz_wire as wire
+from tests.faults.rows import Variant
+from tests.faults.site import Site
+from tests.redises import make_certificates
+from tests.running import LIMIT
+from tests.test_admin import status
+
+BATCH = 1000
+AT_ONCE = 150
+MAX_LINE, MAX_CLIENTS, LARGE_BYTES = 64, 120, 9_000_000
+LINE_SECONDS, IDLE_SECONDS, WRITE_SECONDS, HANDSHAKE_SECONDS, SILENCE_SECONDS = 1.5, 4.0, 1.0, 4.0, 0.1
+OPTIONS = (
+    *("--max-line-bytes", f"{MAX_LINE}", "--max-clients", f"{MAX_CLIENTS}", "--max-clients-per-address", "50"),
+    *("--line-timeout", f"{LINE_SECONDS}", "--idle-timeout", f"{IDLE_SECONDS}", "--write-timeout", f"{WRITE_SECONDS}"),
+    *("--tls-handshake-timeout", f"{HANDSHAKE_SECONDS}", "--commands", "fuzzed"),
+)
+VARIANTS = {
+    "plain": (Variant(2), []),
+    "tls": (Variant(2, True), []),
+    "greenlets": (Variant(2), ["--client-greenlets", "always"]),
+}
+COMMANDS = f"""
+import time
+from census import census
+from gserver.commands import command
+
+@command("NAP")
+def nap(service):
+    time.sleep(0.02)
+    return "rested"
+
+@command("WHYNOT", may_block=False)
+def whynot(service):
+    return "because"
+
+@command("BOOM")
+def boom(service):
+    raise ValueError("as it should be\\n\\x1b[2J")
+
+@command("LARGE")
+def large(service):
+    return "x" * {LARGE_BYTES}
+"""
+REPLIES = dict.fromkeys((b"WHO", b"CENSUS"), b"") | {b"WHERE": b"here", b"WHY": b"42", b"NAP": b"rested"}
+REPLIES |= {b"WHYNOT": b"because", b"BOOM": b"ERR internal", b"LARGE": b"x" * LARGE_BYTES}
+TOO_SLOW, IDLE, TLS_ONLY = b"ERR too slow", b"ERR idle", b"ERR TLS only\n"
+TURNED_AWAY = {
+    "too_many_clients": b"ERR too many clients",
+    "too_many_from_address": b"ERR too many clients from your address",
+}
+IP_BIND_ADDRESS_NO_PORT = 24
+#: How a client ends: by its side's end; by waiting for the server's deadline; without a look at what comes; by a reset;
+#: by not reading. By TLS, also: by a broken record, by what is no handshake, by half of one.
+ENDINGS = {"end": 700, "stay": 20, "leave": 90, "reset": 90, "unread": 1}
+#: Those after which not all of the replies need come, and their outcomes.
+ROUGH = {
+    "leave": "left",
+    "reset": "reset by the client",
+    "unread": "slow reader, reset",
+    "broken": "broken record of TLS",
+}
+TLS_ENDINGS = ENDINGS | {"broken": 30, "no handshake": 30, "half a handshake": 10}
+
+
+class Plan(NamedTuple):
+    """What one client does."""
+
+    pieces: list[bytes]
+    #: Seconds after each piece; -1 is until what a silence answers has come.
+    pauses: list[float]
+    ending: str
+    reads_after: float
+    source: str
+    #: Of TLS: whether the first bytes go out with the handshake's last.
+    is_early: bool
+
+
+def draw(random: Random, is_tls: bool) -> Plan:
+    """Return what one client is to do."""
+    endings = TLS_ENDINGS if is_tls else ENDINGS
+    (ending,) = random.choices([*endings], [*endings.values()])
+    sent = wire.draw(random, MAX_LINE)
+    if random.random() < 0.02:
+        sent = b"BOOM\n" + sent
+    if ending == "unread":
+        sent = b"LARGE\n"
+    pieces = [piece for piece in wire.pieces(random, sent, random.choice((1, 1, 3, 8))) if piece]
+    pauses = random.choices((0.0, 0.01, 0.06, 0.15, -1.0), (80, 10, 2, 2, 6), k=len(pieces))
+    reads_after = random.choice((0.0, 0.0, 0.0, 0.05))
+    return Plan(pieces, pauses, ending, reads_after, f"127.0.0.{random.choice((1, 1, 2, 3, 4))}", random.random() < 0.5)
+
+
+@contextmanager
+def servers(names: list[str], **more: object) -> Iterator[dict[str, Site]]:
+    """One of each variant."""
+    with ExitStack() as stack:
+        sites = {}
+        pems = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        make_certificates(pems)
+        for name in names:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            (folder / "fuzzed.py").write_text(COMMANDS)
+            variant, options = VARIANTS[name]
+            sites[name] = stack.enter_context(Site(folder, pems, variant, *OPTIONS, *options, crowd=60, **more))
+        yield sites
+
+
+def judge(sites: dict[str, Site], outcomes: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong after it: WHO is to be exact, nothing leaked, each event a line of JSON, stderr empty."""
+    rejected = Counter[str]()
+    for name, site in sites.items():
+        try:
+            rejected += Counter(status(site.server)["rejected"])
+            site.assert_as_before()
+            died = [event for event in site.server.events() if event["event.action"] in ("worker.died", "worker.hung")]
+            assert not died, died
+        except BaseException as error:  # noqa: BLE001 (what pytest raises to fail is no Exception)
+            yield name, f"{type(error).__name__}: {error}"
+    for reason, reply in TURNED_AWAY.items():
+        if outcomes[reply.decode()] > rejected[reason]:
+            yield "all", f"{reason}: {outcomes}, but {rejected}"
+
+
+def run_batch(name: str, port: int, pems: str, seed: int, batch: int, count: int) -> tuple[str, Counter[str]]:
+    """Let so many clients do what is drawn; return what the first wrong one met, and the outcomes of all."""
+    random, pool, outcomes, wrong = Random(f"{seed}/{name}/{batch}"), Pool(AT_ONCE), Counter[str](), []
+    context = ssl.create_default_context(cafile=f"{pems}/ca.pem") if name == "tls" else None
+    plans = [(draw(random, context is not None), random.getrandbits(32)) for _ in range(count)]
+
+    def run(number: int, plan: Plan, own: int) -> None:
+        guest = Guest(plan, Random(own))
+        try:
+            with gevent.Timeout(3 * LIMIT, TimeoutError("no end of it")):
+                guest.run(port, context)
+            outcomes[guest.outcome()] += 1
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is a finding)
+            received = bytes(guest.received[:2000])
+            wrong.append(f"client {number}: {type(error).__name__}: {error}\n{plan}\nread {received!r}, {guest.end}")
+
+    for number, (plan, own) in enumerate(plans):
+        pool.spawn(run, number, plan, own)
+    pool.join()
+    return (wrong[0] if wrong else ""), outcomes
+
+
+class Guest:
+    """One client."""
+
+    def __init__(self, plan: Plan, random: Random) -> None:
+        self._plan, self._random = plan, random
+        self.received = bytearray()
+        #: How the server's side has ended: `eof`, `ragged` (by TLS, without its alert), `alert`, `reset`; "" = not yet.
+        self.end = ""
+        #: What the server may have heard, by where it may have taken a pause for a silence.
+        self._heard = {b""}
+        #: Until it had sent all, where it stays, else until it was over: which deadlines may have passed.
+        self._began = self._took = 0.0
+        self._tls: Any = None
+        self._out, self._incoming = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._held = b""
+        self._has_said_end = False
+
+    def run(self, port: int, context: ssl.SSLContext | None) -> None:
+        self._began, self._is_tls = monotonic(), context is not None
+        try:
+            self._live(port, context)
+        finally:
+            if self._plan.ending != "stay":
+                self._took = monotonic() - self._began
+
+    def _live(self, port: int, context: ssl.SSLContext | None) -> None:
+        plan = self._plan
+        with socket.socket() as self._sock:
+            if plan.ending == "unread":
+                self._sock.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+            self._sock.setsockopt(sockets.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            self._sock.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+            self._sock.bind((plan.source, 0))
+            self._sock.connect(("127.0.0.1", port))
+            reader = None
+            with suppress(OSError):  # The server has closed: what it has said before is judged.
+                if not context or self._shake_hands(context):
+                    reader = gevent.spawn_later(plan.reads_after, self._read) if plan.ending != "unread" else None
+                    self._talk()
+            self._took = monotonic() - self._began
+            if plan.ending in ("leave", "reset"):
+                if reader:
+                    reader.kill()
+                if plan.ending == "reset":
+                    self._sock.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))
+                return
+            with suppress(OSError):
+                if plan.ending in ("end", "no handshake"):
+                    self._sock.shutdown(sockets.SHUT_WR)
+            if plan.ending == "unread":
+                while not self._sock.getsockopt(sockets.SOL_SOCKET, sockets.SO_ERROR):
+                    gevent.sleep(0.1)
+                self.end = "reset"
+            elif reader:
+                reader.join()
+            else:
+                self._read()
+
+    def _talk(self) -> None:
+        """Send the pieces, and note what the server may have heard."""
+        plan, before = self._plan, monotonic()
+        for number, (piece, pause) in enumerate(zip(plan.pieces, plan.pauses, strict=True)):
+            began, is_last = monotonic(), number == len(plan.pieces) - 1
+            self._send(piece, is_broken=is_last and plan.ending == "broken")
+            took = monotonic() - before
+            heard = {told + piece for told in self._heard}
+            if took > 0.8 * SILENCE_SECONDS:
+                heard |= {told + b"\n" + piece for told in self._heard if wire.is_ended_by_silence(told, REPLIES)}
+            self._heard, before = heard, began
+            if pause < 0:
+                self._hush()
+            elif pause:
+                gevent.sleep(pause)
+        self._sock.sendall(self._held)
+
+    def _hush(self) -> None:
+        """Pause until what is due without its newline has come, if it is known what that is."""
+        (told, *others) = self._heard
+        if others or not told.rpartition(b"\n")[2].strip(wire.BLANKS) or not wire.is_ended_by_silence(told, REPLIES):
+            gevent.sleep(1.5 * SILENCE_SECONDS)
+            return
+        said = wire.read(told, REPLIES, MAX_LINE)
+        while self.received.count(b"\n") < len(said.replies) and not self.end and not said.is_closed:
+            gevent.sleep(0.01)
+        self._heard = {told + b"\n"}
+
+    def _send(self, data: bytes, *, is_broken: bool) -> None:
+        if self._tls:
+            self._tls.write(data)
+            data = self._out.read()
+            if is_broken:
+                at = self._random.randrange(len(data))
+                data = data[:at] + bytes((data[at] ^ self._random.randrange(1, 256),)) + data[at + 1 :]
+            data, self._held = self._held + data, b""
+            for chunk in wire.pieces(self._random, data, 3):
+                self._sock.sendall(chunk)
+                gevent.sleep(0)
+        else:
+            self._sock.sendall(data)
+
+    def _shake_hands(self, context: ssl.SSLContext) -> bool:
+        """Begin with TLS, or with what is none; return whether there is more to say then."""
+        plan = self._plan
+        if plan.ending == "no handshake":
+            self._sock.sendall(b"".join(plan.pieces))
+            return False
+        self._tls = context.wrap_bio(self._incoming, self._out, server_hostname="127.0.0.1")
+        is_done = False
+        while not is_done:
+            with suppress(ssl.SSLWantReadError):
+                self._tls.do_handshake()
+                is_done = True
+            said = self._out.read()
+            if plan.ending == "half a handshake":
+                self._tls = None
+                self._sock.sendall(said[: self._random.randrange(1, len(said))])
+                return False
+            if is_done and plan.is_early:
+                self._held = said
+                return True
+            for chunk in wire.pieces(self._random, said, 3):
+                self._sock.sendall(chunk)
+            if not is_done:
+                data = self._sock.recv(65536)
+                if not data:
+                    raise ConnectionError("closed")
+                self._incoming.write(data)
+        return True
+
+    def _read(self) -> None:
+        """Read until the server has ended."""
+        try:
+            while data := self._sock.recv(65536):
+                self._take(data)
+            self.end = "ragged" if self._tls and not self._has_said_end else "eof"
+        except ssl.SSLError:
+            self.end = "alert"
+        except OSError:
+            self.end = "reset"
+
+    def _take(self, data: bytes) -> None:
+        if not self._tls:
+            self.received += data
+            return
+        self._incoming.write(data)
+        with suppress(ssl.SSLWantReadError):
+            while not self._has_said_end:
+                try:
+                    part = self._tls.read(65536)
+                except ssl.SSLZeroReturnError:
+                    part = b""
+                self.received += part
+                self._has_said_end = not part
+
+    def outcome(self) -> str:
+        """Return what became of it, in words of the page; raise AssertionError for what is not on it."""
+        ending, (*lines, rest) = self._plan.ending, bytes(self.received).split(b"\n")
+        if lines and lines[0] in TURNED_AWAY.values():
+            assert len(lines) == 1 and not rest, "it was turned away, and answered"
+            return lines[0].decode()
+        is_cut = self._is_tls and not self.received and not self._has_said_end and ending not in ("leave", "reset")
+        if is_cut and self._took > HANDSHAKE_SECONDS / 2:
+            return "a slow handshake of TLS, cut off"
+        if ending in ("no handshake", "half a handshake"):
+            return self._outcome_without_tls()
+        # On a slow machine it may have been too slow against its will.
+        late = [TOO_SLOW] * (self._took > LINE_SECONDS / 2 or ending == "broken") + [IDLE] * (
+            self._took > IDLE_SECONDS / 2
+        )
+        if lines[-1:] and lines[-1] in late and any(_begin(said.replies, lines[:-1]) for said in self._said()):
+            return lines[-1].decode()
+        if ending in ROUGH:
+            assert any(_begin(said.replies, lines) for said in self._said()), "that is not how its replies begin"
+            return ROUGH[ending]
+        for said in self._said():
+            if _begin(said.replies, lines) and len(lines) == len(said.replies) and not rest:
+                # Who still sends a second after the server has closed is waited for no longer.
+                assert self.end == "eof" or (said.is_closed and self._took > 0.8), "its end is not clean"
+                told = said.replies[-1].decode() if said.is_closed and said.replies else ""
+                return told if told.startswith("ERR") else "HTTP, closed" if said.is_closed else "answered"
+        raise AssertionError(f"none of {self._said()}")
+
+    def _outcome_without_tls(self) -> str:
+        sent = b"".join(self._plan.pieces) if self._plan.ending == "no handshake" else b"\x16"
+        if not sent.startswith(b"\x16"):
+            assert (bytes(self.received), self.end) == (TLS_ONLY if sent else b"", "eof"), "it is to be told TLS only"
+            return "ERR TLS only" if sent else "no handshake of TLS"
+        assert bytes(self.received[:1]) in (b"", b"\x15"), "nothing but an alert is for half a handshake"
+        return "no handshake of TLS"
+
+    def _said(self) -> list[wire.Said]:
+        """What the page says, for each thing that the server may have heard."""
+        return [
+            self._deadlined(told) if self._plan.ending == "stay" else wire.read(told, REPLIES, MAX_LINE)
+            for told in self._heard
+        ]
+
+    def _deadlined(self, told: bytes) -> wire.Said:
+        """What is said to a client that stays: at last, that it is idle, or too slow with its line."""
+        if wire.is_ended_by_silence(told, REPLIES):
+            told += b"\n"
+        said = wire.read(told, REPLIES, MAX_LINE)
+        whole, newline, part = told.rpartition(b"\n")
+        before = wire.read(whole + newline, REPLIES, MAX_LINE)
+        if before.is_closed or said.replies[-1:] == [wire.TOO_LONG]:
+            return said
+        return wire.Said([*before.replies, TOO_SLOW if part else IDLE], True)
+
+
+def _begin(replies: list[bytes], lines: list[bytes]) -> bool:
+    """Whether these lines are the first of the replies."""
+    if len(lines) > len(replies):
+        return False
+    for line, reply in zip(lines, replies, strict=False):
+        if reply == b"WHO":
+            if not (line.isdigit() and 1 <= int(line) <= MAX_CLIENTS):
+                return False
+        elif line != REPLIES.get(reply, reply):
+            return False
+    return True

@@ -1,7 +1,6 @@
 """How long real faults last, for replies and for WHO: docs/outages.json, by `bin/availability --measure`."""
 
 import json
-import re
 import select
 import signal
 import socket
@@ -24,8 +23,6 @@ from tests.running import LIMIT, ROOT, Client, environment, stopped, until
 from tests.test_cluster_partition import Node
 
 FILE = ROOT / "docs/outages.json"
-#: A trial is one line of the file.
-FIGURES = re.compile(r"\[[^][]+\]")
 #: Of Redis, or of one server's way to it, where a fault lasts for as long as one likes.
 LASTING_SECONDS = 8.0
 #: After it is over nobody fails for so long.

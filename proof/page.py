@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.report import number, table
-from proof import availability
+from proof import availability, fuzz_report
 from tests.running import ROOT
 
 PAGE = ROOT / "docs/reliability.md"
@@ -63,6 +63,17 @@ def told(timeline: Report) -> str:
     )
 
 
+def soak(report: Report) -> str:
+    """What hours of load and faults have shown, in a line."""
+    replies, count = report["replies"], sum(len(fault["seconds"]) for fault in report["faults"].values())
+    return (
+        f"{report['seconds'] / 3600:.1f} hours, {count} faults of {len(report['faults'])} kinds; "
+        f"{replies['right']:,} right replies, {replies['wrong'] or 'none'} wrong, {replies['lost'] or 'none'} lost "
+        "but to a fault of their own server; all that is held was measured "
+        f"{len(report['censuses'])} times meanwhile. [soak.md](soak.md) has the figures."
+    )
+
+
 def _machine(report: Report) -> str:
     return "; ".join(report["machine"].values())
 
@@ -74,6 +85,8 @@ def _in(name: str) -> Callable[[Report], str]:
 #: What stands between the marks of each name, and which report it is written from.
 SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "faults": ("faults", faults),
+    "fuzz": ("fuzz", fuzz_report.section),
+    "soak": ("soak", soak),
     "failover": ("timelines", _in("failover")),
     "partition": ("timelines", _in("partition")),
     "timelines machine": ("timelines", _machine),

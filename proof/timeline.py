@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import random
-import re
 import tempfile
 import threading
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import click
 
-from proof.world import NAMES, Member, World, machine, undisturbed
+from proof.world import NAMES, Member, World, machine, undisturbed, write
 from tests.history import Answer, Fact, Kind, Promise, Recorder, check
 from tests.redises import FAILOVER_LIMIT
 from tests.running import LIMIT, ROOT, Client, until
@@ -86,10 +85,12 @@ class Crowd:
             self.is_full = self.is_full or not came
 
     def stop(self) -> None:
-        """Let them stay as they are."""
+        """Ask no more, and let them go."""
         self._is_over.set()
         for thread in self._threads:
             thread.join(LIMIT)
+        for client in itertools.chain(*self._clients.values()):
+            client.sock.close()
         assert not self.failures, self.failures
 
 
@@ -167,7 +168,7 @@ def steps(points: Iterable[tuple[float, int]]) -> Steps:
     return found
 
 
-def failover(timeline: Timeline, seconds: float = 6) -> None:
+def failover(timeline: Timeline, seconds: float = 7) -> None:
     """The primary is killed."""
     world, recorder = timeline.world, timeline.crowd.recorder
     timeline.let_pass(seconds)
@@ -186,13 +187,17 @@ def failover(timeline: Timeline, seconds: float = 6) -> None:
 def partition(timeline: Timeline, seconds: float = 5) -> None:
     """A is cut off from Redis and the Sentinels, for longer than its lease."""
     world, recorder = timeline.world, timeline.crowd.recorder
-    first = world.members[0]
+    first, *others = world.members
+    counts = [len(member.server.events("cluster.servers")) for member in others]
     ways = world.between(first.host, *(node.host for node in world.nodes))
     timeline.let_pass(seconds)
     with recorder.fault(first.name), timeline.regained():
         with world.network.cut(*ways) as cut:
             timeline.happened("A cut off from Redis", cut.after)
-            timeline.let_pass(world.ttl + seconds)
+            for member, count in zip(others, counts, strict=True):
+                member.server.wait_for("cluster.servers", count + 1)
+            timeline.happened("B and C drop A: its lease is over")
+            timeline.let_pass(seconds)
         timeline.happened("A joined again")
     timeline.happened("A has reported")
     timeline.let_pass(seconds)
@@ -207,12 +212,6 @@ def record(folder: Path, seed: int, scenario: Callable[[Timeline], None], **worl
         timeline = Timeline(running, seed)
         scenario(timeline)
         return {"seed": seed, **timeline.report()}
-
-
-def write(report: dict[str, Any], path: Path = FILE) -> None:
-    """Write it, a series a line."""
-    points = re.sub(r"\[\s+([^][]+?),\s+([^][]+?)\s+\]", r"[\1, \2]", json.dumps(report, indent=1))
-    path.write_text(re.sub(r"\],\s+\[", "], [", points) + "\n")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -231,7 +230,7 @@ def main(seed: int | None, render: bool) -> None:
                 (place := Path(folder) / name).mkdir()
                 report[name] = record(place, seed, scenario)
                 click.echo(page.told(report[name]))
-        write(report)
+        write(report, FILE)
     timeline_plots.draw(json.loads(FILE.read_text()))
     page.render()
 

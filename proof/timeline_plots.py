@@ -47,14 +47,16 @@ def _draw(axes: Axes, timeline: dict[str, Any]) -> None:
 
 def _label(axes: Axes, lines: dict[str, Steps], began: float, ended: float) -> None:
     """Name each line where they are farthest apart, on the side where more room is."""
-    moments = [began + (ended - began) * part / 100 for part in range(10, 91)]
-    at = max(moments, key=lambda moment: _spread([count_at(steps, moment) for steps in lines.values()]))
+    moments = [began + (ended - began) * part / 100 for part in range(101)]
+    apart = [_spread([count_at(steps, moment) for steps in lines.values()]) for moment in moments]
+    at = moments[max(range(6, 95), key=lambda middle: min(apart[middle - 6 : middle + 7]))]
     names = sorted(lines, key=lambda name: count_at(lines[name], at))
     ys = [count_at(lines[name], at) for name in names]
     below, above = ([after - before for before, after in pairwise(row)] for row in ([0, *ys], [*ys, 1e9]))
     for name, y, to_lower, to_upper in zip(names, ys, below, above, strict=True):
         away = 9 if to_upper > to_lower else -9
-        style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "center", "fontweight": "bold"}
+        side = "center" if to_upper < 1e6 else "right"
+        style: dict[str, Any] = {"textcoords": "offset points", "ha": side, "va": "center", "fontweight": "bold"}
         axes.annotate(name, (at, y), (0, away), color=COLOUR[name], **style)
 
 

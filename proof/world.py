@@ -4,6 +4,7 @@ Hosts are network namespaces (tests/netns.py), so this takes root. All of it run
 else the machine does is not measured.
 """
 
+import json
 import os
 import platform
 import re
@@ -134,3 +135,11 @@ def _said(*words: str) -> str:
 def _version(*words: str) -> Any:
     found = re.search(r"[0-9]+\.[0-9.]+", _said(*words))
     return found[0] if found else "of no version"
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write it as JSON, a list of numbers, or of such lists, on one line."""
+    text = re.sub(
+        r"\[\s+([^][{}]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(report, indent=1)
+    )
+    path.write_text(re.sub(r"\],\s+\[", "], [", text) + "\n")

@@ -12,8 +12,8 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,12 @@ class Sentinels(ExitStack[None]):
         """Returns the one frozen, when another has taken over. Thawed, it does not know for some ten seconds."""
         return self._replaced(Redis.freeze)
 
+    def rejoin(self, redis: Redis) -> None:
+        """Start one that was killed, as a replica; return when the Sentinels know all."""
+        redis.start()
+        redis.command("REPLICAOF", "127.0.0.1", self.primary().port)
+        self._wait_until_settled()
+
     def _replaced(self, fault: Callable[[Redis], object]) -> Redis:
         before = self.primary()
         fault(before)
@@ -305,6 +311,15 @@ class Proxy(ExitStack[None]):
         """Reset all connections, towards both sides. New ones are welcome."""
         while self._sockets:
             _reset(self._sockets.pop())
+
+    @contextmanager
+    def instead(self, port: int) -> Iterator[None]:
+        """Lead to another port in the body. All connections are reset before and after it."""
+        before, self._server = self._server, ("127.0.0.1", port)
+        self.cut()
+        yield
+        self._server = before
+        self.cut()
 
     def _accept(self) -> None:
         with suppress(OSError):  # the port was closed

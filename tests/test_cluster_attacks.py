@@ -142,6 +142,19 @@ def test_an_update_on_disk_that_the_agent_cannot_work_with_does_not_end_the_serv
         assert not server.events("server.draining")
 
 
+def test_an_answer_of_parts_without_end_is_given_up_at_once() -> None:
+    """The agent would be deaf to all others as long as there are more of them to take apart."""
+
+    def pour(sock: socket.socket) -> None:
+        sock.sendall(b"*2000000000\r\n")
+        while True:
+            sock.sendall(b":1\r\n" * 250_000)
+
+    with listener(pour) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
+        assert server.wait_for("cluster.lost", limit=4 * PATIENCE)["gserver.kind"] == "other"
+        assert server.who() == 1
+
+
 def test_an_answer_without_end_is_given_up_before_it_takes_all_memory() -> None:
     def pour(sock: socket.socket) -> None:
         sock.sendall(b"$9000000000\r\n")

@@ -1,0 +1,140 @@
+"""The fuzzers: a few thousand inputs each way find nothing, and a fault put into the code on purpose is found."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from types import ModuleType
+
+import pytest
+
+from gserver import config, express, logs, protocol, redis_url, tls
+from proof import fuzz_core, fuzz_sockets, fuzz_wire
+from proof.fuzz_report import section
+from tests.running import LIMIT, ROOT, environment
+from tests.wire_cases import CASES, REPLIES, Case
+
+SEED = int(os.environ.get("GSERVER_FUZZ_SEED", "0")) or Random().randrange(1, 1_000_000)
+NO_MATCH = "not found once: the code has changed, so is the fault to be put elsewhere"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_oracle_says_what_the_table_of_the_wire_says(case: Case) -> None:
+    said = fuzz_wire.read(case.sent, REPLIES, 1024)
+    assert b"".join(REPLIES.get(reply, reply + b"\n") for reply in said.replies) == case.replies
+    assert said.is_closed != case.stays_open or not case.sent.endswith(b"\n")
+
+
+@pytest.mark.parametrize("name", fuzz_core.TARGETS)
+def test_the_pure_parts_take_anything(name: str) -> None:
+    count = {"status": 50, "tls": 500, "parser": 3000}.get(name, 1000)
+    assert fuzz_core.run_batch(name, SEED, 0, count) == "", f"GSERVER_FUZZ_SEED={SEED}"
+
+
+def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
+    """The module with a fault."""
+    text = Path(str(module.__file__)).read_text()
+    assert text.count(old) == 1, NO_MATCH
+    mutant = ModuleType(module.__name__)
+    exec(compile(text.replace(old, new), str(module.__file__), "exec"), vars(mutant))
+    return mutant
+
+
+@pytest.mark.parametrize(
+    ("target", "module", "old", "new"),
+    [
+        ("parser", protocol, 'len(line) - line.endswith(b"\\r") >', "len(line) >"),
+        ("parser", protocol, "words = line.strip()", 'words = line.strip(b" \\t\\r")'),
+        ("parser", protocol, "if words.isascii()", "if True"),
+        ("parser", protocol, "len(parts) > 2", "len(parts) > 1"),
+        ("parser", protocol, "is_first=self._is_first and not items", "is_first=self._is_first"),
+        ("parser", protocol, "return not words or words in", "return words in"),
+        ("parser", protocol, "if not any(o != name and o.startswith(name) for o in commands)", ""),
+        ("parser", protocol, 'self._is_closed = True\n        self.partial = b""', 'self.partial = b""'),
+        ("parser", protocol, "if self._is_too_long(self.partial):", "if len(self.partial) > 1000:"),
+        ("express", express, "self._cells[item.cell] += 1", "self._cells[item.cell] += 2"),
+        ("express", express, "if seen and told == lines:", "if seen:"),
+        ("express", express, "or 4 * whos + 6 * wheres + 4 * whys != len(data)", ""),
+        ("express", express, "cells[why.cell] += whys", "cells[why.cell] += whos"),
+        ("url", redis_url, 'return f"unix://{self.path}"', 'return f"unix://{self.password}@{self.path}"'),
+        ("url", redis_url, '"rediss" if self.has_tls else "redis"', '"redis"'),
+        ("url", redis_url, 'db = f"/{self.db}" if self.db else ""', 'db = ""'),
+        ("option", config, "[!-~]{1,128}", "[ -~]{1,128}"),
+        ("log", logs, "char if char.isprintable() else ascii(char)[1:-1] for char in text", "text"),
+        ("log", logs, "if room < 0:", "if room < -9999:"),
+        ("tls", tls, "if after > len(data):", "if after >= len(data):"),
+        ("tls", tls, "raise PartialRecord(data)", "raise BlockingIOError"),
+        ("tls", tls, "data = data + part if data else part", "data = part"),
+    ],
+)
+def test_a_fault_in_the_pure_parts_is_found(target: str, module: ModuleType, old: str, new: str) -> None:
+    kind: Callable[[Random], fuzz_core.Target] = fuzz_core.TARGETS[target][0]
+    mutant = type("Mutant", (kind,), {"code": _mutant(module, old, new)})  # type: ignore[arg-type]
+    assert fuzz_core.run_batch(target, 1, 0, 4000, mutant), "it was not found"
+
+
+def _broken(folder: Path, module: str, old: str, new: str) -> dict[str, str]:
+    """The environment of a gserver with a fault."""
+    shutil.copytree(ROOT / "gserver", folder / "gserver", ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "gserver" / module
+    assert path.read_text().count(old) == 1, NO_MATCH
+    path.write_text(path.read_text().replace(old, new))
+    return {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+def _fuzz(name: str, count: int, env: dict[str, str] | None = None) -> str:
+    """What clients find that are drawn for one server."""
+    with fuzz_sockets.servers([name], env=env) as sites:
+        found, outcomes = fuzz_sockets.run_batch(name, sites[name].server.port, str(sites[name].pems), SEED, 0, count)
+        return found or "".join(wrong for _, wrong in fuzz_sockets.judge(sites, outcomes))
+
+
+@pytest.mark.parametrize("name", ["plain", "tls"])
+def test_servers_take_anything(name: str) -> None:
+    assert _fuzz(name, 400) == "", f"GSERVER_FUZZ_SEED={SEED}"
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("conversation.py", "replies.append(item.reply)", "replies.insert(0, item.reply)"),
+        ("conversation.py", "return self._answer(parser.end())", "return None"),
+    ],
+)
+def test_a_fault_in_a_server_is_found(tmp_path: Path, module: str, old: str, new: str) -> None:
+    assert _fuzz("plain", 300, _broken(tmp_path, module, old, new)), "it was not found"
+
+
+def test_the_command_finds_reports_and_shows_again(tmp_path: Path) -> None:
+    def run(words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "proof.fuzz", *words.split()]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment(**env),
+            capture_output=True,
+            text=True,
+            timeout=4 * LIMIT,
+            check=False,
+        )
+
+    report = tmp_path / "report.json"
+    done = run(f"core --inputs 2000 --seed 3 --only parser --report {report}", {})
+    assert done.returncode == 0, done.stderr
+    told = json.loads(report.read_text())
+    assert told["core"]["targets"] == {"parser": 2000}
+    assert "guided" in told["core"]
+    assert done.stdout.strip() == section(told)
+    broken = _broken(tmp_path, "protocol.py", "len(parts) > 2", "len(parts) > 1")
+    done = run("core --inputs 2000 --seed 3 --only parser", broken)
+    assert done.returncode == 1, done.stderr
+    (path,) = tmp_path.glob("fuzz-core-parser-3-*.txt")
+    again = path.read_text().splitlines()[0].removeprefix("bin/fuzz ")
+    found = path.read_text()
+    path.unlink()
+    assert run(again, broken).returncode == 1
+    assert path.read_text() == found
