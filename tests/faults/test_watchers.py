@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.rows import SEVERAL, Notes, Variant, row
+from tests.faults.rows import Notes, Variant, row
 from tests.faults.site import Site
 from tests.netns import unavailable
 from tests.redises import Redis
@@ -137,7 +137,7 @@ def unreachable() -> int:
     return sum(int(value) for name, value in zip(names, values, strict=True) if name == "OutType3")
 
 
-@row("Name servers silent", ONE, SEVERAL[0])
+@row("Name servers silent", ONE, THREE)
 def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
