@@ -5,7 +5,6 @@ what it may send, and a deadline.
 """
 
 import base64
-import binascii
 import contextlib
 import hmac
 import io
@@ -14,6 +13,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -112,7 +112,7 @@ class _Admin:
         if kind.lower() == "basic":
             try:
                 value = base64.b64decode(value, validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:  # No base64, or no UTF-8 in it.
                 return False
         return hmac.compare_digest(value.strip().encode(), self._config.admin_token.encode())
 
@@ -153,6 +153,12 @@ class _Handler(WSGIHandler):
         finally:
             cut.kill()
             self._waiting.pop(self._sock, None)
+
+    def read_request(self, raw_requestline: Any) -> Any:
+        try:
+            return super().read_request(raw_requestline)
+        except (OSError, HTTPException) as error:  # It is broken off, or has too many headers.
+            raise ValueError(str(error)) from error  # Of anything else pywsgi prints a traceback.
 
     def get_environ(self) -> dict[str, Any]:
         self._waiting.pop(self._sock, None)  # The request is there.

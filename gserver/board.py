@@ -5,6 +5,7 @@ A worker writes its own column; the supervisor writes its own cells, and settles
 worker that has died. Every cell is named here and nowhere else.
 """
 
+import fcntl
 import mmap
 import os
 import secrets
@@ -98,7 +99,9 @@ class Board:
     @classmethod
     def create(cls, slots: int, address_cells: int = 0) -> "Board":
         """Make an empty board with a column for each of `slots` workers, and so many cells of each for addresses."""
-        board = cls(os.memfd_create("gserver-board"), slots, address_cells)
+        board = cls(os.memfd_create("gserver-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), slots, address_cells)
+        # Whoever has the descriptor could cut the file short: a SIGBUS for all processes at their next look.
+        fcntl.fcntl(board.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         board.cells[0] = _FINGERPRINT
         board.put("incarnation", secrets.randbits(62))
         board.put("address_key", secrets.randbits(62))

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import monotonic
 
 from gserver import logs
-from gserver.process import Instructions
+from gserver.process import SUPERVISORS_SIGNALS, Instructions
 
 #: Pause before the next try after a child that died before it was ready: doubled each time, up to the maximum.
 FIRST_PAUSE_SECONDS = 0.1
@@ -58,24 +58,29 @@ class Child:
     def start(cls, role: str, generation: int, instructions: Instructions) -> "Child":
         """Start a process, told its supervisor and its pipe besides; raise OSError when the system cannot."""
         report_fd, its_end = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISORS_SIGNALS)
         told = replace(instructions, supervisor_pid=os.getpid(), report_fd=its_end)
-        # A file, for a pipe has room for 64 KB, and a child that never reads it would hold the supervisor up.
-        stdin = os.memfd_create("gserver-instructions")
         try:
-            os.pwrite(stdin, json.dumps(asdict(told)).encode(), 0)
-            process = subprocess.Popen(  # noqa: S603 (this very program)
-                [sys.executable, "-P", "-m", "gserver", "child", role, str(instructions.slot)],
-                stdin=stdin,
-                pass_fds=[fd for fd in (instructions.board_fd, instructions.listener_fd, its_end) if fd >= 0],
-                process_group=0,  # so that a terminal's Ctrl-C reaches the supervisor alone
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))},
-            )
+            # A file, for a pipe has room for 64 KB, and a child that never reads it would hold the supervisor up.
+            with open(os.memfd_create("gserver-instructions"), "w+") as stdin:
+                json.dump(asdict(told), stdin)
+                stdin.seek(0)
+                process = subprocess.Popen(  # noqa: S603 (this very program)
+                    [sys.executable, "-P", "-m", "gserver", "child", role, str(instructions.slot)],
+                    stdin=stdin,
+                    pass_fds=[fd for fd in (instructions.board_fd, instructions.listener_fd, its_end) if fd >= 0],
+                    process_group=0,  # so that a terminal's Ctrl-C reaches the supervisor alone
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH")))),
+                    },
+                )
         except OSError:
             os.close(report_fd)
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISORS_SIGNALS)
             os.close(its_end)
-            os.close(stdin)
         os.set_blocking(report_fd, False)
         return cls(role, instructions.slot, generation, process, report_fd, monotonic())
 

@@ -2,13 +2,14 @@
 -- KEYS, all in one slot: members (hash: id -> "count stamp incarnation"); leases (sorted set: id -> the moment of the
 -- lease clock at which it is over); state (hash: total, clock, lost_at, back, beat_at, recount_at). Times are milliseconds.
 -- ARGV: id; incarnation; stamp, growing with each beat; count, or "leave"; TTL; beat interval; the incarnation that this
--- one may replace, or ""; the stamp of the last beat that was answered; the lease clock as it was told then.
+-- one may replace, or ""; the stamp of the last beat that was answered; the lease clock as it was told then; the stamp of
+-- the last beat before this one that was carried out or may have been.
 -- Returns: total; servers; how many of those that were members when data was last lost are back; the lease clock; when
--- on it that loss was; who holds the id; until when.
+-- on it that loss was; who holds the id; until when; 1 if this server was there no more when it came, else 0.
 -- The lease clock runs while anybody beats: each beat moves it on by the time since the one before, by one interval at
 -- most. So neither an outage, however long, nor a jump of Redis' clock makes those look dead who could not beat.
 local members, leases, state = KEYS[1], KEYS[2], KEYS[3]
-local id, incarnation, stamp, count, ttl, interval, replaced, answered, known = unpack(ARGV)
+local id, incarnation, stamp, count, ttl, interval, replaced, answered, known, sent = unpack(ARGV)
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function sane(value) return value and value >= 0 and value < 1e15 end
@@ -36,6 +37,8 @@ local function drop(ids)
   redis.call('HDEL', members, unpack(ids))
   redis.call('ZREM', leases, unpack(ids))
 end
+-- Who has the incarnation of the holder, but has not sent its last beat, is a copy: of a machine that was cloned.
+if holder == incarnation and last_stamp - (sent or 1e15) > 0 then holder = holder .. '*' end
 -- A beat that was overtaken (on a connection given up while Redis was frozen) must not undo the later one.
 local may_write = not holder or holder == replaced or (holder == incarnation and stamp - last_stamp > 0)
 if may_write and count == 'leave' then
@@ -56,4 +59,4 @@ end
 redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'back', back, 'beat_at', now, 'recount_at', recount_at)
 if recount_at == now then for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 86400) end end
 local lease = redis.call('ZSCORE', leases, id)
-return {total, redis.call('ZCARD', leases), back, clock, lost_at, lease and holder or '', tonumber(lease or 0)}
+return {total, redis.call('ZCARD', leases), back, clock, lost_at, lease and holder or '', tonumber(lease or 0), not before and answered - 0 > 0 and 1 or 0}

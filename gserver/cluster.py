@@ -50,6 +50,7 @@ class Member:
         self._rivalry = Rivalry(self._interval_ms)
         self._is_member = self._membership.servers > 0
         self._answered = board.get("answered")
+        self._sent = 0
         self._failures = 0
         self._away_since = self._said_at = 0.0
         self._said_kinds: set[str] = set()
@@ -74,11 +75,19 @@ class Member:
     def _call(self, count: int | str) -> Reply:
         stamp = monotonic_ns() // 1000
         limit = TRY_SECONDS * min(1.0, self._ttl_ms / 5000)
-        times, told = (self._ttl_ms, self._interval_ms), (self._answered, self._membership.clock)
+        times, before = (self._ttl_ms, self._interval_ms), self._sent
+        told = self._answered, self._membership.clock, before or stamp
+        self._sent = stamp  # It may be carried out, whether answered or not.
         # Over all of a try: its look-ups of names, its Sentinels, and answers that come byte by byte.
-        with gevent.Timeout(limit, TimeoutError(f"Timeout: no answer within {limit:.1f} s")):
-            reply = self._link.call(*self._own, stamp, count, *times, self._rivalry.replaceable, *told)
-        self._answered = stamp if reply.holder == self._incarnation else 0
+        try:
+            with gevent.Timeout(limit):  # Not an OSError, which would pass for that of one Sentinel, or one address.
+                reply = self._link.call(*self._own, stamp, count, *times, self._rivalry.replaceable, *told)
+        except gevent.Timeout:
+            raise TimeoutError(f"no answer within {limit:.1f} s") from None
+        if reply.holder == self._incarnation:
+            self._answered = stamp
+        else:
+            self._answered, self._sent = 0, before
         return reply
 
     def _beat(self, count: int) -> None:
@@ -113,7 +122,7 @@ class Member:
         self._note_changes(reply, is_member)
         if is_member:
             membership.take(reply, count)
-        else:
+        elif not membership.servers:
             membership.remote = reply.total  # Without the own clients, since another holds the id.
         self.has_twin = self._rivalry.watch(reply, self._incarnation)
         self._is_member = is_member
@@ -142,7 +151,9 @@ class Member:
             message = "Redis has lost the cluster's state: the last known count stands until the others are back"
             logs.event(logging.WARNING, "cluster.reset", message)
         elif self._is_member and self._membership.was_dropped(reply):
-            message = "the others had dropped this server, since it could not beat for the TTL: it is back"
+            message = (
+                "Redis had dropped this server (it could not beat for the TTL), or has not yet heard of it: it is back"
+            )
             logs.event(logging.WARNING, "cluster.expired", message)
         elif not self._is_member and is_member:
             message = f"joined the cluster {self._config.cluster_name} at {self._link}"

@@ -27,3 +27,10 @@ class Connection:
         self.has_spoken = False
         #: Whether it has been quiet for longer than it may.
         self.is_overstayed = False
+
+    def close(self) -> None:
+        """Close the socket."""
+        try:
+            self.sock.close()
+        except OSError as error:
+            raise SystemError("somebody has closed a descriptor that is ours") from error

@@ -148,11 +148,11 @@ class Conversation:
                     replies.append(item.answer(clientele.service))
                     cells[item.cell] += 1
                     continue
-                except gevent.GreenletExit:
-                    raise  # The worker is ending.
                 except ClusterUnavailable:
                     item = CLUSTER_UNAVAILABLE  # noqa: PLW2901
-                except BaseException as error:  # noqa: BLE001 (somebody else's code: it ends its command, no more)
+                except BaseException as error:  # (somebody else's code: it ends its command, no more)
+                    if isinstance(error, gevent.GreenletExit) and clientele.is_draining:
+                        raise  # The worker is ending.
                     message = f"the handler of {item.name} raised {type(error).__name__}"
                     logs.complain("command.failed", message, {"gserver.command": item.name, **logs.error_fields(error)})
                     item = INTERNAL  # noqa: PLW2901

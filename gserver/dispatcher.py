@@ -24,7 +24,7 @@ from gserver.clientele import Clientele
 from gserver.connection import Connection, PartialRecord
 from gserver.conversation import Conversation, close_cleanly
 from gserver.express import Express
-from gserver.process import RESERVED_FILES
+from gserver.process import RESERVED_FILES, vital
 from gserver.protocol import TOO_MANY_FROM_ADDRESS, Refusal
 from gserver.receiver import BURST_BYTES, READ
 
@@ -54,7 +54,7 @@ class Dispatcher:
         self._knock: tuple[int, int] | None = None
         self._accept: Callable[[], object] = bool
         self._watcher = gevent.get_hub().loop.io(self._epoll.fileno(), READ, priority=HIGHEST)
-        self._watcher.start(self._take_turn)
+        self._watcher.start(vital(self._take_turn))
         #: Sockets that are open, and those among them whose clients are told that there are too many; and how many have
         #: been since this turn began.
         self.open = self.turned_away = self.turned_away_now = 0
@@ -74,15 +74,16 @@ class Dispatcher:
     def take_in(self, sock: _socket.socket, address: Any, has_spoken: bool = False) -> None:
         """Begin with a client that has been admitted; if it `has_spoken`, `sock` has that without being readable."""
         self.open += 1
-        connection = Connection(sock, address if logging.root.isEnabledFor(logging.DEBUG) else None)
-        self._connections[sock.fileno()] = connection
+        connection, fd = Connection(sock, address if logging.root.isEnabledFor(logging.DEBUG) else None), sock.fileno()
+        if self._connections.setdefault(fd, connection) is not connection:
+            raise SystemError(f"somebody has closed descriptor {fd} of a client, and another one has got it")
         _log_client("client.accepted", "accepted", connection, None)
         if self._clientele.is_draining or self._clientele.config.client_greenlets == "always":
             self._converse_with(connection, None)
         else:
             self._rest(connection)
             if has_spoken:
-                self._answer([(sock.fileno(), READ)])
+                self._answer([(fd, READ)])
 
     def turn_away(self, sock: _socket.socket, address: Any, refusal: Refusal) -> None:
         """Tell a client that has not been admitted."""
@@ -94,6 +95,7 @@ class Dispatcher:
     def sweep(self) -> None:
         """Close who has been idle too long; let rest who is quiet. One sweep costs less than a timer a command."""
         self._express.forget()
+        self._epoll.poll(0, 1)  # Raises OSError if somebody has closed it: nobody would be heard any more.
         now, idle_seconds = monotonic(), self._clientele.config.idle_timeout_seconds
         for connection in self._connections.values():
             conversation = self._conversations.get(connection)
@@ -114,8 +116,7 @@ class Dispatcher:
 
     def _interrupt(self, connection: Connection) -> None:
         """Have its greenlet look what there is to be done; if it has none, wake it for that."""
-        conversation = self._conversations.get(connection)
-        if conversation:
+        if conversation := self._conversations.get(connection):
             conversation.receiver.interrupt()
         else:
             self._wake(connection, None)
@@ -213,7 +214,7 @@ class Dispatcher:
         self._clientele.release(fd)
 
     def _close(self, connection: Connection, refusal: Refusal | None) -> None:
-        connection.sock.close()
+        connection.close()
         _log_client("client.closed", "closed", connection, refusal)
         self.open -= 1
         self._on_close()

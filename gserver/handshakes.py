@@ -116,7 +116,8 @@ class Handshakes:
                 raise ConnectionError("it has gone, or was cut off")
             if is_first and not received.startswith(HANDSHAKE_RECORD):
                 self._clientele.refuse(PLAIN_TEXT)
-                sock.send(PLAIN_TEXT.reply)
+                with contextlib.suppress(OSError):  # It has gone: it is no failed handshake, too.
+                    sock.send(PLAIN_TEXT.reply)
                 close_cleanly(sock)
                 return None
             is_first = False

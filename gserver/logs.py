@@ -43,17 +43,17 @@ class LineWriter:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[bytes, int] | None] = SimpleQueue()
         self._done: SimpleQueue[None] = SimpleQueue()
         self.dropped = 0
         start_new(self._run, ())
 
-    def put(self, line: bytes) -> None:
-        """Queue a line, or count it as dropped when the queue is full."""
+    def put(self, line: bytes, worth: int = 1) -> None:
+        """Queue a line, or count it as so many dropped when the queue is full."""
         if self._queue.qsize() < MAX_QUEUED_LINES:
-            self._queue.put(line)
+            self._queue.put((line, worth))
         else:
-            self.dropped += 1
+            self.dropped += worth
 
     @property
     def has_room(self) -> bool:
@@ -67,18 +67,22 @@ class LineWriter:
             self._done.get(timeout=timeout_seconds)
 
     def _run(self) -> None:
-        while (line := self._queue.get()) is not None:
-            while line:
+        torn = b""  # What ends the half of a line that was written before the disk was full.
+        while (item := self._queue.get()) is not None:
+            line, worth = item
+            rest, torn = torn + line, b""
+            while rest:
                 try:
-                    line = line[os.write(self._fd, line) :]
+                    rest = rest[os.write(self._fd, rest) :]
                 except BlockingIOError:
                     # O_NONBLOCK on a shared descriptor is somebody else's, so not ours to clear: wait a little.
                     # (For what never comes: a sleep that gevent has not patched.)
                     with contextlib.suppress(Empty):
                         SimpleQueue[None]().get(timeout=0.05)
                 except OSError:
-                    # Nobody reads any more. The service goes on, and so does the emptying of the queue.
-                    self.dropped += 1
+                    # Nobody reads any more, or the disk is full. The service and the emptying of the queue go on.
+                    self.dropped += worth
+                    torn = b"\n" if len(rest) != len(line) else b""
                     break
         self._done.put(None)
 
@@ -128,14 +132,17 @@ class _QueueHandler(logging.Handler):
         self._line_writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
+        worth = 1
         try:
             line = self.format(record)
+            # When a report of what was left out is lost, all that is to be told of again.
+            worth = int(getattr(record, "fields", {}).get("gserver.left_out", 1))
         except Exception as error:  # noqa: BLE001 (of a command module: arguments that do not fit its text, say)
             where = f"{record.pathname}:{record.lineno}"
             message = f"a log call cannot be carried out: {type(error).__name__} at {where}"
             plain = logging.LogRecord(record.name, record.levelno, record.pathname, record.lineno, message, None, None)
             line = self.format(plain)
-        self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n")
+        self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n", worth)
 
 
 def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
@@ -191,7 +198,7 @@ def report_left_out() -> None:
     if _writer is not None and _writer.dropped and _writer.has_room:
         dropped, _writer.dropped = _writer.dropped, 0
         fields = {"gserver.left_out": dropped}
-        event(logging.WARNING, "log.dropped", f"{dropped} lines dropped: nobody read stdout in time", fields)
+        event(logging.WARNING, "log.dropped", f"{dropped} lines dropped: stdout did not take them", fields)
 
 
 def error_fields(error: BaseException) -> dict[str, str]:
@@ -200,7 +207,7 @@ def error_fields(error: BaseException) -> dict[str, str]:
         trace = "".join(traceback.format_exception(error)).rstrip("\n")
         # Not str(error): that is somebody's code too, and may raise.
         message = traceback.format_exception_only(error)[-1].rstrip("\n").partition(": ")[2]
-    except Exception:  # noqa: BLE001 (such as a SyntaxError with fields of its own)
+    except BaseException:  # noqa: BLE001 (such as a SyntaxError with fields of its own)
         trace = message = "cannot be put into words"
     return {"error.type": type(error).__name__, "error.message": message, STACK: trace}
 

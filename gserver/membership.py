@@ -17,6 +17,9 @@ BEAT_ERRORS = {
     "read_only": "READONLY|ReadOnly",
     "out_of_memory": r"\bOOM\b|OutOfMemory",
     "loading": "LOADING|BusyLoading",
+    "busy": r"\bBUSY\b",
+    "cannot_save": "MISCONF",
+    "no_replicas": "NOREPLICAS",
     "connection": "Connection|OSError",
     "other": "",
 }
@@ -34,6 +37,7 @@ class Reply(NamedTuple):
     lost_at: int
     holder: str
     lease: int
+    was_missing: int
 
 
 class Membership:
@@ -54,8 +58,8 @@ class Membership:
         return bool(self.servers) and reply.lost_at != self.lost_at
 
     def was_dropped(self, reply: Reply) -> bool:
-        """Whether this server's lease had ended before this beat, the last one that was answered being so long ago."""
-        return bool(self.servers) and reply.clock - self.clock >= self._ttl_ms
+        """Whether Redis had this server no more: its lease was over, or a replica that lagged took over."""
+        return bool(self.servers) and reply.was_missing > 0
 
     def take(self, reply: Reply, count: int) -> None:
         """Take the answer to a beat that has reported `count` own clients.

@@ -26,6 +26,8 @@ from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse, Twin
 #: name look-ups, and clients that are being turned away.
 RESERVED_FILES = 64
 HEARTBEAT_SECONDS = 0.25
+#: Its business alone, whoever sends them to all processes of the name: blocked in a child until it ignores them.
+SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -64,9 +66,9 @@ def begin() -> Instructions:
     leave_if_orphaned(instructions)
     with open(os.devnull) as nothing:  # Programs that a handler starts must not read secrets there.
         os.dup2(nothing.fileno(), 0)
-    # These are the supervisor's business, even when somebody sends them to all processes of the name.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+    for number in SUPERVISORS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for fd in (instructions.board_fd, instructions.listener_fd, instructions.report_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)  # A program that a handler starts must not hold the port.
@@ -92,6 +94,21 @@ def show_life(instructions: Instructions, board: Board) -> None:
         board.cells[heartbeat] = time.monotonic_ns()
         logs.report_left_out()
         time.sleep(HEARTBEAT_SECONDS)
+
+
+def vital(function: Callable[[], object]) -> Callable[[], None]:
+    """Return it so that its failure ends the process: for what everybody depends on, since another can take its place.
+
+    gevent would go on without what has failed, and the process would seem well. For a SystemError it ends `main`.
+    """
+
+    def run() -> None:
+        try:
+            function()
+        except Exception as error:
+            raise SystemError(f"{function.__qualname__} has failed: another process is to take over") from error
+
+    return run
 
 
 def take_role(role: Callable[[Instructions], None]) -> int:

@@ -74,7 +74,7 @@ class Receiver:
         """Wait for bytes and return them; b"" at the end of input; None after the timeout or `interrupt`.
 
         Raises OSError when the connection is broken. A timeout of 0 or less takes what is there, after everybody
-        else has had a turn. Without one, None too when a part of a record has come.
+        else has had a turn. Without one, None too when part of a record of TLS has come: a line may have begun.
         """
         if self._rest:
             _queue.wait()

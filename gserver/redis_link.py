@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 import redis
+from redis._parsers import _RESP2Parser
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -26,6 +27,7 @@ from gserver.redis_url import RedisUrl
 
 #: For a connect and for each answer, of Redis and of a Sentinel; a tenth of the TTL if that is less.
 TIMEOUT_SECONDS = 0.5
+MAX_PARTS = 10_000
 SCRIPT = Path(__file__).with_name("cluster.lua").read_text()
 
 Answer = TypeVar("Answer")
@@ -49,10 +51,25 @@ def kind_of(error: BaseException) -> str:
 
 def _read(answer: Any) -> Reply:
     """Return the script's answer; raise ValueError if it cannot be one."""
-    total, servers, back, clock, lost_at, holder, lease = answer
-    if not all(isinstance(item, int) and 0 <= item < 2**53 for item in (total, servers, back, clock, lost_at, lease)):
+    reply = Reply(*answer)
+    numbers = [value for name, value in reply._asdict().items() if name != "holder"]
+    if not all(isinstance(number, int) and 0 <= number < 2**53 for number in numbers):
         raise ValueError("the answer is not of the script's form")
-    return Reply(total, servers, back, clock, lost_at, holder.decode(), lease)
+    return reply._replace(holder=answer[5].decode())
+
+
+class _Parser(_RESP2Parser):
+    """Gives up an answer of more parts than ours have: while it takes them apart, nothing else in the agent runs."""
+
+    def read_response(self, *arguments: Any, **more: Any) -> Any:
+        self._parts = 0
+        return super().read_response(*arguments, **more)
+
+    def _read_response(self, *arguments: Any, **more: Any) -> Any:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise redis.InvalidResponse("an answer of too many parts")
+        return super()._read_response(*arguments, **more)
 
 
 class NoPrimary(redis.ConnectionError):
@@ -139,9 +156,14 @@ class RedisLink:
         url = self._url
         login: dict[str, Any] = {"username": url.username or None, "password": url.password or None, "db": url.db}
         if url.path:
-            return redis.Redis(unix_socket_path=url.path, **login, **self._options)
+            return self._client_of(unix_socket_path=url.path, **login)
         host, port = self._find_primary() if url.service else url.hosts[0]
-        return redis.Redis(host, port, **login, **self._options)
+        return self._client_of(host=host, port=port, **login)
+
+    def _client_of(self, **place_and_login: Any) -> redis.Redis:
+        client = redis.Redis(**place_and_login, **self._options)
+        client.connection_pool.connection_kwargs["parser_class"] = _Parser
+        return client
 
     def _find_primary(self) -> tuple[str, int]:
         """Ask the Sentinels in turn; who does not know comes last the next time."""
@@ -158,7 +180,7 @@ class RedisLink:
         url = self._url
         self._check_at = monotonic() + self._check_seconds
         login: dict[str, Any] = {"username": url.sentinel_username or None, "password": url.sentinel_password or None}
-        with redis.Redis(host, port, **login, **self._options) as sentinel:
+        with self._client_of(host=host, port=port, **login) as sentinel:
             primary = cast(Any, sentinel.sentinel_get_master_addr_by_name(url.service))
         if not primary:
             raise NoPrimary(f"knows no {url.service}")

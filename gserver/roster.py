@@ -65,9 +65,9 @@ class Roster:
     def _read(self) -> None:
         began = monotonic()
         try:
-            with gevent.Timeout(TRY_SECONDS, TimeoutError("Timeout")):
+            with gevent.Timeout(TRY_SECONDS):
                 found = self._link.run(SCRIPT, self._parse, self._own, self._interval_ms, MAX_SERVERS)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the last known servers stand)
+        except (Exception, gevent.Timeout) as error:  # noqa: BLE001 (whatever it is, the last known servers stand)
             self._trouble = kind_of(error)
         else:
             self._servers, self._left_out = found

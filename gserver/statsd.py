@@ -7,6 +7,7 @@ client: it runs in the agent, and UDP does not wait.
 from collections.abc import Iterator
 from time import monotonic
 
+import gevent
 import statsd
 
 from gserver import logs
@@ -20,6 +21,8 @@ FLUSH_SECONDS = 1.0
 #: How often the daemon's name is looked up anew: it may move, or not have been there yet.
 RESOLVE_SECONDS = 30.0
 RETRY_SECONDS = 5.0
+#: How long a flush waits for that.
+WAIT_SECONDS = 0.25
 #: Datagrams that fit any path unfragmented.
 MAX_DATAGRAM_BYTES = 512
 
@@ -67,11 +70,17 @@ class StatsdClient:
         self._board = board
         self._client: statsd.StatsClient | None = None
         self._resolve_at = 0.0
+        self._lookup: gevent.Greenlet[[], None] | None = None
 
     def flush(self) -> None:
-        """Send what has changed. While the daemon's name does not resolve, it is kept for a later flush."""
-        if monotonic() >= self._resolve_at:
-            self._resolve()
+        """Send what has changed. While the daemon's name does not resolve, it is kept for a later flush.
+
+        A look-up may take as long as all name servers together let it: it is waited for a moment only.
+        """
+        if not self._lookup and monotonic() >= self._resolve_at:  # A greenlet that has ended is false.
+            self._lookup = gevent.spawn(self._resolve)
+        if self._lookup:
+            self._lookup.join(WAIT_SECONDS)
         if self._client is None:
             return
         board = self._board

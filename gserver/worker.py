@@ -21,7 +21,7 @@ from gserver.board import Board
 from gserver.certificates import Certificates
 from gserver.clientele import Clientele
 from gserver.dispatcher import MAX_TURNED_AWAY, Dispatcher
-from gserver.process import RESERVED_FILES, Instructions, raise_file_limit, show_life
+from gserver.process import RESERVED_FILES, Instructions, raise_file_limit, show_life, vital
 
 if TYPE_CHECKING:
     from gserver.handshakes import Handshakes
@@ -53,6 +53,11 @@ class _Server(StreamServer):
 
     def full(self) -> bool:
         return self._worker.is_full()
+
+    def is_fatal_error(self, error: BaseException) -> bool:
+        if super().is_fatal_error(error):
+            raise error  # gevent would accept no more, and all else would go on.
+        return False
 
     def start_accepting(self) -> None:
         self._worker.dispatcher.start_accepting(self.socket.fileno(), self._do_read)
@@ -114,7 +119,7 @@ class Worker:
         gevent.signal_handler(signal.SIGTERM, self._heed_stop)
         gevent.signal_handler(signal.SIGUSR2, self._heed_retirement)
         gevent.spawn_raw(show_life, self._instructions, self._board)
-        gevent.spawn_raw(self._sweep)
+        gevent.spawn_raw(vital(self._sweep))
         self._server.start()
         self._instructions.report("ready")
         self._should_close.wait()

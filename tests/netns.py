@@ -23,7 +23,7 @@ CLONE_NEWNET = 0x40000000
 LOST_SECONDS = 0.05
 
 
-def _unavailable(reason: str) -> NoReturn:
+def unavailable(reason: str) -> NoReturn:
     """Skip, or fail where CI is set."""
     if os.environ.get("CI"):
         pytest.fail(reason)
@@ -72,7 +72,7 @@ class Network(ExitStack[None]):
         super().__init__()
         self._ip_program = program("ip")
         if os.geteuid() != 0:
-            _unavailable("network namespaces need root")
+            unavailable("network namespaces need root")
         prefix = f"gserver-{os.getpid()}-{secrets.token_hex(3)}"
         with ExitStack() as stack:
             try:
@@ -81,7 +81,7 @@ class Network(ExitStack[None]):
                 for number, host in enumerate(self.hosts):
                     self._connect(host, f"host{number}", f"198.18.{number}.254")
             except subprocess.CalledProcessError as error:
-                _unavailable(f"no network namespaces: {' '.join(error.cmd)}: {error.stderr.strip()}")
+                unavailable(f"no network namespaces: {' '.join(error.cmd)}: {error.stderr.strip()}")
             with self._router.inside():
                 Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
                 # Else a packet is dropped whose answer would be: no one-way cut.

@@ -12,8 +12,8 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,12 @@ class Sentinels(ExitStack[None]):
         """Returns the one frozen, when another has taken over. Thawed, it does not know for some ten seconds."""
         return self._replaced(Redis.freeze)
 
+    def rejoin(self, redis: Redis) -> None:
+        """Start one that was killed, as a replica; return when the Sentinels know all."""
+        redis.start()
+        redis.command("REPLICAOF", "127.0.0.1", self.primary().port)
+        self._wait_until_settled()
+
     def _replaced(self, fault: Callable[[Redis], object]) -> Redis:
         before = self.primary()
         fault(before)
@@ -279,6 +285,8 @@ class Proxy(ExitStack[None]):
         super().__init__()
         self.port = free_port()
         self.delay_seconds = 0.0
+        #: What becomes of some bytes of a reply: they are sent piece by piece.
+        self.alter: Callable[[bytes], Iterable[bytes]] = lambda data: [data]
         self.is_dropping = self.drop_requests = self.drop_replies = False
         self.bytes_to_server = self.bytes_to_client = self.bytes_dropped = 0
         self._server = "127.0.0.1", port
@@ -303,6 +311,15 @@ class Proxy(ExitStack[None]):
         """Reset all connections, towards both sides. New ones are welcome."""
         while self._sockets:
             _reset(self._sockets.pop())
+
+    @contextmanager
+    def instead(self, port: int) -> Iterator[None]:
+        """Lead to another port in the body. All connections are reset before and after it."""
+        before, self._server = self._server, ("127.0.0.1", port)
+        self.cut()
+        yield
+        self._server = before
+        self.cut()
 
     def _accept(self) -> None:
         with suppress(OSError):  # the port was closed
@@ -345,7 +362,8 @@ class Proxy(ExitStack[None]):
                 else:
                     self.bytes_to_client += size if is_reply else 0
                     self.bytes_to_server += 0 if is_reply else size
-                    target.sendall(data)
+                    for piece in self.alter(data) if is_reply else [data]:
+                        target.sendall(piece)
         except OSError:
             _reset(source)
             _reset(target)

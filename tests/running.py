@@ -178,6 +178,7 @@ class Running:
         command: list[str] | None = None,
         pass_fds: Collection[int] = (),
         wait: bool = True,
+        lines: list[str] | None = None,
     ) -> None:
         self.process = subprocess.Popen(
             [*(command or [*GSERVER, "serve", "--port", "0"]), *options],
@@ -187,7 +188,7 @@ class Running:
             cwd=cwd,
             pass_fds=pass_fds,
         )
-        self.lines: list[str] = []
+        self.lines: list[str] = [] if lines is None else lines
         self.errors: list[str] = []
         self._readers = [
             threading.Thread(target=_collect, args=(stream, into), daemon=True)

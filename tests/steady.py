@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import psutil
 
 from tests.running import LIMIT, PATIENCE, Client, Running, until
 
@@ -91,11 +93,14 @@ class Watcher:
 class SteadyServer(ExitStack[None]):
     """A server with so many clients, one of which watches."""
 
-    def __init__(self, share: int, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, share: int, *options: str, env: dict[str, str] | None = None, **more: Any) -> None:
         super().__init__()
         self.share = share
+        #: How events end that are none of a server that is well.
+        self.bad: tuple[str, ...] = ("died", "hung", "not_started")
         self._read = self._read_errors = 0
-        self.server = self.enter_context(Running(*options, env=env))
+        self.server = self.enter_context(Running(*options, env=env, **more))
+        self.server.wait_for("worker.ready", self.server.events("server.listening")[0]["gserver.workers"])
         self.clients: list[Client] = [self.enter_context(self.server.client()) for _ in range(share - 1)]
         self.watcher = Watcher(self.server)
         self.callback(self.watcher.close)
@@ -106,9 +111,8 @@ class SteadyServer(ExitStack[None]):
         lines, errors = server.lines[self._read :], server.errors[self._read_errors :]
         self._read += len(lines)
         self._read_errors += len(errors)
-        bad = ("died", "hung", "not_started")
         found = self.watcher.complaints() + errors + [line for line in lines if "Traceback" in line]
-        found += [line for line in lines if json.loads(line)["event.action"].endswith(bad)]
+        found += [line for line in lines if json.loads(line)["event.action"].endswith(self.bad)]
         return found + ["it has ended"] * (server.process.poll() is not None)
 
 
@@ -121,13 +125,13 @@ class Cluster(ExitStack[None]):
         super().__init__()
         self.beat, self.ttl = beat, ttl
         self._env = env
-        self._options = "--redis-url", url, "--beat-interval", str(beat), "--member-ttl", str(ttl)
+        self.options = "--redis-url", url, "--beat-interval", str(beat), "--member-ttl", str(ttl)
         self.members: list[SteadyServer] = []
         with ExitStack() as stack:
             self._bystander = stack.enter_context(SteadyServer(1)).watcher
             self._bystander.may_say(1)
             for share in shares:
-                self.members.append(stack.enter_context(SteadyServer(share, *self._options, env=env)))
+                self.members.append(stack.enter_context(SteadyServer(share, *self.options, env=env)))
             until(lambda: self.all_say(self.total), f"all say {self.total}")
             self.may_say(self.total)
             self.push(stack.pop_all())
@@ -140,6 +144,24 @@ class Cluster(ExitStack[None]):
     def recovery_seconds(self) -> float:
         """By when all is exact again after a fault has ended: each server beats, then beats again."""
         return (2 * self.beat + 1) * PATIENCE
+
+    @property
+    def answers(self) -> int:
+        """How many all have given so far."""
+        return sum(len(member.watcher.answers) for member in self.members)
+
+    def processes(self) -> list[psutil.Process]:
+        """The supervisors, the workers and the agents."""
+        servers = [member.server for member in self.members]
+        return [one for s in servers for one in (psutil.Process(s.pid), *s.workers(), *s.agents())]
+
+    def descriptors(self) -> list[int]:
+        """How many each process has."""
+        return [process.num_fds() for process in self.processes()]
+
+    def resident(self) -> int:
+        """Bytes of all processes."""
+        return sum(process.memory_info().rss for process in self.processes())
 
     def may_say(self, *counts: int) -> None:
         for member in self.members:
@@ -201,7 +223,7 @@ class Cluster(ExitStack[None]):
         """A fourth server, until the body is over; the body is to end it."""
         total = self.total
         self.may_say(*range(total, total + share + 1))
-        with SteadyServer(share, *self._options, env=self._env) as member:
+        with SteadyServer(share, *self.options, env=self._env) as member:
             member.watcher.may_say(*range(total + share + 1))
             self.members.append(member)
             self.settle()

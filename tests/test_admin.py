@@ -6,6 +6,7 @@ import json
 import select
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -177,10 +178,12 @@ def test_with_a_token_all_but_health_needs_it(value: str) -> None:
             assert (code, headers["www-authenticate"].partition(" ")[0]) == (401, "Basic")
             assert TOKEN.encode() not in body
             assert get(server, path, Authorization=value)[0] == 200
-            for wrong in ("", "Bearer", "Bearer x", f"Basic {TOKEN}", "Basic !", value + "x", f"Digest {TOKEN}x"):
+            bad = "", "Bearer", "Bearer x", f"Basic {TOKEN}", "Basic !", "Basic \xff", "Basic /w==", f"Digest {TOKEN}x"
+            for wrong in (*bad, value + "x"):
                 assert get(server, path, Authorization=wrong)[0] == 401, wrong
         assert get(server, "/livez")[0] == get(server, "/readyz")[0] == 200
         assert TOKEN not in "".join(server.lines)
+        assert not server.events("process.error")
 
 
 def test_a_token_that_is_given_as_a_flag_is_no_argument_for_long() -> None:
@@ -252,7 +255,13 @@ def test_who_does_not_finish_a_request_is_closed_in_time_and_in_nobodys_way(here
 
 
 @pytest.mark.parametrize(
-    "sent", [b"\0" * 1000, b"x" * 100_000, b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * 100_000, b"\r\n" * 50_000]
+    "sent",
+    [
+        b"\0" * 1000,
+        b"x" * 100_000,
+        *(b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * n for n in (200, 9**6)),
+        b"\r\n" * 50_000,
+    ],
 )
 def test_rubbish_and_too_much_end_the_connection(here: Running, sent: bytes) -> None:
     [agent] = here.agents()
@@ -267,7 +276,26 @@ def test_rubbish_and_too_much_end_the_connection(here: Running, sent: bytes) -> 
     assert get(here, "/livez")[0] == 200
     assert here.agents() == [agent]
     assert agent.memory_info().rss - before < 4_000_000
-    assert not here.events("process.error")
+    assert_no_trace(here)
+
+
+def assert_no_trace(server: Running) -> None:
+    """Nothing of what was done to it can be seen but at the level `debug`."""
+    assert not server.events("process.error")
+    assert not server.stderr
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /", b"GET /livez HTTP/1.1\r\nX: y", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx"]
+)
+def test_who_breaks_off_a_request_leaves_no_trace(here: Running, sent: bytes) -> None:
+    for _ in range(10):
+        with dial(here) as sock:
+            sock.sendall(sent)
+            assert get(here, "/livez")[0] == 200  # It has been read.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert get(here, "/livez")[0] == 200
+    assert_no_trace(here)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +319,7 @@ def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_
         still = [sock for sock in crowd if not select.select([sock], [], [], 0)[0]]
         assert len(still) == (0 if sent.startswith(b"POST") else MAX_WAITING - 1), "the latest wait on"
         assert still == crowd[len(crowd) - len(still) :] or not still
+    assert_no_trace(here)
     assert not here.events("agent.died")
 
 

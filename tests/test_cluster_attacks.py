@@ -53,13 +53,14 @@ def trickle(sock: socket.socket) -> None:
 
 
 ANSWERS = {
-    "texts": b"*7\r\n" + b"$1\r\na\r\n" * 7,
+    "texts": b"*8\r\n" + b"$1\r\na\r\n" * 8,
+    "one too few": b"*7\r\n" + b":1\r\n" * 5 + b"$1\r\na\r\n:1\r\n",
     "too few": b"*2\r\n:1\r\n:2\r\n",
     "one": b":1\r\n",
     "none": b"$-1\r\n",
-    "huge": b"*7\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n",
-    "negative": b"*7\r\n" + b":-1\r\n" * 5 + b"$1\r\na\r\n:1\r\n",
-    "nested": b"*7\r\n" + b"*1\r\n:1\r\n" * 7,
+    "huge": b"*8\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n:0\r\n",
+    "negative": b"*8\r\n" + b":-1\r\n" * 5 + b"$1\r\na\r\n:1\r\n:0\r\n",
+    "nested": b"*8\r\n" + b"*1\r\n:1\r\n" * 8,
     "no protocol": b"HTTP/1.1 400 Bad Request\r\n\r\n",
 }
 
@@ -81,6 +82,13 @@ def test_a_redis_that_answers_byte_by_byte_is_given_up_and_clients_notice_nothin
         time.sleep(3)
         assert server.agents() == agent
         assert not server.events("agent.hung")
+
+
+def test_sentinels_that_answer_byte_by_byte_are_given_up_all_together() -> None:
+    with listener(trickle) as one, listener(trickle) as other:
+        url = f"redis+sentinel://127.0.0.1:{one},127.0.0.1:{other}/name"
+        with Running("--redis-url", url) as server:
+            assert server.wait_for("cluster.lost")["gserver.kind"] == "timeout"
 
 
 def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
@@ -132,6 +140,19 @@ def test_an_update_on_disk_that_the_agent_cannot_work_with_does_not_end_the_serv
         until(lambda: len(server.events("agent.died")) >= 2, "the next one does not start either", 2 * LIMIT)
         assert client.who() == 1
         assert not server.events("server.draining")
+
+
+def test_an_answer_of_parts_without_end_is_given_up_at_once() -> None:
+    """The agent would be deaf to all others as long as there are more of them to take apart."""
+
+    def pour(sock: socket.socket) -> None:
+        sock.sendall(b"*2000000000\r\n")
+        while True:
+            sock.sendall(b":1\r\n" * 250_000)
+
+    with listener(pour) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
+        assert server.wait_for("cluster.lost", limit=4 * PATIENCE)["gserver.kind"] == "other"
+        assert server.who() == 1
 
 
 def test_an_answer_without_end_is_given_up_before_it_takes_all_memory() -> None:

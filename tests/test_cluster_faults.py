@@ -5,7 +5,7 @@ Each fault happens to servers that have gone through those before it, as in life
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from shutil import copytree
@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import redis
 
+from tests.faults.rows import Notes
+from tests.faults.site import KEPT_BYTES
 from tests.redises import FAILOVER_LIMIT, Proxy, Redis, Sentinels
 from tests.running import LIMIT, PATIENCE, ROOT, Running, stopped, until
 from tests.steady import Cluster
@@ -71,12 +73,11 @@ def killed_and_back_empty(world: World) -> Iterator[None]:
 @contextmanager
 def killed_and_back_with_its_data(world: World) -> Iterator[None]:
     world.redis.command("SAVE")
-    before = world.redis.members()
     with world.lost("connection"):
         world.redis.kill()
     yield
     world.redis.restart(keep_data=True)
-    assert world.redis.members() == before
+    assert world.redis.command("INFO", "persistence")["rdb_last_load_keys_loaded"] == len(KEYS)
 
 
 @contextmanager
@@ -223,7 +224,7 @@ def out_of_memory(world: World) -> Iterator[None]:
 
 @contextmanager
 def too_few_replicas(world: World) -> Iterator[None]:
-    with world.lost("other"):
+    with world.lost("no_replicas"):
         world.redis.command("CONFIG", "SET", "min-replicas-to-write", 5)
     yield
     world.redis.command("CONFIG", "SET", "min-replicas-to-write", 0)
@@ -248,7 +249,7 @@ def busy_with_somebodys_script(world: World) -> Iterator[None]:
 
     world.redis.command("CONFIG", "SET", "busy-reply-threshold", 50)
     script = threading.Thread(target=run)
-    with world.lost("other"):
+    with world.lost("busy"):
         script.start()
     world.cluster.watch(1)
     yield
@@ -362,35 +363,58 @@ QUICK: list[Fault] = [
 AS_BY_DEFAULT: list[Fault] = [wiped, frozen_longer_than_the_ttl, killed_and_back_empty, slow_but_in_time]
 
 
-def survive(cluster: Cluster, fault: AbstractContextManager[None]) -> None:
-    """Go through a fault; a client that comes meanwhile is counted by all when it is over."""
+def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes) -> None:
+    """Go through a fault, which makes sure that it happens. A client that comes is counted when it is over."""
     cluster.start_over()
-    began = time.monotonic()
+    began, answers, descriptors, resident = time.monotonic(), cluster.answers, cluster.descriptors(), cluster.resident()
     with ExitStack() as ongoing:
         ongoing.enter_context(fault)
         with cluster.guests(0):
             ongoing.close()
+            ended = time.monotonic()
             cluster.settle()
+            notes.measured("exact after", time.monotonic() - ended - 2 * cluster.beat, "s")
         cluster.settle()
     cluster.assert_as_quick_as_alone(began)
     cluster.check()
+    until(lambda: cluster.descriptors() == descriptors, "as many descriptors are open as before")
+    grown = cluster.resident() - resident
+    assert grown < KEPT_BYTES * len(descriptors) * PATIENCE, f"{grown} bytes more are held than before"
+    notes.measured("right answers", cluster.answers - answers, "")
 
 
 @pytest.fixture(scope="module")
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """One cluster for all faults of a kind."""
-    with World(tmp_path_factory.mktemp("faults"), *request.param) as running:
+    beat, ttl, workers = request.param
+    with World(tmp_path_factory.mktemp("faults"), beat, ttl, WEB_CONCURRENCY=str(workers)) as running:
         yield running
 
 
-quick = pytest.mark.parametrize("world", [(0.2, 2)], ids=["quick"], indirect=True)
-as_by_default = pytest.mark.parametrize("world", [(0.5, 5)], ids=["as_by_default"], indirect=True)
+quick = pytest.mark.parametrize(
+    "world",
+    [pytest.param((0.2, 2, 1), id="1 worker"), pytest.param((0.2, 2, 3), id="3 workers", marks=pytest.mark.long)],
+    indirect=True,
+)
+as_by_default = pytest.mark.parametrize("world", [(0.5, 5, 1)], ids=["as_by_default"], indirect=True)
+
+
+def told(fault: Callable[..., object]) -> str:
+    """A fault's name in words."""
+    return fault.__name__.replace("_", " ")
+
+
+def each(faults: Sequence[Callable[..., object]], prefix: str = "Redis") -> list[Any]:
+    """Each a fault of the matrix."""
+    marks = [pytest.mark.fault(f"{prefix} {told(fault)}") for fault in faults]
+    return [pytest.param(fault, id=fault.__name__, marks=mark) for fault, mark in zip(faults, marks, strict=True)]
 
 
 @quick
-@pytest.mark.parametrize("fault", QUICK, ids=lambda fault: fault.__name__)
-def test_no_answer_is_wrong_late_or_missing_when_redis_is(world: World, fault: Fault) -> None:
-    survive(world.cluster, fault(world))
+@pytest.mark.parametrize("fault", each(QUICK))
+def test_no_answer_is_wrong_late_or_missing_when_redis_is(world: World, fault: Fault, notes: Notes) -> None:
+    survive(world.cluster, fault(world), notes)
+    notes.happened(f"{told(fault)}: seen in Redis or by every server")
 
 
 def be_stopped(server: Running) -> None:
@@ -415,10 +439,12 @@ def test_a_server_that_ends_while_redis_is_away_is_gone_by_its_ttl_thereafter(
     cluster.check()
 
 
+@pytest.mark.long
 @as_by_default
-@pytest.mark.parametrize("fault", AS_BY_DEFAULT, ids=lambda fault: fault.__name__)
-def test_nor_is_one_with_the_default_times(world: World, fault: Fault) -> None:
-    survive(world.cluster, fault(world))
+@pytest.mark.parametrize("fault", each(AS_BY_DEFAULT))
+def test_nor_is_one_with_the_default_times(world: World, fault: Fault, notes: Notes) -> None:
+    survive(world.cluster, fault(world), notes)
+    notes.happened(f"{told(fault)}: seen in Redis or by every server")
 
 
 class Watched(ExitStack[None]):
@@ -472,11 +498,14 @@ def killed(watched: Watched) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("fault", [replaced_by_command, frozen, killed], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", each([replaced_by_command, frozen, killed], "Primary"))
 def test_nor_is_one_when_the_primary_is(
-    watched: Watched, fault: Callable[[Watched], AbstractContextManager[None]]
+    watched: Watched, fault: Callable[[Watched], AbstractContextManager[None]], notes: Notes
 ) -> None:
-    survive(watched.cluster, fault(watched))
+    before = watched.sentinels.primary()
+    survive(watched.cluster, fault(watched), notes)
+    notes.happened(f"the primary was {before.port}, and is {watched.sentinels.primary().port}")
+    assert watched.sentinels.primary() is not before
 
 
 #: Bugs by intent: a file, what is in it, what is put in its place, and the fault in which these tests see it.
@@ -487,11 +516,11 @@ BUGS: dict[str, tuple[str, str, str, Fault]] = {
 
 @pytest.mark.parametrize(("name", "text", "instead", "fault"), BUGS.values(), ids=BUGS)
 def test_these_tests_see_a_bug_put_in_on_purpose(
-    name: str, text: str, instead: str, fault: Fault, tmp_path: Path
+    name: str, text: str, instead: str, fault: Fault, tmp_path: Path, notes: Notes
 ) -> None:
     copytree(ROOT / "gserver", tmp_path / "gserver")
     file = tmp_path / "gserver" / name
     assert file.read_text().count(text) == 1
     file.write_text(file.read_text().replace(text, instead))
     with World(tmp_path, 0.2, 1, PYTHONPATH=str(tmp_path)) as world, pytest.raises(AssertionError, match="WRONG"):
-        survive(world.cluster, fault(world))
+        survive(world.cluster, fault(world), notes)

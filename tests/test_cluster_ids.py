@@ -11,11 +11,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import pytest
 
+from gserver.config import Config
+from gserver.redis_link import RedisLink
+from tests.faults.rows import Notes
 from tests.redises import Redis, free_port
 from tests.running import LIMIT, PATIENCE, Running, environment, gserver, until
 from tests.test_cluster import FAST, all_say, cluster, connect, servers_known, started, watching
@@ -133,6 +137,49 @@ def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(tmp_
         until(lambda: redis.members("twins") == {"one": 1}, "the one that stays is counted")
         assert clients[twins.index(staying)].who() == 1
         assert staying.process.poll() is None
+
+
+def clone(redis: Redis, ahead_us: int) -> Iterator[str]:
+    """Beat as a copy of a cluster's only server would: with its id and its incarnation; what Redis says of the holder.
+
+    The monotonic clock of the machine on which it was resumed may be ahead of the other's.
+    """
+
+    def entry() -> list[str]:
+        return str(redis.command("HGET", "{gserver:clones}:members", "one")).split()
+
+    _, then, incarnation = entry()
+    until(lambda: entry()[1] != then, "the server has beaten once more since it was copied")
+    link, sent = RedisLink(Config(redis_url=redis.url, cluster_name="clones")), int(then) + ahead_us
+    answered, known = sent, 0
+    while True:
+        stamp = time.monotonic_ns() // 1000 + ahead_us
+        reply = link.call("one", incarnation, stamp, 5, 2000, 200, "", answered, known, sent)
+        known = reply.clock
+        if reply.holder == incarnation:
+            sent = answered = stamp
+        yield reply.holder.removeprefix(incarnation)
+        time.sleep(0.15)
+
+
+@pytest.mark.fault("A machine was cloned: one id, one incarnation")
+@pytest.mark.parametrize("ahead_us", [0, 10**9], ids=["", "ahead"])
+def test_of_a_server_and_its_clone_one_is_told_that_it_is_not_the_holder(
+    redis: Redis, ahead_us: int, notes: Notes
+) -> None:
+    with Running(*in_cluster(redis, "clones", *FAST, "--server-id", "one")) as server:
+        server.wait_for("cluster.joined")
+        said = list(islice(clone(redis, ahead_us), 12))
+        notes.happened(f"the clone was told {said}")
+        if ahead_us:
+            assert said == [""] * 12, "it is the holder from its first beat on"
+            assert server.exit_code() == 2
+            assert "another live server of cluster clones has the id one" in only_line(server.stderr)
+            redis.wipe()
+        else:
+            assert said[-5:] == ["*"] * 5
+            until(lambda: redis.members("clones") == {"one": 0}, "the clone is not counted")
+            assert not server.events("server.draining")
 
 
 # A start without Redis.

@@ -3,9 +3,10 @@
 The clients stay connected all the time, and each server is asked WHO all the time.
 """
 
+import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.faults.rows import Notes
+from tests.faults.site import SEED
 from tests.netns import Cut, Host, Network, Way
 from tests.redises import FAILOVER_LIMIT, Redis, Server
 from tests.running import LIMIT, PATIENCE, Running, until
@@ -26,10 +29,10 @@ DROPPED = 1 * PATIENCE
 OPEN: dict[str, Any] = {"bind": "0.0.0.0", "protected-mode": "no"}
 
 
-def spread(stack: ExitStack[Any], hosts: list[Host], url: str, beat: float, ttl: float) -> Cluster:
+def spread(stack: ExitStack[Any], hosts: list[Host], url: str, beat: float, ttl: float, workers: int = 1) -> Cluster:
     """A cluster of one server on each host, all of which say the total."""
     cluster = stack.enter_context(Cluster(url, beat, ttl, shares=()))
-    options = "--redis-url", url, "--beat-interval", str(beat), "--member-ttl", str(ttl)
+    options = *cluster.options, "--workers", str(workers)
     for host, share in zip(hosts, SHARES, strict=True):
         with host.inside():
             cluster.members.append(stack.enter_context(SteadyServer(share, *options)))
@@ -41,7 +44,7 @@ def spread(stack: ExitStack[Any], hosts: list[Host], url: str, beat: float, ttl:
 class World(ExitStack[None]):
     """Three servers and a Redis, each on a host of its own."""
 
-    def __init__(self, folder: Path, beat: float, ttl: float) -> None:
+    def __init__(self, folder: Path, beat: float, ttl: float, workers: int = 1) -> None:
         super().__init__()
         self.ttl = ttl
         with ExitStack() as stack:
@@ -50,7 +53,7 @@ class World(ExitStack[None]):
             with self.redis_host.inside():
                 self.redis = stack.enter_context(Redis(folder, **OPEN))
             url = f"redis://{self.redis_host.address}:{self.redis.port}"
-            self.cluster = spread(stack, self.hosts, url, beat, ttl)
+            self.cluster = spread(stack, self.hosts, url, beat, ttl, workers)
             self.members = list(self.cluster.members)
             self.push(stack.pop_all())
 
@@ -127,12 +130,22 @@ def world(shared_world: World) -> World:
 
 
 QUICK, DEFAULT = (0.3, 3.0), (0.5, 5.0)
-quick = pytest.mark.parametrize("shared_world", [QUICK], ids=["quick"], indirect=True)
-default = pytest.mark.parametrize("shared_world", [DEFAULT], ids=["default"], indirect=True)
+#: Of which `bin/test` tries the first only.
+WORKERS = [pytest.param(1, id="1 worker"), pytest.param(3, id="3 workers", marks=pytest.mark.long)]
 
 
-@default
-def test_a_server_that_is_cut_off_counts_its_own_and_is_dropped_after_its_ttl(world: World) -> None:
+def row(fault: str, times: tuple[float, float] = QUICK) -> Callable[[Any], Any]:
+    """Mark a test of the shared world as one of the matrix."""
+    worlds = [pytest.param((*times, each.values[0]), id=each.id, marks=each.marks) for each in WORKERS]
+
+    def mark(test: Any) -> Any:
+        return pytest.mark.fault(fault)(pytest.mark.parametrize("shared_world", worlds, indirect=True)(test))
+
+    return mark
+
+
+@row("One server cut off, both ways", DEFAULT)
+def test_a_server_that_is_cut_off_counts_its_own_and_is_dropped_after_its_ttl(world: World, notes: Notes) -> None:
     cluster, (cut_off, *others), began = world.cluster, world.members, time.monotonic()
     with ExitStack() as ongoing:
         for member in others:
@@ -154,10 +167,11 @@ def test_a_server_that_is_cut_off_counts_its_own_and_is_dropped_after_its_ttl(wo
     cluster.settle(HEALED)
     cluster.assert_as_quick_as_alone(began)
     cluster.check()
+    notes.happened("packets were lost, and the others dropped it")
 
 
-@quick
-def test_a_server_whose_beats_are_lost_is_as_good_as_cut_off(world: World) -> None:
+@row("One server cut off: what it sends is lost")
+def test_a_server_whose_beats_are_lost_is_as_good_as_cut_off(world: World, notes: Notes) -> None:
     cluster, others = world.cluster, world.members[1:]
     for member in others:
         member.watcher.may_say(10, 5)
@@ -169,10 +183,11 @@ def test_a_server_whose_beats_are_lost_is_as_good_as_cut_off(world: World) -> No
             member.watcher.may_say(5, 10)
     cluster.settle(HEALED)
     cluster.check()
+    notes.happened("packets were lost, and the others dropped it")
 
 
-@quick
-def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_off(world: World) -> None:
+@row("One server cut off: what it is sent is lost")
+def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_off(world: World, notes: Notes) -> None:
     """A beat without an answer ends its connection, and there is no other: a connection needs both directions."""
     cluster, others = world.cluster, world.members[1:]
     for member in others:
@@ -186,10 +201,11 @@ def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_of
             member.watcher.may_say(5, 10)
     cluster.settle(HEALED)
     cluster.check()
+    notes.happened("packets were lost, and the others dropped it")
 
 
-@quick
-def test_nobody_is_dropped_while_all_are_cut_off_nor_when_they_are_back(world: World) -> None:
+@row("All servers cut off, twice as long as the TTL")
+def test_nobody_is_dropped_while_all_are_cut_off_nor_when_they_are_back(world: World, notes: Notes) -> None:
     cluster = world.cluster
     expired = cluster.events("cluster.expired")
     with world.cut(*world.to_redis(0, 1, 2), *world.from_redis(0, 1, 2)):
@@ -197,10 +213,11 @@ def test_nobody_is_dropped_while_all_are_cut_off_nor_when_they_are_back(world: W
     cluster.settle(HEALED)
     assert cluster.events("cluster.expired") == expired
     cluster.check()
+    notes.happened("packets were lost, as every server noticed")
 
 
-@quick
-def test_two_that_were_cut_off_together_come_back_without_a_dip(world: World) -> None:
+@row("Two servers cut off")
+def test_two_that_were_cut_off_together_come_back_without_a_dip(world: World, notes: Notes) -> None:
     cluster, third = world.cluster, world.members[2]
     expired = cluster.events("cluster.expired")
     third.watcher.may_say(10, 7, 5, 2)
@@ -211,6 +228,43 @@ def test_two_that_were_cut_off_together_come_back_without_a_dip(world: World) ->
     cluster.settle(HEALED)
     assert cluster.events("cluster.expired") == [expired[0] + 1, expired[1] + 1, expired[2]]
     cluster.check()
+    notes.happened("packets were lost, and the third one dropped both")
+
+
+@row("A link that flaps")
+def test_a_link_that_flaps(world: World, notes: Notes) -> None:
+    """For less than the TTL each time, one way or the other: nobody is dropped, whoever is cut off."""
+    rng, cluster, flaps = random.Random(SEED), world.cluster, 0
+    expired, began = cluster.events("cluster.expired"), time.monotonic()
+    while time.monotonic() < began + 2 * world.ttl:
+        number = rng.randrange(3)
+        way = rng.choice([world.to_redis, world.from_redis])(number)
+        with world.network.cut(*way):
+            cluster.watch(rng.uniform(0, 0.3))
+        flaps += 1
+        cluster.watch(rng.uniform(0, 0.3))
+    cluster.settle(HEALED)
+    cluster.check()
+    assert cluster.events("cluster.expired") == expired
+    notes.happened(f"GSERVER_FAULT_SEED={SEED}: packets were lost {flaps} times")
+
+
+@row("Two partitions in a row")
+def test_two_partitions_in_a_row(world: World, notes: Notes) -> None:
+    """The second one begins as soon as those of the first have been heard again, and cuts off others."""
+    cluster, (first, second, third) = world.cluster, world.members
+    cluster.may_say(10, 5, 8, 7, 2, 3)
+    with world.cut(*world.to_redis(0), *world.from_redis(0)) as cut:
+        first.watcher.may_say(10)
+        for member in (second, third):
+            until(partial(member.watcher.says, 5), "the first one is dropped", world.ttl + LIMIT)
+    cluster.may_say(*range(2, 11))
+    with world.cut(*world.to_redis(1, 2), *world.from_redis(1, 2)):
+        until(partial(first.watcher.says, 5), "the others are dropped", world.ttl + LIMIT)
+        first.watcher.may_say(5, 7, 8, 10)
+    cluster.settle(HEALED)
+    cluster.check()
+    notes.happened(f"packets were lost from {cut.after:.3f} on, and again; each side dropped the other")
 
 
 def kill(server: Running) -> None:
@@ -223,7 +277,8 @@ def stop_untold(server: Running) -> None:
     assert server.events("cluster.not_left")
 
 
-def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(tmp_path: Path) -> None:
+@pytest.mark.fault("A server ends while it is cut off")
+def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(tmp_path: Path, notes: Notes) -> None:
     """Their last beats are lost, and are to stay so: the kernel must not send them again when they are long dropped."""
     with World(tmp_path, *QUICK) as world:
         cluster, (killed, stopped, third) = world.cluster, world.members
@@ -237,6 +292,7 @@ def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(tmp_pa
             until(lambda: time.monotonic() > cut.after + 1.5 * world.ttl, "the network is repaired after it is dropped")
         until(lambda: time.monotonic() > cut.after + 2.5 * world.ttl, "whatever was to be sent again was sent")
         cluster.check()
+        notes.happened("one was killed and one stopped while their packets were lost")
 
 
 class Node(NamedTuple):
@@ -281,13 +337,17 @@ def start_nodes(stack: ExitStack[Any], folder: Path, hosts: list[Host]) -> list[
     return nodes
 
 
-def test_each_side_counts_its_own_when_the_majority_elects_another_primary(tmp_path: Path) -> None:
+@pytest.mark.fault("Primary cut off with one server; the majority elects another")
+@pytest.mark.parametrize("workers", WORKERS)
+def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
+    tmp_path: Path, notes: Notes, workers: int
+) -> None:
     beat, ttl = QUICK
     with ExitStack() as stack:
         network = stack.enter_context(Network(len(SHARES)))
         nodes = start_nodes(stack, tmp_path, network.hosts)
         sentinels = ",".join(f"{node.host.address}:{node.sentinel.port}" for node in nodes)
-        cluster = spread(stack, network.hosts, f"redis+sentinel://{sentinels}/gserver", beat, ttl)
+        cluster = spread(stack, network.hosts, f"redis+sentinel://{sentinels}/gserver", beat, ttl, workers)
         old, *majority = nodes
         cluster.may_say(10, 8, 7, 5)
         to_old = [(node.host, old.host) for node in majority]
@@ -301,3 +361,4 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(tmp_p
         until(lambda: old.role() == "slave", "the old one has heard of it", FAILOVER_LIMIT)
         cluster.settle(HEALED)
         cluster.check()
+        notes.happened("two were primary at once; the one of the minority was demoted when all was well")

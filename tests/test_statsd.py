@@ -145,6 +145,7 @@ def test_every_refusal_has_a_counter_by_what_became_of_the_client() -> None:
         "rejected.too_slow",
         "rejected.idle",
         "rejected.too_many_clients",
+        "rejected.too_many_from_address",
         "rejected.plain_text",
         "rejected.tls_failed",
         "rejected.http",

@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import termios
@@ -297,6 +298,29 @@ def test_who_speaks_plain_text_is_told(server: Running, said: bytes) -> None:
         assert client.rest() == b"ERR TLS only\n"
     assert count("plain_text") == 1
     assert count("tls_failed") == 0
+
+
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
+@pytest.mark.parametrize("first", [b"", b"NOPE\n"], ids=["at rest", "awake"])
+def test_a_record_that_does_not_end_is_too_slow(pems: Path, tmp_path: Path, first: bytes, greenlets: str) -> None:
+    options = ["--line-timeout", "0.5", "--client-greenlets", greenlets]
+    with Running(*certified(pems), *options) as server, RecordClient(server.port, trust(pems), tmp_path) as client:
+        if first:
+            client.send(client.record(first))
+            assert client.line() == b"ERR unknown command\n"
+        client.send(client.record(b"WHY\n")[:-1])
+        assert client.line() == b"ERR too slow\n"
+
+
+def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> None:
+    count = refusals(server)
+    for _ in range(20):
+        client = server.client()
+        client.send(b"WHO\n")
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.sock.close()
+    until(lambda: count("plain_text") + count("tls_failed") >= 20, "all are counted")
+    assert count("plain_text") + count("tls_failed") == 20
 
 
 @pytest.mark.parametrize("said", [b"\x16", b"\x16\x03\x01\x02\x00\x01garbage", b"\x16" + b"\xff" * 5000])

@@ -133,7 +133,7 @@ def fail(client: Client) -> bytes:
 
 def meet_an_exit(client: Client) -> bytes:
     client.send(b"EXIT\n")
-    return client.rest()
+    return client.line()
 
 
 def vanish(client: Client) -> bytes:
@@ -154,7 +154,7 @@ WAYS: dict[Callable[[Client], bytes], tuple[int, bytes]] = {
     mistake: (8, b"ERR unknown command\n"),
     browse: (8, b""),
     fail: (4, b"ERR internal\n"),
-    meet_an_exit: (1, b""),
+    meet_an_exit: (1, b"ERR internal\n"),
     vanish: (5, b""),
 }
 

@@ -1,25 +1,165 @@
-"""Bad input: what a client may send, however much of it and however slowly."""
+"""Bad input: what a client may send, however much of it and however it is cut."""
 
+import random
+import socket
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
 
-from tests.faults.rows import Notes, row
-from tests.faults.site import Site
+from tests.faults.rows import PLAIN, Notes, row
+from tests.faults.site import SEED, Site
+from tests.running import LIMIT, PATIENCE
+from tests.test_admin import status
 
 Start = Callable[..., Site]
+
+UNKNOWN, NOT_ASCII, TOO_LONG = b"ERR unknown command\n", b"ERR not ASCII\n", b"ERR line too long\n"
+LIMIT_BYTES = 1024
+ODD = [b"WHY", b"why\r", b" \t Why \v", b"WHERE", b"where\r", b"", b"\r", b" \t\f", b"WH", b"WHYWHY", b"WHY WHY", b"\0"]
+ODD += [
+    b"WHY\0",
+    b"\x1b[2J\x1b]0;x\a",
+    b"\xff\xfe",
+    b"\xc3\x28",
+    b"WHY\x80",
+    b"{}",
+    b"%s%n",
+    b"../..",
+    b"x" * LIMIT_BYTES,
+]
+HTTP = b"GET / HTTP/1.1", b"POST / HTTP/1.1", b" \r\nOPTIONS * HTTP/1.0", b"PRI * HTTP/2.0", b"get /x y http/3"
+
+
+def reply(line: bytes) -> bytes:
+    """What is said to a line, written anew from docs/protocol.md."""
+    words = line.strip(b" \t\r\v\f").upper()
+    known = {b"": b"", b"WHY": b"42\n", b"WHERE": b"here\n"}
+    return known.get(words, UNKNOWN if max(words, default=0) < 128 else NOT_ASCII)
+
+
+@row("Odd lines")
+def test_odd_lines_get_one_reply_each_and_nothing_of_them_comes_back(start: Start, notes: Notes) -> None:
+    site = start("--log-level", "debug")
+    with site.neighbours(), site.client() as client:
+        for line in ODD:
+            client.send(line + b"\n")
+            if reply(line):
+                assert client.line() == reply(line), line
+        counts = status(site.server)["errors"]
+        notes.happened(f"{counts}")
+        assert counts["not_ascii"] == sum(reply(line) == NOT_ASCII for line in ODD)
+        assert client.ask(b"WHY") == b"42"
+        logged = "".join(site.server.lines)  # Each of which is an event: the neighbours have that checked.
+        assert "2J" not in logged
+        assert "\x1b" not in logged
+
+
+@row("Input in pieces")
+def test_input_in_pieces_of_any_size_and_its_end(start: Start, notes: Notes) -> None:
+    draw = random.Random(SEED)
+    site = start("--unterminated-after", "0")
+    with site.neighbours():
+        for size in (1, 2, 3, 7, 100, 5000, 100_000):
+            lines = draw.choices(ODD[:-1], k=300)
+            sent = b"\n".join([*lines, b"WHERE"])
+            cuts = [0, *sorted({draw.randrange(len(sent)) for _ in range(len(sent) // size)}), len(sent)]
+            with site.client() as client:
+                for begin, end in pairwise(cuts):
+                    client.send(sent[begin:end])
+                got = client.end()
+            assert got == b"".join(map(reply, lines)) + b"here\n", f"GSERVER_FAULT_SEED={SEED}, pieces of {size}"
+            notes.happened(f"{len(cuts) - 1} pieces")
 
 
 @row("Endless line")
 def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: Notes) -> None:
     site = start()
-    with site.neighbours(), site.client() as client:
-        told = b""
-        sent = 0
-        try:
-            for _ in range(160):
-                client.send(b"x" * 65536)
-                sent += 65536
-        except OSError:
-            notes.happened(f"closed after {sent} bytes")
-        else:
-            notes.happened(f"{sent} bytes were sent")
-        assert told in (b"", b"ERR line too long\n")
+    with site.neighbours():
+        for size, told in {LIMIT_BYTES - 1: UNKNOWN, LIMIT_BYTES: UNKNOWN, LIMIT_BYTES + 1: TOO_LONG}.items():
+            for ending in (b"\n", b"\r\n"):
+                with site.client() as client:
+                    client.send(b"x" * size + ending + b"WHY\n")
+                    assert client.end() == told + b"42\n" * (told == UNKNOWN)
+        before = site.resident_of_workers()
+        with site.client() as client:
+            sent, told = 0, b""
+            with suppress(OSError):
+                while sent < 10_000_000:
+                    client.send(b"x" * 65536)
+                    sent += 65536
+                client.send(b"\nWHY\n")
+            grown = site.resident_of_workers() - before
+            with suppress(ConnectionError):  # What came too late for the server makes the kernel reset.
+                told = client.rest()
+            assert told in (b"", TOO_LONG)
+        notes.happened(f"{sent} bytes of a line were sent")
+        notes.measured("memory", grown / 1e6, "MB")
+        assert grown < 3_000_000 * site.variant.workers * PATIENCE
+        assert status(site.server)["rejected"]["line_too_long"] == 3
+
+
+@row("Browser")
+def test_what_looks_like_http_gets_nothing_and_no_later_line_is_run(start: Start, notes: Notes) -> None:
+    site = start()
+    with site.neighbours():
+        for request in HTTP:
+            for ending in (b"\n", b"\r\n"):
+                with site.client() as client:
+                    client.send(request + ending + b"Host: x" + ending * 2 + b"WHO\nWHY\nWHERE\n")
+                    assert client.rest() == b""
+        closed = status(site.server)["rejected"]["http"]
+        notes.happened(f"{closed} were closed")
+        assert closed == 2 * len(HTTP)
+
+
+@row("A million commands at once", quick=None)
+def test_a_million_commands_from_one_client_hold_nobody_up(start: Start, notes: Notes) -> None:
+    site = start()
+    with site.neighbours() as neighbours, site.client() as client:
+        usual = neighbours.answered
+        with site.client() as other:
+            other.sock.settimeout(4 * LIMIT)
+            got = b"".join(pump(other.sock, b"WHY\n" * 1_000_000))
+        assert got == b"42\n" * 1_000_000
+        assert client.who() > 0
+        notes.happened(f"a million were answered, and the neighbours {neighbours.answered - usual} times meanwhile")
+        notes.measured("p99", neighbours.p99() * 1000, "ms")
+        assert neighbours.answered > usual + 20
+
+
+def pump(sock: socket.socket, data: bytes) -> list[bytes]:
+    """Send it all and then the end, reading what comes meanwhile; return that."""
+    rest, is_sent = memoryview(data), False
+    got: list[bytes] = []
+    sock.settimeout(0.01)
+    while True:
+        with suppress(TimeoutError):
+            if rest:
+                rest = rest[sock.send(rest[:16384]) :]
+            elif not is_sent:
+                socket.socket.shutdown(sock, socket.SHUT_WR)
+                is_sent = True
+        with suppress(TimeoutError):
+            piece = sock.recv(65536)
+            if not piece:
+                return got
+            got.append(piece)
+
+
+@row("Urgent data", *PLAIN)
+def test_urgent_bytes_are_no_part_of_a_line_and_make_nobody_spin(start: Start, notes: Notes) -> None:
+    site = start()
+    with site.neighbours():
+        for _ in range(50):
+            with site.client() as client:
+                client.sock.send(b"!", socket.MSG_OOB)
+                client.send(b"WH")
+                client.sock.send(b"!", socket.MSG_OOB)
+                client.send(b"Y\nWHERE\n")
+                assert [client.line(), client.line()] == [b"42\n", b"here\n"]
+                client.sock.send(b"!", socket.MSG_OOB)
+                assert client.end() == b""
+        notes.happened("150 bytes were sent as urgent ones")
+        with site.client() as client:
+            client.sock.send(b"!", socket.MSG_OOB)
+            assert client.ask(b"WHY") == b"42"

@@ -1,0 +1,220 @@
+"""What is lost of 30 days: how often each fault comes, times how long it lasts, times which part of all it hits.
+
+How often is assumed, with the reason beside it. How long and which part are measured (proof/outages.py) where they can
+be; what hits all servers at once is assumed too, and counted apart.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import click
+
+from bench.report import table
+from proof import outages
+from proof.outages import Outage
+from proof.world import write
+
+DAYS = 30
+WINDOW_SECONDS = DAYS * 86400
+OBJECTIVE = 0.9995
+BUDGET_SECONDS = WINDOW_SECONDS * (1 - OBJECTIVE)
+
+
+class Rate(NamedTuple):
+    """How often a fault comes to a service of three servers, and why that; for how long, where it does not say."""
+
+    per_year: float
+    why: str
+    lasts_seconds: float = 0.0
+
+
+#: Of the faults that are measured.
+RATES = {
+    "worker killed": Rate(12, "memory runs out, a bug in a library: once a month"),
+    "worker hung": Rate(6, "a command of one's own that computes for ever; the built-in ones cannot"),
+    "agent killed": Rate(12, "as a worker"),
+    "agent hung": Rate(6, "as a worker"),
+    "server killed": Rate(18, "kernel, out of memory, a person: every two months each"),
+    "host frozen": Rate(12, "a virtual machine is moved or paused: four times a year each"),
+    "host gone": Rate(18, "power, hardware, a switch: every two months each"),
+    "rolling reload": Rate(26, "certificates, commands of one's own: every two weeks"),
+    "rolling restart": Rate(104, "two releases a week"),
+    "Redis primary killed": Rate(6, "every two months"),
+    "Redis primary hung": Rate(6, "a slow disk, a slow command: every two months"),
+    "failover ordered": Rate(24, "upgrades: twice a month"),
+    "Redis wiped": Rate(2, "a mistake: twice a year"),
+    "Redis gone": Rate(12, "it has an objective of its own: half an hour a month", 1800),
+    "server cut off from Redis": Rate(12, "a rule of a firewall, a cable: five minutes a month", 300),
+}
+
+
+class Common(NamedTuple):
+    """What no second server helps against, or no check sees: nothing of it is measured."""
+
+    what: str
+    per_year: float
+    seconds: float
+    share: float
+    why: str
+
+    @property
+    def cost(self) -> float:
+        """Seconds in 30 days."""
+        return in_window(self.per_year, self.seconds * self.share)
+
+
+COMMON = (
+    Common("a server that checks see as up, and clients as down", 6, 300, 1 / 3, "until a person sees it"),
+    Common("the balancer fails over", 6, 10, 1, "a pair of them, by VRRP or the like"),
+    Common("overload", 2.4, 600, 1 / 2, "a crowd beyond what two servers carry"),
+    Common("a bad release or configuration reaches all", 2.4, 1200, 1, "not staged, or bad in a way that shows late"),
+    Common("the site or the provider is down", 1.2, 1800, 1, "one site"),
+    Common("a mistake in DNS", 0.6, 3600, 1, "as long as its TTL"),
+)
+
+
+class Cost(NamedTuple):
+    """Seconds in 30 days, by the median of the trials, by the worst of them, and by the worst with one retry."""
+
+    median: float
+    worst: float
+    retried: float
+
+
+def in_window(per_year: float, seconds: float) -> float:
+    """Seconds in 30 days of what takes so many each time."""
+    return per_year * DAYS / 365 * seconds
+
+
+def cost(rate: Rate, trials: Sequence[Outage], lasts_seconds: float = 0.0) -> Cost:
+    """What a fault costs. One that lasts for as long as it likes, and then has to recover, hits all until then."""
+    each = [lasts_seconds + trial.seconds * (1 if lasts_seconds else trial.share) for trial in trials]
+    retried = [trial.seconds * trial.retried for trial in trials]
+    return Cost(*(in_window(rate.per_year, seconds) for seconds in (median(each), max(each), max(retried))))
+
+
+def costs(report: dict[str, Any], sort: str) -> dict[str, tuple[Rate, list[Outage], Cost]]:
+    """What was measured of each fault, and what that costs. No reply depends on how long Redis is away."""
+    found = {name: [Outage(*figures) for figures in each] for name, each in report[sort].items()}
+    rates = {name: RATES[name] if sort == "who" else RATES[name]._replace(lasts_seconds=0.0) for name in found}
+    return {name: (rate, found[name], cost(rate, found[name], rate.lasts_seconds)) for name, rate in rates.items()}
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum."""
+    return Cost(*map(sum, zip(*costs, strict=True)))
+
+
+def availability(lost_seconds: float) -> str:
+    """As a percentage."""
+    percent = f"{100 * (1 - lost_seconds / WINDOW_SECONDS):.4f} %"
+    return percent if lost_seconds == 0 else percent.replace("100.0000", "over 99.9999")
+
+
+def _cells(rate: Rate, trials: Sequence[Outage]) -> list[str]:
+    """How long, and which part: the median, and the worst in brackets."""
+    seconds, shares = [each.seconds for each in trials], [each.share for each in trials]
+    if rate.lasts_seconds:
+        return [f"{_seconds(rate.lasts_seconds)} + {_both(_seconds, seconds)}", "all"]
+    return [_both(_seconds, seconds), _both(_percent, shares) if any(shares) else "none"]
+
+
+def _both(write: Callable[[float], str], values: Sequence[float]) -> str:
+    middle, worst = write(median(values)), write(max(values))
+    return middle if middle == worst else f"{middle} ({worst})"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.2f}" if 0 < value < 10 else f"{value:,.0f}"
+
+
+def replies_table(report: dict[str, Any]) -> str:
+    """What each fault that can be made costs replies, and their sum."""
+    found = costs(report, "replies")
+    rows = [
+        [name, f"{rate.per_year:g}", rate.why, *_cells(rate, trials), *map(_seconds, each)]
+        for name, (rate, trials, each) in found.items()
+    ]
+    sums = [f"**{_seconds(each)}**" for each in total(each for *_, each in found.values())]
+    head = ["fault", "a year", "assumed, because", "lasts, s", "requests hit", "s in 30 days", "worst", "with a retry"]
+    return table(head, [*rows, ["**sum**", "", "", "", "", *sums]])
+
+
+def who_table(report: dict[str, Any]) -> str:
+    """For how long WHO is not exact, and the sum."""
+    found = costs(report, "who")
+    rows = [
+        [name, f"{rate.per_year:g}", *_cells(rate, trials), *map(_seconds, each[:2])]
+        for name, (rate, trials, each) in found.items()
+    ]
+    sums = [f"**{_seconds(each)}**" for each in total(each for *_, each in found.values())[:2]]
+    head = ["fault", "a year", "wrong for, s", "answers wrong", "s in 30 days", "worst"]
+    return table(head, [*rows, ["**sum**", "", "", "", *sums]])
+
+
+def common_table() -> str:
+    """What hits all of it, and the sum."""
+    rows = [
+        [each.what, f"{each.per_year:g}", each.why, _seconds(each.seconds), _percent(each.share), _seconds(each.cost)]
+        for each in COMMON
+    ]
+    rows.append(["**sum**", "", "", "", "", f"**{_seconds(sum(each.cost for each in COMMON))}**"])
+    return table(["cause", "a year", "assumed, because", "lasts, s", "requests hit", "s in 30 days"], rows)
+
+
+def sums_table(report: dict[str, Any]) -> str:
+    """The sums beside the budget."""
+    by_median, by_worst, retried = total(each for *_, each in costs(report, "replies").values())
+    common = sum(each.cost for each in COMMON)
+    stale = {name: each.worst for name, (*_, each) in costs(report, "who").items()}
+    redis = sum(each for name, each in stale.items() if "Redis" in name)
+    lines = {
+        "single faults, measured, median": by_median,
+        "single faults, measured, worst": by_worst,
+        "single faults, worst, and each client tries twice": retried,
+        "common causes, assumed": common,
+        "**single faults, worst, and common causes**": by_worst + common,
+        "the same, if a reply needed Redis": by_worst + common + redis,
+        "WHO not exact, worst (an objective of its own)": sum(stale.values()),
+    }
+    rows = [[what, _seconds(lost), _percent(lost / BUDGET_SECONDS), availability(lost)] for what, lost in lines.items()]
+    return table(["", "s in 30 days", f"of the {BUDGET_SECONDS:,.0f} s of 99.95 %", "availability"], rows)
+
+
+def needed(servers: int, objective: float = OBJECTIVE) -> float:
+    """How available each server must be, if they fail independently of one another and one that is left is enough."""
+    return 1 - float((1 - objective) ** (1 / servers))
+
+
+def together(servers: int, each: float) -> float:
+    """How available so many servers are together at best."""
+    return 1 - float((1 - each) ** servers)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--measure", is_flag=True, help="Measure first how long each fault lasts: as root, 5 minutes a round.")
+@click.option("--rounds", default=5, show_default=True, help="How often each fault is measured.")
+@click.option("--only", default="", help="Measure only the faults whose names contain this, and write nothing.")
+def main(measure: bool, rounds: int, only: str) -> None:
+    """Add up what faults cost of 99.95 %, from docs/outages.json, and write the tables of docs/reliability.md."""
+    from proof import page
+
+    if measure:
+        report = outages.measure(rounds, lambda text: click.echo(text, err=True), only)
+        if only:
+            return
+        write(report, outages.FILE)
+    page.render()
+    report = json.loads(outages.FILE.read_text())
+    for text in (replies_table(report), common_table(), who_table(report), sums_table(report)):
+        click.echo(text + "\n")
+
+
+if __name__ == "__main__":
+    main(prog_name="bin/availability")

@@ -1,0 +1,341 @@
+"""How long real faults last, for replies and for WHO: docs/outages.json, by `bin/availability --measure`."""
+
+import json
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from proof.probes import LIMIT_SECONDS, PERIOD_SECONDS
+from proof.world import Member, World, machine, undisturbed
+from tests.redises import FAILOVER_LIMIT
+from tests.running import LIMIT, ROOT, Client, environment, stopped, until
+from tests.test_cluster_partition import Node
+
+FILE = ROOT / "docs/outages.json"
+#: Of Redis, or of one server's way to it, where a fault lasts for as long as one likes.
+LASTING_SECONDS = 8.0
+#: After it is over nobody fails for so long.
+CALM_SECONDS = 1.5
+SHARE = 5  #: clients of each server
+
+
+class Outage(NamedTuple):
+    """From the fault, or its end, to the last that went wrong; which part of all until then did; after a retry, too."""
+
+    seconds: float
+    share: float
+    retried: float = 0.0
+
+
+# Faults. The body begins when the fault is there for all to see; the end of `with` mends what is to be mended.
+
+Happening = Callable[[World], AbstractContextManager[None]]
+
+
+def ends(role: str, how: Callable[[psutil.Process], None], sign: str = "") -> Happening:
+    """A worker or the agent is killed, or hangs until the supervisor has seen that; another takes its place."""
+
+    @contextmanager
+    def happen(world: World) -> Iterator[None]:
+        server = world.members[0].server
+        ready, seen = len(server.events(f"{role}.ready")), len(server.events(sign))
+        how((server.workers() if role == "worker" else server.agents())[0])
+        if sign:
+            server.wait_for(sign, seen + 1, 2 * LIMIT)
+        yield
+        server.wait_for(f"{role}.ready", ready + 1, 2 * LIMIT)
+
+    return happen
+
+
+@contextmanager
+def server_killed(world: World) -> Iterator[None]:
+    """All its processes, by kill -9; it is started again later."""
+    world.members[0].server.kill()
+    yield
+    world.members[0].start()
+
+
+@contextmanager
+def host_frozen(world: World) -> Iterator[None]:
+    """All processes of a server stand still, as on a paused virtual machine, and go on later."""
+    with stopped(*world.members[0].tree()):
+        _wait_for_balancer(world, "DOWN")
+        yield
+
+
+@contextmanager
+def host_gone(world: World) -> Iterator[None]:
+    """No packet comes from it or goes there: a machine without power, a dead switch."""
+    host = world.members[0].host
+    others = [world.front_host, *(node.host for node in world.nodes)]
+    with world.network.cut(*world.between(host, *others)):
+        _wait_for_balancer(world, "DOWN")
+        yield
+
+
+def _wait_for_balancer(world: World, state: str) -> None:
+    until(lambda: world.front.states()["gs1"] == state, f"HAProxy sees it {state}")
+
+
+@contextmanager
+def rolling_reload(world: World) -> Iterator[None]:
+    """SIGHUP to one server after another."""
+    for member in world.members:
+        reloaded = len(member.server.events("server.reloaded"))
+        member.server.send_signal(signal.SIGHUP)
+        member.server.wait_for("server.reloaded", reloaded + 1)
+    yield
+
+
+@contextmanager
+def rolling_restart(world: World) -> Iterator[None]:
+    """SIGTERM and a new start, of one server after another, each when HAProxy has the one before again."""
+    for member in world.members:
+        assert member.server.stop() == 0
+        member.start()
+        until(lambda: {*world.front.states().values()} == {"UP"}, "all are up")
+    yield
+
+
+def promotes(fault: Callable[[Node], None], mend: Callable[[Node], None] = lambda _: None) -> Happening:
+    """The fault makes another Redis primary; the old one, mended, is its replica in the end."""
+
+    @contextmanager
+    def happen(world: World) -> Iterator[None]:
+        old = world.primary()
+        with old.host.inside():
+            fault(old)
+        yield
+        others = [node for node in world.nodes if node is not old]
+        until(lambda: any(node.role() == "master" for node in others), "another is primary", FAILOVER_LIMIT)
+        with old.host.inside():
+            mend(old)
+
+    return happen
+
+
+@contextmanager
+def wiped(world: World) -> Iterator[None]:
+    """FLUSHALL."""
+    node = world.primary()
+    with node.host.inside():
+        node.redis.wipe()
+    yield
+
+
+def cut_off(count: int) -> Happening:
+    """So many servers reach neither Redis nor Sentinels; their clients reach them."""
+
+    @contextmanager
+    def happen(world: World) -> Iterator[None]:
+        nodes = [node.host for node in world.nodes]
+        with world.network.cut(*(way for m in world.members[:count] for way in world.between(m.host, *nodes))):
+            yield
+            time.sleep(LASTING_SECONDS)
+
+    return happen
+
+
+class Fault(NamedTuple):
+    """Timed from its beginning, or from its end where it lasts for as long as one likes.
+
+    `gone`: the first server's clients are out of reach.
+    """
+
+    name: str
+    happen: Happening
+    is_of_who: bool = True
+    lasts: bool = False
+    gone: bool = False
+
+
+FAULTS = (
+    Fault("worker killed", ends("worker", psutil.Process.kill)),
+    Fault("worker hung", ends("worker", psutil.Process.suspend, "worker.hung"), is_of_who=False),
+    Fault("agent killed", ends("agent", psutil.Process.kill)),
+    Fault("agent hung", ends("agent", psutil.Process.suspend)),
+    Fault("server killed", server_killed, gone=True),
+    Fault("host frozen", host_frozen, is_of_who=False),
+    Fault("host gone", host_gone, gone=True),
+    Fault("rolling reload", rolling_reload, is_of_who=False),
+    Fault("rolling restart", rolling_restart, is_of_who=False),
+    Fault("Redis primary killed", promotes(lambda old: old.redis.kill(), lambda old: old.redis.start())),
+    Fault("Redis primary hung", promotes(lambda old: old.redis.freeze(), lambda old: old.redis.thaw())),
+    Fault("failover ordered", promotes(lambda old: old.sentinel.command("SENTINEL", "FAILOVER", "gserver"))),
+    Fault("Redis wiped", wiped),
+    Fault("Redis gone", cut_off(3), lasts=True),
+    Fault("server cut off from Redis", cut_off(1), lasts=True),
+)
+
+
+# Replies
+
+
+@contextmanager
+def probing(world: World) -> Iterator[list[tuple[float, int]]]:
+    """Requests go through HAProxy during the body; when each was due, and its tries, are in the list after it."""
+    found: list[tuple[float, int]] = []
+    words = [sys.executable, "-P", "-m", "proof.probes", "127.0.0.1", str(world.front.port)]
+    with world.front_host.inside():
+        probes = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert probes.stdout
+        assert probes.stdout.readline() == "ready\n"
+        yield found
+        told, _ = probes.communicate("\n", timeout=LIMIT)
+        found += [(at, tries) for at, tries in json.loads(told)]
+    finally:
+        probes.kill()
+        probes.wait(LIMIT)
+
+
+def of_replies(world: World, fault: Fault) -> Outage:
+    """One trial: the outage of replies, as clients of the balancer see it."""
+    with probing(world) as probes:
+        time.sleep(1)
+        began = time.monotonic()
+        with fault.happen(world):
+            time.sleep(CALM_SECONDS)
+        _wait_for_balancer(world, "UP")
+        ended = time.monotonic()
+        time.sleep(CALM_SECONDS)
+    for at, tries in probes:
+        assert tries == 1 or began - LIMIT_SECONDS < at < ended + CALM_SECONDS / 2, "failures before or after the fault"
+    return outage(probes, began)
+
+
+def outage(probes: list[tuple[float, int]], began: float) -> Outage:
+    """What requests, some of which have failed for a fault that began then, say of it."""
+    failed = [at for at, tries in probes if tries != 1]
+    if not failed:
+        return Outage(0.0, 0.0)
+    seconds = max(failed) - min([began, *failed]) + PERIOD_SECONDS
+    count = seconds / PERIOD_SECONDS
+    return Outage(seconds, len(failed) / count, sum(tries == 0 for _, tries in probes) / count)
+
+
+# WHO
+
+
+class Watcher:
+    """Asks one server WHO all the time; when it loses its connection it comes again."""
+
+    def __init__(self, member: Member) -> None:
+        self.answers: list[tuple[float, int]] = []
+        self._member = member
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(0.01):
+            with suppress(OSError, AssertionError, ValueError), self._connect() as client:
+                while not self._is_over.wait(0.005):
+                    self.answers.append((time.monotonic(), client.who()))
+
+    def _connect(self) -> Client:
+        with self._member.host.inside():
+            return self._member.server.client()
+
+    def says(self, count: int) -> bool:
+        """Whether its latest answer is this one, and of just now."""
+        return bool(self.answers) and self.answers[-1][1] == count and self.answers[-1][0] > time.monotonic() - 0.5
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._is_over.set()
+        self._thread.join(LIMIT)
+
+
+class Census(ExitStack[None]):
+    """Clients of each server, as many as one knows of, and a watcher."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.clients: dict[str, list[Client]] = {member.name: [] for member in world.members}
+        self.watchers = {member.name: Watcher(member) for member in world.members}
+        for member in world.members:
+            self.callback(self.watchers[member.name].stop)
+            for _ in range(SHARE):
+                self.come(member)
+
+    def come(self, member: Member) -> None:
+        """One more."""
+        with member.host.inside():
+            client = self.enter_context(member.server.client())
+        client.ask(b"WHY")
+        self.clients[member.name].append(client)
+
+    def total(self, without: str = "") -> int:
+        """How many there are, of all servers but one."""
+        names = [name for name in self.clients if name != without]
+        return len(names) + sum(_is_open(client) for name in names for client in self.clients[name])
+
+    def all_say(self, without: str = "") -> bool:
+        """Whether the servers do, all but one."""
+        total = self.total(without)
+        return all(watcher.says(total) for name, watcher in self.watchers.items() if name != without)
+
+
+def _is_open(client: Client) -> bool:
+    with suppress(OSError):
+        return not select.select([client.sock], [], [], 0)[0] or client.sock.recv(1, socket.MSG_PEEK) != b""
+    return False
+
+
+def of_who(world: World, fault: Fault) -> Outage:
+    """One trial: a client comes right after the fault; until when somebody whom clients reach says a wrong number."""
+    first, _, third = world.members
+    without = first.name if fault.gone else ""
+    with Census(world) as census:
+        until(census.all_say, "all are exact")
+        began = time.monotonic()
+        with fault.happen(world):
+            census.come(third)
+            if not fault.lasts:
+                until(lambda: census.all_say(without), "all are exact again", FAILOVER_LIMIT)
+                ended, total = time.monotonic() + CALM_SECONDS, census.total(without)
+                time.sleep(CALM_SECONDS)
+        if fault.lasts:
+            began = time.monotonic()
+            until(lambda: census.all_say(without), "all are exact again", FAILOVER_LIMIT)
+            time.sleep(CALM_SECONDS)
+            ended, total = time.monotonic(), census.total(without)
+        heard = [w.answers for name, w in census.watchers.items() if name != without]
+        return wrong([each for answers in heard for each in answers if began <= each[0] <= ended], began, total)
+
+
+def wrong(answers: list[tuple[float, int]], began: float, total: int) -> Outage:
+    """How long answers were wrong, and which part of them until then."""
+    bad = [at for at, count in answers if count != total]
+    if not bad:
+        return Outage(0.0, 0.0)
+    return Outage(max(bad) - began, len(bad) / sum(at <= max(bad) for at, _ in answers))
+
+
+def measure(rounds: int, say: Callable[[str], None], only: str = "") -> dict[str, Any]:
+    """Every fault so many times, for replies and for WHO, in turn."""
+    report: dict[str, Any] = {"machine": machine(), "rounds": rounds, "replies": {}, "who": {}}
+    faults = [fault for fault in FAULTS if only in fault.name]
+    trials = [(fault, "replies", of_replies) for fault in faults]
+    trials += [(fault, "who", of_who) for fault in faults if fault.is_of_who]
+    with undisturbed(), tempfile.TemporaryDirectory() as folder, World(Path(folder)) as world:
+        for number in range(rounds):
+            for fault, sort, trial in trials:
+                world.settle()
+                found = trial(world, fault)
+                report[sort].setdefault(fault.name, []).append([round(figure, 4) for figure in found])
+                say(f"{number + 1}/{rounds} {fault.name}, {sort}: {found.seconds:.2f} s, {found.share:.1%} of all")
+    return report

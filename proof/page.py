@@ -1,0 +1,116 @@
+"""docs/reliability.md: what stands between its marks is written from the reports in docs/*.json."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from bench.report import number, table
+from proof import availability, fuzz_report
+from tests.running import ROOT
+
+PAGE = ROOT / "docs/reliability.md"
+
+Report = dict[str, Any]
+
+
+def faults(report: Report) -> str:
+    """A line for each fault of the matrix: what was done, in how many variants it was survived, and figures."""
+    found: dict[str, list[Report]] = {}
+    for case in report["cases"]:
+        found.setdefault(case["fault"], []).append(case)
+    rows = [[fault, _told(cases), _outcomes(cases), _figures(cases)] for fault, cases in found.items()]
+    cases, machine = report["cases"], report["machine"]
+    survived = sum(case["outcome"] == "survived" for case in cases)
+    head = f"{len(found)} faults; {survived} of {len(cases)} cases survived, in {report['seconds'] / 60:.0f} minutes"
+    return f"{head} (seed {machine['seed']}; {machine['system']}, Python {machine['python']}).\n\n" + table(
+        ["fault", "it happened", "survived", "figures"], rows
+    )
+
+
+def _told(cases: list[Report]) -> str:
+    """What showed that it was there, of the first case that says so."""
+    told: list[str] = next((case["happened"] for case in cases if case.get("happened")), ["-"])
+    return "; ".join(told).replace("|", "\\|")
+
+
+def _outcomes(cases: list[Report]) -> str:
+    survived = sum(case["outcome"] == "survived" for case in cases)
+    others = [
+        f"{case['outcome']}: {case.get('why', '')}".strip(": ") for case in cases if case["outcome"] != "survived"
+    ]
+    return "; ".join([f"{survived} of {len(cases)}", *dict.fromkeys(others)])
+
+
+def _figures(cases: list[Report]) -> str:
+    """Of each figure the least and the greatest of all cases."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for case in cases:
+        for name, (value, unit) in case.get("measured", {}).items():
+            values.setdefault((name, unit), []).append(value)
+    return ", ".join(
+        f"{name} {' .. '.join(dict.fromkeys(map(number, (min(each), max(each)))))} {unit}"
+        for (name, unit), each in values.items()
+    )
+
+
+def told(timeline: Report) -> str:
+    """What a timeline shows, in a line."""
+    events = ", ".join(f"{what} at {at:.1f} s" for at, what in timeline["events"])
+    asked = f"{timeline['answers']:,} answers in {timeline['seconds']:.0f} s"
+    return (
+        f"{asked}, the slowest after {timeline['slowest ms']} ms; "
+        f"{timeline['broken'] or 'none'} broke the promise of WHO. Seed {timeline['seed']}: {events}."
+    )
+
+
+def soak(report: Report) -> str:
+    """What hours of load and faults have shown, in a line."""
+    replies, count = report["replies"], sum(len(fault["seconds"]) for fault in report["faults"].values())
+    return (
+        f"{report['seconds'] / 3600:.1f} hours, {count} faults of {len(report['faults'])} kinds; "
+        f"{replies['right']:,} right replies, {replies['wrong'] or 'none'} wrong, {replies['lost'] or 'none'} lost "
+        "but to a fault of their own server; all that is held was measured "
+        f"{len(report['censuses'])} times meanwhile. [soak.md](soak.md) has the figures."
+    )
+
+
+def _machine(report: Report) -> str:
+    return "; ".join(report["machine"].values())
+
+
+def _in(name: str) -> Callable[[Report], str]:
+    return lambda report: told(report[name])
+
+
+#: What stands between the marks of each name, and which report it is written from.
+SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "faults": ("faults", faults),
+    "fuzz": ("fuzz", fuzz_report.section),
+    "soak": ("soak", soak),
+    "failover": ("timelines", _in("failover")),
+    "partition": ("timelines", _in("partition")),
+    "timelines machine": ("timelines", _machine),
+    "replies": ("outages", availability.replies_table),
+    "common": ("outages", lambda _: availability.common_table()),
+    "who": ("outages", availability.who_table),
+    "sums": ("outages", availability.sums_table),
+    "outages machine": ("outages", _machine),
+}
+
+
+def sections() -> dict[str, str]:
+    """All that there is a report for."""
+    files = {name: ROOT / f"docs/{name}.json" for name, _ in SECTIONS.values()}
+    reports = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    return {mark: write(reports[name]) for mark, (name, write) in SECTIONS.items() if name in reports}
+
+
+def render() -> None:
+    """Write them into the page."""
+    page = PAGE.read_text()
+    for mark, text in sections().items():
+        begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+        assert begin in page, begin
+        head, _, rest = page.partition(begin)
+        page = f"{head}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    PAGE.write_text(page)

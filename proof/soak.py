@@ -1,0 +1,222 @@
+"""Hours of load and faults, and what they have shown: see `bin/soak --help`."""
+
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import pytest
+from redis import RedisError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from proof.soak_faults import FAULTS
+from proof.soak_judge import Report, complaints, render, written
+from proof.soak_load import Load
+from proof.soak_world import NAMES, World, eventually
+from tests.redises import FAILOVER_LIMIT
+from tests.running import ROOT
+
+#: What may go wrong in a way that is worth a line in the report.
+EXPECTED = (
+    *(AssertionError, OSError, ValueError, KeyError, subprocess.SubprocessError, RedisError, psutil.Error),
+    *(pytest.fail.Exception, pytest.skip.Exception),
+)
+
+
+class Soak:
+    """One of them. The report grows as it goes."""
+
+    def __init__(self, hours: float, pace: float, seed: int, names: list[str], progress: Progress) -> None:
+        self._seconds, self._names, self._random, self._progress = hours * 3600, names, random.Random(seed), progress
+        self._seed = seed
+        self._pace = min(pace, hours * 900)
+        self._task: TaskID = progress.add_task("starting", total=self._seconds)
+        self._began = time.monotonic()
+        command = f"bin/soak --hours {hours:g} --every {pace:g} --seed {seed}"
+        self.report: Report = {"command": command, "machine": _machine(), "seconds": 0.0}
+        self.report |= {"is_interrupted": False, "failures": [], "faults": {}, "censuses": []}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the load began."""
+        return time.monotonic() - self._began
+
+    def run(self, folder: Path) -> None:
+        """Run it to its end."""
+        with World(folder, self._seed) as world:
+            self._load = Load(world.members, self._seed)
+            self._began = time.monotonic()
+            try:
+                self._go_on(world)
+            except KeyboardInterrupt:
+                self.report["is_interrupted"] = True
+                self._say("interrupted")
+            finally:
+                self._keep(world, "at the end")
+                self._load.stop()
+
+    def _go_on(self, world: World) -> None:
+        """One fault after another, a census now and then, each at its time or as soon as there is time for it."""
+        next_fault = self._pace / 2
+        drawn = self._draw()
+        eventually(partial(world.are_well, self._load.usual_ceiling), "all begin well")
+        self._load.may_call.set()
+        self._settle(world)
+        self._census(world)
+        while self.elapsed < self._seconds:
+            self._progress.update(self._task, completed=self.elapsed)
+            if self.elapsed >= next_fault:
+                self._happen(world, next(drawn))
+                next_fault = max(next_fault + self._pace, self.elapsed + 1)
+            if self.elapsed >= len(self.report["censuses"]) * 6 * self._pace:
+                self._census(world)
+            time.sleep(0.1)
+        self._census(world)
+
+    def _draw(self) -> Iterator[str]:
+        """Yield all in a new order, again and again."""
+        while True:
+            yield from self._random.sample(self._names, len(self._names))
+
+    def _happen(self, world: World, name: str) -> None:
+        fault, load = FAULTS[name], self._load
+        member = world.members[NAMES.index(self._random.choice(fault.victims))]
+        noted = self.report["faults"].setdefault(name, {"seconds": [], "happened": ""})
+        member.excuse, load.ceiling = fault.excuse, load.usual_ceiling + fault.crowd
+        try:
+            try:
+                noted["happened"] = fault.act(world, member)
+            finally:
+                world.heal()
+            ended = time.monotonic()
+            self._settle(world)
+            noted["seconds"].append(round(time.monotonic() - ended, 2))
+            self._say(f"{name}, {member.name}: {noted['happened']}; well after {noted['seconds'][-1]:.1f} s")
+        except EXPECTED as error:
+            self._fail(f"{name}, {member.name}: {error!r}")
+        finally:
+            member.excuse, load.ceiling = "", load.usual_ceiling
+        self._keep(world, f"{name}, {member.name}")
+        with suppress(*EXPECTED):  # The next fault of Redis waits for it, and says so.
+            eventually(world.is_redundant, "Redis has two replicas again", FAILOVER_LIMIT)
+
+    def _settle(self, world: World) -> None:
+        """Until all is well, and every client is served anew."""
+        self._load.are_served()
+        are_well = partial(world.are_well, self._load.usual_ceiling)
+        eventually(are_well, lambda: f"all is well: {[member.status() for member in world.members]}")
+
+    def _census(self, world: World) -> None:
+        self._load.pause()
+        try:
+            self.report["censuses"].append(world.census(self.elapsed))
+            held = self.report["censuses"][-1]["held"].values()
+            self._say(f"census: WHO {self.report['censuses'][-1]['who']}, {sum(each[0] for each in held) / 1e6:.1f} MB")
+        except EXPECTED as error:
+            self._fail(f"census: {error!r}")
+        self._load.may_call.set()
+        self._keep(world, "census")
+
+    def _keep(self, world: World, during: str) -> None:
+        """Bring the report up to date."""
+        for complain in (self._load.complaints, *(member.complaints for member in world.members)):
+            for text in complain():
+                self._fail(f"{during}: {text}")
+        self.report |= {"seconds": round(self.elapsed, 1), "kinds": dict(self._load.kinds)}
+        self.report |= {"replies": dict(self._load.replies)}
+
+    def _fail(self, text: str) -> None:
+        self.report["failures"].append(f"{self.elapsed:.0f} s, {text}"[:2000])
+        self._say(f"WRONG: {self.report['failures'][-1]}")
+
+    def _say(self, text: str) -> None:
+        shown = f"{self.elapsed:7.1f} s  {text}"
+        if self._progress.disable:
+            click.echo(shown, err=True)
+        else:
+            self._progress.console.print(shown, markup=False, highlight=False)
+            self._progress.update(self._task, description=text[:60])
+
+
+def _machine() -> dict[str, Any]:
+    """Where it is."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "gserver": done.stdout.strip() or "of no commit",
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "Python": platform.python_version(),
+    }
+
+
+@contextmanager
+def _shown() -> Iterator[Progress]:
+    """Show how far it is: a bar on a terminal, lines elsewhere."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=2
+    ) as progress:
+        yield progress
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--hours", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="How long.")
+@click.option(
+    "--every",
+    type=click.FloatRange(1),
+    default=20.0,
+    show_default=True,
+    help="Seconds from fault to fault; a census comes at each sixth.",
+)
+@click.option("--seed", type=int, default=None, help="What faults, when and to whom: the same for the same seed.")
+@click.option("--only", multiple=True, type=click.Choice(sorted(FAULTS)), metavar="FAULT", help="Faults to have: all.")
+@click.option(
+    "--report",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write what was found, as JSON; a page of it is written beside it.",
+)
+def main(hours: float, every: float, seed: int | None, only: tuple[str, ...], path: Path | None) -> None:
+    """Have three servers, Redis and Sentinels under load and faults for hours.
+
+    Exits with 0 when nothing was wrong, 1 when something was, 2 when it could not be found out. Ctrl-C ends it early,
+    with what was found until then.
+    """
+    seed = random.SystemRandom().randrange(1, 1_000_000) if seed is None else seed
+    click.echo(f"seed {seed}", err=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _shown() as progress, tempfile.TemporaryDirectory(prefix="gserver-soak-") as folder:
+        soak = Soak(hours, every, seed, list(only or FAULTS), progress)
+        try:
+            soak.run(Path(folder))
+        except (*EXPECTED, KeyboardInterrupt) as error:
+            if not soak.report["censuses"]:
+                click.echo(f"soak: {error or 'interrupted before it began'}", err=True)
+                sys.exit(2)
+            soak.report["failures"].append(f"it ended early: {error!r}")
+    if path:
+        path.write_text(written(soak.report))
+        path.with_suffix(".md").write_text(render(soak.report))
+    click.echo(render(soak.report))
+    sys.exit(1 if list(complaints(soak.report)) else 0)
+
+
+if __name__ == "__main__":
+    main(prog_name="bin/soak")

@@ -1,0 +1,247 @@
+"""The faults of a soak. Each makes its fault happen and tells what showed that it did; `World.heal` ends it."""
+# ruff: noqa: ARG001 (all faults are told of the same things)
+
+import array
+import fcntl
+import http.client
+import signal
+import socket
+import termios
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import NamedTuple
+
+import psutil
+
+from proof.soak_world import MAX_CLIENTS, NAMES, Member, World, eventually
+from tests.redises import Redis, Sentinels, Server
+from tests.running import LIMIT, Client, gserver, stopped
+
+Act = Callable[[World, Member], str]
+CROWD = 2 * MAX_CLIENTS  # those of a server, and of one before it by that name
+#: The one that may be restarted, and those whose processes may die: the third lives on, so that its memory tells.
+FIRST, MORTAL = NAMES[:1], NAMES[:2]
+
+
+class Fault(NamedTuple):
+    """One kind: to whom it may happen, and what their clients may see of it."""
+
+    act: Act
+    victims: tuple[str, ...] = NAMES
+    excuse: str = ""  #: see `Member.excuse`
+    crowd: int = 0  #: by how much WHO may say more
+
+
+def _told(action: str, do: Callable[[], object], *members: Member) -> str:
+    """What this does makes each of them log that."""
+    before = [member.log.actions[action] for member in members]
+    do()
+
+    def have() -> list[int]:
+        return [member.log.actions[action] - count for member, count in zip(members, before, strict=True)]
+
+    eventually(lambda: all(have()), lambda: f"{action} by all of {[member.name for member in members]}: {have()}")
+    return f"logged {action}"
+
+
+# A server's processes.
+
+
+def _process(role: str, do: Callable[[psutil.Process], None], action: str, world: World, member: Member) -> str:
+    process = world.random.choice([each for name, each in member.processes().items() if name.startswith(role)])
+    told = _told(action, lambda: do(process), member)
+    member.deaths += 1
+    return told
+
+
+def _held_up(world: World, member: Member) -> str:
+    with stopped(worker := world.random.choice(member.running.workers())):
+        time.sleep(1)
+    assert worker.is_running()
+    return "it stood still, and was not replaced"
+
+
+def _reload(world: World, member: Member) -> str:
+    before = member.processes().keys()
+    _told("server.reloaded", lambda: member.running.send_signal(signal.SIGHUP), member)
+    eventually(lambda: len(member.processes().keys() & before) == 1, "all but the supervisor are new")
+    return "all processes but the supervisor are new"
+
+
+def _ended(number: signal.Signals, code: int, world: World, member: Member) -> str:
+    member.running.send_signal(number)
+    assert member.running.exit_code() == code, member.running.stderr
+    assert not (told := member.complaints()), told
+    member.start()
+    return f"exit code {code}, started again"
+
+
+def _same_id(world: World, member: Member) -> str:
+    done = gserver("--port", "0", "--server-id", member.name, "--redis-url", world.redises.url)
+    assert done.returncode == 2, done
+    return "it was refused"
+
+
+# Redis and its Sentinels.
+
+
+def _noticed(action: str, seconds: float, do: Callable[[World], object], world: World, member: Member) -> str:
+    noticed = _told(action, lambda: do(world), *world.members)
+    time.sleep(seconds)
+    return f"all servers {noticed}"
+
+
+def _replaced(do: Callable[[Sentinels], Redis], world: World, member: Member) -> str:
+    before = do(world.redises)
+    return f"{world.primary.port} took over from {before.port}"
+
+
+def _away(which: Callable[[World], Sequence[Server]], world: World, member: Member) -> str:
+    world.random.choice(which(world)).kill()
+    time.sleep(2)
+    return "it was killed, and away for 2 s"
+
+
+def _freeze_all(world: World) -> None:
+    for each in world.redises.redises:
+        each.freeze()
+
+
+def _scripts_forgotten(world: World, member: Member) -> str:
+    primary = world.primary
+    primary.forget_scripts()
+    eventually(lambda: primary.command("INFO", "memory")["number_of_cached_scripts"] > 0, "the script is back")
+    return "the script was loaded again"
+
+
+def _cut(world: World, member: Member) -> str:
+    count = world.primary.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    assert count >= len(NAMES), count
+    return "those of all servers, at least"
+
+
+# Clients, and what else talks to a server.
+
+
+def _refused(
+    name: str, count: int, least: int, attack: Callable[[list[Client]], int], world: World, member: Member
+) -> str:
+    """So many connect and attack; the least that are told must be counted as refused so."""
+
+    def counted() -> int:
+        return int(eventually(member.status, "the admin port answers")["rejected"][name])
+
+    before = counted()
+    with ExitStack() as stack:
+        told = attack([stack.enter_context(member.client()) for _ in range(count)])
+        assert told >= least, f"{told} were told"
+        eventually(lambda: counted() - before >= told, "as many are counted")
+    return f"{least} at least were cut off, and counted as {name}"
+
+
+def _flood(crowd: list[Client]) -> int:
+    told = 0
+    for client in crowd:
+        with suppress(OSError):
+            client.send(b"WHY\n")
+            told += client.line() == b"ERR too many clients\n"
+    return told
+
+
+def _slowloris(crowd: list[Client]) -> int:
+    for _ in range(3):
+        for client in crowd:
+            client.send(b"x")
+        time.sleep(0.5)
+    return sum(client.rest() == b"ERR too slow\n" for client in crowd)
+
+
+def _never_read(crowd: list[Client]) -> int:
+    for client in crowd:
+        client.sock.settimeout(1)
+        with suppress(OSError):
+            while True:
+                client.send(b"WHERE\n" * 10_000)
+    return len(crowd)
+
+
+def _silent(world: World, member: Member) -> str:
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", member.port), LIMIT)) for _ in range(200)]
+        ends = [sock.recv(100) for sock in crowd]
+    assert not any(ends), ends
+    return "200 were closed"
+
+
+def _sink_gone(world: World, member: Member) -> str:
+    world.sink.close()
+    time.sleep(5)
+    world.open_sink()
+    silent = {*NAMES}
+    while silent:
+        silent.discard(world.sink.recv(1000).partition(b".")[0].decode())
+    return "nobody listened; then all sent again"
+
+
+def _reader_stalled(world: World, member: Member) -> str:
+    assert member.running.process.stdout
+    pipe, waiting = member.running.process.stdout.fileno(), array.array("i", [0])
+    size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+    member.log.may_read.clear()
+    try:
+        eventually(lambda: fcntl.ioctl(pipe, termios.FIONREAD, waiting) or waiting[0] > size - 1000, "the pipe is full")
+        time.sleep(3)
+    finally:
+        member.log.may_read.set()
+    return "the pipe was full for 3 s"
+
+
+def _garbage(world: World, member: Member) -> str:
+    answers, address = 0, ("127.0.0.1", member.running.admin_port())
+    for number in range(60):
+        with socket.create_connection(address, LIMIT) as sock, suppress(OSError):
+            if number % 3:
+                sock.sendall(world.random.randbytes(3000) + b"\n\n" if number % 2 else b"GET /" + b"x" * 100_000)
+                answers += sock.recv(100).startswith(b"HTTP/1.1 4")
+    connection = http.client.HTTPConnection(*address, timeout=LIMIT)
+    connection.request("GET", "/livez")
+    assert connection.getresponse().status == 200
+    connection.close()
+    assert answers
+    return "many of 60 connections were answered with 4xx"
+
+
+_kill, _suspend = psutil.Process.kill, psutil.Process.suspend
+FAULTS = {
+    "worker killed": Fault(partial(_process, "worker", _kill, "worker.died"), MORTAL, "lost"),
+    "worker hung": Fault(partial(_process, "worker", _suspend, "worker.hung"), MORTAL, "lost"),
+    "worker held up for a second": Fault(_held_up),
+    "agent killed": Fault(partial(_process, "agent", _kill, "agent.died"), MORTAL),
+    "agent hung": Fault(partial(_process, "agent", _suspend, "agent.hung"), MORTAL),
+    "reload (SIGHUP)": Fault(_reload, FIRST, "lost"),
+    "stop and start (SIGTERM)": Fault(partial(_ended, signal.SIGTERM, 0), FIRST, "away", CROWD),
+    "retire and start (SIGUSR2)": Fault(partial(_ended, signal.SIGUSR2, 0), FIRST, "away", CROWD),
+    "kill -9 and start": Fault(partial(_ended, signal.SIGKILL, -9), FIRST, "away", CROWD),
+    "a second server by the same id": Fault(_same_id, FIRST),
+    "primary killed": Fault(partial(_replaced, Sentinels.kill_primary)),
+    "primary hung": Fault(partial(_noticed, "cluster.lost", 0, lambda world: world.redises.freeze_primary())),
+    "failover by Sentinel": Fault(partial(_replaced, Sentinels.failover)),
+    "all Redis hung for 3 s": Fault(partial(_noticed, "cluster.lost", 3, _freeze_all)),
+    "primary out of memory": Fault(partial(_noticed, "cluster.lost", 0, lambda world: world.primary.out_of_memory())),
+    "FLUSHALL": Fault(partial(_noticed, "cluster.reset", 0, lambda world: world.primary.wipe())),
+    "SCRIPT FLUSH": Fault(_scripts_forgotten),
+    "connections to Redis cut (CLIENT KILL)": Fault(_cut),
+    "replica killed": Fault(partial(_away, lambda world: world.replicas)),
+    "a Sentinel killed": Fault(partial(_away, lambda world: world.redises.sentinels)),
+    "flood beyond --max-clients": Fault(
+        partial(_refused, "too_many_clients", MAX_CLIENTS + 50, 50, _flood), excuse="lost", crowd=CROWD
+    ),
+    "slowloris": Fault(partial(_refused, "too_slow", 150, 150, _slowloris), crowd=CROWD),
+    "slow readers": Fault(partial(_refused, "slow_reader", 5, 5, _never_read), crowd=CROWD),
+    "silent peers before a handshake": Fault(_silent, NAMES[-1:], crowd=CROWD),
+    "StatsD daemon gone for 5 s": Fault(_sink_gone),
+    "reader of the log stalled": Fault(_reader_stalled),
+    "garbage at the admin port": Fault(_garbage),
+}

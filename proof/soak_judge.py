@@ -1,0 +1,146 @@
+"""What a soak has shown: from its report to what is wrong with it, and to a page. Pure."""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from statistics import median
+from typing import Any, NamedTuple
+
+from bench.report import table
+
+#: What memory may have grown by from the first quarter of a process's censuses to the last.
+MAX_GROWTH = 0.02
+#: Whose memory is judged was there for so many censuses: before, allocators and caches still fill.
+LEAST_CENSUSES = 8
+
+Report = dict[str, Any]
+
+
+class Life(NamedTuple):
+    """What a process held at each census after it was warm."""
+
+    name: str  #: server, role and pid
+    resident: list[int]  #: bytes
+    descriptors: list[int]
+    greenlets: list[int]  #: 0 for one that is no worker
+
+    @property
+    def growth(self) -> float | None:
+        """From the median of the first quarter to that of the last; None where there is too little to say."""
+        if len(self.resident) < LEAST_CENSUSES:
+            return None
+        quarter = len(self.resident) // 4
+        return median(self.resident[-quarter:]) / median(self.resident[:quarter]) - 1
+
+
+def lives(report: Report) -> list[Life]:
+    """Each process that was there for two censuses, but for those in which it was new or the soak warmed up."""
+    censuses = report["censuses"]
+    warm = len(censuses) // 5
+    found: dict[str, list[tuple[int, list[int]]]] = {}
+    for number, census in enumerate(censuses):
+        for name, held in census["held"].items():
+            found.setdefault(name, []).append((number, held))
+    kept = {name: [held for number, held in all_held[1:] if number >= warm] for name, all_held in found.items()}
+    return [Life(name, *map(list, zip(*held, strict=True))) for name, held in kept.items() if len(held) > 1]
+
+
+def complaints(report: Report) -> Iterator[str]:
+    """Yield what is wrong."""
+    yield from report["failures"]
+    for life in lives(report):
+        for what, counts in (("descriptors", life.descriptors), ("greenlets", life.greenlets)):
+            if len(set(counts)) > 1:
+                yield f"{life.name}: {what} were {', '.join(str(count) for count, _ in groupby(counts))}"
+        if life.growth is not None and life.growth > MAX_GROWTH:
+            yield f"{life.name}: memory grew by {life.growth:.1%}"
+    for census in report["censuses"]:
+        if len(set(census["who"].values())) > 1 or census["clients"] not in census["who"].values():
+            yield f"at {census['at']:.0f} s, with {census['clients']} clients, WHO said {census['who']}"
+
+
+def written(report: Report) -> str:
+    """Make a file of it, lists of numbers on a line each."""
+    text = json.dumps(report, indent=1) + "\n"
+    return re.sub(r"\[[\s\d.,]+\]", lambda numbers: "[" + " ".join(numbers[0][1:-1].split()) + "]", text)
+
+
+def _seconds(times: list[float]) -> str:
+    return f"{median(times):.1f} (at most {max(times):.1f})" if times else ""
+
+
+PAGE = """\
+# A soak under faults
+
+`{command}` on {machine}.
+
+Three servers of two workers each, `three` by TLS, with a Redis, two replicas and three Sentinels, under a mixed load
+and one fault after another. `one` may be restarted, processes of `two` may die, and those of `three` live all the time.
+This page is made of the report, `soak.json`.
+
+It took {hours:.2f} hours{interrupted}: {count} faults, {censuses} censuses. {verdict}
+
+## Replies
+
+Each reply is checked: WHERE is the server's id, WHY is 42, WHO counts those who are surely there and nobody who cannot
+be; and at each census, when all is quiet, WHO is exact on all three servers. A connection may be lost only at the
+server that a fault takes it from.
+
+{replies}
+
+Right ones by kind of client: {kinds}.
+
+## Faults
+
+Recovered is: all workers and the agent run, the servers know of one another, what they know is fresh, and each client
+of the load has been served anew.
+
+{faults}
+
+## What is held
+
+With one client for each worker and nobody else, at each census after the warm-up, of the processes that were there for
+two of them at least. Memory is the medians of the first and the last quarter, in MB. It may grow by {growth:g} %, and
+is judged where there are {least} censuses; descriptors and greenlets stay the same.
+
+{held}
+"""
+
+
+def render(report: Report) -> str:
+    """Make the page."""
+    wrong, replies, faults = list(complaints(report)), report["replies"], sorted(report["faults"].items())
+    return PAGE.format(
+        command=report["command"],
+        machine=", ".join(f"{name} {value}" for name, value in report["machine"].items()),
+        hours=report["seconds"] / 3600,
+        interrupted=", and was interrupted" * report["is_interrupted"],
+        count=sum(len(fault["seconds"]) for _, fault in faults),
+        censuses=len(report["censuses"]),
+        verdict="\n- ".join(
+            ["**Wrong:**", *(" ".join(text.split()) for text in wrong)] if wrong else ["All was well."]
+        ),
+        replies=table(
+            ["right", "wrong", "connections lost to a fault of their server", "lost otherwise"],
+            [[f"{replies[name]:,}" for name in ("right", "wrong", "excused", "lost")]],
+        ),
+        kinds=", ".join(f"{kind.replace('_', ' ')} {number:,}" for kind, number in sorted(report["kinds"].items())),
+        faults=table(
+            ["fault", "times", "seconds from its end until all had recovered", "what showed that it happened"],
+            [[name, str(len(each["seconds"])), _seconds(each["seconds"]), each["happened"]] for name, each in faults],
+        ),
+        growth=100 * MAX_GROWTH,
+        least=LEAST_CENSUSES,
+        held=table(
+            ["process", "censuses", "memory, first", "last", "growth", "descriptors", "greenlets"],
+            [_row(life) for life in sorted(lives(report), key=lambda life: (-len(life.resident), life.name))],
+        ),
+    )
+
+
+def _row(life: Life) -> list[str]:
+    quarter = max(1, len(life.resident) // 4)
+    memory = [f"{median(part) / 1e6:.2f}" for part in (life.resident[:quarter], life.resident[-quarter:])]
+    counts = [" to ".join(str(count) for count, _ in groupby(each)) for each in (life.descriptors, life.greenlets)]
+    return [life.name, str(len(life.resident)), *memory, "" if life.growth is None else f"{life.growth:+.1%}", *counts]

@@ -1,0 +1,204 @@
+"""Clients of every kind, each in a thread, who check each reply. What is wrong is kept until it is asked for."""
+
+import random
+import socket
+import struct
+import threading
+from collections import Counter
+from itertools import groupby
+
+from proof.soak_world import Member, eventually
+from tests.running import Client
+
+HTTP = b"GET / HTTP/1.1\r\nHost: here\r\n\r\nWHO\n"
+COMMANDS = b"WHO", b"WHERE", b"WHY"
+
+
+class Caller:
+    """A client of one kind, again and again."""
+
+    def __init__(self, kind: str, member: Member, load: "Load", seed: str) -> None:
+        self.kind, self.member, self.rounds, self.is_parked = kind, member, 0, False
+        self._load, self._random = load, random.Random(seed)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        load = self._load
+        while not load.is_over.is_set():
+            self.is_parked = not load.may_call.is_set()
+            load.may_call.wait()
+            self.is_parked = False
+            try:
+                getattr(self, f"_{self.kind}")()
+                self.rounds += 1
+            except (OSError, EOFError, ValueError) as error:
+                is_refused = isinstance(error, ConnectionRefusedError)
+                is_excused = self.member.excuse == "away" or (self.member.excuse and not is_refused)
+                self._note("excused" if is_excused else "lost", error)
+            except AssertionError as error:
+                self._note("wrong", error)
+            self._rest()
+
+    def _note(self, what: str, error: Exception | None = None) -> None:
+        with self._load.lock:
+            self._load.replies[what] += 1
+            if error and what != "excused":
+                self._load.failures.append(f"{self.member.name}, {self.kind}: {what}: {error!r}")
+
+    def _right(self) -> None:
+        with self._load.lock:
+            self._load.replies["right"] += 1
+            self._load.kinds[self.kind] += 1
+
+    def _rest(self) -> None:
+        self._load.is_over.wait(self._random.uniform(0.05, 0.25))
+
+    def _draw(self, count: int = 0) -> list[bytes]:
+        return self._random.choices(COMMANDS, k=count or self._random.randint(1, 4))
+
+    def _ask(self, client: Client, asked: list[bytes]) -> None:
+        floor = self._floor()
+        client.send(b"".join(command + b"\n" for command in asked))
+        replies = [self._line(client) for _ in asked]
+        floor = min(floor, self._floor())
+        for command, reply in zip(asked, replies, strict=True):
+            self._check(command, reply, floor)
+
+    def _floor(self) -> int:
+        return 1 if self.member.excuse else max(1, self._load.staying[self.member.name])
+
+    def _line(self, client: Client) -> bytes:
+        line = client.line()
+        if not line.endswith(b"\n") or (self.member.excuse and line.startswith(b"ERR too many")):
+            raise EOFError(f"closed with {line!r}")
+        return line[:-1]
+
+    def _check(self, command: bytes, reply: bytes, floor: int) -> None:
+        told = reply.decode("ascii", "replace")
+        right = {b"WHY": told == "42", b"WHERE": told == self.member.name}
+        right[b"WHO"] = told.isdigit() and floor <= int(told) <= self._load.ceiling
+        assert right[command], f"{command!r} was answered {reply!r}, {floor} to {self._load.ceiling} may be"
+        self._right()
+
+    def _expect(self, reply: bytes, *replies: bytes) -> None:
+        """It is one of these, or the server was away."""
+        if self.member.excuse and reply not in replies:
+            raise EOFError(f"{reply!r}")
+        assert reply in replies, f"answered {reply[:200]!r}, not {replies!r}"
+        self._right()
+
+    # The kinds.
+
+    def _stays(self) -> None:
+        with self.member.client() as client:
+            self._ask(client, [b"WHERE"])
+            self._load.staying.update([self.member.name])
+            try:
+                while self._load.may_call.is_set() and not self._load.is_over.is_set():
+                    self._ask(client, self._draw())
+                    self.rounds += 1
+                    self._rest()
+            finally:
+                self._load.staying.subtract([self.member.name])
+
+    def _comes_and_goes(self) -> None:
+        with self.member.client() as client:
+            for _ in range(self._random.randint(1, 3)):
+                self._ask(client, self._draw())
+
+    def _pipelines(self) -> None:
+        with self.member.client() as client:
+            self._ask(client, self._draw(300))
+
+    def _is_slow(self) -> None:
+        """A byte at a time; the last line without its end is answered after a silence."""
+        with self.member.client() as client:
+            asked = self._draw(2)
+            for byte in b"\n".join(asked):
+                client.send(bytes([byte]))
+                self._load.is_over.wait(0.01)
+            for command in asked:
+                self._check(command, self._line(client), 1)
+
+    def _half_closes(self) -> None:
+        with self.member.client() as client:
+            asked = self._draw(20)
+            client.send(b"\n".join(asked))
+            lines = client.end().split(b"\n")
+            if len(lines) != len(asked) + 1:
+                raise EOFError(f"{len(lines) - 1} replies to {len(asked)} lines")
+            for command, reply in zip(asked, lines, strict=False):
+                self._check(command, reply, 1)
+
+    def _resets(self) -> None:
+        with self.member.client() as client:
+            client.send(b"WHO\nWHERE\nWH" * self._random.randint(1, 20))
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._right()
+
+    def _sends_bad_lines(self) -> None:
+        with self.member.client() as client:
+            client.send(b"NO\n\n\xff\xfe\nwHy\r\n" + b"x" * 5000)
+            replies = client.rest()
+        self._expect(replies, b"ERR unknown command\nERR not ASCII\n42\nERR line too long\n")
+
+    def _speaks_http(self) -> None:
+        with self.member.client() as client:
+            client.send(HTTP)
+            self._expect(client.rest(), b"")
+
+    def _mistakes_the_port(self) -> None:
+        """Plain text to a port with TLS, or a TLS record to one without."""
+        with Client(self.member.port) as client:
+            client.send(b"WHO\n" if self.member.is_tls else b"\x16\x03\x01\x00\x05hello\n")
+            self._expect(client.line(), b"ERR TLS only\n" if self.member.is_tls else b"ERR unknown command\n")
+
+
+KINDS = (
+    "stays", "comes_and_goes", "pipelines", "is_slow", "half_closes",
+    "resets", "sends_bad_lines", "speaks_http", "mistakes_the_port",
+)  # fmt: skip
+
+
+class Load:
+    """Callers of all kinds at all servers, and what they have seen."""
+
+    def __init__(self, members: list[Member], seed: int) -> None:
+        self.kinds: Counter[str] = Counter()  #: right replies
+        self.replies = Counter(right=0, wrong=0, excused=0, lost=0)
+        self.staying: Counter[str] = Counter()  #: clients of each server, answered at least once and not leaving
+        self.failures: list[str] = []
+        self.lock, self.may_call, self.is_over = threading.Lock(), threading.Event(), threading.Event()
+        kinds = [*KINDS, "stays", "stays", "comes_and_goes"]
+        #: What WHO says at most; more while there is a crowd beside them.
+        self.usual_ceiling = self.ceiling = 3 * len(kinds) * len(members)
+        self._callers = [
+            Caller(kind, member, self, f"{seed} {member.name} {number}")
+            for member in members
+            for number, kind in enumerate(kinds)
+        ]
+
+    def pause(self) -> None:
+        """Until nobody is connected."""
+        self.may_call.clear()
+        eventually(lambda: all(caller.is_parked for caller in self._callers), "all clients pause")
+
+    def are_served(self) -> None:
+        """Until each has been served anew, from its beginning."""
+        before = [(caller, caller.rounds) for caller in self._callers]
+
+        def late() -> list[str]:
+            return [f"{caller.member.name} {caller.kind}" for caller, rounds in before if caller.rounds < rounds + 2]
+
+        eventually(lambda: not late(), lambda: f"all are served anew: not {late()}")
+
+    def complaints(self) -> list[str]:
+        """What was wrong since the last call, each kind of it once."""
+        with self.lock:
+            found, self.failures[:] = sorted(self.failures), []
+        return [f"{text} ({len(list(same))} times)" for text, same in groupby(found)]
+
+    def stop(self) -> None:
+        """End all."""
+        self.is_over.set()
+        self.may_call.set()

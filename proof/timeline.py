@@ -1,0 +1,239 @@
+"""What each server says of WHO, and what is true, while Redis fails over and while one server is cut off from it.
+
+`bin/timeline` writes docs/timelines.json, docs/plots/who-*.svg and the sections of docs/reliability.md.
+"""
+
+import itertools
+import json
+import math
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from proof.world import NAMES, Member, World, machine, undisturbed, write
+from tests.history import Answer, Fact, Kind, Promise, Recorder, check
+from tests.redises import FAILOVER_LIMIT
+from tests.running import LIMIT, ROOT, Client, until
+
+FILE = ROOT / "docs/timelines.json"
+PAUSE_SECONDS = 0.01
+#: What a promise has on top of the beat interval: looks at the count, round trips, a machine that is busy.
+SLACK = 0.35
+#: Each server's clients: their least and greatest number.
+FEWEST, MOST = 4, 24
+PERIOD_SECONDS = 11.0
+
+Steps = list[tuple[float, int]]
+
+
+class Crowd:
+    """Clients of each server that come and go, and one that asks WHO all the time."""
+
+    def __init__(self, members: list[Member], seed: int) -> None:
+        self.recorder = Recorder()
+        self.began = time.monotonic()
+        self.is_full = False
+        self._random, self._members = random.Random(seed), members
+        self._clients: dict[str, list[Client]] = {member.name: [] for member in members}
+        self._is_over = threading.Event()
+        for member in members:
+            self.recorder.note(Kind.STARTED, member.name)
+        self.failures: list[str] = []
+        jobs = [self._come_and_go, *(self._asking(member) for member in members)]
+        self._threads = [threading.Thread(target=self._run, args=(job,), daemon=True) for job in jobs]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:  # noqa: BLE001 (whatever it is, the timeline fails for it)
+            self.failures.append(repr(error))
+
+    def _connect(self, member: Member) -> Client:
+        with member.host.inside():
+            return self.recorder.connect(member.name, member.server.port)
+
+    def _asking(self, member: Member) -> Callable[[], None]:
+        def ask() -> None:
+            with self._connect(member) as client:
+                while not self._is_over.wait(PAUSE_SECONDS):
+                    self.recorder.ask(client)
+
+        return ask
+
+    def _come_and_go(self) -> None:
+        while not self._is_over.wait(self._random.uniform(0.01, 0.08)):
+            turn = 2 * math.pi * (time.monotonic() - self.began) / PERIOD_SECONDS
+            came = False
+            for number, member in enumerate(self._members):
+                wanted = FEWEST + (MOST - FEWEST) * (1 + math.sin(turn + number)) / 2
+                clients = self._clients[member.name]
+                if len(clients) < wanted - 1:
+                    clients.append(self._connect(member))
+                    self.recorder.ask(clients[-1])
+                    came = True
+                elif len(clients) > wanted + 1:
+                    self.recorder.close(clients.pop(self._random.randrange(len(clients))))
+            self.is_full = self.is_full or not came
+
+    def stop(self) -> None:
+        """Ask no more, and let them go."""
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(LIMIT)
+        for client in itertools.chain(*self._clients.values()):
+            client.sock.close()
+        assert not self.failures, self.failures
+
+
+class Timeline:
+    """What happens when, for as long as a crowd is there."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.crowd = Crowd(world.members, seed)
+        until(lambda: self.crowd.is_full or self.crowd.failures, "all are there")
+        self.began = time.monotonic()
+        self.events: list[tuple[float, str]] = []
+
+    def happened(self, what: str, at: float | None = None) -> None:
+        """Note it."""
+        self.events.append(((at or time.monotonic()) - self.began, what))
+
+    def let_pass(self, seconds: float) -> None:
+        """Let time pass."""
+        time.sleep(seconds)
+        assert not self.crowd.failures, self.crowd.failures
+
+    @contextmanager
+    def regained(self) -> Iterator[None]:
+        """After the body all servers whose Redis has been away in it, one at least, reach it again."""
+        servers = [member.server for member in self.world.members]
+        before = [{name: len(server.events(f"cluster.{name}")) for name in ("lost", "regained")} for server in servers]
+        yield
+        noticed = [(s, n) for s, n in zip(servers, before, strict=True) if len(s.events("cluster.lost")) > n["lost"]]
+        assert noticed, "nobody has noticed"
+        for server, counts in noticed:
+            server.wait_for("cluster.regained", counts["regained"] + 1, FAILOVER_LIMIT)
+
+    def report(self) -> dict[str, Any]:
+        """End it; what there is to tell."""
+        self.crowd.stop()
+        history, began = self.crowd.recorder.history, self.began
+        verdict = check(history, Promise(0.5 + SLACK, self.world.ttl))
+        answers = {name: [it for it in history if isinstance(it, Answer) and it.server == name] for name in NAMES}
+        return {
+            "seconds": round(time.monotonic() - began, 3),
+            "events": [(round(at, 3), what) for at, what in self.events],
+            "answers": verdict.answers,
+            "broken": len(verdict.violations),
+            "first broken": [str(it) for it in verdict.violations[:3]],
+            "slowest ms": round(1000 * max(it.received - it.sent for each in answers.values() for it in each), 1),
+            "truth": truth((it for it in history if isinstance(it, Fact)), began),
+            "said": {name: steps((it.received - began, it.number) for it in each) for name, each in answers.items()},
+        }
+
+
+def truth(facts: Iterable[Fact], began: float) -> Steps:
+    """How many clients there were: each comes, and goes, in the middle of the time in which it may have."""
+    times: dict[tuple[str, int], dict[Kind, float]] = {}
+    for fact in facts:
+        if fact.key:
+            times.setdefault((fact.server, fact.key), {}).setdefault(fact.kind, fact.at)
+    changes = [
+        ((each[begin] + each[end]) / 2 - began, change)
+        for each in times.values()
+        for begin, end, change in ((Kind.CONNECTING, Kind.COUNTED, 1), (Kind.CLOSING, Kind.CLOSED, -1))
+        if begin in each and end in each
+    ]
+    changes.sort()
+    counts = itertools.accumulate(change for _, change in changes)
+    return steps((at, count) for (at, _), count in zip(changes, counts, strict=True))
+
+
+def steps(points: Iterable[tuple[float, int]]) -> Steps:
+    """Only where it changes."""
+    found: Steps = []
+    for at, count in points:
+        if not found or found[-1][1] != count:
+            found.append((round(at, 3), count))
+    return found
+
+
+def failover(timeline: Timeline, seconds: float = 7) -> None:
+    """The primary is killed."""
+    world, recorder = timeline.world, timeline.crowd.recorder
+    timeline.let_pass(seconds)
+    primary = world.primary()
+    with recorder.fault():
+        timeline.happened("primary killed")
+        with timeline.regained():
+            primary.redis.kill()
+            others = [node for node in world.nodes if node is not primary]
+            until(lambda: any(node.role() == "master" for node in others), "another is primary", FAILOVER_LIMIT)
+            timeline.happened("a replica is primary")
+    timeline.happened("all have reported to it")
+    timeline.let_pass(seconds)
+
+
+def partition(timeline: Timeline, seconds: float = 5) -> None:
+    """A is cut off from Redis and the Sentinels, for longer than its lease."""
+    world, recorder = timeline.world, timeline.crowd.recorder
+    first, *others = world.members
+    counts = [len(member.server.events("cluster.servers")) for member in others]
+    ways = world.between(first.host, *(node.host for node in world.nodes))
+    timeline.let_pass(seconds)
+    with recorder.fault(first.name), timeline.regained():
+        with world.network.cut(*ways) as cut:
+            timeline.happened("A cut off from Redis", cut.after)
+            for member, count in zip(others, counts, strict=True):
+                member.server.wait_for("cluster.servers", count + 1)
+            timeline.happened("B and C drop A: its lease is over")
+            timeline.let_pass(seconds)
+        timeline.happened("A joined again")
+    timeline.happened("A has reported")
+    timeline.let_pass(seconds)
+
+
+SCENARIOS: dict[str, Callable[[Timeline], None]] = {"failover": failover, "partition": partition}
+
+
+def record(folder: Path, seed: int, scenario: Callable[[Timeline], None], **world: float) -> dict[str, Any]:
+    """Play one, on a cluster of its own."""
+    with World(folder, **world) as running:
+        timeline = Timeline(running, seed)
+        scenario(timeline)
+        return {"seed": seed, **timeline.report()}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--seed", type=int, help="What the coming and going of clients is drawn from.")
+@click.option("--render", is_flag=True, help="Record nothing: write plots and page again from docs/timelines.json.")
+def main(seed: int | None, render: bool) -> None:
+    """Record WHO through a failover and a partition: docs/timelines.json, docs/plots/who-*.svg. As root: a minute."""
+    from proof import page, timeline_plots
+
+    if not render:
+        seed = seed or random.SystemRandom().randrange(1, 1_000_000)
+        with undisturbed(), tempfile.TemporaryDirectory() as folder:
+            report: dict[str, Any] = {"machine": machine()}
+            for name, scenario in SCENARIOS.items():
+                click.echo(f"{name}, --seed {seed} ...", err=True)
+                (place := Path(folder) / name).mkdir()
+                report[name] = record(place, seed, scenario)
+                click.echo(page.told(report[name]))
+        write(report, FILE)
+    timeline_plots.draw(json.loads(FILE.read_text()))
+    page.render()
+
+
+if __name__ == "__main__":
+    main(prog_name="bin/timeline")

@@ -1,0 +1,71 @@
+"""docs/plots/who-*.svg: what is true of WHO, and what each server says, to be read on light ground and on dark."""
+
+from bisect import bisect_right
+from itertools import pairwise
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from bench.plots import COLOURS, FAINT, FOLDER, INK, STYLE
+
+TITLES = {"failover": "WHO while the Redis primary is killed", "partition": "WHO while server A is cut off from Redis"}
+TRUE = "true count"
+COLOUR = {TRUE: INK, **dict(zip("ABC", COLOURS.values(), strict=False))}
+
+Steps = list[list[float]]
+
+
+def draw(report: dict[str, Any]) -> None:
+    """Draw each timeline of the report."""
+    with mpl.rc_context(STYLE):
+        for name, title in TITLES.items():
+            picture = Picture(figsize=(7.6, 3.9), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+            picture.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+            _draw(picture.add_subplot(), report[name])
+            picture.savefig(FOLDER / f"who-{name}.svg", transparent=True, metadata={"Date": None})
+
+
+def _draw(axes: Axes, timeline: dict[str, Any]) -> None:
+    lines: dict[str, Steps] = {TRUE: timeline["truth"], **timeline["said"]}
+    for name, steps in lines.items():
+        times, counts = zip(*steps, [timeline["seconds"], steps[-1][1]], strict=True)
+        wide: dict[str, Any] = {"linewidth": 5, "alpha": 0.4} if name == TRUE else {"linewidth": 1.6}
+        axes.step(times, counts, where="post", color=COLOUR[name], **wide)
+    axes.set_xlim(0, timeline["seconds"])
+    axes.set_ylim(0, 1.22 * max(count for steps in lines.values() for _, count in steps))
+    axes.set_xlabel("s")
+    axes.set_ylabel("clients")
+    for row, (at, what) in enumerate(timeline["events"]):
+        axes.axvline(at, color=FAINT, linewidth=1)
+        style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
+        axes.annotate(what, (at, 1 - 0.065 * row), (4, 0), va="top", **style)
+    _label(axes, lines, *(timeline["events"][number][0] for number in (0, -1)))
+
+
+def _label(axes: Axes, lines: dict[str, Steps], began: float, ended: float) -> None:
+    """Name each line where they are farthest apart, on the side where more room is."""
+    moments = [began + (ended - began) * part / 100 for part in range(101)]
+    apart = [_spread([count_at(steps, moment) for steps in lines.values()]) for moment in moments]
+    at = moments[max(range(6, 95), key=lambda middle: min(apart[middle - 6 : middle + 7]))]
+    names = sorted(lines, key=lambda name: count_at(lines[name], at))
+    ys = [count_at(lines[name], at) for name in names]
+    below, above = ([after - before for before, after in pairwise(row)] for row in ([0, *ys], [*ys, 1e9]))
+    for name, y, to_lower, to_upper in zip(names, ys, below, above, strict=True):
+        away = 9 if to_upper > to_lower else -9
+        side = "center" if to_upper < 1e6 else "right"
+        style: dict[str, Any] = {"textcoords": "offset points", "ha": side, "va": "center", "fontweight": "bold"}
+        axes.annotate(name, (at, y), (0, away), color=COLOUR[name], **style)
+
+
+def _spread(counts: list[float]) -> float:
+    """How far apart numbers are that are neighbours, on the whole."""
+    ordered = sorted(counts)
+    return sum(min(after - before, 10) for before, after in pairwise(ordered))
+
+
+def count_at(steps: Steps, moment: float) -> float:
+    """What it is then."""
+    return steps[max(0, bisect_right([at for at, _ in steps], moment) - 1)][1]

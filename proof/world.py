@@ -1,0 +1,145 @@
+"""Three servers on hosts of their own, Redis with two replicas and three Sentinels on three more, HAProxy on another.
+
+Hosts are network namespaces (tests/netns.py), so this takes root. All of it runs before other processes, so that what
+else the machine does is not measured.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.netns import Host, Network, Way
+from tests.redises import FAILOVER_LIMIT
+from tests.running import GSERVER, ROOT, Running, until
+from tests.test_cluster_partition import Node, start_nodes
+from tests.test_deploy_haproxy import Front
+
+NAMES = "A", "B", "C"
+NICENESS = -10
+OPTIONS = "--workers", "2", "--drain-delay", "2"
+
+
+class Member:
+    """A server, and the next one in its place."""
+
+    def __init__(self, name: str, host: Host, options: list[str]) -> None:
+        self.name, self.host = name, host
+        command = [*GSERVER, "serve", "--host", "0.0.0.0", "--port", "4242"]
+        self._command = [*command, "--admin-host", host.address, "--admin-port", "4243", *options]
+        self.start()
+
+    def start(self) -> None:
+        """Start it; it has reported to Redis, or has tried to."""
+        with self.host.inside():
+            self.server = Running(command=self._command, env={"GSERVER_ADMIN_TOKEN": "secret"})
+        self.server.wait_for("agent.ready")
+
+    def end(self) -> None:
+        """End it."""
+        self.server.kill()
+
+    def tree(self) -> list[psutil.Process]:
+        """Its processes."""
+        return [psutil.Process(self.server.pid), *self.server.workers(), *self.server.agents()]
+
+
+class World(ExitStack[None]):
+    """All of it, with the periods of the cluster."""
+
+    def __init__(self, folder: Path, beat: float = 0.5, ttl: float = 5.0) -> None:
+        super().__init__()
+        self.ttl = ttl
+        with ExitStack() as stack:
+            self.network = stack.enter_context(Network(7))
+            self.front_host, *rest = self.network.hosts
+            self.nodes = start_nodes(stack, folder, rest[:3])
+            sentinels = ",".join(f"{node.host.address}:{node.sentinel.port}" for node in self.nodes)
+            url = f"redis+sentinel://{sentinels}/gserver"
+            options = ["--redis-url", url, "--beat-interval", str(beat), "--member-ttl", str(ttl), *OPTIONS]
+            self.members = [Member(name, host, options) for name, host in zip(NAMES, rest[3:], strict=True)]
+            for member in self.members:
+                stack.callback(member.end)
+            with self.front_host.inside():
+                addresses = [member.host.address for member in self.members]
+                servers = [member.server for member in self.members]
+                self.front = stack.enter_context(Front(folder, servers, addresses=addresses))
+            self.push(stack.pop_all())
+
+    def between(self, one: Host, *others: Host) -> list[Way]:
+        """Both ways between a host and others."""
+        return [way for other in others for way in ((one, other), (other, one))]
+
+    def primary(self) -> Node:
+        """The Redis that takes writes."""
+        node: Node = until(self._primary, "one primary", FAILOVER_LIMIT)
+        return node
+
+    def _primary(self) -> Node | None:
+        primaries = [node for node in self.nodes if node.redis.is_running() and node.role() == "master"]
+        return primaries[0] if len(primaries) == 1 else None
+
+    def settle(self) -> None:
+        """Wait until the Sentinels know all, and a replica can take over: then the next fault may come."""
+
+        def is_settled() -> bool:
+            primary = self._primary()
+            return primary is not None and all(
+                node.knows() == (primary.host.address, "2", "2") and self._is_linked(node, primary)
+                for node in self.nodes
+            )
+
+        until(is_settled, "Redis is whole again", FAILOVER_LIMIT)
+
+    @staticmethod
+    def _is_linked(node: Node, primary: Node) -> bool:
+        with node.host.inside():
+            return node is primary or node.redis.command("INFO", "replication").get("master_link_status") == "up"
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What starts in the body, and this process, runs before others."""
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, min(usual, NICENESS))
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, usual)
+
+
+def machine() -> dict[str, str]:
+    """Where and with what the figures are made."""
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = psutil.virtual_memory().total / 2**30
+    return {
+        "processor": f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB",
+        "gserver": f"gserver {_said('git', '-C', str(ROOT), 'describe', '--always')}",
+        "system": f"Linux {platform.release()}, Python {platform.python_version()}",
+        "redis": f"Redis {_version('redis-server', '--version')}, HAProxy {_version('haproxy', '-v')}",
+        "load": f"load {os.getloadavg()[0]:.1f} before, nice {NICENESS}",
+    }
+
+
+def _said(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _version(*words: str) -> Any:
+    found = re.search(r"[0-9]+\.[0-9.]+", _said(*words))
+    return found[0] if found else "of no version"
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write it as JSON, a list of numbers, or of such lists, on one line."""
+    text = re.sub(
+        r"\[\s+([^][{}]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(report, indent=1)
+    )
+    path.write_text(re.sub(r"\],\s+\[", "], [", text) + "\n")

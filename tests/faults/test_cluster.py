@@ -1,0 +1,197 @@
+"""What may happen to the servers of a cluster themselves; the clients of the others notice nothing."""
+
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+from redis import Redis as Client
+
+from tests.faults.rows import PLAIN, Notes, Variant, row
+from tests.redises import Redis
+from tests.running import LIMIT, PATIENCE, Running, environment, stopped, until
+from tests.steady import Cluster, SteadyServer
+
+BEAT, TTL = 0.2, 2.0
+MEMBERS = "{gserver:gserver}:members"
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    with Redis(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def ttl() -> float:
+    return TTL
+
+
+@pytest.fixture
+def cluster(redis: Redis, variant: Variant, ttl: float) -> Iterator[Cluster]:
+    """Three servers of the test's variant."""
+    with Cluster(redis.url, BEAT, ttl, {"WEB_CONCURRENCY": str(variant.workers)}) as running:
+        yield running
+
+
+@row("A server is paused for longer than its TTL", *PLAIN)
+def test_a_paused_server_is_dropped_and_comes_back(cluster: Cluster, notes: Notes) -> None:
+    paused, *others = cluster.members
+    expired, descriptors = cluster.events("cluster.expired"), cluster.descriptors()
+    for member in others:
+        member.watcher.may_say(10, 5)
+    before = cluster.processes()
+    with stopped(*[process for process in before if process.pid in pids(paused)]):
+        for member in others:
+            until(partial(member.watcher.says, 5), "it is dropped", TTL + LIMIT)
+            member.watcher.may_say(5)
+        cluster.watch(TTL)
+        for member in others:
+            member.watcher.may_say(5, 10)
+    cluster.settle()
+    cluster.check()
+    assert cluster.events("cluster.expired") == [expired[0] + 1, *expired[1:]]
+    assert cluster.processes() == before, "nobody was replaced for it"
+    assert cluster.descriptors() == descriptors
+    notes.happened("the others dropped it, and it said so when it was back")
+
+
+def pids(member: SteadyServer) -> set[int]:
+    server = member.server
+    return {server.pid, *(process.pid for process in (*server.workers(), *server.agents()))}
+
+
+@row("Agents are killed just after a beat", *PLAIN)
+@pytest.mark.parametrize("ttl", [10], ids=[""])
+def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: Notes) -> None:
+    """Redis has carried the beat out, and nobody is there to hear so. The next agent comes well within the TTL."""
+    descriptors = cluster.descriptors()
+    for number in range(3):
+        for member in cluster.members:
+            member.bad = "worker.died", "hung", "not_started"
+            (agent,) = member.server.agents()
+            own_id = member.clients[0].ask(b"WHERE").decode()
+
+            def told(own_id: str = own_id) -> str:
+                return str(redis.command("HGET", MEMBERS, own_id))
+
+            before = told()
+            until(lambda: told() != before, "a beat")  # noqa: B023 (it is over when the loop goes on)
+            agent.kill()
+            member.server.wait_for("agent.ready", number + 2)
+    cluster.settle()
+    cluster.check()
+    until(lambda: cluster.descriptors() == descriptors, "as many descriptors are open as before")
+    notes.happened(f"agents that died: {cluster.events('agent.died')}")
+    assert cluster.events("agent.died") == [3, 3, 3]
+
+
+@row("All servers are restarted at once", *PLAIN, quick=None)
+def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: Notes) -> None:
+    """By kill -9, twice, with ids that stay: the new ones take the places of the old ones, and count nobody else."""
+    shares = {"one": 5, "two": 3, "three": 2}
+    for life in range(3):
+        with Cluster(redis.url, BEAT, TTL, shares=()) as cluster, ExitStack() as stack:
+            options = *cluster.options, "--workers", str(variant.workers), "--server-id"
+            with ThreadPoolExecutor() as pool:
+                starts = [pool.submit(SteadyServer, share, *options, one) for one, share in shares.items()]
+                cluster.members += [stack.enter_context(start.result()) for start in starts]
+            until(lambda: cluster.all_say(10), "all say the total")
+            cluster.may_say(10)
+            cluster.watch(TTL)
+            cluster.check()
+            notes.happened(f"life {life}: {redis.members()}")
+            assert redis.members() == shares
+
+
+@row("Servers of one cluster have different times", *PLAIN, quick=None)
+def test_mixed_intervals_and_ttls(redis: Redis, variant: Variant, notes: Notes) -> None:
+    """As in the middle of a change of them, one server after another. Each has the lease that it asks for."""
+    times = (0.2, 2.0), (0.5, 5.0), (1.0, 10.0)
+    with Cluster(redis.url, 1.0, 10.0, shares=()) as cluster, ExitStack() as stack:
+        for (beat, ttl), share in zip(times, (5, 3, 2), strict=True):
+            options = "--redis-url", redis.url, "--beat-interval", str(beat), "--member-ttl", str(ttl)
+            member = SteadyServer(share, *options, "--workers", str(variant.workers))
+            cluster.members.append(stack.enter_context(member))
+        until(lambda: cluster.all_say(10), "all say the total")
+        cluster.may_say(10)
+        for fault in (redis.wipe, redis.freeze):
+            with cluster.telling("cluster.reset" if fault == redis.wipe else "cluster.lost"):
+                fault()
+            cluster.watch(12 if fault == redis.freeze else 5)
+        redis.thaw()
+        cluster.settle(15 * PATIENCE)
+        cluster.check()
+        notes.happened("Redis was wiped, then frozen for longer than any TTL")
+
+
+AGENT = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+from gserver.board import Board
+from gserver.cluster import Member
+from gserver.config import Config
+Member(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Board.create(1)).run()
+"""
+CROWD = 50
+
+
+@pytest.mark.fault("50 servers come back to Redis at once")
+@pytest.mark.long
+def test_stampede(redis: Redis, notes: Notes) -> None:
+    """They are those of 50 servers that beat; the servers' workers have no part in it."""
+    with ExitStack() as stack:
+        for number in range(CROWD):
+            words = [sys.executable, "-P", "-c", AGENT, redis.url, f"server-{number}"]
+            agent = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
+            stack.enter_context(agent)
+            stack.callback(agent.kill)
+        until(lambda: len(redis.members()) == CROWD, "all beat", 4 * LIMIT)
+        redis.kill()
+        time.sleep(5)
+        redis.restart(keep_data=False)
+        began, counts = time.monotonic(), [0]
+        with Client(port=redis.port) as client:
+            while time.monotonic() < began + 5:
+                stats = client.info("commandstats")
+                counts.append(sum(stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("eval", "evalsha")))
+                time.sleep(0.1)
+            connections = client.info("stats")["total_connections_received"]
+        assert len(redis.members()) == CROWD
+        peak = max(after - before for before, after in itertools.pairwise(counts))
+        notes.happened(f"{connections} connections since the restart, {counts[-1]} beats")
+        notes.measured("beats in 0.1 s, at most", peak, "")
+        notes.measured("all were back after", 0.1 * next(n for n, count in enumerate(counts) if count >= CROWD), "s")
+        assert connections < 2 * CROWD, "each has come once, or nearly"
+        assert peak <= 2 * CROWD
+
+
+@row("A dead server's id is taken, and the dead one wakes up", *PLAIN, quick=None)
+def test_a_server_taken_for_dead_comes_back(redis: Redis, variant: Variant, notes: Notes) -> None:
+    """It was only paused. Meanwhile another has its id: it drains, and is counted no more."""
+    env = {"WEB_CONCURRENCY": str(variant.workers)}
+    with Cluster(redis.url, BEAT, TTL, env, shares=(5,)) as cluster, ExitStack() as stack:
+        options = *cluster.options, "--server-id", "one"
+        cluster.may_say(*range(20))
+        paused = stack.enter_context(Running(*options, env=env))
+        until(lambda: len(redis.members()) == 2, "it is there")
+        client = stack.enter_context(paused.client())
+        assert client.who() > 0
+        processes = [psutil.Process(paused.pid), *paused.workers(), *paused.agents()]
+        with stopped(*processes):
+            another = stack.enter_context(Running(*options, env=env))
+            assert another.who() >= 1
+        assert paused.exit_code() == 2
+        assert client.rest() == b"", "it was let go in good order"
+        assert "another live server" in paused.stderr
+        until(lambda: redis.members()["one"] == 0 and cluster.all_say(5), "the one that stays is counted, and right")
+        notes.happened(paused.stderr)
+        cluster.check()

@@ -1,0 +1,133 @@
+"""Handlers that misbehave: what one does costs its command, or its worker, and nobody elsewhere anything."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults.rows import ALL, PLAIN, Notes, row
+from tests.faults.site import CENSUS, Site
+from tests.running import until
+
+Start = Callable[..., Site]
+
+MODULE = f"""{CENSUS}
+import asyncio, os, signal, socket, sys, threading, time
+import gevent
+from gserver.commands import command
+
+class Own(BaseException):
+    pass
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise SystemExit(1)
+    __notes__ = property(__str__)
+
+KINDS = [Exception, MemoryError, KeyboardInterrupt, SystemExit, gevent.GreenletExit, gevent.Timeout, GeneratorExit,
+    StopIteration, asyncio.CancelledError, Own, Unspeakable, BrokenPipeError, ConnectionResetError, BlockingIOError]
+WRONG = [None, 1.5, b"bytes", ["list"], "two\\nlines", "\\x1b[2J", "\\u00e9", 10**5000]
+
+def define(name):
+    return lambda function: globals().__setitem__(name, command(name)(function))
+
+def throw(kind):
+    raise kind
+
+def recurse(*_):
+    recurse()
+
+BAD = [recurse, *(lambda service, kind=kind: throw(kind()) for kind in KINDS)]
+BAD += [lambda service, reply=reply: reply for reply in WRONG]
+for number, handler in enumerate(BAD):
+    define(f"BAD-{{number}}")(handler)
+    define(f"LATE-{{number}}")(lambda service, handler=handler: (time.sleep(0.01), handler(service))[1])
+
+@command("THREADS")
+def threads(service):
+    each = [threading.Thread(target=throw, args=(kind,)) for kind in (SystemExit, Own, gevent.Timeout)]
+    [thread.start() for thread in each]
+    [thread.join() for thread in each]
+    return "done"
+
+@command("SURROUNDINGS")
+def surroundings(service):
+    os.chdir("/proc")
+    os.umask(0o777)
+    os.environ.clear()
+    socket.setdefaulttimeout(0.0001)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    return os.getpid()
+
+def descriptors(what):
+    links = {{int(fd): os.readlink(f"/proc/self/fd/{{fd}}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2
+        and os.path.exists(f"/proc/self/fd/{{fd}}")}}
+    return sorted(fd for fd, link in links.items() if what in link)
+
+def listens(fd):
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+for name, choose in {{
+    "WATCH": lambda: descriptors("eventpoll")[1:],
+    "LISTENER": lambda: [fd for fd in descriptors("socket:") if listens(fd)],
+    "CLIENTS": lambda: [fd for fd in descriptors("socket:") if not listens(fd)],
+    "ALL": lambda: range(3, 1000),
+}}.items():
+    define(f"CLOSE-{{name}}")(lambda service, choose=choose: [os.close(fd) for fd in choose()] and "closed" or "none")
+
+@command("SHORTEN")
+def shorten(service):
+    for fd in descriptors("gserver-board"):
+        os.ftruncate(fd, 0)
+"""
+COUNT = 23
+
+
+def begin(start: Start, folder: Path, *options: str) -> Site:
+    (folder / "bad.py").write_text(MODULE)
+    return start("--commands", "bad", *options)
+
+
+@row("Handler raises or returns nonsense", *ALL)
+def test_whatever_a_handler_raises_or_returns_costs_its_command_alone(
+    start: Start, notes: Notes, tmp_path: Path
+) -> None:
+    site = begin(start, tmp_path)
+    with site.neighbours(), site.client() as client:
+        commands = [f"{when}-{number}" for when in ("BAD", "LATE") for number in range(COUNT)]
+        replies = [client.ask(command.encode()) for command in commands]
+        assert replies == [b"ERR internal"] * len(commands)
+        assert client.ask(b"BAD-23") == b"ERR unknown command"
+        notes.happened(f"{len(replies)} commands failed, each in its own way")
+    assert not site.server.events("worker.died")
+
+
+@row("Handler changes its process", *PLAIN)
+def test_a_handler_that_changes_its_surroundings_harms_nobody(start: Start, notes: Notes, tmp_path: Path) -> None:
+    site = begin(start, tmp_path)
+    with site.neighbours(), site.client() as client:
+        pid = int(client.ask(b"SURROUNDINGS"))
+        assert client.ask(b"SHORTEN") == b"ERR internal"
+        folder = Path(f"/proc/{pid}/cwd").readlink()
+        notes.happened(f"worker {pid} is in {folder}")
+        assert folder == Path("/proc")
+    assert not site.server.events("worker.died")
+    assert site.server.stop() == 0
+
+
+@row(
+    "Handler closes what is not its own",
+    *ALL,
+    values={"of its watch": "WATCH", "listener": "LISTENER", "clients": "CLIENTS", "all": "ALL"},
+)
+def test_a_worker_whose_descriptors_a_handler_closes_is_replaced(
+    start: Start, notes: Notes, tmp_path: Path, kind: str
+) -> None:
+    site = begin(start, tmp_path)
+    before = site.server.workers()
+    site.may_lose = site.may_complain = True
+    with site.neighbours(), site.client() as client:
+        client.send(f"CLOSE-{kind}\n".encode())
+        until(lambda: site.server.events("worker.died"), "the worker has ended")
+        notes.happened(site.server.events("worker.died")[0]["message"])
+    assert len(set(before) - set(site.server.workers())) == 1

@@ -1,0 +1,182 @@
+"""What the machine runs out of: descriptors, memory, disk, processor, programs; and clocks that jump."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from tests.faults.rows import ALL, PLAIN, Notes, row
+from tests.faults.site import Site
+from tests.faults.test_processes import await_others
+from tests.running import GSERVER, PATIENCE, until
+from tests.test_admin import get
+
+Start = Callable[..., Site]
+Choice = Callable[[Site], psutil.Process]
+WHO: dict[str, Choice] = {
+    "supervisor": lambda site: psutil.Process(site.server.pid),
+    "worker": lambda site: site.server.workers()[0],
+    "agent": lambda site: site.server.agents()[0],
+}
+
+
+@contextmanager
+def limited(process: psutil.Process, kind: int, limit: int) -> Iterator[None]:
+    """A limit of a process that is there for the time of the body, or until its end."""
+    soft, hard = process.rlimit(kind)
+    process.rlimit(kind, (limit, hard))
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.rlimit(kind, (soft, hard))
+
+
+def cpu_share(process: psutil.Process, seconds: float) -> float:
+    """The part of a processor that it takes, looked at for so long."""
+    before, began = sum(process.cpu_times()[:2]), time.monotonic()
+    time.sleep(seconds)
+    return float((sum(process.cpu_times()[:2]) - before) / (time.monotonic() - began))
+
+
+@row("Out of descriptors", *PLAIN, values=WHO)
+def test_without_descriptors_it_waits_and_goes_on(start: Start, notes: Notes, kind: Choice) -> None:
+    site = start()
+    process, children = kind(site), [*site.server.workers(), *site.server.agents()]
+    site.may_lose = site.may_complain = True
+    # Those of the children who die are enough for the supervisor to begin with another one, not to end that.
+    limit = 3 if process in children else process.num_fds()
+    with site.neighbours() as neighbours:
+        with limited(process, resource.RLIMIT_NOFILE, limit):
+            if process not in children:
+                for child in children:
+                    child.kill()
+                happened = site.server.wait_for("process.not_started", 3)
+            elif process in site.server.workers():
+                happened = site.server.wait_for("process.error", 2)
+                assert get(site.server, "/readyz")[0] == 200
+            else:
+                with site.client() as client:
+                    assert client.ask(b"WHY") == b"42"
+                before = neighbours.answered
+                with socket.create_connection(("127.0.0.1", site.server.admin_port())):
+                    happened = site.server.wait_for("process.error")
+                until(lambda: neighbours.answered > before + 100, "neighbours notice nothing")
+                assert not neighbours.lost
+            share = cpu_share(process, 1)
+        notes.happened(happened["message"])
+        notes.measured("processor", share * 100, "%")
+        assert share < 0.1 * PATIENCE
+        await_others(site, children if process not in children else [])
+
+
+@row("Out of memory", *ALL, quick=None)
+def test_a_worker_without_memory_is_replaced(start: Start, notes: Notes) -> None:
+    site = start()
+    [victim, *_] = site.server.workers()
+    site.may_lose = site.may_complain = True
+    with site.neighbours(), limited(victim, resource.RLIMIT_AS, victim.memory_info().vms + 300_000):
+
+        def has_died() -> bool:
+            with ExitStack() as stack, suppress(OSError):
+                for client in [stack.enter_context(site.client()) for _ in range(100)]:
+                    client.sock.settimeout(1)
+                    client.send(b"NOPE\n" * 100)
+            return not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
+
+        until(has_died, "it dies of that")
+        notes.happened(site.server.wait_for("worker.died")["message"])
+        await_others(site, [victim])
+
+
+@row("Disk of the log full", *PLAIN)
+def test_a_full_disk_costs_log_lines_and_nothing_else(start: Start, notes: Notes, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("\n" * 100_000)  # What else is written to files must fit.
+    script = 'tail -n 0 --pid=$$ -F log | grep --line-buffered "}$" & exec "$@" >>log'
+    site = start(command=["sh", "-c", script, "sh", *GSERVER, "serve", "--port", "0"])
+
+    def replace_the_agent() -> None:
+        before = site.server.agents()
+        before[0].kill()
+        await_others(site, before)
+        until(lambda: get(site.server, "/readyz")[0] == 200, "the next one is ready")
+
+    with site.neighbours() as neighbours:
+        supervisor = psutil.Process(site.server.pid)
+        with limited(supervisor, resource.RLIMIT_FSIZE, log.stat().st_size + 100):
+            for _ in range(3):
+                replace_the_agent()
+        replace_the_agent()
+        dropped = site.server.wait_for("log.dropped")["gserver.left_out"]
+        assert not neighbours.lost
+    [torn] = [line for line in log.read_text().splitlines() if line and not line.endswith("}")]
+    notes.happened(f"{dropped} lines dropped, of the first there is {torn!r}")
+    assert len(torn) == 100
+    assert dropped >= 6  # Three died, and three were ready.
+    assert all(json.loads(line) for line in log.read_text().splitlines() if line not in ("", torn))
+
+
+@row("Python gone for a while", *PLAIN, quick=None)
+def test_it_goes_on_trying_to_start_others_while_there_is_no_program(
+    start: Start, notes: Notes, tmp_path: Path
+) -> None:
+    python, there = tmp_path / "venv/bin/python", Path(sys.executable).resolve()
+    python.parent.mkdir(parents=True)
+    python.symlink_to(there)
+    for name in ("lib", "pyvenv.cfg"):
+        (tmp_path / "venv" / name).symlink_to(Path(sys.prefix, name))
+    site = start(command=[str(python), *GSERVER[1:], "serve", "--port", "0"])
+    with site.neighbours():
+        site.may_lose = True
+        python.unlink()
+        gone = [*site.server.workers(), *site.server.agents()]
+        for process in gone:
+            process.kill()
+        notes.happened(site.server.wait_for("process.not_started", 3)["message"])
+        python.symlink_to(there)
+        await_others(site, gone)
+
+
+@row("Module of commands broken", *ALL, values={"broken": "import nonsense", "empty": "", "gone": None}, quick=None)
+def test_a_broken_module_keeps_the_old_workers(start: Start, notes: Notes, tmp_path: Path, kind: str | None) -> None:
+    site = start(env={"PYTHONDONTWRITEBYTECODE": "1"})
+    module, workers = tmp_path / "census.py", site.server.workers()
+    text = module.read_text()
+    with site.neighbours() as neighbours:
+        module.unlink() if kind is None else module.write_text(kind)
+        site.server.send_signal(signal.SIGHUP)
+        notes.happened(site.server.wait_for("server.reload_failed")["message"])
+        neighbours.are_served()
+        assert site.server.workers()[: len(workers)] == workers
+        site.may_lose = True
+        workers[0].kill()
+        site.server.wait_for("worker.died", 2)
+        module.write_text(text)
+        await_others(site, workers[:1])
+
+
+@row("Processor taken by others", *ALL, quick=None)
+def test_workers_that_get_little_of_the_processor_are_not_taken_for_hung(start: Start, notes: Notes) -> None:
+    site = start("--hang-timeout", "3")
+    processes = site.processes()
+    with site.neighbours() as neighbours, ExitStack() as stack:
+        for process in processes:
+            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+        for _ in range(4 * len(os.sched_getaffinity(0))):
+            spin = [sys.executable, "-c", "import time\nwhile time.process_time() < 20: pass"]
+            stack.callback(stack.enter_context(subprocess.Popen(spin)).kill)
+        before, share = neighbours.answered, sum(cpu_share(process, 1) for process in processes)
+        time.sleep(6)
+        notes.happened(f"the server has {share:.0%} of a processor")
+        assert neighbours.answered > before
+    assert site.processes() == processes

@@ -1,0 +1,260 @@
+"""Processes that die, hang or are told things: clients elsewhere notice nothing, and all is as before."""
+
+import itertools
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from threading import Event
+
+import psutil
+import pytest
+
+from tests.faults.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
+from tests.faults.site import CENSUS, SEED, Site
+from tests.running import GSERVER, PATIENCE, Client, gserver, left_over, program, stopped, until
+
+Start = Callable[..., Site]
+Choice = Callable[[Site], list[psutil.Process]]
+FOR_ALL = [
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCHLD,
+    signal.SIGWINCH,
+    signal.SIGURG,
+    signal.SIGCONT,
+]
+FOR_SUPERVISOR = [number for number in FOR_ALL if number not in (signal.SIGINT, signal.SIGUSR2)]
+SPINNING = '''
+@command("SPIN")
+def spin(service):
+    """Compute for ever."""
+    while True:
+        pass
+'''
+
+
+def await_others(site: Site, gone: list[psutil.Process]) -> None:
+    """Wait until these have gone, and others have their places."""
+
+    def have_places() -> bool:
+        now = [*site.server.workers(), *site.server.agents()]
+        return len(now) == site.variant.workers + 1 and not set(gone) & set(now)
+
+    until(have_places, "others have their places")
+
+
+@row(
+    "Workers and agent killed",
+    *ALL,
+    values={
+        "a worker": lambda site: site.server.workers()[:1],
+        "the agent": lambda site: site.server.agents(),
+        "all": lambda site: site.server.workers() + site.server.agents(),
+    },
+)
+def test_others_take_the_places_of_those_killed(start: Start, notes: Notes, kind: Choice) -> None:
+    site = start()
+    victims = kind(site)
+    with site.neighbours() as neighbours:
+        site.may_lose = victims != site.server.agents()
+        for victim in victims:
+            victim.kill()
+        await_others(site, victims)
+        neighbours.are_served()
+        died = [event for event in site.server.events() if str(event["event.action"]).endswith(".died")]
+        notes.happened(f"{[event['message'] for event in died]}, neighbours lost {neighbours.lost} connections")
+        assert len(died) == len(victims)
+        assert neighbours.lost or not site.may_lose or len(victims) < site.variant.workers
+
+
+@row("Workers and agent killed again and again", *ALL, quick=None)
+def test_a_loop_of_kills_leaves_nothing_behind(start: Start, notes: Notes) -> None:
+    site, drawn = start(), random.Random(SEED)
+    site.may_lose = True
+    with site.neighbours() as neighbours:
+        for number in range(30):
+            if number % 3 == 0:
+                site.server.send_signal(signal.SIGHUP)
+            running = site.server.workers() + site.server.agents()
+            for victim in drawn.sample(running, min(len(running), drawn.randint(1, 3))):
+                victim.kill()
+            time.sleep(drawn.random() / 2)
+        await_others(site, [])
+        neighbours.are_served()
+        died = len(site.server.events("worker.died")) + len(site.server.events("agent.died"))
+        notes.happened(f"{died} died, {len(site.server.events('server.reload_failed'))} reloads were given up")
+
+
+@row(
+    "Worker or agent hangs",
+    *PLAIN,
+    values={"worker": lambda site: site.server.workers(), "agent": lambda site: site.server.agents()},
+    quick=None,
+)
+def test_one_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choice) -> None:
+    site = start("--hang-timeout", "2")
+    [victim, *_] = kind(site)
+    with site.neighbours() as neighbours:
+        site.may_lose = "worker" in victim.cmdline()
+        victim.suspend()
+        await_others(site, [victim])
+        neighbours.are_served()
+        [hung] = [event for event in site.server.events() if str(event["event.action"]).endswith(".hung")]
+        notes.happened(hung["message"])
+
+
+@row("Handler that never yields", *PLAIN, *SEVERAL[1:], quick=None)
+def test_a_worker_whose_handler_computes_for_ever_is_replaced(start: Start, notes: Notes, tmp_path: Path) -> None:
+    (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
+    site = start("--hang-timeout", "2", "--commands", "spinning")
+    before = site.server.workers()
+    with site.neighbours() as neighbours, site.client() as client:
+        site.may_lose = True
+        client.send(b"SPIN\n")
+        notes.happened(site.server.wait_for("worker.hung")["message"])
+        until(lambda: len(set(site.server.workers()) - set(before)) == 1, "another has its place")
+        neighbours.are_served()
+
+
+@row("All processes stand still for a while", *PLAIN, quick=None)
+def test_nobody_is_taken_for_hung_after_a_sleep_of_the_machine(start: Start, notes: Notes) -> None:
+    site = start("--hang-timeout", "1")
+    processes = site.processes()
+    with site.neighbours():
+        began = time.monotonic()
+        with stopped(*processes):
+            time.sleep(2.5)
+        notes.happened(f"all stood still for {time.monotonic() - began:.1f} s")
+    assert site.processes() == processes
+
+
+@row("Supervisor killed", *ALL)
+def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(start: Start, notes: Notes, tmp_path: Path) -> None:
+    site = start(env={"MARK": str(tmp_path)})
+    clients = [site.client() for _ in range(20)]
+    [first, *_] = site.server.workers()
+    first.suspend()
+    psutil.Process(site.server.pid).kill()
+    until(lambda: not left_over(tmp_path), "no process is left", 2 * PATIENCE)
+    with socket.create_server(("127.0.0.1", site.server.port)):
+        notes.happened("all are gone, and the port is another's")
+    for client in clients:
+        client.sock.close()
+
+
+@row("SIGTERM under load", *ALL)
+def test_what_a_thousand_clients_have_sent_is_answered_at_a_stop(start: Start, notes: Notes, tmp_path: Path) -> None:
+    site, drawn = start("--drain-timeout", "30", env={"MARK": str(tmp_path)}), random.Random(SEED)
+    with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        clients = [stack.enter_context(site.client()) for _ in range(1000)]
+        until(lambda: sum(site.clients()) == 1000, "all are there")
+        lines = [drawn.randint(1, 50) for _ in clients]
+        for client, count in zip(clients, lines, strict=True):
+            client.send(b"WHY\n" * count)
+        site.server.send_signal(signal.SIGTERM)
+        told = list(pool.map(Client.rest, clients))
+    assert [len(text) / len(b"42\n") for text in told] == lines
+    notes.happened(f"{len(told)} clients were told {sum(lines)} replies, then a clean end")
+    assert site.server.exit_code() == 0
+    assert not left_over(tmp_path)
+
+
+@row("Second SIGTERM", *SEVERAL, quick=None)
+def test_a_second_signal_ends_it_now(start: Start, notes: Notes, tmp_path: Path) -> None:
+    (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
+    site = start("--commands", "spinning", "--drain-timeout", "60", env={"MARK": str(tmp_path)})
+    with site.client() as client:
+        client.send(b"SPIN\n")
+        site.server.send_signal(signal.SIGTERM)
+        site.server.wait_for("server.draining")
+        time.sleep(0.2)  # Sooner it would be one that is passed on.
+        assert site.server.stop() == 1
+    notes.happened(site.server.events("server.forced")[0]["message"])
+    assert not left_over(tmp_path)
+
+
+@row(
+    "SIGTERM while something else goes on",
+    *SEVERAL,
+    values={
+        "a reload": lambda site: site.server.send_signal(signal.SIGHUP),
+        "a respawn": lambda site: [worker.kill() for worker in site.server.workers()],
+        "both": lambda site: [site.server.send_signal(signal.SIGHUP), site.server.agents()[0].kill()],
+    },
+    quick=None,
+)
+def test_a_stop_at_any_moment_of_something_else_is_a_stop(
+    start: Start, notes: Notes, kind: Callable[[Site], object], tmp_path: Path
+) -> None:
+    site, moment = start(env={"MARK": str(tmp_path)}), random.Random(SEED).random()
+    kind(site)
+    time.sleep(moment)
+    assert site.server.stop() == 0
+    notes.happened(f"GSERVER_FAULT_SEED={SEED}: {moment:.2f} s later")
+    assert not left_over(tmp_path)
+    assert site.server.events()[-1]["event.action"] == "server.stopped"
+
+
+@row("Rolling restarts under connects", *ALL, quick=None)
+def test_nobody_who_connects_during_20_reloads_is_left_without_a_reply(start: Start, notes: Notes) -> None:
+    site = start()
+    is_over = Event()
+
+    def connect() -> int:
+        for count in itertools.count():
+            if is_over.is_set():
+                return count
+            with site.client() as client:
+                assert client.ask(b"WHY") == b"42"
+        raise AssertionError
+
+    with site.neighbours(), ThreadPoolExecutor(4) as pool:
+        site.may_lose = True
+        connecting = [pool.submit(connect) for _ in range(4)]
+        for number in range(1, 21):
+            site.server.send_signal(signal.SIGHUP)
+            site.server.wait_for("server.reloaded", number)
+        is_over.set()
+        notes.happened(f"20 reloads, {sum(each.result() for each in connecting)} connects, all answered")
+        await_others(site, [])
+
+
+@row("Signals in storms, of which all were ignored and blocked at the start", Variant(3), Variant(3, True), quick=None)
+def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: Notes) -> None:
+    words = [program("env"), "--ignore-signal", "--block-signal", *GSERVER, "serve", "--port", "0"]
+    site, drawn = start(command=words), random.Random(SEED)
+    count = 0
+    with site.neighbours():
+        site.may_lose = True
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            for process in site.server.workers() + site.server.agents():
+                with suppress(psutil.NoSuchProcess):  # A reload lets it go.
+                    process.send_signal(drawn.choice(FOR_ALL))
+            site.server.send_signal(drawn.choice(FOR_SUPERVISOR))
+            count += site.variant.workers + 2
+            time.sleep(drawn.random() / 20)
+        notes.happened(f"GSERVER_FAULT_SEED={SEED}: {count} signals")
+        reloads = len(site.server.events("server.reloading"))
+        assert reloads
+        until(lambda: site.server.events()[-1]["event.action"] == "agent.ready", "the last reload has ended")
+    assert not site.server.events("worker.died") + site.server.events("agent.died")
+    assert site.server.stop() == 0
+
+
+@row("Port taken", *PLAIN, quick=None)
+def test_another_server_cannot_have_the_port_and_does_no_harm(start: Start, notes: Notes) -> None:
+    site = start()
+    with site.neighbours():
+        other = gserver("--port", str(site.server.port))
+        notes.happened(other.stderr)
+        assert other.returncode == 1
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(("127.0.0.1", site.server.port))

@@ -1,0 +1,486 @@
+"""What Redis, its Sentinels, name and clock may do to three servers with clients; more in test_cluster_faults.py."""
+
+import http.server
+import os
+import random
+import shutil
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from tests.faults.rows import PLAIN, Notes, Variant, row
+from tests.faults.site import SEED
+from tests.redises import Redis, Sentinels, free_port
+from tests.running import GSERVER, LIMIT, program, until
+from tests.steady import Cluster, SteadyServer
+from tests.test_cluster_attacks import listener
+from tests.test_cluster_faults import World, survive
+
+BEAT, TTL = 0.2, 2.0
+STATE = "{gserver:gserver}:state"
+
+Start = Callable[..., World]
+
+
+@pytest.fixture
+def start(variant: Variant, tmp_path: Path) -> Iterator[Start]:
+    """Start three servers of the test's variant and their Redis."""
+    with ExitStack() as stack:
+
+        def begin(beat: float = BEAT, ttl: float = TTL, **env: str) -> World:
+            return stack.enter_context(World(tmp_path, beat, ttl, WEB_CONCURRENCY=str(variant.workers), **env))
+
+        yield begin
+
+
+# Answers that are none, or none of the script.
+
+
+def half(data: bytes) -> Iterator[bytes]:
+    yield data[: len(data) // 2]
+    raise ConnectionResetError
+
+
+def half_and_no_more(data: bytes) -> Iterator[bytes]:
+    yield data[: len(data) // 2]
+
+
+def endless(data: bytes) -> Iterator[bytes]:
+    yield b"$9000000000\r\n"
+    while True:
+        yield bytes(1_000_000)
+
+
+def byte_by_byte(data: bytes) -> Iterator[bytes]:
+    for byte in data:
+        yield bytes([byte])
+        time.sleep(0.1)
+
+
+def slices(data: bytes) -> Iterator[bytes]:
+    for at in range(0, len(data), 10):
+        yield data[at : at + 10]
+        time.sleep(0.001)
+
+
+ANSWERS: dict[str, Callable[[bytes], Iterable[bytes]]] = {
+    "half, then a reset": half,
+    "half, then nothing": half_and_no_more,
+    "garbage": lambda data: [random.randbytes(len(data))],
+    "without end": endless,
+    "byte by byte": byte_by_byte,
+    "numbers of no sense": lambda _: [b"*7\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n"],
+    "nobody is there": lambda _: [b"*0\r\n"],
+}
+
+
+@row("Answers of Redis are altered", *PLAIN, quick=None, values=ANSWERS)
+def test_answers_that_are_none(start: Start, notes: Notes, kind: Callable[[bytes], Iterable[bytes]]) -> None:
+    world = start()
+
+    @contextmanager
+    def altered() -> Iterator[None]:
+        usual = world.proxy.alter
+        with world.cluster.telling("cluster.lost"):
+            world.proxy.alter = kind
+        world.cluster.watch(1.5 * TTL)
+        yield
+        world.proxy.alter = usual
+        world.proxy.cut()
+
+    survive(world.cluster, altered(), notes)
+    notes.happened("every server has noticed")
+
+
+@row("Answers of Redis come in slices", *PLAIN, quick=None)
+def test_slices(start: Start, notes: Notes) -> None:
+    world = start()
+    world.proxy.alter = slices
+    lost, before = world.cluster.events("cluster.lost"), world.proxy.bytes_to_client
+    world.cluster.watch(1)
+    survive(world.cluster, nullcontext(), notes)
+    notes.happened(f"{world.proxy.bytes_to_client - before} bytes came so")
+    assert world.proxy.bytes_to_client > before
+    assert world.cluster.events("cluster.lost") == lost
+
+
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        while data := self.request.recv(65536):
+            self.request.sendall(data)
+
+
+OTHERS: dict[str, type[socketserver.BaseRequestHandler]] = {
+    "a web server": http.server.BaseHTTPRequestHandler,
+    "an echo": Echo,
+}
+
+
+@row("Another kind of server answers for Redis", *PLAIN, quick=None, values=OTHERS)
+def test_another_kind_of_server(start: Start, notes: Notes, kind: type[socketserver.BaseRequestHandler]) -> None:
+    world = start()
+
+    @contextmanager
+    def replaced() -> Iterator[None]:
+        with socketserver.ThreadingTCPServer(("127.0.0.1", 0), kind) as other, ExitStack() as stack:
+            other.daemon_threads = True
+            threading.Thread(target=other.serve_forever, daemon=True).start()
+            stack.callback(other.shutdown)
+            with world.cluster.telling("cluster.lost"):
+                stack.enter_context(world.proxy.instead(other.server_address[1]))
+            world.cluster.watch(TTL)
+            yield
+
+    survive(world.cluster, replaced(), notes)
+    notes.happened("every server has noticed")
+
+
+# What Redis says.
+
+
+@row("FLUSHALL 100 times, 1,000 clients", *PLAIN, quick=None)
+def test_wiped_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -> None:
+    rng = random.Random(SEED)
+    env = {"WEB_CONCURRENCY": str(variant.workers)}
+    with Redis(tmp_path) as server, Cluster(server.url, BEAT, TTL, env, shares=(400, 350, 250)) as cluster:
+
+        @contextmanager
+        def wiped() -> Iterator[None]:
+            with cluster.telling("cluster.reset"):
+                for _ in range(100):
+                    server.wipe()
+                    cluster.watch(rng.uniform(0, 2 * BEAT))
+            yield
+
+        survive(cluster, wiped(), notes)
+        notes.happened(f"GSERVER_FAULT_SEED={SEED}: the servers noticed {cluster.events('cluster.reset')} of 100")
+
+
+def set_password(server: Redis, password: str) -> None:
+    server.command("CONFIG", "SET", "requirepass", password)
+    server.password = password
+    server.command("CLIENT", "KILL", "TYPE", "normal")
+
+
+@contextmanager
+def password_changed(world: World) -> Iterator[None]:
+    with world.lost("auth"):
+        set_password(world.redis, "hush-hush")
+    yield
+    set_password(world.redis, "")
+
+
+@contextmanager
+def user_without_rights(world: World) -> Iterator[None]:
+    with world.lost("auth"):
+        world.redis.command("ACL", "SETUSER", "default", "-eval", "-evalsha")
+    yield
+    world.redis.command("ACL", "SETUSER", "default", "+@all")
+
+
+@contextmanager
+def user_disabled(world: World) -> Iterator[None]:
+    """Nobody can log in as the default user, who is that of connections without a name."""
+    server = world.redis
+    server.command("ACL", "SETUSER", "admin", "on", ">hush-hush", "~*", "&*", "+@all")
+    with world.lost("auth"), redis.Redis(port=server.port, username="admin", password="hush-hush") as admin:
+        admin.acl_setuser("default", enabled=False)
+        admin.client_kill_filter(_type="normal", skipme=True)
+    yield
+    with redis.Redis(port=server.port, username="admin", password="hush-hush") as admin:
+        admin.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"], keys=["*"])
+
+
+@contextmanager
+def cannot_save(world: World) -> Iterator[None]:
+    world.redis.command("CONFIG", "SET", "save", "3600 1")
+    shutil.rmtree(world.redis.folder)
+    with world.lost("cannot_save"):
+        world.redis.command("BGSAVE")
+    yield
+    world.redis.folder.mkdir()
+    world.redis.command("CONFIG", "SET", "save", "")
+
+
+@contextmanager
+def loading(world: World) -> Iterator[None]:
+    """It has much to read, and takes its time."""
+    server = world.redis
+    server.command("EVAL", "for i = 1, 20000 do redis.call('SET', 'key' .. i, i) end", 0)
+    server.command("CONFIG", "SET", "key-load-delay", 100, "loading-process-events-interval-bytes", 1024)
+    server.command("CONFIG", "REWRITE")
+    server.command("SAVE")
+    server.kill()
+    start = threading.Thread(target=server.restart, args=[True])
+    with world.lost("loading"):
+        start.start()
+    yield
+    start.join(LIMIT)
+
+
+@contextmanager
+def maxclients_reached(world: World) -> Iterator[None]:
+    server = world.redis
+    with redis.Redis(port=server.port) as admin, ExitStack() as crowd:
+        for _ in range(5):
+            crowd.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        admin.config_set("maxclients", 1)
+        with world.lost("connection"):
+            world.proxy.cut()
+        world.cluster.watch(TTL)
+        yield
+        admin.config_set("maxclients", 1000)
+
+
+@contextmanager
+def connections_killed_all_the_time(world: World) -> Iterator[None]:
+    killed = 0
+    for _ in range(200):
+        killed += world.redis.command("CLIENT", "KILL", "TYPE", "normal")
+        world.cluster.watch(0.01)
+    assert killed > 20
+    yield
+
+
+@contextmanager
+def keys_of_other_types(world: World) -> Iterator[None]:
+    """Somebody writes to the keys again and again."""
+    with world.reset():
+        for _ in range(20):
+            world.redis.command("SET", "{gserver:gserver}:members", "junk")
+            world.redis.command("LPUSH", "{gserver:gserver}:other", "junk")
+            world.redis.command("RENAME", "{gserver:gserver}:other", "{gserver:gserver}:leases")
+            world.cluster.watch(BEAT / 2)
+    yield
+
+
+Fault = Callable[[World], Any]
+FAULTS: dict[str, Fault] = {
+    fault.__name__.replace("_", " "): fault
+    for fault in (
+        password_changed,
+        user_without_rights,
+        user_disabled,
+        cannot_save,
+        loading,
+        maxclients_reached,
+        connections_killed_all_the_time,
+        keys_of_other_types,
+    )
+}
+
+
+@row("Redis refuses", *PLAIN, quick=None, values=FAULTS)
+def test_redis_refuses(start: Start, notes: Notes, kind: Fault) -> None:
+    world = start()
+    survive(world.cluster, kind(world), notes)
+    notes.happened("seen in Redis, or by every server")
+
+
+@row("Redis closes who is silent for a second", *PLAIN, quick=None)
+def test_timeout_of_redis(start: Start, notes: Notes) -> None:
+    """A beat comes every two seconds, so each finds its connection closed."""
+    world = start(2, 10)
+    world.redis.command("CONFIG", "SET", "timeout", 1)
+
+    def connections() -> set[str]:
+        return {one["id"] for one in world.redis.command("CLIENT LIST")}
+
+    before, lost = connections(), world.cluster.events("cluster.lost")
+    world.cluster.watch(8)
+    assert not before & connections()
+    notes.happened("no connection is left of those before")
+    survive(world.cluster, nullcontext(), notes)
+    assert world.cluster.events("cluster.lost") == lost
+
+
+# Clocks.
+
+
+def with_clock(file: Path) -> dict[str, str]:
+    """The environment of a process whose wall clock is ahead as the file says: "+3600". No other clock is."""
+    program("faketime")
+    (library,) = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
+    env = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1"}
+    return {**env, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+
+
+#: Seconds from the right time, one after another: forward, back, by more than the day after which keys expire.
+JUMPS = "+3600", "-7200", "+86000", "+400000", "-1000000000", "+0"
+
+
+@row("Wall clock of Redis jumps", *PLAIN)
+def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
+    """Whoever looks at a clock that jumps sees the same as here, where what it has noted is moved the other way.
+
+    Redis itself does not start under libfaketime, which its allocator calls too early.
+    """
+    world = start()
+
+    @contextmanager
+    def jumping() -> Iterator[None]:
+        for jump in map(int, JUMPS):
+            said = [world.redis.command("HINCRBY", STATE, name, -jump * 1000) for name in ("beat_at", "recount_at")]
+            until(lambda: world.redis.command("HGET", STATE, "beat_at") != str(said[0]), "a beat")  # noqa: B023
+            notes.happened(f"the clock of Redis was {jump:+} s ahead of what the beat before had noted")
+            world.cluster.watch(5 * BEAT)
+        yield
+
+    survive(world.cluster, jumping(), notes)
+
+
+@row("Wall clock of a server jumps", *PLAIN, quick=None)
+def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: Notes) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    env = {"WEB_CONCURRENCY": str(variant.workers)}
+    with Redis(tmp_path) as server, Cluster(server.url, BEAT, TTL, env | with_clock(clock)) as cluster:
+
+        @contextmanager
+        def jumping() -> Iterator[None]:
+            for jump in JUMPS:
+                clock.write_text(jump)
+                with cluster.telling("cluster.reset"):
+                    server.wipe()
+                said = [one.server.events("cluster.reset")[-1]["@timestamp"] for one in cluster.members]
+                ahead = [datetime.fromisoformat(text).timestamp() - time.time() for text in said]
+                assert all(abs(seconds - int(jump)) < 60 for seconds in ahead)
+                notes.happened(f"the servers' logs are {[round(seconds) for seconds in ahead]} s ahead")
+                cluster.watch(5 * BEAT)
+            yield
+
+        survive(cluster, jumping(), notes)
+
+
+# Where Redis is.
+
+
+@pytest.mark.timeout(1500)
+@row("Primary killed 50 times", *PLAIN, quick=None)
+def test_the_primary_is_killed_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -> None:
+    env = {"WEB_CONCURRENCY": str(variant.workers)}
+    killed = []
+    with Sentinels(tmp_path) as sentinels, Cluster(sentinels.url, BEAT, TTL, env) as cluster:
+
+        @contextmanager
+        def kill() -> Iterator[None]:
+            with cluster.telling("cluster.lost"):
+                killed.append(sentinels.kill_primary())
+            yield
+
+        for _ in range(50):
+            survive(cluster, kill(), Notes([]))
+            sentinels.rejoin(killed[-1])
+        notes.happened(f"primaries killed: {[one.port for one in killed]}")
+        notes.measured("right answers", cluster.answers, "")
+
+
+def named(port: int) -> bytes:
+    """A Sentinel's answer."""
+    return f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(port))}\r\n{port}\r\n".encode()
+
+
+@contextmanager
+def replica(folder: Path, primary: Redis) -> Iterator[int]:
+    with Redis(folder, replicaof=f"127.0.0.1 {primary.port}") as one:
+        yield one.port
+
+
+@contextmanager
+def another_redis(folder: Path, _: Redis) -> Iterator[int]:
+    with Redis(folder) as one:
+        yield one.port
+
+
+@contextmanager
+def nobody(folder: Path, _: Redis) -> Iterator[int]:
+    yield free_port()
+
+
+@contextmanager
+def silence(folder: Path, _: Redis) -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        yield one.getsockname()[1]
+
+
+@contextmanager
+def no_redis(folder: Path, _: Redis) -> Iterator[int]:
+    with listener(lambda sock: sock.sendall(b"hello\n")) as port:
+        yield port
+
+
+LIES = {lie.__name__.replace("_", " "): lie for lie in (replica, another_redis, nobody, silence, no_redis)}
+
+
+@row("All Sentinels lie", *PLAIN, quick=None, values=LIES)
+def test_all_sentinels_name_another(variant: Variant, tmp_path: Path, notes: Notes, kind: Callable[..., Any]) -> None:
+    env = {"WEB_CONCURRENCY": str(variant.workers)}
+    with ExitStack() as stack:
+        right = stack.enter_context(Redis(tmp_path))
+        said = right.port
+        ports = [stack.enter_context(listener(lambda sock: sock.sendall(named(said)))) for _ in "123"]
+        url = f"redis+sentinel://{','.join(f'127.0.0.1:{port}' for port in ports)}/name"
+        cluster = stack.enter_context(Cluster(url, BEAT, TTL, env))
+        wrong = stack.enter_context(kind(tmp_path, right))
+
+        @contextmanager
+        def lying() -> Iterator[None]:
+            nonlocal said
+            with cluster.telling("cluster.reset" if kind is another_redis else "cluster.lost"):
+                said = wrong
+            cluster.watch(1.5 * TTL)
+            yield
+            said = right.port
+
+        survive(cluster, lying(), notes)
+        notes.happened("every server has noticed")
+
+
+@row("The name of Redis is gone, then another's", *PLAIN, quick=None, values={"nothing listens": 0, "silent": 1})
+def test_the_name_of_redis_changes(variant: Variant, tmp_path: Path, notes: Notes, kind: int) -> None:
+    """Whom the servers ask for names they do not know says nothing, or is not there."""
+    if os.geteuid() != 0:
+        pytest.skip("a file of hosts of one's own needs root")
+    hosts, resolver = tmp_path / "hosts", tmp_path / "resolv.conf"
+    mount = f'mount --bind {hosts} /etc/hosts && mount --bind {resolver} /etc/resolv.conf && exec "$@"'
+    own = [program("unshare"), "--mount", "sh", "-c", mount, "sh"]
+    hosts.write_text("127.0.0.1 redis.test\n")
+    resolver.write_text("nameserver 127.0.0.77\n")
+    with ExitStack() as stack:
+        if kind:
+            stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)).bind(("127.0.0.77", 53))
+        server = stack.enter_context(Redis(tmp_path, bind="127.0.0.1 127.0.0.2"))
+        cluster = stack.enter_context(Cluster(f"redis://redis.test:{server.port}", BEAT, TTL, shares=()))
+        options = *cluster.options, "--workers", str(variant.workers)
+        for share in (5, 3, 2):
+            member = SteadyServer(share, *options, command=[*own, *GSERVER, "serve", "--port", "0"])
+            cluster.members.append(stack.enter_context(member))
+
+        def addresses() -> set[str]:
+            return {
+                one["laddr"].partition(":")[0] for one in server.command("CLIENT LIST") if one["cmd"] != "client|list"
+            }
+
+        @contextmanager
+        def renamed() -> Iterator[None]:
+            hosts.write_text("127.0.0.1 localhost\n")
+            with cluster.telling("cluster.lost", "timeout" if kind else "name"):
+                server.command("CLIENT", "KILL", "TYPE", "normal")
+            cluster.watch(2 * TTL)
+            yield
+            hosts.write_text("127.0.0.2 redis.test\n")
+            until(lambda: cluster.all_say(cluster.total), "all have found it")
+
+        assert addresses() == {"127.0.0.1"}
+        survive(cluster, renamed(), notes)
+        assert addresses() == {"127.0.0.2"}
+        notes.happened("all are connected to its other address")

@@ -1,0 +1,287 @@
+"""Who watches the server, and how it is told: the admin port, StatsD, the logs. None of them is a client's concern."""
+
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from tests.faults.rows import SEVERAL, Notes, Variant, row
+from tests.faults.site import Site
+from tests.netns import unavailable
+from tests.redises import Redis
+from tests.running import GSERVER, LIMIT, PATIENCE, Event, program, until
+from tests.test_admin import dial, get, status
+from tests.test_statsd import LINE, free_port
+
+Start = Callable[..., Site]
+ONE, THREE = Variant(1), Variant(3)
+FLOOD = 30_000
+NO_END = 2.0
+
+STATUS = b"GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HALF = {"silent": b"", "half a request": STATUS[:-2], "no body": b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nx"}
+
+
+@contextmanager
+def over_and_over(act: Callable[[], object], threads: int) -> Iterator[list[int]]:
+    """Do it in so many threads during the body; how often it was done is in the list after it."""
+    counts, is_over = [0] * threads, threading.Event()
+
+    def run(number: int) -> None:
+        while not is_over.is_set():
+            with suppress(OSError):
+                act()
+                counts[number] += 1
+
+    running = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    try:
+        yield counts
+    finally:
+        is_over.set()
+        for thread in running:
+            thread.join(LIMIT)
+
+
+def ask(site: Site, request: bytes) -> bytes:
+    """Ask the admin port, and read all of its answer."""
+    with dial(site.server) as sock:
+        sock.sendall(request)
+        return b"".join(iter(partial(sock.recv, 65536), b""))
+
+
+def assert_healthy(site: Site) -> None:
+    """The admin port answers at once."""
+    for path in ("/livez", "/readyz", "/metrics", "/status.json"):
+        began = time.monotonic()
+        assert get(site.server, path)[0] == 200
+        assert time.monotonic() - began < 2 * PATIENCE
+
+
+@row("Admin port: slowloris", ONE, THREE, values=HALF)
+def test_300_that_do_not_finish_what_they_ask(start: Start, notes: Notes, kind: bytes) -> None:
+    site = start()
+    agents = site.server.agents()
+    with site.neighbours(), ExitStack() as stack:
+        crowd = [stack.enter_context(dial(site.server)) for _ in range(300)]
+        for sock in crowd:
+            sock.sendall(kind)
+        assert_healthy(site)
+        for sock in crowd:
+            with suppress(ConnectionError):
+                assert sock.recv(65536)[9:12] in (b"", b"405")
+        notes.happened(f"{len(crowd)} were cut off or refused")
+    assert site.server.agents() == agents
+
+
+@row("Admin port: flood", ONE, THREE)
+def test_a_flood_of_rubbish_at_the_admin_port(start: Start, notes: Notes) -> None:
+    site = start()
+    agents = site.server.agents()
+    rubbish = b"\0" * 20_000, b"GET /" + b"x" * 50_000, b"GET /livez HTTP/1.1\r\nX: \x1b[2J\xff\r\n\r\n", STATUS
+    with site.neighbours(), ExitStack() as stack:
+        floods = [stack.enter_context(over_and_over(partial(ask, site, each), 4)) for each in rubbish]
+        time.sleep(1.0)
+        assert_healthy(site)
+    notes.happened(f"answered of each kind: {[sum(counts) for counts in floods]}")
+    assert sum(floods[-1]) > 20
+    assert site.server.agents() == agents
+
+
+@row("Admin port while Redis hangs", ONE, THREE)
+def test_a_flood_for_the_status_while_redis_hangs(start: Start, notes: Notes, tmp_path: Path) -> None:
+    with Redis(tmp_path) as redis:
+        site = start("--redis-url", redis.url)
+        agents = site.server.agents()
+        with site.neighbours():
+            redis.freeze()
+            with over_and_over(partial(ask, site, STATUS), 80) as counts:
+                site.server.wait_for("cluster.lost")
+                assert_healthy(site)
+            redis.thaw()
+            site.server.wait_for("cluster.regained")
+        notes.happened(f"Redis was frozen, and {sum(counts)} answers given")
+        assert sum(counts) > 80
+        assert site.server.agents() == agents
+        site.close()
+
+
+# StatsD.
+
+
+@row("StatsD daemon absent", ONE, THREE, values={"refused": "127.0.0.1", "no such name": "host.invalid"})
+def test_a_statsd_daemon_that_is_not_there(start: Start, notes: Notes, kind: str) -> None:
+    site = start("--statsd-host", kind, "--statsd-port", str(free_port(socket.SOCK_DGRAM)))
+    agents, before = site.server.agents(), unreachable()
+    with site.neighbours():
+        if kind == "127.0.0.1":
+            until(lambda: unreachable() >= before + 2, "the system says that nobody is there")
+            notes.happened("two datagrams came back as undeliverable")
+        else:
+            notes.happened(site.server.wait_for("statsd.unresolved")["message"])
+    assert site.server.agents() == agents
+    assert site.server.stop() == 0
+
+
+def unreachable() -> int:
+    """How often this machine has told that nobody is at a port."""
+    names, values = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line[:6] == "IcmpMs"]
+    return sum(int(value) for name, value in zip(names, values, strict=True) if name == "OutType3")
+
+
+@row("Name servers silent", ONE, SEVERAL[0])
+def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
+    start: Start, notes: Notes, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        unavailable("a name server of one's own needs root")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, Redis(tmp_path) as redis:
+        silent.bind((f"127.{os.getpid() >> 8 & 255}.{os.getpid() & 255}.53", 53))
+        (tmp_path / "resolv.conf").write_text(f"nameserver {silent.getsockname()[0]}\noptions timeout:30\n")
+        mount = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
+        command = [program("unshare"), "-m", "sh", "-c", mount, "sh", *GSERVER, "serve", "--port", "0"]
+        site = start("--statsd-host", "statsd.example", "--redis-url", redis.url, command=command)
+        silent.settimeout(LIMIT)
+        asked = silent.recv(512)
+        notes.happened(f"asked {asked[12:28]!r}, which has no answer")
+        with site.neighbours():
+            until(lambda: redis.members() == {"here": status(site.server)["clients"]["now"]}, "beats go on")
+        began = time.monotonic()
+        assert site.server.stop() == 0
+        notes.measured("stop", time.monotonic() - began, "s")
+        assert time.monotonic() - began < NO_END * PATIENCE
+        assert redis.members() == {}, "it has left the cluster"
+
+
+@row("StatsD names", ONE, THREE)
+def test_what_peers_say_makes_no_metric(start: Start, notes: Notes) -> None:
+    evil = b"x:1|c\n", b"accepted:9|c|#a\n", b"\x1b[2J\n", b"\0\xff|@:\n", b"WHO:7|c\nWHY\n"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
+        daemon.bind(("127.0.0.1", 0))
+        daemon.settimeout(LIMIT)
+        options = "--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1])
+        site = start(*options, "--statsd-prefix", "a:b|c@d#e\nf/\u0416")
+        with site.neighbours(), site.client() as client:
+            client.send(b"".join(evil))
+            notes.happened(f"answered {[client.line() for _ in evil]}")
+            got = b""
+            while b"errors.not_ascii:1" not in got:
+                got += daemon.recv(65536) + b"\n"
+        assert [line for line in got.splitlines() if not LINE.fullmatch(line)] == []
+        assert {line[:10] for line in got.splitlines()} == {b"a_b_c_d_e_"}
+
+
+# Logs.
+
+
+def read_by(reader: str) -> list[str]:
+    """The command of a server whose stdout goes to the file `log`, or through a pipe, to that reader."""
+    script = f'exec "$@" {reader}'
+    return ["bash", "-c", script, "bash", *GSERVER, "serve", "--port", "0"]
+
+
+def reader_of(site: Site) -> psutil.Process:
+    children = psutil.Process(site.server.pid).children()
+    (reader,) = [child for child in children if child.name() in ("cat", "tail")]
+    return reader
+
+
+def flood(site: Site, count: int) -> None:
+    """So many events, two for each client that comes and goes."""
+    for _ in range(count // 2):
+        with site.client() as client:
+            client.ask(b"WHY")
+
+
+def told(site: Site, after: int) -> list[Event]:
+    """What it has logged of lines that are lost, after so many lines."""
+    return [event for event in site.server.events()[after:] if event["event.action"] == "log.dropped"]
+
+
+def sum_of(events: list[Event]) -> int:
+    return sum(event["gserver.left_out"] for event in events)
+
+
+PIPE = read_by("> >(exec cat)")
+
+
+@row("stdout reader stalled", quick=None)
+def test_a_reader_of_stdout_that_stalls_under_load(start: Start, notes: Notes) -> None:
+    site = start("--log-level", "debug", command=PIPE)
+    reader = reader_of(site)
+    with site.neighbours():
+        reader.suspend()
+        flood(site, FLOOD * site.variant.workers)
+        with site.neighbours():
+            pass
+        before = len(site.server.lines)
+        reader.resume()
+        missed = until(lambda: told(site, before), "it tells what was missed")
+        notes.happened(f"{sum_of(missed)} lines were missed")
+    assert site.server.stop() == 0
+
+
+@row("stdout reader gone")
+def test_a_reader_of_stdout_that_goes_away(start: Start, notes: Notes) -> None:
+    site = start("--log-level", "debug", command=PIPE)
+    with site.neighbours():
+        reader = reader_of(site)
+        reader.kill()
+        until(lambda: not reader.is_running() or reader.status() == psutil.STATUS_ZOMBIE, "it is gone")
+        before = len(site.server.lines)
+        flood(site, 1000)
+    notes.happened("the reader was killed")
+    assert len(site.server.lines) == before
+    assert site.server.stop() == 0
+
+
+@row("Disk full", ONE, Variant(1, True))
+def test_a_disk_that_is_full_for_a_while_tears_no_count(start: Start, notes: Notes, tmp_path: Path) -> None:
+    command = read_by(">> log")
+    command[2] = f"touch log; tail --pid=$$ -n +1 -f log & {command[2]}"
+    site = start("--log-level", "debug", command=command)
+    server, log = site.server, tmp_path / "log"
+    with site.neighbours():
+        size = log.stat().st_size + 1000
+        limit_files(site, size)
+        until(lambda: log.stat().st_size == size, "no byte more fits")
+        flood(site, 1000)
+        assert log.stat().st_size == size
+        before = len(server.lines)
+        limit_files(site, resource.RLIM_INFINITY)
+        until(lambda: len(server.lines) > before + 1, "it logs again")
+        torn = [line for line in server.lines if not line.endswith("}\n")]
+        assert len(torn) < 2
+        for line in torn:
+            server.lines.remove(line)
+    notes.happened(f"the file was full at {size} bytes")
+
+    def all_is_told() -> bool:
+        counts, there = status(server)["clients"], server.events("client.accepted") + server.events("client.closed")
+        return bool(len(there) + sum_of(told(site, 0)) == counts["accepted"] + counts["closed"])
+
+    until(all_is_told, "each line is there, or among those that were dropped")
+    assert sum_of(told(site, 0)) > 900
+
+
+def limit_files(site: Site, size: int) -> None:
+    """No file of the server's may be larger."""
+    for process in site.processes():
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@row("stderr closed", ONE, THREE, values={"closed": "2>&-", "full": "2>/dev/full"})
+def test_no_stderr_is_missed_by_nobody(start: Start, notes: Notes, kind: str) -> None:
+    site = start(command=read_by(kind))
+    with site.neighbours():
+        for process in site.processes():
+            notes.happened(f"stderr is {os.readlink(f'/proc/{process.pid}/fd/2')}")
+    assert site.server.stop() == 0

@@ -1,0 +1,158 @@
+"""docs/reliability.md says what the reports say, and its sums are right."""
+
+import json
+import random
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proof import outages, page, timeline
+from proof.availability import (
+    BUDGET_SECONDS,
+    COMMON,
+    RATES,
+    Cost,
+    Rate,
+    availability,
+    cost,
+    in_window,
+    needed,
+    sums_table,
+    together,
+)
+from proof.outages import FAULTS, Outage, outage, wrong
+from tests.faults.rows import Notes
+from tests.history import Fact, Kind
+from tests.running import ROOT
+
+TEXT = page.PAGE.read_text()
+SEED = random.SystemRandom().randrange(1, 1_000_000)
+
+
+def test_the_page_shows_what_the_reports_say() -> None:
+    for mark, text in page.sections().items():
+        assert f"<!-- {mark} -->\n\n{text}\n\n<!-- /{mark} -->" in TEXT, f"{mark}: bin/availability writes it"
+
+
+def test_every_mark_of_the_page_has_its_end_and_every_section_its_place() -> None:
+    marks = re.findall(r"<!-- ([\w ]+) -->", TEXT)
+    assert marks == re.findall(r"<!-- /([\w ]+) -->", TEXT)
+    assert set(page.SECTIONS) <= set(marks)
+
+
+def test_the_plots_are_there_and_name_every_line() -> None:
+    for name in timeline.SCENARIOS:
+        assert f"(plots/who-{name}.svg)" in TEXT
+        drawn = (ROOT / f"docs/plots/who-{name}.svg").read_text()
+        assert {"A", "B", "C", "true count"} <= set(re.findall(r">([\w ]+)</text>", drawn))
+
+
+def test_every_fault_has_a_rate_with_its_reason() -> None:
+    assert [fault.name for fault in FAULTS] == [*RATES]
+    assert all(rate.why for rate in RATES.values())
+    assert all(each.why for each in COMMON)
+    assert {fault.name for fault in FAULTS if fault.lasts} == {
+        name for name, rate in RATES.items() if rate.lasts_seconds
+    }
+
+
+def test_the_sums_are_those_that_one_makes_by_hand() -> None:
+    assert round(BUDGET_SECONDS) == 1296
+    # Once a month, 10 s of a third of all; the second of three takes 12 s of half of all, the third hits nobody.
+    rate = Rate(365 / 30, "")
+    trials = [Outage(10, 1 / 3, 0.1), Outage(12, 1 / 2, 0), Outage(0, 0)]
+    assert cost(rate, trials) == pytest.approx(Cost(10 / 3, 6, 1))
+    # What lasts a minute, and 10 s to recover from, hits all for so long.
+    assert cost(rate, trials, 60).median == pytest.approx(70)
+    assert in_window(12, 100) == pytest.approx(98.63, abs=0.01)
+    assert availability(1296) == "99.9500 %"
+
+
+def test_no_fault_of_redis_or_an_agent_costs_a_reply() -> None:
+    report = json.loads(outages.FILE.read_text())
+    quiet = {name: trials for name, trials in report["replies"].items() if re.search("Redis|failover|agent", name)}
+    assert len(quiet) == 8
+    assert not any(figure for trials in quiet.values() for trial in trials for figure in trial)
+
+
+def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
+    report = {"replies": {"server killed": [[2, 0.5, 0]]}, "who": {"Redis gone": [[1, 1, 0]]}}
+    table = sums_table(report)
+    common = sum(each.per_year * each.seconds * each.share for each in COMMON) * 30 / 365
+    assert f"| common causes, assumed | {common:.0f} |" in table
+    lost = 18 * 30 / 365
+    assert f"| single faults, measured, worst | {lost:.2f} | {100 * lost / 1296:.1f} % | 99.9999 % |" in table
+    assert f"| the same, if a reply needed Redis | {lost + common + 12 * 1801 * 30 / 365:,.0f} |" in table
+
+
+def test_three_servers_of_90_percent_are_not_enough() -> None:
+    assert together(3, 0.9) == pytest.approx(0.999)
+    assert together(4, 0.9) == pytest.approx(0.9999)
+    assert needed(3) == pytest.approx(0.92063, abs=1e-5)
+    assert together(3, needed(3)) == pytest.approx(0.9995)
+    assert "92.06 %" in TEXT
+
+
+def test_an_outage_is_from_the_fault_to_the_last_that_failed() -> None:
+    probes = [(at / 100, 1) for at in range(1000)]
+    assert outage(probes, 2) == Outage(0, 0)
+    for number, tries in ((210, 2), (240, 0), (299, 2)):
+        probes[number] = (number / 100, tries)
+    assert outage(probes, 2) == pytest.approx(Outage(1, 0.03, 0.01))
+
+
+def test_who_is_wrong_until_the_last_wrong_answer_of_anybody() -> None:
+    right, late = [(at / 10, 7) for at in range(100)], [(at / 10, 6 if at <= 40 else 7) for at in range(100)]
+    assert wrong(right, 0, 7) == Outage(0, 0)
+    assert wrong(right + late, 0, 7) == pytest.approx(Outage(4, 0.5))
+
+
+def case(fault: str, outcome: str = "survived", **more: Any) -> dict[str, Any]:
+    return {"fault": fault, "test": "", "seconds": 1.0, "outcome": outcome, **more}
+
+
+def test_a_fault_is_one_line_with_what_was_done_and_measured() -> None:
+    cases = [
+        case("Flood", happened=["9 came", "all left"], measured={"p99": [0.5, "ms"]}),
+        case("Flood", happened=["8 came"], measured={"p99": [2, "ms"]}),
+        case("Frost", "SKIPPED", happened=[], measured={}, why="needs root"),
+        case("Flood", "FAILED", happened=[], measured={}),
+    ]
+    report = {"machine": {"system": "Linux", "python": "3", "seed": 5}, "seconds": 120, "cases": cases}
+    head, _, table = page.faults(report).partition("\n\n")
+    assert head == "2 faults; 2 of 4 cases survived, in 2 minutes (seed 5; Linux, Python 3)."
+    assert table.splitlines()[2:] == [
+        "| Flood | 9 came; all left | 2 of 3; FAILED | p99 0.500 .. 2 ms |",
+        "| Frost | - | 0 of 1; SKIPPED: needs root |  |",
+    ]
+
+
+def test_a_soak_is_told_in_a_line() -> None:
+    report = {"seconds": 3600, "faults": {"a": {"seconds": [1, 2]}, "b": {"seconds": [3]}}, "censuses": [1] * 30}
+    told = page.soak({**report, "replies": {"right": 12345, "wrong": 0, "lost": 2}})
+    assert told.startswith("1.0 hours, 3 faults of 2 kinds; 12,345 right replies, none wrong, 2 lost but to a fault")
+
+
+def test_the_true_count_changes_in_the_middle_of_the_time_in_which_it_may() -> None:
+    facts = [
+        *(Fact(at, kind, "A", 1) for at, kind in ((1, Kind.CONNECTING), (3, Kind.COUNTED), (6, Kind.CLOSING))),
+        *(Fact(at, kind, "B", 2) for at, kind in ((4, Kind.CONNECTING), (5, Kind.COUNTED))),
+        *(Fact(at, kind, "A", 1) for at, kind in ((7, Kind.COUNTED), (8, Kind.CLOSED))),
+    ]
+    assert timeline.truth(facts, 1) == [(1, 1), (3.5, 2), (6, 1)]
+
+
+@pytest.mark.long
+@pytest.mark.fault("Primary killed while clients come and go")
+def test_a_short_timeline_of_a_failover_keeps_the_promise(tmp_path: Path, notes: Notes) -> None:
+    report = timeline.record(tmp_path, SEED, partial(timeline.failover, seconds=0.5))
+    killed, elected, over = (at for at, _ in report["events"])
+    notes.happened(
+        f"another was primary after {elected - killed:.1f} s, and all reached it after {over - killed:.1f} s"
+    )
+    assert report["broken"] == 0, f"seed {SEED}: {report['first broken']}"
+    assert report["answers"] > 100
+    assert report["said"]["A"][0][1] < max(count for _, count in report["truth"])

@@ -1,0 +1,151 @@
+"""A soak sees what is wrong, a short one goes well, and its page is that of its report."""
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+
+import psutil
+import pytest
+
+from proof.soak_judge import MAX_GROWTH, Report, complaints, lives, render, written
+from proof.soak_load import KINDS, Load
+from proof.soak_world import Member
+from tests.faults.site import CENSUS, SEED
+from tests.running import LIMIT, ROOT, environment, left_over, program, until
+
+BIN = ROOT / "bin/soak"
+REPORT = ROOT / "docs/soak.json"
+
+
+def report(held: Callable[[int], list[int]], count: int = 40) -> Report:
+    """One of so many censuses, in which one process held what is said for each."""
+    censuses = [{"at": n, "clients": 6, "who": {"one": 6, "two": 6}, "held": {"one": held(n)}} for n in range(count)]
+    numbers = {"right": 1, "wrong": 0, "excused": 0, "lost": 0}
+    told = {"command": "bin/soak", "machine": {}, "seconds": 1.0, "is_interrupted": False, "kinds": {"stays": 1}}
+    return {**told, "censuses": censuses, "failures": [], "faults": {}, "replies": numbers}
+
+
+def test_what_stays_the_same_is_no_leak() -> None:
+    steady = report(lambda n: [30_000_000 + n % 7 * 4096, 12, 5])
+    assert not list(complaints(steady))
+    assert "All was well." in render(steady)
+
+
+def test_what_grows_while_the_soak_warms_up_or_a_process_is_new_is_no_leak() -> None:
+    assert not list(complaints(report(lambda n: [min(30_000_000 + n * 200_000, 31_600_000), 12 - (n == 0), 5])))
+    late = report(lambda n: [30_000_000, 12, 5])
+    late["censuses"][20]["held"]["two"] = [20_000_000, 9, 0]
+    for census in late["censuses"][21:]:
+        census["held"]["two"] = [30_000_000, 12, 5]
+    assert not list(complaints(late))
+    assert [len(life.resident) for life in lives(late)] == [32, 19]
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        (lambda n: [30_000_000, 12 + n // 39, 5], "descriptors were 12, 13"),
+        (lambda n: [30_000_000, 12, 5 + n // 20], "greenlets were 5, 6"),
+        (lambda n: [30_000_000 + n * 30_000, 12, 5], "memory grew by 2.4%"),
+    ],
+)
+def test_a_leak_is_seen(held: Callable[[int], list[int]], told: str) -> None:
+    leaking = report(held)
+    assert list(complaints(leaking)) == [f"one: {told}"]
+    assert f"**Wrong:**\n- one: {told}\n" in render(leaking)
+
+
+def test_memory_may_grow_by_so_much_and_no_more() -> None:
+    for growth, count in ((MAX_GROWTH * 0.9, 0), (MAX_GROWTH * 1.1, 1)):
+        late = report(lambda n, growth=growth: [round(30_000_000 * (1 + growth * (n > 30))), 12, 5])  # type: ignore[misc]
+        assert len(list(complaints(late))) == count
+
+
+def test_a_count_that_is_wrong_at_rest_is_seen() -> None:
+    for who in ({"one": 6, "two": 5}, {"one": 5, "two": 5}):
+        wrong = report(lambda n: [30_000_000, 12, 5])
+        wrong["censuses"][3]["who"] = who
+        assert list(complaints(wrong)) == [f"at 3 s, with 6 clients, WHO said {who}"]
+
+
+def test_wrong_replies_lost_connections_and_deaths_are_seen(tmp_path: Path, pems: Path) -> None:
+    folder = copytree(pems, tmp_path / "here")
+    (folder / "census.py").write_text(CENSUS)
+    member = Member("here", folder)
+    load = Load([member], SEED)
+    try:
+        until(lambda: {*member.clients().values()} == {0}, "its first crowd has gone")
+        load.may_call.set()
+        load.are_served()
+        assert not load.complaints()
+        assert not member.complaints()
+        assert {*load.kinds} == {*KINDS}
+        member.running.workers()[0].kill()
+        until(lambda: load.replies["lost"], "a loss is noted")
+        load.are_served()
+        assert any("lost: " in text for text in load.complaints()), SEED
+        assert member.complaints() == ["here: 1 processes died by themselves"]
+        load.pause()
+        member.name = "elsewhere"
+        load.may_call.set()
+        until(lambda: load.replies["wrong"], "a wrong reply is noted")
+        told = load.complaints()
+        assert any("b'WHERE' was answered b'here'" in text for text in told), told
+    finally:
+        load.stop()
+        member.running.kill()
+
+
+def soak(*words: str, folder: Path) -> "subprocess.Popen[str]":
+    program("redis-sentinel")
+    env = environment(MARK=str(folder), TMPDIR=str(folder))
+    return subprocess.Popen(
+        [BIN, *words, "--report", folder / "soak.json"],
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_short_soak_goes_well(tmp_path: Path) -> None:
+    only = ["--only", "worker killed", "--only", "FLUSHALL"]
+    process = soak("--hours", "0.003", "--seed", str(SEED), *only, folder=tmp_path)
+    page, told = process.communicate(timeout=8 * LIMIT)
+    assert process.returncode == 0, told + page
+    found = json.loads(text := (tmp_path / "soak.json").read_text())
+    assert text == written(found)
+    assert {*found["faults"]} == {"worker killed", "FLUSHALL"}
+    assert found["replies"]["right"] > 1000
+    assert len(found["censuses"]) >= 2
+    assert (tmp_path / "soak.md").read_text() == render(found)
+    assert page == render(found) + "\n"
+    assert not left_over(tmp_path)
+
+
+def test_one_that_is_interrupted_tells_what_it_has_found_and_leaves_nothing(tmp_path: Path) -> None:
+    process = soak("--seed", str(SEED), folder=tmp_path)
+    assert process.stderr
+    lines: list[str] = []
+    while "census" not in (line := process.stderr.readline()):
+        assert line, lines
+        lines.append(line)
+    process.send_signal(signal.SIGINT)
+    page, told = process.communicate(timeout=4 * LIMIT)
+    assert process.returncode == 0, told + page
+    assert "and was interrupted" in page
+    assert json.loads((tmp_path / "soak.json").read_text())["is_interrupted"]
+    psutil.wait_procs(left_over(tmp_path), LIMIT)
+    assert not left_over(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"soak.json", "soak.md"}
+
+
+@pytest.mark.skipif(not REPORT.exists(), reason="no report yet")
+def test_the_page_is_that_of_the_report_in_which_nothing_was_wrong() -> None:
+    found = json.loads(REPORT.read_text())
+    assert REPORT.with_suffix(".md").read_text() == render(found)
+    assert not list(complaints(found))
+    assert found["seconds"] >= 3600
