@@ -21,7 +21,7 @@ def section(report: Report) -> str:
             )
         elif guided:
             rows[0] += f" Guided by coverage: {guided}."
-        parts.append(rows[0])
+        parts.append(rows[0] + (f" {told['note']}" if "note" in told else ""))
         for head, counts in (("target", told["targets"]), ("outcome", told["outcomes"])):
             if counts:
                 lines = [f"| {name} | {count:,} |" for name, count in counts.items()]
