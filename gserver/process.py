@@ -27,7 +27,7 @@ from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse, Twin
 RESERVED_FILES = 64
 HEARTBEAT_SECONDS = 0.25
 #: Its business alone, whoever sends them to all processes of the name: blocked in a child until it ignores them.
-SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 

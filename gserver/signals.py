@@ -25,8 +25,6 @@ class SignalNotes:
         self._first_stop: tuple[signal.Signals, float] | None = None
         for number in numbers:
             signal.signal(number, lambda number, _frame: self._note(signal.Signals(number)))
-        # Habit sends it, for logs to be opened anew. Children inherit this.
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
 
     def take(self) -> list[signal.Signals]:

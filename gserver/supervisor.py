@@ -45,7 +45,7 @@ class Supervisor:
         self._failure: Failure | None = None
         self._orders = Orders(config.drain_delay_seconds, config.drain_timeout_seconds)
         self._id_check_until = monotonic() + config.settle_seconds + ID_CHECK_SECONDS if config.redis_url else 0.0
-        self._signals = SignalNotes(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+        self._signals = SignalNotes(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._signals.fd, selectors.EVENT_READ, None)
 

@@ -62,7 +62,7 @@ def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
         ("express", express, "cells[why.cell] += whys", "cells[why.cell] += whos"),
         ("url", redis_url, 'return f"unix://{self.path}"', 'return f"unix://{self.password}@{self.path}"'),
         ("url", redis_url, '"rediss" if self.has_tls else "redis"', '"redis"'),
-        ("url", redis_url, "if found else", "if not found else"),
+        ("url", redis_url, 'db = f"/{self.db}" if self.db else ""', 'db = ""'),
         ("option", config, "[!-~]{1,128}", "[ -~]{1,128}"),
         ("log", logs, "char if char.isprintable() else ascii(char)[1:-1] for char in text", "text"),
         ("log", logs, "if room < 0:", "if room < -9999:"),
@@ -101,7 +101,7 @@ def test_servers_take_anything(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("conversation.py", "deadline = monotonic() + LINGER_SECONDS", "deadline = 0.0"),
+        ("conversation.py", "replies.append(item.reply)", "replies.insert(0, item.reply)"),
         ("conversation.py", "return self._answer(parser.end())", "return None"),
     ],
 )

@@ -7,7 +7,7 @@ import pty
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR2
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_what_signals_add_up_to(
 
 @pytest.mark.parametrize(
     ("numbers", "reloads"),
-    [((SIGHUP, SIGHUP), 2), ((SIGUSR2, SIGHUP), 0), ((SIGTERM, SIGHUP), 0), ((SIGHUP, SIGTERM), 1)],
+    [((SIGHUP, SIGHUP), 2), ((SIGUSR2, SIGHUP), 0), ((SIGTERM, SIGHUP), 0), ((SIGHUP, SIGTERM), 1), ((SIGUSR1,), 0)],
 )
 def test_a_hangup_reloads_unless_the_server_is_stopping(numbers: tuple[signal.Signals, ...], reloads: int) -> None:
     assert orders(*numbers).reloads == reloads

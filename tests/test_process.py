@@ -99,7 +99,7 @@ def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group
             assert os.getpgid(worker.pid) == worker.pid
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(number: signal.Signals) -> None:
     with Running() as server, server.client() as client:
         client.who()
@@ -110,7 +110,7 @@ def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(number:
         assert not server.events("worker.died")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_it_leaves_a_worker_alone_that_still_starts(number: signal.Signals) -> None:
     with Running() as server:
         old = server.workers()

@@ -151,7 +151,7 @@ def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(start: Start, no
 
 @row("SIGTERM under load", *ALL)
 def test_what_a_thousand_clients_have_sent_is_answered_at_a_stop(start: Start, notes: Notes, tmp_path: Path) -> None:
-    site, drawn = start(env={"MARK": str(tmp_path)}), random.Random(SEED)
+    site, drawn = start("--drain-timeout", "30", env={"MARK": str(tmp_path)}), random.Random(SEED)
     with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
         clients = [stack.enter_context(site.client()) for _ in range(1000)]
         until(lambda: sum(site.clients()) == 1000, "all are there")
