@@ -217,11 +217,10 @@ PIPE = read_by("> >(exec cat)")
 def test_a_reader_of_stdout_that_stalls_under_load(start: Start, notes: Notes) -> None:
     site = start("--log-level", "debug", command=PIPE)
     reader = reader_of(site)
-    with site.neighbours():
+    with site.neighbours() as neighbours:
         reader.suspend()
         flood(site, FLOOD * site.variant.workers)
-        with site.neighbours():
-            pass
+        neighbours.are_served()
         before = len(site.server.lines)
         reader.resume()
         missed = until(lambda: told(site, before), "it tells what was missed")
