@@ -1,6 +1,5 @@
 """Hours of load and faults, and what they have shown: see `bin/soak --help`."""
 
-import json
 import os
 import platform
 import random
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from proof.soak_faults import FAULTS
-from proof.soak_judge import Report, complaints, render
+from proof.soak_judge import Report, complaints, render, written
 from proof.soak_load import Load
 from proof.soak_world import NAMES, World, eventually
 from tests.redises import FAILOVER_LIMIT
@@ -213,7 +212,7 @@ def main(hours: float, every: float, seed: int | None, only: tuple[str, ...], pa
                 sys.exit(2)
             soak.report["failures"].append(f"it ended early: {error!r}")
     if path:
-        path.write_text(json.dumps(soak.report, indent=1) + "\n")
+        path.write_text(written(soak.report))
         path.with_suffix(".md").write_text(render(soak.report))
     click.echo(render(soak.report))
     sys.exit(1 if list(complaints(soak.report)) else 0)

@@ -1,9 +1,13 @@
 """What a soak has shown: from its report to what is wrong with it, and to a page. Pure."""
 
+import json
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from statistics import median
 from typing import Any, NamedTuple
+
+from bench.report import table
 
 #: What memory may have grown by from the first quarter of a process's censuses to the last.
 MAX_GROWTH = 0.02
@@ -56,9 +60,10 @@ def complaints(report: Report) -> Iterator[str]:
             yield f"at {census['at']:.0f} s, with {census['clients']} clients, WHO said {census['who']}"
 
 
-def _table(*rows: tuple[object, ...]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+def written(report: Report) -> str:
+    """Make a file of it, lists of numbers on a line each."""
+    text = json.dumps(report, indent=1) + "\n"
+    return re.sub(r"\[[\s\d.,]+\]", lambda numbers: "[" + " ".join(numbers[0][1:-1].split()) + "]", text)
 
 
 def _seconds(times: list[float]) -> str:
@@ -116,26 +121,26 @@ def render(report: Report) -> str:
         verdict="\n- ".join(
             ["**Wrong:**", *(" ".join(text.split()) for text in wrong)] if wrong else ["All was well."]
         ),
-        replies=_table(
-            ("right", "wrong", "connections lost to a fault of their server", "lost otherwise"),
-            (f"{replies['right']:,}", replies["wrong"], f"{replies['excused']:,}", replies["lost"]),
+        replies=table(
+            ["right", "wrong", "connections lost to a fault of their server", "lost otherwise"],
+            [[f"{replies[name]:,}" for name in ("right", "wrong", "excused", "lost")]],
         ),
         kinds=", ".join(f"{kind.replace('_', ' ')} {number:,}" for kind, number in sorted(report["kinds"].items())),
-        faults=_table(
-            ("fault", "times", "seconds from its end until all had recovered", "what showed that it happened"),
-            *((name, len(each["seconds"]), _seconds(each["seconds"]), each["happened"]) for name, each in faults),
+        faults=table(
+            ["fault", "times", "seconds from its end until all had recovered", "what showed that it happened"],
+            [[name, str(len(each["seconds"])), _seconds(each["seconds"]), each["happened"]] for name, each in faults],
         ),
         growth=100 * MAX_GROWTH,
         least=LEAST_CENSUSES,
-        held=_table(
-            ("process", "censuses", "memory, first", "last", "growth", "descriptors", "greenlets"),
-            *map(_row, sorted(lives(report), key=lambda life: (-len(life.resident), life.name))),
+        held=table(
+            ["process", "censuses", "memory, first", "last", "growth", "descriptors", "greenlets"],
+            [_row(life) for life in sorted(lives(report), key=lambda life: (-len(life.resident), life.name))],
         ),
     )
 
 
-def _row(life: Life) -> tuple[object, ...]:
+def _row(life: Life) -> list[str]:
     quarter = max(1, len(life.resident) // 4)
     memory = [f"{median(part) / 1e6:.2f}" for part in (life.resident[:quarter], life.resident[-quarter:])]
     counts = [" to ".join(str(count) for count, _ in groupby(each)) for each in (life.descriptors, life.greenlets)]
-    return life.name, len(life.resident), *memory, "" if life.growth is None else f"{life.growth:+.1%}", *counts
+    return [life.name, str(len(life.resident)), *memory, "" if life.growth is None else f"{life.growth:+.1%}", *counts]

@@ -100,6 +100,7 @@ class SteadyServer(ExitStack[None]):
         self.bad: tuple[str, ...] = ("died", "hung", "not_started")
         self._read = self._read_errors = 0
         self.server = self.enter_context(Running(*options, env=env, **more))
+        self.server.wait_for("worker.ready", self.server.events("server.listening")[0]["gserver.workers"])
         self.clients: list[Client] = [self.enter_context(self.server.client()) for _ in range(share - 1)]
         self.watcher = Watcher(self.server)
         self.callback(self.watcher.close)

@@ -587,7 +587,7 @@ def hours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_no_answer_breaks_the_promise_whatever_happens(hours: list[Hour], notes: Notes) -> None:
     for hour in hours:
         verdict = hour.verdict()
-        assert not verdict.violations, f"{verdict}"
+        assert not verdict.violations, f"{verdict}\nload of the machine: {os.getloadavg()}"
         assert verdict.exact > verdict.answers / 10, f"{verdict}"
         notes.happened(", ".join(f"{what} {count} times" for what, count in hour.happened.most_common()))
         for name, count in {"answers": verdict.answers, "exact": verdict.exact}.items():

@@ -62,7 +62,7 @@ def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
         ("express", express, "cells[why.cell] += whys", "cells[why.cell] += whos"),
         ("url", redis_url, 'return f"unix://{self.path}"', 'return f"unix://{self.password}@{self.path}"'),
         ("url", redis_url, '"rediss" if self.has_tls else "redis"', '"redis"'),
-        ("url", redis_url, "if found else", "if not found else"),
+        ("url", redis_url, 'db = f"/{self.db}" if self.db else ""', 'db = ""'),
         ("option", config, "[!-~]{1,128}", "[ -~]{1,128}"),
         ("log", logs, "char if char.isprintable() else ascii(char)[1:-1] for char in text", "text"),
         ("log", logs, "if room < 0:", "if room < -9999:"),
@@ -95,18 +95,18 @@ def _fuzz(name: str, count: int, env: dict[str, str] | None = None) -> str:
 
 @pytest.mark.parametrize("name", ["plain", "tls"])
 def test_servers_take_anything(name: str) -> None:
-    assert _fuzz(name, 400) == "", f"GSERVER_FUZZ_SEED={SEED}"
+    assert _fuzz(name, 250) == "", f"GSERVER_FUZZ_SEED={SEED}"
 
 
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("conversation.py", "deadline = monotonic() + LINGER_SECONDS", "deadline = 0.0"),
+        ("conversation.py", "replies.append(item.reply)", "replies.insert(0, item.reply)"),
         ("conversation.py", "return self._answer(parser.end())", "return None"),
     ],
 )
 def test_a_fault_in_a_server_is_found(tmp_path: Path, module: str, old: str, new: str) -> None:
-    assert _fuzz("plain", 300, _broken(tmp_path, module, old, new)), "it was not found"
+    assert _fuzz("plain", 150, _broken(tmp_path, module, old, new)), "it was not found"
 
 
 def test_the_command_finds_reports_and_shows_again(tmp_path: Path) -> None:

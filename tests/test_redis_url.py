@@ -78,6 +78,8 @@ ERRORS = {
     "unix+sentinel:///run/redis.sock": "begins with",
     "redis+sentinel+sentinel://127.0.0.1/name": "begins with",
     "redis://[::1": "host or port",
+    "redis://one%2Ftwo": "host or port",
+    "redis://one%3A1": "host or port",
     "redis://127.0.0.1?db": "name=value",
     "redis://127.0.0.1?timeout=1": "parameter that is none of",
     "redis://127.0.0.1?DB=1": "parameter that is none of",

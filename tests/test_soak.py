@@ -10,7 +10,7 @@ from shutil import copytree
 import psutil
 import pytest
 
-from proof.soak_judge import MAX_GROWTH, Report, complaints, lives, render
+from proof.soak_judge import MAX_GROWTH, Report, complaints, lives, render, written
 from proof.soak_load import KINDS, Load
 from proof.soak_world import Member
 from tests.faults.site import CENSUS, SEED
@@ -116,7 +116,8 @@ def test_a_short_soak_goes_well(tmp_path: Path) -> None:
     process = soak("--hours", "0.003", "--seed", str(SEED), *only, folder=tmp_path)
     page, told = process.communicate(timeout=8 * LIMIT)
     assert process.returncode == 0, told + page
-    found = json.loads((tmp_path / "soak.json").read_text())
+    found = json.loads(text := (tmp_path / "soak.json").read_text())
+    assert text == written(found)
     assert {*found["faults"]} == {"worker killed", "FLUSHALL"}
     assert found["replies"]["right"] > 1000
     assert len(found["censuses"]) >= 2

@@ -445,14 +445,19 @@ def test_all_sentinels_name_another(variant: Variant, tmp_path: Path, notes: Not
         notes.happened("every server has noticed")
 
 
-@row("The name of Redis is gone, then another's", *PLAIN, quick=None)
-def test_the_name_of_redis_changes(variant: Variant, tmp_path: Path, notes: Notes) -> None:
+@row("The name of Redis is gone, then another's", *PLAIN, quick=None, values={"nothing listens": 0, "silent": 1})
+def test_the_name_of_redis_changes(variant: Variant, tmp_path: Path, notes: Notes, kind: int) -> None:
+    """Whom the servers ask for names they do not know says nothing, or is not there."""
     if os.geteuid() != 0:
         pytest.skip("a file of hosts of one's own needs root")
-    hosts = tmp_path / "hosts"
-    own = [program("unshare"), "--mount", "sh", "-c", f'mount --bind {hosts} /etc/hosts && exec "$@"', "sh"]
+    hosts, resolver = tmp_path / "hosts", tmp_path / "resolv.conf"
+    mount = f'mount --bind {hosts} /etc/hosts && mount --bind {resolver} /etc/resolv.conf && exec "$@"'
+    own = [program("unshare"), "--mount", "sh", "-c", mount, "sh"]
     hosts.write_text("127.0.0.1 redis.test\n")
+    resolver.write_text("nameserver 127.0.0.77\n")
     with ExitStack() as stack:
+        if kind:
+            stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)).bind(("127.0.0.77", 53))
         server = stack.enter_context(Redis(tmp_path, bind="127.0.0.1 127.0.0.2"))
         cluster = stack.enter_context(Cluster(f"redis://redis.test:{server.port}", BEAT, TTL, shares=()))
         options = *cluster.options, "--workers", str(variant.workers)
@@ -468,8 +473,9 @@ def test_the_name_of_redis_changes(variant: Variant, tmp_path: Path, notes: Note
         @contextmanager
         def renamed() -> Iterator[None]:
             hosts.write_text("127.0.0.1 localhost\n")
-            with cluster.telling("cluster.lost"):
+            with cluster.telling("cluster.lost", "timeout" if kind else "name"):
                 server.command("CLIENT", "KILL", "TYPE", "normal")
+            cluster.watch(2 * TTL)
             yield
             hosts.write_text("127.0.0.2 redis.test\n")
             until(lambda: cluster.all_say(cluster.total), "all have found it")

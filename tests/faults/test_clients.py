@@ -1,0 +1,168 @@
+"""Bad clients: too many, too slow, deaf, dead or gone, in every phase of what they do."""
+
+import socket
+import struct
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+
+from tests.faults.rows import PLAIN, Notes, row
+from tests.faults.site import Site
+from tests.netns import Network
+from tests.running import LIMIT, PATIENCE, Client, until
+from tests.test_admin import status
+
+Start = Callable[..., Site]
+
+#: What was said when it went, plain or by TLS; and what is said where TLS has not begun, or never does.
+PHASES = (
+    b"",
+    b"WH",
+    b"WHY\n",
+    b"NOPE\nWH",
+    b"WHERE\n" * 5000,
+    b"x" * 2000,
+    b"GET / HTTP/1.1\n",
+    b"\n",
+    b"WHY\nNOPE\n" * 500,
+)
+BARE_PHASES = b"", b"\x16", b"\x16\x03\x01\x02\x00\x01", b"WHO\n"
+#: From when a client's machine vanishes, with what listener.py says of keepalive.
+DEAD_SECONDS = 120
+
+
+def reset(sock: socket.socket) -> None:
+    """Leave in the rudest way."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def counted(site: Site, name: str) -> int:
+    """How many were turned out or away for that."""
+    return int(status(site.server)["rejected"][name])
+
+
+@row("Resets")
+def test_clients_that_reset_in_every_phase(start: Start, notes: Notes) -> None:
+    site, number = start("--log-level", "debug"), 0
+    with site.neighbours():
+        for _ in range(20):
+            for said in PHASES:
+                for is_half_closed in (False, True):
+                    client = site.client()
+                    client.send(said)
+                    if is_half_closed:
+                        socket.socket.shutdown(client.sock, socket.SHUT_WR)
+                    reset(client.sock)
+                    number += 1
+            for said in BARE_PHASES:
+                bare = site.server.client()
+                bare.send(said)
+                reset(bare.sock)
+                number += 1
+    notes.happened(f"{number} connections were reset")
+
+
+@row("Half-closes", quick=None)
+def test_hundreds_that_end_at_once(start: Start, notes: Notes) -> None:
+    site = start(crowd=400)
+    with site.neighbours(), ExitStack() as stack:
+        crowd = [stack.enter_context(site.client()) for _ in range(400)]
+        for number, client in enumerate(crowd):
+            client.send((b"", b"WHY\nWHERE", b"WHY\n", b"W")[number % 4])
+        for client in crowd:
+            socket.socket.shutdown(client.sock, socket.SHUT_WR)
+        told = [client.rest() for client in crowd]
+        notes.happened(f"{len(crowd)} have ended, and read all up to a clean end")
+        assert told == [b"", b"42\nhere\n", b"42\n", b"ERR unknown command\n"] * 100
+
+
+@row("Over the limit", quick=None)
+def test_who_is_too_many_reads_so_and_a_clean_end(start: Start, notes: Notes) -> None:
+    site = start("--max-clients", "40")
+    with ExitStack() as stack:
+        inside = [stack.enter_context(site.client()) for _ in range(40)]
+        until(lambda: inside[0].who() == 40, "all are in")
+        for _ in range(50):
+            with site.client() as late:
+                assert late.rest() == b"ERR too many clients\n"
+                assert {client.ask(b"WHY") for client in inside} == {b"42"}
+        assert inside[-1].who() == 40
+        notes.happened(f"{counted(site, 'too_many_clients')} were turned away")
+        assert counted(site, "too_many_clients") >= 50
+    site.assert_as_before()
+
+
+@row("One address takes all", quick=None)
+def test_one_address_does_not_take_all(start: Start, notes: Notes) -> None:
+    site = start("--max-clients-per-address", "20")
+    before = counted(site, "too_many_from_address")
+    with site.neighbours(), ExitStack() as stack:
+        greedy = [stack.enter_context(site.client("127.0.0.2")) for _ in range(20)]
+        assert {client.ask(b"WHY") for client in greedy} == {b"42"}
+        for _ in range(50):
+            with site.client("127.0.0.2") as late:
+                assert late.rest() == b"ERR too many clients from your address\n"
+        assert {client.ask(b"WHY") for client in greedy} == {b"42"}
+        number = counted(site, "too_many_from_address") - before
+        notes.happened(f"{number} were turned away")
+        assert number == 50
+
+
+@row("Slowloris", quick=None)
+def test_who_sends_a_byte_now_and_then_is_cut_off_in_time(start: Start, notes: Notes) -> None:
+    site = start("--line-timeout", "2")
+    with site.neighbours(), ExitStack() as stack:
+        crowd = [stack.enter_context(site.client()) for _ in range(50)]
+        began = time.monotonic()
+        while counted(site, "too_slow") < 50:
+            for client in crowd:
+                with suppress(OSError):
+                    client.send(b"x")
+            time.sleep(0.1)
+            assert time.monotonic() - began < 2 + 3 * PATIENCE
+        notes.measured("cut off after", time.monotonic() - began, "s")
+        notes.happened("50 were cut off")
+
+
+@row("Slow reader", quick=None)
+def test_who_sends_and_does_not_read_costs_no_memory_and_is_reset(start: Start, notes: Notes) -> None:
+    site = start("--write-timeout", "1")
+    with site.neighbours(), ExitStack() as stack:
+        before, sent, began = site.resident_of_workers(), 0, time.monotonic()
+        deaf = [stack.enter_context(site.client()) for _ in range(2)]
+        for client in deaf:
+            client.sock.settimeout(0.02)
+        while counted(site, "slow_reader") < 2:
+            assert time.monotonic() - began < LIMIT
+            for client in deaf:
+                with suppress(OSError):
+                    sent += client.sock.send(b"N\n" * 20_000)
+        grown = site.resident_of_workers() - before
+        notes.happened(f"2 were reset, after {sent} bytes")
+        notes.measured("memory", grown / 1e6, "MB")
+        assert sent < 100_000_000
+        assert grown < 4_000_000 * site.variant.workers * PATIENCE
+
+
+@row("Dead peer", *PLAIN, quick=None)
+def test_whose_machine_vanished_counts_for_two_minutes_at_most(start: Start, notes: Notes) -> None:
+    with Network(2) as network:
+        here, there = network.hosts
+        with here.inside():
+            site = start("--host", "0.0.0.0")
+            with site.neighbours(), there.inside():
+                dead = [Client(site.server.port, here.address) for _ in range(10)]
+                for number, client in enumerate(dead):
+                    client.send((b"WHY\n", b"NOPE\n")[number % 2])  # One rests, one has a greenlet.
+                    assert client.line()
+                with here.inside():
+                    until(lambda: sum(site.clients()) >= 10, "they are counted")
+                with network.cut((here, there), (there, here)) as cut:
+                    for client in dead:
+                        client.sock.close()  # Of which the server hears nothing.
+                    with here.inside(), site.client() as one:
+                        until(lambda: one.who() < 10, "they have left the count", DEAD_SECONDS + LIMIT)
+                    notes.happened("10 vanished without a word")
+                    notes.measured("counted for", time.monotonic() - cut.after, "s")
+                    assert time.monotonic() - cut.after > DEAD_SECONDS / 2
