@@ -120,6 +120,9 @@ class Worker:
         """Serve until SIGTERM, then drain. After SIGUSR2: accept no more, and serve until the last client has gone."""
         gevent.signal_handler(signal.SIGTERM, self._heed_stop)
         gevent.signal_handler(signal.SIGUSR2, self._heed_retirement)
+        # Where memory runs out, a client may be left half done, and counted: end, as for a SystemError.
+        hub = cast(Any, gevent.get_hub())
+        hub.SYSTEM_ERROR = (*hub.SYSTEM_ERROR, MemoryError)
         gevent.spawn_raw(show_life, self._instructions, self._board)
         gevent.spawn_raw(vital(self._sweep))
         self._server.start()

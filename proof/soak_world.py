@@ -38,14 +38,14 @@ def eventually(condition: Callable[[], Any], what: str | Callable[[], str], limi
 
 
 class Log(list[str]):
-    """Lines of a server as they are read, those of debug level but counted. `may_read` stalls the reader."""
+    """Lines of a server as they are read; those of debug level are but counted. `may_read` stalls the reader."""
 
     def __init__(self) -> None:
         super().__init__()
         self.may_read = threading.Event()
         self.may_read.set()
         self.actions: Counter[str] = Counter()
-        self.broken: list[str] = []
+        self.bad: list[str] = []
 
     def extend(self, lines: Iterable[str]) -> None:
         """Read them to the end."""
@@ -53,11 +53,13 @@ class Log(list[str]):
             self.may_read.wait()
             try:
                 event: Event = json.loads(line)
-                self.actions[event.get("event.action", "of a package")] += 1
-            except (ValueError, AttributeError):
-                self.broken.append(line)
-                continue
-            if event["log.level"] != "debug":
+                action, level = event.get("event.action", "of a package"), event["log.level"]
+            except (ValueError, KeyError, AttributeError):
+                action, level = "no event", ""
+            self.actions[action] += 1
+            if action in ("no event", "process.error", "process.not_started"):
+                self.bad.append(line)
+            elif level != "debug":
                 self.append(line)
 
 
@@ -88,11 +90,7 @@ class Member:
 
     def complaints(self) -> list[str]:
         """What it should never have said, since the last call."""
-        lines = [line for line in self.log if '"process.error"' in line or '"process.not_started"' in line]
-        told = self.running.errors + self.log.broken + lines
-        self.running.errors.clear()
-        self.log.broken.clear()
-        self.log[:] = [line for line in self.log if line not in lines]
+        told = [each.pop(0) for each in (self.running.errors, self.log.bad) for _ in range(len(each))]
         died = self.log.actions["worker.died"] + self.log.actions["agent.died"]
         told += [f"{died - self.deaths} processes died by themselves"] * (died > self.deaths)
         self.deaths = died

@@ -89,10 +89,10 @@ def test_wrong_replies_lost_connections_and_deaths_are_seen(tmp_path: Path, pems
         assert any("lost: " in text for text in load.complaints()), SEED
         assert member.complaints() == ["here: 1 processes died by themselves"]
         load.pause()
+        load.complaints()
         member.name = "elsewhere"
         load.may_call.set()
-        until(lambda: load.replies["wrong"], "a wrong reply is noted")
-        told = load.complaints()
+        told = until(load.complaints, "a wrong reply is noted")
         assert any("b'WHERE' was answered b'here'" in text for text in told), told
     finally:
         load.stop()
