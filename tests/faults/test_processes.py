@@ -93,6 +93,7 @@ def test_a_loop_of_kills_leaves_nothing_behind(start: Start, notes: Notes) -> No
         neighbours.are_served()
         died = len(site.server.events("worker.died")) + len(site.server.events("agent.died"))
         notes.happened(f"{died} died, {len(site.server.events('server.reload_failed'))} reloads were given up")
+        assert died
 
 
 @row(
