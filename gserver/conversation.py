@@ -7,6 +7,7 @@ import math
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from time import monotonic, perf_counter_ns
 
 import gevent
@@ -24,6 +25,8 @@ from gserver.receiver import Receiver
 DRAIN_GRACE_SECONDS = 0.5
 #: After the last word, how long to wait for the client's own end, so that no reset overtakes that word.
 LINGER_SECONDS = 1.0
+#: A deadline that is noticed so much too late says nothing of the client: it was this process that stood still.
+HELD_UP_SECONDS = 1.0
 
 
 class Conversation:
@@ -130,9 +133,14 @@ class Conversation:
         clientele = self._clientele
         if self._connection.is_overstayed:
             return [IDLE]
-        if self._has_part and self._line_deadline <= monotonic():
+        now, pause = monotonic(), clientele.config.unterminated_after_seconds
+        # A loop that was held up finds both over: the silence after a command was so first, and answers it.
+        has_paused = (
+            0 < pause <= now - self._connection.quiet_since and self._parser.partial and self._parser.is_complete
+        )
+        if self._has_part and self._line_deadline <= now and not has_paused:
             return [TOO_SLOW]
-        return self._parser.silence() if clientele.config.unterminated_after_seconds or clientele.is_draining else []
+        return self._parser.silence() if pause or clientele.is_draining else []
 
     def _answer(self, items: Sequence[Command | Refusal]) -> Refusal | None:
         """Answer in order; return the refusal that ends the conversation, if one does."""
@@ -168,7 +176,8 @@ class Conversation:
         """Send, waiting for a slow reader as long as it may take; nothing is read from it meanwhile."""
         if not data:
             return
-        sock, seconds, deadline = self._connection.sock, self._clientele.config.write_timeout_seconds, 0.0
+        sock, deadline = self._connection.sock, 0.0
+        seconds = self._clientele.config.write_timeout_seconds or math.inf
         rest = memoryview(data)
         while True:
             try:
@@ -178,10 +187,12 @@ class Conversation:
             except BlockingIOError:
                 pass
             now = monotonic()
-            deadline = deadline or (now + seconds if seconds else math.inf)
-            if now >= deadline:
+            if now > deadline + HELD_UP_SECONDS:  # It begins, or begins again.
+                deadline = now + seconds
+            elif now >= deadline:
                 raise _SlowReader
-            wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
+            with suppress(_SlowReader):
+                wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
             self._stalled_ns += round((monotonic() - now) * 1e9)
 
 
