@@ -16,7 +16,7 @@ from gevent.socket import wait_read, wait_write
 from gserver import logs
 from gserver.clientele import Clientele
 from gserver.commands import Command
-from gserver.connection import Connection
+from gserver.connection import HELD_UP_SECONDS, Connection
 from gserver.errors import ClusterUnavailable
 from gserver.protocol import CLUSTER_UNAVAILABLE, IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
 from gserver.receiver import Receiver
@@ -25,8 +25,6 @@ from gserver.receiver import Receiver
 DRAIN_GRACE_SECONDS = 0.5
 #: After the last word, how long to wait for the client's own end, so that no reset overtakes that word.
 LINGER_SECONDS = 1.0
-#: A deadline that is noticed so much too late says nothing of the client: it was this process that stood still.
-HELD_UP_SECONDS = 1.0
 
 
 class Conversation:
@@ -135,10 +133,8 @@ class Conversation:
             return [IDLE]
         now, pause = monotonic(), clientele.config.unterminated_after_seconds
         # A loop that was held up finds both over: the silence after a command was so first, and answers it.
-        has_paused = (
-            0 < pause <= now - self._connection.quiet_since and self._parser.partial and self._parser.is_complete
-        )
-        if self._has_part and self._line_deadline <= now and not has_paused:
+        has_paused = 0 < pause <= now - self._connection.quiet_since and self._parser.is_complete
+        if self._has_part and self._line_deadline <= now and not (self._parser.partial and has_paused):
             return [TOO_SLOW]
         return self._parser.silence() if pause or clientele.is_draining else []
 
