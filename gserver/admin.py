@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from gserver import logs
 from gserver.board import Board
 from gserver.config import Config, is_loopback
+from gserver.listener import FATAL_ERRORS
 from gserver.metrics import BoardCollector
 from gserver.status import state, status
 
@@ -47,14 +48,16 @@ StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 def serve(config: Config, board: Board, listener: socket.socket) -> None:
     """Answer on a listening socket for as long as this process lives."""
-    WSGIServer(
+    server = WSGIServer(
         listener,
         _Admin(config, board).respond,
         spawn=Pool(2 * MAX_WAITING),
         handler_class=_Handler,
         log=None,
         error_log=_Log(),
-    ).start()
+    )
+    server.fatal_errors = FATAL_ERRORS
+    server.start()
 
 
 class _Admin:

@@ -29,12 +29,15 @@ def read(config: Config) -> Certificates:
     return Certificates(**{part: _read(name, getattr(config, name)) for part, name in names.items()})
 
 
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # Without it the opening of a pipe that nobody writes into never ends.
+
+
 def _read(name: str, path: str) -> str:
     if not path:
         return ""
     try:
-        # Of a pipe that nobody writes into, without O_NONBLOCK, even the opening would never end.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="ascii", errors="replace") as file:
+        with open(path, encoding="ascii", errors="replace", opener=_open) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise Misuse(f"{flag(name)} {path} is no regular file")
             text = file.read(MAX_FILE_BYTES + 1)

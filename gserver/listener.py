@@ -1,5 +1,7 @@
 """The listening sockets: bound or taken over once by the supervisor, inherited by children, kept open by reloads."""
 
+import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -27,6 +29,9 @@ _REASONS = {
 
 #: Names by which a service manager tells the sockets of the two ports apart; one of any other name is the first.
 PORT, ADMIN_PORT = "gserver", "admin"
+ADMIN_BACKLOG = 64
+#: After which nobody can accept there any more. Not EINVAL, which `keep` mends.
+FATAL_ERRORS = errno.EBADF, errno.ENOTSOCK
 
 
 def open_ports(
@@ -60,7 +65,7 @@ def open_ports(
     return config, port, admin
 
 
-def bind(host: str, port: int, backlog: int = 64, prefix: str = "--") -> socket.socket:
+def bind(host: str, port: int, backlog: int = ADMIN_BACKLOG, prefix: str = "--") -> socket.socket:
     """Return a non-blocking listening socket; raise `Failure` when the address cannot be had.
 
     `prefix` is that of the options that the address comes from, for a person to know which.
@@ -111,6 +116,25 @@ def _listen(listener: socket.socket, backlog: int) -> None:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.listen(backlog)
     listener.setblocking(False)
+
+
+def keep(config: Config, port: socket.socket, admin: socket.socket | None) -> None:
+    """Listen again where somebody has ended that, for all processes that share the socket: `ss -K`, a shutdown."""
+    for listener, backlog in ((port, config.backlog), (admin, ADMIN_BACKLOG)):
+        if listener and listener.fileno() >= 0 and not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            address = listener.getsockname()
+            fields: dict[str, str] = {}
+            try:
+                # To AF_UNSPEC: else who is accepted would be as shut down as it is, and its error an event for ever.
+                ctypes.CDLL(None).connect(listener.fileno(), bytes(16), 16)
+                listener.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                with contextlib.suppress(OSError):  # It has its port still, unless the system had chosen that.
+                    listener.bind(address)
+                listener.listen(backlog)
+                outcome = "listening again"
+            except OSError as error:
+                outcome, fields = str(error), logs.error_fields(error)
+            logs.complain("server.port_closed", f"somebody has closed {show_address(*address[:2])}: {outcome}", fields)
 
 
 def announce(config: Config) -> None:

@@ -26,8 +26,9 @@ from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, Failure, Misuse, Twin
 #: name look-ups, and clients that are being turned away.
 RESERVED_FILES = 64
 HEARTBEAT_SECONDS = 0.25
-#: Its business alone, whoever sends them to all processes of the name: blocked in a child until it ignores them.
-SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1)
+#: Its business alone, whoever sends them to all processes of the name: blocked in a child until it ignores them. The
+#: last would stop who writes to a terminal that has `stty tostop`.
+SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1, signal.SIGTTOU)
 _PR_SET_PDEATHSIG = 1
 
 

@@ -83,6 +83,7 @@ class RedisLink:
         self._url = url = RedisUrl.parse(config.redis_url)
         self._sentinels = deque(random.sample(url.hosts, len(url.hosts)))
         self._primary = ("", 0)
+        self._epoch = 0
         self._check_at = 0.0
         # Within a TTL all servers have found the new primary, so nobody's lease is over there.
         self._check_seconds = config.member_ttl_seconds / 4
@@ -174,26 +175,41 @@ class RedisLink:
             except (redis.RedisError, OSError) as error:
                 reasons.append(f"{host}:{port}: {error}")
                 self._sentinels.rotate(-1)
+        self._epoch = 0  # Should they all have been set up anew, the next try takes what they say.
         raise NoPrimary("no Sentinel names a primary: " + "; ".join(reasons))
 
     def _ask_sentinel(self, host: str, port: int) -> tuple[str, int]:
+        """Return what a Sentinel names. One that is cut off from the others goes on to name the one before."""
         url = self._url
         self._check_at = monotonic() + self._check_seconds
         login: dict[str, Any] = {"username": url.sentinel_username or None, "password": url.sentinel_password or None}
         with self._client_of(host=host, port=port, **login) as sentinel:
+            epoch = self._epoch_of(sentinel)
             primary = cast(Any, sentinel.sentinel_get_master_addr_by_name(url.service))
         if not primary:
             raise NoPrimary(f"knows no {url.service}")
-        self._primary = primary[0].decode(), int(primary[1])
+        if epoch < self._epoch:
+            raise NoPrimary("has not heard of the last failover")
+        self._epoch, self._primary = epoch, (primary[0].decode(), int(primary[1]))
         return self._primary
 
+    def _epoch_of(self, sentinel: redis.Redis) -> int:
+        """Return the number of the failover that a Sentinel knows of; the last known one where it may not say."""
+        try:
+            return int(cast(Any, sentinel.sentinel_master(self._url.service))["config-epoch"])
+        except (redis.ResponseError, KeyError, ValueError):
+            return self._epoch
+
     def _has_moved(self) -> bool:
-        """Whether the primary is another one by now: a demoted one goes on taking beats for some ten seconds."""
+        """Whether the primary is another one by now: a demoted one goes on taking beats for some ten seconds.
+
+        Another Sentinel is asked each time, for the one that named it may be cut off from the others.
+        """
         if not self._url.service or monotonic() < self._check_at:
             return False
         known = self._primary
+        self._sentinels.rotate(-1)
         try:
             return self._ask_sentinel(*self._sentinels[0]) != known
         except (redis.RedisError, OSError):
-            self._sentinels.rotate(-1)
             return False

@@ -87,9 +87,11 @@ def _split(text: str) -> tuple[str, str, str, dict[str, str]]:
 def _host(text: str, default_port: int) -> tuple[str, int]:
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:\[\]]+))(?::([0-9]{1,5}))?", text)
     host = unquote(found[2] or "") if found else ""
-    if not found or re.search(r"[][:/?#@,\s]", host) or not 0 < int(found[3] or default_port) < 65536:
+    address = (found[1] or "").replace("%25", "%") if found else ""  # With a zone, of which RFC 6874 writes the % so.
+    is_other = "%25" in address or re.search(r"[][:/?#@,\s]", host)
+    if not found or is_other or not 0 < int(found[3] or default_port) < 65536:
         raise ValueError("the URL has a host or port that is none")
-    return found[1] or host, int(found[3] or default_port)
+    return address or host, int(found[3] or default_port)
 
 
 def _number(text: str) -> int:

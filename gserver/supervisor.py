@@ -188,7 +188,6 @@ class Supervisor:
         """Decide what the unexpected end of a child means."""
         fields = {"gserver.child_pid": child.pid, "process.exit_code": child.process.returncode, "gserver.lost": lost}
         is_new = child.role == WORKER and child.ready_at is None and child.generation == self._orders.reloads
-        is_reload = is_new and self._orders.is_reloading
         if child.refusal and not self._was_ready:
             self._failure = Misuse(child.refusal)
             self._end_now()
@@ -196,7 +195,7 @@ class Supervisor:
             self._failure = Misuse(child.refusal)
             self._orders.drain(now)
             logs.event(logging.ERROR, "server.draining", f"draining: {child.refusal}", fields)
-        elif is_reload:
+        elif is_new and self._orders.is_reloading:
             self._give_up_reload(f"a new one did not start: {child.end}", fields)
         else:
             self._board.add("worker_restarts", child.role == WORKER)
@@ -215,6 +214,7 @@ class Supervisor:
 
     def _watch(self, now: float) -> None:
         logs.report_left_out()
+        listener.keep(self._config, self._socket, self._admin)
         for child in self._children:
             beat_at = self._board.cells[self._board.heartbeat_cell(child.slot)] / 1e9
             child.watch(now, beat_at, self._config.hang_seconds(is_agent=child.role == AGENT))

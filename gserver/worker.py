@@ -21,6 +21,7 @@ from gserver.board import Board
 from gserver.certificates import Certificates
 from gserver.clientele import Clientele
 from gserver.dispatcher import MAX_TURNED_AWAY, Dispatcher
+from gserver.listener import FATAL_ERRORS
 from gserver.process import RESERVED_FILES, Instructions, raise_file_limit, show_life, vital
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class _Server(StreamServer):
 
     _do_read: Any
     _start_accepting_if_started: Any
+    fatal_errors = FATAL_ERRORS
 
     def __init__(self, listener: Any, worker: "Worker", few_at_a_time: bool) -> None:
         super().__init__(listener, cast(Any, worker.handle))
@@ -118,6 +120,9 @@ class Worker:
         """Serve until SIGTERM, then drain. After SIGUSR2: accept no more, and serve until the last client has gone."""
         gevent.signal_handler(signal.SIGTERM, self._heed_stop)
         gevent.signal_handler(signal.SIGUSR2, self._heed_retirement)
+        # Where memory runs out, a client may be left half done, and counted: end, as for a SystemError.
+        hub = cast(Any, gevent.get_hub())
+        hub.SYSTEM_ERROR = (*hub.SYSTEM_ERROR, MemoryError)
         gevent.spawn_raw(show_life, self._instructions, self._board)
         gevent.spawn_raw(vital(self._sweep))
         self._server.start()

@@ -12,16 +12,14 @@ def section(report: Report) -> str:
     for kind, told in report.items():
         speed = told["inputs"] / told["seconds"] if told["seconds"] else 0
         findings = f"{told['findings'] or 'no'} finding{'s' * (told['findings'] != 1)}"
-        rows = [f"**{TITLES[kind]}** (`bin/fuzz {kind} --inputs {told['inputs']} --seed {told['seed']}`):"]
-        rows[0] += f" {told['inputs']:,} inputs in {told['seconds']:,.0f} s, {speed:,.0f} a second; {findings}."
+        text = f"**{TITLES[kind]}** (`bin/fuzz {kind} --inputs {told['inputs']} --seed {told['seed']}`):"
+        text += f" {told['inputs']:,} inputs in {told['seconds']:,.0f} s, {speed:,.0f} a second; {findings}."
         guided = told.get("guided")
         if isinstance(guided, dict):
-            rows[0] += (
-                f" {guided['inputs']:,} more, guided by coverage, reached {guided['branches']} places in the code."
-            )
+            text += f" {guided['inputs']:,} more, guided by coverage, reached {guided['branches']} places in the code."
         elif guided:
-            rows[0] += f" Guided by coverage: {guided}."
-        parts.append(rows[0])
+            text += f" Guided by coverage: {guided}."
+        parts.append(f"{text} {told.get('note', '')}".strip())
         for head, counts in (("target", told["targets"]), ("outcome", told["outcomes"])):
             if counts:
                 lines = [f"| {name} | {count:,} |" for name, count in counts.items()]

@@ -70,7 +70,7 @@ TURNED_AWAY = {
     "too_many_clients": b"ERR too many clients",
     "too_many_from_address": b"ERR too many clients from your address",
 }
-IP_BIND_ADDRESS_NO_PORT = 24
+IP_BIND_ADDRESS_NO_PORT, TCP_ESTABLISHED = 24, 1
 #: How a client ends: by its side's end; by waiting for the server's deadline; without a look at what comes; by a reset;
 #: by not reading. By TLS, also: by a broken record, by what is no handshake, by half of one.
 ENDINGS = {"end": 700, "stay": 20, "leave": 90, "reset": 90, "unread": 1}
@@ -214,14 +214,16 @@ class Guest:
             with suppress(OSError):
                 if plan.ending in ("end", "no handshake"):
                     self._sock.shutdown(sockets.SHUT_WR)
-            if plan.ending == "unread":
-                while not self._sock.getsockopt(sockets.SOL_SOCKET, sockets.SO_ERROR):
-                    gevent.sleep(0.1)
-                self.end = "reset"
-            elif reader:
+            while plan.ending == "unread" and self._is_open():
+                gevent.sleep(0.1)
+            if reader:
                 reader.join()
             else:
                 self._read()
+
+    def _is_open(self) -> bool:
+        """Whether the server has not closed; all without reading."""
+        return self._sock.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 1)[0] == TCP_ESTABLISHED
 
     def _talk(self) -> None:
         """Send the pieces, and note what the server may have heard."""
@@ -325,8 +327,8 @@ class Guest:
         if lines and lines[0] in TURNED_AWAY.values():
             assert len(lines) == 1 and not rest, "it was turned away, and answered"
             return lines[0].decode()
-        is_cut = self._is_tls and not self.received and not self._has_said_end and ending not in ("leave", "reset")
-        if is_cut and self._took > HANDSHAKE_SECONDS / 2:
+        is_silent = self._is_tls and not self.received and not self._has_said_end and self._took > HANDSHAKE_SECONDS / 2
+        if is_silent and ending not in ("leave", "reset") and (ending, self.end) != ("unread", "reset"):
             return "a slow handshake of TLS, cut off"
         if ending in ("no handshake", "half a handshake"):
             return self._outcome_without_tls()
@@ -336,6 +338,7 @@ class Guest:
         )
         if lines[-1:] and lines[-1] in late and any(_begin(said.replies, lines[:-1]) for said in self._said()):
             return lines[-1].decode()
+        assert ending != "unread" or self.end == "reset", "it has not read, and was not reset"
         if ending in ROUGH:
             assert any(_begin(said.replies, lines) for said in self._said()), "that is not how its replies begin"
             return ROUGH[ending]

@@ -132,9 +132,9 @@ class Caller:
 
     def _resets(self) -> None:
         with self.member.client() as client:
+            self._ask(client, self._draw())
             client.send(b"WHO\nWHERE\nWH" * self._random.randint(1, 20))
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._right()
 
     def _sends_bad_lines(self) -> None:
         with self.member.client() as client:

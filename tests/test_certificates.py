@@ -40,5 +40,7 @@ def test_a_file_that_cannot_be_read_is_named_with_its_option(option: str, tmp_pa
         (large, "is too large: name a file in PEM"),
     ):
         files: dict[str, Any] = {"tls_cert": str(good), option: str(path)}
+        before = os.listdir("/proc/self/fd")
         with pytest.raises(Misuse, match=f"^--{option.replace('_', '-')} {path} {words}$"):
             read(Config(**files))
+        assert os.listdir("/proc/self/fd") == before

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.rows import Notes
 from tests.redises import Proxy, Redis
 from tests.running import LIMIT, PATIENCE, Client, Event, Running, until
 
@@ -212,7 +213,8 @@ def test_clients_that_die_with_their_worker_are_not_counted_elsewhere(three: lis
         assert left == 0
 
 
-def test_an_agent_that_dies_or_hangs_is_replaced_and_nobody_sees_a_dip(three: list[Running]) -> None:
+@pytest.mark.fault("An agent dies or hangs")
+def test_an_agent_that_dies_or_hangs_is_replaced_and_nobody_sees_a_dip(three: list[Running], notes: Notes) -> None:
     server = three[0]
     with ExitStack() as stack:
         connect(stack, server, 3)
@@ -230,6 +232,7 @@ def test_an_agent_that_dies_or_hangs_is_replaced_and_nobody_sees_a_dip(three: li
             assert max(watch.longest_silence for watch in watches) < PATIENCE, "workers do not wait for their agent"
             assert [len(other.events("cluster.servers")) for other in three] == changes
             assert not any(other.events("cluster.expired") for other in three)
+    notes.happened("killed, then stopped")
 
 
 def test_a_reload_does_not_leave_the_cluster(redis: Redis, three: list[Running]) -> None:
@@ -254,7 +257,8 @@ def test_a_reload_does_not_leave_the_cluster(redis: Redis, three: list[Running])
 # Servers that go.
 
 
-def test_a_killed_server_is_counted_for_its_ttl_and_no_longer(redis: Redis) -> None:
+@pytest.mark.fault("A server dies")
+def test_a_killed_server_is_counted_for_its_ttl_and_no_longer(redis: Redis, notes: Notes) -> None:
     with cluster(redis.url, "killed", FAST, FAST, FAST) as (server, *others), ExitStack() as stack:
         connect(stack, server, 3)
         with watching(*others, total=5) as watches:
@@ -266,6 +270,7 @@ def test_a_killed_server_is_counted_for_its_ttl_and_no_longer(redis: Redis) -> N
             gone = [watch.until(since=killed, at_most=4) for watch in watches]
             assert all(TTL - BEAT <= seconds <= TTL + PATIENCE for seconds in gone), gone
             assert [watch.replies() for watch in watches] == [{5, 2}, {5, 2}]
+    notes.happened("killed with kill -9")
 
 
 def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_it_is_back(redis: Redis) -> None:

@@ -14,6 +14,7 @@ import pytest
 from gserver.agent import MAX_DATA_BYTES
 from gserver.config import Config
 from gserver.redis_link import RedisLink, kind_of
+from tests.faults.rows import Notes
 from tests.redises import Redis
 from tests.running import LIMIT, PATIENCE, ROOT, Running, until
 
@@ -74,7 +75,8 @@ def test_an_answer_that_is_none_of_the_script_is_an_error_like_others(name: str)
         assert kind_of(caught.value) in ("other", "connection")
 
 
-def test_a_redis_that_answers_byte_by_byte_is_given_up_and_clients_notice_nothing() -> None:
+@pytest.mark.fault("Redis answers byte by byte")
+def test_a_redis_that_answers_byte_by_byte_is_given_up_and_clients_notice_nothing(notes: Notes) -> None:
     with listener(trickle) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
         assert server.wait_for("cluster.lost")["gserver.kind"] == "timeout"
         assert server.who() == 1
@@ -82,13 +84,16 @@ def test_a_redis_that_answers_byte_by_byte_is_given_up_and_clients_notice_nothin
         time.sleep(3)
         assert server.agents() == agent
         assert not server.events("agent.hung")
+    notes.happened("the agent gave it up")
 
 
-def test_sentinels_that_answer_byte_by_byte_are_given_up_all_together() -> None:
+@pytest.mark.fault("Sentinels answer byte by byte")
+def test_sentinels_that_answer_byte_by_byte_are_given_up_all_together(notes: Notes) -> None:
     with listener(trickle) as one, listener(trickle) as other:
         url = f"redis+sentinel://127.0.0.1:{one},127.0.0.1:{other}/name"
         with Running("--redis-url", url) as server:
             assert server.wait_for("cluster.lost")["gserver.kind"] == "timeout"
+    notes.happened("the agent gave all of them up")
 
 
 def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
@@ -104,7 +109,8 @@ def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
             assert not re.search("hush|qui.{0,3}et", server.stderr + "".join(server.lines))
 
 
-def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(tmp_path: Path) -> None:
+@pytest.mark.fault("One Sentinel of two lies")
+def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(tmp_path: Path, notes: Notes) -> None:
     with Redis(tmp_path) as redis:
         wrong = b"*2\r\n$9\r\n127.0.0.1\r\n$1\r\n1\r\n"
         right = f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(redis.port))}\r\n{redis.port}\r\n".encode()
@@ -124,6 +130,7 @@ def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(tmp_path: P
             assert not answered()
             assert answered()
             link.drop()
+    notes.happened("it was asked first")
 
 
 def test_an_update_on_disk_that_the_agent_cannot_work_with_does_not_end_the_server(tmp_path: Path) -> None:
@@ -142,7 +149,8 @@ def test_an_update_on_disk_that_the_agent_cannot_work_with_does_not_end_the_serv
         assert not server.events("server.draining")
 
 
-def test_an_answer_of_parts_without_end_is_given_up_at_once() -> None:
+@pytest.mark.fault("An answer of Redis has parts without end")
+def test_an_answer_of_parts_without_end_is_given_up_at_once(notes: Notes) -> None:
     """The agent would be deaf to all others as long as there are more of them to take apart."""
 
     def pour(sock: socket.socket) -> None:
@@ -153,9 +161,11 @@ def test_an_answer_of_parts_without_end_is_given_up_at_once() -> None:
     with listener(pour) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
         assert server.wait_for("cluster.lost", limit=4 * PATIENCE)["gserver.kind"] == "other"
         assert server.who() == 1
+    notes.happened("the agent gave it up")
 
 
-def test_an_answer_without_end_is_given_up_before_it_takes_all_memory() -> None:
+@pytest.mark.fault("An answer of Redis is without end")
+def test_an_answer_without_end_is_given_up_before_it_takes_all_memory(notes: Notes) -> None:
     def pour(sock: socket.socket) -> None:
         sock.sendall(b"$9000000000\r\n")
         while True:
@@ -169,3 +179,4 @@ def test_an_answer_without_end_is_given_up_before_it_takes_all_memory() -> None:
         assert found, said
         assert 50_000 < int(found[1]) < MAX_DATA_BYTES / 1000, "it was sent much, and has held no more than it may"
         assert server.who() == 1
+    notes.happened("the agent gave it up")

@@ -68,7 +68,8 @@ def usual_start() -> float:
 # Twins.
 
 
-def test_a_second_server_of_a_live_id_is_refused_and_the_first_one_goes_on(redis: Redis) -> None:
+@pytest.mark.fault("Two servers with one id")
+def test_a_second_server_of_a_live_id_is_refused_and_the_first_one_goes_on(redis: Redis, notes: Notes) -> None:
     with cluster(redis.url, "twins", [*FAST, "--server-id", "one"], FAST) as (first, other), ExitStack() as stack:
         connect(stack, first, 2)
         with watching(first, other, total=4) as watches:
@@ -82,6 +83,7 @@ def test_a_second_server_of_a_live_id_is_refused_and_the_first_one_goes_on(redis
             assert redis.members("twins")["one"] == 3
         assert first.process.poll() is None
         assert not [event for event in first.events() if event["log.level"] in ("warning", "error")]
+    notes.happened("the second one was refused")
 
 
 def test_servers_of_one_id_in_clusters_of_different_names_do_not_know_of_each_other(redis: Redis) -> None:
@@ -100,7 +102,8 @@ def test_servers_of_one_id_in_clusters_of_different_names_do_not_know_of_each_ot
         assert [servers_known(server) for server in servers] == [1, 1]
 
 
-def test_a_server_that_died_is_back_under_its_id_long_before_its_ttl_is_over(redis: Redis) -> None:
+@pytest.mark.fault("A server dies, and is started again with its id")
+def test_a_server_that_died_is_back_under_its_id_long_before_its_ttl_is_over(redis: Redis, notes: Notes) -> None:
     ttl, usual = ["--member-ttl", "10"], usual_start()
     options = [*ttl, "--server-id", "phoenix"]
     with cluster(redis.url, "phoenix", options, ttl) as (dead, other), ExitStack() as stack:
@@ -114,9 +117,11 @@ def test_a_server_that_died_is_back_under_its_id_long_before_its_ttl_is_over(red
                 all_say(watches, 2)
                 assert time.monotonic() - killed <= 5 * PATIENCE, "long before the lease of the dead one is over"
                 until(lambda: client.who() == 2, "it does not count its former self either", PATIENCE)
+    notes.happened("killed with kill -9")
 
 
-def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(tmp_path: Path) -> None:
+@pytest.mark.fault("Two servers with one id, started without Redis")
+def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(tmp_path: Path, notes: Notes) -> None:
     with Redis(tmp_path) as redis, ExitStack() as stack:
         redis.kill()
         twin = in_cluster(redis, "twins", *FAST, "--server-id", "one")
@@ -137,6 +142,7 @@ def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(tmp_
         until(lambda: redis.members("twins") == {"one": 1}, "the one that stays is counted")
         assert clients[twins.index(staying)].who() == 1
         assert staying.process.poll() is None
+    notes.happened("one of them ended when Redis came")
 
 
 def clone(redis: Redis, ahead_us: int) -> Iterator[str]:

@@ -362,3 +362,38 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
         cluster.settle(HEALED)
         cluster.check()
         notes.happened("two were primary at once; the one of the minority was demoted when all was well")
+
+
+def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path) -> None:
+    """Each has been told of the primary by the Sentinel that is cut off with it, and goes on to name it."""
+    beat, ttl = QUICK
+    with ExitStack() as stack:
+        network = stack.enter_context(Network(2 * len(SHARES)))
+        nodes = start_nodes(stack, tmp_path, network.hosts[:3])
+        sentinels = ",".join(f"{node.host.address}:{node.sentinel.port}" for node in nodes)
+        old, *majority = nodes
+        servers = network.hosts[3:]
+        apart = [(server, node.host) for server in servers for node in majority]
+        with network.cut(*apart, *((other, server) for server, other in apart)):
+            cluster = spread(stack, servers, f"redis+sentinel://{sentinels}/gserver", beat, ttl)
+        to_old = [(node.host, old.host) for node in majority]
+        with network.cut(*to_old, *((minority, other) for other, minority in to_old)):
+            until(lambda: "master" in [node.role() for node in majority], "another is primary", FAILOVER_LIMIT)
+            [new] = [node for node in majority if node.role() == "master"]
+            promoted = time.monotonic()
+
+            def have_moved() -> bool:
+                with new.host.inside():
+                    entries = new.redis.command("HVALS", "{gserver:gserver}:members")
+                return len(entries) == 3 and all(int(entry.split()[1]) / 1e6 > promoted for entry in entries)
+
+            cluster.may_say(*range(11))
+            until(have_moved, "all report to it")
+            cluster.settle(HEALED)
+            cluster.watch(ttl)
+            assert have_moved()
+            assert old.role() == "master"
+            assert old.knows()[0] == old.host.address
+        until(lambda: old.role() == "slave", "the old one has heard of it", FAILOVER_LIMIT)
+        cluster.settle(HEALED)
+        cluster.check()

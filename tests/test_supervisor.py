@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.running import LIMIT, PATIENCE, Client, Event, Running, extended, left_over, program, stopped, until
+from tests.running import GSERVER, LIMIT, PATIENCE, Client, Event, Running, extended, left_over, program, stopped, until
 
 #: What the service promises in seconds holds on a machine of usual speed.
 SECOND = PATIENCE
@@ -424,6 +424,17 @@ def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path)
         assert left_over(tmp_path) == []
     # Before the interpreter runs the program, the signal ends it as it ends any process.
     assert ends <= {-signal.SIGTERM, 0}
+
+
+def test_a_terminal_that_stops_who_writes_in_the_background_stops_no_worker(tmp_path: Path) -> None:
+    script = 'import pty, sys; pty.spawn(["sh", "-c", \'stty tostop; exec "$@"\', "sh", *sys.argv[1:]])'
+    command = [sys.executable, "-c", script, *GSERVER, "serve", "--port", "0", "--log-format", "json"]
+    with Running("--log-level", "debug", command=command, env={"MARK": str(tmp_path)}) as server:
+        for _ in range(2):
+            with server.client() as client:
+                assert client.who() == 1
+        server.wait_for("client.closed", 2)
+    until(lambda: not left_over(tmp_path), "it stops with its terminal")
 
 
 def test_it_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:

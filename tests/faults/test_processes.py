@@ -4,6 +4,7 @@ import itertools
 import random
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,10 @@ import pytest
 
 from tests.faults.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
 from tests.faults.site import CENSUS, SEED, Site
+from tests.netns import unavailable
+from tests.redises import free_port
 from tests.running import GSERVER, PATIENCE, Client, gserver, left_over, program, stopped, until
+from tests.test_admin import get
 
 Start = Callable[..., Site]
 Choice = Callable[[Site], list[psutil.Process]]
@@ -90,6 +94,7 @@ def test_a_loop_of_kills_leaves_nothing_behind(start: Start, notes: Notes) -> No
         neighbours.are_served()
         died = len(site.server.events("worker.died")) + len(site.server.events("agent.died"))
         notes.happened(f"{died} died, {len(site.server.events('server.reload_failed'))} reloads were given up")
+        assert died
 
 
 @row(
@@ -247,6 +252,21 @@ def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: N
         until(lambda: site.server.events()[-1]["event.action"] == "agent.ready", "the last reload has ended")
     assert not site.server.events("worker.died") + site.server.events("agent.died")
     assert site.server.stop() == 0
+
+
+@row("Port closed from outside", *ALL)
+def test_a_port_that_somebody_closes_is_open_again(start: Start, notes: Notes) -> None:
+    site = start("--port", str(free_port()))
+    processes, site.may_complain = site.processes(), True
+    with site.neighbours():
+        site.may_lose = True
+        for number, port in enumerate((site.server.port, site.server.admin_port()), 1):
+            killed = subprocess.run([program("ss"), "-Ktln", f"sport = :{port}"], check=True, capture_output=True)
+            if b"LISTEN" not in killed.stdout:
+                unavailable(f"to close another's socket takes root, and a kernel that does it: {killed.stderr!r}")
+            notes.happened(site.server.wait_for("server.port_closed", number)["message"])
+            until(lambda: get(site.server, "/readyz")[0] == 200, "both are open")
+    assert site.processes() == processes
 
 
 @row("Port taken", *PLAIN, quick=None)
