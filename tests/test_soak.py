@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -113,7 +114,7 @@ def test_wrong_replies_lost_connections_and_deaths_are_seen(tmp_path: Path, pems
 
 def soak(*words: str, folder: Path) -> "subprocess.Popen[str]":
     program("redis-sentinel")
-    env = environment(MARK=str(folder), TMPDIR=str(folder))
+    env = environment(MARK=str(folder), TMPDIR=str(folder), VIRTUAL_ENV=sys.prefix)
     return subprocess.Popen(
         [BIN, *words, "--report", folder / "soak.json"],
         env=env,
