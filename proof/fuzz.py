@@ -3,14 +3,16 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, NamedTuple
@@ -26,6 +28,17 @@ ROOT = Path(__file__).parent.parent
 #: More than so many findings are not waited for.
 ENOUGH = 5
 console = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def _killing() -> Iterator[None]:
+    """When the body is interrupted nobody waits for what others do for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for each in active_children():
+            each.kill()
+        raise
 
 
 class Job(NamedTuple):
@@ -55,6 +68,11 @@ def _in_turn(queues: list[Iterator[Job]]) -> Iterator[Job]:
                 yield job
 
 
+def _leave_interrupts() -> None:
+    """Ctrl-C is for the process that has begun this one, and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Run:
     """What is done by one command: its options, its findings and figures."""
 
@@ -68,12 +86,23 @@ class Run:
         self._began = time.monotonic()
         console.print(f"bin/fuzz {kind} --inputs {inputs} --seed {self.seed}")
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell of the body when it is over; Ctrl-C and SIGTERM end it early, with what was found until then."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.more["note"] = "It was interrupted."
+        self._end()
+
     def drive(self, jobs: Iterator[Job], processes: int) -> None:
         """Do the jobs in several processes, and show how it goes."""
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with (
             Progress(*columns, console=console) as progress,
-            ProcessPoolExecutor(processes, get_context("spawn")) as pool,
+            ProcessPoolExecutor(processes, get_context("spawn"), _leave_interrupts) as pool,
+            _killing(),
         ):
             task = progress.add_task(self.kind, total=self.inputs)
             under_way: dict[Future[tuple[str, Counter[str]]], Job] = {}
@@ -102,7 +131,7 @@ class Run:
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Say how it went, write the report, and exit."""
         told = {
             "inputs": sum(self.done.values()),
@@ -142,7 +171,10 @@ def _options(inputs: int) -> Callable[[Callable[..., None]], Callable[..., None]
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Try hostile inputs, and judge what becomes of each by docs/protocol.md. A finding is exit code 1."""
+    """Try hostile inputs, and judge what becomes of each by docs/protocol.md. A finding is exit code 1.
+
+    Ctrl-C ends it early, with what was found until then.
+    """
 
 
 @main.command()
@@ -151,9 +183,10 @@ def main() -> None:
 def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
     """The pure parts: parser, express way, URLs, options, logs, records of TLS, status of others."""
     run = Run("core", inputs, **rest)
-    if batch >= 0:
-        run.drive(iter([Job(only, batch, inputs, partial(_core, only))]), 1)
-    else:
+    with run.telling():
+        if batch >= 0:
+            run.drive(iter([Job(only, batch, inputs, partial(_core, only))]), 1)
+            return
         shares = {name: share for name, (_, share) in fuzz_core.TARGETS.items() if only in ("", name)}
         total, queues = sum(shares.values()), []
         for name, share in shares.items():
@@ -161,7 +194,6 @@ def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
             queues.append(_batches(name, count, 200 if name == "status" else 2000, partial(_core, name)))
         run.drive(_in_turn(queues), os.cpu_count() or 1)
         _guide(run, inputs // 20 if guided < 0 else guided)
-    run.end()
 
 
 def _guide(run: Run, inputs: int) -> None:
@@ -186,7 +218,7 @@ def _guide(run: Run, inputs: int) -> None:
 def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
     """Real servers, plain and by TLS, with small limits and short deadlines, and hundreds of clients at once."""
     run = Run("sockets", inputs, **rest)
-    with fuzz_sockets.servers([only] if only else list(fuzz_sockets.VARIANTS)) as sites:
+    with run.telling(), fuzz_sockets.servers([only] if only else list(fuzz_sockets.VARIANTS)) as sites:
         work = {
             name: partial(fuzz_sockets.run_batch, name, site.server.port, str(site.pems))
             for name, site in sites.items()
@@ -194,13 +226,14 @@ def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
         if batch >= 0:
             run.drive(iter([Job(only, batch, inputs, work[only])]), 1)
         else:
-            share = inputs // len(work)
-            run.drive(
-                _in_turn([_batches(name, share, fuzz_sockets.BATCH, each) for name, each in work.items()]), len(work)
-            )
+            shares = [inputs * (n + 1) // len(work) - inputs * n // len(work) for n in range(len(work))]
+            queues = [
+                _batches(name, share, fuzz_sockets.BATCH, each)
+                for share, (name, each) in zip(shares, work.items(), strict=True)
+            ]
+            run.drive(_in_turn(queues), len(work))
         for name, wrong in fuzz_sockets.judge(sites, run.outcomes):
             run.find(name, f"after it: {wrong}", f"--inputs {inputs}")
-    run.end()
 
 
 if __name__ == "__main__":

@@ -2,20 +2,24 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from types import ModuleType
 
+import psutil
 import pytest
 
 from gserver import config, express, logs, protocol, redis_url, tls
 from proof import fuzz_core, fuzz_sockets, fuzz_wire
 from proof.fuzz_report import section
-from tests.running import LIMIT, ROOT, environment
+from tests.running import LIMIT, ROOT, environment, until
 from tests.wire_cases import CASES, REPLIES, Case
 
 SEED = int(os.environ.get("GSERVER_FUZZ_SEED", "0")) or Random().randrange(1, 1_000_000)
@@ -138,3 +142,37 @@ def test_the_command_finds_reports_and_shows_again(tmp_path: Path) -> None:
     path.unlink()
     assert run(again, broken).returncode == 1
     assert path.read_text() == found
+
+
+@pytest.mark.parametrize("kind", ["core", "sockets"])
+def test_one_that_is_interrupted_tells_what_it_has_found_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    """Ctrl-C at a terminal is for all of its processes."""
+    command = [sys.executable, "-P", "-m", "proof.fuzz", kind, "--inputs", "9000000", "--seconds", "60"]
+    command += ["--report", "report.json"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    started: list[psutil.Process] = []
+
+    def are_at_work() -> bool:
+        started[:] = psutil.Process(process.pid).children(recursive=True)
+        with suppress(psutil.NoSuchProcess, FileNotFoundError):
+            fuzzers = [each.pid for each in started if "spawn_main" in str(each.cmdline())]
+            ignored = [re.findall(r"SigIgn:\s(\w+)", Path(f"/proc/{pid}/status").read_text()) for pid in fuzzers]
+            return bool(fuzzers) and all(int(mask, 16) & 1 << signal.SIGINT - 1 for (mask,) in ignored)
+        return False
+
+    until(are_at_work, "it is at work", 4 * LIMIT)
+    os.killpg(process.pid, signal.SIGINT)
+    page, told = process.communicate(timeout=4 * LIMIT)
+    assert process.returncode == 0, told
+    assert "It was interrupted." in page
+    assert "Traceback" not in told
+    assert json.loads((tmp_path / "report.json").read_text())[kind]["note"]
+    assert not psutil.wait_procs(started, LIMIT)[1]
