@@ -198,8 +198,8 @@ class Supervisor:
         elif is_new and self._orders.is_reloading:
             self._give_up_reload(f"a new one did not start: {child.end}", fields)
         else:
-            self._board.add("worker_restarts", child.role == WORKER)
-            is_replaced = child.role == AGENT or now < self._orders.retire_at
+            is_replaced = child.role == AGENT or now < min(self._orders.retire_at, self._orders.drain_at)
+            self._board.add("worker_restarts", child.role == WORKER and is_replaced)
             message = f"{child.role} {child.pid} died ({child.end})" + ", another takes its place" * is_replaced
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
 

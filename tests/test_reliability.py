@@ -79,7 +79,10 @@ def test_no_fault_of_redis_or_an_agent_costs_a_reply() -> None:
 
 
 def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
-    report = {"replies": {"server killed": [[2, 0.5, 0]]}, "who": {"Redis gone": [[1, 1, 0]], "failover ordered": [[10, 1, 0]]}}
+    report = {
+        "replies": {"server killed": [[2, 0.5, 0]]},
+        "who": {"Redis gone": [[1, 1, 0]], "failover ordered": [[10, 1, 0]]},
+    }
     table = sums_table(report)
     common = sum(each.per_year * each.seconds * each.share for each in COMMON) * 30 / 365
     assert f"| common causes, assumed | {common:.0f} |" in table
