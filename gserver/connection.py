@@ -4,6 +4,9 @@ import _socket
 from time import monotonic
 from typing import Any
 
+#: A deadline that is noticed so much too late says nothing of the client: it was this process that stood still.
+HELD_UP_SECONDS = 1.0
+
 
 class PartialRecord(BlockingIOError):
     """Bytes have arrived that cannot be read before more has: part of a record of TLS. `data` came before it."""

@@ -7,6 +7,7 @@ import math
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from time import monotonic, perf_counter_ns
 
 import gevent
@@ -15,7 +16,7 @@ from gevent.socket import wait_read, wait_write
 from gserver import logs
 from gserver.clientele import Clientele
 from gserver.commands import Command
-from gserver.connection import Connection
+from gserver.connection import HELD_UP_SECONDS, Connection
 from gserver.errors import ClusterUnavailable
 from gserver.protocol import CLUSTER_UNAVAILABLE, IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
 from gserver.receiver import Receiver
@@ -130,9 +131,12 @@ class Conversation:
         clientele = self._clientele
         if self._connection.is_overstayed:
             return [IDLE]
-        if self._has_part and self._line_deadline <= monotonic():
+        now, pause = monotonic(), clientele.config.unterminated_after_seconds
+        # A loop that was held up finds both over: the silence after a command was so first, and answers it.
+        has_paused = 0 < pause <= now - self._connection.quiet_since and self._parser.is_complete
+        if self._has_part and self._line_deadline <= now and not (self._parser.partial and has_paused):
             return [TOO_SLOW]
-        return self._parser.silence() if clientele.config.unterminated_after_seconds or clientele.is_draining else []
+        return self._parser.silence() if pause or clientele.is_draining else []
 
     def _answer(self, items: Sequence[Command | Refusal]) -> Refusal | None:
         """Answer in order; return the refusal that ends the conversation, if one does."""
@@ -168,7 +172,8 @@ class Conversation:
         """Send, waiting for a slow reader as long as it may take; nothing is read from it meanwhile."""
         if not data:
             return
-        sock, seconds, deadline = self._connection.sock, self._clientele.config.write_timeout_seconds, 0.0
+        sock, deadline = self._connection.sock, 0.0
+        seconds = self._clientele.config.write_timeout_seconds or math.inf
         rest = memoryview(data)
         while True:
             try:
@@ -178,10 +183,12 @@ class Conversation:
             except BlockingIOError:
                 pass
             now = monotonic()
-            deadline = deadline or (now + seconds if seconds else math.inf)
-            if now >= deadline:
+            if now > deadline + HELD_UP_SECONDS:  # It begins, or begins again.
+                deadline = now + seconds
+            elif now >= deadline:
                 raise _SlowReader
-            wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
+            with suppress(_SlowReader):
+                wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
             self._stalled_ns += round((monotonic() - now) * 1e9)
 
 
