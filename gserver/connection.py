@@ -28,9 +28,10 @@ class Connection:
         #: Whether it has been quiet for longer than it may.
         self.is_overstayed = False
 
-    def close(self) -> None:
-        """Close the socket."""
-        try:
-            self.sock.close()
-        except OSError as error:
-            raise SystemError("somebody has closed a descriptor that is ours") from error
+
+def close(sock: _socket.socket) -> None:
+    """Close a client's socket; raise SystemError, which ends the worker, if somebody else has."""
+    try:
+        sock.close()
+    except OSError as error:
+        raise SystemError("somebody has closed a descriptor that is ours") from error

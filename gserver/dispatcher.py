@@ -21,8 +21,8 @@ from gevent.monkey import get_original
 
 from gserver import logs
 from gserver.clientele import Clientele
-from gserver.connection import Connection, PartialRecord
-from gserver.conversation import Conversation, close_cleanly
+from gserver.connection import Connection, PartialRecord, close
+from gserver.conversation import Conversation, linger
 from gserver.express import Express
 from gserver.process import RESERVED_FILES, vital
 from gserver.protocol import TOO_MANY_FROM_ADDRESS, Refusal
@@ -186,7 +186,7 @@ class Dispatcher:
                 self._count_out(connection)
                 try:
                     if not conversation.is_ended:
-                        close_cleanly(connection.sock)
+                        linger(connection.sock)
                 finally:
                     self._close(connection, refusal)
 
@@ -214,7 +214,7 @@ class Dispatcher:
         self._clientele.release(fd)
 
     def _close(self, connection: Connection, refusal: Refusal | None) -> None:
-        connection.close()
+        close(connection.sock)
         _log_client("client.closed", "closed", connection, refusal)
         self.open -= 1
         self._on_close()
@@ -228,11 +228,11 @@ class Dispatcher:
         try:
             sock.send(refusal.reply)
             if self.turned_away <= MAX_TURNED_AWAY:
-                close_cleanly(sock)
+                linger(sock)
         except OSError:
             pass  # It has gone already.
         finally:
-            sock.close()
+            close(sock)
             self.turned_away -= 1
             self.open -= 1
             self._on_close()
