@@ -218,8 +218,8 @@ class _SlowReader(Exception):
     """The client has not read its replies in time."""
 
 
-def close_cleanly(sock: socket.SocketType) -> None:
-    """Close so that the client reads the last word and then an end, not a reset: wait for its own end a little."""
+def linger(sock: socket.SocketType) -> None:
+    """Wait a little for its own end before a close: so the client reads the last word and an end, not a reset."""
     deadline = monotonic() + LINGER_SECONDS
     try:
         sock.shutdown(socket.SHUT_WR)
@@ -229,5 +229,3 @@ def close_cleanly(sock: socket.SocketType) -> None:
                 break
     except OSError:
         pass
-    finally:
-        sock.close()
