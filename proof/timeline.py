@@ -190,13 +190,18 @@ def partition(timeline: Timeline, seconds: float = 5) -> None:
     first, *others = world.members
     counts = [len(member.server.events("cluster.servers")) for member in others]
     ways = world.between(first.host, *(node.host for node in world.nodes))
+
+    def dropped() -> list[bool]:
+        return [len(it.server.events("cluster.servers")) > count for it, count in zip(others, counts, strict=True)]
+
     timeline.let_pass(seconds)
     with recorder.fault(first.name), timeline.regained():
         with world.network.cut(*ways) as cut:
             timeline.happened("A cut off from Redis", cut.after)
-            for member, count in zip(others, counts, strict=True):
-                member.server.wait_for("cluster.servers", count + 1)
-            timeline.happened("B and C drop A: its lease is over")
+            until(lambda: any(dropped()), "its lease is over")
+            timeline.happened("A's lease is over: B or C drops it")
+            until(lambda: all(dropped()), "both have heard of it")
+            timeline.happened("both have dropped A")
             timeline.let_pass(seconds)
         timeline.happened("A joined again")
     timeline.happened("A has reported")
