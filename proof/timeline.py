@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class Timeline:
         answers = {name: [it for it in history if isinstance(it, Answer) and it.server == name] for name in NAMES}
         return {
             "seconds": round(time.monotonic() - began, 3),
-            "events": [(round(at, 3), what) for at, what in self.events],
+            "events": sorted((round(at, 3), what) for at, what in self.events),
             "answers": verdict.answers,
             "broken": len(verdict.violations),
             "first broken": [str(it) for it in verdict.violations[:3]],
@@ -190,18 +191,14 @@ def partition(timeline: Timeline, seconds: float = 5) -> None:
     first, *others = world.members
     counts = [len(member.server.events("cluster.servers")) for member in others]
     ways = world.between(first.host, *(node.host for node in world.nodes))
-
-    def dropped() -> list[bool]:
-        return [len(it.server.events("cluster.servers")) > count for it, count in zip(others, counts, strict=True)]
-
     timeline.let_pass(seconds)
     with recorder.fault(first.name), timeline.regained():
         with world.network.cut(*ways) as cut:
             timeline.happened("A cut off from Redis", cut.after)
-            until(lambda: any(dropped()), "its lease is over")
-            timeline.happened("A's lease is over: B or C drops it")
-            until(lambda: all(dropped()), "both have heard of it")
-            timeline.happened("both have dropped A")
+            for member, count in zip(others, counts, strict=True):
+                dropped = datetime.fromisoformat(member.server.wait_for("cluster.servers", count + 1)["@timestamp"])
+                ago = time.time() - dropped.timestamp()
+                timeline.happened(f"{member.name} drops A, whose lease is over", time.monotonic() - ago)
             timeline.let_pass(seconds)
         timeline.happened("A joined again")
     timeline.happened("A has reported")
