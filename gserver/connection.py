@@ -7,6 +7,9 @@ from math import ceil
 from time import monotonic
 from typing import Any
 
+#: A deadline that is noticed so much too late says nothing of the client: it was this process that stood still.
+HELD_UP_SECONDS = 1.0
+
 
 class PartialRecord(BlockingIOError):
     """Bytes have arrived that cannot be read before more has: part of a record of TLS. `data` came before it."""
@@ -37,9 +40,10 @@ class Connection:
             with contextlib.suppress(OSError):  # It has gone.
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ceil(seconds * 1000))
 
-    def close(self) -> None:
-        """Close the socket."""
-        try:
-            self.sock.close()
-        except OSError as error:
-            raise SystemError("somebody has closed a descriptor that is ours") from error
+
+def close(sock: _socket.socket) -> None:
+    """Close a client's socket; raise SystemError, which ends the worker, if somebody else has."""
+    try:
+        sock.close()
+    except OSError as error:
+        raise SystemError("somebody has closed a descriptor that is ours") from error

@@ -7,6 +7,7 @@ import math
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from time import monotonic, perf_counter_ns
 
 import gevent
@@ -15,7 +16,7 @@ from gevent.socket import wait_read, wait_write
 from gserver import logs
 from gserver.clientele import Clientele
 from gserver.commands import Command
-from gserver.connection import Connection
+from gserver.connection import HELD_UP_SECONDS, Connection
 from gserver.errors import ClusterUnavailable
 from gserver.protocol import CLUSTER_UNAVAILABLE, IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
 from gserver.receiver import BURST_BYTES, Receiver
@@ -152,9 +153,12 @@ class Conversation:
         clientele = self._clientele
         if self._connection.is_overstayed:
             return [IDLE]
-        if self._has_part and self._line_deadline <= monotonic():
+        now, pause = monotonic(), clientele.config.unterminated_after_seconds
+        # A loop that was held up finds both over: the silence after a command was so first, and answers it.
+        has_paused = 0 < pause <= now - self._connection.quiet_since and self._parser.is_complete
+        if self._has_part and self._line_deadline <= now and not (self._parser.partial and has_paused):
             return [TOO_SLOW]
-        return self._parser.silence() if clientele.config.unterminated_after_seconds or clientele.is_draining else []
+        return self._parser.silence() if pause or clientele.is_draining else []
 
     def _answer(self, items: Sequence[Command | Refusal]) -> Refusal | None:
         """Answer in order; return the refusal that ends the conversation, if one does."""
@@ -190,7 +194,8 @@ class Conversation:
         """Send, waiting for a slow reader as long as it may take; nothing is read from it meanwhile."""
         if not data:
             return
-        sock, seconds, deadline = self._connection.sock, self._clientele.config.write_timeout_seconds, 0.0
+        sock, deadline = self._connection.sock, 0.0
+        seconds = self._clientele.config.write_timeout_seconds or math.inf
         rest = memoryview(data)
         while True:
             try:
@@ -200,10 +205,12 @@ class Conversation:
             except BlockingIOError:
                 pass
             now = monotonic()
-            deadline = deadline or (now + seconds if seconds else math.inf)
-            if now >= deadline:
+            if now > deadline + HELD_UP_SECONDS:  # It begins, or begins again.
+                deadline = now + seconds
+            elif now >= deadline:
                 raise _SlowReader
-            wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
+            with suppress(_SlowReader):
+                wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
             self._stalled_ns += round((monotonic() - now) * 1e9)
 
 
@@ -211,8 +218,8 @@ class _SlowReader(Exception):
     """The client has not read its replies in time."""
 
 
-def close_cleanly(sock: socket.SocketType) -> None:
-    """Close so that the client reads the last word and then an end, not a reset: wait for its own end a little."""
+def linger(sock: socket.SocketType) -> None:
+    """Wait a little for its own end before a close: so the client reads the last word and an end, not a reset."""
     deadline = monotonic() + LINGER_SECONDS
     try:
         sock.shutdown(socket.SHUT_WR)
@@ -222,5 +229,3 @@ def close_cleanly(sock: socket.SocketType) -> None:
                 break
     except OSError:
         pass
-    finally:
-        sock.close()

@@ -20,8 +20,8 @@ from gevent.monkey import get_original
 
 from gserver import logs
 from gserver.clientele import Clientele
-from gserver.connection import Connection, PartialRecord
-from gserver.conversation import Conversation, close_cleanly
+from gserver.connection import Connection, PartialRecord, close
+from gserver.conversation import Conversation, linger
 from gserver.express import Express
 from gserver.process import RESERVED_FILES, vital
 from gserver.protocol import TOO_MANY_FROM_ADDRESS, Refusal
@@ -184,7 +184,7 @@ class Dispatcher:
                 fd = self._count_out(connection)
                 try:
                     if not conversation.is_ended:
-                        close_cleanly(connection.sock)
+                        linger(connection.sock)
                 finally:
                     self._close(connection, fd, refusal)
 
@@ -215,7 +215,7 @@ class Dispatcher:
 
     def _close(self, connection: Connection, fd: int, refusal: Refusal | None) -> None:
         self._clientele.leave(fd)
-        connection.close()
+        close(connection.sock)
         _log_client("client.closed", "closed", connection, refusal)
         self.open -= 1
         self._on_close()
@@ -229,11 +229,11 @@ class Dispatcher:
         try:
             sock.send(refusal.reply)
             if self.turned_away <= MAX_TURNED_AWAY:
-                close_cleanly(sock)
+                linger(sock)
         except OSError:
             pass  # It has gone already.
         finally:
-            sock.close()
+            close(sock)
             self.turned_away -= 1
             self.open -= 1
             self._on_close()

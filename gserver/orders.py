@@ -20,9 +20,9 @@ class Orders:
         self._timeout = drain_timeout_seconds
         self._had_terminal = os.isatty(0)
         self._was_told_to_stop = False
-        #: How often the workers were to be replaced, and how often that has come to an end.
+        #: The generation of workers that there is to be, and the last one that was complete.
         self.reloads = self.reloaded = 0
-        #: Why the last time was given up; "" if it was not.
+        #: Why what the last SIGHUP asked for was given up; "" if it was not.
         self.reload_failure = ""
         #: When to accept no more, and when to let everybody go.
         self.retire_at = self.drain_at = math.inf
@@ -38,14 +38,16 @@ class Orders:
         """Whether the workers are being replaced."""
         return self.reloaded < self.reloads
 
-    def end_reload(self, failure: str = "", fields: dict[str, object] | None = None) -> None:
-        """Take the workers for replaced, or that for given up, and say which."""
-        self.reloaded, self.reload_failure = self.reloads, failure
-        if failure:
-            message = f"reload given up, the old workers stay: {failure}"
-            logs.event(logging.ERROR, "server.reload_failed", message, fields)
-        else:
-            logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
+    def end_reload(self) -> None:
+        """Take the workers for replaced."""
+        self.reloaded = self.reloads
+        logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
+
+    def give_up_reload(self, generation: int, failure: str, fields: dict[str, object] | None = None) -> None:
+        """Go back to that generation, whose own reload goes on if it is not complete."""
+        self.reloads, self.reload_failure = generation, failure
+        rest = "the one before it goes on" if self.is_reloading else "the old workers stay"
+        logs.event(logging.ERROR, "server.reload_failed", f"reload given up, {rest}: {failure}", fields)
 
     def heed(self, number: signal.Signals, now: float) -> None:
         """Take in a signal, and say in the log what follows from it, if anything does."""
@@ -57,6 +59,7 @@ class Orders:
             return
         elif number == signal.SIGHUP:
             self.reloads += 1
+            self.reload_failure = ""
             logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
         elif number == signal.SIGUSR2:
             self.retire_at = now + self._delay

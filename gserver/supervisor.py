@@ -29,8 +29,8 @@ class Supervisor:
     """One server, from bind to exit."""
 
     def __init__(self, config: Config) -> None:
-        #: Those that a new worker gets, and those that workers have been found to start with.
-        self._certificates = self._good_certificates = certificates.read(config)
+        #: The last generation of which a worker has been ready, and what that and later ones are given.
+        self._proven, self._certificates = 0, {0: certificates.read(config)}
         self._manager = systemd.Manager()
         # The admin port too, so that it stays open while one agent follows another.
         config, self._socket, self._admin = listener.open_ports(config, self._manager.sockets)
@@ -91,7 +91,6 @@ class Supervisor:
         elif stale and len(workers) > wanted and all(child.ready_at for child in workers):
             stale[0].dismiss(now + self._config.drain_timeout_seconds)
         elif self._orders.is_reloading and [bool(child.ready_at) for child in self._of(WORKER)] == [True] * wanted:
-            self._good_certificates = self._certificates
             self._board.add("reloads", 1)
             self._orders.end_reload()
             for child in self._staying(AGENT):
@@ -112,7 +111,8 @@ class Supervisor:
             slot, listener_fd = min(free), self._socket.fileno()
         if now < self._pacing[role].spawn_at:
             return
-        told = Instructions(self._config, self._certificates, slot, self._board.slots, self._board.fd, listener_fd)
+        pems = self._certificates[self._orders.reloads]
+        told = Instructions(self._config, pems, slot, self._board.slots, self._board.fd, listener_fd)
         try:
             child = Child.start(role, self._orders.reloads, told)
         except OSError as error:
@@ -166,6 +166,9 @@ class Supervisor:
     def _listen_to(self, child: Child) -> None:
         if child.read_report():
             self._pacing[child.role].failures = 0
+            if child.role == WORKER and child.generation > self._proven and not child.is_leaving:
+                self._proven = child.generation
+                self._certificates = {at: those for at, those in self._certificates.items() if at >= self._proven}
             if child.role == WORKER and not self._was_ready:
                 self._was_ready = True
                 listener.announce(self._config)
@@ -187,7 +190,7 @@ class Supervisor:
     def _judge(self, child: Child, lost: int, now: float) -> None:
         """Decide what the unexpected end of a child means."""
         fields = {"gserver.child_pid": child.pid, "process.exit_code": child.process.returncode, "gserver.lost": lost}
-        is_new = child.role == WORKER and child.ready_at is None and child.generation == self._orders.reloads
+        is_first = child.role == WORKER and child.generation == self._orders.reloads > self._proven
         if child.refusal and not self._was_ready:
             self._failure = Misuse(child.refusal)
             self._end_now()
@@ -195,22 +198,19 @@ class Supervisor:
             self._failure = Misuse(child.refusal)
             self._orders.drain(now)
             logs.event(logging.ERROR, "server.draining", f"draining: {child.refusal}", fields)
-        elif is_new and self._orders.is_reloading:
-            self._give_up_reload(f"a new one did not start: {child.end}", fields)
+        elif is_first:
+            self._give_up_reload(self._proven, f"a new one did not start: {child.end}", fields)
+            for other in [each for each in self._staying(WORKER) if each.generation > self._proven]:
+                other.dismiss(now + self._config.drain_timeout_seconds)
         else:
-            self._board.add("worker_restarts", child.role == WORKER)
-            is_replaced = child.role == AGENT or now < self._orders.retire_at
+            is_replaced = child.role == AGENT or now < min(self._orders.retire_at, self._orders.drain_at)
+            self._board.add("worker_restarts", child.role == WORKER and is_replaced)
             message = f"{child.role} {child.pid} died ({child.end})" + ", another takes its place" * is_replaced
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
 
-    def _give_up_reload(self, reason: str, fields: dict[str, object]) -> None:
-        self._orders.end_reload(reason, fields)
+    def _give_up_reload(self, generation: int, reason: str, fields: dict[str, object]) -> None:
+        self._orders.give_up_reload(generation, reason, fields)
         self._board.add("reload_failures", 1)
-        self._certificates = self._good_certificates
-        for number, child in enumerate(self._staying(WORKER), 1):
-            child.generation = self._orders.reloads
-            if number > self._config.workers:  # It was to follow another.
-                child.dismiss(monotonic() + self._config.drain_timeout_seconds)
 
     def _watch(self, now: float) -> None:
         logs.report_left_out()
@@ -227,9 +227,9 @@ class Supervisor:
         if self._orders.reloads > reloads:
             self._pacing = {WORKER: Pacing(), AGENT: Pacing()}  # The cause of earlier failures may be mended.
             try:
-                self._certificates = certificates.read(self._config)
+                self._certificates[self._orders.reloads] = certificates.read(self._config)
             except Misuse as misuse:
-                self._give_up_reload(str(misuse), {})
+                self._give_up_reload(reloads, str(misuse), {})
         if self._orders.is_forced:
             self._end_now()
 

@@ -262,6 +262,16 @@ def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict:
         assert client.rest() == b"ERR too slow\n"
 
 
+def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow(greenlets: tuple[str, str]) -> None:
+    with Running(*greenlets, "--line-timeout", "1", "--unterminated-after", "0.5") as server, server.client() as client:
+        assert client.ask(b"WHERE")
+        client.send(b"WHY")
+        assert server.who() == 2  # It has been read.
+        with held_up(server):
+            time.sleep(1.2)
+        assert client.line() == b"42\n"
+
+
 def test_each_line_has_its_own_time(strict: Running) -> None:
     with strict.client() as client:
         for piece in (b"WH", b"Y\nWH", b"Y\n  "):
@@ -413,6 +423,20 @@ def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(str
         with pytest.raises(ConnectionResetError):
             read_to_the_end(sock)
     assert worker.memory_info().rss - before < 2_000_000
+
+
+def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_no_slow_reader(strict: Running) -> None:
+    with strict.client() as client:
+        client.send(b"LARGE\n")
+        until(lambda: is_readable(client), "the reply begins")
+        received = 0
+        with held_up(strict):
+            client.sock.settimeout(WRITE_TIMEOUT + 1.5)
+            with suppress(TimeoutError):
+                while data := client.sock.recv(65536):
+                    received += len(data)
+        assert 0 < received < 20_000_000
+        assert received + len(client.line()) == 20_000_001
 
 
 def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) -> None:

@@ -105,10 +105,15 @@ def test_what_follows_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_reload_ends_carried_out_or_given_up(caplog: pytest.LogCaptureFixture) -> None:
     orders = Orders(0.0, 4.0)
     assert not orders.is_reloading
-    for failure in ("no such file", ""):
+    for _ in range(2):
         orders.heed(signal.SIGHUP, 1.0)
-        orders.heed(signal.SIGHUP, 1.0)
-        assert orders.is_reloading
-        orders.end_reload(failure)
-        assert (orders.is_reloading, orders.reload_failure) == (False, failure)
-    assert "reload given up, the old workers stay: no such file" in caplog.text
+    orders.give_up_reload(1, "no such file")
+    assert (orders.is_reloading, orders.reload_failure) == (True, "no such file")
+    orders.end_reload()
+    assert not orders.is_reloading
+    assert "reload given up, the one before it goes on: no such file" in caplog.text
+    orders.heed(signal.SIGHUP, 1.0)
+    assert (orders.is_reloading, orders.reload_failure) == (True, "")
+    orders.give_up_reload(1, "empty")
+    assert (orders.is_reloading, orders.reload_failure) == (False, "empty")
+    assert "reload given up, the old workers stay: empty" in caplog.text

@@ -42,11 +42,12 @@ def large(service):
 """
 
 LATE = """
+import os
 import time
 from pathlib import Path
 from gserver.commands import command
 
-while Path("wait").exists():
+while Path("wait").exists() and not Path(f"go-{os.getpid()}").exists():
     time.sleep(0.01)
 
 @command("LATE")
@@ -457,22 +458,67 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
         assert server.stop() == 0
 
 
-def test_a_reload_that_is_given_up_while_its_worker_starts_leaves_as_many_workers_as_there_were(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_first_ready", [False, True])
+def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second_worker_dies(
+    tmp_path: Path, *, is_first_ready: bool
+) -> None:
     make_certificates(tmp_path)
     (tmp_path / "late.py").write_text(LATE)
-    more = ["--workers", "2", "--commands", "late", "--admin-port", "0"]
+    more = ["--workers", "3", "--commands", "late", "--admin-port", "0"]
     with Running(*certified(tmp_path), *more, cwd=tmp_path) as server:
-        server.wait_for("worker.ready", 2)
+        server.wait_for("worker.ready", 3)
         server.wait_for("agent.ready")
+        before, old = server.workers(), serial(server)
+        make_certificates(tmp_path)
         (tmp_path / "wait").touch()
         server.send_signal(signal.SIGHUP)
-        until(lambda: len(server.workers()) == 3, "a new one starts")
-        (tmp_path / "server.key").unlink()
+        until(lambda: len(server.workers()) == 4, "a new one starts")
+        (new,) = set(server.workers()) - set(before)
+        if is_first_ready:
+            (tmp_path / f"go-{new.pid}").touch()
+            server.wait_for("worker.ready", 4)
+            (next_one,) = until(lambda: set(server.workers()) - {new, *before}, "the second one starts")
+            next_one.kill()
+            server.wait_for("worker.died")
+        (tmp_path / "server.key").write_bytes(b"")
         server.send_signal(signal.SIGHUP)
-        server.wait_for("server.reload_failed")
+        assert "the one before it goes on: " in server.wait_for("server.reload_failed")["message"]
         (tmp_path / "wait").unlink()
-        until(lambda: len(server.workers()) == 2, "it is not kept")
-        until(lambda: status(server)["workers"]["accepting"] == 2, "the others are")
+        server.wait_for("server.reloaded")
+        assert not set(before) & set(server.workers())
+        assert new in server.workers()
+        assert old not in [serial(server) for _ in range(20)]
+        workers = status(server)["workers"]
+        assert (workers["reloads"], workers["reload_failures"], workers["restarts"]) == (1, 1, int(is_first_ready))
+
+
+def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    (tmp_path / "late.py").write_text(LATE)
+    with Running(*certified(tmp_path), "--workers", "2", "--commands", "late", cwd=tmp_path) as server:
+        server.wait_for("worker.ready", 2)
+        before, old = server.workers(), serial(server)
+        make_certificates(tmp_path)
+        (tmp_path / "wait").touch()
+        server.send_signal(signal.SIGHUP)
+        (new,) = until(lambda: set(server.workers()) - set(before), "a new one starts")
+        (tmp_path / f"go-{new.pid}").touch()
+        (next_one,) = until(lambda: set(server.workers()) - {new, *before}, "the second one starts")
+        (tmp_path / "late.py").write_text("raise RuntimeError('out of luck')")
+        make_certificates(tmp_path)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloading", 2)
+        next_one.kill()  # One of the newest is to follow.
+        message = server.wait_for("server.reload_failed")["message"]
+        assert re.search("the one before it goes on: .*out of luck", message)
+        (tmp_path / "late.py").write_text(LATE)
+        (tmp_path / "wait").unlink()
+        server.wait_for("server.reloaded")
+        assert new in server.workers()
+        assert not set(before) & set(server.workers())
+        shown = {serial(server) for _ in range(20)}
+        assert len(shown) == 1
+        assert old not in shown
 
 
 @pytest.mark.parametrize("days", [1, 20_000])
