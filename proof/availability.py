@@ -193,7 +193,7 @@ def sums_table(report: dict[str, Any]) -> str:
     by_median, by_worst, retried = total(each for *_, each in costs(report, "replies").values())
     common = sum(each.cost for each in COMMON)
     stale = {name: each.worst for name, (*_, each) in costs(report, "who").items()}
-    redis = sum(each for name, each in stale.items() if "Redis" in name)
+    redis = sum(each for name, each in stale.items() if "Redis" in name or "failover" in name)
     lines = {
         "single faults, measured, median": by_median,
         "single faults, measured, worst": by_worst,

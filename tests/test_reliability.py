@@ -80,13 +80,16 @@ def test_no_fault_of_redis_or_an_agent_costs_a_reply() -> None:
 
 
 def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
-    report = {"replies": {"server killed": [[2, 0.5, 0]]}, "who": {"Redis gone": [[1, 1, 0]]}}
+    report = {
+        "replies": {"server killed": [[2, 0.5, 0]]},
+        "who": {"Redis gone": [[1, 1, 0]], "failover ordered": [[10, 1, 0]]},
+    }
     table = sums_table(report)
     common = sum(each.per_year * each.seconds * each.share for each in COMMON) * 30 / 365
     assert f"| common causes, assumed | {common:.0f} |" in table
     lost = 18 * 30 / 365
     assert f"| single faults, measured, worst | {lost:.2f} | {100 * lost / 1296:.1f} % | 99.9999 % |" in table
-    assert f"| the same, if a reply needed Redis | {lost + common + 12 * 1801 * 30 / 365:,.0f} |" in table
+    assert f"| the same, if a reply needed Redis | {lost + common + (12 * 1801 + 24 * 10) * 30 / 365:,.0f} |" in table
 
 
 def test_a_who_that_misses_the_objective_is_said_to() -> None:
