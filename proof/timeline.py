@@ -198,7 +198,7 @@ def partition(timeline: Timeline, seconds: float = 5) -> None:
             for member, count in zip(others, counts, strict=True):
                 dropped = datetime.fromisoformat(member.server.wait_for("cluster.servers", count + 1)["@timestamp"])
                 ago = time.time() - dropped.timestamp()
-                timeline.happened(f"{member.name} drops A, whose lease is over", time.monotonic() - ago)
+                timeline.happened(f"{member.name} drops A", time.monotonic() - ago)
             timeline.let_pass(seconds)
         timeline.happened("A joined again")
     timeline.happened("A has reported")

@@ -51,7 +51,7 @@ def _together(events: list[tuple[float, str]], gap: float) -> list[tuple[float, 
     found: list[tuple[float, str]] = []
     for at, what in events:
         if found and at - found[-1][0] < gap:
-            found[-1] = found[-1][0], f"{found[-1][1]};\n{what}"
+            found[-1] = found[-1][0], f"{found[-1][1]}, {what}"
         else:
             found.append((at, what))
     return found

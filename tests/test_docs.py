@@ -130,6 +130,13 @@ def test_ci_runs_what_the_readme_names() -> None:
     assert "`bin/check` is what CI runs" in README
 
 
+def test_the_readme_says_how_much_code_there_is() -> None:
+    files = [*(ROOT / "gserver").glob("*.py"), *(ROOT / "gserver").glob("*.lua")]
+    said = re.search(r"about ([0-9,]+) lines", README)
+    assert said
+    assert abs(int(said[1].replace(",", "")) - sum(len(path.read_text().splitlines()) for path in files)) < 150
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
