@@ -13,7 +13,6 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterable
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,14 +47,8 @@ StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 def serve(config: Config, board: Board, listener: socket.socket) -> None:
     """Answer on a listening socket for as long as this process lives."""
-    server = WSGIServer(
-        listener,
-        _Admin(config, board).respond,
-        spawn=Pool(2 * MAX_WAITING),
-        handler_class=_Handler,
-        log=None,
-        error_log=_Log(),
-    )
+    respond, pool = _Admin(config, board).respond, Pool(2 * MAX_WAITING)
+    server = WSGIServer(listener, respond, spawn=pool, handler_class=_Handler, log=None, error_log=_Log())
     server.fatal_errors = FATAL_ERRORS
     server.start()
 
@@ -117,7 +110,8 @@ class _Admin:
                 value = base64.b64decode(value, validate=True).decode().partition(":")[2]
             except ValueError:  # No base64, or no UTF-8 in it.
                 return False
-        return hmac.compare_digest(value.strip().encode(), self._config.admin_token.encode())
+        is_token = hmac.compare_digest(value.strip().encode(), self._config.admin_token.encode())
+        return is_token and kind.lower() in ("basic", "bearer")
 
     def _ready(self) -> Answer:
         word = state(self._board)
@@ -159,9 +153,10 @@ class _Handler(WSGIHandler):
 
     def read_request(self, raw_requestline: Any) -> Any:
         try:
-            return super().read_request(raw_requestline)
-        except (OSError, HTTPException) as error:  # It is broken off, or has too many headers.
-            raise ValueError(str(error)) from error  # Of anything else pywsgi prints a traceback.
+            super().read_request(raw_requestline)
+        except Exception as error:  # Of anything but a ValueError, pywsgi would print a traceback.
+            raise ValueError(str(error)) from error
+        return "transfer-encoding" not in self.headers  # Nobody needs a body, and pywsgi fails at some chunks.
 
     def get_environ(self) -> dict[str, Any]:
         self._waiting.pop(self._sock, None)  # The request is there.

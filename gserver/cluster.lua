@@ -52,8 +52,10 @@ end
 local over = redis.call('ZRANGEBYSCORE', leases, '-inf', clock, 'LIMIT', 0, 500)
 if #over > 0 then drop(over) end
 local recount_at = size > 0 and tonumber(kept[6]) or 0
-if math.abs(now - recount_at) >= 60000 then
+if not (math.abs(now - recount_at) < 60000) then -- It may be no number.
   total, recount_at = 0, now
+  -- A lease that no server can have: without it, this key and the one of the members do not agree, and are as good as none.
+  redis.call('ZREMRANGEBYSCORE', leases, clock + ttl + 86400000, 'inf')
   for _, value in ipairs(redis.call('HVALS', members)) do total = total + number(value) end
 end
 redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'back', back, 'beat_at', now, 'recount_at', recount_at)

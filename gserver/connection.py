@@ -1,8 +1,14 @@
 """One client: its socket, and what must be known of it at any time. Kept small, since most clients are idle."""
 
 import _socket
+import contextlib
+import socket
+from math import ceil
 from time import monotonic
 from typing import Any
+
+#: A deadline that is noticed so much too late says nothing of the client: it was this process that stood still.
+HELD_UP_SECONDS = 1.0
 
 
 class PartialRecord(BlockingIOError):
@@ -27,6 +33,12 @@ class Connection:
         self.has_spoken = False
         #: Whether it has been quiet for longer than it may.
         self.is_overstayed = False
+
+    def limit_farewell(self, seconds: float) -> None:
+        """Have the kernel give up after so long (0 = as ever) what the client leaves unread when it is closed."""
+        if seconds:
+            with contextlib.suppress(OSError):  # It has gone.
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ceil(seconds * 1000))
 
 
 def close(sock: _socket.socket) -> None:

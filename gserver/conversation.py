@@ -7,6 +7,7 @@ import math
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from time import monotonic, perf_counter_ns
 
 import gevent
@@ -15,10 +16,10 @@ from gevent.socket import wait_read, wait_write
 from gserver import logs
 from gserver.clientele import Clientele
 from gserver.commands import Command
-from gserver.connection import Connection
+from gserver.connection import HELD_UP_SECONDS, Connection
 from gserver.errors import ClusterUnavailable
 from gserver.protocol import CLUSTER_UNAVAILABLE, IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
-from gserver.receiver import Receiver
+from gserver.receiver import BURST_BYTES, Receiver
 
 #: At a drain, a client that has just connected, or whose line is still on its way, has so long to say it.
 DRAIN_GRACE_SECONDS = 0.5
@@ -35,6 +36,8 @@ class Conversation:
         self.receiver = Receiver(connection.sock)
         self._parser: Parser[Command] = Parser(clientele.grammar, is_first=not connection.has_spoken)
         self._line_deadline = math.inf
+        #: Of what it goes on to send when the grace of a drain is over, so many bytes are still answered.
+        self._left: int | None = None
         #: Whether the client has ended, or is gone: it can be told nothing more.
         self.is_ended = False
         #: How long replies have waited for the client to read: its time, not the service's.
@@ -93,12 +96,14 @@ class Conversation:
             refusal = self._answer(items)
             if refusal is not None:
                 return refusal
-            if data or items:
+            if items or (data and not clientele.is_draining):  # Blank lines prolong no drain.
                 connection.quiet_since = monotonic()
             if items:
                 connection.has_spoken = True
                 clientele.note_service(1, perf_counter_ns() - started - self._stalled_ns)
-            data = self.receiver.receive(self._patience() if self._has_part or clientele.is_draining else None)
+            if clientele.is_draining and self._has_had_enough(len(data or b"")):
+                return None
+            data = self.receiver.receive(self._patience())
 
     def _is_over(self) -> bool:
         """Whether a client that says nothing is to leave, for a drain, or to rest."""
@@ -109,9 +114,14 @@ class Conversation:
 
     def _patience(self) -> float | None:
         """How many seconds to wait for more: to the end of the line, or of the drain's grace; None = any time."""
-        clientele, config, now = self._clientele, self._clientele.config, monotonic()
+        clientele, config, has_part = self._clientele, self._clientele.config, self._has_part
+        if not has_part:
+            self._line_deadline = math.inf  # A silence, or a record without data, may have ended what had begun.
+            if not clientele.is_draining:
+                return None
+        now = monotonic()
         patience = self._leaves_at() - now if clientele.is_draining else math.inf
-        if self._has_part:
+        if has_part:
             if self._line_deadline == math.inf and config.line_timeout_seconds:
                 self._line_deadline = now + config.line_timeout_seconds
             patience = min(patience, self._line_deadline - now)
@@ -125,14 +135,30 @@ class Conversation:
             return self._clientele.drain_started_at + DRAIN_GRACE_SECONDS
         return 0.0 if self._connection.has_spoken else self._connection.quiet_since + DRAIN_GRACE_SECONDS
 
+    def _has_had_enough(self, taken: int) -> bool:
+        """Whether a client that never pauses in a drain has been answered all that had come by the end of the grace.
+
+        A burst more, so that who sends one line after another meets the pause that others leave at.
+        """
+        if monotonic() < self._clientele.drain_started_at + DRAIN_GRACE_SECONDS:
+            return False
+        if self._left is None:
+            self._left = self.receiver.unread + BURST_BYTES
+        else:
+            self._left -= taken
+        return self._left < 0
+
     def _take_silence(self) -> Sequence[Command | Refusal]:
         """Nothing came in time: return what that means."""
         clientele = self._clientele
         if self._connection.is_overstayed:
             return [IDLE]
-        if self._has_part and self._line_deadline <= monotonic():
+        now, pause = monotonic(), clientele.config.unterminated_after_seconds
+        # A loop that was held up finds both over: the silence after a command was so first, and answers it.
+        has_paused = 0 < pause <= now - self._connection.quiet_since and self._parser.is_complete
+        if self._has_part and self._line_deadline <= now and not (self._parser.partial and has_paused):
             return [TOO_SLOW]
-        return self._parser.silence() if clientele.config.unterminated_after_seconds or clientele.is_draining else []
+        return self._parser.silence() if pause or clientele.is_draining else []
 
     def _answer(self, items: Sequence[Command | Refusal]) -> Refusal | None:
         """Answer in order; return the refusal that ends the conversation, if one does."""
@@ -168,7 +194,8 @@ class Conversation:
         """Send, waiting for a slow reader as long as it may take; nothing is read from it meanwhile."""
         if not data:
             return
-        sock, seconds, deadline = self._connection.sock, self._clientele.config.write_timeout_seconds, 0.0
+        sock, deadline = self._connection.sock, 0.0
+        seconds = self._clientele.config.write_timeout_seconds or math.inf
         rest = memoryview(data)
         while True:
             try:
@@ -178,10 +205,12 @@ class Conversation:
             except BlockingIOError:
                 pass
             now = monotonic()
-            deadline = deadline or (now + seconds if seconds else math.inf)
-            if now >= deadline:
+            if now > deadline + HELD_UP_SECONDS:  # It begins, or begins again.
+                deadline = now + seconds
+            elif now >= deadline:
                 raise _SlowReader
-            wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
+            with suppress(_SlowReader):
+                wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
             self._stalled_ns += round((monotonic() - now) * 1e9)
 
 

@@ -6,9 +6,11 @@ A client whose handshake is not done is none yet: it is not counted, has a deadl
 import _socket
 import contextlib
 import logging
+import math
 import socket
 import ssl
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import gevent
@@ -17,7 +19,7 @@ from gevent.socket import wait_read
 
 from gserver import logs
 from gserver.clientele import Clientele
-from gserver.connection import close
+from gserver.connection import HELD_UP_SECONDS, close
 from gserver.conversation import DRAIN_GRACE_SECONDS, linger
 from gserver.protocol import PLAIN_TEXT, TLS_FAILED
 from gserver.receiver import BURST_BYTES
@@ -47,7 +49,7 @@ class Handshakes:
     ) -> None:
         self._context = context
         self._max_handshakes = min(max_handshakes, MAX_HANDSHAKES)
-        self._timeout_seconds = clientele.config.tls_handshake_timeout_seconds or None
+        self._timeout_seconds = clientele.config.tls_handshake_timeout_seconds or math.inf
         self._clientele = clientele
         self._on_done = on_done
         self._on_close = on_close
@@ -88,8 +90,7 @@ class Handshakes:
         """The greenlet of one."""
         fd, met = sock.fileno(), None
         try:
-            with gevent.Timeout(self._timeout_seconds, TimeoutError("it took too long")):
-                met = self._shake_hands(sock)
+            met = self._shake_hands(sock)
         except OSError as error:
             self._clientele.refuse(TLS_FAILED)
             if logging.root.isEnabledFor(logging.DEBUG):
@@ -107,10 +108,19 @@ class Handshakes:
 
     def _shake_hands(self, sock: _socket.socket) -> TlsSocket | None:
         """Return what has come of it; None when the client has left, or wanted no TLS and was told so."""
-        met, is_first = TlsSocket(sock, self._context), True
+        met, is_first, deadline = TlsSocket(sock, self._context), True, 0.0
         while True:
-            wait_read(sock.fileno())
-            received = sock.recv(BURST_BYTES)
+            now = monotonic()
+            if now > deadline + HELD_UP_SECONDS:  # It begins, or begins again.
+                deadline = now + self._timeout_seconds
+            elif now >= deadline:
+                raise TimeoutError("it took too long")
+            try:
+                with contextlib.suppress(TimeoutError):
+                    wait_read(sock.fileno(), None if deadline == math.inf else deadline - now)
+                received = sock.recv(BURST_BYTES)
+            except BlockingIOError:
+                continue
             if not received:
                 if is_first and sock.fileno() in self._under_way:
                     return None

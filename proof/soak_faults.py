@@ -17,7 +17,7 @@ import psutil
 
 from proof.soak_world import MAX_CLIENTS, NAMES, Member, World, eventually
 from tests.redises import Redis, Sentinels, Server
-from tests.running import LIMIT, Client, gserver, stopped
+from tests.running import LIMIT, Client, Running, stopped
 
 Act = Callable[[World, Member], str]
 CROWD = 2 * MAX_CLIENTS  # those of a server, and of one before it by that name
@@ -79,8 +79,8 @@ def _ended(number: signal.Signals, code: int, world: World, member: Member) -> s
 
 
 def _same_id(world: World, member: Member) -> str:
-    done = gserver("--port", "0", "--server-id", member.name, "--redis-url", world.redises.url)
-    assert done.returncode == 2, done
+    with Running("--server-id", member.name, "--redis-url", world.redises.url, wait=False) as second:
+        assert second.exit_code(4 * LIMIT) == 2, second.lines
     return "it was refused"
 
 

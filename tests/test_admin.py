@@ -178,7 +178,7 @@ def test_with_a_token_all_but_health_needs_it(value: str) -> None:
             assert (code, headers["www-authenticate"].partition(" ")[0]) == (401, "Basic")
             assert TOKEN.encode() not in body
             assert get(server, path, Authorization=value)[0] == 200
-            bad = "", "Bearer", "Bearer x", f"Basic {TOKEN}", "Basic !", "Basic \xff", "Basic /w==", f"Digest {TOKEN}x"
+            bad = "", "Bearer", "Bearer x", f"Basic {TOKEN}", "Basic !", "Basic \xff", "Basic /w==", f"Digest {TOKEN}"
             for wrong in (*bad, value + "x"):
                 assert get(server, path, Authorization=wrong)[0] == 401, wrong
         assert get(server, "/livez")[0] == get(server, "/readyz")[0] == 200
@@ -283,6 +283,27 @@ def assert_no_trace(server: Running) -> None:
     """Nothing of what was done to it can be seen but at the level `debug`."""
     assert not server.events("process.error")
     assert not server.stderr
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        *(
+            b"GET / HTTP/" + version + b"\r\n\r\n"
+            for version in (b"", b"1", b"1.", b"x", b"1.x", b"1.-1", b"2.0", b"\xb2.0")
+        ),
+        *(b"GET /livez HTTP/1.1\r\nContent-Length: " + size + b"\r\n\r\n" for size in (b"x", b"-1", b"9" * 5000)),
+        *(
+            b"GET /livez HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk + b"\r\n\r\n"
+            for chunk in (b"", b";x", b"x", b"-1", b"0", b"f" * 17)
+        ),
+    ],
+)
+def test_a_request_that_is_none_is_refused_without_a_trace(here: Running, sent: bytes) -> None:
+    with dial(here) as sock, sock.makefile("rb") as answer:
+        sock.sendall(sent)
+        assert answer.readline() == b"HTTP/1.1 400 Bad Request\r\n"
+    assert_no_trace(here)
 
 
 @pytest.mark.parametrize(

@@ -642,6 +642,33 @@ def test_a_wrong_total_is_put_right_by_a_recount_after_a_minute(cluster: Cluster
     assert cluster.beat("one", 3).total == 999, "only once a minute"
 
 
+@pytest.mark.parametrize("junk", ["x", "nan", "inf", "-inf", "1e999"])
+def test_a_wrong_total_is_put_right_whatever_the_state_says_of_the_last_recount(cluster: Cluster, junk: str) -> None:
+    cluster.beat("one", 1)
+    cluster.redis.hset(STATE, mapping={"total": 999, "recount_at": junk})
+    assert cluster.beat("one", 2).total == 2
+
+
+LIES: dict[str, Callable[[Any], object]] = {
+    "a lease for ever": lambda client: client.zadd(LEASES, {"ghost": "inf"}),
+    "no lease, but another one too many": lambda client: client.zadd(LEASES, {"other": "inf"}),
+    "a lease of a clock that was ahead": lambda client: client.zadd(LEASES, {"ghost": 10**14}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_server_that_is_none_is_dropped_at_the_recount_at_the_latest(cluster: Cluster, lie: str) -> None:
+    cluster.beat("one", 1)
+    known = cluster.beat("two", 20).clock
+    cluster.redis.hset(MEMBERS, "ghost", "300 1 a1")
+    LIES[lie](cluster.redis)
+    cluster.redis.hset(STATE, "recount_at", cluster.now() - RECOUNT)
+    for member, count in (("one", 1), ("two", 20), ("one", 1)):
+        reply = cluster.beat(member, count, known=known)
+    assert seen(reply) == (21, 2)
+    assert cluster.counts() == {"one": 1, "two": 20}
+
+
 def test_where_nobody_is_the_total_is_nothing_whatever_the_state_says(cluster: Cluster) -> None:
     cluster.beat("one", 1)
     cluster.beat("one", "leave")

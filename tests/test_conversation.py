@@ -4,12 +4,13 @@ import os
 import pty
 import select
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ WRITE_TIMEOUT = 2.0
 IDLE_TIMEOUT = 1.0
 NAP = 1.5
 MAX_CLIENTS = 8
+#: In /proc/net/tcp.
+LAST_ACK = "09"
 
 NAPS = f"""
 import sys
@@ -259,6 +262,16 @@ def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict:
         assert client.rest() == b"ERR too slow\n"
 
 
+def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow(greenlets: tuple[str, str]) -> None:
+    with Running(*greenlets, "--line-timeout", "1", "--unterminated-after", "0.5") as server, server.client() as client:
+        assert client.ask(b"WHERE")
+        client.send(b"WHY")
+        assert server.who() == 2  # It has been read.
+        with held_up(server):
+            time.sleep(1.2)
+        assert client.line() == b"42\n"
+
+
 def test_each_line_has_its_own_time(strict: Running) -> None:
     with strict.client() as client:
         for piece in (b"WH", b"Y\nWH", b"Y\n  "):
@@ -410,6 +423,34 @@ def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(str
         with pytest.raises(ConnectionResetError):
             read_to_the_end(sock)
     assert worker.memory_info().rss - before < 2_000_000
+
+
+def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_no_slow_reader(strict: Running) -> None:
+    with strict.client() as client:
+        client.send(b"LARGE\n")
+        until(lambda: is_readable(client), "the reply begins")
+        received = 0
+        with held_up(strict):
+            client.sock.settimeout(WRITE_TIMEOUT + 1.5)
+            with suppress(TimeoutError):
+                while data := client.sock.recv(65536):
+                    received += len(data)
+        assert 0 < received < 20_000_000
+        assert received + len(client.line()) == 20_000_001
+
+
+def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) -> None:
+    def kernel() -> str:
+        """The connections of clients that the server has closed, and that wait for them to take the rest."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return next((row[4] for row in rows if row[1].endswith(f":{strict.port:04X}") and row[3] == LAST_ACK), "")
+
+    with small_window(strict) as sock:
+        for _ in range(20):
+            sock.sendall(b"WHERE\n" * 500)
+        sock.shutdown(socket.SHUT_WR)
+        until(kernel, "it is closed")
+        until(lambda: not kernel(), "it is given up", WRITE_TIMEOUT + LIMIT)
 
 
 def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -> None:
@@ -581,6 +622,18 @@ def test_curl_cannot_be_made_to_run_commands(server: Running, options: tuple[str
     command = [*curl, *options, "-d", "x=1\nWHO\nWHERE\nWHO\n", url]
     done = subprocess.run(command, check=False, capture_output=True, timeout=LIMIT)
     assert (done.returncode, done.stdout) == (52, b"")
+
+
+def test_lines_in_a_client_hello_are_not_run(server: Running) -> None:
+    context, sent = ssl.create_default_context(), ssl.MemoryBIO()
+    context.set_alpn_protocols(["\nWHO\nWHERE\n"])
+    with suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost").do_handshake()
+    hello = sent.read()
+    assert b"\nWHO\nWHERE\n" in hello
+    with server.client() as client:
+        client.send(hello)
+        assert client.rest() == b""
 
 
 @pytest.mark.parametrize("text", [b"WHO", b"WHO\n", b"who\r\n"])

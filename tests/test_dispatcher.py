@@ -3,6 +3,7 @@
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -208,6 +209,28 @@ def test_a_drain_answers_what_a_client_at_rest_has_sent_and_then_ends_it(folder:
         assert {client.rest() for client in clients[:10]} == {b"42\nERR unknown command\n"}
         assert {client.rest() for client in clients[10:]} == {b""}
         assert time.monotonic() - began < PATIENCE
+
+
+@pytest.mark.parametrize("said", [b"\n", b"W", b"WHY\nW", b"WHY\n" * 1000], ids=["blanks", "line", "lines", "flood"])
+def test_a_client_that_goes_on_and_on_holds_up_no_drain(said: bytes) -> None:
+    with Running("--drain-timeout", "600") as server, server.client() as client:
+        talks = threading.Event()
+
+        def talk() -> None:
+            with suppress(OSError):  # Until it is reset.
+                while True:
+                    client.send(said)
+                    talks.set()
+                    if select.select([client.sock], [], [], 0.05 if len(said) < 10 else 0)[0]:
+                        client.sock.recv(65536)
+
+        talker = threading.Thread(target=talk)
+        talker.start()
+        assert talks.wait(LIMIT)
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+        assert not server.events("worker.cut_off")
+        talker.join()
 
 
 def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> None:

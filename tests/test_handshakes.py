@@ -2,11 +2,15 @@
 
 import select
 import signal
+import ssl
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from gserver.handshakes import MAX_HANDSHAKES
-from tests.running import LIMIT, Running, limited
+from tests.running import LIMIT, Running, limited, stopped, until
 from tests.tls_client import TlsClient, certified, trust
 
 
@@ -30,6 +34,29 @@ def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
             client.send(b"\x16" + b"\xff" * 9)
         with TlsClient(server.port, trust(pems)) as good:
             assert good.who() == 1
+
+
+def test_who_has_said_hello_while_the_worker_was_held_up_is_met(pems: Path) -> None:
+    hello, answer = ssl.MemoryBIO(), ssl.MemoryBIO()
+    talk = trust(pems).wrap_bio(answer, hello, server_hostname="127.0.0.1")
+    with pytest.raises(ssl.SSLWantReadError):
+        talk.do_handshake()
+    with Running(*certified(pems), "--tls-handshake-timeout", "1") as server:
+        [worker] = server.workers()
+        files = worker.num_fds()
+        client = server.client()
+        until(lambda: worker.num_fds() > files, "it is accepted")
+        with stopped(worker):
+            client.send(hello.read())
+            time.sleep(2.5)
+        answer.write(client.sock.recv(65536))
+        talk.do_handshake()
+        client.send(hello.read())
+        talk.write(b"WHY\n")
+        client.send(hello.read())
+        answer.write(client.sock.recv(65536))
+        assert talk.read() == b"42\n"
+        client.sock.close()
 
 
 def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:

@@ -67,6 +67,10 @@ class Matrix:
         if self._path:
             machine = {"system": platform.platform(), "python": platform.python_version(), "seed": SEED}
             report = {"machine": machine, "seconds": round(time.monotonic() - self._began), "cases": cases}
+            if self._path.exists():  # Of other parts of the matrix, or of these before.
+                before = json.loads(self._path.read_text())
+                report["seconds"] += before["seconds"]
+                report["cases"] = [case for case in before["cases"] if case["test"] not in self._cases] + cases
             self._path.write_text(json.dumps(report, indent=1) + "\n")
             console.print(f"written to {self._path}")
 
@@ -82,7 +86,7 @@ def _variant(case: Case) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--report", metavar="FILE", type=Path, help="where to write the report (JSON)")
+    parser.addoption("--report", metavar="FILE", type=Path, help="where to write the report (JSON); adds to one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
