@@ -14,7 +14,7 @@ import click
 from bench.report import table
 from proof import outages
 from proof.outages import Outage
-from proof.world import write
+from proof.world import need_root, write
 
 DAYS = 30
 WINDOW_SECONDS = DAYS * 86400
@@ -220,18 +220,29 @@ def together(servers: int, each: float) -> float:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--measure", is_flag=True, help="Measure first how long each fault lasts: as root, 5 minutes a round.")
 @click.option("--rounds", default=5, show_default=True, help="How often each fault is measured.")
-@click.option("--only", default="", help="Measure only the faults whose names contain this, and write nothing.")
-def main(measure: bool, rounds: int, only: str) -> None:
-    """Add up what faults cost of 99.95 %, from docs/outages.json, and write the tables of docs/reliability.md."""
+@click.option("--only", default="", help="Measure only the faults whose names contain this, and add up nothing.")
+@click.option(
+    "--write", "is_kept", is_flag=True, help="Write what was measured into docs/outages.json, and docs/reliability.md."
+)
+def main(measure: bool, rounds: int, only: str, is_kept: bool) -> None:
+    """Add up what faults cost of 99.95 %, by what docs/outages.json says or is measured now."""
+    if only and (not measure or is_kept):
+        raise click.UsageError("--only is for --measure, without --write")
+    if not any(only in fault.name for fault in outages.FAULTS):
+        raise click.BadParameter(f"no fault is named so: {', '.join(RATES)}", param_hint="--only")
+    if measure:
+        need_root()
     from proof import page
 
     if measure:
         report = outages.measure(rounds, lambda text: click.echo(text, err=True), only)
         if only:
             return
+    else:
+        report = json.loads(outages.FILE.read_text())
+    if is_kept:
         write(report, outages.FILE)
-    page.render()
-    report = json.loads(outages.FILE.read_text())
+        page.render()
     for text in (replies_table(report), common_table(), who_table(report), sums_table(report)):
         click.echo(text + "\n")
 

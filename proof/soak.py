@@ -201,6 +201,9 @@ def main(hours: float, every: float, seed: int | None, only: tuple[str, ...], pa
     Exits with 0 when nothing was wrong, 1 when something was, 2 when it could not be found out. Ctrl-C ends it early,
     with what was found until then.
     """
+    if path and not path.parent.is_dir():
+        click.echo(f"soak: --report {path}: there is no such folder", err=True)
+        sys.exit(2)
     seed = random.SystemRandom().randrange(1, 1_000_000) if seed is None else seed
     click.echo(f"seed {seed}", err=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -73,7 +73,7 @@ def _seconds(times: list[float]) -> str:
 PAGE = """\
 # A soak under faults
 
-`{command}` on {machine}.
+`{command}` ({machine}).
 
 Three servers of two workers each, `three` by TLS, with a Redis, two replicas and three Sentinels, under a mixed load
 and one fault after another. `one` may be restarted, processes of `two` may die, and those of `three` live all the time.
@@ -110,16 +110,19 @@ is judged where there are {least} censuses; descriptors and greenlets stay the s
 
 def render(report: Report) -> str:
     """Make the page."""
+    is_judged = any(life.growth is not None for life in lives(report))
     wrong, replies, faults = list(complaints(report)), report["replies"], sorted(report["faults"].items())
     return PAGE.format(
         command=report["command"],
-        machine=", ".join(f"{name} {value}" for name, value in report["machine"].items()),
+        machine="; ".join(f"{name}: {value}" for name, value in report["machine"].items()),
         hours=report["seconds"] / 3600,
         interrupted=", and was interrupted" * report["is_interrupted"],
         count=sum(len(fault["seconds"]) for _, fault in faults),
         censuses=len(report["censuses"]),
         verdict="\n- ".join(
-            ["**Wrong:**", *(" ".join(text.split()) for text in wrong)] if wrong else ["All was well."]
+            ["**Wrong:**", *(" ".join(text.split()) for text in wrong)]
+            if wrong
+            else ["All was well." if is_judged else "What was judged was well. Memory was not judged: too short."]
         ),
         replies=table(
             ["right", "wrong", "connections lost to a fault of their server", "lost otherwise"],

@@ -1,6 +1,6 @@
 """What each server says of WHO, and what is true, while Redis fails over and while one server is cut off from it.
 
-`bin/timeline` writes docs/timelines.json, docs/plots/who-*.svg and the sections of docs/reliability.md.
+`bin/timeline --write` writes docs/timelines.json, docs/plots/who-*.svg and the sections of docs/reliability.md.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from proof.world import NAMES, Member, World, machine, undisturbed, write
+from proof.world import NAMES, Member, World, machine, need_root, undisturbed, write
 from tests.history import Answer, Fact, Kind, Promise, Recorder, check
 from tests.redises import FAILOVER_LIMIT
 from tests.running import LIMIT, ROOT, Client, until
@@ -218,9 +218,12 @@ def record(folder: Path, seed: int, scenario: Callable[[Timeline], None], **worl
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--seed", type=int, help="What the coming and going of clients is drawn from.")
+@click.option("--write", "is_kept", is_flag=True, help="Write docs/timelines.json, its plots, and docs/reliability.md.")
 @click.option("--render", is_flag=True, help="Record nothing: write plots and page again from docs/timelines.json.")
-def main(seed: int | None, render: bool) -> None:
-    """Record WHO through a failover and a partition: docs/timelines.json, docs/plots/who-*.svg. As root: a minute."""
+def main(seed: int | None, is_kept: bool, render: bool) -> None:
+    """Record WHO through a failover and a partition, and tell of it. As root: a minute."""
+    if not render:
+        need_root()
     from proof import page, timeline_plots
 
     if not render:
@@ -232,9 +235,11 @@ def main(seed: int | None, render: bool) -> None:
                 (place := Path(folder) / name).mkdir()
                 report[name] = record(place, seed, scenario)
                 click.echo(page.told(report[name]))
-        write(report, FILE)
-    timeline_plots.draw(json.loads(FILE.read_text()))
-    page.render()
+        if is_kept:
+            write(report, FILE)
+    if is_kept or render:
+        timeline_plots.draw(json.loads(FILE.read_text()))
+        page.render()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import psutil
 
 from tests.netns import Host, Network, Way
@@ -113,6 +115,13 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         os.setpriority(os.PRIO_PROCESS, 0, usual)
+
+
+def need_root() -> None:
+    """Exit with 2, and say why, where namespaces cannot be had."""
+    if os.geteuid():
+        click.echo("This needs root: it makes network namespaces.", err=True)
+        sys.exit(2)
 
 
 def machine() -> dict[str, str]:

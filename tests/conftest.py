@@ -1,5 +1,6 @@
 """Fixtures that several files share."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,11 @@ import pytest
 from tests.faults.rows import Notes
 from tests.redises import make_certificates
 from tests.running import Running
+
+
+def pytest_configure() -> None:
+    """SIGTERM interrupts a run as Ctrl-C does: what the tests have started ends with them."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

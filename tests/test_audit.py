@@ -21,6 +21,7 @@ def test_an_audit_tells_vulnerabilities_from_what_is_not_known(tmp_path: Path) -
         ([good, bad], 1, flaws + "2 packages, 2 known vulnerabilities\n", ""),
         ([bad, skipped], 1, flaws + "2 packages, 2 known vulnerabilities\n", unknown + "redis\n"),
         ([good, skipped], 2, "2 packages, 0 known vulnerabilities\n", unknown + "redis\n"),
+        ([skipped], 2, "", "gserver: not known: 0 of 1 packages are known to PyPI, or to its mirror\n"),
         ([], 2, "0 packages, 0 known vulnerabilities\n", unknown + "any\n"),
     ):
         report = tmp_path / "report"
@@ -30,7 +31,13 @@ def test_an_audit_tells_vulnerabilities_from_what_is_not_known(tmp_path: Path) -
     assert _audit(report)[:2] == (2, "")
 
 
-def _audit(report: Path) -> tuple[int, str, str]:
+def test_an_audit_has_help() -> None:
+    code, out, err = _audit("--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("Asks PyPI")
+
+
+def _audit(report: Path | str) -> tuple[int, str, str]:
     env = {**os.environ, "VIRTUAL_ENV": sys.prefix}
     done = subprocess.run([ROOT / "bin/audit", report], capture_output=True, text=True, env=env, check=False)
     return done.returncode, done.stdout, done.stderr

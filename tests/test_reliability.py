@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from proof.availability import (
 from proof.outages import FAULTS, Outage, outage, wrong
 from tests.faults.rows import Notes
 from tests.history import Fact, Kind
-from tests.running import ROOT
+from tests.running import LIMIT, ROOT, environment
 
 TEXT = page.PAGE.read_text()
 SEED = random.SystemRandom().randrange(1, 1_000_000)
@@ -35,7 +37,7 @@ SEED = random.SystemRandom().randrange(1, 1_000_000)
 
 def test_the_page_shows_what_the_reports_say() -> None:
     for mark, text in page.sections().items():
-        assert f"<!-- {mark} -->\n\n{text}\n\n<!-- /{mark} -->" in TEXT, f"{mark}: bin/availability writes it"
+        assert f"<!-- {mark} -->\n\n{text}\n\n<!-- /{mark} -->" in TEXT, f"{mark}: bin/availability --write does it"
 
 
 def test_every_mark_of_the_page_has_its_end_and_every_section_its_place() -> None:
@@ -156,6 +158,30 @@ def test_the_true_count_changes_in_the_middle_of_the_time_in_which_it_may() -> N
         *(Fact(at, kind, "A", 1) for at, kind in ((7, Kind.COUNTED), (8, Kind.CLOSED))),
     ]
     assert timeline.truth(facts, 1) == [(1, 1), (3.5, 2), (6, 1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("timeline", "This needs root: it makes network namespaces."),
+        ("availability --measure", "This needs root: it makes network namespaces."),
+        ("availability --only worker", "Error: --only is for --measure, without --write"),
+        ("availability --measure --only zzz", "Error: Invalid value for --only: no fault is named so: "),
+    ],
+)
+def test_what_a_command_cannot_do_is_said_in_a_line(words: str, line: str) -> None:
+    module, *options = words.split()
+    code = f"import os; from proof import {module}; os.geteuid() or os.seteuid(65534); {module}.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=4 * LIMIT,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith(line)
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -64,6 +65,18 @@ def test_memory_may_grow_by_so_much_and_no_more() -> None:
         assert len(list(complaints(late))) == count
 
 
+def test_what_was_not_judged_is_not_said_to_be_well() -> None:
+    for count, verdict in ((40, "All was well."), (8, "Memory was not judged: too short.")):
+        assert verdict in render(report(lambda n: [30_000_000, 12, 5], count))
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    process = soak(folder=tmp_path / "none")
+    page, told = process.communicate(timeout=4 * LIMIT)
+    assert (process.returncode, page) == (2, "")
+    assert told.endswith(f"soak: --report {tmp_path}/none/soak.json: there is no such folder\n")
+
+
 def test_a_count_that_is_wrong_at_rest_is_seen() -> None:
     for who in ({"one": 6, "two": 5}, {"one": 5, "two": 5}):
         wrong = report(lambda n: [30_000_000, 12, 5])
@@ -101,7 +114,7 @@ def test_wrong_replies_lost_connections_and_deaths_are_seen(tmp_path: Path, pems
 
 def soak(*words: str, folder: Path) -> "subprocess.Popen[str]":
     program("redis-sentinel")
-    env = environment(MARK=str(folder), TMPDIR=str(folder))
+    env = environment(MARK=str(folder), TMPDIR=str(folder), VIRTUAL_ENV=sys.prefix)
     return subprocess.Popen(
         [BIN, *words, "--report", folder / "soak.json"],
         env=env,

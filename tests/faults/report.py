@@ -36,7 +36,9 @@ class Matrix:
         if report.nodeid not in self._faults:
             return
         case = self._cases.setdefault(
-            report.nodeid, {"fault": self._faults[report.nodeid], "test": report.nodeid, "seconds": 0.0, "outcome": ""}
+            report.nodeid,
+            {"fault": self._faults[report.nodeid], "test": report.nodeid, "seconds": 0.0}
+            | {"outcome": "not ended", "happened": [], "measured": {}},  # as it stays when the run is interrupted
         )
         case["seconds"] = round(case["seconds"] + report.duration, 1)
         if report.when == "call" or report.outcome != "passed":
@@ -49,6 +51,8 @@ class Matrix:
                 case["why"] = report.longrepr[2].removeprefix("Skipped: ")
 
     def pytest_terminal_summary(self) -> None:
+        if not self._cases:
+            return
         table = Table("fault", "variant", "outcome", "s", "measured", title="Faults")
         cases = sorted(self._cases.values(), key=lambda case: list(self._faults.values()).index(case["fault"]))
         for case, before in zip(cases, [None, *cases], strict=False):
@@ -62,7 +66,8 @@ class Matrix:
         outcomes = Counter(case["outcome"] for case in cases)
         faults = len({case["fault"] for case in cases})
         console.print(
-            f"{faults} faults, {len(cases)} cases: " + ", ".join(f"{n} {name}" for name, n in outcomes.items())
+            f"{faults} fault{'s' * (faults > 1)}, {len(cases)} case{'s' * (len(cases) > 1)}: "
+            + ", ".join(f"{n} {name}" for name, n in outcomes.items())
         )
         if self._path:
             machine = {"system": platform.platform(), "python": platform.python_version(), "seed": SEED}
@@ -90,4 +95,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Matrix(config.getoption("report")))
+    path = config.getoption("report")
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise pytest.UsageError(f"--report {path}: no file can be written there")
+    config.pluginmanager.register(Matrix(path))

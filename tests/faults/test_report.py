@@ -1,0 +1,84 @@
+"""What bin/faults writes, also when it is stopped, and that it leaves nothing behind."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.running import LIMIT, ROOT, environment, until
+
+ROW = """
+import signal
+import pytest
+from tests.running import Running
+
+@pytest.mark.fault("Somebody waits for ever")
+def test_it() -> None:
+    with Running():
+        signal.pause()
+"""
+
+
+def faults(folder: Path, *words: str, report: str = "report.json") -> "subprocess.Popen[str]":
+    """As bin/faults runs the tests, with a matrix of one row."""
+    (folder / "test_row.py").write_text(ROW)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.conftest",
+        "-p",
+        "tests.faults.report",
+        "-m",
+        "fault",
+        "--timeout",
+        str(4 * LIMIT),
+    ]
+    return subprocess.Popen(
+        [*command, "-c", ROOT / "pyproject.toml", "--report", folder / report, folder / "test_row.py", *words],
+        env=environment(),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    process = faults(tmp_path, report="none/report.json")
+    told, _ = process.communicate(timeout=4 * LIMIT)
+    assert process.returncode == 4, told
+    assert told == f"ERROR: --report {tmp_path}/none/report.json: no file can be written there\n\n"
+
+
+def test_no_case_writes_nothing(tmp_path: Path) -> None:
+    process = faults(tmp_path, "-k", "zzz")
+    told, _ = process.communicate(timeout=4 * LIMIT)
+    assert process.returncode == 5, told
+    assert "Faults" not in told
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_is_stopped_ends_all_and_tells_what_has_not_ended(tmp_path: Path, number: signal.Signals) -> None:
+    process = faults(tmp_path)
+    started: list[psutil.Process] = []
+
+    def are_there() -> bool:
+        assert process.poll() is None
+        started[:] = psutil.Process(process.pid).children(recursive=True)
+        return len(started) > 1  # the supervisor, and its worker
+
+    until(are_there, "a server runs", 4 * LIMIT)
+    process.send_signal(number)
+    told, _ = process.communicate(timeout=4 * LIMIT)
+    assert process.returncode == 2, told
+    assert "1 fault, 1 case: 1 not ended" in told
+    (case,) = json.loads((tmp_path / "report.json").read_text())["cases"]
+    assert case["outcome"] == "not ended"
+    assert not psutil.wait_procs(started, LIMIT)[1]
