@@ -160,7 +160,7 @@ def _slowloris(crowd: list[Client]) -> int:
 
 def _never_read(crowd: list[Client]) -> int:
     for client in crowd:
-        client.sock.settimeout(1)
+        client.sock.settimeout(4)  # A server that is but slow reads on before.
         with suppress(OSError):
             while True:
                 client.send(b"WHERE\n" * 10_000)
@@ -239,7 +239,7 @@ FAULTS = {
         partial(_refused, "too_many_clients", MAX_CLIENTS + 50, 50, _flood), excuse="lost", crowd=CROWD
     ),
     "slowloris": Fault(partial(_refused, "too_slow", 150, 150, _slowloris), crowd=CROWD),
-    "slow readers": Fault(partial(_refused, "slow_reader", 5, 5, _never_read), crowd=CROWD),
+    "slow readers": Fault(partial(_refused, "slow_reader", 3, 3, _never_read), crowd=CROWD),
     "silent peers before a handshake": Fault(_silent, NAMES[-1:], crowd=CROWD),
     "StatsD daemon gone for 5 s": Fault(_sink_gone),
     "reader of the log stalled": Fault(_reader_stalled),
