@@ -40,7 +40,7 @@ class Clientele:
         self.drain_started_at = 0.0
 
     def admit(self, fd: int) -> Refusal | None:
-        """Count a client in, or, if there are too many, as refused; who is in must be counted out by `release`."""
+        """Count a client in, or, if there are too many, as refused; who is in owes `release` and `leave`."""
         if self.addresses and fd not in self.addresses:
             self.refuse(TOO_MANY_FROM_ADDRESS)
             return TOO_MANY_FROM_ADDRESS
@@ -57,13 +57,12 @@ class Clientele:
         return TOO_MANY_CLIENTS
 
     def leave(self, fd: int) -> None:
-        """Count who is no client, or no more, out of those of its address."""
+        """Count who has no descriptor any more, or was not admitted, out of those of its address."""
         if self.addresses:
             self.addresses.leave(fd)
 
-    def release(self, fd: int) -> None:
-        """Count a client out."""
-        self.leave(fd)
+    def release(self) -> None:
+        """Count a client out; for its address it is there until it `leave`s, as its descriptor is."""
         self.cells[self.clients] -= 1
         self.cells[self.closed] += 1
 

@@ -1,6 +1,9 @@
 """One client: its socket, and what must be known of it at any time. Kept small, since most clients are idle."""
 
 import _socket
+import contextlib
+import socket
+from math import ceil
 from time import monotonic
 from typing import Any
 
@@ -31,9 +34,16 @@ class Connection:
         #: Whether it has been quiet for longer than it may.
         self.is_overstayed = False
 
-    def close(self) -> None:
-        """Close the socket."""
-        try:
-            self.sock.close()
-        except OSError as error:
-            raise SystemError("somebody has closed a descriptor that is ours") from error
+    def limit_farewell(self, seconds: float) -> None:
+        """Have the kernel give up after so long (0 = as ever) what the client leaves unread when it is closed."""
+        if seconds:
+            with contextlib.suppress(OSError):  # It has gone.
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ceil(seconds * 1000))
+
+
+def close(sock: _socket.socket) -> None:
+    """Close a client's socket; raise SystemError, which ends the worker, if somebody else has."""
+    try:
+        sock.close()
+    except OSError as error:
+        raise SystemError("somebody has closed a descriptor that is ours") from error

@@ -19,7 +19,7 @@ from gserver.commands import Command
 from gserver.connection import HELD_UP_SECONDS, Connection
 from gserver.errors import ClusterUnavailable
 from gserver.protocol import CLUSTER_UNAVAILABLE, IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
-from gserver.receiver import Receiver
+from gserver.receiver import BURST_BYTES, Receiver
 
 #: At a drain, a client that has just connected, or whose line is still on its way, has so long to say it.
 DRAIN_GRACE_SECONDS = 0.5
@@ -36,6 +36,8 @@ class Conversation:
         self.receiver = Receiver(connection.sock)
         self._parser: Parser[Command] = Parser(clientele.grammar, is_first=not connection.has_spoken)
         self._line_deadline = math.inf
+        #: Of what it goes on to send when the grace of a drain is over, so many bytes are still answered.
+        self._left: int | None = None
         #: Whether the client has ended, or is gone: it can be told nothing more.
         self.is_ended = False
         #: How long replies have waited for the client to read: its time, not the service's.
@@ -94,12 +96,14 @@ class Conversation:
             refusal = self._answer(items)
             if refusal is not None:
                 return refusal
-            if data or items:
+            if items or (data and not clientele.is_draining):  # Blank lines prolong no drain.
                 connection.quiet_since = monotonic()
             if items:
                 connection.has_spoken = True
                 clientele.note_service(1, perf_counter_ns() - started - self._stalled_ns)
-            data = self.receiver.receive(self._patience() if self._has_part or clientele.is_draining else None)
+            if clientele.is_draining and self._has_had_enough(len(data or b"")):
+                return None
+            data = self.receiver.receive(self._patience())
 
     def _is_over(self) -> bool:
         """Whether a client that says nothing is to leave, for a drain, or to rest."""
@@ -110,9 +114,14 @@ class Conversation:
 
     def _patience(self) -> float | None:
         """How many seconds to wait for more: to the end of the line, or of the drain's grace; None = any time."""
-        clientele, config, now = self._clientele, self._clientele.config, monotonic()
+        clientele, config, has_part = self._clientele, self._clientele.config, self._has_part
+        if not has_part:
+            self._line_deadline = math.inf  # A silence, or a record without data, may have ended what had begun.
+            if not clientele.is_draining:
+                return None
+        now = monotonic()
         patience = self._leaves_at() - now if clientele.is_draining else math.inf
-        if self._has_part:
+        if has_part:
             if self._line_deadline == math.inf and config.line_timeout_seconds:
                 self._line_deadline = now + config.line_timeout_seconds
             patience = min(patience, self._line_deadline - now)
@@ -125,6 +134,19 @@ class Conversation:
         if self._has_part:
             return self._clientele.drain_started_at + DRAIN_GRACE_SECONDS
         return 0.0 if self._connection.has_spoken else self._connection.quiet_since + DRAIN_GRACE_SECONDS
+
+    def _has_had_enough(self, taken: int) -> bool:
+        """Whether a client that never pauses in a drain has been answered all that had come by the end of the grace.
+
+        A burst more, so that who sends one line after another meets the pause that others leave at.
+        """
+        if monotonic() < self._clientele.drain_started_at + DRAIN_GRACE_SECONDS:
+            return False
+        if self._left is None:
+            self._left = self.receiver.unread + BURST_BYTES
+        else:
+            self._left -= taken
+        return self._left < 0
 
     def _take_silence(self) -> Sequence[Command | Refusal]:
         """Nothing came in time: return what that means."""
@@ -196,8 +218,8 @@ class _SlowReader(Exception):
     """The client has not read its replies in time."""
 
 
-def close_cleanly(sock: socket.SocketType) -> None:
-    """Close so that the client reads the last word and then an end, not a reset: wait for its own end a little."""
+def linger(sock: socket.SocketType) -> None:
+    """Wait a little for its own end before a close: so the client reads the last word and an end, not a reset."""
     deadline = monotonic() + LINGER_SECONDS
     try:
         sock.shutdown(socket.SHUT_WR)
@@ -207,5 +229,3 @@ def close_cleanly(sock: socket.SocketType) -> None:
                 break
     except OSError:
         pass
-    finally:
-        sock.close()

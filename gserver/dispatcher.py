@@ -1,12 +1,11 @@
 """The clients of one worker from accept to close: who is answered where the bytes arrive, and who in a greenlet.
 
-A client begins at rest: a burst that is nothing but built-in commands is answered in the event loop's callback. All
-else wakes it (a command that may block, a line in pieces, a refusal, a reply that does not fit, a deadline, a drain):
-`conversation` goes on in a greenlet, in plain blocking code, until the client has been quiet for a second or two. A
-greenlet each takes half as much CPU again, or more, and 7 KB an idle client.
-
-Those at rest have an epoll of their own, which is one event of gevent's loop. A watcher of gevent's for each takes an
-eighth more, and its callbacks run last come, first served, with twice the 99th percentile. (docs/performance.md)
+A client begins at rest: a burst of nothing but built-in commands is answered in the event loop's callback. All else
+wakes it (a command that may block, a line in pieces, a refusal, a reply that does not fit, a deadline, a drain):
+`conversation` goes on in a greenlet, in plain blocking code, until it has been quiet for a second or two. A greenlet
+each takes half as much CPU again, or more, and 7 KB an idle client.
+Those at rest have an epoll of their own, one event of gevent's loop. A watcher of gevent's for each takes an eighth
+more, and calls last come, first served, with twice the 99th percentile. (docs/performance.md)
 """
 
 import _socket
@@ -21,8 +20,8 @@ from gevent.monkey import get_original
 
 from gserver import logs
 from gserver.clientele import Clientele
-from gserver.connection import Connection, PartialRecord
-from gserver.conversation import Conversation, close_cleanly
+from gserver.connection import Connection, PartialRecord, close
+from gserver.conversation import Conversation, linger
 from gserver.express import Express
 from gserver.process import RESERVED_FILES, vital
 from gserver.protocol import TOO_MANY_FROM_ADDRESS, Refusal
@@ -55,8 +54,7 @@ class Dispatcher:
         self._accept: Callable[[], object] = bool
         self._watcher = gevent.get_hub().loop.io(self._epoll.fileno(), READ, priority=HIGHEST)
         self._watcher.start(vital(self._take_turn))
-        #: Sockets that are open, and those among them whose clients are told that there are too many; and how many have
-        #: been since this turn began.
+        #: Sockets that are open; those of clients who are told that there are too many; how many came in this turn.
         self.open = self.turned_away = self.turned_away_now = 0
 
     def start_accepting(self, listener_fd: int, accept: Callable[[], object]) -> None:
@@ -183,12 +181,12 @@ class Dispatcher:
             if conversation.rests:
                 self._rest(connection)
             else:
-                self._count_out(connection)
+                fd = self._count_out(connection)
                 try:
                     if not conversation.is_ended:
-                        close_cleanly(connection.sock)
+                        linger(connection.sock)
                 finally:
-                    self._close(connection, refusal)
+                    self._close(connection, fd, refusal)
 
     def _rest(self, connection: Connection) -> None:
         try:
@@ -205,16 +203,19 @@ class Dispatcher:
         with contextlib.suppress(OSError):  # It may not be in there.
             self._epoll.unregister(connection.sock.fileno())
         self._conversations.pop(connection, None)
-        self._count_out(connection)
-        self._close(connection, None)
+        self._close(connection, self._count_out(connection), None)
 
-    def _count_out(self, connection: Connection) -> None:
+    def _count_out(self, connection: Connection) -> int:
+        """Return its descriptor, which it may have for a while yet."""
+        connection.limit_farewell(self._clientele.config.write_timeout_seconds)
         fd = connection.sock.fileno()
         del self._connections[fd]
-        self._clientele.release(fd)
+        self._clientele.release()
+        return fd
 
-    def _close(self, connection: Connection, refusal: Refusal | None) -> None:
-        connection.close()
+    def _close(self, connection: Connection, fd: int, refusal: Refusal | None) -> None:
+        self._clientele.leave(fd)
+        close(connection.sock)
         _log_client("client.closed", "closed", connection, refusal)
         self.open -= 1
         self._on_close()
@@ -228,21 +229,20 @@ class Dispatcher:
         try:
             sock.send(refusal.reply)
             if self.turned_away <= MAX_TURNED_AWAY:
-                close_cleanly(sock)
+                linger(sock)
         except OSError:
             pass  # It has gone already.
         finally:
-            sock.close()
+            close(sock)
             self.turned_away -= 1
             self.open -= 1
             self._on_close()
 
 
 def _log_client(action: str, verb: str, connection: Connection, refusal: Refusal | None) -> None:
-    if connection.address is None:
-        return  # Before the words are put together: this is paid for every client.
-    host, port = connection.address[:2]
-    logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", _fields(connection.address, refusal))
+    if connection.address is not None:  # Before the words are put together: this is paid for every client.
+        host, port = connection.address[:2]
+        logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", _fields(connection.address, refusal))
 
 
 def _fields(address: Any, refusal: Refusal | None) -> dict[str, object]:

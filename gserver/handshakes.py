@@ -19,8 +19,8 @@ from gevent.socket import wait_read
 
 from gserver import logs
 from gserver.clientele import Clientele
-from gserver.connection import HELD_UP_SECONDS
-from gserver.conversation import DRAIN_GRACE_SECONDS, close_cleanly
+from gserver.connection import HELD_UP_SECONDS, close
+from gserver.conversation import DRAIN_GRACE_SECONDS, linger
 from gserver.protocol import PLAIN_TEXT, TLS_FAILED
 from gserver.receiver import BURST_BYTES
 from gserver.tls import TlsSocket
@@ -103,7 +103,7 @@ class Handshakes:
                 self._on_done(met, address, met.early is not None)
             else:
                 self._clientele.leave(fd)
-                sock.close()
+                close(sock)
                 self._on_close()
 
     def _shake_hands(self, sock: _socket.socket) -> TlsSocket | None:
@@ -129,7 +129,7 @@ class Handshakes:
                 self._clientele.refuse(PLAIN_TEXT)
                 with contextlib.suppress(OSError):  # It has gone: it is no failed handshake, too.
                     sock.send(PLAIN_TEXT.reply)
-                close_cleanly(sock)
+                linger(sock)
                 return None
             is_first = False
             try:
@@ -137,7 +137,7 @@ class Handshakes:
                     is_done = met.shake_hands(received)
                     gevent.sleep(0)
             except ssl.SSLError:
-                close_cleanly(sock)  # It is told why, by an alert.
+                linger(sock)  # It is told why, by an alert.
                 raise
             if is_done:
                 return met

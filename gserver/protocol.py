@@ -37,9 +37,15 @@ REFUSALS = (
     TLS_FAILED := Refusal("tls_failed", b"", closes=True),
     # A browser is told nothing: what it got could be taken for a page (CWE-352).
     HTTP := Refusal("http", b"", closes=True),
+    # What a page's server has put into a ClientHello may be lines.
+    TLS := Refusal("tls", b"", closes=True),
     # Who does not read cannot be told that either.
     SLOW_READER := Refusal("slow_reader", b"", closes=True),
 )
+
+
+#: What a client begins with that takes the port for one of TLS (RFC 8446, 5.1).
+TLS_BEGINNING = b"\x16\x03"
 
 
 class Grammar(Generic[C]):
@@ -63,7 +69,7 @@ class Grammar(Generic[C]):
 class Parser(Generic[C]):
     """One client's side of the conversation. After an item that closes, nothing more comes out.
 
-    `is_first`: whether the client has yet to send its first line, which may be a request of HTTP.
+    `is_first`: whether the client has yet to send its first line, which may be HTTP or TLS.
     """
 
     __slots__ = ("_grammar", "_is_closed", "_is_first", "partial")
@@ -96,6 +102,8 @@ class Parser(Generic[C]):
             items.append(item)
         if items:
             self._is_first = False
+        if self._is_first and self.partial.startswith(TLS_BEGINNING):
+            return self._close(items, TLS)
         if self._is_too_long(self.partial):
             return self._close(items, LINE_TOO_LONG)
         return items
@@ -124,6 +132,8 @@ class Parser(Generic[C]):
         return items
 
     def _read(self, line: bytes, *, is_first: bool) -> C | Refusal | None:
+        if is_first and line.startswith(TLS_BEGINNING):
+            return TLS
         if self._is_too_long(line):
             return LINE_TOO_LONG
         words = line.strip()

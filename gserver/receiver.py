@@ -7,8 +7,11 @@ loop spin.
 """
 
 import _socket
+import sys
 from collections import deque
+from fcntl import ioctl
 from functools import cached_property
+from termios import FIONREAD
 from time import monotonic
 from typing import Any
 
@@ -112,6 +115,11 @@ class Receiver:
             return data
         self._rest = data[PIECE_BYTES:]
         return data[:PIECE_BYTES]
+
+    @property
+    def unread(self) -> int:
+        """How many bytes have come by now that `receive` has not returned (of TLS, as they came)."""
+        return len(self._rest) + int.from_bytes(ioctl(self._sock.fileno(), FIONREAD, bytes(4)), sys.byteorder)
 
     @property
     def is_waiting(self) -> bool:

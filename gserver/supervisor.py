@@ -203,8 +203,8 @@ class Supervisor:
             for other in [each for each in self._staying(WORKER) if each.generation > self._proven]:
                 other.dismiss(now + self._config.drain_timeout_seconds)
         else:
-            self._board.add("worker_restarts", child.role == WORKER)
-            is_replaced = child.role == AGENT or now < self._orders.retire_at
+            is_replaced = child.role == AGENT or now < min(self._orders.retire_at, self._orders.drain_at)
+            self._board.add("worker_restarts", child.role == WORKER and is_replaced)
             message = f"{child.role} {child.pid} died ({child.end})" + ", another takes its place" * is_replaced
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
 

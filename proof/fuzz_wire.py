@@ -29,6 +29,8 @@ def read(sent: bytes, commands: Collection[bytes], limit: int) -> Said:
     replies: list[bytes] = []
     is_first = True
     for line in sent.split(b"\n"):
+        if is_first and line[:2] == b"\x16\x03":
+            return Said(replies, True)
         if len(line) - line.endswith(b"\r") > limit:
             return Said([*replies, TOO_LONG], True)
         words = line.strip(BLANKS)

@@ -17,7 +17,7 @@ import psutil
 
 from proof.soak_world import MAX_CLIENTS, NAMES, Member, World, eventually
 from tests.redises import Redis, Sentinels, Server
-from tests.running import LIMIT, Client, gserver, stopped
+from tests.running import LIMIT, Client, Running, stopped
 
 Act = Callable[[World, Member], str]
 CROWD = 2 * MAX_CLIENTS  # those of a server, and of one before it by that name
@@ -79,8 +79,8 @@ def _ended(number: signal.Signals, code: int, world: World, member: Member) -> s
 
 
 def _same_id(world: World, member: Member) -> str:
-    done = gserver("--port", "0", "--server-id", member.name, "--redis-url", world.redises.url)
-    assert done.returncode == 2, done
+    with Running("--server-id", member.name, "--redis-url", world.redises.url, wait=False) as second:
+        assert second.exit_code(4 * LIMIT) == 2, second.lines
     return "it was refused"
 
 
@@ -160,7 +160,7 @@ def _slowloris(crowd: list[Client]) -> int:
 
 def _never_read(crowd: list[Client]) -> int:
     for client in crowd:
-        client.sock.settimeout(1)
+        client.sock.settimeout(4)  # A server that is but slow reads on before.
         with suppress(OSError):
             while True:
                 client.send(b"WHERE\n" * 10_000)
@@ -239,7 +239,7 @@ FAULTS = {
         partial(_refused, "too_many_clients", MAX_CLIENTS + 50, 50, _flood), excuse="lost", crowd=CROWD
     ),
     "slowloris": Fault(partial(_refused, "too_slow", 150, 150, _slowloris), crowd=CROWD),
-    "slow readers": Fault(partial(_refused, "slow_reader", 5, 5, _never_read), crowd=CROWD),
+    "slow readers": Fault(partial(_refused, "slow_reader", 3, 3, _never_read), crowd=CROWD),
     "silent peers before a handshake": Fault(_silent, NAMES[-1:], crowd=CROWD),
     "StatsD daemon gone for 5 s": Fault(_sink_gone),
     "reader of the log stalled": Fault(_reader_stalled),

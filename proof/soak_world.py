@@ -73,7 +73,6 @@ class Member:
         self._folder, self._trust = folder, trust(folder)
         words = ["--server-id", name, "--workers", str(WORKERS), "--max-clients", str(MAX_CLIENTS), "--admin-port", "0"]
         words += ["--log-format", "json", "--log-level", "debug", "--commands", "census"]
-        words += ["--line-timeout", "5", "--write-timeout", "2", "--tls-handshake-timeout", "2", "--hang-timeout", "2"]
         self._options = [*words, *(certified(folder) if is_tls else []), *options]
         self.start()
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class Timeline:
         answers = {name: [it for it in history if isinstance(it, Answer) and it.server == name] for name in NAMES}
         return {
             "seconds": round(time.monotonic() - began, 3),
-            "events": [(round(at, 3), what) for at, what in self.events],
+            "events": sorted((round(at, 3), what) for at, what in self.events),
             "answers": verdict.answers,
             "broken": len(verdict.violations),
             "first broken": [str(it) for it in verdict.violations[:3]],
@@ -195,8 +196,9 @@ def partition(timeline: Timeline, seconds: float = 5) -> None:
         with world.network.cut(*ways) as cut:
             timeline.happened("A cut off from Redis", cut.after)
             for member, count in zip(others, counts, strict=True):
-                member.server.wait_for("cluster.servers", count + 1)
-            timeline.happened("B and C drop A: its lease is over")
+                dropped = datetime.fromisoformat(member.server.wait_for("cluster.servers", count + 1)["@timestamp"])
+                ago = time.time() - dropped.timestamp()
+                timeline.happened(f"{member.name} drops A", time.monotonic() - ago)
             timeline.let_pass(seconds)
         timeline.happened("A joined again")
     timeline.happened("A has reported")

@@ -38,11 +38,23 @@ def _draw(axes: Axes, timeline: dict[str, Any]) -> None:
     axes.set_ylim(0, 1.22 * max(count for steps in lines.values() for _, count in steps))
     axes.set_xlabel("s")
     axes.set_ylabel("clients")
-    for row, (at, what) in enumerate(timeline["events"]):
+    for at, _ in timeline["events"]:
         axes.axvline(at, color=FAINT, linewidth=1)
+    for row, (at, what) in enumerate(_together(timeline["events"], timeline["seconds"] / 100)):
         style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
         axes.annotate(what, (at, 1 - 0.065 * row), (4, 0), va="top", **style)
     _label(axes, lines, *(timeline["events"][number][0] for number in (0, -1)))
+
+
+def _together(events: list[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
+    """One label for those whose lines would be taken for one."""
+    found: list[tuple[float, str]] = []
+    for at, what in events:
+        if found and at - found[-1][0] < gap:
+            found[-1] = found[-1][0], f"{found[-1][1]}, {what}"
+        else:
+            found.append((at, what))
+    return found
 
 
 def _label(axes: Axes, lines: dict[str, Steps], began: float, ended: float) -> None:

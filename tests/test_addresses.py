@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -12,6 +13,7 @@ import pytest
 
 from gserver.addresses import Addresses, network
 from gserver.board import Board
+from gserver.conversation import LINGER_SECONDS
 from tests.running import PATIENCE, Client, Running, extended, stopped, until
 from tests.test_admin import status
 from tests.test_worker import MODULE, WAYS
@@ -60,7 +62,12 @@ def gone(server: Running, connect: Connect) -> None:
         with connect() as client:
             return client.who() == 1
 
+    def has_connections() -> bool:
+        """Whether somebody who is counted out is waited for still: for its address, it counts."""
+        return any(item.raddr for worker in server.workers() for item in worker.net_connections("tcp"))
+
     until(is_alone, "all have gone")
+    until(lambda: not has_connections(), "and are waited for no more")
 
 
 @pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "tls"])
@@ -106,6 +113,21 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
         gone(server, connect)
         with ExitStack() as stack:
             assert [len(fill(stack, connect, source)) for source in (MANY, OTHER)] == [LIMIT] * 2
+
+
+def test_who_is_turned_out_counts_for_its_address_for_as_long_as_it_takes_a_descriptor(tmp_path: Path) -> None:
+    with limited(tmp_path) as server, ExitStack() as stack:
+        other = stack.enter_context(server.client(OTHER))
+        clients = fill(stack, server.client)
+        began = time.monotonic()
+        for client in clients:
+            client.send(b"x" * 2000)
+        until(lambda: other.who() == 1, "all have been turned out")
+        more = is_let_in(stack.enter_context(server.client(MANY)))
+        assert not more or time.monotonic() - began > LINGER_SECONDS
+        other.sock.close()
+        gone(server, server.client)
+        assert len(fill(stack, server.client)) == LIMIT
 
 
 def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(tmp_path: Path, pems: Path) -> None:

@@ -27,6 +27,7 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "user": ("GSERVER_USER", "nobody:nogroup", "nobody:nogroup"),
     "server_id": ("GSERVER_SERVER_ID", "an-id", "an-id"),
     "max_clients": ("GSERVER_MAX_CLIENTS", "8", 8),
+    "max_clients_per_address": ("GSERVER_MAX_CLIENTS_PER_ADDRESS", "7", 7),
     "max_line_bytes": ("GSERVER_MAX_LINE_BYTES", "65536", 65536),
     "line_timeout_seconds": ("GSERVER_LINE_TIMEOUT", "0", 0.0),
     "idle_timeout_seconds": ("GSERVER_IDLE_TIMEOUT", "1e3", 1000.0),

@@ -17,7 +17,7 @@ def test_who_is_admitted_counts_until_released() -> None:
     assert one.admit(3) is None
     assert other.admit(3) is None
     assert board.clients() == 2
-    one.release(3)
+    one.release()
     assert board.clients() == 1
     totals = board.totals()
     assert (totals["accepted"], totals["closed"], totals["clients"]) == (2, 1, 1)
@@ -32,7 +32,7 @@ def test_the_limit_is_over_all_workers_and_who_is_not_admitted_leaves_no_trace()
     assert board.clients() == 2
     totals = board.totals()
     assert (totals["accepted"], totals["refused.too_many_clients"]) == (2, 2)
-    other.release(3)
+    other.release()
     assert one.admit(4) is None
 
 

@@ -4,6 +4,7 @@ import os
 import pty
 import select
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -25,6 +26,8 @@ WRITE_TIMEOUT = 2.0
 IDLE_TIMEOUT = 1.0
 NAP = 1.5
 MAX_CLIENTS = 8
+#: In /proc/net/tcp.
+LAST_ACK = "09"
 
 NAPS = f"""
 import sys
@@ -436,6 +439,20 @@ def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_n
         assert received + len(client.line()) == 20_000_001
 
 
+def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) -> None:
+    def kernel() -> str:
+        """The connections of clients that the server has closed, and that wait for them to take the rest."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return next((row[4] for row in rows if row[1].endswith(f":{strict.port:04X}") and row[3] == LAST_ACK), "")
+
+    with small_window(strict) as sock:
+        for _ in range(20):
+            sock.sendall(b"WHERE\n" * 500)
+        sock.shutdown(socket.SHUT_WR)
+        until(kernel, "it is closed")
+        until(lambda: not kernel(), "it is given up", WRITE_TIMEOUT + LIMIT)
+
+
 def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -> None:
     # Nothing that it has sent is unread, so that closing alone would be no reset: the kernel would keep the rest.
     wait_until_alone(strict)
@@ -605,6 +622,18 @@ def test_curl_cannot_be_made_to_run_commands(server: Running, options: tuple[str
     command = [*curl, *options, "-d", "x=1\nWHO\nWHERE\nWHO\n", url]
     done = subprocess.run(command, check=False, capture_output=True, timeout=LIMIT)
     assert (done.returncode, done.stdout) == (52, b"")
+
+
+def test_lines_in_a_client_hello_are_not_run(server: Running) -> None:
+    context, sent = ssl.create_default_context(), ssl.MemoryBIO()
+    context.set_alpn_protocols(["\nWHO\nWHERE\n"])
+    with suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost").do_handshake()
+    hello = sent.read()
+    assert b"\nWHO\nWHERE\n" in hello
+    with server.client() as client:
+        client.send(hello)
+        assert client.rest() == b""
 
 
 @pytest.mark.parametrize("text", [b"WHO", b"WHO\n", b"who\r\n"])

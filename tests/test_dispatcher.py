@@ -3,6 +3,7 @@
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -22,7 +23,9 @@ from tests.running import CLIENT_GREENLETS, LIMIT, PATIENCE, Client, Running, st
 
 MODULE = """
 import gc
+import os
 import time
+from gevent.monkey import get_original
 from greenlet import greenlet
 from gserver.commands import command
 
@@ -35,6 +38,11 @@ def greenlets(service):
 def nap(service):
     time.sleep(2.5)
     return "rested"
+
+@command("CLOSE-LAST")
+def close_last(service):
+    links = {int(fd): os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+    get_original("os", "close")(max(fd for fd, link in links.items() if "socket:" in link))
 """
 CROWD = 20
 
@@ -203,6 +211,28 @@ def test_a_drain_answers_what_a_client_at_rest_has_sent_and_then_ends_it(folder:
         assert time.monotonic() - began < PATIENCE
 
 
+@pytest.mark.parametrize("said", [b"\n", b"W", b"WHY\nW", b"WHY\n" * 1000], ids=["blanks", "line", "lines", "flood"])
+def test_a_client_that_goes_on_and_on_holds_up_no_drain(said: bytes) -> None:
+    with Running("--drain-timeout", "600") as server, server.client() as client:
+        talks = threading.Event()
+
+        def talk() -> None:
+            with suppress(OSError):  # Until it is reset.
+                while True:
+                    client.send(said)
+                    talks.set()
+                    if select.select([client.sock], [], [], 0.05 if len(said) < 10 else 0)[0]:
+                        client.sock.recv(65536)
+
+        talker = threading.Thread(target=talk)
+        talker.start()
+        assert talks.wait(LIMIT)
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+        assert not server.events("worker.cut_off")
+        talker.join()
+
+
 def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> None:
     [worker] = here.workers()
     with ExitStack() as stack:
@@ -308,3 +338,18 @@ def test_each_burst_is_counted_and_timed_whichever_way_it_is_answered() -> None:
     totals = board.totals()
     assert (totals["clients"], totals["closed"], ours.open) == (0, 1, 0)
     assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == {"WHO": 2, "WHERE": 1, "WHY": 2}
+
+
+@pytest.mark.parametrize("said", [b"x" * 2000, b""], ids=["a line too long", "turned away"])
+def test_a_worker_whose_descriptor_somebody_closes_while_it_waits_for_a_last_end_is_replaced(
+    folder: Path, said: bytes
+) -> None:
+    """It was not to stay half deaf: such a descriptor may be another client's by then."""
+    options = "--commands", "greenlets", "--max-clients", "9" if said else "1"
+    with Running(*options, cwd=folder) as server, server.client() as client:
+        client.who()
+        with server.client() as last:
+            last.send(said)
+            assert last.rest().startswith(b"ERR ")
+            client.send(b"CLOSE-LAST\n")
+            server.wait_for("worker.died")

@@ -7,7 +7,11 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import fields
+from importlib.metadata import distributions
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import NormalizedName, canonicalize_name
 
 from gserver import errors
 from gserver.config import OPTIONS, Config, environment_names, flag
@@ -126,6 +130,13 @@ def test_ci_runs_what_the_readme_names() -> None:
     assert "`bin/check` is what CI runs" in README
 
 
+def test_the_readme_says_how_much_code_there_is() -> None:
+    files = [*(ROOT / "gserver").glob("*.py"), *(ROOT / "gserver").glob("*.lua")]
+    said = re.search(r"about ([0-9,]+) lines", README)
+    assert said
+    assert abs(int(said[1].replace(",", "")) - sum(len(path.read_text().splitlines()) for path in files)) < 150
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
@@ -180,3 +191,23 @@ def test_pins_are_exact_and_name_no_index() -> None:
             assert re.fullmatch(pin, line), line
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert all("==" in requirement for requirement in build)
+
+
+def pinned(page: str) -> set[NormalizedName]:
+    """The packages that a file pins, with those of the files that it takes in."""
+    lines = (ROOT / page).read_text().splitlines()
+    others = [pinned(line.removeprefix("-r ")) for line in lines if line.startswith("-r ")]
+    return {canonicalize_name(Requirement(line).name) for line in lines if not line.startswith("-r ")}.union(*others)
+
+
+def test_what_pinned_packages_need_is_pinned_beside_them() -> None:
+    needs = {
+        canonicalize_name(package.name): [Requirement(need) for need in package.requires or ()]
+        for package in distributions()
+    }
+    for page in (path.name for path in ROOT.glob("requirements*.txt")):
+        pins = pinned(page)
+        for name in pins & needs.keys():
+            for need in needs[name]:
+                if not need.marker or need.marker.evaluate({"extra": ""}):
+                    assert canonicalize_name(need.name) in pins, f"{page}: {name} needs {need}"

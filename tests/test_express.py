@@ -143,7 +143,7 @@ def test_an_id_that_is_a_command_is_answered_as_it_is(server_id: str) -> None:
 def test_who_is_counted_anew_each_time(worker: Worker) -> None:
     assert worker.clientele.admit(3) is None
     assert [check(worker, b"WHO\n"), check(worker, b"WHY\nWHO\n")] == [b"4\n", b"42\n4\n"]
-    worker.clientele.release(3)
+    worker.clientele.release()
     assert check(worker, b"WHO\n") == b"3\n"
 
 

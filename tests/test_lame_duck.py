@@ -189,7 +189,8 @@ def test_hangups_and_further_requests_during_it_change_nothing(tmp_path: Path) -
 
 
 def test_a_worker_that_dies_during_it_is_told_of_and_not_replaced(tmp_path: Path) -> None:
-    with start(tmp_path, *LONG, "--workers", "2") as server, ExitStack() as stack:
+    with start(tmp_path, *LONG, "--workers", "2", "--admin-port", "0") as server, ExitStack() as stack:
+        server.wait_for("agent.ready")
         server.wait_for("worker.ready", 2)
         by_worker: dict[bytes, Client] = {}
 
@@ -206,6 +207,7 @@ def test_a_worker_that_dies_during_it_is_told_of_and_not_replaced(tmp_path: Path
         assert died["process.exit_code"] == -signal.SIGKILL
         assert died["gserver.lost"] >= 1
         assert "another" not in died["message"]
+        assert look(server, "/status.json")["workers"]["restarts"] == 0
         assert by_worker[stays].ask(b"PID") == stays
         assert len(server.events("worker.ready")) == 2
         stack.close()

@@ -24,6 +24,7 @@ from proof.availability import (
     needed,
     sums_table,
     together,
+    who_verdict,
 )
 from proof.outages import FAULTS, Outage, outage, wrong
 from tests.faults.rows import Notes
@@ -81,13 +82,25 @@ def test_no_fault_of_redis_or_an_agent_costs_a_reply() -> None:
 
 
 def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
-    report = {"replies": {"server killed": [[2, 0.5, 0]]}, "who": {"Redis gone": [[1, 1, 0]]}}
+    report = {
+        "replies": {"server killed": [[2, 0.5, 0]]},
+        "who": {"Redis gone": [[1, 1, 0]], "failover ordered": [[10, 1, 0]]},
+    }
     table = sums_table(report)
     common = sum(each.per_year * each.seconds * each.share for each in COMMON) * 30 / 365
     assert f"| common causes, assumed | {common:.0f} |" in table
     lost = 18 * 30 / 365
     assert f"| single faults, measured, worst | {lost:.2f} | {100 * lost / 1296:.1f} % | 99.9999 % |" in table
-    assert f"| the same, if a reply needed Redis | {lost + common + 12 * 1801 * 30 / 365:,.0f} |" in table
+    assert f"| the same, if a reply needed Redis | {lost + common + (12 * 1801 + 24 * 10) * 30 / 365:,.0f} |" in table
+
+
+def test_a_who_that_misses_the_objective_is_said_to() -> None:
+    report = {"who": {"Redis gone": [[1, 1, 0]], "worker killed": [[2, 0.5, 0]]}}
+    told = who_verdict(report)
+    assert f"Of the {12 * 1802 * 30 / 365:,.0f} s" in told
+    assert "**This misses 99.95 %**" in told
+    assert f"but for {(1296 - 12 * 30 / 365) / 60:.0f} minutes" in told
+    assert "misses" not in who_verdict({"who": {"worker killed": [[2, 0.5, 0]]}})
 
 
 def test_three_servers_of_90_percent_are_not_enough() -> None:

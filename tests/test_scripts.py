@@ -469,9 +469,10 @@ def test_one() -> None:
 
 @pytest.fixture
 def tested(tmp_path: Path) -> Path:
-    """A copy with one test, which passes."""
+    """A copy with one test, which passes. What imports tests goes with them."""
     root = _copy(tmp_path / "tested")
-    shutil.rmtree(root / "tests")
+    for folder in ("tests", "proof"):
+        shutil.rmtree(root / folder)
     (root / "tests").mkdir()
     (root / "tests/test_one.py").write_text(ONE_TEST)
     return root

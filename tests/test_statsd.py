@@ -149,6 +149,7 @@ def test_every_refusal_has_a_counter_by_what_became_of_the_client() -> None:
         "rejected.plain_text",
         "rejected.tls_failed",
         "rejected.http",
+        "rejected.tls",
         "rejected.slow_reader",
     }
 

@@ -238,6 +238,27 @@ def test_a_part_of_a_record_has_its_time_wherever_it_comes(
         assert [line() for _ in (*expected, 1)] == [*expected, b"ERR too slow\n"]
 
 
+@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
+@pytest.mark.parametrize("is_said", [True, False], ids=["a line", "a key update"])
+def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
+    pems: Path, tmp_path: Path, greenlets: str, is_said: bool
+) -> None:
+    limits = ("--line-timeout", "1", "--client-greenlets", greenlets)
+    with Running(*certified(pems), *limits) as server, RecordClient(server.port, trust(pems), tmp_path) as client:
+        earlier = client.record(b"WHO") if is_said else client.key_update()
+        client.send(earlier[:-1])
+        time.sleep(0.2)  # So that the part is seen by itself.
+        client.send(earlier[-1:])
+        if is_said:
+            assert client.line() == b"1\n"
+        time.sleep(1.5)
+        record = client.record(b"WHY\n")
+        client.send(record[:-1])
+        time.sleep(0.2)
+        client.send(record[-1:])
+        assert client.line() == b"42\n"
+
+
 def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: Path) -> None:
     count = refusals(server)
     with RecordClient(server.port, trust(pems), tmp_path) as client:

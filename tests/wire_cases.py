@@ -210,7 +210,6 @@ NON_ASCII = [
     Case("UTF-16", "WHO\n".encode("utf-16-le"), UNKNOWN + UNKNOWN),  # W0H0O0 and, unterminated, 0.
     Case("telnet negotiation", b"\xff\xfd\x03\xff\xfb\x18WHO\r\n", NOT_ASCII),
     Case("telnet interrupt", b"\xff\xf4\xff\xfd\x06\r\nWHO\r\n", NOT_ASCII + WHO),
-    Case("TLS client hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\nWHO\n", NOT_ASCII + WHO),
 ]
 
 # How long a line may be. Its ending does not count, be it LF or CRLF.
@@ -325,6 +324,21 @@ HTTP = [
     Case("HTTP second, unterminated", b"WHO\nGET / HTTP/1.1", WHO + UNKNOWN),
 ]
 
+# A first line that begins like TLS: the same.
+
+HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+TLS = [
+    Case("TLS", HELLO, b"", stays_open=False),
+    Case("TLS, lines in it", HELLO + b"\nWHO\nWHERE\nWHY\n", b"", stays_open=False),
+    Case("TLS after blank lines", b"\r\n\n" + HELLO + b"\nWHO\n", b"", stays_open=False),
+    Case("TLS, long", HELLO + b"x" * 2000 + b"\nWHO\n", b"", stays_open=False),
+    Case("TLS, its two bytes alone", HELLO[:2], b"", stays_open=False),
+    Case("TLS, its two bytes and LF", HELLO[:2] + b"\n", b"", stays_open=False),
+    Case("TLS, its first byte alone", HELLO[:1] + b"\nWHO\n", UNKNOWN + WHO),
+    Case("no TLS, a blank before", b" " + HELLO + b"\nWHO\n", NOT_ASCII + WHO),
+    Case("TLS second", b"WHO\n" + HELLO + b"\nWHY\n", WHO + NOT_ASCII + WHY),
+]
+
 # A last line without its newline.
 
 UNTERMINATED = [
@@ -361,5 +375,6 @@ CASES = [
     *NON_ASCII,
     *LENGTH_CASES,
     *HTTP,
+    *TLS,
     *UNTERMINATED,
 ]

@@ -15,6 +15,7 @@ from tests.faults.attackers import Attacker
 from tests.faults.pace import Pace, measured
 from tests.faults.rows import Notes, Variant, row
 from tests.faults.site import Site
+from tests.netns import unavailable
 from tests.running import until
 from tests.test_admin import status
 
@@ -29,11 +30,11 @@ QUIET_SECONDS = 3.0
 def undisturbed() -> Iterator[None]:
     """This process and those that it starts run before all others."""
     if os.geteuid() != 0:
-        pytest.skip("real-time priorities need root")
+        unavailable("real-time priorities need root")
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(OURS))
     except OSError as error:
-        pytest.skip(f"no real-time priorities: {error}")
+        unavailable(f"no real-time priorities: {error}")
     try:
         yield
     finally:

@@ -166,6 +166,12 @@ def test_a_broken_module_keeps_the_old_workers(start: Start, notes: Notes, tmp_p
         await_others(site, workers[:1])
 
 
+def times(processes: list[psutil.Process]) -> list[float]:
+    """How many seconds they have run, and waited for a processor, in their first threads."""
+    each = [Path(f"/proc/{process.pid}/schedstat").read_text().split()[:2] for process in processes]
+    return [sum(map(int, column)) / 1e9 for column in zip(*each, strict=True)]
+
+
 @row("Processor taken by others", *ALL, quick=None)
 def test_workers_that_get_little_of_the_processor_are_not_taken_for_hung(start: Start, notes: Notes) -> None:
     site = start()
@@ -176,8 +182,10 @@ def test_workers_that_get_little_of_the_processor_are_not_taken_for_hung(start: 
         for _ in range(4 * len(os.sched_getaffinity(0))):
             spin = [sys.executable, "-c", "import time\nwhile time.process_time() < 20: pass"]
             stack.callback(stack.enter_context(subprocess.Popen(spin)).kill)
-        before, share = neighbours.answered, sum(cpu_share(process, 1) for process in processes)
+        before, (run, waited) = neighbours.answered, times(processes)
         time.sleep(6)
-        notes.happened(f"the server has {share:.0%} of a processor")
+        run, waited = (now - then for now, then in zip(times(processes), (run, waited), strict=True))
+        notes.happened(f"it ran for {run:.1f} s, and waited for a processor for {waited:.1f} s")
+        assert waited > run
         assert neighbours.answered > before
     assert site.processes() == processes

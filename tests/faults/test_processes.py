@@ -1,6 +1,5 @@
 """Processes that die, hang or are told things: clients elsewhere notice nothing, and all is as before."""
 
-import itertools
 import random
 import signal
 import socket
@@ -19,7 +18,7 @@ from tests.faults.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
 from tests.faults.site import CENSUS, SEED, Site
 from tests.netns import unavailable
 from tests.redises import free_port
-from tests.running import GSERVER, PATIENCE, Client, gserver, left_over, program, stopped, until
+from tests.running import GSERVER, LIMIT, PATIENCE, Client, gserver, left_over, program, stopped, until
 from tests.test_admin import get
 
 Start = Callable[..., Site]
@@ -35,6 +34,8 @@ FOR_ALL = [
     signal.SIGCONT,
 ]
 FOR_SUPERVISOR = [number for number in FOR_ALL if number not in (signal.SIGINT, signal.SIGUSR2)]
+#: During 20 reloads, at least.
+CONNECTS = 10_000
 SPINNING = '''
 @command("SPIN")
 def spin(service):
@@ -198,11 +199,17 @@ def test_a_second_signal_ends_it_now(start: Start, notes: Notes, tmp_path: Path)
 def test_a_stop_at_any_moment_of_something_else_is_a_stop(
     start: Start, notes: Notes, kind: Callable[[Site], object], tmp_path: Path
 ) -> None:
-    site, moment = start(env={"MARK": str(tmp_path)}), random.Random(SEED).random()
+    site, moment = start(env={"MARK": str(tmp_path)}), random.Random(SEED).random() / 10
+    site.server.wait_for("worker.ready", site.variant.workers)
+    begun = len(site.server.events())
     kind(site)
+    until(lambda: site.server.events("server.reloading") + site.server.events("worker.died"), "it goes on")
     time.sleep(moment)
     assert site.server.stop() == 0
-    notes.happened(f"GSERVER_FAULT_SEED={SEED}: {moment:.2f} s later")
+    since = [event["event.action"] for event in site.server.events()[begun:]]
+    ready = since[: since.index("server.draining")].count("worker.ready")
+    notes.happened(f"GSERVER_FAULT_SEED={SEED}: {moment:.2f} s later, {ready} of the new workers were ready")
+    assert ready < site.variant.workers
     assert not left_over(tmp_path)
     assert site.server.events()[-1]["event.action"] == "server.stopped"
 
@@ -210,24 +217,27 @@ def test_a_stop_at_any_moment_of_something_else_is_a_stop(
 @row("Rolling restarts under connects", *ALL, quick=None)
 def test_nobody_who_connects_during_20_reloads_is_left_without_a_reply(start: Start, notes: Notes) -> None:
     site = start()
-    is_over = Event()
+    is_over, counts = Event(), [0] * 4
 
-    def connect() -> int:
-        for count in itertools.count():
-            if is_over.is_set():
-                return count
+    def connect(number: int) -> None:
+        while not is_over.is_set():
             with site.client() as client:
                 assert client.ask(b"WHY") == b"42"
-        raise AssertionError
+            counts[number] += 1
 
-    with site.neighbours(), ThreadPoolExecutor(4) as pool:
+    with site.neighbours(), ThreadPoolExecutor(4) as pool, ExitStack() as stack:
+        stack.callback(is_over.set)
         site.may_lose = True
-        connecting = [pool.submit(connect) for _ in range(4)]
+        connecting = [pool.submit(connect, number) for number in range(4)]
         for number in range(1, 21):
             site.server.send_signal(signal.SIGHUP)
             site.server.wait_for("server.reloaded", number)
+        until(lambda: sum(counts) >= CONNECTS or any(each.done() for each in connecting), "many connect", 20 * LIMIT)
         is_over.set()
-        notes.happened(f"20 reloads, {sum(each.result() for each in connecting)} connects, all answered")
+        for each in connecting:
+            each.result()
+        notes.happened(f"20 reloads, {sum(counts)} connects, all answered")
+        assert sum(counts) >= CONNECTS
         await_others(site, [])
 
 

@@ -19,6 +19,7 @@ import redis
 
 from tests.faults.rows import PLAIN, Notes, Variant, row
 from tests.faults.site import SEED
+from tests.netns import unavailable
 from tests.redises import Redis, Sentinels, free_port
 from tests.running import GSERVER, LIMIT, program, until
 from tests.steady import Cluster, SteadyServer
@@ -449,7 +450,7 @@ def test_all_sentinels_name_another(variant: Variant, tmp_path: Path, notes: Not
 def test_the_name_of_redis_changes(variant: Variant, tmp_path: Path, notes: Notes, kind: int) -> None:
     """Whom the servers ask for names they do not know says nothing, or is not there."""
     if os.geteuid() != 0:
-        pytest.skip("a file of hosts of one's own needs root")
+        unavailable("a file of hosts of one's own needs root")
     hosts, resolver = tmp_path / "hosts", tmp_path / "resolv.conf"
     mount = f'mount --bind {hosts} /etc/hosts && mount --bind {resolver} /etc/resolv.conf && exec "$@"'
     own = [program("unshare"), "--mount", "sh", "-c", mount, "sh"]

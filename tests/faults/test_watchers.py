@@ -282,5 +282,7 @@ def test_no_stderr_is_missed_by_nobody(start: Start, notes: Notes, kind: str) ->
     site = start(command=read_by(kind))
     with site.neighbours():
         for process in site.processes():
-            notes.happened(f"stderr is {os.readlink(f'/proc/{process.pid}/fd/2')}")
+            link = os.readlink(f"/proc/{process.pid}/fd/2")
+            notes.happened(f"stderr is {link}")
+            assert link == kind.removeprefix("2>").replace("&-", "/dev/null")
     assert site.server.stop() == 0
