@@ -523,3 +523,9 @@ def test_bin_check_ends_at_what_is_wrong(line: str, told: str, tested: Path, too
     assert done.returncode != 0
     assert told in done.stdout
     assert "1 passed" not in done.stdout
+
+
+def test_a_set_up_takes_no_word_that_it_does_not_know() -> None:
+    for words, code, said in ((["--devel"], 2, "see bin/setup --help"), (["--help"], 0, "Which Python: ")):
+        done = subprocess.run([ROOT / "bin/setup", *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, said in done.stdout + done.stderr) == (code, True)
