@@ -1,6 +1,5 @@
 """What the machine runs out of: descriptors, memory, disk, processor, programs; and clocks that jump."""
 
-import json
 import os
 import resource
 import signal
@@ -97,34 +96,6 @@ def test_a_worker_without_memory_is_replaced_or_goes_on(start: Start, notes: Not
         with limited(victim, resource.RLIMIT_AS, victim.memory_info().vms):
             notes.happened(until(had_none, "there is no memory", 4 * LIMIT)[0])
         until(lambda: len(site.server.workers()) == site.variant.workers, "all run")
-
-
-@row("Disk of the log full", *PLAIN)
-def test_a_full_disk_costs_log_lines_and_nothing_else(start: Start, notes: Notes, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text("\n" * 100_000)  # What else is written to files must fit.
-    script = 'tail -n 0 --pid=$$ -F log | grep --line-buffered "}$" & exec "$@" >>log'
-    site = start(command=["sh", "-c", script, "sh", *GSERVER, "serve", "--port", "0"])
-
-    def replace_the_agent() -> None:
-        before = site.server.agents()
-        before[0].kill()
-        await_others(site, before)
-        until(lambda: get(site.server, "/readyz")[0] == 200, "the next one is ready")
-
-    with site.neighbours() as neighbours:
-        supervisor = psutil.Process(site.server.pid)
-        with limited(supervisor, resource.RLIMIT_FSIZE, log.stat().st_size + 100):
-            for _ in range(3):
-                replace_the_agent()
-        replace_the_agent()
-        dropped = site.server.wait_for("log.dropped")["gserver.left_out"]
-        assert not neighbours.lost
-    [torn] = [line for line in log.read_text().splitlines() if line and not line.endswith("}")]
-    notes.happened(f"{dropped} lines dropped, of the first there is {torn!r}")
-    assert len(torn) == 100
-    assert dropped >= 6  # Three died, and three were ready.
-    assert all(json.loads(line) for line in log.read_text().splitlines() if line not in ("", torn))
 
 
 @row("Python gone for a while", *PLAIN, quick=None)
