@@ -423,7 +423,9 @@ def be_stopped(server: Running) -> None:
 
 
 @quick
-@pytest.mark.parametrize("end", [Running.kill, be_stopped], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "end", [Running.kill, pytest.param(be_stopped, marks=pytest.mark.long)], ids=["killed", "stopped"]
+)
 @pytest.mark.parametrize("fault", [killed_and_back_empty, killed_and_back_with_its_data], ids=lambda f: f.__name__)
 def test_a_server_that_ends_while_redis_is_away_is_gone_by_its_ttl_thereafter(
     world: World, fault: Fault, end: Callable[[Running], None]

@@ -216,6 +216,7 @@ def test_nobody_is_dropped_while_all_are_cut_off_nor_when_they_are_back(world: W
     notes.happened("packets were lost, as every server noticed")
 
 
+@pytest.mark.long
 @row("Two servers cut off")
 def test_two_that_were_cut_off_together_come_back_without_a_dip(world: World, notes: Notes) -> None:
     cluster, third = world.cluster, world.members[2]
@@ -249,6 +250,7 @@ def test_a_link_that_flaps(world: World, notes: Notes) -> None:
     notes.happened(f"GSERVER_FAULT_SEED={SEED}: packets were lost {flaps} times")
 
 
+@pytest.mark.long
 @row("Two partitions in a row")
 def test_two_partitions_in_a_row(world: World, notes: Notes) -> None:
     """The second one begins as soon as those of the first have been heard again, and cuts off others."""
@@ -277,6 +279,7 @@ def stop_untold(server: Running) -> None:
     assert server.events("cluster.not_left")
 
 
+@pytest.mark.long
 @pytest.mark.fault("A server ends while it is cut off")
 def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(tmp_path: Path, notes: Notes) -> None:
     """Their last beats are lost, and are to stay so: the kernel must not send them again when they are long dropped."""
@@ -337,6 +340,7 @@ def start_nodes(stack: ExitStack[Any], folder: Path, hosts: list[Host]) -> list[
     return nodes
 
 
+@pytest.mark.long
 @pytest.mark.fault("Primary cut off with one server; the majority elects another")
 @pytest.mark.parametrize("workers", WORKERS)
 def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
@@ -364,7 +368,9 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
         notes.happened("two were primary at once; the one of the minority was demoted when all was well")
 
 
-def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path) -> None:
+@pytest.mark.long
+@pytest.mark.fault("Primary cut off with its Sentinel; servers reach both sides")
+def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes: Notes) -> None:
     """Each has been told of the primary by the Sentinel that is cut off with it, and goes on to name it."""
     beat, ttl = QUICK
     with ExitStack() as stack:
@@ -394,6 +400,7 @@ def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path) -> No
             assert have_moved()
             assert old.role() == "master"
             assert old.knows()[0] == old.host.address
+            notes.happened("both were primary, and the Sentinel of the old one named it")
         until(lambda: old.role() == "slave", "the old one has heard of it", FAILOVER_LIMIT)
         cluster.settle(HEALED)
         cluster.check()
