@@ -471,9 +471,10 @@ def test_one() -> None:
 def tested(tmp_path: Path) -> Path:
     """A copy with one test, which passes. What imports tests goes with them."""
     root = _copy(tmp_path / "tested")
-    for folder in ("tests", "proof"):
-        shutil.rmtree(root / folder)
+    shutil.rmtree(root / "tests")
     (root / "tests").mkdir()
+    for path in (root / "proof").glob("[!_]*.py"):
+        path.unlink()
     (root / "tests/test_one.py").write_text(ONE_TEST)
     return root
 
