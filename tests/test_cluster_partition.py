@@ -204,6 +204,7 @@ def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_of
     notes.happened("packets were lost, and the others dropped it")
 
 
+@pytest.mark.long
 @row("All servers cut off, twice as long as the TTL")
 def test_nobody_is_dropped_while_all_are_cut_off_nor_when_they_are_back(world: World, notes: Notes) -> None:
     cluster = world.cluster
@@ -232,6 +233,7 @@ def test_two_that_were_cut_off_together_come_back_without_a_dip(world: World, no
     notes.happened("packets were lost, and the third one dropped both")
 
 
+@pytest.mark.long
 @row("A link that flaps")
 def test_a_link_that_flaps(world: World, notes: Notes) -> None:
     """For less than the TTL each time, one way or the other: nobody is dropped, whoever is cut off."""

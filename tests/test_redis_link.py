@@ -455,7 +455,7 @@ FAULTS: list[tuple[Callable[[Redis], Any], str, str]] = [
     (loading, "loading", "loading"),
     (too_few_replicas, "no_replicas", "NOREPLICAS"),
     (busy, "busy", "BUSY"),
-    (full, "connection", "reset|max number of clients"),
+    (full, "connection", "reset|not ready|max number of clients"),
     (no_sentinels, "no_primary", "refused"),
     (frozen_sentinel, "no_primary", "Timeout"),
 ]
