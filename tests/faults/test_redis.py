@@ -319,7 +319,7 @@ def with_clock(file: Path) -> dict[str, str]:
 JUMPS = "+3600", "-7200", "+86000", "+400000", "-1000000000", "+0"
 
 
-@row("Wall clock of Redis jumps", *PLAIN)
+@row("Wall clock of Redis jumps", *PLAIN, quick=None)
 def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
     """Whoever looks at a clock that jumps sees the same as here, where what it has noted is moved the other way.
 
