@@ -27,7 +27,7 @@ from tests.redises import make_certificates
 from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, program, stopped, until
 from tests.test_admin import get, status
 from tests.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
-from tests.tls_client import TlsClient, certified, trust
+from tests.tls_client import TlsClient, certified, shake_hands, trust
 from tests.wire_cases import CASES, Case
 
 #: Of the servers below, in seconds.
@@ -209,13 +209,7 @@ def test_a_part_of_a_record_has_its_time_wherever_it_comes(
     inner = trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1")
     limits = ("--line-timeout", "0.5", "--client-greenlets", greenlets)
     with Running(*certified(pems), *limits) as server, server.client() as client:
-        while True:
-            try:
-                inner.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                client.send(sent.read())
-                received.write(client.sock.recv(65536))
+        shake_hands(client, inner, received, sent)
 
         def line() -> bytes:
             reply = b""
@@ -288,13 +282,7 @@ def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path) -> None:
     received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
     inner = trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1")
     with Client(server.port) as client:
-        while True:
-            try:
-                inner.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                client.send(sent.read())
-                received.write(client.sock.recv(65536))
+        shake_hands(client, inner, received, sent)
         client.send(sent.read())
         # After WHO, which would be answered after a silence, comes part of a record: of what may be another line.
         inner.write(b"WHO")

@@ -31,3 +31,13 @@ class TlsClient(Client):
         """Send the end of input, by TCP alone: Python cannot say it by TLS and go on reading."""
         socket.socket.shutdown(self.sock, socket.SHUT_WR)
         return self.rest()
+
+
+def shake_hands(client: Client, inner: ssl.SSLObject, received: ssl.MemoryBIO, sent: ssl.MemoryBIO) -> None:
+    """Do the handshake of a TLS that works on memory over a plain client; its last words stay in `sent`."""
+    while True:
+        try:
+            return inner.do_handshake()
+        except ssl.SSLWantReadError:
+            client.send(sent.read())
+            received.write(client.sock.recv(65536))
