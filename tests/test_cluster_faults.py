@@ -336,29 +336,31 @@ QUICK: list[Fault] = [
     killed_and_back_empty,
     killed_and_back_with_its_data,
     back_with_old_data_of_when_there_were_more,
-    back_with_data_of_when_there_were_less,
     an_old_state_of_less_put_back,
-    an_old_state_of_more_put_back,
-    wiped_then_the_backup_put_back,
-    frozen_for_a_second,
     frozen_longer_than_the_ttl,
-    wiped_ten_times,
     wiped_while_one_server_does_not_beat,
     one_key_after_another_deleted,
-    entries_deleted,
     junk_in_the_keys,
     read_only,
     out_of_memory,
-    too_few_replicas,
     scripts_forgotten,
     busy_with_somebodys_script,
-    all_connections_killed,
-    paused,
     slow_but_in_time,
     slower_than_beats_wait,
-    connections_cut_all_the_time,
     all_cut_off_twice_as_long_as_the_ttl,
     replies_lost,
+]
+SLOWER: list[Fault] = [
+    back_with_data_of_when_there_were_less,
+    an_old_state_of_more_put_back,
+    wiped_then_the_backup_put_back,
+    frozen_for_a_second,
+    wiped_ten_times,
+    entries_deleted,
+    too_few_replicas,
+    all_connections_killed,
+    paused,
+    connections_cut_all_the_time,
 ]
 AS_BY_DEFAULT: list[Fault] = [wiped, frozen_longer_than_the_ttl, killed_and_back_empty, slow_but_in_time]
 
@@ -404,14 +406,16 @@ def told(fault: Callable[..., object]) -> str:
     return fault.__name__.replace("_", " ")
 
 
-def each(faults: Sequence[Callable[..., object]], prefix: str = "Redis") -> list[Any]:
+def each(faults: Sequence[Callable[..., object]], *more: pytest.MarkDecorator, prefix: str = "Redis") -> list[Any]:
     """Each a fault of the matrix."""
-    marks = [pytest.mark.fault(f"{prefix} {told(fault)}") for fault in faults]
-    return [pytest.param(fault, id=fault.__name__, marks=mark) for fault, mark in zip(faults, marks, strict=True)]
+    return [
+        pytest.param(fault, id=fault.__name__, marks=[pytest.mark.fault(f"{prefix} {told(fault)}"), *more])
+        for fault in faults
+    ]
 
 
 @quick
-@pytest.mark.parametrize("fault", each(QUICK))
+@pytest.mark.parametrize("fault", [*each(QUICK), *each(SLOWER, pytest.mark.long)])
 def test_no_answer_is_wrong_late_or_missing_when_redis_is(world: World, fault: Fault, notes: Notes) -> None:
     survive(world.cluster, fault(world), notes)
     notes.happened(f"{told(fault)}: seen in Redis or by every server")
@@ -500,7 +504,10 @@ def killed(watched: Watched) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("fault", each([replaced_by_command, frozen, killed], "Primary"))
+@pytest.mark.parametrize(
+    "fault",
+    [*each([replaced_by_command, killed], prefix="Primary"), *each([frozen], pytest.mark.long, prefix="Primary")],
+)
 def test_nor_is_one_when_the_primary_is(
     watched: Watched, fault: Callable[[Watched], AbstractContextManager[None]], notes: Notes
 ) -> None:
