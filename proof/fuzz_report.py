@@ -2,7 +2,7 @@
 
 from typing import Any
 
-TITLES = {"core": "The pure core", "sockets": "Real sockets", "redis": "Redis' answers", "admin": "The admin port"}
+TITLES = {"core": "The pure core", "sockets": "Real sockets"}
 Report = dict[str, dict[str, Any]]
 
 
