@@ -48,7 +48,9 @@ StartResponse = Callable[[str, list[tuple[str, str]]], object]
 def serve(config: Config, board: Board, listener: socket.socket) -> None:
     """Answer on a listening socket for as long as this process lives."""
     respond, pool = _Admin(config, board).respond, Pool(2 * MAX_WAITING)
-    server = WSGIServer(listener, respond, spawn=pool, handler_class=_Handler, log=None, error_log=_Log())
+    environ = {"SERVER_NAME": config.admin_host}  # Else its start waits for what name servers say.
+    more: dict[str, Any] = {"spawn": pool, "handler_class": _Handler, "log": None, "error_log": _Log()}
+    server = WSGIServer(listener, respond, environ=environ, **more)
     server.fatal_errors = FATAL_ERRORS
     server.start()
 

@@ -105,6 +105,7 @@ class Board:
         board.cells[0] = _FINGERPRINT
         board.put("incarnation", secrets.randbits(62))
         board.put("address_key", secrets.randbits(62))
+        board.put("begun_at", time.monotonic_ns())
         return board
 
     @classmethod
@@ -158,12 +159,13 @@ class Board:
         return self.single["agent_heartbeat"] if slot < 0 else self.cell("heartbeat", slot)
 
     def settle(self, slot: int) -> int:
-        """Zero the gauges of a worker that is dead and return how many clients died with it."""
+        """Zero the gauges of a worker that is dead; count, and return, the clients that died with it."""
         index = self.cell("clients", slot)
         lost, self.cells[index] = self.cells[index], 0
         self.cells[self.cell("pid", slot)] = self.cells[self.cell("tls_expires_at", slot)] = 0
         addresses = self.addresses_of(slot)
         addresses[:] = memoryview(bytes(addresses.nbytes)).cast("i")
+        self.add("lost", lost)
         return lost
 
     def addresses_of(self, slot: int) -> "memoryview[int]":

@@ -49,6 +49,7 @@ class Child:
     is_retired: bool = False
     is_leaving: bool = False
     kill_at: float | None = None
+    is_killed: bool = False
     suspected_at: float | None = None
     refusal: str = ""
     is_unwanted: bool = False
@@ -136,18 +137,15 @@ class Child:
     @property
     def due_at(self) -> float:
         """When `watch` has something to do, if nothing happens before; infinity for never."""
-        if self.kill_at is not None:
-            return self.kill_at
-        return math.inf if self.suspected_at is None else self.suspected_at + SECOND_LOOK_SECONDS
+        look_at = math.inf if self.suspected_at is None else self.suspected_at + SECOND_LOOK_SECONDS
+        return look_at if self.kill_at is None else min(look_at, self.kill_at)
 
     def watch(self, now: float, beat_at: float, limit: float) -> None:
         """Kill it if it was asked to end and did not, or has not turned its loop for `limit` seconds; 0 = no limit."""
-        if self.kill_at is not None:
-            if now >= self.kill_at:
-                self._kill_by(now + WATCH_SECONDS)
-            return
         silence = now - max(self.spawned_at, beat_at)
-        if not limit or silence <= max(limit, WATCH_SECONDS if self.ready_at else BOOT_SECONDS):
+        if self.kill_at is not None and now >= self.kill_at:
+            self._kill_by(now + WATCH_SECONDS)
+        elif not limit or self.is_killed or silence <= max(limit, WATCH_SECONDS if self.ready_at else BOOT_SECONDS):
             self.suspected_at = None
         elif self.suspected_at is None:
             self.suspected_at = now
@@ -158,7 +156,7 @@ class Child:
 
     def _kill_by(self, again_at: float) -> None:
         self.process.kill()
-        self.kill_at = again_at
+        self.kill_at, self.is_killed, self.suspected_at = again_at, True, None
 
     def retire(self) -> None:
         """Ask a worker, once it can hear it, to accept no more, and to end when its clients have gone."""

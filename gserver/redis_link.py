@@ -172,7 +172,7 @@ class RedisLink:
         for host, port in list(self._sentinels):
             try:
                 return self._ask_sentinel(host, port)
-            except (redis.RedisError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 (whatever one of them says, the next one is asked)
                 reasons.append(f"{host}:{port}: {error}")
                 self._sentinels.rotate(-1)
         self._epoch = 0  # Should they all have been set up anew, the next try takes what they say.
@@ -211,5 +211,5 @@ class RedisLink:
         self._sentinels.rotate(-1)
         try:
             return self._ask_sentinel(*self._sentinels[0]) != known
-        except (redis.RedisError, OSError):
+        except Exception:  # noqa: BLE001 (as above)
             return False

@@ -38,7 +38,6 @@ class Supervisor:
         self._config = config
         # One column more than workers: a reload starts the new one before the old one goes.
         self._board = Board.create(config.workers + 1, config.address_cells)
-        self._board.put("begun_at", round(monotonic() * 1e9))
         self._children: list[Child] = []
         self._pacing = {WORKER: Pacing(), AGENT: Pacing()}
         self._was_ready = self._is_draining = False
@@ -145,7 +144,9 @@ class Supervisor:
             self._close_port()
             for child in self._children:  # Who leaves already, after a reload, has no longer than the others.
                 child.kill_at = child.kill_at and min(child.kill_at, kill_at)
-        for child in self._staying(WORKER):
+        # An agent that leaves after a reload says no goodbye: one that does starts only while there are workers.
+        must_wait = any(child.is_leaving for child in self._of(AGENT)) and monotonic() < kill_at - timeout / 2
+        for child in [] if must_wait else self._staying(WORKER):
             child.dismiss(kill_at)
         if not self._of(WORKER):
             for child in self._staying(AGENT):
@@ -181,7 +182,6 @@ class Supervisor:
             child.hang_up(self._selector)
             self._children.remove(child)
             lost = self._board.settle(child.slot) if child.role == WORKER else 0
-            self._board.add("lost", lost)
             if not child.has_ended_as_asked:
                 self._pacing[child.role].note_death(child, now)
                 self._judge(child, lost, now)

@@ -84,7 +84,7 @@ def _is_answered(line: Line, command: bytes) -> bool:
     try:
         with gevent.Timeout(LIMIT_SECONDS):
             line.ask(command)
-    except (OSError, EOFError, gevent.Timeout):
+    except (OSError, EOFError, AssertionError, gevent.Timeout):
         return False
     return True
 

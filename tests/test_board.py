@@ -145,7 +145,7 @@ def test_settling_a_dead_worker_zeroes_its_gauge_and_keeps_its_counters() -> Non
     board.cells[board.command_cell("WHO", 1)] = 6
     assert board.settle(1) == 4
     assert board.clients() == 3 + 5
-    assert board.totals()["accepted"] == 300
+    assert (board.totals()["accepted"], board.totals()["lost"]) == (300, 4)
     assert board.totals()["commands.WHO"] == 6
     assert board.settle(1) == 0
 

@@ -109,6 +109,25 @@ def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
             assert not re.search("hush|qui.{0,3}et", server.stderr + "".join(server.lines))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [b"*0\r\n", b"*1\r\n$1\r\na\r\n", b"*2\r\n$1\r\na\r\n$1\r\nb\r\n", b":1\r\n", b"*2\r\n*0\r\n*0\r\n", b"*-1\r\n"],
+)
+def test_after_a_sentinel_whose_answers_make_no_sense_the_next_one_is_asked(tmp_path: Path, words: bytes) -> None:
+    with Redis(tmp_path) as redis, listener(lambda sock: sock.sendall(2 * words)) as odd:
+        named = f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(redis.port))}\r\n{redis.port}\r\n".encode()
+        with listener(lambda sock: sock.sendall(2 * named)) as honest:
+            link = RedisLink(Config(redis_url=f"redis+sentinel://127.0.0.1:{odd},127.0.0.1:{honest}/name"))
+            while link._sentinels[0][1] != odd:
+                link._sentinels.rotate()
+            assert link.call("here", "1", 1, 0, 5000, 500, "", 0, 0, 1).servers == 1
+            link._check_at = 0
+            assert link._sentinels[0][1] == honest
+            assert not link._has_moved()
+            assert link._sentinels[0][1] == odd
+            link.drop()
+
+
 @pytest.mark.fault("One Sentinel of two lies")
 def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(tmp_path: Path, notes: Notes) -> None:
     with Redis(tmp_path) as redis:

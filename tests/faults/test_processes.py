@@ -17,8 +17,8 @@ import pytest
 from tests.faults.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
 from tests.faults.site import CENSUS, SEED, Site
 from tests.netns import unavailable
-from tests.redises import free_port
-from tests.running import GSERVER, LIMIT, PATIENCE, Client, gserver, left_over, program, stopped, until
+from tests.redises import Redis, free_port
+from tests.running import GSERVER, LIMIT, PATIENCE, Client, Running, gserver, left_over, program, stopped, until
 from tests.test_admin import get
 
 Start = Callable[..., Site]
@@ -114,6 +114,33 @@ def test_one_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choice) ->
         neighbours.are_served()
         [hung] = [event for event in site.server.events() if str(event["event.action"]).endswith(".hung")]
         notes.happened(hung["message"])
+
+
+@row("An agent hangs, and then there is a reload", *PLAIN, quick=ALL[0])
+def test_one_that_hangs_while_it_is_to_leave_is_replaced_as_soon(start: Start, notes: Notes) -> None:
+    site = start("--hang-timeout", "2", "--drain-timeout", "120")
+    [agent] = site.server.agents()
+    with site.neighbours() as neighbours:
+        site.may_lose = True
+        agent.suspend()
+        site.server.send_signal(signal.SIGHUP)
+        site.server.wait_for("server.reloaded")
+        notes.happened(site.server.wait_for("agent.hung")["message"])
+        site.server.wait_for("agent.ready", 2)
+        neighbours.are_served()
+    assert site.server.events("agent.died") == []
+
+
+@row("A worker hangs while the server stops", *PLAIN, quick=ALL[0])
+def test_one_that_hangs_does_not_hold_up_a_stop_for_longer_than_it_may_hang(start: Start, notes: Notes) -> None:
+    site = start("--hang-timeout", "2", "--drain-timeout", "120")
+    worker = site.server.workers()[0]
+    worker.suspend()
+    site.server.send_signal(signal.SIGTERM)
+    assert site.server.exit_code() == 0
+    [hung] = site.server.events("worker.hung")
+    notes.happened(hung["message"])
+    assert hung["gserver.child_pid"] == worker.pid
 
 
 @row("Handler that never yields", *PLAIN, *SEVERAL[1:], quick=None)
@@ -218,6 +245,24 @@ def test_a_stop_at_any_moment_of_something_else_is_a_stop(
     assert ready < site.variant.workers
     assert not left_over(tmp_path)
     assert site.server.events()[-1]["event.action"] == "server.stopped"
+
+
+@row("SIGTERM just after a reload, in a cluster", *PLAIN, quick=None)
+def test_a_stop_after_a_reload_is_told_to_the_cluster(tmp_path: Path, notes: Notes, variant: Variant) -> None:
+    """The reload's agent leaves, knowing of no stop, while the workers end."""
+    with Redis(tmp_path) as redis:
+        for number in range(6):
+            with Running("--redis-url", redis.url, "--workers", str(variant.workers)) as server:
+                until(redis.members, "it beats")
+                server.send_signal(signal.SIGHUP)
+                server.wait_for("server.reloaded")
+                agents = server.agents()
+                time.sleep(number / 200)
+                assert server.stop() == 0
+                told = [event["event.action"] for event in server.events()]
+                assert told.index("server.reloaded") < told.index("server.draining")
+                assert redis.members() == {}, f"{number * 5} ms later"
+        notes.happened(f"told up to {number * 5} ms after the reload, with {len(agents)} agents")
 
 
 @row("Rolling restarts under connects", *ALL, quick=None)

@@ -79,7 +79,7 @@ ANSWERS: dict[str, Callable[[bytes], Iterable[bytes]]] = {
     "garbage": lambda data: [random.randbytes(len(data))],
     "without end": endless,
     "byte by byte": byte_by_byte,
-    "numbers of no sense": lambda _: [b"*7\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n"],
+    "numbers of no sense": lambda _: [b"*8\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n:0\r\n"],
     "nobody is there": lambda _: [b"*0\r\n"],
 }
 

@@ -16,7 +16,7 @@ from tests.faults.rows import Notes, Variant, row
 from tests.faults.site import Site
 from tests.netns import unavailable
 from tests.redises import Redis
-from tests.running import GSERVER, LIMIT, PATIENCE, Event, program, until
+from tests.running import GSERVER, LIMIT, PATIENCE, Event, Running, program, until
 from tests.test_admin import dial, get, status
 from tests.test_statsd import LINE, free_port
 
@@ -152,6 +152,9 @@ def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
         silent.settimeout(LIMIT)
         asked = silent.recv(512)
         notes.happened(f"asked {asked[12:28]!r}, which has no answer")
+        nameless = "--admin-host", "127.0.0.2", "--admin-port", "0"  # It is in no /etc/hosts.
+        with Running(*nameless, "--workers", str(site.variant.workers), command=command) as other:
+            other.wait_for("agent.ready")
         with site.neighbours():
             until(lambda: redis.members() == {"here": status(site.server)["clients"]["now"]}, "beats go on")
         began = time.monotonic()
