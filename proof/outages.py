@@ -211,6 +211,8 @@ def of_replies(world: World, fault: Fault) -> Outage:
         _wait_for_balancer(world, "UP")
         ended = time.monotonic()
         time.sleep(CALM_SECONDS)
+        count = (time.monotonic() - began) / PERIOD_SECONDS
+    assert len(probes) > 0.9 * count, "requests are missing"
     for at, tries in probes:
         assert tries == 1 or began - LIMIT_SECONDS < at < ended + CALM_SECONDS / 2, "failures before or after the fault"
     return outage(probes, began)

@@ -19,11 +19,16 @@ def attached(board: Board) -> Board:
     return Board.attach(board.fd, board.slots)
 
 
+def emptied(board: Board) -> Board:
+    """The same, without what is drawn and noted when it is made."""
+    for name in ("incarnation", "address_key", "begun_at"):
+        assert board.get(name) > 0
+        board.put(name, 0)
+    return board
+
+
 def test_a_new_board_is_all_zero() -> None:
-    board = Board.create(SLOTS)
-    for drawn in ("incarnation", "address_key"):
-        assert board.get(drawn) > 0
-        board.put(drawn, 0)
+    board = emptied(Board.create(SLOTS))
     assert list(board.cells[1:]) == [0] * (len(board.cells) - 1)  # the first holds the fingerprint
     assert set(board.totals().values()) == {0}
     assert not any(name.startswith("commands.") for name in board.totals())
@@ -83,8 +88,7 @@ def test_command_names_do_not_reach_into_the_cells() -> None:
     for slot in range(SLOTS):
         for number in range(MAX_COMMANDS):
             board.command_cell(f"C{number}".ljust(MAX_NAME_BYTES, "X"), slot)
-    board.put("incarnation", 0)
-    board.put("address_key", 0)
+    emptied(board)
     assert list(board.cells[1:]) == [0] * (len(board.cells) - 1)
     assert len([name for name in board.totals() if name.startswith("commands.")]) == MAX_COMMANDS
 

@@ -29,7 +29,8 @@ from proof.availability import (
 from proof.outages import FAULTS, Outage, outage, wrong
 from tests.faults.rows import Notes
 from tests.history import Fact, Kind
-from tests.running import LIMIT, ROOT, environment
+from tests.running import LIMIT, ROOT, Running, environment, until
+from tests.test_admin import status
 
 TEXT = page.PAGE.read_text()
 SEED = random.SystemRandom().randrange(1, 1_000_000)
@@ -117,6 +118,16 @@ def test_an_outage_is_from_the_fault_to_the_last_that_failed() -> None:
     for number, tries in ((210, 2), (240, 0), (299, 2)):
         probes[number] = (number / 100, tries)
     assert outage(probes, 2) == pytest.approx(Outage(1, 0.03, 0.01))
+
+
+def test_a_probe_that_is_told_anything_else_has_failed() -> None:
+    with Running("--max-clients", "1", "--admin-port", "0") as server, server.client() as only:
+        assert only.who() == 1
+        words = [sys.executable, "-P", "-m", "proof.probes", "127.0.0.1", str(server.port)]
+        probes = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+        until(lambda: status(server)["rejected"]["too_many_clients"] > 20, "some were refused")
+        told, _ = probes.communicate("\n", timeout=LIMIT)
+    assert {tries for _, tries in json.loads(told.removeprefix("ready\n"))} == {0}
 
 
 def test_who_is_wrong_until_the_last_wrong_answer_of_anybody() -> None:
