@@ -59,7 +59,7 @@ def told(timeline: Report) -> str:
     asked = f"{timeline['answers']:,} answers in {timeline['seconds']:.0f} s"
     return (
         f"{asked}, the slowest after {timeline['slowest ms']} ms; "
-        f"{timeline['broken'] or 'none'} broke the promise of WHO. Seed {timeline['seed']}: {events}."
+        f"{timeline['broken'] or 'none'} broke the promise of WHO, with a Δ of {timeline['delta']:g} s. Seed {timeline['seed']}: {events}."
     )
 
 

@@ -21,12 +21,12 @@ import click
 from proof.world import NAMES, Member, World, machine, need_root, undisturbed, write
 from tests.history import Answer, Fact, Kind, Promise, Recorder, check
 from tests.redises import FAILOVER_LIMIT
-from tests.running import LIMIT, ROOT, Client, until
+from tests.running import LIMIT, PATIENCE, ROOT, Client, until
 
 FILE = ROOT / "docs/timelines.json"
 PAUSE_SECONDS = 0.01
-#: What a promise has on top of the beat interval: looks at the count, round trips, a machine that is busy.
-SLACK = 0.35
+#: By which answers are judged: the beat interval, looks at the count, and 25 ms for round trips and the asking itself.
+DELTA = 0.5 + 0.1 * PATIENCE
 #: Each server's clients: their least and greatest number.
 FEWEST, MOST = 4, 24
 PERIOD_SECONDS = 11.0
@@ -129,12 +129,13 @@ class Timeline:
         """End it; what there is to tell."""
         self.crowd.stop()
         history, began = self.crowd.recorder.history, self.began
-        verdict = check(history, Promise(0.5 + SLACK, self.world.ttl))
+        verdict = check(history, Promise(DELTA, self.world.ttl))
         answers = {name: [it for it in history if isinstance(it, Answer) and it.server == name] for name in NAMES}
         return {
             "seconds": round(time.monotonic() - began, 3),
             "events": sorted((round(at, 3), what) for at, what in self.events),
             "answers": verdict.answers,
+            "delta": DELTA,
             "broken": len(verdict.violations),
             "first broken": [str(it) for it in verdict.violations[:3]],
             "slowest ms": round(1000 * max(it.received - it.sent for each in answers.values() for it in each), 1),
