@@ -57,10 +57,8 @@ def told(timeline: Report) -> str:
     """What a timeline shows, in a line."""
     events = ", ".join(f"{what} at {at:.1f} s" for at, what in timeline["events"])
     asked = f"{timeline['answers']:,} answers in {timeline['seconds']:.0f} s"
-    return (
-        f"{asked}, the slowest after {timeline['slowest ms']} ms; "
-        f"{timeline['broken'] or 'none'} broke the promise of WHO, with a Δ of {timeline['delta']:g} s. Seed {timeline['seed']}: {events}."
-    )
+    verdict = f"{timeline['broken'] or 'none'} broke the promise of WHO, with a Δ of {timeline['delta']:g} s"
+    return f"{asked}, the slowest after {timeline['slowest ms']} ms; {verdict}. Seed {timeline['seed']}: {events}."
 
 
 def soak(report: Report) -> str:
