@@ -56,6 +56,14 @@ def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
     assert told == f"ERROR: --report {tmp_path}/none/report.json: no file can be written there\n\n"
 
 
+def test_a_report_that_is_there_makes_no_other_place_the_root_of_the_tests(tmp_path: Path) -> None:
+    (there := tmp_path / "report.json").write_text("{}")
+    command = [ROOT / "bin/faults", "--report", there, "--collect-only", "-k", "short_timeline"]
+    told = subprocess.check_output(command, env=environment(VIRTUAL_ENV=sys.prefix), text=True, timeout=4 * LIMIT)
+    assert f"\nrootdir: {ROOT}\nconfigfile: pyproject.toml\n" in told
+    assert there.read_text() == "{}"
+
+
 def test_no_case_writes_nothing(tmp_path: Path) -> None:
     process = faults(tmp_path, "-k", "zzz")
     told, _ = process.communicate(timeout=4 * LIMIT)
