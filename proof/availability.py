@@ -5,6 +5,7 @@ be; what hits all servers at once is assumed too, and counted apart.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -204,7 +205,36 @@ def sums_table(report: dict[str, Any]) -> str:
         "WHO not exact, worst (an objective of its own)": sum(stale.values()),
     }
     rows = [[what, _seconds(lost), _percent(lost / BUDGET_SECONDS), availability(lost)] for what, lost in lines.items()]
-    return table(["", "s in 30 days", f"of the {BUDGET_SECONDS:,.0f} s of 99.95 %", "availability"], rows)
+    head = ["", "s in 30 days", f"of the {BUDGET_SECONDS:,.0f} s of 99.95 %", "availability"]
+    return f"{table(head, rows)}\n\n{_spread(by_worst, common)}"
+
+
+def _spread(single: float, common: float) -> str:
+    """How far from their mean 30 days and a year may be."""
+    months, years = (
+        missed([(each.per_year * days / 365, each.seconds * each.share) for each in COMMON], left * days / DAYS)
+        for left in [BUDGET_SECONDS - single]
+        for days in (DAYS, 365)
+    )
+    return (
+        f"These are means of many years. With these rates **{100 * months:.0f} of 100 windows of 30 days miss 99.95 %, "
+        f"and {100 * years:.0f} of 100 years**: one outage of the only site is more than the budget of its 30 days. "
+        f"If common causes came {(BUDGET_SECONDS - single) / common:.1f} times as often, the mean would miss it, too."
+    )
+
+
+def missed(causes: Sequence[tuple[float, float]], budget_seconds: float) -> float:
+    """Return how likely causes, each so often in a window and for so many seconds, take more of it than a budget.
+
+    They come independently of one another: the sum is compound Poisson, and Panjer's recursion (ASTIN Bulletin 12,
+    1981) gives the chance of each whole number of seconds.
+    """
+    whole = [(often, round(seconds)) for often, seconds in causes]
+    chances = [math.exp(-sum(often for often, _ in whole))]
+    for lost in range(1, int(budget_seconds) + 1):
+        each = (often * seconds * chances[lost - seconds] for often, seconds in whole if seconds <= lost)
+        chances.append(sum(each) / lost)
+    return 1 - sum(chances)
 
 
 def needed(servers: int, objective: float = OBJECTIVE) -> float:

@@ -1,6 +1,7 @@
 """docs/reliability.md: what stands between its marks is written from the reports in docs/*.json."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,28 @@ from tests.running import ROOT
 
 PAGE = ROOT / "docs/reliability.md"
 
+#: Of what shows that a fault was there, so many characters.
+MAX_TOLD = 120
+#: The tables of faults, and the files of tests that are in each.
+GROUPS = {
+    "What clients send": ["tests/faults/test_wire.py"],
+    "What clients do": ["tests/faults/test_clients.py"],
+    "Crowds and floods": ["tests/faults/test_limits.py"],
+    "TLS": ["tests/faults/test_transport.py"],
+    "Handlers of commands": ["tests/faults/test_handlers.py"],
+    "Processes and signals": ["tests/faults/test_processes.py"],
+    "The machine": ["tests/faults/test_machine.py"],
+    "StatsD, log, admin port": ["tests/faults/test_watchers.py"],
+    "Redis and Sentinels": [
+        "tests/faults/test_redis.py",
+        "tests/test_cluster_faults.py",
+        "tests/test_cluster_attacks.py",
+    ],
+    "Networks": ["tests/test_cluster_partition.py"],
+    "Servers of a cluster": ["tests/faults/test_cluster.py", "tests/test_cluster_ids.py", "tests/test_cluster.py"],
+    "Many at once": ["tests/test_cluster_history.py", "tests/test_reliability.py"],
+}
+
 Report = dict[str, Any]
 
 
@@ -18,19 +41,26 @@ def faults(report: Report) -> str:
     found: dict[str, list[Report]] = {}
     for case in report["cases"]:
         found.setdefault(case["fault"], []).append(case)
-    rows = [[fault, _told(cases), _outcomes(cases), _figures(cases)] for fault, cases in found.items()]
     cases, machine = report["cases"], report["machine"]
     survived = sum(case["outcome"] == "survived" for case in cases)
     head = f"{len(found)} faults; {survived} of {len(cases)} cases survived, in {report['seconds'] / 60:.0f} minutes"
-    return f"{head} (seed {machine['seed']}; {machine['system']}, Python {machine['python']}).\n\n" + table(
-        ["fault", "it happened", "survived", "figures"], rows
-    )
+    parts = [f"{head} (seed {machine['seed']}; {machine['system']}, Python {machine['python']})."]
+    for title, files in GROUPS.items():
+        rows = [
+            [fault, _told(cases), _outcomes(cases), _figures(cases)]
+            for fault, cases in found.items()
+            if cases[0]["test"].partition("::")[0] in files
+        ]
+        if rows:
+            parts += [f"**{title}**", table(["fault", "it happened", "survived", "figures"], rows)]
+    return "\n\n".join(parts)
 
 
 def _told(cases: list[Report]) -> str:
     """What showed that it was there, of the first case that says so."""
     told: list[str] = next((case["happened"] for case in cases if case.get("happened")), ["-"])
-    return "; ".join(told).replace("|", "\\|")
+    text = re.sub(r"/tmp/pytest-of-\w+/\S+/", "", "; ".join(told).replace("\n", " "))
+    return (text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + " ...").replace("|", "\\|")
 
 
 def _outcomes(cases: list[Report]) -> str:

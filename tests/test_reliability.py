@@ -1,6 +1,7 @@
 """docs/reliability.md says what the reports say, and its sums are right."""
 
 import json
+import math
 import random
 import re
 import subprocess
@@ -21,6 +22,7 @@ from proof.availability import (
     availability,
     cost,
     in_window,
+    missed,
     needed,
     sums_table,
     together,
@@ -73,6 +75,14 @@ def test_the_sums_are_those_that_one_makes_by_hand() -> None:
     assert cost(rate, trials, 60).median == pytest.approx(70)
     assert in_window(12, 100) == pytest.approx(98.63, abs=0.01)
     assert availability(1296) == "99.9500 %"
+
+
+def test_how_likely_a_budget_is_missed_is_what_one_works_out_by_hand() -> None:
+    # One cause: more than two of them, of which one comes on average.
+    assert missed([(1.0, 10)], 29) == pytest.approx(1 - math.exp(-1) * (1 + 1 + 1 / 2))
+    # Two causes: anything but none, one or two short ones, or one long one.
+    allowed = math.exp(-0.5) * math.exp(-0.2) * (1 + 0.5 + 0.5**2 / 2 + 0.2)
+    assert missed([(0.5, 10), (0.2, 20)], 20) == pytest.approx(1 - allowed)
 
 
 def test_no_fault_of_redis_or_an_agent_costs_a_reply() -> None:
@@ -137,7 +147,7 @@ def test_who_is_wrong_until_the_last_wrong_answer_of_anybody() -> None:
 
 
 def case(fault: str, outcome: str = "survived", **more: Any) -> dict[str, Any]:
-    return {"fault": fault, "test": "", "seconds": 1.0, "outcome": outcome, **more}
+    return {"fault": fault, "test": "tests/faults/test_wire.py::test_it", "seconds": 1.0, "outcome": outcome, **more}
 
 
 COLLECT = """
@@ -169,12 +179,36 @@ def test_a_fault_is_one_line_with_what_was_done_and_measured() -> None:
         case("Flood", "FAILED", happened=[], measured={}),
     ]
     report = {"machine": {"system": "Linux", "python": "3", "seed": 5}, "seconds": 120, "cases": cases}
-    head, _, table = page.faults(report).partition("\n\n")
+    head, title, table = page.faults(report).split("\n\n")
     assert head == "2 faults; 2 of 4 cases survived, in 2 minutes (seed 5; Linux, Python 3)."
+    assert title == "**What clients send**"
     assert table.splitlines()[2:] == [
         "| Flood | 9 came; all left | 2 of 3; FAILED | p99 0.500 .. 2 ms |",
         "| Frost | - | 0 of 1; SKIPPED: needs root |  |",
     ]
+
+
+def test_every_fault_of_the_report_is_in_one_table() -> None:
+    report = json.loads((ROOT / "docs/faults.json").read_text())
+    rows = [line for line in page.faults(report).splitlines() if line.startswith("| ")]
+    heads = [line for line in rows if line.startswith(("| fault |", "| --- |"))]
+    assert len(rows) - len(heads) == len({case["fault"] for case in report["cases"]})
+    assert len(heads) == 2 * len(page.GROUPS)
+
+
+def test_what_is_told_of_a_fault_is_short_and_of_one_line() -> None:
+    [row] = [
+        line
+        for line in page.faults(
+            {
+                "machine": {"seed": 5, "system": "Linux", "python": "3"},
+                "seconds": 1,
+                "cases": [case("Flood", happened=["/tmp/pytest-of-root/pytest-1/x/file |\n" + "x" * 200], measured={})],
+            }
+        ).splitlines()
+        if line.startswith("| Flood")
+    ]
+    assert row == "| Flood | file \\| " + "x" * 113 + " ... | 1 of 1 |  |"
 
 
 def test_a_soak_is_told_in_a_line() -> None:

@@ -32,6 +32,10 @@ class Matrix:
             if mark := item.get_closest_marker("fault"):
                 self._faults[item.nodeid] = mark.args[0]
 
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        if mark := item.get_closest_marker("fault"):
+            item.extra_keyword_matches.add(mark.args[0])  # So that -k finds a fault by its name.
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.nodeid not in self._faults:
             return

@@ -24,6 +24,8 @@ CROWD = 50_000
 #: Priorities of the server and the good client, and of those who flood.
 OURS, THEIRS = 50, 10
 QUIET_SECONDS = 3.0
+#: A percentile below this is told from twice as much by luck: it is that of a few switches between processes.
+NOISE_SECONDS = 0.0005
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +63,12 @@ def compared(site: Site, notes: Notes) -> Iterator[None]:
 
 
 def assert_as_usual(notes: Notes, usual: Pace, now: Pace) -> None:
-    """The 99th percentile is at most twice the usual one."""
+    """The 99th percentile is at most twice the usual one, or so little that it is the machine's own."""
     assert min(usual.replies, now.replies) > 300
     notes.measured("p99 usually", usual.p99 * 1000, "ms")
     notes.measured("p99", now.p99 * 1000, "ms")
     notes.measured("ratio", now.p99 / usual.p99, "times")
-    assert now.p99 <= 2 * usual.p99, f"{now} beside it, {usual} usually"
+    assert now.p99 <= max(2 * usual.p99, NOISE_SECONDS), f"{now} beside it, {usual} usually"
 
 
 @row("50,000 clients", Variant(4), quick=None)

@@ -58,7 +58,7 @@ def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
 
 def test_a_report_that_is_there_makes_no_other_place_the_root_of_the_tests(tmp_path: Path) -> None:
     (there := tmp_path / "report.json").write_text("{}")
-    command = [ROOT / "bin/faults", "--report", there, "--collect-only", "-k", "short_timeline"]
+    command = [str(ROOT / "bin/faults"), "--report", str(there), "--collect-only", "-k", "short_timeline"]
     told = subprocess.check_output(command, env=environment(VIRTUAL_ENV=sys.prefix), text=True, timeout=4 * LIMIT)
     assert f"\nrootdir: {ROOT}\nconfigfile: pyproject.toml\n" in told
     assert there.read_text() == "{}"

@@ -124,7 +124,7 @@ def test_a_million_commands_from_one_client_hold_nobody_up(start: Start, notes: 
         assert client.who() > 0
         notes.happened(f"a million were answered, and the neighbours {neighbours.answered - usual} times meanwhile")
         notes.measured("p99", neighbours.p99() * 1000, "ms")
-        assert neighbours.answered > usual + 20
+        assert neighbours.answered > usual + 10
 
 
 def pump(sock: socket.socket, data: bytes) -> list[bytes]:
