@@ -94,8 +94,9 @@ def told(timeline: Report) -> str:
 def soak(report: Report) -> str:
     """What hours of load and faults have shown, in a line."""
     replies, count = report["replies"], sum(len(fault["seconds"]) for fault in report["faults"].values())
+    hours = f"{report['seconds'] / 3600:.2f} hours{', then interrupted' * report['is_interrupted']}"
     return (
-        f"{report['seconds'] / 3600:.1f} hours, {count} faults of {len(report['faults'])} kinds; "
+        f"{hours}, {count} faults of {len(report['faults'])} kinds; "
         f"{replies['right']:,} right replies, {replies['wrong'] or 'none'} wrong, {replies['lost'] or 'none'} lost "
         "but to a fault of their own server; all that is held was measured "
         f"{len(report['censuses'])} times meanwhile. [soak.md](soak.md) has the figures."

@@ -213,7 +213,7 @@ def main(hours: float, every: float, seed: int | None, only: tuple[str, ...], pa
             soak.run(Path(folder))
         except (*EXPECTED, KeyboardInterrupt) as error:
             if not soak.report["censuses"]:
-                click.echo(f"soak: {error or 'interrupted before it began'}", err=True)
+                click.echo(f"soak: {str(error) or 'interrupted before it began'}", err=True)
                 sys.exit(2)
             soak.report["failures"].append(f"it ended early: {error!r}")
     if path:

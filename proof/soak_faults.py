@@ -95,7 +95,7 @@ def _noticed(action: str, seconds: float, do: Callable[[World], object], world: 
 
 def _replaced(do: Callable[[Sentinels], Redis], world: World, member: Member) -> str:
     before = do(world.redises)
-    return f"{world.primary.port} took over from {before.port}"
+    return f"the Redis at port {world.primary.port} took over from {before.port}"
 
 
 def _away(which: Callable[[World], Sequence[Server]], world: World, member: Member) -> str:

@@ -212,9 +212,10 @@ def test_what_is_told_of_a_fault_is_short_and_of_one_line() -> None:
 
 
 def test_a_soak_is_told_in_a_line() -> None:
-    report = {"seconds": 3600, "faults": {"a": {"seconds": [1, 2]}, "b": {"seconds": [3]}}, "censuses": [1] * 30}
+    faults = {"a": {"seconds": [1, 2]}, "b": {"seconds": [3]}}
+    report = {"seconds": 3600, "is_interrupted": False, "faults": faults, "censuses": [1] * 30}
     told = page.soak({**report, "replies": {"right": 12345, "wrong": 0, "lost": 2}})
-    assert told.startswith("1.0 hours, 3 faults of 2 kinds; 12,345 right replies, none wrong, 2 lost but to a fault")
+    assert told.startswith("1.00 hours, 3 faults of 2 kinds; 12,345 right replies, none wrong, 2 lost but to a fault")
 
 
 def test_the_true_count_changes_in_the_middle_of_the_time_in_which_it_may() -> None:

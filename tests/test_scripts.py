@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.running import LIMIT, PATIENCE, ROOT, Client, Running, program, until
+from tests.running import LIMIT, PATIENCE, ROOT, Client, Running, environment, program, until
 
 #: An installation downloads, and compiles what it has got.
 INSTALL_LIMIT = 120 * PATIENCE
@@ -524,6 +524,14 @@ def test_bin_check_ends_at_what_is_wrong(line: str, told: str, tested: Path, too
     assert done.returncode != 0
     assert told in done.stdout
     assert "1 passed" not in done.stdout
+
+
+@pytest.mark.parametrize("script", ["check", "cluster", "coverage", "faults", "setup", "test"])
+def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str) -> None:
+    env, command = environment(VIRTUAL_ENV=sys.prefix), [str(ROOT / "bin" / script), "--help"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 1 <= len(done.stdout.splitlines()) < 80
 
 
 def test_a_set_up_takes_no_word_that_it_does_not_know() -> None:
