@@ -16,7 +16,7 @@ def section(report: Report) -> str:
         text += f" {told['inputs']:,} inputs in {told['seconds']:,.0f} s, {speed:,.0f} a second; {findings}."
         guided = told.get("guided")
         if isinstance(guided, dict):
-            text += f" {guided['inputs']:,} more, guided by coverage, reached {guided['branches']} places in the code."
+            text += f" {guided['inputs']:,} more were guided by coverage."
         elif guided:
             text += f" Guided by coverage: {guided}."
         parts.append(f"{text} {told.get('note', '')}".strip())
