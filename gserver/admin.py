@@ -45,14 +45,15 @@ Answer = tuple[str, str, bytes]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 
-def serve(config: Config, board: Board, listener: socket.socket) -> None:
-    """Answer on a listening socket for as long as this process lives."""
+def serve(config: Config, board: Board, listener: socket.socket) -> WSGIServer:
+    """Answer on a listening socket until the server that is returned is stopped."""
     respond, pool = _Admin(config, board).respond, Pool(2 * MAX_WAITING)
     environ = {"SERVER_NAME": config.admin_host}  # Else its start waits for what name servers say.
     more: dict[str, Any] = {"spawn": pool, "handler_class": _Handler, "log": None, "error_log": _Log()}
     server = WSGIServer(listener, respond, environ=environ, **more)
     server.fatal_errors = FATAL_ERRORS
     server.start()
+    return server
 
 
 class _Admin:

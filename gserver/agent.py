@@ -18,6 +18,8 @@ from gserver.statsd import FLUSH_SECONDS, StatsdClient
 
 #: How long a stop waits for the cluster to be told.
 LEAVE_SECONDS = 1.5
+#: How long those are waited for whom the admin port has begun to answer: others are the next agent's.
+ANSWER_SECONDS = 0.5
 #: More than it ever needs: an answer of whoever speaks for Redis may be without end.
 MAX_DATA_BYTES = 400_000_000
 
@@ -34,10 +36,11 @@ def run(instructions: Instructions) -> None:
     gevent.signal_handler(signal.SIGTERM, should_stop.set)
     gevent.spawn_raw(show_life, instructions, board)
     client = StatsdClient(config, board) if config.statsd_host else None
+    server = None
     if config.admin_port >= 0:
         from gserver import admin  # Loaded only where it is wanted.
 
-        admin.serve(config, board, socket.socket(fileno=instructions.listener_fd))
+        server = admin.serve(config, board, socket.socket(fileno=instructions.listener_fd))
     member = beats = None
     if config.redis_url:
         from gserver.cluster import Member  # Loaded only where there is a cluster.
@@ -61,6 +64,8 @@ def run(instructions: Instructions) -> None:
         if should_stop.is_set():
             break
         should_stop.wait(max(0.0, flush_at - monotonic()))
+    ending = [gevent.spawn(server.stop, ANSWER_SECONDS)] if server else []
     if member is not None and beats is not None:
         member.should_stop.set()
         beats.join(LEAVE_SECONDS)
+    gevent.joinall(ending)

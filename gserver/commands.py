@@ -100,7 +100,7 @@ def load(module_name: str) -> tuple[Command, ...]:
     try:
         module = importlib.import_module(module_name)
     # What somebody else's module may raise is unbounded, and all of it means the same here.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise Misuse(f"--commands {module_name}: cannot import it: {type(error).__name__}: {error}") from error
     added = {id(value): value for value in vars(module).values() if isinstance(value, Command)}
     own = tuple(value for value in added.values() if value not in BUILT_IN)

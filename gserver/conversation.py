@@ -4,6 +4,7 @@ Owns the client's deadlines.
 """
 
 import math
+import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from gserver import logs
 from gserver.clientele import Clientele
 from gserver.commands import Command
 from gserver.connection import HELD_UP_SECONDS, Connection
-from gserver.errors import ClusterUnavailable
+from gserver.errors import EXIT_RUNTIME, ClusterUnavailable
 from gserver.protocol import CLUSTER_UNAVAILABLE, IDLE, INTERNAL, SLOW_READER, TOO_SLOW, Parser, Refusal
 from gserver.receiver import BURST_BYTES, Receiver
 
@@ -25,6 +26,7 @@ from gserver.receiver import BURST_BYTES, Receiver
 DRAIN_GRACE_SECONDS = 0.5
 #: After the last word, how long to wait for the client's own end, so that no reset overtakes that word.
 LINGER_SECONDS = 1.0
+_PID = os.getpid()
 
 
 class Conversation:
@@ -171,12 +173,15 @@ class Conversation:
                     replies = []
                     gevent.sleep(0)  # Others have their turn between two that take long.
                 try:
-                    replies.append(item.answer(clientele.service))
+                    reply = item.answer(clientele.service)
+                    _end_if_forked()
+                    replies.append(reply)
                     cells[item.cell] += 1
                     continue
                 except ClusterUnavailable:
                     item = CLUSTER_UNAVAILABLE  # noqa: PLW2901
                 except BaseException as error:  # (somebody else's code: it ends its command, no more)
+                    _end_if_forked()
                     if isinstance(error, gevent.GreenletExit) and clientele.is_draining:
                         raise  # The worker is ending.
                     message = f"the handler of {item.name} raised {type(error).__name__}"
@@ -212,6 +217,12 @@ class Conversation:
             with suppress(_SlowReader):
                 wait_write(sock.fileno(), None if deadline == math.inf else deadline - now, _SlowReader)
             self._stalled_ns += round((monotonic() - now) * 1e9)
+
+
+def _end_if_forked() -> None:
+    """End a child that a handler has forked and let come back: it would count this worker's clients, and serve them."""
+    if os.getpid() != _PID:
+        os._exit(EXIT_RUNTIME)
 
 
 class _SlowReader(Exception):

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import stat
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
+
+from gserver.errors import Failure
 
 MAX_QUEUED_LINES = 10_000
 MAX_LINE_BYTES = 4000  # PIPE_BUF, less the line's ends
@@ -46,7 +49,10 @@ class LineWriter:
         self._queue: SimpleQueue[tuple[bytes, int] | None] = SimpleQueue()
         self._done: SimpleQueue[None] = SimpleQueue()
         self.dropped = 0
-        start_new(self._run, ())
+        try:
+            start_new(self._run, ())
+        except RuntimeError as error:
+            raise Failure("the system has no thread left for it: raise the limit of processes (ulimit -u)") from error
 
     def put(self, line: bytes, worth: int = 1) -> None:
         """Queue a line, or count it as so many dropped when the queue is full."""
@@ -67,10 +73,12 @@ class LineWriter:
             self._done.get(timeout=timeout_seconds)
 
     def _run(self) -> None:
-        torn = b""  # What ends the half of a line that was written before the disk was full.
+        has_failed = has_torn = False
         while (item := self._queue.get()) is not None:
             line, worth = item
-            rest, torn = torn + line, b""
+            # The half of a line that was written before the disk was full may be another process's.
+            rest = b"\n" + line if has_failed and self._ends_within_a_line(has_torn) else line
+            has_failed = has_torn = False
             while rest:
                 try:
                     rest = rest[os.write(self._fd, rest) :]
@@ -82,9 +90,18 @@ class LineWriter:
                 except OSError:
                     # Nobody reads any more, or the disk is full. The service and the emptying of the queue go on.
                     self.dropped += worth
-                    torn = b"\n" if len(rest) != len(line) else b""
+                    has_failed, has_torn = True, len(rest) < len(line)
                     break
         self._done.put(None)
+
+    def _ends_within_a_line(self, has_torn: bool) -> bool:
+        """Whether a file that was full does; of what is no file, nobody knows more than what this process has done."""
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                with open(f"/proc/self/fd/{self._fd}", "rb") as file:
+                    file.seek(-1, os.SEEK_END)
+                    return file.read(1) != b"\n"
+        return has_torn
 
 
 class EcsFormatter(JsonFormatter):

@@ -116,9 +116,9 @@ def take_role(role: Callable[[Instructions], None]) -> int:
     """Run a role to its end and return the exit code; a `Failure` is reported, not raised."""
     try:
         instructions = begin()
-    except Misuse as misuse:
-        sys.stderr.write(f"gserver: {misuse}\n")
-        return misuse.exit_code
+    except Failure as failure:
+        sys.stderr.write(f"gserver: {failure}\n")
+        return failure.exit_code
     try:
         role(instructions)
     except Failure as failure:

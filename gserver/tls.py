@@ -59,7 +59,10 @@ def expires_at(certificates: Certificates) -> int:
     short, long = validity.groups()
     # Two digits stand for 1950 to 2049.
     digits = long or (b"19" if short >= b"5" else b"20") + short
-    return timegm(strptime(digits.decode(), "%Y%m%d%H%M%S"))
+    try:
+        return timegm(strptime(digits.decode(), "%Y%m%d%H%M%S"))
+    except ValueError:  # A month of 99, say: OpenSSL takes that for a certificate.
+        return 0
 
 
 @contextlib.contextmanager

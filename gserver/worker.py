@@ -21,6 +21,7 @@ from gserver.board import Board
 from gserver.certificates import Certificates
 from gserver.clientele import Clientele
 from gserver.dispatcher import MAX_TURNED_AWAY, Dispatcher
+from gserver.errors import Misuse
 from gserver.listener import FATAL_ERRORS
 from gserver.process import RESERVED_FILES, Instructions, raise_file_limit, show_life, vital
 
@@ -109,6 +110,8 @@ class Worker:
         self._clientele = Clientele(config, self._board, instructions.slot, commands.load(config.commands))
         self.dispatcher = Dispatcher(self._clientele, self._on_close)
         self._capacity = raise_file_limit() - RESERVED_FILES
+        if self._capacity < 1:  # It was lowered since the supervisor's start.
+            raise Misuse("a process may open too few files by now: raise the limit (ulimit -n, prlimit)")
         self._should_close = Event()
         self._should_drain = False
         self._changed = Event()

@@ -8,8 +8,10 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,45 @@ def test_a_busy_admin_port_is_told_in_one_line() -> None:
     assert done.returncode == 1
     told = "it is in use by another program: stop that one, or choose another --admin-port"
     assert done.stderr == f"gserver: cannot listen on 127.0.0.1:{port}: {told}\n"
+
+
+def test_who_has_connected_is_answered_though_the_agent_is_replaced() -> None:
+    with Running("--admin-port", "0") as server, ExitStack() as stack:
+        is_over, counts = threading.Event(), [0] * 4
+
+        def ask(number: int) -> None:
+            while not is_over.is_set():
+                with dial(server) as sock:
+                    time.sleep(0.02)
+                    sock.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    assert sock.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+                counts[number] += 1
+
+        pool = stack.enter_context(ThreadPoolExecutor(4))
+        stack.callback(is_over.set)
+        asking = [pool.submit(ask, number) for number in range(4)]
+        for number in range(3):
+            until(lambda: all(counts) or any(each.done() for each in asking), "all were answered")
+            counts[:] = [0] * 4
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("agent.ready", number + 2)
+        is_over.set()
+        for each in asking:
+            each.result()
+
+
+def test_who_asks_for_nothing_does_not_hold_up_the_next_agent() -> None:
+    with Running("--admin-port", "0") as server, dial(server) as silent:
+        silent.sendall(b"GET /re")
+        until(lambda: get(server, "/livez")[0] == 200, "it is met")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        began = time.monotonic()
+        server.wait_for("agent.ready", 2)
+        assert time.monotonic() - began < 2.5 * PATIENCE
+        assert server.stop() == 0
+        assert server.stderr == ""
+        assert [event for event in server.events() if event["log.level"] in ("error", "warning")] == []
 
 
 # What is done to it.

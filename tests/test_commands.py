@@ -205,6 +205,8 @@ def test_a_module_may_lie_in_a_package(write: Callable[[str, str], str], tmp_pat
         ("mine_syntax", "def", "cannot import it: SyntaxError: "),
         ("mine_raises", "1 / 0", "cannot import it: ZeroDivisionError: division by zero"),
         ("mine_exits", "raise SystemExit(0)", "cannot import it: SystemExit: 0"),
+        ("mine_ends", "import gevent; raise gevent.GreenletExit", "cannot import it: GreenletExit: "),
+        ("mine_stops", "raise KeyboardInterrupt", "cannot import it: KeyboardInterrupt: "),
         (
             "mine_needs",
             "import no_such_thing",

@@ -35,7 +35,7 @@ GEVENT = {
     "statsd",
 }
 MAX_MODULE_LINES = 250
-MAX_PACKAGE_LINES = 5660
+MAX_PACKAGE_LINES = 5700
 
 MODULES = {path.stem: path for path in sorted((ROOT / "gserver").glob("*.py"))}
 

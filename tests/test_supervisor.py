@@ -1,6 +1,7 @@
 """The supervisor: what becomes of workers that die, hang or fail to start, of reloads and of stops."""
 
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -18,7 +19,21 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.running import GSERVER, LIMIT, PATIENCE, Client, Event, Running, extended, left_over, program, stopped, until
+from tests.running import (
+    GSERVER,
+    LIMIT,
+    PATIENCE,
+    ROOT,
+    Client,
+    Event,
+    Running,
+    extended,
+    gserver,
+    left_over,
+    program,
+    stopped,
+    until,
+)
 
 #: What the service promises in seconds holds on a machine of usual speed.
 SECOND = PATIENCE
@@ -547,6 +562,26 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
         server.wait_for("server.reloaded")
         until(lambda: not any(worker.is_running() for worker in old), "the old workers are gone")
         assert len(server.workers()) == 2
+
+
+def test_a_reload_that_would_leave_no_files_for_clients_leaves_the_workers_as_they_are() -> None:
+    with Running("--workers", "2") as server:
+        before = {worker.pid for worker in server.workers()}
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (64, 64))
+        server.send_signal(signal.SIGHUP)
+        failed = server.wait_for("server.reload_failed")
+        assert "a process may open too few files by now: raise the limit (ulimit -n, prlimit)" in failed["message"]
+        assert {worker.pid for worker in server.workers()} == before
+        with server.client() as client:
+            assert client.who() == 1
+
+
+def test_a_system_without_threads_is_told_in_one_line(tmp_path: Path) -> None:
+    """The stack that is wanted for each is larger than any memory."""
+    (tmp_path / "sitecustomize.py").write_text("import threading\nthreading.stack_size(1 << 46)\n")
+    done = gserver("--port", "0", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    told = "gserver: the system has no thread left for it: raise the limit of processes (ulimit -u)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 
 
 def test_a_stop_during_a_reload_ends_in_time_though_an_old_worker_is_stuck(tmp_path: Path) -> None:

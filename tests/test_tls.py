@@ -509,6 +509,15 @@ def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(t
         assert old not in shown
 
 
+def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> None:
+    """OpenSSL takes any digits."""
+    chain = (pems / "server.pem").read_text()
+    [*_, last] = re.findall(rb"\d{12}Z|\d{14}Z", der := ssl.PEM_cert_to_DER_cert(chain[chain.index("-----BEGIN C") :]))
+    broken = ssl.DER_cert_to_PEM_cert(der.replace(last, last[:-11] + b"99" + last[-9:]))
+    assert tls.expires_at(Certificates(chain)) > time.time()
+    assert tls.expires_at(Certificates(broken)) == 0
+
+
 @pytest.mark.parametrize("days", [1, 20_000])
 def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> None:
     command = [program("openssl"), "req", "-x509", "-days", str(days), "-nodes", "-newkey", "ec", "-subj", "/CN=x"]

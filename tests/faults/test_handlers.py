@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from tests.faults.rows import ALL, PLAIN, Notes, row
 from tests.faults.site import CENSUS, Site
 from tests.running import until
@@ -75,6 +77,11 @@ for name, choose in {{
 }}.items():
     define(f"CLOSE-{{name}}")(lambda service, choose=choose: [os.close(fd) for fd in choose()] and "closed" or "none")
 
+def come_back(): sys.exit(0)
+def fail(): raise LookupError
+for name, end in {{"EXIT": come_back, "RAISE": fail, "RETURN": lambda: "a child"}}.items():
+    define(f"FORK-{{name}}")(lambda service, end=end: "a parent" if os.fork() else end())
+
 @command("SHORTEN")
 def shorten(service):
     for fd in descriptors("gserver-board"):
@@ -113,6 +120,25 @@ def test_a_handler_that_changes_its_surroundings_harms_nobody(start: Start, note
         assert folder == Path("/proc")
     assert not site.server.events("worker.died")
     assert site.server.stop() == 0
+
+
+@row(
+    "Handler forks, and the child comes back", *PLAIN, values={"exits": "EXIT", "raises": "RAISE", "returns": "RETURN"}
+)
+def test_a_forked_child_counts_nobody_and_answers_nobody(start: Start, notes: Notes, kind: str, tmp_path: Path) -> None:
+    site = begin(start, tmp_path)
+    with site.neighbours(), site.client() as client:
+        assert [client.ask(f"FORK-{kind}".encode()) for _ in range(20)] == [b"a parent"] * 20
+        notes.happened("20 children came back")
+        assert client.ask(b"WHY") == b"42"
+
+        def living() -> list[psutil.Process]:
+            children = [each for worker in site.server.workers() for each in worker.children()]
+            return [each for each in children if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+        until(lambda: not living(), "all have ended")
+    until(lambda: sum(site.clients()) == 0, "nobody is counted any more")
+    assert not site.server.events("worker.died")
 
 
 @row(

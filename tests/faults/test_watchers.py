@@ -245,7 +245,7 @@ def test_a_reader_of_stdout_that_goes_away(start: Start, notes: Notes) -> None:
     assert site.server.stop() == 0
 
 
-@row("Disk full", ONE, Variant(1, True))
+@row("Disk full", ONE, THREE, Variant(1, True))
 def test_a_disk_that_is_full_for_a_while_tears_no_count(start: Start, notes: Notes, tmp_path: Path) -> None:
     command = read_by(">> log")
     command[2] = f"touch log; tail --pid=$$ -n +1 -f log & {command[2]}"
