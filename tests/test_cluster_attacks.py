@@ -133,7 +133,8 @@ def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(tmp_path: P
     with Redis(tmp_path) as redis:
         wrong = b"*2\r\n$9\r\n127.0.0.1\r\n$1\r\n1\r\n"
         right = f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(redis.port))}\r\n{redis.port}\r\n".encode()
-        with listener(lambda sock: sock.sendall(wrong)) as liar, listener(lambda sock: sock.sendall(right)) as honest:
+        answers = (lambda sock: sock.sendall(2 * wrong)), (lambda sock: sock.sendall(2 * right))  # to both questions
+        with listener(answers[0]) as liar, listener(answers[1]) as honest:
             link = RedisLink(Config(redis_url=f"redis+sentinel://127.0.0.1:{liar},127.0.0.1:{honest}/name"))
             while link._sentinels[0][1] != liar:
                 link._sentinels.rotate()
