@@ -211,15 +211,15 @@ def sums_table(report: dict[str, Any]) -> str:
 
 def _spread(single: float, common: float) -> str:
     """How far from their mean 30 days and a year may be."""
+    left = BUDGET_SECONDS - single
     months, years = (
         missed([(each.per_year * days / 365, each.seconds * each.share) for each in COMMON], left * days / DAYS)
-        for left in [BUDGET_SECONDS - single]
         for days in (DAYS, 365)
     )
     return (
         f"These are means of many years. With these rates **{100 * months:.0f} of 100 windows of 30 days miss 99.95 %, "
         f"and {100 * years:.0f} of 100 years**: one outage of the only site is more than the budget of its 30 days. "
-        f"If common causes came {(BUDGET_SECONDS - single) / common:.1f} times as often, the mean would miss it, too."
+        f"If common causes came {left / common:.1f} times as often, the mean would miss it, too."
     )
 
 

@@ -47,6 +47,11 @@ def listener(answer: Callable[[socket.socket], None]) -> Iterator[int]:
         server.shutdown(socket.SHUT_RDWR)
 
 
+def named(port: int) -> bytes:
+    """A Sentinel's answer."""
+    return f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(port))}\r\n{port}\r\n".encode()
+
+
 def trickle(sock: socket.socket) -> None:
     for _ in range(round(60 * PATIENCE / 0.2)):
         sock.sendall(b"*")
@@ -114,42 +119,44 @@ def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
     [b"*0\r\n", b"*1\r\n$1\r\na\r\n", b"*2\r\n$1\r\na\r\n$1\r\nb\r\n", b":1\r\n", b"*2\r\n*0\r\n*0\r\n", b"*-1\r\n"],
 )
 def test_after_a_sentinel_whose_answers_make_no_sense_the_next_one_is_asked(tmp_path: Path, words: bytes) -> None:
-    with Redis(tmp_path) as redis, listener(lambda sock: sock.sendall(2 * words)) as odd:
-        named = f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(redis.port))}\r\n{redis.port}\r\n".encode()
-        with listener(lambda sock: sock.sendall(2 * named)) as honest:
-            link = RedisLink(Config(redis_url=f"redis+sentinel://127.0.0.1:{odd},127.0.0.1:{honest}/name"))
-            while link._sentinels[0][1] != odd:
-                link._sentinels.rotate()
-            assert link.call("here", "1", 1, 0, 5000, 500, "", 0, 0, 1).servers == 1
-            link._check_at = 0
-            assert link._sentinels[0][1] == honest
-            assert not link._has_moved()
-            assert link._sentinels[0][1] == odd
-            link.drop()
+    with (
+        Redis(tmp_path) as redis,
+        listener(lambda sock: sock.sendall(2 * words)) as odd,
+        listener(lambda sock: sock.sendall(2 * named(redis.port))) as honest,
+    ):
+        link = RedisLink(Config(redis_url=f"redis+sentinel://127.0.0.1:{odd},127.0.0.1:{honest}/name"))
+        while link._sentinels[0][1] != odd:
+            link._sentinels.rotate()
+        assert link.call("here", "1", 1, 0, 5000, 500, "", 0, 0, 1).servers == 1
+        link._check_at = 0
+        assert link._sentinels[0][1] == honest
+        assert not link._has_moved()
+        assert link._sentinels[0][1] == odd
+        link.drop()
 
 
 @pytest.mark.fault("One Sentinel of two lies")
 def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(tmp_path: Path, notes: Notes) -> None:
-    with Redis(tmp_path) as redis:
-        wrong = b"*2\r\n$9\r\n127.0.0.1\r\n$1\r\n1\r\n"
-        right = f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(redis.port))}\r\n{redis.port}\r\n".encode()
-        answers = (lambda sock: sock.sendall(2 * wrong)), (lambda sock: sock.sendall(2 * right))  # to both questions
-        with listener(answers[0]) as liar, listener(answers[1]) as honest:
-            link = RedisLink(Config(redis_url=f"redis+sentinel://127.0.0.1:{liar},127.0.0.1:{honest}/name"))
-            while link._sentinels[0][1] != liar:
-                link._sentinels.rotate()
+    with (  # Each answers both questions.
+        Redis(tmp_path) as redis,
+        listener(lambda sock: sock.sendall(2 * named(1))) as liar,
+        listener(lambda sock: sock.sendall(2 * named(redis.port))) as honest,
+    ):
+        link = RedisLink(Config(redis_url=f"redis+sentinel://127.0.0.1:{liar},127.0.0.1:{honest}/name"))
+        while link._sentinels[0][1] != liar:
+            link._sentinels.rotate()
 
-            def answered() -> bool:
-                try:
-                    return link.call("one", "a1", 1, 5, 5000, 500, "", 0, 0).total == 5
-                except OSError:
-                    return False
-                except Exception as error:  # noqa: BLE001 (redis-py's own)
-                    return kind_of(error) != "connection"
+        def answered() -> bool:
+            try:
+                return link.call("one", "a1", 1, 5, 5000, 500, "", 0, 0).total == 5
+            except OSError:
+                return False
+            except Exception as error:  # noqa: BLE001 (redis-py's own)
+                return kind_of(error) != "connection"
 
-            assert not answered()
-            assert answered()
-            link.drop()
+        assert not answered()
+        assert answered()
+        link.drop()
     notes.happened("it was asked first")
 
 

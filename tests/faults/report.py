@@ -27,13 +27,9 @@ class Matrix:
         self._cases: dict[str, Case] = {}
         self._began = time.monotonic()
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            if mark := item.get_closest_marker("fault"):
-                self._faults[item.nodeid] = mark.args[0]
-
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         if mark := item.get_closest_marker("fault"):
+            self._faults[item.nodeid] = mark.args[0]
             item.extra_keyword_matches.add(mark.args[0])  # So that -k finds a fault by its name.
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

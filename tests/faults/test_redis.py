@@ -23,7 +23,7 @@ from tests.netns import unavailable
 from tests.redises import Redis, Sentinels, free_port
 from tests.running import GSERVER, LIMIT, program, until
 from tests.steady import Cluster, SteadyServer
-from tests.test_cluster_attacks import listener
+from tests.test_cluster_attacks import listener, named
 from tests.test_cluster_faults import World, survive
 
 BEAT, TTL = 0.2, 2.0
@@ -383,11 +383,6 @@ def test_the_primary_is_killed_again_and_again(variant: Variant, tmp_path: Path,
             sentinels.rejoin(killed[-1])
         notes.happened(f"primaries killed: {[one.port for one in killed]}")
         notes.measured("right answers", cluster.answers, "")
-
-
-def named(port: int) -> bytes:
-    """A Sentinel's answer."""
-    return f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(port))}\r\n{port}\r\n".encode()
 
 
 @contextmanager
