@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -11,9 +12,18 @@ from tests.redises import make_certificates
 from tests.running import Running
 
 
-def pytest_configure() -> None:
-    """SIGTERM interrupts a run as Ctrl-C does: what the tests have started ends with them."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """SIGTERM interrupts a run as Ctrl-C does: what the tests have started ends with them.
+
+    The run ends also where a test fails at its own end meanwhile, which hides the interruption.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        session.shouldstop = f"{signal.Signals(number).name} has come"
+        signal.default_int_handler(number, frame)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 @pytest.fixture(scope="module")

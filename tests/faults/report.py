@@ -27,6 +27,9 @@ class Matrix:
         self._cases: dict[str, Case] = {}
         self._began = time.monotonic()
 
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self._session = session
+
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         if mark := item.get_closest_marker("fault"):
             self._faults[item.nodeid] = mark.args[0]
@@ -41,7 +44,7 @@ class Matrix:
             | {"outcome": "not ended", "happened": [], "measured": {}},  # as it stays when the run is interrupted
         )
         case["seconds"] = round(case["seconds"] + report.duration, 1)
-        if report.when == "call" or report.outcome != "passed":
+        if (report.when == "call" or report.outcome != "passed") and not self._session.shouldstop:
             case["outcome"] = OUTCOMES[report.outcome]
             case["happened"] = [text for name, text in report.user_properties if name == "happened"]
             case["measured"] = {

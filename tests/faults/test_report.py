@@ -17,15 +17,19 @@ import pytest
 from tests.running import Running
 
 @pytest.mark.fault("Somebody waits for ever")
-def test_it() -> None:
-    with Running():
-        signal.pause()
+@pytest.mark.parametrize("number", range(2))
+def test_it(number: int) -> None:
+    try:
+        with Running():
+            signal.pause()
+    finally:
+        assert not CONTENT, "what is under the fault is not as it was before"
 """
 
 
-def faults(folder: Path, *words: str, report: str = "report.json") -> "subprocess.Popen[str]":
+def faults(folder: Path, *words: str, report: str = "report.json", fails: bool = False) -> "subprocess.Popen[str]":
     """As bin/faults runs the tests, with a matrix of one row."""
-    (folder / "test_row.py").write_text(ROW)
+    (folder / "test_row.py").write_text(ROW.replace("not CONTENT", str(not fails)))
     command = [
         sys.executable,
         "-m",
@@ -72,9 +76,12 @@ def test_no_case_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "report.json").exists()
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["ends well", "fails when it ends"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_that_is_stopped_ends_all_and_tells_what_has_not_ended(tmp_path: Path, number: signal.Signals) -> None:
-    process = faults(tmp_path)
+def test_one_that_is_stopped_ends_all_and_tells_what_has_not_ended(
+    tmp_path: Path, number: signal.Signals, *, fails: bool
+) -> None:
+    process = faults(tmp_path, fails=fails)
     started: list[psutil.Process] = []
 
     def are_there() -> bool:
