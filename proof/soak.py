@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -49,6 +50,11 @@ class Soak:
         self.report: Report = {"command": command, "machine": _machine(), "seconds": 0.0}
         self.report |= {"is_interrupted": False, "failures": [], "faults": {}, "censuses": []}
 
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """End it early: the handler of a signal."""
+        self.report["is_interrupted"] = True
+        signal.default_int_handler(number, frame)
+
     @property
     def elapsed(self) -> float:
         """Seconds since the load began."""
@@ -62,7 +68,6 @@ class Soak:
             try:
                 self._go_on(world)
             except KeyboardInterrupt:
-                self.report["is_interrupted"] = True
                 self._say("interrupted")
             finally:
                 self._keep(world, "at the end")
@@ -108,7 +113,7 @@ class Soak:
             noted["seconds"].append(round(time.monotonic() - ended, 2))
             self._say(f"{name}, {member.name}: {noted['happened']}; well after {noted['seconds'][-1]:.1f} s")
         except EXPECTED as error:
-            self._fail(f"{name}, {member.name}: {error!r}")
+            self._failed(f"{name}, {member.name}", error)
         # Not where it is interrupted: what it has brought about is still there.
         member.excuse, load.ceiling = "", load.usual_ceiling
         self._keep(world, f"{name}, {member.name}")
@@ -128,7 +133,7 @@ class Soak:
             held = self.report["censuses"][-1]["held"].values()
             self._say(f"census: WHO {self.report['censuses'][-1]['who']}, {sum(each[0] for each in held) / 1e6:.1f} MB")
         except EXPECTED as error:
-            self._fail(f"census: {error!r}")
+            self._failed("census", error)
         self._load.may_call.set()
         self._keep(world, "census")
 
@@ -139,6 +144,11 @@ class Soak:
                 self._fail(f"{during}: {text}")
         self.report |= {"seconds": round(self.elapsed, 1), "kinds": dict(self._load.kinds)}
         self.report |= {"replies": dict(self._load.replies)}
+
+    def _failed(self, what: str, error: BaseException) -> None:
+        if self.report["is_interrupted"]:  # Which what failed at its own end has hidden.
+            raise KeyboardInterrupt from error
+        self._fail(f"{what}: {error!r}")
 
     def _fail(self, text: str) -> None:
         self.report["failures"].append(f"{self.elapsed:.0f} s, {text}"[:2000])
@@ -206,9 +216,10 @@ def main(hours: float, every: float, seed: int | None, only: tuple[str, ...], pa
         sys.exit(2)
     seed = random.SystemRandom().randrange(1, 1_000_000) if seed is None else seed
     click.echo(f"seed {seed}", err=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _shown() as progress, tempfile.TemporaryDirectory(prefix="gserver-soak-") as folder:
         soak = Soak(hours, every, seed, list(only or FAULTS), progress)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, soak.interrupt)
         try:
             soak.run(Path(folder))
         except (*EXPECTED, KeyboardInterrupt) as error:
