@@ -192,9 +192,13 @@ class Site(ExitStack[None]):
     def _are(self, clients: list[int]) -> bool:
         return self.clients() == clients
 
+    def _are_gone(self) -> None:
+        """Wait until it has noticed that all clients have closed: one that comes sooner may be one too many."""
+        until(lambda: sum(self.clients()) == 0, "all clients have gone")
+
     def _census(self, stack: ExitStack[Any]) -> list[Client]:
         """One client for each worker, and nobody else."""
-        until(lambda: sum(self.clients()) == 0, "all clients have gone")
+        self._are_gone()
         chosen: list[Client] = []
         while len(chosen) < self.variant.workers:
             before = self.clients()
@@ -230,6 +234,7 @@ class Site(ExitStack[None]):
 
     def assert_as_before(self) -> None:
         """WHO is exact, and descriptors, greenlets and memory are back to where they were."""
+        self._are_gone()
         with self.client() as client:
             until(lambda: client.who() == 1, "WHO is exact: the asker alone")
         deadline = time.monotonic() + LIMIT
