@@ -242,7 +242,7 @@ class Cluster(ExitStack[None]):
 
     def start_over(self) -> None:
         """Whatever became of the fault before this one, it is over."""
-        self.may_say(*range(1000))
+        self.may_say(*range(2 * self.total + 1000))
         until(lambda: self.all_say(self.total), f"all say {self.total}")
         for member in self.members:
             member.complaints()
