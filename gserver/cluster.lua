@@ -51,7 +51,7 @@ elseif may_write then
 end
 local over = redis.call('ZRANGEBYSCORE', leases, '-inf', clock, 'LIMIT', 0, 500)
 if #over > 0 then drop(over) end
-local recount_at = size > 0 and tonumber(kept[6]) or 0
+local recount_at = size > 0 and not is_gone and tonumber(kept[6]) or 0 -- What is gone may still be in the total.
 if not (math.abs(now - recount_at) < 60000) then -- It may be no number.
   total, recount_at = 0, now
   -- A lease that no server can have: without it, this key and the one of the members do not agree, and are as good as none.

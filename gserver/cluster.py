@@ -65,7 +65,8 @@ class Member:
             began, count = monotonic(), self._board.clients()
             self._beat(count)
             self._pause(began, count)
-        if self._board.get("draining"):
+        # Not at a reload, though the server may accept no more by now: it counts to its last client.
+        if self._board.get("draining") and not self._board.clients():
             try:
                 self._call("leave")
             except Exception as error:  # noqa: BLE001 (as for a beat)

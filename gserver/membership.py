@@ -74,6 +74,8 @@ class Membership:
             # Where Redis went on without this server, who was cut off with it is back within a third of the TTL.
             wait = self._ttl_ms if self.has_lost(reply) else self._ttl_ms // 3
             self.hold_until = max(self.hold_until, reply.clock + wait)
+        # Not for longer than that: this may be another Redis' lease clock than when the hold began.
+        self.hold_until = min(self.hold_until, reply.clock + self._ttl_ms)
         self.clock, self.lost_at = reply.clock, reply.lost_at
         are_back = reply.back if reply.clock < reply.lost_at + self._ttl_ms else reply.servers
         if reply.clock < self.hold_until and are_back < self.servers:

@@ -83,7 +83,8 @@ class RedisLink:
         self._url = url = RedisUrl.parse(config.redis_url)
         self._sentinels = deque(random.sample(url.hosts, len(url.hosts)))
         self._primary = ("", 0)
-        self._epoch = 0
+        #: The last failover that a Sentinel has told of, and how many in a row had not heard of it.
+        self._epoch = self._behind = 0
         self._check_at = 0.0
         # Within a TTL all servers have found the new primary, so nobody's lease is over there.
         self._check_seconds = config.member_ttl_seconds / 4
@@ -182,13 +183,15 @@ class RedisLink:
         """Return what a Sentinel names. One that is cut off from the others goes on to name the one before."""
         url = self._url
         self._check_at = monotonic() + self._check_seconds
+        behind, self._behind = self._behind + 1, 0
         login: dict[str, Any] = {"username": url.sentinel_username or None, "password": url.sentinel_password or None}
         with self._client_of(host=host, port=port, **login) as sentinel:
             epoch = self._epoch_of(sentinel)
             primary = cast(Any, sentinel.sentinel_get_master_addr_by_name(url.service))
         if not primary:
             raise NoPrimary(f"knows no {url.service}")
-        if epoch < self._epoch:
+        if epoch < self._epoch and behind < len(self._sentinels):  # All in a row: they have been set up anew.
+            self._behind = behind
             raise NoPrimary("has not heard of the last failover")
         self._epoch, self._primary = epoch, (primary[0].decode(), int(primary[1]))
         return self._primary

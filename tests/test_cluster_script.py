@@ -199,6 +199,15 @@ def test_who_leaves_is_gone_at_once_with_its_clients(cluster: Cluster) -> None:
     assert seen(cluster.beat("two", 3)) == (4, 2)
 
 
+def test_who_was_taken_out_by_somebody_else_is_counted_once_when_it_is_back(cluster: Cluster) -> None:
+    cluster.beat("one", 1)
+    known = cluster.beat("two", 20).clock
+    cluster.redis.hdel(MEMBERS, "two")
+    cluster.redis.zrem(LEASES, "two")
+    assert seen(cluster.beat("two", 20, answered=1, known=known)) == (21, 2)
+    assert seen(cluster.beat("one", 1)) == (21, 2)
+
+
 def test_who_leaves_without_being_there_changes_nothing(cluster: Cluster) -> None:
     cluster.beat("one", 1)
     assert seen(cluster.beat("two", "leave")) == (1, 1)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.redises import Redis
+from tests.redises import Proxy, Redis
 from tests.running import CLIENT_GREENLETS, PATIENCE, Client, Running, extended, left_over, stopped, until
 
 SECOND = PATIENCE
@@ -302,3 +302,31 @@ def test_busy_clients_are_answered_without_a_gap_while_it_becomes_one(tmp_path: 
                 each.join()
         stack.close()
         assert server.exit_code() == 0
+
+
+def test_a_reload_that_ends_in_a_retirement_is_not_told_to_the_cluster_as_an_end(tmp_path: Path) -> None:
+    """The reload's agent is in the middle of a beat, and leaves when the port is closed already."""
+    words = ("--beat-interval", "0.3", "--member-ttl", "5", "--drain-delay", "0", "--server-id", "here", *LONG)
+    with (
+        Redis(tmp_path) as redis,
+        Proxy(redis.port) as proxy,
+        start(tmp_path, "--redis-url", redis.url_at(proxy.port), *words) as server,
+        ExitStack() as stack,
+    ):
+        until(redis.members, "it beats")
+        stack.enter_context(server.client()).send(b"WH")  # The old worker waits a moment for the rest.
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.ready", 2)
+        new = str(server.events("worker.ready")[1]["gserver.child_pid"]).encode()
+        client = server.client()
+        while client.ask(b"PID") != new:
+            client.sock.close()
+            client = server.client()
+        stack.enter_context(client)
+        proxy.delay_seconds = 0.2
+        server.wait_for("server.reloaded")
+        server.send_signal(signal.SIGUSR2)
+        until(lambda: len(server.events("agent.ready")) == 2 or not redis.members(), "the next agent beats")
+        assert redis.members()
+        proxy.delay_seconds = 0.0
+        assert client.ask(b"PID") == new

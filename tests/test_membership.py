@@ -132,6 +132,15 @@ def test_a_loss_during_a_hold_does_not_take_back_what_was_learned_since() -> Non
     assert membership.remote == 150
 
 
+def test_a_hold_is_not_kept_onto_the_lease_clock_of_another_redis() -> None:
+    membership = three_of_100()
+    membership.take(lost(5, 1, 900_001, lost_at=900_001), 5)
+    membership.take(reply(45, 2, 50_100, back=1), 5)  # It is back at the first one, and one of the others is dead.
+    assert (membership.remote, membership.hold_until) == (100, 50_100 + TTL_MS)
+    membership.take(reply(45, 2, 50_100 + TTL_MS, back=1), 5)
+    assert (membership.remote, membership.servers) == (40, 2)
+
+
 def test_an_agent_that_follows_another_goes_on_from_what_that_one_knew() -> None:
     membership = Membership(TTL_MS, remote=100, servers=3, clock=50_000, lost_at=1, hold_until=0)
     assert membership.remote == 100

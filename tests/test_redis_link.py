@@ -16,7 +16,7 @@ from gserver.config import Config
 from gserver.membership import BEAT_ERRORS, Reply
 from gserver.redis_link import SCRIPT, TIMEOUT_SECONDS, RedisLink, kind_of, sha_of
 from gserver.redis_url import RedisUrl
-from tests.redises import Proxy, Redis, Server, free_port
+from tests.redises import Proxy, Redis, Sentinels, Server, free_port
 from tests.running import LIMIT, PATIENCE, until
 
 TTL, INTERVAL = 60_000, 6000
@@ -622,3 +622,26 @@ def test_after_an_error_the_sentinels_are_asked_again(watched: tuple[Redis, Serv
 def test_the_url_of_a_link_is_shown_without_secrets() -> None:
     with linked(sentinel_url(1, 2)) as link:
         assert str(link) == str(RedisUrl.parse(sentinel_url(1, 2))) == "redis+sentinel://127.0.0.1:1,127.0.0.1:2/name"
+
+
+def test_a_server_follows_sentinels_that_were_all_set_up_anew(tmp_path: Path) -> None:
+    """They count their failovers from 0 again, as one does that has missed the last of them."""
+    with Sentinels(tmp_path) as sentinels:
+        sentinels.failover()
+        link = RedisLink(Config(redis_url=sentinels.url, member_ttl_seconds=2.0, beat_interval_seconds=0.2))
+
+        def beats_at(redis: Redis) -> bool:
+            link.call("one", f"{time.monotonic_ns():x}", 1, 1, 2000, 200, "", 0, 0)
+            return redis.members() != {}
+
+        before = sentinels.primary()
+        assert beats_at(before)
+        other = next(each for each in sentinels.redises if each is not before)
+        for sentinel in sentinels.sentinels:
+            sentinel.command("SENTINEL", "REMOVE", sentinels.name)
+        other.command("REPLICAOF", "NO", "ONE")
+        other.wipe()
+        for sentinel in sentinels.sentinels:
+            sentinel.command("SENTINEL", "MONITOR", sentinels.name, "127.0.0.1", other.port, 2)
+        until(lambda: beats_at(other), "it goes where all of them say")
+        link.drop()
