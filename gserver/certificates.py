@@ -37,7 +37,8 @@ def _read(name: str, path: str) -> str:
     if not path:
         return ""
     try:
-        with open(path, encoding="ascii", errors="replace", opener=_open) as file:
+        # Comments may be in any letters, and OpenSSL wants what a client CA is given as to be ASCII.
+        with open(path, encoding="ascii", errors="ignore", opener=_open) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise Misuse(f"{flag(name)} {path} is no regular file")
             text = file.read(MAX_FILE_BYTES + 1)

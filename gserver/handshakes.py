@@ -15,7 +15,7 @@ from typing import Any
 
 import gevent
 from gevent.lock import Semaphore
-from gevent.socket import wait_read
+from gevent.socket import wait_read, wait_write
 
 from gserver import logs
 from gserver.clientele import Clientele
@@ -139,5 +139,12 @@ class Handshakes:
             except ssl.SSLError:
                 linger(sock)  # It is told why, by an alert.
                 raise
+            _send_all(met, deadline)
             if is_done:
                 return met
+
+
+def _send_all(met: TlsSocket, deadline: float) -> None:
+    """Wait until the kernel has taken what is to be said: it may have little room, and certificates be long."""
+    while not met.flush():
+        wait_write(met.fileno(), None if deadline == math.inf else max(0.0, deadline - monotonic()))

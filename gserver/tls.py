@@ -40,6 +40,8 @@ def make_context(certificates: Certificates) -> ssl.SSLContext:
         except ssl.SSLError as error:
             if "KEY_VALUES_MISMATCH" in str(error):
                 raise Misuse("--tls-key is not the key of the certificate in --tls-cert") from error
+            if "TOO_SMALL" in str(error) or "TOO_WEAK" in str(error):
+                raise Misuse("--tls-cert is too weak for OpenSSL: have one with a longer key, and SHA-256") from error
             raise Misuse("--tls-cert must hold a certificate, --tls-key or the same file its key, in PEM") from error
     if certificates.client_ca:
         context.verify_mode = ssl.CERT_REQUIRED
@@ -121,8 +123,14 @@ class TlsSocket:
         except ssl.SSLWantReadError:
             return False
         finally:
-            self._flush()  # A few KB at most, which the kernel has room for.
+            self.flush()
         return True
+
+    def flush(self) -> bool:
+        """Send what is still to be sent of the handshake; return whether that was all of it."""
+        with contextlib.suppress(BlockingIOError):
+            self._flush()
+        return not self._unsent
 
     def recv(self, size: int) -> bytes:
         """Return what has arrived in whole records. Raises BlockingIOError when that is nothing, or PartialRecord."""

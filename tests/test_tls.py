@@ -23,6 +23,7 @@ import pytest
 from gserver import tls
 from gserver.certificates import Certificates
 from gserver.errors import Misuse
+from tests.netns import Network
 from tests.redises import make_certificates
 from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, program, stopped, until
 from tests.test_admin import get, status
@@ -639,3 +640,44 @@ def test_descriptors_come_back(server: Running, pems: Path) -> None:
                 broken.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         until(lambda: files() == before, "all are closed")
         assert client.who() == 1
+
+
+def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pems: Path) -> None:
+    (tmp_path / "ca.pem").write_text("# Label: F\u0151tan\u00fas\u00edtv\u00e1ny\n" + (pems / "ca.pem").read_text())
+    with Running(*certified(pems), "--tls-client-ca", str(tmp_path / "ca.pem")) as server:
+        with TlsClient(server.port, trust(pems, "server")) as client:
+            assert client.ask(b"WHY") == b"42"
+        assert not server.events("worker.died")
+
+
+def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: Path) -> None:
+    command = [program("openssl"), "req", "-x509", "-nodes", "-newkey", "rsa:1024", "-subj", "/CN=weak"]
+    command += ["-keyout", "weak.key", "-out", "weak.pem"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    done = gserver("--port", "0", *certified(tmp_path, "weak"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gserver: --tls-cert is too weak for OpenSSL")
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
+def test_certificates_may_be_longer_than_what_the_kernel_takes_at_once(
+    tmp_path: Path, pems: Path, version: ssl.TLSVersion
+) -> None:
+    (tmp_path / "server.key").write_bytes((pems / "server.key").read_bytes())
+    (tmp_path / "server.pem").write_bytes((pems / "server.pem").read_bytes() + 20 * (pems / "ca.pem").read_bytes())
+    context = trust(pems)
+    context.maximum_version = version
+    with Network(1) as network, network.hosts[0].inside():
+        subprocess.run(["ip", "link", "set", "lo", "up", "mtu", "1500"], check=True)
+        Path("/proc/sys/net/ipv4/tcp_wmem").write_text("4096 4096 4096")
+        with Running(*certified(tmp_path), "--admin-port", "0") as server:
+            count = refusals(server)
+            for _ in range(3):
+                with socket.socket() as sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    sock.settimeout(LIMIT)
+                    sock.connect(("127.0.0.1", server.port))
+                    with context.wrap_socket(sock, server_hostname="127.0.0.1") as client:
+                        client.sendall(b"WHY\n")
+                        assert client.recv(100) == b"42\n"
+            assert count("tls_failed") == 0
