@@ -106,6 +106,13 @@ class Child:
     def _fields(self) -> dict[str, object]:
         return {"gserver.child_pid": self.pid}
 
+    def has_ended(self) -> bool:
+        """Whether it has. With one that did not end by itself goes what its handlers have started in its group."""
+        if self.process.poll():
+            with contextlib.suppress(OSError):  # There is nobody.
+                os.killpg(self.pid, signal.SIGKILL)
+        return self.process.returncode is not None
+
     @property
     def has_ended_as_asked(self) -> bool:
         """Whether the end that it has come to is the one that it was asked for."""

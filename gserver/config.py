@@ -68,6 +68,13 @@ def parse_statsd_prefix(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text).strip(".")[:128]
 
 
+def parse_admin_token(text: str) -> str:
+    """Return the secret, which HTTP carries in ASCII alone."""
+    if not text.isascii():
+        raise ValueError("the secret is not of ASCII characters alone")
+    return text
+
+
 def parse_admin_port(text: str) -> int:
     """Return the port; -1 stands for `off`."""
     if text == "off":
@@ -120,7 +127,7 @@ class Config:
     max_line_bytes: int = _option(1024, CLIENTS, "Longest line, its ending not counted.", minimum=5, maximum=65536)
     line_timeout_seconds: float = _option(10.0, CLIENTS, "Time from a line's first byte to its end; 0 = no limit.")
     idle_timeout_seconds: float = _option(0.0, CLIENTS, "Time a client may say nothing; 0 = no limit.")
-    write_timeout_seconds: float = _option(10.0, CLIENTS, "Time a client may leave its replies unread; 0 = no limit.")
+    write_timeout_seconds: float = _option(10.0, CLIENTS, "Time a client may leave its replies unread; 0 = 2 minutes.")
     unterminated_after_seconds: float = _option(
         0.1, CLIENTS, "Silence after which a whole command without its newline is answered; 0 = never."
     )
@@ -176,7 +183,11 @@ class Config:
     )
     admin_host: str = _option("127.0.0.1", ADMIN, "Address of that port.")
     admin_token: str = _option(
-        "", ADMIN, "Secret to ask for; needed where the address is not loopback.", metavar="TEXT"
+        "",
+        ADMIN,
+        "Secret to ask for; needed where the address is not loopback.",
+        parse=parse_admin_token,
+        metavar="TEXT",
     )
     log_level: str = _option("info", LOGS, "Least level to log.", choices=LEVELS)
     log_format: str = _option("auto", LOGS, "auto = text on a terminal, json elsewhere.", choices=FORMATS)

@@ -7,9 +7,13 @@ import logging
 import math
 import os
 import signal
+from time import monotonic
 
 from gserver import logs
 from gserver.signals import STOPS
+
+#: How long after the end of the drain timeout a stop waits for processes that were killed.
+GIVE_UP_SECONDS = 3.0
 
 
 class Orders:
@@ -26,6 +30,8 @@ class Orders:
         self.reload_failure = ""
         #: When to accept no more, and when to let everybody go.
         self.retire_at = self.drain_at = math.inf
+        #: When to stop waiting even for who was killed: one who waits for a disk, say, cannot end.
+        self.over_at = math.inf
         self.is_forced = False
 
     @property
@@ -63,13 +69,14 @@ class Orders:
             logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
         elif number == signal.SIGUSR2:
             self.retire_at = now + self._delay
-            self.drain_at = self.retire_at + self._timeout
+            self.drain(self.retire_at + self._timeout)
             message = f"SIGUSR2: no new clients, and a stop when the others have gone, or after {self._timeout:g} s"
             logs.event(logging.INFO, "server.retiring", message)
 
     def drain(self, at: float) -> None:
         """Let everybody go at that moment, unless that is to be earlier."""
         self.drain_at = min(self.drain_at, at)
+        self.over_at = min(self.over_at, max(at, monotonic()) + self._timeout + GIVE_UP_SECONDS)
 
     def _stop(self, name: str, now: float) -> None:
         if self._was_told_to_stop:

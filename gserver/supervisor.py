@@ -19,8 +19,7 @@ from gserver.process import Instructions
 from gserver.signals import SignalNotes
 
 #: Parts of the drain timeout by which workers, then the agent, are killed if they are still there.
-WORKERS_SHARE = 0.85
-AGENT_SHARE = 0.92
+WORKERS_SHARE, AGENT_SHARE = 0.85, 0.92
 #: How long after it should have found out whether the server's id is free the first workers wait for the agent.
 ID_CHECK_SECONDS = 0.7
 
@@ -51,7 +50,7 @@ class Supervisor:
     def run(self) -> int:
         """Serve until told to stop; return the exit code. Raises `Failure` when the first start is refused."""
         try:
-            while self._children or not self._orders.is_stopping:
+            while not self._orders.is_stopping or (self._children and monotonic() < self._orders.over_at):
                 self._reconcile(monotonic())
                 self._wait()
                 # Signals first: taking them empties the pipe that a death has woken the loop by.
@@ -62,15 +61,16 @@ class Supervisor:
                 self._tell_manager(monotonic())
         finally:
             self._end_now()
-        if self._failure is not None:
+        if self._failure:
             raise self._failure
-        logs.event(logging.INFO, "server.stopped", "stopped" + (", forced" if self._orders.is_forced else ""))
-        return EXIT_RUNTIME if self._orders.is_forced else EXIT_CLEAN
+        left = "".join(f"; {child.role} {child.pid} cannot be ended" for child in self._children)
+        logs.event(logging.INFO, "server.stopped", "stopped" + ", forced" * self._orders.is_forced + left)
+        return EXIT_RUNTIME if self._orders.is_forced or left else EXIT_CLEAN
 
     def _reconcile(self, now: float) -> None:
         """Start and dismiss what it takes to come a step nearer to what there should be."""
         # One agent at a time: the next one goes on where the last one has ended.
-        is_wanted = self._failure is None and (not self._orders.is_stopping or bool(self._of(WORKER)))
+        is_wanted = not (self._failure or self._orders.is_forced or (self._orders.is_stopping and not self._of(WORKER)))
         if self._config.needs_agent and is_wanted and not self._of(AGENT):
             self._start(AGENT, now)
         if now >= self._orders.drain_at:
@@ -177,7 +177,7 @@ class Supervisor:
             child.hang_up(self._selector)
 
     def _reap(self, now: float) -> None:
-        for child in [child for child in self._children if child.process.poll() is not None]:
+        for child in [child for child in self._children if child.has_ended()]:
             self._listen_to(child)  # Its last words.
             child.hang_up(self._selector)
             self._children.remove(child)

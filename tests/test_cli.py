@@ -447,3 +447,10 @@ def test_ctrl_c_while_asking_ends_it_with_one_line() -> None:
 def test_every_option_of_serve_comes_from_the_configuration() -> None:
     options = [param.name for param in cli.serve.params if isinstance(param, click.Option)]
     assert options == list(OPTIONS)
+
+
+def test_a_secret_that_http_cannot_carry_is_refused_and_not_repeated() -> None:
+    done = gserver("--admin-port", "0", "--port", "0", GSERVER_ADMIN_TOKEN="s\u00e9cret")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the secret is not of ASCII characters alone (from GSERVER_ADMIN_TOKEN)" in done.stderr
+    assert "cret " not in done.stderr.replace("secret ", "")

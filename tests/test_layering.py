@@ -35,7 +35,7 @@ GEVENT = {
     "statsd",
 }
 MAX_MODULE_LINES = 250
-MAX_PACKAGE_LINES = 5700
+MAX_PACKAGE_LINES = 5740
 
 MODULES = {path.stem: path for path in sorted((ROOT / "gserver").glob("*.py"))}
 

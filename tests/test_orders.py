@@ -8,10 +8,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
+from time import monotonic
 
 import pytest
 
-from gserver.orders import Orders
+from gserver.orders import GIVE_UP_SECONDS, Orders
 
 
 def orders(*numbers: signal.Signals, delay: float = 10.0, timeout: float = 40.0) -> Orders:
@@ -68,6 +69,19 @@ def test_a_drain_is_never_put_off() -> None:
     given = orders(SIGTERM)
     given.drain(500.0)
     assert given.drain_at == 110
+
+
+def test_a_stop_is_over_some_time_after_its_deadline_whoever_is_left() -> None:
+    given, began = Orders(0.0, 40.0), monotonic()
+    assert given.over_at == math.inf
+    given.heed(SIGTERM, began)
+    over_at = given.over_at
+    assert over_at == pytest.approx(began + 40 + GIVE_UP_SECONDS, abs=0.5)
+    given.heed(SIGTERM, began + 1)
+    given.drain(0.0)
+    assert given.over_at == over_at
+    retired = orders(SIGUSR2, delay=10.0, timeout=40.0)
+    assert retired.over_at - monotonic() == pytest.approx(40 + GIVE_UP_SECONDS, abs=1)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from gserver.orders import GIVE_UP_SECONDS
 from tests.running import (
     GSERVER,
     LIMIT,
@@ -715,3 +716,65 @@ def test_a_port_that_needs_a_permission_is_refused_with_1(tmp_path: Path) -> Non
     become = [program("setpriv"), "--bounding-set=-net_bind_service"] if os.geteuid() == 0 else []
     command = [*become, sys.executable, "-P", "-m", "gserver", "serve", "--port", "80"]
     assert "no permission" in fails(tmp_path, code=1, command=command)
+
+
+SPAWN = """
+import subprocess
+from gserver.commands import command
+
+@command("SPAWN")
+def spawn(service):
+    return subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
+"""
+
+
+def test_what_handlers_have_started_ends_with_a_worker_that_dies_and_not_with_one_that_is_replaced(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "spawn.py").write_text(SPAWN)
+    with Running("--commands", "spawn", cwd=tmp_path) as server:
+
+        def spawned() -> psutil.Process:
+            with server.client() as client:
+                return psutil.Process(int(client.ask(b"SPAWN")))
+
+        let_be = spawned()
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        ended = spawned()
+        server.workers()[0].kill()
+        server.wait_for("worker.ready", 3)
+        until(lambda: not ended.is_running() or ended.status() == psutil.STATUS_ZOMBIE, "it has ended")
+        assert let_be.status() == psutil.STATUS_SLEEPING
+        let_be.kill()
+
+
+@pytest.mark.parametrize(
+    "words", [("--workers", "1"), ("--workers", "2", "--admin-port", "0")], ids=["alone", "of two"]
+)
+def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) -> None:
+    """As one that waits for a disk for ever: here it is frozen by the kernel."""
+    group = Path(f"/sys/fs/cgroup/freezer/gserver-{os.getpid()}")
+    if not os.access(group.parent / "cgroup.procs", os.W_OK):
+        pytest.skip("it takes root and the freezer of cgroups, version 1")
+    group.mkdir()
+    try:
+        with Running(*words, "--drain-timeout", "1") as server:
+            stuck = server.workers()[0]
+            (group / "cgroup.procs").write_text(str(stuck.pid))
+            (group / "freezer.state").write_text("FROZEN")
+            until(lambda: (group / "freezer.state").read_text() == "FROZEN\n", "it is frozen")
+            agents = len(server.events("agent.ready"))
+            for _ in range(2):
+                server.send_signal(signal.SIGTERM)
+                server.wait_for("server.draining")
+                time.sleep(0.3)  # Sooner it would be one that is passed on.
+            assert server.process.wait(1 + GIVE_UP_SECONDS + LIMIT) == 1
+            assert server.events()[-1]["message"] == f"stopped, forced; worker {stuck.pid} cannot be ended"
+            assert len(server.events("agent.ready")) == agents
+            (group / "freezer.state").write_text("THAWED")
+            until(lambda: not stuck.is_running(), "its kill has come to it")
+    finally:
+        (group / "freezer.state").write_text("THAWED")
+        until(lambda: not (group / "cgroup.procs").read_text(), "nobody is in it")
+        group.rmdir()
