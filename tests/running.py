@@ -53,6 +53,14 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), **extra}
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it is there, and not only waits to be buried."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
     """Return the first true value of `condition`; fail when none comes within the limit."""
     deadline = time.monotonic() + limit

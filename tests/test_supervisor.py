@@ -30,6 +30,7 @@ from tests.running import (
     Running,
     extended,
     gserver,
+    is_alive,
     left_over,
     program,
     stopped,
@@ -744,7 +745,7 @@ def test_what_handlers_have_started_ends_with_a_worker_that_dies_and_not_with_on
         ended = spawned()
         server.workers()[0].kill()
         server.wait_for("worker.ready", 3)
-        until(lambda: not ended.is_running() or ended.status() == psutil.STATUS_ZOMBIE, "it has ended")
+        until(lambda: not is_alive(ended), "it has ended")
         assert let_be.status() == psutil.STATUS_SLEEPING
         let_be.kill()
 
@@ -760,6 +761,9 @@ def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) ->
     group.mkdir()
     try:
         with Running(*words, "--drain-timeout", "1") as server:
+            server.wait_for("worker.ready", int(words[1]))
+            if "--admin-port" in words:
+                server.wait_for("agent.ready")
             stuck = server.workers()[0]
             (group / "cgroup.procs").write_text(str(stuck.pid))
             (group / "freezer.state").write_text("FROZEN")
@@ -770,10 +774,12 @@ def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) ->
                 server.wait_for("server.draining")
                 time.sleep(0.3)  # Sooner it would be one that is passed on.
             assert server.process.wait(1 + GIVE_UP_SECONDS + LIMIT) == 1
-            assert server.events()[-1]["message"] == f"stopped, forced; worker {stuck.pid} cannot be ended"
+            assert (
+                server.wait_for("server.stopped")["message"] == f"stopped, forced; worker {stuck.pid} cannot be ended"
+            )
             assert len(server.events("agent.ready")) == agents
             (group / "freezer.state").write_text("THAWED")
-            until(lambda: not stuck.is_running(), "its kill has come to it")
+            until(lambda: not is_alive(stuck), "its kill has come to it")
     finally:
         (group / "freezer.state").write_text("THAWED")
         until(lambda: not (group / "cgroup.procs").read_text(), "nobody is in it")

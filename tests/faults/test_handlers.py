@@ -7,7 +7,7 @@ import psutil
 
 from tests.faults.rows import ALL, PLAIN, Notes, row
 from tests.faults.site import CENSUS, Site
-from tests.running import until
+from tests.running import is_alive, until
 
 Start = Callable[..., Site]
 
@@ -134,7 +134,7 @@ def test_a_forked_child_counts_nobody_and_answers_nobody(start: Start, notes: No
 
         def living() -> list[psutil.Process]:
             children = [each for worker in site.server.workers() for each in worker.children()]
-            return [each for each in children if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+            return [each for each in children if is_alive(each)]
 
         until(lambda: not living(), "all have ended")
     until(lambda: sum(site.clients()) == 0, "nobody is counted any more")
