@@ -176,7 +176,7 @@ class RedisLink:
             except Exception as error:  # noqa: BLE001 (whatever one of them says, the next one is asked)
                 reasons.append(f"{host}:{port}: {error}")
                 self._sentinels.rotate(-1)
-        self._epoch = 0  # Should they all have been set up anew, the next try takes what they say.
+        self._epoch = 0  # Those that can be asked may have been set up anew: the next try takes what they say.
         raise NoPrimary("no Sentinel names a primary: " + "; ".join(reasons))
 
     def _ask_sentinel(self, host: str, port: int) -> tuple[str, int]:

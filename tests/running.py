@@ -94,7 +94,7 @@ def left_over(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("MARK") == str(folder) and is_alive(process):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -269,7 +269,7 @@ class Running:
         found = []
         for child in psutil.Process(self.pid).children():
             try:
-                if role in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                if role in child.cmdline() and is_alive(child):
                     found.append(child)
             except psutil.NoSuchProcess:
                 continue

@@ -732,8 +732,7 @@ def spawn(service):
 def test_what_handlers_have_started_ends_with_a_worker_that_dies_and_not_with_one_that_is_replaced(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "spawn.py").write_text(SPAWN)
-    with Running("--commands", "spawn", cwd=tmp_path) as server:
+    with extended(tmp_path, SPAWN) as server:
 
         def spawned() -> psutil.Process:
             with server.client() as client:
