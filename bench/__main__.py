@@ -42,9 +42,15 @@ on the machine meanwhile."""
 
 @click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", nargs=-1, type=click.Choice(NAMES), metavar="[NAME]...")
-@click.option("--quick", is_flag=True, help="A short form of the main ratios, beside those of bench/baseline.json.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A short form of the main ratios, beside those of bench/baseline.json.",
+)
 @click.option("--save", is_flag=True, help="With --quick: make its figures the new baseline.")
-@click.option("--render", is_flag=True, help="Measure nothing: write tables and plots again from the results.")
+@click.option(
+    "--render", is_flag=True, help="Measure nothing: write tables and plots again from the results."
+)
 def main(names: tuple[str, ...], quick: bool, save: bool, render: bool) -> None:
     """Run the command line."""
     if sum((bool(names), quick, render)) > 1 or (save and not quick):
@@ -52,7 +58,11 @@ def main(names: tuple[str, ...], quick: bool, save: bool, render: bool) -> None:
     if quick:
         _quick(save)
         return
-    failures = [] if render else _measure([scenario for scenario in FULL if not names or scenario.name in names], _keep)
+    failures = (
+        []
+        if render
+        else _measure([scenario for scenario in FULL if not names or scenario.name in names], _keep)
+    )
     results = _kept()
     report.render(results)
     plots.draw(results)
@@ -81,11 +91,21 @@ def _quick(save: bool) -> None:
     results: report.Results = {}
     failures = _measure(QUICK, results.__setitem__)
     now, machine = report.goal_figures(results), _machine()
-    was: dict[str, Any] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"machine": {}, "figures": {}}
+    was: dict[str, Any] = (
+        json.loads(BASELINE.read_text()) if BASELINE.exists() else {"machine": {}, "figures": {}}
+    )
     if not was["figures"] and not save:
         click.echo("There is no baseline yet: --save makes these figures it.")
-    click.echo(report.comparison({what: report.Figure(*numbers) for what, numbers in was["figures"].items()}, now))
-    changes = [f"{text}, not {machine.get(key)}" for key, text in was["machine"].items() if text != machine.get(key)]
+    click.echo(
+        report.comparison(
+            {what: report.Figure(*numbers) for what, numbers in was["figures"].items()}, now
+        )
+    )
+    changes = [
+        f"{text}, not {machine.get(key)}"
+        for key, text in was["machine"].items()
+        if text != machine.get(key)
+    ]
     click.echo("".join(f"\nThe baseline was made with {change}." for change in changes))
     if save and not failures:
         BASELINE.write_text(json.dumps({"machine": machine, "figures": now}, indent=1) + "\n")
@@ -99,28 +119,40 @@ def _end(failures: list[str]) -> None:
     sys.exit(1 if failures else 0)
 
 
-def _measure(scenarios: Sequence[Scenario], keep: Callable[[str, dict[str, Any]], None]) -> list[str]:
+def _measure(
+    scenarios: Sequence[Scenario], keep: Callable[[str, dict[str, Any]], None]
+) -> list[str]:
     """Run scenarios, hand on the samples of each that has not failed, and return what failed."""
     peers.build(peers.PEERS)
     if len(CORES) < 2:
         _warn("one core for servers and load generator: the figures say little")
     if os.getloadavg()[0] > 0.5:
-        _warn(f"something else runs on this machine (load {os.getloadavg()[0]:.1f}): the figures will be worse for it")
+        _warn(
+            f"something else runs on this machine (load {os.getloadavg()[0]:.1f}): the figures will be worse for it"
+        )
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < LEAST_FILES:
-        _warn(f"the limit of open files is below {LEAST_FILES:,} (ulimit -Hn): what holds many clients will fail")
+        _warn(
+            f"the limit of open files is below {LEAST_FILES:,} (ulimit -Hn): what holds many clients will fail"
+        )
     os.sched_setaffinity(0, LOAD_CORE)  # Children inherit it; servers are put elsewhere.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     machine = _machine()
     samples: dict[str, list[Sample]] = {scenario.name: [] for scenario in scenarios}
-    runs = [(each, number, case) for each in scenarios for number in range(each.rounds) for case in each.cases]
+    runs = [
+        (each, number, case)
+        for each in scenarios
+        for number in range(each.rounds)
+        for case in each.cases
+    ]
     failures: dict[str, list[str]] = {}
     with closing(_shown(runs)) as shown:
         for at, (scenario, number, case) in enumerate(shown, 1):
             name = scenario.name
             try:
                 samples[name] += [
-                    {"round": number, **case, **sample} for sample in scenario.run(scenario.seconds, **case)
+                    {"round": number, **case, **sample}
+                    for sample in scenario.run(scenario.seconds, **case)
                 ]
             except (Failed, RuntimeError, OSError, AssertionError, psutil.Error) as error:
                 failures.setdefault(name, []).append(
@@ -137,7 +169,9 @@ def _warn(text: str) -> None:
 
 
 def _label(scenario: Scenario, number: int, case: dict[str, Any]) -> str:
-    values = ", ".join(f"{value} {key}" if isinstance(value, int) else str(value) for key, value in case.items())
+    values = ", ".join(
+        f"{value} {key}" if isinstance(value, int) else str(value) for key, value in case.items()
+    )
     return f"{scenario.name}: {values}, round {number + 1} of {scenario.rounds}"
 
 
@@ -147,10 +181,18 @@ def _shown(runs: list[Run]) -> Generator[Run]:
     if not console.is_terminal:
         started = time.monotonic()
         for number, run in enumerate(runs, 1):
-            click.echo(f"{time.monotonic() - started:6.0f} s  {number}/{len(runs)}  {_label(*run)}", err=True)
+            click.echo(
+                f"{time.monotonic() - started:6.0f} s  {number}/{len(runs)}  {_label(*run)}",
+                err=True,
+            )
             yield run
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
         task = progress.add_task("", total=len(runs))
         for run in runs:
@@ -191,7 +233,9 @@ def _said_by(*words: str) -> str:
 
 def _said(*words: str) -> str:
     """Name and version of a program."""
-    said = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+    said = subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    ).stdout
     found = re.search(r"[0-9]+\.[0-9.]+", said)
     return f"{words[0]} {found[0] if found else 'of no version'}"
 
@@ -207,7 +251,10 @@ def _write(path: Path, results: report.Results) -> None:
 
 
 def _rounded(sample: Sample) -> Sample:
-    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in sample.items()}
+    return {
+        key: float(f"{value:.5g}") if isinstance(value, float) else value
+        for key, value in sample.items()
+    }
 
 
 if __name__ == "__main__":

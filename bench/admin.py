@@ -1,4 +1,5 @@
-"""What the admin port costs: commands of a server that is scraped every second, beside those of one that has none.
+"""What the admin port costs: commands of a server that is scraped every second, beside those of one
+that has none.
 
 A scenario of `bin/bench`. The scrapes are made on the load generator's core.
 """
@@ -16,7 +17,9 @@ PATHS = ("/metrics", "/status.json")
 
 
 def admin(seconds: float, admin_port: str) -> Iterator[Sample]:
-    """Answer commands, one in flight on each connection, with OFF or SCRAPED; what of the CPU is the agent's."""
+    """Answer commands, one in flight on each connection, with OFF or SCRAPED; what of the CPU is
+    the agent's.
+    """
     port = free_port()
     is_scraped = admin_port == SCRAPED
     options = ("--admin-port", str(port)) if is_scraped else ()

@@ -1,7 +1,8 @@
-"""What beats cost: the script inside Redis at 3, 300 and 3,000 servers, and one Redis under the beats of 3,000.
+"""What beats cost: the script inside Redis at 3, 300 and 3,000 servers, and one Redis under the
+beats of 3,000.
 
-A scenario of `bin/bench`. Starts a Redis of its own on a unix socket, and ends it. The script and its arguments are
-gserver's; only the servers are simulated, each with a connection of its own.
+A scenario of `bin/bench`. Starts a Redis of its own on a unix socket, and ends it. The script and
+its arguments are gserver's; only the servers are simulated, each with a connection of its own.
 """
 
 import heapq
@@ -19,10 +20,10 @@ from pathlib import Path
 import psutil
 import redis
 
-from gserver.cluster import JITTER
+from gserver.cluster.heartbeat import JITTER
+from gserver.cluster.membership import Reply
+from gserver.cluster.redis_link import SCRIPT, RedisLink, sha_of
 from gserver.config import Config
-from gserver.membership import Reply
-from gserver.redis_link import SCRIPT, RedisLink, sha_of
 
 SIZES = (3, 300, 3000)
 ROUNDS = 9
@@ -34,10 +35,22 @@ KEYS = RedisLink(Config(redis_url="redis://localhost")).keys
 
 @contextmanager
 def running_redis(port: int = 0) -> Iterator[tuple[redis.Redis, psutil.Process, str]]:
-    """A Redis that keeps nothing on disk, its process, and the path of its socket; on a port too if one is named."""
+    """A Redis that keeps nothing on disk, its process, and the path of its socket; on a port too if
+    one is named.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/redis.sock"
-        words = ["redis-server", "--port", str(port), "--unixsocket", path, "--save", "", "--dir", folder]
+        words = [
+            "redis-server",
+            "--port",
+            str(port),
+            "--unixsocket",
+            path,
+            "--save",
+            "",
+            "--dir",
+            folder,
+        ]
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         try:
             client = redis.Redis(unix_socket_path=path)
@@ -52,17 +65,23 @@ def running_redis(port: int = 0) -> Iterator[tuple[redis.Redis, psutil.Process, 
 
 def command(*words: str) -> bytes:
     """The words as Redis wants them."""
-    return f"*{len(words)}\r\n".encode() + b"".join(f"${len(word)}\r\n{word}\r\n".encode() for word in words)
+    return f"*{len(words)}\r\n".encode() + b"".join(
+        f"${len(word)}\r\n{word}\r\n".encode() for word in words
+    )
 
 
 def beat(member: int, stamp: int, count: int) -> bytes:
-    """One server's beat, as `gserver.cluster` sends it."""
+    """One server's beat, as `gserver.cluster.heartbeat` sends it."""
     own = (f"{member:08x}-0000-4000-8000-000000000000", f"{member:016x}", str(stamp), str(count))
-    return command("EVALSHA", sha_of(SCRIPT), str(len(KEYS)), *KEYS, *own, TTL_MS, INTERVAL_MS, "", "0", "0")
+    return command(
+        "EVALSHA", sha_of(SCRIPT), str(len(KEYS)), *KEYS, *own, TTL_MS, INTERVAL_MS, "", "0", "0"
+    )
 
 
 def script_times(rounds: int = ROUNDS, beats: int = BEATS) -> dict[int, list[float]]:
-    """Microseconds of the script inside Redis for each number of servers, round by round, each size in its turn."""
+    """Microseconds of the script inside Redis for each number of servers, round by round, each size
+    in its turn.
+    """
     times: dict[int, list[float]] = {size: [] for size in SIZES}
     with running_redis() as (client, _, path), socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
@@ -70,7 +89,13 @@ def script_times(rounds: int = ROUNDS, beats: int = BEATS) -> dict[int, list[flo
             client.delete(*KEYS)
             run(sock, [beat(member, 1, member % 7) for member in range(size)])
             client.config_resetstat()
-            run(sock, [beat(number % size, 2 + number // size, random.randrange(100)) for number in range(beats)])
+            run(
+                sock,
+                [
+                    beat(number % size, 2 + number // size, random.randrange(100))
+                    for number in range(beats)
+                ],
+            )
             stats = client.info("commandstats")["cmdstat_evalsha"]
             assert stats["calls"] == beats
             assert client.hlen(KEYS[0]) == size
@@ -117,7 +142,9 @@ def under_beats(size: int, seconds: float) -> dict[str, float]:
                 socks[member].sendall(data)
                 sent_at[member] = now
                 sent_bytes += len(data)
-            for key, _ in selector.select(min(0.01, max(0.0, due[0][0] - time.monotonic())) if due else 0.01):
+            for key, _ in selector.select(
+                min(0.01, max(0.0, due[0][0] - time.monotonic())) if due else 0.01
+            ):
                 received_bytes += len(socks[key.data].recv(4096))
                 delay = time.monotonic() - sent_at[key.data]
                 delays.append(delay)

@@ -1,4 +1,6 @@
-"""How things are measured: CPU and memory of a server's processes, and the work of the load generator."""
+"""How things are measured: CPU and memory of a server's processes, and the work of the load
+generator.
+"""
 
 import itertools
 import json
@@ -38,17 +40,24 @@ def tree(server: Server) -> list[int]:
     return [
         each
         for pid in server.pids
-        for each in (pid, *sorted(child.pid for child in psutil.Process(pid).children(recursive=True)))
+        for each in (
+            pid,
+            *sorted(child.pid for child in psutil.Process(pid).children(recursive=True)),
+        )
     ]
 
 
 def in_role(server: Server, role: str) -> list[int]:
     """Those of gserver's processes that have this role: `worker` or `agent`."""
-    return [pid for pid in tree(server) if f"\0{role}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return [
+        pid for pid in tree(server) if f"\0{role}\0" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
 
 
 def cpu_ns(pids: list[int]) -> int:
-    """CPU time that processes have used, their ended threads included: from the clock that the kernel keeps of each."""
+    """CPU time that processes have used, their ended threads included: from the clock that the
+    kernel keeps of each.
+    """
     return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in pids)
 
 
@@ -68,10 +77,23 @@ def _memory(pids: list[int], kind: str) -> int:
 
 
 @contextmanager
-def load(mode: str, server: Server, *arguments: object, limit: float = PATIENCE_SECONDS) -> Iterator["Load"]:
-    """Run the load generator beside the body; it is ended with it, and after `limit` seconds in any case."""
-    words = [str(LOAD), *(["tls"] if server.is_tls else []), mode, server.host, str(server.port), *map(str, arguments)]
-    if mode == "connect":  # From an address of its own, since the ports of the one before are not free for a minute.
+def load(
+    mode: str, server: Server, *arguments: object, limit: float = PATIENCE_SECONDS
+) -> Iterator["Load"]:
+    """Run the load generator beside the body; it is ended with it, and after `limit` seconds in any
+    case.
+    """
+    words = [
+        str(LOAD),
+        *(["tls"] if server.is_tls else []),
+        mode,
+        server.host,
+        str(server.port),
+        *map(str, arguments),
+    ]
+    if (
+        mode == "connect"
+    ):  # From an address of its own, since the ports of the one before are not free for a minute.
         words.append(f"127.1.{next(_runs) % 250}.1")
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
@@ -97,7 +119,9 @@ class Load:
         line = self._process.stdout.readline().strip()
         if not line:
             self._process.kill()
-            raise Failed(f"the load generator ended: {self._process.stderr.read().strip() or 'it took too long'}")
+            raise Failed(
+                f"the load generator ended: {self._process.stderr.read().strip() or 'it took too long'}"
+            )
         return line
 
     def expect(self, wanted: str) -> None:
@@ -122,8 +146,12 @@ class Load:
         return result
 
 
-def work(server: Server, mode: str, *arguments: object, during: Callable[[], Sample] = dict) -> Sample:
-    """Let the load generator work a server: latencies, CPU for each answer, and what `during` returns meanwhile."""
+def work(
+    server: Server, mode: str, *arguments: object, during: Callable[[], Sample] = dict
+) -> Sample:
+    """Let the load generator work a server: latencies, CPU for each answer, and what `during`
+    returns meanwhile.
+    """
     pids = tree(server)
     with load(mode, server, *arguments) as process:
         process.expect("start")
@@ -133,7 +161,12 @@ def work(server: Server, mode: str, *arguments: object, during: Callable[[], Sam
         used = cpu_ns(pids) - before
     if tree(server) != pids:
         raise Failed("a process of the server ended or began meanwhile")
-    return {"cpu_us": used / 1e3 / result["answers"], "busy": used / 1e9 / result["seconds"], **result, **more}
+    return {
+        "cpu_us": used / 1e3 / result["answers"],
+        "busy": used / 1e9 / result["seconds"],
+        **result,
+        **more,
+    }
 
 
 class Client:

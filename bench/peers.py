@@ -1,6 +1,8 @@
-"""The servers that are measured side by side: how each is built, started on cores of its own, and ended.
+"""The servers that are measured side by side: how each is built, started on cores of its own, and
+ended.
 
-The sources of all but gserver are in `bench/peers/`. gserver has on all that it has: limits, deadlines, logs, metrics.
+The sources of all but gserver are in `bench/peers/`. gserver has on all that it has: limits,
+deadlines, logs, metrics.
 """
 
 import os
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from gserver.process import RESERVED_FILES
+from gserver.boot import RESERVED_FILES
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "bench" / "peers"
@@ -31,7 +33,12 @@ PATIENCE = 10.0
 PYTHON = (sys.executable, "-P")
 GSERVER = (*PYTHON, "-m", "gserver", "serve", "--port", "PORT", "--workers", "1")
 #: Programs that are run as they come, and the packages that have them.
-PROGRAMS = {"redis-server": "redis-server", "haproxy": "haproxy", "stunnel": "stunnel4", "openssl": "openssl"}
+PROGRAMS = {
+    "redis-server": "redis-server",
+    "haproxy": "haproxy",
+    "stunnel": "stunnel4",
+    "openssl": "openssl",
+}
 GCC = ("gcc", "-O2", "-Wall", "-Wextra", "-o")
 #: What would configure gserver from outside.
 FOREIGN = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT", "STATSD_PREFIX")
@@ -39,7 +46,9 @@ FOREIGN = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT",
 
 @dataclass(frozen=True)
 class Peer:
-    """A server: its title in tables, the words that start it, PORT among them, and what is to be compiled."""
+    """A server: its title in tables, the words that start it, PORT among them, and what is to be
+    compiled.
+    """
 
     name: str
     title: str
@@ -50,7 +59,9 @@ class Peer:
 
 @dataclass(frozen=True)
 class Server:
-    """One that runs. `pids` are the processes started, its own and that of one behind it; gserver's has children."""
+    """One that runs. `pids` are the processes started, its own and that of one behind it; gserver's
+    has children.
+    """
 
     name: str
     pids: tuple[int, ...]
@@ -67,9 +78,15 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("gserver", "gserver", GSERVER),
-        Peer("gserver-greenlets", "gserver, a greenlet each", (*GSERVER, "--client-greenlets", "always")),
+        Peer(
+            "gserver-greenlets",
+            "gserver, a greenlet each",
+            (*GSERVER, "--client-greenlets", "always"),
+        ),
         Peer("epoll", "C, epoll", (str(BUILT / "epoll"), "PORT"), SOURCES / "epoll.c", GCC),
-        Peer("go", "Go, net", (str(BUILT / "go"), "PORT"), SOURCES / "main.go", ("go", "build", "-o")),
+        Peer(
+            "go", "Go, net", (str(BUILT / "go"), "PORT"), SOURCES / "main.go", ("go", "build", "-o")
+        ),
         Peer("uvloop", "uvloop, protocol", _script("protocol.py", "uvloop")),
         Peer("asyncio", "asyncio, protocol", _script("protocol.py", "asyncio")),
         Peer("uvloop-streams", "uvloop, streams", _script("streams.py", "uvloop")),
@@ -91,7 +108,9 @@ def build(names: Iterable[str]) -> None:
             _compile(peer.source, Path(peer.words[0]), peer.compiler)
 
 
-def _compile(source: Path, target: Path, compiler: tuple[str, ...], libraries: tuple[str, ...] = ()) -> None:
+def _compile(
+    source: Path, target: Path, compiler: tuple[str, ...], libraries: tuple[str, ...] = ()
+) -> None:
     if target.exists() and target.stat().st_mtime > source.stat().st_mtime:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,14 +120,17 @@ def _compile(source: Path, target: Path, compiler: tuple[str, ...], libraries: t
         package = "golang-go" if compiler[0] == "go" else f"{compiler[0]} libc6-dev"
         raise SystemExit(f"bench: {compiler[0]} is missing: apt-get install {package}") from None
     except subprocess.CalledProcessError:
-        raise SystemExit(f"bench: {compiler[0]} could not build {source.relative_to(ROOT)}: see above") from None
+        raise SystemExit(
+            f"bench: {compiler[0]} could not build {source.relative_to(ROOT)}: see above"
+        ) from None
 
 
 @contextmanager
 def running(
     name: str, *, cores: set[int], options: tuple[str, ...] = (), tls: ssl.SSLContext | None = None
 ) -> Iterator[Server]:
-    """Run a server on a free port of loopback and on these cores, for the time of the body; `options` come last.
+    """Run a server on a free port of loopback and on these cores, for the time of the body;
+    `options` come last.
 
     With `tls`, which is a client's, it is one that speaks TLS.
     """
@@ -117,7 +139,12 @@ def running(
         statsd.bind((HOST, 0))  # never read: the kernel drops what is too much
         if PEERS[name].words[: len(GSERVER)] == GSERVER:
             metrics = ("--statsd-host", HOST, "--statsd-port", str(statsd.getsockname()[1]))
-            clients = ("--max-clients", str(min(60_000, limit - RESERVED_FILES)), "--idle-timeout", "600")
+            clients = (
+                "--max-clients",
+                str(min(60_000, limit - RESERVED_FILES)),
+                "--idle-timeout",
+                "600",
+            )
             options = (*metrics, *clients, *options)
         port = free_port()
         words = [str(port) if word == "PORT" else word for word in PEERS[name].words]
@@ -129,14 +156,22 @@ def running(
 def started(
     name: str, words: list[str], port: int, *, cores: set[int], tls: ssl.SSLContext | None = None
 ) -> Iterator[Server]:
-    """Run a program on these cores that answers on this port of loopback as gserver does, for the time of the body."""
+    """Run a program on these cores that answers on this port of loopback as gserver does, for the
+    time of the body.
+    """
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # children inherit it
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("GSERVER_") and key not in FOREIGN}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("GSERVER_") and key not in FOREIGN
+    }
     environment = {**kept, "PYTHONPATH": str(ROOT), "GOMAXPROCS": str(len(cores))}
     pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([*pinned, *words], stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            [*pinned, *words], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
         server = Server(name, (process.pid,), HOST, port, tls is not None)
         try:
             _wait_until_it_answers(process, server, tls, log)
@@ -145,7 +180,9 @@ def started(
             has_died = process.poll() is not None
             _end(process)
             if has_died:
-                raise RuntimeError(f"{name} ended with status {process.returncode}; it said:\n{_said(log)}")
+                raise RuntimeError(
+                    f"{name} ended with status {process.returncode}; it said:\n{_said(log)}"
+                )
 
 
 def free_port() -> int:

@@ -33,7 +33,9 @@ class Figure(NamedTuple):
 
     @property
     def notch(self) -> float:
-        """How far off the median may be, at 95 %: the notches of a box plot (McGill, Tukey, Larsen, 1978)."""
+        """How far off the median may be, at 95 %: the notches of a box plot (McGill, Tukey, Larsen,
+        1978).
+        """
         return float(1.57 * (self.high - self.low) / self.rounds**0.5)
 
 
@@ -47,7 +49,11 @@ def number(value: float) -> str:
 def samples_of(results: Results, name: str, **where: Any) -> list[Sample]:
     """The samples of a scenario that have these values."""
     samples: list[Sample] = results.get(name, {}).get("samples", [])
-    return [sample for sample in samples if all(sample.get(key, value) == value for key, value in where.items())]
+    return [
+        sample
+        for sample in samples
+        if all(sample.get(key, value) == value for key, value in where.items())
+    ]
 
 
 def pick(results: Results, name: str, measure: str, **where: Any) -> list[float]:
@@ -59,7 +65,9 @@ def summary(values: list[float]) -> Figure | None:
     """The median of values, and the quartiles."""
     if not values:
         return None
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
+    )
     return Figure(median, low, high, len(values))
 
 
@@ -68,19 +76,27 @@ def figure(results: Results, name: str, measure: str, **where: Any) -> Figure | 
     return summary(pick(results, name, measure, **where))
 
 
-def ratio(results: Results, name: str, measure: str, over: dict[str, Any], **where: Any) -> Figure | None:
-    """The median of a measure in parts of another's, the same but for `over`; about it, the spread of the rounds."""
+def ratio(
+    results: Results, name: str, measure: str, over: dict[str, Any], **where: Any
+) -> Figure | None:
+    """The median of a measure in parts of another's, the same but for `over`; about it, the spread
+    of the rounds.
+    """
     above, below = (pick(results, name, measure, **(where | more)) for more in ({}, over))
     rounds = summary([one / other for one, other in zip(above, below, strict=False)])
     if not rounds:
         return None
     value = statistics.median(above) / statistics.median(below)
-    return Figure(value, value * rounds.low / rounds.value, value * rounds.high / rounds.value, rounds.rounds)
+    return Figure(
+        value, value * rounds.low / rounds.value, value * rounds.high / rounds.value, rounds.rounds
+    )
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: a measure, in parts of that of others if `over` says which, or a percentile of all samples."""
+    """A column: a measure, in parts of that of others if `over` says which, or a percentile of all
+    samples.
+    """
 
     measure: str
     over: tuple[str, Any] | None = None
@@ -90,7 +106,11 @@ class Column:
         """What stands there."""
         if self.percent is not None:
             values = sorted(pick(results, name, self.measure, **where))
-            return number(values[min(len(values) - 1, len(values) * self.percent // 100)]) if values else "-"
+            return (
+                number(values[min(len(values) - 1, len(values) * self.percent // 100)])
+                if values
+                else "-"
+            )
         if self.over:
             found = ratio(results, name, self.measure, dict([self.over]), **where)
             return f"{found.value:.2f}" if found else "-"
@@ -99,7 +119,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a scenario: a line for each combination of the values of `keys`, those of the second side by side."""
+    """A table of a scenario: a line for each combination of the values of `keys`, those of the
+    second side by side.
+    """
 
     scenario: str
     keys: dict[str, str]
@@ -110,16 +132,31 @@ class Table:
     def write(self, results: Results) -> str:
         """Write it in Markdown."""
         names = [*self.keys, *([self.across] if self.across else [])]
-        samples = [sample for sample in results[self.scenario]["samples"] if all(name in sample for name in names)]
-        seen = sorted(dict.fromkeys(tuple(sample[name] for name in self.keys) for sample in samples), key=_order)
-        sides = list(dict.fromkeys(sample[self.across] for sample in samples)) if self.across else [None]
+        samples = [
+            sample
+            for sample in results[self.scenario]["samples"]
+            if all(name in sample for name in names)
+        ]
+        seen = sorted(
+            dict.fromkeys(tuple(sample[name] for name in self.keys) for sample in samples),
+            key=_order,
+        )
+        sides = (
+            list(dict.fromkeys(sample[self.across] for sample in samples))
+            if self.across
+            else [None]
+        )
         head = [*self.keys.values()]
-        head += [column if side is None else _title(side) for side in sides for column in self.columns]
+        head += [
+            column if side is None else _title(side) for side in sides for column in self.columns
+        ]
         rows = []
         for values in seen:
             where = dict(zip(self.keys, values, strict=True))
             cells = [
-                column.cell(results, self.scenario, where if side is None else {**where, self.across: side})
+                column.cell(
+                    results, self.scenario, where if side is None else {**where, self.across: side}
+                )
                 for side in sides
                 for column in self.columns.values()
             ]
@@ -169,14 +206,23 @@ TABLES = {
             "p99, µs": Column("p99_us"),
         },
     ),
-    "connect": Table("connect", {"server": "server"}, {"CPU a connection, µs": CPU, "in uvloop's": OF_UVLOOP}),
+    "connect": Table(
+        "connect", {"server": "server"}, {"CPU a connection, µs": CPU, "in uvloop's": OF_UVLOOP}
+    ),
     "idle": Table(
         "idle",
         {"clients": "clients", "server": "server"},
-        {"memory a client, bytes": Column("client_bytes"), "CPU, % of a core": Column("cpu_percent")},
+        {
+            "memory a client, bytes": Column("client_bytes"),
+            "CPU, % of a core": Column("cpu_percent"),
+        },
     ),
-    "connections": Table("connections", {"clients": "connections; CPU a command, µs"}, {"": CPU}, "server"),
-    "memory": Table("connections", {"clients": "connections; memory, MB"}, {"": Column("memory_mb")}, "server"),
+    "connections": Table(
+        "connections", {"clients": "connections; CPU a command, µs"}, {"": CPU}, "server"
+    ),
+    "memory": Table(
+        "connections", {"clients": "connections; memory, MB"}, {"": Column("memory_mb")}, "server"
+    ),
     "depth": Table("depth", {"depth": "in flight; CPU a command, µs"}, {"": CPU}, "server"),
     "workers": Table(
         "workers",
@@ -228,7 +274,10 @@ TABLES = {
     "beats": Table(
         "beats",
         {"servers": "servers"},
-        {"script inside Redis, µs a beat": Column("script_us"), **{name: Column(name) for name in BEAT_MEASURES}},
+        {
+            "script inside Redis, µs a beat": Column("script_us"),
+            **{name: Column(name) for name in BEAT_MEASURES},
+        },
         is_turned=True,
     ),
 }
@@ -249,7 +298,8 @@ class Goal:
         """Its line of the table."""
         sign = "≥" if self.is_least else "≤"
         wanted, further = (
-            "" if limit is None else f"{sign} {limit:,g} {self.unit}".strip() for limit in (self.limit, self.further)
+            "" if limit is None else f"{sign} {limit:,g} {self.unit}".strip()
+            for limit in (self.limit, self.further)
         )
         if not (found := self.measured(results)):
             return [self.what, wanted, further, "-", "not measured"]
@@ -257,9 +307,13 @@ class Goal:
         return [self.what, wanted, further, str(found), "yes" if is_met else "**no**"]
 
 
-def _in(other: str, name: str = "speed", measure: str = "cpu_us", **where: Any) -> Callable[[Results], Figure | None]:
+def _in(
+    other: str, name: str = "speed", measure: str = "cpu_us", **where: Any
+) -> Callable[[Results], Figure | None]:
     """What gserver takes in parts of what another server does."""
-    return lambda results: ratio(results, name, measure, {"server": other}, server="gserver", **where)
+    return lambda results: ratio(
+        results, name, measure, {"server": other}, server="gserver", **where
+    )
 
 
 def _of(name: str, measure: str, **where: Any) -> Callable[[Results], Figure | None]:
@@ -290,11 +344,20 @@ GOALS = (
             further,
         )
         for order in ORDERS
-        for server, title, limit, further in (("uvloop", "uvloop", 0.9, 0.5), ("go", "Go", 1.4, None))
+        for server, title, limit, further in (
+            ("uvloop", "uvloop", 0.9, 0.5),
+            ("go", "Go", 1.4, None),
+        )
     ),
     Goal("CPU a connection, in uvloop's", 1.5, "", _in("uvloop", "connect"), 1.0),
     Goal("latency p99, 1 in flight, in uvloop's", 1.3, "", _in("uvloop", measure="p99_us", **ONE)),
-    Goal("memory a client of 10,000 idle ones", 2048, "bytes", _of("idle", "client_bytes", **IDLE), 500),
+    Goal(
+        "memory a client of 10,000 idle ones",
+        2048,
+        "bytes",
+        _of("idle", "client_bytes", **IDLE),
+        500,
+    ),
     Goal("the same, in Go's", 1.0, "", _in("go", "idle", "client_bytes", clients=10000)),
     Goal("CPU with 10,000 idle clients, of a core", 1.0, "%", _of("idle", "cpu_percent", **IDLE)),
     Goal("CPU a command with 1,000 connections, in that with 64", 1.3, "", _with(1000)),
@@ -309,7 +372,13 @@ GOALS = (
         )
         for clients in (64, 1000)
     ),
-    Goal("clients held at once, by what each is told", 50000, "", _of("hold", "lowest"), is_least=True),
+    Goal(
+        "clients held at once, by what each is told",
+        50000,
+        "",
+        _of("hold", "lowest"),
+        is_least=True,
+    ),
     Goal("start to the first answer", 0.5, "s", _of("start", "start_s", workers=1)),
 )
 
@@ -326,7 +395,9 @@ def comparison(was: dict[str, Figure], now: dict[str, Figure]) -> str:
         old = was.get(what)
         move = new.value - old.value if old else 0.0
         is_real = old and abs(move) > LEAST_MOVE * old.value and abs(move) > old.notch + new.notch
-        said = f"{move / old.value:+.0%}" if old and is_real else "within the spread" if old else "new"
+        said = (
+            f"{move / old.value:+.0%}" if old and is_real else "within the spread" if old else "new"
+        )
         rows.append([what, str(old or "-"), str(new), said])
     return table(["", "was", "is", "moved"], rows)
 
@@ -342,8 +413,12 @@ def tables(results: Results, scenarios: Iterable[str]) -> dict[str, str]:
             for name, item in TABLES.items()
             if item.scenario in scenarios and item.scenario in results
         },
-        "goals": table(["", "goal", "further aim", "measured", "met"], [goal.row(results) for goal in GOALS]),
-        "machine": table(["measured on", "what"], [[text, ", ".join(names)] for text, names in machines.items()]),
+        "goals": table(
+            ["", "goal", "further aim", "measured", "met"], [goal.row(results) for goal in GOALS]
+        ),
+        "machine": table(
+            ["measured on", "what"], [[text, ", ".join(names)] for text, names in machines.items()]
+        ),
     }
 
 
@@ -352,5 +427,7 @@ def render(results: Results) -> None:
     page = PAGE.read_text()
     for name, text in tables(results, results).items():
         start, end = f"<!-- table: {name} -->", "<!-- end -->"
-        page = re.sub(f"{start}.*?{end}", f"{start}\n\n{text}\n\n{end}".replace("\\", r"\\"), page, flags=re.S)
+        page = re.sub(
+            f"{start}.*?{end}", f"{start}\n\n{text}\n\n{end}".replace("\\", r"\\"), page, flags=re.S
+        )
     PAGE.write_text(page)

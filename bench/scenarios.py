@@ -1,4 +1,6 @@
-"""What is measured: each scenario is a list of cases that take turns, round by round, and a function that runs one."""
+"""What is measured: each scenario is a list of cases that take turns, round by round, and a
+function that runs one.
+"""
 
 import itertools
 import os
@@ -50,10 +52,16 @@ class Scenario:
 
 
 def speed(seconds: float, server: str) -> Iterator[Sample]:
-    """Answer commands, one in flight on each connection, and 32: WHO, WHERE and WHY in turn, and in any order."""
+    """Answer commands, one in flight on each connection, and 32: WHO, WHERE and WHY in turn, and in
+    any order.
+    """
     with running(server, cores=SERVER_CORE) as peer:
         for number, order in ((1, ORDERS[0]), (32, ORDERS[0]), (32, ORDERS[1])):
-            yield {"depth": number, "order": order, **work(peer, MODES[order], CLIENTS, number, seconds)}
+            yield {
+                "depth": number,
+                "order": order,
+                **work(peer, MODES[order], CLIENTS, number, seconds),
+            }
 
 
 def depth(seconds: float, server: str) -> Iterator[Sample]:
@@ -77,21 +85,29 @@ def idle(seconds: float, server: str) -> Iterator[Sample]:
         pids, held = tree(peer), 0
         before = own_memory(pids)
         for clients in (1000, 10000):
-            process = stack.enter_context(load("hold", peer, clients - held, limit=PATIENCE_SECONDS + seconds))
+            process = stack.enter_context(
+                load("hold", peer, clients - held, limit=PATIENCE_SECONDS + seconds)
+            )
             process.expect(f"held {clients - held}")
             held = clients
             time.sleep(0.5)
             started, cpu = time.monotonic(), cpu_ns(pids)
             time.sleep(seconds if clients == 10000 else 1)
             used = (cpu_ns(pids) - cpu) / 1e9 / (time.monotonic() - started)
-            yield {"clients": clients, "client_bytes": (own_memory(pids) - before) / clients, "cpu_percent": 100 * used}
+            yield {
+                "clients": clients,
+                "client_bytes": (own_memory(pids) - before) / clients,
+                "cpu_percent": 100 * used,
+            }
 
 
 def connections(seconds: float, server: str, clients: int) -> Iterator[Sample]:
     """Answer commands of many clients, all of them active."""
     with running(server, cores=SERVER_CORE) as peer:
         pids = tree(peer)
-        yield work(peer, "pipeline", clients, 1, seconds, during=lambda: {"memory_mb": memory(pids) / 1e6})
+        yield work(
+            peer, "pipeline", clients, 1, seconds, during=lambda: {"memory_mb": memory(pids) / 1e6}
+        )
 
 
 def workers(seconds: float, workers: int, clients: int) -> Iterator[Sample]:
@@ -106,13 +122,18 @@ def workers(seconds: float, workers: int, clients: int) -> Iterator[Sample]:
             taken = [_sockets(pid) - 1 for pid in own]  # less the one that listens
             if sum(taken) != clients:
                 raise Failed(f"the workers hold {taken}, not {clients} clients")
-            return {"busiest_percent": 100 * max(taken) / clients, "idlest_percent": 100 * min(taken) / clients}
+            return {
+                "busiest_percent": 100 * max(taken) / clients,
+                "idlest_percent": 100 * min(taken) / clients,
+            }
 
         yield work(server, "pipeline", clients, 1, seconds, during=spread)
 
 
 def _sockets(pid: int) -> int:
-    return sum(os.readlink(entry.path).startswith("socket:") for entry in os.scandir(f"/proc/{pid}/fd"))
+    return sum(
+        os.readlink(entry.path).startswith("socket:") for entry in os.scandir(f"/proc/{pid}/fd")
+    )
 
 
 def hold(_seconds: float, processes: int) -> Iterator[Sample]:
@@ -123,7 +144,9 @@ def hold(_seconds: float, processes: int) -> Iterator[Sample]:
         pids = tree(server)
         before, started = own_memory(pids), time.monotonic()
         loads = [
-            stack.enter_context(load("hold", server, HELD_BY_ONE, f"127.0.0.{number + 1}", limit=120))
+            stack.enter_context(
+                load("hold", server, HELD_BY_ONE, f"127.0.0.{number + 1}", limit=120)
+            )
             for number in range(processes)
         ]
         for process in loads:
@@ -145,14 +168,18 @@ def hold(_seconds: float, processes: int) -> Iterator[Sample]:
 def start(_seconds: float, workers: int) -> Iterator[Sample]:
     """From the start of bin/gserver, which was set up before, to its first answer."""
     port = free_port()
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("GSERVER_") and k not in FOREIGN}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith("GSERVER_") and k not in FOREIGN
+    }
     if sys.prefix not in (sys.base_prefix, str(ROOT / ".venv")):
         kept["VIRTUAL_ENV"] = sys.prefix
     subprocess.run([ROOT / "bin/setup"], env=kept, check=True, stdout=subprocess.DEVNULL)
     words = ["taskset", "-c", ",".join(map(str, CORES)), str(ROOT / "bin/gserver")]
     words += ["--port", str(port), "--workers", str(workers)]
     begun = time.monotonic()
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=kept) as process:
+    with subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=kept
+    ) as process:
         try:
             yield {"start_s": _first_answer(process, port) - begun}
         finally:
@@ -188,7 +215,9 @@ def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
     redis = ("--redis-url", f"redis://127.0.0.1:{port}")
     pace = ("--beat-interval", f"{interval:g}", "--member-ttl", f"{max(5, 5 * interval):g}")
     with beats.running_redis(port), ExitStack() as stack:
-        entered = [running("gserver", cores=set(CORES), options=(*redis, *pace)) for _ in range(MEMBERS)]
+        entered = [
+            running("gserver", cores=set(CORES), options=(*redis, *pace)) for _ in range(MEMBERS)
+        ]
         first, *others = [stack.enter_context(server) for server in entered]
         watchers = [stack.enter_context(Client(server.port)) for server in others]
         _moments(watchers, len(watchers))
@@ -196,7 +225,9 @@ def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
             time.sleep(random.uniform(0, interval))
             begun = time.monotonic()
             with Client(first.port):
-                yield from ({"delay_ms": 1e3 * (at - begun)} for at in _moments(watchers, len(watchers) + 1))
+                yield from (
+                    {"delay_ms": 1e3 * (at - begun)} for at in _moments(watchers, len(watchers) + 1)
+                )
             _moments(watchers, len(watchers))
 
 
@@ -216,24 +247,44 @@ def _moments(watchers: list[Client], wanted: int) -> list[float]:
 
 def _cases(**values: Iterable[Any]) -> tuple[dict[str, Any], ...]:
     """Every combination of the values."""
-    return tuple(dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values()))
+    return tuple(
+        dict(zip(values, combination, strict=True))
+        for combination in itertools.product(*values.values())
+    )
 
 
 FULL = (
     Scenario("speed", speed, _cases(server=PEERS), rounds=5, seconds=1),
-    Scenario("connect", connect, _cases(server=[name for name in PEERS if "streams" not in name]), 5, 1.5),
-    Scenario("idle", idle, _cases(server=("gserver", "gserver-greenlets", "epoll", "go", "uvloop", "gevent")), 3, 10),
+    Scenario(
+        "connect", connect, _cases(server=[name for name in PEERS if "streams" not in name]), 5, 1.5
+    ),
+    Scenario(
+        "idle",
+        idle,
+        _cases(server=("gserver", "gserver-greenlets", "epoll", "go", "uvloop", "gevent")),
+        3,
+        10,
+    ),
     Scenario(
         "connections",
         connections,
-        _cases(clients=(1, 8, 64, 500, 1000, 4000, 10000, 15000), server=("gserver", "epoll", "uvloop", "go")),
+        _cases(
+            clients=(1, 8, 64, 500, 1000, 4000, 10000, 15000),
+            server=("gserver", "epoll", "uvloop", "go"),
+        ),
         rounds=3,
         seconds=1.5,
     ),
-    Scenario("depth", depth, _cases(server=("gserver", "epoll", "go", "uvloop")), rounds=3, seconds=0.8),
-    Scenario("workers", workers, _cases(clients=(64, 1000), workers=(1, 2, 4)), rounds=5, seconds=1.5),
+    Scenario(
+        "depth", depth, _cases(server=("gserver", "epoll", "go", "uvloop")), rounds=3, seconds=0.8
+    ),
+    Scenario(
+        "workers", workers, _cases(clients=(64, 1000), workers=(1, 2, 4)), rounds=5, seconds=1.5
+    ),
     Scenario("tls", tls.tls, _cases(service=tls.SERVICES), rounds=5, seconds=1.5),
-    Scenario("admin", admin.admin, _cases(admin_port=(admin.OFF, admin.SCRAPED)), rounds=7, seconds=5),
+    Scenario(
+        "admin", admin.admin, _cases(admin_port=(admin.OFF, admin.SCRAPED)), rounds=7, seconds=5
+    ),
     Scenario("hold", hold, _cases(processes=(4,)), rounds=2),
     Scenario("start", start, _cases(workers=(1, 4)), rounds=11),
     Scenario("propagation", propagation, _cases(interval=(0.1, 0.2, 0.5, 1.0, 2.0)), rounds=1),
@@ -242,9 +293,17 @@ FULL = (
 )
 #: Enough for most of the goals, in less than two minutes.
 QUICK = (
-    Scenario("speed", speed, _cases(server=("gserver", "uvloop", "go", "gevent")), rounds=5, seconds=0.6),
+    Scenario(
+        "speed", speed, _cases(server=("gserver", "uvloop", "go", "gevent")), rounds=5, seconds=0.6
+    ),
     Scenario("connect", connect, _cases(server=("gserver", "uvloop")), rounds=5, seconds=0.6),
-    Scenario("connections", connections, _cases(clients=(64, 1000, 10000), server=("gserver",)), rounds=2, seconds=0.6),
+    Scenario(
+        "connections",
+        connections,
+        _cases(clients=(64, 1000, 10000), server=("gserver",)),
+        rounds=2,
+        seconds=0.6,
+    ),
     Scenario("idle", idle, _cases(server=("gserver", "go")), rounds=1, seconds=3),
     Scenario("start", start, _cases(workers=(1,)), rounds=5),
 )

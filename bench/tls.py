@@ -1,8 +1,8 @@
 """What TLS costs: gserver that speaks it, gserver behind a proxy that ends it, and gserver without.
 
-A scenario of `bin/bench`. A proxy and its gserver share one core, and the figures are those of both. All have one key
-and certificate (ECDSA, P-256), and log no clients; the load generator sees to it that version, group, cipher and
-handshakes are the same.
+A scenario of `bin/bench`. A proxy and its gserver share one core, and the figures are those of
+both. All have one key and certificate (ECDSA, P-256), and log no clients; the load generator sees
+to it that version, group, cipher and handshakes are the same.
 """
 
 import atexit
@@ -47,7 +47,8 @@ accept = {host}:{port}
 connect = {host}:{behind}
 cert = {pem}
 """
-#: Of each proxy by its title: the words that start it, the file of its configuration after them, and that file.
+#: Of each proxy by its title: the words that start it, the file of its configuration after them,
+#: and that file.
 PROXIES = {
     "HAProxy before gserver": (("haproxy", "-db", "-f"), HAPROXY),
     "stunnel before gserver": (("stunnel",), STUNNEL),
@@ -56,16 +57,23 @@ SERVICES = (PLAIN, OWN, *PROXIES)
 
 
 def tls(seconds: float, service: str) -> Iterator[Sample]:
-    """Hold clients that say nothing, answer commands, one in flight on each connection, and take in clients that go."""
+    """Hold clients that say nothing, answer commands, one in flight on each connection, and take in
+    clients that go.
+    """
     with serving(service) as server:
-        with load("hold", server, 10) as first:  # What is set up for the first clients is not theirs.
+        with load(
+            "hold", server, 10
+        ) as first:  # What is set up for the first clients is not theirs.
             first.expect("held 10")
         before = own_memory(tree(server))
         with load("hold", server, IDLE) as idle:
             idle.expect(f"held {IDLE}")
             time.sleep(0.5)
             yield {"clients": IDLE, "client_bytes": (own_memory(tree(server)) - before) / IDLE}
-        for what, words in (("command", ("pipeline", CLIENTS, 1)), ("connection", ("connect", CLIENTS))):
+        for what, words in (
+            ("command", ("pipeline", CLIENTS, 1)),
+            ("connection", ("connect", CLIENTS)),
+        ):
             worked = work(server, *words, seconds)
             yield {f"{what}_us": worked.pop("cpu_us"), **worked}
 
@@ -75,7 +83,9 @@ def serving(service: str) -> Iterator[Server]:
     """Run one of SERVICES for the time of the body: what clients connect to."""
     options = ("--tls-cert", str(_pem())) if service == OWN else ()
     client = None if service == PLAIN else ssl.create_default_context(cafile=_pem())
-    with running("gserver", cores=SERVER_CORE, options=options, tls=client if service == OWN else None) as gserver:
+    with running(
+        "gserver", cores=SERVER_CORE, options=options, tls=client if service == OWN else None
+    ) as gserver:
         if service not in PROXIES:
             yield gserver
             return
@@ -84,19 +94,25 @@ def serving(service: str) -> Iterator[Server]:
         with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
             file.write(text.format(host=HOST, port=port, behind=gserver.port, pem=_pem()))
             file.flush()
-            with started(words[0], [*words, file.name], port, cores=SERVER_CORE, tls=client) as proxy:
+            with started(
+                words[0], [*words, file.name], port, cores=SERVER_CORE, tls=client
+            ) as proxy:
                 yield replace(proxy, pids=(*proxy.pids, *gserver.pids))
 
 
 @functools.cache
 def _pem() -> Path:
-    """A key and its certificate in one file, made when it is needed first; it goes with this process."""
+    """A key and its certificate in one file, made when it is needed first; it goes with this
+    process.
+    """
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     key, certificate, both = (folder / name for name in ("key.pem", "certificate.pem", "both.pem"))
     made = ("-keyout", str(key), "-out", str(certificate), "-days", "2")
     told = ("-subj", "/CN=localhost", "-addext", f"subjectAltName=IP:{HOST}")
     kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc")
-    subprocess.run(["openssl", "req", "-x509", *kind, *made, *told], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        ["openssl", "req", "-x509", *kind, *made, *told], check=True, stderr=subprocess.DEVNULL
+    )
     both.write_text(certificate.read_text() + key.read_text())
     return both

@@ -9,9 +9,9 @@ def main() -> None:
     open_standard_streams()
     if sys.argv[1:2] == ["child"]:
         sys.exit(run_child("agent" if sys.argv[2:3] == ["agent"] else "worker"))
-    from gserver import cli
+    from gserver.cli import main as command_line
 
-    cli.main()
+    command_line.main()
 
 
 def open_standard_streams() -> None:
@@ -22,10 +22,10 @@ def open_standard_streams() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115 (as long as the process)
+            setattr(sys, name, open(fd, mode, closefd=False))
 
 
-def run_child(name: str) -> int:
+def run_child(role: str) -> int:
     """Be a worker or the agent. gevent patches the standard library before anything else is imported."""
     from gevent import monkey
 
@@ -34,11 +34,11 @@ def run_child(name: str) -> int:
 
     import gevent
 
-    from gserver import logs, process
+    from gserver import boot, logs
 
-    setattr(gevent.get_hub(), "print_exception", logs.unhandled)  # noqa: B010 (types-gevent forbids the plain form)
-    role = import_module(f"gserver.{name}")
-    return process.take_role(role.run)
+    setattr(gevent.get_hub(), "print_exception", logs.unhandled)
+    module = {"worker": "gserver.serve.worker", "agent": "gserver.agent.agent"}[role]
+    return boot.run_role(import_module(module).run)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The commands and their handlers: ordinary blocking functions that return one line.
 
-A handler may sleep, look up a name or call a database: only the client that asked waits. `--commands MODULE`
-adds those that a module of your own defines; README.md shows one.
+A handler may sleep, look up a name or call a database: only the client that asked waits.
+`--commands MODULE` adds those that a module of your own defines; README.md shows one.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gserver.errors import Misuse
+from gserver.errors import UsageError
 from gserver.protocol import MAX_NAME_BYTES
 
 NAME = re.compile(rf"[A-Z][A-Z0-9_-]{{0,{MAX_NAME_BYTES - 1}}}")
@@ -35,7 +35,7 @@ class Command:
     name: str
     handler: Handler
     may_block: bool = True
-    #: Of the board: where a worker counts it.
+    #: Of the scoreboard: where a worker counts it.
     cell: int = -1
 
     def answer(self, service: Service) -> bytes:
@@ -60,7 +60,9 @@ def command(name: str, *, may_block: bool = True) -> Callable[[Handler], Command
     If it raises, or returns anything else, the client is told `ERR internal` and stays connected.
     """
     if not name.isascii() or not NAME.fullmatch(name.upper()):
-        raise ValueError(f"{name!r} is no name for a command: use letters, digits, - and _, at most {MAX_NAME_BYTES}")
+        raise ValueError(
+            f"{name!r} is no name for a command: use letters, digits, - and _, at most {MAX_NAME_BYTES}"
+        )
 
     def decorate(handler: Handler) -> Command:
         return Command(name.upper(), handler, may_block)
@@ -90,24 +92,29 @@ BUILT_IN = (who, where, why)
 
 
 def load(module_name: str) -> tuple[Command, ...]:
-    """Return the built-in commands and those of the named module ("" for none); raise `Misuse` for a bad one."""
+    """Return the built-in commands and those of the named module ("" for none); raise `UsageError` for a bad one."""
     if not module_name:
         return BUILT_IN
     # A forked child would hold our port and our clients, and go on with our event loop.
     multiprocessing.set_start_method("spawn", force=True)
-    # The folder that gserver was started in, after everything installed: a file there must not hide a package.
+    # The folder that gserver was started in, after everything installed: a file there must not hide
+    # a package.
     sys.path.append("")
     try:
         module = importlib.import_module(module_name)
     # What somebody else's module may raise is unbounded, and all of it means the same here.
     except BaseException as error:
-        raise Misuse(f"--commands {module_name}: cannot import it: {type(error).__name__}: {error}") from error
+        raise UsageError(
+            f"--commands {module_name}: cannot import it: {type(error).__name__}: {error}"
+        ) from error
     added = {id(value): value for value in vars(module).values() if isinstance(value, Command)}
     own = tuple(value for value in added.values() if value not in BUILT_IN)
     if not own:
-        raise Misuse(f"--commands {module_name}: it defines no command (decorate a function with @command)")
+        raise UsageError(
+            f"--commands {module_name}: it defines no command (decorate a function with @command)"
+        )
     names = [item.name for item in (*BUILT_IN, *own)]
     for name in names:
         if names.count(name) > 1:
-            raise Misuse(f"--commands {module_name}: the command {name} is defined twice")
+            raise UsageError(f"--commands {module_name}: the command {name} is defined twice")
     return (*BUILT_IN, *own)

@@ -1,7 +1,8 @@
 """Every option of `serve`, named once: its default, its limits, its help and its environment names.
 
-The command line, the documents and the tests derive from `Config`. Pure: reads no environment, no file.
-A field's flag is its name with dashes, without the unit: `line_timeout_seconds` is `--line-timeout`.
+The command line, the documents and the tests derive from `Config`. Pure: reads no environment, no
+file. A field's flag is its name with dashes, without the unit: `line_timeout_seconds` is
+`--line-timeout`.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ class Option:
     shown_default: str | None = None
 
 
-def _option(default: Any, group: str, help: str, **rest: Any) -> Any:  # noqa: A002 (click's own word)
+def _option(default: Any, group: str, help: str, **rest: Any) -> Any:
     return field(default=default, metadata={"option": Option(group, help, **rest)})
 
 
@@ -104,6 +105,11 @@ def is_loopback(host: str) -> bool:
     return host.lower() == "localhost"
 
 
+def show_address(host: str, port: int) -> str:
+    """Return `host:port`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """One server's configuration. Periods are seconds; 0 switches off what its help says it does."""
@@ -111,25 +117,54 @@ class Config:
     host: str = _option("127.0.0.1", LISTENING, "Address to listen on; 0.0.0.0 or :: for all.")
     port: int = _option(4242, LISTENING, "Port to listen on; 0 = any free one.", maximum=65535)
     backlog: int = _option(
-        1024, LISTENING, "Connections that the kernel may hold before accept.", minimum=1, maximum=65535
+        1024,
+        LISTENING,
+        "Connections that the kernel may hold before accept.",
+        minimum=1,
+        maximum=65535,
     )
     workers: int = _option(
-        1, LISTENING, "Worker processes, or auto: one for each core.", parse=parse_workers, metavar="N|auto"
+        1,
+        LISTENING,
+        "Worker processes, or auto: one for each core.",
+        parse=parse_workers,
+        metavar="N|auto",
     )
-    user: str = _option("", LISTENING, "User to serve as, where root starts it.", metavar="NAME[:GROUP]")
+    user: str = _option(
+        "", LISTENING, "User to serve as, where root starts it.", metavar="NAME[:GROUP]"
+    )
     server_id: str = _option(
-        "", LISTENING, "What WHERE answers [default: a new UUID].", parse=parse_server_id, metavar="ID"
+        "",
+        LISTENING,
+        "What WHERE answers [default: a new UUID].",
+        parse=parse_server_id,
+        metavar="ID",
     )
-    max_clients: int = _option(10000, CLIENTS, "Clients at once, over all workers.", minimum=1, maximum=10_000_000)
+    max_clients: int = _option(
+        10000, CLIENTS, "Clients at once, over all workers.", minimum=1, maximum=10_000_000
+    )
     max_clients_per_address: int = _option(
-        0, CLIENTS, "Clients of one address at once (IPv6: of one /64); 0 = no limit.", maximum=10_000_000
+        0,
+        CLIENTS,
+        "Clients of one address at once (IPv6: of one /64); 0 = no limit.",
+        maximum=10_000_000,
     )
-    max_line_bytes: int = _option(1024, CLIENTS, "Longest line, its ending not counted.", minimum=5, maximum=65536)
-    line_timeout_seconds: float = _option(10.0, CLIENTS, "Time from a line's first byte to its end; 0 = no limit.")
-    idle_timeout_seconds: float = _option(0.0, CLIENTS, "Time a client may say nothing; 0 = no limit.")
-    write_timeout_seconds: float = _option(10.0, CLIENTS, "Time a client may leave its replies unread; 0 = 2 minutes.")
+    max_line_bytes: int = _option(
+        1024, CLIENTS, "Longest line, its ending not counted.", minimum=5, maximum=65536
+    )
+    line_timeout_seconds: float = _option(
+        10.0, CLIENTS, "Time from a line's first byte to its end; 0 = no limit."
+    )
+    idle_timeout_seconds: float = _option(
+        0.0, CLIENTS, "Time a client may say nothing; 0 = no limit."
+    )
+    write_timeout_seconds: float = _option(
+        10.0, CLIENTS, "Time a client may leave its replies unread; 0 = 2 minutes."
+    )
     unterminated_after_seconds: float = _option(
-        0.1, CLIENTS, "Silence after which a whole command without its newline is answered; 0 = never."
+        0.1,
+        CLIENTS,
+        "Silence after which a whole command without its newline is answered; 0 = never.",
     )
     client_greenlets: str = _option(
         "when-needed",
@@ -138,29 +173,56 @@ class Config:
         choices=("when-needed", "always"),
     )
     tls_cert: str = _option(
-        "", TLS, "Certificate (PEM, those that lead to its CA after it): the port speaks TLS.", metavar="FILE"
+        "",
+        TLS,
+        "Certificate (PEM, those that lead to its CA after it): the port speaks TLS.",
+        metavar="FILE",
     )
-    tls_key: str = _option("", TLS, "Its private key (PEM) [default: in the file of --tls-cert].", metavar="FILE")
-    tls_client_ca: str = _option("", TLS, "CA (PEM) that clients need a certificate of.", metavar="FILE")
-    tls_handshake_timeout_seconds: float = _option(5.0, TLS, "Time for the handshake; 0 = no limit.")
+    tls_key: str = _option(
+        "", TLS, "Its private key (PEM) [default: in the file of --tls-cert].", metavar="FILE"
+    )
+    tls_client_ca: str = _option(
+        "", TLS, "CA (PEM) that clients need a certificate of.", metavar="FILE"
+    )
+    tls_handshake_timeout_seconds: float = _option(
+        5.0, TLS, "Time for the handshake; 0 = no limit."
+    )
     drain_timeout_seconds: float = _option(
         4.0, STOPPING, "Time from a stop to the exit, at most; what is busy then is cut off."
     )
     drain_delay_seconds: float = _option(
-        0.0, STOPPING, "Time to go on accepting and serving after SIGTERM or SIGUSR2, for balancers to notice."
+        0.0,
+        STOPPING,
+        "Time to go on accepting and serving after SIGTERM or SIGUSR2, for balancers to notice.",
     )
     hang_timeout_seconds: float = _option(
         10.0, STOPPING, "Time without a sign of life after which a process is replaced; 0 = never."
     )
-    commands: str = _option("", EXTENDING, "Python module with commands of your own.", metavar="MODULE")
-    redis_url: str = _option(
-        "", CLUSTER, "Redis of the cluster [default: none, a server alone].", parse=parse_redis_url, metavar="URL"
+    commands: str = _option(
+        "", EXTENDING, "Python module with commands of your own.", metavar="MODULE"
     )
-    redis_ca_file: str = _option("", CLUSTER, "CA certificate for rediss:// [default: the system's].", metavar="FILE")
-    redis_tls_verify: str = _option("yes", CLUSTER, "Whether its certificate must be right.", choices=("yes", "no"))
-    cluster_name: str = _option("gserver", CLUSTER, "Name of the cluster.", parse=parse_cluster_name, metavar="NAME")
-    beat_interval_seconds: float = _option(0.5, CLUSTER, "Time from one report to Redis to the next.", minimum=0.1)
-    member_ttl_seconds: float = _option(5.0, CLUSTER, "Time without one after which a server is taken for dead.")
+    redis_url: str = _option(
+        "",
+        CLUSTER,
+        "Redis of the cluster [default: none, a server alone].",
+        parse=parse_redis_url,
+        metavar="URL",
+    )
+    redis_ca_file: str = _option(
+        "", CLUSTER, "CA certificate for rediss:// [default: the system's].", metavar="FILE"
+    )
+    redis_tls_verify: str = _option(
+        "yes", CLUSTER, "Whether its certificate must be right.", choices=("yes", "no")
+    )
+    cluster_name: str = _option(
+        "gserver", CLUSTER, "Name of the cluster.", parse=parse_cluster_name, metavar="NAME"
+    )
+    beat_interval_seconds: float = _option(
+        0.5, CLUSTER, "Time from one report to Redis to the next.", minimum=0.1
+    )
+    member_ttl_seconds: float = _option(
+        5.0, CLUSTER, "Time without one after which a server is taken for dead."
+    )
     on_cluster_loss: str = _option(
         "last-known",
         CLUSTER,
@@ -168,10 +230,14 @@ class Config:
         " others, own alone, or an ERR.",
         choices=("last-known", "local", "error"),
     )
-    cluster_max_age_seconds: float = _option(30.0, CLUSTER, "Age of that knowledge from which it is too old.")
+    cluster_max_age_seconds: float = _option(
+        30.0, CLUSTER, "Age of that knowledge from which it is too old."
+    )
     statsd_host: str = _option("", METRICS, "StatsD daemon [default: none, no metrics are sent].")
     statsd_port: int = _option(8125, METRICS, "Its UDP port.", minimum=1, maximum=65535)
-    statsd_prefix: str = _option("gserver", METRICS, "First part of every name.", parse=parse_statsd_prefix)
+    statsd_prefix: str = _option(
+        "gserver", METRICS, "First part of every name.", parse=parse_statsd_prefix
+    )
     admin_port: int = _option(
         -1,
         ADMIN,
@@ -190,7 +256,9 @@ class Config:
         metavar="TEXT",
     )
     log_level: str = _option("info", LOGS, "Least level to log.", choices=LEVELS)
-    log_format: str = _option("auto", LOGS, "auto = text on a terminal, json elsewhere.", choices=FORMATS)
+    log_format: str = _option(
+        "auto", LOGS, "auto = text on a terminal, json elsewhere.", choices=FORMATS
+    )
 
     @property
     def needs_agent(self) -> bool:
@@ -215,7 +283,11 @@ class Config:
     @property
     def contradiction(self) -> str:
         """Which options contradict each other, and how; "" when none do."""
-        beat, ttl, age = self.beat_interval_seconds, self.member_ttl_seconds, self.cluster_max_age_seconds
+        beat, ttl, age = (
+            self.beat_interval_seconds,
+            self.member_ttl_seconds,
+            self.cluster_max_age_seconds,
+        )
         if ttl < 5 * beat - 1e-9:
             return f"--member-ttl {ttl:g} is too short: at least five times --beat-interval, which is {beat:g}"
         if age < 2 * beat:

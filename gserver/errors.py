@@ -8,19 +8,19 @@ EXIT_RUNTIME = 1
 EXIT_USAGE = 2
 
 
-class Failure(Exception):
+class FatalError(Exception):
     """Something outside the program is in the way. Its text is one line: what is wrong, what to do."""
 
     exit_code = EXIT_RUNTIME
 
 
-class Misuse(Failure):
+class UsageError(FatalError):
     """The program was asked for something that it cannot do: a bad option, a bad module."""
 
     exit_code = EXIT_USAGE
 
 
-class Twin(Misuse):
+class DuplicateIdError(UsageError):
     """Another live server has this one's id."""
 
 

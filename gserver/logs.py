@@ -1,8 +1,9 @@
 """Logs: one JSON event a line on stdout (or text for a person), written by a thread of its own.
 
-A reader of stdout that stalls or goes away never stalls the service: lines wait in a bounded queue, and
-what does not fit is dropped and counted. Field names are those of ECS and OpenTelemetry. Lines stay under
-4,096 bytes, so that those of several processes do not mix in one pipe (PIPE_BUF, pipe(7)).
+A reader of stdout that stalls or goes away never stalls the service: lines wait in a bounded queue,
+and what does not fit is dropped and counted. Field names are those of ECS and OpenTelemetry. Lines
+stay under 4,096 bytes, so that those of several processes do not mix in one pipe (PIPE_BUF,
+pipe(7)).
 """
 
 import atexit
@@ -23,12 +24,13 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
-from gserver.errors import Failure
+from gserver.errors import FatalError
 
 MAX_QUEUED_LINES = 10_000
 MAX_LINE_BYTES = 4000  # PIPE_BUF, less the line's ends
 MAX_TEXT_BYTES = 300
-#: A complaint is logged so often in a window; the rest is counted, and the count logged when the window ends.
+#: A complaint is logged so often in a window; the rest is counted, and the count logged when the
+#: window ends.
 COMPLAINTS = 5
 WINDOW_SECONDS = 10.0
 #: How long a process that ends waits for a reader of its last lines.
@@ -52,7 +54,9 @@ class LineWriter:
         try:
             start_new(self._run, ())
         except RuntimeError as error:
-            raise Failure("the system has no thread left for it: raise the limit of processes (ulimit -u)") from error
+            raise FatalError(
+                "the system has no thread left for it: raise the limit of processes (ulimit -u)"
+            ) from error
 
     def put(self, line: bytes, worth: int = 1) -> None:
         """Queue a line, or count it as so many dropped when the queue is full."""
@@ -83,12 +87,13 @@ class LineWriter:
                 try:
                     rest = rest[os.write(self._fd, rest) :]
                 except BlockingIOError:
-                    # O_NONBLOCK on a shared descriptor is somebody else's, so not ours to clear: wait a little.
-                    # (For what never comes: a sleep that gevent has not patched.)
+                    # O_NONBLOCK on a shared descriptor is somebody else's, so not ours to clear:
+                    # wait a little. (For what never comes: a sleep that gevent has not patched.)
                     with contextlib.suppress(Empty):
                         SimpleQueue[None]().get(timeout=0.05)
                 except OSError:
-                    # Nobody reads any more, or the disk is full. The service and the emptying of the queue go on.
+                    # Nobody reads any more, or the disk is full. The service and the emptying of
+                    # the queue go on.
                     self.dropped += worth
                     has_failed, has_torn = True, len(rest) < len(line)
                     break
@@ -110,10 +115,15 @@ class EcsFormatter(JsonFormatter):
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
         """Put the fields in order, the most important first, and cut them to what a line may hold."""
         fields = log_data.pop("fields", {})
-        first = {"@timestamp": log_data.pop("@timestamp").isoformat(), "log.level": log_data.pop("log.level").lower()}
+        first = {
+            "@timestamp": log_data.pop("@timestamp").isoformat(),
+            "log.level": log_data.pop("log.level").lower(),
+        }
         room, kept = MAX_LINE_BYTES, {}
         for key, value in {**first, **log_data, **fields}.items():
-            is_plain = isinstance(value, int | None) or (isinstance(value, float) and math.isfinite(value))
+            is_plain = isinstance(value, int | None) or (
+                isinstance(value, float) and math.isfinite(value)
+            )
             kept[key] = value if is_plain else cut(key, str(value))
             room -= len(json.dumps({key: kept[key]}))
             if room < 0:
@@ -153,18 +163,20 @@ class _QueueHandler(logging.Handler):
         try:
             line = self.format(record)
             # When a report of what was left out is lost, all that is to be told of again.
-            worth = int(getattr(record, "fields", {}).get("gserver.left_out", 1))
-        except Exception as error:  # noqa: BLE001 (of a command module: arguments that do not fit its text, say)
+            worth = int(getattr(record, "fields", {}).get("gserver.suppressed", 1))
+        except Exception as error:
             where = f"{record.pathname}:{record.lineno}"
             message = f"a log call cannot be carried out: {type(error).__name__} at {where}"
-            plain = logging.LogRecord(record.name, record.levelno, record.pathname, record.lineno, message, None, None)
+            plain = logging.LogRecord(
+                record.name, record.levelno, record.pathname, record.lineno, message, None, None
+            )
             line = self.format(plain)
         self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n", worth)
 
 
 def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
     """Begin logging in this process; what is queued when it ends is still written, unless nobody reads."""
-    global _writer  # noqa: PLW0603 (a process has one stdout)
+    global _writer
     _writer = LineWriter(fd)
     atexit.register(_writer.close, LAST_WORDS_SECONDS)  # after `sys.excepthook` has had its word
     handler = _QueueHandler(_writer)
@@ -176,7 +188,11 @@ def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
                 "%(levelname)s %(message)s",
                 timestamp="@timestamp",
                 rename_fields={"levelname": "log.level", "exc_info": STACK},
-                static_fields={"service.name": "gserver", "service.instance.id": server_id, "process.pid": os.getpid()},
+                static_fields={
+                    "service.name": "gserver",
+                    "service.instance.id": server_id,
+                    "process.pid": os.getpid(),
+                },
             )
         )
     # On the root, so that what a command module logs in the usual way comes out in the same form.
@@ -184,8 +200,12 @@ def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
     logging.root.setLevel(level.upper())
     # What nothing catches, wherever it happens, is one event, and not a print on stderr.
     sys.excepthook = lambda kind, error, trace: unhandled("main", kind, error, trace)
-    sys.unraisablehook = lambda args: unhandled(args.object, args.exc_type, args.exc_value, args.exc_traceback)
-    threading.excepthook = lambda args: unhandled(args.thread, args.exc_type, args.exc_value, args.exc_traceback)
+    sys.unraisablehook = lambda args: unhandled(
+        args.object, args.exc_type, args.exc_value, args.exc_traceback
+    )
+    threading.excepthook = lambda args: unhandled(
+        args.thread, args.exc_type, args.exc_value, args.exc_traceback
+    )
 
 
 def event(level: int, action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
@@ -194,7 +214,7 @@ def event(level: int, action: str, message: str, fields: Mapping[str, Any] | Non
         _logger.log(level, message, extra={"fields": {"event.action": action, **(fields or {})}})
 
 
-def complain(action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
+def warn_ratelimited(action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
     """Log a warning that may come often: some of each kind in a window, the rest only counted."""
     now = time.monotonic()
     started, count = _windows.get(action, (now, 0))
@@ -203,19 +223,32 @@ def complain(action: str, message: str, fields: Mapping[str, Any] | None = None)
         event(logging.WARNING, action, message, fields)
 
 
-def report_left_out() -> None:
+def report_suppressed() -> None:
     """Log how many complaints and lines were left out. To be called about once a second."""
     now = time.monotonic()
     for action, (started, count) in list(_windows.items()):
         if now - started >= WINDOW_SECONDS:
             del _windows[action]
             if count > COMPLAINTS:
-                fields = {"gserver.left_out": int(count) - COMPLAINTS, "gserver.left_out_action": action}
-                event(logging.WARNING, "log.left_out", f"{fields['gserver.left_out']} more of {action}", fields)
+                fields = {
+                    "gserver.suppressed": int(count) - COMPLAINTS,
+                    "gserver.suppressed_action": action,
+                }
+                event(
+                    logging.WARNING,
+                    "log.suppressed",
+                    f"{fields['gserver.suppressed']} more of {action}",
+                    fields,
+                )
     if _writer is not None and _writer.dropped and _writer.has_room:
         dropped, _writer.dropped = _writer.dropped, 0
-        fields = {"gserver.left_out": dropped}
-        event(logging.WARNING, "log.dropped", f"{dropped} lines dropped: stdout did not take them", fields)
+        fields = {"gserver.suppressed": dropped}
+        event(
+            logging.WARNING,
+            "log.dropped",
+            f"{dropped} lines dropped: stdout did not take them",
+            fields,
+        )
 
 
 def error_fields(error: BaseException) -> dict[str, str]:
@@ -224,7 +257,7 @@ def error_fields(error: BaseException) -> dict[str, str]:
         trace = "".join(traceback.format_exception(error)).rstrip("\n")
         # Not str(error): that is somebody's code too, and may raise.
         message = traceback.format_exception_only(error)[-1].rstrip("\n").partition(": ")[2]
-    except BaseException:  # noqa: BLE001 (such as a SyntaxError with fields of its own)
+    except BaseException:
         trace = message = "cannot be put into words"
     return {"error.type": type(error).__name__, "error.message": message, STACK: trace}
 
@@ -233,7 +266,7 @@ def unhandled(context: object, kind: type[BaseException] | None, value: Any, tra
     """Log an error that nothing has caught. Has the shape of gevent's `Hub.print_exception`, which it stands in for."""
     error = value if isinstance(value, BaseException) else RuntimeError(str(value or kind))
     error.__traceback__ = trace or error.__traceback__
-    complain("process.error", f"{type(error).__name__} in {context!r}", error_fields(error))
+    warn_ratelimited("process.error", f"{type(error).__name__} in {context!r}", error_fields(error))
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ C = TypeVar("C")
 MAX_NAME_BYTES = 32
 
 
-class Refusal(NamedTuple):
+class ErrorReply(NamedTuple):
     """An answer that is no command's. `name` is its name in metrics and logs."""
 
     name: str
@@ -22,25 +22,29 @@ class Refusal(NamedTuple):
     closes: bool
 
 
-REFUSALS = (
-    UNKNOWN_COMMAND := Refusal("unknown_command", b"ERR unknown command\n", closes=False),
-    NOT_ASCII := Refusal("not_ascii", b"ERR not ASCII\n", closes=False),
-    INTERNAL := Refusal("internal", b"ERR internal\n", closes=False),
-    CLUSTER_UNAVAILABLE := Refusal("cluster_unavailable", b"ERR cluster unavailable\n", closes=False),
-    LINE_TOO_LONG := Refusal("line_too_long", b"ERR line too long\n", closes=True),
-    TOO_SLOW := Refusal("too_slow", b"ERR too slow\n", closes=True),
-    IDLE := Refusal("idle", b"ERR idle\n", closes=True),
-    TOO_MANY_CLIENTS := Refusal("too_many_clients", b"ERR too many clients\n", closes=True),
-    TOO_MANY_FROM_ADDRESS := Refusal("too_many_from_address", b"ERR too many clients from your address\n", closes=True),
-    PLAIN_TEXT := Refusal("plain_text", b"ERR TLS only\n", closes=True),
+ERROR_REPLIES = (
+    UNKNOWN_COMMAND := ErrorReply("unknown_command", b"ERR unknown command\n", closes=False),
+    NOT_ASCII := ErrorReply("not_ascii", b"ERR not ASCII\n", closes=False),
+    INTERNAL := ErrorReply("internal", b"ERR internal\n", closes=False),
+    CLUSTER_UNAVAILABLE := ErrorReply(
+        "cluster_unavailable", b"ERR cluster unavailable\n", closes=False
+    ),
+    LINE_TOO_LONG := ErrorReply("line_too_long", b"ERR line too long\n", closes=True),
+    TOO_SLOW := ErrorReply("too_slow", b"ERR too slow\n", closes=True),
+    IDLE := ErrorReply("idle", b"ERR idle\n", closes=True),
+    TOO_MANY_CLIENTS := ErrorReply("too_many_clients", b"ERR too many clients\n", closes=True),
+    TOO_MANY_FROM_ADDRESS := ErrorReply(
+        "too_many_from_address", b"ERR too many clients from your address\n", closes=True
+    ),
+    PLAIN_TEXT := ErrorReply("plain_text", b"ERR TLS only\n", closes=True),
     # TLS has alerts of its own for it.
-    TLS_FAILED := Refusal("tls_failed", b"", closes=True),
+    TLS_FAILED := ErrorReply("tls_failed", b"", closes=True),
     # A browser is told nothing: what it got could be taken for a page (CWE-352).
-    HTTP := Refusal("http", b"", closes=True),
+    HTTP := ErrorReply("http", b"", closes=True),
     # What a page's server has put into a ClientHello may be lines.
-    TLS := Refusal("tls", b"", closes=True),
+    TLS := ErrorReply("tls", b"", closes=True),
     # Who does not read cannot be told that either.
-    SLOW_READER := Refusal("slow_reader", b"", closes=True),
+    SLOW_READER := ErrorReply("slow_reader", b"", closes=True),
 )
 
 
@@ -63,7 +67,9 @@ class Grammar(Generic[C]):
             if len(name) <= max_line_bytes
         }
         #: Commands that may be answered without their newline: those that cannot grow into another.
-        self.complete = {name for name in commands if not any(o != name and o.startswith(name) for o in commands)}
+        self.complete = {
+            name for name in commands if not any(o != name and o.startswith(name) for o in commands)
+        }
 
 
 class Parser(Generic[C]):
@@ -81,7 +87,7 @@ class Parser(Generic[C]):
         #: The bytes of a line that has begun and not ended.
         self.partial = b""
 
-    def feed(self, data: bytes) -> list[C | Refusal]:
+    def feed(self, data: bytes) -> list[C | ErrorReply]:
         """Take what has arrived; return what it asks for, in order."""
         if self._is_closed:
             return []
@@ -90,14 +96,14 @@ class Parser(Generic[C]):
         lines = data.split(b"\n")
         self.partial = lines.pop()
         spellings = self._grammar.spellings
-        items: list[C | Refusal] = []
+        items: list[C | ErrorReply] = []
         for line in lines:
-            item: C | Refusal | None = spellings.get(line)
+            item: C | ErrorReply | None = spellings.get(line)
             if item is None:
                 item = self._read(line, is_first=self._is_first and not items)
                 if item is None:
                     continue
-                if isinstance(item, Refusal) and item.closes:
+                if isinstance(item, ErrorReply) and item.closes:
                     return self._close(items, item)
             items.append(item)
         if items:
@@ -108,7 +114,7 @@ class Parser(Generic[C]):
             return self._close(items, LINE_TOO_LONG)
         return items
 
-    def end(self) -> list[C | Refusal]:
+    def end(self) -> list[C | ErrorReply]:
         """The client has finished sending: what is left is its last line."""
         if self._is_closed:
             return []
@@ -122,7 +128,7 @@ class Parser(Generic[C]):
         words = self.partial.strip().upper()
         return not words or words in self._grammar.complete
 
-    def silence(self) -> list[C | Refusal]:
+    def silence(self) -> list[C | ErrorReply]:
         """The client has paused: take the line begun as ended, if it `is_complete`."""
         if not self.is_complete:
             return []
@@ -131,7 +137,7 @@ class Parser(Generic[C]):
             self._is_first = False
         return items
 
-    def _read(self, line: bytes, *, is_first: bool) -> C | Refusal | None:
+    def _read(self, line: bytes, *, is_first: bool) -> C | ErrorReply | None:
         if is_first and line.startswith(TLS_BEGINNING):
             return TLS
         if self._is_too_long(line):
@@ -152,7 +158,7 @@ class Parser(Generic[C]):
         # The line ending does not count: a last CR may be half of one.
         return len(line) - line.endswith(b"\r") > self._grammar.max_line_bytes
 
-    def _close(self, items: list[C | Refusal], refusal: Refusal) -> list[C | Refusal]:
+    def _close(self, items: list[C | ErrorReply], refusal: ErrorReply) -> list[C | ErrorReply]:
         self._is_closed = True
         self.partial = b""
         return [*items, refusal]

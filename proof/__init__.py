@@ -1,1 +1,3 @@
-"""What takes longer than a test and shows more: fuzzing, soaks, timelines through faults, the sums of availability."""
+"""What takes longer than a test and shows more: fuzzing, soaks, timelines through faults, the sums
+of availability.
+"""

@@ -1,7 +1,9 @@
-"""What is lost of 30 days: how often each fault comes, times how long it lasts, times which part of all it hits.
+"""What is lost of 30 days: how often each fault comes, times how long it lasts, times which part of
+all it hits.
 
-How often is assumed, with the reason beside it. How long and which part are measured (proof/outages.py) where they can
-be; what hits all servers at once is assumed too, and counted apart.
+How often is assumed, with the reason beside it. How long and which part are measured
+(proof/outages.py) where they can be; what hits all servers at once is assumed too, and counted
+apart.
 """
 
 import json
@@ -24,7 +26,9 @@ BUDGET_SECONDS = WINDOW_SECONDS * (1 - OBJECTIVE)
 
 
 class Rate(NamedTuple):
-    """How often a fault comes to a service of three servers, and why that; for how long, where it does not say."""
+    """How often a fault comes to a service of three servers, and why that; for how long, where it
+    does not say.
+    """
 
     per_year: float
     why: str
@@ -34,7 +38,9 @@ class Rate(NamedTuple):
 #: Of the faults that are measured.
 RATES = {
     "worker killed": Rate(12, "memory runs out, a bug in a library: once a month"),
-    "worker hung": Rate(6, "a command of one's own that computes for ever; the built-in ones cannot"),
+    "worker hung": Rate(
+        6, "a command of one's own that computes for ever; the built-in ones cannot"
+    ),
     "agent killed": Rate(12, "as a worker"),
     "agent hung": Rate(6, "as a worker"),
     "server killed": Rate(18, "kernel, out of memory, a person: every two months each"),
@@ -47,7 +53,9 @@ RATES = {
     "failover ordered": Rate(24, "upgrades: twice a month"),
     "Redis wiped": Rate(2, "a mistake: twice a year"),
     "Redis gone": Rate(12, "it has an objective of its own: half an hour a month", 1800),
-    "server cut off from Redis": Rate(12, "a rule of a firewall, a cable: five minutes a month", 300),
+    "server cut off from Redis": Rate(
+        12, "a rule of a firewall, a cable: five minutes a month", 300
+    ),
 }
 
 
@@ -67,17 +75,31 @@ class Common(NamedTuple):
 
 
 COMMON = (
-    Common("a server that checks see as up, and clients as down", 6, 300, 1 / 3, "until a person sees it"),
+    Common(
+        "a server that checks see as up, and clients as down",
+        6,
+        300,
+        1 / 3,
+        "until a person sees it",
+    ),
     Common("the balancer fails over", 6, 10, 1, "a pair of them, by VRRP or the like"),
     Common("overload", 2.4, 600, 1 / 2, "a crowd beyond what two servers carry"),
-    Common("a bad release or configuration reaches all", 2.4, 1200, 1, "not staged, or bad in a way that shows late"),
+    Common(
+        "a bad release or configuration reaches all",
+        2.4,
+        1200,
+        1,
+        "not staged, or bad in a way that shows late",
+    ),
     Common("the site or the provider is down", 1.2, 1800, 1, "one site"),
     Common("a mistake in DNS", 0.6, 3600, 1, "as long as its TTL"),
 )
 
 
 class Cost(NamedTuple):
-    """Seconds in 30 days, by the median of the trials, by the worst of them, and by the worst with one retry."""
+    """Seconds in 30 days, by the median of the trials, by the worst of them, and by the worst with
+    one retry.
+    """
 
     median: float
     worst: float
@@ -90,17 +112,31 @@ def in_window(per_year: float, seconds: float) -> float:
 
 
 def cost(rate: Rate, trials: Sequence[Outage], lasts_seconds: float = 0.0) -> Cost:
-    """What a fault costs. One that lasts for as long as it likes, and then has to recover, hits all until then."""
-    each = [lasts_seconds + trial.seconds * (1 if lasts_seconds else trial.share) for trial in trials]
+    """What a fault costs. One that lasts for as long as it likes, and then has to recover, hits all
+    until then.
+    """
+    each = [
+        lasts_seconds + trial.seconds * (1 if lasts_seconds else trial.share) for trial in trials
+    ]
     retried = [trial.seconds * trial.retried for trial in trials]
-    return Cost(*(in_window(rate.per_year, seconds) for seconds in (median(each), max(each), max(retried))))
+    return Cost(
+        *(in_window(rate.per_year, seconds) for seconds in (median(each), max(each), max(retried)))
+    )
 
 
 def costs(report: dict[str, Any], sort: str) -> dict[str, tuple[Rate, list[Outage], Cost]]:
-    """What was measured of each fault, and what that costs. No reply depends on how long Redis is away."""
+    """What was measured of each fault, and what that costs. No reply depends on how long Redis is
+    away.
+    """
     found = {name: [Outage(*figures) for figures in each] for name, each in report[sort].items()}
-    rates = {name: RATES[name] if sort == "who" else RATES[name]._replace(lasts_seconds=0.0) for name in found}
-    return {name: (rate, found[name], cost(rate, found[name], rate.lasts_seconds)) for name, rate in rates.items()}
+    rates = {
+        name: RATES[name] if sort == "who" else RATES[name]._replace(lasts_seconds=0.0)
+        for name in found
+    }
+    return {
+        name: (rate, found[name], cost(rate, found[name], rate.lasts_seconds))
+        for name, rate in rates.items()
+    }
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -143,7 +179,16 @@ def replies_table(report: dict[str, Any]) -> str:
         for name, (rate, trials, each) in found.items()
     ]
     sums = [f"**{_seconds(each)}**" for each in total(each for *_, each in found.values())]
-    head = ["fault", "a year", "assumed, because", "lasts, s", "requests hit", "s in 30 days", "worst", "with a retry"]
+    head = [
+        "fault",
+        "a year",
+        "assumed, because",
+        "lasts, s",
+        "requests hit",
+        "s in 30 days",
+        "worst",
+        "with a retry",
+    ]
     return table(head, [*rows, ["**sum**", "", "", "", "", *sums]])
 
 
@@ -160,7 +205,9 @@ def who_table(report: dict[str, Any]) -> str:
 
 
 def who_verdict(report: dict[str, Any]) -> str:
-    """Whether WHO is exact for as much of the time as replies have to be there, and what it rests on."""
+    """Whether WHO is exact for as much of the time as replies have to be there, and what it rests
+    on.
+    """
     found = costs(report, "who")
     lost = total(each for *_, each in found.values()).worst
     lasting = sum(each.worst for rate, _, each in found.values() if rate.lasts_seconds)
@@ -182,11 +229,20 @@ def who_verdict(report: dict[str, Any]) -> str:
 def common_table() -> str:
     """What hits all of it, and the sum."""
     rows = [
-        [each.what, f"{each.per_year:g}", each.why, _seconds(each.seconds), _percent(each.share), _seconds(each.cost)]
+        [
+            each.what,
+            f"{each.per_year:g}",
+            each.why,
+            _seconds(each.seconds),
+            _percent(each.share),
+            _seconds(each.cost),
+        ]
         for each in COMMON
     ]
     rows.append(["**sum**", "", "", "", "", f"**{_seconds(sum(each.cost for each in COMMON))}**"])
-    return table(["cause", "a year", "assumed, because", "lasts, s", "requests hit", "s in 30 days"], rows)
+    return table(
+        ["cause", "a year", "assumed, because", "lasts, s", "requests hit", "s in 30 days"], rows
+    )
 
 
 def sums_table(report: dict[str, Any]) -> str:
@@ -204,7 +260,10 @@ def sums_table(report: dict[str, Any]) -> str:
         "the same, if a reply needed Redis": by_worst + common + redis,
         "WHO not exact, worst (an objective of its own)": sum(stale.values()),
     }
-    rows = [[what, _seconds(lost), _percent(lost / BUDGET_SECONDS), availability(lost)] for what, lost in lines.items()]
+    rows = [
+        [what, _seconds(lost), _percent(lost / BUDGET_SECONDS), availability(lost)]
+        for what, lost in lines.items()
+    ]
     head = ["", "s in 30 days", f"of the {BUDGET_SECONDS:,.0f} s of 99.95 %", "availability"]
     return f"{table(head, rows)}\n\n{_spread(by_worst, common)}"
 
@@ -213,7 +272,10 @@ def _spread(single: float, common: float) -> str:
     """How far from their mean 30 days and a year may be."""
     left = BUDGET_SECONDS - single
     months, years = (
-        missed([(each.per_year * days / 365, each.seconds * each.share) for each in COMMON], left * days / DAYS)
+        missed(
+            [(each.per_year * days / 365, each.seconds * each.share) for each in COMMON],
+            left * days / DAYS,
+        )
         for days in (DAYS, 365)
     )
     return (
@@ -224,21 +286,26 @@ def _spread(single: float, common: float) -> str:
 
 
 def missed(causes: Sequence[tuple[float, float]], budget_seconds: float) -> float:
-    """Return how likely causes, each so often in a window and for so many seconds, take more of it than a budget.
+    """Return how likely causes, each so often in a window and for so many seconds, take more of it
+    than a budget.
 
-    They come independently of one another: the sum is compound Poisson, and Panjer's recursion (ASTIN Bulletin 12,
-    1981) gives the chance of each whole number of seconds.
+    They come independently of one another: the sum is compound Poisson, and Panjer's recursion
+    (ASTIN Bulletin 12, 1981) gives the chance of each whole number of seconds.
     """
     whole = [(often, round(seconds)) for often, seconds in causes]
     chances = [math.exp(-sum(often for often, _ in whole))]
     for lost in range(1, int(budget_seconds) + 1):
-        each = (often * seconds * chances[lost - seconds] for often, seconds in whole if seconds <= lost)
+        each = (
+            often * seconds * chances[lost - seconds] for often, seconds in whole if seconds <= lost
+        )
         chances.append(sum(each) / lost)
     return 1 - sum(chances)
 
 
 def needed(servers: int, objective: float = OBJECTIVE) -> float:
-    """How available each server must be, if they fail independently of one another and one that is left is enough."""
+    """How available each server must be, if they fail independently of one another and one that is
+    left is enough.
+    """
     return 1 - float((1 - objective) ** (1 / servers))
 
 
@@ -248,11 +315,22 @@ def together(servers: int, each: float) -> float:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--measure", is_flag=True, help="Measure first how long each fault lasts: as root, 5 minutes a round.")
-@click.option("--rounds", default=5, show_default=True, help="How often each fault is measured.")
-@click.option("--only", default="", help="Measure only the faults whose names contain this, and add up nothing.")
 @click.option(
-    "--write", "is_kept", is_flag=True, help="Write what was measured into docs/outages.json, and docs/reliability.md."
+    "--measure",
+    is_flag=True,
+    help="Measure first how long each fault lasts: as root, 5 minutes a round.",
+)
+@click.option("--rounds", default=5, show_default=True, help="How often each fault is measured.")
+@click.option(
+    "--only",
+    default="",
+    help="Measure only the faults whose names contain this, and add up nothing.",
+)
+@click.option(
+    "--write",
+    "is_kept",
+    is_flag=True,
+    help="Write what was measured into docs/outages.json, and docs/reliability.md.",
 )
 def main(measure: bool, rounds: int, only: str, is_kept: bool) -> None:
     """Add up what faults cost of 99.95 %, by what docs/outages.json says or is measured now."""

@@ -42,7 +42,9 @@ def _killing() -> Iterator[None]:
 
 
 class Job(NamedTuple):
-    """A batch of one target: `work(seed, batch, inputs)` gives what is wrong, and how often each outcome was met."""
+    """A batch of one target: `work(seed, batch, inputs)` gives what is wrong, and how often each
+    outcome was met.
+    """
 
     target: str
     batch: int
@@ -76,7 +78,9 @@ def _leave_interrupts() -> None:
 class Run:
     """What is done by one command: its options, its findings and figures."""
 
-    def __init__(self, kind: str, inputs: int, seed: int, seconds: float, report: Path | None) -> None:
+    def __init__(
+        self, kind: str, inputs: int, seed: int, seconds: float, report: Path | None
+    ) -> None:
         self.kind, self.inputs, self.seconds, self._report = kind, inputs, seconds, report
         self.seed = seed or SystemRandom().randrange(1, 1_000_000)
         self.done: Counter[str] = Counter()
@@ -88,7 +92,9 @@ class Run:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Tell of the body when it is over; Ctrl-C and SIGTERM end it early, with what was found until then."""
+        """Tell of the body when it is over; Ctrl-C and SIGTERM end it early, with what was found
+        until then.
+        """
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
@@ -98,7 +104,12 @@ class Run:
 
     def drive(self, jobs: Iterator[Job], processes: int) -> None:
         """Do the jobs in several processes, and show how it goes."""
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         with (
             Progress(*columns, console=console) as progress,
             ProcessPoolExecutor(processes, get_context("spawn"), _leave_interrupts) as pool,
@@ -107,7 +118,9 @@ class Run:
             task = progress.add_task(self.kind, total=self.inputs)
             under_way: dict[Future[tuple[str, Counter[str]]], Job] = {}
             while True:
-                is_over = len(self.findings) >= ENOUGH or (self.seconds and self._elapsed() > self.seconds)
+                is_over = len(self.findings) >= ENOUGH or (
+                    self.seconds and self._elapsed() > self.seconds
+                )
                 while not is_over and len(under_way) < 2 * processes and (job := next(jobs, None)):
                     under_way[pool.submit(job.work, self.seed, job.batch, job.inputs)] = job
                 if not under_way:
@@ -119,14 +132,20 @@ class Run:
                     self.done[job.target] += job.inputs
                     progress.advance(task, job.inputs)
                     if found:
-                        self.find(job.target, found, f"--only {job.target} --batch {job.batch} --inputs {job.inputs}")
+                        self.find(
+                            job.target,
+                            found,
+                            f"--only {job.target} --batch {job.batch} --inputs {job.inputs}",
+                        )
 
     def find(self, target: str, found: str, again: str) -> None:
         """Note what is wrong, in a file, with the command that shows it again."""
         command = f"bin/fuzz {self.kind} --seed {self.seed} {again}"
         path = Path(f"fuzz-{self.kind}-{target}-{self.seed}-{len(self.findings)}.txt")
         path.write_text(f"{command}\n{found}\n", errors="backslashreplace")
-        self.findings.append(f"{target}: {ascii(found)[1:500]}\n  the whole is in {path}; to see it again: {command}")
+        self.findings.append(
+            f"{target}: {ascii(found)[1:500]}\n  the whole is in {path}; to see it again: {command}"
+        )
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
@@ -154,11 +173,24 @@ class Run:
 def _options(inputs: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for option in (
-            click.option("--inputs", type=click.IntRange(1), default=inputs, show_default=True, help="How many."),
-            click.option("--seed", type=int, default=0, help="To have the same inputs again [default: a new one]."),
+            click.option(
+                "--inputs",
+                type=click.IntRange(1),
+                default=inputs,
+                show_default=True,
+                help="How many.",
+            ),
+            click.option(
+                "--seed",
+                type=int,
+                default=0,
+                help="To have the same inputs again [default: a new one].",
+            ),
             click.option("--seconds", type=float, default=0, help="Begin no more after so long."),
             click.option(
-                "--report", type=click.Path(path_type=Path), help="Write the figures into this file, as JSON."
+                "--report",
+                type=click.Path(path_type=Path),
+                help="Write the figures into this file, as JSON.",
             ),
             click.option("--only", default="", metavar="TARGET", help="This target alone."),
             click.option("--batch", type=int, default=-1, help="With --only: this batch alone."),
@@ -171,7 +203,8 @@ def _options(inputs: int) -> Callable[[Callable[..., None]], Callable[..., None]
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Try hostile inputs, and judge what becomes of each by docs/protocol.md. A finding is exit code 1.
+    """Try hostile inputs, and judge what becomes of each by docs/protocol.md. A finding is exit
+    code 1.
 
     Ctrl-C ends it early, with what was found until then.
     """
@@ -179,19 +212,28 @@ def main() -> None:
 
 @main.command()
 @_options(100_000)
-@click.option("--guided", type=int, default=-1, help="Inputs that coverage guides [default: a twentieth of --inputs].")
+@click.option(
+    "--guided",
+    type=int,
+    default=-1,
+    help="Inputs that coverage guides [default: a twentieth of --inputs].",
+)
 def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
-    """The pure parts: parser, express way, URLs, options, logs, records of TLS, status of others."""
+    """The pure parts: parser, fastpath way, URLs, options, logs, records of TLS, status of others."""
     run = Run("core", inputs, **rest)
     with run.telling():
         if batch >= 0:
             run.drive(iter([Job(only, batch, inputs, partial(_core, only))]), 1)
             return
-        shares = {name: share for name, (_, share) in fuzz_core.TARGETS.items() if only in ("", name)}
+        shares = {
+            name: share for name, (_, share) in fuzz_core.TARGETS.items() if only in ("", name)
+        }
         total, queues = sum(shares.values()), []
         for name, share in shares.items():
             count = max(1, inputs * share // total)
-            queues.append(_batches(name, count, 200 if name == "status" else 2000, partial(_core, name)))
+            queues.append(
+                _batches(name, count, 200 if name == "status" else 2000, partial(_core, name))
+            )
         run.drive(_in_turn(queues), os.cpu_count() or 1)
         _guide(run, inputs // 20 if guided < 0 else guided)
 
@@ -216,9 +258,14 @@ def _guide(run: Run, inputs: int) -> None:
 @main.command()
 @_options(5_000)
 def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
-    """Real servers, plain and by TLS, with small limits and short deadlines, and hundreds of clients at once."""
+    """Real servers, plain and by TLS, with small limits and short deadlines, and hundreds of
+    clients at once.
+    """
     run = Run("sockets", inputs, **rest)
-    with run.telling(), fuzz_sockets.servers([only] if only else list(fuzz_sockets.VARIANTS)) as sites:
+    with (
+        run.telling(),
+        fuzz_sockets.servers([only] if only else list(fuzz_sockets.VARIANTS)) as sites,
+    ):
         work = {
             name: partial(fuzz_sockets.run_batch, name, site.server.port, str(site.pems))
             for name, site in sites.items()
@@ -226,7 +273,9 @@ def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
         if batch >= 0:
             run.drive(iter([Job(only, batch, inputs, work[only])]), 1)
         else:
-            shares = [inputs * (n + 1) // len(work) - inputs * n // len(work) for n in range(len(work))]
+            shares = [
+                inputs * (n + 1) // len(work) - inputs * n // len(work) for n in range(len(work))
+            ]
             queues = [
                 _batches(name, share, fuzz_sockets.BATCH, each)
                 for share, (name, each) in zip(shares, work.items(), strict=True)

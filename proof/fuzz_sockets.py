@@ -1,7 +1,9 @@
-"""The clients of `bin/fuzz sockets`: what each sends, when, how it ends, and what docs/protocol.md says that it reads.
+"""The clients of `bin/fuzz sockets`: what each sends, when, how it ends, and what docs/protocol.md
+says that it reads.
 
-A batch runs in one process, its clients in greenlets, hundreds at once. Time is the client's own: where a pause was so
-long that the server may have taken it for a silence, or so long that a deadline may have passed, both are right.
+A batch runs in one process, its clients in greenlets, hundreds at once. Time is the client's own:
+where a pause was so long that the server may have taken it for a silence, or so long that a
+deadline may have passed, both are right.
 """
 
 import socket as sockets
@@ -30,10 +32,30 @@ from tests.test_admin import status
 BATCH = 1000
 AT_ONCE = 150
 MAX_LINE, MAX_CLIENTS, LARGE_BYTES = 64, 120, 9_000_000
-LINE_SECONDS, IDLE_SECONDS, WRITE_SECONDS, HANDSHAKE_SECONDS, SILENCE_SECONDS = 1.5, 4.0, 1.0, 4.0, 0.1
+LINE_SECONDS, IDLE_SECONDS, WRITE_SECONDS, HANDSHAKE_SECONDS, SILENCE_SECONDS = (
+    1.5,
+    4.0,
+    1.0,
+    4.0,
+    0.1,
+)
 OPTIONS = (
-    *("--max-line-bytes", f"{MAX_LINE}", "--max-clients", f"{MAX_CLIENTS}", "--max-clients-per-address", "50"),
-    *("--line-timeout", f"{LINE_SECONDS}", "--idle-timeout", f"{IDLE_SECONDS}", "--write-timeout", f"{WRITE_SECONDS}"),
+    *(
+        "--max-line-bytes",
+        f"{MAX_LINE}",
+        "--max-clients",
+        f"{MAX_CLIENTS}",
+        "--max-clients-per-address",
+        "50",
+    ),
+    *(
+        "--line-timeout",
+        f"{LINE_SECONDS}",
+        "--idle-timeout",
+        f"{IDLE_SECONDS}",
+        "--write-timeout",
+        f"{WRITE_SECONDS}",
+    ),
     *("--tls-handshake-timeout", f"{HANDSHAKE_SECONDS}", "--commands", "fuzzed"),
 )
 VARIANTS = {
@@ -63,7 +85,11 @@ def boom(service):
 def large(service):
     return "x" * {LARGE_BYTES}
 """
-REPLIES = dict.fromkeys((b"WHO", b"CENSUS"), b"") | {b"WHERE": b"here", b"WHY": b"42", b"NAP": b"rested"}
+REPLIES = dict.fromkeys((b"WHO", b"CENSUS"), b"") | {
+    b"WHERE": b"here",
+    b"WHY": b"42",
+    b"NAP": b"rested",
+}
 REPLIES |= {b"WHYNOT": b"because", b"BOOM": b"ERR internal", b"LARGE": b"x" * LARGE_BYTES}
 TOO_SLOW, IDLE, TLS_ONLY = b"ERR too slow", b"ERR idle", b"ERR TLS only\n"
 TURNED_AWAY = {
@@ -71,8 +97,9 @@ TURNED_AWAY = {
     "too_many_from_address": b"ERR too many clients from your address",
 }
 IP_BIND_ADDRESS_NO_PORT, TCP_ESTABLISHED = 24, 1
-#: How a client ends: by its side's end; by waiting for the server's deadline; without a look at what comes; by a reset;
-#: by not reading. By TLS, also: by a broken record, by what is no handshake, by half of one.
+#: How a client ends: by its side's end; by waiting for the server's deadline; without a look at
+#: what comes; by a reset; by not reading. By TLS, also: by a broken record, by what is no
+#: handshake, by half of one.
 ENDINGS = {"end": 700, "stay": 20, "leave": 90, "reset": 90, "unread": 1}
 #: Those after which not all of the replies need come, and their outcomes.
 ROUGH = {
@@ -109,7 +136,14 @@ def draw(random: Random, is_tls: bool) -> Plan:
     pieces = [piece for piece in wire.pieces(random, sent, random.choice((1, 1, 3, 8))) if piece]
     pauses = random.choices((0.0, 0.01, 0.06, 0.15, -1.0), (80, 10, 2, 2, 6), k=len(pieces))
     reads_after = random.choice((0.0, 0.0, 0.0, 0.05))
-    return Plan(pieces, pauses, ending, reads_after, f"127.0.0.{random.choice((1, 1, 2, 3, 4))}", random.random() < 0.5)
+    return Plan(
+        pieces,
+        pauses,
+        ending,
+        reads_after,
+        f"127.0.0.{random.choice((1, 1, 2, 3, 4))}",
+        random.random() < 0.5,
+    )
 
 
 @contextmanager
@@ -123,29 +157,46 @@ def servers(names: list[str], **more: object) -> Iterator[dict[str, Site]]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             (folder / "fuzzed.py").write_text(COMMANDS)
             variant, options = VARIANTS[name]
-            sites[name] = stack.enter_context(Site(folder, pems, variant, *OPTIONS, *options, crowd=60, **more))
+            sites[name] = stack.enter_context(
+                Site(folder, pems, variant, *OPTIONS, *options, crowd=60, **more)
+            )
         yield sites
 
 
 def judge(sites: dict[str, Site], outcomes: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong after it: WHO is to be exact, nothing leaked, each event a line of JSON, stderr empty."""
+    """Yield what is wrong after it: WHO is to be exact, nothing leaked, each event a line of JSON,
+    stderr empty.
+    """
     rejected = Counter[str]()
     for name, site in sites.items():
         try:
             rejected += Counter(status(site.server)["rejected"])
             site.assert_as_before()
-            died = [event for event in site.server.events() if event["event.action"] in ("worker.died", "worker.hung")]
+            died = [
+                event
+                for event in site.server.events()
+                if event["event.action"] in ("worker.died", "worker.hung")
+            ]
             assert not died, died
-        except BaseException as error:  # noqa: BLE001 (what pytest raises to fail is no Exception)
+        except BaseException as error:
             yield name, f"{type(error).__name__}: {error}"
     for reason, reply in TURNED_AWAY.items():
         if outcomes[reply.decode()] > rejected[reason]:
             yield "all", f"{reason}: {outcomes}, but {rejected}"
 
 
-def run_batch(name: str, port: int, pems: str, seed: int, batch: int, count: int) -> tuple[str, Counter[str]]:
-    """Let so many clients do what is drawn; return what the first wrong one met, and the outcomes of all."""
-    random, pool, outcomes, wrong = Random(f"{seed}/{name}/{batch}"), Pool(AT_ONCE), Counter[str](), []
+def run_batch(
+    name: str, port: int, pems: str, seed: int, batch: int, count: int
+) -> tuple[str, Counter[str]]:
+    """Let so many clients do what is drawn; return what the first wrong one met, and the outcomes
+    of all.
+    """
+    random, pool, outcomes, wrong = (
+        Random(f"{seed}/{name}/{batch}"),
+        Pool(AT_ONCE),
+        Counter[str](),
+        [],
+    )
     context = ssl.create_default_context(cafile=f"{pems}/ca.pem") if name == "tls" else None
     plans = [(draw(random, context is not None), random.getrandbits(32)) for _ in range(count)]
 
@@ -155,9 +206,11 @@ def run_batch(name: str, port: int, pems: str, seed: int, batch: int, count: int
             with gevent.Timeout(3 * LIMIT, TimeoutError("no end of it")):
                 guest.run(port, context)
             outcomes[guest.outcome()] += 1
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is a finding)
+        except Exception as error:
             received = bytes(guest.received[:2000])
-            wrong.append(f"client {number}: {type(error).__name__}: {error}\n{plan}\nread {received!r}, {guest.end}")
+            wrong.append(
+                f"client {number}: {type(error).__name__}: {error}\n{plan}\nread {received!r}, {guest.end}"
+            )
 
     for number, (plan, own) in enumerate(plans):
         pool.spawn(run, number, plan, own)
@@ -171,11 +224,13 @@ class Guest:
     def __init__(self, plan: Plan, random: Random) -> None:
         self._plan, self._random = plan, random
         self.received = bytearray()
-        #: How the server's side has ended: `eof`, `ragged` (by TLS, without its alert), `alert`, `reset`; "" = not yet.
+        #: How the server's side has ended: `eof`, `ragged` (by TLS, without its alert), `alert`,
+        #: `reset`; "" = not yet.
         self.end = ""
         #: What the server may have heard, by where it may have taken a pause for a silence.
         self._heard = {b""}
-        #: Until it had sent all, where it stays, else until it was over: which deadlines may have passed.
+        #: Until it had sent all, where it stays, else until it was over: which deadlines may have
+        #: passed.
         self._began = self._took = 0.0
         self._tls: Any = None
         self._out, self._incoming = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -202,14 +257,20 @@ class Guest:
             reader = None
             with suppress(OSError):  # The server has closed: what it has said before is judged.
                 if not context or self._shake_hands(context):
-                    reader = gevent.spawn_later(plan.reads_after, self._read) if plan.ending != "unread" else None
+                    reader = (
+                        gevent.spawn_later(plan.reads_after, self._read)
+                        if plan.ending != "unread"
+                        else None
+                    )
                     self._talk()
             self._took = monotonic() - self._began
             if plan.ending in ("leave", "reset"):
                 if reader:
                     reader.kill()
                 if plan.ending == "reset":
-                    self._sock.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))
+                    self._sock.setsockopt(
+                        sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
                 return
             with suppress(OSError):
                 if plan.ending in ("end", "no handshake"):
@@ -234,7 +295,11 @@ class Guest:
             took = monotonic() - before
             heard = {told + piece for told in self._heard}
             if took > 0.8 * SILENCE_SECONDS:
-                heard |= {told + b"\n" + piece for told in self._heard if wire.is_ended_by_silence(told, REPLIES)}
+                heard |= {
+                    told + b"\n" + piece
+                    for told in self._heard
+                    if wire.is_ended_by_silence(told, REPLIES)
+                }
             self._heard, before = heard, began
             if pause < 0:
                 self._hush()
@@ -245,11 +310,17 @@ class Guest:
     def _hush(self) -> None:
         """Pause until what is due without its newline has come, if it is known what that is."""
         (told, *others) = self._heard
-        if others or not told.rpartition(b"\n")[2].strip(wire.BLANKS) or not wire.is_ended_by_silence(told, REPLIES):
+        if (
+            others
+            or not told.rpartition(b"\n")[2].strip(wire.BLANKS)
+            or not wire.is_ended_by_silence(told, REPLIES)
+        ):
             gevent.sleep(1.5 * SILENCE_SECONDS)
             return
         said = wire.read(told, REPLIES, MAX_LINE)
-        while self.received.count(b"\n") < len(said.replies) and not self.end and not said.is_closed:
+        while (
+            self.received.count(b"\n") < len(said.replies) and not self.end and not said.is_closed
+        ):
             gevent.sleep(0.01)
         self._heard = {told + b"\n"}
 
@@ -259,7 +330,9 @@ class Guest:
             data = self._out.read()
             if is_broken:
                 at = self._random.randrange(len(data))
-                data = data[:at] + bytes((data[at] ^ self._random.randrange(1, 256),)) + data[at + 1 :]
+                data = (
+                    data[:at] + bytes((data[at] ^ self._random.randrange(1, 256),)) + data[at + 1 :]
+                )
             data, self._held = self._held + data, b""
             for chunk in wire.pieces(self._random, data, 3):
                 self._sock.sendall(chunk)
@@ -322,13 +395,24 @@ class Guest:
                 self._has_said_end = not part
 
     def outcome(self) -> str:
-        """Return what became of it, in words of the page; raise AssertionError for what is not on it."""
+        """Return what became of it, in words of the page; raise AssertionError for what is not on
+        it.
+        """
         ending, (*lines, rest) = self._plan.ending, bytes(self.received).split(b"\n")
         if lines and lines[0] in TURNED_AWAY.values():
             assert len(lines) == 1 and not rest, "it was turned away, and answered"
             return lines[0].decode()
-        is_silent = self._is_tls and not self.received and not self._has_said_end and self._took > HANDSHAKE_SECONDS / 2
-        if is_silent and ending not in ("leave", "reset") and (ending, self.end) != ("unread", "reset"):
+        is_silent = (
+            self._is_tls
+            and not self.received
+            and not self._has_said_end
+            and self._took > HANDSHAKE_SECONDS / 2
+        )
+        if (
+            is_silent
+            and ending not in ("leave", "reset")
+            and (ending, self.end) != ("unread", "reset")
+        ):
             return "a slow handshake of TLS, cut off"
         if ending in ("no handshake", "half a handshake"):
             return self._outcome_without_tls()
@@ -336,32 +420,52 @@ class Guest:
         late = [TOO_SLOW] * (self._took > LINE_SECONDS / 2 or ending == "broken") + [IDLE] * (
             self._took > IDLE_SECONDS / 2
         )
-        if lines[-1:] and lines[-1] in late and any(_begin(said.replies, lines[:-1]) for said in self._said()):
+        if (
+            lines[-1:]
+            and lines[-1] in late
+            and any(_begin(said.replies, lines[:-1]) for said in self._said())
+        ):
             return lines[-1].decode()
         assert ending != "unread" or self.end == "reset", "it has not read, and was not reset"
         if ending in ROUGH:
-            assert any(_begin(said.replies, lines) for said in self._said()), "that is not how its replies begin"
+            assert any(_begin(said.replies, lines) for said in self._said()), (
+                "that is not how its replies begin"
+            )
             return ROUGH[ending]
         for said in self._said():
             if _begin(said.replies, lines) and len(lines) == len(said.replies) and not rest:
                 # Who still sends a second after the server has closed is waited for no longer.
-                assert self.end == "eof" or (said.is_closed and self._took > 0.8), "its end is not clean"
+                assert self.end == "eof" or (said.is_closed and self._took > 0.8), (
+                    "its end is not clean"
+                )
                 told = said.replies[-1].decode() if said.is_closed and said.replies else ""
-                return told if told.startswith("ERR") else "HTTP, closed" if said.is_closed else "answered"
+                return (
+                    told
+                    if told.startswith("ERR")
+                    else "HTTP, closed"
+                    if said.is_closed
+                    else "answered"
+                )
         raise AssertionError(f"none of {self._said()}")
 
     def _outcome_without_tls(self) -> str:
         sent = b"".join(self._plan.pieces) if self._plan.ending == "no handshake" else b"\x16"
         if not sent.startswith(b"\x16"):
-            assert (bytes(self.received), self.end) == (TLS_ONLY if sent else b"", "eof"), "it is to be told TLS only"
+            assert (bytes(self.received), self.end) == (TLS_ONLY if sent else b"", "eof"), (
+                "it is to be told TLS only"
+            )
             return "ERR TLS only" if sent else "no handshake of TLS"
-        assert bytes(self.received[:1]) in (b"", b"\x15"), "nothing but an alert is for half a handshake"
+        assert bytes(self.received[:1]) in (b"", b"\x15"), (
+            "nothing but an alert is for half a handshake"
+        )
         return "no handshake of TLS"
 
     def _said(self) -> list[wire.Said]:
         """What the page says, for each thing that the server may have heard."""
         return [
-            self._deadlined(told) if self._plan.ending == "stay" else wire.read(told, REPLIES, MAX_LINE)
+            self._deadlined(told)
+            if self._plan.ending == "stay"
+            else wire.read(told, REPLIES, MAX_LINE)
             for told in self._heard
         ]
 

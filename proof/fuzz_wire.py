@@ -1,7 +1,8 @@
-"""What a client may send, drawn from a grammar of nasty lines, and what docs/protocol.md says that it reads.
+"""What a client may send, drawn from a grammar of nasty lines, and what docs/protocol.md says that
+it reads.
 
-The oracle is written from that page and knows nothing of gserver's code: it never sees how bytes are cut, but reads the
-whole with `split`.
+The oracle is written from that page and knows nothing of gserver's code: it never sees how bytes
+are cut, but reads the whole with `split`.
 """
 
 from collections.abc import Collection, Iterable
@@ -17,7 +18,9 @@ Cut = Iterable[bytes | None]
 
 
 class Said(NamedTuple):
-    """What the page says of all that one client has sent, up to its end: commands by name, refusals by their text."""
+    """What the page says of all that one client has sent, up to its end: commands by name, refusals
+    by their text.
+    """
 
     replies: list[bytes]
     #: Whether the server closes before the client has ended.
@@ -49,11 +52,15 @@ def read(sent: bytes, commands: Collection[bytes], limit: int) -> Said:
 def is_ended_by_silence(sent: bytes, commands: Collection[bytes]) -> bool:
     """Whether a silence is as good as a newline now."""
     words = sent.rpartition(b"\n")[2].strip(BLANKS).upper()
-    return not words or (words in commands and not any(c != words and c.startswith(words) for c in commands))
+    return not words or (
+        words in commands and not any(c != words and c.startswith(words) for c in commands)
+    )
 
 
 def heard(cut: Cut, commands: Collection[bytes]) -> bytes:
-    """Return what pieces with silences between them come to: the page's newline for each silence that ends a line."""
+    """Return what pieces with silences between them come to: the page's newline for each silence
+    that ends a line.
+    """
     sent = b""
     for piece in cut:
         if piece is not SILENCE:
@@ -64,7 +71,21 @@ def heard(cut: Cut, commands: Collection[bytes]) -> bytes:
 
 
 WORDS = (
-    *(b"WHO", b"WHERE", b"WHY", b"who", b"Where", b"wHy", b"WH", b"W", b"HO", b"WHOWHY", b"WHERES", b"WHYNOT", b"NAP"),
+    *(
+        b"WHO",
+        b"WHERE",
+        b"WHY",
+        b"who",
+        b"Where",
+        b"wHy",
+        b"WH",
+        b"W",
+        b"HO",
+        b"WHOWHY",
+        b"WHERES",
+        b"WHYNOT",
+        b"NAP",
+    ),
     *(
         b"WHO WHY",
         b"WHO x",
@@ -78,7 +99,16 @@ WORDS = (
         b"\x1c",
         b"\x85",
     ),
-    *(b"\xff", b"\xc3\xa9", b"\xa0WHO", b"WHO\xe2\x80\xa8", b"\x16\x03\x01\x02\x00\x01", b"%s%n", b"{}", b"'\"`$(id)"),
+    *(
+        b"\xff",
+        b"\xc3\xa9",
+        b"\xa0WHO",
+        b"WHO\xe2\x80\xa8",
+        b"\x16\x03\x01\x02\x00\x01",
+        b"%s%n",
+        b"{}",
+        b"'\"`$(id)",
+    ),
     *(
         b"GET / HTTP/1.1",
         b"post /x http/1.0",
@@ -112,7 +142,7 @@ PLAIN = (b"WHO\n", b"WHERE\n", b"WHY\n", b"who\n", b"WHY\r\n", b"WHO\nWHY\n")
 def draw(random: Random, limit: int) -> bytes:
     """Return what a client sends in all: mostly lines, some of them at the limit, some spoilt."""
     kind = random.random()
-    if kind < 0.15:  # What the express way takes, or nearly.
+    if kind < 0.15:  # What the fastpath way takes, or nearly.
         sent = b"".join(random.choices(PLAIN, k=int(12 * random.random()) + 1))
     elif kind < 0.2:
         sent = random.randbytes(random.randrange(3 * limit // 2))

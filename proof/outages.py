@@ -1,4 +1,6 @@
-"""How long real faults last, for replies and for WHO: docs/outages.json, by `bin/availability --measure`."""
+"""How long real faults last, for replies and for WHO: docs/outages.json, by `bin/availability
+--measure`.
+"""
 
 import json
 import select
@@ -31,20 +33,25 @@ SHARE = 5  #: clients of each server
 
 
 class Outage(NamedTuple):
-    """From the fault, or its end, to the last that went wrong; which part of all until then did; after a retry, too."""
+    """From the fault, or its end, to the last that went wrong; which part of all until then did;
+    after a retry, too.
+    """
 
     seconds: float
     share: float
     retried: float = 0.0
 
 
-# Faults. The body begins when the fault is there for all to see; the end of `with` mends what is to be mended.
+# Faults. The body begins when the fault is there for all to see; the end of `with` mends what is to
+# be mended.
 
 Happening = Callable[[World], AbstractContextManager[None]]
 
 
 def ends(role: str, how: Callable[[psutil.Process], None], sign: str = "") -> Happening:
-    """A worker or the agent is killed, or hangs until the supervisor has seen that; another takes its place."""
+    """A worker or the agent is killed, or hangs until the supervisor has seen that; another takes
+    its place.
+    """
 
     @contextmanager
     def happen(world: World) -> Iterator[None]:
@@ -101,7 +108,9 @@ def rolling_reload(world: World) -> Iterator[None]:
 
 @contextmanager
 def rolling_restart(world: World) -> Iterator[None]:
-    """SIGTERM and a new start, of one server after another, each when HAProxy has the one before again."""
+    """SIGTERM and a new start, of one server after another, each when HAProxy has the one before
+    again.
+    """
     for member in world.members:
         assert member.server.stop() == 0
         member.start()
@@ -109,7 +118,9 @@ def rolling_restart(world: World) -> Iterator[None]:
     yield
 
 
-def promotes(fault: Callable[[Node], None], mend: Callable[[Node], None] = lambda _: None) -> Happening:
+def promotes(
+    fault: Callable[[Node], None], mend: Callable[[Node], None] = lambda _: None
+) -> Happening:
     """The fault makes another Redis primary; the old one, mended, is its replica in the end."""
 
     @contextmanager
@@ -119,7 +130,11 @@ def promotes(fault: Callable[[Node], None], mend: Callable[[Node], None] = lambd
             fault(old)
         yield
         others = [node for node in world.nodes if node is not old]
-        until(lambda: any(node.role() == "master" for node in others), "another is primary", FAILOVER_LIMIT)
+        until(
+            lambda: any(node.role() == "master" for node in others),
+            "another is primary",
+            FAILOVER_LIMIT,
+        )
         with old.host.inside():
             mend(old)
 
@@ -141,7 +156,9 @@ def cut_off(count: int) -> Happening:
     @contextmanager
     def happen(world: World) -> Iterator[None]:
         nodes = [node.host for node in world.nodes]
-        with world.network.cut(*(way for m in world.members[:count] for way in world.between(m.host, *nodes))):
+        with world.network.cut(
+            *(way for m in world.members[:count] for way in world.between(m.host, *nodes))
+        ):
             yield
             time.sleep(LASTING_SECONDS)
 
@@ -171,9 +188,17 @@ FAULTS = (
     Fault("host gone", host_gone, gone=True),
     Fault("rolling reload", rolling_reload, is_of_who=False),
     Fault("rolling restart", rolling_restart, is_of_who=False),
-    Fault("Redis primary killed", promotes(lambda old: old.redis.kill(), lambda old: old.redis.start())),
-    Fault("Redis primary hung", promotes(lambda old: old.redis.freeze(), lambda old: old.redis.thaw())),
-    Fault("failover ordered", promotes(lambda old: old.sentinel.command("SENTINEL", "FAILOVER", "gserver"))),
+    Fault(
+        "Redis primary killed",
+        promotes(lambda old: old.redis.kill(), lambda old: old.redis.start()),
+    ),
+    Fault(
+        "Redis primary hung", promotes(lambda old: old.redis.freeze(), lambda old: old.redis.thaw())
+    ),
+    Fault(
+        "failover ordered",
+        promotes(lambda old: old.sentinel.command("SENTINEL", "FAILOVER", "gserver")),
+    ),
     Fault("Redis wiped", wiped),
     Fault("Redis gone", cut_off(3), lasts=True),
     Fault("server cut off from Redis", cut_off(1), lasts=True),
@@ -185,11 +210,15 @@ FAULTS = (
 
 @contextmanager
 def probing(world: World) -> Iterator[list[tuple[float, int]]]:
-    """Requests go through HAProxy during the body; when each was due, and its tries, are in the list after it."""
+    """Requests go through HAProxy during the body; when each was due, and its tries, are in the
+    list after it.
+    """
     found: list[tuple[float, int]] = []
     words = [sys.executable, "-P", "-m", "proof.probes", "127.0.0.1", str(world.front.port)]
     with world.front_host.inside():
-        probes = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+        probes = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
     try:
         assert probes.stdout
         assert probes.stdout.readline() == "ready\n"
@@ -214,7 +243,9 @@ def of_replies(world: World, fault: Fault) -> Outage:
         count = (time.monotonic() - began) / PERIOD_SECONDS
     assert len(probes) > 0.9 * count, "requests are missing"
     for at, tries in probes:
-        assert tries == 1 or began - LIMIT_SECONDS < at < ended + CALM_SECONDS / 2, "failures before or after the fault"
+        assert tries == 1 or began - LIMIT_SECONDS < at < ended + CALM_SECONDS / 2, (
+            "failures before or after the fault"
+        )
     return outage(probes, began)
 
 
@@ -253,7 +284,11 @@ class Watcher:
 
     def says(self, count: int) -> bool:
         """Whether its latest answer is this one, and of just now."""
-        return bool(self.answers) and self.answers[-1][1] == count and self.answers[-1][0] > time.monotonic() - 0.5
+        return (
+            bool(self.answers)
+            and self.answers[-1][1] == count
+            and self.answers[-1][0] > time.monotonic() - 0.5
+        )
 
     def stop(self) -> None:
         """Ask no more."""
@@ -288,17 +323,24 @@ class Census(ExitStack[None]):
     def all_say(self, without: str = "") -> bool:
         """Whether the servers do, all but one."""
         total = self.total(without)
-        return all(watcher.says(total) for name, watcher in self.watchers.items() if name != without)
+        return all(
+            watcher.says(total) for name, watcher in self.watchers.items() if name != without
+        )
 
 
 def _is_open(client: Client) -> bool:
     with suppress(OSError):
-        return not select.select([client.sock], [], [], 0)[0] or client.sock.recv(1, socket.MSG_PEEK) != b""
+        return (
+            not select.select([client.sock], [], [], 0)[0]
+            or client.sock.recv(1, socket.MSG_PEEK) != b""
+        )
     return False
 
 
 def of_who(world: World, fault: Fault) -> Outage:
-    """One trial: a client comes right after the fault; until when somebody whom clients reach says a wrong number."""
+    """One trial: a client comes right after the fault; until when somebody whom clients reach says
+    a wrong number.
+    """
     first, _, third = world.members
     without = first.name if fault.gone else ""
     with Census(world) as census:
@@ -316,7 +358,11 @@ def of_who(world: World, fault: Fault) -> Outage:
             time.sleep(CALM_SECONDS)
             ended, total = time.monotonic(), census.total(without)
         heard = [w.answers for name, w in census.watchers.items() if name != without]
-        return wrong([each for answers in heard for each in answers if began <= each[0] <= ended], began, total)
+        return wrong(
+            [each for answers in heard for each in answers if began <= each[0] <= ended],
+            began,
+            total,
+        )
 
 
 def wrong(answers: list[tuple[float, int]], began: float, total: int) -> Outage:
@@ -338,6 +384,10 @@ def measure(rounds: int, say: Callable[[str], None], only: str = "") -> dict[str
             for fault, sort, trial in trials:
                 world.settle()
                 found = trial(world, fault)
-                report[sort].setdefault(fault.name, []).append([round(figure, 4) for figure in found])
-                say(f"{number + 1}/{rounds} {fault.name}, {sort}: {found.seconds:.2f} s, {found.share:.1%} of all")
+                report[sort].setdefault(fault.name, []).append(
+                    [round(figure, 4) for figure in found]
+                )
+                say(
+                    f"{number + 1}/{rounds} {fault.name}, {sort}: {found.seconds:.2f} s, {found.share:.1%} of all"
+                )
     return report

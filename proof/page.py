@@ -29,7 +29,11 @@ GROUPS = {
         "tests/test_cluster_attacks.py",
     ],
     "Networks": ["tests/test_cluster_partition.py"],
-    "Servers of a cluster": ["tests/faults/test_cluster.py", "tests/test_cluster_ids.py", "tests/test_cluster.py"],
+    "Servers of a cluster": [
+        "tests/faults/test_cluster.py",
+        "tests/test_cluster_ids.py",
+        "tests/test_cluster.py",
+    ],
     "Many at once": ["tests/test_cluster_history.py", "tests/test_reliability.py"],
 }
 
@@ -37,7 +41,9 @@ Report = dict[str, Any]
 
 
 def faults(report: Report) -> str:
-    """A line for each fault of the matrix: what was done, in how many variants it was survived, and figures."""
+    """A line for each fault of the matrix: what was done, in how many variants it was survived, and
+    figures.
+    """
     found: dict[str, list[Report]] = {}
     for case in report["cases"]:
         found.setdefault(case["fault"], []).append(case)
@@ -66,7 +72,9 @@ def _told(cases: list[Report]) -> str:
 def _outcomes(cases: list[Report]) -> str:
     survived = sum(case["outcome"] == "survived" for case in cases)
     others = [
-        f"{case['outcome']}: {case.get('why', '')}".strip(": ") for case in cases if case["outcome"] != "survived"
+        f"{case['outcome']}: {case.get('why', '')}".strip(": ")
+        for case in cases
+        if case["outcome"] != "survived"
     ]
     return "; ".join([f"{survived} of {len(cases)}", *dict.fromkeys(others)])
 
@@ -93,7 +101,10 @@ def told(timeline: Report) -> str:
 
 def soak(report: Report) -> str:
     """What hours of load and faults have shown, in a line."""
-    replies, count = report["replies"], sum(len(fault["seconds"]) for fault in report["faults"].values())
+    replies, count = (
+        report["replies"],
+        sum(len(fault["seconds"]) for fault in report["faults"].values()),
+    )
     hours = f"{report['seconds'] / 3600:.2f} hours{', then interrupted' * report['is_interrupted']}"
     return (
         f"{hours}, {count} faults of {len(report['faults'])} kinds; "
@@ -131,7 +142,9 @@ def sections() -> dict[str, str]:
     """All that there is a report for."""
     files = {name: ROOT / f"docs/{name}.json" for name, _ in SECTIONS.values()}
     reports = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
-    return {mark: write(reports[name]) for mark, (name, write) in SECTIONS.items() if name in reports}
+    return {
+        mark: write(reports[name]) for mark, (name, write) in SECTIONS.items() if name in reports
+    }
 
 
 def render() -> None:

@@ -1,8 +1,9 @@
-"""Asks at a steady pace, whatever becomes of the answers: `python -m proof.probes HOST PORT` until its stdin ends.
+"""Asks at a steady pace, whatever becomes of the answers: `python -m proof.probes HOST PORT` until
+its stdin ends.
 
-Half of the requests come on connections of their own, half on ones that stay. Each has a second, and a second try on a
-new connection with a second more. Prints `ready`, and at the end of each request when it was due and how many tries it
-took, 0 if both failed, as JSON.
+Half of the requests come on connections of their own, half on ones that stay. Each has a second,
+and a second try on a new connection with a second more. Prints `ready`, and at the end of each
+request when it was due and how many tries it took, 0 if both failed, as JSON.
 """
 
 import json

@@ -32,7 +32,15 @@ from tests.running import ROOT
 
 #: What may go wrong in a way that is worth a line in the report.
 EXPECTED = (
-    *(AssertionError, OSError, ValueError, KeyError, subprocess.SubprocessError, RedisError, psutil.Error),
+    *(
+        AssertionError,
+        OSError,
+        ValueError,
+        KeyError,
+        subprocess.SubprocessError,
+        RedisError,
+        psutil.Error,
+    ),
     *(pytest.fail.Exception, pytest.skip.Exception),
 )
 
@@ -40,8 +48,15 @@ EXPECTED = (
 class Soak:
     """One of them. The report grows as it goes."""
 
-    def __init__(self, hours: float, pace: float, seed: int, names: list[str], progress: Progress) -> None:
-        self._seconds, self._names, self._random, self._progress = hours * 3600, names, random.Random(seed), progress
+    def __init__(
+        self, hours: float, pace: float, seed: int, names: list[str], progress: Progress
+    ) -> None:
+        self._seconds, self._names, self._random, self._progress = (
+            hours * 3600,
+            names,
+            random.Random(seed),
+            progress,
+        )
         self._seed = seed
         self._pace = min(pace, hours * 900)
         self._task: TaskID = progress.add_task("starting", total=self._seconds)
@@ -74,10 +89,15 @@ class Soak:
                 self._load.stop()
 
     def _go_on(self, world: World) -> None:
-        """One fault after another, a census now and then, each at its time or as soon as there is time for it."""
+        """One fault after another, a census now and then, each at its time or as soon as there is
+        time for it.
+        """
         next_fault = self._pace / 2
         drawn = self._draw()
-        eventually(partial(world.are_well, 0), "all begin well, and nobody of the crowds is counted any more")
+        eventually(
+            partial(world.are_well, 0),
+            "all begin well, and nobody of the crowds is counted any more",
+        )
         self._load.may_call.set()
         self._settle(world)
         self._census(world)
@@ -98,8 +118,13 @@ class Soak:
 
     def _happen(self, world: World, name: str) -> None:
         fault, load = FAULTS[name], self._load
-        # First to the one that lives on: what each takes of memory for good is taken while the soak warms up.
-        victim = self._random.choice(fault.victims) if name in self.report["faults"] else fault.victims[-1]
+        # First to the one that lives on: what each takes of memory for good is taken while the soak
+        # warms up.
+        victim = (
+            self._random.choice(fault.victims)
+            if name in self.report["faults"]
+            else fault.victims[-1]
+        )
         member = world.members[NAMES.index(victim)]
         noted = self.report["faults"].setdefault(name, {"seconds": [], "happened": ""})
         member.excuse, load.ceiling = fault.excuse, load.usual_ceiling + fault.crowd
@@ -111,7 +136,9 @@ class Soak:
             ended = time.monotonic()
             self._settle(world)
             noted["seconds"].append(round(time.monotonic() - ended, 2))
-            self._say(f"{name}, {member.name}: {noted['happened']}; well after {noted['seconds'][-1]:.1f} s")
+            self._say(
+                f"{name}, {member.name}: {noted['happened']}; well after {noted['seconds'][-1]:.1f} s"
+            )
         except EXPECTED as error:
             self._failed(f"{name}, {member.name}", error)
         # Not where it is interrupted: what it has brought about is still there.
@@ -124,14 +151,18 @@ class Soak:
         """Until all is well, and every client is served anew."""
         self._load.are_served()
         are_well = partial(world.are_well, self._load.usual_ceiling)
-        eventually(are_well, lambda: f"all is well: {[member.status() for member in world.members]}")
+        eventually(
+            are_well, lambda: f"all is well: {[member.status() for member in world.members]}"
+        )
 
     def _census(self, world: World) -> None:
         self._load.pause()
         try:
             self.report["censuses"].append(world.census(self.elapsed))
             held = self.report["censuses"][-1]["held"].values()
-            self._say(f"census: WHO {self.report['censuses'][-1]['who']}, {sum(each[0] for each in held) / 1e6:.1f} MB")
+            self._say(
+                f"census: WHO {self.report['censuses'][-1]['who']}, {sum(each[0] for each in held) / 1e6:.1f} MB"
+            )
         except EXPECTED as error:
             self._failed("census", error)
         self._load.may_call.set()
@@ -139,8 +170,11 @@ class Soak:
 
     def _keep(self, world: World, during: str) -> None:
         """Bring the report up to date."""
-        for complain in (self._load.complaints, *(member.complaints for member in world.members)):
-            for text in complain():
+        for warn_ratelimited in (
+            self._load.complaints,
+            *(member.complaints for member in world.members),
+        ):
+            for text in warn_ratelimited():
                 self._fail(f"{during}: {text}")
         self.report |= {"seconds": round(self.elapsed, 1), "kinds": dict(self._load.kinds)}
         self.report |= {"replies": dict(self._load.replies)}
@@ -166,7 +200,11 @@ class Soak:
 def _machine() -> dict[str, Any]:
     """Where it is."""
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -183,13 +221,23 @@ def _shown() -> Iterator[Progress]:
     console = Console(stderr=True)
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=2
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        refresh_per_second=2,
     ) as progress:
         yield progress
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--hours", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="How long.")
+@click.option(
+    "--hours",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="How long.",
+)
 @click.option(
     "--every",
     type=click.FloatRange(1),
@@ -197,19 +245,32 @@ def _shown() -> Iterator[Progress]:
     show_default=True,
     help="Seconds from fault to fault; a census comes at each sixth.",
 )
-@click.option("--seed", type=int, default=None, help="What faults, when and to whom: the same for the same seed.")
-@click.option("--only", multiple=True, type=click.Choice(sorted(FAULTS)), metavar="FAULT", help="Faults to have: all.")
+@click.option(
+    "--seed",
+    type=int,
+    default=None,
+    help="What faults, when and to whom: the same for the same seed.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(sorted(FAULTS)),
+    metavar="FAULT",
+    help="Faults to have: all.",
+)
 @click.option(
     "--report",
     "path",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where to write what was found, as JSON; a page of it is written beside it.",
 )
-def main(hours: float, every: float, seed: int | None, only: tuple[str, ...], path: Path | None) -> None:
+def main(
+    hours: float, every: float, seed: int | None, only: tuple[str, ...], path: Path | None
+) -> None:
     """Have three servers, Redis and Sentinels under load and faults for hours.
 
-    Exits with 0 when nothing was wrong, 1 when something was, 2 when it could not be found out. Ctrl-C ends it early,
-    with what was found until then.
+    Exits with 0 when nothing was wrong, 1 when something was, 2 when it could not be found out.
+    Ctrl-C ends it early, with what was found until then.
     """
     if path and not path.parent.is_dir():
         click.echo(f"soak: --report {path}: there is no such folder", err=True)

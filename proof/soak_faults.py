@@ -1,5 +1,6 @@
-"""The faults of a soak. Each makes its fault happen and tells what showed that it did; `World.heal` ends it."""
-# ruff: noqa: ARG001 (all faults are told of the same things)
+"""The faults of a soak. Each makes its fault happen and tells what showed that it did; `World.heal`
+ends it.
+"""
 
 import array
 import fcntl
@@ -21,7 +22,8 @@ from tests.running import LIMIT, Client, Running, stopped
 
 Act = Callable[[World, Member], str]
 CROWD = 2 * MAX_CLIENTS  # those of a server, and of one before it by that name
-#: The one that may be restarted, and those whose processes may die: the third lives on, so that its memory tells.
+#: The one that may be restarted, and those whose processes may die: the third lives on, so that its
+#: memory tells.
 FIRST, MORTAL = NAMES[:1], NAMES[:2]
 
 
@@ -40,17 +42,27 @@ def _told(action: str, do: Callable[[], object], *members: Member) -> str:
     do()
 
     def have() -> list[int]:
-        return [member.log.actions[action] - count for member, count in zip(members, before, strict=True)]
+        return [
+            member.log.actions[action] - count
+            for member, count in zip(members, before, strict=True)
+        ]
 
-    eventually(lambda: all(have()), lambda: f"{action} by all of {[member.name for member in members]}: {have()}")
+    eventually(
+        lambda: all(have()),
+        lambda: f"{action} by all of {[member.name for member in members]}: {have()}",
+    )
     return f"logged {action}"
 
 
 # A server's processes.
 
 
-def _process(role: str, do: Callable[[psutil.Process], None], action: str, world: World, member: Member) -> str:
-    process = world.random.choice([each for name, each in member.processes().items() if name.startswith(role)])
+def _process(
+    role: str, do: Callable[[psutil.Process], None], action: str, world: World, member: Member
+) -> str:
+    process = world.random.choice(
+        [each for name, each in member.processes().items() if name.startswith(role)]
+    )
     told = _told(action, lambda: do(process), member)
     member.deaths += 1
     return told
@@ -66,7 +78,9 @@ def _held_up(world: World, member: Member) -> str:
 def _reload(world: World, member: Member) -> str:
     before = member.processes().keys()
     _told("server.reloaded", lambda: member.running.send_signal(signal.SIGHUP), member)
-    eventually(lambda: len(member.processes().keys() & before) == 1, "all but the supervisor are new")
+    eventually(
+        lambda: len(member.processes().keys() & before) == 1, "all but the supervisor are new"
+    )
     return "all processes but the supervisor are new"
 
 
@@ -79,7 +93,9 @@ def _ended(number: signal.Signals, code: int, world: World, member: Member) -> s
 
 
 def _same_id(world: World, member: Member) -> str:
-    with Running("--server-id", member.name, "--redis-url", world.redises.url, wait=False) as second:
+    with Running(
+        "--server-id", member.name, "--redis-url", world.redises.url, wait=False
+    ) as second:
         assert second.exit_code(4 * LIMIT) == 2, second.lines
     return "it was refused"
 
@@ -87,7 +103,9 @@ def _same_id(world: World, member: Member) -> str:
 # Redis and its Sentinels.
 
 
-def _noticed(action: str, seconds: float, do: Callable[[World], object], world: World, member: Member) -> str:
+def _noticed(
+    action: str, seconds: float, do: Callable[[World], object], world: World, member: Member
+) -> str:
     noticed = _told(action, lambda: do(world), *world.members)
     time.sleep(seconds)
     return f"all servers {noticed}"
@@ -112,7 +130,10 @@ def _freeze_all(world: World) -> None:
 def _scripts_forgotten(world: World, member: Member) -> str:
     primary = world.primary
     primary.forget_scripts()
-    eventually(lambda: primary.command("INFO", "memory")["number_of_cached_scripts"] > 0, "the script is back")
+    eventually(
+        lambda: primary.command("INFO", "memory")["number_of_cached_scripts"] > 0,
+        "the script is back",
+    )
     return "the script was loaded again"
 
 
@@ -126,7 +147,12 @@ def _cut(world: World, member: Member) -> str:
 
 
 def _refused(
-    name: str, count: int, least: int, attack: Callable[[list[Client]], int], world: World, member: Member
+    name: str,
+    count: int,
+    least: int,
+    attack: Callable[[list[Client]], int],
+    world: World,
+    member: Member,
 ) -> str:
     """So many connect and attack; the least that are told must be counted as refused so."""
 
@@ -169,7 +195,10 @@ def _never_read(crowd: list[Client]) -> int:
 
 def _silent(world: World, member: Member) -> str:
     with ExitStack() as stack:
-        crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", member.port), LIMIT)) for _ in range(200)]
+        crowd = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", member.port), LIMIT))
+            for _ in range(200)
+        ]
         ends = [sock.recv(100) for sock in crowd]
     assert not any(ends), ends
     return "200 were closed"
@@ -191,7 +220,10 @@ def _reader_stalled(world: World, member: Member) -> str:
     size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
     member.log.may_read.clear()
     try:
-        eventually(lambda: fcntl.ioctl(pipe, termios.FIONREAD, waiting) or waiting[0] > size - 1000, "the pipe is full")
+        eventually(
+            lambda: fcntl.ioctl(pipe, termios.FIONREAD, waiting) or waiting[0] > size - 1000,
+            "the pipe is full",
+        )
         time.sleep(3)
     finally:
         member.log.may_read.set()
@@ -203,7 +235,11 @@ def _garbage(world: World, member: Member) -> str:
     for number in range(60):
         with socket.create_connection(address, LIMIT) as sock, suppress(OSError):
             if number % 3:
-                sock.sendall(world.random.randbytes(3000) + b"\n\n" if number % 2 else b"GET /" + b"x" * 100_000)
+                sock.sendall(
+                    world.random.randbytes(3000) + b"\n\n"
+                    if number % 2
+                    else b"GET /" + b"x" * 100_000
+                )
                 answers += sock.recv(100).startswith(b"HTTP/1.1 4")
     connection = http.client.HTTPConnection(*address, timeout=LIMIT)
     connection.request("GET", "/livez")
@@ -226,17 +262,23 @@ FAULTS = {
     "kill -9 and start": Fault(partial(_ended, signal.SIGKILL, -9), FIRST, "away", CROWD),
     "a second server by the same id": Fault(_same_id, FIRST),
     "primary killed": Fault(partial(_replaced, Sentinels.kill_primary)),
-    "primary hung": Fault(partial(_noticed, "cluster.lost", 0, lambda world: world.redises.freeze_primary())),
+    "primary hung": Fault(
+        partial(_noticed, "cluster.lost", 0, lambda world: world.redises.freeze_primary())
+    ),
     "failover by Sentinel": Fault(partial(_replaced, Sentinels.failover)),
     "all Redis hung for 3 s": Fault(partial(_noticed, "cluster.lost", 3, _freeze_all)),
-    "primary out of memory": Fault(partial(_noticed, "cluster.lost", 0, lambda world: world.primary.out_of_memory())),
+    "primary out of memory": Fault(
+        partial(_noticed, "cluster.lost", 0, lambda world: world.primary.out_of_memory())
+    ),
     "FLUSHALL": Fault(partial(_noticed, "cluster.reset", 0, lambda world: world.primary.wipe())),
     "SCRIPT FLUSH": Fault(_scripts_forgotten),
     "connections to Redis cut (CLIENT KILL)": Fault(_cut),
     "replica killed": Fault(partial(_away, lambda world: world.replicas)),
     "a Sentinel killed": Fault(partial(_away, lambda world: world.redises.sentinels)),
     "flood beyond --max-clients": Fault(
-        partial(_refused, "too_many_clients", MAX_CLIENTS + 50, 50, _flood), excuse="lost", crowd=CROWD
+        partial(_refused, "too_many_clients", MAX_CLIENTS + 50, 50, _flood),
+        excuse="lost",
+        crowd=CROWD,
     ),
     "slowloris": Fault(partial(_refused, "too_slow", 150, 150, _slowloris), crowd=CROWD),
     "slow readers": Fault(partial(_refused, "slow_reader", 3, 3, _never_read), crowd=CROWD),

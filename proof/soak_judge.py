@@ -27,7 +27,9 @@ class Life(NamedTuple):
 
     @property
     def growth(self) -> float | None:
-        """From the median of the first quarter to that of the last; None where there is too little to say."""
+        """From the median of the first quarter to that of the last; None where there is too little
+        to say.
+        """
         if len(self.resident) < LEAST_CENSUSES:
             return None
         quarter = len(self.resident) // 4
@@ -35,15 +37,24 @@ class Life(NamedTuple):
 
 
 def lives(report: Report) -> list[Life]:
-    """Each process that was there for two censuses, but for those in which it was new or the soak warmed up."""
+    """Each process that was there for two censuses, but for those in which it was new or the soak
+    warmed up.
+    """
     censuses = report["censuses"]
     warm = len(censuses) // 5
     found: dict[str, list[tuple[int, list[int]]]] = {}
     for number, census in enumerate(censuses):
         for name, held in census["held"].items():
             found.setdefault(name, []).append((number, held))
-    kept = {name: [held for number, held in all_held[1:] if number >= warm] for name, all_held in found.items()}
-    return [Life(name, *map(list, zip(*held, strict=True))) for name, held in kept.items() if len(held) > 1]
+    kept = {
+        name: [held for number, held in all_held[1:] if number >= warm]
+        for name, all_held in found.items()
+    }
+    return [
+        Life(name, *map(list, zip(*held, strict=True)))
+        for name, held in kept.items()
+        if len(held) > 1
+    ]
 
 
 def complaints(report: Report) -> Iterator[str]:
@@ -63,7 +74,9 @@ def complaints(report: Report) -> Iterator[str]:
 def written(report: Report) -> str:
     """Make a file of it, lists of numbers on a line each."""
     text = json.dumps(report, indent=1) + "\n"
-    return re.sub(r"\[[\s\d.,]+\]", lambda numbers: "[" + " ".join(numbers[0][1:-1].split()) + "]", text)
+    return re.sub(
+        r"\[[\s\d.,]+\]", lambda numbers: "[" + " ".join(numbers[0][1:-1].split()) + "]", text
+    )
 
 
 def _seconds(times: list[float]) -> str:
@@ -111,7 +124,11 @@ is judged where there are {least} censuses; descriptors and greenlets stay the s
 def render(report: Report) -> str:
     """Make the page."""
     is_judged = any(life.growth is not None for life in lives(report))
-    wrong, replies, faults = list(complaints(report)), report["replies"], sorted(report["faults"].items())
+    wrong, replies, faults = (
+        list(complaints(report)),
+        report["replies"],
+        sorted(report["faults"].items()),
+    )
     return PAGE.format(
         command=report["command"],
         machine="; ".join(f"{name}: {value}" for name, value in report["machine"].items()),
@@ -122,28 +139,57 @@ def render(report: Report) -> str:
         verdict="\n- ".join(
             ["**Wrong:**", *(" ".join(text.split()) for text in wrong)]
             if wrong
-            else ["All was well." if is_judged else "What was judged was well. Memory was not judged: too short."]
+            else [
+                "All was well."
+                if is_judged
+                else "What was judged was well. Memory was not judged: too short."
+            ]
         ),
         replies=table(
             ["right", "wrong", "connections lost to a fault of their server", "lost otherwise"],
             [[f"{replies[name]:,}" for name in ("right", "wrong", "excused", "lost")]],
         ),
-        kinds=", ".join(f"{kind.replace('_', ' ')} {number:,}" for kind, number in sorted(report["kinds"].items())),
+        kinds=", ".join(
+            f"{kind.replace('_', ' ')} {number:,}"
+            for kind, number in sorted(report["kinds"].items())
+        ),
         faults=table(
-            ["fault", "times", "seconds from its end until all had recovered", "what showed that it happened"],
-            [[name, str(len(each["seconds"])), _seconds(each["seconds"]), each["happened"]] for name, each in faults],
+            [
+                "fault",
+                "times",
+                "seconds from its end until all had recovered",
+                "what showed that it happened",
+            ],
+            [
+                [name, str(len(each["seconds"])), _seconds(each["seconds"]), each["happened"]]
+                for name, each in faults
+            ],
         ),
         growth=100 * MAX_GROWTH,
         least=LEAST_CENSUSES,
         held=table(
             ["process", "censuses", "memory, first", "last", "growth", "descriptors", "greenlets"],
-            [_row(life) for life in sorted(lives(report), key=lambda life: (-len(life.resident), life.name))],
+            [
+                _row(life)
+                for life in sorted(lives(report), key=lambda life: (-len(life.resident), life.name))
+            ],
         ),
     )
 
 
 def _row(life: Life) -> list[str]:
     quarter = max(1, len(life.resident) // 4)
-    memory = [f"{median(part) / 1e6:.2f}" for part in (life.resident[:quarter], life.resident[-quarter:])]
-    counts = [" to ".join(str(count) for count, _ in groupby(each)) for each in (life.descriptors, life.greenlets)]
-    return [life.name, str(len(life.resident)), *memory, "" if life.growth is None else f"{life.growth:+.1%}", *counts]
+    memory = [
+        f"{median(part) / 1e6:.2f}" for part in (life.resident[:quarter], life.resident[-quarter:])
+    ]
+    counts = [
+        " to ".join(str(count) for count, _ in groupby(each))
+        for each in (life.descriptors, life.greenlets)
+    ]
+    return [
+        life.name,
+        str(len(life.resident)),
+        *memory,
+        "" if life.growth is None else f"{life.growth:+.1%}",
+        *counts,
+    ]

@@ -1,4 +1,6 @@
-"""Clients of every kind, each in a thread, who check each reply. What is wrong is kept until it is asked for."""
+"""Clients of every kind, each in a thread, who check each reply. What is wrong is kept until it is
+asked for.
+"""
 
 import random
 import socket
@@ -77,7 +79,9 @@ class Caller:
         told = reply.decode("ascii", "replace")
         right = {b"WHY": told == "42", b"WHERE": told == self.member.name}
         right[b"WHO"] = told.isdigit() and floor <= int(told) <= self._load.ceiling
-        assert right[command], f"{command!r} was answered {reply!r}, {floor} to {self._load.ceiling} may be"
+        assert right[command], (
+            f"{command!r} was answered {reply!r}, {floor} to {self._load.ceiling} may be"
+        )
         self._right()
 
     def _expect(self, reply: bytes, *replies: bytes) -> None:
@@ -166,9 +170,15 @@ class Load:
     def __init__(self, members: list[Member], seed: int) -> None:
         self.kinds: Counter[str] = Counter()  #: right replies
         self.replies = Counter(right=0, wrong=0, excused=0, lost=0)
-        self.staying: Counter[str] = Counter()  #: clients of each server, answered at least once and not leaving
+        self.staying: Counter[str] = (
+            Counter()
+        )  #: clients of each server, answered at least once and not leaving
         self.failures: list[str] = []
-        self.lock, self.may_call, self.is_over = threading.Lock(), threading.Event(), threading.Event()
+        self.lock, self.may_call, self.is_over = (
+            threading.Lock(),
+            threading.Event(),
+            threading.Event(),
+        )
         kinds = [*KINDS, "stays", "stays", "comes_and_goes"]
         #: What WHO says at most; more while there is a crowd beside them.
         self.usual_ceiling = self.ceiling = 3 * len(kinds) * len(members)
@@ -188,7 +198,11 @@ class Load:
         before = [(caller, caller.rounds) for caller in self._callers]
 
         def late() -> list[str]:
-            return [f"{caller.member.name} {caller.kind}" for caller, rounds in before if caller.rounds < rounds + 2]
+            return [
+                f"{caller.member.name} {caller.kind}"
+                for caller, rounds in before
+                if caller.rounds < rounds + 2
+            ]
 
         eventually(lambda: not late(), lambda: f"all are served anew: not {late()}")
 

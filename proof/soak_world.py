@@ -1,4 +1,6 @@
-"""Where a soak takes place: three servers, a Redis with replicas and Sentinels, a StatsD daemon's port."""
+"""Where a soak takes place: three servers, a Redis with replicas and Sentinels, a StatsD daemon's
+port.
+"""
 
 import http.client
 import json
@@ -27,18 +29,24 @@ MAX_CLIENTS = 300
 NAMES = ("one", "two", "three")
 
 
-def eventually(condition: Callable[[], Any], what: str | Callable[[], str], limit: float = 2 * LIMIT) -> Any:
+def eventually(
+    condition: Callable[[], Any], what: str | Callable[[], str], limit: float = 2 * LIMIT
+) -> Any:
     """Return the first true value; AssertionError when there is none within the limit."""
     deadline = time.monotonic() + limit
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {limit:.0f} s: {what if isinstance(what, str) else what()}")
+            raise AssertionError(
+                f"not within {limit:.0f} s: {what if isinstance(what, str) else what()}"
+            )
         time.sleep(0.05)
     return value
 
 
 class Log(list[str]):
-    """Lines of a server as they are read; those of debug level are but counted. `may_read` stalls the reader."""
+    """Lines of a server as they are read; those of debug level are but counted. `may_read` stalls
+    the reader.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,10 +76,20 @@ class Member:
 
     def __init__(self, name: str, folder: Path, *options: str, is_tls: bool = False) -> None:
         self.name, self.is_tls, self.port = name, is_tls, free_port()
-        #: "" while no client may be lost, "lost" while one may, "away" while it may not even connect.
+        #: "" while no client may be lost, "lost" while one may, "away" while it may not even
+        #: connect.
         self.excuse = ""
         self._folder, self._trust = folder, trust(folder)
-        words = ["--server-id", name, "--workers", str(WORKERS), "--max-clients", str(MAX_CLIENTS), "--admin-port", "0"]
+        words = [
+            "--server-id",
+            name,
+            "--workers",
+            str(WORKERS),
+            "--max-clients",
+            str(MAX_CLIENTS),
+            "--admin-port",
+            "0",
+        ]
         words += ["--log-format", "json", "--log-level", "debug", "--commands", "census"]
         self._options = [*words, *(certified(folder) if is_tls else []), *options]
         self.start()
@@ -89,7 +107,9 @@ class Member:
 
     def complaints(self) -> list[str]:
         """What it should never have said, since the last call."""
-        told = [each.pop(0) for each in (self.running.errors, self.log.bad) for _ in range(len(each))]
+        told = [
+            each.pop(0) for each in (self.running.errors, self.log.bad) for _ in range(len(each))
+        ]
         died = self.log.actions["worker.died"] + self.log.actions["agent.died"]
         told += [f"{died - self.deaths} processes died by themselves"] * (died > self.deaths)
         self.deaths = died
@@ -119,10 +139,14 @@ class Member:
     def is_well(self, ceiling: int) -> bool:
         """Whether it is as it should be when nothing is wrong, as it says itself."""
         told = self.status()
-        if not told or not self.processes().keys() >= {f"worker {each['pid']}" for each in told["workers"]["each"]}:
+        if not told or not self.processes().keys() >= {
+            f"worker {each['pid']}" for each in told["workers"]["each"]
+        }:
             return False
         cluster = told["cluster"]
-        is_fresh = not cluster["is_held"] and (cluster["view_age_seconds"] or math.inf) < 1.5 * PATIENCE
+        is_fresh = (
+            not cluster["is_held"] and (cluster["view_age_seconds"] or math.inf) < 1.5 * PATIENCE
+        )
         is_whole = len(self.processes()) == WORKERS + 2 and told["workers"]["accepting"] == WORKERS
         is_known = cluster["servers"] == len(NAMES) and cluster["clients"] <= ceiling
         return told["server"]["state"] == "ready" and is_fresh and is_whole and is_known
@@ -168,7 +192,9 @@ class World(ExitStack):
                 str(self.sink_port),
             ]
             for name in NAMES:
-                self.members.append(Member(name, folder, *words, "--statsd-prefix", name, is_tls=name == NAMES[-1]))
+                self.members.append(
+                    Member(name, folder, *words, "--statsd-prefix", name, is_tls=name == NAMES[-1])
+                )
             self.push(stack.pop_all())
 
     def open_sink(self) -> None:
@@ -217,19 +243,30 @@ class World(ExitStack):
         """What is held by whom, with one client for each worker; what WHO says then."""
         with ExitStack() as stack:
             for member in self.members:
-                eventually(partial(member.has, dict.fromkeys(member.clients(), 0)), f"{member.name} has no clients")
+                eventually(
+                    partial(member.has, dict.fromkeys(member.clients(), 0)),
+                    f"{member.name} has no clients",
+                )
             clients = {member: member.one_client_each(stack) for member in self.members}
             count = WORKERS * len(self.members)
             asked = {member.name: next(iter(their.values())) for member, their in clients.items()}
             with suppress(AssertionError):  # It is judged later.
-                eventually(lambda: {client.who() for client in asked.values()} == {count}, "WHO is exact")
+                eventually(
+                    lambda: {client.who() for client in asked.values()} == {count}, "WHO is exact"
+                )
             who = {name: client.who() for name, client in asked.items()}
             held: dict[str, list[int]] = {}
             for member, their in clients.items():
                 for client in their.values():
-                    client.ask(b"CENSUS")  # It has a greenlet now, which waits again when it asks once more.
+                    client.ask(
+                        b"CENSUS"
+                    )  # It has a greenlet now, which waits again when it asks once more.
                 greenlets = {pid: int(client.ask(b"CENSUS")) for pid, client in their.items()}
                 for name, process in member.processes().items():
-                    figures = [process.memory_info().rss, process.num_fds(), greenlets.get(process.pid, 0)]
+                    figures = [
+                        process.memory_info().rss,
+                        process.num_fds(),
+                        greenlets.get(process.pid, 0),
+                    ]
                     held[f"{member.name} {name}"] = figures
             return {"at": round(at, 1), "clients": count, "who": who, "held": held}

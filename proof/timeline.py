@@ -1,6 +1,8 @@
-"""What each server says of WHO, and what is true, while Redis fails over and while one server is cut off from it.
+"""What each server says of WHO, and what is true, while Redis fails over and while one server is
+cut off from it.
 
-`bin/timeline --write` writes docs/timelines.json, docs/plots/who-*.svg and the sections of docs/reliability.md.
+`bin/timeline --write` writes docs/timelines.json, docs/plots/who-*.svg and the sections of
+docs/reliability.md.
 """
 
 import itertools
@@ -25,7 +27,8 @@ from tests.running import LIMIT, PATIENCE, ROOT, Client, until
 
 FILE = ROOT / "docs/timelines.json"
 PAUSE_SECONDS = 0.01
-#: By which answers are judged: the beat interval, looks at the count, and 25 ms for round trips and the asking itself.
+#: By which answers are judged: the beat interval, looks at the count, and 25 ms for round trips and
+#: the asking itself.
 DELTA = 0.5 + 0.1 * PATIENCE
 #: Each server's clients: their least and greatest number.
 FEWEST, MOST = 4, 24
@@ -48,14 +51,16 @@ class Crowd:
             self.recorder.note(Kind.STARTED, member.name)
         self.failures: list[str] = []
         jobs = [self._come_and_go, *(self._asking(member) for member in members)]
-        self._threads = [threading.Thread(target=self._run, args=(job,), daemon=True) for job in jobs]
+        self._threads = [
+            threading.Thread(target=self._run, args=(job,), daemon=True) for job in jobs
+        ]
         for thread in self._threads:
             thread.start()
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except Exception as error:  # noqa: BLE001 (whatever it is, the timeline fails for it)
+        except Exception as error:
             self.failures.append(repr(error))
 
     def _connect(self, member: Member) -> Client:
@@ -118,9 +123,16 @@ class Timeline:
     def regained(self) -> Iterator[None]:
         """After the body all servers whose Redis has been away in it, one at least, reach it again."""
         servers = [member.server for member in self.world.members]
-        before = [{name: len(server.events(f"cluster.{name}")) for name in ("lost", "regained")} for server in servers]
+        before = [
+            {name: len(server.events(f"cluster.{name}")) for name in ("lost", "regained")}
+            for server in servers
+        ]
         yield
-        noticed = [(s, n) for s, n in zip(servers, before, strict=True) if len(s.events("cluster.lost")) > n["lost"]]
+        noticed = [
+            (s, n)
+            for s, n in zip(servers, before, strict=True)
+            if len(s.events("cluster.lost")) > n["lost"]
+        ]
         assert noticed, "nobody has noticed"
         for server, counts in noticed:
             server.wait_for("cluster.regained", counts["regained"] + 1, FAILOVER_LIMIT)
@@ -130,7 +142,10 @@ class Timeline:
         self.crowd.stop()
         history, began = self.crowd.recorder.history, self.began
         verdict = check(history, Promise(DELTA, self.world.ttl))
-        answers = {name: [it for it in history if isinstance(it, Answer) and it.server == name] for name in NAMES}
+        answers = {
+            name: [it for it in history if isinstance(it, Answer) and it.server == name]
+            for name in NAMES
+        }
         return {
             "seconds": round(time.monotonic() - began, 3),
             "events": sorted((round(at, 3), what) for at, what in self.events),
@@ -138,14 +153,21 @@ class Timeline:
             "delta": DELTA,
             "broken": len(verdict.violations),
             "first broken": [str(it) for it in verdict.violations[:3]],
-            "slowest ms": round(1000 * max(it.received - it.sent for each in answers.values() for it in each), 1),
+            "slowest ms": round(
+                1000 * max(it.received - it.sent for each in answers.values() for it in each), 1
+            ),
             "truth": truth((it for it in history if isinstance(it, Fact)), began),
-            "said": {name: steps((it.received - began, it.number) for it in each) for name, each in answers.items()},
+            "said": {
+                name: steps((it.received - began, it.number) for it in each)
+                for name, each in answers.items()
+            },
         }
 
 
 def truth(facts: Iterable[Fact], began: float) -> Steps:
-    """How many clients there were: each comes, and goes, in the middle of the time in which it may have."""
+    """How many clients there were: each comes, and goes, in the middle of the time in which it may
+    have.
+    """
     times: dict[tuple[str, int], dict[Kind, float]] = {}
     for fact in facts:
         if fact.key:
@@ -153,7 +175,10 @@ def truth(facts: Iterable[Fact], began: float) -> Steps:
     changes = [
         ((each[begin] + each[end]) / 2 - began, change)
         for each in times.values()
-        for begin, end, change in ((Kind.CONNECTING, Kind.COUNTED, 1), (Kind.CLOSING, Kind.CLOSED, -1))
+        for begin, end, change in (
+            (Kind.CONNECTING, Kind.COUNTED, 1),
+            (Kind.CLOSING, Kind.CLOSED, -1),
+        )
         if begin in each and end in each
     ]
     changes.sort()
@@ -180,7 +205,11 @@ def failover(timeline: Timeline, seconds: float = 7) -> None:
         with timeline.regained():
             primary.redis.kill()
             others = [node for node in world.nodes if node is not primary]
-            until(lambda: any(node.role() == "master" for node in others), "another is primary", FAILOVER_LIMIT)
+            until(
+                lambda: any(node.role() == "master" for node in others),
+                "another is primary",
+                FAILOVER_LIMIT,
+            )
             timeline.happened("a replica is primary")
     timeline.happened("all have reported to it")
     timeline.let_pass(seconds)
@@ -197,7 +226,9 @@ def partition(timeline: Timeline, seconds: float = 5) -> None:
         with world.network.cut(*ways) as cut:
             timeline.happened("A cut off from Redis", cut.after)
             for member, count in zip(others, counts, strict=True):
-                dropped = datetime.fromisoformat(member.server.wait_for("cluster.servers", count + 1)["@timestamp"])
+                dropped = datetime.fromisoformat(
+                    member.server.wait_for("cluster.servers", count + 1)["@timestamp"]
+                )
                 ago = time.time() - dropped.timestamp()
                 timeline.happened(f"{member.name} drops A", time.monotonic() - ago)
             timeline.let_pass(seconds)
@@ -209,7 +240,9 @@ def partition(timeline: Timeline, seconds: float = 5) -> None:
 SCENARIOS: dict[str, Callable[[Timeline], None]] = {"failover": failover, "partition": partition}
 
 
-def record(folder: Path, seed: int, scenario: Callable[[Timeline], None], **world: float) -> dict[str, Any]:
+def record(
+    folder: Path, seed: int, scenario: Callable[[Timeline], None], **world: float
+) -> dict[str, Any]:
     """Play one, on a cluster of its own."""
     with World(folder, **world) as running:
         timeline = Timeline(running, seed)
@@ -219,8 +252,17 @@ def record(folder: Path, seed: int, scenario: Callable[[Timeline], None], **worl
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--seed", type=int, help="What the coming and going of clients is drawn from.")
-@click.option("--write", "is_kept", is_flag=True, help="Write docs/timelines.json, its plots, and docs/reliability.md.")
-@click.option("--render", is_flag=True, help="Record nothing: write plots and page again from docs/timelines.json.")
+@click.option(
+    "--write",
+    "is_kept",
+    is_flag=True,
+    help="Write docs/timelines.json, its plots, and docs/reliability.md.",
+)
+@click.option(
+    "--render",
+    is_flag=True,
+    help="Record nothing: write plots and page again from docs/timelines.json.",
+)
 def main(seed: int | None, is_kept: bool, render: bool) -> None:
     """Record WHO through a failover and a partition, and tell of it. As root: a minute."""
     if not render:

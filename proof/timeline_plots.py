@@ -1,4 +1,6 @@
-"""docs/plots/who-*.svg: what is true of WHO, and what each server says, to be read on light ground and on dark."""
+"""docs/plots/who-*.svg: what is true of WHO, and what each server says, to be read on light ground
+and on dark.
+"""
 
 from bisect import bisect_right
 from itertools import pairwise
@@ -11,7 +13,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from bench.plots import COLOURS, FAINT, FOLDER, INK, STYLE
 
-TITLES = {"failover": "WHO while the Redis primary is killed", "partition": "WHO while server A is cut off from Redis"}
+TITLES = {
+    "failover": "WHO while the Redis primary is killed",
+    "partition": "WHO while server A is cut off from Redis",
+}
 TRUE = "true count"
 COLOUR = {TRUE: INK, **dict(zip("ABC", COLOURS.values(), strict=False))}
 
@@ -22,7 +27,9 @@ def draw(report: dict[str, Any]) -> None:
     """Draw each timeline of the report."""
     with mpl.rc_context(STYLE):
         for name, title in TITLES.items():
-            picture = Picture(figsize=(7.6, 3.9), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+            picture = Picture(
+                figsize=(7.6, 3.9), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+            )
             picture.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
             _draw(picture.add_subplot(), report[name])
             picture.savefig(FOLDER / f"who-{name}.svg", transparent=True, metadata={"Date": None})
@@ -32,7 +39,9 @@ def _draw(axes: Axes, timeline: dict[str, Any]) -> None:
     lines: dict[str, Steps] = {TRUE: timeline["truth"], **timeline["said"]}
     for name, steps in lines.items():
         times, counts = zip(*steps, [timeline["seconds"], steps[-1][1]], strict=True)
-        wide: dict[str, Any] = {"linewidth": 5, "alpha": 0.4} if name == TRUE else {"linewidth": 1.6}
+        wide: dict[str, Any] = (
+            {"linewidth": 5, "alpha": 0.4} if name == TRUE else {"linewidth": 1.6}
+        )
         axes.step(times, counts, where="post", color=COLOUR[name], **wide)
     axes.set_xlim(0, timeline["seconds"])
     axes.set_ylim(0, 1.22 * max(count for steps in lines.values() for _, count in steps))
@@ -41,7 +50,11 @@ def _draw(axes: Axes, timeline: dict[str, Any]) -> None:
     for at, _ in timeline["events"]:
         axes.axvline(at, color=FAINT, linewidth=1)
     for row, (at, what) in enumerate(_together(timeline["events"], timeline["seconds"] / 100)):
-        style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
+        style: dict[str, Any] = {
+            "xycoords": ("data", "axes fraction"),
+            "textcoords": "offset points",
+            "fontsize": 9,
+        }
         axes.annotate(what, (at, 1 - 0.065 * row), (4, 0), va="top", **style)
     _label(axes, lines, *(timeline["events"][number][0] for number in (0, -1)))
 
@@ -64,11 +77,18 @@ def _label(axes: Axes, lines: dict[str, Steps], began: float, ended: float) -> N
     at = moments[max(range(6, 95), key=lambda middle: min(apart[middle - 6 : middle + 7]))]
     names = sorted(lines, key=lambda name: count_at(lines[name], at))
     ys = [count_at(lines[name], at) for name in names]
-    below, above = ([after - before for before, after in pairwise(row)] for row in ([0, *ys], [*ys, 1e9]))
+    below, above = (
+        [after - before for before, after in pairwise(row)] for row in ([0, *ys], [*ys, 1e9])
+    )
     for name, y, to_lower, to_upper in zip(names, ys, below, above, strict=True):
         away = 9 if to_upper > to_lower else -9
         side = "center" if to_upper < 1e6 else "right"
-        style: dict[str, Any] = {"textcoords": "offset points", "ha": side, "va": "center", "fontweight": "bold"}
+        style: dict[str, Any] = {
+            "textcoords": "offset points",
+            "ha": side,
+            "va": "center",
+            "fontweight": "bold",
+        }
         axes.annotate(name, (at, y), (0, away), color=COLOUR[name], **style)
 
 

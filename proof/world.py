@@ -1,7 +1,8 @@
-"""Three servers on hosts of their own, Redis with two replicas and three Sentinels on three more, HAProxy on another.
+"""Three servers on hosts of their own, Redis with two replicas and three Sentinels on three more,
+HAProxy on another.
 
-Hosts are network namespaces (tests/netns.py), so this takes root. All of it runs before other processes, so that what
-else the machine does is not measured.
+Hosts are network namespaces (tests/netns.py), so this takes root. All of it runs before other
+processes, so that what else the machine does is not measured.
 """
 
 import json
@@ -65,8 +66,18 @@ class World(ExitStack[None]):
             self.nodes = start_nodes(stack, folder, rest[:3])
             sentinels = ",".join(f"{node.host.address}:{node.sentinel.port}" for node in self.nodes)
             url = f"redis+sentinel://{sentinels}/gserver"
-            options = ["--redis-url", url, "--beat-interval", str(beat), "--member-ttl", str(ttl), *OPTIONS]
-            self.members = [Member(name, host, options) for name, host in zip(NAMES, rest[3:], strict=True)]
+            options = [
+                "--redis-url",
+                url,
+                "--beat-interval",
+                str(beat),
+                "--member-ttl",
+                str(ttl),
+                *OPTIONS,
+            ]
+            self.members = [
+                Member(name, host, options) for name, host in zip(NAMES, rest[3:], strict=True)
+            ]
             for member in self.members:
                 stack.callback(member.end)
             with self.front_host.inside():
@@ -85,11 +96,15 @@ class World(ExitStack[None]):
         return node
 
     def _primary(self) -> Node | None:
-        primaries = [node for node in self.nodes if node.redis.is_running() and node.role() == "master"]
+        primaries = [
+            node for node in self.nodes if node.redis.is_running() and node.role() == "master"
+        ]
         return primaries[0] if len(primaries) == 1 else None
 
     def settle(self) -> None:
-        """Wait until the Sentinels know all, and a replica can take over: then the next fault may come."""
+        """Wait until the Sentinels know all, and a replica can take over: then the next fault may
+        come.
+        """
 
         def is_settled() -> bool:
             primary = self._primary()
@@ -103,7 +118,10 @@ class World(ExitStack[None]):
     @staticmethod
     def _is_linked(node: Node, primary: Node) -> bool:
         with node.host.inside():
-            return node is primary or node.redis.command("INFO", "replication").get("master_link_status") == "up"
+            return (
+                node is primary
+                or node.redis.command("INFO", "replication").get("master_link_status") == "up"
+            )
 
 
 @contextmanager
@@ -149,6 +167,8 @@ def _version(*words: str) -> Any:
 def write(report: dict[str, Any], path: Path) -> None:
     """Write it as JSON, a list of numbers, or of such lists, on one line."""
     text = re.sub(
-        r"\[\s+([^][{}]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(report, indent=1)
+        r"\[\s+([^][{}]+?)\s+\]",
+        lambda found: f"[{' '.join(found[1].split())}]",
+        json.dumps(report, indent=1),
     )
     path.write_text(re.sub(r"\],\s+\[", "], [", text) + "\n")

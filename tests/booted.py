@@ -1,6 +1,8 @@
-"""systemd itself, as the first process of namespaces of its own, with the units of this repository and no others.
+"""systemd itself, as the first process of namespaces of its own, with the units of this repository
+and no others.
 
-It takes root. The network is this machine's; mounts, processes and cgroups are private, and gone at the end.
+It takes root. The network is this machine's; mounts, processes and cgroups are private, and gone at
+the end.
 """
 
 import json
@@ -20,9 +22,19 @@ from tests.running import ROOT, Event, program, until
 SYSTEMD = "/lib/systemd/systemd"
 UNITS = ROOT / "deploy/systemd"
 #: Of systemd's own, without what they would pull in.
-TARGETS = ("basic", "default", "multi-user", "network-online", "shutdown", "sockets", "sysinit", "umount")
+TARGETS = (
+    "basic",
+    "default",
+    "multi-user",
+    "network-online",
+    "shutdown",
+    "sockets",
+    "sysinit",
+    "umount",
+)
 
-#: In the folder that is to be /opt: the repository, and a virtualenv that is ready. Only root may look where they are.
+#: In the folder that is to be /opt: the repository, and a virtualenv that is ready. Only root may
+#: look where they are.
 INSTALL = """
 site=venv/lib/$(basename "$(dirname "$packages")")/site-packages
 mkdir -p gserver python venv/bin "$site"
@@ -35,8 +47,8 @@ printf 'home = /opt/python/bin\\n' >venv/pyvenv.cfg
 #: What it takes, in this order: base, packages, repository.
 INSTALLED = [sys.base_prefix, sysconfig.get_path("purelib"), str(ROOT)]
 
-#: Arguments: a folder for all that is made, the name of the cgroup, what is installed, systemd. What is installed may
-#: be where ProtectHome and PrivateTmp hide it.
+#: Arguments: a folder for all that is made, the name of the cgroup, what is installed, systemd.
+#: What is installed may be where ProtectHome and PrivateTmp hide it.
 BOOT = (
     """
 set -eu
@@ -63,14 +75,17 @@ exec env -i container=lxc PATH=/usr/sbin:/usr/bin:/sbin:/bin "SYSTEMD_UNIT_PATH=
 
 
 class Booted:
-    """A systemd; `with Booted(folder, variables) as machine:` for a gserver.service with these variables.
+    """A systemd; `with Booted(folder, variables) as machine:` for a gserver.service with these
+    variables.
 
     `changes` are lines for drop-ins of the two units, by what the units are called after their dot.
     """
 
     def __init__(self, folder: Path, variables: dict[str, str], **changes: str) -> None:
         if os.geteuid() != 0 or not Path(SYSTEMD).exists():
-            pytest.skip("systemd is not here, or this is not root, who alone can boot it in namespaces")
+            pytest.skip(
+                "systemd is not here, or this is not root, who alone can boot it in namespaces"
+            )
         self._folder = folder
         self._variables = variables
         self._changes = changes
@@ -79,11 +94,29 @@ class Booted:
 
     def __enter__(self) -> "Booted":
         self._write_units()
-        namespaces = ["--mount", "--pid", "--ipc", "--uts", "--fork", "--mount-proc", "--kill-child"]
+        namespaces = [
+            "--mount",
+            "--pid",
+            "--ipc",
+            "--uts",
+            "--fork",
+            "--mount-proc",
+            "--kill-child",
+        ]
         places = [self._folder, self._cgroup, *INSTALLED, SYSTEMD]
-        command = [program("unshare"), *namespaces, program("bash"), "-c", BOOT, "boot", *map(str, places)]
+        command = [
+            program("unshare"),
+            *namespaces,
+            program("bash"),
+            "-c",
+            BOOT,
+            "boot",
+            *map(str, places),
+        ]
         with (self._folder / "log").open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         try:
             until(self._is_up, "systemd is up, or cannot be")
         except BaseException:
@@ -91,25 +124,30 @@ class Booted:
             raise
         if self._process.poll() is not None:
             self.__exit__()
-            pytest.skip(f"systemd cannot be booted here: {(self._folder / 'log').read_text()[-500:]}")
+            pytest.skip(
+                f"systemd cannot be booted here: {(self._folder / 'log').read_text()[-500:]}"
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # And by --kill-child the first process, and with it all that is in its namespace.
+        # And by --kill-child the first process, and with it all that is in its namespace.
+        self._process.kill()
         self._process.wait()
         mounted = self._folder / "cgroups"
         mounted.mkdir()
         subprocess.run(["mount", "-t", "cgroup2", "none", mounted], check=True)
         try:
             for path in sorted((mounted / self._cgroup).glob("**/"), reverse=True):
-                until(lambda: is_removed(path), "nobody is in the cgroup any more")  # noqa: B023 (called at once)
+                until(lambda: is_removed(path), "nobody is in the cgroup any more")
         finally:
             subprocess.run(["umount", mounted], check=True)
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command there."""
         inside = [program("nsenter"), "-m", "-p", "-C", "-i", "-u", "-t", str(self._first())]
-        return subprocess.run([*inside, *command], check=check, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [*inside, *command], check=check, capture_output=True, text=True, timeout=60
+        )
 
     def events(self, action: str) -> list[Event]:
         """The events of that kind that the service has logged so far."""
@@ -135,7 +173,8 @@ class Booted:
     def _is_up(self) -> bool:
         return self._process.poll() is not None or (
             bool(psutil.Process(self._process.pid).children())
-            and self.run("systemctl", "is-system-running", check=False).stdout.strip() in ("running", "degraded")
+            and self.run("systemctl", "is-system-running", check=False).stdout.strip()
+            in ("running", "degraded")
         )
 
     def _write_units(self) -> None:
@@ -145,7 +184,11 @@ class Booted:
             text = Path(f"/lib/systemd/system/{name}.target").read_text().splitlines()
             kept = [line for line in text if not line.startswith(("Wants=", "Requires="))]
             (units / f"{name}.target").write_text("\n".join(kept))
-        variables = {"VIRTUAL_ENV": "/opt/venv", "LD_LIBRARY_PATH": "/opt/python/lib", **self._variables}
+        variables = {
+            "VIRTUAL_ENV": "/opt/venv",
+            "LD_LIBRARY_PATH": "/opt/python/lib",
+            **self._variables,
+        }
         lines = [f"Environment={name}={value}" for name, value in variables.items()]
         lines += [f"StandardOutput=append:{self.output}", f"StandardError=append:{self.errors}"]
         changes = {"service": "", **self._changes}

@@ -1,4 +1,6 @@
-"""A real browser without a window: headless Chromium, driven over WebDriver (https://www.w3.org/TR/webdriver2/)."""
+"""A real browser without a window: headless Chromium, driven over WebDriver
+(https://www.w3.org/TR/webdriver2/).
+"""
 
 import base64
 import json
@@ -14,8 +16,20 @@ from urllib.request import ProxyHandler, Request, build_opener
 from tests.running import LIMIT, program, until
 
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--no-proxy-server"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+    ),
+    *(
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-dev-shm-usage",
+        "--no-proxy-server",
+    ),
 )
 
 
@@ -25,7 +39,11 @@ class Browser:
     def __init__(self, driver: str, profile: str) -> None:
         self._opener = build_opener(ProxyHandler({}))
         options = {"args": [*FLAGS, f"--user-data-dir={profile}"], "binary": program("chromium")}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        wanted = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
         self._session = driver
         made = self._call("/session", {"capabilities": {"alwaysMatch": wanted}})
         self._session = f"{driver}/session/{made['sessionId']}"
@@ -50,7 +68,11 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """What the browser's console says of errors."""
-        return [entry["message"] for entry in self._call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+        return [
+            entry["message"]
+            for entry in self._call("/se/log", {"type": "browser"})
+            if entry["level"] == "SEVERE"
+        ]
 
     def resize(self, width: int, height: int, scheme: str = "light") -> None:
         """Take another screen, and another taste."""

@@ -1,11 +1,14 @@
-"""What WHO may say: a history of facts, a checker that judges each answer by it, and a recorder of real ones.
+"""What WHO may say: a history of facts, a checker that judges each answer by it, and a recorder of
+real ones.
 
-The promise: the own share is exact. Every other server's share is its true count at some instant of the last DELTA
-(beat interval + slack); a Redis fault, and a while after it, stretches this back to DELTA before the fault. A killed
-server's clients count for a TTL at most; those of one that left are gone at once; one cut off alone may be dropped.
+The promise: the own share is exact. Every other server's share is its true count at some instant of
+the last DELTA (beat interval + slack); a Redis fault, and a while after it, stretches this back to
+DELTA before the fault. A killed server's clients count for a TTL at most; those of one that left
+are gone at once; one cut off alone may be dropped.
 
-The shares are seen only as a sum, so an answer is judged by the sums of their least and greatest values. Where nothing
-changed for the length of the window the two are equal: `Verdict.exact` says how often one number only was allowed.
+The shares are seen only as a sum, so an answer is judged by the sums of their least and greatest
+values. Where nothing changed for the length of the window the two are equal: `Verdict.exact` says
+how often one number only was allowed.
 """
 
 import itertools
@@ -72,7 +75,10 @@ class Judgement(NamedTuple):
 
     def __str__(self) -> str:
         server, sent, received, number, client = self.answer
-        shares = [f"{name} {low}..{high} since {since:.3f}" for name, (low, high, since) in self.shares.items()]
+        shares = [
+            f"{name} {low}..{high} since {since:.3f}"
+            for name, (low, high, since) in self.shares.items()
+        ]
         asked = f"{server}, asked {sent:.3f}..{received:.3f} by client {client}, said {number}"
         return f"{asked}; allowed are {self.low}..{self.high}: {', '.join(shares)}"
 
@@ -91,7 +97,9 @@ class _Steps:
     """How many of some spans of time include an instant."""
 
     def __init__(self, spans: Iterable[tuple[float, float]]) -> None:
-        ordered = sorted(change for begin, end in spans if begin < end for change in ((begin, 1), (end, -1)))
+        ordered = sorted(
+            change for begin, end in spans if begin < end for change in ((begin, 1), (end, -1))
+        )
         self.times = [at for at, _ in ordered]
         self.values = list(itertools.accumulate((change for _, change in ordered), initial=0))
 
@@ -112,8 +120,13 @@ class _Server:
         clients = [times for times in keyed.values() if Kind.CONNECTING in times]
         self.times, self.ended = keyed[0], keyed[0][Kind.ENDED]
         self.ending = min(keyed[0][Kind.KILLED], keyed[0][Kind.STOPPING])
-        self.joined = min(keyed[0][kind] for kind in (Kind.STARTED, Kind.RESTARTED) if kind in keyed[0])
-        self.gone, self.ghost = self.ended, 0  # what it may count for from its end until Redis forgets it
+        self.joined = min(
+            keyed[0][kind] for kind in (Kind.STARTED, Kind.RESTARTED) if kind in keyed[0]
+        )
+        self.gone, self.ghost = (
+            self.ended,
+            0,
+        )  # what it may count for from its end until Redis forgets it
         self.least = _Steps((c[Kind.COUNTED], min(c[Kind.CLOSING], self.ending)) for c in clients)
         self.most = _Steps((c[Kind.CONNECTING], min(c[Kind.CLOSED], self.ended)) for c in clients)
 
@@ -121,16 +134,30 @@ class _Server:
 class _Checker:
     def __init__(self, facts: list[Fact], promise: Promise) -> None:
         self.delta, self.recovery, self.ttl = promise.delta, 2 * promise.delta, promise.ttl
-        self.times: dict[str, dict[int, Times]] = defaultdict(lambda: defaultdict(lambda: Times(lambda: inf)))
+        self.times: dict[str, dict[int, Times]] = defaultdict(
+            lambda: defaultdict(lambda: Times(lambda: inf))
+        )
         for fact in sorted(facts, key=lambda fact: fact.at):
             self.times[fact.server][fact.key].setdefault(fact.kind, fact.at)
-        spans = ((t[Kind.FAULT], t[Kind.HEALED], name) for name, keyed in self.times.items() for t in keyed.values())
-        self.faults = [_Fault(*span, span[1] + self.recovery) for span in sorted(spans) if span[0] < inf]
+        spans = (
+            (t[Kind.FAULT], t[Kind.HEALED], name)
+            for name, keyed in self.times.items()
+            for t in keyed.values()
+        )
+        self.faults = [
+            _Fault(*span, span[1] + self.recovery) for span in sorted(spans) if span[0] < inf
+        ]
         self.servers = {name: _Server(keyed) for name, keyed in self.times.items() if name}
         for name, server in self.servers.items():
             self._leave(name, server)
-            if server.times[Kind.RESTARTED] < inf:  # it first watches whether the one before it lives
-                faults = [fault.ended for fault in self._of(name) if fault.began <= server.joined + self.recovery]
+            if (
+                server.times[Kind.RESTARTED] < inf
+            ):  # it first watches whether the one before it lives
+                faults = [
+                    fault.ended
+                    for fault in self._of(name)
+                    if fault.began <= server.joined + self.recovery
+                ]
                 server.joined = max([server.joined, *faults]) + self.recovery
         held = -inf
         for at, fault in enumerate(self.faults):
@@ -142,14 +169,18 @@ class _Checker:
         return [fault for fault in self.faults if fault.server in ("", *servers)]
 
     def _since(self, sent: float, received: float, faults: list[_Fault]) -> float:
-        """Since when a count that is seen may have been true. One fault on the heels of another adds up."""
+        """Since when a count that is seen may have been true. One fault on the heels of another
+        adds up.
+        """
         for fault in reversed(faults):
             if fault.began <= received and fault.over >= sent:
                 sent = min(sent, fault.began)
         return sent - self.delta
 
     def _leave(self, name: str, server: _Server) -> None:
-        """Until when one may count that was killed, or could not say that it left, if no fault lengthens it."""
+        """Until when one may count that was killed, or could not say that it left, if no fault
+        lengthens it.
+        """
         is_away = any(f.began <= server.ended and f.over >= server.ending for f in self._of(name))
         if server.times[Kind.KILLED] < inf or is_away:
             server.gone += self.ttl  # a window's DELTA comes on top
@@ -157,33 +188,62 @@ class _Checker:
             server.ghost = max(server.most.between(since, server.ended))
 
     def _is_slow(self, fault: _Fault) -> bool:
-        """Whether somebody is missing then: those who hold what they knew wait in vain, and so for a whole TTL."""
+        """Whether somebody is missing then: those who hold what they knew wait in vain, and so for
+        a whole TTL.
+        """
         cut = [(other.server, other.began, other.over) for other in self.faults if other.server]
-        dead = [(name, server.ending, server.gone + self.delta) for name, server in self.servers.items()]
-        return any(n != fault.server and began <= fault.over and over >= fault.began for n, began, over in cut + dead)
+        dead = [
+            (name, server.ending, server.gone + self.delta) for name, server in self.servers.items()
+        ]
+        return any(
+            n != fault.server and began <= fault.over and over >= fault.began
+            for n, began, over in cut + dead
+        )
 
     def _own(self, answer: Answer) -> Share:
         server, asker = self.servers[answer.server], self.times[answer.server][answer.client]
-        low, high = (f(s.between(answer.sent, answer.received)) for f, s in ((min, server.least), (max, server.most)))
-        return low + 1 if asker[Kind.COUNTED] > answer.sent else max(low, 1), high, answer.sent  # it counts itself
+        low, high = (
+            f(s.between(answer.sent, answer.received))
+            for f, s in ((min, server.least), (max, server.most))
+        )
+        return (
+            low + 1 if asker[Kind.COUNTED] > answer.sent else max(low, 1),
+            high,
+            answer.sent,
+        )  # it counts itself
 
     def _other(self, answer: Answer, name: str, server: _Server) -> Share:
         _, sent, received, *_ = answer
         since = self._since(sent, received, self._of(answer.server, name))
-        low, high = min(server.least.between(since, received)), max(server.most.between(since, received))
+        low, high = (
+            min(server.least.between(since, received)),
+            max(server.most.between(since, received)),
+        )
         for fault in self.faults:  # cut off alone until its lease was over
-            if fault.server == name and fault.began <= received and since + self.delta <= fault.over:
+            if (
+                fault.server == name
+                and fault.began <= received
+                and since + self.delta <= fault.over
+            ):
                 lease_over = self._since(fault.began, fault.began, self._of(name)) + self.ttl
                 low = 0 if min(received, fault.over) >= lease_over else low
         if server.ending <= received and since <= server.gone:
             high = max(high, server.ghost)
-        is_known = since >= max(server.joined, self.servers[answer.server].joined)  # who has just started knows nobody
+        is_known = since >= max(
+            server.joined, self.servers[answer.server].joined
+        )  # who has just started knows nobody
         return low if is_known else 0, high, since
 
     def judge(self, answer: Answer) -> Judgement:
-        others = {n: self._other(answer, n, server) for n, server in self.servers.items() if n != answer.server}
+        others = {
+            n: self._other(answer, n, server)
+            for n, server in self.servers.items()
+            if n != answer.server
+        }
         shares = {answer.server: self._own(answer), **others}
-        return Judgement(answer, sum(s[0] for s in shares.values()), sum(s[1] for s in shares.values()), shares)
+        return Judgement(
+            answer, sum(s[0] for s in shares.values()), sum(s[1] for s in shares.values()), shares
+        )
 
 
 def check(history: Sequence[Fact | Answer], promise: Promise) -> Verdict:
@@ -194,7 +254,9 @@ def check(history: Sequence[Fact | Answer], promise: Promise) -> Verdict:
 
 
 class Recorder:
-    """Does things to real servers and notes when: before what begins, after what is certain. Any thread may use it."""
+    """Does things to real servers and notes when: before what begins, after what is certain. Any
+    thread may use it.
+    """
 
     def __init__(self) -> None:
         self.history: list[Fact | Answer] = []  # only ever appended to, which is atomic
@@ -222,7 +284,9 @@ class Recorder:
         return number
 
     def close(self, client: Client) -> None:
-        """Close, and wait until the server has let go, which closes last. If it resets, nothing is known."""
+        """Close, and wait until the server has let go, which closes last. If it resets, nothing is
+        known.
+        """
         server, key = self._clients.pop(client)
         with suppress(OSError), client, self._span(Kind.CLOSING, Kind.CLOSED, server, key):
             client.end()
@@ -231,7 +295,13 @@ class Recorder:
         with self._span(Kind.KILLED, Kind.ENDED, server):
             running.kill()
 
-    def stop(self, server: str, running: Running, number: signal.Signals = signal.SIGTERM, limit: float = LIMIT) -> int:
+    def stop(
+        self,
+        server: str,
+        running: Running,
+        number: signal.Signals = signal.SIGTERM,
+        limit: float = LIMIT,
+    ) -> int:
         with self._span(Kind.STOPPING, Kind.ENDED, server):
             return running.stop(number, limit)
 

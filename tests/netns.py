@@ -1,6 +1,8 @@
-"""A network that can be cut. Hosts are network namespaces of the kernel; packets are lost by the router between them.
+"""A network that can be cut. Hosts are network namespaces of the kernel; packets are lost by the
+router between them.
 
-Nobody is told of a loss, and it may be of one direction only. It takes root, and touches nothing outside of them.
+Nobody is told of a loss, and it may be of one direction only. It takes root, and touches nothing
+outside of them.
 """
 
 import ctypes
@@ -77,7 +79,9 @@ class Network(ExitStack[None]):
         with ExitStack() as stack:
             try:
                 self._router = self._add(stack, f"{prefix}-router", "")
-                self.hosts = [self._add(stack, f"{prefix}-{n}", f"198.18.{n}.1") for n in range(count)]
+                self.hosts = [
+                    self._add(stack, f"{prefix}-{n}", f"198.18.{n}.1") for n in range(count)
+                ]
                 for number, host in enumerate(self.hosts):
                     self._connect(host, f"host{number}", f"198.18.{number}.254")
             except subprocess.CalledProcessError as error:
@@ -90,7 +94,9 @@ class Network(ExitStack[None]):
             self.push(stack.pop_all())
 
     def _ip(self, *words: str, text: str = "") -> None:
-        subprocess.run([self._ip_program, *words], input=text, check=True, capture_output=True, text=True)
+        subprocess.run(
+            [self._ip_program, *words], input=text, check=True, capture_output=True, text=True
+        )
 
     def _add(self, stack: ExitStack[Any], name: str, address: str) -> Host:
         self._ip("netns", "add", name)
@@ -100,7 +106,20 @@ class Network(ExitStack[None]):
 
     def _connect(self, host: Host, port: str, gateway: str) -> None:
         router = self._router.name
-        self._ip("link", "add", port, "netns", router, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+        self._ip(
+            "link",
+            "add",
+            port,
+            "netns",
+            router,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            host.name,
+        )
         for name, link, address in ((router, port, gateway), (host.name, "eth0", host.address)):
             self._ip("-n", name, "address", "add", f"{address}/24", "dev", link)
             self._ip("-n", name, "link", "set", link, "up")
@@ -123,7 +142,8 @@ class Network(ExitStack[None]):
 
     @contextmanager
     def cut(self, *ways: Way) -> Iterator[Cut]:
-        """Lose all that goes from the first to the second host of each way, from the same moment to the same moment.
+        """Lose all that goes from the first to the second host of each way, from the same moment to
+        the same moment.
 
         It is seen to be lost, and what goes the other way to arrive unless that is cut too.
         """
@@ -142,5 +162,8 @@ class Network(ExitStack[None]):
         assert all(self.reaches(*way) for way in ways)
 
     def _rules(self, action: str, ways: tuple[Way, ...]) -> None:
-        lines = (f"rule {action} from {a.address} to {b.address} priority 100 blackhole\n" for a, b in ways)
+        lines = (
+            f"rule {action} from {a.address} to {b.address} priority 100 blackhole\n"
+            for a, b in ways
+        )
         self._ip("-n", self._router.name, "-batch", "-", text="".join(lines))

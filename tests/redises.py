@@ -1,6 +1,8 @@
-"""Real Redis servers, real Sentinels, and a network before them, each with the faults that a test may want of it.
+"""Real Redis servers, real Sentinels, and a network before them, each with the faults that a test
+may want of it.
 
-All listen on 127.0.0.1 and end with their `with` block. A method returns when what it does has happened.
+All listen on 127.0.0.1 and end with their `with` block. A method returns when what it does has
+happened.
 """
 
 import os
@@ -25,33 +27,52 @@ from redis.retry import Retry
 
 from tests.running import LIMIT, program, until
 
-#: A failover takes three seconds, but a Sentinel that was held up for two does nothing for the next thirty.
+#: A failover takes three seconds, but a Sentinel that was held up for two does nothing for the next
+#: thirty.
 FAILOVER_LIMIT = 4 * LIMIT
 TLS = ["port 0", "tls-port PORT", "tls-auth-clients no"]
 TLS += ["tls-ca-cert-file ca.pem", "tls-cert-file server.pem", "tls-key-file server.key"]
-#: Any fault loses the data, unless a test says otherwise; replicas are filled without waiting for more of them.
-DEFAULTS = {"save": '""', "appendonly": "no", "repl-diskless-sync-delay": 0, "unixsocket": "redis.sock"}
+#: Any fault loses the data, unless a test says otherwise; replicas are filled without waiting for
+#: more of them.
+DEFAULTS = {
+    "save": '""',
+    "appendonly": "no",
+    "repl-diskless-sync-delay": 0,
+    "unixsocket": "redis.sock",
+}
 
 
 def free_port() -> int:
     """A port below those that the system gives away, so nobody takes it while its server is down."""
     while True:
         with socket.socket() as probe, suppress(OSError):
-            # A process that another thread starts just now holds the probe for a moment: it must not be in the way.
+            # A process that another thread starts just now holds the probe for a moment: it must
+            # not be in the way.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", random.randrange(20000, 32768)))
             return int(probe.getsockname()[1])
 
 
 def make_certificates(folder: Path, days: int = 2) -> None:
-    """A CA, a server's certificate by it for 127.0.0.1 (not for localhost), and a CA that signed nothing."""
+    """A CA, a server's certificate by it for 127.0.0.1 (not for localhost), and a CA that signed
+    nothing.
+    """
     new = [program("openssl"), "req", "-x509", "-days", str(days), "-nodes", "-newkey", "ec"]
     new += ["-pkeyopt", "ec_paramgen_curve:prime256v1"]
     for_ca = ["-addext", "keyUsage=critical,keyCertSign"]
     for_server = ["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE"]
     for_server += ["-CA", "ca.pem", "-CAkey", "ca.key"]
     for name, options in {"ca": for_ca, "other-ca": for_ca, "server": for_server}.items():
-        command = [*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem", *options]
+        command = [
+            *new,
+            "-subj",
+            f"/CN={name}",
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.pem",
+            *options,
+        ]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
@@ -64,7 +85,12 @@ class Server(ExitStack[None]):
         self.password = password
         self.folder = folder / f"{kind}-{self.port}"
         self.folder.mkdir()
-        lines = [f'dir "{self.folder}"', "bind 127.0.0.1", *lines, *([f"requirepass {password}"] if password else [])]
+        lines = [
+            f'dir "{self.folder}"',
+            "bind 127.0.0.1",
+            *lines,
+            *([f"requirepass {password}"] if password else []),
+        ]
         config = self.folder / "redis.conf"
         config.write_text("\n".join(lines).replace("PORT", str(self.port)) + "\n")
         self._argv = [program(kind), str(config)]
@@ -78,7 +104,9 @@ class Server(ExitStack[None]):
 
     def start(self) -> None:
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(self._argv, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                self._argv, stdout=log, stderr=log, start_new_session=True
+            )
         try:
             until(self._is_ready, f"{self._argv} answers")
         except BaseException:
@@ -105,13 +133,21 @@ class Server(ExitStack[None]):
     def command(self, *words: str | int | bytes) -> Any:
         """The reply to a command on a new connection, or redis-py's error."""
         options: dict[str, Any] = {"ssl_ca_certs": str(self.ca_file)} if self.is_tls else {}
-        options |= {"socket_timeout": LIMIT, "retry": Retry(NoBackoff(), 0), "decode_responses": True, "protocol": 2}
+        options |= {
+            "socket_timeout": LIMIT,
+            "retry": Retry(NoBackoff(), 0),
+            "decode_responses": True,
+            "protocol": 2,
+        }
         with redis.Redis.from_url(self.url, **options) as client:
             return client.execute_command(*words)
 
     def is_running(self) -> bool:
         """Whether it is neither dead nor frozen."""
-        return self.process.poll() is None and psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED
+        return (
+            self.process.poll() is None
+            and psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED
+        )
 
     def kill(self) -> None:
         """kill -9 it, frozen or not, and what it has forked to save its data."""
@@ -130,19 +166,27 @@ class Server(ExitStack[None]):
 
 
 class Redis(Server):
-    """A Redis server, also on `unix_url`. Options are lines of its config: `maxmemory_policy="noeviction"`."""
+    """A Redis server, also on `unix_url`. Options are lines of its config:
+    `maxmemory_policy="noeviction"`.
+    """
 
-    def __init__(self, folder: Path, is_tls: bool = False, requirepass: str = "", **options: Any) -> None:
+    def __init__(
+        self, folder: Path, is_tls: bool = False, requirepass: str = "", **options: Any
+    ) -> None:
         given = {name.replace("_", "-"): value for name, value in options.items()}
         lines = [f"{name} {value}" for name, value in {**DEFAULTS, **given}.items()]
-        super().__init__("redis-server", folder, [*(TLS if is_tls else ["port PORT"]), *lines], requirepass)
+        super().__init__(
+            "redis-server", folder, [*(TLS if is_tls else ["port PORT"]), *lines], requirepass
+        )
 
     @property
     def unix_url(self) -> str:
         return f"unix://{f':{self.password}@' if self.password else ''}{self.folder}/redis.sock"
 
     def restart(self, keep_data: bool) -> None:
-        """Kill it, and start it on the same port: empty, or as of its last SAVE (its last write with `appendonly`)."""
+        """Kill it, and start it on the same port: empty, or as of its last SAVE (its last write
+        with `appendonly`).
+        """
         self.kill()
         dump, writes = self.folder / "dump.rdb", self.folder / "appendonlydir"
         if keep_data:
@@ -156,7 +200,9 @@ class Redis(Server):
         self.command("FLUSHALL")
 
     def read_only(self) -> None:
-        """Make it a replica that still answers reads, as a primary is after a failover; of nobody, so it keeps all."""
+        """Make it a replica that still answers reads, as a primary is after a failover; of nobody,
+        so it keeps all.
+        """
         self.command("CONFIG", "SET", "replica-read-only", "yes", "replica-serve-stale-data", "yes")
         self.command("REPLICAOF", "127.0.0.1", 1)
 
@@ -173,7 +219,9 @@ class Redis(Server):
         self.command("SCRIPT", "FLUSH")
 
     def role(self) -> str:
-        """`master` or `slave`; empty where nobody answers, as in the moment in which Sentinels change it."""
+        """`master` or `slave`; empty where nobody answers, as in the moment in which Sentinels
+        change it.
+        """
         with suppress(redis.ConnectionError):
             return str(self.command("ROLE")[0])
         return ""
@@ -185,22 +233,41 @@ class Redis(Server):
 
 
 class Sentinels(ExitStack[None]):
-    """A primary and two replicas, watched under one name by three Sentinels, of which two must agree."""
+    """A primary and two replicas, watched under one name by three Sentinels, of which two must
+    agree.
+    """
 
-    def __init__(self, folder: Path, name: str = "gserver", password: str = "", sentinel_password: str = "") -> None:
+    def __init__(
+        self, folder: Path, name: str = "gserver", password: str = "", sentinel_password: str = ""
+    ) -> None:
         super().__init__()
         self.name = name
         self.redises: list[Redis] = []
         self.sentinels: list[Server] = []
-        login: dict[str, Any] = {"requirepass": password, "masterauth": password} if password else {}
+        login: dict[str, Any] = (
+            {"requirepass": password, "masterauth": password} if password else {}
+        )
         with ExitStack() as stack:
             first = stack.enter_context(Redis(folder, **login))
-            copies = [stack.enter_context(Redis(folder, replicaof=f"127.0.0.1 {first.port}", **login)) for _ in "12"]
+            copies = [
+                stack.enter_context(Redis(folder, replicaof=f"127.0.0.1 {first.port}", **login))
+                for _ in "12"
+            ]
             self.redises += [first, *copies]
-            # A Sentinel looks for replicas when it starts, then only every ten seconds: let them be there.
-            until(lambda: first.command("INFO", "replication").get("connected_slaves") == 2, "both are replicas")
-            rules = [f"monitor {name} 127.0.0.1 {first.port} 2", f"down-after-milliseconds {name} 500"]
-            rules += [f"failover-timeout {name} 2000", *([f"auth-pass {name} {password}"] if password else [])]
+            # A Sentinel looks for replicas when it starts, then only every ten seconds: let them be
+            # there.
+            until(
+                lambda: first.command("INFO", "replication").get("connected_slaves") == 2,
+                "both are replicas",
+            )
+            rules = [
+                f"monitor {name} 127.0.0.1 {first.port} 2",
+                f"down-after-milliseconds {name} 500",
+            ]
+            rules += [
+                f"failover-timeout {name} 2000",
+                *([f"auth-pass {name} {password}"] if password else []),
+            ]
             lines = ["port PORT", *(f"sentinel {rule}" for rule in rules)]
             for _ in range(3):
                 sentinel = Server("redis-sentinel", folder, lines, sentinel_password)
@@ -211,7 +278,9 @@ class Sentinels(ExitStack[None]):
     @property
     def url(self) -> str:
         login = f":{self.redises[0].password}@" if self.redises[0].password else ""
-        query = f"?sentinel_password={self.sentinels[0].password}" if self.sentinels[0].password else ""
+        query = (
+            f"?sentinel_password={self.sentinels[0].password}" if self.sentinels[0].password else ""
+        )
         return f"redis+sentinel://{login}{','.join(f'127.0.0.1:{s.port}' for s in self.sentinels)}/{self.name}{query}"
 
     def primary(self) -> Redis:
@@ -238,7 +307,9 @@ class Sentinels(ExitStack[None]):
         return self._replaced(Redis.kill)
 
     def freeze_primary(self) -> Redis:
-        """Returns the one frozen, when another has taken over. Thawed, it does not know for some ten seconds."""
+        """Returns the one frozen, when another has taken over. Thawed, it does not know for some
+        ten seconds.
+        """
         return self._replaced(Redis.freeze)
 
     def rejoin(self, redis: Redis) -> None:
@@ -250,12 +321,20 @@ class Sentinels(ExitStack[None]):
     def _replaced(self, fault: Callable[[Redis], object]) -> Redis:
         before = self.primary()
         fault(before)
-        until(lambda: self.primary() is not before and self.primary().role() == "master", "another", FAILOVER_LIMIT)
+        until(
+            lambda: self.primary() is not before and self.primary().role() == "master",
+            "another",
+            FAILOVER_LIMIT,
+        )
         return before
 
     def _ask(self, subcommand: str) -> list[Any]:
         """What each running Sentinel says."""
-        return [one.command("SENTINEL", subcommand, self.name) for one in self.sentinels if one.is_running()]
+        return [
+            one.command("SENTINEL", subcommand, self.name)
+            for one in self.sentinels
+            if one.is_running()
+        ]
 
     def _wait_until_settled(self) -> None:
         """Until every Sentinel knows the others, and a replica that can take over."""
@@ -263,7 +342,9 @@ class Sentinels(ExitStack[None]):
         def is_settled() -> bool:
             primaries = map(_fields, self._ask("MASTER"))
             replicas = [list(map(_fields, found)) for found in self._ask("REPLICAS")]
-            return all(one["flags"] == "master" and one["num-other-sentinels"] == "2" for one in primaries) and all(
+            return all(
+                one["flags"] == "master" and one["num-other-sentinels"] == "2" for one in primaries
+            ) and all(
                 any(one["flags"] == "slave" and one["master-link-status"] == "ok" for one in found)
                 for found in replicas
             )
@@ -276,9 +357,11 @@ def _fields(flat: list[str]) -> dict[str, str]:
 
 
 class Proxy(ExitStack[None]):
-    """The network before a port of 127.0.0.1: another port, which passes on what comes as the switches say.
+    """The network before a port of 127.0.0.1: another port, which passes on what comes as the
+    switches say.
 
-    Bytes that are dropped, and an end of input then, were received: the sender sees nothing of the loss.
+    Bytes that are dropped, and an end of input then, were received: the sender sees nothing of the
+    loss.
     """
 
     def __init__(self, port: int) -> None:
@@ -352,7 +435,9 @@ class Proxy(ExitStack[None]):
             while data:
                 data = source.recv(65536)
                 size = len(data)
-                if source not in self._sockets:  # `cut` woke this up, which is no end of input to pass on
+                if (
+                    source not in self._sockets
+                ):  # `cut` woke this up, which is no end of input to pass on
                     raise ConnectionResetError
                 time.sleep(self.delay_seconds)
                 if self.is_dropping or (self.drop_replies if is_reply else self.drop_requests):

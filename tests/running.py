@@ -1,6 +1,8 @@
-"""The real program under test: started on a free port, spoken to over real sockets, read by its log.
+"""The real program under test: started on a free port, spoken to over real sockets, read by its
+log.
 
-Nothing here sleeps to wait for readiness and nothing is retried: `wait_for` waits for an event, with a limit.
+Nothing here sleeps to wait for readiness and nothing is retried: `wait_for` waits for an event,
+with a limit.
 """
 
 import json
@@ -36,7 +38,9 @@ Event = dict[str, Any]
 
 
 def program(name: str) -> str:
-    """The path of a program that a test drives; without it the test is skipped, or fails where CI is set."""
+    """The path of a program that a test drives; without it the test is skipped, or fails where CI
+    is set.
+    """
     found = shutil.which(name)
     if found is None:
         reason = f"{name} is not installed: bin/test says how"
@@ -48,8 +52,20 @@ def program(name: str) -> str:
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without what would configure gserver, and with `extra`."""
-    theirs = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT", "STATSD_PREFIX", "VIRTUAL_ENV")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("GSERVER_") and key not in theirs}
+    theirs = (
+        "PORT",
+        "WEB_CONCURRENCY",
+        "REDIS_URL",
+        "STATSD_HOST",
+        "STATSD_PORT",
+        "STATSD_PREFIX",
+        "VIRTUAL_ENV",
+    )
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("GSERVER_") and key not in theirs
+    }
     return {**kept, "PYTHONPATH": str(ROOT), **extra}
 
 
@@ -90,7 +106,9 @@ def limited(files: int) -> list[str]:
 
 
 def left_over(folder: Path) -> list[psutil.Process]:
-    """The processes that still run of the servers started for this folder, whoever their parent is by now."""
+    """The processes that still run of the servers started for this folder, whoever their parent is
+    by now.
+    """
     found = []
     for process in psutil.process_iter():
         try:
@@ -107,7 +125,10 @@ def stopped(*workers: psutil.Process) -> Iterator[None]:
     for worker in workers:
         worker.suspend()
     try:
-        until(lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers), "they are stopped")
+        until(
+            lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers),
+            "they are stopped",
+        )
         yield
     finally:
         for worker in workers:
@@ -120,7 +141,8 @@ def extended(folder: Path, module: str, *options: str, **more: Any) -> "Running"
     A new text of `extra.py` there is seen by the next worker that starts.
     """
     (folder / "extra.py").write_text(module)
-    # Two texts of one size, written within a second, would look the same to the cache of compiled modules.
+    # Two texts of one size, written within a second, would look the same to the cache of compiled
+    # modules.
     env = {"PYTHONDONTWRITEBYTECODE": "1", "MARK": str(folder)}
     return Running("--commands", "extra", *options, cwd=folder, env=env, **more)
 
@@ -142,7 +164,9 @@ class Client:
         self.sock.sendall(data)
 
     def line(self) -> bytes:
-        """The next line, its LF included; what there is before the end of the connection, if that comes first."""
+        """The next line, its LF included; what there is before the end of the connection, if that
+        comes first.
+        """
         while b"\n" not in self._buffer:
             data = self.sock.recv(65536)
             if not data:
@@ -200,7 +224,10 @@ class Running:
         self.errors: list[str] = []
         self._readers = [
             threading.Thread(target=_collect, args=(stream, into), daemon=True)
-            for stream, into in ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
+            for stream, into in (
+                (self.process.stdout, self.lines),
+                (self.process.stderr, self.errors),
+            )
         ]
         for reader in self._readers:
             reader.start()
@@ -216,7 +243,10 @@ class Running:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.kill()
 
@@ -238,11 +268,19 @@ class Running:
 
         def found() -> list[Event]:
             events = self.events(action)
-            if len(events) < count and self.process.poll() is not None and not any(r.is_alive() for r in self._readers):
-                pytest.fail(f"gserver ended with {self.process.returncode}: {self.stderr}{''.join(self.lines)}")
+            if (
+                len(events) < count
+                and self.process.poll() is not None
+                and not any(r.is_alive() for r in self._readers)
+            ):
+                pytest.fail(
+                    f"gserver ended with {self.process.returncode}: {self.stderr}{''.join(self.lines)}"
+                )
             return events if len(events) >= count else []
 
-        events: list[Event] = until(found, f"{count} of {action} in {self.lines} {self.errors}", limit)
+        events: list[Event] = until(
+            found, f"{count} of {action} in {self.lines} {self.errors}", limit
+        )
         return events[count - 1]
 
     def admin_port(self) -> int:

@@ -1,4 +1,6 @@
-"""Servers of one cluster whose clients stay, each asked WHO all the time: any wrong answer, however short, is seen."""
+"""Servers of one cluster whose clients stay, each asked WHO all the time: any wrong answer, however
+short, is seen.
+"""
 
 import json
 import threading
@@ -26,7 +28,9 @@ class Answer(NamedTuple):
 
 
 class Watcher:
-    """Asks one server WHO all the time, over one connection. It knows what may be said, and since when."""
+    """Asks one server WHO all the time, over one connection. It knows what may be said, and since
+    when.
+    """
 
     def __init__(self, server: Running) -> None:
         self.server = server
@@ -49,7 +53,9 @@ class Watcher:
             self._failure = repr(error)
 
     def may_say(self, *counts: int) -> None:
-        """From now on, an answer is one of these, until this is called again. The first call begins the watch."""
+        """From now on, an answer is one of these, until this is called again. The first call begins
+        the watch.
+        """
         if not self._allowed:
             self._checked = len(self.answers) + 1  # one may be on its way
         self._allowed.append((time.monotonic(), frozenset(counts)))
@@ -57,28 +63,47 @@ class Watcher:
     def says(self, count: int) -> bool:
         """Whether this is its answer to a question from now on."""
         now, seen = time.monotonic(), len(self.answers)
-        until(lambda: self._failure or any(answer.asked >= now for answer in self.answers[seen:]), "an answer")
+        until(
+            lambda: self._failure or any(answer.asked >= now for answer in self.answers[seen:]),
+            "an answer",
+        )
         return not self._failure and self.answers[-1].clients == count
 
     def complaints(self) -> list[str]:
-        """What was wrong since the last call: an answer must have been allowed between its question and its arrival."""
+        """What was wrong since the last call: an answer must have been allowed between its question
+        and its arrival.
+        """
         answers = self.answers[self._checked :]
         self._checked += len(answers)
         ends = [began for began, _ in self._allowed[1:]] + [float("inf")]
-        phases = [(began, end, counts) for (began, counts), end in zip(self._allowed, ends, strict=True)]
+        phases = [
+            (began, end, counts) for (began, counts), end in zip(self._allowed, ends, strict=True)
+        ]
         del self._allowed[:-1]
 
         def is_true(answer: Answer) -> bool:
             asked, came = answer.asked, answer.asked + answer.seconds
-            return any(answer.clients in counts for began, end, counts in phases if began <= came and end >= asked)
+            return any(
+                answer.clients in counts
+                for began, end, counts in phases
+                if began <= came and end >= asked
+            )
 
-        runs = [list(run) for _, run in groupby(answers, lambda answer: (is_true(answer), answer.clients))]
-        told = [(run[0], f"{run[0].clients} at {run[0].asked - answers[0].asked:.3f} s") for run in runs]
+        runs = [
+            list(run)
+            for _, run in groupby(answers, lambda answer: (is_true(answer), answer.clients))
+        ]
+        told = [
+            (run[0], f"{run[0].clients} at {run[0].asked - answers[0].asked:.3f} s") for run in runs
+        ]
         if self._failure or not answers:
             return [f"no answer: {self._failure}"]
         if all(is_true(first) for first, _ in told):
             return []
-        return ["it said " + ", ".join(text + (" (WRONG)" * (not is_true(first))) for first, text in told)]
+        return [
+            "it said "
+            + ", ".join(text + (" (WRONG)" * (not is_true(first))) for first, text in told)
+        ]
 
     def stop(self) -> None:
         """Ask no more; the client stays connected."""
@@ -93,20 +118,28 @@ class Watcher:
 class SteadyServer(ExitStack[None]):
     """A server with so many clients, one of which watches."""
 
-    def __init__(self, share: int, *options: str, env: dict[str, str] | None = None, **more: Any) -> None:
+    def __init__(
+        self, share: int, *options: str, env: dict[str, str] | None = None, **more: Any
+    ) -> None:
         super().__init__()
         self.share = share
         #: How events end that are none of a server that is well.
         self.bad: tuple[str, ...] = ("died", "hung", "not_started")
         self._read = self._read_errors = 0
         self.server = self.enter_context(Running(*options, env=env, **more))
-        self.server.wait_for("worker.ready", self.server.events("server.listening")[0]["gserver.workers"])
-        self.clients: list[Client] = [self.enter_context(self.server.client()) for _ in range(share - 1)]
+        self.server.wait_for(
+            "worker.ready", self.server.events("server.listening")[0]["gserver.workers"]
+        )
+        self.clients: list[Client] = [
+            self.enter_context(self.server.client()) for _ in range(share - 1)
+        ]
         self.watcher = Watcher(self.server)
         self.callback(self.watcher.close)
 
     def complaints(self) -> list[str]:
-        """What was wrong since the last call: with answers, with processes, and with what they have written."""
+        """What was wrong since the last call: with answers, with processes, and with what they have
+        written.
+        """
         server = self.server
         lines, errors = server.lines[self._read :], server.errors[self._read_errors :]
         self._read += len(lines)
@@ -117,10 +150,17 @@ class SteadyServer(ExitStack[None]):
 
 
 class Cluster(ExitStack[None]):
-    """Such servers with one Redis, and beside them one that has none: its pace is that of the machine."""
+    """Such servers with one Redis, and beside them one that has none: its pace is that of the
+    machine.
+    """
 
     def __init__(
-        self, url: str, beat: float, ttl: float, env: dict[str, str] | None = None, shares: tuple[int, ...] = (5, 3, 2)
+        self,
+        url: str,
+        beat: float,
+        ttl: float,
+        env: dict[str, str] | None = None,
+        shares: tuple[int, ...] = (5, 3, 2),
     ) -> None:
         super().__init__()
         self.beat, self.ttl = beat, ttl
@@ -131,7 +171,9 @@ class Cluster(ExitStack[None]):
             self._bystander = stack.enter_context(SteadyServer(1)).watcher
             self._bystander.may_say(1)
             for share in shares:
-                self.members.append(stack.enter_context(SteadyServer(share, *self.options, env=env)))
+                self.members.append(
+                    stack.enter_context(SteadyServer(share, *self.options, env=env))
+                )
             until(lambda: self.all_say(self.total), f"all say {self.total}")
             self.may_say(self.total)
             self.push(stack.pop_all())
@@ -156,7 +198,9 @@ class Cluster(ExitStack[None]):
         return [one for s in servers for one in (psutil.Process(s.pid), *s.workers(), *s.agents())]
 
     def descriptors(self) -> list[int]:
-        """How many each process keeps: the least of some looks, since an agent asks a Sentinel now and then."""
+        """How many each process keeps: the least of some looks, since an agent asks a Sentinel now
+        and then.
+        """
         looks, processes = [], self.processes()
         for _ in range(4):
             looks.append([process.num_fds() for process in processes])
@@ -181,7 +225,9 @@ class Cluster(ExitStack[None]):
     def events(self, action: str, kind: str = "") -> list[int]:
         """How many such events each server has logged."""
         found = (member.server.events(action) for member in self.members)
-        return [sum(kind in ("", event.get("gserver.kind")) for event in events) for events in found]
+        return [
+            sum(kind in ("", event.get("gserver.kind")) for event in events) for events in found
+        ]
 
     @contextmanager
     def telling(self, action: str, kind: str = "") -> Iterator[None]:
@@ -190,13 +236,17 @@ class Cluster(ExitStack[None]):
         yield
 
         def have_told() -> bool:
-            return all(now > then for now, then in zip(self.events(action, kind), before, strict=True))
+            return all(
+                now > then for now, then in zip(self.events(action, kind), before, strict=True)
+            )
 
         until(have_told, f"{action} {kind} by all servers")
 
     @contextmanager
     def guests(self, *hosts: int) -> Iterator[None]:
-        """One more client of each of these servers, which count it at once; the others may when they hear of it."""
+        """One more client of each of these servers, which count it at once; the others may when
+        they hear of it.
+        """
         between = range(self.total, self.total + len(hosts) + 1)
         members = [self.members[host] for host in hosts]
         with ExitStack() as stack:
@@ -215,7 +265,9 @@ class Cluster(ExitStack[None]):
 
     @contextmanager
     def settled_guests(self) -> Iterator[None]:
-        """One more client of every server; all is settled before the body, after it, and when they have gone."""
+        """One more client of every server; all is settled before the body, after it, and when they
+        have gone.
+        """
         with self.guests(*range(len(self.members))):
             self.settle()
             yield
@@ -234,7 +286,9 @@ class Cluster(ExitStack[None]):
             yield member
 
     def end(self, member: SteadyServer, how: Callable[[Running], object]) -> None:
-        """End a server whose clients stay as long as it does. Nobody else can know of it as long as Redis is away."""
+        """End a server whose clients stay as long as it does. Nobody else can know of it as long as
+        Redis is away.
+        """
         member.watcher.stop()
         assert not member.complaints()
         how(member.server)
@@ -250,18 +304,26 @@ class Cluster(ExitStack[None]):
 
     def settle(self, limit: float | None = None) -> None:
         """Within the limit all are exact, and stay so."""
-        until(lambda: self.all_say(self.total), f"all say {self.total}", limit or self.recovery_seconds)
+        until(
+            lambda: self.all_say(self.total),
+            f"all say {self.total}",
+            limit or self.recovery_seconds,
+        )
         self.may_say(self.total)
         self.watch(2 * self.beat)
 
     def check(self) -> None:
-        """Every answer so far was true, and no process has died, or said anything that it should not."""
+        """Every answer so far was true, and no process has died, or said anything that it should
+        not.
+        """
         assert not self._bystander.complaints()
         wrong = {member.server.port: member.complaints() for member in self.members}
         assert not any(wrong.values()), wrong
 
     def assert_as_quick_as_alone(self, since: float) -> None:
-        """99 of 100 answers came as soon as those of the server without a Redis did, give or take the noise."""
+        """99 of 100 answers came as soon as those of the server without a Redis did, give or take
+        the noise.
+        """
         alone = _p99([self._bystander], since)
         together = _p99([member.watcher for member in self.members], since)
         assert together <= (2 * alone + NOISE_SECONDS) * PATIENCE, (

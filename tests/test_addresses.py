@@ -1,4 +1,6 @@
-"""One address does not take all: how many clients each has, over all workers, however they come and go."""
+"""One address does not take all: how many clients each has, over all workers, however they come and
+go.
+"""
 
 import os
 import random
@@ -11,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gserver.addresses import Addresses, network
-from gserver.board import Board
-from gserver.conversation import LINGER_SECONDS
+from gserver.scoreboard import Scoreboard
+from gserver.serve.addresses import Addresses, network
+from gserver.serve.conversation import LINGER_SECONDS
 from tests.running import PATIENCE, Client, Running, extended, stopped, until
 from tests.test_admin import status
 from tests.test_worker import MODULE, WAYS
@@ -64,7 +66,9 @@ def gone(server: Running, connect: Connect) -> None:
 
     def has_connections() -> bool:
         """Whether somebody who is counted out is waited for still: for its address, it counts."""
-        return any(item.raddr for worker in server.workers() for item in worker.net_connections("tcp"))
+        return any(
+            item.raddr for worker in server.workers() for item in worker.net_connections("tcp")
+        )
 
     until(is_alone, "all have gone")
     until(lambda: not has_connections(), "and are waited for no more")
@@ -76,7 +80,7 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
     tmp_path: Path, pems: Path, workers: int, has_tls: bool
 ) -> None:
     seed = random.randrange(1 << 32)
-    print(f"seed {seed}")  # noqa: T201 (shown when the test fails)
+    print(f"seed {seed}")
     chance = random.Random(seed)
     more = ["--workers", str(workers), "--line-timeout", "0.2", "--max-clients", "14"]
     if has_tls:
@@ -88,7 +92,9 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
 
         def go(way: Callable[[Client], bytes]) -> None:
             source = chance.choice([MANY, OTHER])
-            connection = server.client if has_tls and chance.random() < 0.2 else connect  # Who speaks no TLS goes too.
+            connection = (
+                server.client if has_tls and chance.random() < 0.2 else connect
+            )  # Who speaks no TLS goes too.
             with suppress(OSError), connection(source=source) as client:
                 way(client)
 
@@ -105,7 +111,10 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
         assert (event["client.address"], event["gserver.reason"]) == (MANY, "too_many_from_address")
         gone(server, connect)
         with ExitStack() as stack:  # Whom there is no place for at all counts for no address.
-            assert all(is_let_in(stack.enter_context(connect(source=f"127.0.0.{host}"))) for host in range(10, 24))
+            assert all(
+                is_let_in(stack.enter_context(connect(source=f"127.0.0.{host}")))
+                for host in range(10, 24)
+            )
             beyond = [stack.enter_context(connect(source=MANY)) for _ in range(LIMIT + 1)]
             assert {client.rest() for client in beyond} == {b"ERR too many clients\n"}
         with ThreadPoolExecutor(30) as pool:
@@ -115,7 +124,9 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
             assert [len(fill(stack, connect, source)) for source in (MANY, OTHER)] == [LIMIT] * 2
 
 
-def test_who_is_turned_out_counts_for_its_address_for_as_long_as_it_takes_a_descriptor(tmp_path: Path) -> None:
+def test_who_is_turned_out_counts_for_its_address_for_as_long_as_it_takes_a_descriptor(
+    tmp_path: Path,
+) -> None:
     with limited(tmp_path) as server, ExitStack() as stack:
         other = stack.enter_context(server.client(OTHER))
         clients = fill(stack, server.client)
@@ -130,7 +141,9 @@ def test_who_is_turned_out_counts_for_its_address_for_as_long_as_it_takes_a_desc
         assert len(fill(stack, server.client)) == LIMIT
 
 
-def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(tmp_path: Path, pems: Path) -> None:
+def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
+    tmp_path: Path, pems: Path
+) -> None:
     more = [*certified(pems), "--tls-handshake-timeout", str(PATIENCE), "--admin-port", "0"]
     with limited(tmp_path, *more) as server, ExitStack() as stack:
         silent = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT)]
@@ -157,7 +170,9 @@ def test_workers_that_accept_a_crowd_at_once_keep_to_the_limit_and_one_that_is_k
         assert len(fill(stack, server.client)) == lost > 0
 
 
-def test_at_a_reload_those_of_the_old_worker_and_of_the_new_one_count_together(tmp_path: Path) -> None:
+def test_at_a_reload_those_of_the_old_worker_and_of_the_new_one_count_together(
+    tmp_path: Path,
+) -> None:
     with limited(tmp_path, "--drain-timeout", "60") as server, ExitStack() as stack:
         stay = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT - 2)]
         for client in stay:
@@ -178,7 +193,9 @@ def test_at_a_reload_those_of_the_old_worker_and_of_the_new_one_count_together(t
 def test_a_lame_duck_takes_over_no_more_of_an_address_either(tmp_path: Path) -> None:
     with limited(tmp_path, "--workers", "2", limit=70) as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
-        with stopped(*server.workers()):  # Each accepts 16 when it goes on; then it takes over the others.
+        with stopped(
+            *server.workers()
+        ):  # Each accepts 16 when it goes on; then it takes over the others.
             clients = [stack.enter_context(server.client(MANY)) for _ in range(80)]
             other = stack.enter_context(server.client(OTHER))
             server.send_signal(signal.SIGUSR2)
@@ -198,17 +215,34 @@ def test_ipv4_is_one_address_on_a_socket_of_ipv6_too(tmp_path: Path) -> None:
 
 
 def test_an_address_is_ipv4_in_whole_or_a_64_of_ipv6() -> None:
-    hosts = ("10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::ffff:0:0:1", "2001:db8:0:1::1", "::1")
-    assert [len({network(host) for host in hosts[:number]}) for number in range(1, 7)] == [1, 2, 3, 3, 4, 5]
+    hosts = (
+        "10.0.0.1",
+        "10.0.0.2",
+        "2001:db8::1",
+        "2001:db8::ffff:0:0:1",
+        "2001:db8:0:1::1",
+        "::1",
+    )
+    assert [len({network(host) for host in hosts[:number]}) for number in range(1, 7)] == [
+        1,
+        2,
+        3,
+        3,
+        4,
+        5,
+    ]
     assert network("::ffff:10.0.0.1") == network("10.0.0.1")
 
 
 def test_addresses_that_meet_are_refused_too_early_and_none_too_late() -> None:
     seed = random.randrange(1 << 32)
-    print(f"seed {seed}")  # noqa: T201 (shown when the test fails)
+    print(f"seed {seed}")
     there: list[tuple[Addresses, int, str]] = []
-    chance, board = random.Random(seed), Board.create(3, 2 * 8)  # So few cells that they meet all the time.
-    workers = [Addresses(board, slot, 5) for slot in range(3)]
+    chance, scoreboard = (
+        random.Random(seed),
+        Scoreboard.create(3, 2 * 8),
+    )  # So few cells that they meet all the time.
+    workers = [Addresses(scoreboard, slot, 5) for slot in range(3)]
     counts = dict.fromkeys((f"10.0.0.{number}" for number in range(10)), 0)
     for fd in range(2000):
         if there and chance.random() < 0.5:
@@ -224,12 +258,12 @@ def test_addresses_that_meet_are_refused_too_early_and_none_too_late() -> None:
     for worker, fd, _ in there:
         worker.leave(fd)
         worker.leave(fd)
-    assert not any(board.addresses)
+    assert not any(scoreboard.addresses)
 
 
 def test_who_meets_others_in_one_cell_of_two_is_let_in() -> None:
-    board = Board.create(1, 2 * 1024)
-    addresses = Addresses(board, 0, 1)
+    scoreboard = Scoreboard.create(1, 2 * 1024)
+    addresses = Addresses(scoreboard, 0, 1)
     for fd in range(256):
         addresses.enter(fd, f"10.0.0.{fd}")
     refused = 0
@@ -243,7 +277,7 @@ def test_who_meets_others_in_one_cell_of_two_is_let_in() -> None:
 def test_the_hash_is_another_one_at_each_start() -> None:
     places = set()
     for _ in range(5):
-        board = Board.create(1, 1 << 17)
-        Addresses(board, 0, 1).enter(3, MANY)
-        places.add(tuple(at for at, count in enumerate(board.addresses) if count))
+        scoreboard = Scoreboard.create(1, 1 << 17)
+        Addresses(scoreboard, 0, 1).enter(3, MANY)
+        places.add(tuple(at for at, count in enumerate(scoreboard.addresses) if count))
     assert len(places) == 5

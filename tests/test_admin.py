@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gserver.admin import MAX_WAITING
+from gserver.agent.admin_port import MAX_WAITING
 from tests.running import LIMIT, PATIENCE, Running, gserver, program, stopped, until
 
 TOKEN = "not-a-secret"
@@ -32,7 +32,11 @@ def get(
     try:
         connection.request(method, path, headers=headers)
         answer = connection.getresponse()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        return (
+            answer.status,
+            {name.lower(): value for name, value in answer.getheaders()},
+            answer.read(),
+        )
     finally:
         connection.close()
 
@@ -91,7 +95,10 @@ def test_the_status_says_what_there_is(here: Running) -> None:
         assert clients[1].ask(b"WHERE") == b"here"
         assert clients[2].ask(b"NOPE") == b"ERR unknown command"
         # A burst is counted once its reply has been sent.
-        until(lambda: status(here)["service"]["bursts"] - before["service"]["bursts"] == 3, "all are counted")
+        until(
+            lambda: status(here)["service"]["bursts"] - before["service"]["bursts"] == 3,
+            "all are counted",
+        )
         now = status(here)
     assert now["server"]["id"] == "here"
     assert (now["server"]["state"], now["server"]["port"]) == ("ready", here.port)
@@ -99,7 +106,9 @@ def test_the_status_says_what_there_is(here: Running) -> None:
     assert (now["clients"]["now"], now["clients"]["limit"]) == (3, 50)
     assert now["clients"]["peak"] >= 3
     assert now["clients"]["accepted"] - before["clients"]["accepted"] == 3
-    changed = {name: now["commands"][name] - before["commands"][name] for name in ("WHO", "WHERE", "WHY")}
+    changed = {
+        name: now["commands"][name] - before["commands"][name] for name in ("WHO", "WHERE", "WHY")
+    }
     assert changed == {"WHO": 1, "WHERE": 1, "WHY": 0}
     assert now["errors"]["unknown_command"] - before["errors"]["unknown_command"] == 1
     assert 0 < now["service"]["seconds"] - before["service"]["seconds"] < 1
@@ -114,11 +123,19 @@ def test_the_metrics_say_the_same_and_are_what_prometheus_reads(here: Running) -
     with here.client() as client:
         assert client.ask(b"WHY") == b"42"
         until(
-            lambda: metrics(here)["gserver_service_seconds_count"] > before["gserver_service_seconds_count"], "so is it"
+            lambda: (
+                metrics(here)["gserver_service_seconds_count"]
+                > before["gserver_service_seconds_count"]
+            ),
+            "so is it",
         )
         now = metrics(here)
         assert now["gserver_clients"] == 1
-    assert now['gserver_commands_total{command="WHY"}'] - before['gserver_commands_total{command="WHY"}'] == 1
+    assert (
+        now['gserver_commands_total{command="WHY"}']
+        - before['gserver_commands_total{command="WHY"}']
+        == 1
+    )
     assert now["gserver_service_seconds_count"] - before["gserver_service_seconds_count"] == 1
     assert now['gserver_service_seconds_bucket{le="+Inf"}'] == now["gserver_service_seconds_count"]
     assert now["gserver_clients_limit"] == 50
@@ -126,7 +143,11 @@ def test_the_metrics_say_the_same_and_are_what_prometheus_reads(here: Running) -
     _, headers, body = get(here, "/metrics")
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
     done = subprocess.run(
-        [program("promtool"), "check", "metrics"], input=body, capture_output=True, timeout=LIMIT, check=False
+        [program("promtool"), "check", "metrics"],
+        input=body,
+        capture_output=True,
+        timeout=LIMIT,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
@@ -141,10 +162,16 @@ def test_counters_survive_a_worker_and_the_agent() -> None:
         server.agents()[0].kill()
         server.wait_for("agent.ready", 2)
         now = metrics(server)
-        assert now['gserver_commands_total{command="WHY"}'] == before['gserver_commands_total{command="WHY"}'] == 1
+        assert (
+            now['gserver_commands_total{command="WHY"}']
+            == before['gserver_commands_total{command="WHY"}']
+            == 1
+        )
         assert now["gserver_clients_lost_total"] == 1
         assert now["gserver_worker_restarts_total"] == 1
-        assert [worker["pid"] for worker in status(server)["workers"]["each"]] == [server.workers()[0].pid]
+        assert [worker["pid"] for worker in status(server)["workers"]["each"]] == [
+            server.workers()[0].pid
+        ]
 
 
 def test_it_is_unready_from_the_signal_on_though_it_still_serves() -> None:
@@ -166,11 +193,19 @@ def test_without_workers_it_is_alive_but_not_ready() -> None:
         with stopped(server.workers()[0]):
             assert get(server, "/livez")[0] == 200
         server.workers()[0].kill()
-        until(lambda: get(server, "/readyz")[0] == 503 or server.events("worker.ready")[1:], "it is noticed")
+        until(
+            lambda: get(server, "/readyz")[0] == 503 or server.events("worker.ready")[1:],
+            "it is noticed",
+        )
 
 
 @pytest.mark.parametrize(
-    "value", [f"Bearer {TOKEN}", f"bearer {TOKEN}", "Basic " + base64.b64encode(f"x:{TOKEN}".encode()).decode()]
+    "value",
+    [
+        f"Bearer {TOKEN}",
+        f"bearer {TOKEN}",
+        "Basic " + base64.b64encode(f"x:{TOKEN}".encode()).decode(),
+    ],
 )
 def test_with_a_token_all_but_health_needs_it(value: str) -> None:
     with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": TOKEN}) as server:
@@ -180,7 +215,16 @@ def test_with_a_token_all_but_health_needs_it(value: str) -> None:
             assert (code, headers["www-authenticate"].partition(" ")[0]) == (401, "Basic")
             assert TOKEN.encode() not in body
             assert get(server, path, Authorization=value)[0] == 200
-            bad = "", "Bearer", "Bearer x", f"Basic {TOKEN}", "Basic !", "Basic \xff", "Basic /w==", f"Digest {TOKEN}"
+            bad = (
+                "",
+                "Bearer",
+                "Bearer x",
+                f"Basic {TOKEN}",
+                "Basic !",
+                "Basic \xff",
+                "Basic /w==",
+                f"Digest {TOKEN}",
+            )
             for wrong in (*bad, value + "x"):
                 assert get(server, path, Authorization=wrong)[0] == 401, wrong
         assert get(server, "/livez")[0] == get(server, "/readyz")[0] == 200
@@ -203,18 +247,37 @@ def test_a_token_that_is_given_as_a_flag_is_no_argument_for_long() -> None:
 def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
     done = gserver("--admin-port", "0", "--admin-host", host)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"gserver: --admin-host {host} can be reached from elsewhere: give it an --admin-token too\n"
+    assert (
+        done.stderr
+        == f"gserver: --admin-host {host} can be reached from elsewhere: give it an --admin-token too\n"
+    )
 
 
 def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running) -> None:
-    evil = ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1].evil.example", "[::1]evil:80")
+    evil = (
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example",
+        "[::1].evil.example",
+        "[::1]evil:80",
+    )
     for name in (*evil, "[localhost]", "", "[", "]", "[]", "localhost.evil", "localhost:80.evil"):
         assert get(here, "/status.json", Host=name)[0] in (400, 403), name
-    for name in ("127.0.0.1", "localhost:1", "LOCALHOST", "LocalHost:80", "[::1]", "[::1]:80", "127.8.8.8"):
+    for name in (
+        "127.0.0.1",
+        "localhost:1",
+        "LOCALHOST",
+        "LocalHost:80",
+        "[::1]",
+        "[::1]:80",
+        "127.8.8.8",
+    ):
         assert get(here, "/status.json", Host=name)[0] == 200, name
 
 
-def test_a_server_without_a_token_ignores_one_but_not_the_name_by_which_it_is_asked(here: Running) -> None:
+def test_a_server_without_a_token_ignores_one_but_not_the_name_by_which_it_is_asked(
+    here: Running,
+) -> None:
     for value in (f"Bearer {TOKEN}", "Basic !", ""):
         assert get(here, "/status.json", Authorization=value)[0] == 200
         assert get(here, "/status.json", Authorization=value, Host="evil.example")[0] == 403
@@ -265,7 +328,9 @@ def test_who_asks_for_nothing_does_not_hold_up_the_next_agent() -> None:
         assert time.monotonic() - began < 2.5 * PATIENCE
         assert server.stop() == 0
         assert server.stderr == ""
-        assert [event for event in server.events() if event["log.level"] in ("error", "warning")] == []
+        assert [
+            event for event in server.events() if event["log.level"] in ("error", "warning")
+        ] == []
 
 
 # What is done to it.
@@ -336,7 +401,10 @@ def assert_no_trace(server: Running) -> None:
             b"GET / HTTP/" + version + b"\r\n\r\n"
             for version in (b"", b"1", b"1.", b"x", b"1.x", b"1.-1", b"2.0", b"\xb2.0")
         ),
-        *(b"GET /livez HTTP/1.1\r\nContent-Length: " + size + b"\r\n\r\n" for size in (b"x", b"-1", b"9" * 5000)),
+        *(
+            b"GET /livez HTTP/1.1\r\nContent-Length: " + size + b"\r\n\r\n"
+            for size in (b"x", b"-1", b"9" * 5000)
+        ),
         *(
             b"GET /livez HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk + b"\r\n\r\n"
             for chunk in (b"", b";x", b"x", b"-1", b"0", b"f" * 17)
@@ -351,7 +419,13 @@ def test_a_request_that_is_none_is_refused_without_a_trace(here: Running, sent: 
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"GET /", b"GET /livez HTTP/1.1\r\nX: y", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx"]
+    "sent",
+    [
+        b"",
+        b"GET /",
+        b"GET /livez HTTP/1.1\r\nX: y",
+        b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx",
+    ],
 )
 def test_who_breaks_off_a_request_leaves_no_trace(here: Running, sent: bytes) -> None:
     for _ in range(10):
@@ -376,13 +450,17 @@ def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_
             crowd[-1].sendall(sent)
         began = time.monotonic()
         for _ in range(5):
-            assert get(here, "/livez")[0] == get(here, "/readyz")[0] == get(here, "/metrics")[0] == 200
+            assert (
+                get(here, "/livez")[0] == get(here, "/readyz")[0] == get(here, "/metrics")[0] == 200
+            )
         with here.client() as client:
             for _ in range(100):
                 assert client.ask(b"WHY") == b"42"
         assert time.monotonic() - began < PATIENCE
         still = [sock for sock in crowd if not select.select([sock], [], [], 0)[0]]
-        assert len(still) == (0 if sent.startswith(b"POST") else MAX_WAITING - 1), "the latest wait on"
+        assert len(still) == (0 if sent.startswith(b"POST") else MAX_WAITING - 1), (
+            "the latest wait on"
+        )
         assert still == crowd[len(crowd) - len(still) :] or not still
     assert_no_trace(here)
     assert not here.events("agent.died")
@@ -390,7 +468,8 @@ def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_
 
 def test_no_answer_is_cut_off_while_it_is_made() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
-        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"  # Each answer waits for it, for a moment.
+        # Each answer waits for it, for a moment.
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
         server = stack.enter_context(Running("--admin-port", "0", "--redis-url", url))
         server.wait_for("agent.ready")
         crowd = []
@@ -404,7 +483,10 @@ def test_the_time_that_a_client_takes_to_read_is_not_the_services(tmp_path: Path
     (tmp_path / "large.py").write_text(
         "from gserver.commands import command\n@command('LARGE')\ndef large(service):\n    return 'x' * 20_000_000\n"
     )
-    with Running("--admin-port", "0", "--commands", "large", cwd=tmp_path) as server, server.client() as client:
+    with (
+        Running("--admin-port", "0", "--commands", "large", cwd=tmp_path) as server,
+        server.client() as client,
+    ):
         server.wait_for("agent.ready")
         client.send(b"LARGE\n")
         client.sock.recv(1)

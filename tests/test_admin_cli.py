@@ -1,6 +1,6 @@
 """The options of `gserver top` and `gserver status`."""
 
-from gserver.admin_cli import DEFAULT_ADMIN
+from gserver.cli.monitor import DEFAULT_ADMIN
 from tests.running import gserver
 
 

@@ -14,18 +14,29 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gserver.admin_client import SLOW, STRANGE, TIMEOUT_SECONDS, Watched, look, look_twice, told, watch
-from gserver.board import Board
+from gserver.agent.status import status as describe
+from gserver.cli.admin_client import (
+    SLOW,
+    STRANGE,
+    TIMEOUT_SECONDS,
+    Watched,
+    look,
+    look_twice,
+    told,
+    watch,
+)
+from gserver.cli.screens import line, screens
 from gserver.config import Config
-from gserver.errors import Misuse
-from gserver.status import status as describe
-from gserver.top import line, screens
+from gserver.errors import UsageError
+from gserver.scoreboard import Scoreboard
 from tests.running import PATIENCE, Running, gserver, until
 
 MEMBER = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
 ROSTER = {"servers": [MEMBER], "left_out": 0, "age_seconds": 0.1, "trouble": None}
 #: What a server says; `WORKER` is one of its workers.
-GOOD: dict[str, Any] = describe(Config(server_id="here", redis_url="redis://x"), Board.create(1), ROSTER)
+GOOD: dict[str, Any] = describe(
+    Config(server_id="here", redis_url="redis://x"), Scoreboard.create(1), ROSTER
+)
 WORKER = {"slot": 0, "pid": 7, "age_seconds": 1.0, "silent_seconds": 0.1, "clients": 0, "bursts": 0}
 GOOD["workers"]["each"] = [WORKER]
 GOOD["commands"]["WHO"] = 3
@@ -34,7 +45,9 @@ HEAD = b"HTTP/1.0 200 OK\r\n\r\n"
 
 @contextmanager
 def answering(*parts: bytes, pause: float = 0.0) -> Iterator[tuple[str, list[bytes]]]:
-    """A server that answers anybody with these parts, so many seconds between; its address, and what it has read."""
+    """A server that answers anybody with these parts, so many seconds between; its address, and
+    what it has read.
+    """
     asked: list[bytes] = []
 
     def answer(sock: socket.socket) -> None:
@@ -77,7 +90,7 @@ def test_what_a_server_says_is_believed_as_it_is() -> None:
     assert told([watched]) == {watched.address: GOOD}
     alone = {**GOOD, "cluster": None, "news": ["of a later version"]}
     assert seen(json.dumps(alone).encode()).now == alone
-    unknown = describe(Config(redis_url="redis://x"), Board.create(1), None)
+    unknown = describe(Config(redis_url="redis://x"), Scoreboard.create(1), None)
     assert seen(json.dumps(unknown).encode()).trouble == ""
 
 
@@ -105,11 +118,43 @@ def paths(value: Any, path: str = "") -> Iterator[str]:
 
 #: What is in a status that is not shown.
 UNSEEN = {
-    *("version", "host", "port", "limit", "accepted", "closed", "lost", "service", "seconds", "bursts", "slot"),
-    *("wanted", "accepting", "restarts", "reloads", "reload_failures", "is_held", "beats", "beat_errors", "is_this"),
+    *(
+        "version",
+        "host",
+        "port",
+        "limit",
+        "accepted",
+        "closed",
+        "lost",
+        "service",
+        "seconds",
+        "bursts",
+        "slot",
+    ),
+    *(
+        "wanted",
+        "accepting",
+        "restarts",
+        "reloads",
+        "reload_failures",
+        "is_held",
+        "beats",
+        "beat_errors",
+        "is_this",
+    ),
 }
 MANY = dict.fromkeys(map(str, range(2000)), 0)
-WRONG: list[Any] = [{"x" * 200: 0}, "x" * 200, [[]], {"x": []}, 1e400, float("nan"), -(2**70), [0] * 2000, MANY]
+WRONG: list[Any] = [
+    {"x" * 200: 0},
+    "x" * 200,
+    [[]],
+    {"x": []},
+    1e400,
+    float("nan"),
+    -(2**70),
+    [0] * 2000,
+    MANY,
+]
 SEEN = [path for path in paths(GOOD) if path.rpartition(".")[2] not in UNSEEN]
 
 
@@ -157,7 +202,10 @@ def test_what_is_no_admin_port_is_said_in_a_line(answer: bytes, trouble: str) ->
 
 
 def test_many_headers_are_no_trouble() -> None:
-    assert seen(json.dumps(GOOD).encode(), b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n").now == GOOD
+    assert (
+        seen(json.dumps(GOOD).encode(), b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n").now
+        == GOOD
+    )
 
 
 def test_nothing_that_a_terminal_would_obey_is_left_in_texts() -> None:
@@ -176,7 +224,9 @@ def test_a_token_goes_to_the_server_that_is_asked_and_nowhere_else() -> None:
         location = f"HTTP/1.0 302 Found\r\nLocation: http://{elsewhere}/\r\n\r\n".encode()
         with answering(location) as (address, asked):
             look(watch([address], token))
-    header = next(part for part in asked[0].decode().split("\r\n") if part.startswith("Authorization: Basic "))
+    header = next(
+        part for part in asked[0].decode().split("\r\n") if part.startswith("Authorization: Basic ")
+    )
     assert base64.b64decode(header.split()[2]).decode() == f":{token}"
     assert stolen == []
 
@@ -234,10 +284,20 @@ def test_a_server_without_a_token_ignores_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "x", "http://", "https://127.0.0.1:1", "127.0.0.1:x", "127.0.0.1:1/x", "127.0.0.1:99999", "[::1:4243"]
+    "url",
+    [
+        "",
+        "x",
+        "http://",
+        "https://127.0.0.1:1",
+        "127.0.0.1:x",
+        "127.0.0.1:1/x",
+        "127.0.0.1:99999",
+        "[::1:4243",
+    ],
 )
 def test_what_is_no_admin_port_is_refused_in_one_line(url: str) -> None:
-    with pytest.raises(Misuse, match="is no admin port"):
+    with pytest.raises(UsageError, match="is no admin port"):
         watch([url], "")
     done = gserver("top", "--once", "--admin", url)
     assert done.returncode == 2 or url == ""
@@ -251,7 +311,10 @@ def test_a_name_that_is_none_is_trouble() -> None:
 
 
 def status(uptime: float, who: int = 0, server_id: str = "a") -> dict[str, object]:
-    return {"server": {"id": server_id, "state": "ready", "uptime_seconds": uptime}, "commands": {"WHO": who, "WHY": 1}}
+    return {
+        "server": {"id": server_id, "state": "ready", "uptime_seconds": uptime},
+        "commands": {"WHO": who, "WHY": 1},
+    }
 
 
 def test_a_rate_is_by_the_servers_own_clock_and_none_is_made_up() -> None:

@@ -26,7 +26,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 def asking(server: Running, command: bytes) -> Iterator[tuple[list[float], list[int]]]:
     """Meanwhile, clients come, ask a few times and go.
 
-    Yields how long each reply took, and how many replies each client got: ten, if it was not let go before.
+    Yields how long each reply took, and how many replies each client got: ten, if it was not let go
+    before.
     """
     times: list[float] = []
     clients: list[int] = []
@@ -146,7 +147,9 @@ def test_an_agent_that_hangs_at_the_end_does_not_delay_it() -> None:
         assert time.monotonic() - began < 4  # the default of --drain-timeout
 
 
-def test_a_server_that_stops_before_its_agent_is_ready_tells_its_figures_all_the_same(daemon: Daemon) -> None:
+def test_a_server_that_stops_before_its_agent_is_ready_tells_its_figures_all_the_same(
+    daemon: Daemon,
+) -> None:
     with Running(*to(daemon, "short"), wait=False) as server:
         (agent,) = until(server.agents, "an agent")
         agent.suspend()  # while it starts, which takes a tenth of a second and more

@@ -1,4 +1,6 @@
-"""`gserver ask`: one call, the replies of one server, or one line that says what each server did instead."""
+"""`gserver ask`: one call, the replies of one server, or one line that says what each server did
+instead.
+"""
 
 import os
 import socket
@@ -15,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gserver.ask import ask, parse_address
-from gserver.errors import Failure, Misuse
+from gserver.cli.ask import ask, parse_address
+from gserver.errors import FatalError, UsageError
 from tests.running import LIMIT, PATIENCE, Running, environment, gserver, program
 
 NOT_IN_TIME = "did not answer in time"
@@ -100,12 +102,16 @@ def test_replies_that_come_in_pieces_over_one_connection_are_put_together() -> N
 def test_the_first_server_that_answers_is_the_one(server: Running, nobody: int, mute: int) -> None:
     done = gserver("ask", "WHY", "WHERE", "--timeout", "0.3", *_options(nobody, mute, server.port))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "42\n" + server.events("server.listening")[0]["service.instance.id"] + "\n"
+    assert (
+        done.stdout == "42\n" + server.events("server.listening")[0]["service.instance.id"] + "\n"
+    )
 
 
 def test_later_servers_are_left_alone_when_one_has_answered(server: Running) -> None:
     with socket.create_server(("127.0.0.1", 0)) as later:
-        assert ask(["WHY"], [("127.0.0.1", server.port), ("127.0.0.1", _port(later))], LIMIT) == ["42"]
+        assert ask(["WHY"], [("127.0.0.1", server.port), ("127.0.0.1", _port(later))], LIMIT) == [
+            "42"
+        ]
         later.setblocking(False)
         with pytest.raises(BlockingIOError):
             later.accept()
@@ -123,7 +129,9 @@ def test_an_ipv6_server_is_asked_in_brackets() -> None:
 
 
 def test_when_none_answers_one_line_tells_what_each_did(nobody: int, mute: int) -> None:
-    done = gserver("ask", "--timeout", "0.2", "--server", "no-such-host.invalid:42", *_options(nobody, mute))
+    done = gserver(
+        "ask", "--timeout", "0.2", "--server", "no-such-host.invalid:42", *_options(nobody, mute)
+    )
     assert (done.returncode, done.stdout) == (1, "")
     told = done.stderr.removeprefix("gserver: no server answered: ").split("; ")
     assert told[0].startswith("no-such-host.invalid:42 ")
@@ -141,7 +149,7 @@ def test_when_none_answers_one_line_tells_what_each_did(nobody: int, mute: int) 
     ],
 )
 def test_a_server_that_does_not_answer_all_is_told_of(said: bytes, reason: str) -> None:
-    with _server_that(lambda sock: sock.sendall(said)) as port, pytest.raises(Failure) as caught:
+    with _server_that(lambda sock: sock.sendall(said)) as port, pytest.raises(FatalError) as caught:
         ask(["WHY", "WHY"], [("127.0.0.1", port)], LIMIT)
     assert str(caught.value) == f"no server answered: 127.0.0.1:{port} {reason}"
 
@@ -150,13 +158,21 @@ def test_a_server_that_resets_the_connection_is_told_of() -> None:
     def reset(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    with _server_that(reset) as port, pytest.raises(Failure, match=r"127\.0\.0\.1:[0-9]+ Connection reset by peer$"):
+    with (
+        _server_that(reset) as port,
+        pytest.raises(FatalError, match=r"127\.0\.0\.1:[0-9]+ Connection reset by peer$"),
+    ):
         ask(["WHY"], [("127.0.0.1", port)], LIMIT)
 
 
-@pytest.mark.parametrize("garbage", [b"\x1b[31mred\n", b"\x07\n", b"a\tb\n", b"caf\xe9\n", b"\xff\xfe\n", b"a\rb\n"])
+@pytest.mark.parametrize(
+    "garbage", [b"\x1b[31mred\n", b"\x07\n", b"a\tb\n", b"caf\xe9\n", b"\xff\xfe\n", b"a\rb\n"]
+)
 def test_what_is_no_printable_ascii_is_not_taken_for_a_reply(garbage: bytes) -> None:
-    with _server_that(lambda sock: sock.sendall(garbage)) as port, pytest.raises(Failure) as caught:
+    with (
+        _server_that(lambda sock: sock.sendall(garbage)) as port,
+        pytest.raises(FatalError) as caught,
+    ):
         ask(["WHY"], [("127.0.0.1", port)], LIMIT)
     assert str(caught.value).isprintable()
 
@@ -166,7 +182,7 @@ def test_a_server_that_talks_without_end_is_given_up_before_the_timeout() -> Non
         while True:
             sock.sendall(b"x" * 65536)
 
-    with _server_that(talk) as port, pytest.raises(Failure) as caught:
+    with _server_that(talk) as port, pytest.raises(FatalError) as caught:
         ask(["WHO"], [("127.0.0.1", port)], LIMIT)
     assert NOT_IN_TIME not in str(caught.value)
 
@@ -176,7 +192,10 @@ def test_a_server_that_is_full_is_passed_over_and_its_word_is_told(server: Runni
         only.ask(b"WHY")
         done = gserver("ask", "WHO", "WHY", *_options(full.port))
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"gserver: no server answered: 127.0.0.1:{full.port} said ERR too many clients\n"
+        assert (
+            done.stderr
+            == f"gserver: no server answered: 127.0.0.1:{full.port} said ERR too many clients\n"
+        )
         done = gserver("ask", "WHY", *_options(full.port, server.port))
         assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
@@ -184,7 +203,10 @@ def test_a_server_that_is_full_is_passed_over_and_its_word_is_told(server: Runni
 def test_one_err_among_the_replies_prints_none_of_them(server: Running) -> None:
     done = gserver("ask", "WHY", "NOPE", "WHO", *_options(server.port))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"gserver: no server answered: 127.0.0.1:{server.port} said ERR unknown command\n"
+    assert (
+        done.stderr
+        == f"gserver: no server answered: 127.0.0.1:{server.port} said ERR unknown command\n"
+    )
 
 
 @pytest.mark.parametrize("word", ["", " ", "WHO\nWHY", "WHY\n"])
@@ -200,7 +222,7 @@ def test_what_is_not_one_line_with_one_reply_is_not_asked(server: Running, word:
 
 def test_a_mute_server_takes_the_timeout_and_no_longer(mute: int) -> None:
     began = time.monotonic()
-    with pytest.raises(Failure, match=NOT_IN_TIME):
+    with pytest.raises(FatalError, match=NOT_IN_TIME):
         ask(["WHO"], [("127.0.0.1", mute)], 0.5)
     assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
 
@@ -213,7 +235,7 @@ def test_the_timeout_is_for_all_replies_and_not_for_each_byte() -> None:
 
     with _server_that(drip) as port:
         began = time.monotonic()
-        with pytest.raises(Failure, match=NOT_IN_TIME):
+        with pytest.raises(FatalError, match=NOT_IN_TIME):
             ask(["WHO"], [("127.0.0.1", port)], 0.5)
         assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
 
@@ -226,14 +248,16 @@ def test_what_comes_late_gains_no_more_time() -> None:
 
     with _server_that(begin_late) as port:
         began = time.monotonic()
-        with pytest.raises(Failure, match=NOT_IN_TIME):
+        with pytest.raises(FatalError, match=NOT_IN_TIME):
             ask(["WHO"], [("127.0.0.1", port)], 0.8)
         assert 0.8 <= time.monotonic() - began < 0.8 + SLACK
 
 
 @contextmanager
 def _full_queue() -> Iterator[int]:
-    """A port, on all addresses of the loopback, where a connect waits without end: the kernel takes no more of them."""
+    """A port, on all addresses of the loopback, where a connect waits without end: the kernel takes
+    no more of them.
+    """
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("", 0))
@@ -248,7 +272,7 @@ def _full_queue() -> Iterator[int]:
 def test_a_server_that_does_not_even_accept_takes_the_timeout_and_no_longer() -> None:
     with _full_queue() as port:
         began = time.monotonic()
-        with pytest.raises(Failure, match=NOT_IN_TIME):
+        with pytest.raises(FatalError, match=NOT_IN_TIME):
             ask(["WHO"], [("127.0.0.1", port)], 0.5)
         assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
 
@@ -261,18 +285,29 @@ def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: P
     own_hosts = 'mount --bind "$1" /etc/hosts && exec "$2" -P -c "$3" "$4"'
     code = """if True:
         import sys, time
-        from gserver.ask import ask
-        from gserver.errors import Failure
+        from gserver.cli.ask import ask
+        from gserver.errors import FatalError
 
         began = time.monotonic()
         try:
             ask(["WHO"], [("thrice", int(sys.argv[1]))], 0.5)
-        except Failure as failure:
+        except FatalError as failure:
             print(time.monotonic() - began, failure)
     """
     with _full_queue() as port:
         done = subprocess.run(
-            [unshare, "-m", "sh", "-c", own_hosts, "sh", tmp_path / "hosts", sys.executable, code, str(port)],
+            [
+                unshare,
+                "-m",
+                "sh",
+                "-c",
+                own_hosts,
+                "sh",
+                tmp_path / "hosts",
+                sys.executable,
+                code,
+                str(port),
+            ],
             capture_output=True,
             text=True,
             timeout=LIMIT,
@@ -288,7 +323,7 @@ def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: P
 
 def test_each_of_several_servers_has_the_whole_timeout(mute: int) -> None:
     began = time.monotonic()
-    with pytest.raises(Failure):
+    with pytest.raises(FatalError):
         ask(["WHO"], [("127.0.0.1", mute)] * 3, 0.2)
     assert 0.6 <= time.monotonic() - began < 0.6 + SLACK
 
@@ -334,7 +369,10 @@ BAD_ADDRESSES = [
 
 @pytest.mark.parametrize("text", BAD_ADDRESSES)
 def test_what_is_no_address_is_refused(text: str) -> None:
-    with pytest.raises(Misuse, match=r"is no address: write HOST:PORT, such as 127\.0\.0\.1:4242 or \[::1\]:4242"):
+    with pytest.raises(
+        UsageError,
+        match=r"is no address: write HOST:PORT, such as 127\.0\.0\.1:4242 or \[::1\]:4242",
+    ):
         parse_address(text)
 
 
@@ -342,23 +380,27 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_no_text_can_break_the_reading_of_addresses(text: str) -> None:
     try:
         host, port = parse_address(text)
-    except Misuse:
+    except UsageError:
         return
     assert host
     assert 0 < port < 65536
 
 
 @pytest.mark.parametrize("text", ["4242", "localhost:" + "9" * 5000])
-def test_a_bad_address_is_told_in_one_line_before_anybody_is_asked(server: Running, text: str) -> None:
+def test_a_bad_address_is_told_in_one_line_before_anybody_is_asked(
+    server: Running, text: str
+) -> None:
     done = gserver("ask", *_options(server.port), "--server", text)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"gserver: {text[:20]!r}"[:-1])
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "x" * 300, " ", "a b", "http://localhost"])
+@pytest.mark.parametrize(
+    "host", ["no-such-host.invalid", "a..b", "x" * 64, "x" * 300, " ", "a b", "http://localhost"]
+)
 def test_a_name_that_does_not_resolve_is_told_of(host: str) -> None:
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(FatalError) as caught:
         ask(["WHO"], [(host, 1)], LIMIT)
     told = str(caught.value)
     assert told.startswith(f"no server answered: {host}:1 ")

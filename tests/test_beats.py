@@ -1,4 +1,6 @@
-"""What beats cost Redis does not grow with the number of servers. docs/distributed.md has the figures."""
+"""What beats cost Redis does not grow with the number of servers. docs/distributed.md has the
+figures.
+"""
 
 import socket
 from typing import Any, cast
@@ -6,13 +8,14 @@ from typing import Any, cast
 import redis
 
 from bench.beats import KEYS, SIZES, beat, run, running_redis, script_times
-from gserver.redis_link import SCRIPT
+from gserver.cluster.redis_link import SCRIPT
 from tests.running import program
 
 
 def test_the_script_takes_as_long_with_3000_servers_as_with_3() -> None:
     program("redis-server")
-    # The quickest round of each size: what else the machine does makes a round slower, and none quicker.
+    # The quickest round of each size: what else the machine does makes a round slower, and none
+    # quicker.
     times = {size: min(rounds) for size, rounds in script_times(rounds=5, beats=3000).items()}
     assert max(times.values()) <= 1.5 * min(times.values()), times
 

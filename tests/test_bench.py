@@ -34,7 +34,9 @@ def test_the_page_has_a_place_for_each_table_and_each_scenario_has_a_table() -> 
 def test_the_tables_of_the_page_are_those_of_the_results() -> None:
     results = json.loads((ROOT / "bench/results.json").read_text())
     for name, text in tables(results, results).items():
-        assert f"<!-- table: {name} -->\n\n{text}\n\n<!-- end -->" in TEXT, f"{name}: bin/bench --render"
+        assert f"<!-- table: {name} -->\n\n{text}\n\n<!-- end -->" in TEXT, (
+            f"{name}: bin/bench --render"
+        )
 
 
 def test_what_has_no_results_shows_no_figures() -> None:
@@ -55,6 +57,8 @@ def test_each_service_takes_what_the_load_generator_asks_of_tls(service: str) ->
         assert len(tree(server)) == (service in tls.PROXIES) + 3
         words = ["openssl", "s_client", "-connect", f"{server.host}:{server.port}", "-tls1_3"]
         words += ["-groups", "X25519", "-ciphersuites", "TLS_AES_256_GCM_SHA384"]
-        done = subprocess.run(words, input="", capture_output=True, text=True, timeout=LIMIT, check=False)
+        done = subprocess.run(
+            words, input="", capture_output=True, text=True, timeout=LIMIT, check=False
+        )
         is_met = "New, TLSv1.3, Cipher is TLS_AES_256_GCM_SHA384" in done.stdout
         assert is_met == server.is_tls == (service != tls.PLAIN), done.stdout + done.stderr

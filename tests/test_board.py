@@ -1,4 +1,4 @@
-"""The board: a table of integers that several processes see at once."""
+"""The scoreboard: a table of integers that several processes see at once."""
 
 import os
 import subprocess
@@ -6,36 +6,38 @@ import sys
 
 import pytest
 
-from gserver.board import MAX_COMMANDS, SINGLE_CELLS, WORKER_CELLS, Board
-from gserver.errors import EXIT_USAGE, Misuse
+from gserver.errors import EXIT_USAGE, UsageError
 from gserver.protocol import MAX_NAME_BYTES
+from gserver.scoreboard import MAX_COMMANDS, SINGLE_CELLS, WORKER_CELLS, Scoreboard
 from tests.running import environment
 
 SLOTS = 3
 
 
-def attached(board: Board) -> Board:
+def attached(scoreboard: Scoreboard) -> Scoreboard:
     """The same table mapped a second time, as another process would."""
-    return Board.attach(board.fd, board.slots)
+    return Scoreboard.attach(scoreboard.fd, scoreboard.slots)
 
 
-def emptied(board: Board) -> Board:
+def emptied(scoreboard: Scoreboard) -> Scoreboard:
     """The same, without what is drawn and noted when it is made."""
     for name in ("incarnation", "address_key", "begun_at"):
-        assert board.get(name) > 0
-        board.put(name, 0)
-    return board
+        assert scoreboard.get(name) > 0
+        scoreboard.put(name, 0)
+    return scoreboard
 
 
 def test_a_new_board_is_all_zero() -> None:
-    board = emptied(Board.create(SLOTS))
-    assert list(board.cells[1:]) == [0] * (len(board.cells) - 1)  # the first holds the fingerprint
-    assert set(board.totals().values()) == {0}
-    assert not any(name.startswith("commands.") for name in board.totals())
+    scoreboard = emptied(Scoreboard.create(SLOTS))
+    assert list(scoreboard.cells[1:]) == [0] * (
+        len(scoreboard.cells) - 1
+    )  # the first holds the fingerprint
+    assert set(scoreboard.totals().values()) == {0}
+    assert not any(name.startswith("commands.") for name in scoreboard.totals())
 
 
 def test_two_mappings_see_each_others_writes() -> None:
-    one = Board.create(SLOTS)
+    one = Scoreboard.create(SLOTS)
     two = attached(one)
     one.cells[one.cell("clients", 1)] = 5
     two.cells[two.cell("clients", 2)] = 7
@@ -46,27 +48,27 @@ def test_two_mappings_see_each_others_writes() -> None:
 
 
 def test_two_boards_are_two_tables() -> None:
-    one, two = Board.create(SLOTS), Board.create(SLOTS)
+    one, two = Scoreboard.create(SLOTS), Scoreboard.create(SLOTS)
     one.cells[one.cell("clients", 0)] = 1
     assert two.clients() == 0
 
 
 def test_a_second_process_sees_and_writes() -> None:
-    board = Board.create(SLOTS)
-    board.cells[board.cell("accepted", 0)] = 2**62
+    scoreboard = Scoreboard.create(SLOTS)
+    scoreboard.cells[scoreboard.cell("accepted", 0)] = 2**62
     script = (
-        "from gserver.board import Board\n"
-        f"board = Board.attach({board.fd}, {SLOTS})\n"
-        "board.cells[board.cell('clients', 2)] = 9\n"
-        "board.cells[board.command_cell('NAP', 2)] += 4\n"
-        "print(board.totals()['accepted'])\n"
+        "from gserver.scoreboard import Scoreboard\n"
+        f"scoreboard = Scoreboard.attach({scoreboard.fd}, {SLOTS})\n"
+        "scoreboard.cells[scoreboard.cell('clients', 2)] = 9\n"
+        "scoreboard.cells[scoreboard.command_cell('NAP', 2)] += 4\n"
+        "print(scoreboard.totals()['accepted'])\n"
     )
     output = subprocess.check_output(
-        [sys.executable, "-P", "-c", script], pass_fds=[board.fd], env=environment(), text=True
+        [sys.executable, "-P", "-c", script], pass_fds=[scoreboard.fd], env=environment(), text=True
     )
     assert int(output) == 2**62
-    assert board.clients() == 9
-    assert board.totals()["commands.NAP"] == 4
+    assert scoreboard.clients() == 9
+    assert scoreboard.totals()["commands.NAP"] == 4
 
 
 def test_every_cell_has_a_name_of_its_own() -> None:
@@ -75,96 +77,110 @@ def test_every_cell_has_a_name_of_its_own() -> None:
 
 
 def test_no_two_names_share_a_cell() -> None:
-    board = Board.create(SLOTS)
-    cells = [board.cell(name, slot) for name in WORKER_CELLS for slot in range(SLOTS)]
-    cells += [board.command_cell(f"C{number}", slot) for slot in range(SLOTS) for number in range(MAX_COMMANDS)]
-    cells += board.single.values()
+    scoreboard = Scoreboard.create(SLOTS)
+    cells = [scoreboard.cell(name, slot) for name in WORKER_CELLS for slot in range(SLOTS)]
+    cells += [
+        scoreboard.command_cell(f"C{number}", slot)
+        for slot in range(SLOTS)
+        for number in range(MAX_COMMANDS)
+    ]
+    cells += scoreboard.single.values()
     assert len(set(cells)) == len(cells)
-    assert all(1 <= cell < len(board.cells) for cell in cells)  # The first holds the fingerprint.
+    assert all(
+        1 <= cell < len(scoreboard.cells) for cell in cells
+    )  # The first holds the fingerprint.
 
 
 def test_command_names_do_not_reach_into_the_cells() -> None:
-    board = Board.create(SLOTS)
+    scoreboard = Scoreboard.create(SLOTS)
     for slot in range(SLOTS):
         for number in range(MAX_COMMANDS):
-            board.command_cell(f"C{number}".ljust(MAX_NAME_BYTES, "X"), slot)
-    emptied(board)
-    assert list(board.cells[1:]) == [0] * (len(board.cells) - 1)
-    assert len([name for name in board.totals() if name.startswith("commands.")]) == MAX_COMMANDS
+            scoreboard.command_cell(f"C{number}".ljust(MAX_NAME_BYTES, "X"), slot)
+    emptied(scoreboard)
+    assert list(scoreboard.cells[1:]) == [0] * (len(scoreboard.cells) - 1)
+    assert (
+        len([name for name in scoreboard.totals() if name.startswith("commands.")]) == MAX_COMMANDS
+    )
 
 
 def test_a_command_keeps_its_cell_whatever_comes_after_it() -> None:
-    board = Board.create(SLOTS)
-    first, second = board.command_cell("WHO", 1), board.command_cell("NAP", 1)
-    follower = attached(board)  # the next worker in that slot, whose commands come in another order
+    scoreboard = Scoreboard.create(SLOTS)
+    first, second = scoreboard.command_cell("WHO", 1), scoreboard.command_cell("NAP", 1)
+    follower = attached(
+        scoreboard
+    )  # the next worker in that slot, whose commands come in another order
     assert follower.command_cell("NEW", 1) not in (first, second)
     assert follower.command_cell("NAP", 1) == second
     assert follower.command_cell("WHO", 1) == first
-    assert board.command_cell("NEW", 1) == follower.command_cell("NEW", 1)
+    assert scoreboard.command_cell("NEW", 1) == follower.command_cell("NEW", 1)
 
 
 def test_the_slots_name_their_commands_apart() -> None:
-    board = Board.create(SLOTS)
-    cells = {board.command_cell("NAP", slot) for slot in range(SLOTS)}
+    scoreboard = Scoreboard.create(SLOTS)
+    cells = {scoreboard.command_cell("NAP", slot) for slot in range(SLOTS)}
     assert len(cells) == SLOTS
-    board.command_cell("ONLY-HERE", 0)
-    assert board.command_cell("ELSE", 1) == board.command_cell("NAP", 1) + 1
+    scoreboard.command_cell("ONLY-HERE", 0)
+    assert scoreboard.command_cell("ELSE", 1) == scoreboard.command_cell("NAP", 1) + 1
 
 
 def test_the_sixty_fifth_command_is_refused() -> None:
-    board = Board.create(SLOTS)
-    cells = [board.command_cell(f"C{number}", 0) for number in range(64)]
-    with pytest.raises(Misuse, match=r"more than 64 commands.*restart gserver"):
-        board.command_cell("ONE-MORE", 0)
-    assert [board.command_cell(f"C{number}", 0) for number in range(64)] == cells
-    board.command_cell("ONE-MORE", 1)  # Another slot has room of its own.
+    scoreboard = Scoreboard.create(SLOTS)
+    cells = [scoreboard.command_cell(f"C{number}", 0) for number in range(64)]
+    with pytest.raises(UsageError, match=r"more than 64 commands.*restart gserver"):
+        scoreboard.command_cell("ONE-MORE", 0)
+    assert [scoreboard.command_cell(f"C{number}", 0) for number in range(64)] == cells
+    scoreboard.command_cell("ONE-MORE", 1)  # Another slot has room of its own.
 
 
 def test_totals_sum_over_the_slots_and_merge_commands_by_name() -> None:
-    board = Board.create(SLOTS)
+    scoreboard = Scoreboard.create(SLOTS)
     for slot, order in enumerate((("WHO", "NAP"), ("NAP", "WHO"), ("WHO",))):
         for name in order:
-            board.cells[board.command_cell(name, slot)] += 10**slot
-        board.cells[board.cell("accepted", slot)] = 10**slot
-        board.cells[board.cell("refused.idle", slot)] = 2 * 10**slot
-    board.cells[board.single["lost"]] = 8
-    totals = board.totals()
+            scoreboard.cells[scoreboard.command_cell(name, slot)] += 10**slot
+        scoreboard.cells[scoreboard.cell("accepted", slot)] = 10**slot
+        scoreboard.cells[scoreboard.cell("refused.idle", slot)] = 2 * 10**slot
+    scoreboard.cells[scoreboard.single["lost"]] = 8
+    totals = scoreboard.totals()
     assert (totals["accepted"], totals["refused.idle"], totals["lost"]) == (111, 222, 8)
     assert (totals["commands.WHO"], totals["commands.NAP"]) == (111, 11)
 
 
 def test_signs_of_life_are_no_totals() -> None:
-    board = Board.create(SLOTS)
-    board.cells[board.cell("heartbeat", 1)] = 11
-    board.cells[board.single["agent_heartbeat"]] = 12
-    assert tuple(board.cells[board.heartbeat_cell(slot)] for slot in (0, 1, -1)) == (0, 11, 12)
-    assert not [name for name in board.totals() if "heartbeat" in name]
+    scoreboard = Scoreboard.create(SLOTS)
+    scoreboard.cells[scoreboard.cell("heartbeat", 1)] = 11
+    scoreboard.cells[scoreboard.single["agent_heartbeat"]] = 12
+    assert tuple(scoreboard.cells[scoreboard.heartbeat_cell(slot)] for slot in (0, 1, -1)) == (
+        0,
+        11,
+        12,
+    )
+    assert not [name for name in scoreboard.totals() if "heartbeat" in name]
 
 
 def test_settling_a_dead_worker_zeroes_its_gauge_and_keeps_its_counters() -> None:
-    board = Board.create(SLOTS)
+    scoreboard = Scoreboard.create(SLOTS)
     for slot in range(SLOTS):
-        board.cells[board.cell("clients", slot)] = 3 + slot
-        board.cells[board.cell("accepted", slot)] = 100
-    board.cells[board.command_cell("WHO", 1)] = 6
-    assert board.settle(1) == 4
-    assert board.clients() == 3 + 5
-    assert (board.totals()["accepted"], board.totals()["lost"]) == (300, 4)
-    assert board.totals()["commands.WHO"] == 6
-    assert board.settle(1) == 0
+        scoreboard.cells[scoreboard.cell("clients", slot)] = 3 + slot
+        scoreboard.cells[scoreboard.cell("accepted", slot)] = 100
+    scoreboard.cells[scoreboard.command_cell("WHO", 1)] = 6
+    assert scoreboard.settle(1) == 4
+    assert scoreboard.clients() == 3 + 5
+    assert (scoreboard.totals()["accepted"], scoreboard.totals()["lost"]) == (300, 4)
+    assert scoreboard.totals()["commands.WHO"] == 6
+    assert scoreboard.settle(1) == 0
 
 
 @pytest.mark.parametrize("difference", [1, -1, 2**40], ids=["above", "below", "far"])
 def test_a_board_of_another_version_is_refused(difference: int) -> None:
-    board = Board.create(SLOTS)
-    board.cells[0] += difference
-    with pytest.raises(Misuse, match="another version than this code: restart it") as caught:
-        attached(board)
+    scoreboard = Scoreboard.create(SLOTS)
+    scoreboard.cells[0] += difference
+    with pytest.raises(UsageError, match="another version than this code: restart it") as caught:
+        attached(scoreboard)
     assert caught.value.exit_code == EXIT_USAGE
 
 
 def test_what_is_no_board_is_refused() -> None:
     fd = os.memfd_create("empty")
-    with pytest.raises(Misuse, match="another version"):
-        Board.attach(fd, SLOTS)
+    with pytest.raises(UsageError, match="another version"):
+        Scoreboard.attach(fd, SLOTS)
     os.close(fd)

@@ -9,7 +9,7 @@ import pytest
 
 from gserver.certificates import MAX_FILE_BYTES, Certificates, read
 from gserver.config import Config
-from gserver.errors import Misuse
+from gserver.errors import UsageError
 
 
 def test_without_the_options_there_is_nothing() -> None:
@@ -21,12 +21,16 @@ def test_the_key_is_in_a_file_of_its_own_or_in_that_of_the_certificate(tmp_path:
     chain.write_text("a chain")
     key.write_text("a key")
     assert read(Config(tls_cert=str(chain))) == Certificates("a chain", "a chain", "")
-    assert read(Config(tls_cert=str(chain), tls_key=str(key))) == Certificates("a chain", "a key", "")
+    assert read(Config(tls_cert=str(chain), tls_key=str(key))) == Certificates(
+        "a chain", "a key", ""
+    )
     assert read(Config(tls_cert=str(chain), tls_client_ca=str(key))).client_ca == "a key"
 
 
 def open_files() -> set[Path]:
-    """What this process has open. Counting would also see what other tests left to the garbage collector."""
+    """What this process has open. Counting would also see what other tests left to the garbage
+    collector.
+    """
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):  # that of the listing itself
@@ -36,7 +40,9 @@ def open_files() -> set[Path]:
 
 @pytest.mark.parametrize("option", ["tls_cert", "tls_key", "tls_client_ca"])
 def test_a_file_that_cannot_be_read_is_named_with_its_option(option: str, tmp_path: Path) -> None:
-    good, none, empty, large, pipe = (tmp_path / name for name in ("good", "none", "empty", "large", "pipe"))
+    good, none, empty, large, pipe = (
+        tmp_path / name for name in ("good", "none", "empty", "large", "pipe")
+    )
     good.write_bytes(b"\xff no text")
     empty.write_text(" \n")
     large.write_text("x" * (MAX_FILE_BYTES + 1))
@@ -50,6 +56,6 @@ def test_a_file_that_cannot_be_read_is_named_with_its_option(option: str, tmp_pa
         (large, "is too large: name a file in PEM"),
     ):
         files: dict[str, Any] = {"tls_cert": str(good), option: str(path)}
-        with pytest.raises(Misuse, match=f"^--{option.replace('_', '-')} {path} {words}$"):
+        with pytest.raises(UsageError, match=f"^--{option.replace('_', '-')} {path} {words}$"):
             read(Config(**files))
         assert path not in open_files()

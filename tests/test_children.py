@@ -12,9 +12,11 @@ from time import monotonic
 import psutil
 import pytest
 
-from gserver.board import Board
+from gserver.boot import Instructions
 from gserver.certificates import Certificates
-from gserver.children import (
+from gserver.config import Config
+from gserver.scoreboard import Scoreboard
+from gserver.supervise.child import (
     FIRST_PAUSE_SECONDS,
     MAX_PAUSE_SECONDS,
     SECOND_LOOK_SECONDS,
@@ -24,8 +26,6 @@ from gserver.children import (
     Pacing,
     reap_strangers,
 )
-from gserver.config import Config
-from gserver.process import Instructions
 from tests.running import LIMIT, until
 
 
@@ -57,10 +57,14 @@ def test_what_is_said_at_once_is_all_heard() -> None:
     os.close(started.report_fd)
 
 
-def test_one_that_never_reads_what_it_is_told_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_never_reads_what_it_is_told_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    told = Instructions(Config(), Certificates(chain="x" * 1_000_000), 0, 1, Board.create(1).fd, -1)
+    told = Instructions(
+        Config(), Certificates(chain="x" * 1_000_000), 0, 1, Scoreboard.create(1).fd, -1
+    )
     started: list[Child] = []
     starting = Thread(target=lambda: started.append(Child.start(WORKER, 0, told)), daemon=True)
     starting.start()
@@ -107,7 +111,9 @@ def test_a_silence_is_looked_at_twice_before_it_ends_the_child_and_killing_is_sa
 
 
 def test_without_a_limit_no_silence_is_too_long() -> None:
-    silent = Child(WORKER, 0, 0, subprocess.Popen([sys.executable, "-c", ""]), -1, spawned_at=0.0, ready_at=0.0)
+    silent = Child(
+        WORKER, 0, 0, subprocess.Popen([sys.executable, "-c", ""]), -1, spawned_at=0.0, ready_at=0.0
+    )
     silent.watch(1e6, beat_at=0.0, limit=0.0)
     assert silent.due_at == math.inf
     silent.process.wait(LIMIT)

@@ -14,7 +14,8 @@ from typing import Any
 import click
 import pytest
 
-from gserver import __version__, cli
+from gserver import __version__
+from gserver.cli import main as cli
 from gserver.config import OPTIONS, Config, flag
 from tests.running import GSERVER, LIMIT, Running, environment, gserver
 
@@ -79,7 +80,9 @@ def _told(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
 
 @pytest.fixture
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """This process's environment as `environment` gives it to others: without what configures gserver."""
+    """This process's environment as `environment` gives it to others: without what configures
+    gserver.
+    """
     for name in set(os.environ) - set(environment()):
         monkeypatch.delenv(name)
     return monkeypatch
@@ -113,7 +116,9 @@ def test_every_option_has_a_flag_and_a_variable_and_the_flag_wins(
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_empty_variable_counts_as_unset(name: str, plain_environment: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(
+    name: str, plain_environment: pytest.MonkeyPatch
+) -> None:
     unset = _parsed()[name]
     plain_environment.setenv(EVERY_OPTION[name][0], "")
     assert _parsed()[name] == unset
@@ -184,8 +189,12 @@ def test_a_server_can_be_configured_by_its_environment_alone() -> None:
 
 
 def test_with_options_alone_it_serves() -> None:
-    with Running("--port", "0", "--workers", "auto", "--server-id", "Z-1.a", command=GSERVER) as server:
-        assert server.wait_for("server.listening")["gserver.workers"] == len(os.sched_getaffinity(0))
+    with Running(
+        "--port", "0", "--workers", "auto", "--server-id", "Z-1.a", command=GSERVER
+    ) as server:
+        assert server.wait_for("server.listening")["gserver.workers"] == len(
+            os.sched_getaffinity(0)
+        )
         with server.client() as client:
             assert client.ask(b"WHERE") == b"Z-1.a"
         assert server.stop() == 0
@@ -203,7 +212,11 @@ def test_each_server_has_an_id_of_its_own_if_it_is_given_none(server: Running) -
 
 def test_the_version_is_that_of_the_package() -> None:
     done = gserver("--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"gserver, version {__version__}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"gserver, version {__version__}\n",
+        "",
+    )
 
 
 # Help.
@@ -229,7 +242,11 @@ def test_the_help_shows_every_option_in_its_group(arguments: tuple[str, ...]) ->
 
 
 def test_the_help_of_gserver_shows_the_commands_and_that_of_serve_only_its_own() -> None:
-    assert re.search(r"^  ask +.*^  serve +", _sections(gserver("--help").stdout)["Commands"], re.MULTILINE | re.DOTALL)
+    assert re.search(
+        r"^  ask +.*^  serve +",
+        _sections(gserver("--help").stdout)["Commands"],
+        re.MULTILINE | re.DOTALL,
+    )
     assert "Commands" not in _sections(gserver("serve", "--help").stdout)
 
 
@@ -323,7 +340,9 @@ def test_a_bad_flag_is_not_blamed_on_a_variable() -> None:
     assert "from" not in _told(gserver("--port", "many", PORT="1", GSERVER_PORT="2"))
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("serv", "serve"), ("srve", "serve"), ("aks", "ask"), ("asks", "ask")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("serv", "serve"), ("srve", "serve"), ("aks", "ask"), ("asks", "ask")]
+)
 def test_a_mistyped_command_is_answered_with_the_nearest(typed: str, meant: str) -> None:
     told = _told(gserver(typed))
     assert told.startswith(f"No such command '{typed}'.")
@@ -338,7 +357,9 @@ def test_a_mistyped_command_is_answered_with_the_nearest(typed: str, meant: str)
         (("ask", "--sever", "127.0.0.1:1"), "'--server'"),
     ],
 )
-def test_a_mistyped_option_is_answered_with_the_nearest(arguments: tuple[str, ...], word: str) -> None:
+def test_a_mistyped_option_is_answered_with_the_nearest(
+    arguments: tuple[str, ...], word: str
+) -> None:
     told = _told(gserver(*arguments))
     assert told.startswith("No such option ")
     assert word in told.partition(".")[2]
@@ -346,16 +367,27 @@ def test_a_mistyped_option_is_answered_with_the_nearest(arguments: tuple[str, ..
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--frob",), ("serve", "now"), ("4242",), ("--port",), ("serve", "--port"), ("-p", "1"), ("ask", "--timeout")],
+    [
+        ("--frob",),
+        ("serve", "now"),
+        ("4242",),
+        ("--port",),
+        ("serve", "--port"),
+        ("-p", "1"),
+        ("ask", "--timeout"),
+    ],
 )
 def test_what_makes_no_sense_is_told_in_one_line(arguments: tuple[str, ...]) -> None:
     assert _told(gserver(*arguments)).endswith("--help)")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(("serve", "now\nor never"), 2), (("--host", "no\n\x1b]0;such\a", "--port", "0"), 1)]
+    ("arguments", "code"),
+    [(("serve", "now\nor never"), 2), (("--host", "no\n\x1b]0;such\a", "--port", "0"), 1)],
 )
-def test_what_a_terminal_would_obey_is_told_in_one_line(arguments: tuple[str, ...], code: int) -> None:
+def test_what_a_terminal_would_obey_is_told_in_one_line(
+    arguments: tuple[str, ...], code: int
+) -> None:
     assert _told(gserver(*arguments), code).isprintable()
 
 
@@ -388,7 +420,7 @@ def test_a_help_that_cannot_be_written_is_told_in_one_line() -> None:
 
 def test_an_error_of_our_own_is_an_event_and_ends_with_1() -> None:
     code = (
-        "import sys; from gserver import cli, supervisor; sys.argv = ['gserver', '--port', '0']\n"
+        "import sys; from gserver.cli import main as cli; from gserver.supervise import supervisor; sys.argv = ['gserver', '--port', '0']\n"
         "supervisor.Supervisor._watch = lambda self, now: 1 / 0\ncli.main()\n"
     )
     with Running(command=[sys.executable, "-P", "-c", code], wait=False) as server:
@@ -420,7 +452,9 @@ def test_a_shell_gets_its_script_for_completion(shell: str) -> None:
 )
 def test_what_is_being_typed_is_completed(typed: str, expected: set[str]) -> None:
     words = typed.split(" ")
-    done = gserver(_GSERVER_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD=str(len(words) - 1))
+    done = gserver(
+        _GSERVER_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD=str(len(words) - 1)
+    )
     assert done.returncode == 0
     assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
 
@@ -429,7 +463,14 @@ def test_ctrl_c_while_asking_ends_it_with_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         mute.settimeout(LIMIT)
         asking = subprocess.Popen(
-            [*GSERVER, "ask", "--server", f"127.0.0.1:{mute.getsockname()[1]}", "--timeout", str(LIMIT)],
+            [
+                *GSERVER,
+                "ask",
+                "--server",
+                f"127.0.0.1:{mute.getsockname()[1]}",
+                "--timeout",
+                str(LIMIT),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -441,7 +482,11 @@ def test_ctrl_c_while_asking_ends_it_with_one_line() -> None:
             asking.send_signal(signal.SIGINT)
             stdout, stderr = asking.communicate(timeout=LIMIT)
     # A line end first, since a terminal has shown ^C.
-    assert (asking.returncode, stdout, stderr.removeprefix("\n")) == (1, "", "gserver: interrupted\n")
+    assert (asking.returncode, stdout, stderr.removeprefix("\n")) == (
+        1,
+        "",
+        "gserver: interrupted\n",
+    )
 
 
 def test_every_option_of_serve_comes_from_the_configuration() -> None:

@@ -1,4 +1,6 @@
-"""The cluster, with real servers and a real Redis: what WHO says over several servers, and what faults do to it."""
+"""The cluster, with real servers and a real Redis: what WHO says over several servers, and what
+faults do to it.
+"""
 
 import os
 import signal
@@ -36,8 +38,13 @@ def started(*servers: list[str]) -> Iterator[list[Running]]:
 @contextmanager
 def cluster(url: str, name: str, *servers: list[str]) -> Iterator[list[Running]]:
     """Such servers as a cluster, as soon as each knows all."""
-    with started(*(["--redis-url", url, "--cluster-name", name, *options] for options in servers)) as running:
-        until(lambda: {servers_known(server) for server in running} == {len(servers)}, "each of them knows all")
+    with started(
+        *(["--redis-url", url, "--cluster-name", name, *options] for options in servers)
+    ) as running:
+        until(
+            lambda: {servers_known(server) for server in running} == {len(servers)},
+            "each of them knows all",
+        )
         yield running
 
 
@@ -48,7 +55,9 @@ def servers_known(server: Running) -> int:
 
 
 class Watch:
-    """One more client of a server, which asks WHO again and again; `seen` are its replies, each with its moment."""
+    """One more client of a server, which asks WHO again and again; `seen` are its replies, each
+    with its moment.
+    """
 
     def __init__(self, server: Running) -> None:
         self.seen: list[tuple[float, bytes]] = []
@@ -75,7 +84,10 @@ class Watch:
 
     def until(self, *, since: float, at_least: int = 0, at_most: int = 10**6) -> float:
         """How long after a moment it first saw such a number."""
-        return next(at for at, reply in self.seen if at >= since and at_least <= int(reply) <= at_most) - since
+        return (
+            next(at for at, reply in self.seen if at >= since and at_least <= int(reply) <= at_most)
+            - since
+        )
 
     @property
     def longest_silence(self) -> float:
@@ -84,7 +96,9 @@ class Watch:
 
 @contextmanager
 def watching(*servers: Running, total: int) -> Iterator[list[Watch]]:
-    """Watch WHO on each of the servers, from the moment on at which all say the total, these clients included."""
+    """Watch WHO on each of the servers, from the moment on at which all say the total, these
+    clients included.
+    """
     watches: list[Watch] = []
     try:
         watches += (Watch(server) for server in servers)
@@ -98,7 +112,11 @@ def watching(*servers: Running, total: int) -> Iterator[list[Watch]]:
 
 
 def all_say(watches: list[Watch], total: int, limit: float = LIMIT) -> None:
-    until(lambda: {watch.last for watch in watches} == {total}, f"{total}: {[w.seen[-5:] for w in watches]}", limit)
+    until(
+        lambda: {watch.last for watch in watches} == {total},
+        f"{total}: {[w.seen[-5:] for w in watches]}",
+        limit,
+    )
 
 
 def connect(stack: ExitStack, server: Running, count: int) -> list[Client]:
@@ -141,7 +159,9 @@ def resting(redis: Redis) -> Iterator[Resting]:
 # The number.
 
 
-def test_who_is_the_total_on_every_server_and_counts_its_own_clients_at_once(three: list[Running]) -> None:
+def test_who_is_the_total_on_every_server_and_counts_its_own_clients_at_once(
+    three: list[Running],
+) -> None:
     with ExitStack() as stack:
         for count, server in enumerate(three):
             connect(stack, server, count)
@@ -150,7 +170,9 @@ def test_who_is_the_total_on_every_server_and_counts_its_own_clients_at_once(thr
             assert three[2].who() in (7, 8), "the asker, and perhaps still the one before"
 
 
-def test_a_change_shows_on_the_others_within_a_beat_and_all_is_exact_after_two_seconds(three: list[Running]) -> None:
+def test_a_change_shows_on_the_others_within_a_beat_and_all_is_exact_after_two_seconds(
+    three: list[Running],
+) -> None:
     changing, *others = three
     with watching(*others, total=2) as watches, ExitStack() as stack:
         moments = []
@@ -177,7 +199,9 @@ def test_a_change_shows_on_the_others_within_a_beat_and_all_is_exact_after_two_s
 # Faults within a server.
 
 
-def test_where_is_one_for_each_server_and_outlives_its_workers_its_agent_and_a_reload(three: list[Running]) -> None:
+def test_where_is_one_for_each_server_and_outlives_its_workers_its_agent_and_a_reload(
+    three: list[Running],
+) -> None:
     def where() -> list[bytes]:
         answers = []
         for server in three:
@@ -204,7 +228,11 @@ def test_clients_that_die_with_their_worker_are_not_counted_elsewhere(three: lis
     with ExitStack() as stack, watching(*others, total=2) as watches:
         connect(stack, server, 20)
         all_say(watches, 22)
-        deaths, starts, left = len(server.events("worker.died")), len(server.events("worker.ready")), 20
+        deaths, starts, left = (
+            len(server.events("worker.died")),
+            len(server.events("worker.ready")),
+            20,
+        )
         for number, worker in enumerate(server.workers(), 1):
             worker.kill()
             left -= server.wait_for("worker.died", deaths + number)["gserver.lost"]
@@ -214,7 +242,9 @@ def test_clients_that_die_with_their_worker_are_not_counted_elsewhere(three: lis
 
 
 @pytest.mark.fault("An agent dies or hangs")
-def test_an_agent_that_dies_or_hangs_is_replaced_and_nobody_sees_a_dip(three: list[Running], notes: Notes) -> None:
+def test_an_agent_that_dies_or_hangs_is_replaced_and_nobody_sees_a_dip(
+    three: list[Running], notes: Notes
+) -> None:
     server = three[0]
     with ExitStack() as stack:
         connect(stack, server, 3)
@@ -227,9 +257,14 @@ def test_an_agent_that_dies_or_hangs_is_replaced_and_nobody_sees_a_dip(three: li
             suspended = time.monotonic()
             server.wait_for("agent.hung", hung + 1)
             server.wait_for("agent.ready", ready + 2)
-            until(lambda: time.monotonic() > suspended + 6, "its lease, and that of the dead one, would be over")
+            until(
+                lambda: time.monotonic() > suspended + 6,
+                "its lease, and that of the dead one, would be over",
+            )
             assert [watch.replies() for watch in watches] == [{6}] * 3
-            assert max(watch.longest_silence for watch in watches) < PATIENCE, "workers do not wait for their agent"
+            assert max(watch.longest_silence for watch in watches) < PATIENCE, (
+                "workers do not wait for their agent"
+            )
             assert [len(other.events("cluster.servers")) for other in three] == changes
             assert not any(other.events("cluster.expired") for other in three)
     notes.happened("killed, then stopped")
@@ -246,7 +281,10 @@ def test_a_reload_does_not_leave_the_cluster(redis: Redis, three: list[Running])
 
         def is_over() -> bool:
             assert where in redis.members("three")
-            return len(server.events("server.reloaded")) > reloads and len(server.events("agent.ready")) > agents
+            return (
+                len(server.events("server.reloaded")) > reloads
+                and len(server.events("agent.ready")) > agents
+            )
 
         until(is_over, "all processes are new ones")
         assert [watch.replies() for watch in watches] == [{2}, {2}]
@@ -263,7 +301,10 @@ def test_a_killed_server_is_counted_for_its_ttl_and_no_longer(redis: Redis, note
         connect(stack, server, 3)
         with watching(*others, total=5) as watches:
             now = time.monotonic()
-            until(lambda: time.monotonic() > now + TTL / 2, "it is no newcomer any more, whose lease is shorter")
+            until(
+                lambda: time.monotonic() > now + TTL / 2,
+                "it is no newcomer any more, whose lease is shorter",
+            )
             killed = time.monotonic()
             os.kill(server.pid, signal.SIGKILL)
             all_say(watches, 2)
@@ -273,7 +314,9 @@ def test_a_killed_server_is_counted_for_its_ttl_and_no_longer(redis: Redis, note
     notes.happened("killed with kill -9")
 
 
-def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_it_is_back(redis: Redis) -> None:
+def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_it_is_back(
+    redis: Redis,
+) -> None:
     ttl = 2.5
     theirs = [["--server-id", name, "--member-ttl", str(ttl)] for name in ("stopping", "staying")]
     with cluster(redis.url, "stopped", *theirs) as (server, other), ExitStack() as stack:
@@ -283,10 +326,15 @@ def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_i
             exited = time.monotonic()
             until(lambda: servers_known(other) == 1 and watches[0].last == 1, "it is gone", SEEN)
             while time.monotonic() < exited + ttl:
-                assert set(redis.members("stopped")) == {"staying"}, "a late beat has brought it back"
+                assert set(redis.members("stopped")) == {"staying"}, (
+                    "a late beat has brought it back"
+                )
                 time.sleep(0.01)
             assert not server.events("cluster.not_left")
-            with Running("--redis-url", redis.url, "--cluster-name", "stopped", *theirs[0]) as back, back.client():
+            with (
+                Running("--redis-url", redis.url, "--cluster-name", "stopped", *theirs[0]) as back,
+                back.client(),
+            ):
                 connected = time.monotonic()
                 all_say(watches, 2)
                 assert watches[0].until(since=connected, at_least=2) <= SEEN
@@ -298,7 +346,9 @@ def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_i
 def test_each_policy_says_what_it_promises_while_redis_is_away(tmp_path: Path) -> None:
     age = 2.0
     policies = {"last-known": b"6", "local": b"1", "error": b"ERR cluster unavailable"}
-    options = [[*FAST, "--cluster-max-age", str(age), "--on-cluster-loss", policy] for policy in policies]
+    options = [
+        [*FAST, "--cluster-max-age", str(age), "--on-cluster-loss", policy] for policy in policies
+    ]
     with (
         Redis(tmp_path) as redis,
         cluster(redis.url, "loss", *options, FAST) as (*servers, other),
@@ -331,7 +381,9 @@ def test_what_is_told_in_the_log(tmp_path: Path) -> None:
     def told(server: Running, action: str, count: int = 1) -> Event:
         event = server.wait_for(action, count)
         assert event["log.level"] == (
-            "info" if action in ("cluster.joined", "cluster.regained", "cluster.servers") else "warning"
+            "info"
+            if action in ("cluster.joined", "cluster.regained", "cluster.servers")
+            else "warning"
         )
         return event
 
@@ -340,7 +392,9 @@ def test_what_is_told_in_the_log(tmp_path: Path) -> None:
         cut, other = stack.enter_context(started(*urls))
         connect(stack, other, 2)
         assert told(cut, "cluster.joined")["gserver.servers"] in (1, 2)
-        until(lambda: [servers_known(cut), servers_known(other)] == [2, 2], "they know of each other")
+        until(
+            lambda: [servers_known(cut), servers_known(other)] == [2, 2], "they know of each other"
+        )
         assert told(cut, "cluster.servers")["gserver.remote_clients"] in (0, 2)
         proxy.refuse()
         lost = told(cut, "cluster.lost")
@@ -361,7 +415,10 @@ def test_what_is_told_in_the_log(tmp_path: Path) -> None:
             told(other, "cluster.reset")
             until(lambda: len(redis.members()) == 2, "both have beaten since")
             assert [watch.replies() for watch in watches] == [{4}, {4}]
-        counts = {action: len(cut.events(f"cluster.{action}")) for action in ("joined", "lost", "regained", "expired")}
+        counts = {
+            action: len(cut.events(f"cluster.{action}"))
+            for action in ("joined", "lost", "regained", "expired")
+        }
         assert counts == {"joined": 1, "lost": 2, "regained": 1, "expired": 1}
 
 
@@ -370,7 +427,11 @@ def test_what_is_told_in_the_log(tmp_path: Path) -> None:
 
 def test_metrics_of_the_cluster_arrive_at_statsd(tmp_path: Path) -> None:
     sent: dict[str, list[float]] = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, Redis(tmp_path) as redis, ExitStack() as stack:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        Redis(tmp_path) as redis,
+        ExitStack() as stack,
+    ):
         sock.bind(("127.0.0.1", 0))
         sock.settimeout(LIMIT)
         metrics = [*FAST, "--statsd-host", "127.0.0.1", "--statsd-port", str(sock.getsockname()[1])]
@@ -382,7 +443,9 @@ def test_metrics_of_the_cluster_arrive_at_statsd(tmp_path: Path) -> None:
             for line in sock.recv(65536).decode().splitlines():
                 metric, _, value = line.partition(":")
                 number, _, kind = value.partition("|")
-                sent.setdefault(f"{metric.removeprefix('gserver.cluster.')}|{kind}", []).append(float(number))
+                sent.setdefault(f"{metric.removeprefix('gserver.cluster.')}|{kind}", []).append(
+                    float(number)
+                )
             return sent.get(name, [-1.0])[-1]
 
         until(lambda: last("clients|g") == 2, f"clients: {sent}")
@@ -400,6 +463,8 @@ def test_metrics_of_the_cluster_arrive_at_statsd(tmp_path: Path) -> None:
 def test_an_agent_at_rest_takes_next_to_nothing(resting: Resting) -> None:
     until(lambda: time.monotonic() > resting.began + 10, "time to measure")
     seconds = time.monotonic() - resting.began
-    used = [after - before for after, before in zip(resting.cpu_seconds(), resting.before, strict=True)]
+    used = [
+        after - before for after, before in zip(resting.cpu_seconds(), resting.before, strict=True)
+    ]
     assert len(used) == 2
     assert max(used) / seconds < 0.02, used

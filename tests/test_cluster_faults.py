@@ -1,4 +1,5 @@
-"""Three servers with clients that stay: whatever happens to Redis, each WHO is answered, at once, and with the truth.
+"""Three servers with clients that stay: whatever happens to Redis, each WHO is answered, at once,
+and with the truth.
 
 Each fault happens to servers that have gone through those before it, as in life.
 """
@@ -32,7 +33,9 @@ class World(ExitStack[None]):
         with ExitStack() as stack:
             self.redis = stack.enter_context(Redis(folder))
             self.proxy = stack.enter_context(Proxy(self.redis.port))
-            self.cluster = stack.enter_context(Cluster(self.redis.url_at(self.proxy.port), beat, ttl, env))
+            self.cluster = stack.enter_context(
+                Cluster(self.redis.url_at(self.proxy.port), beat, ttl, env)
+            )
             self.push(stack.pop_all())
 
     def lost(self, kind: str) -> AbstractContextManager[None]:
@@ -123,7 +126,9 @@ def an_old_state_of_more_put_back(world: World) -> Iterator[None]:
 
 @contextmanager
 def wiped_then_the_backup_put_back(world: World) -> Iterator[None]:
-    """As an operator does who has wiped by mistake. The backup's lease clock is ahead of the one since the wipe."""
+    """As an operator does who has wiped by mistake. The backup's lease clock is ahead of the one
+    since the wipe.
+    """
     world.cluster.watch(4 * world.cluster.beat)
     old = world.dump()
     with world.reset():
@@ -273,7 +278,9 @@ def paused(world: World) -> Iterator[None]:
 
 @contextmanager
 def slow_but_in_time(world: World) -> Iterator[None]:
-    """There and back takes 60 % of what a beat waits for an answer, which is half a second or a tenth of the TTL."""
+    """There and back takes 60 % of what a beat waits for an answer, which is half a second or a
+    tenth of the TTL.
+    """
     world.proxy.delay_seconds = 0.3 * min(0.5, world.ttl / 10)
     before = world.proxy.bytes_to_client
     world.cluster.watch(4 * world.cluster.beat)
@@ -362,13 +369,25 @@ SLOWER: list[Fault] = [
     paused,
     connections_cut_all_the_time,
 ]
-AS_BY_DEFAULT: list[Fault] = [wiped, frozen_longer_than_the_ttl, killed_and_back_empty, slow_but_in_time]
+AS_BY_DEFAULT: list[Fault] = [
+    wiped,
+    frozen_longer_than_the_ttl,
+    killed_and_back_empty,
+    slow_but_in_time,
+]
 
 
 def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes) -> None:
-    """Go through a fault, which makes sure that it happens. A client that comes is counted when it is over."""
+    """Go through a fault, which makes sure that it happens. A client that comes is counted when it
+    is over.
+    """
     cluster.start_over()
-    began, answers, descriptors, resident = time.monotonic(), cluster.answers, cluster.descriptors(), cluster.resident()
+    began, answers, descriptors, resident = (
+        time.monotonic(),
+        cluster.answers,
+        cluster.descriptors(),
+        cluster.resident(),
+    )
     with ExitStack() as ongoing:
         ongoing.enter_context(fault)
         with cluster.guests(0):
@@ -381,24 +400,35 @@ def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes)
     cluster.check()
     until(lambda: cluster.descriptors() == descriptors, "as many descriptors are open as before")
     grown = cluster.resident() - resident
-    assert grown < KEPT_BYTES * len(descriptors) * PATIENCE, f"{grown} bytes more are held than before"
+    assert grown < KEPT_BYTES * len(descriptors) * PATIENCE, (
+        f"{grown} bytes more are held than before"
+    )
     notes.measured("right answers", cluster.answers - answers, "")
 
 
 @pytest.fixture(scope="module")
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
     """One cluster for all faults of a kind."""
     beat, ttl, workers = request.param
-    with World(tmp_path_factory.mktemp("faults"), beat, ttl, WEB_CONCURRENCY=str(workers)) as running:
+    with World(
+        tmp_path_factory.mktemp("faults"), beat, ttl, WEB_CONCURRENCY=str(workers)
+    ) as running:
         yield running
 
 
 quick = pytest.mark.parametrize(
     "world",
-    [pytest.param((0.2, 2, 1), id="1 worker"), pytest.param((0.2, 2, 3), id="3 workers", marks=pytest.mark.long)],
+    [
+        pytest.param((0.2, 2, 1), id="1 worker"),
+        pytest.param((0.2, 2, 3), id="3 workers", marks=pytest.mark.long),
+    ],
     indirect=True,
 )
-as_by_default = pytest.mark.parametrize("world", [(0.5, 5, 1)], ids=["as_by_default"], indirect=True)
+as_by_default = pytest.mark.parametrize(
+    "world", [(0.5, 5, 1)], ids=["as_by_default"], indirect=True
+)
 
 
 def told(fault: Callable[..., object]) -> str:
@@ -406,17 +436,23 @@ def told(fault: Callable[..., object]) -> str:
     return fault.__name__.replace("_", " ")
 
 
-def each(faults: Sequence[Callable[..., object]], *more: pytest.MarkDecorator, prefix: str = "Redis") -> list[Any]:
+def each(
+    faults: Sequence[Callable[..., object]], *more: pytest.MarkDecorator, prefix: str = "Redis"
+) -> list[Any]:
     """Each a fault of the matrix."""
     return [
-        pytest.param(fault, id=fault.__name__, marks=[pytest.mark.fault(f"{prefix} {told(fault)}"), *more])
+        pytest.param(
+            fault, id=fault.__name__, marks=[pytest.mark.fault(f"{prefix} {told(fault)}"), *more]
+        )
         for fault in faults
     ]
 
 
 @quick
 @pytest.mark.parametrize("fault", [*each(QUICK), *each(SLOWER, pytest.mark.long)])
-def test_no_answer_is_wrong_late_or_missing_when_redis_is(world: World, fault: Fault, notes: Notes) -> None:
+def test_no_answer_is_wrong_late_or_missing_when_redis_is(
+    world: World, fault: Fault, notes: Notes
+) -> None:
     survive(world.cluster, fault(world), notes)
     notes.happened(f"{told(fault)}: seen in Redis or by every server")
 
@@ -428,9 +464,13 @@ def be_stopped(server: Running) -> None:
 
 @quick
 @pytest.mark.parametrize(
-    "end", [Running.kill, pytest.param(be_stopped, marks=pytest.mark.long)], ids=["killed", "stopped"]
+    "end",
+    [Running.kill, pytest.param(be_stopped, marks=pytest.mark.long)],
+    ids=["killed", "stopped"],
 )
-@pytest.mark.parametrize("fault", [killed_and_back_empty, killed_and_back_with_its_data], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fault", [killed_and_back_empty, killed_and_back_with_its_data], ids=lambda f: f.__name__
+)
 def test_a_server_that_ends_while_redis_is_away_is_gone_by_its_ttl_thereafter(
     world: World, fault: Fault, end: Callable[[Running], None]
 ) -> None:
@@ -473,7 +513,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 @contextmanager
 def replaced_by_command(watched: Watched) -> Iterator[None]:
-    """For a while two Redises accept writes, and all servers are at the old one, where clients come.
+    """For a while two Redises accept writes, and all servers are at the old one, where clients
+    come.
 
     What the new one knows, when the servers change over, is as old as the failover.
     """
@@ -482,7 +523,11 @@ def replaced_by_command(watched: Watched) -> Iterator[None]:
     with ExitStack() as change_over:
         change_over.enter_context(cluster.telling("cluster.reset"))
         sentinels.sentinels[0].command("SENTINEL", "FAILOVER", sentinels.name)
-        until(lambda: [one.role() for one in sentinels.redises].count("master") == 2, "there are two", FAILOVER_LIMIT)
+        until(
+            lambda: [one.role() for one in sentinels.redises].count("master") == 2,
+            "there are two",
+            FAILOVER_LIMIT,
+        )
         with cluster.settled_guests():
             change_over.close()
     assert sentinels.primary() is not before
@@ -506,7 +551,10 @@ def killed(watched: Watched) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "fault",
-    [*each([replaced_by_command, killed], prefix="Primary"), *each([frozen], pytest.mark.long, prefix="Primary")],
+    [
+        *each([replaced_by_command, killed], prefix="Primary"),
+        *each([frozen], pytest.mark.long, prefix="Primary"),
+    ],
 )
 def test_nor_is_one_when_the_primary_is(
     watched: Watched, fault: Callable[[Watched], AbstractContextManager[None]], notes: Notes
@@ -517,9 +565,15 @@ def test_nor_is_one_when_the_primary_is(
     assert watched.sentinels.primary() is not before
 
 
-#: Bugs by intent: a file, what is in it, what is put in its place, and the fault in which these tests see it.
+#: Bugs by intent: a file, what is in it, what is put in its place, and the fault in which these
+#: tests see it.
 BUGS: dict[str, tuple[str, str, str, Fault]] = {
-    "no_hold": ("membership.py", "self.remote = max(self._held, remote)", "self.remote = remote", wiped)
+    "no_hold": (
+        "cluster/membership.py",
+        "self.remote = max(self._held, remote)",
+        "self.remote = remote",
+        wiped,
+    )
 }
 
 
@@ -531,5 +585,8 @@ def test_these_tests_see_a_bug_put_in_on_purpose(
     file = tmp_path / "gserver" / name
     assert file.read_text().count(text) == 1
     file.write_text(file.read_text().replace(text, instead))
-    with World(tmp_path, 0.2, 1, PYTHONPATH=str(tmp_path)) as world, pytest.raises(AssertionError, match="WRONG"):
+    with (
+        World(tmp_path, 0.2, 1, PYTHONPATH=str(tmp_path)) as world,
+        pytest.raises(AssertionError, match="WRONG"),
+    ):
         survive(world.cluster, fault(world), notes)

@@ -1,9 +1,11 @@
-"""Random hours of real servers and a real Redis, judged by the checker of histories; then the bugs it is there to find.
+"""Random hours of real servers and a real Redis, judged by the checker of histories; then the bugs
+it is there to find.
 
-Each place in a cluster has a thread of its own: it starts and ends servers there, its clients come and go, and one of
-them asks WHO at any time. Two more break Redis, and the way of one place to it. All is drawn from one seed, but when
-things happen depends on the machine: the same seed gives the same kinds of trouble, not the same moments. To go on from
-a failure: GSERVER_HISTORY_SEED, which is in the tests' names, and GSERVER_HISTORY_SECONDS for more rounds.
+Each place in a cluster has a thread of its own: it starts and ends servers there, its clients come
+and go, and one of them asks WHO at any time. Two more break Redis, and the way of one place to it.
+All is drawn from one seed, but when things happen depends on the machine: the same seed gives the
+same kinds of trouble, not the same moments. To go on from a failure: GSERVER_HISTORY_SEED, which is
+in the tests' names, and GSERVER_HISTORY_SECONDS for more rounds.
 """
 
 import os
@@ -31,16 +33,28 @@ from tests.history import Answer, Fact, Kind, Promise, Verdict, check
 from tests.redises import Proxy, Redis
 from tests.running import LIMIT, PATIENCE, ROOT, Client, Running, stopped, until
 
-SEED = int(os.environ.get("GSERVER_HISTORY_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
+SEED = int(os.environ.get("GSERVER_HISTORY_SEED", "0")) or random.SystemRandom().randrange(
+    1, 1_000_000
+)
 SECONDS = float(os.environ.get("GSERVER_HISTORY_SECONDS", "25"))
 IS_LONG = SECONDS >= 180
-#: For an agent's looks at the count, round trips by way of a Proxy, and a busy machine. On two cores, at loads up to 8,
-#: no run of half an hour in all needed more than 0.1 s.
+#: For an agent's looks at the count, round trips by way of a Proxy, and a busy machine. On two
+#: cores, at loads up to 8, no run of half an hour in all needed more than 0.1 s.
 SLACK = 0.35
 pytestmark = pytest.mark.timeout(300 + 2 * SECONDS)
 KEYS = [f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state")]
 #: What servers log only when something is wrong with them.
-BAD = (".hung", ".error", ".failed", ".not_started", ".reload_failed", ".forced", ".cut_off", "worker.died", ".dropped")
+BAD = (
+    ".hung",
+    ".error",
+    ".failed",
+    ".not_started",
+    ".reload_failed",
+    ".forced",
+    ".cut_off",
+    "worker.died",
+    ".dropped",
+)
 
 
 class Recorder(history.Recorder):
@@ -63,7 +77,9 @@ class Life:
 
 
 class Place:
-    """Where one server runs after another, often with the same id, behind a way to Redis of its own."""
+    """Where one server runs after another, often with the same id, behind a way to Redis of its
+    own.
+    """
 
     def __init__(self, world: "World", proxy: Proxy, number: int) -> None:
         self.number, self.recorder = number, world.recorder
@@ -106,7 +122,9 @@ class Place:
 
     @contextmanager
     def next_agent(self, meanwhile: Callable[[], object]) -> Iterator[None]:
-        """The body does what brings a new agent; after it, do something until that one has beaten, or failed to."""
+        """The body does what brings a new agent; after it, do something until that one has beaten,
+        or failed to.
+        """
         agents, deadline = len(self.server.events("agent.ready")), time.monotonic() + LIMIT
         yield
         while len(self.server.events("agent.ready")) == agents:
@@ -133,10 +151,16 @@ class Place:
         found, died = [], 0
         for server in {*self.ended, self.server}:
             events = server.events()
-            found += [str(event) for event in events if event["event.action"].endswith(BAD)] + server.errors
+            found += [
+                str(event) for event in events if event["event.action"].endswith(BAD)
+            ] + server.errors
             died += len([event for event in events if event["event.action"] == "agent.died"])
-        found += ["it has ended"] * (self.server not in self.ended and self.server.process.poll() is not None)
-        return found + [f"{died} agents died, {self.agents_killed} were killed"] * (died > self.agents_killed)
+        found += ["it has ended"] * (
+            self.server not in self.ended and self.server.process.poll() is not None
+        )
+        return found + [f"{died} agents died, {self.agents_killed} were killed"] * (
+            died > self.agents_killed
+        )
 
     def logged(self, action: str, kind: str = "") -> int:
         events = [event for server in {*self.ended, self.server} for event in server.events(action)]
@@ -146,7 +170,9 @@ class Place:
 class World(ExitStack[None]):
     """A Redis, and places for servers."""
 
-    def __init__(self, folder: Path, beat: float, ttl: float, places: int, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, beat: float, ttl: float, places: int, env: dict[str, str] | None = None
+    ) -> None:
         super().__init__()
         self.beat, self.ttl, self.env = beat, ttl, env
         self.promise = Promise(beat + SLACK * PATIENCE, ttl)
@@ -154,7 +180,9 @@ class World(ExitStack[None]):
         self.recorder = Recorder()
         with ExitStack() as stack:
             self.redis = stack.enter_context(Redis(folder))
-            self.places = [Place(self, stack.enter_context(Proxy(self.redis.port)), n) for n in range(places)]
+            self.places = [
+                Place(self, stack.enter_context(Proxy(self.redis.port)), n) for n in range(places)
+            ]
             self.push(stack.pop_all())
         for place in self.places:
             self.callback(place.drop_clients)
@@ -163,13 +191,23 @@ class World(ExitStack[None]):
         """With what was noted of a way to Redis told of the servers that it then led to."""
         told = self.recorder.history
         links = {place.link: place for place in self.places}
-        ends = {fact.key: fact.at for fact in told if isinstance(fact, Fact) and fact.kind is Kind.HEALED}
-        begins = {fact.key: fact.at for fact in told if isinstance(fact, Fact) and fact.kind is Kind.FAULT}
+        ends = {
+            fact.key: fact.at
+            for fact in told
+            if isinstance(fact, Fact) and fact.kind is Kind.HEALED
+        }
+        begins = {
+            fact.key: fact.at for fact in told if isinstance(fact, Fact) and fact.kind is Kind.FAULT
+        }
         found: list[Fact | Answer] = []
         for it in told:
             if isinstance(it, Fact) and it.server in links:
                 lives = links[it.server].lives
-                heirs = [life for life in lives if life.born <= ends.get(it.key, inf) and life.ended >= begins[it.key]]
+                heirs = [
+                    life
+                    for life in lives
+                    if life.born <= ends.get(it.key, inf) and life.ended >= begins[it.key]
+                ]
                 found += [it._replace(server=life.name) for life in heirs]
             else:
                 found.append(it)
@@ -386,9 +424,29 @@ def garbage(proxy: Proxy) -> AbstractContextManager[None]:
     return _altered(proxy, lambda data: [random.randbytes(len(data))])
 
 
-LASTING: list[RedisFault] = [frozen, killed_and_back_empty, killed_and_back_with_its_data, read_only, out_of_memory]
-REDIS_FAULTS = [*LASTING, wiped, wiped_again, junk_in_the_keys, scripts_forgotten, connections_killed]
-LINK_FAULTS: list[LinkFault] = [bytes_dropped, requests_dropped, replies_dropped, delayed, refused, cut]
+LASTING: list[RedisFault] = [
+    frozen,
+    killed_and_back_empty,
+    killed_and_back_with_its_data,
+    read_only,
+    out_of_memory,
+]
+REDIS_FAULTS = [
+    *LASTING,
+    wiped,
+    wiped_again,
+    junk_in_the_keys,
+    scripts_forgotten,
+    connections_killed,
+]
+LINK_FAULTS: list[LinkFault] = [
+    bytes_dropped,
+    requests_dropped,
+    replies_dropped,
+    delayed,
+    refused,
+    cut,
+]
 #: Of a round: with clients that come and go, and no trouble.
 FAIR_SECONDS = 1.5
 SERVER_EVENTS = ["reloaded", "killed", "stopped", "agent killed"]
@@ -401,10 +459,12 @@ STARTS = ["started again with its id", "started again with a new id"]
 
 
 class Hour(World):
-    """A random run, in rounds: clients come and go; then trouble, several kinds at once; then calm, and all settles.
+    """A random run, in rounds: clients come and go; then trouble, several kinds at once; then calm,
+    and all settles.
 
-    In every second round servers and clients stay as they are in the trouble, so that answers have to be exact in it.
-    The server of place 0 stays, and keeps its way to Redis: without any beat no lease runs out.
+    In every second round servers and clients stay as they are in the trouble, so that answers have
+    to be exact in it. The server of place 0 stays, and keeps its way to Redis: without any beat no
+    lease runs out.
     """
 
     def __init__(self, folder: Path, seed: int, beat: float, ttl: float, hand: int) -> None:
@@ -425,7 +485,10 @@ class Hour(World):
         with ThreadPoolExecutor(len(self.places) + 3) as pool:
             tasks = [pool.submit(self._live, place) for place in self.places]
             tasks += [pool.submit(self._break_redis)]
-            tasks += [pool.submit(self._break_links, places) for places in (self.places[1::2], self.places[2::2])]
+            tasks += [
+                pool.submit(self._break_links, places)
+                for places in (self.places[1::2], self.places[2::2])
+            ]
 
             def wait(condition: Callable[[], bool], what: str) -> None:
                 until(lambda: condition() or any(task.done() for task in tasks), what, 4 * LIMIT)
@@ -539,7 +602,9 @@ class Hour(World):
     # What breaks the rest
 
     def _seconds(self, fault: RedisFault | LinkFault, rng: random.Random) -> float:
-        """Less than the TTL, or more; when it has happened before, perhaps a moment that nobody notices."""
+        """Less than the TTL, or more; when it has happened before, perhaps a moment that nobody
+        notices.
+        """
         lengths = [rng.uniform(1, 0.9 * self.ttl), 1.3 * self.ttl, rng.uniform(0, 0.3)]
         return rng.choice(lengths if self.happened[fault.__name__] else lengths[:2])
 
@@ -575,11 +640,16 @@ class Hour(World):
 
 
 @pytest.fixture(scope="module", params=[SEED], ids=lambda seed: f"GSERVER_HISTORY_SEED={seed}")
-def hours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Hour]]:
+def hours(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Hour]]:
     """Two at once: one with short times, which sees more; one with the default ones."""
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         folder = tmp_path_factory.mktemp("hours")
-        hours = [stack.enter_context(Hour(folder, request.param, *it)) for it in ((0.2, 2, 4), (0.5, 5, 2))]
+        hours = [
+            stack.enter_context(Hour(folder, request.param, *it))
+            for it in ((0.2, 2, 4), (0.5, 5, 2))
+        ]
         yield list(pool.map(Hour.run, hours, (3, 2)))
 
 
@@ -589,7 +659,9 @@ def test_no_answer_breaks_the_promise_whatever_happens(hours: list[Hour], notes:
         verdict = hour.verdict()
         assert not verdict.violations, f"{verdict}\nload of the machine: {os.getloadavg()}"
         assert verdict.exact > verdict.answers / 10, f"{verdict}"
-        notes.happened(", ".join(f"{what} {count} times" for what, count in hour.happened.most_common()))
+        notes.happened(
+            ", ".join(f"{what} {count} times" for what, count in hour.happened.most_common())
+        )
         for name, count in {"answers": verdict.answers, "exact": verdict.exact}.items():
             notes.measured(f"{name}, TTL {hour.ttl:g} s", count, "")
 
@@ -607,7 +679,10 @@ def test_everything_has_happened_and_was_noticed(hours: list[Hour]) -> None:
     def logged(action: str, kind: str = "") -> int:
         return sum(place.logged(action, kind) for hour in hours for place in hour.places)
 
-    kinds = {kind: logged("cluster.lost", kind) for kind in ("connection", "timeout", "read_only", "out_of_memory")}
+    kinds = {
+        kind: logged("cluster.lost", kind)
+        for kind in ("connection", "timeout", "read_only", "out_of_memory")
+    }
     assert all(kinds.values()), kinds
     assert logged("cluster.reset")
     assert all(place.proxy.bytes_to_client for hour in hours for place in hour.places)
@@ -716,7 +791,7 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
         one_comes_while_redis_is_away,
         [
             (
-                "cluster.py",
+                "cluster/heartbeat.py",
                 "            reply = self._call(count)\n",
                 "            change, self._seen = count - getattr(self, '_seen', 0), count\n"
                 "            reply = self._call(getattr(self, '_told', 0) + change)\n"
@@ -728,32 +803,51 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
         one_comes_while_replies_are_lost,
         [
             (
-                "cluster.py",
+                "cluster/heartbeat.py",
                 "            reply = self._call(count)\n",
                 "            reply = self._call(count - getattr(self, '_told', 0))\n            self._told = count\n",
             ),
-            ("cluster.lua", "elseif may_write then\n", "elseif may_write then\n  count = (before or 0) + count\n"),
+            (
+                "cluster/heartbeat.lua",
+                "elseif may_write then\n",
+                "elseif may_write then\n  count = (before or 0) + count\n",
+            ),
         ],
     ),
-    "no hold": (redis_is_wiped, [("membership.py", "self.remote = max(self._held, remote)", "self.remote = remote")]),
+    "no hold": (
+        redis_is_wiped,
+        [
+            (
+                "cluster/membership.py",
+                "self.remote = max(self._held, remote)",
+                "self.remote = remote",
+            )
+        ],
+    ),
     "leases end by the wall clock, and who was away does not wait for the others": (
         redis_is_away_for_longer_than_the_ttl,
-        [("cluster.lua", ", interval))", ", 1e9))"), ("membership.py", "reply.was_missing > 0", "False")],
+        [
+            ("cluster/heartbeat.lua", ", interval))", ", 1e9))"),
+            ("cluster/membership.py", "reply.was_missing > 0", "False"),
+        ],
     ),
-    "no TTL": (one_is_killed, [("cluster.lua", "'-inf', clock, 'LIMIT'", "'-inf', -1, 'LIMIT'")]),
+    "no TTL": (
+        one_is_killed,
+        [("cluster/heartbeat.lua", "'-inf', clock, 'LIMIT'", "'-inf', -1, 'LIMIT'")],
+    ),
     "the own share as of the last beat": (
         some_come,
         [
-            ("board.py", '    "remote",  # clients', '    "told",\n    "remote",  # clients'),
+            ("scoreboard.py", '    "remote",  # clients', '    "told",\n    "remote",  # clients'),
             (
-                "board.py",
+                "scoreboard.py",
                 "return sum(self._clients) + self.cells[self._remote]",
                 "return self.get('told') + self.cells[self._remote]",
             ),
             (
-                "cluster.py",
-                '        board.put("remote",',
-                '        board.put("told", count)\n        board.put("remote",',
+                "cluster/heartbeat.py",
+                '        scoreboard.put("remote",',
+                '        scoreboard.put("told", count)\n        scoreboard.put("remote",',
             ),
         ],
     ),
@@ -761,23 +855,26 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
         some_go,
         [
             (
-                "clientele.py",
+                "serve/limits.py",
                 "[self.clients] -= 1\n        self.cells[self.closed]",
                 "[self.clients] -= self.cells[self.closed] % 10 > 0\n        self.cells[self.closed]",
             )
         ],
     ),
-    "the own share twice": (nothing_happens, [("membership.py", "reply.total - count)", "reply.total)")]),
+    "the own share twice": (
+        nothing_happens,
+        [("cluster/membership.py", "reply.total - count)", "reply.total)")],
+    ),
     "a beat after the leave": (
         one_is_stopped,
         [
             (
-                "cluster.py",
+                "cluster/heartbeat.py",
                 "            self._beat(count)\n",
                 "            self._beat(count)\n            self._last = count or getattr(self, '_last', 0)\n",
             ),
             (
-                "cluster.py",
+                "cluster/heartbeat.py",
                 '                self._call("leave")\n',
                 '                self._call("leave"), self._call(self._last)\n',
             ),
@@ -785,7 +882,11 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
     ),
 }
 
-QUICK_BUGS = ("no hold", "the own share as of the last beat", "a change is told again when its reply was lost")
+QUICK_BUGS = (
+    "no hold",
+    "the own share as of the last beat",
+    "a change is told again when its reply was lost",
+)
 
 
 def changed(folder: Path, changes: list[Change]) -> dict[str, str]:
@@ -813,7 +914,9 @@ def test_a_bug_put_in_on_purpose_is_found_and_the_same_without_it_is_accepted(
 ) -> None:
     play, changes = BUGS[bug]
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        scenes = [stack.enter_context(Scene(tmp_path, env)) for env in (None, changed(tmp_path, changes))]
+        scenes = [
+            stack.enter_context(Scene(tmp_path, env)) for env in (None, changed(tmp_path, changes))
+        ]
         right, wrong = pool.map(played, scenes, [play, play])
     assert not right.violations, f"{right}"
     assert right.exact > right.answers / 10

@@ -1,5 +1,5 @@
-"""Who is who in the cluster, and how a server gets in: twins of one id, a Redis that is away at the start, options,
-secrets, TLS.
+"""Who is who in the cluster, and how a server gets in: twins of one id, a Redis that is away at the
+start, options, secrets, TLS.
 """
 
 import json
@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
-from gserver.redis_link import RedisLink
 from tests.faults.rows import Notes
 from tests.redises import Redis, free_port
 from tests.running import LIMIT, PATIENCE, Running, environment, gserver, until
@@ -69,12 +69,20 @@ def usual_start() -> float:
 
 
 @pytest.mark.fault("Two servers with one id")
-def test_a_second_server_of_a_live_id_is_refused_and_the_first_one_goes_on(redis: Redis, notes: Notes) -> None:
-    with cluster(redis.url, "twins", [*FAST, "--server-id", "one"], FAST) as (first, other), ExitStack() as stack:
+def test_a_second_server_of_a_live_id_is_refused_and_the_first_one_goes_on(
+    redis: Redis, notes: Notes
+) -> None:
+    with (
+        cluster(redis.url, "twins", [*FAST, "--server-id", "one"], FAST) as (first, other),
+        ExitStack() as stack,
+    ):
         connect(stack, first, 2)
         with watching(first, other, total=4) as watches:
             twin = stack.enter_context(
-                Running(*in_cluster(redis, "twins", *FAST, "--server-id", "one", "--workers", "2"), wait=False)
+                Running(
+                    *in_cluster(redis, "twins", *FAST, "--server-id", "one", "--workers", "2"),
+                    wait=False,
+                )
             )
             assert twin.exit_code() == 2
             assert "another live server of cluster twins has the id one" in only_line(twin.stderr)
@@ -86,14 +94,19 @@ def test_a_second_server_of_a_live_id_is_refused_and_the_first_one_goes_on(redis
     notes.happened("the second one was refused")
 
 
-def test_servers_of_one_id_in_clusters_of_different_names_do_not_know_of_each_other(redis: Redis) -> None:
+def test_servers_of_one_id_in_clusters_of_different_names_do_not_know_of_each_other(
+    redis: Redis,
+) -> None:
     options = [in_cluster(redis, name, *FAST, "--server-id", "one") for name in ("red", "blue")]
     with started(*options) as servers, ExitStack() as stack:
         for count, server in enumerate(servers, 1):
             connect(stack, server, count)
             server.wait_for("cluster.joined")
         with watching(servers[0], total=2) as red, watching(servers[1], total=3) as blue:
-            until(lambda: [redis.members("red"), redis.members("blue")] == [{"one": 2}, {"one": 3}], "all is told")
+            until(
+                lambda: [redis.members("red"), redis.members("blue")] == [{"one": 2}, {"one": 3}],
+                "all is told",
+            )
             for watch in (*red, *blue):
                 watch.seen.clear()
             now = time.monotonic()
@@ -103,7 +116,9 @@ def test_servers_of_one_id_in_clusters_of_different_names_do_not_know_of_each_ot
 
 
 @pytest.mark.fault("A server dies, and is started again with its id")
-def test_a_server_that_died_is_back_under_its_id_long_before_its_ttl_is_over(redis: Redis, notes: Notes) -> None:
+def test_a_server_that_died_is_back_under_its_id_long_before_its_ttl_is_over(
+    redis: Redis, notes: Notes
+) -> None:
     ttl, usual = ["--member-ttl", "10"], usual_start()
     options = [*ttl, "--server-id", "phoenix"]
     with cluster(redis.url, "phoenix", options, ttl) as (dead, other), ExitStack() as stack:
@@ -115,13 +130,19 @@ def test_a_server_that_died_is_back_under_its_id_long_before_its_ttl_is_over(red
                 assert client.ask(b"WHERE") == b"phoenix"
                 assert time.monotonic() - killed <= 2 * usual + 2 * PATIENCE
                 all_say(watches, 2)
-                assert time.monotonic() - killed <= 5 * PATIENCE, "long before the lease of the dead one is over"
-                until(lambda: client.who() == 2, "it does not count its former self either", PATIENCE)
+                assert time.monotonic() - killed <= 5 * PATIENCE, (
+                    "long before the lease of the dead one is over"
+                )
+                until(
+                    lambda: client.who() == 2, "it does not count its former self either", PATIENCE
+                )
     notes.happened("killed with kill -9")
 
 
 @pytest.mark.fault("Two servers with one id, started without Redis")
-def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(tmp_path: Path, notes: Notes) -> None:
+def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(
+    tmp_path: Path, notes: Notes
+) -> None:
     with Redis(tmp_path) as redis, ExitStack() as stack:
         redis.kill()
         twin = in_cluster(redis, "twins", *FAST, "--server-id", "one")
@@ -131,7 +152,9 @@ def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(tmp_
             assert server.who() == 1
         clients = [connect(stack, server, 1)[0] for server in twins]
         redis.restart(keep_data=False)
-        until(lambda: any(server.process.poll() is not None for server in twins), "one of them ends")
+        until(
+            lambda: any(server.process.poll() is not None for server in twins), "one of them ends"
+        )
         leaving, staying = sorted(twins, key=lambda server: server.process.poll() is None)
         assert leaving.exit_code() == 2
         assert "another live server of cluster twins has the id one" in only_line(leaving.stderr)
@@ -146,7 +169,8 @@ def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(tmp_
 
 
 def clone(redis: Redis, ahead_us: int) -> Iterator[str]:
-    """Beat as a copy of a cluster's only server would: with its id and its incarnation; what Redis says of the holder.
+    """Beat as a copy of a cluster's only server would: with its id and its incarnation; what Redis
+    says of the holder.
 
     The monotonic clock of the machine on which it was resumed may be ahead of the other's.
     """
@@ -180,7 +204,9 @@ def test_of_a_server_and_its_clone_one_is_told_that_it_is_not_the_holder(
         if ahead_us:
             assert said == [""] * 12, "it is the holder from its first beat on"
             assert server.exit_code() == 2
-            assert "another live server of cluster clones has the id one" in only_line(server.stderr)
+            assert "another live server of cluster clones has the id one" in only_line(
+                server.stderr
+            )
             redis.wipe()
         else:
             assert said[-5:] == ["*"] * 5
@@ -192,14 +218,21 @@ def test_of_a_server_and_its_clone_one_is_told_that_it_is_not_the_holder(
 
 
 @pytest.mark.parametrize(("fault", "kind"), [("killed", "connection"), ("frozen", "timeout")])
-def test_a_server_starts_while_redis_is_away_and_joins_when_it_comes(tmp_path: Path, fault: str, kind: str) -> None:
+def test_a_server_starts_while_redis_is_away_and_joins_when_it_comes(
+    tmp_path: Path, fault: str, kind: str
+) -> None:
     with Redis(tmp_path) as redis, ExitStack() as stack:
         usual = usual_start()
         (redis.kill if fault == "killed" else redis.freeze)()
         began = time.monotonic()
         policies = ("last-known", "local", "error")
         servers = stack.enter_context(
-            started(*(["--redis-url", redis.url, *FAST, "--on-cluster-loss", policy] for policy in policies))
+            started(
+                *(
+                    ["--redis-url", redis.url, *FAST, "--on-cluster-loss", policy]
+                    for policy in policies
+                )
+            )
         )
         assert time.monotonic() - began <= 3 * usual + START
         for server in servers:
@@ -244,23 +277,47 @@ def test_a_server_starts_when_the_name_of_its_redis_does_not_resolve() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--member-ttl", "2.4"], "--member-ttl 2.4 is too short: at least five times --beat-interval, which is 0.5"),
-        (["--beat-interval", "2"], "--member-ttl 5 is too short: at least five times --beat-interval, which is 2"),
-        (["--cluster-max-age", "0.9"], "--cluster-max-age 0.9 is too short: at least twice --beat-interval"),
+        (
+            ["--member-ttl", "2.4"],
+            "--member-ttl 2.4 is too short: at least five times --beat-interval, which is 0.5",
+        ),
+        (
+            ["--beat-interval", "2"],
+            "--member-ttl 5 is too short: at least five times --beat-interval, which is 2",
+        ),
+        (
+            ["--cluster-max-age", "0.9"],
+            "--cluster-max-age 0.9 is too short: at least twice --beat-interval",
+        ),
         (["--redis-ca-file", "ca.pem"], "--redis-ca-file is for a --redis-url with TLS: rediss://"),
         (["--beat-interval", "0"], "--beat-interval"),
         (["--cluster-name", "a b"], "--cluster-name"),
         (["--on-cluster-loss", "panic"], "--on-cluster-loss"),
         (["--redis-tls-verify", "maybe"], "--redis-tls-verify"),
         (["--redis-url", f"http://:{SECRET}@localhost"], "a URL begins with redis://"),
-        (["--redis-url", f"redis://:{SECRET}@localhost/x{SECRET}"], "the URL's database is not a number"),
-        (["--redis-url", f"redis://:{SECRET}@localhost:port"], "the URL has a host or port that is none"),
-        (["--redis-url", f"redis://localhost?pass={SECRET}"], "the URL has a parameter that is none of"),
+        (
+            ["--redis-url", f"redis://:{SECRET}@localhost/x{SECRET}"],
+            "the URL's database is not a number",
+        ),
+        (
+            ["--redis-url", f"redis://:{SECRET}@localhost:port"],
+            "the URL has a host or port that is none",
+        ),
+        (
+            ["--redis-url", f"redis://localhost?pass={SECRET}"],
+            "the URL has a parameter that is none of",
+        ),
         (["--redis-url", f"redis+sentinel://:{SECRET}@a:1,b:2"], "the URL names no service"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_in_one_line(options: list[str], message: str) -> None:
-    done = gserver("--port", "0", *(options if "--redis-url" in options else ["--redis-url", "redis://-", *options]))
+def test_options_that_make_no_sense_are_refused_in_one_line(
+    options: list[str], message: str
+) -> None:
+    done = gserver(
+        "--port",
+        "0",
+        *(options if "--redis-url" in options else ["--redis-url", "redis://-", *options]),
+    )
     assert done.returncode == 2
     assert message in only_line(done.stderr)
     assert SECRET not in done.stderr + done.stdout
@@ -296,7 +353,9 @@ def test_redis_is_found_by_variables_too(redis: Redis) -> None:
         ("redis://ali:open-sesame@127.0.0.1:{}", "auth"),
     ],
 )
-def test_a_password_shows_in_no_command_line_and_no_log(locked: Redis, form: str, url: str, outcome: str) -> None:
+def test_a_password_shows_in_no_command_line_and_no_log(
+    locked: Redis, form: str, url: str, outcome: str
+) -> None:
     options = form.format(url.format(locked.port)).split()
     with Running(*FAST, "--cluster-name", "locked", "--log-level", "debug", *options) as server:
         command_lines = [p.cmdline() for p in psutil.Process(server.pid).children(recursive=True)]
@@ -305,7 +364,9 @@ def test_a_password_shows_in_no_command_line_and_no_log(locked: Redis, form: str
         assert SECRET not in str(command_lines)
         assert "--cluster-name" in command_lines[-1], "the other arguments are as they were"
         if outcome == "joined":
-            assert f"redis://127.0.0.1:{locked.port}" in server.wait_for("cluster.joined")["message"]
+            assert (
+                f"redis://127.0.0.1:{locked.port}" in server.wait_for("cluster.joined")["message"]
+            )
         else:
             assert server.wait_for("cluster.lost")["gserver.kind"] == outcome
         assert server.who() == 1
@@ -321,11 +382,15 @@ def test_a_redis_without_the_password_it_wants_is_an_error_of_kind_auth(locked: 
 def test_a_unix_socket_will_do(redis: Redis, locked: Redis) -> None:
     for one in (redis, locked):
         with Running("--redis-url", one.unix_url, "--cluster-name", "unix", *FAST) as server:
-            assert f"at unix://{one.folder}/redis.sock" in server.wait_for("cluster.joined")["message"]
+            assert (
+                f"at unix://{one.folder}/redis.sock" in server.wait_for("cluster.joined")["message"]
+            )
             assert len(one.members("unix")) == 1
 
 
-def test_tls_is_spoken_with_a_redis_whose_certificate_is_right_or_may_be_wrong(encrypted: Redis) -> None:
+def test_tls_is_spoken_with_a_redis_whose_certificate_is_right_or_may_be_wrong(
+    encrypted: Redis,
+) -> None:
     url = ["--cluster-name", "tls", *FAST, "--redis-url"]
     localhost = encrypted.url.replace("127.0.0.1", "localhost")
     joining = [
@@ -355,7 +420,7 @@ def test_a_server_alone_has_no_agent_and_an_agent_for_metrics_loads_nothing_of_r
     with Running("--statsd-host", "127.0.0.1", "--statsd-port", "9") as server:
         assert len(server.agents()) == 1
         assert not server.events("cluster.joined")
-    code = "import sys, json, gserver.agent; before = list(sys.modules); import gserver.cluster"
+    code = "import sys, json, gserver.agent.agent; before = list(sys.modules); import gserver.cluster.heartbeat"
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"{code}; print(json.dumps([before, list(sys.modules)]))"],
         capture_output=True,
@@ -365,6 +430,6 @@ def test_a_server_alone_has_no_agent_and_an_agent_for_metrics_loads_nothing_of_r
         check=True,
     )
     before, after = json.loads(done.stdout)
-    assert "gserver.statsd" in before
-    assert not {"redis", "gserver.cluster", "gserver.redis_link"} & set(before)
-    assert {"redis", "gserver.redis_link"} <= set(after)
+    assert "gserver.agent.statsd" in before
+    assert not {"redis", "gserver.cluster.heartbeat", "gserver.cluster.redis_link"} & set(before)
+    assert {"redis", "gserver.cluster.redis_link"} <= set(after)

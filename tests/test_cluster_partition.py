@@ -1,4 +1,5 @@
-"""Servers on hosts of their own, and a network that loses packets between them and Redis: both ways, or one way only.
+"""Servers on hosts of their own, and a network that loses packets between them and Redis: both
+ways, or one way only.
 
 The clients stay connected all the time, and each server is asked WHO all the time.
 """
@@ -22,14 +23,17 @@ from tests.running import LIMIT, PATIENCE, Running, until
 from tests.steady import Cluster, SteadyServer
 
 SHARES = 5, 3, 2
-#: All is exact so soon after a partition; a server that is cut off is dropped so soon after its TTL.
+#: All is exact so soon after a partition; a server that is cut off is dropped so soon after its
+#: TTL.
 HEALED = 2 * PATIENCE
 DROPPED = 1 * PATIENCE
 #: Other hosts may connect to it.
 OPEN: dict[str, Any] = {"bind": "0.0.0.0", "protected-mode": "no"}
 
 
-def spread(stack: ExitStack[Any], hosts: list[Host], url: str, beat: float, ttl: float, workers: int = 1) -> Cluster:
+def spread(
+    stack: ExitStack[Any], hosts: list[Host], url: str, beat: float, ttl: float, workers: int = 1
+) -> Cluster:
     """A cluster of one server on each host, all of which say the total."""
     cluster = stack.enter_context(Cluster(url, beat, ttl, shares=()))
     options = *cluster.options, "--workers", str(workers)
@@ -65,12 +69,20 @@ class World(ExitStack[None]):
 
     @contextmanager
     def cut(self, *ways: Way) -> Iterator[Cut]:
-        """Lose what goes these ways. All servers concerned notice before the body, and after it as soon as they may."""
-        concerned = [m for host, m in zip(self.hosts, self.members, strict=True) if any(host in way for way in ways)]
+        """Lose what goes these ways. All servers concerned notice before the body, and after it as
+        soon as they may.
+        """
+        concerned = [
+            m
+            for host, m in zip(self.hosts, self.members, strict=True)
+            if any(host in way for way in ways)
+        ]
         counts = [len(member.server.events("cluster.lost")) for member in concerned]
         with self.network.cut(*ways) as cut:
             for member, count in zip(concerned, counts, strict=True):
-                assert member.server.wait_for("cluster.lost", count + 1)["gserver.kind"] == "timeout"
+                assert (
+                    member.server.wait_for("cluster.lost", count + 1)["gserver.kind"] == "timeout"
+                )
             yield cut
         for member, count in zip(concerned, counts, strict=True):
             if member in self.cluster.members:
@@ -111,12 +123,16 @@ class World(ExitStack[None]):
         for watcher in [member.watcher for member in staying]:
             until(partial(watcher.says, left), f"only {left} are left", self.ttl + LIMIT)
             watcher.may_say(left)
-            dropped_at = next(a.asked for a in watcher.answers if a.asked > since and a.clients == left)
+            dropped_at = next(
+                a.asked for a in watcher.answers if a.asked > since and a.clients == left
+            )
             assert self.ttl / 2 <= dropped_at - since <= self.ttl + DROPPED
 
 
 @pytest.fixture(scope="module")
-def shared_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def shared_world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
     """One for all tests that leave it as it was."""
     with World(tmp_path_factory.mktemp("world"), *request.param) as running:
         yield running
@@ -136,16 +152,22 @@ WORKERS = [pytest.param(1, id="1 worker"), pytest.param(3, id="3 workers", marks
 
 def row(fault: str, times: tuple[float, float] = QUICK) -> Callable[[Any], Any]:
     """Mark a test of the shared world as one of the matrix."""
-    worlds = [pytest.param((*times, each.values[0]), id=each.id, marks=each.marks) for each in WORKERS]
+    worlds = [
+        pytest.param((*times, each.values[0]), id=each.id, marks=each.marks) for each in WORKERS
+    ]
 
     def mark(test: Any) -> Any:
-        return pytest.mark.fault(fault)(pytest.mark.parametrize("shared_world", worlds, indirect=True)(test))
+        return pytest.mark.fault(fault)(
+            pytest.mark.parametrize("shared_world", worlds, indirect=True)(test)
+        )
 
     return mark
 
 
 @row("One server cut off, both ways", DEFAULT)
-def test_a_server_that_is_cut_off_counts_its_own_and_is_dropped_after_its_ttl(world: World, notes: Notes) -> None:
+def test_a_server_that_is_cut_off_counts_its_own_and_is_dropped_after_its_ttl(
+    world: World, notes: Notes
+) -> None:
     cluster, (cut_off, *others), began = world.cluster, world.members, time.monotonic()
     with ExitStack() as ongoing:
         for member in others:
@@ -187,8 +209,12 @@ def test_a_server_whose_beats_are_lost_is_as_good_as_cut_off(world: World, notes
 
 
 @row("One server cut off: what it is sent is lost")
-def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_off(world: World, notes: Notes) -> None:
-    """A beat without an answer ends its connection, and there is no other: a connection needs both directions."""
+def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_off(
+    world: World, notes: Notes
+) -> None:
+    """A beat without an answer ends its connection, and there is no other: a connection needs both
+    directions.
+    """
     cluster, others = world.cluster, world.members[1:]
     for member in others:
         member.watcher.may_say(10, 5)
@@ -206,7 +232,9 @@ def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_of
 
 @pytest.mark.long
 @row("All servers cut off, twice as long as the TTL")
-def test_nobody_is_dropped_while_all_are_cut_off_nor_when_they_are_back(world: World, notes: Notes) -> None:
+def test_nobody_is_dropped_while_all_are_cut_off_nor_when_they_are_back(
+    world: World, notes: Notes
+) -> None:
     cluster = world.cluster
     expired = cluster.events("cluster.expired")
     with world.cut(*world.to_redis(0, 1, 2), *world.from_redis(0, 1, 2)):
@@ -255,7 +283,9 @@ def test_a_link_that_flaps(world: World, notes: Notes) -> None:
 @pytest.mark.long
 @row("Two partitions in a row")
 def test_two_partitions_in_a_row(world: World, notes: Notes) -> None:
-    """The second one begins as soon as those of the first have been heard again, and cuts off others."""
+    """The second one begins as soon as those of the first have been heard again, and cuts off
+    others.
+    """
     cluster, (first, second, third) = world.cluster, world.members
     cluster.may_say(10, 5, 8, 7, 2, 3)
     with world.cut(*world.to_redis(0), *world.from_redis(0)) as cut:
@@ -268,7 +298,9 @@ def test_two_partitions_in_a_row(world: World, notes: Notes) -> None:
         first.watcher.may_say(5, 7, 8, 10)
     cluster.settle(HEALED)
     cluster.check()
-    notes.happened(f"packets were lost from {cut.after:.3f} on, and again; each side dropped the other")
+    notes.happened(
+        f"packets were lost from {cut.after:.3f} on, and again; each side dropped the other"
+    )
 
 
 def kill(server: Running) -> None:
@@ -283,8 +315,12 @@ def stop_untold(server: Running) -> None:
 
 @pytest.mark.long
 @pytest.mark.fault("A server ends while it is cut off")
-def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(tmp_path: Path, notes: Notes) -> None:
-    """Their last beats are lost, and are to stay so: the kernel must not send them again when they are long dropped."""
+def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(
+    tmp_path: Path, notes: Notes
+) -> None:
+    """Their last beats are lost, and are to stay so: the kernel must not send them again when they
+    are long dropped.
+    """
     with World(tmp_path, *QUICK) as world:
         cluster, (killed, stopped, third) = world.cluster, world.members
         with world.cut(*world.to_redis(0), *world.from_redis(0)):
@@ -294,8 +330,14 @@ def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(tmp_pa
         with world.cut(*world.to_redis(1), *world.from_redis(1)) as cut:
             cluster.end(stopped, stop_untold)
             world.wait_until_alone([third], cut.before)
-            until(lambda: time.monotonic() > cut.after + 1.5 * world.ttl, "the network is repaired after it is dropped")
-        until(lambda: time.monotonic() > cut.after + 2.5 * world.ttl, "whatever was to be sent again was sent")
+            until(
+                lambda: time.monotonic() > cut.after + 1.5 * world.ttl,
+                "the network is repaired after it is dropped",
+            )
+        until(
+            lambda: time.monotonic() > cut.after + 2.5 * world.ttl,
+            "whatever was to be sent again was sent",
+        )
         cluster.check()
         notes.happened("one was killed and one stopped while their packets were lost")
 
@@ -312,7 +354,9 @@ class Node(NamedTuple):
             return self.redis.role()
 
     def knows(self) -> tuple[str, str, str]:
-        """Where this Sentinel has the primary, how many replicas and how many other Sentinels it knows."""
+        """Where this Sentinel has the primary, how many replicas and how many other Sentinels it
+        knows.
+        """
         with self.host.inside():
             flat: list[str] = self.sentinel.command("SENTINEL", "MASTER", "gserver")
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
@@ -323,22 +367,38 @@ def start_nodes(stack: ExitStack[Any], folder: Path, hosts: list[Host]) -> list[
     """Redis and its replicas, each with a Sentinel, of which two must agree."""
     redises: list[Redis] = []
     for host in hosts:
-        primary: dict[str, Any] = {"replicaof": f"{hosts[0].address} {redises[0].port}"} if redises else {}
+        primary: dict[str, Any] = (
+            {"replicaof": f"{hosts[0].address} {redises[0].port}"} if redises else {}
+        )
         (place := folder / host.address).mkdir()
         with host.inside():
             redises.append(stack.enter_context(Redis(place, **OPEN, **primary)))
     with hosts[0].inside():
-        until(lambda: redises[0].command("INFO", "replication")["connected_slaves"] == 2, "both are replicas")
-    rules = [f"monitor gserver {hosts[0].address} {redises[0].port} 2", "down-after-milliseconds gserver 500"]
+        until(
+            lambda: redises[0].command("INFO", "replication")["connected_slaves"] == 2,
+            "both are replicas",
+        )
+    rules = [
+        f"monitor gserver {hosts[0].address} {redises[0].port} 2",
+        "down-after-milliseconds gserver 500",
+    ]
     rules += ["failover-timeout gserver 2000"]
-    lines = ["port PORT", *(f"{name} {value}" for name, value in OPEN.items()), *(f"sentinel {rule}" for rule in rules)]
+    lines = [
+        "port PORT",
+        *(f"{name} {value}" for name, value in OPEN.items()),
+        *(f"sentinel {rule}" for rule in rules),
+    ]
     nodes: list[Node] = []
     for host, redis in zip(hosts, redises, strict=True):
         with host.inside():
             sentinel = stack.enter_context(Server("redis-sentinel", folder / host.address, lines))
         nodes.append(Node(host, redis, sentinel))
     settled = (hosts[0].address, "2", "2")
-    until(lambda: {node.knows() for node in nodes} == {settled}, "the Sentinels know all", FAILOVER_LIMIT)
+    until(
+        lambda: {node.knows() for node in nodes} == {settled},
+        "the Sentinels know all",
+        FAILOVER_LIMIT,
+    )
     return nodes
 
 
@@ -353,12 +413,18 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
         network = stack.enter_context(Network(len(SHARES)))
         nodes = start_nodes(stack, tmp_path, network.hosts)
         sentinels = ",".join(f"{node.host.address}:{node.sentinel.port}" for node in nodes)
-        cluster = spread(stack, network.hosts, f"redis+sentinel://{sentinels}/gserver", beat, ttl, workers)
+        cluster = spread(
+            stack, network.hosts, f"redis+sentinel://{sentinels}/gserver", beat, ttl, workers
+        )
         old, *majority = nodes
         cluster.may_say(10, 8, 7, 5)
         to_old = [(node.host, old.host) for node in majority]
         with network.cut(*to_old, *((minority, other) for other, minority in to_old)):
-            until(lambda: "master" in [node.role() for node in majority], "another is primary", FAILOVER_LIMIT)
+            until(
+                lambda: "master" in [node.role() for node in majority],
+                "another is primary",
+                FAILOVER_LIMIT,
+            )
             until(lambda: cluster.all_say(5), "each side counts its own", ttl + LIMIT)
             assert old.role() == "master"
             cluster.may_say(5)
@@ -367,13 +433,17 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
         until(lambda: old.role() == "slave", "the old one has heard of it", FAILOVER_LIMIT)
         cluster.settle(HEALED)
         cluster.check()
-        notes.happened("two were primary at once; the one of the minority was demoted when all was well")
+        notes.happened(
+            "two were primary at once; the one of the minority was demoted when all was well"
+        )
 
 
 @pytest.mark.long
 @pytest.mark.fault("Primary cut off with its Sentinel; servers reach both sides")
 def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes: Notes) -> None:
-    """Each has been told of the primary by the Sentinel that is cut off with it, and goes on to name it."""
+    """Each has been told of the primary by the Sentinel that is cut off with it, and goes on to
+    name it.
+    """
     beat, ttl = QUICK
     with ExitStack() as stack:
         network = stack.enter_context(Network(2 * len(SHARES)))
@@ -386,14 +456,20 @@ def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes
             cluster = spread(stack, servers, f"redis+sentinel://{sentinels}/gserver", beat, ttl)
         to_old = [(node.host, old.host) for node in majority]
         with network.cut(*to_old, *((minority, other) for other, minority in to_old)):
-            until(lambda: "master" in [node.role() for node in majority], "another is primary", FAILOVER_LIMIT)
+            until(
+                lambda: "master" in [node.role() for node in majority],
+                "another is primary",
+                FAILOVER_LIMIT,
+            )
             [new] = [node for node in majority if node.role() == "master"]
             promoted = time.monotonic()
 
             def have_moved() -> bool:
                 with new.host.inside():
                     entries = new.redis.command("HVALS", "{gserver:gserver}:members")
-                return len(entries) == 3 and all(int(entry.split()[1]) / 1e6 > promoted for entry in entries)
+                return len(entries) == 3 and all(
+                    int(entry.split()[1]) / 1e6 > promoted for entry in entries
+                )
 
             cluster.may_say(*range(11))
             until(have_moved, "all report to it")

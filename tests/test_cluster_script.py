@@ -1,7 +1,9 @@
-"""The script of a beat, run as it is on a real Redis: each promise of its header, and a model of it in Python.
+"""The script of a beat, run as it is on a real Redis: each promise of its header, and a model of it
+in Python.
 
-Its clock is that of Redis, which the tests cannot set. But the script only looks at how long ago the last beat was,
-and writes into `beat_at` what it has taken for now: by moving that, time passes without a sleep.
+Its clock is that of Redis, which the tests cannot set. But the script only looks at how long ago
+the last beat was, and writes into `beat_at` what it has taken for now: by moving that, time passes
+without a sleep.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,17 +18,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from gserver.cluster.membership import Reply
+from gserver.cluster.redis_link import SCRIPT, RedisLink
 from gserver.config import Config
-from gserver.membership import Reply
-from gserver.redis_link import SCRIPT, RedisLink
 from tests.redises import Redis, free_port
 from tests.running import until
 
-#: So long that no lease is over because a machine is slow. An interval is all that a beat moves the clock.
+#: So long that no lease is over because a machine is slow. An interval is all that a beat moves the
+#: clock.
 TTL, INTERVAL = 60_000, 6000
 TTL_INTERVALS = TTL // INTERVAL
 RECOUNT = 60_000
-MEMBERS, LEASES, STATE = KEYS = RedisLink(Config(redis_url="redis://127.0.0.1", cluster_name="test")).keys
+MEMBERS, LEASES, STATE = KEYS = RedisLink(
+    Config(redis_url="redis://127.0.0.1", cluster_name="test")
+).keys
 
 
 @dataclass
@@ -38,7 +43,9 @@ class Entry:
 
 
 class Model:
-    """What the script does, in Python, with the time given: for clusters in whose keys nobody else writes."""
+    """What the script does, in Python, with the time given: for clusters in whose keys nobody else
+    writes.
+    """
 
     def __init__(self) -> None:
         self.lose_all()
@@ -62,11 +69,19 @@ class Model:
         ttl: int = TTL,
     ) -> Reply:
         before = self.entries.get(member)
-        is_older = before is not None and before.incarnation == incarnation and answered > before.stamp
+        is_older = (
+            before is not None and before.incarnation == incarnation and answered > before.stamp
+        )
         # It was told so lately that it was a member that its lease cannot be over.
-        is_gone = before is None and answered > 0 and known >= self.lost_at and self.clock - known < ttl
+        is_gone = (
+            before is None and answered > 0 and known >= self.lost_at and self.clock - known < ttl
+        )
         is_older |= is_gone and self.beat_at is not None and now - self.beat_at > INTERVAL
-        if self.beat_at is None or is_older or min(known - self.clock, now - self.beat_at) > 2 * INTERVAL:
+        if (
+            self.beat_at is None
+            or is_older
+            or min(known - self.clock, now - self.beat_at) > 2 * INTERVAL
+        ):
             self.lose_all()
             self.clock = self.lost_at = max(known + 1, now)
             before = None
@@ -83,12 +98,21 @@ class Model:
                     self.back.append(incarnation)
                 self.entries[member] = Entry(int(count), stamp, incarnation, self.clock + ttl)
                 holder = incarnation
-        self.entries = {name: entry for name, entry in self.entries.items() if entry.until > self.clock}
+        self.entries = {
+            name: entry for name, entry in self.entries.items() if entry.until > self.clock
+        }
         total = sum(entry.count for entry in self.entries.values())
         lease = self.entries[member].until if member in self.entries else 0
         holder = holder if lease else ""
         return Reply(
-            total, len(self.entries), len(self.back), self.clock, self.lost_at, holder, lease, int(was_missing)
+            total,
+            len(self.entries),
+            len(self.back),
+            self.clock,
+            self.lost_at,
+            holder,
+            lease,
+            int(was_missing),
         )
 
 
@@ -113,7 +137,9 @@ class Cluster:
         answered: int | None = None,
         known: int = 0,
     ) -> Reply:
-        """Who knows of the clock has been answered before, with its first beat if nothing else is said."""
+        """Who knows of the clock has been answered before, with its first beat if nothing else is
+        said.
+        """
         self.stamp += 1
         stamp = self.stamp if stamp is None else stamp
         answered = int(known > 0) if answered is None else answered
@@ -121,7 +147,9 @@ class Cluster:
         return Reply(*self.run(keys=KEYS, args=arguments))
 
     def elapse(self, milliseconds: int) -> None:
-        """Let time pass in which nobody beats; less than none for a clock of Redis that was set back."""
+        """Let time pass in which nobody beats; less than none for a clock of Redis that was set
+        back.
+        """
         self.redis.hincrby(STATE, "beat_at", -milliseconds)
 
     def now(self) -> int:
@@ -129,18 +157,24 @@ class Cluster:
         return int(self.redis.hget(STATE, "beat_at"))
 
     def counts(self) -> dict[str, int]:
-        return {member: int(entry.split()[0]) for member, entry in self.redis.hgetall(MEMBERS).items()}
+        return {
+            member: int(entry.split()[0]) for member, entry in self.redis.hgetall(MEMBERS).items()
+        }
 
     def keys(self) -> list[str]:
         return sorted(self.redis.keys("*"))
 
     def contents(self) -> dict[str, bytes]:
         """All that is stored, in Redis' own form."""
-        return {key: self.redis.execute_command("DUMP", key, NEVER_DECODE=True) for key in self.keys()}
+        return {
+            key: self.redis.execute_command("DUMP", key, NEVER_DECODE=True) for key in self.keys()
+        }
 
 
 def anew(cluster: Cluster, known: int) -> int:
-    """Where the lease clock begins after a loss of data that a beat with this knowledge has noticed just now."""
+    """Where the lease clock begins after a loss of data that a beat with this knowledge has noticed
+    just now.
+    """
     return max(known + 1, cluster.now())
 
 
@@ -163,12 +197,16 @@ def cluster(server: Redis) -> Iterator[Cluster]:
 
 def test_the_first_beat_of_the_first_server_founds_the_cluster(cluster: Cluster) -> None:
     reply, now = cluster.beat("one", 5), cluster.now()
-    assert reply == Reply(5, 1, back=0, clock=now, lost_at=now, holder="a1", lease=now + TTL, was_missing=0)
+    assert reply == Reply(
+        5, 1, back=0, clock=now, lost_at=now, holder="a1", lease=now + TTL, was_missing=0
+    )
     assert cluster.redis.hgetall(MEMBERS) == {"one": "5 1 a1"}
     assert cluster.redis.zrange(LEASES, 0, -1, withscores=True) == [("one", now + TTL)]
 
 
-def test_a_server_that_is_there_is_not_missing_and_its_new_count_replaces_the_old(cluster: Cluster) -> None:
+def test_a_server_that_is_there_is_not_missing_and_its_new_count_replaces_the_old(
+    cluster: Cluster,
+) -> None:
     cluster.beat("one", 5)
     second, third = cluster.beat("one", 7), cluster.beat("one", 0)
     assert seen(second) == (7, 1)
@@ -185,7 +223,10 @@ def test_a_server_that_had_been_answered_and_is_there_no_more_is_told_so(cluster
 
 
 def test_each_server_is_told_the_total_and_the_number_of_all(cluster: Cluster) -> None:
-    replies = [cluster.beat(member, count) for member, count in (("one", 1), ("two", 20), ("three", 300), ("one", 2))]
+    replies = [
+        cluster.beat(member, count)
+        for member, count in (("one", 1), ("two", 20), ("three", 300), ("one", 2))
+    ]
     assert [seen(reply) for reply in replies] == [(1, 1), (21, 2), (321, 3), (322, 3)]
 
 
@@ -199,7 +240,9 @@ def test_who_leaves_is_gone_at_once_with_its_clients(cluster: Cluster) -> None:
     assert seen(cluster.beat("two", 3)) == (4, 2)
 
 
-def test_who_was_taken_out_by_somebody_else_is_counted_once_when_it_is_back(cluster: Cluster) -> None:
+def test_who_was_taken_out_by_somebody_else_is_counted_once_when_it_is_back(
+    cluster: Cluster,
+) -> None:
     cluster.beat("one", 1)
     known = cluster.beat("two", 20).clock
     cluster.redis.hdel(MEMBERS, "two")
@@ -214,7 +257,9 @@ def test_who_leaves_without_being_there_changes_nothing(cluster: Cluster) -> Non
     assert cluster.counts() == {"one": 1}
 
 
-def test_the_clock_goes_on_from_where_it_was_after_the_last_server_has_left(cluster: Cluster) -> None:
+def test_the_clock_goes_on_from_where_it_was_after_the_last_server_has_left(
+    cluster: Cluster,
+) -> None:
     cluster.beat("one", 1)
     cluster.elapse(1000)
     clock = cluster.beat("one", "leave").clock
@@ -223,13 +268,17 @@ def test_the_clock_goes_on_from_where_it_was_after_the_last_server_has_left(clus
     assert cluster.beat("two", 2).clock >= clock
 
 
-def test_a_server_that_beats_no_more_is_dropped_when_its_lease_is_over_and_not_before(cluster: Cluster) -> None:
+def test_a_server_that_beats_no_more_is_dropped_when_its_lease_is_over_and_not_before(
+    cluster: Cluster,
+) -> None:
     lease = cluster.beat("dead", 9).lease
     replies = []
     for _ in range(TTL_INTERVALS):
         cluster.elapse(INTERVAL)
         replies.append(cluster.beat("one", 1))
-    assert [(reply.total, reply.servers) for reply in replies] == [(10, 2)] * (TTL_INTERVALS - 1) + [(1, 1)]
+    assert [(reply.total, reply.servers) for reply in replies] == [(10, 2)] * (
+        TTL_INTERVALS - 1
+    ) + [(1, 1)]
     assert replies[-2].clock < lease <= replies[-1].clock
     assert cluster.counts() == {"one": 1}
     assert seen(cluster.beat("dead", 9)) == (10, 2)
@@ -256,11 +305,18 @@ def test_at_most_500_are_dropped_at_once_and_the_rest_by_the_next_beats(cluster:
         cluster.beat(f"dead-{number}", 1)
     cluster.redis.zadd(LEASES, {f"dead-{number}": 0 for number in range(1200)}, xx=True)
     replies = [cluster.beat("one", 5) for _ in range(4)]
-    assert [(reply.servers, reply.total) for reply in replies] == [(701, 705), (201, 205), (1, 5), (1, 5)]
+    assert [(reply.servers, reply.total) for reply in replies] == [
+        (701, 705),
+        (201, 205),
+        (1, 5),
+        (1, 5),
+    ]
     assert cluster.counts() == {"one": 5}
 
 
-def test_after_an_outage_of_any_length_nobody_is_dropped_before_it_could_beat(cluster: Cluster) -> None:
+def test_after_an_outage_of_any_length_nobody_is_dropped_before_it_could_beat(
+    cluster: Cluster,
+) -> None:
     members = ["one", "two", "three"]
     for member in members:
         cluster.beat(member, 1)
@@ -286,16 +342,32 @@ def test_after_a_pause_the_clock_is_moved_on_by_one_interval(cluster: Cluster, p
     assert cluster.beat("one", 1).clock == clock + INTERVAL
 
 
-def test_it_is_told_how_many_are_back_since_data_was_lost_and_newcomers_are_not_counted(cluster: Cluster) -> None:
+def test_it_is_told_how_many_are_back_since_data_was_lost_and_newcomers_are_not_counted(
+    cluster: Cluster,
+) -> None:
     for member in ("one", "two", "three"):
         known = cluster.beat(member, 1).clock
     assert cluster.beat("one", 1, known=known).back == 0, "nothing was lost yet"
     cluster.redis.flushall()
     replies: list[Reply] = []
-    for member, told in (("one", known), ("two", known), ("one", None), ("new", 0), ("new", None), ("three", known)):
+    for member, told in (
+        ("one", known),
+        ("two", known),
+        ("one", None),
+        ("new", 0),
+        ("new", None),
+        ("three", known),
+    ):
         cluster.elapse(1000)
         replies.append(cluster.beat(member, 1, known=replies[-1].clock if told is None else told))
-    assert [(reply.servers, reply.back) for reply in replies] == [(1, 1), (2, 2), (2, 2), (3, 2), (3, 2), (4, 3)]
+    assert [(reply.servers, reply.back) for reply in replies] == [
+        (1, 1),
+        (2, 2),
+        (2, 2),
+        (3, 2),
+        (3, 2),
+        (4, 3),
+    ]
     assert len({reply.lost_at for reply in replies}) == 1
 
 
@@ -304,7 +376,9 @@ def test_who_comes_over_later_from_the_primary_before_is_back_too(cluster: Clust
     cluster.beat("two", 20)
     cluster.redis.flushall()
     reply = cluster.beat("one", 1, known=known)
-    assert cluster.beat("two", 20, answered=1, known=reply.lost_at + 1000).back == reply.back + 1 == 2
+    assert (
+        cluster.beat("two", 20, answered=1, known=reply.lost_at + 1000).back == reply.back + 1 == 2
+    )
 
 
 def test_a_return_whose_answer_was_lost_is_counted_once(cluster: Cluster) -> None:
@@ -314,7 +388,9 @@ def test_a_return_whose_answer_was_lost_is_counted_once(cluster: Cluster) -> Non
 
 
 @pytest.mark.parametrize("jump", [TTL, 1000 * TTL])
-def test_a_clock_of_redis_that_was_set_back_does_not_turn_the_lease_clock(cluster: Cluster, jump: int) -> None:
+def test_a_clock_of_redis_that_was_set_back_does_not_turn_the_lease_clock(
+    cluster: Cluster, jump: int
+) -> None:
     cluster.beat("one", 1)
     cluster.elapse(INTERVAL)
     clock, before = cluster.beat("one", 1).clock, cluster.now()
@@ -337,7 +413,9 @@ def test_a_beat_that_was_overtaken_undoes_nothing(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("count", [7, "leave"])
-def test_another_incarnation_changes_nothing_while_the_holder_is_there(cluster: Cluster, count: int | str) -> None:
+def test_another_incarnation_changes_nothing_while_the_holder_is_there(
+    cluster: Cluster, count: int | str
+) -> None:
     founded = cluster.beat("one", 5, incarnation="a1", stamp=10)
     cluster.elapse(1000)
     for replaced in ("", "c3"):
@@ -356,7 +434,9 @@ def test_a_watcher_sees_the_lease_of_the_holder_move(cluster: Cluster) -> None:
     assert cluster.beat("one", 0, incarnation="b2").lease >= first + 1000
 
 
-def test_data_with_an_older_beat_of_the_caller_than_one_that_was_answered_are_as_good_as_none(cluster: Cluster) -> None:
+def test_data_with_an_older_beat_of_the_caller_than_one_that_was_answered_are_as_good_as_none(
+    cluster: Cluster,
+) -> None:
     cluster.beat("two", 20)
     known = cluster.beat("one", 1, stamp=10).clock
     assert seen(cluster.beat("one", 2, stamp=12, answered=10, known=known)) == (22, 2)
@@ -366,7 +446,9 @@ def test_data_with_an_older_beat_of_the_caller_than_one_that_was_answered_are_as
     assert cluster.redis.hgetall(MEMBERS) == {"one": "3 14 a1"}
 
 
-def test_a_beat_that_was_carried_out_but_not_answered_is_no_reason_to_drop_anything(cluster: Cluster) -> None:
+def test_a_beat_that_was_carried_out_but_not_answered_is_no_reason_to_drop_anything(
+    cluster: Cluster,
+) -> None:
     cluster.beat("two", 20)
     cluster.beat("one", 1, stamp=10)
     cluster.beat("one", 2, stamp=11, answered=10)
@@ -399,11 +481,16 @@ def test_who_is_missing_since_its_lease_is_over_drops_nothing(cluster: Cluster) 
     assert seen(cluster.beat("one", 1, stamp=11, answered=10, known=known)) == (21, 2)
 
 
-def test_the_stamps_of_another_incarnation_say_nothing_of_the_age_of_the_data(cluster: Cluster) -> None:
+def test_the_stamps_of_another_incarnation_say_nothing_of_the_age_of_the_data(
+    cluster: Cluster,
+) -> None:
     cluster.beat("two", 20)
     cluster.beat("one", 1, incarnation="a1", stamp=10)
     assert seen(cluster.beat("one", 2, incarnation="b2", stamp=99, answered=98)) == (21, 2)
-    assert seen(cluster.beat("one", 2, incarnation="b2", stamp=99, answered=98, replaced="a1")) == (22, 2)
+    assert seen(cluster.beat("one", 2, incarnation="b2", stamp=99, answered=98, replaced="a1")) == (
+        22,
+        2,
+    )
 
 
 TWO = 2 * INTERVAL
@@ -411,7 +498,13 @@ TWO = 2 * INTERVAL
 
 @pytest.mark.parametrize(
     ("behind", "pause", "is_older"),
-    [(0, TTL, False), (TWO, TTL, False), (TWO + 1, TTL, True), (TWO + 1, TWO + 1, True), (TTL, TWO - 1000, False)],
+    [
+        (0, TTL, False),
+        (TWO, TTL, False),
+        (TWO + 1, TTL, True),
+        (TWO + 1, TWO + 1, True),
+        (TTL, TWO - 1000, False),
+    ],
 )
 def test_data_whose_clock_is_two_intervals_behind_and_in_which_nobody_has_beaten_for_two_are_as_good_as_none(
     cluster: Cluster, behind: int, pause: int, is_older: bool
@@ -473,7 +566,10 @@ def test_two_losses_in_a_row_are_told_apart(cluster: Cluster) -> None:
 
 
 def test_when_a_newcomer_beats_first_after_a_loss_the_others_join_it(cluster: Cluster) -> None:
-    known, founded = cluster.beat("one", 1, stamp=10).clock, int(cluster.redis.hget(STATE, "lost_at"))
+    known, founded = (
+        cluster.beat("one", 1, stamp=10).clock,
+        int(cluster.redis.hget(STATE, "lost_at")),
+    )
     until(lambda: cluster.beat("one", 1, stamp=10).clock > known, "the clock goes on")
     cluster.redis.flushall()
     new = cluster.beat("new", 20, stamp=20)
@@ -522,7 +618,9 @@ def test_an_old_backup_in_which_the_caller_is_not_brings_nobody_back(cluster: Cl
     assert reply.lost_at == anew(cluster, last.clock) > last.lost_at
 
 
-def test_a_replica_that_lagged_by_one_beat_is_noticed_by_the_server_that_was_told_more(cluster: Cluster) -> None:
+def test_a_replica_that_lagged_by_one_beat_is_noticed_by_the_server_that_was_told_more(
+    cluster: Cluster,
+) -> None:
     cluster.beat("one", 1, stamp=10)
     cluster.beat("two", 20)
     replica = cluster.contents()
@@ -541,7 +639,9 @@ def test_who_leaves_where_the_data_are_older_leaves_nothing_behind(
     cluster.elapse(TTL)
     known = clock + behind
     reply = cluster.beat("one", "leave", stamp=12, answered=answered, known=known)
-    assert reply == Reply(0, 0, 0, anew(cluster, known), anew(cluster, known), "", 0, int(answered > 0))
+    assert reply == Reply(
+        0, 0, 0, anew(cluster, known), anew(cluster, known), "", 0, int(answered > 0)
+    )
     assert cluster.keys() == [STATE]
     assert seen(cluster.beat("two", 5, known=clock)) == (5, 1)
 
@@ -566,7 +666,9 @@ JUNK: dict[str, Callable[[Any, str], object]] = {
 
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("key", KEYS)
-def test_keys_that_are_somebody_elses_are_as_good_as_none(cluster: Cluster, key: str, junk: str) -> None:
+def test_keys_that_are_somebody_elses_are_as_good_as_none(
+    cluster: Cluster, key: str, junk: str
+) -> None:
     cluster.beat("one", 1)
     known = cluster.beat("two", 20).clock
     cluster.redis.delete(key)
@@ -598,7 +700,9 @@ def test_when_one_key_was_evicted_all_begin_anew(cluster: Cluster, key: str) -> 
     assert seen(cluster.beat("one", 1)) == (21, 2)
 
 
-@pytest.mark.parametrize("entry", ["", " ", "x", "7", "7 1", "-7 1 a1", "7 1 a1 ", "7 x a1", "1e99 1 a1", "nan", "\0"])
+@pytest.mark.parametrize(
+    "entry", ["", " ", "x", "7", "7 1", "-7 1 a1", "7 1 a1 ", "7 x a1", "1e99 1 a1", "nan", "\0"]
+)
 def test_when_the_own_entry_is_junk_all_begin_anew(cluster: Cluster, entry: str) -> None:
     cluster.beat("one", 1)
     known = cluster.beat("two", 20).clock
@@ -610,7 +714,9 @@ def test_when_the_own_entry_is_junk_all_begin_anew(cluster: Cluster, entry: str)
 
 
 @pytest.mark.parametrize("entry", ["", "x", "-7 1 a1", "nan", "\0"])
-def test_an_entry_that_is_junk_and_nobodys_is_dropped_when_its_lease_is_over(cluster: Cluster, entry: str) -> None:
+def test_an_entry_that_is_junk_and_nobodys_is_dropped_when_its_lease_is_over(
+    cluster: Cluster, entry: str
+) -> None:
     cluster.beat("one", 1)
     cluster.redis.hset(MEMBERS, "junk", entry)
     cluster.redis.zadd(LEASES, {"junk": TTL})
@@ -639,7 +745,9 @@ def test_junk_in_the_state_does_no_harm_for_longer_than_until_the_recount(
 
 
 @pytest.mark.parametrize("since", [RECOUNT, 1000 * RECOUNT, -RECOUNT - 30_000])
-def test_a_wrong_total_is_put_right_by_a_recount_after_a_minute(cluster: Cluster, since: int) -> None:
+def test_a_wrong_total_is_put_right_by_a_recount_after_a_minute(
+    cluster: Cluster, since: int
+) -> None:
     cluster.beat("one", 1)
     cluster.beat("two", 20)
     cluster.redis.hset(STATE, "total", 999)
@@ -652,7 +760,9 @@ def test_a_wrong_total_is_put_right_by_a_recount_after_a_minute(cluster: Cluster
 
 
 @pytest.mark.parametrize("junk", ["x", "nan", "inf", "-inf", "1e999"])
-def test_a_wrong_total_is_put_right_whatever_the_state_says_of_the_last_recount(cluster: Cluster, junk: str) -> None:
+def test_a_wrong_total_is_put_right_whatever_the_state_says_of_the_last_recount(
+    cluster: Cluster, junk: str
+) -> None:
     cluster.beat("one", 1)
     cluster.redis.hset(STATE, mapping={"total": 999, "recount_at": junk})
     assert cluster.beat("one", 2).total == 2
@@ -666,7 +776,9 @@ LIES: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_server_that_is_none_is_dropped_at_the_recount_at_the_latest(cluster: Cluster, lie: str) -> None:
+def test_a_server_that_is_none_is_dropped_at_the_recount_at_the_latest(
+    cluster: Cluster, lie: str
+) -> None:
     cluster.beat("one", 1)
     known = cluster.beat("two", 20).clock
     cluster.redis.hset(MEMBERS, "ghost", "300 1 a1")
@@ -746,7 +858,9 @@ def test_without_memory_an_ordinary_beat_is_refused(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("prepare", PREPARE)
 @pytest.mark.parametrize("sender", SENDERS)
-def test_a_redis_that_may_not_write_changes_nothing(cluster: Cluster, sender: str, prepare: str) -> None:
+def test_a_redis_that_may_not_write_changes_nothing(
+    cluster: Cluster, sender: str, prepare: str
+) -> None:
     member, count, incarnation = SENDERS[sender]
     cluster.beat("one", 1)
     cluster.beat("two", 20)
@@ -797,13 +911,20 @@ class Machine(RuleBasedStateMachine):
         ttl: int,
         ahead: int,
     ) -> None:
-        """A server beats that knew the clock to be so far ahead of where it is (or nothing, if that is less)."""
+        """A server beats that knew the clock to be so far ahead of where it is (or nothing, if that
+        is less).
+        """
         known = max(0, self.model.clock + ahead) if self.model.clock else 0
-        reply = self.cluster.beat(member, count, incarnation, stamp, replaced, (ttl, INTERVAL), answered, known)
+        reply = self.cluster.beat(
+            member, count, incarnation, stamp, replaced, (ttl, INTERVAL), answered, known
+        )
         now = self.cluster.now()
-        assert reply == self.model.beat(member, count, now, incarnation, stamp, replaced, answered, known, ttl)
+        assert reply == self.model.beat(
+            member, count, now, incarnation, stamp, replaced, answered, known, ttl
+        )
 
-    # No preconditions: real time decides whether an entry is still there, and Hypothesis wants runs that it can repeat.
+    # No preconditions: real time decides whether an entry is still there, and Hypothesis wants runs
+    # that it can repeat.
     @rule(milliseconds=st.sampled_from([-TTL, -1, 1, INTERVAL // 2, INTERVAL, 10 * TTL]))
     def elapse(self, milliseconds: int) -> None:
         if self.model.beat_at is not None:
@@ -846,7 +967,9 @@ def test_after_any_sequence_the_total_is_the_sum_of_the_members(cluster: Cluster
         pass
 
     ThisMachine.cluster = cluster
-    run_state_machine_as_test(ThisMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(
+        ThisMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
+    )
 
 
 def test_the_script_is_short() -> None:
@@ -856,7 +979,10 @@ def test_the_script_is_short() -> None:
 def test_it_runs_on_a_redis_cluster_where_all_its_keys_are_in_one_slot(tmp_path: Path) -> None:
     with Redis(tmp_path, cluster_enabled="yes", cluster_port=free_port()) as server:
         server.command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-        until(lambda: "cluster_state:ok" in repr(server.command("CLUSTER", "INFO")), "all slots are served")
+        until(
+            lambda: "cluster_state:ok" in repr(server.command("CLUSTER", "INFO")),
+            "all slots are served",
+        )
         with pytest.raises(redis.ResponseError, match="same slot"):
             server.command("MGET", "one", "two")
         link = RedisLink(Config(redis_url=server.url, cluster_name="of.many:parts"))
@@ -864,5 +990,7 @@ def test_it_runs_on_a_redis_cluster_where_all_its_keys_are_in_one_slot(tmp_path:
         assert seen(link.call("two", "a1", 1, 20, TTL, INTERVAL, "", 0, 0)) == (25, 2)
         link.drop()
         keys = server.command("KEYS", "*")
-        assert sorted(keys) == [f"{{gserver:of.many:parts}}:{name}" for name in ("leases", "members", "state")]
+        assert sorted(keys) == [
+            f"{{gserver:of.many:parts}}:{name}" for name in ("leases", "members", "state")
+        ]
         assert len({server.command("CLUSTER", "KEYSLOT", key) for key in keys}) == 1

@@ -1,4 +1,6 @@
-"""Commands: how they are defined, what they may reply, and that one that blocks delays nobody but its asker."""
+"""Commands: how they are defined, what they may reply, and that one that blocks delays nobody but
+its asker.
+"""
 
 import select
 import socket
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from gserver.commands import BUILT_IN, Command, Service, command, load
-from gserver.errors import Misuse
+from gserver.errors import UsageError
 from tests.running import LIMIT, PATIENCE, Running, until
 
 SERVICE = Service("an-id", lambda: 3)
@@ -88,7 +90,9 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
-    """Write a module, named mine_…, where the test runs; what `load` leaves in this process goes at the end."""
+    """Write a module, named mine_…, where the test runs; what `load` leaves in this process goes at
+    the end.
+    """
     monkeypatch.chdir(tmp_path)
     path = sys.path[:]
 
@@ -135,9 +139,13 @@ def test_a_good_name_is_taken_in_capitals(name: str) -> None:
     assert command(name)(lambda service: "x").name == name.upper()
 
 
-@pytest.mark.parametrize("name", ["", " ", "A B", "A\n", "1A", "-A", "_A", "É", "ß", "A.B", "A:B", "X" * 33])
+@pytest.mark.parametrize(
+    "name", ["", " ", "A B", "A\n", "1A", "-A", "_A", "É", "ß", "A.B", "A:B", "X" * 33]
+)
 def test_a_name_that_could_not_be_said_or_measured_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is no name for a command: use letters, digits, - and _, at most 32"):
+    with pytest.raises(
+        ValueError, match="is no name for a command: use letters, digits, - and _, at most 32"
+    ):
         command(name)
 
 
@@ -146,13 +154,21 @@ def test_a_name_that_could_not_be_said_or_measured_is_refused(name: str) -> None
 
 @pytest.mark.parametrize(
     ("reply", "line"),
-    [("a b", b"a b\n"), (0, b"0\n"), (-7, b"-7\n"), ("~ !", b"~ !\n"), ("x" * 5000, b"x" * 5000 + b"\n")],
+    [
+        ("a b", b"a b\n"),
+        (0, b"0\n"),
+        (-7, b"-7\n"),
+        ("~ !", b"~ !\n"),
+        ("x" * 5000, b"x" * 5000 + b"\n"),
+    ],
 )
 def test_one_printable_line_is_a_reply(reply: str | int, line: bytes) -> None:
     assert _replying(reply).answer(SERVICE) == line
 
 
-@pytest.mark.parametrize("reply", ["a\nb", "a\n", "\r", "a\tb", "\0", "\x7f", "\x1b[31m", "é", "a\u2028b", "\ud800"])
+@pytest.mark.parametrize(
+    "reply", ["a\nb", "a\n", "\r", "a\tb", "\0", "\x7f", "\x1b[31m", "é", "a\u2028b", "\ud800"]
+)
 def test_what_is_not_one_line_of_printable_ascii_is_no_reply(reply: str) -> None:
     with pytest.raises(ValueError, match=r"a reply is one printable line|can't encode"):
         _replying(reply).answer(SERVICE)
@@ -179,15 +195,23 @@ def test_without_a_module_there_are_the_built_in_commands() -> None:
     assert load("") == BUILT_IN
 
 
-def test_a_module_adds_its_commands_in_the_order_in_which_it_names_them(write: Callable[[str, str], str]) -> None:
+def test_a_module_adds_its_commands_in_the_order_in_which_it_names_them(
+    write: Callable[[str, str], str],
+) -> None:
     name = write(
-        "mine_two", '@command("B")\ndef b(service): return "b"\n@command("a")\ndef a(service): return "a"\nagain = b'
+        "mine_two",
+        '@command("B")\ndef b(service): return "b"\n@command("a")\ndef a(service): return "a"\nagain = b',
     )
     assert [item.name for item in load(name)] == ["WHO", "WHERE", "WHY", "B", "A"]
 
 
-def test_built_in_commands_that_a_module_imports_are_not_its_own(write: Callable[[str, str], str]) -> None:
-    name = write("mine_imports", 'from gserver.commands import who\n@command("B")\ndef b(service): return "b"')
+def test_built_in_commands_that_a_module_imports_are_not_its_own(
+    write: Callable[[str, str], str],
+) -> None:
+    name = write(
+        "mine_imports",
+        'from gserver.commands import who\n@command("B")\ndef b(service): return "b"',
+    )
     assert [item.name for item in load(name)] == ["WHO", "WHERE", "WHY", "B"]
 
 
@@ -205,7 +229,11 @@ def test_a_module_may_lie_in_a_package(write: Callable[[str, str], str], tmp_pat
         ("mine_syntax", "def", "cannot import it: SyntaxError: "),
         ("mine_raises", "1 / 0", "cannot import it: ZeroDivisionError: division by zero"),
         ("mine_exits", "raise SystemExit(0)", "cannot import it: SystemExit: 0"),
-        ("mine_ends", "import gevent; raise gevent.GreenletExit", "cannot import it: GreenletExit: "),
+        (
+            "mine_ends",
+            "import gevent; raise gevent.GreenletExit",
+            "cannot import it: GreenletExit: ",
+        ),
         ("mine_stops", "raise KeyboardInterrupt", "cannot import it: KeyboardInterrupt: "),
         (
             "mine_needs",
@@ -213,8 +241,16 @@ def test_a_module_may_lie_in_a_package(write: Callable[[str, str], str], tmp_pat
             "cannot import it: ModuleNotFoundError: No module named 'no_such_thing'",
         ),
         ("mine_name", 'command("1")', "cannot import it: ValueError: '1' is no name for a command"),
-        ("mine_empty", "def nap(service): return 1", "it defines no command (decorate a function with @command)"),
-        ("mine_who", '@command("who")\ndef f(service): return 1', "the command WHO is defined twice"),
+        (
+            "mine_empty",
+            "def nap(service): return 1",
+            "it defines no command (decorate a function with @command)",
+        ),
+        (
+            "mine_who",
+            '@command("who")\ndef f(service): return 1',
+            "the command WHO is defined twice",
+        ),
         (
             "mine_twice",
             '@command("A")\ndef f(service): return 1\n@command("a")\ndef g(service): return 2',
@@ -226,16 +262,18 @@ def test_a_bad_module_is_refused_with_its_reason(
     name: str, text: str, reason: str, write: Callable[[str, str], str]
 ) -> None:
     write(name, text)
-    with pytest.raises(Misuse) as caught:
+    with pytest.raises(UsageError) as caught:
         load(name)
     assert str(caught.value).startswith(f"--commands {name}: {reason}")
 
 
-@pytest.mark.parametrize("name", ["no_such_module", "no_such.module", "mine/x", "mine.py", ".mine", "..", "a b"])
+@pytest.mark.parametrize(
+    "name", ["no_such_module", "no_such.module", "mine/x", "mine.py", ".mine", "..", "a b"]
+)
 def test_what_is_no_module_at_all_is_refused(name: str) -> None:
     path = sys.path[:]
     try:
-        with pytest.raises(Misuse, match="cannot import it: "):
+        with pytest.raises(UsageError, match="cannot import it: "):
             load(name)
     finally:
         sys.path[:] = path
@@ -271,7 +309,9 @@ def test_a_command_that_blocks_delays_nobody_but_its_asker(extended: Running) ->
         (b"imported_ones_do_not_count", b"ERR unknown command"),
     ],
 )
-def test_a_command_of_ones_own_is_answered_over_the_wire(extended: Running, said: bytes, reply: bytes) -> None:
+def test_a_command_of_ones_own_is_answered_over_the_wire(
+    extended: Running, said: bytes, reply: bytes
+) -> None:
     with extended.client() as client:
         assert client.ask(said) == reply
         assert client.ask(b"WHY") == b"42"  # Whatever went wrong, the client stays.
@@ -304,9 +344,23 @@ def test_a_handler_knows_how_many_clients_there_are(extended: Running) -> None:
 
 
 def test_files_named_like_packages_in_the_start_folder_harm_nobody(tmp_path: Path) -> None:
-    # The last two are not loaded yet when the module of commands is: it gets the true ones all the same.
-    for name in ("click", "gevent", "greenlet", "json", "socket", "logging", "signal", "gserver", "statsd", "colorsys"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('this file is not what was meant')\n")
+    # The last two are not loaded yet when the module of commands is: it gets the true ones all the
+    # same.
+    for name in (
+        "click",
+        "gevent",
+        "greenlet",
+        "json",
+        "socket",
+        "logging",
+        "signal",
+        "gserver",
+        "statsd",
+        "colorsys",
+    ):
+        (tmp_path / f"{name}.py").write_text(
+            "raise SystemExit('this file is not what was meant')\n"
+        )
     (tmp_path / "ours.py").write_text(
         "import colorsys, statsd\nfrom gserver.commands import command\n"
         "@command('COLOR')\ndef color(service): return int(colorsys.rgb_to_hsv(0, 0, 7)[2])\n"
@@ -314,7 +368,14 @@ def test_files_named_like_packages_in_the_start_folder_harm_nobody(tmp_path: Pat
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
         daemon.settimeout(LIMIT)
-        options = ("--commands", "ours", "--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1]))
+        options = (
+            "--commands",
+            "ours",
+            "--statsd-host",
+            "127.0.0.1",
+            "--statsd-port",
+            str(daemon.getsockname()[1]),
+        )
         with Running(*options, cwd=tmp_path) as server:
             with server.client() as client:
                 assert client.ask(b"COLOR") == b"7"
@@ -346,9 +407,15 @@ def cancelled(service):
 """
 
 
-def test_many_commands_of_one_client_that_each_take_a_while_leave_others_their_turns(tmp_path: Path) -> None:
+def test_many_commands_of_one_client_that_each_take_a_while_leave_others_their_turns(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "extra.py").write_text(MISBEHAVING)
-    with Running("--commands", "extra", cwd=tmp_path) as server, server.client() as busy, server.client() as other:
+    with (
+        Running("--commands", "extra", cwd=tmp_path) as server,
+        server.client() as busy,
+        server.client() as other,
+    ):
         busy.send(b"WORK\n" * 400)  # Two seconds of work.
         assert busy.line() == b"done\n"
         began = time.monotonic()
@@ -356,7 +423,9 @@ def test_many_commands_of_one_client_that_each_take_a_while_leave_others_their_t
         assert time.monotonic() - began < 1 * PATIENCE
 
 
-def test_what_a_handler_prints_keeps_out_of_the_log_and_what_it_raises_keeps_its_client(tmp_path: Path) -> None:
+def test_what_a_handler_prints_keeps_out_of_the_log_and_what_it_raises_keeps_its_client(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "extra.py").write_text(MISBEHAVING)
     with Running("--commands", "extra", cwd=tmp_path) as server, server.client() as client:
         assert client.ask(b"PRINT") == b"printed"

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gserver.config import OPTIONS, Config, environment_names, flag, parse_server_id, parse_statsd_prefix, parse_workers
+from gserver.config import (
+    OPTIONS,
+    Config,
+    environment_names,
+    flag,
+    parse_server_id,
+    parse_statsd_prefix,
+    parse_workers,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +44,9 @@ def test_a_flag_is_the_name_with_dashes_and_without_seconds(name: str, expected:
         ("statsd_prefix", ["GSERVER_STATSD_PREFIX", "STATSD_PREFIX"]),
     ],
 )
-def test_the_variable_of_gserver_comes_before_that_of_a_process_runner(name: str, expected: list[str]) -> None:
+def test_the_variable_of_gserver_comes_before_that_of_a_process_runner(
+    name: str, expected: list[str]
+) -> None:
     assert environment_names(name) == expected
 
 
@@ -70,7 +80,11 @@ def test_every_default_is_within_the_limits_of_its_option(name: str) -> None:
     assert isinstance(default, str) or option.minimum <= default
     assert option.maximum is None or default <= option.maximum
     assert not option.choices or default in option.choices
-    assert option.parse is None or default == "" or option.parse(option.shown_default or str(default)) == default
+    assert (
+        option.parse is None
+        or default == ""
+        or option.parse(option.shown_default or str(default)) == default
+    )
 
 
 @pytest.mark.parametrize(("text", "expected"), [("auto", 0), ("1", 1), ("2", 2), ("256", 256)])
@@ -78,7 +92,9 @@ def test_workers_are_a_number_or_auto(text: str, expected: int) -> None:
     assert parse_workers(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "257", "-1", "+1", "1.5", " 2", "2 ", "AUTO", "two", "٣", "²", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "0", "257", "-1", "+1", "1.5", " 2", "2 ", "AUTO", "two", "٣", "²", "9" * 5000]
+)
 def test_other_workers_are_refused_with_what_is_meant(text: str) -> None:
     with pytest.raises(ValueError, match=r"is neither a number from 1 to 256 nor auto$"):
         parse_workers(text)
@@ -91,7 +107,9 @@ def test_a_word_of_printable_ascii_is_a_server_id(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", " ", "a b", "a\n", "\ta", "a\0", "\x7f", "é", "x" * 129])
 def test_what_could_not_be_a_reply_on_the_wire_is_no_server_id(text: str) -> None:
-    with pytest.raises(ValueError, match="is not one word of at most 128 printable ASCII characters"):
+    with pytest.raises(
+        ValueError, match="is not one word of at most 128 printable ASCII characters"
+    ):
         parse_server_id(text)
 
 
@@ -131,5 +149,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 def test_a_configuration_survives_the_way_to_a_child_as_json() -> None:
-    config = replace(Config(), workers=3, server_id="x", idle_timeout_seconds=0.25, statsd_host="::1")
+    config = replace(
+        Config(), workers=3, server_id="x", idle_timeout_seconds=0.25, statsd_host="::1"
+    )
     assert Config(**json.loads(json.dumps(asdict(config)))) == config

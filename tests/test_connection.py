@@ -5,7 +5,7 @@ from contextlib import closing
 from socket import socket
 from time import monotonic
 
-from gserver.connection import Connection
+from gserver.serve.connection import Connection
 
 
 def test_a_client_that_has_come_has_not_spoken_and_is_quiet_from_then() -> None:

@@ -1,4 +1,6 @@
-"""The wire on real sockets: the table again, deadlines, closings, slow and greedy clients, and everyday programs."""
+"""The wire on real sockets: the table again, deadlines, closings, slow and greedy clients, and
+everyday programs.
+"""
 
 import os
 import pty
@@ -82,7 +84,9 @@ def server(greenlets: tuple[str, str]) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def here(greenlets: tuple[str, str]) -> Iterator[Running]:
-    """The server of the table. It is more patient than usual, so that no pause of this machine is a silence."""
+    """The server of the table. It is more patient than usual, so that no pause of this machine is a
+    silence.
+    """
     options = ("--server-id", wire.SERVER_ID, "--unterminated-after", str(UNTERMINATED_AFTER))
     with Running(*greenlets, *options) as running:
         yield running
@@ -99,15 +103,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def strict(folder: Path, greenlets: tuple[str, str]) -> Iterator[Running]:
     """A server with short deadlines and few places, that never answers an unterminated command."""
-    timeouts = ("--line-timeout", str(LINE_TIMEOUT), "--write-timeout", str(WRITE_TIMEOUT), "--unterminated-after", "0")
-    with Running(*greenlets, *timeouts, "--max-clients", str(MAX_CLIENTS), "--commands", "naps", cwd=folder) as running:
+    timeouts = (
+        "--line-timeout",
+        str(LINE_TIMEOUT),
+        "--write-timeout",
+        str(WRITE_TIMEOUT),
+        "--unterminated-after",
+        "0",
+    )
+    with Running(
+        *greenlets, *timeouts, "--max-clients", str(MAX_CLIENTS), "--commands", "naps", cwd=folder
+    ) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def napping(folder: Path, greenlets: tuple[str, str]) -> Iterator[Running]:
     """A server that closes idle clients."""
-    with Running(*greenlets, "--commands", "naps", "--idle-timeout", str(IDLE_TIMEOUT), cwd=folder) as running:
+    with Running(
+        *greenlets, "--commands", "naps", "--idle-timeout", str(IDLE_TIMEOUT), cwd=folder
+    ) as running:
         yield running
 
 
@@ -141,7 +156,9 @@ short_cases = [case for case in CASES if 1 < len(case.sent) < 50][::4]
 
 
 @every_case
-def test_a_case_and_the_end_of_input_have_their_replies_and_a_clean_end(here: Running, case: Case) -> None:
+def test_a_case_and_the_end_of_input_have_their_replies_and_a_clean_end(
+    here: Running, case: Case
+) -> None:
     with here.client() as client:
         client.send(case.sent)
         assert client.end() == case.replies
@@ -180,7 +197,9 @@ def test_the_end_of_input_has_everything_answered_and_then_a_clean_end(server: R
 
 
 @pytest.mark.parametrize("command", [b"WHY", b"why", b" Why\t", b"WHY\r"])
-def test_an_unterminated_command_is_answered_after_a_tenth_of_a_second(server: Running, command: bytes) -> None:
+def test_an_unterminated_command_is_answered_after_a_tenth_of_a_second(
+    server: Running, command: bytes
+) -> None:
     with server.client() as client:
         began = time.monotonic()
         client.send(command)
@@ -215,7 +234,9 @@ def test_what_is_no_command_is_not_answered_without_its_newline(server: Running)
         assert client.line() == b"ERR unknown command\n"
 
 
-def test_a_command_that_begins_another_is_not_answered_without_its_newline(napping: Running) -> None:
+def test_a_command_that_begins_another_is_not_answered_without_its_newline(
+    napping: Running,
+) -> None:
     with napping.client() as client:
         client.send(b"WHO")
         assert not is_readable(client, 0.3)
@@ -237,7 +258,9 @@ def test_a_line_that_goes_on_while_the_worker_is_held_up_is_one_line(here: Runni
 # Deadlines.
 
 
-def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(strict: Running) -> None:
+def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(
+    strict: Running,
+) -> None:
     [worker] = strict.workers()
     used = sum(worker.cpu_times()[:2])
     with strict.client() as client:
@@ -246,7 +269,9 @@ def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(str
         assert client.line() == b"ERR too slow\n"
         assert LINE_TIMEOUT * 0.9 <= time.monotonic() - began < LINE_TIMEOUT + PATIENCE
         assert client.rest() == b""
-    assert sum(worker.cpu_times()[:2]) - used < LINE_TIMEOUT / 5  # The worker has waited, not asked again and again.
+    assert (
+        sum(worker.cpu_times()[:2]) - used < LINE_TIMEOUT / 5
+    )  # The worker has waited, not asked again and again.
 
 
 def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict: Running) -> None:
@@ -262,8 +287,13 @@ def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict:
         assert client.rest() == b"ERR too slow\n"
 
 
-def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow(greenlets: tuple[str, str]) -> None:
-    with Running(*greenlets, "--line-timeout", "1", "--unterminated-after", "0.5") as server, server.client() as client:
+def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow(
+    greenlets: tuple[str, str],
+) -> None:
+    with (
+        Running(*greenlets, "--line-timeout", "1", "--unterminated-after", "0.5") as server,
+        server.client() as client,
+    ):
         assert client.ask(b"WHERE")
         client.send(b"WHY")
         assert server.who() == 2  # It has been read.
@@ -302,7 +332,9 @@ def test_time_in_a_handler_is_not_idle_time(napping: Running) -> None:
     with napping.client() as client:
         assert client.ask(b"NAP") == b"rested"
         assert not is_readable(client, IDLE_TIMEOUT / 2)
-        client.send(b"WHY")  # Without a newline, a silence ends it: it must not be taken for an idle one.
+        client.send(
+            b"WHY"
+        )  # Without a newline, a silence ends it: it must not be taken for an idle one.
         assert client.line() == b"42\n"
         assert client.ask(b"WHY") == b"42"
 
@@ -310,7 +342,9 @@ def test_time_in_a_handler_is_not_idle_time(napping: Running) -> None:
 def test_who_speaks_while_the_worker_is_held_up_is_not_idle(napping: Running) -> None:
     with napping.client() as client:
         assert client.ask(b"WHY") == b"42"
-        assert not is_readable(client, IDLE_TIMEOUT / 2)  # It has been silent for a while, though not for too long.
+        assert not is_readable(
+            client, IDLE_TIMEOUT / 2
+        )  # It has been silent for a while, though not for too long.
         with held_up(napping):
             client.send(b"WHY\n")
             time.sleep(IDLE_TIMEOUT * 1.5)
@@ -319,18 +353,23 @@ def test_who_speaks_while_the_worker_is_held_up_is_not_idle(napping: Running) ->
         assert client.line() == b"42\n"
 
 
-# Closings: the last line is read in full, and then a clean end. A reset would raise ConnectionResetError.
+# Closings: the last line is read in full, and then a clean end. A reset would raise
+# ConnectionResetError.
 
 MUCH = b"more\n" * 200_000
 
 
-def test_a_line_too_long_is_told_and_ended_cleanly_although_much_more_comes(server: Running) -> None:
+def test_a_line_too_long_is_told_and_ended_cleanly_although_much_more_comes(
+    server: Running,
+) -> None:
     with server.client() as client:
         client.send(b"WHY\n" + b"x" * 2000 + MUCH)
         assert client.rest() == b"42\nERR line too long\n"
 
 
-def test_a_line_too_slow_is_told_and_ended_cleanly_although_much_more_comes(strict: Running) -> None:
+def test_a_line_too_slow_is_told_and_ended_cleanly_although_much_more_comes(
+    strict: Running,
+) -> None:
     with strict.client() as client:
         client.send(b"x")
         assert is_readable(client, LIMIT)
@@ -338,14 +377,18 @@ def test_a_line_too_slow_is_told_and_ended_cleanly_although_much_more_comes(stri
         assert client.rest() == b"ERR too slow\n"
 
 
-def test_an_idle_client_is_told_and_ended_cleanly_although_much_more_comes(napping: Running) -> None:
+def test_an_idle_client_is_told_and_ended_cleanly_although_much_more_comes(
+    napping: Running,
+) -> None:
     with napping.client() as client:
         assert is_readable(client, LIMIT)
         client.send(MUCH)
         assert client.rest() == b"ERR idle\n"
 
 
-def test_a_client_too_many_is_told_and_ended_cleanly_although_much_more_comes(strict: Running) -> None:
+def test_a_client_too_many_is_told_and_ended_cleanly_although_much_more_comes(
+    strict: Running,
+) -> None:
     wait_until_alone(strict)
     with ExitStack() as stack:
         clients = [stack.enter_context(strict.client()) for _ in range(MAX_CLIENTS)]
@@ -408,13 +451,16 @@ def small_window(server: Running) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(strict: Running) -> None:
+def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(
+    strict: Running,
+) -> None:
     wait_until_alone(strict)
     [worker] = strict.workers()
     before = worker.memory_info().rss
     with strict.client() as other, small_window(strict) as sock:
         began = time.monotonic()
-        # The server does not read on: the rest stays in the kernel's buffers, and they are full one day.
+        # The server does not read on: the rest stays in the kernel's buffers, and they are full one
+        # day.
         assert fill(sock, b"WHERE\n" * 1000, 100_000_000) < 100_000_000
         for _ in range(20):
             assert other.who() == 2
@@ -425,7 +471,9 @@ def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(str
     assert worker.memory_info().rss - before < 2_000_000
 
 
-def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_no_slow_reader(strict: Running) -> None:
+def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_no_slow_reader(
+    strict: Running,
+) -> None:
     with strict.client() as client:
         client.send(b"LARGE\n")
         until(lambda: is_readable(client), "the reply begins")
@@ -441,9 +489,18 @@ def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_n
 
 def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) -> None:
     def kernel() -> str:
-        """The connections of clients that the server has closed, and that wait for them to take the rest."""
+        """The connections of clients that the server has closed, and that wait for them to take the
+        rest.
+        """
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        return next((row[4] for row in rows if row[1].endswith(f":{strict.port:04X}") and row[3] == LAST_ACK), "")
+        return next(
+            (
+                row[4]
+                for row in rows
+                if row[1].endswith(f":{strict.port:04X}") and row[3] == LAST_ACK
+            ),
+            "",
+        )
 
     with small_window(strict) as sock:
         for _ in range(20):
@@ -454,7 +511,8 @@ def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) 
 
 
 def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -> None:
-    # Nothing that it has sent is unread, so that closing alone would be no reset: the kernel would keep the rest.
+    # Nothing that it has sent is unread, so that closing alone would be no reset: the kernel would
+    # keep the rest.
     wait_until_alone(strict)
     with strict.client() as other, small_window(strict) as sock:
         sock.sendall(b"LARGE\n")
@@ -465,19 +523,23 @@ def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -
 
 
 @pytest.mark.parametrize("command", [b"WHERE", b"WHY"])
-def test_a_client_that_reads_late_but_in_time_gets_every_reply(strict: Running, command: bytes) -> None:
+def test_a_client_that_reads_late_but_in_time_gets_every_reply(
+    strict: Running, command: bytes
+) -> None:
     with strict.client() as client, small_window(strict) as sock:
         reply = client.ask(command) + b"\n"
         line = command + b"\n"
         sent = fill(sock, line * 1000, 100_000_000)
         sock.shutdown(socket.SHUT_WR)
-        # The last line may be cut: then it is the beginning of a command, or one that lacks its newline alone.
+        # The last line may be cut: then it is the beginning of a command, or one that lacks its
+        # newline alone.
         last = {0: b"", len(command): reply}.get(sent % len(line), b"ERR unknown command\n")
         assert read_to_the_end(sock) == sent // len(line) * len(reply) + len(last)
 
 
-#: Plays many greedy clients for some seconds: sends without end, reads all, comes again when it is closed.
-#: Prints `ready` when all are connected, and at the end how many bytes of replies it has had.
+#: Plays many greedy clients for some seconds: sends without end, reads all, comes again when it is
+#: closed. Prints `ready` when all are connected, and at the end how many bytes of replies it has
+#: had.
 GREEDY = """
 import select, socket, sys, time
 
@@ -509,14 +571,20 @@ print(received)
 
 
 @pytest.mark.parametrize(
-    ("data", "least_received"), [("WHY\n", 100_000), ("xxxx", 1000)], ids=["commands", "a line without end"]
+    ("data", "least_received"),
+    [("WHY\n", 100_000), ("xxxx", 1000)],
+    ids=["commands", "a line without end"],
 )
-def test_twenty_clients_that_send_without_end_starve_nobody(server: Running, data: str, least_received: int) -> None:
+def test_twenty_clients_that_send_without_end_starve_nobody(
+    server: Running, data: str, least_received: int
+) -> None:
     worst = 0.0
     count = 0
     with server.client() as client:
         greedy = subprocess.Popen(
-            [sys.executable, "-c", GREEDY, str(server.port), "20", "2", data], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", GREEDY, str(server.port), "20", "2", data],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         try:
             assert greedy.stdout
@@ -538,7 +606,13 @@ def test_twenty_clients_that_send_without_end_starve_nobody(server: Running, dat
 @pytest.mark.parametrize(
     "sent",
     [b"", b"WH", b"WHY\n", b"WHY\nWH", b"WHERE\n" * 100_000],
-    ids=["nothing said", "in a line", "after a command", "after a command, in a line", "with many replies to come"],
+    ids=[
+        "nothing said",
+        "in a line",
+        "after a command",
+        "after a command, in a line",
+        "with many replies to come",
+    ],
 )
 def test_a_client_that_resets_is_counted_out_and_harms_nobody(server: Running, sent: bytes) -> None:
     wait_until_alone(server)
@@ -555,7 +629,9 @@ def test_a_client_that_resets_is_counted_out_and_harms_nobody(server: Running, s
     assert [event for event in server.events() if event["log.level"] in ("warning", "error")] == []
 
 
-def test_clients_that_connect_and_say_nothing_are_counted_and_in_nobodys_way(server: Running) -> None:
+def test_clients_that_connect_and_say_nothing_are_counted_and_in_nobodys_way(
+    server: Running,
+) -> None:
     wait_until_alone(server)
     with server.client() as client:
         with ExitStack() as stack:
@@ -568,7 +644,9 @@ def test_clients_that_connect_and_say_nothing_are_counted_and_in_nobodys_way(ser
 # Handlers.
 
 
-def test_a_handler_that_fails_is_an_internal_error_and_the_connection_stays(napping: Running) -> None:
+def test_a_handler_that_fails_is_an_internal_error_and_the_connection_stays(
+    napping: Running,
+) -> None:
     [worker] = napping.workers()
     with napping.client() as client:
         client.send(b"WHY\nBOOM\nboom\nLINES\nLEAVE\nLATE\nNOPE\nWHY\n")
@@ -582,7 +660,9 @@ def test_a_handler_that_fails_is_an_internal_error_and_the_connection_stays(napp
     assert napping.workers() == [worker]
 
 
-def test_a_handler_that_sleeps_delays_its_own_client_alone_and_keeps_its_order(napping: Running) -> None:
+def test_a_handler_that_sleeps_delays_its_own_client_alone_and_keeps_its_order(
+    napping: Running,
+) -> None:
     with napping.client() as sleeper, napping.client() as other:
         began = time.monotonic()
         sleeper.send(b"WHY\nNAP\nWHY\nNOPE\nNAP\nWHY")
@@ -614,7 +694,9 @@ def read_until(fd: int, text: bytes) -> bytes:
     return received
 
 
-@pytest.mark.parametrize("options", [(), ("--http1.0",), ("-X", "get")], ids=["HTTP/1.1", "HTTP/1.0", "lower case"])
+@pytest.mark.parametrize(
+    "options", [(), ("--http1.0",), ("-X", "get")], ids=["HTTP/1.1", "HTTP/1.0", "lower case"]
+)
 def test_curl_cannot_be_made_to_run_commands(server: Running, options: tuple[str, ...]) -> None:
     # With --http0.9, curl would print whatever comes. 52 = not a byte came.
     curl = [program("curl"), "--silent", "--noproxy", "*", "--max-time", str(LIMIT), "--http0.9"]
@@ -651,7 +733,11 @@ def test_nc_gets_the_replies_to_what_is_typed_with_and_without_a_newline(server:
         try:
             assert typing.stdin
             assert typing.stdout
-            for typed, reply in ((b"WHO", b"1\n"), (b"\nWHY\n", b"42\n"), (b"nope\nwho", b"ERR unknown command\n1\n")):
+            for typed, reply in (
+                (b"WHO", b"1\n"),
+                (b"\nWHY\n", b"42\n"),
+                (b"nope\nwho", b"ERR unknown command\n1\n"),
+            ):
                 typing.stdin.write(typed)
                 assert read_until(typing.stdout.fileno(), reply) == reply
             typing.stdin.close()

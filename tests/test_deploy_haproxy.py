@@ -1,4 +1,6 @@
-"""The shipped HAProxy configuration before three servers of a cluster under load: one drains, one dies, one retires."""
+"""The shipped HAProxy configuration before three servers of a cluster under load: one drains, one
+dies, one retires.
+"""
 
 import re
 import signal
@@ -32,9 +34,13 @@ class Load:
     def __init__(self, port: int) -> None:
         self._port = port
         self._is_over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(CLIENTS)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), daemon=True)
+            for number in range(CLIENTS)
+        ]
         self.answered = [0] * CLIENTS
-        #: Of each request that was not answered and had to be sent once more: when, and how often it had been already.
+        #: Of each request that was not answered and had to be sent once more: when, and how often
+        #: it had been already.
         self.retries: list[tuple[float, int]] = []
         self.failures: list[str] = []
         for thread in self._threads:
@@ -44,7 +50,7 @@ class Load:
         try:
             while not self._is_over.is_set():
                 self._ask_some(number)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the test fails for it)
+        except Exception as error:
             self.failures.append(repr(error))
 
     def _ask_some(self, number: int) -> None:
@@ -83,7 +89,13 @@ class Load:
     def goes_on(self) -> None:
         """Wait until every client has been answered some times more."""
         before = list(self.answered)
-        until(lambda: self.failures or all(now > old + 30 for now, old in zip(self.answered, before, strict=True)), "")
+        until(
+            lambda: (
+                self.failures
+                or all(now > old + 30 for now, old in zip(self.answered, before, strict=True))
+            ),
+            "",
+        )
         assert self.failures == []
 
     def stop(self) -> None:
@@ -107,9 +119,13 @@ class Front(ExitStack[None]):
         super().__init__()
         self.port = free_port()
         text = CONFIG.read_text().replace("bind 127.0.0.1:4242", f"bind 127.0.0.1:{self.port}")
-        text = text.replace("    #stats socket /run/haproxy.sock", f"    stats socket {folder}/haproxy.sock")
+        text = text.replace(
+            "    #stats socket /run/haproxy.sock", f"    stats socket {folder}/haproxy.sock"
+        )
         if of_one_address:
-            text = re.sub(r"#(stick-table|tcp-request)", r"\1", text).replace(" gt 100 }", f" gt {of_one_address} }}")
+            text = re.sub(r"#(stick-table|tcp-request)", r"\1", text).replace(
+                " gt 100 }", f" gt {of_one_address} }}"
+            )
         text, count = re.subn(r"(default-server check )port 4243 ", r"\1", text)
         assert count == 1
         for number, server in enumerate(servers, 1):
@@ -126,7 +142,10 @@ class Front(ExitStack[None]):
             stderr=subprocess.DEVNULL,
         )
         self.callback(self._end)
-        until(lambda: self._socket.exists() and [*self.states().values()] == ["UP"] * len(servers), "all are up")
+        until(
+            lambda: self._socket.exists() and [*self.states().values()] == ["UP"] * len(servers),
+            "all are up",
+        )
 
     def _end(self) -> None:
         self.process.kill()
@@ -138,7 +157,11 @@ class Front(ExitStack[None]):
             sock.connect(str(self._socket))
             sock.sendall(b"show stat\n")
             rows = [line.split(",") for line in sock.makefile().read().splitlines()]
-        return {row[1]: row[17].split()[0] for row in rows if row[0] == "gservers" and row[1] != "BACKEND"}
+        return {
+            row[1]: row[17].split()[0]
+            for row in rows
+            if row[0] == "gservers" and row[1] != "BACKEND"
+        }
 
 
 @contextmanager
@@ -146,8 +169,19 @@ def service(folder: Path, *options: str) -> Iterator[tuple[list[Running], Front,
     """Three servers, HAProxy before them, and clients that ask."""
     with ExitStack() as stack:
         redis = stack.enter_context(Redis(folder))
-        common = ["--redis-url", redis.url, "--admin-port", "0", "--drain-delay", str(DRAIN_DELAY), *options]
-        servers = [stack.enter_context(Running("--server-id", f"server-{number}", *common)) for number in (1, 2, 3)]
+        common = [
+            "--redis-url",
+            redis.url,
+            "--admin-port",
+            "0",
+            "--drain-delay",
+            str(DRAIN_DELAY),
+            *options,
+        ]
+        servers = [
+            stack.enter_context(Running("--server-id", f"server-{number}", *common))
+            for number in (1, 2, 3)
+        ]
         front = stack.enter_context(Front(folder, servers))
         load = Load(front.port)
         stack.callback(load.stop)
@@ -163,7 +197,9 @@ def accepts(port: int) -> bool:
 
 
 def test_the_configuration_is_one() -> None:
-    done = subprocess.run([program("haproxy"), "-c", "-f", str(CONFIG)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program("haproxy"), "-c", "-f", str(CONFIG)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower()
 
@@ -180,12 +216,15 @@ def test_the_configuration_is_as_the_page_says() -> None:
         found = re.search(rf"^ +(?:default-server .*)?{pattern}$", text, re.M)
         assert found, pattern
         assert said.format(*found.groups()) in page, pattern
-    # HAProxy hears of the end of a connection before the server has counted it out, so it needs a margin.
+    # HAProxy hears of the end of a connection before the server has counted it out, so it needs a
+    # margin.
     [most] = re.findall(r"default-server .*maxconn (\d+)", text)
     assert 0.95 * Config().max_clients < int(most) < Config().max_clients
 
 
-def test_no_client_is_turned_away_while_others_have_room_and_one_too_many_waits(tmp_path: Path) -> None:
+def test_no_client_is_turned_away_while_others_have_room_and_one_too_many_waits(
+    tmp_path: Path,
+) -> None:
     sizes = [5, 20, 20]
     with ExitStack() as stack:
         common = ["--admin-port", "0", "--max-clients"]
@@ -194,7 +233,9 @@ def test_no_client_is_turned_away_while_others_have_room_and_one_too_many_waits(
             for number, size in enumerate(sizes, 1)
         ]
         margin = [str(size - 1) for size in sizes]
-        front = stack.enter_context(Front(tmp_path, servers, of_one_address=sum(map(int, margin)) + 1, maxconn=margin))
+        front = stack.enter_context(
+            Front(tmp_path, servers, of_one_address=sum(map(int, margin)) + 1, maxconn=margin)
+        )
         clients = [stack.enter_context(Client(front.port)) for _ in range(sum(map(int, margin)))]
         served = Counter(client.ask(b"WHERE").decode() for client in clients)
         assert served == {f"server-{number}": size - 1 for number, size in enumerate(sizes, 1)}
@@ -217,7 +258,8 @@ def test_servers_drain_and_die_under_load_and_every_request_is_answered(tmp_path
         assert load.retries == []
         # Checks are no clients: WHO is the load's, and the one that asks.
 
-        # A drain: HAProxy notices while the server still accepts, so only connections that are there are let go.
+        # A drain: HAProxy notices while the server still accepts, so only connections that are
+        # there are let go.
         one.send_signal(signal.SIGTERM)
         until(lambda: front.states()["gs1"] == "DOWN", "HAProxy sees it draining", DRAIN_DELAY)
         assert one.process.poll() is None
@@ -227,14 +269,17 @@ def test_servers_drain_and_die_under_load_and_every_request_is_answered(tmp_path
         assert set(load.repeated()) <= {0}, "none had to be sent a third time"
         assert len(load.retries) <= CLIENTS
 
-        # A crash: connections break, and what was under way is asked once more. While its processes die, the kernel may
-        # accept for them; then nobody gets to it any more, health check or not.
+        # A crash: connections break, and what was under way is asked once more. While its processes
+        # die, the kernel may accept for them; then nobody gets to it any more, health check or not.
         other.kill()
         load.goes_on()
         began = time.monotonic()
         load.goes_on()
         assert load.repeated(began) == []
-        until(lambda: front.states() == {"gs1": "DOWN", "gs2": "DOWN", "gs3": "UP"}, "HAProxy sees it gone")
+        until(
+            lambda: front.states() == {"gs1": "DOWN", "gs2": "DOWN", "gs3": "UP"},
+            "HAProxy sees it gone",
+        )
         load.goes_on()
         load.stop()
         assert load.failures == []

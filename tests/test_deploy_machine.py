@@ -43,7 +43,16 @@ def unit(name: str) -> dict[str, dict[str, str]]:
 
 
 #: Of systemctl, groupadd, docker and kubectl.
-FLAGS_OF_OTHERS = {"--now", "--kill-who", "--signal", "--file", "--tag", "--rm", "--read-only", "--publish"}
+FLAGS_OF_OTHERS = {
+    "--now",
+    "--kill-who",
+    "--signal",
+    "--file",
+    "--tag",
+    "--rm",
+    "--read-only",
+    "--publish",
+}
 FLAGS_OF_OTHERS |= {"--cert", "--key"}
 FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--from-literal"}
 
@@ -71,7 +80,10 @@ def container() -> dict[str, Any]:
 
 def test_every_option_and_variable_that_is_named_exists() -> None:
     options = {flag(name) for name in OPTIONS}
-    variables = {name for field in OPTIONS for name in environment_names(field)} | {"GSERVER_SERVER", "GSERVER_ADMIN"}
+    variables = {name for field in OPTIONS for name in environment_names(field)} | {
+        "GSERVER_SERVER",
+        "GSERVER_ADMIN",
+    }
     named = set()
     for path in (path for path in DEPLOY.rglob("*") if path.is_file()):
         text = path.read_text()
@@ -94,7 +106,9 @@ def test_a_pod_has_time_for_a_lame_duck_before_it_is_killed() -> None:
     pod = manifests()["Deployment"]["spec"]["template"]["spec"]
     assert delay + 2 * timeout < pod["terminationGracePeriodSeconds"]
     readiness = container()["readinessProbe"]
-    assert readiness["periodSeconds"] * readiness["failureThreshold"] < delay, "it is known to be unready by then"
+    assert readiness["periodSeconds"] * readiness["failureThreshold"] < delay, (
+        "it is known to be unready by then"
+    )
 
 
 # systemd.
@@ -103,7 +117,9 @@ def test_a_pod_has_time_for_a_lame_duck_before_it_is_killed() -> None:
 def test_the_units_are_valid_and_their_score_is_the_one_that_the_page_says(tmp_path: Path) -> None:
     for name in ("gserver.service", "gserver.socket"):
         text = (UNITS / name).read_text()
-        (tmp_path / name).write_text(text.replace("/opt/gserver", str(ROOT)))  # It looks for the program.
+        (tmp_path / name).write_text(
+            text.replace("/opt/gserver", str(ROOT))
+        )  # It looks for the program.
     verified = subprocess.run(
         [program("systemd-analyze"), "verify", "--man=no", *map(str, sorted(tmp_path.iterdir()))],
         capture_output=True,
@@ -113,7 +129,12 @@ def test_the_units_are_valid_and_their_score_is_the_one_that_the_page_says(tmp_p
     ours = [line for line in verified.stderr.splitlines() if "gserver" in line]
     assert (verified.returncode, ours) == (0, [])
     score = subprocess.run(
-        [program("systemd-analyze"), "security", "--offline=true", str(tmp_path / "gserver.service")],
+        [
+            program("systemd-analyze"),
+            "security",
+            "--offline=true",
+            str(tmp_path / "gserver.service"),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -125,14 +146,28 @@ def test_the_units_are_valid_and_their_score_is_the_one_that_the_page_says(tmp_p
 
 def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:
     port = free_port()
-    variables = {"GSERVER_PORT": str(port), "GSERVER_WORKERS": "2", "GSERVER_ADMIN_PORT": str(free_port())}
-    with Booted(tmp_path, variables | {"GSERVER_DRAIN_DELAY": "0.3"}, service="RestartSec=100ms") as machine:
+    variables = {
+        "GSERVER_PORT": str(port),
+        "GSERVER_WORKERS": "2",
+        "GSERVER_ADMIN_PORT": str(free_port()),
+    }
+    with Booted(
+        tmp_path, variables | {"GSERVER_DRAIN_DELAY": "0.3"}, service="RestartSec=100ms"
+    ) as machine:
         machine.run("systemctl", "start", "gserver.service")
-        assert machine.show("gserver.service", "StatusText") == f"listening on 127.0.0.1:{port}, workers: 2"
+        assert (
+            machine.show("gserver.service", "StatusText")
+            == f"listening on 127.0.0.1:{port}, workers: 2"
+        )
         main = machine.main_process()
         for process in (main, *main.children()):
             status = Path(f"/proc/{process.pid}/status").read_text()
-            for line in ("Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000"):
+            for line in (
+                "Seccomp:\t2",
+                "NoNewPrivs:\t1",
+                "CapEff:\t0000000000000000",
+                "CapBnd:\t0000000000000000",
+            ):
                 assert line in status
             assert not re.search(r"^Uid:.*\b0\b", status, re.M)
             mounts = Path(f"/proc/{process.pid}/mounts").read_text().splitlines()
@@ -144,7 +179,10 @@ def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Pat
             machine.run("systemctl", "reload", "gserver.service")
             assert client.rest() == b""
         until(lambda: machine.events("server.reloaded"), "it has reloaded")
-        until(lambda: machine.show("gserver.service", "ActiveState") == "active", "systemd knows of it")
+        until(
+            lambda: machine.show("gserver.service", "ActiveState") == "active",
+            "systemd knows of it",
+        )
 
         main.kill()
         until(lambda: machine.show("gserver.service", "NRestarts") == "1", "it is started again")
@@ -167,7 +205,9 @@ def test_under_systemd_a_hang_is_ended_and_a_bad_option_is_not_tried_again(tmp_p
         machine.main_process().suspend()
         until(lambda: machine.show("gserver.service", "NRestarts") == "1", "it is started again")
         until(lambda: machine.show("gserver.service", "ActiveState") == "active", "and is ready")
-        (tmp_path / "units/gserver.service.d/bad.conf").write_text("[Service]\nEnvironment='GSERVER_WORKERS=a few'\n")
+        (tmp_path / "units/gserver.service.d/bad.conf").write_text(
+            "[Service]\nEnvironment='GSERVER_WORKERS=a few'\n"
+        )
         machine.run("systemctl", "daemon-reload")
         assert machine.run("systemctl", "restart", "gserver.service", check=False).returncode != 0
         assert machine.show("gserver.service", "ExecMainStatus") == "2"
@@ -183,34 +223,53 @@ def test_under_systemd_a_lame_duck_serves_on_and_its_socket_loses_nobody(tmp_pat
         assert machine.show("gserver.service", "ActiveState") == "inactive"
         with Client(port) as client:
             assert client.who() == 1
-            until(lambda: machine.show("gserver.service", "ActiveState") == "active", "it has been started")
-            machine.run("systemctl", "kill", "--kill-who=main", "--signal=SIGUSR2", "gserver.service")
-            until(lambda: machine.show("gserver.service", "ActiveState") == "deactivating", "it is a lame duck")
+            until(
+                lambda: machine.show("gserver.service", "ActiveState") == "active",
+                "it has been started",
+            )
+            machine.run(
+                "systemctl", "kill", "--kill-who=main", "--signal=SIGUSR2", "gserver.service"
+            )
+            until(
+                lambda: machine.show("gserver.service", "ActiveState") == "deactivating",
+                "it is a lame duck",
+            )
             until(lambda: machine.events("server.retiring"), "it says so")
             with socket.create_connection(("127.0.0.1", port), LIMIT) as late:
                 late.sendall(b"WHO\n")
                 until(client.who, "the first is served still")
                 client.sock.close()
                 assert late.recv(100) == b"1\n"
-        until(lambda: len(machine.events("server.listening")) == 2, "the late one had it started again")
+        until(
+            lambda: len(machine.events("server.listening")) == 2,
+            "the late one had it started again",
+        )
         assert len(machine.events("server.stopped")) == 1
 
 
 def commented(*beginnings: str) -> str:
     """Lines of the unit that are comments there, as a drop-in."""
-    lines = [line[1:] for line in (UNITS / "gserver.service").read_text().splitlines() if line.startswith("#")]
+    lines = [
+        line[1:]
+        for line in (UNITS / "gserver.service").read_text().splitlines()
+        if line.startswith("#")
+    ]
     found = [line for line in lines if line.startswith(beginnings)]
     assert len(found) == len(beginnings)
     return "\n".join(["[Service]", *found])
 
 
-def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload_reads_again(tmp_path: Path) -> None:
+def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload_reads_again(
+    tmp_path: Path,
+) -> None:
     port = free_port()
     pems = []
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         make_certificates(tmp_path / name)
-        pems.append("".join((tmp_path / name / f"server.{part}").read_text() for part in ("pem", "key")))
+        pems.append(
+            "".join((tmp_path / name / f"server.{part}").read_text() for part in ("pem", "key"))
+        )
 
     def is_served(pem: str) -> bool:
         return pem.startswith(ssl.get_server_certificate(("127.0.0.1", port), timeout=LIMIT))
@@ -218,12 +277,16 @@ def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload
     with Booted(tmp_path, {"GSERVER_PORT": str(port), "GSERVER_DRAIN_DELAY": "0"}) as machine:
 
         def put(pem: str, *options: str) -> None:
-            """As root, where DynamicUser= and PrivateTmp= let the service see it if the file's mode does."""
+            """As root, where DynamicUser= and PrivateTmp= let the service see it if the file's mode
+            does.
+            """
             (tmp_path / "pem").write_text(pem)
             machine.run("install", *options, str(tmp_path / "pem"), "/opt/gserver.pem")
 
         def start_with(lines: str) -> None:
-            lines = lines.replace("/etc/ssl/gserver.pem", "/opt/gserver.pem").replace("=gserver-tls", "=adm")
+            lines = lines.replace("/etc/ssl/gserver.pem", "/opt/gserver.pem").replace(
+                "=gserver-tls", "=adm"
+            )
             (tmp_path / "units/gserver.service.d/tls.conf").write_text(lines)
             machine.run("systemctl", "daemon-reload")
             machine.run("systemctl", "restart", "gserver.service")
@@ -250,7 +313,9 @@ def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload
         assert is_served(pems[1])
         put("no certificate", "-m", "640", "-g", "adm")
         machine.run("systemctl", "reload", "gserver.service")
-        until(lambda: machine.events("server.reload_failed"), "only the log says that it has failed")
+        until(
+            lambda: machine.events("server.reload_failed"), "only the log says that it has failed"
+        )
         assert is_served(pems[1])
 
 
@@ -269,24 +334,34 @@ def value(word: str) -> str:
 
 
 def is_ignored(path: PurePath) -> bool:
-    """Whether .dockerignore keeps a path from the build: the last line that fits it, or a folder of it, decides."""
+    """Whether .dockerignore keeps a path from the build: the last line that fits it, or a folder of
+    it, decides.
+    """
     ignored = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if not line or line.startswith("#"):
             continue
         pattern = line.removeprefix("!")
-        assert re.fullmatch(r"(\*\*/)?[\w.]+|\*", pattern), "as much of the language as this understands"
+        assert re.fullmatch(r"(\*\*/)?[\w.]+|\*", pattern), (
+            "as much of the language as this understands"
+        )
         parts = [*(str(parent) for parent in path.parents if parent.name), str(path)]
         if pattern.startswith("**/"):
             parts = [PurePath(part).name for part in parts]
-        if any(fnmatchcase(part, pattern.removeprefix("**/")) for part in parts if pattern != "*" or "/" not in part):
+        if any(
+            fnmatchcase(part, pattern.removeprefix("**/"))
+            for part in parts
+            if pattern != "*" or "/" not in part
+        ):
             ignored = not line.startswith("!")
     return ignored
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """The folder of the image's root, after what the Dockerfile copies and runs. Packages are those of this Python."""
+    """The folder of the image's root, after what the Dockerfile copies and runs. Packages are those
+    of this Python.
+    """
     root = tmp_path / "image"
     folder = root / value("WORKDIR").lstrip("/")
     folder.mkdir(parents=True)
@@ -297,7 +372,9 @@ def image(tmp_path: Path) -> Path:
                 assert not is_ignored(source)
                 if (ROOT / source).is_dir():
                     inside = [path for path in (ROOT / source).rglob("*") if path.is_file()]
-                    pairs = [(path, folder / target / path.relative_to(ROOT / source)) for path in inside]
+                    pairs = [
+                        (path, folder / target / path.relative_to(ROOT / source)) for path in inside
+                    ]
                 else:
                     pairs = [(ROOT / source, folder / target / source.name)]
                 for path, copy in pairs:
@@ -305,35 +382,70 @@ def image(tmp_path: Path) -> Path:
                         copy.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copy2(path, copy)
         elif word == "RUN":
-            subprocess.run(["sh", "-c", rest], cwd=folder, env=of_image(), check=True, capture_output=True)
+            subprocess.run(
+                ["sh", "-c", rest], cwd=folder, env=of_image(), check=True, capture_output=True
+            )
     return folder
 
 
 def words(command: str, image: Path) -> list[str]:
-    """A command of the Dockerfile, in its exec form, as it is where the image's folder is another one."""
+    """A command of the Dockerfile, in its exec form, as it is where the image's folder is another
+    one.
+    """
     return [word.replace(value("WORKDIR"), str(image)) for word in json.loads(command)]
 
 
 def of_image() -> dict[str, str]:
-    """The environment of a process in the image, with this Python's packages in place of those that it installs."""
+    """The environment of a process in the image, with this Python's packages in place of those that
+    it installs.
+    """
     told = dict(pair.split("=", 1) for pair in shlex.split(value("ENV")))
     return {"PATH": os.environ["PATH"], "VIRTUAL_ENV": sys.prefix, "HOME": "/", **told}
 
 
 def test_nothing_but_the_program_is_in_what_an_image_is_built_from() -> None:
-    for path in (".git/config", ".venv/pyvenv.cfg", "docs/protocol.md", "tests/running.py", "README.md", ".env"):
+    for path in (
+        ".git/config",
+        ".venv/pyvenv.cfg",
+        "docs/protocol.md",
+        "tests/running.py",
+        "README.md",
+        ".env",
+    ):
         assert is_ignored(PurePath(path)), path
     assert is_ignored(PurePath("gserver/__pycache__/cli.cpython-311.pyc"))
-    assert not is_ignored(PurePath("gserver/page.html"))
+    assert not is_ignored(PurePath("gserver/agent/page.html"))
 
 
-def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(image: Path, tmp_path: Path) -> None:
-    """In namespaces, with the image's own ports and on files that cannot be written: all but the container's root."""
+def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(
+    image: Path, tmp_path: Path
+) -> None:
+    """In namespaces, with the image's own ports and on files that cannot be written: all but the
+    container's root.
+    """
     if os.geteuid() != 0:
         pytest.skip("namespaces take root")
     begin = 'ip link set lo up && mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd "$0" && exec "$@"'
-    apart = [program("unshare"), "--pid", "--net", "--mount", "--ipc", "--fork", "--mount-proc", "--kill-child"]
-    command = [*apart, "sh", "-c", begin, str(image), *words(value("ENTRYPOINT"), image), "--drain-timeout", "20"]
+    apart = [
+        program("unshare"),
+        "--pid",
+        "--net",
+        "--mount",
+        "--ipc",
+        "--fork",
+        "--mount-proc",
+        "--kill-child",
+    ]
+    command = [
+        *apart,
+        "sh",
+        "-c",
+        begin,
+        str(image),
+        *words(value("ENTRYPOINT"), image),
+        "--drain-timeout",
+        "20",
+    ]
     environment = {**of_image(), "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": ""}
     with Running(command=command, env=environment, cwd=image, wait=False) as server:
         said = server.wait_for("server.listening")
@@ -344,7 +456,12 @@ def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(
 
         def inside(*command: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                [*enter, *command], env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+                [*enter, *command],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=LIMIT,
+                check=False,
             )
 
         check = words(re.sub(r"^.*?CMD ", "", value("HEALTHCHECK")), image)
@@ -371,7 +488,9 @@ def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(
 
 def uncommented(lines: str) -> str:
     """YAML with what is commented out in it: lines that begin with a # and no blank."""
-    return re.sub(r"(?m)^( *)#(?=[^ #])(.*(?:\n\1#  .*)*)", lambda found: found[0].replace("#", ""), lines)
+    return re.sub(
+        r"(?m)^( *)#(?=[^ #])(.*(?:\n\1#  .*)*)", lambda found: found[0].replace("#", ""), lines
+    )
 
 
 @pytest.mark.parametrize("has_tls", [False, True])
@@ -379,7 +498,13 @@ def test_the_manifest_fits_the_schemas_of_kubernetes(has_tls: bool, tmp_path: Pa
     package("kubernetes_validate")
     text = (DEPLOY / "kubernetes/gserver.yaml").read_text()
     (tmp_path / "gserver.yaml").write_text(uncommented(text) if has_tls else text)
-    validate = [sys.executable, "-m", "kubernetes_validate", "--strict", str(tmp_path / "gserver.yaml")]
+    validate = [
+        sys.executable,
+        "-m",
+        "kubernetes_validate",
+        "--strict",
+        str(tmp_path / "gserver.yaml"),
+    ]
     done = subprocess.run(validate, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count(" passed ") == len(manifests())
@@ -390,10 +515,15 @@ def test_with_tls_the_manifest_mounts_what_the_server_reads() -> None:
     pod = next(package("yaml").safe_load_all(text))["spec"]["template"]["spec"]
     [container], [volume] = pod["containers"], pod["volumes"]
     [mount] = container["volumeMounts"]
-    named = {each["name"]: each["value"] for each in container["env"] if each["name"].startswith("GSERVER_TLS")}
+    named = {
+        each["name"]: each["value"]
+        for each in container["env"]
+        if each["name"].startswith("GSERVER_TLS")
+    }
     # A Secret of type kubernetes.io/tls has these two keys.
     assert named == {
-        f"GSERVER_TLS_{name}": f"{mount['mountPath']}/tls.{end}" for name, end in (("CERT", "crt"), ("KEY", "key"))
+        f"GSERVER_TLS_{name}": f"{mount['mountPath']}/tls.{end}"
+        for name, end in (("CERT", "crt"), ("KEY", "key"))
     }
     assert mount["name"] == volume["name"]
     assert f"secret tls {volume['secret']['secretName']} " in text
@@ -414,9 +544,18 @@ def test_what_belongs_together_in_the_manifest_goes_by_the_same_names() -> None:
     # Else the Service's name makes a variable GSERVER_PORT of its own.
     assert pod["spec"]["enableServiceLinks"] is False
     ports = {each["name"] for each in container()["ports"]}
-    probes = [container()[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "liveness", "readiness")]
-    opened = [port["port"] for rule in found["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]]
-    assert {*probes, *opened, *(each["targetPort"] for each in found["Service"]["spec"]["ports"])} == ports
+    probes = [
+        container()[f"{kind}Probe"]["httpGet"]["port"]
+        for kind in ("startup", "liveness", "readiness")
+    ]
+    opened = [
+        port["port"] for rule in found["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]
+    ]
+    assert {
+        *probes,
+        *opened,
+        *(each["targetPort"] for each in found["Service"]["spec"]["ports"]),
+    } == ports
 
 
 def test_a_server_with_the_variables_of_the_manifest_answers_its_probes() -> None:
@@ -425,17 +564,24 @@ def test_a_server_with_the_variables_of_the_manifest_answers_its_probes() -> Non
     for each in container()["env"]:
         source = each.get("valueFrom", {})
         env[each["name"]] = each.get("value") or (
-            secrets[source["secretKeyRef"]["key"]] if "secretKeyRef" in source else "gserver-5d4f-x7x2p"
+            secrets[source["secretKeyRef"]["key"]]
+            if "secretKeyRef" in source
+            else "gserver-5d4f-x7x2p"
         )
     ports = {each["name"]: each["containerPort"] for each in container()["ports"]}
-    assert (int(env["GSERVER_PORT"]), int(env["GSERVER_ADMIN_PORT"])) == (ports["gserver"], ports["admin"])
+    assert (int(env["GSERVER_PORT"]), int(env["GSERVER_ADMIN_PORT"])) == (
+        ports["gserver"],
+        ports["admin"],
+    )
     env |= {"GSERVER_PORT": "0", "GSERVER_ADMIN_PORT": "0"}
     with Running(command=[*GSERVER, "serve"], env=env) as server, server.client() as client:
         server.wait_for("agent.ready")
         assert client.ask(b"WHERE") == b"gserver-5d4f-x7x2p"
 
         def status(path: str, **headers: str) -> int:
-            request = urllib.request.Request(f"http://127.0.0.1:{server.admin_port()}{path}", headers=headers)
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{server.admin_port()}{path}", headers=headers
+            )
             try:
                 with urllib.request.urlopen(request, timeout=LIMIT) as answer:
                     return int(answer.status)

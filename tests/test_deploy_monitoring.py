@@ -1,6 +1,8 @@
-"""What is shipped for Prometheus and Grafana: checked by promtool, and run by a real Prometheus on a real cluster.
+"""What is shipped for Prometheus and Grafana: checked by promtool, and run by a real Prometheus on
+a real cluster.
 
-Grafana itself is not here. Of its dashboard, the queries are run, and the layout is checked for what is plain to see.
+Grafana itself is not here. Of its dashboard, the queries are run, and the layout is checked for
+what is plain to see.
 """
 
 import json
@@ -57,7 +59,9 @@ def configuration(folder: Path, targets: list[str]) -> Path:
     (folder / "gserver.token").write_text(TOKEN)
     config = folder / "prometheus.yml"
     text = replaced(
-        r"(?m)^ +- targets:\n( +- 10\.0\.0\.\d:4243\n)+", f"      - targets: {targets}\n", config.read_text()
+        r"(?m)^ +- targets:\n( +- 10\.0\.0\.\d:4243\n)+",
+        f"      - targets: {targets}\n",
+        config.read_text(),
     )
     text = replaced(r"targets: \[127\.0\.0\.1:9093\]", "targets: []", text)
     for name in ("scrape", "evaluation"):
@@ -68,7 +72,11 @@ def configuration(folder: Path, targets: list[str]) -> Path:
 
 def promtool(*arguments: str | Path) -> None:
     done = subprocess.run(
-        [program("promtool"), *map(str, arguments)], capture_output=True, text=True, timeout=2 * LIMIT, check=False
+        [program("promtool"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -79,14 +87,22 @@ def test_promtool_finds_no_fault_with_the_configuration_and_the_rules(tmp_path: 
     promtool("check", "rules", "--lint=all", "--lint-fatal", FILES / "gserver.rules.yml")
 
 
-def test_the_discoveries_that_are_commented_out_are_valid_in_place_of_the_targets(tmp_path: Path) -> None:
+def test_the_discoveries_that_are_commented_out_are_valid_in_place_of_the_targets(
+    tmp_path: Path,
+) -> None:
     config = configuration(tmp_path, [])
     begin, end = config.read_text().split("    static_configs:\n")
     found = dict(re.findall(r"(?m)^    # (\w+_configs):((?: .*)?(?:\n    #   - .*)*)$", end))
-    assert list(found) == [f"{name}_configs" for name in ("file_sd", "dns_sd", "kubernetes_sd", "relabel")]
+    assert list(found) == [
+        f"{name}_configs" for name in ("file_sd", "dns_sd", "kubernetes_sd", "relabel")
+    ]
     [kubernetes] = package("yaml").safe_load(found.pop("kubernetes_sd_configs").replace("#", ""))
-    assert kubernetes["role"] == "pod"  # More is not checked: Debian's Prometheus knows no Kubernetes.
-    lines = "".join(f"    {name}:{value}\n".replace("    #   - ", "      - ") for name, value in found.items())
+    assert (
+        kubernetes["role"] == "pod"
+    )  # More is not checked: Debian's Prometheus knows no Kubernetes.
+    lines = "".join(
+        f"    {name}:{value}\n".replace("    #   - ", "      - ") for name, value in found.items()
+    )
     config.write_text(begin + lines)
     promtool("check", "config", config)
 
@@ -104,7 +120,9 @@ def test_every_rule_has_a_unit_test_and_every_alert_one_in_which_it_does_not_fir
 
 
 def test_what_is_recorded_over_a_window_is_taken_over_that_window() -> None:
-    found = re.findall(r"- record: job_sli:gserver_errors:ratio(\w+)\n +labels: .*\n +expr: (.*)\n", RULES)
+    found = re.findall(
+        r"- record: job_sli:gserver_errors:ratio(\w+)\n +labels: .*\n +expr: (.*)\n", RULES
+    )
     assert len(found) == 10
     for window, expression in found:
         windows = re.findall(r"\[(\w+)\]", expression)
@@ -114,20 +132,26 @@ def test_what_is_recorded_over_a_window_is_taken_over_that_window() -> None:
 
 def test_every_alert_has_a_section_of_the_runbook_and_the_other_way_round() -> None:
     assert re.findall(r"^## (.*)$", RUNBOOK, re.M) == [*ALERTS, "When no alert says it"]
-    severities = dict(re.findall(r"- alert: (\w+)\n(?:(?! +- alert).*\n)*?.*severity: (\w+)", RULES))
+    severities = dict(
+        re.findall(r"- alert: (\w+)\n(?:(?! +- alert).*\n)*?.*severity: (\w+)", RULES)
+    )
     said = dict(re.findall(r"^## (\w+)\n\n\*(Page|Ticket)\.\*", RUNBOOK, re.M))
     assert {name: word.lower() for name, word in said.items()} == severities
 
 
 def test_the_runbook_names_events_options_and_sections_that_there_are() -> None:
-    events = set(re.findall(r"`((?:server|worker|agent|process|client|command|cluster|tls)\.\w+)`", RUNBOOK))
+    events = set(
+        re.findall(r"`((?:server|worker|agent|process|client|command|cluster|tls)\.\w+)`", RUNBOOK)
+    )
     assert events - {"process.exit_code"} <= set(rows("Logs"))
     options = {flag(name) for name in OPTIONS} | {"--server", "--latency", "--cacert"}
     assert set(re.findall(r"(?<!\w)--[a-z-]+", RUNBOOK)) <= options
     anchors = {name.lower() for name in ALERTS}
     assert set(re.findall(r"\]\(#([^)]+)\)", RUNBOOK)) <= anchors
     operations = (ROOT / "docs/operations.md").read_text()
-    titles = {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", operations, re.M)}
+    titles = {
+        title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", operations, re.M)
+    }
     assert set(re.findall(r"operations\.md#([^)]+)\)", RUNBOOK)) <= titles
 
 
@@ -143,7 +167,9 @@ class Monitored:
     def api(self, path: str, **parameters: str) -> Any:
         """The data of an answer; an error that Prometheus tells fails the test."""
         try:
-            with urlopen(f"{self.url}/api/v1/{path}?{urlencode(parameters)}", timeout=LIMIT) as reply:
+            with urlopen(
+                f"{self.url}/api/v1/{path}?{urlencode(parameters)}", timeout=LIMIT
+            ) as reply:
                 return json.load(reply)["data"]
         except HTTPError as error:
             pytest.fail(f"{parameters}: {error.read().decode()}")
@@ -166,7 +192,8 @@ class Monitored:
     def told(self) -> set[str]:
         """The names of the samples in a server's /metrics."""
         request = Request(
-            f"http://127.0.0.1:{self.servers[0].admin_port()}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}
+            f"http://127.0.0.1:{self.servers[0].admin_port()}/metrics",
+            headers={"Authorization": f"Bearer {TOKEN}"},
         )
         with urlopen(request, timeout=LIMIT) as reply:
             return set(re.findall(r"^(\w+)", reply.read().decode(), re.M))
@@ -194,7 +221,9 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         for server in servers:
             stack.enter_context(TlsClient(server.port, trusted))
         port, dead = free_port(), f"127.0.0.1:{free_port()}"
-        config = configuration(folder, [*(f"127.0.0.1:{server.admin_port()}" for server in servers), dead])
+        config = configuration(
+            folder, [*(f"127.0.0.1:{server.admin_port()}" for server in servers), dead]
+        )
         log = stack.enter_context((folder / "log").open("wb"))
         process = subprocess.Popen(
             [
@@ -236,10 +265,16 @@ def expressions() -> list[str]:
 
 def names(expression: str) -> set[str]:
     """The names of gserver's metrics, and of what is recorded, in an expression."""
-    return {word for word in re.findall(r"[a-zA-Z_:][\w:]*", expression) if re.match(r"gserver_|\w+:gserver_", word)}
+    return {
+        word
+        for word in re.findall(r"[a-zA-Z_:][\w:]*", expression)
+        if re.match(r"gserver_|\w+:gserver_", word)
+    }
 
 
-def test_every_query_of_the_dashboard_has_data_once_the_servers_are_used(monitored: Monitored) -> None:
+def test_every_query_of_the_dashboard_has_data_once_the_servers_are_used(
+    monitored: Monitored,
+) -> None:
     # The annotations: no alert fires, though a server is down and Prometheus has just begun.
     empty = {expression for expression in expressions() if expression.startswith("ALERTS{")}
 
@@ -265,7 +300,10 @@ def test_what_the_dashboard_shows_is_what_was_done(monitored: Monitored) -> None
 
 
 def test_the_rules_are_evaluated_without_error(monitored: Monitored) -> None:
-    until(lambda: all(rule["health"] != "unknown" for rule in monitored.rules()), "all rules have been evaluated")
+    until(
+        lambda: all(rule["health"] != "unknown" for rule in monitored.rules()),
+        "all rules have been evaluated",
+    )
     rules = monitored.rules()
     assert [(rule["name"], rule.get("lastError")) for rule in rules if rule["health"] != "ok"] == []
     assert {rule["name"] for rule in rules if rule["type"] == "alerting"} == set(ALERTS)
@@ -273,7 +311,12 @@ def test_the_rules_are_evaluated_without_error(monitored: Monitored) -> None:
     for rule in rules:
         monitored.query(rule["query"])
     # Each of what is recorded is there, by both indicators where there are two.
-    until(lambda: all(monitored.query(rule["query"]) for rule in rules if rule["type"] == "recording"), "all record")
+    until(
+        lambda: all(
+            monitored.query(rule["query"]) for rule in rules if rule["type"] == "recording"
+        ),
+        "all record",
+    )
 
 
 def test_every_metric_that_is_named_is_told_by_the_server(monitored: Monitored) -> None:
@@ -285,7 +328,11 @@ def test_every_metric_that_is_named_is_told_by_the_server(monitored: Monitored) 
 
 def test_an_alert_of_the_real_thing_leads_to_its_section(monitored: Monitored) -> None:
     def down() -> list[dict[str, Any]]:
-        return [alert for alert in monitored.api("alerts")["alerts"] if alert["labels"]["alertname"] == "GserverDown"]
+        return [
+            alert
+            for alert in monitored.api("alerts")["alerts"]
+            if alert["labels"]["alertname"] == "GserverDown"
+        ]
 
     [alert] = until(down, "the server that does not run is noticed")
     assert alert["labels"]["instance"] == monitored.dead
@@ -295,13 +342,19 @@ def test_an_alert_of_the_real_thing_leads_to_its_section(monitored: Monitored) -
 
 
 def test_every_link_of_an_alert_is_to_its_own_section() -> None:
-    links = re.findall(r"- alert: (\w+)\n(?:(?! +- alert).*\n)*?.*runbook_url: '\{\{ (.*) \}\}#(\w+)'", RULES)
+    links = re.findall(
+        r"- alert: (\w+)\n(?:(?! +- alert).*\n)*?.*runbook_url: '\{\{ (.*) \}\}#(\w+)'", RULES
+    )
     assert links == [(name, "$externalLabels.gserver_runbook", name.lower()) for name in ALERTS]
     assert "gserver_runbook: https://" in (FILES / "prometheus.yml").read_text()
 
 
 def test_the_dashboard_lets_the_reader_choose_and_its_panels_do_not_overlap() -> None:
-    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "job", "instance"]
+    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == [
+        "datasource",
+        "job",
+        "instance",
+    ]
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         place = panel["gridPos"]
@@ -317,4 +370,6 @@ def test_the_dashboard_lets_the_reader_choose_and_its_panels_do_not_overlap() ->
     for panel in PANELS:
         assert panel["description"], panel["title"]
         sources = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
-        assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources), panel["title"]
+        assert all(
+            source == {"type": "prometheus", "uid": "${datasource}"} for source in sources
+        ), panel["title"]

@@ -13,12 +13,12 @@ from typing import Any
 import gevent
 import pytest
 
-from gserver.board import Board
-from gserver.clientele import Clientele
 from gserver.commands import BUILT_IN
 from gserver.config import Config
-from gserver.dispatcher import TURN_CLIENTS, Dispatcher
-from gserver.receiver import BURST_BYTES
+from gserver.scoreboard import Scoreboard
+from gserver.serve.dispatcher import TURN_CLIENTS, Dispatcher
+from gserver.serve.limits import Limits
+from gserver.serve.receiver import BURST_BYTES
 from tests.running import CLIENT_GREENLETS, LIMIT, PATIENCE, Client, Running, stopped, until
 
 MODULE = """
@@ -74,7 +74,9 @@ def greenlets(client: Client) -> int:
     return int(client.ask(b"GREENLETS"))
 
 
-def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(here: Running, watcher: Client) -> None:
+def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(
+    here: Running, watcher: Client
+) -> None:
     before = greenlets(watcher)
     with ExitStack() as stack:
         clients = [stack.enter_context(here.client()) for _ in range(CROWD)]
@@ -86,7 +88,9 @@ def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(here: R
             client.send(b"where\r\n")
             assert client.line() == b"here\n"
             client.send(b"WHO\nWHERE\nWHY\n" * 10)
-            assert b"".join(client.line() for _ in range(30)) == b"%d\nhere\n42\n" % (CROWD + 1) * 10
+            assert (
+                b"".join(client.line() for _ in range(30)) == b"%d\nhere\n42\n" % (CROWD + 1) * 10
+            )
         assert greenlets(watcher) == before
     until(lambda: watcher.who() == 1, "they are counted out")
     assert greenlets(watcher) == before
@@ -102,7 +106,9 @@ def test_a_greenlet_each_is_what_an_option_gives(folder: Path) -> None:
         assert greenlets(watcher) == before + CROWD
 
 
-@pytest.mark.parametrize("said", [b"NOPE\n", b"WHO\nWHY\nNOPE\n", b" why\n", b"\xff\n", b"\n", b"WHO\nWH"])
+@pytest.mark.parametrize(
+    "said", [b"NOPE\n", b"WHO\nWHY\nNOPE\n", b" why\n", b"\xff\n", b"\n", b"WHO\nWH"]
+)
 def test_all_else_wakes_a_client_which_rests_again_when_it_has_been_quiet(
     here: Running, watcher: Client, said: bytes
 ) -> None:
@@ -137,7 +143,9 @@ def test_a_line_that_has_begun_keeps_its_client_awake(here: Running, watcher: Cl
         assert client.line() == b"ERR unknown command\n"
 
 
-def test_a_blank_line_before_a_rest_is_no_first_line_and_a_command_is_one(here: Running, watcher: Client) -> None:
+def test_a_blank_line_before_a_rest_is_no_first_line_and_a_command_is_one(
+    here: Running, watcher: Client
+) -> None:
     before = greenlets(watcher)
     for said, told in (
         (b"\n", b""),
@@ -152,7 +160,9 @@ def test_a_blank_line_before_a_rest_is_no_first_line_and_a_command_is_one(here: 
             assert client.end() == told
 
 
-def test_a_burst_that_is_larger_than_what_is_taken_at_once_is_answered_in_order(here: Running, watcher: Client) -> None:
+def test_a_burst_that_is_larger_than_what_is_taken_at_once_is_answered_in_order(
+    here: Running, watcher: Client
+) -> None:
     for count in (1, 409, 410, 682, 683, 1023, 1024, 1025, 5000):
         with here.client() as client:
             client.send(b"WHERE\n" * count + b"WHY\n" * count)
@@ -180,7 +190,9 @@ def test_replies_that_are_not_read_are_kept_in_order(here: Running) -> None:
     assert received[3 * lines :] in (b"", b"42\n", b"ERR unknown command\n")
 
 
-def test_who_has_connected_before_a_who_is_sent_is_in_its_answer_whoever_else_speaks(here: Running) -> None:
+def test_who_has_connected_before_a_who_is_sent_is_in_its_answer_whoever_else_speaks(
+    here: Running,
+) -> None:
     with ExitStack() as stack:
         count = TURN_CLIENTS + 50  # More than have their turn at once.
         clients = [stack.enter_context(here.client()) for _ in range(count)]
@@ -211,7 +223,9 @@ def test_a_drain_answers_what_a_client_at_rest_has_sent_and_then_ends_it(folder:
         assert time.monotonic() - began < PATIENCE
 
 
-@pytest.mark.parametrize("said", [b"\n", b"W", b"WHY\nW", b"WHY\n" * 1000], ids=["blanks", "line", "lines", "flood"])
+@pytest.mark.parametrize(
+    "said", [b"\n", b"W", b"WHY\nW", b"WHY\n" * 1000], ids=["blanks", "line", "lines", "flood"]
+)
 def test_a_client_that_goes_on_and_on_holds_up_no_drain(said: bytes) -> None:
     with Running("--drain-timeout", "600") as server, server.client() as client:
         talks = threading.Event()
@@ -263,22 +277,26 @@ def test_time_in_a_handler_is_not_idle_time_however_often_it_is_looked_at(folder
 
 
 @contextmanager
-def dispatcher(**options: Any) -> Iterator[tuple[Board, Dispatcher, socket.socket]]:
+def dispatcher(**options: Any) -> Iterator[tuple[Scoreboard, Dispatcher, socket.socket]]:
     """A dispatcher in this process, and one client of it."""
-    board = Board.create(1)
-    clientele = Clientele(Config(server_id="here", **options), board, 0, BUILT_IN)
-    dispatcher = Dispatcher(clientele, lambda: None)
+    scoreboard = Scoreboard.create(1)
+    limits = Limits(Config(server_id="here", **options), scoreboard, 0, BUILT_IN)
+    dispatcher = Dispatcher(limits, lambda: None)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with closing(theirs):
-        assert clientele.admit(ours.fileno()) is None
+        assert limits.admit(ours.fileno()) is None
         dispatcher.take_in(ours, None)
-        yield board, dispatcher, theirs
+        yield scoreboard, dispatcher, theirs
 
 
 @pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 def test_time_in_which_replies_wait_to_be_read_is_not_idle_time(greenlets: str) -> None:
-    with dispatcher(idle_timeout_seconds=0.5, client_greenlets=greenlets) as (board, ours, client):
+    with dispatcher(idle_timeout_seconds=0.5, client_greenlets=greenlets) as (
+        scoreboard,
+        ours,
+        client,
+    ):
         client.setblocking(False)
         sent = received = 0
         blocked = 0
@@ -291,32 +309,32 @@ def test_time_in_which_replies_wait_to_be_read_is_not_idle_time(greenlets: str) 
                 gevent.sleep(0.005)
         gevent.sleep(0.6)
         ours.sweep()
-        assert board.totals()["clients"] == 1
+        assert scoreboard.totals()["clients"] == 1
         while received < sent // 4 * 3:
             with suppress(BlockingIOError):
                 received += len(client.recv(1 << 20))
             gevent.sleep(0.001)
         ours.sweep()
         gevent.sleep(0.05)
-        assert board.totals()["refused.idle"] == 0
-        assert board.totals()["clients"] == 1
+        assert scoreboard.totals()["refused.idle"] == 0
+        assert scoreboard.totals()["clients"] == 1
 
 
 def test_a_failure_of_our_own_costs_its_client_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with dispatcher() as (board, ours, client):
+    with dispatcher() as (scoreboard, ours, client):
         other, theirs = socket.socketpair()
         other.setblocking(False)
-        assert ours._clientele.admit(other.fileno()) is None
+        assert ours._limits.admit(other.fileno()) is None
         ours.take_in(other, None)
         with monkeypatch.context() as patch, closing(theirs):
-            patch.setattr(ours._express, "answer", fail)
+            patch.setattr(ours._fastpath, "answer", fail)
             theirs.sendall(b"WHO\n")
             gevent.sleep(0.05)
             assert theirs.recv(10) == b""
         client.sendall(b"WHO\n")
         gevent.sleep(0.05)
         assert client.recv(10) == b"1\n"
-        totals = board.totals()
+        totals = scoreboard.totals()
         assert (totals["clients"], totals["closed"], ours.open) == (1, 1, 1)
 
 
@@ -325,19 +343,23 @@ def fail(_data: bytes) -> bytes:
 
 
 def test_each_burst_is_counted_and_timed_whichever_way_it_is_answered() -> None:
-    with dispatcher() as (board, ours, client):
+    with dispatcher() as (scoreboard, ours, client):
         bursts = ((b"WHO\n", b"1\n"), (b"WHY\nWHERE\n", b"42\nhere\n"), (b"Who\nwhy\n", b"1\n42\n"))
         for count, (said, told) in enumerate(bursts, 1):
-            before = board.totals()["service_ns"]
+            before = scoreboard.totals()["service_ns"]
             client.sendall(said)
             gevent.sleep(0.05)
             assert client.recv(100) == told
-            assert board.totals()["bursts"] == count
-            assert 0 < board.totals()["service_ns"] - before < 10**9
+            assert scoreboard.totals()["bursts"] == count
+            assert 0 < scoreboard.totals()["service_ns"] - before < 10**9
     gevent.sleep(0.05)
-    totals = board.totals()
+    totals = scoreboard.totals()
     assert (totals["clients"], totals["closed"], ours.open) == (0, 1, 0)
-    assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == {"WHO": 2, "WHERE": 1, "WHY": 2}
+    assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == {
+        "WHO": 2,
+        "WHERE": 1,
+        "WHY": 2,
+    }
 
 
 @pytest.mark.parametrize("said", [b"x" * 2000, b""], ids=["a line too long", "turned away"])

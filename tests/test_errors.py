@@ -9,8 +9,12 @@ from tests.running import gserver
 
 
 def test_a_misuse_is_a_failure_with_an_exit_code_of_its_own() -> None:
-    assert (errors.EXIT_CLEAN, errors.Failure.exit_code, errors.Misuse.exit_code) == (0, 1, 2)
-    assert issubclass(errors.Misuse, errors.Failure)
+    assert (errors.EXIT_CLEAN, errors.FatalError.exit_code, errors.UsageError.exit_code) == (
+        0,
+        1,
+        2,
+    )
+    assert issubclass(errors.UsageError, errors.FatalError)
 
 
 def test_what_is_in_the_way_outside_ends_with_1() -> None:
@@ -25,7 +29,9 @@ def test_what_is_in_the_way_outside_ends_with_1() -> None:
 def test_what_a_worker_finds_that_cannot_be_done_ends_with_2() -> None:
     done = gserver("serve", "--port", "0", "--commands", "no_such_module")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("gserver: --commands no_such_module: cannot import it: ModuleNotFoundError")
+    assert done.stderr.startswith(
+        "gserver: --commands no_such_module: cannot import it: ModuleNotFoundError"
+    )
     assert done.stderr.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""The express way: the same replies and the same counts as by the parser, or none at all."""
+"""The fastpath way: the same replies and the same counts as by the parser, or none at all."""
 
 from dataclasses import replace
 
@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gserver.board import Board
-from gserver.clientele import Clientele
 from gserver.commands import BUILT_IN, Command, command
 from gserver.config import Config
-from gserver.express import Express
-from gserver.protocol import Parser, Refusal
+from gserver.protocol import ErrorReply, Parser
+from gserver.scoreboard import Scoreboard
+from gserver.serve.fastpath import FastPath
+from gserver.serve.limits import Limits
 from tests.wire_cases import CASES, Case
 
 
@@ -43,36 +43,44 @@ LINES = (
 
 
 class Worker:
-    """What a worker answers by: its express way, and its parser."""
+    """What a worker answers by: its fastpath way, and its parser."""
 
     def __init__(self, config: Config = CONFIG, clients: int = 3) -> None:
-        self.board = Board.create(2)
-        self.clientele = Clientele(config, self.board, 1, (*BUILT_IN, quick, nap))
+        self.scoreboard = Scoreboard.create(2)
+        self.limits = Limits(config, self.scoreboard, 1, (*BUILT_IN, quick, nap))
         for fd in range(clients):
-            self.clientele.admit(fd)
-        self.express = Express(self.clientele.grammar, self.clientele.service, self.clientele.cells)
+            self.limits.admit(fd)
+        self.fastpath = FastPath(self.limits.grammar, self.limits.service, self.limits.cells)
 
     def counts(self) -> dict[str, int]:
         """How often each command was answered."""
-        return {name: count for name, count in self.board.totals().items() if name.startswith("commands.")}
+        return {
+            name: count
+            for name, count in self.scoreboard.totals().items()
+            if name.startswith("commands.")
+        }
 
     def parsed(self, data: bytes) -> tuple[bytes, dict[str, int]] | None:
-        """The replies to data by way of the parser, and the counts; None where there is anything but replies."""
-        parser: Parser[Command] = Parser(self.clientele.grammar)
+        """The replies to data by way of the parser, and the counts; None where there is anything
+        but replies.
+        """
+        parser: Parser[Command] = Parser(self.limits.grammar)
         items = parser.feed(data)
-        if parser.partial or not items or any(isinstance(item, Refusal) for item in items):
+        if parser.partial or not items or any(isinstance(item, ErrorReply) for item in items):
             return None
         commands = [item for item in items if isinstance(item, Command)]
         counts = dict.fromkeys(self.counts(), 0)
         for item in commands:
             counts[f"commands.{item.name}"] += 1
-        return b"".join(item.answer(self.clientele.service) for item in commands), counts
+        return b"".join(item.answer(self.limits.service) for item in commands), counts
 
 
 def check(worker: Worker, data: bytes) -> bytes | None:
-    """Answer by the express way; see that it is what the parser says, or that nothing has happened."""
+    """Answer by the fastpath way; see that it is what the parser says, or that nothing has
+    happened.
+    """
     before = worker.counts()
-    replies = worker.express.answer(data)
+    replies = worker.fastpath.answer(data)
     counted = {name: count - before[name] for name, count in worker.counts().items()}
     if replies is None:
         assert not any(counted.values())
@@ -93,12 +101,16 @@ def test_a_case_is_answered_as_the_table_says_or_not_at_all(case: Case) -> None:
 
 
 @given(st.lists(st.sampled_from(LINES), max_size=12).map(b"".join))
-def test_lines_in_any_order_are_answered_as_by_the_parser_or_not_at_all(worker: Worker, data: bytes) -> None:
+def test_lines_in_any_order_are_answered_as_by_the_parser_or_not_at_all(
+    worker: Worker, data: bytes
+) -> None:
     check(worker, data)
 
 
 @given(st.text(alphabet="WHOERY\r\n", max_size=24))
-def test_what_is_nearly_a_command_is_answered_as_by_the_parser_or_not_at_all(worker: Worker, text: str) -> None:
+def test_what_is_nearly_a_command_is_answered_as_by_the_parser_or_not_at_all(
+    worker: Worker, text: str
+) -> None:
     check(worker, text.encode())
 
 
@@ -109,7 +121,9 @@ def test_whole_lines_in_capitals_are_answered(worker: Worker, data: bytes) -> No
 
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("line", [b"WHO", b"where", b"WHY", b"who", b"why", b"WHERE"])
-def test_a_single_line_in_the_usual_spellings_is_answered(worker: Worker, line: bytes, ending: bytes) -> None:
+def test_a_single_line_in_the_usual_spellings_is_answered(
+    worker: Worker, line: bytes, ending: bytes
+) -> None:
     assert check(worker, line + ending) in (b"3\n", b"here\n", b"42\n")
 
 
@@ -141,9 +155,9 @@ def test_an_id_that_is_a_command_is_answered_as_it_is(server_id: str) -> None:
 
 
 def test_who_is_counted_anew_each_time(worker: Worker) -> None:
-    assert worker.clientele.admit(3) is None
+    assert worker.limits.admit(3) is None
     assert [check(worker, b"WHO\n"), check(worker, b"WHY\nWHO\n")] == [b"4\n", b"42\n4\n"]
-    worker.clientele.release()
+    worker.limits.release()
     assert check(worker, b"WHO\n") == b"3\n"
 
 

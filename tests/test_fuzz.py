@@ -1,4 +1,6 @@
-"""The fuzzers: a few thousand inputs each way find nothing, and a fault put into the code on purpose is found."""
+"""The fuzzers: a few thousand inputs each way find nothing, and a fault put into the code on
+purpose is found.
+"""
 
 import json
 import os
@@ -16,7 +18,8 @@ from types import ModuleType
 import psutil
 import pytest
 
-from gserver import config, express, logs, protocol, redis_url, tls
+from gserver import config, logs, protocol, redis_url
+from gserver.serve import fastpath, tls
 from proof import fuzz_core, fuzz_sockets, fuzz_wire
 from proof.fuzz_report import section
 from tests.running import LIMIT, ROOT, environment, until
@@ -58,13 +61,23 @@ def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
         ("parser", protocol, "is_first=self._is_first and not items", "is_first=self._is_first"),
         ("parser", protocol, "return not words or words in", "return words in"),
         ("parser", protocol, "if not any(o != name and o.startswith(name) for o in commands)", ""),
-        ("parser", protocol, 'self._is_closed = True\n        self.partial = b""', 'self.partial = b""'),
+        (
+            "parser",
+            protocol,
+            'self._is_closed = True\n        self.partial = b""',
+            'self.partial = b""',
+        ),
         ("parser", protocol, "if self._is_too_long(self.partial):", "if len(self.partial) > 1000:"),
-        ("express", express, "self._cells[item.cell] += 1", "self._cells[item.cell] += 2"),
-        ("express", express, "if seen and told == lines:", "if seen:"),
-        ("express", express, "or 4 * whos + 6 * wheres + 4 * whys != len(data)", ""),
-        ("express", express, "cells[why.cell] += whys", "cells[why.cell] += whos"),
-        ("url", redis_url, 'return f"unix://{self.path}"', 'return f"unix://{self.password}@{self.path}"'),
+        ("fastpath", fastpath, "self._cells[item.cell] += 1", "self._cells[item.cell] += 2"),
+        ("fastpath", fastpath, "if seen and told == lines:", "if seen:"),
+        ("fastpath", fastpath, "or 4 * whos + 6 * wheres + 4 * whys != len(data)", ""),
+        ("fastpath", fastpath, "cells[why.cell] += whys", "cells[why.cell] += whos"),
+        (
+            "url",
+            redis_url,
+            'return f"unix://{self.path}"',
+            'return f"unix://{self.password}@{self.path}"',
+        ),
         ("url", redis_url, '"rediss" if self.has_tls else "redis"', '"redis"'),
         ("url", redis_url, 'db = f"/{self.db}" if self.db else ""', 'db = ""'),
         ("option", config, "[!-~]{1,128}", "[ -~]{1,128}"),
@@ -75,7 +88,9 @@ def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
         ("tls", tls, "data = data + part if data else part", "data = part"),
     ],
 )
-def test_a_fault_in_the_pure_parts_is_found(target: str, module: ModuleType, old: str, new: str) -> None:
+def test_a_fault_in_the_pure_parts_is_found(
+    target: str, module: ModuleType, old: str, new: str
+) -> None:
     kind: Callable[[Random], fuzz_core.Target] = fuzz_core.TARGETS[target][0]
     mutant = type("Mutant", (kind,), {"code": _mutant(module, old, new)})  # type: ignore[arg-type]
     assert fuzz_core.run_batch(target, 1, 0, 4000, mutant), "it was not found"
@@ -83,7 +98,9 @@ def test_a_fault_in_the_pure_parts_is_found(target: str, module: ModuleType, old
 
 def _broken(folder: Path, module: str, old: str, new: str) -> dict[str, str]:
     """The environment of a gserver with a fault."""
-    shutil.copytree(ROOT / "gserver", folder / "gserver", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "gserver", folder / "gserver", ignore=shutil.ignore_patterns("__pycache__")
+    )
     path = folder / "gserver" / module
     assert path.read_text().count(old) == 1, NO_MATCH
     path.write_text(path.read_text().replace(old, new))
@@ -93,7 +110,9 @@ def _broken(folder: Path, module: str, old: str, new: str) -> dict[str, str]:
 def _fuzz(name: str, count: int, env: dict[str, str] | None = None) -> str:
     """What clients find that are drawn for one server."""
     with fuzz_sockets.servers([name], env=env) as sites:
-        found, outcomes = fuzz_sockets.run_batch(name, sites[name].server.port, str(sites[name].pems), SEED, 0, count)
+        found, outcomes = fuzz_sockets.run_batch(
+            name, sites[name].server.port, str(sites[name].pems), SEED, 0, count
+        )
         return found or "".join(wrong for _, wrong in fuzz_sockets.judge(sites, outcomes))
 
 
@@ -105,8 +124,8 @@ def test_servers_take_anything(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("conversation.py", "replies.append(item.reply)", "replies.insert(0, item.reply)"),
-        ("conversation.py", "return self._answer(parser.end())", "return None"),
+        ("serve/conversation.py", "replies.append(item.reply)", "replies.insert(0, item.reply)"),
+        ("serve/conversation.py", "return self._answer(parser.end())", "return None"),
     ],
 )
 def test_a_fault_in_a_server_is_found(tmp_path: Path, module: str, old: str, new: str) -> None:
@@ -145,9 +164,21 @@ def test_the_command_finds_reports_and_shows_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["core", "sockets"])
-def test_one_that_is_interrupted_tells_what_it_has_found_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+def test_one_that_is_interrupted_tells_what_it_has_found_and_leaves_nothing(
+    tmp_path: Path, kind: str
+) -> None:
     """Ctrl-C at a terminal is for all of its processes."""
-    command = [sys.executable, "-P", "-m", "proof.fuzz", kind, "--inputs", "9000000", "--seconds", "60"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "proof.fuzz",
+        kind,
+        "--inputs",
+        "9000000",
+        "--seconds",
+        "60",
+    ]
     command += ["--report", "report.json"]
     process = subprocess.Popen(
         command,
@@ -164,8 +195,13 @@ def test_one_that_is_interrupted_tells_what_it_has_found_and_leaves_nothing(tmp_
         started[:] = psutil.Process(process.pid).children(recursive=True)
         with suppress(psutil.NoSuchProcess, FileNotFoundError):
             fuzzers = [each.pid for each in started if "spawn_main" in str(each.cmdline())]
-            ignored = [re.findall(r"SigIgn:\s(\w+)", Path(f"/proc/{pid}/status").read_text()) for pid in fuzzers]
-            return bool(fuzzers) and all(int(mask, 16) & 1 << signal.SIGINT - 1 for (mask,) in ignored)
+            ignored = [
+                re.findall(r"SigIgn:\s(\w+)", Path(f"/proc/{pid}/status").read_text())
+                for pid in fuzzers
+            ]
+            return bool(fuzzers) and all(
+                int(mask, 16) & 1 << signal.SIGINT - 1 for (mask,) in ignored
+            )
         return False
 
     until(are_at_work, "it is at work", 4 * LIMIT)

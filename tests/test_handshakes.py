@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gserver.handshakes import MAX_HANDSHAKES
+from gserver.serve.handshakes import MAX_HANDSHAKES
 from tests.running import LIMIT, Running, limited, stopped, until
 from tests.tls_client import TlsClient, certified, trust
 
@@ -80,7 +80,9 @@ def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
 
 def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
     with (
-        Running(*certified(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0") as server,
+        Running(
+            *certified(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0"
+        ) as server,
         TlsClient(server.port, trust(pems)) as one,
         TlsClient(server.port, trust(pems)) as other,
         server.client() as silent,

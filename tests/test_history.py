@@ -1,7 +1,9 @@
-"""The checker of WHO's promise: it accepts what a cluster may do, and flags each of the faults that it is there for.
+"""The checker of WHO's promise: it accepts what a cluster may do, and flags each of the faults that
+it is there for.
 
-The cluster here is a small model, run on a clock of its own: no socket, no Redis, nothing waits. A seeded fault of the
-model must be found, or a silent checker would prove nothing about the real program.
+The cluster here is a small model, run on a clock of its own: no socket, no Redis, nothing waits. A
+seeded fault of the model must be found, or a silent checker would prove nothing about the real
+program.
 """
 
 import heapq
@@ -48,7 +50,9 @@ class Node:
 
 
 class Cluster:
-    """Servers that beat to one Redis as gserver's do, clients that come and go, and a history of it."""
+    """Servers that beat to one Redis as gserver's do, clients that come and go, and a history of
+    it.
+    """
 
     def __init__(self, seed: int, bug: str = "") -> None:
         self.random, self.bug = random.Random(seed), bug
@@ -79,7 +83,9 @@ class Cluster:
     def note(self, kind: Kind, node: Node | None = None, key: int = 0) -> None:
         self.history.append(Fact(self.now, kind, node.name if node else "", key))
 
-    def steps(self, first: Kind, node: Node | None, key: int, action: Callable[[], None], last: Kind) -> None:
+    def steps(
+        self, first: Kind, node: Node | None, key: int, action: Callable[[], None], last: Kind
+    ) -> None:
         """Something that happens at an unknown moment between two that are noted."""
         self.note(first, node, key)
 
@@ -109,7 +115,9 @@ class Cluster:
         self.clock += min(passed, TTL / 4)
         self.beaten_at = self.now
         if self.bug != "no TTL":
-            self.entries = {name: entry for name, entry in self.entries.items() if entry[1] > self.clock}
+            self.entries = {
+                name: entry for name, entry in self.entries.items() if entry[1] > self.clock
+            }
         is_missing = node.name not in self.entries
         count = node.count
         if self.bug == "a delta is lost" and not is_missing:
@@ -121,7 +129,8 @@ class Cluster:
     def learn(self, node: Node, is_missing: bool) -> None:
         total = sum(count for count, _ in self.entries.values())
         remote = total if self.bug == "own share twice" else total - node.count
-        # By the lease clock, which stands still while nobody can beat: by the watch, an outage would use the hold up.
+        # By the lease clock, which stands still while nobody can beat: by the watch, an outage
+        # would use the hold up.
         clock = self.now if self.bug == "hold by the watch" else self.clock
         if self.bug != "no hold" and node.clock >= 0:
             if self.clock < node.clock:
@@ -174,7 +183,13 @@ class Cluster:
     def close(self, node: Node) -> None:
         if node.idle:
             key = node.idle.pop(0)
-            self.steps(Kind.CLOSING, node, key, lambda: self.changed(node, -1 if node.is_up else 0), Kind.CLOSED)
+            self.steps(
+                Kind.CLOSING,
+                node,
+                key,
+                lambda: self.changed(node, -1 if node.is_up else 0),
+                Kind.CLOSED,
+            )
 
     def ask(self, node: Node) -> None:
         sent = self.now
@@ -240,7 +255,9 @@ class Cluster:
         elif action == "start" and len(up) < 6:
             self.start()
         elif action in ("outage", "wipe", "cut"):
-            self.break_for(length / 1000, node if action == "cut" else None, is_wiped=action == "wipe")
+            self.break_for(
+                length / 1000, node if action == "cut" else None, is_wiped=action == "wipe"
+            )
         elif action == "flush":
             self.break_for(0, is_wiped=True)
 
@@ -292,15 +309,21 @@ def random_script(seed: int) -> list[Step]:
     rng = random.Random(seed)
     weights = (30, 20, 2, 2, 4, 2, 2, 3, 2)
     actions = rng.choices(ACTIONS, weights, k=40)
-    return [(action, rng.randrange(6), rng.randrange(1500), rng.randrange(12_000)) for action in actions]
+    return [
+        (action, rng.randrange(6), rng.randrange(1500), rng.randrange(12_000)) for action in actions
+    ]
 
 
-steps = st.tuples(st.sampled_from(ACTIONS), st.integers(0, 5), st.integers(0, 3000), st.integers(0, 12_000))
+steps = st.tuples(
+    st.sampled_from(ACTIONS), st.integers(0, 5), st.integers(0, 3000), st.integers(0, 12_000)
+)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(steps, max_size=25), st.integers(0, 2**32))
-def test_whatever_happens_to_a_correct_cluster_it_keeps_the_promise(script: list[Step], seed: int) -> None:
+def test_whatever_happens_to_a_correct_cluster_it_keeps_the_promise(
+    script: list[Step], seed: int
+) -> None:
     verdict = verdict_on(script, seed)
     assert not verdict.violations, f"{verdict}"
     assert verdict.exact > 0
@@ -327,11 +350,18 @@ NEVER = 1e9
 
 def client(server: str, key: int, at: float, closing: float = NEVER) -> list[Fact]:
     """One that connects and closes within 0.1 s."""
-    times = {Kind.CONNECTING: at, Kind.COUNTED: at + 0.1, Kind.CLOSING: closing, Kind.CLOSED: closing + 0.1}
+    times = {
+        Kind.CONNECTING: at,
+        Kind.COUNTED: at + 0.1,
+        Kind.CLOSING: closing,
+        Kind.CLOSED: closing + 0.1,
+    }
     return [Fact(at, kind, server, key) for kind, at in times.items()]
 
 
-def span(begin: Kind, end: Kind, server: str, times: tuple[float, float], key: int = 0) -> list[Fact]:
+def span(
+    begin: Kind, end: Kind, server: str, times: tuple[float, float], key: int = 0
+) -> list[Fact]:
     return [Fact(times[0], begin, server, key), Fact(times[1], end, server, key)]
 
 
@@ -372,13 +402,21 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
         ("a", 1),
         {11.9: (3, 3), 12.9: (3, 4), 21.4: (3, 4), 21.6: (4, 4)},
     ),
-    "a fault lets nobody forget what was long before": (B_CHANGE + fault(13, 20), ("a", 1), {14: (4, 4), 19: (4, 4)}),
+    "a fault lets nobody forget what was long before": (
+        B_CHANGE + fault(13, 20),
+        ("a", 1),
+        {14: (4, 4), 19: (4, 4)},
+    ),
     "a fault on the heels of another adds up": (
         B_CHANGE + fault(10, 15) + fault(16, 19),
         ("a", 1),
         {17: (3, 4), 20.4: (3, 4), 20.6: (4, 4)},
     ),
-    "own changes count at once in a fault too": (A_CHANGE + fault(10, 20), ("a", 1), {12.2: (4, 4)}),
+    "own changes count at once in a fault too": (
+        A_CHANGE + fault(10, 20),
+        ("a", 1),
+        {12.2: (4, 4)},
+    ),
     "one killed counts for a TTL at most": (
         B_KILLED,
         ("a", 1),
@@ -394,7 +432,11 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
         ("a", 1),
         {13: (1, 4), 17.5: (1, 4), 17.7: (1, 1)},
     ),
-    "one stopped is gone within DELTA": (B_STOPPED, ("a", 1), {9.9: (3, 3), 10.2: (1, 3), 11.2: (1, 3), 11.3: (1, 1)}),
+    "one stopped is gone within DELTA": (
+        B_STOPPED,
+        ("a", 1),
+        {9.9: (3, 3), 10.2: (1, 3), 11.2: (1, 3), 11.3: (1, 1)},
+    ),
     "one stopped without Redis goes as if it had been killed": (
         B_STOPPED + fault(9, 11),
         ("a", 1),
@@ -440,8 +482,16 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
         ("a", 1),
         {12.9: (4, 4)},
     ),
-    "one that has just started may know nobody, and is known": (C_STARTED, ("c", 21), {10.5: (1, 4), 10.9: (4, 4)}),
-    "one that takes an id over waits before it joins": (C_RESTARTED, ("a", 1), {12.2: (3, 4), 12.3: (4, 4)}),
+    "one that has just started may know nobody, and is known": (
+        C_STARTED,
+        ("c", 21),
+        {10.5: (1, 4), 10.9: (4, 4)},
+    ),
+    "one that takes an id over waits before it joins": (
+        C_RESTARTED,
+        ("a", 1),
+        {12.2: (3, 4), 12.3: (4, 4)},
+    ),
     "one that takes an id over in an outage waits after it": (
         C_RESTARTED + fault(9.5, 20),
         ("a", 1),
@@ -497,7 +547,9 @@ def test_a_recorder_notes_what_it_does_to_real_servers_in_the_right_order() -> N
             recorder.close(lost)
             assert recorder.stop("one", one) == 0
     kinds = [(it.kind.name, it.server, it.key) for it in recorder.history if isinstance(it, Fact)]
-    kinds = [kind for kind in kinds if kind[2] != 3]  # how a dead server's client ends is up to the kernel
+    kinds = [
+        kind for kind in kinds if kind[2] != 3
+    ]  # how a dead server's client ends is up to the kernel
     assert kinds[:4] == [
         ("STARTED", "one", 0),
         ("STARTED", "two", 0),

@@ -1,4 +1,6 @@
-"""SIGUSR2: a server that accepts nobody any more, serves who is there in full, and ends when they have gone."""
+"""SIGUSR2: a server that accepts nobody any more, serves who is there in full, and ends when they
+have gone.
+"""
 
 import json
 import os
@@ -15,7 +17,16 @@ import psutil
 import pytest
 
 from tests.redises import Proxy, Redis
-from tests.running import CLIENT_GREENLETS, PATIENCE, Client, Running, extended, left_over, stopped, until
+from tests.running import (
+    CLIENT_GREENLETS,
+    PATIENCE,
+    Client,
+    Running,
+    extended,
+    left_over,
+    stopped,
+    until,
+)
 
 SECOND = PATIENCE
 #: Long enough for what a test does meanwhile.
@@ -91,8 +102,10 @@ def test_a_lame_duck_serves_who_is_connected_in_full_and_ends_with_the_last_of_t
         time.sleep(0.3 * SECOND)  # A drain would have let them go by then.
         for left in range(6, 0, -1):
             client = clients[left - 1]
-            assert client.ask(b"NAP" if left == 3 else b"WHY") == (b"rested" if left == 3 else b"42")
-            until(lambda: client.who() == left, f"{left} are left")  # noqa: B023 (called at once)
+            assert client.ask(b"NAP" if left == 3 else b"WHY") == (
+                b"rested" if left == 3 else b"42"
+            )
+            until(lambda: client.who() == left, f"{left} are left")
             client.send(b"no command\n")
             assert client.line().startswith(b"ERR ")
             assert server.process.poll() is None
@@ -125,7 +138,10 @@ def test_who_is_in_the_kernels_queue_is_served_too(tmp_path: Path) -> None:
 
 
 def test_before_it_is_one_it_accepts_for_the_drain_delay_and_is_unready(tmp_path: Path) -> None:
-    with start(tmp_path, *LONG, "--drain-delay", "0.6", "--admin-port", "0") as server, server.client() as first:
+    with (
+        start(tmp_path, *LONG, "--drain-delay", "0.6", "--admin-port", "0") as server,
+        server.client() as first,
+    ):
         server.wait_for("agent.ready")
         first.who()
         began = time.monotonic()
@@ -189,7 +205,10 @@ def test_hangups_and_further_requests_during_it_change_nothing(tmp_path: Path) -
 
 
 def test_a_worker_that_dies_during_it_is_told_of_and_not_replaced(tmp_path: Path) -> None:
-    with start(tmp_path, *LONG, "--workers", "2", "--admin-port", "0") as server, ExitStack() as stack:
+    with (
+        start(tmp_path, *LONG, "--workers", "2", "--admin-port", "0") as server,
+        ExitStack() as stack,
+    ):
         server.wait_for("agent.ready")
         server.wait_for("worker.ready", 2)
         by_worker: dict[bytes, Client] = {}
@@ -217,7 +236,16 @@ def test_a_worker_that_dies_during_it_is_told_of_and_not_replaced(tmp_path: Path
 def test_the_cluster_counts_its_clients_until_they_have_gone(tmp_path: Path) -> None:
     with ExitStack() as stack:
         redis = stack.enter_context(Redis(tmp_path))
-        options = (*LONG, "--redis-url", redis.url, "--beat-interval", "0.1", "--member-ttl", "0.5", "--server-id")
+        options = (
+            *LONG,
+            "--redis-url",
+            redis.url,
+            "--beat-interval",
+            "0.1",
+            "--member-ttl",
+            "0.5",
+            "--server-id",
+        )
         duck = stack.enter_context(start(tmp_path, *options, "duck"))
         asker = stack.enter_context(stack.enter_context(Running(*options, "other")).client())
         client = stack.enter_context(duck.client())
@@ -232,7 +260,9 @@ def test_the_cluster_counts_its_clients_until_they_have_gone(tmp_path: Path) -> 
 
 
 def test_a_worker_that_still_starts_takes_over_who_has_connected(tmp_path: Path) -> None:
-    """The only one has died when the signal comes, and the next one is not ready: it hears of it when it is."""
+    """The only one has died when the signal comes, and the next one is not ready: it hears of it
+    when it is.
+    """
     with start(tmp_path, *LONG) as server:
         (tmp_path / "slow").touch()
         server.workers()[0].kill()
@@ -240,7 +270,9 @@ def test_a_worker_that_still_starts_takes_over_who_has_connected(tmp_path: Path)
         with server.client() as client:
             server.send_signal(signal.SIGUSR2)
             server.wait_for("server.retiring")
-            time.sleep(0.2)  # The supervisor has had its turn: a signal sent now would be lost, or deadly.
+            time.sleep(
+                0.2
+            )  # The supervisor has had its turn: a signal sent now would be lost, or deadly.
             (tmp_path / "slow").unlink()
             assert client.who() == 1
             until(lambda: is_refused(server.port), "new clients are refused")
@@ -295,7 +327,10 @@ def test_busy_clients_are_answered_without_a_gap_while_it_becomes_one(tmp_path: 
         retire(server)
         before = dict(asked)
         try:
-            until(lambda: all(asked[client] > before[client] + 20 for client in clients), "all are answered still")
+            until(
+                lambda: all(asked[client] > before[client] + 20 for client in clients),
+                "all are answered still",
+            )
         finally:
             is_over.set()
             for each in talks:
@@ -304,9 +339,21 @@ def test_busy_clients_are_answered_without_a_gap_while_it_becomes_one(tmp_path: 
         assert server.exit_code() == 0
 
 
-def test_a_reload_that_ends_in_a_retirement_is_not_told_to_the_cluster_as_an_end(tmp_path: Path) -> None:
+def test_a_reload_that_ends_in_a_retirement_is_not_told_to_the_cluster_as_an_end(
+    tmp_path: Path,
+) -> None:
     """The reload's agent is in the middle of a beat, and leaves when the port is closed already."""
-    words = ("--beat-interval", "0.3", "--member-ttl", "5", "--drain-delay", "0", "--server-id", "here", *LONG)
+    words = (
+        "--beat-interval",
+        "0.3",
+        "--member-ttl",
+        "5",
+        "--drain-delay",
+        "0",
+        "--server-id",
+        "here",
+        *LONG,
+    )
     with (
         Redis(tmp_path) as redis,
         Proxy(redis.port) as proxy,
@@ -314,7 +361,9 @@ def test_a_reload_that_ends_in_a_retirement_is_not_told_to_the_cluster_as_an_end
         ExitStack() as stack,
     ):
         until(redis.members, "it beats")
-        stack.enter_context(server.client()).send(b"WH")  # The old worker waits a moment for the rest.
+        stack.enter_context(server.client()).send(
+            b"WH"
+        )  # The old worker waits a moment for the rest.
         server.send_signal(signal.SIGHUP)
         server.wait_for("worker.ready", 2)
         new = str(server.events("worker.ready")[1]["gserver.child_pid"]).encode()
@@ -326,7 +375,10 @@ def test_a_reload_that_ends_in_a_retirement_is_not_told_to_the_cluster_as_an_end
         proxy.delay_seconds = 0.2
         server.wait_for("server.reloaded")
         server.send_signal(signal.SIGUSR2)
-        until(lambda: len(server.events("agent.ready")) == 2 or not redis.members(), "the next agent beats")
+        until(
+            lambda: len(server.events("agent.ready")) == 2 or not redis.members(),
+            "the next agent beats",
+        )
         assert redis.members()
         proxy.delay_seconds = 0.0
         assert client.ask(b"PID") == new

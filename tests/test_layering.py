@@ -1,8 +1,7 @@
-"""The shape of the package: which module may import which, read from the source, and how big they may become."""
+"""The shape of the package: which module may import which, read from the source."""
 
 import ast
 import json
-import re
 import subprocess
 import sys
 import tomllib
@@ -13,140 +12,165 @@ import pytest
 
 from tests.running import LIMIT, ROOT, environment
 
-ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
-#: From the top down. A module imports only what stands on a lower line, wherever in it the import is written.
-LADDER = [
-    re.findall(r"`(\w+)`", row.split(" | ")[0])
-    for row in ARCHITECTURE.partition("## The ladder")[2].partition("\n## ")[0].splitlines()
-    if row.startswith("| `")
-]
-#: Who may know gevent; all others are ordinary Python.
-GEVENT = {
-    "__main__",
-    "worker",
-    "agent",
-    "dispatcher",
-    "conversation",
-    "cluster",
-    "receiver",
-    "admin",
-    "handshakes",
-    "roster",
-    "statsd",
+PACKAGE = ROOT / "gserver"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
 }
-MAX_MODULE_LINES = 250
-MAX_PACKAGE_LINES = 5740
+#: The import rule. A package imports itself, the packages named here, and the shared modules that
+#: lie directly in `gserver/`. Shared modules import only each other.
+MAY_IMPORT: dict[str, set[str]] = {
+    "cli": {"supervise"},
+    "supervise": set(),
+    "serve": set(),
+    "agent": {"cluster"},
+    "cluster": set(),
+}
+#: Packages, and shared modules, that know gevent. All others are ordinary Python.
+GEVENT = {"serve", "agent", "cluster", "__main__"}
 
-MODULES = {path.stem: path for path in sorted((ROOT / "gserver").glob("*.py"))}
+
+def _package(module: str) -> str:
+    """The package of a module, or its own name if it is shared."""
+    return module.split(".")[1] if module.count(".") else "__init__"
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Dotted names of all that a file imports, at its top or later; `gserver.x` for a module of the package."""
+    """Dotted names of everything that a file imports, at its top or later."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports are absolute"
             for alias in node.names:
-                is_package = node.module == "gserver"
-                yield (
-                    f"gserver.{alias.name if alias.name in MODULES else '__init__'}" if is_package else str(node.module)
-                )
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
 
 
 def _own(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in _imports(path) if name.startswith("gserver.")}
+    return {name for name in _imports(path) if name.split(".")[0] == "gserver"}
 
 
 def _loaded_after(statement: str) -> set[str]:
     """The modules that a new interpreter has loaded after an import."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", f"{statement}\nimport json, sys\nprint(json.dumps(list(sys.modules)))"],
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            f"{statement}\nimport json, sys\nprint(json.dumps(list(sys.modules)))",
+        ],
         capture_output=True,
         text=True,
         timeout=LIMIT,
-        env={key: value for key, value in environment().items() if not key.startswith("COVERAGE_")},  # it loads gevent
+        env={
+            # Coverage would load gevent.
+            key: value
+            for key, value in environment().items()
+            if not key.startswith("COVERAGE_")
+        },
         check=True,
     )
     return set(json.loads(done.stdout))
 
 
-def test_every_module_has_its_place_on_the_ladder() -> None:
-    assert sorted(name for names in LADDER for name in names) == sorted(MODULES)
+def _packages_in(modules: set[str]) -> set[str]:
+    return {_package(name) for name in modules if name.startswith("gserver.")}
+
+
+def test_the_import_rule_names_every_package() -> None:
+    folders = {path.parent.name for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE}
+    assert folders == set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_what_stands_below_it(name: str) -> None:
-    height = {module: -line for line, names in enumerate(LADDER) for module in names}
-    not_below = {other for other in _own(MODULES[name]) if height[other] >= height[name]}
-    assert not_below == set()
+def test_a_module_imports_only_what_the_rule_allows(name: str) -> None:
+    package = _package(name)
+    if name == "gserver.__main__":
+        return  # Where every process begins: it imports the role that it is asked for.
+    allowed = {package, *MAY_IMPORT.get(package, ())}
+    forbidden = {
+        other
+        for other in _own(MODULES[name])
+        if _package(other) in MAY_IMPORT and _package(other) not in allowed
+    }
+    assert forbidden == set()
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    left = {name: _own(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    while left:
+        free = {name for name, needs in left.items() if not needs & left.keys()}
+        assert free, f"a circle within {sorted(left)}"
+        left = {name: needs for name, needs in left.items() if name not in free}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_says_what_it_owns_and_where_to_start(package: str) -> None:
+    tree = ast.parse((PACKAGE / package / "__init__.py").read_text())
+    text = " ".join((ast.get_docstring(tree) or "").split())
+    assert "owns" in text
+    assert "must never" in text
+    assert "Start reading in" in text
 
 
 def test_ask_knows_the_wire_and_nothing_of_the_server() -> None:
-    assert _own(MODULES["ask"]) == {"errors"}
+    assert _own(PACKAGE / "cli/ask.py") == {"gserver.errors"}
 
 
-@pytest.mark.parametrize("name", ["protocol", "config", "membership", "redis_url"])
+@pytest.mark.parametrize(
+    "name", ["protocol", "config", "cluster.membership", "redis_url", "errors"]
+)
 def test_a_pure_module_imports_neither_sockets_nor_clocks(name: str) -> None:
-    pure = {
-        "collections.abc",
-        "contextlib",
-        "dataclasses",
-        "ipaddress",
-        "re",
-        "typing",
-        "urllib.parse",
-        "gserver.redis_url",
+    theirs = {found.split(".")[0] for found in _imports(MODULES[f"gserver.{name}"])}
+    impure = {"socket", "_socket", "time", "os", "select", "gevent", "threading", "redis", "random"}
+    assert theirs & impure == set()
+
+
+def test_only_what_serves_clients_or_talks_to_others_knows_gevent() -> None:
+    users = {
+        _package(name)
+        for name, path in MODULES.items()
+        if any(found.split(".")[0] == "gevent" for found in _imports(path))
     }
-    assert set(_imports(MODULES[name])) <= pure
-
-
-def test_only_who_serves_clients_or_sends_metrics_knows_gevent() -> None:
-    users = {name for name, path in MODULES.items() if any(i.split(".")[0] == "gevent" for i in _imports(path))}
     assert users == GEVENT
 
 
 def test_the_supervisor_loads_nothing_that_serves_or_talks_to_a_network() -> None:
-    loaded = _loaded_after("import gserver.__main__, gserver.cli, gserver.process, gserver.supervisor")
-    assert {"gserver.supervisor", "gserver.board"} <= loaded
-    theirs = {"gevent", "greenlet", "statsd", "redis", "asyncio", "ssl", "rich", "prometheus_client"}
-    own = {
-        f"gserver.{name}"
-        for name in ("worker", "dispatcher", "conversation", "clientele", "receiver", "commands", "agent", "statsd")
-    }
-    own.add("gserver.ask")
-    assert loaded & (theirs | own) == set()
+    loaded = _loaded_after(
+        "import gserver.__main__, gserver.cli.main, gserver.supervise.supervisor"
+    )
+    assert {"gserver.supervise.supervisor", "gserver.scoreboard"} <= loaded
+    theirs = {"gevent", "greenlet", "statsd", "redis", "asyncio", "ssl", "rich"}
+    assert loaded & (theirs | {"prometheus_client", "gserver.cli.ask"}) == set()
+    assert _packages_in(loaded) & {"serve", "agent", "cluster"} == set()
 
 
 def test_a_worker_loads_neither_metrics_nor_the_command_line() -> None:
-    loaded = _loaded_after("import gserver.worker")
-    assert {"gserver.conversation", "gevent"} <= loaded
-    assert loaded & {"statsd", "redis", "click", "gserver.statsd", "gserver.cli", "gserver.supervisor"} == set()
+    loaded = _loaded_after("import gserver.serve.worker")
+    assert "gevent" in loaded
+    assert loaded & {"statsd", "redis", "click", "ssl"} == {"ssl"} & loaded
+    assert _packages_in(loaded) & {"agent", "cli", "cluster", "supervise"} == set()
 
 
 def test_ask_starts_without_loading_a_server() -> None:
-    loaded = _loaded_after("import gserver.cli, gserver.ask")
-    assert {"gserver.ask", "click"} <= loaded
-    assert loaded & {"gevent", "statsd", "gserver.supervisor", "gserver.board", "gserver.worker"} == set()
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
-def test_every_module_has_its_test_file(name: str) -> None:
-    assert (ROOT / "tests" / f"test_{name.strip('_')}.py").is_file()
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_can_be_read_in_one_sitting(name: str) -> None:
-    assert len(MODULES[name].read_text().splitlines()) <= MAX_MODULE_LINES
+    loaded = _loaded_after("import gserver.cli.main, gserver.cli.ask")
+    assert {"gserver.cli.ask", "click"} <= loaded
+    assert loaded & {"gevent", "statsd", "gserver.scoreboard"} == set()
+    assert _packages_in(loaded) & {"agent", "serve", "cluster", "supervise"} == set()
 
 
 def test_what_is_no_python_is_installed_with_the_package() -> None:
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["gserver"]
-    others = {path for path in (ROOT / "gserver").iterdir() if path.is_file() and path.suffix != ".py"}
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert {ROOT / name.replace(".", "/") for name in setuptools["packages"]} == {
+        path.parent for path in PACKAGE.rglob("__init__.py")
+    }
+    others = {p for p in PACKAGE.rglob("*") if p.suffix not in (".py", ".pyc") and p.is_file()}
+    installed = {
+        path
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
     assert others
-    assert others == {path for pattern in patterns for path in (ROOT / "gserver").glob(pattern)}
-
-
-def test_the_package_stays_small() -> None:
-    lines = sum(len(path.read_text().splitlines()) for path in MODULES.values())
-    assert lines <= MAX_PACKAGE_LINES
+    assert others == installed

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gserver.errors import EXIT_RUNTIME, Failure
-from gserver.listener import bind, show_address
+from gserver.config import show_address
+from gserver.errors import EXIT_RUNTIME, FatalError
+from gserver.supervise.listener import bind
 from tests.running import LIMIT, Client, Running, environment
 
 NOBODY = 65534
@@ -68,7 +69,7 @@ def test_a_port_that_clients_have_just_left_can_be_had_again() -> None:
 def test_a_port_in_use_is_named_with_what_to_do() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(Failure) as caught:
+        with pytest.raises(FatalError) as caught:
             bind("127.0.0.1", port, 5)
     assert str(caught.value) == (
         f"cannot listen on 127.0.0.1:{port}: it is in use by another program: stop that one, or choose another --port"
@@ -80,7 +81,9 @@ def test_a_port_in_use_ends_the_program_with_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         command = [sys.executable, "-P", "-m", "gserver", "--port", port]
-        ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment(), timeout=LIMIT)
+        ended = subprocess.run(
+            command, check=False, capture_output=True, text=True, env=environment(), timeout=LIMIT
+        )
     assert ended.returncode == EXIT_RUNTIME
     assert ended.stderr.startswith(f"gserver: cannot listen on 127.0.0.1:{port}: it is in use")
     assert ended.stderr.count("\n") == 1
@@ -90,15 +93,24 @@ def test_a_port_in_use_ends_the_program_with_one_line() -> None:
 @pytest.mark.parametrize(
     ("host", "text"),
     [
-        ("host.invalid", r"cannot listen on host\.invalid:0: the name 'host\.invalid' does not resolve: .*--host"),
-        ("a" * 64, r"the name 'a{64}' does not resolve: choose another --host"),  # no label of a name is that long
+        (
+            "host.invalid",
+            r"cannot listen on host\.invalid:0: the name 'host\.invalid' does not resolve: .*--host",
+        ),
+        (
+            "a" * 64,
+            r"the name 'a{64}' does not resolve: choose another --host",
+        ),  # no label of a name is that long
         ("not..a.name", r"the name 'not\.\.a\.name' does not resolve"),
-        ("192.0.2.1", r"cannot listen on 192\.0\.2\.1:0: this machine has no such address: choose another --host"),
+        (
+            "192.0.2.1",
+            r"cannot listen on 192\.0\.2\.1:0: this machine has no such address: choose another --host",
+        ),
     ],
     ids=["unknown", "too long", "empty label", "somebody else's"],
 )
 def test_a_host_that_cannot_be_had_is_named_with_what_to_do(host: str, text: str) -> None:
-    with pytest.raises(Failure, match=text) as caught:
+    with pytest.raises(FatalError, match=text) as caught:
         bind(host, 0, 5)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == EXIT_RUNTIME
@@ -109,14 +121,16 @@ def test_a_low_port_without_permission_is_told_with_what_to_do() -> None:
         pytest.skip("on this machine anybody may listen on a low port")
     script = (
         "import os\n"
-        "from gserver.errors import Failure\n"
-        "from gserver.listener import bind\n"
+        "from gserver.errors import FatalError\n"
+        "from gserver.supervise.listener import bind\n"
         # All that it imports is imported by then: another user may not be allowed to read it.
         "bind('127.0.0.1', 0, 5).close()\n"
         f"os.geteuid() or (os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY}))\n"
-        "try:\n    bind('127.0.0.1', 1, 5)\nexcept Failure as failure:\n    print(failure)\n"
+        "try:\n    bind('127.0.0.1', 1, 5)\nexcept FatalError as failure:\n    print(failure)\n"
     )
-    output = subprocess.check_output([sys.executable, "-P", "-c", script], text=True, env=environment())
+    output = subprocess.check_output(
+        [sys.executable, "-P", "-c", script], text=True, env=environment()
+    )
     assert output == (
         "cannot listen on 127.0.0.1:1: no permission: choose a --port from 1024 up, or grant CAP_NET_BIND_SERVICE\n"
     )
@@ -124,7 +138,9 @@ def test_a_low_port_without_permission_is_told_with_what_to_do() -> None:
 
 def test_a_failed_bind_leaves_no_descriptor_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(Failure) as caught:  # Its traceback holds the socket, so that nothing else closes it.
+    with pytest.raises(
+        FatalError
+    ) as caught:  # Its traceback holds the socket, so that nothing else closes it.
         bind("192.0.2.1", 0, 5)
     assert len(os.listdir("/proc/self/fd")) == before, caught
 
@@ -147,7 +163,7 @@ def test_an_ipv6_address_in_use_is_shown_in_brackets() -> None:
     needs_ipv6()
     with bind("::1", 0, 5) as other:
         port = other.getsockname()[1]
-        with pytest.raises(Failure, match=rf"cannot listen on \[::1\]:{port}: it is in use"):
+        with pytest.raises(FatalError, match=rf"cannot listen on \[::1\]:{port}: it is in use"):
             bind("::1", port, 5)
 
 

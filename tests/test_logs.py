@@ -116,24 +116,41 @@ def noisy(folder: Path) -> Iterator[Running]:
 
 def written(statements: str, log_format: str = "json") -> list[bytes]:
     """The lines that a process of its own logs with these statements."""
-    script = (
-        f"import logging, sys\nfrom gserver import logs\nlogs.start('debug', {log_format!r}, 'some-id')\n{statements}\n"
-    )
+    script = f"import logging, sys\nfrom gserver import logs\nlogs.start('debug', {log_format!r}, 'some-id')\n{statements}\n"
     ended = subprocess.run(
-        [sys.executable, "-P", "-c", script], check=False, capture_output=True, env=environment(), timeout=LIMIT
+        [sys.executable, "-P", "-c", script],
+        check=False,
+        capture_output=True,
+        env=environment(),
+        timeout=LIMIT,
     )
     assert (ended.returncode, ended.stderr) == (0, b"")
     return ended.stdout.splitlines(keepends=True)
 
 
 @contextlib.contextmanager
-def piped(*options: str, cwd: Path, blocking: bool = True) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], int]]:
-    """The program with a small pipe as stdout, from which nobody reads on: (process, read end, port)."""
+def piped(
+    *options: str, cwd: Path, blocking: bool = True
+) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], int]]:
+    """The program with a small pipe as stdout, from which nobody reads on: (process, read end,
+    port).
+    """
     read_fd, write_fd = os.pipe()
     fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(write_fd, blocking)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "gserver", "serve", "--port", "0", "--commands", "noisy", *options],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "gserver",
+            "serve",
+            "--port",
+            "0",
+            "--commands",
+            "noisy",
+            *options,
+        ],
         stdout=write_fd,
         stderr=subprocess.PIPE,
         env=environment(),
@@ -192,7 +209,9 @@ def test_life_is_logged_at_info_with_the_fields_of_ecs() -> None:
             assert event["service.instance.id"] == "here"
             assert event["process.pid"] == server.pid
             assert event["message"]
-            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", event["@timestamp"])
+            assert re.fullmatch(
+                r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", event["@timestamp"]
+            )
             moment = datetime.fromisoformat(event["@timestamp"])
             assert abs(datetime.now(UTC) - moment) < timedelta(minutes=1)
             assert line.startswith('{"@timestamp": ')
@@ -203,7 +222,9 @@ def test_life_is_logged_at_info_with_the_fields_of_ecs() -> None:
 def test_a_client_is_logged_at_debug_with_its_address(noisy: Running) -> None:
     with noisy.client(source="127.0.0.5") as client:
         port = client.sock.getsockname()[1]
-        assert client.ask(b"WHERE").decode() == noisy.wait_for("worker.ready")["service.instance.id"]
+        assert (
+            client.ask(b"WHERE").decode() == noisy.wait_for("worker.ready")["service.instance.id"]
+        )
     for action in ("client.accepted", "client.closed"):
 
         def found(action: str = action) -> list[Event]:
@@ -220,8 +241,15 @@ def test_why_a_client_was_turned_out_is_logged_with_its_end(noisy: Running) -> N
     with noisy.client() as client:
         client.send(b"x" * 2000)
         assert client.line() == b"ERR line too long\n"
-    until(lambda: [event for event in noisy.events("client.closed") if "gserver.reason" in event], "a reason")
-    reasons = [event["gserver.reason"] for event in noisy.events("client.closed") if "gserver.reason" in event]
+    until(
+        lambda: [event for event in noisy.events("client.closed") if "gserver.reason" in event],
+        "a reason",
+    )
+    reasons = [
+        event["gserver.reason"]
+        for event in noisy.events("client.closed")
+        if "gserver.reason" in event
+    ]
     assert reasons == ["line_too_long"]
 
 
@@ -230,7 +258,10 @@ def test_what_a_peer_sends_is_not_logged(noisy: Running) -> None:
         assert client.ask(b'\x1b[31m"peer\r') == b"ERR unknown command"
         assert client.ask(b"peer\xff") == b"ERR not ASCII"
         port = client.sock.getsockname()[1]
-    until(lambda: [event for event in noisy.events("client.closed") if event["client.port"] == port], "its end")
+    until(
+        lambda: [event for event in noisy.events("client.closed") if event["client.port"] == port],
+        "its end",
+    )
     assert not [line for line in noisy.lines if "peer" in line]
 
 
@@ -239,7 +270,9 @@ def test_a_handlers_failure_is_logged_with_its_error(noisy: Running) -> None:
         assert client.ask(b"FAIL") == b"ERR internal"
 
     def found() -> list[Event]:
-        return [event for event in noisy.events("command.failed") if event["gserver.command"] == "FAIL"]
+        return [
+            event for event in noisy.events("command.failed") if event["gserver.command"] == "FAIL"
+        ]
 
     (event,) = until(found, "the failure")
     assert event["log.level"] == "warning"
@@ -259,11 +292,16 @@ def test_a_failure_that_cannot_be_put_into_words_is_a_failure_like_another(noisy
 
 
 @pytest.mark.parametrize("where", ["GREENLET", "POOL", "THREAD", "FINALIZER"])
-def test_an_error_that_nothing_catches_is_one_event_and_nothing_on_stderr(noisy: Running, where: str) -> None:
+def test_an_error_that_nothing_catches_is_one_event_and_nothing_on_stderr(
+    noisy: Running, where: str
+) -> None:
     count, errors = len(noisy.events("process.error")), len(noisy.errors)
     with noisy.client() as client:
         assert client.ask(where.encode()) == b"done"
-        until(lambda: len(noisy.events("process.error")) > count or len(noisy.errors) > errors, "a trace of the error")
+        until(
+            lambda: len(noisy.events("process.error")) > count or len(noisy.errors) > errors,
+            "a trace of the error",
+        )
         assert client.ask(b"WHY") == b"42"
     assert noisy.errors[errors:] == []
     event = noisy.events("process.error")[-1]
@@ -353,7 +391,7 @@ except ValueError as caught:
 #: Ways to log a text, of this package and of a command module: each gives one event.
 WAYS = {
     "event": "logs.event(logging.INFO, 'a', text, {'client.address': text})",
-    "complaint": "logs.complain('b', text, {'gserver.command': text, **logs.error_fields(error)})",
+    "complaint": "logs.warn_ratelimited('b', text, {'gserver.command': text, **logs.error_fields(error)})",
     "unhandled": "logs.unhandled(text, type(error), error, error.__traceback__)",
     "exception": "logging.error(text, exc_info=error, stack_info=True)",
     "extra": "logging.info('%s', text, extra={'one': text, 'two': text})",
@@ -367,14 +405,24 @@ WAYS = {
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
 def test_no_event_is_longer_than_what_a_pipe_takes_whole(text: str) -> None:
-    lines = dict(zip(WAYS, written("\n".join([f"text = {text}{PREPARED}", *WAYS.values()])), strict=True))
+    lines = dict(
+        zip(WAYS, written("\n".join([f"text = {text}{PREPARED}", *WAYS.values()])), strict=True)
+    )
     assert {way: len(line) for way, line in lines.items() if len(line) > MAX_LINE} == {}
     events = {way: json.loads(line) for way, line in lines.items()}
-    assert all(event["log.level"] and event["@timestamp"] and event["process.pid"] for event in events.values())
+    assert all(
+        event["log.level"] and event["@timestamp"] and event["process.pid"]
+        for event in events.values()
+    )
     # What is cut is the text, and not what the event is about.
-    actions = {way: event["event.action"] for way, event in events.items() if "event.action" in event}
+    actions = {
+        way: event["event.action"] for way, event in events.items() if "event.action" in event
+    }
     assert actions == {"event": "a", "complaint": "b", "unhandled": "process.error"}
-    assert [events[way]["error.type"] for way in ("complaint", "unhandled")] == ["ValueError", "ValueError"]
+    assert [events[way]["error.type"] for way in ("complaint", "unhandled")] == [
+        "ValueError",
+        "ValueError",
+    ]
 
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
@@ -414,7 +462,9 @@ def no_number(text: str) -> None:
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
 @pytest.mark.parametrize("statement", UNFIT.values(), ids=UNFIT)
-def test_a_log_call_that_cannot_be_carried_out_raises_nothing_and_is_one_line(statement: str, log_format: str) -> None:
+def test_a_log_call_that_cannot_be_carried_out_raises_nothing_and_is_one_line(
+    statement: str, log_format: str
+) -> None:
     lines = written(f"{WORDLESS}{statement}\nlogging.warning('next')", log_format)
     assert len(lines) == 2
     assert b"next" in lines[1]
@@ -445,7 +495,8 @@ def test_complaints_are_limited_and_the_number_left_out_follows(folder: Path) ->
             client.send(b"FAIL\n" * 1000)
             assert {client.line() for _ in range(1000)} == {b"ERR internal\n"}
             failing = server.wait_for("command.failed", 5)["process.pid"]
-            # Meanwhile the supervisor has something to complain of too, once a second: it cannot start a process.
+            # Meanwhile the supervisor has something to warn_ratelimited of too, once a second: it
+            # cannot start a process.
             psutil.Process(server.pid).rlimit(
                 resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
             )
@@ -453,18 +504,23 @@ def test_complaints_are_limited_and_the_number_left_out_follows(folder: Path) ->
             server.wait_for("process.not_started", 5)
 
             def left_out(action: str) -> list[Event]:
-                found = server.events("log.left_out")
-                return [event for event in found if event["gserver.left_out_action"] == action]
+                found = server.events("log.suppressed")
+                return [event for event in found if event["gserver.suppressed_action"] == action]
 
-            event = until(lambda: left_out("command.failed"), "how many failures were left out", 10 + LIMIT)[0]
+            event = until(
+                lambda: left_out("command.failed"), "how many failures were left out", 10 + LIMIT
+            )[0]
             assert len(server.events("command.failed")) == 5
-            assert (event["gserver.left_out"], event["process.pid"]) == (995, failing)
+            assert (event["gserver.suppressed"], event["process.pid"]) == (995, failing)
             assert event["log.level"] == "warning"
             client.ask(b"FAIL")
             server.wait_for("command.failed", 6)
-        own = until(lambda: left_out("process.not_started"), "how many complaints of the supervisor were left out")[0]
+        own = until(
+            lambda: left_out("process.not_started"),
+            "how many complaints of the supervisor were left out",
+        )[0]
         assert own["process.pid"] == server.pid
-        assert own["gserver.left_out"] >= 1
+        assert own["gserver.suppressed"] >= 1
         assert server.stderr == ""
 
 
@@ -475,7 +531,9 @@ def test_a_person_at_a_terminal_is_told_how_to_talk_to_it_and_how_to_stop_it() -
     nc = program("nc")
     script = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     command = [sys.executable, "-c", script, sys.executable, "-P", "-m", "gserver", "--port", "0"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as terminal:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+    ) as terminal:
         screen = bytearray()
         reader = read_all(cast(IO[bytes], terminal.stdout).fileno(), screen)
         try:
@@ -483,7 +541,9 @@ def test_a_person_at_a_terminal_is_told_how_to_talk_to_it_and_how_to_stop_it() -
             found = re.search(rb": nc (\S+) (\d+), then WHO", screen)
             assert found
             asked = [word.decode() for word in found.groups()]
-            with subprocess.Popen([nc, *asked], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as talking:
+            with subprocess.Popen(
+                [nc, *asked], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            ) as talking:
                 cast(IO[bytes], talking.stdin).write(b"WHY\n")
                 cast(IO[bytes], talking.stdin).flush()
                 assert cast(IO[bytes], talking.stdout).readline() == b"42\n"
@@ -501,7 +561,9 @@ def test_a_person_at_a_terminal_is_told_how_to_talk_to_it_and_how_to_stop_it() -
 
 
 def test_a_stack_trace_for_a_person_is_indented_under_its_line() -> None:
-    lines = written("logs.unhandled('here', ValueError, ValueError('no\\nsuch \\x1b'), None)", "text")
+    lines = written(
+        "logs.unhandled('here', ValueError, ValueError('no\\nsuch \\x1b'), None)", "text"
+    )
     assert lines[0].endswith(b"WARNING ValueError in 'here'\n")
     assert len(lines) > 1
     assert all(line.startswith(b"    ") for line in lines[1:])
@@ -518,7 +580,9 @@ def test_json_and_text_can_be_had_wherever_stdout_goes() -> None:
 # Readers of stdout.
 
 
-def test_a_reader_that_stalls_costs_no_client_anything_and_is_told_what_it_missed(folder: Path) -> None:
+def test_a_reader_that_stalls_costs_no_client_anything_and_is_told_what_it_missed(
+    folder: Path,
+) -> None:
     clients = 1000
     with piped("--log-level", "debug", cwd=folder) as (process, stdout, port):
         began = time.monotonic()
@@ -532,7 +596,9 @@ def test_a_reader_that_stalls_costs_no_client_anything_and_is_told_what_it_misse
         data = bytearray()
         reader = read_all(stdout.fileno(), data)
         until(lambda: b"log.dropped" in data, "the number of dropped lines")
-        time.sleep(0.6)  # It looks four times a second whether there is something to tell: this is told once.
+        time.sleep(
+            0.6
+        )  # It looks four times a second whether there is something to tell: this is told once.
         process.terminate()
         assert process.wait(LIMIT) == 0
         reader.join(LIMIT)
@@ -541,7 +607,7 @@ def test_a_reader_that_stalls_costs_no_client_anything_and_is_told_what_it_misse
     assert data.endswith(b"}\n")
     assert len(data) > 20 * 65536
     dropped = [event for event in events if event.get("event.action") == "log.dropped"]
-    missed = sum(event["gserver.left_out"] for event in dropped)
+    missed = sum(event["gserver.suppressed"] for event in dropped)
     assert missed > FLOOD - MAX_QUEUED_LINES - 100
     assert dropped[0]["log.level"] == "warning"
     (worker,) = {event["process.pid"] for event in dropped}
@@ -588,8 +654,13 @@ def test_a_reader_that_has_gone_costs_nothing(folder: Path) -> None:
     [([b"WHY\n"], []), ([b"WHY\n", b"NAP\n"], ["--statsd-host", "127.0.0.1"])],
     ids=["idle", "busy and with an agent"],
 )
-def test_a_reader_that_stalls_does_not_delay_the_end(folder: Path, last_words: list[bytes], options: list[str]) -> None:
-    with piped("--log-level", "debug", *options, cwd=folder) as (process, _, port), Client(port) as client:
+def test_a_reader_that_stalls_does_not_delay_the_end(
+    folder: Path, last_words: list[bytes], options: list[str]
+) -> None:
+    with (
+        piped("--log-level", "debug", *options, cwd=folder) as (process, _, port),
+        Client(port) as client,
+    ):
         for _ in range(50):
             assert client.ask(b"LOG") == b"done"
         for line in last_words:
@@ -623,7 +694,9 @@ def test_a_writer_holds_so_many_lines_and_counts_the_rest() -> None:
     numbers = [int(line.split()[0]) for line in bytes(data).splitlines()]
     assert len(numbers) == count - writer.dropped
     assert numbers == sorted(set(numbers))
-    assert numbers[:MAX_QUEUED_LINES] == list(range(MAX_QUEUED_LINES))  # The first to come are kept.
+    assert numbers[:MAX_QUEUED_LINES] == list(
+        range(MAX_QUEUED_LINES)
+    )  # The first to come are kept.
 
 
 def test_a_writer_gives_up_at_the_end_when_nobody_reads() -> None:

@@ -1,4 +1,6 @@
-"""Where every process begins: for a person, and for a child that was not meant to be started by one."""
+"""Where every process begins: for a person, and for a child that was not meant to be started by
+one.
+"""
 
 import os
 import pty
@@ -12,24 +14,34 @@ import pytest
 
 from tests.running import LIMIT, ROOT, Client, Running, environment, gserver, until
 
-BY_HAND = "gserver: a child process is started by a `gserver serve` of the same version, not by hand\n"
+BY_HAND = (
+    "gserver: a child process is started by a `gserver serve` of the same version, not by hand\n"
+)
 
 
 def test_the_package_runs_as_a_module_from_its_own_folder() -> None:
-    with Running(command=[sys.executable, "-m", "gserver"], env={"PORT": "0", "PYTHONPATH": ""}, cwd=ROOT) as server:
+    with Running(
+        command=[sys.executable, "-m", "gserver"], env={"PORT": "0", "PYTHONPATH": ""}, cwd=ROOT
+    ) as server:
         assert server.who() == 1
         assert server.stop() == 0
         assert server.stderr == ""
 
 
 @pytest.mark.parametrize("arguments", [("worker",), ("agent",), ("worker", "0"), ("os",), ()])
-def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(arguments: tuple[str, ...]) -> None:
+def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(
+    arguments: tuple[str, ...],
+) -> None:
     done = gserver("child", *arguments, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
 
 
-@pytest.mark.parametrize("junk", [b"junk\n", b"\xff", b"42", b"[]", b"{}", b'{"config": {}}', b'{"config": {"x": 1}}'])
-def test_a_child_that_is_given_junk_says_that_it_is_not_for_people(junk: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "junk", [b"junk\n", b"\xff", b"42", b"[]", b"{}", b'{"config": {}}', b'{"config": {"x": 1}}']
+)
+def test_a_child_that_is_given_junk_says_that_it_is_not_for_people(
+    junk: bytes, tmp_path: Path
+) -> None:
     (tmp_path / "junk").write_bytes(junk)
     with (tmp_path / "junk").open("rb") as stdin:
         done = gserver("child", "worker", stdin=stdin)
@@ -56,8 +68,21 @@ def _port_of(server: Running) -> int:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -> None:
-    """As some supervisors start programs. What is opened next must not take the place of what is missing."""
-    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-P", "-m", "gserver", "--port", "0"]
+    """As some supervisors start programs. What is opened next must not take the place of what is
+    missing.
+    """
+    command = [
+        "sh",
+        "-c",
+        f'exec "$@" {closed}',
+        "sh",
+        sys.executable,
+        "-P",
+        "-m",
+        "gserver",
+        "--port",
+        "0",
+    ]
     with Running(command=command, wait=False) as server:
         until(lambda: server.process.poll() is not None or _port_of(server), "it listens")
         assert server.process.poll() is None, server.stderr
@@ -70,5 +95,18 @@ def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -
 def test_what_is_wrong_ends_with_its_exit_code_even_if_nobody_can_be_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-P", "-m", "gserver", "--port", port]
-        assert subprocess.run(command, env=environment(), timeout=LIMIT, check=False).returncode == 1
+        command = [
+            "sh",
+            "-c",
+            'exec "$@" >&- 2>&-',
+            "sh",
+            sys.executable,
+            "-P",
+            "-m",
+            "gserver",
+            "--port",
+            port,
+        ]
+        assert (
+            subprocess.run(command, env=environment(), timeout=LIMIT, check=False).returncode == 1
+        )

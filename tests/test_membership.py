@@ -1,4 +1,6 @@
-"""What answers to beats mean: each rule alone, and all of them in a simulated cluster with a network full of faults."""
+"""What answers to beats mean: each rule alone, and all of them in a simulated cluster with a
+network full of faults.
+"""
 
 from collections import Counter
 from copy import deepcopy
@@ -10,15 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gserver.board import SINGLE_CELLS
-from gserver.membership import BEAT_ERRORS, STILL_INTERVALS, Membership, Reply, Rivalry
+from gserver.cluster.membership import STILL_INTERVALS, Membership, Reply, Rivalry
+from gserver.redis_errors import HEARTBEAT_ERRORS
+from gserver.scoreboard import SINGLE_CELLS
 from tests.test_cluster_script import INTERVAL, TTL, Model
 
 #: Of the tables: milliseconds.
 TTL_MS = 6000
 
 
-def reply(total: int, servers: int, clock: int, back: int = 0, lost_at: int = 1, was_missing: int = 0) -> Reply:
+def reply(
+    total: int, servers: int, clock: int, back: int = 0, lost_at: int = 1, was_missing: int = 0
+) -> Reply:
     return Reply(total, servers, back, clock, lost_at, "me", clock + TTL_MS, was_missing)
 
 
@@ -31,7 +36,12 @@ def three_of_100(clock: int = 50_000) -> Membership:
     """A server with 5 clients, which knows of two others with 100."""
     membership = Membership(TTL_MS, 0, 0, 0, 0, 0)
     membership.take(reply(105, 3, clock), 5)
-    assert (membership.remote, membership.servers, membership.clock, membership.lost_at) == (100, 3, clock, 1)
+    assert (membership.remote, membership.servers, membership.clock, membership.lost_at) == (
+        100,
+        3,
+        clock,
+        1,
+    )
     return membership
 
 
@@ -135,7 +145,9 @@ def test_a_loss_during_a_hold_does_not_take_back_what_was_learned_since() -> Non
 def test_a_hold_is_not_kept_onto_the_lease_clock_of_another_redis() -> None:
     membership = three_of_100()
     membership.take(lost(5, 1, 900_001, lost_at=900_001), 5)
-    membership.take(reply(45, 2, 50_100, back=1), 5)  # It is back at the first one, and one of the others is dead.
+    membership.take(
+        reply(45, 2, 50_100, back=1), 5
+    )  # It is back at the first one, and one of the others is dead.
     assert (membership.remote, membership.hold_until) == (100, 50_100 + TTL_MS)
     membership.take(reply(45, 2, 50_100 + TTL_MS, back=1), 5)
     assert (membership.remote, membership.servers) == (40, 2)
@@ -146,7 +158,13 @@ def test_an_agent_that_follows_another_goes_on_from_what_that_one_knew() -> None
     assert membership.remote == 100
     membership.take(lost(5, 1, 50_001), 5)
     assert (membership.remote, membership.servers, membership.hold_until) == (100, 3, 56_001)
-    known = (membership.remote, membership.servers, membership.clock, membership.lost_at, membership.hold_until)
+    known = (
+        membership.remote,
+        membership.servers,
+        membership.clock,
+        membership.lost_at,
+        membership.hold_until,
+    )
     follower = Membership(TTL_MS, *known)
     follower.take(lost(5, 1, 55_999), 5)
     assert (follower.remote, follower.hold_until) == (100, 56_001), "it is no other loss"
@@ -155,23 +173,30 @@ def test_an_agent_that_follows_another_goes_on_from_what_that_one_knew() -> None
 
 
 def test_every_kind_of_error_has_its_cell_on_the_board() -> None:
-    assert [kind for kind, pattern in BEAT_ERRORS.items() if not pattern] == [list(BEAT_ERRORS)[-1]] == ["other"]
-    assert {f"beat_errors.{kind}" for kind in BEAT_ERRORS} <= set(SINGLE_CELLS)
+    assert (
+        [kind for kind, pattern in HEARTBEAT_ERRORS.items() if not pattern]
+        == [list(HEARTBEAT_ERRORS)[-1]]
+        == ["other"]
+    )
+    assert {f"beat_errors.{kind}" for kind in HEARTBEAT_ERRORS} <= set(SINGLE_CELLS)
 
 
 TTL_S, INTERVAL_S = TTL / 1000, INTERVAL / 1000
 #: Servers keep an own interval within these parts of the one configured, or a bit more.
 PERIODS = st.floats(0.75 * INTERVAL_S, INTERVAL_S)
-#: Clients of each server are counted in another power of it, so that one can tell from a sum whose they are.
+#: Clients of each server are counted in another power of it, so that one can tell from a sum whose
+#: they are.
 UNIT = 1000
-#: Who has not beaten for longer, while Redis was there, may be taken for dead: if data are lost meanwhile, others await
-#: his return no longer than newcomers are told from those who return.
+#: Who has not beaten for longer, while Redis was there, may be taken for dead: if data are lost
+#: meanwhile, others await his return no longer than newcomers are told from those who return.
 PATIENCE_S = 0.3 * TTL_S
 
 
 @dataclass
 class Server:
-    """A model server of the simulation: what it runs, and what is known of it that it does not know itself."""
+    """A model server of the simulation: what it runs, and what is known of it that it does not know
+    itself.
+    """
 
     name: str
     incarnation: str
@@ -187,9 +212,11 @@ class Server:
     is_deaf: bool = False
     #: How long Redis has not heard of it, without the time in which it was away for all.
     silence: float = 0.0
-    #: The incarnations that were there when it last held nothing: whose return it awaits after a loss.
+    #: The incarnations that were there when it last held nothing: whose return it awaits after a
+    #: loss.
     knows: set[str] = field(default_factory=set)
-    #: By units: whom it may count. Those it was told of last, and all clients that there have been since.
+    #: By units: whom it may count. Those it was told of last, and all clients that there have been
+    #: since.
     may_count: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -202,7 +229,9 @@ def by_units(count: int, units: list[int]) -> Counter[int]:
 
 
 class World:
-    """Servers and a Redis, by the clock of the simulation: seconds, of which the script is told the milliseconds."""
+    """Servers and a Redis, by the clock of the simulation: seconds, of which the script is told the
+    milliseconds.
+    """
 
     def __init__(self, periods: list[float]) -> None:
         self.script = Model()
@@ -220,7 +249,9 @@ class World:
     def add(self, name: str, period: float, first_beat: float, replaced: str = "") -> None:
         unit = UNIT ** len(self.units)
         self.units.append(unit)
-        self.servers.append(Server(name, f"life-{unit}", unit, period, first_beat, replaced=replaced))
+        self.servers.append(
+            Server(name, f"life-{unit}", unit, period, first_beat, replaced=replaced)
+        )
         self.note_clients()
 
     def note_clients(self) -> None:
@@ -249,22 +280,30 @@ class World:
         lag = max(one.membership.clock for one in self.servers) - self.script.clock
         lost_at, answer = self.script.lost_at, self.call(server, server.count)
         if lag > 2 * INTERVAL and self.script.lost_at == lost_at:
-            # One that was told nothing since hides it from all but those whose own entry is older. They beat soon.
+            # One that was told nothing since hides it from all but those whose own entry is older.
+            # They beat soon.
             self.hidden_until = self.now + INTERVAL_S
         server.silence = 0.0
         server.is_deaf, is_deaf = False, server.is_deaf
         if is_deaf:
             return
-        knew_others, before = server.membership.servers > 0 and server.answered > 0, server.membership.remote
+        knew_others, before = (
+            server.membership.servers > 0 and server.answered > 0,
+            server.membership.remote,
+        )
         if answer.holder != server.incarnation:
-            # An earlier life, which a backup has brought back. What `Rivalry` finds out in two intervals is known here.
+            # An earlier life, which a backup has brought back. What `Rivalry` finds out in two
+            # intervals is known here.
             server.replaced, server.answered = answer.holder, 0
             if not server.membership.servers:
                 server.membership.remote = answer.total
             return
         server.answered, server.replaced = self.stamp, ""
         server.membership.take(answer, server.count)
-        remote, units = server.membership.remote, [unit for unit in self.units if unit != server.unit]
+        remote, units = (
+            server.membership.remote,
+            [unit for unit in self.units if unit != server.unit],
+        )
         if knew_others and self.is_judging and self.now > self.hidden_until:
             assert remote >= self.least(server, before), "a false dip"
             may_count = sum(unit * server.may_count[unit] for unit in units)
@@ -278,21 +317,28 @@ class World:
     def least(self, server: Server, before: int) -> int:
         """What a server must count: whom it has counted before, and who is there.
 
-        But it only awaits as many as it knew: one whom it did not know may stand in for one who has not beaten yet, who
-        was dropped before a loss, or who is new where nothing was lost.
+        But it only awaits as many as it knew: one whom it did not know may stand in for one who has
+        not beaten yet, who was dropped before a loss, or who is new where nothing was lost.
         """
         script = self.script
         there_are = {entry.incarnation for entry in script.entries.values()}
         if (set(script.back) if script.clock < script.lost_at + TTL else there_are) - server.knows:
             return 0
-        known = [other for other in self.servers if other is not server and other.incarnation in server.knows]
+        known = [
+            other
+            for other in self.servers
+            if other is not server and other.incarnation in server.knows
+        ]
         there = [other.unit for other in known if other.silence <= PATIENCE_S]
         return sum(unit * clients for unit, clients in by_units(before, there).items())
 
     def run(self, seconds: float) -> None:
         """Let the servers that reach Redis beat."""
         end = self.now + seconds
-        while self.servers and (server := min(self.servers, key=lambda one: one.next_beat)).next_beat <= end:
+        while (
+            self.servers
+            and (server := min(self.servers, key=lambda one: one.next_beat)).next_beat <= end
+        ):
             self.advance(server.next_beat)
             server.next_beat = self.now + server.period
             if not server.is_cut_off:
@@ -308,7 +354,9 @@ class World:
         """Redis is away for all. When it is back, each server tries within an interval."""
         self.now += seconds
         for number, server in enumerate(self.servers):
-            server.next_beat = max(server.next_beat, self.now + server.period * (number + 1) / len(self.servers))
+            server.next_beat = max(
+                server.next_beat, self.now + server.period * (number + 1) / len(self.servers)
+            )
 
     def lose(self) -> None:
         """Redis loses its data."""
@@ -336,7 +384,9 @@ class World:
         """A server gets a client, and tells it soon."""
         server = self.pick(number)
         server.clients += 1
-        server.next_beat = min(server.next_beat, max(self.now, server.next_beat - server.period + 0.1))
+        server.next_beat = min(
+            server.next_beat, max(self.now, server.next_beat - server.period + 0.1)
+        )
         self.note_clients()
 
     def be_late(self, number: int, seconds: float) -> None:
@@ -359,11 +409,11 @@ class World:
             self.add(f"server-{len(self.units)}", period, self.now + period / 4)
 
     def restart_agent(self, number: int) -> None:
-        """Another agent goes on from what is on the board."""
+        """Another agent goes on from what is on the scoreboard."""
         server = self.pick(number)
         known = server.membership
-        board = (known.remote, known.servers, known.clock, known.lost_at, known.hold_until)
-        server.membership = Membership(TTL, *board)
+        scoreboard = (known.remote, known.servers, known.clock, known.lost_at, known.hold_until)
+        server.membership = Membership(TTL, *scoreboard)
         server.next_beat = max(server.next_beat, self.now + 0.1)
 
     def end(self, number: int, is_clean: bool) -> None:
@@ -389,7 +439,8 @@ class World:
 
     def is_exact(self) -> bool:
         return all(
-            (server.membership.remote, server.membership.servers) == (self.others(server), len(self.servers))
+            (server.membership.remote, server.membership.servers)
+            == (self.others(server), len(self.servers))
             for server in self.servers
         )
 
@@ -446,7 +497,10 @@ def test_a_server_that_dies_is_missed_a_ttl_later_by_all() -> None:
     world.is_judging = False
     world.run(TTL_S - 2 * INTERVAL_S)
     assert [server.membership.servers for server in world.servers] == [3, 3]
-    assert [server.membership.remote for server in world.servers] == [UNIT + dead.count, 1 + dead.count]
+    assert [server.membership.remote for server in world.servers] == [
+        UNIT + dead.count,
+        1 + dead.count,
+    ]
     world.run(4 * INTERVAL_S)
     assert world.is_exact()
 
@@ -486,14 +540,25 @@ def test_one_renewal_may_be_a_late_beat_of_a_dead_one_which_can_then_be_replaced
 
 def test_a_lease_that_stands_still_is_that_of_a_dead_one() -> None:
     rivalry = Rivalry(round(BEAT * 1000))
-    for moment, replaceable in ((0.0, ""), (STILL / 2, ""), (STILL - 0.01, ""), (STILL, "other"), (STILL + 1, "other")):
+    for moment, replaceable in (
+        (0.0, ""),
+        (STILL / 2, ""),
+        (STILL - 0.01, ""),
+        (STILL, "other"),
+        (STILL + 1, "other"),
+    ):
         assert not watch(rivalry, "other", 1, 100 + moment)
         assert rivalry.replaceable == replaceable
 
 
 def test_a_renewal_begins_the_wait_anew() -> None:
     rivalry = Rivalry(round(BEAT * 1000))
-    for moment, lease, replaceable in ((0.0, 1, ""), (STILL - 0.01, 2, ""), (STILL, 2, ""), (2 * STILL, 2, "other")):
+    for moment, lease, replaceable in (
+        (0.0, 1, ""),
+        (STILL - 0.01, 2, ""),
+        (STILL, 2, ""),
+        (2 * STILL, 2, "other"),
+    ):
         assert not watch(rivalry, "other", lease, moment)
         assert rivalry.replaceable == replaceable
 
@@ -507,7 +572,12 @@ def test_once_the_dead_one_is_replaced_nobody_is_to_be_replaced() -> None:
 
 def test_another_holder_is_watched_from_the_beginning() -> None:
     rivalry = Rivalry(round(BEAT * 1000))
-    for moment, holder, lease in ((0.0, "one", 1), (0.1, "one", 2), (0.2, "two", 3), (0.3, "two", 4)):
+    for moment, holder, lease in (
+        (0.0, "one", 1),
+        (0.1, "one", 2),
+        (0.2, "two", 3),
+        (0.3, "two", 4),
+    ):
         assert not watch(rivalry, holder, lease, moment)
     assert not watch(rivalry, "two", 4, 0.3 + STILL - 0.01)
     assert rivalry.replaceable == ""
@@ -535,7 +605,9 @@ def test_a_live_twin_is_found_and_never_replaced_a_dead_one_is_replaced_and_neve
     rivalry = Rivalry(round(BEAT * 1000))
     has_twin, replaceable, moment = False, "", 0.0
     for pause in [*watches, *[0.25 * BEAT] * 20]:
-        has_twin = has_twin or watch(rivalry, "other", sum(beat <= moment for beat in beats), moment)
+        has_twin = has_twin or watch(
+            rivalry, "other", sum(beat <= moment for beat in beats), moment
+        )
         replaceable = replaceable or rivalry.replaceable
         moment = min(moment + pause, beats[-1]) if last_beat is None else moment + pause
     assert (has_twin, replaceable) == ((True, "") if last_beat is None else (False, "other"))

@@ -12,7 +12,7 @@ from time import monotonic
 
 import pytest
 
-from gserver.orders import GIVE_UP_SECONDS, Orders
+from gserver.supervise.phases import GIVE_UP_SECONDS, Orders
 
 
 def orders(*numbers: signal.Signals, delay: float = 10.0, timeout: float = 40.0) -> Orders:
@@ -38,7 +38,9 @@ def orders(*numbers: signal.Signals, delay: float = 10.0, timeout: float = 40.0)
         ((SIGUSR2, SIGINT, SIGTERM), 110, 101, True),
         ((SIGTERM, SIGUSR2), math.inf, 110, False),
     ],
-    ids=lambda value: "+".join(number.name for number in value) if isinstance(value, tuple) else None,
+    ids=lambda value: (
+        "+".join(number.name for number in value) if isinstance(value, tuple) else None
+    ),
 )
 def test_what_signals_add_up_to(
     numbers: tuple[signal.Signals, ...], retire_at: float, drain_at: float, is_forced: bool
@@ -50,9 +52,17 @@ def test_what_signals_add_up_to(
 
 @pytest.mark.parametrize(
     ("numbers", "reloads"),
-    [((SIGHUP, SIGHUP), 2), ((SIGUSR2, SIGHUP), 0), ((SIGTERM, SIGHUP), 0), ((SIGHUP, SIGTERM), 1), ((SIGUSR1,), 0)],
+    [
+        ((SIGHUP, SIGHUP), 2),
+        ((SIGUSR2, SIGHUP), 0),
+        ((SIGTERM, SIGHUP), 0),
+        ((SIGHUP, SIGTERM), 1),
+        ((SIGUSR1,), 0),
+    ],
 )
-def test_a_hangup_reloads_unless_the_server_is_stopping(numbers: tuple[signal.Signals, ...], reloads: int) -> None:
+def test_a_hangup_reloads_unless_the_server_is_stopping(
+    numbers: tuple[signal.Signals, ...], reloads: int
+) -> None:
     assert orders(*numbers).reloads == reloads
 
 

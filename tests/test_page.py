@@ -1,4 +1,6 @@
-"""The page in a real browser: it shows the real numbers, follows changes, and says so when anything goes away."""
+"""The page in a real browser: it shows the real numbers, follows changes, and says so when anything
+goes away.
+"""
 
 import json
 import re
@@ -28,7 +30,10 @@ def page(server: Running) -> str:
 
 
 def test_it_shows_the_real_numbers_and_follows_changes(window: Browser) -> None:
-    with Running("--admin-port", "0", "--workers", "2", "--server-id", "the-one") as server, ExitStack() as stack:
+    with (
+        Running("--admin-port", "0", "--workers", "2", "--server-id", "the-one") as server,
+        ExitStack() as stack,
+    ):
         server.wait_for("worker.ready", 2)
         window.open(page(server))
         until(lambda: window.text("state") == "ready", "the page has the status")
@@ -48,20 +53,30 @@ def test_it_shows_the_real_numbers_and_follows_changes(window: Browser) -> None:
         def has_rate() -> bool:
             clients[7].send(b"WHY\n" * 500)
             assert b"".join(clients[7].line() for _ in range(500)) == b"42\n" * 500
-            return window.text("rate").replace(",", "").partition(".")[0].isdigit() and window.text("rate") != "0"
+            return (
+                window.text("rate").replace(",", "").partition(".")[0].isdigit()
+                and window.text("rate") != "0"
+            )
 
         until(has_rate, "the page shows a rate")
         pids = {str(worker.pid) for worker in server.workers()}
         assert {line.split()[0] for line in window.text("workers").splitlines()} == pids
-        heads = window.run("return [...document.querySelectorAll('th[scope=col]')].map(head => head.innerText)")
+        heads = window.run(
+            "return [...document.querySelectorAll('th[scope=col]')].map(head => head.innerText)"
+        )
         assert heads[-5:] == ["process", "age", "clients", "bursts a second", "last sign of life"]
         widths = "return [...document.querySelectorAll('#workers tr')].map(row => row.cells.length)"
         assert set(window.run(widths)) == {5}
         server.workers()[0].kill()
         server.wait_for("worker.ready", 3)
-        until(lambda: "1 restarted" in window.text("workers-title"), "the page has noticed the restart")
+        until(
+            lambda: "1 restarted" in window.text("workers-title"),
+            "the page has noticed the restart",
+        )
         assert window.run("return document.querySelectorAll('#plot-clients polyline').length") >= 1
-        assert "clients of this server" in window.run("return document.getElementById('plot-clients').ariaLabel")
+        assert "clients of this server" in window.run(
+            "return document.getElementById('plot-clients').ariaLabel"
+        )
         assert window.complaints() == []
 
 
@@ -71,11 +86,16 @@ def test_it_says_for_how_long_the_certificate_is_valid(window: Browser, tmp_path
     with Running("--admin-port", "0", *files) as server:
         window.open(page(server))
         until(lambda: "TLS, certificate valid for 1 d" in window.text("tls"), "it is there")
-        assert colour(window, "tls") == colour(window, "alarm", "backgroundColor"), "there is little time left"
+        assert colour(window, "tls") == colour(window, "alarm", "backgroundColor"), (
+            "there is little time left"
+        )
         assert colour(window, "side") != colour(window, "tls")
         (tmp_path / "server.key").unlink()
         server.send_signal(signal.SIGHUP)
-        until(lambda: window.text("workers-title").endswith("0 reloads, 1 given up"), "the reload could not be")
+        until(
+            lambda: window.text("workers-title").endswith("0 reloads, 1 given up"),
+            "the reload could not be",
+        )
         assert not [said for said in window.complaints() if page(server) in said]
     with Running("--admin-port", "0") as server:
         window.open(page(server))
@@ -111,7 +131,9 @@ def test_words_go_with_their_numbers(window: Browser) -> None:
         until(lambda: window.text("state") == "ready", "it is there")
         for count, words in ((0, "0 reloads"), (1, "1 reload"), (2000, "2,000 reloads")):
             script = f"show({{...last, workers: {{...last.workers, reloads: {count}}}}}, last)"
-            told = window.run(f"{script}; return document.getElementById('workers-title').textContent")
+            told = window.run(
+                f"{script}; return document.getElementById('workers-title').textContent"
+            )
             assert told == f"Workers: 1 of 1 accepting, 0 restarted, {words}"
 
 
@@ -138,8 +160,12 @@ def test_it_says_when_the_server_goes_away_and_when_it_is_back(window: Browser) 
         assert window.run("return document.getElementById('alarm').hidden") is True
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (320, "dark")])
-def test_it_fits_screens_large_and_small_light_and_dark(window: Browser, width: int, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (320, "dark")]
+)
+def test_it_fits_screens_large_and_small_light_and_dark(
+    window: Browser, width: int, scheme: str
+) -> None:
     with Running("--admin-port", "0") as server:
         window.resize(width, 900, scheme)
         window.open(page(server))
@@ -159,7 +185,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
 HOSTILE = "<img/src=x>".ljust(128, "x")
 
 
-def test_it_lists_the_servers_of_the_cluster_and_follows_them(window: Browser, store: Redis) -> None:
+def test_it_lists_the_servers_of_the_cluster_and_follows_them(
+    window: Browser, store: Redis
+) -> None:
     here, there = ["--server-id", "here", "--admin-port", "0"], ["--server-id", HOSTILE]
     with cluster(store.url, "gserver", here, there) as [first, second], second.client() as client:
         assert client.ask(b"WHERE") == HOSTILE.encode()
@@ -188,9 +216,7 @@ def test_it_lists_the_servers_of_the_cluster_and_follows_them(window: Browser, s
 
 def cells(window: Browser) -> list[list[str]]:
     """The rows of the table of servers; one without cells if there is none."""
-    script = (
-        "return [...document.querySelectorAll('#servers tr')].map(row => [...row.cells].map(cell => cell.innerText))"
-    )
+    script = "return [...document.querySelectorAll('#servers tr')].map(row => [...row.cells].map(cell => cell.innerText))"
     found: list[list[str]] = window.run(script)
     return found or [[]]
 
@@ -224,7 +250,9 @@ def test_a_chart_begins_with_the_minutes_of_which_there_is_something(window: Bro
             clients, rate, part, said = window.run(DRAWN.replace("SECONDS", str(seconds)))
             assert clients == rate == [f"{minutes} min ago", "now"]
             assert part == pytest.approx(seconds / 60 / minutes, abs=0.01)
-            assert said.endswith("the last minute" if minutes == 1 else f"the last {minutes} minutes")
+            assert said.endswith(
+                "the last minute" if minutes == 1 else f"the last {minutes} minutes"
+            )
 
 
 #: The colours of the page by their names.
@@ -251,7 +279,13 @@ def test_all_words_stand_out_from_their_ground(window: Browser) -> None:
 def luminance(colour: str) -> float:
     """Of #rgb or #rrggbb, from 0 to 1."""
     digits = colour.strip().lstrip("#")
-    pairs = [digits[at : at + 2] for at in (0, 2, 4)] if len(digits) == 6 else [digit * 2 for digit in digits]
+    pairs = (
+        [digits[at : at + 2] for at in (0, 2, 4)]
+        if len(digits) == 6
+        else [digit * 2 for digit in digits]
+    )
     parts = [int(pair, 16) / 255 for pair in pairs]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

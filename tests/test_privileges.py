@@ -1,4 +1,6 @@
-"""Which user a server is that root has started: seen in /proc, of every thread of every process. It takes root."""
+"""Which user a server is that root has started: seen in /proc, of every thread of every process. It
+takes root.
+"""
 
 import os
 import random
@@ -17,7 +19,8 @@ from tests.redises import make_certificates
 from tests.running import LIMIT, Client, Running, gserver, program, until
 
 UID, GID, OTHER_GID, KEY_GID = 64123, 64124, 64125, 64126
-#: In mounts of its own: users and groups that are not this machine's, and a Python that they may execute.
+#: In mounts of its own: users and groups that are not this machine's, and a Python that they may
+#: execute.
 START = f"""
 set -eu
 folder=$1 base=$2 packages=$3 repository=$4
@@ -51,12 +54,12 @@ def id(service):
 #: Becomes one of its arguments, the last that it may be, and says what came of each.
 BECOME = """
 import sys
-from gserver.errors import Failure
-from gserver.privileges import become
+from gserver.errors import FatalError
+from gserver.supervise.privileges import become
 for who in sys.argv[1:]:
     try:
         become(who)
-    except Failure as failure:
+    except FatalError as failure:
         print(failure.exit_code, failure)
 print(open("/proc/self/status").read())
 """
@@ -68,13 +71,28 @@ def start(tmp_path: Path) -> list[str]:
     if os.geteuid() != 0:
         pytest.skip("only root may become another user")
     (tmp_path / "passwd").write_text(f"gserver-test:x:{UID}:{GID}::/:/bin/false\n")
-    groups = {"gserver-test": (GID, ""), "gserver-other": (OTHER_GID, ""), "gserver-key": (KEY_GID, "gserver-test")}
-    (tmp_path / "group").write_text("".join(f"{name}:x:{gid}:{who}\n" for name, (gid, who) in groups.items()))
+    groups = {
+        "gserver-test": (GID, ""),
+        "gserver-other": (OTHER_GID, ""),
+        "gserver-key": (KEY_GID, "gserver-test"),
+    }
+    (tmp_path / "group").write_text(
+        "".join(f"{name}:x:{gid}:{who}\n" for name, (gid, who) in groups.items())
+    )
     files = tmp_path / "files"
     files.mkdir()
     files.chmod(0o755)
     tmp_path.chmod(0o711)
-    return [program("unshare"), "--mount", program("bash"), "-c", START, "start", str(tmp_path), *INSTALLED]
+    return [
+        program("unshare"),
+        "--mount",
+        program("bash"),
+        "-c",
+        START,
+        "start",
+        str(tmp_path),
+        *INSTALLED,
+    ]
 
 
 def low_port() -> int:
@@ -111,7 +129,9 @@ def assert_is_the_user(server: Running, processes: int) -> None:
             assert_is(fields(path.read_text()), UID, GID, {GID, KEY_GID})
 
 
-def test_a_low_port_is_served_by_another_user_and_so_it_stays(start: list[str], tmp_path: Path) -> None:
+def test_a_low_port_is_served_by_another_user_and_so_it_stays(
+    start: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "files/extra.py").write_text(MODULE)
     setuid = tmp_path / "files/id"
     setuid.write_bytes(Path(program("id")).read_bytes())
@@ -122,7 +142,9 @@ def test_a_low_port_is_served_by_another_user_and_so_it_stays(start: list[str], 
         server.wait_for("worker.ready", 2)
         server.wait_for("agent.ready")
         assert_is_the_user(server, 4)
-        assert Path(f"/proc/{server.pid}/mem").stat().st_uid == 0, "the supervisor has the key: only root may look"
+        assert Path(f"/proc/{server.pid}/mem").stat().st_uid == 0, (
+            "the supervisor has the key: only root may look"
+        )
         with server.client() as client:
             assert (server.port, client.who()) == (port, 1)
             assert re.match(rb"uid=64123\S+ gid=64124\S+ groups=", client.ask(b"ID")), (
@@ -139,17 +161,30 @@ def test_a_low_port_is_served_by_another_user_and_so_it_stays(start: list[str], 
         assert (server.stop(), server.stderr) == (0, "")
 
 
-def test_a_key_of_roots_is_read_at_the_start_and_by_a_reload_as_the_user(start: list[str], tmp_path: Path) -> None:
+def test_a_key_of_roots_is_read_at_the_start_and_by_a_reload_as_the_user(
+    start: list[str], tmp_path: Path
+) -> None:
     files = tmp_path / "files"
     make_certificates(files)
     key = files / "server.key"
     assert key.stat().st_mode & 0o777 == 0o600
-    options = ["--port", "0", "--user", "gserver-test", "--tls-cert", "server.pem", "--tls-key", "server.key"]
+    options = [
+        "--port",
+        "0",
+        "--user",
+        "gserver-test",
+        "--tls-cert",
+        "server.pem",
+        "--tls-key",
+        "server.key",
+    ]
     with Running(*options, command=[*start, *SERVE]) as server:
         assert_is_the_user(server, 2)
 
         def who() -> str:
-            return gserver("ask", "--server", f"127.0.0.1:{server.port}", "--tls-ca", str(files / "ca.pem")).stdout
+            return gserver(
+                "ask", "--server", f"127.0.0.1:{server.port}", "--tls-ca", str(files / "ca.pem")
+            ).stdout
 
         worker = server.workers()[0].pid
         server.send_signal(signal.SIGHUP)
@@ -167,8 +202,16 @@ def test_a_key_of_roots_is_read_at_the_start_and_by_a_reload_as_the_user(start: 
 def test_the_socket_of_a_service_manager_is_taken_over_first(start: list[str]) -> None:
     port = low_port()
     kept = [f"--setenv={name}" for name in ("PYTHONPATH", "LD_LIBRARY_PATH")]
-    activate = [program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}", "--fdname=gserver", *kept]
-    with Running("--user", "gserver-test", command=[*start, *activate, *SERVE], wait=False) as server:
+    activate = [
+        program("systemd-socket-activate"),
+        "-l",
+        f"127.0.0.1:{port}",
+        "--fdname=gserver",
+        *kept,
+    ]
+    with Running(
+        "--user", "gserver-test", command=[*start, *activate, *SERVE], wait=False
+    ) as server:
         until(lambda: any("Listening" in line for line in server.errors), "it listens")
         with Client(port) as client:
             assert client.who() == 1
@@ -185,7 +228,9 @@ def test_the_socket_of_a_service_manager_is_taken_over_first(start: list[str]) -
         ("64999:64998", 64999, 64998, {64998}),
     ],
 )
-def test_a_group_or_numbers_may_be_named(user: str, uid: int, gid: int, groups: set[int], start: list[str]) -> None:
+def test_a_group_or_numbers_may_be_named(
+    user: str, uid: int, gid: int, groups: set[int], start: list[str]
+) -> None:
     assert_is(fields(run([*start, SERVE[0], "-c", BECOME, user])), uid, gid, groups)
 
 
@@ -193,13 +238,26 @@ def test_a_group_or_numbers_may_be_named(user: str, uid: int, gid: int, groups: 
 
 
 def test_who_is_not_known_or_is_root_is_refused(start: list[str]) -> None:
-    users = ["no-such-user", "root", "0", "0:64124", "64999", "gserver-test:no-such-group", ":", ":64124"]
+    users = [
+        "no-such-user",
+        "root",
+        "0",
+        "0:64124",
+        "64999",
+        "gserver-test:no-such-group",
+        ":",
+        ":64124",
+    ]
     users += ["4294967295:64124", "64123:4294967295", "99999999999:64124", "-1:64124", "9" * 5000]
     said = run([*start, SERVE[0], "-c", BECOME, *users]).splitlines()
     assert said[: len(users)] == [f"2 --user {user}: {UNKNOWN}" for user in users]
     assert fields("\n".join(said))["Uid"] == "0\t0\t0\t0", "it is who it was"
     done = gserver("--port", "0", "--user", "no-such-user")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"gserver: --user no-such-user: {UNKNOWN}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        f"gserver: --user no-such-user: {UNKNOWN}\n",
+    )
 
 
 def test_who_is_not_root_becomes_nobody_else_but_may_be_who_it_is(start: list[str]) -> None:
@@ -209,12 +267,32 @@ def test_who_is_not_root_becomes_nobody_else_but_may_be_who_it_is(start: list[st
     assert_is(fields(said), UID, GID, set())
 
 
-def test_capabilities_go_even_where_the_kernel_would_leave_them_to_who_was_root(start: list[str]) -> None:
-    keep = [program("setpriv"), "--securebits=+no_setuid_fixup", SERVE[0], "-c", BECOME, "gserver-test"]
+def test_capabilities_go_even_where_the_kernel_would_leave_them_to_who_was_root(
+    start: list[str],
+) -> None:
+    keep = [
+        program("setpriv"),
+        "--securebits=+no_setuid_fixup",
+        SERVE[0],
+        "-c",
+        BECOME,
+        "gserver-test",
+    ]
     assert_is(fields(run([*start, *keep])), UID, GID, {GID, KEY_GID})
 
 
 def test_a_user_who_may_not_execute_this_python_is_told_to_start_no_child(start: list[str]) -> None:
-    locked = ["sh", "-c", 'chmod 700 /opt && exec "$@"', "sh", SERVE[0], "-c", BECOME, "gserver-test"]
+    locked = [
+        "sh",
+        "-c",
+        'chmod 700 /opt && exec "$@"',
+        "sh",
+        SERVE[0],
+        "-c",
+        BECOME,
+        "gserver-test",
+    ]
     said = run([*start, *locked])
-    assert re.match(r"1 --user gserver-test may not use /opt/\S+ or /opt/\S+: have both where it may\n", said)
+    assert re.match(
+        r"1 --user gserver-test may not use /opt/\S+ or /opt/\S+: have both where it may\n", said
+    )

@@ -1,4 +1,6 @@
-"""How the processes hang together: a child never outlives its supervisor, and each has the files it may open."""
+"""How the processes hang together: a child never outlives its supervisor, and each has the files it
+may open.
+"""
 
 import os
 import signal
@@ -29,7 +31,9 @@ def program(service):
 
 @contextmanager
 def nothing_left(folder: Path, limit: float) -> Iterator[None]:
-    """All that was started for this folder is gone soon after the body; what is not, is ended by force."""
+    """All that was started for this folder is gone soon after the body; what is not, is ended by
+    force.
+    """
     try:
         yield
         until(lambda: not left_over(folder), "no process is left", limit)
@@ -45,7 +49,10 @@ def cpu_seconds(server: Running) -> float:
 def test_nothing_is_left_within_2_seconds_of_the_supervisor_being_killed(tmp_path: Path) -> None:
     (tmp_path / "extra.py").write_text(MODULE)
     options = ("--workers", "3", "--commands", "extra", "--statsd-host", "127.0.0.1")
-    with Running(*options, cwd=tmp_path, env={"MARK": str(tmp_path)}) as server, ExitStack() as stack:
+    with (
+        Running(*options, cwd=tmp_path, env={"MARK": str(tmp_path)}) as server,
+        ExitStack() as stack,
+    ):
         server.wait_for("worker.ready", 3)
         server.wait_for("agent.ready")
         assert len(left_over(tmp_path)) == 5
@@ -64,7 +71,9 @@ def test_nothing_is_left_of_a_supervisor_killed_at_any_moment_of_its_start(tmp_p
         options = ("--workers", "2", "--statsd-host", "127.0.0.1")
         with Running(*options, env={"MARK": str(tmp_path)}, wait=False) as server:
             time.sleep(0.05 * step)  # The moment is the test.
-            with nothing_left(tmp_path, LIMIT):  # On a busy machine it takes a child a while to come to notice.
+            with nothing_left(
+                tmp_path, LIMIT
+            ):  # On a busy machine it takes a child a while to come to notice.
                 server.process.kill()
 
 
@@ -81,7 +90,9 @@ def test_a_program_that_a_command_has_started_keeps_no_port(tmp_path: Path) -> N
             other.kill()
 
 
-def test_a_program_that_a_command_has_started_does_not_read_what_the_worker_was_told(tmp_path: Path) -> None:
+def test_a_program_that_a_command_has_started_does_not_read_what_the_worker_was_told(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "spy.py").write_text(
         "import subprocess\nfrom gserver.commands import command\n"
         "@command('SPY')\ndef spy(service):\n    return len(subprocess.check_output(['cat', '/proc/self/fd/0']))\n"
@@ -90,7 +101,9 @@ def test_a_program_that_a_command_has_started_does_not_read_what_the_worker_was_
         assert client.ask(b"SPY") == b"0"
 
 
-def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group(tmp_path: Path) -> None:
+def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group(
+    tmp_path: Path,
+) -> None:
     with Running("--server-id", "an-id-to-look-for", "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
         for slot, worker in enumerate(server.workers()):
@@ -100,7 +113,9 @@ def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(number: signal.Signals) -> None:
+def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(
+    number: signal.Signals,
+) -> None:
     with Running() as server, server.client() as client:
         client.who()
         server.workers()[0].send_signal(number)
@@ -115,7 +130,10 @@ def test_it_leaves_a_worker_alone_that_still_starts(number: signal.Signals) -> N
     with Running() as server:
         old = server.workers()
         old[0].kill()
-        [new] = until(lambda: [worker for worker in server.workers() if worker not in old], "another one starts")
+        [new] = until(
+            lambda: [worker for worker in server.workers() if worker not in old],
+            "another one starts",
+        )
         new.send_signal(number)
         server.wait_for("worker.ready", 2)
         assert server.workers() == [new]
@@ -131,7 +149,9 @@ def test_a_worker_may_open_as_many_files_as_the_hard_limit_says() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_usual_max_clients_is_lowered_to_what_fits_into_the_limit_of_files(workers: int) -> None:
+def test_the_usual_max_clients_is_lowered_to_what_fits_into_the_limit_of_files(
+    workers: int,
+) -> None:
     with Running("--workers", str(workers), command=limited(100)) as server:
         assert server.events("server.listening")[0]["gserver.max_clients"] == workers * 36
 
@@ -141,8 +161,12 @@ def test_a_max_clients_of_your_own_that_just_fits_is_taken() -> None:
         assert server.events("server.listening")[0]["gserver.max_clients"] == 36
 
 
-@pytest.mark.parametrize(("options", "files"), [(("--max-clients", "37"), 100), (("--workers", "2"), 64)])
-def test_more_clients_than_there_may_be_files_are_refused_with_2(options: tuple[str, ...], files: int) -> None:
+@pytest.mark.parametrize(
+    ("options", "files"), [(("--max-clients", "37"), 100), (("--workers", "2"), 64)]
+)
+def test_more_clients_than_there_may_be_files_are_refused_with_2(
+    options: tuple[str, ...], files: int
+) -> None:
     with Running(*options, command=limited(files), wait=False) as server:
         assert server.exit_code() == 2
         assert len(server.errors) == 1

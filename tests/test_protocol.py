@@ -1,4 +1,6 @@
-"""The wire without a socket: the table of cases, random input against an oracle, and what a silence means."""
+"""The wire without a socket: the table of cases, random input against an oracle, and what a silence
+means.
+"""
 
 import re
 from collections import Counter
@@ -8,7 +10,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gserver.protocol import LINE_TOO_LONG, NOT_ASCII, REFUSALS, UNKNOWN_COMMAND, Grammar, Parser, Refusal
+from gserver.protocol import (
+    ERROR_REPLIES,
+    LINE_TOO_LONG,
+    NOT_ASCII,
+    UNKNOWN_COMMAND,
+    ErrorReply,
+    Grammar,
+    Parser,
+)
 from tests import wire_cases as wire
 from tests.wire_cases import CASES, LIMIT_BYTES, REPLIES, Case
 
@@ -20,8 +30,8 @@ NESTED = {**REPLIES, b"WHOAMI": b"you\n", b"X": b"ex\n"}
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
-def replies_to(items: Iterable[bytes | Refusal]) -> bytes:
-    return b"".join(item.reply if isinstance(item, Refusal) else item for item in items)
+def replies_to(items: Iterable[bytes | ErrorReply]) -> bytes:
+    return b"".join(item.reply if isinstance(item, ErrorReply) else item for item in items)
 
 
 def fed(parser: Parser[bytes], pieces: Iterable[bytes]) -> bytes:
@@ -51,7 +61,9 @@ def test_a_case_sent_byte_by_byte_has_the_same_replies(case: Case) -> None:
 
 @every_case
 @pytest.mark.parametrize("is_whole", [True, False], ids=["in one piece", "in a second piece"])
-def test_what_follows_a_case_is_answered_while_the_connection_is_open(case: Case, is_whole: bool) -> None:
+def test_what_follows_a_case_is_answered_while_the_connection_is_open(
+    case: Case, is_whole: bool
+) -> None:
     parser = Parser(GRAMMAR)
     rest = b"\nWHY\n\xff\nwhere"
     pieces = [case.sent + rest] if is_whole else [case.sent, rest]
@@ -62,16 +74,18 @@ def test_what_follows_a_case_is_answered_while_the_connection_is_open(case: Case
 @every_case
 def test_only_a_refusal_that_closes_comes_last_and_closes(case: Case) -> None:
     # The connection learns of a closing by this flag alone, be the reply empty or not.
-    items: list[bytes | Refusal] = Parser(GRAMMAR).feed(case.sent + b"\n")
-    closes = [isinstance(item, Refusal) and item.closes for item in items]
+    items: list[bytes | ErrorReply] = Parser(GRAMMAR).feed(case.sent + b"\n")
+    closes = [isinstance(item, ErrorReply) and item.closes for item in items]
     assert (bool(closes) and closes.pop()) is not case.stays_open
     assert not any(closes)
 
 
-# Random input. The oracle takes the whole input at once and goes line by line, with a regular expression for
-# all that the parser does by splitting.
+# Random input. The oracle takes the whole input at once and goes line by line, with a regular
+# expression for all that the parser does by splitting.
 
-_REQUEST = re.compile(rb"[ \t\r\v\f]*([^ \t\r\v\f]+[ \t\r\v\f]+){2,}HTTP/[^ \t\r\v\f]*[ \t\r\v\f]*", re.IGNORECASE)
+_REQUEST = re.compile(
+    rb"[ \t\r\v\f]*([^ \t\r\v\f]+[ \t\r\v\f]+){2,}HTTP/[^ \t\r\v\f]*[ \t\r\v\f]*", re.IGNORECASE
+)
 _WORDS = re.compile(rb"[ \t\r\v\f]*(.*?)[ \t\r\v\f]*", re.DOTALL)
 
 
@@ -91,7 +105,11 @@ def oracle(data: bytes, commands: dict[bytes, bytes], limit: int) -> bytes:
         if words[1] == b"":
             continue
         is_first = False
-        known = [reply for name, reply in commands.items() if re.fullmatch(re.escape(name), words[1], re.IGNORECASE)]
+        known = [
+            reply
+            for name, reply in commands.items()
+            if re.fullmatch(re.escape(name), words[1], re.IGNORECASE)
+        ]
         if known:
             replies += known[0]
         elif re.search(rb"[\x80-\xff]", words[1]):
@@ -103,8 +121,30 @@ def oracle(data: bytes, commands: dict[bytes, bytes], limit: int) -> bytes:
 
 WORDS = st.sampled_from(
     [
-        *(b"WHO", b"who", b"WHERE", b"Where", b"WHY", b"why", b"WHOAMI", b"X", b"WH", b"WHOA", b"NOPE", b""),
-        *(b"GET / HTTP/1.1", b"get / http/1.0", b"GET /", b"HTTP/1.1", b"\0", b"\x16\x03", b"\xff", b"\xc3\xa9"),
+        *(
+            b"WHO",
+            b"who",
+            b"WHERE",
+            b"Where",
+            b"WHY",
+            b"why",
+            b"WHOAMI",
+            b"X",
+            b"WH",
+            b"WHOA",
+            b"NOPE",
+            b"",
+        ),
+        *(
+            b"GET / HTTP/1.1",
+            b"get / http/1.0",
+            b"GET /",
+            b"HTTP/1.1",
+            b"\0",
+            b"\x16\x03",
+            b"\xff",
+            b"\xc3\xa9",
+        ),
     ]
 )
 BLANKS = st.text(" \t\r\v\f", max_size=2).map(str.encode)
@@ -114,9 +154,9 @@ LINES = st.one_of(
     st.binary(max_size=12),
     st.integers(0, 20).map(lambda size: b"x" * size),
 )
-INPUTS = st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n", b"\n\n", b""])).map(b"".join), max_size=12).map(
-    b"".join
-)
+INPUTS = st.lists(
+    st.tuples(LINES, st.sampled_from([b"\n", b"\r\n", b"\n\n", b""])).map(b"".join), max_size=12
+).map(b"".join)
 #: Small limits, so that random lines come to both sides of them; and the usual one.
 LIMITS = st.one_of(st.integers(1, 16), st.just(LIMIT_BYTES))
 #: Each chunk, and whether a silence follows it.
@@ -190,7 +230,8 @@ def test_a_silence_answers_a_whole_command_once(command: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "begun", [b"W", b"WH", b"WHOA", b"WHO x", b"WHO\0", b"NOPE", b"\xff", b"GET / HTTP/1.1", b"x" * 1024]
+    "begun",
+    [b"W", b"WH", b"WHOA", b"WHO x", b"WHO\0", b"NOPE", b"\xff", b"GET / HTTP/1.1", b"x" * 1024],
 )
 def test_a_silence_leaves_alone_what_is_no_command(begun: bytes) -> None:
     parser = Parser(GRAMMAR)
@@ -245,11 +286,13 @@ def test_a_command_inside_another_but_not_at_its_beginning_does_not_wait() -> No
 # The end.
 
 
-@pytest.mark.parametrize("last", [b"x" * 1025, b"x" * 1025 + b"\n", b"GET / HTTP/1.1\n", b"\x16\x03"])
+@pytest.mark.parametrize(
+    "last", [b"x" * 1025, b"x" * 1025 + b"\n", b"GET / HTTP/1.1\n", b"\x16\x03"]
+)
 def test_after_an_item_that_closes_nothing_comes_out(last: bytes) -> None:
     parser = Parser(GRAMMAR)
     [item] = parser.feed(last)
-    assert isinstance(item, Refusal)
+    assert isinstance(item, ErrorReply)
     assert item.closes
     assert parser.partial == b""
     for data in (b"WHO\n", b"WHY", b"\n", last):
@@ -274,7 +317,9 @@ def test_the_end_of_input_answers_what_is_left_once() -> None:
 
 
 def test_every_refusal_has_a_name_of_its_own_and_says_nothing_or_one_err_line() -> None:
-    assert len({refusal.name for refusal in REFUSALS}) == len(REFUSALS)
-    for refusal in REFUSALS:
+    assert len({refusal.name for refusal in ERROR_REPLIES}) == len(ERROR_REPLIES)
+    for refusal in ERROR_REPLIES:
         assert re.fullmatch(rb"(ERR [A-Za-z ]+\n)?", refusal.reply)
-        assert refusal.reply or refusal.closes  # A line that stays unanswered would put the replies out of step.
+        assert (
+            refusal.reply or refusal.closes
+        )  # A line that stays unanswered would put the replies out of step.

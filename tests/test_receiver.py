@@ -1,4 +1,6 @@
-"""How a connection waits for bytes, with real socket pairs under gevent's loop, in this process, unpatched."""
+"""How a connection waits for bytes, with real socket pairs under gevent's loop, in this process,
+unpatched.
+"""
 
 import socket
 import time
@@ -9,7 +11,7 @@ from typing import Any, cast
 import gevent
 import pytest
 
-from gserver.receiver import BURST_BYTES, PIECE_BYTES, Receiver
+from gserver.serve.receiver import BURST_BYTES, PIECE_BYTES, Receiver
 from tests.running import LIMIT, PATIENCE
 
 #: A timeout that is over soon, and one that a test never waits out.
@@ -26,7 +28,9 @@ def pair() -> Iterator[tuple[Receiver, socket.socket]]:
         yield receiver, theirs
 
 
-def started(receiver: Receiver, timeout_seconds: float | None) -> "gevent.Greenlet[..., bytes | None]":
+def started(
+    receiver: Receiver, timeout_seconds: float | None
+) -> "gevent.Greenlet[..., bytes | None]":
     """A greenlet that waits in `receive` already."""
     greenlet = gevent.spawn(receiver.receive, timeout_seconds)
     gevent.sleep(0)
@@ -92,7 +96,10 @@ def test_between_two_pieces_the_loop_looks_who_has_spoken_however_many_have_more
             order.append("spoke")
 
         waiting = started(modest, None)
-        greedy = [gevent.spawn(receive_all, name, receiver) for name, receiver in (("one", one), ("other", other))]
+        greedy = [
+            gevent.spawn(receive_all, name, receiver)
+            for name, receiver in (("one", one), ("other", other))
+        ]
         # While both have pieces left: what it says is heard before each has had another turn.
         gevent.get_hub().loop.run_callback(lambda: until_both(order, speak))
         waiting.link(lambda _: order.append("heard"))
@@ -122,7 +129,10 @@ def test_the_others_have_their_turn_between_two_bursts() -> None:
     with pair() as (greedy, greedy_peer), pair() as (modest, modest_peer):
         greedy_peer.sendall(b"a" * BURST_BYTES * 2)
         modest_peer.sendall(b"b")
-        greenlets = [gevent.spawn(receive, "greedy", greedy, 10), gevent.spawn(receive, "modest", modest, 1)]
+        greenlets = [
+            gevent.spawn(receive, "greedy", greedy, 10),
+            gevent.spawn(receive, "modest", modest, 1),
+        ]
         gevent.joinall(greenlets, timeout=LIMIT)
     assert order.index("modest") <= 1
     assert order.count("greedy") == 10

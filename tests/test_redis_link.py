@@ -1,4 +1,6 @@
-"""The connection to Redis, with real servers: what it asks, that it is given up after any error, and errors' names."""
+"""The connection to Redis, with real servers: what it asks, that it is given up after any error,
+and errors' names.
+"""
 
 import shutil
 import socket
@@ -12,9 +14,10 @@ from typing import Any
 import pytest
 import redis
 
+from gserver.cluster.membership import Reply
+from gserver.cluster.redis_link import SCRIPT, TIMEOUT_SECONDS, RedisLink, kind_of, sha_of
 from gserver.config import Config
-from gserver.membership import BEAT_ERRORS, Reply
-from gserver.redis_link import SCRIPT, TIMEOUT_SECONDS, RedisLink, kind_of, sha_of
+from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.redis_url import RedisUrl
 from tests.redises import Proxy, Redis, Sentinels, Server, free_port
 from tests.running import LIMIT, PATIENCE, until
@@ -33,7 +36,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
         "key_load_delay": 100,
         "loading_process_events_interval_bytes": 1024,
     }
-    with Redis(tmp_path_factory.mktemp("redis"), busy_reply_threshold=10, **slow_to_load) as running:
+    with Redis(
+        tmp_path_factory.mktemp("redis"), busy_reply_threshold=10, **slow_to_load
+    ) as running:
         yield running
 
 
@@ -67,7 +72,9 @@ def locked(server: Redis, password: str) -> Iterator[None]:
 
 
 def beat(link: RedisLink, count: int = 1, incarnation: str = "a1") -> Reply:
-    return link.call("one", incarnation, time.monotonic_ns() // 1000, count, TTL, INTERVAL, "", 0, 0)
+    return link.call(
+        "one", incarnation, time.monotonic_ns() // 1000, count, TTL, INTERVAL, "", 0, 0
+    )
 
 
 def failed(link: RedisLink) -> Exception:
@@ -132,17 +139,33 @@ def test_an_ordinary_beat_is_one_request_and_a_connect_asks_for_nothing_more(ser
         beat(link)
         calls(server)
         beat(link)
-        asked = {"evalsha"} | {"time", "hlen", "zcard", "hmget", "hget", "hset", "zadd", "zrangebyscore"}
+        asked = {"evalsha"} | {
+            "time",
+            "hlen",
+            "zcard",
+            "hmget",
+            "hget",
+            "hset",
+            "zadd",
+            "zrangebyscore",
+        }
         assert set(calls(server)) - {"zcount", "zscore", "config|resetstat"} == asked
         first, second = errors(server), errors(server)
         link.drop()
         beat(link)
         assert errors(server) - second == second - first, "nothing that an old Redis does not know"
-        assert set(calls(server)) & {"hello", "client|setinfo", "client|setname", "ping", "select", "auth"} == set()
+        assert (
+            set(calls(server))
+            & {"hello", "client|setinfo", "client|setname", "ping", "select", "auth"}
+            == set()
+        )
 
 
 def test_clusters_of_different_names_have_different_keys(server: Redis) -> None:
-    with linked(server.url, cluster_name="blue") as blue, linked(server.url, cluster_name="green") as green:
+    with (
+        linked(server.url, cluster_name="blue") as blue,
+        linked(server.url, cluster_name="green") as green,
+    ):
         beat(blue, 5)
         assert beat(green, 20).total == 20
         assert sorted(server.command("KEYS", "*")) == sorted(blue.keys + green.keys)
@@ -182,7 +205,9 @@ def test_the_data_are_in_the_database_that_the_url_names(server: Redis) -> None:
 @pytest.mark.parametrize("kind", ["password", "user"])
 def test_a_password_or_a_user_with_few_rights_will_do(server: Redis, kind: str) -> None:
     rights = ["+eval", "+evalsha", "+time", "+expire", "+del", "+@hash", "+@sortedset"]
-    server.command("ACL", "SETUSER", "bobby", "reset", "on", ">hush-1", "~{gserver:gserver}:*", *rights)
+    server.command(
+        "ACL", "SETUSER", "bobby", "reset", "on", ">hush-1", "~{gserver:gserver}:*", *rights
+    )
     with locked(server, "hush-2"):
         login = "bobby:hush-1" if kind == "user" else ":hush-2"
         with linked(f"redis://{login}@127.0.0.1:{server.port}") as link:
@@ -205,7 +230,11 @@ def test_tls_with_the_right_ca_is_verified(encrypted: Redis) -> None:
 
 def test_a_certificate_by_another_ca_or_for_another_name_is_no_good(encrypted: Redis) -> None:
     by_name = encrypted.url.replace("127.0.0.1", "localhost")
-    for url, ca_file in ((encrypted.url, encrypted.other_ca_file), (encrypted.url, ""), (by_name, encrypted.ca_file)):
+    for url, ca_file in (
+        (encrypted.url, encrypted.other_ca_file),
+        (encrypted.url, ""),
+        (by_name, encrypted.ca_file),
+    ):
         with linked(url, redis_ca_file=str(ca_file)) as link:
             error = failed(link)
             assert kind_of(error) == "tls"
@@ -319,7 +348,9 @@ def frozen_before_login(server: Redis) -> Iterator[str]:
 
 @contextmanager
 def unreachable(server: Redis) -> Iterator[str]:
-    """A connect that nobody answers, not even the kernel: the queue of who waits to be accepted is full."""
+    """A connect that nobody answers, not even the kernel: the queue of who waits to be accepted is
+    full.
+    """
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -430,7 +461,10 @@ def no_sentinels(server: Redis) -> Iterator[str]:
 @contextmanager
 def frozen_sentinel(server: Redis) -> Iterator[str]:
     with unreachable(server) as url:
-        yield url.replace("redis:", "redis+sentinel:") + "/name?sentinel_username=evelyn&sentinel_password=hush-2"
+        yield (
+            url.replace("redis:", "redis+sentinel:")
+            + "/name?sentinel_username=evelyn&sentinel_password=hush-2"
+        )
 
 
 #: Each fault, the kind that it is called, and a word of the reason that an operator would look for.
@@ -459,7 +493,9 @@ FAULTS: list[tuple[Callable[[Redis], Any], str, str]] = [
     (no_sentinels, "no_primary", "refused"),
     (frozen_sentinel, "no_primary", "Timeout"),
 ]
-every_fault = pytest.mark.parametrize(("fault", "kind", "word"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
+every_fault = pytest.mark.parametrize(
+    ("fault", "kind", "word"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS]
+)
 
 
 @every_fault
@@ -482,7 +518,9 @@ def test_a_fault_is_an_error_in_time_that_tells_its_kind_and_no_secret(
 
 
 @pytest.mark.parametrize(
-    "fault", [read_only, out_of_memory, too_few_replicas, busy], ids=lambda fault: str(fault.__name__)
+    "fault",
+    [read_only, out_of_memory, too_few_replicas, busy],
+    ids=lambda fault: str(fault.__name__),
 )
 def test_after_any_error_the_connection_is_given_up_and_the_next_beat_makes_another(
     server: Redis, fault: Callable[[Redis], Any]
@@ -492,11 +530,16 @@ def test_after_any_error_the_connection_is_given_up_and_the_next_beat_makes_anot
         (before,) = connections(server)
         with fault(server):
             failed(link)
-        until(lambda: all(client["id"] != before["id"] for client in connections(server)), "it is closed")
+        until(
+            lambda: all(client["id"] != before["id"] for client in connections(server)),
+            "it is closed",
+        )
         assert beat(link, 7).total == 7
 
 
-def test_when_redis_has_closed_the_connection_between_two_beats_nothing_is_lost(server: Redis) -> None:
+def test_when_redis_has_closed_the_connection_between_two_beats_nothing_is_lost(
+    server: Redis,
+) -> None:
     with linked(server.url) as link:
         beat(link)
         (before,) = connections(server)
@@ -529,11 +572,18 @@ def test_a_beat_overtaken_while_redis_was_frozen_undoes_nothing(server: Redis) -
 
 
 def test_the_timeout_is_no_more_than_a_tenth_of_the_ttl(server: Redis) -> None:
-    with frozen(server) as url, linked(url, member_ttl_seconds=1.0, beat_interval_seconds=0.1) as link:
+    with (
+        frozen(server) as url,
+        linked(url, member_ttl_seconds=1.0, beat_interval_seconds=0.1) as link,
+    ):
         began = time.monotonic()
         assert kind_of(failed(link)) == "timeout"
         assert time.monotonic() - began >= 0.09
-    assert link._options["socket_timeout"] == link._options["socket_connect_timeout"] == pytest.approx(0.1)
+    assert (
+        link._options["socket_timeout"]
+        == link._options["socket_connect_timeout"]
+        == pytest.approx(0.1)
+    )
 
 
 def test_a_redis_that_cannot_save_is_told_from_other_errors(tmp_path: Path) -> None:
@@ -542,7 +592,10 @@ def test_a_redis_that_cannot_save_is_told_from_other_errors(tmp_path: Path) -> N
         beat(link)
         shutil.rmtree(server.folder)
         server.command("BGSAVE")
-        until(lambda: server.command("INFO", "persistence")["rdb_last_bgsave_status"] == "err", "it cannot save")
+        until(
+            lambda: server.command("INFO", "persistence")["rdb_last_bgsave_status"] == "err",
+            "it cannot save",
+        )
         error = failed(link)
         assert kind_of(error) == "cannot_save"
         assert "MISCONF" in str(error)
@@ -553,8 +606,14 @@ def test_a_redis_that_cannot_save_is_told_from_other_errors(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (redis.ResponseError("-READONLY You can't write against a read only replica."), "read_only"),
-        (redis.ResponseError("Error running script: @user_script:4: -OOM command not allowed"), "out_of_memory"),
+        (
+            redis.ResponseError("-READONLY You can't write against a read only replica."),
+            "read_only",
+        ),
+        (
+            redis.ResponseError("Error running script: @user_script:4: -OOM command not allowed"),
+            "out_of_memory",
+        ),
         (redis.ResponseError("Error running script: -NOPERM this user has no permissions"), "auth"),
         (redis.BusyLoadingError("Redis is loading the dataset in memory"), "loading"),
         (BrokenPipeError(32, "Broken pipe"), "other"),
@@ -562,12 +621,14 @@ def test_a_redis_that_cannot_save_is_told_from_other_errors(tmp_path: Path) -> N
         (ValueError("not enough values"), "other"),
     ],
 )
-def test_errors_of_other_versions_of_redis_have_their_kinds_too(error: Exception, kind: str) -> None:
+def test_errors_of_other_versions_of_redis_have_their_kinds_too(
+    error: Exception, kind: str
+) -> None:
     assert kind_of(error) == kind
 
 
 def test_every_kind_is_met_here() -> None:
-    assert {kind for _, kind, _ in FAULTS} | {"tls", "cannot_save"} == set(BEAT_ERRORS)
+    assert {kind for _, kind, _ in FAULTS} | {"tls", "cannot_save"} == set(HEARTBEAT_ERRORS)
 
 
 # Sentinels
@@ -600,16 +661,24 @@ def test_sentinels_that_know_no_such_service_or_want_another_password_are_told_w
     watched: tuple[Redis, Server],
 ) -> None:
     _, sentinel = watched
-    for url in (sentinel_url(sentinel.port, service="else"), sentinel_url(sentinel.port, password="hush-1")):
+    for url in (
+        sentinel_url(sentinel.port, service="else"),
+        sentinel_url(sentinel.port, password="hush-1"),
+    ):
         with linked(url) as link:
             error = failed(link)
             assert kind_of(error) in ("no_primary", "auth")
             assert not any(secret in f"{error} {error!r} {link}" for secret in SECRETS)
 
 
-def test_after_an_error_the_sentinels_are_asked_again(watched: tuple[Redis, Server], tmp_path: Path) -> None:
+def test_after_an_error_the_sentinels_are_asked_again(
+    watched: tuple[Redis, Server], tmp_path: Path
+) -> None:
     server, sentinel = watched
-    with Redis(tmp_path, requirepass="hush-1") as another, linked(sentinel_url(sentinel.port)) as link:
+    with (
+        Redis(tmp_path, requirepass="hush-1") as another,
+        linked(sentinel_url(sentinel.port)) as link,
+    ):
         beat(link, 5)
         sentinel.command("SENTINEL", "REMOVE", "name")
         sentinel.command("SENTINEL", "MONITOR", "name", "127.0.0.1", another.port, 1)
@@ -621,14 +690,20 @@ def test_after_an_error_the_sentinels_are_asked_again(watched: tuple[Redis, Serv
 
 def test_the_url_of_a_link_is_shown_without_secrets() -> None:
     with linked(sentinel_url(1, 2)) as link:
-        assert str(link) == str(RedisUrl.parse(sentinel_url(1, 2))) == "redis+sentinel://127.0.0.1:1,127.0.0.1:2/name"
+        assert (
+            str(link)
+            == str(RedisUrl.parse(sentinel_url(1, 2)))
+            == "redis+sentinel://127.0.0.1:1,127.0.0.1:2/name"
+        )
 
 
 def test_a_server_follows_sentinels_that_were_all_set_up_anew(tmp_path: Path) -> None:
     """They count their failovers from 0 again, as one does that has missed the last of them."""
     with Sentinels(tmp_path) as sentinels:
         sentinels.failover()
-        link = RedisLink(Config(redis_url=sentinels.url, member_ttl_seconds=2.0, beat_interval_seconds=0.2))
+        link = RedisLink(
+            Config(redis_url=sentinels.url, member_ttl_seconds=2.0, beat_interval_seconds=0.2)
+        )
 
         def beats_at(redis: Redis) -> bool:
             link.call("one", f"{time.monotonic_ns():x}", 1, 1, 2000, 200, "", 0, 0)

@@ -15,14 +15,20 @@ FORMS: dict[str, tuple[RedisUrl, str]] = {
     "redis://127.0.0.1": (RedisUrl(HERE), "redis://127.0.0.1:6379"),
     "redis://127.0.0.1/": (RedisUrl(HERE), "redis://127.0.0.1:6379"),
     "redis://127.0.0.1:7000": (RedisUrl((("127.0.0.1", 7000),)), "redis://127.0.0.1:7000"),
-    "redis://redis.internal:65535": (RedisUrl((("redis.internal", 65535),)), "redis://redis.internal:65535"),
+    "redis://redis.internal:65535": (
+        RedisUrl((("redis.internal", 65535),)),
+        "redis://redis.internal:65535",
+    ),
     "REDIS://Redis_1": (RedisUrl((("Redis_1", 6379),)), "redis://Redis_1:6379"),
     "redis://127.0.0.1/3": (RedisUrl(HERE, db=3), "redis://127.0.0.1:6379/3"),
     "redis://127.0.0.1?db=15": (RedisUrl(HERE, db=15), "redis://127.0.0.1:6379/15"),
     "redis://127.0.0.1/3?db=15": (RedisUrl(HERE, db=15), "redis://127.0.0.1:6379/15"),
     "redis://:hush@127.0.0.1": (RedisUrl(HERE, password="hush"), "redis://127.0.0.1:6379"),
     "redis://bob@127.0.0.1": (RedisUrl(HERE, username="bob"), "redis://127.0.0.1:6379"),
-    "redis://bob:hush@127.0.0.1": (RedisUrl(HERE, username="bob", password="hush"), "redis://127.0.0.1:6379"),
+    "redis://bob:hush@127.0.0.1": (
+        RedisUrl(HERE, username="bob", password="hush"),
+        "redis://127.0.0.1:6379",
+    ),
     "redis://b%40b:h%3Au%2Fs%25h+%C3%A9@127.0.0.1": (
         RedisUrl(HERE, username="b@b", password="h:u/s%h+é"),
         "redis://127.0.0.1:6379",
@@ -56,14 +62,22 @@ FORMS: dict[str, tuple[RedisUrl, str]] = {
         RedisUrl(path="/run/redis.sock", password="hush"),
         "unix:///run/redis.sock",
     ),
-    "redis+sentinel://one/name": (RedisUrl((("one", 26379),), "name"), "redis+sentinel://one:26379/name"),
+    "redis+sentinel://one/name": (
+        RedisUrl((("one", 26379),), "name"),
+        "redis+sentinel://one:26379/name",
+    ),
     "redis+sentinel://one:1,two,[::1],[::2]:4/my-name/5": (
         RedisUrl((("one", 1), ("two", 26379), ("::1", 26379), ("::2", 4)), "my-name", db=5),
         "redis+sentinel://one:1,two:26379,[::1]:26379,[::2]:4/my-name/5",
     ),
-    "redis+sentinel://one/name?db=5": (RedisUrl((("one", 26379),), "name", db=5), "redis+sentinel://one:26379/name/5"),
+    "redis+sentinel://one/name?db=5": (
+        RedisUrl((("one", 26379),), "name", db=5),
+        "redis+sentinel://one:26379/name/5",
+    ),
     "rediss+sentinel://bob:hush@one,two/name?sentinel_username=eve&sentinel_password=quiet": (
-        RedisUrl((("one", 26379), ("two", 26379)), "name", "", True, 0, "bob", "hush", "eve", "quiet"),
+        RedisUrl(
+            (("one", 26379), ("two", 26379)), "name", "", True, 0, "bob", "hush", "eve", "quiet"
+        ),
         "rediss+sentinel://one:26379,two:26379/name",
     ),
 }
@@ -111,12 +125,26 @@ ERRORS = {
     "unix://redis.sock": "no absolute path",
 }
 
-#: What a password may hold when it is percent-encoded: anything. It is long so that it is in no text by chance.
+#: What a password may hold when it is percent-encoded: anything. It is long so that it is in no
+#: text by chance.
 SECRET = st.text(min_size=8).map(lambda text: f"Hush{text}")
 SCHEME = st.sampled_from(["redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"])
 #: Texts that look like such URLs, and are few steps away from one.
 URLISH = st.lists(
-    st.sampled_from([*"/:@?#&=,[]%+. \n\t\0é", "redis", "unix", "s", "+sentinel", "://", "one", "db", "password", "1"])
+    st.sampled_from(
+        [
+            *"/:@?#&=,[]%+. \n\t\0é",
+            "redis",
+            "unix",
+            "s",
+            "+sentinel",
+            "://",
+            "one",
+            "db",
+            "password",
+            "1",
+        ]
+    )
     | st.text(max_size=3),
     max_size=12,
 ).map("".join)
@@ -163,7 +191,9 @@ def test_any_name_and_password_can_be_percent_encoded_and_are_not_shown(
     name, word = quote(username, safe=""), quote(password, safe="")
     path = "/service" if scheme.endswith("l") else "/run/redis.sock" if scheme == "unix" else "/0"
     host = "" if scheme == "unix" else "one:1"
-    login, query = ("", f"?username={name}&password={word}") if is_in_query else (f"{name}:{word}@", "")
+    login, query = (
+        ("", f"?username={name}&password={word}") if is_in_query else (f"{name}:{word}@", "")
+    )
     url = RedisUrl.parse(f"{scheme}://{login}{host}{path}{query}")
     assert (url.username, url.password) == (username, password)
     for secret in (username, password, name, word):
@@ -174,7 +204,12 @@ def test_any_name_and_password_can_be_percent_encoded_and_are_not_shown(
 RAW = st.text(st.sampled_from("Zz9/:@?#&=[]%+,;~'\"\\ é℀"), min_size=1, max_size=8)
 
 
-@given(scheme=SCHEME, before=RAW, after=RAW, path=st.sampled_from(["", "/0", "/service", "/service/0", "/run/sock"]))
+@given(
+    scheme=SCHEME,
+    before=RAW,
+    after=RAW,
+    path=st.sampled_from(["", "/0", "/service", "/service/0", "/run/sock"]),
+)
 @example(scheme="redis", before="\u2100", after="9", path="")
 @example(scheme="redis+sentinel", before="9/", after="9", path="/0")
 @example(scheme="redis", before="9#", after="9", path="")

@@ -134,7 +134,10 @@ def test_members_are_told_with_their_counts(server: Redis) -> None:
 
 def test_options_are_config(tmp_path: Path) -> None:
     with Redis(tmp_path, maxmemory="5mb", maxmemory_policy="allkeys-lru") as server:
-        assert server.command("CONFIG", "GET", "maxmemory*policy") == ["maxmemory-policy", "allkeys-lru"]
+        assert server.command("CONFIG", "GET", "maxmemory*policy") == [
+            "maxmemory-policy",
+            "allkeys-lru",
+        ]
         assert server.command("CONFIG", "GET", "maxmemory") == ["maxmemory", str(5 * 2**20)]
 
 
@@ -157,7 +160,11 @@ def test_tls_is_spoken_with_a_certificate_that_only_its_own_ca_signed(tmp_path: 
         with pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
             by(server.url, "PING", ssl_ca_certs=str(server.other_ca_file))
         with pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
-            by(server.url.replace("127.0.0.1", "localhost"), "PING", ssl_ca_certs=str(server.ca_file))
+            by(
+                server.url.replace("127.0.0.1", "localhost"),
+                "PING",
+                ssl_ca_certs=str(server.ca_file),
+            )
         with pytest.raises(redis.ConnectionError):
             by(server.url.replace("rediss", "redis"), "PING")
 
@@ -181,7 +188,11 @@ def test_sentinels_name_a_primary_and_replace_it(tmp_path: Path) -> None:
 
         first = sentinels.failover()
         second = sentinels.primary()
-        assert (first is sentinels.redises[0], first is second, second.role()) == (True, False, "master")
+        assert (first is sentinels.redises[0], first is second, second.role()) == (
+            True,
+            False,
+            "master",
+        )
 
         assert sentinels.kill_primary() is second
         third = sentinels.primary()
@@ -189,7 +200,9 @@ def test_sentinels_name_a_primary_and_replace_it(tmp_path: Path) -> None:
         assert second.role() == ""
 
 
-def test_sentinels_replace_a_frozen_primary_and_then_there_are_two_for_a_while(tmp_path: Path) -> None:
+def test_sentinels_replace_a_frozen_primary_and_then_there_are_two_for_a_while(
+    tmp_path: Path,
+) -> None:
     with Sentinels(tmp_path) as sentinels:
         assert sentinels.url.endswith("/gserver")
         first = sentinels.freeze_primary()
@@ -272,7 +285,10 @@ def test_a_proxy_cuts_both_sides_and_welcomes_new_ones(server: Redis, proxy: Pro
         for cut in (client, other):
             with pytest.raises(ConnectionResetError):
                 cut.recv(100)
-    until(lambda: server.command("INFO", "clients")["connected_clients"] == 1, "only who asks is left at the server")
+    until(
+        lambda: server.command("INFO", "clients")["connected_clients"] == 1,
+        "only who asks is left at the server",
+    )
     with connected(proxy.port) as client:
         assert ping(client) == b"+PONG\r\n"
 

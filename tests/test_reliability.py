@@ -40,7 +40,9 @@ SEED = random.SystemRandom().randrange(1, 1_000_000)
 
 def test_the_page_shows_what_the_reports_say() -> None:
     for mark, text in page.sections().items():
-        assert f"<!-- {mark} -->\n\n{text}\n\n<!-- /{mark} -->" in TEXT, f"{mark}: bin/availability --write does it"
+        assert f"<!-- {mark} -->\n\n{text}\n\n<!-- /{mark} -->" in TEXT, (
+            f"{mark}: bin/availability --write does it"
+        )
 
 
 def test_every_mark_of_the_page_has_its_end_and_every_section_its_place() -> None:
@@ -67,7 +69,8 @@ def test_every_fault_has_a_rate_with_its_reason() -> None:
 
 def test_the_sums_are_those_that_one_makes_by_hand() -> None:
     assert round(BUDGET_SECONDS) == 1296
-    # Once a month, 10 s of a third of all; the second of three takes 12 s of half of all, the third hits nobody.
+    # Once a month, 10 s of a third of all; the second of three takes 12 s of half of all, the third
+    # hits nobody.
     rate = Rate(365 / 30, "")
     trials = [Outage(10, 1 / 3, 0.1), Outage(12, 1 / 2, 0), Outage(0, 0)]
     assert cost(rate, trials) == pytest.approx(Cost(10 / 3, 6, 1))
@@ -87,7 +90,11 @@ def test_how_likely_a_budget_is_missed_is_what_one_works_out_by_hand() -> None:
 
 def test_no_fault_of_redis_or_an_agent_costs_a_reply() -> None:
     report = json.loads(outages.FILE.read_text())
-    quiet = {name: trials for name, trials in report["replies"].items() if re.search("Redis|failover|agent", name)}
+    quiet = {
+        name: trials
+        for name, trials in report["replies"].items()
+        if re.search("Redis|failover|agent", name)
+    }
     assert len(quiet) == 8
     assert not any(figure for trials in quiet.values() for trial in trials for figure in trial)
 
@@ -101,8 +108,14 @@ def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
     common = sum(each.per_year * each.seconds * each.share for each in COMMON) * 30 / 365
     assert f"| common causes, assumed | {common:.0f} |" in table
     lost = 18 * 30 / 365
-    assert f"| single faults, measured, worst | {lost:.2f} | {100 * lost / 1296:.1f} % | 99.9999 % |" in table
-    assert f"| the same, if a reply needed Redis | {lost + common + (12 * 1801 + 24 * 10) * 30 / 365:,.0f} |" in table
+    assert (
+        f"| single faults, measured, worst | {lost:.2f} | {100 * lost / 1296:.1f} % | 99.9999 % |"
+        in table
+    )
+    assert (
+        f"| the same, if a reply needed Redis | {lost + common + (12 * 1801 + 24 * 10) * 30 / 365:,.0f} |"
+        in table
+    )
 
 
 def test_a_who_that_misses_the_objective_is_said_to() -> None:
@@ -134,20 +147,31 @@ def test_a_probe_that_is_told_anything_else_has_failed() -> None:
     with Running("--max-clients", "1", "--admin-port", "0") as server, server.client() as only:
         assert only.who() == 1
         words = [sys.executable, "-P", "-m", "proof.probes", "127.0.0.1", str(server.port)]
-        probes = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+        probes = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
         until(lambda: status(server)["rejected"]["too_many_clients"] > 20, "some were refused")
         told, _ = probes.communicate("\n", timeout=LIMIT)
     assert {tries for _, tries in json.loads(told.removeprefix("ready\n"))} == {0}
 
 
 def test_who_is_wrong_until_the_last_wrong_answer_of_anybody() -> None:
-    right, late = [(at / 10, 7) for at in range(100)], [(at / 10, 6 if at <= 40 else 7) for at in range(100)]
+    right, late = (
+        [(at / 10, 7) for at in range(100)],
+        [(at / 10, 6 if at <= 40 else 7) for at in range(100)],
+    )
     assert wrong(right, 0, 7) == Outage(0, 0)
     assert wrong(right + late, 0, 7) == pytest.approx(Outage(4, 0.5))
 
 
 def case(fault: str, outcome: str = "survived", **more: Any) -> dict[str, Any]:
-    return {"fault": fault, "test": "tests/faults/test_wire.py::test_it", "seconds": 1.0, "outcome": outcome, **more}
+    return {
+        "fault": fault,
+        "test": "tests/faults/test_wire.py::test_it",
+        "seconds": 1.0,
+        "outcome": outcome,
+        **more,
+    }
 
 
 COLLECT = """
@@ -166,9 +190,13 @@ print("faults:", *names.faults, sep="\\n")
 
 def test_the_report_has_every_fault_of_the_matrix_and_no_other() -> None:
     words = [sys.executable, "-c", COLLECT]
-    told = subprocess.check_output(words, cwd=ROOT, env=environment(), text=True, timeout=4 * LIMIT).split("faults:\n")
+    told = subprocess.check_output(
+        words, cwd=ROOT, env=environment(), text=True, timeout=4 * LIMIT
+    ).split("faults:\n")
     cases = json.loads((ROOT / "docs/faults.json").read_text())["cases"]
-    assert told[-1].splitlines() == sorted({case["fault"] for case in cases}), "bin/faults --report docs/faults.json"
+    assert told[-1].splitlines() == sorted({case["fault"] for case in cases}), (
+        "bin/faults --report docs/faults.json"
+    )
 
 
 def test_a_fault_is_one_line_with_what_was_done_and_measured() -> None:
@@ -178,7 +206,11 @@ def test_a_fault_is_one_line_with_what_was_done_and_measured() -> None:
         case("Frost", "SKIPPED", happened=[], measured={}, why="needs root"),
         case("Flood", "FAILED", happened=[], measured={}),
     ]
-    report = {"machine": {"system": "Linux", "python": "3", "seed": 5}, "seconds": 120, "cases": cases}
+    report = {
+        "machine": {"system": "Linux", "python": "3", "seed": 5},
+        "seconds": 120,
+        "cases": cases,
+    }
     head, title, table = page.faults(report).split("\n\n")
     assert head == "2 faults; 2 of 4 cases survived, in 2 minutes (seed 5; Linux, Python 3)."
     assert title == "**What clients send**"
@@ -203,7 +235,13 @@ def test_what_is_told_of_a_fault_is_short_and_of_one_line() -> None:
             {
                 "machine": {"seed": 5, "system": "Linux", "python": "3"},
                 "seconds": 1,
-                "cases": [case("Flood", happened=["/tmp/pytest-of-root/pytest-1/x/file |\n" + "x" * 200], measured={})],
+                "cases": [
+                    case(
+                        "Flood",
+                        happened=["/tmp/pytest-of-root/pytest-1/x/file |\n" + "x" * 200],
+                        measured={},
+                    )
+                ],
             }
         ).splitlines()
         if line.startswith("| Flood")
@@ -215,12 +253,17 @@ def test_a_soak_is_told_in_a_line() -> None:
     faults = {"a": {"seconds": [1, 2]}, "b": {"seconds": [3]}}
     report = {"seconds": 3600, "is_interrupted": False, "faults": faults, "censuses": [1] * 30}
     told = page.soak({**report, "replies": {"right": 12345, "wrong": 0, "lost": 2}})
-    assert told.startswith("1.00 hours, 3 faults of 2 kinds; 12,345 right replies, none wrong, 2 lost but to a fault")
+    assert told.startswith(
+        "1.00 hours, 3 faults of 2 kinds; 12,345 right replies, none wrong, 2 lost but to a fault"
+    )
 
 
 def test_the_true_count_changes_in_the_middle_of_the_time_in_which_it_may() -> None:
     facts = [
-        *(Fact(at, kind, "A", 1) for at, kind in ((1, Kind.CONNECTING), (3, Kind.COUNTED), (6, Kind.CLOSING))),
+        *(
+            Fact(at, kind, "A", 1)
+            for at, kind in ((1, Kind.CONNECTING), (3, Kind.COUNTED), (6, Kind.CLOSING))
+        ),
         *(Fact(at, kind, "B", 2) for at, kind in ((4, Kind.CONNECTING), (5, Kind.COUNTED))),
         *(Fact(at, kind, "A", 1) for at, kind in ((7, Kind.COUNTED), (8, Kind.CLOSED))),
     ]
@@ -233,12 +276,17 @@ def test_the_true_count_changes_in_the_middle_of_the_time_in_which_it_may() -> N
         ("timeline", "This needs root: it makes network namespaces."),
         ("availability --measure", "This needs root: it makes network namespaces."),
         ("availability --only worker", "Error: --only is for --measure, without --write"),
-        ("availability --measure --only zzz", "Error: Invalid value for --only: no fault is named so: "),
+        (
+            "availability --measure --only zzz",
+            "Error: Invalid value for --only: no fault is named so: ",
+        ),
     ],
 )
 def test_what_a_command_cannot_do_is_said_in_a_line(words: str, line: str) -> None:
     module, *options = words.split()
-    code = f"import os; from proof import {module}; os.geteuid() or os.seteuid(65534); {module}.main()"
+    code = (
+        f"import os; from proof import {module}; os.geteuid() or os.seteuid(65534); {module}.main()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, *options],
         env=environment(),

@@ -1,4 +1,6 @@
-"""The servers of a cluster, one by one: as a real Redis holds them, whatever it holds, and while it is hung or away."""
+"""The servers of a cluster, one by one: as a real Redis holds them, whatever it holds, and while it
+is hung or away.
+"""
 
 import time
 from collections.abc import Iterator
@@ -8,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from gserver.cluster.members import MAX_SERVERS, Roster
+from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
-from gserver.membership import BEAT_ERRORS
-from gserver.redis_link import RedisLink
-from gserver.roster import MAX_SERVERS, Roster
+from gserver.redis_errors import HEARTBEAT_ERRORS
 from tests.redises import Redis, Sentinels
 from tests.running import PATIENCE, Running, until
 from tests.test_admin import status
@@ -19,7 +21,16 @@ from tests.test_cluster import cluster
 
 TTL_MS, INTERVAL_MS = 5000, 500
 MEMBERS, LEASES, STATE = (f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state"))
-RIGHTS = ["~{gserver:*}:*", "+eval", "+evalsha", "+@hash", "+@sortedset", "+time", "+del", "+expire"]
+RIGHTS = [
+    "~{gserver:*}:*",
+    "+eval",
+    "+evalsha",
+    "+@hash",
+    "+@sortedset",
+    "+time",
+    "+del",
+    "+expire",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,9 @@ def beat(url: str, *servers: tuple[str, int], **options: Any) -> None:
     """Report as such servers do: each an id, and its clients."""
     link = RedisLink(Config(redis_url=url, **options))
     for server_id, clients in servers:
-        link.call(server_id, "a1", time.monotonic_ns() // 1000, clients, TTL_MS, INTERVAL_MS, "", 0, 0)
+        link.call(
+            server_id, "a1", time.monotonic_ns() // 1000, clients, TTL_MS, INTERVAL_MS, "", 0, 0
+        )
     link.drop()
 
 
@@ -69,16 +82,23 @@ def test_each_server_is_told_of_with_its_clients_and_its_last_report(server: Red
     assert (roster["left_out"], roster["trouble"]) == (0, None)
 
 
-def test_a_report_grows_older_though_nobody_beats_but_no_older_than_an_interval(server: Redis) -> None:
+def test_a_report_grows_older_though_nobody_beats_but_no_older_than_an_interval(
+    server: Redis,
+) -> None:
     beat(server.url, ("here", 1))
-    [one] = until(lambda: [one for one in told(server.url)["servers"] if one["silent_seconds"] > 0.2], "time goes by")
+    [one] = until(
+        lambda: [one for one in told(server.url)["servers"] if one["silent_seconds"] > 0.2],
+        "time goes by",
+    )
     assert not one["is_late"]
     server.command(
         "HINCRBY", STATE, "beat_at", -3_600_000
     )  # The last beat was an hour ago: the lease clock stood still.
     roster = told(server.url)
     [one] = roster["servers"]
-    assert one["silent_seconds"] - roster["age_seconds"] == pytest.approx(INTERVAL_MS / 1000, abs=1e-6)
+    assert one["silent_seconds"] - roster["age_seconds"] == pytest.approx(
+        INTERVAL_MS / 1000, abs=1e-6
+    )
 
 
 def test_an_empty_cluster_is_known_to_be_empty(server: Redis) -> None:
@@ -109,33 +129,55 @@ def test_of_many_those_silent_longest_are_listed_and_the_own(server: Redis) -> N
 @pytest.mark.parametrize(
     "entry", [b"", b"x", b"5", b"-1 2 a", b"1e9 2 a", b"9" * 16 + b" 2 a", b"\xff\xfe", b"5 2 a b"]
 )
-def test_an_entry_that_is_none_is_a_server_with_an_unknown_count(server: Redis, entry: bytes) -> None:
+def test_an_entry_that_is_none_is_a_server_with_an_unknown_count(
+    server: Redis, entry: bytes
+) -> None:
     beat(server.url, ("here", 5), ("odd", 6))
     server.command("HSET", MEMBERS, "odd", entry)
     roster = told(server.url)
     assert {one["id"]: one["clients"] for one in roster["servers"]} == {"here": 5, "odd": None}
     server.command("HDEL", MEMBERS, "odd")
-    assert {one["id"]: one["clients"] for one in told(server.url)["servers"]} == {"here": 5, "odd": None}
+    assert {one["id"]: one["clients"] for one in told(server.url)["servers"]} == {
+        "here": 5,
+        "odd": None,
+    }
 
 
 @pytest.mark.parametrize("lease", ["inf", "-inf", "1e300", "0.5", "-7"])
-def test_a_lease_that_is_none_is_a_server_that_may_have_reported_whenever(server: Redis, lease: str) -> None:
+def test_a_lease_that_is_none_is_a_server_that_may_have_reported_whenever(
+    server: Redis, lease: str
+) -> None:
     beat(server.url, ("here", 5), ("odd", 6))
     server.command("ZADD", LEASES, lease, "odd")
     odd = next(one for one in told(server.url)["servers"] if one["id"] == "odd")
-    assert odd == {"id": "odd", "clients": 6, "silent_seconds": None, "is_late": False, "is_this": False}
+    assert odd == {
+        "id": "odd",
+        "clients": 6,
+        "silent_seconds": None,
+        "is_late": False,
+        "is_this": False,
+    }
 
 
 @pytest.mark.parametrize("clock", ["", "x", "nan", "-5", "inf", None])
 def test_a_clock_that_is_none_breaks_nothing(server: Redis, clock: str | None) -> None:
     beat(server.url, ("here", 5))
-    server.command("HDEL", STATE, "clock") if clock is None else server.command("HSET", STATE, "clock", clock)
+    server.command("HDEL", STATE, "clock") if clock is None else server.command(
+        "HSET", STATE, "clock", clock
+    )
     [own] = told(server.url)["servers"]
-    assert own == {"id": "here", "clients": 5, "silent_seconds": None, "is_late": False, "is_this": True}
+    assert own == {
+        "id": "here",
+        "clients": 5,
+        "silent_seconds": None,
+        "is_late": False,
+        "is_this": True,
+    }
 
 
 @pytest.mark.parametrize(
-    "name", [b"", b"\xff\xfe", b"two words", b"line\nfeed", b"x" * 129, b"x" * 1_000_000, "é".encode()]
+    "name",
+    [b"", b"\xff\xfe", b"two words", b"line\nfeed", b"x" * 129, b"x" * 1_000_000, "é".encode()],
 )
 def test_a_name_that_is_no_id_is_left_out_and_counted(server: Redis, name: bytes) -> None:
     beat(server.url, ("here", 5))
@@ -145,7 +187,9 @@ def test_a_name_that_is_no_id_is_left_out_and_counted(server: Redis, name: bytes
 
 
 @pytest.mark.parametrize("key", [MEMBERS, LEASES, STATE])
-def test_a_key_that_is_somebody_elses_is_trouble_and_what_was_known_stands(server: Redis, key: str) -> None:
+def test_a_key_that_is_somebody_elses_is_trouble_and_what_was_known_stands(
+    server: Redis, key: str
+) -> None:
     beat(server.url, ("here", 5))
     roster = Roster(Config(redis_url=server.url, server_id="here"))
     assert ids(roster.told()) == ["here"]
@@ -153,7 +197,12 @@ def test_a_key_that_is_somebody_elses_is_trouble_and_what_was_known_stands(serve
     until(lambda: roster.told()["trouble"], "it has been read once more")
     known = roster.told()
     assert (ids(known), known["trouble"]) == (["here"], "other")
-    assert told(server.url) == {"servers": None, "left_out": 0, "age_seconds": None, "trouble": "other"}
+    assert told(server.url) == {
+        "servers": None,
+        "left_out": 0,
+        "age_seconds": None,
+        "trouble": "other",
+    }
 
 
 # Where Redis is, and what it may refuse
@@ -169,7 +218,9 @@ def test_a_user_with_the_documented_rights_may_read_it(server: Redis) -> None:
     server.command("ACL", "DELUSER", "bobby")
 
 
-def test_it_is_read_by_a_socket_and_from_the_database_and_the_cluster_of_the_config(server: Redis) -> None:
+def test_it_is_read_by_a_socket_and_from_the_database_and_the_cluster_of_the_config(
+    server: Redis,
+) -> None:
     beat(server.url, ("elsewhere", 5))
     for url in (f"{server.unix_url}?db=3", f"{server.url}/3"):
         beat(url, ("here", 5), cluster_name="east")
@@ -210,7 +261,9 @@ def test_it_is_read_once_a_second_at_most_and_leaves_no_connection(server: Redis
     read = server.command("INFO", "commandstats")["cmdstat_evalsha"]["calls"]
     assert asked > 100
     assert read <= 1 + (time.monotonic() - began)
-    until(lambda: len(server.command("CLIENT LIST")) == 1, "only who asks for the list is connected")
+    until(
+        lambda: len(server.command("CLIENT LIST")) == 1, "only who asks for the list is connected"
+    )
 
 
 # In a server
@@ -224,17 +277,25 @@ def roster_of(server: Running) -> dict[str, Any]:
 def test_the_list_follows_servers_that_come_go_and_die(server: Redis) -> None:
     quick = ["--member-ttl", "3"]
     options = ["--redis-url", server.url, *quick]
-    with cluster(server.url, "gserver", [*quick, "--server-id", "a", "--admin-port", "0"]) as [first]:
+    with cluster(server.url, "gserver", [*quick, "--server-id", "a", "--admin-port", "0"]) as [
+        first
+    ]:
         until(lambda: ids(roster_of(first)) == ["a"], "it is alone")
         with Running(*options, "--server-id", "b") as second, second.client() as client:
             assert client.ask(b"WHERE") == b"b"
-            until(lambda: [one["clients"] for one in roster_of(first)["servers"]] == [0, 1], "the other is there")
+            until(
+                lambda: [one["clients"] for one in roster_of(first)["servers"]] == [0, 1],
+                "the other is there",
+            )
             second.stop()
             until(lambda: ids(roster_of(first)) == ["a"], "the other has gone")
         with Running(*options, "--server-id", "0") as third:
             until(lambda: ids(roster_of(first)) == ["0", "a"], "another one is there")
             third.kill()
-            until(lambda: [one["is_late"] for one in roster_of(first)["servers"]] == [True, False], "it is late")
+            until(
+                lambda: [one["is_late"] for one in roster_of(first)["servers"]] == [True, False],
+                "it is late",
+            )
             until(lambda: ids(roster_of(first)) == ["a"], "it is taken for dead")
 
 
@@ -275,13 +336,24 @@ def test_while_redis_is_hung_or_away_the_last_known_are_told_at_once_with_their_
             assert min(silences) >= 0, "and so does the last report"
             assert max(silences) - min(silences) < 0.01
             assert roster["trouble"] == ("timeout" if is_hung else "connection")
-        until(lambda: roster_of(first)["age_seconds"] < 1 and roster_of(first)["trouble"] is None, "it is read again")
+        until(
+            lambda: roster_of(first)["age_seconds"] < 1 and roster_of(first)["trouble"] is None,
+            "it is read again",
+        )
         assert not first.events("process.error")
 
 
 def test_a_server_that_has_never_reached_redis_does_not_know_the_others(server: Redis) -> None:
-    with gone(server, is_hung=False), Running("--redis-url", server.url, "--admin-port", "0") as first:
+    with (
+        gone(server, is_hung=False),
+        Running("--redis-url", server.url, "--admin-port", "0") as first,
+    ):
         first.wait_for("agent.ready")
         roster = until(lambda: roster_of(first)["trouble"] and roster_of(first), "it was tried")
-        assert roster == {"servers": None, "left_out": 0, "age_seconds": None, "trouble": "connection"}
-        assert roster["trouble"] in BEAT_ERRORS
+        assert roster == {
+            "servers": None,
+            "left_out": 0,
+            "age_seconds": None,
+            "trouble": "connection",
+        }
+        assert roster["trouble"] in HEARTBEAT_ERRORS

@@ -1,6 +1,8 @@
-"""bin/*, the Procfile and the package: from a fresh clone to a server, on real copies of this repository.
+"""bin/*, the Procfile and the package: from a fresh clone to a server, on real copies of this
+repository.
 
-No copy has `.venv` at first. What installs packages is done once for the file and copied from there.
+No copy has `.venv` at first. What installs packages is done once for the file and copied from
+there.
 """
 
 import os
@@ -24,7 +26,20 @@ from tests.running import LIMIT, PATIENCE, ROOT, Client, Running, environment, p
 INSTALL_LIMIT = 120 * PATIENCE
 SCRIPTS = [*sorted((ROOT / "bin").iterdir()), ROOT / ".ci/run"]
 #: What the scripts need beside Python.
-TOOLS = ["bash", "cat", "cmp", "cp", "dirname", "env", "flock", "id", "mkdir", "readlink", "rm", "sh"]
+TOOLS = [
+    "bash",
+    "cat",
+    "cmp",
+    "cp",
+    "dirname",
+    "env",
+    "flock",
+    "id",
+    "mkdir",
+    "readlink",
+    "rm",
+    "sh",
+]
 #: With these, pip finds nothing to install.
 NO_PACKAGES = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
 OWN_BIN = Path(sys.executable).parent
@@ -45,7 +60,10 @@ class SetUp:
 def _copy(root: Path) -> Path:
     """Copy what is in the repository or would be with the next commit, as a clone would."""
     listed = subprocess.run(
-        [program("git"), "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+        [program("git"), "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     )
     for name in listed.stdout.decode().rstrip("\0").split("\0"):
         if (ROOT / name).exists():
@@ -56,11 +74,17 @@ def _copy(root: Path) -> Path:
 
 def _clean(*path: Path, **extra: str) -> dict[str, str]:
     """An environment with a PATH, a home and what pip needs to reach its packages; no more."""
-    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("PIP_") or name == "HOME"
+    }
     return {**kept, "PATH": os.pathsep.join(map(str, path)), **extra}
 
 
-def _run(*command: str | Path, env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _run(
+    *command: str | Path, env: dict[str, str], cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         list(map(str, command)),
         env=env,
@@ -111,9 +135,17 @@ def another(ready: SetUp, tmp_path: Path) -> Path:
     return root
 
 
-def _serving(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> Running:
+def _serving(
+    *command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> Running:
     """The server that a script starts; nothing of this test's own Python helps it."""
-    return Running("--port", "0", command=list(map(str, command)), cwd=cwd, env={"PYTHONPATH": "", **(env or {})})
+    return Running(
+        "--port",
+        "0",
+        command=list(map(str, command)),
+        cwd=cwd,
+        env={"PYTHONPATH": "", **(env or {})},
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -142,13 +174,21 @@ def test_a_set_up_makes_a_virtualenv_and_says_so(ready: SetUp) -> None:
 
 def test_a_set_up_installs_what_is_pinned_and_nothing_else(ready: SetUp) -> None:
     # Names are the same whatever their case, with - or _.
-    freeze = _run(ready.python, "-m", "pip", "freeze", env=_clean()).stdout.lower().replace("_", "-")
-    wanted = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if ";" not in line]
+    freeze = (
+        _run(ready.python, "-m", "pip", "freeze", env=_clean()).stdout.lower().replace("_", "-")
+    )
+    wanted = [
+        line for line in (ROOT / "requirements.txt").read_text().splitlines() if ";" not in line
+    ]
     # A line with a marker is for some Pythons only.
-    assert sorted(line for line in freeze.split() if not line.startswith("async-timeout")) == sorted(wanted)
+    assert sorted(
+        line for line in freeze.split() if not line.startswith("async-timeout")
+    ) == sorted(wanted)
 
 
-def test_a_second_set_up_says_the_same_at_once_and_needs_no_python(ready: SetUp, tools: Path) -> None:
+def test_a_second_set_up_says_the_same_at_once_and_needs_no_python(
+    ready: SetUp, tools: Path
+) -> None:
     began = time.monotonic()
     done = _run(ready.root / "bin/setup", env=_clean(tools))
     assert time.monotonic() - began < PATIENCE
@@ -170,7 +210,9 @@ def test_a_set_up_is_not_seen_by_git(ready: SetUp) -> None:
 # bin/gserver.
 
 
-def test_a_symlink_in_another_folder_serves_as_the_process_that_was_started(ready: SetUp, tmp_path: Path) -> None:
+def test_a_symlink_in_another_folder_serves_as_the_process_that_was_started(
+    ready: SetUp, tmp_path: Path
+) -> None:
     (tmp_path / "g").symlink_to(ready.root / "bin/gserver")
     (tmp_path / "click.py").write_text("raise SystemExit('this file is not what was meant')\n")
     (tmp_path / "ours.py").write_text(
@@ -185,12 +227,17 @@ def test_a_symlink_in_another_folder_serves_as_the_process_that_was_started(read
             assert client.rest() == b""
         assert server.exit_code() == 0
         assert server.stderr == ""
-        assert [event["event.action"] for event in server.events()][-2:] == ["server.draining", "server.stopped"]
+        assert [event["event.action"] for event in server.events()][-2:] == [
+            "server.draining",
+            "server.stopped",
+        ]
 
 
 def test_a_relative_path_serves_with_the_options_of_the_environment(ready: SetUp) -> None:
     env = {"PORT": "0", "GSERVER_SERVER_ID": "relative"}
-    with Running(command=["../bin/gserver"], cwd=ready.root / "docs", env={"PYTHONPATH": "", **env}) as server:
+    with Running(
+        command=["../bin/gserver"], cwd=ready.root / "docs", env={"PYTHONPATH": "", **env}
+    ) as server:
         with server.client() as client:
             assert client.ask(b"WHERE") == b"relative"
         assert server.stop(signal.SIGINT) == 0
@@ -199,13 +246,17 @@ def test_a_relative_path_serves_with_the_options_of_the_environment(ready: SetUp
 def test_arguments_come_through_as_they_are(ready: SetUp, tools: Path) -> None:
     done = _run(ready.root / "bin/gserver", "--server-id", "two  words", env=_clean(tools))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("gserver: Invalid value for '--server-id': 'two words' is not one word")
+    assert done.stderr.startswith(
+        "gserver: Invalid value for '--server-id': 'two words' is not one word"
+    )
 
 
 # Which Python.
 
 
-def test_a_python_that_has_the_packages_is_used_without_a_virtualenv(copy: Path, tools: Path) -> None:
+def test_a_python_that_has_the_packages_is_used_without_a_virtualenv(
+    copy: Path, tools: Path
+) -> None:
     env = _clean(OWN_BIN, tools, **NO_PACKAGES)
     for options in ((), ("--dev",)):
         done = _run(copy / "bin/setup", *options, env=env)
@@ -228,8 +279,12 @@ def test_an_active_virtualenv_that_is_gone_is_not(copy: Path, tools: Path, tmp_p
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{OWN_BIN / 'python3'}\n", "")
 
 
-def test_packages_are_installed_into_an_active_virtualenv_that_lacks_them(copy: Path, bare: Path, tools: Path) -> None:
-    done = _run(copy / "bin/gserver", env=_clean(tools, VIRTUAL_ENV=str(bare.parent), **NO_PACKAGES))
+def test_packages_are_installed_into_an_active_virtualenv_that_lacks_them(
+    copy: Path, bare: Path, tools: Path
+) -> None:
+    done = _run(
+        copy / "bin/gserver", env=_clean(tools, VIRTUAL_ENV=str(bare.parent), **NO_PACKAGES)
+    )
     assert (done.returncode, done.stdout) == (1, "")
     told = done.stderr.splitlines()
     assert told[0] == f"gserver: installing the packages of requirements.txt into {bare.parent} ..."
@@ -237,18 +292,29 @@ def test_packages_are_installed_into_an_active_virtualenv_that_lacks_them(copy: 
     assert not (copy / ".venv").exists()
 
 
-def test_a_python_with_other_versions_of_the_packages_is_not_used(tools: Path, tmp_path: Path) -> None:
+def test_a_python_with_other_versions_of_the_packages_is_not_used(
+    tools: Path, tmp_path: Path
+) -> None:
     root = _copy(tmp_path / "copy")
     pins = (root / "requirements.txt").read_text()
-    (root / "requirements.txt").write_text(re.sub(r"^click==.*$", "click==1.0", pins, flags=re.MULTILINE))
+    (root / "requirements.txt").write_text(
+        re.sub(r"^click==.*$", "click==1.0", pins, flags=re.MULTILINE)
+    )
     (root / ".venv.lock").mkdir()  # So that it ends where it would begin to make a virtualenv.
     done = _run(root / "bin/setup", env=_clean(OWN_BIN, tools))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"gserver: cannot write to {root}, and no Python with the packages was found\n"
+    assert (
+        done.stderr
+        == f"gserver: cannot write to {root}, and no Python with the packages was found\n"
+    )
 
 
-def test_a_virtualenv_whose_python_this_user_cannot_execute_is_told_of_in_one_line(tools: Path, tmp_path: Path) -> None:
-    """As when it was made with a Python in somebody's home. It is told without any other Python too."""
+def test_a_virtualenv_whose_python_this_user_cannot_execute_is_told_of_in_one_line(
+    tools: Path, tmp_path: Path
+) -> None:
+    """As when it was made with a Python in somebody's home. It is told without any other Python
+    too.
+    """
     root = _copy(tmp_path / "copy")
     python = root / ".venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -263,7 +329,9 @@ def test_a_virtualenv_whose_python_this_user_cannot_execute_is_told_of_in_one_li
         )
 
 
-def test_packages_that_this_user_cannot_renew_are_told_of_in_one_line(another: Path, tools: Path) -> None:
+def test_packages_that_this_user_cannot_renew_are_told_of_in_one_line(
+    another: Path, tools: Path
+) -> None:
     (another / ".venv.lock").unlink()
     (another / ".venv.lock").mkdir()
     for options, name in (([], "requirements.txt"), (["--dev"], "requirements-dev.txt")):
@@ -286,14 +354,18 @@ def test_without_a_python_one_line_says_what_to_do(copy: Path, tools: Path) -> N
     assert not (copy / ".venv").exists()
 
 
-def test_a_python3_that_is_none_is_passed_over_for_a_newer_one(copy: Path, tools: Path, tmp_path: Path) -> None:
+def test_a_python3_that_is_none_is_passed_over_for_a_newer_one(
+    copy: Path, tools: Path, tmp_path: Path
+) -> None:
     ours = program(str(OWN_BIN / f"python3.{sys.version_info.minor}"))
     (tmp_path / "python3").symlink_to(program("false"))
     done = _run(copy / "bin/setup", env=_clean(tmp_path, OWN_BIN, tools))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{ours}\n", "")
 
 
-def test_a_python_that_cannot_make_virtualenvs_is_told_of_in_one_line(tools: Path, tmp_path: Path) -> None:
+def test_a_python_that_cannot_make_virtualenvs_is_told_of_in_one_line(
+    tools: Path, tmp_path: Path
+) -> None:
     """As Debian has it without python3-venv: the same Python, from the same files, less ensurepip."""
     ours, stdlib = tmp_path / "python", Path(sysconfig.get_path("stdlib"))
     library = ours / stdlib.relative_to(sys.base_prefix)
@@ -315,7 +387,9 @@ def test_a_python_that_cannot_make_virtualenvs_is_told_of_in_one_line(tools: Pat
 # What is interrupted, changed, or done twice at once.
 
 
-def test_a_set_up_that_was_killed_is_repaired_by_the_next(bare: Path, tools: Path, tmp_path: Path) -> None:
+def test_a_set_up_that_was_killed_is_repaired_by_the_next(
+    bare: Path, tools: Path, tmp_path: Path
+) -> None:
     root = _copy(tmp_path / "killed")
     first = subprocess.Popen(
         [root / "bin/setup"],
@@ -333,10 +407,14 @@ def test_a_set_up_that_was_killed_is_repaired_by_the_next(bare: Path, tools: Pat
     assert _run(python, "-c", "import click, gevent, statsd", env=_clean()).returncode == 0
 
 
-def test_an_installation_that_was_killed_is_repaired_by_the_next(another: Path, bare: Path, tools: Path) -> None:
+def test_an_installation_that_was_killed_is_repaired_by_the_next(
+    another: Path, bare: Path, tools: Path
+) -> None:
     python = another / ".venv/bin/python"
     (another / ".venv/.requirements").unlink()
-    packages = Path(_run(python, "-c", "import click; print(click.__path__[0])", env=_clean()).stdout.strip()).parent
+    packages = Path(
+        _run(python, "-c", "import click; print(click.__path__[0])", env=_clean()).stdout.strip()
+    ).parent
     assert packages.is_relative_to(another)
     for entry in packages.glob("click*"):
         shutil.rmtree(entry)
@@ -347,7 +425,9 @@ def test_an_installation_that_was_killed_is_repaired_by_the_next(another: Path, 
     assert _run(another / "bin/gserver", "--version", env=_clean(tools)).returncode == 0
 
 
-def test_new_pins_are_installed_into_the_virtualenv_that_is_there(another: Path, bare: Path, tools: Path) -> None:
+def test_new_pins_are_installed_into_the_virtualenv_that_is_there(
+    another: Path, bare: Path, tools: Path
+) -> None:
     with (another / "requirements.txt").open("a") as file:
         file.write("honcho==2.0.0\n")
     done = _run(another / "bin/setup", env=_clean(bare, tools))
@@ -356,7 +436,9 @@ def test_new_pins_are_installed_into_the_virtualenv_that_is_there(another: Path,
     assert (another / ".venv/bin/honcho").exists()
 
 
-def test_packages_for_the_tests_come_beside_those_that_are_there(another: Path, bare: Path, tools: Path) -> None:
+def test_packages_for_the_tests_come_beside_those_that_are_there(
+    another: Path, bare: Path, tools: Path
+) -> None:
     (another / "requirements-dev.txt").write_text("-r requirements.txt\nhoncho==2.0.0\n")
     done = _run(another / "bin/setup", "--dev", env=_clean(bare, tools))
     assert done.returncode == 0, done.stderr
@@ -364,10 +446,16 @@ def test_packages_for_the_tests_come_beside_those_that_are_there(another: Path, 
     assert (another / ".venv/bin/honcho").exists()
     for options in ((), ("--dev",)):
         done = _run(another / "bin/setup", *options, env=_clean(tools))
-        assert (done.returncode, done.stdout, done.stderr) == (0, f"{another}/.venv/bin/python\n", "")
+        assert (done.returncode, done.stdout, done.stderr) == (
+            0,
+            f"{another}/.venv/bin/python\n",
+            "",
+        )
 
 
-def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(another: Path, bare: Path, tools: Path) -> None:
+def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(
+    another: Path, bare: Path, tools: Path
+) -> None:
     pins = (another / "requirements.txt").read_text()
     (another / "requirements.txt").write_text(pins + "honcho==2.0.0\n")
     for _ in range(2):
@@ -375,23 +463,36 @@ def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(another: Path
         assert (done.returncode, done.stdout) == (1, "")
         told = "gserver: the packages could not be installed: see above, and run this again"
         assert done.stderr.splitlines()[-1] == told
-    # Back to the old pins: what is there now may be half of the new ones, so it is looked through again.
+    # Back to the old pins: what is there now may be half of the new ones, so it is looked through
+    # again.
     (another / "requirements.txt").write_text(pins)
     done = _run(another / "bin/setup", env=_clean(bare, tools))
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "gserver: installed")
 
 
-def test_a_set_up_for_the_tests_that_fails_leaves_the_server_its_own(another: Path, bare: Path, tools: Path) -> None:
+def test_a_set_up_for_the_tests_that_fails_leaves_the_server_its_own(
+    another: Path, bare: Path, tools: Path
+) -> None:
     (another / "requirements-dev.txt").write_text("-r requirements.txt\nhoncho==2.0.0\n")
-    assert _run(another / "bin/setup", "--dev", env=_clean(bare, tools, **NO_PACKAGES)).returncode == 1
+    assert (
+        _run(another / "bin/setup", "--dev", env=_clean(bare, tools, **NO_PACKAGES)).returncode == 1
+    )
     done = _run(another / "bin/setup", env=_clean(tools))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{another}/.venv/bin/python\n", "")
 
 
-def test_two_that_start_at_once_on_a_fresh_clone_both_serve(bare: Path, tools: Path, tmp_path: Path) -> None:
+def test_two_that_start_at_once_on_a_fresh_clone_both_serve(
+    bare: Path, tools: Path, tmp_path: Path
+) -> None:
     root = _copy(tmp_path / "twice")
-    command, env = [str(root / "bin/gserver"), "--port", "0"], {"PYTHONPATH": "", "PATH": f"{bare}:{tools}"}
-    with Running(command=command, env=env, wait=False) as one, Running(command=command, env=env, wait=False) as two:
+    command, env = (
+        [str(root / "bin/gserver"), "--port", "0"],
+        {"PYTHONPATH": "", "PATH": f"{bare}:{tools}"},
+    )
+    with (
+        Running(command=command, env=env, wait=False) as one,
+        Running(command=command, env=env, wait=False) as two,
+    ):
         for server in (one, two):
             server.port = server.wait_for("server.listening", limit=INSTALL_LIMIT)["server.port"]
         assert (one.who(), two.who()) == (1, 1)
@@ -413,13 +514,21 @@ def test_the_package_installs_as_a_command_that_works_anywhere(
     assert done.returncode == 0, done.stderr
     shutil.rmtree(root)
     with _serving(target / "bin/gserver", cwd=tmp_path) as server:
-        asked = _run(target / "bin/gserver", "ask", "WHY", "--server", f"127.0.0.1:{server.port}", env={}, cwd=tmp_path)
+        asked = _run(
+            target / "bin/gserver",
+            "ask",
+            "WHY",
+            "--server",
+            f"127.0.0.1:{server.port}",
+            env={},
+            cwd=tmp_path,
+        )
         assert (asked.returncode, asked.stdout, asked.stderr) == (0, "42\n", "")
         assert server.stop() == 0
         assert server.stderr == ""
     assert _run(*pip, "check", env=_clean()).returncode == 0
     files = _run(*pip, "show", "--files", "gserver", env=_clean()).stdout
-    assert "gserver/cli.py" in files
+    assert "gserver/cli/main.py" in files
     assert "tests/" not in files
 
 
@@ -434,13 +543,18 @@ def _descendants(pid: int) -> list[psutil.Process]:
 def honcho(ready: SetUp) -> Iterator[Running]:
     """`honcho start` in a copy that is set up, with a PORT."""
     command = [program(str(OWN_BIN / "honcho")), "start"]
-    with Running(command=command, cwd=ready.root, env={"PORT": "0", "PYTHONPATH": ""}, wait=False) as running:
+    with Running(
+        command=command, cwd=ready.root, env={"PORT": "0", "PYTHONPATH": ""}, wait=False
+    ) as running:
         yield running
 
 
 def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(honcho: Running) -> None:
     def found() -> re.Match[str] | None:
-        return re.search(r'web\.1 *\| .*"server\.address": "0\.0\.0\.0", "server\.port": (\d+)', "".join(honcho.lines))
+        return re.search(
+            r'web\.1 *\| .*"server\.address": "0\.0\.0\.0", "server\.port": (\d+)',
+            "".join(honcho.lines),
+        )
 
     port = int(until(found, f"it listens: {honcho.lines} {honcho.errors}")[1])
     with Client(port) as one, Client(port, host="127.0.0.2") as two:
@@ -450,7 +564,9 @@ def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(honcho: R
         honcho.send_signal(signal.SIGINT)
         assert one.rest() == two.rest() == b""
     assert honcho.exit_code() == 130  # What honcho says of a Ctrl-C, whatever its programs say.
-    assert any(line.rstrip().endswith("web.1 stopped (rc=0)") for line in honcho.lines), honcho.lines
+    assert any(line.rstrip().endswith("web.1 stopped (rc=0)") for line in honcho.lines), (
+        honcho.lines
+    )
     assert psutil.wait_procs(processes, timeout=LIMIT)[1] == []
 
 
@@ -459,11 +575,11 @@ def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(honcho: R
 
 ONE_TEST = '''"""One test."""
 
-from gserver.errors import Misuse
+from gserver.errors import UsageError
 
 
 def test_one() -> None:
-    assert Misuse.exit_code == 2
+    assert UsageError.exit_code == 2
 '''
 
 
@@ -479,15 +595,22 @@ def tested(tmp_path: Path) -> Path:
     return root
 
 
-def _started(name: str, root: Path, tools: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _started(
+    name: str, root: Path, tools: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script with this Python and its packages, from another folder."""
     return _run(root / name, *arguments, env=_clean(OWN_BIN, tools, **NO_PACKAGES), cwd=root.parent)
 
 
-def test_bin_test_runs_what_it_is_told_to_and_ends_as_pytest_does(tested: Path, tools: Path) -> None:
+def test_bin_test_runs_what_it_is_told_to_and_ends_as_pytest_does(
+    tested: Path, tools: Path
+) -> None:
     done = _started("bin/test", tested, tools, "-q", "tests/test_one.py")
     assert (done.returncode, done.stdout.splitlines()[-1][:9]) == (0, "1 passed ")
-    assert "missing, so some tests are skipped: apt-get install netcat-openbsd telnet curl nodejs npm" in done.stderr
+    assert (
+        "missing, so some tests are skipped: apt-get install netcat-openbsd telnet curl nodejs npm"
+        in done.stderr
+    )
     assert _started("bin/test", tested, tools, "-q", "no/such/file").returncode == 4
 
 
@@ -498,7 +621,9 @@ def test_bin_check_checks_and_then_tests(tested: Path, tools: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("1 passed ")
 
 
-def test_bin_coverage_reports_on_the_package_and_ends_as_the_tests_do(tested: Path, tools: Path) -> None:
+def test_bin_coverage_reports_on_the_package_and_ends_as_the_tests_do(
+    tested: Path, tools: Path
+) -> None:
     done = _started("bin/coverage", tested, tools, "-q")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^gserver/cli\.py ", done.stdout, re.MULTILINE)
@@ -529,12 +654,19 @@ def test_bin_check_ends_at_what_is_wrong(line: str, told: str, tested: Path, too
 @pytest.mark.parametrize("script", ["check", "cluster", "coverage", "faults", "setup", "test"])
 def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str) -> None:
     env, command = environment(VIRTUAL_ENV=sys.prefix), [str(ROOT / "bin" / script), "--help"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert 1 <= len(done.stdout.splitlines()) < 80
 
 
 def test_a_set_up_takes_no_word_that_it_does_not_know() -> None:
-    for words, code, said in ((["--devel"], 2, "see bin/setup --help"), (["--help"], 0, "Which Python: ")):
-        done = subprocess.run([ROOT / "bin/setup", *words], capture_output=True, text=True, check=False)
+    for words, code, said in (
+        (["--devel"], 2, "see bin/setup --help"),
+        (["--help"], 0, "Which Python: "),
+    ):
+        done = subprocess.run(
+            [ROOT / "bin/setup", *words], capture_output=True, text=True, check=False
+        )
         assert (done.returncode, said in done.stdout + done.stderr) == (code, True)

@@ -1,4 +1,6 @@
-"""Signals are noted in order, wake a selector, and are taken once. In a process of its own: they are for all of it."""
+"""Signals are noted in order, wake a selector, and are taken once. In a process of its own: they
+are for all of it.
+"""
 
 import subprocess
 import sys
@@ -7,7 +9,7 @@ from tests.running import LIMIT, environment
 
 PROGRAM = """
 import os, select, signal
-from gserver.signals import SignalNotes
+from gserver.supervise.signals import SignalNotes
 
 notes = SignalNotes(signal.SIGHUP, signal.SIGTERM)
 assert select.select([notes.fd], [], [], 0)[0] == []
@@ -29,6 +31,11 @@ assert len(notes.take()) == 100_000
 
 def test_signals_are_noted_in_order_and_wake_the_loop() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=LIMIT, env=environment(), check=False
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=environment(),
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -23,9 +23,18 @@ REPORT = ROOT / "docs/soak.json"
 
 def report(held: Callable[[int], list[int]], count: int = 40) -> Report:
     """One of so many censuses, in which one process held what is said for each."""
-    censuses = [{"at": n, "clients": 6, "who": {"one": 6, "two": 6}, "held": {"one": held(n)}} for n in range(count)]
+    censuses = [
+        {"at": n, "clients": 6, "who": {"one": 6, "two": 6}, "held": {"one": held(n)}}
+        for n in range(count)
+    ]
     numbers = {"right": 1, "wrong": 0, "excused": 0, "lost": 0}
-    told = {"command": "bin/soak", "machine": {}, "seconds": 1.0, "is_interrupted": False, "kinds": {"stays": 1}}
+    told = {
+        "command": "bin/soak",
+        "machine": {},
+        "seconds": 1.0,
+        "is_interrupted": False,
+        "kinds": {"stays": 1},
+    }
     return {**told, "censuses": censuses, "failures": [], "faults": {}, "replies": numbers}
 
 
@@ -36,7 +45,9 @@ def test_what_stays_the_same_is_no_leak() -> None:
 
 
 def test_what_grows_while_the_soak_warms_up_or_a_process_is_new_is_no_leak() -> None:
-    assert not list(complaints(report(lambda n: [min(30_000_000 + n * 200_000, 31_600_000), 12 - (n == 0), 5])))
+    assert not list(
+        complaints(report(lambda n: [min(30_000_000 + n * 200_000, 31_600_000), 12 - (n == 0), 5]))
+    )
     late = report(lambda n: [30_000_000, 12, 5])
     late["censuses"][20]["held"]["two"] = [20_000_000, 9, 0]
     for census in late["censuses"][21:]:

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from gserver.board import Board
-from gserver.statsd import COUNTERS, MAX_DATAGRAM_BYTES, RETRY_SECONDS, changes
+from gserver.agent.statsd import COUNTERS, MAX_DATAGRAM_BYTES, RETRY_SECONDS, changes
+from gserver.scoreboard import Scoreboard
 from tests.running import LIMIT, PATIENCE, ROOT, Running, program, until
 
 STATSD = ROOT / ".tools/node_modules/statsd/stats.js"
@@ -76,7 +76,9 @@ def has_started(daemon: Daemon) -> bool:
 
 
 def received(daemon: Daemon, kind: str, prefix: str = "") -> dict[str, Any]:
-    """What the daemon has: its `counters`, `gauges` or `timers` with that prefix, which is left out."""
+    """What the daemon has: its `counters`, `gauges` or `timers` with that prefix, which is left
+    out.
+    """
     with socket.create_connection(("127.0.0.1", daemon[1]), LIMIT) as management:
         management.sendall(kind.encode() + b"\n")
         answer = b""
@@ -84,11 +86,17 @@ def received(daemon: Daemon, kind: str, prefix: str = "") -> dict[str, Any]:
             answer += management.recv(65536)
     # It writes JavaScript, with quotes only where a name needs them.
     found = re.findall(r"'?([\w.-]+)'?: (\[[^\]]*\]|[-+.\de]+)", answer.decode())
-    return {name.removeprefix(prefix): json.loads(value) for name, value in found if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): json.loads(value)
+        for name, value in found
+        if name.startswith(prefix)
+    }
 
 
 def becomes(read: Callable[[], Any], expected: Any) -> None:
-    """Datagrams take their time: wait for what is expected, and show the difference when it does not come."""
+    """Datagrams take their time: wait for what is expected, and show the difference when it does
+    not come.
+    """
     deadline = time.monotonic() + LIMIT
     while read() != expected and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -96,7 +104,14 @@ def becomes(read: Callable[[], Any], expected: Any) -> None:
 
 
 def to(daemon: Daemon, prefix: str) -> list[str]:
-    return ["--statsd-host", "127.0.0.1", "--statsd-port", str(daemon[0]), "--statsd-prefix", prefix]
+    return [
+        "--statsd-host",
+        "127.0.0.1",
+        "--statsd-port",
+        str(daemon[0]),
+        "--statsd-prefix",
+        prefix,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +121,22 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield running
 
 
-# What is sent of the board.
+# What is sent of the scoreboard.
 
 
 def zero() -> dict[str, int]:
-    return Board.create(2).totals()
+    return Scoreboard.create(2).totals()
 
 
 def test_gauges_are_sent_as_they_are_and_counters_that_stand_still_are_not() -> None:
-    before = {**zero(), "clients": 9, "accepted": 5, "commands.WHO": 3, "bursts": 2, "service_ns": 10}
+    before = {
+        **zero(),
+        "clients": 9,
+        "accepted": 5,
+        "commands.WHO": 3,
+        "bursts": 2,
+        "service_ns": 10,
+    }
     now = {**before, "clients": 7, "workers": 2}
     assert list(changes(before, now)) == [("gauge", "connections", 7), ("gauge", "workers", 2)]
 
@@ -127,7 +149,11 @@ def test_a_counter_is_sent_as_its_increase(name: str, total: str) -> None:
 
 
 def test_a_first_flush_tells_all_there_is() -> None:
-    sent = list(changes({}, {**zero(), "accepted": 4, "commands.WHO": 2, "bursts": 1, "service_ns": 3_000_000}))
+    sent = list(
+        changes(
+            {}, {**zero(), "accepted": 4, "commands.WHO": 2, "bursts": 1, "service_ns": 3_000_000}
+        )
+    )
     assert [metric for metric in sent if metric[0] != "gauge"] == [
         ("incr", "accepted", 4),
         ("incr", "commands.who", 2),
@@ -156,7 +182,11 @@ def test_every_refusal_has_a_counter_by_what_became_of_the_client() -> None:
 
 def test_a_command_is_counted_under_its_name_in_small_letters() -> None:
     before = {**zero(), "commands.WHO": 10}
-    now = {**zero(), "commands.WHO": 12, "commands.MY-NAP_2": 5}  # the second is new since the last flush
+    now = {
+        **zero(),
+        "commands.WHO": 12,
+        "commands.MY-NAP_2": 5,
+    }  # the second is new since the last flush
     sent = [metric for metric in changes(before, now) if metric[0] != "gauge"]
     assert sorted(sent) == [("incr", "commands.my-nap_2", 5), ("incr", "commands.who", 2)]
 
@@ -170,7 +200,9 @@ def test_service_time_is_the_mean_since_the_last_flush_in_milliseconds() -> None
 # A real daemon.
 
 
-def test_all_that_happened_is_counted_although_the_end_follows_the_last_command(daemon: Daemon, tmp_path: Path) -> None:
+def test_all_that_happened_is_counted_although_the_end_follows_the_last_command(
+    daemon: Daemon, tmp_path: Path
+) -> None:
     (tmp_path / "own.py").write_text(COMMANDS)
     options = ["--workers", "2", "--max-clients", "3", "--line-timeout", "0.2", "--commands", "own"]
     with Running(*options, *to(daemon, "all"), cwd=tmp_path) as server:
@@ -180,7 +212,11 @@ def test_all_that_happened_is_counted_although_the_end_follows_the_last_command(
                 client.send(b"WHERE\nWHY\nNAP_1\nFAIL\nnope\nn\xf6pe\n")
                 replies = [client.line() for _ in range(6)]
                 assert replies[1:3] == [b"42\n", b"rested\n"]
-                assert replies[3:] == [b"ERR internal\n", b"ERR unknown command\n", b"ERR not ASCII\n"]
+                assert replies[3:] == [
+                    b"ERR internal\n",
+                    b"ERR unknown command\n",
+                    b"ERR not ASCII\n",
+                ]
             assert three.who() == 3
             becomes(lambda: received(daemon, "gauges", "all."), {"connections": 3, "workers": 2})
             with server.client() as late:
@@ -236,14 +272,21 @@ def test_sums_are_exact_over_the_workers_and_the_death_of_one(daemon: Daemon) ->
         for client in connected:
             assert client.ask(b"WHY") == b"42"
         server.wait_for("client.accepted", clients)
-        serving = {event["client.port"]: event["process.pid"] for event in server.events("client.accepted")}
+        serving = {
+            event["client.port"]: event["process.pid"] for event in server.events("client.accepted")
+        }
         killed = psutil.Process(serving[connected[0].sock.getsockname()[1]])
-        survivors = [client for client in connected if serving[client.sock.getsockname()[1]] != killed.pid]
+        survivors = [
+            client for client in connected if serving[client.sock.getsockname()[1]] != killed.pid
+        ]
         lost = clients - len(survivors)
         killed.kill()
         assert server.wait_for("worker.died")["gserver.lost"] == lost
         server.wait_for("worker.ready", 3)
-        becomes(lambda: received(daemon, "gauges", "death."), {"connections": len(survivors), "workers": 2})
+        becomes(
+            lambda: received(daemon, "gauges", "death."),
+            {"connections": len(survivors), "workers": 2},
+        )
         for client in survivors:
             assert client.ask(b"WHY") == b"42"
         for _ in range(clients):
@@ -263,7 +306,10 @@ def test_sums_are_exact_over_the_workers_and_the_death_of_one(daemon: Daemon) ->
 
 def test_a_daemon_that_comes_later_is_told_from_then_on(tmp_path: Path) -> None:
     port = free_port(socket.SOCK_DGRAM)
-    with Running("--statsd-host", "127.0.0.1", "--statsd-port", str(port)) as server, server.client() as client:
+    with (
+        Running("--statsd-host", "127.0.0.1", "--statsd-port", str(port)) as server,
+        server.client() as client,
+    ):
         server.wait_for("agent.ready")
         agent = server.agents()[0]
         for _ in range(100):
@@ -272,9 +318,16 @@ def test_a_daemon_that_comes_later_is_told_from_then_on(tmp_path: Path) -> None:
             becomes(lambda: received(late, "gauges", "gserver."), {"connections": 1, "workers": 1})
             counted = received(late, "counters", "gserver.").get("commands.why", 0)
             assert client.ask(b"WHY") == b"42"
-            until(lambda: received(late, "counters", "gserver.").get("commands.why", 0) == counted + 1, "one more")
+            until(
+                lambda: (
+                    received(late, "counters", "gserver.").get("commands.why", 0) == counted + 1
+                ),
+                "one more",
+            )
         assert server.agents() == [agent]
-        assert [event["event.action"] for event in server.events() if event["log.level"] != "info"] == []
+        assert [
+            event["event.action"] for event in server.events() if event["log.level"] != "info"
+        ] == []
 
 
 def test_a_daemon_that_cannot_be_found_costs_no_client_anything() -> None:
@@ -314,12 +367,22 @@ def sent_with(prefix: str, folder: Path) -> list[bytes]:
     """The datagrams that a plain UDP socket gets of a server with many commands, each asked once."""
     (folder / "many.py").write_text(
         "from gserver.commands import command\n"
-        + "".join(f"c{number} = command({name!r})(lambda service: 1)\n" for number, name in enumerate(NAMES))
+        + "".join(
+            f"c{number} = command({name!r})(lambda service: 1)\n"
+            for number, name in enumerate(NAMES)
+        )
     )
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setblocking(False)
-        options = ["--statsd-host", "127.0.0.1", "--statsd-port", str(sock.getsockname()[1]), "--commands", "many"]
+        options = [
+            "--statsd-host",
+            "127.0.0.1",
+            "--statsd-port",
+            str(sock.getsockname()[1]),
+            "--commands",
+            "many",
+        ]
         with Running(*options, env={"STATSD_PREFIX": prefix}, cwd=folder) as server:
             with server.client() as client:
                 client.send("".join(f"{name}\n" for name in NAMES).encode())
@@ -338,7 +401,9 @@ def sent_with(prefix: str, folder: Path) -> list[bytes]:
     [("a:b|c@d#e\nf g/\u0416", "a_b_c_d_e_f_g__."), (".inner.dots.", "inner.dots."), ("...", "")],
     ids=["hostile", "dots", "only dots"],
 )
-def test_every_datagram_is_small_and_every_line_is_a_metric(tmp_path: Path, prefix: str, shown: str) -> None:
+def test_every_datagram_is_small_and_every_line_is_a_metric(
+    tmp_path: Path, prefix: str, shown: str
+) -> None:
     arrived = sent_with(prefix, tmp_path)
     assert [len(datagram) for datagram in arrived if len(datagram) > MAX_DATAGRAM_BYTES] == []
     lines = [line for datagram in arrived for line in datagram.split(b"\n")]

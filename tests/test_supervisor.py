@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gserver.orders import GIVE_UP_SECONDS
+from gserver.supervise.phases import GIVE_UP_SECONDS
 from tests.running import (
     GSERVER,
     LIMIT,
@@ -81,7 +81,9 @@ def start(folder: Path, *options: str, wait: bool = True) -> Running:
     return extended(folder, MODULE, *options, wait=wait)
 
 
-def clients_of(server: Running, worker: psutil.Process, count: int, stack: ExitStack) -> list[Client]:
+def clients_of(
+    server: Running, worker: psutil.Process, count: int, stack: ExitStack
+) -> list[Client]:
     """Clients of that worker: the others are stopped for the moment in which they are accepted."""
     with stopped(*(other for other in server.workers() if other != worker)):
         clients = [stack.enter_context(server.client()) for _ in range(count)]
@@ -128,7 +130,9 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_each_of_ten_killed_workers_is_replaced_within_a_second(tmp_path: Path, workers: int) -> None:
+def test_each_of_ten_killed_workers_is_replaced_within_a_second(
+    tmp_path: Path, workers: int
+) -> None:
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
         server.wait_for("worker.ready", workers)
         stays = server.workers()[1:]
@@ -140,12 +144,18 @@ def test_each_of_ten_killed_workers_is_replaced_within_a_second(tmp_path: Path, 
             victim.kill()
             deadline = time.monotonic() + SECOND
             server.wait_for("worker.ready", workers + kills, SECOND)
-            until(lambda: server.who() == len(talkers) + 1, "WHO is exact again", deadline - time.monotonic())
+            until(
+                lambda: server.who() == len(talkers) + 1,
+                "WHO is exact again",
+                deadline - time.monotonic(),
+            )
         assert [worker for worker in server.workers() if worker in stays] == stays
         assert len(server.events("worker.died")) == 10
 
 
-def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_it_starts(tmp_path: Path) -> None:
+def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_it_starts(
+    tmp_path: Path,
+) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
         victim, stays = server.workers()
@@ -160,13 +170,18 @@ def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_
             (tmp_path / "crash").unlink()
             server.wait_for("worker.ready", 3)
             until(lambda: server.who() == 2, "WHO is exact")
-        died = [datetime.fromisoformat(event["@timestamp"]).timestamp() for event in server.events("worker.died")[1:]]
+        died = [
+            datetime.fromisoformat(event["@timestamp"]).timestamp()
+            for event in server.events("worker.died")[1:]
+        ]
         gaps = [later - earlier for earlier, later in pairwise(died)]
         assert [gap > 0.1 * 2**at for at, gap in enumerate(gaps)] == [True] * 4
         assert used < sum(gaps) / 4, "it waits, and does not spin"
 
 
-def test_a_server_whose_first_workers_crash_goes_on_trying_and_can_be_stopped(tmp_path: Path) -> None:
+def test_a_server_whose_first_workers_crash_goes_on_trying_and_can_be_stopped(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "crash").touch()
     with start(tmp_path, "--workers", "2", wait=False) as server:
         server.wait_for("worker.died", 4)
@@ -212,8 +227,13 @@ def test_a_worker_that_is_told_to_stop_drains_and_is_replaced(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("how", ["stopped", "in a busy loop"])
-def test_a_worker_that_hangs_is_replaced_and_the_clients_of_others_go_on(tmp_path: Path, how: str) -> None:
-    with start(tmp_path, "--workers", "2", "--hang-timeout", str(SECOND)) as server, ExitStack() as stack:
+def test_a_worker_that_hangs_is_replaced_and_the_clients_of_others_go_on(
+    tmp_path: Path, how: str
+) -> None:
+    with (
+        start(tmp_path, "--workers", "2", "--hang-timeout", str(SECOND)) as server,
+        ExitStack() as stack,
+    ):
         server.wait_for("worker.ready", 2)
         victim, stays = server.workers()
         talkers = clients_of(server, stays, 3, stack)
@@ -248,7 +268,9 @@ def test_workers_are_not_taken_for_hung_after_the_whole_machine_slept(tmp_path: 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_stop_lets_clients_go_at_once_and_exits_with_0(tmp_path: Path, number: signal.Signals, workers: int) -> None:
+def test_a_stop_lets_clients_go_at_once_and_exits_with_0(
+    tmp_path: Path, number: signal.Signals, workers: int
+) -> None:
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
         server.wait_for("worker.ready", workers)
         clients = [stack.enter_context(server.client()) for _ in range(20)]
@@ -259,7 +281,9 @@ def test_a_stop_lets_clients_go_at_once_and_exits_with_0(tmp_path: Path, number:
         assert {hear_end(client) for client in clients} == {b""}
         assert time.monotonic() - began < SECOND
         assert server.exit_code() == 0
-        assert time.monotonic() - began < 2 * SECOND  # Their leaving ends it, not the drain timeout.
+        assert (
+            time.monotonic() - began < 2 * SECOND
+        )  # Their leaving ends it, not the drain timeout.
         assert server.events("server.stopped")
         assert server.stderr == ""
     assert left_over(tmp_path) == []
@@ -308,7 +332,9 @@ def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_rea
         assert server.exit_code() == 0
 
 
-def test_all_lines_sent_before_a_stop_are_answered_though_they_are_more_than_is_read_at_once(tmp_path: Path) -> None:
+def test_all_lines_sent_before_a_stop_are_answered_though_they_are_more_than_is_read_at_once(
+    tmp_path: Path,
+) -> None:
     with start(tmp_path) as server, server.client() as client:
         assert client.ask(b"WHY") == b"42"
         with stopped(*server.workers()):
@@ -320,7 +346,9 @@ def test_all_lines_sent_before_a_stop_are_answered_though_they_are_more_than_is_
 
 
 @pytest.mark.parametrize("command", [b"SLEEP\n", b"SPIN\n"])
-def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(tmp_path: Path, command: bytes) -> None:
+def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
+    tmp_path: Path, command: bytes
+) -> None:
     with start(tmp_path, "--drain-timeout", "3") as server, server.client() as client:
         client.who()
         client.send(command)
@@ -345,11 +373,17 @@ def is_refused(port: int) -> bool:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(tmp_path: Path, workers: int) -> None:
+def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
+    tmp_path: Path, workers: int
+) -> None:
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
         server.wait_for("worker.ready", workers)
         clients = [stack.enter_context(server.client()) for _ in range(500)]
-        asked, replies, rests = dict.fromkeys(clients, 0), dict.fromkeys(clients, 0), dict.fromkeys(clients, b"")
+        asked, replies, rests = (
+            dict.fromkeys(clients, 0),
+            dict.fromkeys(clients, 0),
+            dict.fromkeys(clients, b""),
+        )
         selector = stack.enter_context(selectors.DefaultSelector())
 
         def ask(client: Client) -> None:
@@ -357,7 +391,9 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(tmp_path: Path
             asked[client] += 1
 
         def turn() -> bool:
-            """Take what has come; ask again on every reply. A reset raises. Return whether all have ended."""
+            """Take what has come; ask again on every reply. A reset raises. Return whether all have
+            ended.
+            """
             for key, _ in selector.select(LIMIT):
                 client = key.data
                 if data := client.sock.recv(4096):
@@ -379,13 +415,18 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(tmp_path: Path
         server.send_signal(signal.SIGTERM)
         until(turn, "all have come to an end")
         assert set(rests.values()) == {b""}
-        assert [client for client in clients if replies[client] < before[client]] == [], "sent before, not answered"
+        assert [client for client in clients if replies[client] < before[client]] == [], (
+            "sent before, not answered"
+        )
         assert server.exit_code() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.Signals) -> None:
-    with start(tmp_path, "--workers", "2", "--drain-timeout", "60") as server, server.client() as client:
+    with (
+        start(tmp_path, "--workers", "2", "--drain-timeout", "60") as server,
+        server.client() as client,
+    ):
         client.who()
         client.send(b"SLEEP\n")
         server.send_signal(number)
@@ -401,7 +442,9 @@ def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.S
     assert left_over(tmp_path) == []
 
 
-def test_a_stop_that_is_passed_on_as_another_signal_is_no_second_request_and_a_later_one_is(tmp_path: Path) -> None:
+def test_a_stop_that_is_passed_on_as_another_signal_is_no_second_request_and_a_later_one_is(
+    tmp_path: Path,
+) -> None:
     with start(tmp_path, "--drain-timeout", "60") as server, server.client() as client:
         client.who()
         client.send(b"SLEEP\n")
@@ -413,7 +456,9 @@ def test_a_stop_that_is_passed_on_as_another_signal_is_no_second_request_and_a_l
         assert server.stop(signal.SIGTERM) == 1
 
 
-def test_with_a_drain_delay_it_goes_on_accepting_and_serving_after_the_signal(tmp_path: Path) -> None:
+def test_with_a_drain_delay_it_goes_on_accepting_and_serving_after_the_signal(
+    tmp_path: Path,
+) -> None:
     with start(tmp_path, "--drain-delay", "1") as server, server.client() as client:
         assert client.who() == 1
         began = time.monotonic()
@@ -444,8 +489,20 @@ def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path)
 
 
 def test_a_terminal_that_stops_who_writes_in_the_background_stops_no_worker(tmp_path: Path) -> None:
-    script = 'import pty, sys; pty.spawn(["sh", "-c", \'stty tostop; exec "$@"\', "sh", *sys.argv[1:]])'
-    command = [sys.executable, "-c", script, *GSERVER, "serve", "--port", "0", "--log-format", "json"]
+    script = (
+        'import pty, sys; pty.spawn(["sh", "-c", \'stty tostop; exec "$@"\', "sh", *sys.argv[1:]])'
+    )
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        *GSERVER,
+        "serve",
+        "--port",
+        "0",
+        "--log-format",
+        "json",
+    ]
     with Running("--log-level", "debug", command=command, env={"MARK": str(tmp_path)}) as server:
         for _ in range(2):
             with server.client() as client:
@@ -456,9 +513,23 @@ def test_a_terminal_that_stops_who_writes_in_the_background_stops_no_worker(tmp_
 
 def test_it_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
     terminal = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
-    command = [*terminal, sys.executable, "-P", "-m", "gserver", "serve", "--port", "0", "--log-format", "json"]
+    command = [
+        *terminal,
+        sys.executable,
+        "-P",
+        "-m",
+        "gserver",
+        "serve",
+        "--port",
+        "0",
+        "--log-format",
+        "json",
+    ]
     try:
-        with Running(command=command, env={"MARK": str(tmp_path)}) as server, server.client() as client:
+        with (
+            Running(command=command, env={"MARK": str(tmp_path)}) as server,
+            server.client() as client,
+        ):
             client.who()
             server.process.kill()
             assert hear_end(client) == b""
@@ -472,21 +543,30 @@ def test_it_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_reload_brings_new_workers_with_new_code_and_keeps_all_else(tmp_path: Path, workers: int) -> None:
+def test_a_reload_brings_new_workers_with_new_code_and_keeps_all_else(
+    tmp_path: Path, workers: int
+) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
         statsd = ("--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1]))
-        with start(tmp_path, "--workers", str(workers), *statsd) as server, server.client() as before:
+        with (
+            start(tmp_path, "--workers", str(workers), *statsd) as server,
+            server.client() as before,
+        ):
             server.wait_for("worker.ready", workers)
             server.wait_for("agent.ready")
             children = {*server.workers(), *server.agents()}
             where = before.ask(b"WHERE")
-            (tmp_path / "extra.py").write_text(MODULE.replace("rested", "well rested").replace("sleep(1)", "sleep(0)"))
+            (tmp_path / "extra.py").write_text(
+                MODULE.replace("rested", "well rested").replace("sleep(1)", "sleep(0)")
+            )
             server.send_signal(signal.SIGHUP)
             assert hear_end(before) == b""
             server.wait_for("server.reloaded")
             server.wait_for("agent.ready", 2)
-            until(lambda: not any(child.is_running() for child in children), "the old ones are gone")
+            until(
+                lambda: not any(child.is_running() for child in children), "the old ones are gone"
+            )
             with server.client() as client:
                 assert client.who() == 1
                 assert client.ask(b"WHERE") == where
@@ -501,11 +581,16 @@ def test_after_reloads_in_quick_succession_the_last_code_is_what_runs(tmp_path: 
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
         for reloads in range(1, 8):
-            (tmp_path / "extra.py").write_text(MODULE.replace("time.sleep(1)", f"return 'version {reloads}'"))
+            (tmp_path / "extra.py").write_text(
+                MODULE.replace("time.sleep(1)", f"return 'version {reloads}'")
+            )
             server.send_signal(signal.SIGHUP)
             server.wait_for("server.reloading", reloads)
             time.sleep(0.1)  # In the middle of the one before.
-        until(lambda: is_last(server.events(), "server.reloaded", "server.reloading"), "the last reload is done")
+        until(
+            lambda: is_last(server.events(), "server.reloaded", "server.reloading"),
+            "the last reload is done",
+        )
         until(lambda: len(server.workers()) == 2, "the one before is gone")
         for worker in server.workers():
             assert clients_of(server, worker, 1, stack)[0].ask(b"NAP") == b"version 7"
@@ -514,7 +599,9 @@ def test_after_reloads_in_quick_succession_the_last_code_is_what_runs(tmp_path: 
 
 def is_last(events: list[Event], last: str, other: str) -> bool:
     """Whether the last event of these two kinds is of the first one."""
-    return [event["event.action"] for event in events if event["event.action"] in (last, other)][-1:] == [last]
+    return [event["event.action"] for event in events if event["event.action"] in (last, other)][
+        -1:
+    ] == [last]
 
 
 def test_a_hangup_does_not_hasten_a_stop(tmp_path: Path) -> None:
@@ -551,12 +638,16 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
         old = server.workers()
-        with talking(*(client for worker in old for client in clients_of(server, worker, 1, stack))):
+        with talking(
+            *(client for worker in old for client in clients_of(server, worker, 1, stack))
+        ):
             for failures, (reason, text) in enumerate(BROKEN_LATER.items(), 1):
                 (tmp_path / "extra.py").write_text(text)
                 server.send_signal(signal.SIGHUP)
                 assert reason in server.wait_for("server.reload_failed", failures)["message"]
-                time.sleep(0.5 if failures == 1 else 0)  # Time enough for another try, which there shall not be.
+                time.sleep(
+                    0.5 if failures == 1 else 0
+                )  # Time enough for another try, which there shall not be.
                 assert server.workers() == old
             assert not server.events("worker.died")
         (tmp_path / "extra.py").write_text(MODULE)
@@ -572,7 +663,10 @@ def test_a_reload_that_would_leave_no_files_for_clients_leaves_the_workers_as_th
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (64, 64))
         server.send_signal(signal.SIGHUP)
         failed = server.wait_for("server.reload_failed")
-        assert "a process may open too few files by now: raise the limit (ulimit -n, prlimit)" in failed["message"]
+        assert (
+            "a process may open too few files by now: raise the limit (ulimit -n, prlimit)"
+            in failed["message"]
+        )
         assert {worker.pid for worker in server.workers()} == before
         with server.client() as client:
             assert client.who() == 1
@@ -582,7 +676,9 @@ def test_a_system_without_threads_is_told_in_one_line(tmp_path: Path) -> None:
     """The stack that is wanted for each is larger than any memory."""
     (tmp_path / "sitecustomize.py").write_text("import threading\nthreading.stack_size(1 << 46)\n")
     done = gserver("--port", "0", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    told = "gserver: the system has no thread left for it: raise the limit of processes (ulimit -u)\n"
+    told = (
+        "gserver: the system has no thread left for it: raise the limit of processes (ulimit -u)\n"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 
 
@@ -601,7 +697,9 @@ def test_a_stop_during_a_reload_ends_in_time_though_an_old_worker_is_stuck(tmp_p
         assert not server.events("server.forced")
 
 
-def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_ready(tmp_path: Path) -> None:
+def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_ready(
+    tmp_path: Path,
+) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
         staying, missing = server.workers()
@@ -617,11 +715,15 @@ def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_
         (tmp_path / "extra.py").write_text(MODULE)
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
-        until(lambda: len(server.workers()) == 2 and staying not in server.workers(), "both are new")
+        until(
+            lambda: len(server.workers()) == 2 and staying not in server.workers(), "both are new"
+        )
 
 
 @pytest.mark.parametrize("text", ["\u00e9" * 5000, "\ud800"])
-def test_a_reason_of_any_length_and_letters_ends_a_reload_and_not_the_server(tmp_path: Path, text: str) -> None:
+def test_a_reason_of_any_length_and_letters_ends_a_reload_and_not_the_server(
+    tmp_path: Path, text: str
+) -> None:
     with start(tmp_path) as server:
         (tmp_path / "extra.py").write_text(f"raise RuntimeError({text!r})")
         server.send_signal(signal.SIGHUP)
@@ -638,7 +740,9 @@ def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: 
         assert server.who() == 1
 
 
-def test_nobody_who_connects_during_reloads_is_refused_or_left_without_a_reply(tmp_path: Path) -> None:
+def test_nobody_who_connects_during_reloads_is_refused_or_left_without_a_reply(
+    tmp_path: Path,
+) -> None:
     with start(tmp_path, "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
         is_over = threading.Event()
@@ -684,7 +788,9 @@ def test_a_stop_during_a_reload_is_a_stop(tmp_path: Path, moment: float) -> None
 
 def fails(folder: Path, *options: str, code: int, command: list[str] | None = None) -> str:
     """Start a server that cannot; return the one line that says why."""
-    with Running(*options, cwd=folder, env={"MARK": str(folder)}, command=command, wait=False) as server:
+    with Running(
+        *options, cwd=folder, env={"MARK": str(folder)}, command=command, wait=False
+    ) as server:
         assert server.exit_code() == code
         assert server.events("server.listening") == []
         assert len(server.errors) == 1
@@ -774,7 +880,8 @@ def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) ->
                 time.sleep(0.3)  # Sooner it would be one that is passed on.
             assert server.process.wait(1 + GIVE_UP_SECONDS + LIMIT) == 1
             assert (
-                server.wait_for("server.stopped")["message"] == f"stopped, forced; worker {stuck.pid} cannot be ended"
+                server.wait_for("server.stopped")["message"]
+                == f"stopped, forced; worker {stuck.pid} cannot be ended"
             )
             assert len(server.events("agent.ready")) == agents
             (group / "freezer.state").write_text("THAWED")

@@ -1,4 +1,6 @@
-"""What is told to a service manager, and what one hands over: with real sockets, and with systemd-socket-activate."""
+"""What is told to a service manager, and what one hands over: with real sockets, and with
+systemd-socket-activate.
+"""
 
 import os
 import signal
@@ -13,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gserver.errors import Misuse
-from gserver.systemd import VARIABLES, Manager
+from gserver.errors import UsageError
+from gserver.supervise.systemd import VARIABLES, Manager
 from tests.redises import free_port
 from tests.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
 
@@ -73,12 +75,17 @@ def listener(tmp_path: Path) -> Iterator[Listener]:
         yield listener
 
 
-def test_a_server_tells_when_it_is_ready_reloads_and_stops(listener: Listener, tmp_path: Path) -> None:
+def test_a_server_tells_when_it_is_ready_reloads_and_stops(
+    listener: Listener, tmp_path: Path
+) -> None:
     (tmp_path / "extra.py").write_text(MODULE)
     options = ("--workers", "2", "--commands", "extra")
     env = {"NOTIFY_SOCKET": listener.address, "PYTHONDONTWRITEBYTECODE": "1"}
     with Running(*options, env=env, cwd=tmp_path) as server:
-        assert listener.message() == ["READY=1", f"STATUS=listening on 127.0.0.1:{server.port}, workers: 2"]
+        assert listener.message() == [
+            "READY=1",
+            f"STATUS=listening on 127.0.0.1:{server.port}, workers: 2",
+        ]
 
         began = time.monotonic_ns() // 1000
         server.send_signal(signal.SIGHUP)
@@ -106,7 +113,9 @@ def test_a_server_tells_when_it_is_ready_reloads_and_stops(listener: Listener, t
             assert listener.message() == ["STOPPING=1", "STATUS=stopping, clients: 1"]
             assert client.who() == 1, "the lame duck serves on"
         assert server.exit_code() == 0
-    assert set(listener.waiting()) <= {"STOPPING=1"}, "it stays with that, with other numbers of clients"
+    assert set(listener.waiting()) <= {"STOPPING=1"}, (
+        "it stays with that, with other numbers of clients"
+    )
 
 
 def test_a_server_that_never_gets_ready_does_not_say_so(listener: Listener, tmp_path: Path) -> None:
@@ -119,7 +128,9 @@ def test_a_server_that_never_gets_ready_does_not_say_so(listener: Listener, tmp_
     assert listener.waiting() == ["STOPPING=1"]
 
 
-def test_signs_of_life_come_at_least_twice_in_the_time_that_the_watchdog_gives(tmp_path: Path) -> None:
+def test_signs_of_life_come_at_least_twice_in_the_time_that_the_watchdog_gives(
+    tmp_path: Path,
+) -> None:
     with Listener(str(tmp_path / "notify")) as listener:
         env = {"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "400000"}
         with Running(env=env) as server:
@@ -140,7 +151,9 @@ def test_signs_of_life_come_at_least_twice_in_the_time_that_the_watchdog_gives(t
             assert listener.message() == ["WATCHDOG=1"]
 
 
-def test_a_watchdog_that_is_anothers_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watchdog_that_is_anothers_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "600000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
     assert Manager().due_at < 0
@@ -149,13 +162,15 @@ def test_a_watchdog_that_is_anothers_is_left_alone(tmp_path: Path, monkeypatch: 
     assert Manager().due_at > 1e9
 
 
-def test_what_is_not_heard_is_told_again_and_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_heard_is_told_again_and_nothing_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     address = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     monkeypatch.setenv("WATCHDOG_USEC", "10000000")
     manager = Manager()
     manager.tell("READY=1", "nobody listens")
-    manager.show_life(100.0)
+    manager.keep_heartbeat(100.0)
     assert manager.due_at == pytest.approx(100.1)
     with Listener(address) as listener:
         manager.tell("READY=1", "nobody listens")
@@ -174,13 +189,17 @@ def test_an_abstract_socket_is_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
         assert listener.message() == ["READY=1", "STATUS=here"]
 
 
-@pytest.mark.parametrize("address", ["/no/such/folder/notify", "@nobody", "vsock:2:1234", "/" + "x" * 200, "@"])
-def test_an_address_where_nobody_is_is_no_error(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "address", ["/no/such/folder/notify", "@nobody", "vsock:2:1234", "/" + "x" * 200, "@"]
+)
+def test_an_address_where_nobody_is_is_no_error(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     monkeypatch.setenv("WATCHDOG_USEC", "1000000")
     manager = Manager()
     manager.tell("READY=1", "here")
-    manager.show_life(100.0)
+    manager.keep_heartbeat(100.0)
     assert manager.due_at > 100.0
 
 
@@ -204,7 +223,8 @@ def test_a_watchdog_of_no_time_is_none(text: str, monkeypatch: pytest.MonkeyPatc
 # Sockets that are handed over.
 
 
-#: Makes the descriptors in its first argument those from 3 on, and becomes the program in the others.
+#: Makes the descriptors in its first argument those from 3 on, and becomes the program in the
+#: others.
 HAND_OVER = """
 import os, sys
 fds = [int(fd) for fd in sys.argv[1].split(",")]
@@ -218,7 +238,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def start(*handed: socket.socket | int, options: tuple[str, ...] = (), cwd: str = "/", **env: str) -> Running:
+def start(
+    *handed: socket.socket | int, options: tuple[str, ...] = (), cwd: str = "/", **env: str
+) -> Running:
     """A server to which these are handed over; it may not come to listen."""
     fds = [each if isinstance(each, int) else each.fileno() for each in handed]
     command = [sys.executable, "-S", "-c", HAND_OVER, ",".join(map(str, fds)), *GSERVER, "serve"]
@@ -237,7 +259,9 @@ def refused(*handed: socket.socket | int, options: tuple[str, ...] = (), **env: 
 
 
 def listening(host: str = "127.0.0.1") -> socket.socket:
-    return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    return socket.create_server(
+        (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+    )
 
 
 def port_of(sock: socket.socket) -> int:
@@ -247,7 +271,10 @@ def port_of(sock: socket.socket) -> int:
 
 @pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "gserver.socket"), ("::1", "")])
 def test_a_socket_that_is_handed_over_is_the_port(host: str, name: str) -> None:
-    with listening(host) as sock, start(sock, options=("--port", "1"), LISTEN_FDNAMES=name) as server:
+    with (
+        listening(host) as sock,
+        start(sock, options=("--port", "1"), LISTEN_FDNAMES=name) as server,
+    ):
         said = server.wait_for("server.listening")
         assert (said["server.address"], said["server.port"]) == (host, port_of(sock))
         with Client(port_of(sock), host) as client:
@@ -263,9 +290,14 @@ def test_by_their_names_the_sockets_are_the_port_and_the_admin_port() -> None:
         options = ("--admin-port", "1")
         with start(admin, port, options=options, LISTEN_FDNAMES="admin:gserver") as server:
             said = server.wait_for("server.listening")
-            assert (said["server.port"], said["gserver.admin_port"]) == (port_of(port), port_of(admin))
+            assert (said["server.port"], said["gserver.admin_port"]) == (
+                port_of(port),
+                port_of(admin),
+            )
             asked = subprocess.run(
-                [program("curl"), "-sS", f"http://127.0.0.1:{port_of(admin)}/readyz"], capture_output=True, check=True
+                [program("curl"), "-sS", f"http://127.0.0.1:{port_of(admin)}/readyz"],
+                capture_output=True,
+                check=True,
             )
             assert asked.stdout == b"ready\n"
             with Client(port_of(port)) as client:
@@ -273,16 +305,32 @@ def test_by_their_names_the_sockets_are_the_port_and_the_admin_port() -> None:
 
 
 def test_it_has_the_options_of_one_of_our_own_and_so_have_its_clients() -> None:
-    with listening() as sock, start(sock, options=("--backlog", "7", "--admin-port", "0")) as server:
+    with (
+        listening() as sock,
+        start(sock, options=("--backlog", "7", "--admin-port", "0")) as server,
+    ):
         admin_port = server.wait_for("server.listening")["gserver.admin_port"]
         assert admin_port not in (port_of(sock), 0), "which was not handed over, and so is bound"
         told = subprocess.run(
-            [program("ss"), "-Hltn", f"sport = :{port_of(sock)}"], capture_output=True, text=True, check=True
+            [program("ss"), "-Hltn", f"sport = :{port_of(sock)}"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert told.stdout.split()[2] == "7"
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
-        assert [sock.getsockopt(socket.IPPROTO_TCP, each) for each in options] == [60, 15, 4, 120_000]
+        options = (
+            socket.TCP_KEEPIDLE,
+            socket.TCP_KEEPINTVL,
+            socket.TCP_KEEPCNT,
+            socket.TCP_USER_TIMEOUT,
+        )
+        assert [sock.getsockopt(socket.IPPROTO_TCP, each) for each in options] == [
+            60,
+            15,
+            4,
+            120_000,
+        ]
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         assert os.get_blocking(sock.fileno()) is False
 
@@ -290,9 +338,15 @@ def test_it_has_the_options_of_one_of_our_own_and_so_have_its_clients() -> None:
 def test_children_are_not_handed_what_is_the_supervisors(tmp_path: Path) -> None:
     (tmp_path / "extra.py").write_text(MODULE)
     env = {"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": "9000000", "LISTEN_FDNAMES": "gserver"}
-    with listening() as sock, start(sock, options=("--commands", "extra"), cwd=str(tmp_path), **env) as server:
+    with (
+        listening() as sock,
+        start(sock, options=("--commands", "extra"), cwd=str(tmp_path), **env) as server,
+    ):
         server.wait_for("server.listening")
-        assert set(psutil.Process(server.pid).environ()) >= {*VARIABLES} - {"LISTEN_PIDFDID", "WATCHDOG_PID"}
+        assert set(psutil.Process(server.pid).environ()) >= {*VARIABLES} - {
+            "LISTEN_PIDFDID",
+            "WATCHDOG_PID",
+        }
         with Client(port_of(sock)) as client:
             assert client.ask(b"VARIABLES") == b"-"
 
@@ -306,7 +360,9 @@ def test_a_file_a_datagram_socket_and_others_that_are_no_port_are_refused(tmp_pa
     with ExitStack() as stack:
         wrong: dict[str, socket.socket | int] = {
             "no socket": (stack.enter_context((tmp_path / "file").open("w"))).fileno(),
-            "AF_INET SOCK_DGRAM": stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+            "AF_INET SOCK_DGRAM": stack.enter_context(
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            ),
             "AF_UNIX SOCK_STREAM": stack.enter_context(socket.socket(socket.AF_UNIX)),
             "not listening": stack.enter_context(socket.socket()),
         }
@@ -315,7 +371,9 @@ def test_a_file_a_datagram_socket_and_others_that_are_no_port_are_refused(tmp_pa
             assert said in refused(handed)
 
 
-def test_sockets_that_there_is_no_use_for_are_refused_for_their_clients_would_wait_for_ever() -> None:
+def test_sockets_that_there_is_no_use_for_are_refused_for_their_clients_would_wait_for_ever() -> (
+    None
+):
     with listening() as one, listening() as two:
         only = "was handed over, and there is only use for one named gserver"
         assert f"socket 4 (unknown) {only}\n" in refused(one, two)
@@ -323,7 +381,9 @@ def test_sockets_that_there_is_no_use_for_are_refused_for_their_clients_would_wa
         assert f"socket 4 (other) {only}\n" in refused(one, two, LISTEN_FDNAMES="gserver:other")
         assert f"socket 4 (admin) {only}\n" in refused(one, two, LISTEN_FDNAMES="gserver:admin")
         both = f"socket 4 (gserver) {only} and one named admin\n"
-        assert both in refused(one, two, options=("--admin-port", "0"), LISTEN_FDNAMES="gserver:gserver")
+        assert both in refused(
+            one, two, options=("--admin-port", "0"), LISTEN_FDNAMES="gserver:gserver"
+        )
 
 
 def test_an_admin_socket_that_others_can_reach_needs_a_token() -> None:
@@ -332,14 +392,16 @@ def test_an_admin_socket_that_others_can_reach_needs_a_token() -> None:
         assert "--admin-host 0.0.0.0 can be reached from elsewhere" in said
 
 
-@pytest.mark.parametrize(("fds", "names"), [("many", ""), ("-1", ""), ("", ""), ("2", "one"), ("1", "one:two")])
+@pytest.mark.parametrize(
+    ("fds", "names"), [("many", ""), ("-1", ""), ("", ""), ("2", "one"), ("1", "one:two")]
+)
 def test_numbers_and_names_that_do_not_go_together_are_refused(
     fds: str, names: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
     monkeypatch.setenv("LISTEN_FDS", fds)
     monkeypatch.setenv("LISTEN_FDNAMES", names)
-    with pytest.raises(Misuse, match="see sd_listen_fds"):
+    with pytest.raises(UsageError, match="see sd_listen_fds"):
         Manager()
 
 
@@ -349,12 +411,21 @@ def test_numbers_and_names_that_do_not_go_together_are_refused(
 def test_the_client_that_has_it_started_is_served(listener: Listener) -> None:
     port = free_port()
     kept = [f"--setenv=PYTHONPATH={ROOT}", f"--setenv=NOTIFY_SOCKET={listener.address}"]
-    activate = [program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}", "--fdname=gserver", *kept]
+    activate = [
+        program("systemd-socket-activate"),
+        "-l",
+        f"127.0.0.1:{port}",
+        "--fdname=gserver",
+        *kept,
+    ]
     with Running(command=[*activate, *GSERVER, "--workers", "1"], wait=False) as server:
         until(lambda: any("Listening" in line for line in server.errors), "it listens")
         with Client(port) as client:
             assert client.who() == 1
-            assert listener.message() == ["READY=1", f"STATUS=listening on 127.0.0.1:{port}, workers: 1"]
+            assert listener.message() == [
+                "READY=1",
+                f"STATUS=listening on 127.0.0.1:{port}, workers: 1",
+            ]
             server.send_signal(signal.SIGHUP)
             assert client.rest() == b""
         assert [listener.message()[0] for _ in range(2)] == ["RELOADING=1", "READY=1"]
@@ -368,7 +439,9 @@ def test_the_client_that_has_it_started_is_served(listener: Listener) -> None:
 def test_a_datagram_socket_of_systemds_is_refused() -> None:
     address = ("127.0.0.1", free_port())
     listen = [program("systemd-socket-activate"), "-d", "-l", f"127.0.0.1:{address[1]}"]
-    with Running(command=[*listen, f"--setenv=PYTHONPATH={ROOT}", *GSERVER, "serve"], wait=False) as server:
+    with Running(
+        command=[*listen, f"--setenv=PYTHONPATH={ROOT}", *GSERVER, "serve"], wait=False
+    ) as server:
         until(lambda: any("Listening" in line for line in server.errors), "it listens")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"WHO\n", address)

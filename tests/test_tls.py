@@ -1,4 +1,6 @@
-"""TLS on the port: with OpenSSL's own client and Python's, and with who speaks none, or says nothing."""
+"""TLS on the port: with OpenSSL's own client and Python's, and with who speaks none, or says
+nothing.
+"""
 
 import contextlib
 import fcntl
@@ -20,9 +22,9 @@ from pathlib import Path
 
 import pytest
 
-from gserver import tls
 from gserver.certificates import Certificates
-from gserver.errors import Misuse
+from gserver.errors import UsageError
+from gserver.serve import tls
 from tests.netns import Network
 from tests.redises import make_certificates
 from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, program, stopped, until
@@ -60,7 +62,16 @@ def late(service):
 @pytest.fixture(scope="module", params=CLIENT_GREENLETS)
 def server(request: pytest.FixtureRequest, pems: Path) -> Iterator[Running]:
     """One server for the tests that leave it as it was."""
-    more = ["--server-id", "here", "--admin-port", "0", "--max-clients", str(MAX_CLIENTS), "--commands", "large"]
+    more = [
+        "--server-id",
+        "here",
+        "--admin-port",
+        "0",
+        "--max-clients",
+        str(MAX_CLIENTS),
+        "--commands",
+        "large",
+    ]
     more += ["--tls-handshake-timeout", str(HANDSHAKE_TIMEOUT), "--client-greenlets", request.param]
     (pems / "large.py").write_text(LARGE)
     with Running(*certified(pems), *more, cwd=pems) as running:
@@ -79,7 +90,9 @@ def refusals(server: Running) -> Callable[[str], int]:
 
 
 def waiting(client: Client) -> int:
-    """How many bytes of what it has sent the server has not taken yet, as far as the kernel here knows."""
+    """How many bytes of what it has sent the server has not taken yet, as far as the kernel here
+    knows.
+    """
     return int.from_bytes(fcntl.ioctl(client.sock, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
 
 
@@ -90,8 +103,12 @@ def s_client(server: Running, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
 def test_openssl_is_answered(server: Running, pems: Path, version: str) -> None:
-    command = s_client(server, version, "-quiet", "-CAfile", str(pems / "ca.pem"), "-verify_return_error")
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    command = s_client(
+        server, version, "-quiet", "-CAfile", str(pems / "ca.pem"), "-verify_return_error"
+    )
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     with process as client:
         assert client.stdin
         assert client.stdout
@@ -104,7 +121,9 @@ def test_openssl_is_answered(server: Running, pems: Path, version: str) -> None:
 def test_older_versions_are_refused(server: Running) -> None:
     count = refusals(server)
     command = s_client(server, "-tls1_1", "-cipher", "DEFAULT@SECLEVEL=0")
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, check=False
+    )
     assert done.returncode == 1
     assert b"alert protocol version" in done.stderr
     assert count("tls_failed") == 1
@@ -113,7 +132,9 @@ def test_older_versions_are_refused(server: Running) -> None:
 def test_renegotiation_is_refused(server: Running) -> None:
     # A line that begins with R makes s_client ask for it.
     command = s_client(server, "-tls1_2")
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     with process as client:
         assert client.stdin
         assert client.stdout
@@ -136,7 +157,10 @@ def test_keys_may_be_updated(server: Running, pems: Path, tmp_path: Path) -> Non
 def test_updates_without_end_are_taken_in_turn_with_what_others_say(
     server: Running, pems: Path, tmp_path: Path
 ) -> None:
-    with RecordClient(server.port, trust(pems), tmp_path) as greedy, TlsClient(server.port, trust(pems)) as good:
+    with (
+        RecordClient(server.port, trust(pems), tmp_path) as greedy,
+        TlsClient(server.port, trust(pems)) as good,
+    ):
         greedy.send(greedy.record(b"WHY\n"))
         assert (good.ask(b"WHY"), greedy.line()) == (b"42", b"42\n")
         flood = b"".join(greedy.key_update() for _ in range(10_000)) + greedy.record(b"WHY\n")
@@ -175,7 +199,9 @@ def test_a_drain_answers_all_that_has_arrived_in_large_records(pems: Path, tmp_p
         assert client.line() == b""
 
 
-def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(pems: Path, tmp_path: Path) -> None:
+def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(
+    pems: Path, tmp_path: Path
+) -> None:
     with answered(pems, tmp_path) as (server, client):
         record = client.record(b"WHY\n" * 1000)
         client.send(record[:1500])
@@ -187,9 +213,14 @@ def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(pems: Path, t
 
 
 @pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
-def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path: Path, greenlets: str) -> None:
+def test_a_record_in_pieces_is_no_idleness_but_has_its_time(
+    pems: Path, tmp_path: Path, greenlets: str
+) -> None:
     limits = ("--idle-timeout", "1", "--line-timeout", "3", "--client-greenlets", greenlets)
-    with Running(*certified(pems), *limits) as server, RecordClient(server.port, trust(pems), tmp_path) as client:
+    with (
+        Running(*certified(pems), *limits) as server,
+        RecordClient(server.port, trust(pems), tmp_path) as client,
+    ):
         record = client.record(b"WHY\n" * 500)
         for at in range(0, len(record), 300):
             client.send(record[at : at + 300])
@@ -239,7 +270,10 @@ def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
     pems: Path, tmp_path: Path, greenlets: str, is_said: bool
 ) -> None:
     limits = ("--line-timeout", "1", "--client-greenlets", greenlets)
-    with Running(*certified(pems), *limits) as server, RecordClient(server.port, trust(pems), tmp_path) as client:
+    with (
+        Running(*certified(pems), *limits) as server,
+        RecordClient(server.port, trust(pems), tmp_path) as client,
+    ):
         earlier = client.record(b"WHO") if is_said else client.key_update()
         client.send(earlier[:-1])
         time.sleep(0.2)  # So that the part is seen by itself.
@@ -257,7 +291,8 @@ def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
 def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: Path) -> None:
     count = refusals(server)
     with RecordClient(server.port, trust(pems), tmp_path) as client:
-        # The reply is due after a silence, and cannot be encrypted before the rest of the message is there.
+        # The reply is due after a silence, and cannot be encrypted before the rest of the message
+        # is there.
         client.send(client.record(b"WHO") + client.record(KEY_UPDATE, HANDSHAKE))
         with contextlib.suppress(ConnectionResetError):
             assert client.line() == b""
@@ -285,7 +320,8 @@ def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path) -> None:
     with Client(server.port) as client:
         shake_hands(client, inner, received, sent)
         client.send(sent.read())
-        # After WHO, which would be answered after a silence, comes part of a record: of what may be another line.
+        # After WHO, which would be answered after a silence, comes part of a record: of what may be
+        # another line.
         inner.write(b"WHO")
         client.send(sent.read())
         inner.write(b"LE\n")
@@ -301,7 +337,9 @@ def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path) -> None:
         assert reply == b"ERR unknown command\n"
 
 
-@pytest.mark.parametrize("said", [b"WHO\n", b"W", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x80\x2e\x01"])
+@pytest.mark.parametrize(
+    "said", [b"WHO\n", b"W", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x80\x2e\x01"]
+)
 def test_who_speaks_plain_text_is_told(server: Running, said: bytes) -> None:
     count = refusals(server)
     with server.client() as client:
@@ -313,9 +351,14 @@ def test_who_speaks_plain_text_is_told(server: Running, said: bytes) -> None:
 
 @pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("first", [b"", b"NOPE\n"], ids=["at rest", "awake"])
-def test_a_record_that_does_not_end_is_too_slow(pems: Path, tmp_path: Path, first: bytes, greenlets: str) -> None:
+def test_a_record_that_does_not_end_is_too_slow(
+    pems: Path, tmp_path: Path, first: bytes, greenlets: str
+) -> None:
     options = ["--line-timeout", "0.5", "--client-greenlets", greenlets]
-    with Running(*certified(pems), *options) as server, RecordClient(server.port, trust(pems), tmp_path) as client:
+    with (
+        Running(*certified(pems), *options) as server,
+        RecordClient(server.port, trust(pems), tmp_path) as client,
+    ):
         if first:
             client.send(client.record(first))
             assert client.line() == b"ERR unknown command\n"
@@ -334,7 +377,9 @@ def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> N
     assert count("plain_text") + count("tls_failed") == 20
 
 
-@pytest.mark.parametrize("said", [b"\x16", b"\x16\x03\x01\x02\x00\x01garbage", b"\x16" + b"\xff" * 5000])
+@pytest.mark.parametrize(
+    "said", [b"\x16", b"\x16\x03\x01\x02\x00\x01garbage", b"\x16" + b"\xff" * 5000]
+)
 def test_a_handshake_that_is_none_ends_and_is_counted(server: Running, said: bytes) -> None:
     count = refusals(server)
     with server.client() as client:
@@ -353,7 +398,9 @@ def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: P
     assert (count("tls_failed"), count("plain_text")) == (0, 0)
 
 
-def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(server: Running, pems: Path) -> None:
+def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(
+    server: Running, pems: Path
+) -> None:
     count = refusals(server)
     with ExitStack() as stack:
         silent = [stack.enter_context(server.client()) for _ in range(50)]
@@ -385,11 +432,15 @@ def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
 @pytest.fixture(scope="module")
 def mutual(pems: Path) -> Iterator[Running]:
     """A server that asks clients for a certificate."""
-    with Running(*certified(pems), "--tls-client-ca", str(pems / "ca.pem"), "--admin-port", "0") as running:
+    with Running(
+        *certified(pems), "--tls-client-ca", str(pems / "ca.pem"), "--admin-port", "0"
+    ) as running:
         yield running
 
 
-def test_clients_need_a_certificate_where_there_is_a_ca_for_them(mutual: Running, pems: Path) -> None:
+def test_clients_need_a_certificate_where_there_is_a_ca_for_them(
+    mutual: Running, pems: Path
+) -> None:
     count = refusals(mutual)
     # With TLS 1.3 a client hears of it only after its own end of the handshake.
     for bad in (trust(pems), trust(pems, "other-ca")):
@@ -407,7 +458,9 @@ def serial(server: Running) -> str:
     return subprocess.run(command, input=pem, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_bad(pems: Path, tmp_path: Path) -> None:
+def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_bad(
+    pems: Path, tmp_path: Path
+) -> None:
     for folder in (tmp_path / "new", tmp_path / "live"):
         folder.mkdir()
         make_certificates(folder)
@@ -466,7 +519,9 @@ def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second
         if is_first_ready:
             (tmp_path / f"go-{new.pid}").touch()
             server.wait_for("worker.ready", 4)
-            (next_one,) = until(lambda: set(server.workers()) - {new, *before}, "the second one starts")
+            (next_one,) = until(
+                lambda: set(server.workers()) - {new, *before}, "the second one starts"
+            )
             next_one.kill()
             server.wait_for("worker.died")
         (tmp_path / "server.key").write_bytes(b"")
@@ -478,13 +533,21 @@ def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second
         assert new in server.workers()
         assert old not in [serial(server) for _ in range(20)]
         workers = status(server)["workers"]
-        assert (workers["reloads"], workers["reload_failures"], workers["restarts"]) == (1, 1, int(is_first_ready))
+        assert (workers["reloads"], workers["reload_failures"], workers["restarts"]) == (
+            1,
+            1,
+            int(is_first_ready),
+        )
 
 
-def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(tmp_path: Path) -> None:
+def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(
+    tmp_path: Path,
+) -> None:
     make_certificates(tmp_path)
     (tmp_path / "late.py").write_text(LATE)
-    with Running(*certified(tmp_path), "--workers", "2", "--commands", "late", cwd=tmp_path) as server:
+    with Running(
+        *certified(tmp_path), "--workers", "2", "--commands", "late", cwd=tmp_path
+    ) as server:
         server.wait_for("worker.ready", 2)
         before, old = server.workers(), serial(server)
         make_certificates(tmp_path)
@@ -513,7 +576,9 @@ def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(t
 def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> None:
     """OpenSSL takes any digits."""
     chain = (pems / "server.pem").read_text()
-    [*_, last] = re.findall(rb"\d{12}Z|\d{14}Z", der := ssl.PEM_cert_to_DER_cert(chain[chain.index("-----BEGIN C") :]))
+    [*_, last] = re.findall(
+        rb"\d{12}Z|\d{14}Z", der := ssl.PEM_cert_to_DER_cert(chain[chain.index("-----BEGIN C") :])
+    )
     broken = ssl.DER_cert_to_PEM_cert(der.replace(last, last[:-11] + b"99" + last[-9:]))
     assert tls.expires_at(Certificates(chain)) > time.time()
     assert tls.expires_at(Certificates(broken)) == 0
@@ -521,18 +586,40 @@ def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> 
 
 @pytest.mark.parametrize("days", [1, 20_000])
 def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> None:
-    command = [program("openssl"), "req", "-x509", "-days", str(days), "-nodes", "-newkey", "ec", "-subj", "/CN=x"]
-    command += ["-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", "server.key", "-out", "server.pem"]
+    command = [
+        program("openssl"),
+        "req",
+        "-x509",
+        "-days",
+        str(days),
+        "-nodes",
+        "-newkey",
+        "ec",
+        "-subj",
+        "/CN=x",
+    ]
+    command += [
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-keyout",
+        "server.key",
+        "-out",
+        "server.pem",
+    ]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     dates = [program("openssl"), "x509", "-noout", "-enddate", "-in", "server.pem"]
-    told = subprocess.run(dates, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    told = subprocess.run(
+        dates, cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout.strip()
     moment = datetime.strptime(told + "+0000", "notAfter=%b %d %H:%M:%S %Y GMT%z").timestamp()
     with Running(*certified(tmp_path), "--admin-port", "0", "--workers", "2") as server:
         assert status(server)["server"]["tls_expires_at"] == moment
         told = gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
         assert re.search(r"certificate valid for (23 h|19,?999 d)", told), told
         metric = re.search(
-            r"^gserver_tls_certificate_expiry_timestamp_seconds (\S+)$", get(server, "/metrics")[2].decode(), re.M
+            r"^gserver_tls_certificate_expiry_timestamp_seconds (\S+)$",
+            get(server, "/metrics")[2].decode(),
+            re.M,
         )
         assert metric
         assert float(metric[1]) == moment
@@ -541,27 +628,75 @@ def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> 
 def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Path) -> None:
     # openssl req takes no dates here, so the day of expiry is set by `ca`.
     (tmp_path / "index.txt").touch()
-    lines = ["[ca]", "default_ca=x", "[x]", "database=index.txt", "serial=serial", "new_certs_dir=.", "policy=p"]
-    (tmp_path / "ca.conf").write_text("\n".join([*lines, "default_md=sha256", "[p]", "CN=supplied", ""]))
-    request = ["req", "-new", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN=x"]
+    lines = [
+        "[ca]",
+        "default_ca=x",
+        "[x]",
+        "database=index.txt",
+        "serial=serial",
+        "new_certs_dir=.",
+        "policy=p",
+    ]
+    (tmp_path / "ca.conf").write_text(
+        "\n".join([*lines, "default_md=sha256", "[p]", "CN=supplied", ""])
+    )
+    request = [
+        "req",
+        "-new",
+        "-nodes",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-subj",
+        "/CN=x",
+    ]
     request += ["-keyout", "server.key", "-out", "server.csr"]
-    sign = ["ca", "-batch", "-config", "ca.conf", "-cert", str(pems / "ca.pem"), "-keyfile", str(pems / "ca.key")]
+    sign = [
+        "ca",
+        "-batch",
+        "-config",
+        "ca.conf",
+        "-cert",
+        str(pems / "ca.pem"),
+        "-keyfile",
+        str(pems / "ca.key"),
+    ]
     sign += ["-create_serial", "-startdate", "20200101000000Z", "-enddate", "20200202000000Z"]
     for arguments in (request, [*sign, "-in", "server.csr", "-out", "server.pem"]):
-        subprocess.run([program("openssl"), *arguments], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(
+            [program("openssl"), *arguments], cwd=tmp_path, check=True, capture_output=True
+        )
     with Running(*certified(tmp_path), "--admin-port", "0") as server:
-        assert "certificate expired" in gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
+        assert (
+            "certificate expired"
+            in gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
+        )
         assert "2020-02-02" in server.wait_for("tls.expired")["message"]
         anyone = trust(pems)
         anyone.check_hostname = False
-        with pytest.raises(ssl.SSLCertVerificationError, match="expired"), TlsClient(server.port, anyone):
+        with (
+            pytest.raises(ssl.SSLCertVerificationError, match="expired"),
+            TlsClient(server.port, anyone),
+        ):
             pass
 
 
 def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
-    good = {part: (pems / name).read_text() for part, name in (("chain", "server.pem"), ("key", "server.key"))}
+    good = {
+        part: (pems / name).read_text()
+        for part, name in (("chain", "server.pem"), ("key", "server.key"))
+    }
     damaged = good["chain"][:200] + "!" + good["chain"][201:]
-    encrypt = [program("openssl"), "pkey", "-aes128", "-passout", "pass:x", "-in", str(pems / "server.key")]
+    encrypt = [
+        program("openssl"),
+        "pkey",
+        "-aes128",
+        "-passout",
+        "pass:x",
+        "-in",
+        str(pems / "server.key"),
+    ]
     encrypted = subprocess.run(encrypt, check=True, capture_output=True, text=True).stdout
     other = (pems / "ca.key").read_text()
     for parts, words in (
@@ -574,7 +709,7 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
         ({"client_ca": "nothing"}, "--tls-client-ca holds no certificate"),
         ({"client_ca": good["key"]}, "--tls-client-ca holds no certificate"),
     ):
-        with pytest.raises(Misuse, match=words):
+        with pytest.raises(UsageError, match=words):
             tls.make_context(Certificates(**{**good, **parts}))
     tls.make_context(Certificates(**good, client_ca=good["chain"]))
 
@@ -583,11 +718,20 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
     ("given", "told"),
     [
         ("", "said ERR TLS only"),
-        ("--tls", "has a certificate that is not trusted: self-signed certificate in certificate chain"),
+        (
+            "--tls",
+            "has a certificate that is not trusted: self-signed certificate in certificate chain",
+        ),
         ("--tls-ca other-ca.pem", "has a certificate that is not trusted: self-signed"),
         ("--tls-ca ca.pem", "came to no TLS connection: TLSV13_ALERT_CERTIFICATE_REQUIRED"),
-        ("--tls-ca ca.pem --tls-cert other-ca.pem --tls-key other-ca.key", "came to no TLS connection: TLSV1_ALERT_"),
-        ("--tls-ca ca.pem --tls-cert server.pem --tls-key server.key --tls-name x", "Hostname mismatch"),
+        (
+            "--tls-ca ca.pem --tls-cert other-ca.pem --tls-key other-ca.key",
+            "came to no TLS connection: TLSV1_ALERT_",
+        ),
+        (
+            "--tls-ca ca.pem --tls-cert server.pem --tls-key server.key --tls-name x",
+            "Hostname mismatch",
+        ),
         ("--tls-ca none.pem", "--tls-ca none.pem cannot be read: No such file or directory"),
         ("--tls-ca server.key", "server.key cannot be used: it must hold a certificate in PEM"),
         (
@@ -595,11 +739,16 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
             "server.pem cannot be used: it must hold a certificate in PEM, its key with it or in",
         ),
         ("--tls-cert server.pem --tls-key ca.key", "server.pem cannot be used: "),
-        ("--tls-cert server.pem --tls-key none.pem", "server.pem or --tls-key none.pem cannot be read: No such file"),
+        (
+            "--tls-cert server.pem --tls-key none.pem",
+            "server.pem or --tls-key none.pem cannot be read: No such file",
+        ),
         ("--tls-key server.key", "--tls-key is that of a certificate: give --tls-cert too"),
     ],
 )
-def test_ask_says_why_it_has_no_answer_by_tls(mutual: Running, pems: Path, given: str, told: str) -> None:
+def test_ask_says_why_it_has_no_answer_by_tls(
+    mutual: Running, pems: Path, given: str, told: str
+) -> None:
     words = [str(pems / word) if "." in word else word for word in given.split()]
     done = gserver("ask", "--server", f"127.0.0.1:{mutual.port}", *words)
     assert done.stdout == ""
@@ -610,15 +759,29 @@ def test_ask_says_why_it_has_no_answer_by_tls(mutual: Running, pems: Path, given
 
 def test_ask_is_answered_by_tls(mutual: Running, pems: Path) -> None:
     words = ["--tls-ca", str(pems / "ca.pem"), *certified(pems)]
-    assert gserver("ask", "WHY", "WHO", "--server", f"127.0.0.1:{mutual.port}", *words).stdout == "42\n1\n"
-    named = gserver("ask", "WHY", "--server", f"localhost:{mutual.port}", *words, "--tls-name", "127.0.0.1")
+    assert (
+        gserver("ask", "WHY", "WHO", "--server", f"127.0.0.1:{mutual.port}", *words).stdout
+        == "42\n1\n"
+    )
+    named = gserver(
+        "ask", "WHY", "--server", f"localhost:{mutual.port}", *words, "--tls-name", "127.0.0.1"
+    )
     assert named.stdout == "42\n"
 
 
-def test_ask_keeps_its_timeout_when_the_handshake_is_not_answered(mutual: Running, pems: Path) -> None:
+def test_ask_keeps_its_timeout_when_the_handshake_is_not_answered(
+    mutual: Running, pems: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        servers = ["--server", f"127.0.0.1:{mute.getsockname()[1]}", "--server", f"127.0.0.1:{mutual.port}"]
-        done = gserver("ask", *servers, "--timeout", "0.5", "--tls-ca", str(pems / "ca.pem"), *certified(pems))
+        servers = [
+            "--server",
+            f"127.0.0.1:{mute.getsockname()[1]}",
+            "--server",
+            f"127.0.0.1:{mutual.port}",
+        ]
+        done = gserver(
+            "ask", *servers, "--timeout", "0.5", "--tls-ca", str(pems / "ca.pem"), *certified(pems)
+        )
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 
@@ -643,7 +806,9 @@ def test_descriptors_come_back(server: Running, pems: Path) -> None:
 
 
 def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pems: Path) -> None:
-    (tmp_path / "ca.pem").write_text("# Label: F\u0151tan\u00fas\u00edtv\u00e1ny\n" + (pems / "ca.pem").read_text())
+    (tmp_path / "ca.pem").write_text(
+        "# Label: F\u0151tan\u00fas\u00edtv\u00e1ny\n" + (pems / "ca.pem").read_text()
+    )
     with Running(*certified(pems), "--tls-client-ca", str(tmp_path / "ca.pem")) as server:
         with TlsClient(server.port, trust(pems, "server")) as client:
             assert client.ask(b"WHY") == b"42"
@@ -651,7 +816,16 @@ def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pe
 
 
 def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: Path) -> None:
-    command = [program("openssl"), "req", "-x509", "-nodes", "-newkey", "rsa:1024", "-subj", "/CN=weak"]
+    command = [
+        program("openssl"),
+        "req",
+        "-x509",
+        "-nodes",
+        "-newkey",
+        "rsa:1024",
+        "-subj",
+        "/CN=weak",
+    ]
     command += ["-keyout", "weak.key", "-out", "weak.pem"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     done = gserver("--port", "0", *certified(tmp_path, "weak"))
@@ -659,12 +833,16 @@ def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: 
     assert done.stderr.startswith("gserver: --tls-cert is too weak for OpenSSL")
 
 
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
+@pytest.mark.parametrize(
+    "version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"]
+)
 def test_certificates_may_be_longer_than_what_the_kernel_takes_at_once(
     tmp_path: Path, pems: Path, version: ssl.TLSVersion
 ) -> None:
     (tmp_path / "server.key").write_bytes((pems / "server.key").read_bytes())
-    (tmp_path / "server.pem").write_bytes((pems / "server.pem").read_bytes() + 20 * (pems / "ca.pem").read_bytes())
+    (tmp_path / "server.pem").write_bytes(
+        (pems / "server.pem").read_bytes() + 20 * (pems / "ca.pem").read_bytes()
+    )
     context = trust(pems)
     context.maximum_version = version
     with Network(1) as network, network.hosts[0].inside():

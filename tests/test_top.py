@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gserver.admin_client import Watched
-from gserver.board import Board
+from gserver.agent.status import status as describe
+from gserver.cli.admin_client import Watched
+from gserver.cli.screens import line, screens
 from gserver.config import Config
-from gserver.status import status as describe
-from gserver.top import line, screens
+from gserver.scoreboard import Scoreboard
 from tests.redises import Redis
 from tests.running import GSERVER, LIMIT, PATIENCE, Running, environment, gserver, until
 from tests.test_cluster import cluster
@@ -53,10 +53,15 @@ def test_status_is_0_when_all_are_ready_and_1_when_not(here: Running) -> None:
     assert gserver("status", GSERVER_ADMIN=address(here)).returncode == 0
 
 
-def test_status_is_1_for_a_token_that_is_wrong_and_for_something_else_that_listens(here: Running) -> None:
+def test_status_is_1_for_a_token_that_is_wrong_and_for_something_else_that_listens(
+    here: Running,
+) -> None:
     with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": "right"}) as server:
         server.wait_for("agent.ready")
-        assert gserver("status", "--admin", address(server), GSERVER_ADMIN_TOKEN="right").returncode == 0
+        assert (
+            gserver("status", "--admin", address(server), GSERVER_ADMIN_TOKEN="right").returncode
+            == 0
+        )
         done = gserver("status", "--admin", address(server), GSERVER_ADMIN_TOKEN="wrong")
         assert done.returncode == 1
         assert "the admin token is missing or wrong" in done.stdout
@@ -89,7 +94,9 @@ def test_top_in_a_pipe_is_a_plain_line_for_each_look(here: Running) -> None:
         try:
             assert process.stdout.readline().startswith(f"{address(here)} here ready ")
             assert client.who() == 1
-            assert any(line.startswith(f"{address(here)} here ready 1 client ") for line in process.stdout)
+            assert any(
+                line.startswith(f"{address(here)} here ready 1 client ") for line in process.stdout
+            )
         finally:
             process.kill()
 
@@ -98,7 +105,9 @@ def test_a_server_that_does_not_answer_holds_up_no_other(here: Running) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         mute = f"127.0.0.1:{silent.getsockname()[1]}"
         words = [*GSERVER, "top", "--interval", "0.2", "--admin", mute, "--admin", address(here)]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment(), text=True) as process:
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, env=environment(), text=True
+        ) as process:
             assert process.stdout
             try:
                 assert process.stdout.readline() == f"{mute} away: no answer yet\n"
@@ -114,7 +123,9 @@ def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
     keyboard, terminal = pty.openpty()
     env = environment(TERM="xterm", COLUMNS="120", LINES="40")
     words = [*GSERVER, "top", "--interval", "0.2", "--admin", address(here)]
-    process = subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, env=env, start_new_session=True)
+    process = subprocess.Popen(
+        words, stdin=terminal, stdout=terminal, stderr=terminal, env=env, start_new_session=True
+    )
     os.close(terminal)
     seen, end = b"", time.monotonic() + LIMIT
     try:
@@ -144,7 +155,9 @@ def test_the_servers_of_a_cluster_are_shown_once_whoever_is_watched(tmp_path: Pa
     hostile = "[red]<x>[/y]"
     with (
         Redis(tmp_path) as redis,
-        cluster(redis.url, "east", [*options, "a"], [*options, hostile], [*options, "c"]) as servers,
+        cluster(
+            redis.url, "east", [*options, "a"], [*options, hostile], [*options, "c"]
+        ) as servers,
         servers[2].client() as client,
     ):
         assert client.ask(b"WHERE") == b"c"
@@ -153,19 +166,36 @@ def test_the_servers_of_a_cluster_are_shown_once_whoever_is_watched(tmp_path: Pa
         watched = [word for server in servers[:2] for word in ("--admin", address(server))]
         done = until(lambda: shown(watched, ["c", "1"]), "the client is told of")
     assert done.stdout.count("servers of cluster east") == 1
-    table = [line.strip("│ ").split() for line in done.stdout.partition("servers of cluster east")[2].splitlines()]
+    table = [
+        line.strip("│ ").split()
+        for line in done.stdout.partition("servers of cluster east")[2].splitlines()
+    ]
     assert table[1] == ["server", "clients", "last", "report"]
-    assert {line[0]: line[-1] == "watched" for line in table[2:5]} == {hostile: True, "a": True, "c": False}
+    assert {line[0]: line[-1] == "watched" for line in table[2:5]} == {
+        hostile: True,
+        "a": True,
+        "c": False,
+    }
 
 
 def shown(options: list[str], row: list[str]) -> subprocess.CompletedProcess[str] | None:
     """What `status` shows, if a line of it begins with these words."""
     done = gserver("status", *options)
-    return done if any(line.strip("│ ").split()[: len(row)] == row for line in done.stdout.splitlines()) else None
+    return (
+        done
+        if any(line.strip("│ ").split()[: len(row)] == row for line in done.stdout.splitlines())
+        else None
+    )
 
 
 def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
-    server = {"id": "a", "clients": None, "silent_seconds": 102.5, "is_late": True, "is_this": False}
+    server = {
+        "id": "a",
+        "clients": None,
+        "silent_seconds": 102.5,
+        "is_late": True,
+        "is_this": False,
+    }
     roster = {"servers": [server], "left_out": 1234, "age_seconds": 100.0, "trouble": "timeout"}
     told = screen(roster)
     assert "102.5 s ago  late" in told
@@ -184,10 +214,16 @@ def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
 
 def test_a_cluster_is_told_of_in_words_that_fit() -> None:
     def told(servers: int, clients: int) -> tuple[str, str]:
-        board = Board.create(2)
-        for name, value in (("servers", servers), ("remote", clients), ("view", time.monotonic_ns())):
-            board.put(name, value)
-        watched = Watched("x", now=describe(Config(server_id="here", redis_url="redis://x"), board))
+        scoreboard = Scoreboard.create(2)
+        for name, value in (
+            ("servers", servers),
+            ("remote", clients),
+            ("view", time.monotonic_ns()),
+        ):
+            scoreboard.put(name, value)
+        watched = Watched(
+            "x", now=describe(Config(server_id="here", redis_url="redis://x"), scoreboard)
+        )
         return shown_of(watched), line(watched)
 
     for servers, clients, words, brief in (
@@ -208,7 +244,7 @@ def test_for_how_long_a_certificate_is_valid_is_never_said_too_long() -> None:
         (14.01, "14 d", False),
         (0.5, "12 h", True),
     ):
-        now = describe(Config(), Board.create(1))
+        now = describe(Config(), Scoreboard.create(1))
         now["server"]["tls_expires_at"] = time.time() + days * 86400 + 5
         told = shown_of(Watched("x", now=now), colours=True)
         assert f"certificate valid for {words}" in told
@@ -216,7 +252,7 @@ def test_for_how_long_a_certificate_is_valid_is_never_said_too_long() -> None:
 
 
 def test_of_a_server_that_is_away_no_old_figures_are_shown() -> None:
-    now = describe(Config(server_id="here"), Board.create(1))
+    now = describe(Config(server_id="here"), Scoreboard.create(1))
     now["server"]["uptime_seconds"], now["clients"]["now"] = 3 * 86400, 4711
     assert all(old in shown_of(Watched("x", now=now)) for old in ("4,711", "3 d", "here"))
     told = shown_of(Watched("x", now=now, trouble="timed out"))
@@ -225,24 +261,27 @@ def test_of_a_server_that_is_away_no_old_figures_are_shown() -> None:
 
 
 def test_texts_of_a_server_are_no_markup() -> None:
-    now = describe(Config(server_id="[/]", redis_url="redis://x"), Board.create(1))
+    now = describe(Config(server_id="[/]", redis_url="redis://x"), Scoreboard.create(1))
     now |= {"commands": {"[/red]": 1}, "errors": {"[link=http://x]y[/link]": 7}}
     now["cluster"] |= {"name": "[bold]"}
     now["server"]["state"] = "[blink]"
     told = shown_of(Watched("[red]", now=now, before=now))
     assert all(
-        text in told for text in ("[/]", "[/red] -/s", "[link=http://x]y[/link] 7", "[bold]", "[blink]", "[red]")
+        text in told
+        for text in ("[/]", "[/red] -/s", "[link=http://x]y[/link] 7", "[bold]", "[blink]", "[red]")
     )
 
 
 def screen(roster: dict[str, Any] | None) -> str:
     """What is shown of a server that tells this of its cluster."""
     config = Config(server_id="here", redis_url="redis://x")
-    return shown_of(Watched("x", now=describe(config, Board.create(2), roster)))
+    return shown_of(Watched("x", now=describe(config, Scoreboard.create(2), roster)))
 
 
 def shown_of(watched: Watched, *, colours: bool = False) -> str:
     """What is shown of one server, on 80 columns."""
-    console = Console(width=80, file=io.StringIO(), record=True, force_terminal=True, color_system="standard")
+    console = Console(
+        width=80, file=io.StringIO(), record=True, force_terminal=True, color_system="standard"
+    )
     console.print(screens([watched]))
     return console.export_text(styles=colours)

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import CLIENT_GREENLETS, PATIENCE, Client, Running, extended, limited, stopped, until
+from tests.running import (
+    CLIENT_GREENLETS,
+    PATIENCE,
+    Client,
+    Running,
+    extended,
+    limited,
+    stopped,
+    until,
+)
 
 TURNED_AWAY = b"ERR too many clients\n"
 
@@ -195,7 +204,7 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
     tmp_path: Path, greenlets: str, workers: int, kills: int
 ) -> None:
     seed = random.randrange(1 << 32)
-    print(f"seed {seed}")  # noqa: T201 (shown when the test fails)
+    print(f"seed {seed}")
     chance = random.Random(seed)
     ways = chance.choices(list(WAYS), [often for often, _ in WAYS.values()], k=10_000)
     sources = [f"127.0.0.{chance.randrange(2, 50)}" for _ in ways]
@@ -236,7 +245,11 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
     seen = sums["accepted"] + sums["rejected.too_many_clients"]
     assert abs(seen - 10_000 - askers) <= kills
     if not kills:
-        for way, name in {browse: "http", say_too_much: "line_too_long", be_slow: "too_slow"}.items():
+        for way, name in {
+            browse: "http",
+            say_too_much: "line_too_long",
+            be_slow: "too_slow",
+        }.items():
             assert sums[f"rejected.{name}"] == became[way.__name__]
 
 
@@ -274,7 +287,9 @@ def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, workers: int, greenlets: str) -> None:
+def test_exactly_max_clients_stay_and_the_others_are_told(
+    tmp_path: Path, workers: int, greenlets: str
+) -> None:
     options = ("--workers", str(workers), "--max-clients", "30", "--client-greenlets", greenlets)
     with start(tmp_path, *options) as server, ExitStack() as stack:
         server.wait_for("worker.ready", workers)
@@ -299,7 +314,9 @@ def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, worker
 
 @pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("most", [10, 36])
-def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(tmp_path: Path, most: int, greenlets: str) -> None:
+def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(
+    tmp_path: Path, most: int, greenlets: str
+) -> None:
     """With the files that this worker may open, 36 clients are as many as it can have."""
     options = ("--max-clients", str(most), "--client-greenlets", greenlets)
     with start(tmp_path, *options, command=limited(100)) as server, ExitStack() as stack:
@@ -308,7 +325,9 @@ def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(tmp_path: Pa
         began = time.monotonic()
         crowd = [stack.enter_context(server.client()) for _ in range(300)]
         told = Counter(other.rest() for other in crowd)
-        assert time.monotonic() - began < 3 * PATIENCE  # Nobody waits for the second that another may take to leave.
+        assert (
+            time.monotonic() - began < 3 * PATIENCE
+        )  # Nobody waits for the second that another may take to leave.
         assert set(told) <= {b"", TURNED_AWAY}
         assert told[TURNED_AWAY] >= 32
         assert {client.who() for client in clients} == {most}
@@ -363,7 +382,9 @@ def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
-def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path, greenlets: str) -> None:
+def test_2000_clients_leave_neither_files_nor_greenlets_behind(
+    tmp_path: Path, greenlets: str
+) -> None:
     options = ("--max-clients", "24", "--line-timeout", "0.3", "--client-greenlets", greenlets)
     with start(tmp_path, *options) as server, server.client() as client:
         ways = 10 * [way for way, (often, _) in WAYS.items() for _ in range(often)]

@@ -1,4 +1,6 @@
-"""A client that speaks TLS 1.3 record by record, so that it can say what no library lets one say (RFC 8446)."""
+"""A client that speaks TLS 1.3 record by record, so that it can say what no library lets one say
+(RFC 8446).
+"""
 
 import hashlib
 import hmac
@@ -16,7 +18,9 @@ KEY_UPDATE = b"\x18\x00\x00\x01"
 
 
 class RecordClient(Client):
-    """A client whose handshake is made by the ssl module, and whose records after that are made here."""
+    """A client whose handshake is made by the ssl module, and whose records after that are made
+    here.
+    """
 
     def __init__(self, port: int, context: ssl.SSLContext, folder: Path) -> None:
         super().__init__(port)
@@ -39,7 +43,9 @@ class RecordClient(Client):
         cipher = self._tls.cipher()
         assert cipher
         assert "AES" in cipher[0]
-        self._digest, self._key_bytes = ("sha384", 32) if cipher[0].endswith("SHA384") else ("sha256", 16)
+        self._digest, self._key_bytes = (
+            ("sha384", 32) if cipher[0].endswith("SHA384") else ("sha256", 16)
+        )
         self._use(bytes.fromhex(secret))
 
     def record(self, content: bytes, kind: int = APPLICATION_DATA) -> bytes:
@@ -57,7 +63,9 @@ class RecordClient(Client):
         return record
 
     def line(self) -> bytes:
-        """The next line, its LF included; what there is before the end of the connection, if that comes first."""
+        """The next line, its LF included; what there is before the end of the connection, if that
+        comes first.
+        """
         line = b""
         while not line.endswith(b"\n"):
             try:

@@ -1,4 +1,6 @@
-"""A client that speaks TLS, and what a server needs to be spoken to so: with the files of the fixture `pems`."""
+"""A client that speaks TLS, and what a server needs to be spoken to so: with the files of the
+fixture `pems`.
+"""
 
 import socket
 import ssl
@@ -25,7 +27,9 @@ class TlsClient(Client):
 
     def __init__(self, port: int, context: ssl.SSLContext, source: str = "") -> None:
         super().__init__(port, source=source)
-        self.sock = context.wrap_socket(self.sock, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
+        self.sock = context.wrap_socket(
+            self.sock, server_hostname="127.0.0.1", suppress_ragged_eofs=False
+        )
 
     def end(self) -> bytes:
         """Send the end of input, by TCP alone: Python cannot say it by TLS and go on reading."""
@@ -33,8 +37,12 @@ class TlsClient(Client):
         return self.rest()
 
 
-def shake_hands(client: Client, inner: ssl.SSLObject, received: ssl.MemoryBIO, sent: ssl.MemoryBIO) -> None:
-    """Do the handshake of a TLS that works on memory over a plain client; its last words stay in `sent`."""
+def shake_hands(
+    client: Client, inner: ssl.SSLObject, received: ssl.MemoryBIO, sent: ssl.MemoryBIO
+) -> None:
+    """Do the handshake of a TLS that works on memory over a plain client; its last words stay in
+    `sent`.
+    """
     while True:
         try:
             return inner.do_handshake()

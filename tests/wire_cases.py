@@ -1,7 +1,8 @@
 """The wire as a table: what a lone client sends to a server with the id `here`, and what it reads.
 
-Every reply is written out here, by hand or by the rule of its family; the code under test has no part in it.
-A last line without its newline is ended by the end of input, or by a newline that comes later: the reply is the same.
+Every reply is written out here, by hand or by the rule of its family; the code under test has no
+part in it. A last line without its newline is ended by the end of input, or by a newline that comes
+later: the reply is the same.
 """
 
 from itertools import product
@@ -22,7 +23,9 @@ ENDINGS = {"LF": b"\n", "CRLF": b"\r\n"}
 
 
 class Case(NamedTuple):
-    """What is sent, all that comes back, and whether the connection is still open when the last line has ended."""
+    """What is sent, all that comes back, and whether the connection is still open when the last
+    line has ended.
+    """
 
     name: str
     sent: bytes
@@ -40,7 +43,13 @@ def alternating(word: bytes) -> bytes:
 SPELLED = [
     Case(f"{spelling.decode()} {ending}", spelling + ENDINGS[ending], reply)
     for command, reply in REPLIES.items()
-    for spelling in (command, command.lower(), command.title(), command.title().swapcase(), alternating(command))
+    for spelling in (
+        command,
+        command.lower(),
+        command.title(),
+        command.title().swapcase(),
+        alternating(command),
+    )
     for ending in ENDINGS
 ]
 
@@ -58,8 +67,14 @@ BLANKS = {
 BLANKS_AROUND = [
     *(Case(f"{name} before", blank + b"WHY\n", WHY) for name, blank in BLANKS.items()),
     *(Case(f"{name} after", b"WHO" + blank + b"\n", WHO) for name, blank in BLANKS.items()),
-    *(Case(f"{name} around, CRLF", blank + b"where" + blank + b"\r\n", WHERE) for name, blank in BLANKS.items()),
-    *(Case(f"{name} in the middle", b"WH" + blank + b"Y\n", UNKNOWN) for name, blank in BLANKS.items()),
+    *(
+        Case(f"{name} around, CRLF", blank + b"where" + blank + b"\r\n", WHERE)
+        for name, blank in BLANKS.items()
+    ),
+    *(
+        Case(f"{name} in the middle", b"WH" + blank + b"Y\n", UNKNOWN)
+        for name, blank in BLANKS.items()
+    ),
 ]
 
 # A blank line has no reply.
@@ -75,12 +90,18 @@ BLANK_LINES = {
 }
 BLANK_LINE_CASES = [
     *(Case(f"blank line, {name}, alone", line, b"") for name, line in BLANK_LINES.items()),
-    *(Case(f"blank line, {name}, before", line + b"WHY\n", WHY) for name, line in BLANK_LINES.items()),
+    *(
+        Case(f"blank line, {name}, before", line + b"WHY\n", WHY)
+        for name, line in BLANK_LINES.items()
+    ),
     *(
         Case(f"blank line, {name}, between", b"WHO\n" + line + b"WHY\n", WHO + WHY)
         for name, line in BLANK_LINES.items()
     ),
-    *(Case(f"blank line, {name}, after", b"WHERE\n" + line, WHERE) for name, line in BLANK_LINES.items()),
+    *(
+        Case(f"blank line, {name}, after", b"WHERE\n" + line, WHERE)
+        for name, line in BLANK_LINES.items()
+    ),
 ]
 
 # Several lines at once: the replies come in the order of the commands.
@@ -96,7 +117,11 @@ PIPELINED = [
         for commands in product(REPLIES, repeat=count)
     ),
     *(
-        Case(f"{first.decode()} {one}, {second.decode()} {two}", first + ENDINGS[one] + second + ENDINGS[two], replies)
+        Case(
+            f"{first.decode()} {one}, {second.decode()} {two}",
+            first + ENDINGS[one] + second + ENDINGS[two],
+            replies,
+        )
         for first, second, replies in ((b"who", b"why", WHO + WHY), (b"why", b"where", WHY + WHERE))
         for one, two in (("LF", "CRLF"), ("CRLF", "LF"), ("CRLF", "CRLF"))
     ),
@@ -117,23 +142,79 @@ PIPELINED = [
 # What is no command: words, arguments, beginnings and extensions.
 
 WORDS = (
-    *(b"HELP", b"QUIT", b"EXIT", b"PING", b"HELLO", b"EHLO localhost", b"USER root", b"WHAT", b"WHEN", b"OHW", b"null"),
-    *(b"?", b".", b"-", b"--help", b"0", b"42", b"-1", b"*1", b"$3", b"{}", b"[]", b"#WHO", b"//", b"\\n", b"\\x57HO"),
-    *(b"WHO?", b"WHO!", b"WHO;", b"WHO.", b"WHO,", b"WHO:", b"/WHO", b'"WHO"', b"'WHO'", b"(WHO)", b"<WHO>"),
+    *(
+        b"HELP",
+        b"QUIT",
+        b"EXIT",
+        b"PING",
+        b"HELLO",
+        b"EHLO localhost",
+        b"USER root",
+        b"WHAT",
+        b"WHEN",
+        b"OHW",
+        b"null",
+    ),
+    *(
+        b"?",
+        b".",
+        b"-",
+        b"--help",
+        b"0",
+        b"42",
+        b"-1",
+        b"*1",
+        b"$3",
+        b"{}",
+        b"[]",
+        b"#WHO",
+        b"//",
+        b"\\n",
+        b"\\x57HO",
+    ),
+    *(
+        b"WHO?",
+        b"WHO!",
+        b"WHO;",
+        b"WHO.",
+        b"WHO,",
+        b"WHO:",
+        b"/WHO",
+        b'"WHO"',
+        b"'WHO'",
+        b"(WHO)",
+        b"<WHO>",
+    ),
     *(b"WHO,WHY", b"WHO;WHY", b"WHO|WHY", b"WHO&WHY", b"WHO+WHY", b"WHO/WHY"),
-    *(b"$(id)", b"`id`", b"%s%n%x", b"../../etc/passwd", b"' OR 1=1 --", b"<script>alert(1)</script>", b"{{7*7}}"),
+    *(
+        b"$(id)",
+        b"`id`",
+        b"%s%n%x",
+        b"../../etc/passwd",
+        b"' OR 1=1 --",
+        b"<script>alert(1)</script>",
+        b"{{7*7}}",
+    ),
     *(b"ERR", b"ERR unknown command", b"ERR internal", b"1", b"here"),
 )
 ARGUMENTS = (b" x", b"\tx", b" 1", b" WHO", b" WHERE", b" WHY", b" --help", b" x y z")
 UNKNOWN_WORDS = [
     *(Case(f"the word {word.decode()}", word + b"\n", UNKNOWN) for word in WORDS),
     *(
-        Case(f"{command.decode()} with the argument {argument.decode()!r}", command + argument + b"\n", UNKNOWN)
+        Case(
+            f"{command.decode()} with the argument {argument.decode()!r}",
+            command + argument + b"\n",
+            UNKNOWN,
+        )
         for command in REPLIES
         for argument in ARGUMENTS
     ),
     *(
-        Case(f"only {command[:length].decode()} of {command.decode()}", command[:length] + b"\n", UNKNOWN)
+        Case(
+            f"only {command[:length].decode()} of {command.decode()}",
+            command[:length] + b"\n",
+            UNKNOWN,
+        )
         for command in REPLIES
         for length in range(1, len(command))
     ),
@@ -145,16 +226,23 @@ UNKNOWN_WORDS = [
     ),
 ]
 
-# Control characters are no blanks, but for the five above (other notions of white space have 1C to 1F too).
+# Control characters are no blanks, but for the five above (other notions of white space have 1C to
+# 1F too).
 
 CONTROLS = [code for code in (*range(0x20), 0x7F) if code not in b"\t\n\v\f\r"]
 CONTROL_CHARACTERS = [
-    *(Case(f"byte {code:02X} alone", bytes([code]) + b"\n", UNKNOWN) for code in (0, 4, 0x1A, 0x1B, 0x1F, 0x7F)),
+    *(
+        Case(f"byte {code:02X} alone", bytes([code]) + b"\n", UNKNOWN)
+        for code in (0, 4, 0x1A, 0x1B, 0x1F, 0x7F)
+    ),
     *(
         Case(f"byte {code:02X} before WHO", bytes([code]) + b"WHO\n", UNKNOWN)
         for code in (0, 4, 0x1A, 0x1C, 0x1F, 0x7F)
     ),
-    *(Case(f"byte {code:02X} after WHO", b"WHO" + bytes([code]) + b"\n", UNKNOWN) for code in CONTROLS),
+    *(
+        Case(f"byte {code:02X} after WHO", b"WHO" + bytes([code]) + b"\n", UNKNOWN)
+        for code in CONTROLS
+    ),
     Case("NUL inside a command", b"W\0HO\n", UNKNOWN),
     Case("NUL after CR", b"WHO\r\0\n", UNKNOWN),
     Case("many NULs", b"\0" * 500 + b"\nWHY\n", UNKNOWN + WHY),
@@ -201,10 +289,19 @@ BAD_UTF8 = {
 }
 NON_ASCII = [
     *(Case(f"byte {code:02X} alone", bytes([code]) + b"\n", NOT_ASCII) for code in HIGH_BYTES),
-    *(Case(f"byte {code:02X} before WHO", bytes([code]) + b"WHO\n", NOT_ASCII) for code in HIGH_BYTES),
-    *(Case(f"byte {code:02X} after WHO", b"WHO" + bytes([code]) + b"\n", NOT_ASCII) for code in HIGH_BYTES),
+    *(
+        Case(f"byte {code:02X} before WHO", bytes([code]) + b"WHO\n", NOT_ASCII)
+        for code in HIGH_BYTES
+    ),
+    *(
+        Case(f"byte {code:02X} after WHO", b"WHO" + bytes([code]) + b"\n", NOT_ASCII)
+        for code in HIGH_BYTES
+    ),
     *(Case(f"UTF-8, {name}", text.encode() + b"\n", NOT_ASCII) for name, text in TEXTS.items()),
-    *(Case(f"bad UTF-8, {name}", line + b"\nWHY\n", NOT_ASCII + WHY) for name, line in BAD_UTF8.items()),
+    *(
+        Case(f"bad UTF-8, {name}", line + b"\nWHY\n", NOT_ASCII + WHY)
+        for name, line in BAD_UTF8.items()
+    ),
     Case("every byte but LF", bytes(code for code in range(256) if code != 10) + b"\n", NOT_ASCII),
     Case("every byte", bytes(range(256)) + b"\n", UNKNOWN + NOT_ASCII),  # The tenth ends a line.
     Case("UTF-16", "WHO\n".encode("utf-16-le"), UNKNOWN + UNKNOWN),  # W0H0O0 and, unterminated, 0.
@@ -214,7 +311,12 @@ NON_ASCII = [
 
 # How long a line may be. Its ending does not count, be it LF or CRLF.
 
-LENGTHS = {"limit-1": LIMIT_BYTES - 1, "limit": LIMIT_BYTES, "limit+1": LIMIT_BYTES + 1, "limit+2": LIMIT_BYTES + 2}
+LENGTHS = {
+    "limit-1": LIMIT_BYTES - 1,
+    "limit": LIMIT_BYTES,
+    "limit+1": LIMIT_BYTES + 1,
+    "limit+2": LIMIT_BYTES + 2,
+}
 FILLINGS = (
     # What fills the line, what the line ends in, and the reply to one that is not too long.
     ("letters", b"x", b"", UNKNOWN),
@@ -236,25 +338,53 @@ LENGTH_CASES = [
         for ending in ENDINGS
     ),
     Case("WHY and blanks, limit", b"WHY".ljust(LIMIT_BYTES) + b"\n", WHY),
-    Case("WHY and blanks, limit+1", b"WHY".ljust(LIMIT_BYTES + 1) + b"\n", TOO_LONG, stays_open=False),
+    Case(
+        "WHY and blanks, limit+1", b"WHY".ljust(LIMIT_BYTES + 1) + b"\n", TOO_LONG, stays_open=False
+    ),
     Case("CRCRLF, limit-1: the first CR counts", b"x" * (LIMIT_BYTES - 1) + b"\r\r\n", UNKNOWN),
-    Case("CRCRLF, limit: the first CR counts", b"x" * LIMIT_BYTES + b"\r\r\n", TOO_LONG, stays_open=False),
+    Case(
+        "CRCRLF, limit: the first CR counts",
+        b"x" * LIMIT_BYTES + b"\r\r\n",
+        TOO_LONG,
+        stays_open=False,
+    ),
     Case("CR inside at the limit", b"x" * LIMIT_BYTES + b"\rx\n", TOO_LONG, stays_open=False),
-    Case("CRs alone, limit+1", b"\r" * (LIMIT_BYTES + 1) + b"\n", b""),  # The last is half of an ending.
+    Case(
+        "CRs alone, limit+1", b"\r" * (LIMIT_BYTES + 1) + b"\n", b""
+    ),  # The last is half of an ending.
     Case("CRs alone, limit+2", b"\r" * (LIMIT_BYTES + 2) + b"\n", TOO_LONG, stays_open=False),
     Case("unterminated, limit", b"x" * LIMIT_BYTES, UNKNOWN),
     Case("unterminated, limit, CR", b"x" * LIMIT_BYTES + b"\r", UNKNOWN),
     Case("unterminated, limit+1", b"x" * (LIMIT_BYTES + 1), TOO_LONG, stays_open=False),
     Case("unterminated, limit+1, CR", b"x" * (LIMIT_BYTES + 1) + b"\r", TOO_LONG, stays_open=False),
-    Case("long after good ones", b"WHO\nWHY\n" + b"x" * 2000 + b"\n", WHO + WHY + TOO_LONG, stays_open=False),
-    Case("long and unterminated after a good one", b"WHO\n" + b"x" * 2000, WHO + TOO_LONG, stays_open=False),
+    Case(
+        "long after good ones",
+        b"WHO\nWHY\n" + b"x" * 2000 + b"\n",
+        WHO + WHY + TOO_LONG,
+        stays_open=False,
+    ),
+    Case(
+        "long and unterminated after a good one",
+        b"WHO\n" + b"x" * 2000,
+        WHO + TOO_LONG,
+        stays_open=False,
+    ),
     Case("long before good ones", b"x" * 2000 + b"\nWHO\nWHY\n", TOO_LONG, stays_open=False),
     Case("long between", b"WHO\n" + b"x" * 2000 + b"\nWHY\n", WHO + TOO_LONG, stays_open=False),
     Case("long twice", (b"x" * 2000 + b"\n") * 2, TOO_LONG, stays_open=False),
     Case("very long", b"x" * 100_000 + b"\nWHO\n", TOO_LONG, stays_open=False),
     Case("very long and blank", b" " * 100_000 + b"WHO\n", TOO_LONG, stays_open=False),
-    Case("a command said over and over on one line", b"WHO" * 1000 + b"\nWHO\n", TOO_LONG, stays_open=False),
-    Case("good before and after the limit", b"WHO\n" + b"x" * LIMIT_BYTES + b"\nWHY\n", WHO + UNKNOWN + WHY),
+    Case(
+        "a command said over and over on one line",
+        b"WHO" * 1000 + b"\nWHO\n",
+        TOO_LONG,
+        stays_open=False,
+    ),
+    Case(
+        "good before and after the limit",
+        b"WHO\n" + b"x" * LIMIT_BYTES + b"\nWHY\n",
+        WHO + UNKNOWN + WHY,
+    ),
     Case("ten of the limit", (b"x" * LIMIT_BYTES + b"\r\n") * 10 + b"WHY\n", UNKNOWN * 10 + WHY),
     Case("short lines that are long together", b"x\n" * 2000, UNKNOWN * 2000),
 ]
@@ -262,9 +392,27 @@ LENGTH_CASES = [
 # A first line of the shape of an HTTP request: no reply, closed, and nothing after it is run.
 
 HTTP_LINES = (
-    *(b"GET / HTTP/1.1", b"GET / HTTP/1.0", b"HEAD / HTTP/1.1", b"POST /x HTTP/1.1", b"PUT /x HTTP/1.1"),
-    *(b"get / http/1.1", b"Post / Http/1.1", b"gET / hTtP/1.1", b"GET / HTTP/2", b"PRI * HTTP/2.0", b"GET / HTTP/"),
-    *(b"OPTIONS * HTTP/1.1", b"CONNECT example.com:443 HTTP/1.1", b"GET http://example.com/ HTTP/1.1", b"a b HTTP/x"),
+    *(
+        b"GET / HTTP/1.1",
+        b"GET / HTTP/1.0",
+        b"HEAD / HTTP/1.1",
+        b"POST /x HTTP/1.1",
+        b"PUT /x HTTP/1.1",
+    ),
+    *(
+        b"get / http/1.1",
+        b"Post / Http/1.1",
+        b"gET / hTtP/1.1",
+        b"GET / HTTP/2",
+        b"PRI * HTTP/2.0",
+        b"GET / HTTP/",
+    ),
+    *(
+        b"OPTIONS * HTTP/1.1",
+        b"CONNECT example.com:443 HTTP/1.1",
+        b"GET http://example.com/ HTTP/1.1",
+        b"a b HTTP/x",
+    ),
     *(
         b"GET  /  HTTP/1.1",
         b"\t GET\t/\tHTTP/1.1 \t",
@@ -296,27 +444,58 @@ NO_HTTP_LINES = (
 REQUEST = b"POST /x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 8\r\n\r\nWHO\nWHO\n"
 HTTP = [
     *(
-        Case(f"HTTP, {line.decode('latin1').strip()}, {ending}", line + ENDINGS[ending], b"", stays_open=False)
+        Case(
+            f"HTTP, {line.decode('latin1').strip()}, {ending}",
+            line + ENDINGS[ending],
+            b"",
+            stays_open=False,
+        )
         for line in HTTP_LINES
         for ending in ENDINGS
     ),
     *(
-        Case(f"HTTP after a blank line, {name}", line + b"GET / HTTP/1.1\r\n", b"", stays_open=False)
+        Case(
+            f"HTTP after a blank line, {name}", line + b"GET / HTTP/1.1\r\n", b"", stays_open=False
+        )
         for name, line in BLANK_LINES.items()
     ),
     Case("HTTP request with a body of commands", REQUEST, b"", stays_open=False),
     Case("HTTP request after blank lines", b"\r\n\n" + REQUEST, b"", stays_open=False),
     Case("HTTP, then commands", b"GET / HTTP/1.1\nWHO\nWHERE\nWHY\n", b"", stays_open=False),
     Case("HTTP, then not ASCII", b"GET / HTTP/1.1\n\xff\n", b"", stays_open=False),
-    Case("HTTP, then a long line", b"GET / HTTP/1.1\n" + b"x" * 2000 + b"\n", b"", stays_open=False),
+    Case(
+        "HTTP, then a long line", b"GET / HTTP/1.1\n" + b"x" * 2000 + b"\n", b"", stays_open=False
+    ),
     Case("HTTP, unterminated", b"GET / HTTP/1.1", b"", stays_open=False),
     Case("HTTP, unterminated after a blank line", b"\r\nGET / HTTP/1.1", b"", stays_open=False),
-    Case("HTTP, limit", b"GET /".ljust(LIMIT_BYTES - 9, b"x") + b" HTTP/1.1\r\n", b"", stays_open=False),
-    Case("HTTP, limit+1", b"GET /".ljust(LIMIT_BYTES - 8, b"x") + b" HTTP/1.1\r\n", TOO_LONG, stays_open=False),
-    *(Case(f"no HTTP, {line.decode()}", line + b"\r\nWHY\n", UNKNOWN + WHY) for line in NO_HTTP_LINES),
+    Case(
+        "HTTP, limit",
+        b"GET /".ljust(LIMIT_BYTES - 9, b"x") + b" HTTP/1.1\r\n",
+        b"",
+        stays_open=False,
+    ),
+    Case(
+        "HTTP, limit+1",
+        b"GET /".ljust(LIMIT_BYTES - 8, b"x") + b" HTTP/1.1\r\n",
+        TOO_LONG,
+        stays_open=False,
+    ),
     *(
-        Case(f"HTTP second, after {line.decode('latin1')}", line + b"\nGET / HTTP/1.1\nWHY\n", reply + UNKNOWN + WHY)
-        for line, reply in (*REPLIES.items(), (b"NOPE", UNKNOWN), (b"\xff", NOT_ASCII), (b"GET /", UNKNOWN))
+        Case(f"no HTTP, {line.decode()}", line + b"\r\nWHY\n", UNKNOWN + WHY)
+        for line in NO_HTTP_LINES
+    ),
+    *(
+        Case(
+            f"HTTP second, after {line.decode('latin1')}",
+            line + b"\nGET / HTTP/1.1\nWHY\n",
+            reply + UNKNOWN + WHY,
+        )
+        for line, reply in (
+            *REPLIES.items(),
+            (b"NOPE", UNKNOWN),
+            (b"\xff", NOT_ASCII),
+            (b"GET /", UNKNOWN),
+        )
     ),
     Case("HTTP second, not ASCII", b"WHO\nGET /\xc3 HTTP/1.1\n", WHO + NOT_ASCII),
     Case("HTTP second and third", b"WHO\n" + b"GET / HTTP/1.1\n" * 2, WHO + UNKNOWN * 2),

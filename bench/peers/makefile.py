@@ -4,17 +4,19 @@ from gevent import monkey
 
 monkey.patch_all()
 
-import socket  # noqa: E402
-import sys  # noqa: E402
-import uuid  # noqa: E402
+import socket
+import sys
+import uuid
 
-from gevent.server import StreamServer  # noqa: E402
+from gevent.server import StreamServer
 
 UNKNOWN = b"ERR unknown command\n"
 
 
 class Service:
-    """What all clients share. The replies are ready to send; that of WHO is made anew when the number changes."""
+    """What all clients share. The replies are ready to send; that of WHO is made anew when the
+    number changes.
+    """
 
     def __init__(self) -> None:
         self.clients = 0

@@ -10,7 +10,9 @@ UNKNOWN = b"ERR unknown command\n"
 
 
 class Service:
-    """What all clients share. The replies are ready to send; that of WHO is made anew when the number changes."""
+    """What all clients share. The replies are ready to send; that of WHO is made anew when the
+    number changes.
+    """
 
     def __init__(self) -> None:
         self.clients = 0
@@ -42,7 +44,7 @@ class Client(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         service.count(1)
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the interface
+    def connection_lost(self, exc: Exception | None) -> None:
         """Count it no more."""
         service.count(-1)
 

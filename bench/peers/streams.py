@@ -1,4 +1,6 @@
-"""asyncio's streams: a coroutine for each client, a line at a time: `streams.py PORT uvloop|asyncio`."""
+"""asyncio's streams: a coroutine for each client, a line at a time: `streams.py PORT
+uvloop|asyncio`.
+"""
 
 import asyncio
 import importlib
@@ -9,7 +11,9 @@ UNKNOWN = b"ERR unknown command\n"
 
 
 class Service:
-    """What all clients share. The replies are ready to send; that of WHO is made anew when the number changes."""
+    """What all clients share. The replies are ready to send; that of WHO is made anew when the
+    number changes.
+    """
 
     def __init__(self) -> None:
         self.clients = 0

@@ -1,7 +1,8 @@
-"""Crowds and floods, each a process of its own: `python -m tests.faults.attackers NAME PORT CA SECONDS NUMBER SOURCE`.
+"""Crowds and floods, each a process of its own: `python -m tests.faults.attackers NAME PORT CA
+SECONDS NUMBER SOURCE`.
 
-CA is "" for plain. Each prints `begun` when it is under way, and at the end how much of it there was. It ends by
-itself, or with its stdin.
+CA is "" for plain. Each prints `begun` when it is under way, and at the end how much of it there
+was. It ends by itself, or with its stdin.
 """
 
 import socket
@@ -44,7 +45,9 @@ class Attack:
 
 
 def bad_lines(attack: Attack) -> int:
-    """So many lines that are no command, as fast as they are answered; return how many replies came."""
+    """So many lines that are no command, as fast as they are answered; return how many replies
+    came.
+    """
     sent = replies = 0
     with attack.connect() as sock:
         # By one thread: until Python 3.13 two that use a connection of TLS at once garble it.
@@ -60,7 +63,9 @@ def bad_lines(attack: Attack) -> int:
 
 
 def connects(attack: Attack) -> int:
-    """Connect, read until the end and do it again; return how many were told that there are too many clients."""
+    """Connect, read until the end and do it again; return how many were told that there are too
+    many clients.
+    """
     told = 0
 
     def connect() -> None:
@@ -73,7 +78,9 @@ def connects(attack: Attack) -> int:
 
 
 def dribblers(attack: Attack) -> int:
-    """So many send a byte twice a second, one after another; return how many are told that they are too slow."""
+    """So many send a byte twice a second, one after another; return how many are told that they are
+    too slow.
+    """
     socks = [attack.connect() for _ in range(attack.number)]
     _say("begun")
     following = cycle(socks)
@@ -89,7 +96,9 @@ def dribblers(attack: Attack) -> int:
 
 
 def crowd(attack: Attack) -> int:
-    """So many clients that have been answered; return how many are answered again at the end of stdin."""
+    """So many clients that have been answered; return how many are answered again at the end of
+    stdin.
+    """
     socks = [attack.connect() for _ in range(attack.number)]
 
     def are_answered() -> int:
@@ -128,7 +137,9 @@ def silent(attack: Attack) -> int:
 class Attacker:
     """One that is under way, until `result`."""
 
-    def __init__(self, name: str, site: Site, seconds: float = 0, number: int = 0, source: str = "127.0.0.1") -> None:
+    def __init__(
+        self, name: str, site: Site, seconds: float = 0, number: int = 0, source: str = "127.0.0.1"
+    ) -> None:
         ca = str(site.pems / "ca.pem") if site.variant.is_tls else ""
         words = [name, str(site.server.port), ca, str(seconds), str(number), source]
         self._process = subprocess.Popen(

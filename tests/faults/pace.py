@@ -1,6 +1,8 @@
-"""How soon a good client is answered by two servers that have one machine: one under a flood, the other in peace.
+"""How soon a good client is answered by two servers that have one machine: one under a flood, the
+other in peace.
 
-Both are asked in turn by one process of its own, so that whatever else the machine does slows both alike.
+Both are asked in turn by one process of its own, so that whatever else the machine does slows both
+alike.
 """
 
 import json
@@ -31,7 +33,9 @@ class Course:
     """Asks both from now on, until `result`."""
 
     def __init__(self, *sites: Site) -> None:
-        words = [str(word) for site in sites for word in (site.server.port, int(site.variant.is_tls))]
+        words = [
+            str(word) for site in sites for word in (site.server.port, int(site.variant.is_tls))
+        ]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tests.faults.pace", str(sites[0].pems), *words],
             stdin=subprocess.PIPE,
@@ -71,8 +75,12 @@ def main() -> None:
     """Ask until stdin ends; print what there is to tell as JSON."""
     pems, *words = sys.argv[1:]
     context = trust(ROOT / pems) if "1" in words[1::2] else None
-    ports = [(int(port), is_tls == "1") for port, is_tls in zip(words[::2], words[1::2], strict=True)]
-    clients = [TlsClient(port, context) if is_tls and context else Client(port) for port, is_tls in ports]
+    ports = [
+        (int(port), is_tls == "1") for port, is_tls in zip(words[::2], words[1::2], strict=True)
+    ]
+    clients = [
+        TlsClient(port, context) if is_tls and context else Client(port) for port, is_tls in ports
+    ]
     seconds: list[list[float]] = [[] for _ in clients]
     _ask(clients, [[] for _ in clients])
     sys.stdout.write("ready\n")

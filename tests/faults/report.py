@@ -1,4 +1,6 @@
-"""A pytest plugin that tells what the fault matrix has shown: a table at the end, and a file. See bin/faults."""
+"""A pytest plugin that tells what the fault matrix has shown: a table at the end, and a file. See
+bin/faults.
+"""
 
 import json
 import platform
@@ -41,14 +43,19 @@ class Matrix:
         case = self._cases.setdefault(
             report.nodeid,
             {"fault": self._faults[report.nodeid], "test": report.nodeid, "seconds": 0.0}
-            | {"outcome": "not ended", "happened": [], "measured": {}},  # as it stays when the run is interrupted
+            | {
+                "outcome": "not ended",
+                "happened": [],
+                "measured": {},
+            },  # as it stays when the run is interrupted
         )
         case["seconds"] = round(case["seconds"] + report.duration, 1)
         if (report.when == "call" or report.outcome != "passed") and not self._session.shouldstop:
             case["outcome"] = OUTCOMES[report.outcome]
             case["happened"] = [text for name, text in report.user_properties if name == "happened"]
             case["measured"] = {
-                name: [float(f"{value:.3g}"), unit] for name, value, unit in _measured(report.user_properties)
+                name: [float(f"{value:.3g}"), unit]
+                for name, value, unit in _measured(report.user_properties)
             }
             if report.skipped and isinstance(report.longrepr, tuple):
                 case["why"] = report.longrepr[2].removeprefix("Skipped: ")
@@ -57,7 +64,9 @@ class Matrix:
         if not self._cases:
             return
         table = Table("fault", "variant", "outcome", "s", "measured", title="Faults")
-        cases = sorted(self._cases.values(), key=lambda case: list(self._faults.values()).index(case["fault"]))
+        cases = sorted(
+            self._cases.values(), key=lambda case: list(self._faults.values()).index(case["fault"])
+        )
         for case, before in zip(cases, [None, *cases], strict=False):
             fault = case["fault"] if before is None or before["fault"] != case["fault"] else ""
             told = case.get("why") or ", ".join(
@@ -73,12 +82,22 @@ class Matrix:
             + ", ".join(f"{n} {name}" for name, n in outcomes.items())
         )
         if self._path:
-            machine = {"system": platform.platform(), "python": platform.python_version(), "seed": SEED}
-            report = {"machine": machine, "seconds": round(time.monotonic() - self._began), "cases": cases}
+            machine = {
+                "system": platform.platform(),
+                "python": platform.python_version(),
+                "seed": SEED,
+            }
+            report = {
+                "machine": machine,
+                "seconds": round(time.monotonic() - self._began),
+                "cases": cases,
+            }
             if self._path.exists():  # Of other parts of the matrix, or of these before.
                 before = json.loads(self._path.read_text())
                 report["seconds"] += before["seconds"]
-                report["cases"] = [case for case in before["cases"] if case["test"] not in self._cases] + cases
+                report["cases"] = [
+                    case for case in before["cases"] if case["test"] not in self._cases
+                ] + cases
             self._path.write_text(json.dumps(report, indent=1) + "\n")
             console.print(f"written to {self._path}")
 
@@ -90,11 +109,15 @@ def _measured(properties: list[tuple[str, Any]]) -> list[tuple[str, float, str]]
 def _variant(case: Case) -> str:
     """What is in a test's brackets, or its name."""
     name = case["test"].rpartition("::")[2]
-    return str(name.partition("[")[2].removesuffix("]") or name.removeprefix("test_").replace("_", " "))
+    return str(
+        name.partition("[")[2].removesuffix("]") or name.removeprefix("test_").replace("_", " ")
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--report", metavar="FILE", type=Path, help="where to write the report (JSON); adds to one")
+    parser.addoption(
+        "--report", metavar="FILE", type=Path, help="where to write the report (JSON); adds to one"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,6 @@
-"""What a row of the matrix is: a fault by name, the variants that it is tried in, and what is noted of it."""
+"""What a row of the matrix is: a fault by name, the variants that it is tried in, and what is noted
+of it.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -24,19 +26,24 @@ SEVERAL = ALL[1::2]
 
 
 def row(
-    fault: str, *variants: Variant, quick: Variant | None = ALL[0], values: dict[str, Any] | None = None
+    fault: str,
+    *variants: Variant,
+    quick: Variant | None = ALL[0],
+    values: dict[str, Any] | None = None,
 ) -> Callable[[Test], Test]:
     """Mark a test as one of this fault, to be tried in these variants (all, if none is named).
 
-    `bin/test` tries the `quick` one only; none, if that is None. `values` are kinds of the fault, by their names: the
-    test's argument `kind`; `bin/test` tries them all.
+    `bin/test` tries the `quick` one only; none, if that is None. `values` are kinds of the fault,
+    by their names: the test's argument `kind`; `bin/test` tries them all.
     """
 
     def mark(test: Test) -> Test:
         chosen = variants or ALL
         is_quick = quick if quick is None or quick in chosen else chosen[0]
         params = [
-            pytest.param(variant, id=str(variant), marks=() if variant == is_quick else pytest.mark.long)
+            pytest.param(
+                variant, id=str(variant), marks=() if variant == is_quick else pytest.mark.long
+            )
             for variant in chosen
         ]
         test = pytest.mark.parametrize("variant", params)(test)
@@ -49,7 +56,9 @@ def row(
 
 
 class Notes:
-    """What a test of the matrix tells: that its fault has happened, without which it fails, and what was measured."""
+    """What a test of the matrix tells: that its fault has happened, without which it fails, and
+    what was measured.
+    """
 
     def __init__(self, properties: list[tuple[str, object]]) -> None:
         self._properties = properties

@@ -30,7 +30,9 @@ def census(service):
     gc.collect()
     return sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
 '''
-SEED = int(os.environ.get("GSERVER_FAULT_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
+SEED = int(os.environ.get("GSERVER_FAULT_SEED", "0")) or random.SystemRandom().randrange(
+    1, 1_000_000
+)
 PAUSE_SECONDS = 0.005
 #: What allocators keep of a crowd that has gone, for each process.
 KEPT_BYTES = 6_000_000
@@ -45,7 +47,9 @@ class Held(NamedTuple):
 
 
 class Neighbour:
-    """A good client in a thread of its own. What it asks is drawn, so no reply can pass for another's."""
+    """A good client in a thread of its own. What it asks is drawn, so no reply can pass for
+    another's.
+    """
 
     def __init__(self, site: "Site", seed: int, *, is_staying: bool) -> None:
         self.seconds: list[float] = []
@@ -95,7 +99,10 @@ class Neighbours(ExitStack[None]):
     def __init__(self, site: "Site", count: int) -> None:
         super().__init__()
         self.each = [Neighbour(site, SEED + n, is_staying=n % 3 > 0) for n in range(count)]
-        until(lambda: all(one.seconds or one.failure for one in self.each), "all neighbours were answered")
+        until(
+            lambda: all(one.seconds or one.failure for one in self.each),
+            "all neighbours were answered",
+        )
 
     @property
     def answered(self) -> int:
@@ -117,7 +124,8 @@ class Neighbours(ExitStack[None]):
         before = [len(one.seconds) for one in self.each]
         until(
             lambda: all(
-                len(one.seconds) >= count + 2 or one.failure for one, count in zip(self.each, before, strict=True)
+                len(one.seconds) >= count + 2 or one.failure
+                for one, count in zip(self.each, before, strict=True)
             ),
             "all neighbours are answered",
         )
@@ -136,26 +144,43 @@ class Neighbours(ExitStack[None]):
 class Site(ExitStack[None]):
     """A server in a variant, with an admin port.
 
-    `crowd` is how many clients each worker has had before the fault. `may_lose` is whether a neighbour may lose its
-    connection, as at a worker's death: it comes back then. `may_complain` is whether errors may be in the log, for the
-    same reason.
+    `crowd` is how many clients each worker has had before the fault. `may_lose` is whether a
+    neighbour may lose its connection, as at a worker's death: it comes back then. `may_complain` is
+    whether errors may be in the log, for the same reason.
     """
 
     def __init__(
-        self, folder: Path, pems: Path, variant: Variant, *options: str, crowd: int = 60, **more: object
+        self,
+        folder: Path,
+        pems: Path,
+        variant: Variant,
+        *options: str,
+        crowd: int = 60,
+        **more: object,
     ) -> None:
         super().__init__()
         self.variant, self.may_lose, self.may_complain = variant, False, False
         self.pems = pems
         (folder / "census.py").write_text(CENSUS)
-        words = ["--workers", str(variant.workers), "--server-id", "here", "--admin-port", "0", "--commands", "census"]
+        words = [
+            "--workers",
+            str(variant.workers),
+            "--server-id",
+            "here",
+            "--admin-port",
+            "0",
+            "--commands",
+            "census",
+        ]
         tls = certified(pems) if variant.is_tls else []
         self.server = self.enter_context(Running(*words, *tls, *options, cwd=folder, **more))  # type: ignore[arg-type]
         self.server.wait_for("agent.ready")
         self._before = self._warm(crowd * variant.workers)
 
     def _warm(self, crowd: int) -> Held:
-        """What it holds when it has had so many clients at once: an allocator keeps some of what they took."""
+        """What it holds when it has had so many clients at once: an allocator keeps some of what
+        they took.
+        """
         with ExitStack() as stack:
             for _ in range(crowd):
                 with contextlib.suppress(OSError):
@@ -171,12 +196,18 @@ class Site(ExitStack[None]):
     def check(self, command: bytes, reply: bytes) -> None:
         """Whether a neighbour's reply is right: WHO counts the asker at least."""
         told = reply.decode("ascii", "replace").removesuffix("\n")
-        right = {b"WHY": told == "42", b"WHERE": told == "here", b"WHO": told.isdigit() and int(told) > 0}
+        right = {
+            b"WHY": told == "42",
+            b"WHERE": told == "here",
+            b"WHO": told.isdigit() and int(told) > 0,
+        }
         assert right[command], f"{command!r} was answered {reply!r}"
 
     @contextmanager
     def neighbours(self, count: int = 6) -> Iterator[Neighbours]:
-        """Good clients beside the body. After it they were all answered, and all is as it was before it."""
+        """Good clients beside the body. After it they were all answered, and all is as it was
+        before it.
+        """
         neighbours = Neighbours(self, count)
         try:
             yield neighbours
@@ -193,7 +224,9 @@ class Site(ExitStack[None]):
         return self.clients() == clients
 
     def _are_gone(self) -> None:
-        """Wait until it has noticed that all clients have closed: one that comes sooner may be one too many."""
+        """Wait until it has noticed that all clients have closed: one that comes sooner may be one
+        too many.
+        """
         until(lambda: sum(self.clients()) == 0, "all clients have gone")
 
     def _census(self, stack: ExitStack[Any]) -> list[Client]:
@@ -204,7 +237,11 @@ class Site(ExitStack[None]):
             before = self.clients()
             client = self.client()
             client.ask(b"WHY")
-            [worker] = [n for n, (old, new) in enumerate(zip(before, self.clients(), strict=True)) if new > old]
+            [worker] = [
+                n
+                for n, (old, new) in enumerate(zip(before, self.clients(), strict=True))
+                if new > old
+            ]
             if before[worker]:
                 client.sock.close()
                 until(partial(self._are, before), "it has gone")
@@ -222,15 +259,22 @@ class Site(ExitStack[None]):
 
     def held(self) -> Held:
         """What it holds with one client for each worker."""
-        until(lambda: len(self.server.workers()) == len(self.clients()) == self.variant.workers, "all workers run")
+        until(
+            lambda: len(self.server.workers()) == len(self.clients()) == self.variant.workers,
+            "all workers run",
+        )
         with ExitStack() as stack:
             clients = self._census(stack)
             for client in clients:
-                client.ask(b"CENSUS")  # It has a greenlet now, which waits again when it asks once more.
+                client.ask(
+                    b"CENSUS"
+                )  # It has a greenlet now, which waits again when it asks once more.
             greenlets = sorted(int(client.ask(b"CENSUS")) for client in clients)
             processes = self.processes()
             descriptors = sorted(process.num_fds() for process in processes)
-            return Held(descriptors, greenlets, sum(process.memory_info().rss for process in processes))
+            return Held(
+                descriptors, greenlets, sum(process.memory_info().rss for process in processes)
+            )
 
     def assert_as_before(self) -> None:
         """WHO is exact, and descriptors, greenlets and memory are back to where they were."""
@@ -241,7 +285,9 @@ class Site(ExitStack[None]):
         while (now := self.held())[:2] != self._before[:2]:
             assert time.monotonic() < deadline, f"it holds {now}, before it was {self._before}"
         grown = now.resident - self._before.resident
-        assert grown < KEPT_BYTES * len(self.processes()) * PATIENCE, f"it has grown by {grown} bytes"
+        assert grown < KEPT_BYTES * len(self.processes()) * PATIENCE, (
+            f"it has grown by {grown} bytes"
+        )
         bad = [event for event in self.server.events() if event["event.action"] == "process.error"]
         assert self.may_complain or not bad, bad
         assert self.may_complain or not self.server.stderr, self.server.stderr

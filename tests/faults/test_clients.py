@@ -14,7 +14,8 @@ from tests.test_admin import status
 
 Start = Callable[..., Site]
 
-#: What was said when it went, plain or by TLS; and what is said where TLS has not begun, or never does.
+#: What was said when it went, plain or by TLS; and what is said where TLS has not begun, or never
+#: does.
 PHASES = (
     b"",
     b"WH",
@@ -133,7 +134,9 @@ def test_who_sends_a_byte_now_and_then_is_cut_off_in_time(start: Start, notes: N
 
 
 @row("Slow reader", quick=None)
-def test_who_sends_and_does_not_read_costs_no_memory_and_is_reset(start: Start, notes: Notes) -> None:
+def test_who_sends_and_does_not_read_costs_no_memory_and_is_reset(
+    start: Start, notes: Notes
+) -> None:
     site = start("--write-timeout", "1")
     with site.neighbours(), ExitStack() as stack:
         before, sent, began = site.resident_of_workers(), 0, time.monotonic()
@@ -169,7 +172,9 @@ def test_whose_machine_vanished_counts_for_two_minutes_at_most(start: Start, not
                     for client in dead:
                         client.sock.close()  # Of which the server hears nothing.
                     with here.inside(), site.client() as one:
-                        until(lambda: one.who() < 10, "they have left the count", DEAD_SECONDS + LIMIT)
+                        until(
+                            lambda: one.who() < 10, "they have left the count", DEAD_SECONDS + LIMIT
+                        )
                     notes.happened("10 vanished without a word")
                     notes.measured("counted for", time.monotonic() - cut.after, "s")
                     assert time.monotonic() - cut.after > DEAD_SECONDS / 2

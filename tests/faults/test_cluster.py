@@ -71,7 +71,9 @@ def pids(member: SteadyServer) -> set[int]:
 @row("Agents are killed just after a beat", *PLAIN)
 @pytest.mark.parametrize("ttl", [10], ids=[""])
 def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: Notes) -> None:
-    """Redis has carried the beat out, and nobody is there to hear so. The next agent comes well within the TTL."""
+    """Redis has carried the beat out, and nobody is there to hear so. The next agent comes well
+    within the TTL.
+    """
     descriptors = cluster.descriptors()
     for number in range(3):
         for member in cluster.members:
@@ -83,7 +85,7 @@ def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: 
                 return str(redis.command("HGET", MEMBERS, own_id))
 
             before = told()
-            until(lambda: told() != before, "a beat")  # noqa: B023 (it is over when the loop goes on)
+            until(lambda: told() != before, "a beat")
             agent.kill()
             member.server.wait_for("agent.ready", number + 2)
     cluster.settle()
@@ -95,13 +97,17 @@ def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: 
 
 @row("All servers are restarted at once", *PLAIN, quick=None)
 def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: Notes) -> None:
-    """By kill -9, twice, with ids that stay: the new ones take the places of the old ones, and count nobody else."""
+    """By kill -9, twice, with ids that stay: the new ones take the places of the old ones, and
+    count nobody else.
+    """
     shares = {"one": 5, "two": 3, "three": 2}
     for life in range(3):
         with Cluster(redis.url, BEAT, TTL, shares=()) as cluster, ExitStack() as stack:
             options = *cluster.options, "--workers", str(variant.workers), "--server-id"
             with ThreadPoolExecutor() as pool:
-                starts = [pool.submit(SteadyServer, share, *options, one) for one, share in shares.items()]
+                starts = [
+                    pool.submit(SteadyServer, share, *options, one) for one, share in shares.items()
+                ]
                 cluster.members += [stack.enter_context(start.result()) for start in starts]
             until(lambda: cluster.all_say(10), "all say the total")
             cluster.may_say(10)
@@ -113,11 +119,20 @@ def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: No
 
 @row("Servers of one cluster have different times", *PLAIN, quick=None)
 def test_mixed_intervals_and_ttls(redis: Redis, variant: Variant, notes: Notes) -> None:
-    """As in the middle of a change of them, one server after another. Each has the lease that it asks for."""
+    """As in the middle of a change of them, one server after another. Each has the lease that it
+    asks for.
+    """
     times = (0.2, 2.0), (0.5, 5.0), (1.0, 10.0)
     with Cluster(redis.url, 1.0, 10.0, shares=()) as cluster, ExitStack() as stack:
         for (beat, ttl), share in zip(times, (5, 3, 2), strict=True):
-            options = "--redis-url", redis.url, "--beat-interval", str(beat), "--member-ttl", str(ttl)
+            options = (
+                "--redis-url",
+                redis.url,
+                "--beat-interval",
+                str(beat),
+                "--member-ttl",
+                str(ttl),
+            )
             member = SteadyServer(share, *options, "--workers", str(variant.workers))
             cluster.members.append(stack.enter_context(member))
         until(lambda: cluster.all_say(10), "all say the total")
@@ -136,10 +151,10 @@ AGENT = """
 from gevent import monkey
 monkey.patch_all()
 import sys
-from gserver.board import Board
-from gserver.cluster import Member
+from gserver.scoreboard import Scoreboard
+from gserver.cluster.heartbeat import Member
 from gserver.config import Config
-Member(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Board.create(1)).run()
+Member(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Scoreboard.create(1)).run()
 """
 CROWD = 50
 
@@ -162,14 +177,23 @@ def test_stampede(redis: Redis, notes: Notes) -> None:
         with Client(port=redis.port) as client:
             while time.monotonic() < began + 5:
                 stats = client.info("commandstats")
-                counts.append(sum(stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("eval", "evalsha")))
+                counts.append(
+                    sum(
+                        stats.get(f"cmdstat_{name}", {}).get("calls", 0)
+                        for name in ("eval", "evalsha")
+                    )
+                )
                 time.sleep(0.1)
             connections = client.info("stats")["total_connections_received"]
         assert len(redis.members()) == CROWD
         peak = max(after - before for before, after in itertools.pairwise(counts))
         notes.happened(f"{connections} connections since the restart, {counts[-1]} beats")
         notes.measured("beats in 0.1 s, at most", peak, "")
-        notes.measured("all were back after", 0.1 * next(n for n, count in enumerate(counts) if count >= CROWD), "s")
+        notes.measured(
+            "all were back after",
+            0.1 * next(n for n, count in enumerate(counts) if count >= CROWD),
+            "s",
+        )
         assert connections < 2 * CROWD, "each has come once, or nearly"
         assert peak <= 2 * CROWD
 
@@ -192,6 +216,9 @@ def test_a_server_taken_for_dead_comes_back(redis: Redis, variant: Variant, note
         assert paused.exit_code() == 2
         assert client.rest() == b"", "it was let go in good order"
         assert "another live server" in paused.stderr
-        until(lambda: redis.members()["one"] == 0 and cluster.all_say(5), "the one that stays is counted, and right")
+        until(
+            lambda: redis.members()["one"] == 0 and cluster.all_say(5),
+            "the one that stays is counted, and right",
+        )
         notes.happened(paused.stderr)
         cluster.check()

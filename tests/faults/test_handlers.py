@@ -1,4 +1,6 @@
-"""Handlers that misbehave: what one does costs its command, or its worker, and nobody elsewhere anything."""
+"""Handlers that misbehave: what one does costs its command, or its worker, and nobody elsewhere
+anything.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +86,7 @@ for name, end in {{"EXIT": come_back, "RAISE": fail, "RETURN": lambda: "a child"
 
 @command("SHORTEN")
 def shorten(service):
-    for fd in descriptors("gserver-board"):
+    for fd in descriptors("gserver-scoreboard"):
         os.ftruncate(fd, 0)
 """
 COUNT = 23
@@ -110,7 +112,9 @@ def test_whatever_a_handler_raises_or_returns_costs_its_command_alone(
 
 
 @row("Handler changes its process", *PLAIN)
-def test_a_handler_that_changes_its_surroundings_harms_nobody(start: Start, notes: Notes, tmp_path: Path) -> None:
+def test_a_handler_that_changes_its_surroundings_harms_nobody(
+    start: Start, notes: Notes, tmp_path: Path
+) -> None:
     site = begin(start, tmp_path)
     with site.neighbours(), site.client() as client:
         pid = int(client.ask(b"SURROUNDINGS"))
@@ -123,9 +127,13 @@ def test_a_handler_that_changes_its_surroundings_harms_nobody(start: Start, note
 
 
 @row(
-    "Handler forks, and the child comes back", *PLAIN, values={"exits": "EXIT", "raises": "RAISE", "returns": "RETURN"}
+    "Handler forks, and the child comes back",
+    *PLAIN,
+    values={"exits": "EXIT", "raises": "RAISE", "returns": "RETURN"},
 )
-def test_a_forked_child_counts_nobody_and_answers_nobody(start: Start, notes: Notes, kind: str, tmp_path: Path) -> None:
+def test_a_forked_child_counts_nobody_and_answers_nobody(
+    start: Start, notes: Notes, kind: str, tmp_path: Path
+) -> None:
     site = begin(start, tmp_path)
     with site.neighbours(), site.client() as client:
         assert [client.ask(f"FORK-{kind}".encode()) for _ in range(20)] == [b"a parent"] * 20

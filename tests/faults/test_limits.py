@@ -1,7 +1,8 @@
-"""Crowds and floods, and how soon a good client beside them is answered: within twice the time that it usually takes.
+"""Crowds and floods, and how soon a good client beside them is answered: within twice the time that
+it usually takes.
 
-Server and good client run at real-time priorities, above those who flood: these stand for others' machines, whose CPUs
-are not the server's, and no noise of this one is measured. That takes root.
+Server and good client run at real-time priorities, above those who flood: these stand for others'
+machines, whose CPUs are not the server's, and no noise of this one is measured. That takes root.
 """
 
 import os
@@ -24,7 +25,8 @@ CROWD = 50_000
 #: Priorities of the server and the good client, and of those who flood.
 OURS, THEIRS = 50, 10
 QUIET_SECONDS = 3.0
-#: A percentile below this is told from twice as much by luck: it is that of a few switches between processes.
+#: A percentile below this is told from twice as much by luck: it is that of a few switches between
+#: processes.
 NOISE_SECONDS = 0.0005
 
 
@@ -43,7 +45,9 @@ def undisturbed() -> Iterator[None]:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def attack(name: str, site: Site, seconds: float = 0, number: int = 0, source: str = "127.0.0.1") -> Attacker:
+def attack(
+    name: str, site: Site, seconds: float = 0, number: int = 0, source: str = "127.0.0.1"
+) -> Attacker:
     """Begin it, at the lower priority."""
     os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(THEIRS))
     try:
@@ -63,7 +67,9 @@ def compared(site: Site, notes: Notes) -> Iterator[None]:
 
 
 def assert_as_usual(notes: Notes, usual: Pace, now: Pace) -> None:
-    """The 99th percentile is at most twice the usual one, or so little that it is the machine's own."""
+    """The 99th percentile is at most twice the usual one, or so little that it is the machine's
+    own.
+    """
     assert min(usual.replies, now.replies) > 300
     notes.measured("p99 usually", usual.p99 * 1000, "ms")
     notes.measured("p99", now.p99 * 1000, "ms")
@@ -145,7 +151,14 @@ def test_1000_that_never_begin_the_handshake(start: Start, notes: Notes) -> None
     site.assert_as_before()
 
 
-@row("A million bad lines", Variant(1), Variant(2), Variant(1, True), quick=None, values={"one": 1, "four": 4})
+@row(
+    "A million bad lines",
+    Variant(1),
+    Variant(2),
+    Variant(1, True),
+    quick=None,
+    values={"one": 1, "four": 4},
+)
 def test_a_million_bad_lines_from_one_or_four(start: Start, notes: Notes, kind: int) -> None:
     site = start()
     with compared(site, notes):

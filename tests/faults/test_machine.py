@@ -1,4 +1,6 @@
-"""What the machine runs out of: descriptors, memory, disk, processor, programs; and clocks that jump."""
+"""What the machine runs out of: descriptors, memory, disk, processor, programs; and clocks that
+jump.
+"""
 
 import os
 import resource
@@ -52,7 +54,8 @@ def test_without_descriptors_it_waits_and_goes_on(start: Start, notes: Notes, ki
     site = start()
     process, children = kind(site), [*site.server.workers(), *site.server.agents()]
     site.may_lose = site.may_complain = True
-    # Those of the children who die are enough for the supervisor to begin with another one, not to end that.
+    # Those of the children who die are enough for the supervisor to begin with another one, not to
+    # end that.
     limit = 3 if process in children else process.num_fds()
     with site.neighbours() as neighbours:
         with limited(process, resource.RLIMIT_NOFILE, limit):
@@ -90,7 +93,9 @@ def test_a_worker_without_memory_is_replaced_or_goes_on(start: Start, notes: Not
                 client.sock.settimeout(1)
                 client.send(b"NOPE\n" * 100)
         told = [str(event["message"]) for event in site.server.events()]
-        return [text for text in told if "MemoryError" in text or f"worker {victim.pid} died" in text]
+        return [
+            text for text in told if "MemoryError" in text or f"worker {victim.pid} died" in text
+        ]
 
     with site.neighbours():
         with limited(victim, resource.RLIMIT_AS, victim.memory_info().vms):
@@ -119,8 +124,15 @@ def test_it_goes_on_trying_to_start_others_while_there_is_no_program(
         await_others(site, gone)
 
 
-@row("Module of commands broken", *ALL, values={"broken": "import nonsense", "empty": "", "gone": None}, quick=None)
-def test_a_broken_module_keeps_the_old_workers(start: Start, notes: Notes, tmp_path: Path, kind: str | None) -> None:
+@row(
+    "Module of commands broken",
+    *ALL,
+    values={"broken": "import nonsense", "empty": "", "gone": None},
+    quick=None,
+)
+def test_a_broken_module_keeps_the_old_workers(
+    start: Start, notes: Notes, tmp_path: Path, kind: str | None
+) -> None:
     site = start(env={"PYTHONDONTWRITEBYTECODE": "1"})
     module, workers = tmp_path / "census.py", site.server.workers()
     text = module.read_text()
@@ -144,7 +156,9 @@ def times(processes: list[psutil.Process]) -> list[float]:
 
 
 @row("Processor taken by others", *ALL, quick=None)
-def test_workers_that_get_little_of_the_processor_are_not_taken_for_hung(start: Start, notes: Notes) -> None:
+def test_workers_that_get_little_of_the_processor_are_not_taken_for_hung(
+    start: Start, notes: Notes
+) -> None:
     site = start()
     processes = site.processes()
     with site.neighbours() as neighbours, ExitStack() as stack:
@@ -155,7 +169,9 @@ def test_workers_that_get_little_of_the_processor_are_not_taken_for_hung(start: 
             stack.callback(stack.enter_context(subprocess.Popen(spin)).kill)
         before, (run, waited) = neighbours.answered, times(processes)
         time.sleep(6)
-        run, waited = (now - then for now, then in zip(times(processes), (run, waited), strict=True))
+        run, waited = (
+            now - then for now, then in zip(times(processes), (run, waited), strict=True)
+        )
         notes.happened(f"it ran for {run:.1f} s, and waited for a processor for {waited:.1f} s")
         assert waited > run
         assert neighbours.answered > before

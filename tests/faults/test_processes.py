@@ -1,4 +1,6 @@
-"""Processes that die, hang or are told things: clients elsewhere notice nothing, and all is as before."""
+"""Processes that die, hang or are told things: clients elsewhere notice nothing, and all is as
+before.
+"""
 
 import random
 import signal
@@ -18,7 +20,18 @@ from tests.faults.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
 from tests.faults.site import CENSUS, SEED, Site
 from tests.netns import unavailable
 from tests.redises import Redis, free_port
-from tests.running import GSERVER, LIMIT, PATIENCE, Client, Running, gserver, left_over, program, stopped, until
+from tests.running import (
+    GSERVER,
+    LIMIT,
+    PATIENCE,
+    Client,
+    Running,
+    gserver,
+    left_over,
+    program,
+    stopped,
+    until,
+)
 from tests.test_admin import get
 
 Start = Callable[..., Site]
@@ -73,8 +86,12 @@ def test_others_take_the_places_of_those_killed(start: Start, notes: Notes, kind
             victim.kill()
         await_others(site, victims)
         neighbours.are_served()
-        died = [event for event in site.server.events() if str(event["event.action"]).endswith(".died")]
-        notes.happened(f"{[event['message'] for event in died]}, neighbours lost {neighbours.lost} connections")
+        died = [
+            event for event in site.server.events() if str(event["event.action"]).endswith(".died")
+        ]
+        notes.happened(
+            f"{[event['message'] for event in died]}, neighbours lost {neighbours.lost} connections"
+        )
         assert len(died) == len(victims)
         assert neighbours.lost or not site.may_lose or len(victims) < site.variant.workers
 
@@ -94,14 +111,19 @@ def test_a_loop_of_kills_leaves_nothing_behind(start: Start, notes: Notes) -> No
         await_others(site, [])
         neighbours.are_served()
         died = len(site.server.events("worker.died")) + len(site.server.events("agent.died"))
-        notes.happened(f"{died} died, {len(site.server.events('server.reload_failed'))} reloads were given up")
+        notes.happened(
+            f"{died} died, {len(site.server.events('server.reload_failed'))} reloads were given up"
+        )
         assert died
 
 
 @row(
     "Worker or agent hangs",
     *PLAIN,
-    values={"worker": lambda site: site.server.workers(), "agent": lambda site: site.server.agents()},
+    values={
+        "worker": lambda site: site.server.workers(),
+        "agent": lambda site: site.server.agents(),
+    },
     quick=None,
 )
 def test_one_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choice) -> None:
@@ -112,12 +134,16 @@ def test_one_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choice) ->
         victim.suspend()
         await_others(site, [victim])
         neighbours.are_served()
-        [hung] = [event for event in site.server.events() if str(event["event.action"]).endswith(".hung")]
+        [hung] = [
+            event for event in site.server.events() if str(event["event.action"]).endswith(".hung")
+        ]
         notes.happened(hung["message"])
 
 
 @row("An agent hangs, and then there is a reload", *PLAIN, quick=ALL[0])
-def test_one_that_hangs_while_it_is_to_leave_is_replaced_as_soon(start: Start, notes: Notes) -> None:
+def test_one_that_hangs_while_it_is_to_leave_is_replaced_as_soon(
+    start: Start, notes: Notes
+) -> None:
     site = start("--hang-timeout", "2", "--drain-timeout", "120")
     [agent] = site.server.agents()
     with site.neighbours() as neighbours:
@@ -132,7 +158,9 @@ def test_one_that_hangs_while_it_is_to_leave_is_replaced_as_soon(start: Start, n
 
 
 @row("A worker hangs while the server stops", *PLAIN, quick=ALL[0])
-def test_one_that_hangs_does_not_hold_up_a_stop_for_longer_than_it_may_hang(start: Start, notes: Notes) -> None:
+def test_one_that_hangs_does_not_hold_up_a_stop_for_longer_than_it_may_hang(
+    start: Start, notes: Notes
+) -> None:
     site = start("--hang-timeout", "2", "--drain-timeout", "120")
     worker = site.server.workers()[0]
     worker.suspend()
@@ -144,7 +172,9 @@ def test_one_that_hangs_does_not_hold_up_a_stop_for_longer_than_it_may_hang(star
 
 
 @row("Handler that never yields", *PLAIN, *SEVERAL[1:], quick=None)
-def test_a_worker_whose_handler_computes_for_ever_is_replaced(start: Start, notes: Notes, tmp_path: Path) -> None:
+def test_a_worker_whose_handler_computes_for_ever_is_replaced(
+    start: Start, notes: Notes, tmp_path: Path
+) -> None:
     (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
     site = start("--hang-timeout", "2", "--commands", "spinning")
     before = site.server.workers()
@@ -169,27 +199,37 @@ def test_nobody_is_taken_for_hung_after_a_sleep_of_the_machine(start: Start, not
 
 
 def is_free(port: int) -> bool:
-    """Whether another may have it: a process that dies keeps its sockets for a moment longer than its memory."""
+    """Whether another may have it: a process that dies keeps its sockets for a moment longer than
+    its memory.
+    """
     with suppress(OSError), socket.create_server(("127.0.0.1", port)):
         return True
     return False
 
 
 @row("Supervisor killed", *ALL)
-def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(start: Start, notes: Notes, tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(
+    start: Start, notes: Notes, tmp_path: Path
+) -> None:
     site = start(env={"MARK": str(tmp_path)})
     clients = [site.client() for _ in range(20)]
     [first, *_] = site.server.workers()
     first.suspend()
     psutil.Process(site.server.pid).kill()
-    until(lambda: not left_over(tmp_path) and is_free(site.server.port), "nothing is left", 2 * PATIENCE)
+    until(
+        lambda: not left_over(tmp_path) and is_free(site.server.port),
+        "nothing is left",
+        2 * PATIENCE,
+    )
     notes.happened("all are gone, and the port can be another's")
     for client in clients:
         client.sock.close()
 
 
 @row("SIGTERM under load", *ALL)
-def test_what_a_thousand_clients_have_sent_is_answered_at_a_stop(start: Start, notes: Notes, tmp_path: Path) -> None:
+def test_what_a_thousand_clients_have_sent_is_answered_at_a_stop(
+    start: Start, notes: Notes, tmp_path: Path
+) -> None:
     site, drawn = start("--drain-timeout", "30", env={"MARK": str(tmp_path)}), random.Random(SEED)
     with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
         clients = [stack.enter_context(site.client()) for _ in range(1000)]
@@ -225,7 +265,10 @@ def test_a_second_signal_ends_it_now(start: Start, notes: Notes, tmp_path: Path)
     values={
         "a reload": lambda site: site.server.send_signal(signal.SIGHUP),
         "a respawn": lambda site: [worker.kill() for worker in site.server.workers()],
-        "both": lambda site: [site.server.send_signal(signal.SIGHUP), site.server.agents()[0].kill()],
+        "both": lambda site: [
+            site.server.send_signal(signal.SIGHUP),
+            site.server.agents()[0].kill(),
+        ],
     },
     quick=None,
 )
@@ -236,19 +279,26 @@ def test_a_stop_at_any_moment_of_something_else_is_a_stop(
     site.server.wait_for("worker.ready", site.variant.workers)
     begun = len(site.server.events())
     kind(site)
-    until(lambda: site.server.events("server.reloading") + site.server.events("worker.died"), "it goes on")
+    until(
+        lambda: site.server.events("server.reloading") + site.server.events("worker.died"),
+        "it goes on",
+    )
     time.sleep(moment)
     assert site.server.stop() == 0
     since = [event["event.action"] for event in site.server.events()[begun:]]
     ready = since[: since.index("server.draining")].count("worker.ready")
-    notes.happened(f"GSERVER_FAULT_SEED={SEED}: {moment:.2f} s later, {ready} of the new workers were ready")
+    notes.happened(
+        f"GSERVER_FAULT_SEED={SEED}: {moment:.2f} s later, {ready} of the new workers were ready"
+    )
     assert ready < site.variant.workers
     assert not left_over(tmp_path)
     assert site.server.events()[-1]["event.action"] == "server.stopped"
 
 
 @row("SIGTERM just after a reload, in a cluster", *PLAIN, quick=None)
-def test_a_stop_after_a_reload_is_told_to_the_cluster(tmp_path: Path, notes: Notes, variant: Variant) -> None:
+def test_a_stop_after_a_reload_is_told_to_the_cluster(
+    tmp_path: Path, notes: Notes, variant: Variant
+) -> None:
     """The reload's agent leaves, knowing of no stop, while the workers end."""
     with Redis(tmp_path) as redis:
         for number in range(6):
@@ -266,7 +316,9 @@ def test_a_stop_after_a_reload_is_told_to_the_cluster(tmp_path: Path, notes: Not
 
 
 @row("Rolling restarts under connects", *ALL, quick=None)
-def test_nobody_who_connects_during_20_reloads_is_left_without_a_reply(start: Start, notes: Notes) -> None:
+def test_nobody_who_connects_during_20_reloads_is_left_without_a_reply(
+    start: Start, notes: Notes
+) -> None:
     site = start()
     is_over, counts = Event(), [0] * 4
 
@@ -283,7 +335,11 @@ def test_nobody_who_connects_during_20_reloads_is_left_without_a_reply(start: St
         for number in range(1, 21):
             site.server.send_signal(signal.SIGHUP)
             site.server.wait_for("server.reloaded", number)
-        until(lambda: sum(counts) >= CONNECTS or any(each.done() for each in connecting), "many connect", 20 * LIMIT)
+        until(
+            lambda: sum(counts) >= CONNECTS or any(each.done() for each in connecting),
+            "many connect",
+            20 * LIMIT,
+        )
         is_over.set()
         for each in connecting:
             each.result()
@@ -292,7 +348,12 @@ def test_nobody_who_connects_during_20_reloads_is_left_without_a_reply(start: St
         await_others(site, [])
 
 
-@row("Signals in storms, of which all were ignored and blocked at the start", Variant(3), Variant(3, True), quick=None)
+@row(
+    "Signals in storms, of which all were ignored and blocked at the start",
+    Variant(3),
+    Variant(3, True),
+    quick=None,
+)
 def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: Notes) -> None:
     words = [program("env"), "--ignore-signal", "--block-signal", *GSERVER, "serve", "--port", "0"]
     site, drawn = start(command=words), random.Random(SEED)
@@ -310,7 +371,10 @@ def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: N
         notes.happened(f"GSERVER_FAULT_SEED={SEED}: {count} signals")
         reloads = len(site.server.events("server.reloading"))
         assert reloads
-        until(lambda: site.server.events()[-1]["event.action"] == "agent.ready", "the last reload has ended")
+        until(
+            lambda: site.server.events()[-1]["event.action"] == "agent.ready",
+            "the last reload has ended",
+        )
     assert not site.server.events("worker.died") + site.server.events("agent.died")
     assert site.server.stop() == 0
 
@@ -322,9 +386,13 @@ def test_a_port_that_somebody_closes_is_open_again(start: Start, notes: Notes) -
     with site.neighbours():
         site.may_lose = True
         for number, port in enumerate((site.server.port, site.server.admin_port()), 1):
-            killed = subprocess.run([program("ss"), "-Ktln", f"sport = :{port}"], check=True, capture_output=True)
+            killed = subprocess.run(
+                [program("ss"), "-Ktln", f"sport = :{port}"], check=True, capture_output=True
+            )
             if b"LISTEN" not in killed.stdout:
-                unavailable(f"to close another's socket takes root, and a kernel that does it: {killed.stderr!r}")
+                unavailable(
+                    f"to close another's socket takes root, and a kernel that does it: {killed.stderr!r}"
+                )
             notes.happened(site.server.wait_for("server.port_closed", number)["message"])
             until(lambda: get(site.server, "/readyz")[0] == 200, "both are open")
     assert site.processes() == processes

@@ -1,4 +1,6 @@
-"""What Redis, its Sentinels, name and clock may do to three servers with clients; more in test_cluster_faults.py."""
+"""What Redis, its Sentinels, name and clock may do to three servers with clients; more in
+test_cluster_faults.py.
+"""
 
 import http.server
 import os
@@ -38,7 +40,9 @@ def start(variant: Variant, tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def begin(beat: float = BEAT, ttl: float = TTL, **env: str) -> World:
-            return stack.enter_context(World(tmp_path, beat, ttl, WEB_CONCURRENCY=str(variant.workers), **env))
+            return stack.enter_context(
+                World(tmp_path, beat, ttl, WEB_CONCURRENCY=str(variant.workers), **env)
+            )
 
         yield begin
 
@@ -79,13 +83,17 @@ ANSWERS: dict[str, Callable[[bytes], Iterable[bytes]]] = {
     "garbage": lambda data: [random.randbytes(len(data))],
     "without end": endless,
     "byte by byte": byte_by_byte,
-    "numbers of no sense": lambda _: [b"*8\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n:0\r\n"],
+    "numbers of no sense": lambda _: [
+        b"*8\r\n" + b":9223372036854775807\r\n" * 5 + b"$1\r\na\r\n:1\r\n:0\r\n"
+    ],
     "nobody is there": lambda _: [b"*0\r\n"],
 }
 
 
 @row("Answers of Redis are altered", *PLAIN, quick=None, values=ANSWERS)
-def test_answers_that_are_none(start: Start, notes: Notes, kind: Callable[[bytes], Iterable[bytes]]) -> None:
+def test_answers_that_are_none(
+    start: Start, notes: Notes, kind: Callable[[bytes], Iterable[bytes]]
+) -> None:
     world = start()
 
     @contextmanager
@@ -127,7 +135,9 @@ OTHERS: dict[str, type[socketserver.BaseRequestHandler]] = {
 
 
 @row("Another kind of server answers for Redis", *PLAIN, quick=None, values=OTHERS)
-def test_another_kind_of_server(start: Start, notes: Notes, kind: type[socketserver.BaseRequestHandler]) -> None:
+def test_another_kind_of_server(
+    start: Start, notes: Notes, kind: type[socketserver.BaseRequestHandler]
+) -> None:
     world = start()
 
     @contextmanager
@@ -152,7 +162,10 @@ def test_another_kind_of_server(start: Start, notes: Notes, kind: type[socketser
 def test_wiped_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -> None:
     rng = random.Random(SEED)
     env = {"WEB_CONCURRENCY": str(variant.workers)}
-    with Redis(tmp_path) as server, Cluster(server.url, BEAT, TTL, env, shares=(400, 350, 250)) as cluster:
+    with (
+        Redis(tmp_path) as server,
+        Cluster(server.url, BEAT, TTL, env, shares=(400, 350, 250)) as cluster,
+    ):
 
         @contextmanager
         def wiped() -> Iterator[None]:
@@ -163,7 +176,9 @@ def test_wiped_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -
             yield
 
         survive(cluster, wiped(), notes)
-        notes.happened(f"GSERVER_FAULT_SEED={SEED}: the servers noticed {cluster.events('cluster.reset')} of 100")
+        notes.happened(
+            f"GSERVER_FAULT_SEED={SEED}: the servers noticed {cluster.events('cluster.reset')} of 100"
+        )
 
 
 def set_password(server: Redis, password: str) -> None:
@@ -193,7 +208,10 @@ def user_disabled(world: World) -> Iterator[None]:
     """Nobody can log in as the default user, who is that of connections without a name."""
     server = world.redis
     server.command("ACL", "SETUSER", "admin", "on", ">hush-hush", "~*", "&*", "+@all")
-    with world.lost("auth"), redis.Redis(port=server.port, username="admin", password="hush-hush") as admin:
+    with (
+        world.lost("auth"),
+        redis.Redis(port=server.port, username="admin", password="hush-hush") as admin,
+    ):
         admin.acl_setuser("default", enabled=False)
         admin.client_kill_filter(_type="normal", skipme=True)
     yield
@@ -217,7 +235,9 @@ def loading(world: World) -> Iterator[None]:
     """It has much to read, and takes its time."""
     server = world.redis
     server.command("EVAL", "for i = 1, 20000 do redis.call('SET', 'key' .. i, i) end", 0)
-    server.command("CONFIG", "SET", "key-load-delay", 100, "loading-process-events-interval-bytes", 1024)
+    server.command(
+        "CONFIG", "SET", "key-load-delay", 100, "loading-process-events-interval-bytes", 1024
+    )
     server.command("CONFIG", "REWRITE")
     server.command("SAVE")
     server.kill()
@@ -308,20 +328,28 @@ def test_timeout_of_redis(start: Start, notes: Notes) -> None:
 
 
 def with_clock(file: Path) -> dict[str, str]:
-    """The environment of a process whose wall clock is ahead as the file says: "+3600". No other clock is."""
+    """The environment of a process whose wall clock is ahead as the file says: "+3600". No other
+    clock is.
+    """
     program("faketime")
     (library,) = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
-    env = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1"}
+    env = {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(file),
+        "FAKETIME_NO_CACHE": "1",
+    }
     return {**env, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
-#: Seconds from the right time, one after another: forward, back, by more than the day after which keys expire.
+#: Seconds from the right time, one after another: forward, back, by more than the day after which
+#: keys expire.
 JUMPS = "+3600", "-7200", "+86000", "+400000", "-1000000000", "+0"
 
 
 @row("Wall clock of Redis jumps", *PLAIN, quick=None)
 def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
-    """Whoever looks at a clock that jumps sees the same as here, where what it has noted is moved the other way.
+    """Whoever looks at a clock that jumps sees the same as here, where what it has noted is moved
+    the other way.
 
     Redis itself does not start under libfaketime, which its allocator calls too early.
     """
@@ -330,9 +358,14 @@ def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
     @contextmanager
     def jumping() -> Iterator[None]:
         for jump in map(int, JUMPS):
-            said = [world.redis.command("HINCRBY", STATE, name, -jump * 1000) for name in ("beat_at", "recount_at")]
-            until(lambda: world.redis.command("HGET", STATE, "beat_at") != str(said[0]), "a beat")  # noqa: B023
-            notes.happened(f"the clock of Redis was {jump:+} s ahead of what the beat before had noted")
+            said = [
+                world.redis.command("HINCRBY", STATE, name, -jump * 1000)
+                for name in ("beat_at", "recount_at")
+            ]
+            until(lambda: world.redis.command("HGET", STATE, "beat_at") != str(said[0]), "a beat")
+            notes.happened(
+                f"the clock of Redis was {jump:+} s ahead of what the beat before had noted"
+            )
             world.cluster.watch(5 * BEAT)
         yield
 
@@ -344,7 +377,10 @@ def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: No
     clock = tmp_path / "clock"
     clock.write_text("+0")
     env = {"WEB_CONCURRENCY": str(variant.workers)}
-    with Redis(tmp_path) as server, Cluster(server.url, BEAT, TTL, env | with_clock(clock)) as cluster:
+    with (
+        Redis(tmp_path) as server,
+        Cluster(server.url, BEAT, TTL, env | with_clock(clock)) as cluster,
+    ):
 
         @contextmanager
         def jumping() -> Iterator[None]:
@@ -352,10 +388,14 @@ def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: No
                 clock.write_text(jump)
                 with cluster.telling("cluster.reset"):
                     server.wipe()
-                said = [one.server.events("cluster.reset")[-1]["@timestamp"] for one in cluster.members]
+                said = [
+                    one.server.events("cluster.reset")[-1]["@timestamp"] for one in cluster.members
+                ]
                 ahead = [datetime.fromisoformat(text).timestamp() - time.time() for text in said]
                 assert all(abs(seconds - int(jump)) < 60 for seconds in ahead)
-                notes.happened(f"the servers' logs are {[round(seconds) for seconds in ahead]} s ahead")
+                notes.happened(
+                    f"the servers' logs are {[round(seconds) for seconds in ahead]} s ahead"
+                )
                 cluster.watch(5 * BEAT)
             yield
 
@@ -367,7 +407,9 @@ def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: No
 
 @pytest.mark.timeout(1500)
 @row("Primary killed 50 times", *PLAIN, quick=None)
-def test_the_primary_is_killed_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -> None:
+def test_the_primary_is_killed_again_and_again(
+    variant: Variant, tmp_path: Path, notes: Notes
+) -> None:
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     killed = []
     with Sentinels(tmp_path) as sentinels, Cluster(sentinels.url, BEAT, TTL, env) as cluster:
@@ -414,16 +456,23 @@ def no_redis(folder: Path, _: Redis) -> Iterator[int]:
         yield port
 
 
-LIES = {lie.__name__.replace("_", " "): lie for lie in (replica, another_redis, nobody, silence, no_redis)}
+LIES = {
+    lie.__name__.replace("_", " "): lie
+    for lie in (replica, another_redis, nobody, silence, no_redis)
+}
 
 
 @row("All Sentinels lie", *PLAIN, quick=None, values=LIES)
-def test_all_sentinels_name_another(variant: Variant, tmp_path: Path, notes: Notes, kind: Callable[..., Any]) -> None:
+def test_all_sentinels_name_another(
+    variant: Variant, tmp_path: Path, notes: Notes, kind: Callable[..., Any]
+) -> None:
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     with ExitStack() as stack:
         right = stack.enter_context(Redis(tmp_path))
         said = right.port
-        ports = [stack.enter_context(listener(lambda sock: sock.sendall(named(said)))) for _ in "123"]
+        ports = [
+            stack.enter_context(listener(lambda sock: sock.sendall(named(said)))) for _ in "123"
+        ]
         url = f"redis+sentinel://{','.join(f'127.0.0.1:{port}' for port in ports)}/name"
         cluster = stack.enter_context(Cluster(url, BEAT, TTL, env))
         wrong = stack.enter_context(kind(tmp_path, right))
@@ -441,13 +490,22 @@ def test_all_sentinels_name_another(variant: Variant, tmp_path: Path, notes: Not
         notes.happened("every server has noticed")
 
 
-@row("The name of Redis is gone, then another's", *PLAIN, quick=None, values={"nothing listens": 0, "silent": 1})
-def test_the_name_of_redis_changes(variant: Variant, tmp_path: Path, notes: Notes, kind: int) -> None:
+@row(
+    "The name of Redis is gone, then another's",
+    *PLAIN,
+    quick=None,
+    values={"nothing listens": 0, "silent": 1},
+)
+def test_the_name_of_redis_changes(
+    variant: Variant, tmp_path: Path, notes: Notes, kind: int
+) -> None:
     """Whom the servers ask for names they do not know says nothing, or is not there."""
     if os.geteuid() != 0:
         unavailable("a file of hosts of one's own needs root")
     hosts, resolver = tmp_path / "hosts", tmp_path / "resolv.conf"
-    mount = f'mount --bind {hosts} /etc/hosts && mount --bind {resolver} /etc/resolv.conf && exec "$@"'
+    mount = (
+        f'mount --bind {hosts} /etc/hosts && mount --bind {resolver} /etc/resolv.conf && exec "$@"'
+    )
     own = [program("unshare"), "--mount", "sh", "-c", mount, "sh"]
     hosts.write_text("127.0.0.1 redis.test\n")
     resolver.write_text("nameserver 127.0.0.77\n")
@@ -455,7 +513,9 @@ def test_the_name_of_redis_changes(variant: Variant, tmp_path: Path, notes: Note
         if kind:
             stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)).bind(("127.0.0.77", 53))
         server = stack.enter_context(Redis(tmp_path, bind="127.0.0.1 127.0.0.2"))
-        cluster = stack.enter_context(Cluster(f"redis://redis.test:{server.port}", BEAT, TTL, shares=()))
+        cluster = stack.enter_context(
+            Cluster(f"redis://redis.test:{server.port}", BEAT, TTL, shares=())
+        )
         options = *cluster.options, "--workers", str(variant.workers)
         for share in (5, 3, 2):
             member = SteadyServer(share, *options, command=[*own, *GSERVER, "serve", "--port", "0"])
@@ -463,7 +523,9 @@ def test_the_name_of_redis_changes(variant: Variant, tmp_path: Path, notes: Note
 
         def addresses() -> set[str]:
             return {
-                one["laddr"].partition(":")[0] for one in server.command("CLIENT LIST") if one["cmd"] != "client|list"
+                one["laddr"].partition(":")[0]
+                for one in server.command("CLIENT LIST")
+                if one["cmd"] != "client|list"
             }
 
         @contextmanager

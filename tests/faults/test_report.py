@@ -27,7 +27,9 @@ def test_it(number: int) -> None:
 """
 
 
-def faults(folder: Path, *words: str, report: str = "report.json", fails: bool = False) -> "subprocess.Popen[str]":
+def faults(
+    folder: Path, *words: str, report: str = "report.json", fails: bool = False
+) -> "subprocess.Popen[str]":
     """As bin/faults runs the tests, with a matrix of one row."""
     (folder / "test_row.py").write_text(ROW.replace("not CONTENT", str(not fails)))
     command = [
@@ -44,7 +46,15 @@ def faults(folder: Path, *words: str, report: str = "report.json", fails: bool =
         str(4 * LIMIT),
     ]
     return subprocess.Popen(
-        [*command, "-c", ROOT / "pyproject.toml", "--report", folder / report, folder / "test_row.py", *words],
+        [
+            *command,
+            "-c",
+            ROOT / "pyproject.toml",
+            "--report",
+            folder / report,
+            folder / "test_row.py",
+            *words,
+        ],
         env=environment(),
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -62,8 +72,17 @@ def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
 
 def test_a_report_that_is_there_makes_no_other_place_the_root_of_the_tests(tmp_path: Path) -> None:
     (there := tmp_path / "report.json").write_text("{}")
-    command = [str(ROOT / "bin/faults"), "--report", str(there), "--collect-only", "-k", "short_timeline"]
-    told = subprocess.check_output(command, env=environment(VIRTUAL_ENV=sys.prefix), text=True, timeout=4 * LIMIT)
+    command = [
+        str(ROOT / "bin/faults"),
+        "--report",
+        str(there),
+        "--collect-only",
+        "-k",
+        "short_timeline",
+    ]
+    told = subprocess.check_output(
+        command, env=environment(VIRTUAL_ENV=sys.prefix), text=True, timeout=4 * LIMIT
+    )
     assert f"\nrootdir: {ROOT}\nconfigfile: pyproject.toml\n" in told
     assert there.read_text() == "{}"
 

@@ -1,4 +1,6 @@
-"""What can be done to TLS: by who speaks none, who breaks its rules, who says nothing, and by its own files."""
+"""What can be done to TLS: by who speaks none, who breaks its rules, who says nothing, and by its
+own files.
+"""
 
 import shutil
 import signal
@@ -61,7 +63,9 @@ def failed(site: Site) -> tuple[int, int]:
 
 
 def ends(client: Client) -> bool:
-    """Whether nothing more comes but the end, however rude; before it, at most, that it took too long."""
+    """Whether nothing more comes but the end, however rude; before it, at most, that it took too
+    long.
+    """
     with suppress(OSError):
         return client.line() in (b"", b"ERR too slow\n")
     return True
@@ -70,7 +74,14 @@ def ends(client: Client) -> bool:
 @row("Plain text to TLS", *BY_TLS)
 def test_who_speaks_no_tls_is_told_or_let_go(start: Start, notes: Notes) -> None:
     site = start()
-    plain = b"WHO\n", b"W", b"GET / HTTP/1.1\r\n\r\n", b"\0", b"\x15\x03\x01\0\x02\x01\0", b"\x80\x2e\x01\x03\x01"
+    plain = (
+        b"WHO\n",
+        b"W",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\0",
+        b"\x15\x03\x01\0\x02\x01\0",
+        b"\x80\x2e\x01\x03\x01",
+    )
     broken = (
         b"\x16",
         b"\x16\x03\x01\xff\xff" + b"x" * 70_000,
@@ -113,7 +124,12 @@ def test_records_that_break_the_rules_end_their_client(
             with suppress(ConnectionError):
                 client.send(client.record(content, kind))
             assert ends(client), name
-        for sent in (b"\x17\x03\x03\xff\xff", b"\x17\x03\x03\0\x20" + b"x" * 32, b"\x17\x03\x03\0\0", b"WHO\n" * 99):
+        for sent in (
+            b"\x17\x03\x03\xff\xff",
+            b"\x17\x03\x03\0\x20" + b"x" * 32,
+            b"\x17\x03\x03\0\0",
+            b"WHO\n" * 99,
+        ):
             client = connect(site)
             client.send(sent)
             assert ends(client), sent
@@ -142,7 +158,9 @@ def test_a_flood_of_key_updates_holds_nobody_up(
         assert last in (b"", b"42\n", b"ERR too slow\n"), last
         client.sock.close()
         neighbours.are_served()
-        notes.happened(f"{len(flood)} bytes of them, and {neighbours.answered - before} answers meanwhile")
+        notes.happened(
+            f"{len(flood)} bytes of them, and {neighbours.answered - before} answers meanwhile"
+        )
         assert site.resident_of_workers() - memory < 4_000_000 * site.variant.workers * PATIENCE
 
 
@@ -164,7 +182,9 @@ def test_who_does_not_go_on_with_a_handshake_is_let_go_in_time(start: Start, not
 
 
 @row("Bad certificates at a reload", *BY_TLS, quick=None)
-def test_bad_certificates_at_a_reload_change_nothing(start: Start, notes: Notes, tmp_path: Path, pems: Path) -> None:
+def test_bad_certificates_at_a_reload_change_nothing(
+    start: Start, notes: Notes, tmp_path: Path, pems: Path
+) -> None:
     for name in ("server.pem", "server.key"):
         shutil.copy(pems / name, tmp_path)
     (tmp_path / "other").mkdir()

@@ -1,4 +1,6 @@
-"""Who watches the server, and how it is told: the admin port, StatsD, the logs. None of them is a client's concern."""
+"""Who watches the server, and how it is told: the admin port, StatsD, the logs. None of them is a
+client's concern.
+"""
 
 import os
 import resource
@@ -26,7 +28,11 @@ FLOOD = 30_000
 NO_END = 2.0
 
 STATUS = b"GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
-HALF = {"silent": b"", "half a request": STATUS[:-2], "no body": b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nx"}
+HALF = {
+    "silent": b"",
+    "half a request": STATUS[:-2],
+    "no body": b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nx",
+}
 
 
 @contextmanager
@@ -86,9 +92,16 @@ def test_300_that_do_not_finish_what_they_ask(start: Start, notes: Notes, kind: 
 def test_a_flood_of_rubbish_at_the_admin_port(start: Start, notes: Notes) -> None:
     site = start()
     agents = site.server.agents()
-    rubbish = b"\0" * 20_000, b"GET /" + b"x" * 50_000, b"GET /livez HTTP/1.1\r\nX: \x1b[2J\xff\r\n\r\n", STATUS
+    rubbish = (
+        b"\0" * 20_000,
+        b"GET /" + b"x" * 50_000,
+        b"GET /livez HTTP/1.1\r\nX: \x1b[2J\xff\r\n\r\n",
+        STATUS,
+    )
     with site.neighbours(), ExitStack() as stack:
-        floods = [stack.enter_context(over_and_over(partial(ask, site, each), 4)) for each in rubbish]
+        floods = [
+            stack.enter_context(over_and_over(partial(ask, site, each), 4)) for each in rubbish
+        ]
         time.sleep(1.0)
         assert_healthy(site)
     notes.happened(f"answered of each kind: {[sum(counts) for counts in floods]}")
@@ -97,7 +110,9 @@ def test_a_flood_of_rubbish_at_the_admin_port(start: Start, notes: Notes) -> Non
 
 
 @row("Admin port while Redis hangs", ONE, THREE)
-def test_a_flood_for_the_status_while_redis_hangs(start: Start, notes: Notes, tmp_path: Path) -> None:
+def test_a_flood_for_the_status_while_redis_hangs(
+    start: Start, notes: Notes, tmp_path: Path
+) -> None:
     with Redis(tmp_path) as redis:
         site = start("--redis-url", redis.url)
         agents = site.server.agents()
@@ -117,7 +132,12 @@ def test_a_flood_for_the_status_while_redis_hangs(start: Start, notes: Notes, tm
 # StatsD.
 
 
-@row("StatsD daemon absent", ONE, THREE, values={"refused": "127.0.0.1", "no such name": "host.invalid"})
+@row(
+    "StatsD daemon absent",
+    ONE,
+    THREE,
+    values={"refused": "127.0.0.1", "no such name": "host.invalid"},
+)
 def test_a_statsd_daemon_that_is_not_there(start: Start, notes: Notes, kind: str) -> None:
     site = start("--statsd-host", kind, "--statsd-port", str(free_port(socket.SOCK_DGRAM)))
     agents, before = site.server.agents(), unreachable()
@@ -133,7 +153,11 @@ def test_a_statsd_daemon_that_is_not_there(start: Start, notes: Notes, kind: str
 
 def unreachable() -> int:
     """How often this machine has told that nobody is at a port."""
-    names, values = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line[:6] == "IcmpMs"]
+    names, values = [
+        line.split()
+        for line in Path("/proc/net/snmp").read_text().splitlines()
+        if line[:6] == "IcmpMs"
+    ]
     return sum(int(value) for name, value in zip(names, values, strict=True) if name == "OutType3")
 
 
@@ -145,9 +169,22 @@ def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
         unavailable("a name server of one's own needs root")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, Redis(tmp_path) as redis:
         silent.bind((f"127.{os.getpid() >> 8 & 255}.{os.getpid() & 255}.53", 53))
-        (tmp_path / "resolv.conf").write_text(f"nameserver {silent.getsockname()[0]}\noptions timeout:30\n")
+        (tmp_path / "resolv.conf").write_text(
+            f"nameserver {silent.getsockname()[0]}\noptions timeout:30\n"
+        )
         mount = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
-        command = [program("unshare"), "-m", "sh", "-c", mount, "sh", *GSERVER, "serve", "--port", "0"]
+        command = [
+            program("unshare"),
+            "-m",
+            "sh",
+            "-c",
+            mount,
+            "sh",
+            *GSERVER,
+            "serve",
+            "--port",
+            "0",
+        ]
         site = start("--statsd-host", "statsd.example", "--redis-url", redis.url, command=command)
         silent.settimeout(LIMIT)
         asked = silent.recv(512)
@@ -156,7 +193,10 @@ def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
         with Running(*nameless, "--workers", str(site.variant.workers), command=command) as other:
             other.wait_for("agent.ready")
         with site.neighbours():
-            until(lambda: redis.members() == {"here": status(site.server)["clients"]["now"]}, "beats go on")
+            until(
+                lambda: redis.members() == {"here": status(site.server)["clients"]["now"]},
+                "beats go on",
+            )
         began = time.monotonic()
         assert site.server.stop() == 0
         notes.measured("stop", time.monotonic() - began, "s")
@@ -186,7 +226,9 @@ def test_what_peers_say_makes_no_metric(start: Start, notes: Notes) -> None:
 
 
 def read_by(reader: str) -> list[str]:
-    """The command of a server whose stdout goes to the file `log`, or through a pipe, to that reader."""
+    """The command of a server whose stdout goes to the file `log`, or through a pipe, to that
+    reader.
+    """
     script = f'exec "$@" {reader}'
     return ["bash", "-c", script, "bash", *GSERVER, "serve", "--port", "0"]
 
@@ -206,11 +248,13 @@ def flood(site: Site, count: int) -> None:
 
 def told(site: Site, after: int) -> list[Event]:
     """What it has logged of lines that are lost, after so many lines."""
-    return [event for event in site.server.events()[after:] if event["event.action"] == "log.dropped"]
+    return [
+        event for event in site.server.events()[after:] if event["event.action"] == "log.dropped"
+    ]
 
 
 def sum_of(events: list[Event]) -> int:
-    return sum(event["gserver.left_out"] for event in events)
+    return sum(event["gserver.suppressed"] for event in events)
 
 
 PIPE = read_by("> >(exec cat)")
@@ -246,7 +290,9 @@ def test_a_reader_of_stdout_that_goes_away(start: Start, notes: Notes) -> None:
 
 
 @row("Disk full", ONE, THREE, Variant(1, True))
-def test_a_disk_that_is_full_for_a_while_tears_no_count(start: Start, notes: Notes, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_for_a_while_tears_no_count(
+    start: Start, notes: Notes, tmp_path: Path
+) -> None:
     command = read_by(">> log")
     command[2] = f"touch log; tail --pid=$$ -n +1 -f log & {command[2]}"
     site = start("--log-level", "debug", command=command)
@@ -267,7 +313,10 @@ def test_a_disk_that_is_full_for_a_while_tears_no_count(start: Start, notes: Not
     notes.happened(f"the file was full at {size} bytes")
 
     def all_is_told() -> bool:
-        counts, there = status(server)["clients"], server.events("client.accepted") + server.events("client.closed")
+        counts, there = (
+            status(server)["clients"],
+            server.events("client.accepted") + server.events("client.closed"),
+        )
         return bool(len(there) + sum_of(told(site, 0)) == counts["accepted"] + counts["closed"])
 
     until(all_is_told, "each line is there, or among those that were dropped")

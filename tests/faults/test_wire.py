@@ -15,7 +15,20 @@ Start = Callable[..., Site]
 
 UNKNOWN, NOT_ASCII, TOO_LONG = b"ERR unknown command\n", b"ERR not ASCII\n", b"ERR line too long\n"
 LIMIT_BYTES = 1024
-ODD = [b"WHY", b"why\r", b" \t Why \v", b"WHERE", b"where\r", b"", b"\r", b" \t\f", b"WH", b"WHYWHY", b"WHY WHY", b"\0"]
+ODD = [
+    b"WHY",
+    b"why\r",
+    b" \t Why \v",
+    b"WHERE",
+    b"where\r",
+    b"",
+    b"\r",
+    b" \t\f",
+    b"WH",
+    b"WHYWHY",
+    b"WHY WHY",
+    b"\0",
+]
 ODD += [
     b"WHY\0",
     b"\x1b[2J\x1b]0;x\a",
@@ -27,7 +40,13 @@ ODD += [
     b"../..",
     b"x" * LIMIT_BYTES,
 ]
-HTTP = b"GET / HTTP/1.1", b"POST / HTTP/1.1", b" \r\nOPTIONS * HTTP/1.0", b"PRI * HTTP/2.0", b"get /x y http/3"
+HTTP = (
+    b"GET / HTTP/1.1",
+    b"POST / HTTP/1.1",
+    b" \r\nOPTIONS * HTTP/1.0",
+    b"PRI * HTTP/2.0",
+    b"get /x y http/3",
+)
 
 
 def reply(line: bytes) -> bytes:
@@ -38,7 +57,9 @@ def reply(line: bytes) -> bytes:
 
 
 @row("Odd lines")
-def test_odd_lines_get_one_reply_each_and_nothing_of_them_comes_back(start: Start, notes: Notes) -> None:
+def test_odd_lines_get_one_reply_each_and_nothing_of_them_comes_back(
+    start: Start, notes: Notes
+) -> None:
     site = start("--log-level", "debug")
     with site.neighbours(), site.client() as client:
         for line in ODD:
@@ -49,7 +70,9 @@ def test_odd_lines_get_one_reply_each_and_nothing_of_them_comes_back(start: Star
         notes.happened(f"{counts}")
         assert counts["not_ascii"] == sum(reply(line) == NOT_ASCII for line in ODD)
         assert client.ask(b"WHY") == b"42"
-        logged = "".join(site.server.lines)  # Each of which is an event: the neighbours have that checked.
+        logged = "".join(
+            site.server.lines
+        )  # Each of which is an event: the neighbours have that checked.
         assert "2J" not in logged
         assert "\x1b" not in logged
 
@@ -62,12 +85,18 @@ def test_input_in_pieces_of_any_size_and_its_end(start: Start, notes: Notes) -> 
         for size in (1, 2, 3, 7, 100, 5000, 100_000):
             lines = draw.choices(ODD[:-1], k=300)
             sent = b"\n".join([*lines, b"WHERE"])
-            cuts = [0, *sorted({draw.randrange(len(sent)) for _ in range(len(sent) // size)}), len(sent)]
+            cuts = [
+                0,
+                *sorted({draw.randrange(len(sent)) for _ in range(len(sent) // size)}),
+                len(sent),
+            ]
             with site.client() as client:
                 for begin, end in pairwise(cuts):
                     client.send(sent[begin:end])
                 got = client.end()
-            assert got == b"".join(map(reply, lines)) + b"here\n", f"GSERVER_FAULT_SEED={SEED}, pieces of {size}"
+            assert got == b"".join(map(reply, lines)) + b"here\n", (
+                f"GSERVER_FAULT_SEED={SEED}, pieces of {size}"
+            )
             notes.happened(f"{len(cuts) - 1} pieces")
 
 
@@ -75,7 +104,11 @@ def test_input_in_pieces_of_any_size_and_its_end(start: Start, notes: Notes) -> 
 def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours():
-        for size, told in {LIMIT_BYTES - 1: UNKNOWN, LIMIT_BYTES: UNKNOWN, LIMIT_BYTES + 1: TOO_LONG}.items():
+        for size, told in {
+            LIMIT_BYTES - 1: UNKNOWN,
+            LIMIT_BYTES: UNKNOWN,
+            LIMIT_BYTES + 1: TOO_LONG,
+        }.items():
             for ending in (b"\n", b"\r\n"):
                 with site.client() as client:
                     client.send(b"x" * size + ending + b"WHY\n")
@@ -89,7 +122,9 @@ def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: 
                     sent += 65536
                 client.send(b"\nWHY\n")
             grown = site.resident_of_workers() - before
-            with suppress(ConnectionError):  # What came too late for the server makes the kernel reset.
+            with suppress(
+                ConnectionError
+            ):  # What came too late for the server makes the kernel reset.
                 told = client.rest()
             assert told in (b"", TOO_LONG)
         notes.happened(f"{sent} bytes of a line were sent")
@@ -99,7 +134,9 @@ def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: 
 
 
 @row("Browser")
-def test_what_looks_like_http_gets_nothing_and_no_later_line_is_run(start: Start, notes: Notes) -> None:
+def test_what_looks_like_http_gets_nothing_and_no_later_line_is_run(
+    start: Start, notes: Notes
+) -> None:
     site = start()
     with site.neighbours():
         for request in HTTP:
@@ -122,7 +159,9 @@ def test_a_million_commands_from_one_client_hold_nobody_up(start: Start, notes: 
             got = b"".join(pump(other.sock, b"WHY\n" * 1_000_000))
         assert got == b"42\n" * 1_000_000
         assert client.who() > 0
-        notes.happened(f"a million were answered, and the neighbours {neighbours.answered - usual} times meanwhile")
+        notes.happened(
+            f"a million were answered, and the neighbours {neighbours.answered - usual} times meanwhile"
+        )
         notes.measured("p99", neighbours.p99() * 1000, "ms")
         assert neighbours.answered > usual + 10
 
@@ -147,7 +186,9 @@ def pump(sock: socket.socket, data: bytes) -> list[bytes]:
 
 
 @row("Urgent data", *PLAIN)
-def test_urgent_bytes_are_no_part_of_a_line_and_make_nobody_spin(start: Start, notes: Notes) -> None:
+def test_urgent_bytes_are_no_part_of_a_line_and_make_nobody_spin(
+    start: Start, notes: Notes
+) -> None:
     site = start()
     with site.neighbours():
         for _ in range(50):
