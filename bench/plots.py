@@ -240,7 +240,7 @@ def _propagation(results: Results) -> None:
         _tick(axes, "y", (1, 2, 5))
         axes.set_xticks([*delays])
         axes.grid(axis="y")
-        axes.set_xlabel("--beat-interval, s")
+        axes.set_xlabel("--heartbeat-interval, s")
         axes.set_ylabel("ms")
 
 

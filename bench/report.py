@@ -268,7 +268,7 @@ TABLES = {
     "start": Table("start", {"workers": "workers"}, {"to the first answer, s": Column("start_s")}),
     "propagation": Table(
         "propagation",
-        {"interval": "`--beat-interval`, s"},
+        {"interval": "`--heartbeat-interval`, s"},
         {"median, ms": Column("delay_ms", percent=50), "most, ms": Column("delay_ms", percent=100)},
     ),
     "beats": Table(

@@ -213,7 +213,7 @@ def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
     """How long until a client of one server is in the WHO of another."""
     port = free_port()
     redis = ("--redis-url", f"redis://127.0.0.1:{port}")
-    pace = ("--beat-interval", f"{interval:g}", "--member-ttl", f"{max(5, 5 * interval):g}")
+    pace = ("--heartbeat-interval", f"{interval:g}", "--member-ttl", f"{max(5, 5 * interval):g}")
     with beats.running_redis(port), ExitStack() as stack:
         entered = [
             running("gserver", cores=set(CORES), options=(*redis, *pace)) for _ in range(MEMBERS)

@@ -217,7 +217,7 @@ class Config:
     cluster_name: str = _option(
         "gserver", CLUSTER, "Name of the cluster.", parse=parse_cluster_name, metavar="NAME"
     )
-    beat_interval_seconds: float = _option(
+    heartbeat_interval_seconds: float = _option(
         0.5, CLUSTER, "Time from one report to Redis to the next.", minimum=0.1
     )
     member_ttl_seconds: float = _option(
@@ -273,7 +273,7 @@ class Config:
     @property
     def settle_seconds(self) -> float:
         """How long a start waits at most to know whether the server's id is free: three beats of who may hold it."""
-        return max(1.8, 3 * self.beat_interval_seconds)
+        return max(1.8, 3 * self.heartbeat_interval_seconds)
 
     @property
     def address_cells(self) -> int:
@@ -284,14 +284,14 @@ class Config:
     def contradiction(self) -> str:
         """Which options contradict each other, and how; "" when none do."""
         beat, ttl, age = (
-            self.beat_interval_seconds,
+            self.heartbeat_interval_seconds,
             self.member_ttl_seconds,
             self.cluster_max_age_seconds,
         )
         if ttl < 5 * beat - 1e-9:
-            return f"--member-ttl {ttl:g} is too short: at least five times --beat-interval, which is {beat:g}"
+            return f"--member-ttl {ttl:g} is too short: at least five times --heartbeat-interval, which is {beat:g}"
         if age < 2 * beat:
-            return f"--cluster-max-age {age:g} is too short: at least twice --beat-interval, which is {beat:g}"
+            return f"--cluster-max-age {age:g} is too short: at least twice --heartbeat-interval, which is {beat:g}"
         if self.admin_port >= 0 and not self.admin_token and not is_loopback(self.admin_host):
             return f"--admin-host {self.admin_host} can be reached from elsewhere: give it an --admin-token too"
         if (self.tls_key or self.tls_client_ca) and not self.tls_cert:

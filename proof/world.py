@@ -69,7 +69,7 @@ class World(ExitStack[None]):
             options = [
                 "--redis-url",
                 url,
-                "--beat-interval",
+                "--heartbeat-interval",
                 str(beat),
                 "--member-ttl",
                 str(ttl),

@@ -165,7 +165,14 @@ class Cluster(ExitStack[None]):
         super().__init__()
         self.beat, self.ttl = beat, ttl
         self._env = env
-        self.options = "--redis-url", url, "--beat-interval", str(beat), "--member-ttl", str(ttl)
+        self.options = (
+            "--redis-url",
+            url,
+            "--heartbeat-interval",
+            str(beat),
+            "--member-ttl",
+            str(ttl),
+        )
         self.members: list[SteadyServer] = []
         with ExitStack() as stack:
             self._bystander = stack.enter_context(SteadyServer(1)).watcher

@@ -47,7 +47,7 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "redis_ca_file": ("GSERVER_REDIS_CA_FILE", "ca.pem", "ca.pem"),
     "redis_tls_verify": ("GSERVER_REDIS_TLS_VERIFY", "no", "no"),
     "cluster_name": ("GSERVER_CLUSTER_NAME", "east", "east"),
-    "beat_interval_seconds": ("GSERVER_BEAT_INTERVAL", "0.2", 0.2),
+    "heartbeat_interval_seconds": ("GSERVER_HEARTBEAT_INTERVAL", "0.2", 0.2),
     "member_ttl_seconds": ("GSERVER_MEMBER_TTL", "9", 9.0),
     "on_cluster_loss": ("GSERVER_ON_CLUSTER_LOSS", "local", "local"),
     "cluster_max_age_seconds": ("GSERVER_CLUSTER_MAX_AGE", "7", 7.0),

@@ -20,7 +20,7 @@ from tests.running import LIMIT, PATIENCE, Client, Event, Running, until
 
 #: A beat interval and a TTL that make a test of death a short one.
 BEAT, TTL = 0.2, 2.0
-FAST = ["--beat-interval", str(BEAT), "--member-ttl", str(TTL)]
+FAST = ["--heartbeat-interval", str(BEAT), "--member-ttl", str(TTL)]
 #: A change shows on the others within this time with the default interval of 0.5 s.
 SEEN = 0.7 * PATIENCE
 

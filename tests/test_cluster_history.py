@@ -176,7 +176,7 @@ class World(ExitStack[None]):
         super().__init__()
         self.beat, self.ttl, self.env = beat, ttl, env
         self.promise = Promise(beat + SLACK * PATIENCE, ttl)
-        self.options = "--beat-interval", str(beat), "--member-ttl", str(ttl)
+        self.options = "--heartbeat-interval", str(beat), "--member-ttl", str(ttl)
         self.recorder = Recorder()
         with ExitStack() as stack:
             self.redis = stack.enter_context(Redis(folder))

@@ -279,18 +279,18 @@ def test_a_server_starts_when_the_name_of_its_redis_does_not_resolve() -> None:
     [
         (
             ["--member-ttl", "2.4"],
-            "--member-ttl 2.4 is too short: at least five times --beat-interval, which is 0.5",
+            "--member-ttl 2.4 is too short: at least five times --heartbeat-interval, which is 0.5",
         ),
         (
-            ["--beat-interval", "2"],
-            "--member-ttl 5 is too short: at least five times --beat-interval, which is 2",
+            ["--heartbeat-interval", "2"],
+            "--member-ttl 5 is too short: at least five times --heartbeat-interval, which is 2",
         ),
         (
             ["--cluster-max-age", "0.9"],
-            "--cluster-max-age 0.9 is too short: at least twice --beat-interval",
+            "--cluster-max-age 0.9 is too short: at least twice --heartbeat-interval",
         ),
         (["--redis-ca-file", "ca.pem"], "--redis-ca-file is for a --redis-url with TLS: rediss://"),
-        (["--beat-interval", "0"], "--beat-interval"),
+        (["--heartbeat-interval", "0"], "--heartbeat-interval"),
         (["--cluster-name", "a b"], "--cluster-name"),
         (["--on-cluster-loss", "panic"], "--on-cluster-loss"),
         (["--redis-tls-verify", "maybe"], "--redis-tls-verify"),

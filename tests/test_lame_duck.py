@@ -240,7 +240,7 @@ def test_the_cluster_counts_its_clients_until_they_have_gone(tmp_path: Path) -> 
             *LONG,
             "--redis-url",
             redis.url,
-            "--beat-interval",
+            "--heartbeat-interval",
             "0.1",
             "--member-ttl",
             "0.5",
@@ -344,7 +344,7 @@ def test_a_reload_that_ends_in_a_retirement_is_not_told_to_the_cluster_as_an_end
 ) -> None:
     """The reload's agent is in the middle of a beat, and leaves when the port is closed already."""
     words = (
-        "--beat-interval",
+        "--heartbeat-interval",
         "0.3",
         "--member-ttl",
         "5",

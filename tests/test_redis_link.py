@@ -574,7 +574,7 @@ def test_a_beat_overtaken_while_redis_was_frozen_undoes_nothing(server: Redis) -
 def test_the_timeout_is_no_more_than_a_tenth_of_the_ttl(server: Redis) -> None:
     with (
         frozen(server) as url,
-        linked(url, member_ttl_seconds=1.0, beat_interval_seconds=0.1) as link,
+        linked(url, member_ttl_seconds=1.0, heartbeat_interval_seconds=0.1) as link,
     ):
         began = time.monotonic()
         assert kind_of(failed(link)) == "timeout"
@@ -702,7 +702,7 @@ def test_a_server_follows_sentinels_that_were_all_set_up_anew(tmp_path: Path) ->
     with Sentinels(tmp_path) as sentinels:
         sentinels.failover()
         link = RedisLink(
-            Config(redis_url=sentinels.url, member_ttl_seconds=2.0, beat_interval_seconds=0.2)
+            Config(redis_url=sentinels.url, member_ttl_seconds=2.0, heartbeat_interval_seconds=0.2)
         )
 
         def beats_at(redis: Redis) -> bool:

@@ -52,7 +52,7 @@ class Member:
             for name in ("remote", "servers", "lease_clock", "lost_at", "hold_until")
         ]
         self._ttl_ms = round(config.member_ttl_seconds * 1000)
-        self._interval_ms = round(config.beat_interval_seconds * 1000)
+        self._interval_ms = round(config.heartbeat_interval_seconds * 1000)
         self._membership = Membership(self._ttl_ms, *known)
         self._rivalry = Rivalry(self._interval_ms)
         self._is_member = self._membership.servers > 0
@@ -120,14 +120,16 @@ class Member:
 
     def _pause(self, began: float, count: int) -> None:
         config = self._config
-        seconds = config.beat_interval_seconds * random.uniform(*JITTER)
+        seconds = config.heartbeat_interval_seconds * random.uniform(*JITTER)
         if self._failures:
-            most = max(config.beat_interval_seconds, self._membership.servers / RETRIES_PER_SECOND)
+            most = max(
+                config.heartbeat_interval_seconds, self._membership.servers / RETRIES_PER_SECOND
+            )
             backoff = FIRST_BACKOFF_SECONDS * 2 ** min(self._failures - 1, 20)
             seconds = min(backoff, most, config.member_ttl_seconds / 3) * random.uniform(0.8, 1.0)
             began = monotonic()
         elif not self.is_settled.is_set():
-            seconds = config.beat_interval_seconds / WATCHES
+            seconds = config.heartbeat_interval_seconds / WATCHES
         while (left := began + seconds - monotonic()) > 0 and not self.should_stop.wait(
             min(left, LOOK_SECONDS)
         ):

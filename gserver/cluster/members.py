@@ -36,7 +36,7 @@ class Roster:
 
     def __init__(self, config: Config) -> None:
         self._own = config.server_id
-        self._interval_ms = round(config.beat_interval_seconds * 1000)
+        self._interval_ms = round(config.heartbeat_interval_seconds * 1000)
         self._ttl_ms = round(config.member_ttl_seconds * 1000)
         self._link = RedisLink(config)
         self._reading: gevent.Greenlet[[], None] | None = None

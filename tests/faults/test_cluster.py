@@ -128,7 +128,7 @@ def test_mixed_intervals_and_ttls(redis: Redis, variant: Variant, notes: Notes) 
             options = (
                 "--redis-url",
                 redis.url,
-                "--beat-interval",
+                "--heartbeat-interval",
                 str(beat),
                 "--member-ttl",
                 str(ttl),
