@@ -166,12 +166,6 @@ class Config:
         CLIENTS,
         "Silence after which a whole command without its newline is answered; 0 = never.",
     )
-    client_greenlets: str = _option(
-        "when-needed",
-        CLIENTS,
-        "When a client has a greenlet: while something may block, or always (slower; the replies are the same).",
-        choices=("when-needed", "always"),
-    )
     tls_cert: str = _option(
         "",
         TLS,

@@ -28,9 +28,6 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = float(os.environ.get("GSERVER_TEST_PATIENCE", "1"))
 LIMIT = 15 * PATIENCE
 
-#: The values of --client-greenlets: what is promised for clients must hold for each.
-CLIENT_GREENLETS = ("when-needed", "always")
-
 #: The command line.
 GSERVER = [sys.executable, "-P", "-m", "gserver"]
 

@@ -34,7 +34,6 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "idle_timeout_seconds": ("GSERVER_IDLE_TIMEOUT", "1e3", 1000.0),
     "write_timeout_seconds": ("GSERVER_WRITE_TIMEOUT", "2.5", 2.5),
     "unterminated_after_seconds": ("GSERVER_UNTERMINATED_AFTER", "0.25", 0.25),
-    "client_greenlets": ("GSERVER_CLIENT_GREENLETS", "always", "always"),
     "tls_cert": ("GSERVER_TLS_CERT", "c.pem", "c.pem"),
     "tls_key": ("GSERVER_TLS_KEY", "k.pem", "k.pem"),
     "tls_client_ca": ("GSERVER_TLS_CLIENT_CA", "ca.pem", "ca.pem"),

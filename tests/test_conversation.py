@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import wire_cases as wire
-from tests.running import CLIENT_GREENLETS, LIMIT, PATIENCE, Client, Running, program, until
+from tests.running import LIMIT, PATIENCE, Client, Running, program, until
 from tests.wire_cases import CASES, Case
 
 #: Of the servers below, in seconds.
@@ -69,26 +69,20 @@ def who_am_i(service):
 """
 
 
-@pytest.fixture(scope="module", params=CLIENT_GREENLETS)
-def greenlets(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """The option that says when a client has a greenlet: all here is true of both."""
-    return "--client-greenlets", request.param
-
-
 @pytest.fixture(scope="module")
-def server(greenlets: tuple[str, str]) -> Iterator[Running]:
+def server() -> Iterator[Running]:
     """A server as it is without options."""
-    with Running(*greenlets) as running:
+    with Running() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def here(greenlets: tuple[str, str]) -> Iterator[Running]:
+def here() -> Iterator[Running]:
     """The server of the table. It is more patient than usual, so that no pause of this machine is a
     silence.
     """
     options = ("--server-id", wire.SERVER_ID, "--unterminated-after", str(UNTERMINATED_AFTER))
-    with Running(*greenlets, *options) as running:
+    with Running(*options) as running:
         yield running
 
 
@@ -101,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def strict(folder: Path, greenlets: tuple[str, str]) -> Iterator[Running]:
+def strict(folder: Path) -> Iterator[Running]:
     """A server with short deadlines and few places, that never answers an unterminated command."""
     timeouts = (
         "--line-timeout",
@@ -112,17 +106,15 @@ def strict(folder: Path, greenlets: tuple[str, str]) -> Iterator[Running]:
         "0",
     )
     with Running(
-        *greenlets, *timeouts, "--max-clients", str(MAX_CLIENTS), "--commands", "naps", cwd=folder
+        *timeouts, "--max-clients", str(MAX_CLIENTS), "--commands", "naps", cwd=folder
     ) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def napping(folder: Path, greenlets: tuple[str, str]) -> Iterator[Running]:
+def napping(folder: Path) -> Iterator[Running]:
     """A server that closes idle clients."""
-    with Running(
-        *greenlets, "--commands", "naps", "--idle-timeout", str(IDLE_TIMEOUT), cwd=folder
-    ) as running:
+    with Running("--commands", "naps", "--idle-timeout", str(IDLE_TIMEOUT), cwd=folder) as running:
         yield running
 
 
@@ -287,11 +279,9 @@ def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict:
         assert client.rest() == b"ERR too slow\n"
 
 
-def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow(
-    greenlets: tuple[str, str],
-) -> None:
+def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow() -> None:
     with (
-        Running(*greenlets, "--line-timeout", "1", "--unterminated-after", "0.5") as server,
+        Running("--line-timeout", "1", "--unterminated-after", "0.5") as server,
         server.client() as client,
     ):
         assert client.ask(b"WHERE")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gserver.serve.handshakes import MAX_HANDSHAKES
+from gserver.serve.loop import MAX_HANDSHAKES
 from tests.running import LIMIT, Running, limited, stopped, until
 from tests.tls_client import TlsClient, certified, trust
 

@@ -17,16 +17,7 @@ import psutil
 import pytest
 
 from tests.redises import Proxy, Redis
-from tests.running import (
-    CLIENT_GREENLETS,
-    PATIENCE,
-    Client,
-    Running,
-    extended,
-    left_over,
-    stopped,
-    until,
-)
+from tests.running import PATIENCE, Client, Running, extended, left_over, stopped, until
 
 SECOND = PATIENCE
 #: Long enough for what a test does meanwhile.
@@ -86,11 +77,10 @@ def readiness(server: Running) -> tuple[int, str]:
             return error.code, error.read().decode().strip()
 
 
-@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 def test_a_lame_duck_serves_who_is_connected_in_full_and_ends_with_the_last_of_them(
-    tmp_path: Path, greenlets: str
+    tmp_path: Path,
 ) -> None:
-    options = ("--workers", "2", "--client-greenlets", greenlets, "--admin-port", "0")
+    options = ("--workers", "2", "--admin-port", "0")
     with start(tmp_path, *LONG, *options) as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
         server.wait_for("agent.ready")

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from gserver.agent.prometheus import ScoreboardCollector
 from gserver.config import Config
 from gserver.scoreboard import SERVICE_BOUNDS_NS, Scoreboard
-from gserver.serve.limits import Limits
+from gserver.serve.replies import Replies
 from tests.running import ROOT
 
 CONFIG = Config(server_id="here", redis_url="redis://x")
@@ -26,9 +26,9 @@ def told(scoreboard: Scoreboard, config: Config = CONFIG) -> dict[str, float]:
 
 def test_bursts_are_counted_by_their_time_up_to_each_bound() -> None:
     scoreboard = Scoreboard.create(2)
-    limits = Limits(CONFIG, scoreboard, 1, ())
+    replies = Replies(CONFIG, scoreboard, 1, ())
     for bursts, nanoseconds in ((1, 5_000), (1, 5_001), (4, 4 * 60_000), (1, 10**12)):
-        limits.note_service(bursts, nanoseconds)
+        replies.count_reads(bursts, nanoseconds)
     now = told(scoreboard)
     counts = [
         now[f'gserver_service_seconds_bucket{{le="{bound / 1e9:g}"}}']
@@ -71,7 +71,7 @@ def test_every_metric_is_in_the_operators_table_and_the_other_way_round() -> Non
     scoreboard = Scoreboard.create(2)
     scoreboard.put("view", 1)
     scoreboard.cells[scoreboard.cell("tls_expires_at", 1)] = 1
-    Limits(CONFIG, scoreboard, 0, ())
+    Replies(CONFIG, scoreboard, 0, ())
     registry = CollectorRegistry()
     registry.register(ScoreboardCollector(CONFIG, scoreboard))
     names = {

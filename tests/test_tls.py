@@ -27,7 +27,7 @@ from gserver.errors import UsageError
 from gserver.serve import tls
 from tests.netns import Network
 from tests.redises import make_certificates
-from tests.running import CLIENT_GREENLETS, LIMIT, Client, Running, gserver, program, stopped, until
+from tests.running import LIMIT, Client, Running, gserver, program, stopped, until
 from tests.test_admin import get, status
 from tests.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
 from tests.tls_client import TlsClient, certified, shake_hands, trust
@@ -59,8 +59,8 @@ def late(service):
 """
 
 
-@pytest.fixture(scope="module", params=CLIENT_GREENLETS)
-def server(request: pytest.FixtureRequest, pems: Path) -> Iterator[Running]:
+@pytest.fixture(scope="module")
+def server(pems: Path) -> Iterator[Running]:
     """One server for the tests that leave it as it was."""
     more = [
         "--server-id",
@@ -72,7 +72,7 @@ def server(request: pytest.FixtureRequest, pems: Path) -> Iterator[Running]:
         "--commands",
         "large",
     ]
-    more += ["--tls-handshake-timeout", str(HANDSHAKE_TIMEOUT), "--client-greenlets", request.param]
+    more += ["--tls-handshake-timeout", str(HANDSHAKE_TIMEOUT)]
     (pems / "large.py").write_text(LARGE)
     with Running(*certified(pems), *more, cwd=pems) as running:
         yield running
@@ -212,11 +212,8 @@ def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(
         assert client.line() == b""
 
 
-@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
-def test_a_record_in_pieces_is_no_idleness_but_has_its_time(
-    pems: Path, tmp_path: Path, greenlets: str
-) -> None:
-    limits = ("--idle-timeout", "1", "--line-timeout", "3", "--client-greenlets", greenlets)
+def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path: Path) -> None:
+    limits = ("--idle-timeout", "1", "--line-timeout", "3")
     with (
         Running(*certified(pems), *limits) as server,
         RecordClient(server.port, trust(pems), tmp_path) as client,
@@ -231,15 +228,14 @@ def test_a_record_in_pieces_is_no_idleness_but_has_its_time(
         assert client.line() == b""
 
 
-@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("whole", [b"", b"WHY\n", b"NOPE\nWHY\n", b"WHY\nWHE"])
 @pytest.mark.parametrize("is_early", [True, False], ids=["with the handshake", "later"])
 def test_a_part_of_a_record_has_its_time_wherever_it_comes(
-    pems: Path, greenlets: str, whole: bytes, is_early: bool
+    pems: Path, whole: bytes, is_early: bool
 ) -> None:
     received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
     inner = trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1")
-    limits = ("--line-timeout", "0.5", "--client-greenlets", greenlets)
+    limits = ("--line-timeout", "0.5")
     with Running(*certified(pems), *limits) as server, server.client() as client:
         shake_hands(client, inner, received, sent)
 
@@ -264,12 +260,11 @@ def test_a_part_of_a_record_has_its_time_wherever_it_comes(
         assert [line() for _ in (*expected, 1)] == [*expected, b"ERR too slow\n"]
 
 
-@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("is_said", [True, False], ids=["a line", "a key update"])
 def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
-    pems: Path, tmp_path: Path, greenlets: str, is_said: bool
+    pems: Path, tmp_path: Path, is_said: bool
 ) -> None:
-    limits = ("--line-timeout", "1", "--client-greenlets", greenlets)
+    limits = ("--line-timeout", "1")
     with (
         Running(*certified(pems), *limits) as server,
         RecordClient(server.port, trust(pems), tmp_path) as client,
@@ -349,12 +344,9 @@ def test_who_speaks_plain_text_is_told(server: Running, said: bytes) -> None:
     assert count("tls_failed") == 0
 
 
-@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("first", [b"", b"NOPE\n"], ids=["at rest", "awake"])
-def test_a_record_that_does_not_end_is_too_slow(
-    pems: Path, tmp_path: Path, first: bytes, greenlets: str
-) -> None:
-    options = ["--line-timeout", "0.5", "--client-greenlets", greenlets]
+def test_a_record_that_does_not_end_is_too_slow(pems: Path, tmp_path: Path, first: bytes) -> None:
+    options = ["--line-timeout", "0.5"]
     with (
         Running(*certified(pems), *options) as server,
         RecordClient(server.port, trust(pems), tmp_path) as client,

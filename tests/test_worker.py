@@ -13,16 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import (
-    CLIENT_GREENLETS,
-    PATIENCE,
-    Client,
-    Running,
-    extended,
-    limited,
-    stopped,
-    until,
-)
+from tests.running import PATIENCE, Client, Running, extended, limited, stopped, until
 
 TURNED_AWAY = b"ERR too many clients\n"
 
@@ -196,12 +187,9 @@ def figures(daemon: socket.socket) -> Counter[str]:
                 sums[name.removeprefix("gserver.")] += int(value)
 
 
-@pytest.mark.parametrize(
-    ("greenlets", "workers", "kills"),
-    [("when-needed", 1, 0), ("when-needed", 2, 0), ("when-needed", 2, 1), ("always", 1, 0)],
-)
+@pytest.mark.parametrize(("workers", "kills"), [(1, 0), (2, 0), (2, 1)])
 def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
-    tmp_path: Path, greenlets: str, workers: int, kills: int
+    tmp_path: Path, workers: int, kills: int
 ) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
@@ -225,7 +213,7 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
         daemon.bind(("127.0.0.1", 0))
         statsd = ("--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1]))
         options = ("--workers", str(workers), "--max-clients", "24", "--line-timeout", "0.3")
-        with start(tmp_path, *options, *statsd, "--client-greenlets", greenlets) as server:
+        with start(tmp_path, *options, *statsd) as server:
             server.wait_for("worker.ready", workers)
             server.wait_for("agent.ready")
             with ThreadPoolExecutor(at_once) as pool:
@@ -285,12 +273,9 @@ def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> N
             assert time.monotonic() - began < PATIENCE
 
 
-@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_exactly_max_clients_stay_and_the_others_are_told(
-    tmp_path: Path, workers: int, greenlets: str
-) -> None:
-    options = ("--workers", str(workers), "--max-clients", "30", "--client-greenlets", greenlets)
+def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, workers: int) -> None:
+    options = ("--workers", str(workers), "--max-clients", "30")
     with start(tmp_path, *options) as server, ExitStack() as stack:
         server.wait_for("worker.ready", workers)
         clients = []
@@ -312,13 +297,12 @@ def test_exactly_max_clients_stay_and_the_others_are_told(
             assert other.rest() == TURNED_AWAY
 
 
-@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
 @pytest.mark.parametrize("most", [10, 36])
 def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(
-    tmp_path: Path, most: int, greenlets: str
+    tmp_path: Path, most: int
 ) -> None:
     """With the files that this worker may open, 36 clients are as many as it can have."""
-    options = ("--max-clients", str(most), "--client-greenlets", greenlets)
+    options = ("--max-clients", str(most))
     with start(tmp_path, *options, command=limited(100)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(most)]
         assert clients[-1].who() == most
@@ -381,11 +365,8 @@ def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) ->
         assert not server.events("worker.died")
 
 
-@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
-def test_2000_clients_leave_neither_files_nor_greenlets_behind(
-    tmp_path: Path, greenlets: str
-) -> None:
-    options = ("--max-clients", "24", "--line-timeout", "0.3", "--client-greenlets", greenlets)
+def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -> None:
+    options = ("--max-clients", "24", "--line-timeout", "0.3")
     with start(tmp_path, *options) as server, server.client() as client:
         ways = 10 * [way for way, (often, _) in WAYS.items() for _ in range(often)]
         with ThreadPoolExecutor(30) as pool:

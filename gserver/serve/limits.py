@@ -1,121 +1,118 @@
-"""The clients of one worker: what they have in common, and how many they are.
+"""How many clients may connect, and how many are connected.
 
-Owns the two ends of the count, `admit` and `release`; who calls the one owes the other.
+`admit` counts a client and `uncount` takes it out again; `count_address` and `uncount_address` do
+the same for its address, from the accept to the close of its socket. Whoever calls the first of a
+pair owes the second.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from time import monotonic, monotonic_ns
+import socket
+from hashlib import blake2b
+from struct import unpack
 
-from gserver.commands import Command, Service
 from gserver.config import Config
-from gserver.errors import ClusterUnavailable
-from gserver.protocol import (
-    ERROR_REPLIES,
-    TOO_MANY_CLIENTS,
-    TOO_MANY_FROM_ADDRESS,
-    ErrorReply,
-    Grammar,
-)
-from gserver.scoreboard import SERVICE_BOUNDS_NS, Scoreboard
-from gserver.serve.addresses import Addresses
+from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
+from gserver.scoreboard import Scoreboard
 
 
 class Limits:
-    """All clients of one worker."""
+    """Admission to one worker: `--max-clients` and `--max-clients-per-address`."""
 
-    def __init__(
-        self, config: Config, scoreboard: Scoreboard, slot: int, commands: Iterable[Command]
-    ) -> None:
-        self.config = config
-        self.service = Service(config.server_id, _who(config, scoreboard))
-        table = {
-            item.name.encode(): replace(item, cell=scoreboard.command_cell(item.name, slot))
-            for item in commands
-        }
-        self.grammar = Grammar(table, config.max_line_bytes)
-        self.cells = scoreboard.cells
-        self.count_clients = scoreboard.clients
-        self.clients = scoreboard.cell("clients", slot)
-        self.accepted = scoreboard.cell("accepted", slot)
-        self.closed = scoreboard.cell("closed", slot)
+    def __init__(self, config: Config, scoreboard: Scoreboard, slot: int) -> None:
+        self._max_clients = config.max_clients
+        self._cells = scoreboard.cells
+        self._count_clients = scoreboard.clients
+        self._clients = scoreboard.cell("clients", slot)
+        self._accepted = scoreboard.cell("accepted", slot)
+        self._closed = scoreboard.cell("closed", slot)
         self._peak = scoreboard.cell("peak", slot)
-        self._bursts = scoreboard.cell("bursts", slot)
-        self._service_ns = scoreboard.cell("service_ns", slot)
-        self._classes = [
-            scoreboard.cell(f"service.{number}", slot)
-            for number in range(len(SERVICE_BOUNDS_NS) + 1)
-        ]
-        self.refusals = {
-            refusal: scoreboard.cell(f"refused.{refusal.name}", slot) for refusal in ERROR_REPLIES
-        }
-        #: By address, from the accept on; None where that is not limited.
-        self.addresses = (
-            Addresses(scoreboard, slot, limit)
-            if (limit := config.max_clients_per_address)
-            else None
-        )
-        self.is_draining = False
-        self.drain_started_at = 0.0
+        limit = config.max_clients_per_address
+        self._addresses = AddressCounts(scoreboard, slot, limit) if limit else None
+
+    def count_address(self, fd: int, host: str) -> None:
+        """Count a new connection of an address, unless that has as many as it may have."""
+        if self._addresses:
+            self._addresses.add(fd, host)
+
+    def uncount_address(self, fd: int) -> None:
+        """Take a connection out of the count of its address, if it is in it."""
+        if self._addresses:
+            self._addresses.remove(fd)
 
     def admit(self, fd: int) -> ErrorReply | None:
-        """Count a client in, or, if there are too many, as refused; who is in owes `release` and `leave`."""
-        if self.addresses and fd not in self.addresses:
-            self.refuse(TOO_MANY_FROM_ADDRESS)
+        """Count a client, or return why it is rejected."""
+        if self._addresses and fd not in self._addresses:
             return TOO_MANY_FROM_ADDRESS
-        if self.count_clients() < self.config.max_clients:
-            self.cells[self.clients] += 1
-            # Compared again once it is counted, so that two workers never both give away the last
-            # place.
-            if (count := self.count_clients()) <= self.config.max_clients:
-                self.cells[self.accepted] += 1
-                self.cells[self._peak] = max(self.cells[self._peak], count)
+        cells = self._cells
+        if self._count_clients() < self._max_clients:
+            cells[self._clients] += 1
+            # Compared again after counting: two workers must not both give away the last place.
+            count = self._count_clients()
+            if count <= self._max_clients:
+                cells[self._accepted] += 1
+                cells[self._peak] = max(cells[self._peak], count)
                 return None
-            self.cells[self.clients] -= 1
-        self.leave(fd)
-        self.refuse(TOO_MANY_CLIENTS)
+            cells[self._clients] -= 1
+        self.uncount_address(fd)
         return TOO_MANY_CLIENTS
 
-    def leave(self, fd: int) -> None:
-        """Count who has no descriptor any more, or was not admitted, out of those of its address."""
-        if self.addresses:
-            self.addresses.leave(fd)
+    def uncount(self) -> None:
+        """Take an admitted client out of the count."""
+        self._cells[self._clients] -= 1
+        self._cells[self._closed] += 1
 
-    def release(self) -> None:
-        """Count a client out; for its address it is there until it `leave`s, as its descriptor is."""
-        self.cells[self.clients] -= 1
-        self.cells[self.closed] += 1
+    @property
+    def clients(self) -> int:
+        """Clients of this worker."""
+        return self._cells[self._clients]
 
-    def refuse(self, refusal: ErrorReply) -> None:
-        """Count a refusal."""
-        self.cells[self.refusals[refusal]] += 1
-
-    def note_service(self, bursts: int, nanoseconds: int) -> None:
-        """Count bursts that have been answered in so much time together."""
-        self.cells[self._bursts] += bursts
-        self.cells[self._service_ns] += nanoseconds
-        self.cells[self._classes[bisect_left(SERVICE_BOUNDS_NS, nanoseconds // bursts)]] += bursts
-
-    def drain(self) -> None:
-        """From now on every client is to go as soon as what it has sent is answered."""
-        self.is_draining = True
-        self.drain_started_at = monotonic()
+    def clients_of_server(self) -> int:
+        """Clients of all workers."""
+        return self._count_clients()
 
 
-def _who(config: Config, scoreboard: Scoreboard) -> Callable[[], int]:
-    """Return what counts the clients for WHO: those of this server, and in a cluster those of all."""
-    if not config.redis_url:
-        return scoreboard.clients
-    if config.on_cluster_loss == "last-known":
-        return scoreboard.everybody
-    view, max_age_ns = scoreboard.single["view"], round(config.cluster_max_age_seconds * 1e9)
+class AddressCounts:
+    """How many connections each address has, over all workers.
 
-    def count() -> int:
-        if scoreboard.cells[view] and monotonic_ns() - scoreboard.cells[view] <= max_age_ns:
-            return scoreboard.everybody()
-        if config.on_cluster_loss == "error":
-            raise ClusterUnavailable
-        return scoreboard.clients()
+    A worker counts an address in two of its cells, one in each of two rows; a keyed hash chooses
+    them. The smaller of their sums over all workers is the address's number, or more if other
+    addresses collide with it in both. The key is random for each start, so nobody can search for
+    addresses that collide with a given one.
+    """
 
-    return count
+    def __init__(self, scoreboard: Scoreboard, slot: int, limit: int) -> None:
+        self._limit = limit
+        self._key = scoreboard.get("address_key").to_bytes(8)
+        self._cells = scoreboard.addresses
+        self._own = scoreboard.addresses_of(slot)
+        #: The cells in which the connection of each descriptor is counted.
+        self._places: dict[int, tuple[int, int]] = {}
+
+    def add(self, fd: int, host: str) -> None:
+        """Count a connection, unless its address has as many as it may have."""
+        row = len(self._own) // 2
+        digest = blake2b(network(host), digest_size=8, key=self._key).digest()
+        first, second = unpack("II", digest)
+        self._places[fd] = places = first % row, row + second % row
+        for place in places:
+            self._own[place] += 1
+        # Compared after counting: two workers must not both give away the last place.
+        if min(sum(self._cells[place :: len(self._own)]) for place in places) > self._limit:
+            self.remove(fd)
+
+    def __contains__(self, fd: int) -> bool:
+        """Whether the connection is counted."""
+        return fd in self._places
+
+    def remove(self, fd: int) -> None:
+        """Take a connection out, if it is counted."""
+        for place in self._places.pop(fd, ()):
+            self._own[place] -= 1
+
+
+def network(host: str) -> bytes:
+    """Return what counts as one address: all of an IPv4 address, the /64 of an IPv6 address.
+
+    A /64 is what one customer usually has.
+    """
+    host = host.removeprefix("::ffff:")  # IPv4 on an IPv6 socket.
+    return host.encode() if "." in host else socket.inet_pton(socket.AF_INET6, host)[:8]

@@ -1,16 +1,13 @@
-"""TLS, 1.2 or newer: what the certificates make of a context, and a client's connection, used like
-its bare socket.
+"""TLS 1.2 or newer: the server's context, and a client's connection, used like its bare socket.
 
-OpenSSL is never given the socket, so what it does in one go is bounded by the bytes that were
-received in one: left alone, it reads on and on while a client sends KeyUpdates, for ten seconds and
-more.
+OpenSSL is never given the socket: what it does in one call is bounded by the bytes of one read.
+Given the socket, it reads on while a client sends KeyUpdates, for ten seconds and more.
 """
 
 import _socket
 import contextlib
 import os
 import re
-import socket
 import ssl
 from calendar import timegm
 from time import strptime
@@ -18,24 +15,21 @@ from typing import Any
 
 from gserver.certificates import Certificates
 from gserver.errors import UsageError
-from gserver.serve.connection import PartialRecord
 
-#: What a record holds, at most (RFC 8446, 5.1); its header, the last two bytes of which are its
-#: length; all of it.
+#: Data in a record, at most (RFC 8446, 5.1). The header ends with two bytes for the length.
 RECORD_BYTES = 16_384
 HEADER_BYTES = 5
 MAX_RECORD_BYTES = HEADER_BYTES + RECORD_BYTES + 2048
-#: What a client makes OpenSSL say (to its KeyUpdates, say) and does not read.
+#: Limit on unread TLS output per client, such as answers to its KeyUpdates.
 MAX_UNREAD_BYTES = 65_536
-#: How a certificate says from when to when it holds (RFC 5280, 4.1.2.5): two UTCTime or
-#: GeneralizedTime.
+#: The validity of a certificate (RFC 5280, 4.1.2.5): two moments, each UTCTime or GeneralizedTime.
 _VALIDITY = re.compile(
     rb"\x30[\x1e\x20\x22](?:\x17\x0d\d{12}|\x18\x0f\d{14})Z(?:\x17\x0d(\d{12})|\x18\x0f(\d{14}))Z"
 )
 
 
 def make_context(certificates: Certificates) -> ssl.SSLContext:
-    """Return what clients are met with; raise `UsageError`, which names the option, for what cannot be used."""
+    """Return the server's context; raise `UsageError`, which names the option, for a bad file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # An end by TCP alone is an end: what such a client has asked is answered.
@@ -94,14 +88,19 @@ def _file(text: str) -> Any:
 
 def _no_password() -> str:
     raise UsageError(
-        "--tls-key is encrypted, and nobody is there to type its password: decrypt it (openssl pkey)"
+        "--tls-key is encrypted, and gserver cannot ask for its password: decrypt it (openssl pkey)"
     )
 
 
 class TlsSocket:
-    """A client's connection: receives, sends and closes like the bare non-blocking socket in it."""
+    """A client's connection: receives, sends and closes like the bare non-blocking socket in it.
+
+    OpenSSL works on memory and is given whole records only, because it does not report a part of a
+    record that it holds.
+    """
 
     __slots__ = (
+        "_has_ended",
         "_has_said_end",
         "_incoming",
         "_outgoing",
@@ -109,9 +108,11 @@ class TlsSocket:
         "_part",
         "_sock",
         "_tls",
+        "_unread",
         "_unsent",
-        "early",
         "fileno",
+        "has_begun",
+        "is_established",
         "setsockopt",
     )
 
@@ -119,71 +120,88 @@ class TlsSocket:
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        #: Of a record that has not arrived in whole.
+        #: The beginning of a record whose rest has not arrived.
         self._part = b""
-        #: Encrypted, and not taken by the kernel yet; and how much of what `send` was given is in
-        #: it.
+        #: Data that came with the end of the handshake. `recv` returns it first.
+        self._unread = b""
+        #: Encrypted bytes that the kernel has not taken, and how much of `send`'s data is in them.
         self._unsent, self._owed = b"", 0
-        self._has_said_end = False
-        #: What came with the end of the handshake, b"" for part of a record. `recv` returns it
-        #: first: the event loop knows nothing of it.
-        self.early: bytes | None = None
+        self._has_ended = self._has_said_end = False
+        #: Whether the handshake has begun, and whether it is over.
+        self.has_begun = self.is_established = False
         self.fileno, self.setsockopt = sock.fileno, sock.setsockopt
 
-    def shake_hands(self, received: bytes) -> bool:
-        """Go on by what has been received; return whether that was all of it. Raises OSError when it has failed."""
-        self._take(received)
+    # The handshake
+
+    def receive(self, size: int) -> bytes:
+        """Return bytes of the handshake as they arrive. Raises BlockingIOError without any."""
+        return self._sock.recv(size)
+
+    def send_plain(self, data: bytes) -> None:
+        """Send without TLS, to a client that does not speak it. A full buffer drops the data."""
+        with contextlib.suppress(BlockingIOError):
+            self._sock.send(data)
+
+    def shake_hands(self, received: bytes) -> None:
+        """Go on with what has been received. Raises OSError if the handshake has failed."""
+        self.has_begun = True
+        self._feed(received)
         try:
             self._tls.do_handshake()
-            early, _ = self._decrypted()
-            self.early = early if early or self.has_part else None
+            self.is_established = True
+            self._unread, self._has_ended = self._decrypt()
         except ssl.SSLWantReadError:
-            return False
+            pass
         finally:
             self.flush()
-        return True
 
     def flush(self) -> bool:
-        """Send what is still to be sent of the handshake; return whether that was all of it."""
+        """Send what is left of the handshake; return whether the kernel has taken all of it."""
         with contextlib.suppress(BlockingIOError):
             self._flush()
         return not self._unsent
 
+    # Data
+
+    @property
+    def has_partial_record(self) -> bool:
+        """Whether part of a record has arrived."""
+        return bool(self._part)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether `recv` has something to return although the socket is not readable."""
+        return bool(self._unread) or self._has_ended
+
     def recv(self, size: int) -> bytes:
-        """Return what has arrived in whole records. Raises BlockingIOError when that is nothing, or PartialRecord."""
-        if self.early is not None:
-            early, self.early = self.early, None
-            return self._with_part(early)
+        """Return the data of the records that are whole; b"" at the client's end.
+
+        Raises BlockingIOError if there is nothing; `has_partial_record` tells whether a record has
+        begun.
+        """
+        if self._unread:
+            data, self._unread = self._unread, b""
+            return data
+        if self._has_ended:
+            return b""
         received = self._sock.recv(size)
         if not received or self._has_said_end:
             return received
-        self._take(received)
-        data, has_ended = self._decrypted()
+        self._feed(received)
+        data, self._has_ended = self._decrypt()
         if self._outgoing.pending:
-            with contextlib.suppress(BlockingIOError):
-                self._flush()
+            self.flush()
             if len(self._unsent) > MAX_UNREAD_BYTES:
-                raise ConnectionAbortedError("it does not read what TLS has to say")
-        return data if has_ended else self._with_part(data)
-
-    def _with_part(self, data: bytes) -> bytes:
-        if self.has_part:
-            raise PartialRecord(data)
-        if not data:
+                raise ConnectionAbortedError("the client does not read what TLS sends")
+        if not data and not self._has_ended:
             raise BlockingIOError
         return data
 
-    @property
-    def has_part(self) -> bool:
-        """Whether a part of a record has arrived."""
-        return bool(self._part)
+    def send(self, data: bytes) -> int:
+        """Send some of it, and return how much.
 
-    def send(self, data: "bytes | memoryview[int]") -> int:
-        """Send some of it, and return how much. Raises BlockingIOError, and then wants the same
-        data once more.
-
-        A client that has said half a message of TLS where it has to be whole is as good as gone:
-        SSLWantReadError.
+        Raises BlockingIOError, and must then be called with the same data again. Raises
+        SSLWantReadError for a client that has sent half a TLS message where it must be whole.
         """
         if not self._owed:
             self._owed = self._tls.write(data[:RECORD_BYTES])
@@ -192,54 +210,51 @@ class TlsSocket:
         return sent
 
     def shutdown(self, how: int) -> None:
-        """Say by TLS that this was all, then by TCP."""
+        """Send the end of TLS, then that of TCP."""
         self._say_end()
         self._sock.shutdown(how)
 
     def close(self) -> None:
-        """Say by TLS that this was all, if that was not said, and close."""
+        """Send the end of TLS, unless that was done, and close."""
         self._say_end()
         self._sock.close()
 
     def _say_end(self) -> None:
         self._has_said_end = True
-        with contextlib.suppress(OSError):  # It has gone; or it was said.
+        with contextlib.suppress(OSError):  # The connection is broken, or it was sent.
             self._tls.unwrap()
         with contextlib.suppress(OSError):
             self._flush()
 
-    def _take(self, received: bytes) -> None:
-        """Give OpenSSL the records that are whole by now: of the others it would not say that it has a part."""
+    def _feed(self, received: bytes) -> None:
+        """Give OpenSSL the records that are whole by now."""
         data, end = self._part + received, 0
         while len(data) - end >= HEADER_BYTES:
             after = end + HEADER_BYTES + int.from_bytes(data[end + 3 : end + HEADER_BYTES])
             if after - end > MAX_RECORD_BYTES:
-                after = len(data)  # It is no record: let OpenSSL say so.
+                after = len(data)  # It is no record: OpenSSL reports that.
             if after > len(data):
                 break
             end = after
         self._part = data[end:]
         self._incoming.write(data[:end])
 
-    def _decrypted(self) -> tuple[bytes, bool]:
-        """Return what can be read of what was received, and whether the client has ended."""
-        data = b""
+    def _decrypt(self) -> tuple[bytes, bool]:
+        """Return the data of what was fed, and whether the client has sent its end."""
+        parts: list[bytes] = []
         try:
             while True:
                 part = self._tls.read(RECORD_BYTES)
                 if not part:
-                    with contextlib.suppress(OSError):
-                        self._sock.shutdown(
-                            socket.SHUT_RD
-                        )  # So that the event loop reports it, until it is read.
-                    return data, True
-                data = data + part if data else part
+                    return b"".join(parts), True
+                parts.append(part)
                 if not (self._incoming.pending or self._tls.pending()):
-                    return data, False
+                    return b"".join(parts), False
         except ssl.SSLWantReadError:
-            return data, False
+            return b"".join(parts), False
 
     def _flush(self) -> None:
+        """Send what is encrypted. Raises BlockingIOError if the kernel does not take all of it."""
         self._unsent += self._outgoing.read()
         if self._unsent:
             self._unsent = self._unsent[self._sock.send(self._unsent) :]

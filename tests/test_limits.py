@@ -1,6 +1,4 @@
-"""One address does not take all: how many clients each has, over all workers, however they come and
-go.
-"""
+"""How many clients there may be, in all and of one address, over all workers."""
 
 import os
 import random
@@ -13,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from gserver.config import Config
+from gserver.protocol import TOO_MANY_CLIENTS
 from gserver.scoreboard import Scoreboard
-from gserver.serve.addresses import Addresses, network
-from gserver.serve.conversation import LINGER_SECONDS
+from gserver.serve.client import LINGER_SECONDS
+from gserver.serve.limits import AddressCounts, Limits, network
 from tests.running import PATIENCE, Client, Running, extended, stopped, until
 from tests.test_admin import status
 from tests.test_worker import MODULE, WAYS
@@ -23,7 +23,7 @@ from tests.tls_client import TlsClient, certified, trust
 
 MANY, OTHER = "127.0.0.2", "127.0.0.3"
 LIMIT = 6
-TURNED_AWAY = b"ERR too many clients from your address\n"
+REJECTED = b"ERR too many clients from your address\n"
 COMMANDS = f"""{MODULE}
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def fill(stack: ExitStack, connect: Connect, source: str = MANY) -> list[Client]
     clients = []
     while (client := stack.enter_context(connect(source=source))) and is_let_in(client):
         clients.append(client)
-    assert stack.enter_context(connect(source=source)).rest() == TURNED_AWAY
+    assert stack.enter_context(connect(source=source)).rest() == REJECTED
     return clients
 
 
@@ -55,7 +55,7 @@ def is_let_in(client: Client) -> bool:
     with suppress(ConnectionError):
         client.send(b"WHY\n")
     told = client.line()
-    assert told in (b"42\n", TURNED_AWAY)
+    assert told in (b"42\n", REJECTED)
     return told == b"42\n"
 
 
@@ -107,7 +107,7 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
             clients[1].sock.close()
             until(lambda: clients[0].who() == LIMIT, "it has left")
             assert len(fill(stack, connect)) == 1
-        event = server.wait_for("client.turned_away")
+        event = server.wait_for("client.rejected")
         assert (event["client.address"], event["gserver.reason"]) == (MANY, "too_many_from_address")
         gone(server, connect)
         with ExitStack() as stack:  # Whom there is no place for at all counts for no address.
@@ -147,7 +147,7 @@ def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
     more = [*certified(pems), "--tls-handshake-timeout", str(PATIENCE), "--admin-port", "0"]
     with limited(tmp_path, *more) as server, ExitStack() as stack:
         silent = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT)]
-        assert stack.enter_context(TlsClient(server.port, trust(pems), MANY)).rest() == TURNED_AWAY
+        assert stack.enter_context(TlsClient(server.port, trust(pems), MANY)).rest() == REJECTED
         assert stack.enter_context(TlsClient(server.port, trust(pems), OTHER)).who() == 1
         assert {client.rest() for client in silent} == {b""}
         assert stack.enter_context(TlsClient(server.port, trust(pems), MANY)).who() == 2
@@ -237,40 +237,40 @@ def test_an_address_is_ipv4_in_whole_or_a_64_of_ipv6() -> None:
 def test_addresses_that_meet_are_refused_too_early_and_none_too_late() -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
-    there: list[tuple[Addresses, int, str]] = []
+    there: list[tuple[AddressCounts, int, str]] = []
     chance, scoreboard = (
         random.Random(seed),
         Scoreboard.create(3, 2 * 8),
     )  # So few cells that they meet all the time.
-    workers = [Addresses(scoreboard, slot, 5) for slot in range(3)]
+    workers = [AddressCounts(scoreboard, slot, 5) for slot in range(3)]
     counts = dict.fromkeys((f"10.0.0.{number}" for number in range(10)), 0)
     for fd in range(2000):
         if there and chance.random() < 0.5:
             worker, left, host = there.pop(chance.randrange(len(there)))
-            worker.leave(left)
+            worker.remove(left)
             counts[host] -= 1
         worker, host = chance.choice(workers), chance.choice(list(counts))
-        worker.enter(fd, host)
+        worker.add(fd, host)
         if fd in worker:
             there.append((worker, fd, host))
             counts[host] += 1
         assert max(counts.values()) <= 5
     for worker, fd, _ in there:
-        worker.leave(fd)
-        worker.leave(fd)
+        worker.remove(fd)
+        worker.remove(fd)
     assert not any(scoreboard.addresses)
 
 
 def test_who_meets_others_in_one_cell_of_two_is_let_in() -> None:
     scoreboard = Scoreboard.create(1, 2 * 1024)
-    addresses = Addresses(scoreboard, 0, 1)
+    addresses = AddressCounts(scoreboard, 0, 1)
     for fd in range(256):
-        addresses.enter(fd, f"10.0.0.{fd}")
+        addresses.add(fd, f"10.0.0.{fd}")
     refused = 0
     for number in range(4000):
-        addresses.enter(1000, f"10.1.{number // 256}.{number % 256}")
+        addresses.add(1000, f"10.1.{number // 256}.{number % 256}")
         refused += 1000 not in addresses
-        addresses.leave(1000)
+        addresses.remove(1000)
     assert 0.02 < refused / 4000 < 0.1  # (1 - exp(-1/4)) ** 2 = 0.05
 
 
@@ -278,6 +278,35 @@ def test_the_hash_is_another_one_at_each_start() -> None:
     places = set()
     for _ in range(5):
         scoreboard = Scoreboard.create(1, 1 << 17)
-        Addresses(scoreboard, 0, 1).enter(3, MANY)
+        AddressCounts(scoreboard, 0, 1).add(3, MANY)
         places.add(tuple(at for at, count in enumerate(scoreboard.addresses) if count))
     assert len(places) == 5
+
+
+def two_workers(max_clients: int) -> tuple[Scoreboard, Limits, Limits]:
+    scoreboard = Scoreboard.create(2)
+    config = Config(max_clients=max_clients)
+    return scoreboard, Limits(config, scoreboard, 0), Limits(config, scoreboard, 1)
+
+
+def test_an_admitted_client_is_counted_until_it_is_uncounted() -> None:
+    scoreboard, one, other = two_workers(10)
+    assert one.admit(3) is None
+    assert other.admit(3) is None
+    assert scoreboard.clients() == 2
+    one.uncount()
+    assert scoreboard.clients() == 1
+    totals = scoreboard.totals()
+    assert (totals["accepted"], totals["closed"], totals["clients"]) == (2, 1, 1)
+
+
+def test_the_limit_is_over_all_workers_and_a_rejected_client_is_not_counted() -> None:
+    scoreboard, one, other = two_workers(2)
+    assert one.admit(3) is None
+    assert other.admit(3) is None
+    assert one.admit(4) is TOO_MANY_CLIENTS
+    assert other.admit(4) is TOO_MANY_CLIENTS
+    assert scoreboard.clients() == 2
+    assert scoreboard.totals()["accepted"] == 2
+    other.uncount()
+    assert one.admit(4) is None

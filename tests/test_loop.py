@@ -1,4 +1,4 @@
-"""The dispatcher: who has a greenlet and who has none, and that a client cannot tell."""
+"""The worker's loop: order, turns, deadlines, and when there is a greenlet."""
 
 import select
 import signal
@@ -16,10 +16,11 @@ import pytest
 from gserver.commands import BUILT_IN
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
-from gserver.serve.dispatcher import TURN_CLIENTS, Dispatcher
+from gserver.serve.client import READ_BYTES
 from gserver.serve.limits import Limits
-from gserver.serve.receiver import BURST_BYTES
-from tests.running import CLIENT_GREENLETS, LIMIT, PATIENCE, Client, Running, stopped, until
+from gserver.serve.loop import TURN_CLIENTS, Loop
+from gserver.serve.replies import Replies
+from tests.running import LIMIT, PATIENCE, Client, Running, stopped, until
 
 MODULE = """
 import gc
@@ -36,8 +37,12 @@ def greenlets(service):
 
 @command("NAP")
 def nap(service):
-    time.sleep(2.5)
+    time.sleep(0.5)
     return "rested"
+
+@command("QUICK", may_block=False)
+def quick(service):
+    return "quick"
 
 @command("CLOSE-LAST")
 def close_last(service):
@@ -96,68 +101,43 @@ def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(
     assert greenlets(watcher) == before
 
 
-def test_a_greenlet_each_is_what_an_option_gives(folder: Path) -> None:
-    options = ("--client-greenlets", "always", "--commands", "greenlets")
-    with Running(*options, cwd=folder) as server, server.client() as watcher, ExitStack() as stack:
-        before = greenlets(watcher)
-        clients = [stack.enter_context(server.client()) for _ in range(CROWD)]
-        assert [client.ask(b"WHY") for client in clients] == [b"42"] * CROWD
-        time.sleep(2.5)  # Time to rest, if they would.
-        assert greenlets(watcher) == before + CROWD
-
-
 @pytest.mark.parametrize(
-    "said", [b"NOPE\n", b"WHO\nWHY\nNOPE\n", b" why\n", b"\xff\n", b"\n", b"WHO\nWH"]
+    "sent", [b"NOPE\n", b"WHO\nWHY\nNOPE\n", b" why\n", b"\xff\n", b"\n", b"WHO\nWH", b"quick\n"]
 )
-def test_all_else_wakes_a_client_which_rests_again_when_it_has_been_quiet(
-    here: Running, watcher: Client, said: bytes
+def test_nothing_but_a_handler_that_may_block_has_a_greenlet(
+    here: Running, watcher: Client, sent: bytes
 ) -> None:
     before = greenlets(watcher)
     with here.client() as client:
-        client.send(said)
-        until(lambda: greenlets(watcher) == before + 1, "it has a greenlet", 1.0 * PATIENCE)
-        client.send(b"\nWHERE\n")  # After the line that has only begun; else a blank one.
-        assert b"here\n" in iter(client.line, b"")
-        until(lambda: greenlets(watcher) == before, "it rests again")
-        assert client.ask(b"WHERE") == b"here"
+        client.send(sent)
+        until(lambda: watcher.who() == 2, "it is there")
+        time.sleep(0.05)
+        assert greenlets(watcher) == before
+        client.send(b"\nNAP\n")
+        until(lambda: greenlets(watcher) == before + 1, "the handler has one")
+        while client.line() != b"rested\n":
+            pass
         assert greenlets(watcher) == before
 
 
-def test_who_is_not_quiet_does_not_rest(here: Running, watcher: Client) -> None:
-    before = greenlets(watcher)
-    with here.client() as client:
-        assert client.ask(b"NOPE") == b"ERR unknown command"
-        for _ in range(15):
-            time.sleep(0.2)
-            assert client.ask(b"WHY") == b"42"
-            assert greenlets(watcher) == before + 1
-
-
-def test_a_line_that_has_begun_keeps_its_client_awake(here: Running, watcher: Client) -> None:
-    before = greenlets(watcher)
-    with here.client() as client:
-        client.send(b"WHERE is")
-        time.sleep(3)
-        assert greenlets(watcher) == before + 1
-        client.send(b" it\n")
-        assert client.line() == b"ERR unknown command\n"
-
-
-def test_a_blank_line_before_a_rest_is_no_first_line_and_a_command_is_one(
-    here: Running, watcher: Client
-) -> None:
-    before = greenlets(watcher)
-    for said, told in (
+def test_a_blank_line_is_no_first_line_and_a_command_is_one(here: Running) -> None:
+    for sent, received in (
         (b"\n", b""),
         (b"NOPE\n", b"ERR unknown command\nERR unknown command\n"),
         (b"WHY\n", b"42\nERR unknown command\n"),
     ):
         with here.client() as client:
-            client.send(said)
+            client.send(sent)
             time.sleep(0.1)
-            until(lambda: greenlets(watcher) == before, "it rests")
             client.send(b"GET / HTTP/1.1\n")
-            assert client.end() == told
+            assert client.end() == received
+
+
+def test_a_blocking_command_within_a_burst_keeps_the_order_of_replies(here: Running) -> None:
+    with here.client() as client:
+        client.send(b"WHY\nNAP\nWHERE\nnope\nNAP\nwhy\nWHY")
+        expected = [b"42", b"rested", b"here", b"ERR unknown command", b"rested", b"42", b"42"]
+        assert [client.line()[:-1] for _ in expected] == expected
 
 
 def test_a_burst_that_is_larger_than_what_is_taken_at_once_is_answered_in_order(
@@ -175,10 +155,10 @@ def test_replies_that_are_not_read_are_kept_in_order(here: Running) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.settimeout(0.3)
         sock.connect(("127.0.0.1", here.port))
-        sent, block = 0, b"WHY\n" * (BURST_BYTES // 4)
+        sent, block = 0, b"WHY\n" * (READ_BYTES // 4)
         try:
             while True:
-                sent += sock.send(block[sent % BURST_BYTES :])
+                sent += sock.send(block[sent % READ_BYTES :])
         except TimeoutError:
             pass
         sock.settimeout(LIMIT)
@@ -266,100 +246,108 @@ def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> No
         assert sum(worker.cpu_times()[:2]) - used < 0.1
 
 
-def test_time_in_a_handler_is_not_idle_time_however_often_it_is_looked_at(folder: Path) -> None:
-    options = ("--idle-timeout", "2", "--commands", "greenlets")
+def test_time_in_a_handler_is_not_idle_time(folder: Path) -> None:
+    options = ("--idle-timeout", "0.4", "--commands", "greenlets")
     with Running(*options, cwd=folder) as server, server.client() as client:
-        for said in (b"NAP\n", b"NAP"):  # The second is ended by a silence.
-            client.send(said)
+        for sent in (b"NAP\n", b"NAP"):  # The second is ended by a pause.
+            client.send(sent)
             assert client.line() == b"rested\n"
-            assert not select.select([client.sock], [], [], 1.6)[0]
+            assert not select.select([client.sock], [], [], 0.2)[0]
             assert client.ask(b"WHY") == b"42"
 
 
 @contextmanager
-def dispatcher(**options: Any) -> Iterator[tuple[Scoreboard, Dispatcher, socket.socket]]:
-    """A dispatcher in this process, and one client of it."""
+def loop(**options: Any) -> Iterator[tuple[Scoreboard, Loop, socket.socket]]:
+    """A loop in this process, and one client of it."""
     scoreboard = Scoreboard.create(1)
-    limits = Limits(Config(server_id="here", **options), scoreboard, 0, BUILT_IN)
-    dispatcher = Dispatcher(limits, lambda: None)
+    config = Config(server_id="here", **options)
+    replies = Replies(config, scoreboard, 0, BUILT_IN)
+    loop = Loop(config, Limits(config, scoreboard, 0), replies, lambda: None)
+    with one_more(loop) as client:
+        yield scoreboard, loop, client
+
+
+@contextmanager
+def one_more(loop: Loop) -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with closing(theirs):
-        assert limits.admit(ours.fileno()) is None
-        dispatcher.take_in(ours, None)
-        yield scoreboard, dispatcher, theirs
+        loop.begin(ours, ("127.0.0.1", 1))
+        yield theirs
 
 
-@pytest.mark.parametrize("greenlets", CLIENT_GREENLETS)
-def test_time_in_which_replies_wait_to_be_read_is_not_idle_time(greenlets: str) -> None:
-    with dispatcher(idle_timeout_seconds=0.5, client_greenlets=greenlets) as (
-        scoreboard,
-        ours,
-        client,
-    ):
+def test_time_in_which_replies_wait_to_be_read_is_not_idle_time() -> None:
+    with loop(idle_timeout_seconds=0.5) as (scoreboard, _, client):
         client.setblocking(False)
-        sent = received = 0
-        blocked = 0
+        sent = received = blocked = 0
         while blocked < 20:  # Until nothing is taken any more, since nothing is read.
             try:
-                sent += client.send(b"WHY\n" * (BURST_BYTES // 4))
+                sent += client.send(b"WHY\n" * (READ_BYTES // 4))
                 blocked = 0
             except BlockingIOError:
                 blocked += 1
                 gevent.sleep(0.005)
         gevent.sleep(0.6)
-        ours.sweep()
         assert scoreboard.totals()["clients"] == 1
         while received < sent // 4 * 3:
             with suppress(BlockingIOError):
                 received += len(client.recv(1 << 20))
             gevent.sleep(0.001)
-        ours.sweep()
         gevent.sleep(0.05)
         assert scoreboard.totals()["refused.idle"] == 0
         assert scoreboard.totals()["clients"] == 1
 
 
-def test_a_failure_of_our_own_costs_its_client_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with dispatcher() as (scoreboard, ours, client):
-        other, theirs = socket.socketpair()
-        other.setblocking(False)
-        assert ours._limits.admit(other.fileno()) is None
-        ours.take_in(other, None)
-        with monkeypatch.context() as patch, closing(theirs):
-            patch.setattr(ours._fastpath, "answer", fail)
-            theirs.sendall(b"WHO\n")
+def test_a_failure_of_our_own_closes_its_client_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with loop() as (scoreboard, ours, client):
+        with monkeypatch.context() as patch, one_more(ours) as other:
+            patch.setattr(ours, "answer", fail)
+            other.sendall(b"WHO\n")
             gevent.sleep(0.05)
-            assert theirs.recv(10) == b""
+            assert other.recv(10) == b""
         client.sendall(b"WHO\n")
         gevent.sleep(0.05)
         assert client.recv(10) == b"1\n"
         totals = scoreboard.totals()
-        assert (totals["clients"], totals["closed"], ours.open) == (1, 1, 1)
+        assert (totals["clients"], totals["closed"], len(ours.clients)) == (1, 1, 1)
 
 
-def fail(_data: bytes) -> bytes:
+def fail(_data: bytes, _has_spoken: bool) -> bytes:
     raise MemoryError
 
 
-def test_each_burst_is_counted_and_timed_whichever_way_it_is_answered() -> None:
-    with dispatcher() as (scoreboard, ours, client):
-        bursts = ((b"WHO\n", b"1\n"), (b"WHY\nWHERE\n", b"42\nhere\n"), (b"Who\nwhy\n", b"1\n42\n"))
-        for count, (said, told) in enumerate(bursts, 1):
+def test_each_read_is_counted_and_timed_whichever_way_it_is_answered() -> None:
+    with loop() as (scoreboard, ours, client):
+        reads = ((b"WHO\n", b"1\n"), (b"WHY\nWHERE\n", b"42\nhere\n"), (b"Who\nwhy", b"1\n42\n"))
+        for count, (sent, received) in enumerate(reads, 1):
             before = scoreboard.totals()["service_ns"]
-            client.sendall(said)
+            client.sendall(sent)
             gevent.sleep(0.05)
-            assert client.recv(100) == told
-            assert scoreboard.totals()["bursts"] == count
+            if count == 3:
+                client.sendall(b"\n")
+                gevent.sleep(0.05)
+            assert client.recv(100) == received
+            assert scoreboard.totals()["bursts"] == count + (count == 3)
             assert 0 < scoreboard.totals()["service_ns"] - before < 10**9
     gevent.sleep(0.05)
     totals = scoreboard.totals()
-    assert (totals["clients"], totals["closed"], ours.open) == (0, 1, 0)
+    assert (totals["clients"], totals["closed"], len(ours.clients)) == (0, 1, 0)
     assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == {
         "WHO": 2,
         "WHERE": 1,
         "WHY": 2,
     }
+
+
+def test_deadlines_that_are_over_leave_nothing_behind() -> None:
+    """A client that sends its lines in pieces sets a new deadline with each."""
+    with loop(line_timeout_seconds=1000, unterminated_after_seconds=500) as (_, ours, client):
+        for _ in range(2000):
+            for piece in (b"WH", b"O", b"\n"):
+                client.sendall(piece)
+                gevent.sleep(0)
+                gevent.sleep(0)
+        assert len(ours._deadlines) < 1500
 
 
 @pytest.mark.parametrize("said", [b"x" * 2000, b""], ids=["a line too long", "turned away"])

@@ -1,0 +1,569 @@
+"""One client from accept to close, as a state machine in the worker's event loop.
+
+Nothing here waits. A client that has nothing under way is a socket, a state, a flag and a moment;
+what it has under way is its `Work`. A greenlet exists only while a handler that may block runs.
+"""
+
+import logging
+import socket
+import struct
+import sys
+from collections import deque
+from contextlib import suppress
+from enum import Enum
+from fcntl import ioctl
+from math import ceil, inf
+from select import EPOLLET, EPOLLIN, EPOLLOUT
+from termios import FIONREAD
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import gevent
+
+from gserver import logs
+from gserver.commands import Command
+from gserver.protocol import IDLE as TOO_IDLE
+from gserver.protocol import PLAIN_TEXT, SLOW_READER, TLS_FAILED, TOO_SLOW, ErrorReply, Parser
+from gserver.serve.fastpath import PIECE_BYTES
+
+if TYPE_CHECKING:
+    from gserver.serve.loop import Loop
+
+#: Bytes taken from a socket at once.
+READ_BYTES = 4096
+#: The first byte of a TLS client (RFC 8446, 5.1).
+HANDSHAKE_RECORD = b"\x16"
+#: How long a client that is drained may take for a line that is on its way, or for its first one.
+DRAIN_GRACE_SECONDS = 0.5
+#: How long the end of a client is awaited after its last line, so that no reset overtakes the line.
+LINGER_SECONDS = 1.0
+
+#: What the loop watches a socket for. MUTED: nothing, until it is watched for something again.
+READ, WRITE, MUTED = EPOLLIN, EPOLLOUT, EPOLLET
+
+
+class State(Enum):
+    """Where a client stands. Those from IDLE to BLOCKED are counted."""
+
+    #: The TLS handshake is under way.
+    HANDSHAKE = "handshake"
+    #: Nothing is under way.
+    IDLE = "idle"
+    #: Part of a line or of a TLS record has arrived, or more lines than are answered at once.
+    READING = "reading"
+    #: A handler that may block runs in a greenlet. Nothing is read meanwhile.
+    BUSY = "busy"
+    #: The client does not take its replies. Nothing is read meanwhile.
+    BLOCKED = "blocked"
+    #: The last line has been sent, and the client's end is awaited. It is not counted any more.
+    CLOSING = "closing"
+    #: The same for a client that was rejected.
+    REJECTED = "rejected"
+    #: The socket is closed.
+    CLOSED = "closed"
+
+
+HANDSHAKE, IDLE, READING, BUSY, BLOCKED = (
+    State.HANDSHAKE,
+    State.IDLE,
+    State.READING,
+    State.BUSY,
+    State.BLOCKED,
+)
+CLOSING, REJECTED, CLOSED = State.CLOSING, State.REJECTED, State.CLOSED
+COUNTED = frozenset((IDLE, READING, BUSY, BLOCKED))
+
+
+class Work:
+    """What a client has under way: bytes to take apart, items to answer, replies to send."""
+
+    __slots__ = (
+        "drain_bytes_left",
+        "ending",
+        "has_ended",
+        "items",
+        "line_deadline",
+        "parser",
+        "started_at",
+        "unread",
+        "unsent",
+    )
+
+    def __init__(self) -> None:
+        #: Received, and not taken apart yet.
+        self.unread = b""
+        #: Holds the beginning of a line; None if there is none.
+        self.parser: Parser[Command] | None = None
+        #: When that line must have ended.
+        self.line_deadline = inf
+        #: Commands and errors to reply to.
+        self.items: deque[Command | ErrorReply] = deque()
+        #: When the first of them began to be answered, without the time in which the client was
+        #: waited for.
+        self.started_at = 0.0
+        #: Replies that the kernel has not taken yet.
+        self.unsent = b""
+        #: The error reply after which the client is closed.
+        self.ending: ErrorReply | None = None
+        #: Whether the client has finished sending.
+        self.has_ended = False
+        #: How much of what a client goes on sending is still answered in a drain; None before that.
+        self.drain_bytes_left: int | None = None
+
+
+class Client:
+    """A client of one worker. The loop calls `on_event`, `on_ready` and `on_deadline`.
+
+    All three may raise OSError if the connection is broken; the loop closes the client then.
+    """
+
+    __slots__ = (
+        "address",
+        "deadline",
+        "has_spoken",
+        "loop",
+        "quiet_since",
+        "sock",
+        "state",
+        "work",
+    )
+
+    def __init__(self, loop: "Loop", sock: Any, address: Any, state: State, now: float) -> None:
+        self.loop = loop
+        #: A bare non-blocking socket, or a `TlsSocket`, which has the same methods.
+        self.sock: Any = sock
+        #: Kept only where it is logged.
+        self.address = address
+        self.state = state
+        #: The moment at which the loop calls `on_deadline`; infinity for never.
+        self.deadline = inf
+        #: When it sent something last, or was accepted.
+        self.quiet_since = now
+        #: Whether it has sent a line that is not blank.
+        self.has_spoken = False
+        self.work: Work | None = None
+
+    # Events
+
+    def on_event(self, now: float) -> None:
+        """The socket is readable or writable, as far as it is watched for that."""
+        state = self.state
+        if self in self.loop.ready:
+            return  # It has its turn later.
+        if state is IDLE or state is READING:
+            self._read(now)
+        elif state is BLOCKED:
+            self._unblock(now)
+        elif state is BUSY:
+            self.loop.watch(self, MUTED)
+        elif state is HANDSHAKE:
+            self.loop.make_ready(self)
+        elif state is not CLOSED and not self.sock.recv(65536):
+            self.close()
+
+    def on_ready(self, now: float) -> None:
+        """It is this client's turn to go on with what it has under way."""
+        if self.state is HANDSHAKE:
+            self._shake_hands(now)
+        elif self.state is IDLE or self.state is READING:
+            if self.work and self.work.unread:
+                self._proceed(now)
+            else:
+                self._read(now)
+
+    def on_deadline(self, now: float) -> None:
+        """The deadline is over. The loop has read what had arrived by then."""
+        state = self.state
+        if self in self.loop.ready:
+            return  # What takes so long is not the client.
+        if state is IDLE or state is READING:
+            self._end_silence(now)
+        elif state is BLOCKED:
+            self._reset()
+        elif state is HANDSHAKE:
+            self._fail_handshake(TimeoutError("it took too long"))
+        elif state is not CLOSED:
+            self.close()
+
+    def after_send(self, unsent: bytes, now: float) -> None:
+        """Go on after the loop has answered: there may be more to send, or to read."""
+        if unsent:
+            self.block(unsent, now)
+        elif self.sock.has_partial_record or self.sock.has_unread:
+            self.rest(now)
+
+    def after_block(self, unsent: bytes | None, now: float) -> None:
+        """Go on after the kernel had nothing to read for the loop, or no room for the replies."""
+        if unsent:
+            self.block(unsent, now)
+        else:
+            self.rest(now)  # Part of a TLS record may have arrived.
+
+    # Reading and answering
+
+    def _begin_work(self) -> Work:
+        if self.work is None:
+            self.work = Work()
+        return self.work
+
+    def _read(self, now: float) -> None:
+        try:
+            data = self.sock.recv(READ_BYTES)
+        except BlockingIOError:
+            if self._silence_ends_at() <= now:
+                self._end_silence(now)
+            else:
+                self.rest(now)
+        else:
+            self.take(data, now)
+
+    def take(self, data: bytes, now: float) -> None:
+        """Answer what has been received; no data means that the client has finished sending."""
+        work = self._begin_work()
+        self.state = READING
+        if data:
+            work.unread += data
+            if not self.loop.is_draining:  # Blank lines do not prolong a drain.
+                self.quiet_since = now
+            elif now >= self.loop.drain_started_at + DRAIN_GRACE_SECONDS:
+                self._count_drain_bytes(work, len(data))
+        else:
+            work.has_ended = True
+        self._proceed(now)
+
+    def _proceed(self, now: float) -> None:
+        """Go on until the client, a handler or the other clients must be waited for."""
+        work = self._begin_work()
+        has_had_turn = False
+        while not work.ending:
+            if work.items:
+                if not self._answer(work, now):
+                    return
+            elif work.unread:
+                if has_had_turn:
+                    self.loop.make_ready(self)
+                    return
+                has_had_turn = True
+                work.started_at = monotonic()
+                if not self._take_apart(work, now):
+                    return
+            elif work.has_ended and work.parser:
+                work.items.extend(work.parser.end())
+                work.parser = None
+            else:
+                break
+        if work.ending or work.has_ended or (work.drain_bytes_left or 0) < 0:
+            self.finish()
+        else:
+            self.rest(now)
+
+    def _take_apart(self, work: Work, now: float) -> bool:
+        """Answer the next piece, or find its items; return False if the client is waited for."""
+        data = work.unread
+        if work.parser is None:
+            end = data.rfind(b"\n") + 1
+            replies = self.loop.answer(data[:end], self.has_spoken) if end else None
+            if replies is None:
+                end = data.rfind(b"\n", 0, PIECE_BYTES) + 1
+                if end:
+                    replies = self.loop.answer(data[:end], self.has_spoken)
+            if replies is not None:
+                work.unread = data[end:]
+                self.has_spoken, self.quiet_since = True, now
+                self.loop.note_read(work.started_at)
+                return self._send(replies, now)
+            work.parser = Parser(self.loop.replies.grammar, is_first=not self.has_spoken)
+            work.line_deadline = inf
+        end = data.find(b"\n", 0, PIECE_BYTES) + 1 if work.parser.partial else 0
+        end = end or data.rfind(b"\n", 0, PIECE_BYTES) + 1 or PIECE_BYTES
+        work.unread = data[end:]
+        work.items.extend(work.parser.feed(data[:end]))
+        if not work.parser.partial:
+            work.parser = None
+        return True
+
+    def _answer(self, work: Work, now: float) -> bool:
+        """Reply to items up to one that may block; return False if something is waited for."""
+        replies: list[bytes] = []
+        self.has_spoken, self.quiet_since = True, now
+        while work.items:
+            item = work.items[0]
+            if isinstance(item, Command) and item.may_block:
+                if replies:  # A reply that is ready does not wait for a handler.
+                    return self._send(b"".join(replies), now)
+                work.items.popleft()
+                self._start_handler(item)
+                return False
+            work.items.popleft()
+            replies.append(self.loop.replies.reply_to(item))
+            if isinstance(item, ErrorReply) and item.closes:
+                work.ending = item
+                work.items.clear()
+        self.loop.note_read(work.started_at)
+        return self._send(b"".join(replies), now)
+
+    def _start_handler(self, command: Command) -> None:
+        self.state = BUSY
+        self.loop.set_deadline(self, inf)
+        gevent.spawn_raw(self._run_handler, command)
+
+    def _run_handler(self, command: Command) -> None:
+        """In a greenlet of its own: run a handler that may block."""
+        reply = self.loop.replies.reply_to(command)
+        if self.state is BUSY:
+            self.loop.guard(self, self._end_handler, reply)
+
+    def _end_handler(self, reply: bytes) -> None:
+        work, now = self._begin_work(), monotonic()
+        self.state, self.quiet_since = READING, now
+        self.loop.watch(self, READ)
+        if not work.items:
+            self.loop.note_read(work.started_at)
+        if self._send(reply, now):
+            self._proceed(now)
+
+    def _send(self, data: bytes, now: float) -> bool:
+        """Send; return False if the client must read before anything else is done for it."""
+        if not data:
+            return True
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(data):
+            return True
+        self.block(data[sent:], now)
+        return False
+
+    def block(self, unsent: bytes, now: float) -> None:
+        """Wait until the client reads, as long as it may take; read nothing from it meanwhile."""
+        self._begin_work().unsent = unsent
+        self.state = BLOCKED
+        self.loop.watch(self, WRITE)
+        self.loop.set_deadline(self, now + (self.loop.config.write_timeout_seconds or inf))
+
+    def _unblock(self, now: float) -> None:
+        work = self._begin_work()
+        with suppress(BlockingIOError):
+            work.unsent = work.unsent[self.sock.send(work.unsent) :]
+        if work.unsent:
+            return
+        self.state, self.quiet_since, work.started_at = READING, now, now
+        self.loop.watch(self, READ)
+        self._proceed(now)
+
+    # Silence
+
+    @property
+    def _has_part(self) -> bool:
+        """Whether a line, or a TLS record, has begun and not ended."""
+        has_line = self.work is not None and self.work.parser is not None
+        return has_line or getattr(self.sock, "has_partial_record", False)
+
+    def rest(self, now: float) -> None:
+        """Everything that has arrived is answered: wait for more, or leave in a drain."""
+        has_part = self._has_part
+        self.state = READING if has_part else IDLE
+        work = self.work
+        if has_part:
+            work = self._begin_work()
+            seconds = self.loop.config.line_timeout_seconds
+            if work.line_deadline == inf and seconds:
+                work.line_deadline = now + seconds
+        elif work and not self.loop.is_draining:
+            self.work = None
+        elif work:
+            work.line_deadline = inf
+        deadline = self._silence_ends_at()
+        if deadline <= now or getattr(self.sock, "has_unread", False):
+            self.loop.make_ready(self)  # Something may have arrived: look before it is too late.
+        else:
+            self.loop.set_deadline(self, deadline)
+
+    def _silence_ends_at(self) -> float:
+        """When a client that sends nothing more is dealt with."""
+        config, work, at = self.loop.config, self.work, inf
+        if config.idle_timeout_seconds:
+            at = self.quiet_since + config.idle_timeout_seconds
+        if work and self._has_part:
+            at = min(at, work.line_deadline, self._pause_ends_at(work))
+        return min(at, self._leaves_at())
+
+    def _pause_ends_at(self, work: Work) -> float:
+        """When a command without its newline is answered; infinity for never."""
+        seconds = self.loop.config.unterminated_after_seconds
+        if seconds and work.parser and work.parser.is_complete:
+            return self.quiet_since + seconds
+        return inf
+
+    def _leaves_at(self) -> float:
+        """When a drain closes this client if it sends nothing more; infinity without a drain."""
+        if not self.loop.is_draining:
+            return inf
+        if self._has_part:
+            return self.loop.drain_started_at + DRAIN_GRACE_SECONDS
+        return 0.0 if self.has_spoken else self.quiet_since + DRAIN_GRACE_SECONDS
+
+    def _end_silence(self, now: float) -> None:
+        work, idle_seconds = self._begin_work(), self.loop.config.idle_timeout_seconds
+        is_over = self._leaves_at() <= now
+        if idle_seconds and self.quiet_since + idle_seconds <= now:
+            self._end_with(TOO_IDLE, now)
+        elif (
+            work.parser
+            and work.parser.is_complete
+            and (is_over or self._pause_ends_at(work) <= now)
+        ):
+            work.items.extend(work.parser.silence())
+            work.parser = None
+            self._proceed(now)
+        elif self._has_part and work.line_deadline <= now:
+            self._end_with(TOO_SLOW, now)
+        elif is_over:
+            self.finish()
+        else:
+            self.rest(now)
+
+    def _end_with(self, error: ErrorReply, now: float) -> None:
+        work = self._begin_work()
+        work.parser = None
+        work.items.append(error)
+        work.started_at = now
+        self.state = READING
+        self._proceed(now)
+
+    # Ends
+
+    def drain(self, now: float) -> None:
+        """Leave as soon as what has been received is answered."""
+        if self.state is IDLE or self.state is READING:
+            self.loop.make_ready(self)
+        elif self.state is HANDSHAKE:
+            at = min(self.deadline, now + DRAIN_GRACE_SECONDS)
+            self.loop.set_deadline(self, at)
+
+    def _count_drain_bytes(self, work: Work, size: int) -> None:
+        """Limit what is answered to a client that never pauses in a drain.
+
+        What had arrived by the end of the grace is answered, and one read more, so that a client
+        that sends line by line is closed between two lines.
+        """
+        if work.drain_bytes_left is None:
+            arrived = int.from_bytes(ioctl(self.sock.fileno(), FIONREAD, bytes(4)), sys.byteorder)
+            work.drain_bytes_left = arrived + READ_BYTES
+        else:
+            work.drain_bytes_left -= size
+
+    def reject(self, error: ErrorReply) -> None:
+        """Send the reason to a client that has not been admitted, and end."""
+        self.state = REJECTED
+        self.loop.replies.count_error(error)
+        with suppress(BlockingIOError):
+            self.sock.send(error.reply)
+        if self.loop.may_linger_rejected():
+            self._await_end()
+        else:
+            self.close()
+
+    def finish(self) -> None:
+        """Close after the last line, once the client has read it."""
+        if self.work and self.work.has_ended:
+            self.close()
+            return
+        self._uncount()
+        self.state = CLOSING
+        self._await_end()
+
+    def _await_end(self) -> None:
+        """Send the end of the connection, and wait a moment for that of the client."""
+        self.loop.watch(self, READ)
+        self.loop.set_deadline(self, monotonic() + LINGER_SECONDS)
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def _reset(self) -> None:
+        """Close with a reset: the kernel would hold the replies for the client for minutes."""
+        self._begin_work().ending = SLOW_READER
+        self.loop.replies.count_error(SLOW_READER)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket. Does nothing if that has been done."""
+        if self.state is not CLOSED:
+            self._uncount()
+            was_rejected, self.state = self.state is REJECTED, CLOSED
+            self.loop.remove(self, was_rejected=was_rejected)
+
+    def _uncount(self) -> None:
+        if self.state in COUNTED:
+            self.loop.limits.uncount()
+            seconds = self.loop.config.write_timeout_seconds
+            if seconds:  # The kernel gives up by then on what the client leaves unread.
+                with suppress(OSError):
+                    self.sock.setsockopt(
+                        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ceil(seconds * 1000)
+                    )
+
+    # TLS
+
+    def _shake_hands(self, now: float) -> None:
+        """Go on with the handshake by what has arrived."""
+        tls: Any = self.sock
+        try:
+            if tls.flush() and not tls.is_established:
+                received = tls.receive(READ_BYTES)
+                if not received:
+                    self._end_handshake(tls.has_begun)
+                    return
+                if not tls.has_begun and not received.startswith(HANDSHAKE_RECORD):
+                    self._refuse_plain_text()
+                    return
+                tls.shake_hands(received)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail_handshake(error)
+            return
+        if not tls.flush():
+            self.loop.watch(self, WRITE)
+        elif tls.is_established:
+            self.loop.watch(self, READ)
+            self.loop.admit(self, now)
+        else:
+            self.loop.watch(self, READ)
+
+    def _refuse_plain_text(self) -> None:
+        self.loop.replies.count_error(PLAIN_TEXT)
+        self.state = CLOSING
+        tls: Any = self.sock
+        tls.send_plain(PLAIN_TEXT.reply)
+        self._await_end()
+
+    def _end_handshake(self, has_begun: bool) -> None:
+        """The client has gone before the end of the handshake."""
+        if has_begun:
+            self._fail_handshake(ConnectionAbortedError("the client has gone"))
+        else:
+            self.close()
+
+    def cut_off_handshake(self) -> None:
+        """End a handshake that is in the way: there are too many, or the worker exits."""
+        self._fail_handshake(ConnectionAbortedError("it was cut off"))
+
+    def _fail_handshake(self, error: OSError) -> None:
+        """Count it, and close; a client that broke TLS can read the alert that says why."""
+        self.loop.replies.count_error(TLS_FAILED)
+        if logging.root.isEnabledFor(logging.DEBUG) and self.address:
+            fields = {**address_fields(self.address), **logs.error_fields(error)}
+            message = f"no TLS with {self.address[0]}: {error}"
+            logs.event(logging.DEBUG, "client.tls_failed", message, fields)
+        if type(error).__module__ == "ssl":
+            self.state = CLOSING
+            self._await_end()
+        else:
+            self.close()
+
+
+def address_fields(address: Any) -> dict[str, object]:
+    """Return the fields of a log event for a client's address."""
+    return {"client.address": address[0], "client.port": address[1]}

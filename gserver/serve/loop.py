@@ -1,0 +1,342 @@
+"""The event loop of one worker: tells each client of its events, its turn and its deadline.
+
+All sockets of clients are in one epoll, which is one event of gevent's loop. A gevent watcher for
+each client would take an eighth more CPU, and call the last comers first, with twice the 99th
+percentile (docs/performance.md).
+"""
+
+import heapq
+import logging
+from collections.abc import Callable
+from itertools import count
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import gevent
+from gevent.monkey import get_original
+
+from gserver import logs
+from gserver.boot import RESERVED_FILES, fatal_on_error
+from gserver.config import Config
+from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
+from gserver.serve.client import HANDSHAKE, IDLE, READ, READ_BYTES, Client, address_fields
+from gserver.serve.fastpath import FastPath
+from gserver.serve.limits import Limits
+from gserver.serve.replies import Replies
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+#: Clients that are answered in one turn of the loop; then handlers and the others have theirs.
+TURN_CLIENTS = 256
+#: How long the clients that wait for their turn (`make_ready`) have together in one turn.
+READY_SECONDS = 0.0001
+#: Lowest in libev: new clients are accepted before the bytes of others are read.
+PRIORITY = -2
+#: A deadline that is noticed so late says nothing about the client: the process stood still. The
+#: client has as long once more.
+LATE_SECONDS = 1.0
+#: Rejected clients whose end is awaited at the same time; others are closed at once.
+MAX_REJECTED = RESERVED_FILES // 2
+#: TLS handshakes under way in one worker, at most, and at most a quarter of its open files. One
+#: more ends the oldest, since an honest handshake takes milliseconds.
+MAX_HANDSHAKES = 1024
+
+
+class Loop:
+    """All clients of one worker. `on_close` is called whenever a socket has been closed."""
+
+    def __init__(
+        self,
+        config: Config,
+        limits: Limits,
+        replies: Replies,
+        on_close: Callable[[], None],
+        tls: "tuple[SSLContext, int] | None" = None,
+    ) -> None:
+        """`tls`: the context of the port's TLS, and how many handshakes there may be at a time."""
+        self.config = config
+        self.limits = limits
+        self.replies = replies
+        self.answer = FastPath(replies).answer
+        self._on_close = on_close
+        self._tls_context = tls[0] if tls else None
+        self._max_handshakes = min(tls[1], MAX_HANDSHAKES) if tls else 0
+        #: All clients by the descriptors of their sockets, handshakes and rejected ones included.
+        self.clients: dict[int, Client] = {}
+        #: Clients with a handshake under way, the oldest first.
+        self.handshakes: dict[Client, None] = {}
+        #: Clients that wait for their turn to go on, the first first.
+        self.ready: dict[Client, None] = {}
+        #: Rejected clients that are still open, and those rejected since the last turn.
+        self.rejected = self.rejected_now = 0
+        self.is_draining = False
+        self.drain_started_at = inf
+        hub = gevent.get_hub()
+        self._epoll = get_original("select", "epoll")()
+        #: The listener's descriptor while new clients are accepted.
+        self._listener_fd = -1
+        #: Events that are served after the new clients that came with them.
+        self._held: list[tuple[int, int]] | None = None
+        self._watcher = hub.loop.io(self._epoll.fileno(), READ, priority=PRIORITY)
+        self._watcher.start(fatal_on_error(self._take_turn))
+        self._ready_timer = hub.loop.timer(0)
+        self._serve_ready_or_exit = fatal_on_error(self._serve_ready)
+        #: Deadlines, the next one first. Entries that are not their client's deadline any more
+        #: are passed over.
+        self._deadlines: list[tuple[float, int, Client]] = []
+        self._sequence = count()
+        self._deadline_timer: Any = hub.loop.timer(0)
+        self._expire_or_exit = fatal_on_error(self._expire)
+        self._expires_at = inf
+
+    # New clients
+
+    def watch_listener(self, fd: int) -> None:
+        """Serve bytes that come with a new client after it is accepted; -1 ends that."""
+        if fd == self._listener_fd:
+            return
+        if self._listener_fd >= 0:
+            self._epoll.unregister(self._listener_fd)
+        self._listener_fd = fd
+        if fd >= 0:
+            self._epoll.register(fd, READ)
+
+    def begin(self, sock: Any, address: Any) -> None:
+        """Begin with a connection that has been accepted."""
+        now = monotonic()
+        fd = sock.fileno()
+        self.limits.count_address(fd, address[0])
+        kept = address if logging.root.isEnabledFor(logging.DEBUG) else None
+        if self._tls_context:
+            from gserver.serve.tls import TlsSocket  # OpenSSL is loaded only where it is needed.
+
+            sock = TlsSocket(sock, self._tls_context)
+        client = Client(self, sock, kept, HANDSHAKE, now)
+        if self.clients.setdefault(fd, client) is not client:
+            raise SystemError(f"descriptor {fd} of a client was closed by other code, and reused")
+        try:
+            self._epoll.register(fd, READ)
+        except OSError as error:  # No memory, or fs.epoll.max_user_watches.
+            self._log_failure(error)
+            client.close()
+            return
+        if not self._tls_context:
+            self.guard(client, self.admit, client, now, address)
+            return
+        if len(self.handshakes) >= self._max_handshakes:
+            self.end_oldest_handshake()
+        self.handshakes[client] = None
+        self.set_deadline(client, now + (self.config.tls_handshake_timeout_seconds or inf))
+
+    def end_oldest_handshake(self) -> None:
+        """Make room for a new connection, if there is a handshake that can be ended for it."""
+        oldest = next(iter(self.handshakes), None)
+        if oldest is not None:
+            self.guard(oldest, oldest.cut_off_handshake)
+
+    def admit(self, client: Client, now: float, address: Any = None) -> None:
+        """Count a client, or reject it. Its handshake is over, if there was one."""
+        self.handshakes.pop(client, None)
+        error = self.limits.admit(client.sock.fileno())
+        if error:
+            self.rejected += 1
+            self.rejected_now += 1
+            self._log_rejection(address or client.sock.getpeername(), error)
+            client.reject(error)
+            return
+        client.state = IDLE
+        client.quiet_since = now
+        log_client("client.accepted", "accepted", client)
+        client.rest(now)
+
+    def may_linger_rejected(self) -> bool:
+        """Whether the end of one more rejected client is awaited."""
+        return self.rejected <= MAX_REJECTED
+
+    def _log_rejection(self, address: Any, error: ErrorReply) -> None:
+        config = self.config
+        reasons = {
+            TOO_MANY_CLIENTS: f"{config.max_clients} are connected (--max-clients)",
+            TOO_MANY_FROM_ADDRESS: f"{config.max_clients_per_address} of its address are connected"
+            " (--max-clients-per-address)",
+        }
+        fields = {**address_fields(address), "gserver.reason": error.name}
+        message = f"{address[0]} was rejected: {reasons[error]}"
+        logs.warn_ratelimited("client.rejected", message, fields)
+
+    # Turns
+
+    def _take_turn(self) -> None:
+        """Serve the clients that have sent something, first come, first served."""
+        self.rejected_now = 0
+        events = self._held
+        if events is None:
+            events = self._epoll.poll(0, TURN_CLIENTS)
+            # A client that had connected before a WHO was sent is in its answer. In a full turn,
+            # the listener's event may be among those that are left for the next one.
+            if self._listener_fd >= 0 and (
+                len(events) == TURN_CLIENTS or any(fd == self._listener_fd for fd, _ in events)
+            ):
+                self._held = events
+                return
+        self._held = None
+        self._serve(events)
+
+    def _serve(self, events: list[tuple[int, int]]) -> None:
+        """Tell clients of their events. Idle clients, which most are, are answered right here."""
+        started, reads, has_tls = monotonic(), 0, self._tls_context is not None
+        clients, answer, is_draining = self.clients, self.answer, self.is_draining
+        for fd, _ in events:
+            client = clients.get(fd)
+            if client is None:
+                continue  # The listener, or a client that was closed in this turn.
+            if client.state is not IDLE or is_draining:
+                self.guard(client, client.on_event, started)
+                continue
+            replies = None
+            try:
+                data = client.sock.recv(READ_BYTES)
+                replies = answer(data, client.has_spoken)
+                if replies is None:
+                    client.take(data, started)
+                    continue
+                reads += 1
+                client.quiet_since, client.has_spoken = started, True
+                sent = client.sock.send(replies)
+                if has_tls or sent < len(replies):
+                    self.guard(client, client.after_send, replies[sent:], started)
+            except BlockingIOError:
+                self.guard(client, client.after_block, replies, started)
+            except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
+                self._fail(client, error)
+        if reads:
+            self.replies.count_reads(reads, round((monotonic() - started) * 1e9))
+
+    def guard(self, client: Client, step: Callable[..., object], *arguments: Any) -> None:
+        """Take a step with a client; close the client if its connection, or our code, fails."""
+        try:
+            step(*arguments)
+        except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
+            self._fail(client, error)
+
+    def _fail(self, client: Client, error: Exception) -> None:
+        if not isinstance(error, OSError):  # That one means that the connection is broken.
+            self._log_failure(error)
+        client.close()
+
+    def _log_failure(self, error: Exception) -> None:
+        message = f"a client is closed after an internal error: {error!r}"
+        logs.warn_ratelimited("process.error", message, logs.error_fields(error))
+
+    def make_ready(self, client: Client) -> None:
+        """Call the client's `on_ready` in one of the next turns."""
+        if not self.ready:
+            self._ready_timer.start(self._serve_ready_or_exit)
+        self.ready[client] = None
+
+    def _serve_ready(self) -> None:
+        ready, now = self.ready, monotonic()
+        until = now + READY_SECONDS
+        while ready and now < until:
+            client = next(iter(ready))
+            del ready[client]
+            self.guard(client, client.on_ready, now)
+            now = monotonic()
+        if ready:
+            self._ready_timer.start(self._serve_ready_or_exit)
+
+    def note_read(self, started_at: float) -> None:
+        """Count a read whose answering began then."""
+        self.replies.count_reads(1, round((monotonic() - started_at) * 1e9))
+
+    def watch(self, client: Client, events: int) -> None:
+        """Report these events of the client's socket from now on."""
+        self._epoll.modify(client.sock.fileno(), events)
+
+    # Deadlines
+
+    def set_deadline(self, client: Client, at: float) -> None:
+        """Call the client's `on_deadline` at that moment, and not at an earlier one."""
+        if at == client.deadline:
+            return
+        client.deadline = at
+        if at == inf:
+            return
+        heapq.heappush(self._deadlines, (at, next(self._sequence), client))
+        if len(self._deadlines) > 2 * len(self.clients) + 1024:
+            # A client that sends its lines in pieces leaves an old entry with each.
+            self._deadlines = [entry for entry in self._deadlines if entry[2].deadline == entry[0]]
+            heapq.heapify(self._deadlines)
+        if at < self._expires_at:
+            self._start_deadline_timer(at)
+
+    def _start_deadline_timer(self, at: float) -> None:
+        self._expires_at = at
+        self._deadline_timer.stop()
+        self._deadline_timer.close()
+        self._deadline_timer = gevent.get_hub().loop.timer(max(0.0, at - monotonic()))
+        self._deadline_timer.start(self._expire_or_exit, update=True)
+
+    def _expire(self) -> None:
+        """Deal with the deadlines that are over. This is the only place that judges a client late.
+
+        What has arrived by now is read first: it was the loop that was late, not the client.
+        """
+        self._expires_at = inf
+        events = self._epoll.poll(0, TURN_CLIENTS)
+        self._serve(events)
+        if len(events) == TURN_CLIENTS:
+            self._start_deadline_timer(0.0)
+            return
+        now = monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            at, _, client = heapq.heappop(self._deadlines)
+            if client.deadline != at:
+                continue  # It was put off, or is over.
+            if now > at + LATE_SECONDS:
+                self.set_deadline(client, now + LATE_SECONDS)
+                continue
+            client.deadline = inf
+            self.guard(client, client.on_deadline, now)
+        if self._deadlines and self._deadlines[0][0] < self._expires_at:
+            self._start_deadline_timer(self._deadlines[0][0])
+
+    # Ends
+
+    def drain(self) -> None:
+        """Close every client as soon as what it has sent is answered."""
+        self.is_draining = self.replies.is_draining = True
+        self.drain_started_at = now = monotonic()
+        for client in list(self.clients.values()):
+            self.guard(client, client.drain, now)
+
+    def remove(self, client: Client, *, was_rejected: bool) -> None:
+        """Forget a client, and close its socket. Raises SystemError if other code has closed it."""
+        fd = client.sock.fileno()
+        self.ready.pop(client, None)
+        self.handshakes.pop(client, None)
+        self.rejected -= was_rejected
+        client.deadline = inf
+        if self.clients.get(fd) is client:
+            del self.clients[fd]
+            self.limits.uncount_address(fd)
+        try:
+            client.sock.close()
+        except OSError as error:
+            raise SystemError("a client's descriptor was closed by other code") from error
+        if not was_rejected:
+            log_client("client.closed", "closed", client)
+        self._on_close()
+
+
+def log_client(action: str, verb: str, client: Client) -> None:
+    """Log an event of a client at debug level, if its address was kept for that."""
+    if client.address is not None:
+        host, port = client.address[:2]
+        fields = address_fields(client.address)
+        ending = client.work.ending if client.work else None
+        if ending:
+            fields["gserver.reason"] = ending.name
+        logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", fields)

@@ -1,0 +1,191 @@
+"""The fast path gives the same replies and the same counts as the parser, or nothing at all."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gserver.commands import BUILT_IN, Command, command
+from gserver.config import Config
+from gserver.protocol import ErrorReply, Parser
+from gserver.scoreboard import Scoreboard
+from gserver.serve.fastpath import MAX_LONG_PLANS, MAX_MISSES, MAX_SHORT_PLANS, FastPath
+from gserver.serve.limits import Limits
+from gserver.serve.replies import Replies
+from tests.wire_cases import CASES, Case
+
+
+@command("QUICK", may_block=False)
+def quick(_service: object) -> str:
+    return "never blocks"
+
+
+@command("NAP")
+def nap(_service: object) -> str:
+    return "may block"
+
+
+CONFIG = Config(server_id="here")
+LINES = (
+    b"WHO\n",
+    b"WHERE\n",
+    b"WHY\n",
+    b"who\r\n",
+    b"Why\n",
+    b"QUICK\n",
+    b"NAP\n",
+    b"NOPE\n",
+    b"\n",
+    b"WHO",
+    b"W",
+    b"O\n",
+)
+
+
+class Worker:
+    """The parts of a worker that answer: the fast path, and the parser."""
+
+    def __init__(self, config: Config = CONFIG, clients: int = 3) -> None:
+        self.scoreboard = Scoreboard.create(2)
+        self.limits = Limits(config, self.scoreboard, 1)
+        self.replies = Replies(config, self.scoreboard, 1, (*BUILT_IN, quick, nap))
+        for fd in range(clients):
+            self.limits.admit(fd)
+        self.fastpath = FastPath(self.replies)
+
+    def counts(self) -> dict[str, int]:
+        """How often each command, and each error reply, was given."""
+        return {
+            name: count
+            for name, count in self.scoreboard.totals().items()
+            if name.startswith(("commands.", "refused."))
+        }
+
+    def parsed(self, data: bytes, has_spoken: bool) -> tuple[bytes, dict[str, int]] | None:
+        """The parser's replies to a read, and the counts; None for what is not for the fast path."""
+        parser: Parser[Command] = Parser(self.replies.grammar, is_first=not has_spoken)
+        items = parser.feed(data)
+        if parser.partial or not items:
+            return None
+        replies, counts = b"", dict.fromkeys(self.counts(), 0)
+        for item in items:
+            if isinstance(item, ErrorReply):
+                if item.closes or not has_spoken:
+                    return None
+                replies += item.reply
+                counts[f"refused.{item.name}"] += 1
+            else:
+                if item.may_block:
+                    return None
+                replies += item.answer(self.replies.service)
+                counts[f"commands.{item.name}"] += 1
+        return replies, counts
+
+
+def check(worker: Worker, data: bytes, has_spoken: bool = True) -> bytes | None:
+    """Answer by the fast path; see that it is what the parser says, or that nothing was counted."""
+    before = worker.counts()
+    replies = worker.fastpath.answer(data, has_spoken)
+    counted = {name: count - before[name] for name, count in worker.counts().items()}
+    if replies is None:
+        assert not any(counted.values())
+    else:
+        assert (replies, counted) == worker.parsed(data, has_spoken)
+    return replies
+
+
+@pytest.fixture(scope="module")
+def worker() -> Worker:
+    return Worker()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_case_is_answered_as_the_table_says_or_not_at_all(case: Case) -> None:
+    worker = Worker(clients=1)
+    assert check(worker, case.sent, has_spoken=False) in (None, case.replies)
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=12).map(b"".join), st.booleans())
+def test_lines_in_any_order_are_answered_as_by_the_parser_or_not_at_all(
+    worker: Worker, data: bytes, has_spoken: bool
+) -> None:
+    for _ in range(2):  # The second time by a plan that is remembered.
+        check(worker, data, has_spoken)
+
+
+@given(st.text(alphabet="WHOERY\r\n", max_size=24), st.booleans())
+def test_what_is_nearly_a_command_is_answered_as_by_the_parser_or_not_at_all(
+    worker: Worker, text: str, has_spoken: bool
+) -> None:
+    check(worker, text.encode(), has_spoken)
+
+
+@given(st.lists(st.sampled_from((*LINES[:6], *LINES[7:9])), min_size=1, max_size=60).map(b"".join))
+def test_whole_lines_that_cannot_block_are_answered(worker: Worker, data: bytes) -> None:
+    is_blank = not data.strip()
+    assert (check(worker, data) is None) == is_blank
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n", b" \n"])
+@pytest.mark.parametrize("line", [b"WHO", b"where", b"Why", b" who", b"why", b"WheRe"])
+def test_a_single_line_in_any_spelling_is_answered(
+    worker: Worker, line: bytes, ending: bytes
+) -> None:
+    for has_spoken in (False, True):
+        assert check(worker, line + ending, has_spoken) in (b"3\n", b"here\n", b"42\n")
+
+
+def test_many_different_reads_are_answered_after_all_plans_were_forgotten() -> None:
+    worker = Worker()
+    for number in range(MAX_SHORT_PLANS + MAX_MISSES + 10):
+        assert check(worker, b"who\nNOPE%d\n" % number) == b"3\nERR unknown command\n"
+        assert len(worker.fastpath._plans) <= MAX_SHORT_PLANS + MAX_LONG_PLANS
+    assert check(worker, b"who\n") == b"3\n"
+
+
+@pytest.mark.parametrize("data", [b"WHO\nWHERE\nWHY\n" * 200, b"who\n" * 128])
+def test_long_reads_are_answered(worker: Worker, data: bytes) -> None:
+    assert check(worker, data) is not None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\n", b"WHO", b"WHO\nWH", b"NAP\n", b"WHO\nNAP\n", b"who\n" * 500, b"x" * 2000 + b"\n"],
+)
+def test_all_else_is_left_to_the_parser(worker: Worker, data: bytes) -> None:
+    assert check(worker, data) is None
+
+
+@pytest.mark.parametrize("data", [b"HO\n", b"WHO\nNOPE\nWHY\n", b"GET / HTTP/1.1\r\n"])
+def test_a_first_read_with_an_unknown_command_is_left_to_the_parser(
+    worker: Worker, data: bytes
+) -> None:
+    assert check(worker, data, has_spoken=False) is None
+    assert check(worker, data) is not None
+
+
+@pytest.mark.parametrize("server_id", ["WHO", "WHY", "WHERE", "xWHO", "WHEREWHERE", "42"])
+def test_an_id_that_is_a_command_is_answered_as_it_is(server_id: str) -> None:
+    worker = Worker(replace(CONFIG, server_id=server_id))
+    assert check(worker, b"WHERE\nWHO\nWHERE\nWHY\nWHERE\n") == b"ID\n3\nID\n42\nID\n".replace(
+        b"ID", server_id.encode()
+    )
+
+
+def test_the_number_of_clients_is_asked_for_each_time(worker: Worker) -> None:
+    assert worker.limits.admit(3) is None
+    assert [check(worker, b"WHO\n"), check(worker, b"WHY\nWHO\n")] == [b"4\n", b"42\n4\n"]
+    worker.limits.uncount()
+    assert check(worker, b"WHO\n") == b"3\n"
+
+
+@pytest.mark.parametrize("data", [b"WHO\n", b"WHY\nWHO\nWHERE\n"])
+def test_a_who_that_cannot_be_answered_is_left_to_the_parser_uncounted(data: bytes) -> None:
+    worker = Worker(replace(CONFIG, redis_url="redis://localhost", on_cluster_loss="error"))
+    assert check(worker, data) is None
+    assert check(worker, b"WHY\nWHERE\n") == b"42\nhere\n"
+
+
+def test_a_line_that_is_too_long_is_none() -> None:
+    assert check(Worker(replace(CONFIG, max_line_bytes=5)), b"WHERE\nWHO\n") == b"here\n3\n"
