@@ -222,6 +222,9 @@ class Loop:
             self._fail(client, error)
 
     def _fail(self, client: Client, error: Exception) -> None:
+        """Close a client after an error in the call that is being handled."""
+        if isinstance(error, SystemError):
+            raise error  # The process cannot go on.
         if not isinstance(error, OSError):  # That one means that the connection is broken.
             self._log_failure(error)
         client.close()
