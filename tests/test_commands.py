@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from gserver.commands import BUILT_IN, Command, Service, command, load
+from gserver.commands import BUILT_IN, Command, Service, command
 from gserver.errors import UsageError
+from gserver.serve.command_module import load_commands
 from tests.running import LIMIT, PATIENCE, Running, until
 
 SERVICE = Service("an-id", lambda: 3)
@@ -90,7 +91,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
-    """Write a module, named mine_…, where the test runs; what `load` leaves in this process goes at
+    """Write a module, named mine_…, where the test runs; what `load_commands` leaves in this process goes at
     the end.
     """
     monkeypatch.chdir(tmp_path)
@@ -192,7 +193,7 @@ def test_what_a_handler_raises_comes_through() -> None:
 
 
 def test_without_a_module_there_are_the_built_in_commands() -> None:
-    assert load("") == BUILT_IN
+    assert load_commands("") == BUILT_IN
 
 
 def test_a_module_adds_its_commands_in_the_order_in_which_it_names_them(
@@ -202,7 +203,7 @@ def test_a_module_adds_its_commands_in_the_order_in_which_it_names_them(
         "mine_two",
         '@command("B")\ndef b(service): return "b"\n@command("a")\ndef a(service): return "a"\nagain = b',
     )
-    assert [item.name for item in load(name)] == ["WHO", "WHERE", "WHY", "B", "A"]
+    assert [item.name for item in load_commands(name)] == ["WHO", "WHERE", "WHY", "B", "A"]
 
 
 def test_built_in_commands_that_a_module_imports_are_not_its_own(
@@ -212,7 +213,7 @@ def test_built_in_commands_that_a_module_imports_are_not_its_own(
         "mine_imports",
         'from gserver.commands import who\n@command("B")\ndef b(service): return "b"',
     )
-    assert [item.name for item in load(name)] == ["WHO", "WHERE", "WHY", "B"]
+    assert [item.name for item in load_commands(name)] == ["WHO", "WHERE", "WHY", "B"]
 
 
 def test_a_module_may_lie_in_a_package(write: Callable[[str, str], str], tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_a_module_may_lie_in_a_package(write: Callable[[str, str], str], tmp_pat
     (tmp_path / "mine_package" / "deep.py").write_text(
         'from gserver.commands import command\n@command("DEEP")\ndef deep(service): return 1\n'
     )
-    assert load("mine_package.deep")[-1].name == "DEEP"
+    assert load_commands("mine_package.deep")[-1].name == "DEEP"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_a_bad_module_is_refused_with_its_reason(
 ) -> None:
     write(name, text)
     with pytest.raises(UsageError) as caught:
-        load(name)
+        load_commands(name)
     assert str(caught.value).startswith(f"--commands {name}: {reason}")
 
 
@@ -274,7 +275,7 @@ def test_what_is_no_module_at_all_is_refused(name: str) -> None:
     path = sys.path[:]
     try:
         with pytest.raises(UsageError, match="cannot import it: "):
-            load(name)
+            load_commands(name)
     finally:
         sys.path[:] = path
 

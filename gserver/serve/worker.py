@@ -18,7 +18,7 @@ import gevent
 from gevent.event import Event
 from gevent.server import StreamServer
 
-from gserver import commands, logs
+from gserver import logs
 from gserver.boot import (
     FATAL_ACCEPT_ERRORS,
     RESERVED_FILES,
@@ -30,6 +30,7 @@ from gserver.boot import (
 from gserver.certificates import Certificates
 from gserver.errors import UsageError
 from gserver.scoreboard import Scoreboard
+from gserver.serve.command_module import load_commands
 from gserver.serve.dispatcher import MAX_TURNED_AWAY, Dispatcher
 from gserver.serve.limits import Limits
 
@@ -125,7 +126,7 @@ class Worker:
         for name, value in (("pid", os.getpid()), ("begun", monotonic_ns())):
             self._scoreboard.cells[self._scoreboard.cell(name, instructions.slot)] = value
         self._limits = Limits(
-            config, self._scoreboard, instructions.slot, commands.load(config.commands)
+            config, self._scoreboard, instructions.slot, load_commands(config.commands)
         )
         self.dispatcher = Dispatcher(self._limits, self._on_close)
         self._capacity = raise_file_limit() - RESERVED_FILES
