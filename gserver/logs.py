@@ -251,6 +251,14 @@ def report_suppressed() -> None:
         )
 
 
+def text_of(error: BaseException) -> str:
+    """Return the text of an exception, whose own code may raise anything."""
+    try:
+        return str(error)
+    except BaseException:  # noqa: BLE001 - as above
+        return "(its text cannot be shown)"
+
+
 def error_fields(error: BaseException) -> dict[str, str]:
     """Return the ECS fields of an exception, its stack trace's end included."""
     try:
