@@ -227,6 +227,7 @@ class Conversation:
                         "command.failed",
                         message,
                         {"gserver.command": item.name, **logs.error_fields(error)},
+                        key=f"{item.name} {type(error).__name__}",
                     )
                     item = INTERNAL
             limits.refuse(item)
