@@ -22,7 +22,7 @@ import pathlib
 import socket
 import time
 
-from gserver.commands import command, who as imported_ones_do_not_count
+from gserver.commands import command, who as imported_who
 
 
 @command("hold")
@@ -186,7 +186,7 @@ def test_a_blocking_command_delays_only_its_own_client(extended: Running) -> Non
 
 
 @pytest.mark.parametrize(
-    ("said", "reply"),
+    ("sent", "reply"),
     [
         (b"LOOKUP", b"127.0.0.1"),
         (b"nap", b"rested at here"),
@@ -196,14 +196,14 @@ def test_a_blocking_command_delays_only_its_own_client(extended: Running) -> Non
         (b"ACCENT", b"ERR internal"),
         (b"NOTHING", b"ERR internal"),
         (b"BROKEN", b"ERR internal"),
-        (b"imported_ones_do_not_count", b"ERR unknown command"),
+        (b"imported_who", b"ERR unknown command"),
     ],
 )
 def test_a_custom_command_is_answered_over_the_wire(
-    extended: Running, said: bytes, reply: bytes
+    extended: Running, sent: bytes, reply: bytes
 ) -> None:
     with extended.client() as client:
-        assert client.ask(said) == reply
+        assert client.ask(sent) == reply
         assert client.ask(b"WHY") == b"42"  # The client stays connected after each error.
 
 
@@ -320,10 +320,7 @@ def test_a_printed_line_appears_at_once_on_stderr(tmp_path: Path) -> None:
     (tmp_path / "extra.py").write_text(MISBEHAVING)
     # As most servers run: Python buffers, unless this variable is set.
     env = {"PYTHONUNBUFFERED": ""}
-    with (
-        Running("--commands", "extra", cwd=tmp_path, env=env) as server,
-        server.client() as client,
-    ):
+    with Running("--commands", "extra", cwd=tmp_path, env=env) as server, server.client() as client:
         assert client.ask(b"PRINT") == b"printed"
         until(lambda: "a line\n" in server.errors, "the printed line")
         assert client.ask(b"PRINT-PART") == b"printed"
