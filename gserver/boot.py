@@ -86,9 +86,10 @@ def begin() -> Instructions:
         if fd >= 0:
             os.set_inheritable(fd, False)  # A program that a handler starts must not hold the port.
     config = instructions.config
-    # What a handler prints must not get between the events: it goes to stderr.
+    # Handlers may print. Their lines go to stderr at once, not between the events on stdout.
     log_fd = os.dup(1)
     os.dup2(2, 1)
+    sys.stdout = sys.stderr  # It is line-buffered; stdout would be block-buffered.
     logs.start(config.log_level, config.log_format, config.server_id, log_fd)
     return instructions
 

@@ -1,17 +1,15 @@
-"""The commands and their handlers: ordinary blocking functions that return one line.
+"""Commands and their handlers. This is the module that authors of commands import.
 
-A handler may sleep, look up a name or call a database: only the client that asked waits.
-`--commands MODULE` adds those that a module of your own defines; README.md shows one.
+A handler is an ordinary blocking function. It may sleep, look up a name or query a database; only
+the client that sent the command waits. `--commands MODULE` adds the commands of a module of your
+own: README.md has an example.
 """
 
-import importlib
-import multiprocessing
+import inspect
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gserver.errors import UsageError
 from gserver.protocol import MAX_NAME_BYTES
 
 NAME = re.compile(rf"[A-Z][A-Z0-9_-]{{0,{MAX_NAME_BYTES - 1}}}")
@@ -19,7 +17,10 @@ NAME = re.compile(rf"[A-Z][A-Z0-9_-]{{0,{MAX_NAME_BYTES - 1}}}")
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What a handler may know: the id of this server, and how many clients are connected."""
+    """What a handler may use: this server's id, and a function that counts the connected clients.
+
+    In a cluster, `clients` counts the clients of all servers. It may raise `ClusterUnavailable`.
+    """
 
     server_id: str
     clients: Callable[[], int]
@@ -30,55 +31,106 @@ Handler = Callable[[Service], str | int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Command:
-    """A name on the wire and the function that answers it. `may_block` is false for the built-in ones."""
+    """The name of a command in upper case, and its handler."""
 
     name: str
     handler: Handler
+    #: Whether the handler may block. If so, it runs in a greenlet.
     may_block: bool = True
-    #: Of the scoreboard: where a worker counts it.
+    #: Index of the scoreboard cell in which a worker counts this command.
     cell: int = -1
 
     def answer(self, service: Service) -> bytes:
-        """Return the reply as a line. Raises what the handler raises, and what `line` does."""
+        """Run the handler; return its reply as a line. Raises what the handler or `line` raises."""
         return line(self.handler(service))
 
 
 def line(reply: str | int) -> bytes:
-    """Return the reply as a line, LF included; raise TypeError or ValueError for one that cannot be."""
+    """Return the reply as one line of printable ASCII, with its LF.
+
+    Raises TypeError if the reply is neither a str nor an int, ValueError if it is not such a line.
+    """
     if not isinstance(reply, str | int):
-        raise TypeError(f"a reply is a str or an int, not {type(reply).__name__}")
+        raise TypeError(f"a reply must be a str or an int, not {type(reply).__name__}")
     text = str(reply)
     if not text.isprintable():
-        raise ValueError("a reply is one printable line")
+        raise ValueError("a reply must be one printable line")
     return text.encode("ascii") + b"\n"
 
 
 def command(name: str, *, may_block: bool = True) -> Callable[[Handler], Command]:
-    """Decorate a handler as the command `name`: letters, digits, `-` and `_`, at most 32.
+    """Make the decorated function the handler of the command `name`.
 
-    The handler takes the `Service` and returns a str (or int) that is one line of printable ASCII.
-    If it raises, or returns anything else, the client is told `ERR internal` and stays connected.
+    A name has letters, digits, `-` and `_`, a letter first, and at most 32 of them. Clients may
+    write it in any case.
+
+    The handler takes the `Service` and returns a str or an int: one line of printable ASCII. If it
+    raises an exception or returns anything else, the client gets `ERR internal` and stays
+    connected.
+
+    Set `may_block=False` only for a handler that never waits for anything: it runs in the event
+    loop, which serves all clients of the worker.
+
+    Raises ValueError for a bad name, TypeError for a function that cannot be a handler.
     """
+    if not isinstance(name, str):
+        shown = getattr(name, "__name__", "name").upper()
+        raise TypeError(f'the decorator needs a name: @command("{shown}")')
     if not name.isascii() or not NAME.fullmatch(name.upper()):
         raise ValueError(
-            f"{name!r} is no name for a command: use letters, digits, - and _, at most {MAX_NAME_BYTES}"
+            f"{name!r} is not a command name: use letters, digits, - and _, a letter first,"
+            f" at most {MAX_NAME_BYTES}"
         )
 
     def decorate(handler: Handler) -> Command:
+        problem = handler_problem(handler)
+        if problem:
+            raise TypeError(f"the handler of {name.upper()} {problem}")
         return Command(name.upper(), handler, may_block)
 
     return decorate
 
 
+def handler_problem(handler: object) -> str:
+    """Return why this object cannot be a handler, as the end of a sentence; "" if it can."""
+    if isinstance(handler, type):
+        return "must be a function, not a class"
+    if not callable(handler):
+        return f"must be a function, not a {type(handler).__name__}"
+    # An object may be callable because of its method `__call__`.
+    for function in (handler, type(handler).__call__):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            return "is an async function: use def, and calls that block"
+        if inspect.isgeneratorfunction(function):
+            return "is a generator: use return, not yield"
+    if not _takes_one_argument(handler):
+        return "must take exactly one argument, the service, as in def handler(service)"
+    return ""
+
+
+def _takes_one_argument(handler: Callable[..., object]) -> bool:
+    # A decorator may have added or removed arguments, so the signature of the function that it
+    # wraps does not count.
+    try:
+        signature = inspect.signature(handler, follow_wrapped=False)
+    except ValueError:
+        return True  # A function written in C may have no signature.
+    try:
+        signature.bind(None)
+    except TypeError:
+        return False
+    return True
+
+
 @command("WHO", may_block=False)
 def who(service: Service) -> int:
-    """How many clients are connected, the asker among them."""
+    """The number of connected clients, including the one that asks."""
     return service.clients()
 
 
 @command("WHERE", may_block=False)
 def where(service: Service) -> str:
-    """The globally unique id of the server that answers."""
+    """The globally unique id of the server that replies."""
     return service.server_id
 
 
@@ -89,32 +141,3 @@ def why(_service: Service) -> str:
 
 
 BUILT_IN = (who, where, why)
-
-
-def load(module_name: str) -> tuple[Command, ...]:
-    """Return the built-in commands and those of the named module ("" for none); raise `UsageError` for a bad one."""
-    if not module_name:
-        return BUILT_IN
-    # A forked child would hold our port and our clients, and go on with our event loop.
-    multiprocessing.set_start_method("spawn", force=True)
-    # The folder that gserver was started in, after everything installed: a file there must not hide
-    # a package.
-    sys.path.append("")
-    try:
-        module = importlib.import_module(module_name)
-    # What somebody else's module may raise is unbounded, and all of it means the same here.
-    except BaseException as error:
-        raise UsageError(
-            f"--commands {module_name}: cannot import it: {type(error).__name__}: {error}"
-        ) from error
-    added = {id(value): value for value in vars(module).values() if isinstance(value, Command)}
-    own = tuple(value for value in added.values() if value not in BUILT_IN)
-    if not own:
-        raise UsageError(
-            f"--commands {module_name}: it defines no command (decorate a function with @command)"
-        )
-    names = [item.name for item in (*BUILT_IN, *own)]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--commands {module_name}: the command {name} is defined twice")
-    return (*BUILT_IN, *own)

@@ -1,13 +1,13 @@
-"""Logs: one JSON event a line on stdout (or text for a person), written by a thread of its own.
+"""Logs: one JSON event per line on stdout, or text on a terminal, written by a native thread.
 
-A reader of stdout that stalls or goes away never stalls the service: lines wait in a bounded queue,
-and what does not fit is dropped and counted. Field names are those of ECS and OpenTelemetry. Lines
-stay under 4,096 bytes, so that those of several processes do not mix in one pipe (PIPE_BUF,
-pipe(7)).
+A reader of stdout that stalls or disappears never blocks the service. Lines wait in a bounded
+queue; lines that do not fit are dropped and counted. Field names are those of ECS and
+OpenTelemetry. Lines are shorter than 4,096 bytes, so that lines of several processes do not mix in
+one pipe (PIPE_BUF, pipe(7)).
 """
 
 import atexit
-import contextlib
+import importlib
 import json
 import logging
 import math
@@ -17,173 +17,260 @@ import sys
 import threading
 import time
 import traceback
-from _queue import Empty, SimpleQueue  # the C one, which stays native when gevent patches `queue`
-from _thread import start_new  # `start_new_thread` under its old name, which gevent does not patch
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
 
 from pythonjsonlogger.json import JsonFormatter
 
 from gserver.errors import FatalError
 
 MAX_QUEUED_LINES = 10_000
-MAX_LINE_BYTES = 4000  # PIPE_BUF, less the line's ends
-MAX_TEXT_BYTES = 300
-#: A complaint is logged so often in a window; the rest is counted, and the count logged when the
-#: window ends.
-COMPLAINTS = 5
-WINDOW_SECONDS = 10.0
-#: How long a process that ends waits for a reader of its last lines.
-LAST_WORDS_SECONDS = 0.2
+MAX_LINE_BYTES = 4000  # PIPE_BUF, less the JSON around the fields and the newline
+#: Longest field, as JSON.
+MAX_FIELD_BYTES = 300
 STACK = "error.stack_trace"
-LIMITS = {"message": 800, STACK: 1800}
+#: Fields that may be longer.
+MAX_LONG_FIELD_BYTES = {"message": 800, STACK: 1800}
+#: A rate-limited warning is logged this often in a window. The rest is counted, and the count is
+#: logged when the window ends.
+WARNINGS_PER_WINDOW = 5
+WINDOW_SECONDS = 10.0
+#: Windows that may be open at a time. Further keys of an event share one window.
+MAX_WINDOWS = 100
+OTHER_KEYS = "other"
+#: How often to try again if stdout is full and must not block (O_NONBLOCK).
+RETRY_SECONDS = 0.05
+#: How long an ending process waits until its last lines are written.
+LAST_LINES_SECONDS = 0.2
 
-_logger = logging.getLogger("gserver")
-_writer: "LineWriter | None" = None
-_windows: dict[str, list[float]] = {}
+
+def unpatched(module_name: str, name: str) -> Any:
+    """Return a member of a standard module, without gevent's patch if there is one.
+
+    This module does not import gevent, because the supervisor runs without it.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None:
+        return monkey.get_original(module_name, name)
+    return getattr(importlib.import_module(module_name), name)
 
 
 class LineWriter:
-    """Writes lines to a descriptor from a native thread; `put` never waits."""
+    """Writes lines to a descriptor in a native thread, so that `put` never blocks.
+
+    A patched thread would be a greenlet: a full pipe would block it, and with it the event loop.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._queue: SimpleQueue[tuple[bytes, int] | None] = SimpleQueue()
-        self._done: SimpleQueue[None] = SimpleQueue()
+        self._sleep = unpatched("time", "sleep")
+        native_queue = unpatched("queue", "SimpleQueue")
+        self._queue: SimpleQueue[tuple[bytes, int] | None] = native_queue()
+        self._done: SimpleQueue[None] = native_queue()
+        #: Events that were lost. Whoever reports them sets it to 0.
         self.dropped = 0
         try:
-            start_new(self._run, ())
+            unpatched("_thread", "start_new_thread")(self._run, ())
         except RuntimeError as error:
             raise FatalError(
-                "the system has no thread left for it: raise the limit of processes (ulimit -u)"
+                "cannot start the log thread: raise the limit on processes (ulimit -u)"
             ) from error
 
-    def put(self, line: bytes, worth: int = 1) -> None:
-        """Queue a line, or count it as so many dropped when the queue is full."""
+    def put(self, line: bytes, weight: int = 1) -> None:
+        """Queue a line, or drop it if the queue is full. It counts as `weight` dropped events."""
         if self._queue.qsize() < MAX_QUEUED_LINES:
-            self._queue.put((line, worth))
+            self._queue.put((line, weight))
         else:
-            self.dropped += worth
+            self.dropped += weight
 
     @property
     def has_room(self) -> bool:
-        """Whether the reader has caught up with half of the queue."""
+        """Whether less than half of the queue is in use."""
         return self._queue.qsize() < MAX_QUEUED_LINES // 2
 
     def close(self, timeout_seconds: float) -> None:
-        """Write what is queued, for so long at most."""
+        """Wait until the queued lines are written, or until the timeout."""
         self._queue.put(None)
-        with contextlib.suppress(Empty):
+        with suppress(Empty):
             self._done.get(timeout=timeout_seconds)
 
     def _run(self) -> None:
-        has_failed = has_torn = False
+        has_failed = is_torn = False
         while (item := self._queue.get()) is not None:
-            line, worth = item
-            # The half of a line that was written before the disk was full may be another process's.
-            rest = b"\n" + line if has_failed and self._ends_within_a_line(has_torn) else line
-            has_failed = has_torn = False
-            while rest:
-                try:
-                    rest = rest[os.write(self._fd, rest) :]
-                except BlockingIOError:
-                    # O_NONBLOCK on a shared descriptor is somebody else's, so not ours to clear:
-                    # wait a little. (For what never comes: a sleep that gevent has not patched.)
-                    with contextlib.suppress(Empty):
-                        SimpleQueue[None]().get(timeout=0.05)
-                except OSError:
-                    # Nobody reads any more, or the disk is full. The service and the emptying of
-                    # the queue go on.
-                    self.dropped += worth
-                    has_failed, has_torn = True, len(rest) < len(line)
-                    break
+            line, weight = item
+            if has_failed and self._ends_within_a_line(is_torn):
+                line = b"\n" + line
+            written = self._write(line)
+            has_failed = written < len(line)
+            if has_failed:
+                self.dropped += weight
+            if written:
+                is_torn = line[written - 1 : written] != b"\n"
         self._done.put(None)
 
-    def _ends_within_a_line(self, has_torn: bool) -> bool:
-        """Whether a file that was full does; of what is no file, nobody knows more than what this process has done."""
-        with contextlib.suppress(OSError):
+    def _write(self, line: bytes) -> int:
+        """Write the line; return the number of bytes written, fewer than all if it fails."""
+        written = 0
+        while written < len(line):
+            try:
+                written += os.write(self._fd, line[written:])
+            except BlockingIOError:
+                # Another process set O_NONBLOCK on this descriptor and may rely on it.
+                self._sleep(RETRY_SECONDS)
+            except OSError:
+                break  # There is no reader any more, or the disk is full. The queue still empties.
+        return written
+
+    def _ends_within_a_line(self, is_torn: bool) -> bool:
+        """Whether the output ends within a line.
+
+        In a file, that may be a line of another process. For a pipe, only the last line of this
+        process is known: `is_torn` says whether it was written in part.
+        """
+        with suppress(OSError):
             if stat.S_ISREG(os.fstat(self._fd).st_mode):
                 with open(f"/proc/self/fd/{self._fd}", "rb") as file:
                     file.seek(-1, os.SEEK_END)
                     return file.read(1) != b"\n"
-        return has_torn
+        return is_torn
 
 
 class EcsFormatter(JsonFormatter):
-    """One event as JSON, with what makes it too long cut or left out."""
+    """Formats an event as one JSON object. Long fields are cut; the last ones may be omitted."""
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """Put the fields in order, the most important first, and cut them to what a line may hold."""
+        """Return the fields, the most important ones first, cut to what fits into a line."""
         fields = log_data.pop("fields", {})
         first = {
             "@timestamp": log_data.pop("@timestamp").isoformat(),
             "log.level": log_data.pop("log.level").lower(),
         }
-        room, kept = MAX_LINE_BYTES, {}
+        room = MAX_LINE_BYTES
+        kept: dict[str, Any] = {}
         for key, value in {**first, **log_data, **fields}.items():
-            is_plain = isinstance(value, int | None) or (
-                isinstance(value, float) and math.isfinite(value)
-            )
-            kept[key] = value if is_plain else cut(key, str(value))
-            room -= len(json.dumps({key: kept[key]}))
+            shown = value if _is_plain(value) else cut(key, str(value))
+            room -= len(json.dumps({key: shown}))
             if room < 0:
-                del kept[key]
                 break
+            kept[key] = shown
         return kept
 
 
+def _is_plain(value: object) -> bool:
+    """Whether JSON has this value as it is: null, a bool or a number."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, int)
+
+
 class TextFormatter(logging.Formatter):
-    """One event for a person at a terminal. Control characters are escaped: they may be a peer's."""
+    """Formats an event for a terminal. Control characters, which a peer may send, are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return `time level message`, and the stack trace of an error on lines of its own."""
-        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        """Return `time level message`. The stack trace of an error follows on indented lines."""
+        local_time = time.strftime("%H:%M:%S", time.localtime(record.created))
         trace = getattr(record, "fields", {}).get(STACK, "")
-        trace = trace or (self.formatException(record.exc_info) if record.exc_info else "")
-        rows = [f"{moment} {record.levelname:<7} {cut('message', record.getMessage())}"]
-        return "\n    ".join(printable(row) for row in (*rows, *cut(STACK, trace).splitlines()))
+        if not trace and record.exc_info:
+            trace = self.formatException(record.exc_info)
+        message = cut("message", record.getMessage())
+        rows = [f"{local_time} {record.levelname:<7} {message}", *cut(STACK, trace).splitlines()]
+        return "\n    ".join(printable(row) for row in rows)
 
 
 def cut(key: str, text: str) -> str:
-    """Return the text, or as much of it as its field may take when written as JSON; of a stack trace, the end."""
-    limit = LIMITS.get(key, MAX_TEXT_BYTES)
+    """Return as much of the text as its field may hold as JSON.
+
+    That is the end of a stack trace, and the beginning of any other text.
+    """
+    limit = MAX_LONG_FIELD_BYTES.get(key, MAX_FIELD_BYTES)
     while (size := len(json.dumps(text))) > limit:
         length = len(text) * limit // size
         text = text[-length:] if key == STACK else text[:length]
     return text
 
 
-class _QueueHandler(logging.Handler):
-    def __init__(self, writer: LineWriter) -> None:
-        super().__init__()
-        self._line_writer = writer
+class LineHandler(logging.Handler):
+    """Formats records and queues them for a writer."""
+
+    #: Set by `start`.
+    writer: LineWriter | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        worth = 1
+        """Queue the record as one line. A record that cannot be formatted is reported as such."""
+        weight = 1
         try:
             line = self.format(record)
-            # When a report of what was left out is lost, all that is to be told of again.
-            worth = int(getattr(record, "fields", {}).get("gserver.suppressed", 1))
-        except Exception as error:
-            where = f"{record.pathname}:{record.lineno}"
-            message = f"a log call cannot be carried out: {type(error).__name__} at {where}"
+            # If the report of suppressed or dropped events is lost, these events are lost again.
+            weight = int(getattr(record, "fields", {}).get("gserver.suppressed", 1))
+        except Exception as error:  # noqa: BLE001 - a bad call in a handler must not raise there
+            place = f"{record.pathname}:{record.lineno}"
+            message = f"bad logging call at {place}: {type(error).__name__}"
             plain = logging.LogRecord(
                 record.name, record.levelno, record.pathname, record.lineno, message, None, None
             )
             line = self.format(plain)
-        self._line_writer.put(line.encode("ascii", "backslashreplace") + b"\n", worth)
+        if self.writer is not None:
+            self.writer.put(line.encode("ascii", "backslashreplace") + b"\n", weight)
+
+
+class Suppressed(NamedTuple):
+    """The warnings of one event and key that were not logged in a window."""
+
+    action: str
+    key: str
+    number: int
+
+
+@dataclass(slots=True)
+class _Window:
+    started_at: float
+    count: int = 0
+
+
+class RateLimiter:
+    """Limits warnings by event and key. Times are monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._windows: dict[tuple[str, str], _Window] = {}
+
+    def allows(self, action: str, key: str, now: float) -> bool:
+        """Count a warning; return whether to log it."""
+        name = action, key
+        if key and name not in self._windows and len(self._windows) >= MAX_WINDOWS:
+            name = action, OTHER_KEYS
+        window = self._windows.setdefault(name, _Window(now))
+        window.count += 1
+        return window.count <= WARNINGS_PER_WINDOW
+
+    def end_windows(self, now: float) -> list[Suppressed]:
+        """End the windows that are over; return what was suppressed in them."""
+        suppressed = []
+        for (action, key), window in list(self._windows.items()):
+            if now - window.started_at >= WINDOW_SECONDS:
+                del self._windows[action, key]
+                if window.count > WARNINGS_PER_WINDOW:
+                    suppressed.append(Suppressed(action, key, window.count - WARNINGS_PER_WINDOW))
+        return suppressed
+
+
+_logger = logging.getLogger("gserver")
+_handler = LineHandler()
+_limiter = RateLimiter()
 
 
 def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
-    """Begin logging in this process; what is queued when it ends is still written, unless nobody reads."""
-    global _writer
-    _writer = LineWriter(fd)
-    atexit.register(_writer.close, LAST_WORDS_SECONDS)  # after `sys.excepthook` has had its word
-    handler = _QueueHandler(_writer)
+    """Start logging in this process. At exit, it waits a moment for the queued lines."""
+    writer = LineWriter(fd)
+    # Exit handlers run after `sys.excepthook`, so its event is written too.
+    atexit.register(writer.close, LAST_LINES_SECONDS)
+    _handler.writer = writer
     if format_name == "text":
-        handler.setFormatter(TextFormatter())
+        _handler.setFormatter(TextFormatter())
     else:
-        handler.setFormatter(
+        _handler.setFormatter(
             EcsFormatter(
                 "%(levelname)s %(message)s",
                 timestamp="@timestamp",
@@ -195,10 +282,10 @@ def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
                 },
             )
         )
-    # On the root, so that what a command module logs in the usual way comes out in the same form.
-    logging.root.handlers[:] = [handler]
+    # On the root logger, so that the log calls of command modules have the same format.
+    logging.root.handlers[:] = [_handler]
     logging.root.setLevel(level.upper())
-    # What nothing catches, wherever it happens, is one event, and not a print on stderr.
+    # An error that nothing catches is one event, not a traceback on stderr.
     sys.excepthook = lambda kind, error, trace: unhandled("main", kind, error, trace)
     sys.unraisablehook = lambda args: unhandled(
         args.object, args.exc_type, args.exc_value, args.exc_traceback
@@ -214,61 +301,58 @@ def event(level: int, action: str, message: str, fields: Mapping[str, Any] | Non
         _logger.log(level, message, extra={"fields": {"event.action": action, **(fields or {})}})
 
 
-def warn_ratelimited(action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
-    """Log a warning that may come often: some of each kind in a window, the rest only counted."""
-    now = time.monotonic()
-    started, count = _windows.get(action, (now, 0))
-    _windows[action] = [started, count + 1]
-    if count < COMPLAINTS:
+def warn_ratelimited(
+    action: str, message: str, fields: Mapping[str, Any] | None = None, *, key: str = ""
+) -> None:
+    """Log a warning, unless there were too many of this action and key in the current window.
+
+    Suppressed warnings are counted: see `report_suppressed`. Use a `key` where one cause must not
+    hide another one.
+    """
+    if _limiter.allows(action, key, time.monotonic()):
         event(logging.WARNING, action, message, fields)
 
 
 def report_suppressed() -> None:
-    """Log how many complaints and lines were left out. To be called about once a second."""
-    now = time.monotonic()
-    for action, (started, count) in list(_windows.items()):
-        if now - started >= WINDOW_SECONDS:
-            del _windows[action]
-            if count > COMPLAINTS:
-                fields = {
-                    "gserver.suppressed": int(count) - COMPLAINTS,
-                    "gserver.suppressed_action": action,
-                }
-                event(
-                    logging.WARNING,
-                    "log.suppressed",
-                    f"{fields['gserver.suppressed']} more of {action}",
-                    fields,
-                )
-    if _writer is not None and _writer.dropped and _writer.has_room:
-        dropped, _writer.dropped = _writer.dropped, 0
-        fields = {"gserver.suppressed": dropped}
-        event(
-            logging.WARNING,
-            "log.dropped",
-            f"{dropped} lines dropped: stdout did not take them",
-            fields,
-        )
+    """Log how many warnings were suppressed and lines dropped. Call this about once a second."""
+    for action, key, number in _limiter.end_windows(time.monotonic()):
+        fields = {"gserver.suppressed": number, "gserver.suppressed_action": action}
+        name = action
+        if key:
+            fields["gserver.suppressed_key"] = key
+            name = f"{action} ({key})"
+        event(logging.WARNING, "log.suppressed", f"{number} more of {name}", fields)
+    writer = _handler.writer
+    if writer is not None and writer.dropped and writer.has_room:
+        dropped, writer.dropped = writer.dropped, 0
+        message = f"{dropped} lines dropped: stdout did not take them"
+        event(logging.WARNING, "log.dropped", message, {"gserver.suppressed": dropped})
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an exception. Its own code runs for that, and may raise anything."""
+    try:
+        return str(error)
+    except BaseException:  # noqa: BLE001 - an exception of a command module
+        return "(its text cannot be shown)"
 
 
 def error_fields(error: BaseException) -> dict[str, str]:
-    """Return the ECS fields of an exception, its stack trace's end included."""
+    """Return the ECS fields of an exception: type, message, stack trace."""
     try:
         trace = "".join(traceback.format_exception(error)).rstrip("\n")
-        # Not str(error): that is somebody's code too, and may raise.
-        message = traceback.format_exception_only(error)[-1].rstrip("\n").partition(": ")[2]
-    except BaseException:
-        trace = message = "cannot be put into words"
-    return {"error.type": type(error).__name__, "error.message": message, STACK: trace}
+    except BaseException:  # noqa: BLE001 - it may run the code of an exception, as above
+        trace = "(its stack trace cannot be shown)"
+    return {"error.type": type(error).__name__, "error.message": text_of(error), STACK: trace}
 
 
 def unhandled(context: object, kind: type[BaseException] | None, value: Any, trace: Any) -> None:
-    """Log an error that nothing has caught. Has the shape of gevent's `Hub.print_exception`, which it stands in for."""
+    """Log an error that nothing has caught. It can replace gevent's `Hub.print_exception`."""
     error = value if isinstance(value, BaseException) else RuntimeError(str(value or kind))
     error.__traceback__ = trace or error.__traceback__
     warn_ratelimited("process.error", f"{type(error).__name__} in {context!r}", error_fields(error))
 
 
 def printable(text: str) -> str:
-    """Return the text without anything that a terminal would obey."""
+    """Return the text with every character escaped that a terminal might interpret."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -1,4 +1,4 @@
-"""Logs: one event a line, whatever is in it, and never a client that waits for a reader of stdout."""
+"""Logs: each event is one line, and a slow reader of stdout blocks no client."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,14 @@ from typing import IO, cast
 import psutil
 import pytest
 
-from gserver.logs import MAX_QUEUED_LINES, LineWriter
+from gserver.logs import (
+    MAX_QUEUED_LINES,
+    MAX_WINDOWS,
+    OTHER_KEYS,
+    WINDOW_SECONDS,
+    LineWriter,
+    RateLimiter,
+)
 from tests.running import LIMIT, Client, Event, Running, environment, program, until
 
 MAX_LINE = 4096
@@ -30,13 +37,13 @@ import gevent
 from gserver.commands import command
 
 def fail():
-    raise LookupError("nobody\\nis at home")
+    raise LookupError("no\\nentry")
 
 class Fails:
     def __del__(self):
         fail()
 
-class Wordless(Exception):
+class NoText(Exception):
     def __str__(self):
         fail()
 
@@ -44,9 +51,15 @@ class Wordless(Exception):
 def _(service):
     fail()
 
-@command("WORDLESS")
-def _wordless(service):
-    raise Wordless
+ERRORS = iter([KeyError("one"), OSError("other")])
+
+@command("FAIL-IN-TURN")
+def _fail_in_turn(service):
+    raise next(ERRORS)
+
+@command("NO-TEXT")
+def _no_text(service):
+    raise NoText
 
 @command("GREENLET")
 def _greenlet(service):
@@ -109,14 +122,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def noisy(folder: Path) -> Iterator[Running]:
-    """A server that logs all it can, with commands that fail and log."""
+    """A server at log level debug, with commands that fail and log."""
     with Running("--commands", "noisy", "--log-level", "debug", cwd=folder) as running:
         yield running
 
 
 def written(statements: str, log_format: str = "json") -> list[bytes]:
-    """The lines that a process of its own logs with these statements."""
-    script = f"import logging, sys\nfrom gserver import logs\nlogs.start('debug', {log_format!r}, 'some-id')\n{statements}\n"
+    """The lines that these statements log in a new process."""
+    script = (
+        "import logging, sys\nfrom gserver import logs\n"
+        f"logs.start('debug', {log_format!r}, 'some-id')\n{statements}\n"
+    )
     ended = subprocess.run(
         [sys.executable, "-P", "-c", script],
         check=False,
@@ -132,8 +148,9 @@ def written(statements: str, log_format: str = "json") -> list[bytes]:
 def piped(
     *options: str, cwd: Path, blocking: bool = True
 ) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], int]]:
-    """The program with a small pipe as stdout, from which nobody reads on: (process, read end,
-    port).
+    """The program with a small pipe as stdout, which is read up to the port and no further.
+
+    Yields the process, the read end and the port.
     """
     read_fd, write_fd = os.pipe()
     fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
@@ -169,7 +186,7 @@ def piped(
 
 
 def read_all(fd: int, into: bytearray) -> threading.Thread:
-    """Begin to read to the end, as a reader that goes on again."""
+    """Start to read to the end, as a stalled reader that continues."""
 
     def read() -> None:
         while data := os.read(fd, 65536):
@@ -181,7 +198,7 @@ def read_all(fd: int, into: bytearray) -> threading.Thread:
 
 
 def whole_lines(data: bytearray) -> list[Event]:
-    """The events so far; the last line may be on its way."""
+    """The events so far. The last line may be incomplete."""
     return [json.loads(line) for line in bytes(data).split(b"\n")[:-1]]
 
 
@@ -192,7 +209,7 @@ def stderr_of(process: subprocess.Popen[bytes]) -> bytes:
 # One event.
 
 
-def test_life_is_logged_at_info_with_the_fields_of_ecs() -> None:
+def test_start_and_stop_are_logged_at_info_with_the_fields_of_ecs() -> None:
     with Running("--server-id", "here") as server:
         with server.client() as client:
             assert client.ask(b"WHERE") == b"here"
@@ -237,7 +254,7 @@ def test_a_client_is_logged_at_debug_with_its_address(noisy: Running) -> None:
         assert "gserver.reason" not in event
 
 
-def test_why_a_client_was_turned_out_is_logged_with_its_end(noisy: Running) -> None:
+def test_the_reason_for_closing_a_client_is_logged_with_its_end(noisy: Running) -> None:
     with noisy.client() as client:
         client.send(b"x" * 2000)
         assert client.line() == b"ERR line too long\n"
@@ -265,7 +282,7 @@ def test_what_a_peer_sends_is_not_logged(noisy: Running) -> None:
     assert not [line for line in noisy.lines if "peer" in line]
 
 
-def test_a_handlers_failure_is_logged_with_its_error(noisy: Running) -> None:
+def test_a_failed_handler_is_logged_with_its_error(noisy: Running) -> None:
     with noisy.client() as client:
         assert client.ask(b"FAIL") == b"ERR internal"
 
@@ -277,18 +294,18 @@ def test_a_handlers_failure_is_logged_with_its_error(noisy: Running) -> None:
     (event,) = until(found, "the failure")
     assert event["log.level"] == "warning"
     assert event["error.type"] == "LookupError"
-    assert event["error.message"] == "nobody\nis at home"
+    assert event["error.message"] == "no\nentry"
     assert event["error.stack_trace"].startswith("Traceback (most recent call last):\n")
-    assert 'raise LookupError("nobody\\nis at home")' in event["error.stack_trace"]
+    assert 'raise LookupError("no\\nentry")' in event["error.stack_trace"]
     assert event["process.pid"] == noisy.workers()[0].pid
 
 
-def test_a_failure_that_cannot_be_put_into_words_is_a_failure_like_another(noisy: Running) -> None:
+def test_an_error_whose_text_cannot_be_shown_is_logged_with_its_type(noisy: Running) -> None:
     count = len(noisy.events("command.failed"))
     with noisy.client() as client:
-        client.send(b"WORDLESS\nWHY\n")
+        client.send(b"NO-TEXT\nWHY\n")
         assert [client.line(), client.line()] == [b"ERR internal\n", b"42\n"]
-        assert noisy.wait_for("command.failed", count + 1)["error.type"] == "Wordless"
+        assert noisy.wait_for("command.failed", count + 1)["error.type"] == "NoText"
 
 
 @pytest.mark.parametrize("where", ["GREENLET", "POOL", "THREAD", "FINALIZER"])
@@ -306,12 +323,12 @@ def test_an_error_that_nothing_catches_is_one_event_and_nothing_on_stderr(
     assert noisy.errors[errors:] == []
     event = noisy.events("process.error")[-1]
     assert event["error.type"] == "LookupError"
-    assert event["error.message"] == "nobody\nis at home"
+    assert event["error.message"] == "no\nentry"
     assert "in fail\n" in event["error.stack_trace"]
     assert event["log.level"] == "warning"
 
 
-def test_what_a_command_module_logs_comes_in_the_same_form(noisy: Running) -> None:
+def test_a_log_call_of_a_command_module_has_the_same_format(noisy: Running) -> None:
     with noisy.client() as client:
         assert client.ask(b"LOG") == b"done"
         assert client.ask(b"CAUGHT") == b"done"
@@ -327,10 +344,10 @@ def test_what_a_command_module_logs_comes_in_the_same_form(noisy: Running) -> No
     assert logged["process.pid"] == noisy.workers()[0].pid
     caught = until(lambda: found("caught it"), "the exception that was logged")
     assert caught["log.level"] == "error"
-    assert caught["error.stack_trace"].endswith("LookupError: nobody\nis at home")
+    assert caught["error.stack_trace"].endswith("LookupError: no\nentry")
 
 
-def test_a_logging_call_that_does_not_fit_its_text_does_no_harm(noisy: Running) -> None:
+def test_a_log_call_with_bad_arguments_does_no_harm(noisy: Running) -> None:
     errors = len(noisy.errors)
     with noisy.client() as client:
         assert client.ask(b"BAD-LOG") == b"done"
@@ -388,14 +405,14 @@ try:
 except ValueError as caught:
     error = caught
 """
-#: Ways to log a text, of this package and of a command module: each gives one event.
+#: Ways to log a text, in this package and in a command module. Each gives one event.
 WAYS = {
     "event": "logs.event(logging.INFO, 'a', text, {'client.address': text})",
-    "complaint": "logs.warn_ratelimited('b', text, {'gserver.command': text, **logs.error_fields(error)})",
+    "warning": "logs.warn_ratelimited('b', text, {'x': text, **logs.error_fields(error)})",
     "unhandled": "logs.unhandled(text, type(error), error, error.__traceback__)",
     "exception": "logging.error(text, exc_info=error, stack_info=True)",
     "extra": "logging.info('%s', text, extra={'one': text, 'two': text})",
-    "nested": "logging.info('nested', extra={'payload': [text], 'deep': {'deeper': {'deepest': text}}})",
+    "nested": "logging.info('nested', extra={'list': [text], 'one': {'two': {'three': text}}})",
     "many": "logging.info('many', extra={f'field-{number}': text for number in range(1000)})",
     "named": "logging.info('named', extra={text: 1})",
     "object": "logging.info('object', extra={'odd': Odd()})",
@@ -404,7 +421,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
-def test_no_event_is_longer_than_what_a_pipe_takes_whole(text: str) -> None:
+def test_no_event_is_longer_than_a_pipe_writes_atomically(text: str) -> None:
     lines = dict(
         zip(WAYS, written("\n".join([f"text = {text}{PREPARED}", *WAYS.values()])), strict=True)
     )
@@ -414,19 +431,19 @@ def test_no_event_is_longer_than_what_a_pipe_takes_whole(text: str) -> None:
         event["log.level"] and event["@timestamp"] and event["process.pid"]
         for event in events.values()
     )
-    # What is cut is the text, and not what the event is about.
+    # The text is cut, not the fields that identify the event.
     actions = {
         way: event["event.action"] for way, event in events.items() if "event.action" in event
     }
-    assert actions == {"event": "a", "complaint": "b", "unhandled": "process.error"}
-    assert [events[way]["error.type"] for way in ("complaint", "unhandled")] == [
+    assert actions == {"event": "a", "warning": "b", "unhandled": "process.error"}
+    assert [events[way]["error.type"] for way in ("warning", "unhandled")] == [
         "ValueError",
         "ValueError",
     ]
 
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
-def test_no_line_for_a_person_is_longer_than_what_a_pipe_takes_whole(text: str) -> None:
+def test_no_text_line_is_longer_than_a_pipe_writes_atomically(text: str) -> None:
     lines = written("\n".join([f"text = {text}{PREPARED}", *WAYS.values()]), "text")
     assert [len(line) for line in lines if len(line) > MAX_LINE] == []
     assert len([line for line in lines if not line.startswith(b"    ")]) == len(WAYS)
@@ -435,20 +452,22 @@ def test_no_line_for_a_person_is_longer_than_what_a_pipe_takes_whole(text: str) 
 UNFIT = {
     "arguments": "logging.warning('%d of them', 'many')",
     "too few": "logging.warning('%s of %s', 1)",
-    "object": "logging.warning(Wordless())",
-    "argument": "logging.warning('%s', Wordless())",
-    "extra": "logging.warning('here', extra={'odd': Wordless()})",
+    "object": "logging.warning(NoText())",
+    "argument": "logging.warning('%s', NoText())",
+    "extra": "logging.warning('here', extra={'odd': NoText()})",
     "extra of our own name": "logging.warning('here', extra={'fields': 5})",
-    "extra of a field's name": "logging.warning('here', extra={'log.level': 5, 'event.action': None, '@timestamp': 1})",
+    "extra of a field's name": (
+        "logging.warning('here', extra={'log.level': 5, 'event.action': None, '@timestamp': 1})"
+    ),
     "number": "logging.warning('here', extra={'number': 10**5000})",
     "no number": "logging.warning('here', extra={'number': float('nan'), 'other': float('inf')})",
     "keys": "logging.warning('here', extra={1: 2, (3, 4): 5})",
     "itself": "logging.warning('here', extra={'loop': loop})",
-    "dictionary": "logging.warning({'message': 1, 'log.level': 2, 3: Wordless()})",
+    "dictionary": "logging.warning({'message': 1, 'log.level': 2, 3: NoText()})",
     "bytes": "logging.warning(b'\\xff', extra={'raw': b'\\xff'})",
 }
-WORDLESS = """
-class Wordless:
+NO_TEXT = """
+class NoText:
     def __repr__(self):
         raise LookupError
 loop = []
@@ -457,15 +476,13 @@ loop.append(loop)
 
 
 def no_number(text: str) -> None:
-    raise AssertionError(f"{text} is not JSON")
+    raise AssertionError(f"{text} is not valid JSON")
 
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
 @pytest.mark.parametrize("statement", UNFIT.values(), ids=UNFIT)
-def test_a_log_call_that_cannot_be_carried_out_raises_nothing_and_is_one_line(
-    statement: str, log_format: str
-) -> None:
-    lines = written(f"{WORDLESS}{statement}\nlogging.warning('next')", log_format)
+def test_a_bad_log_call_raises_nothing_and_is_one_line(statement: str, log_format: str) -> None:
+    lines = written(f"{NO_TEXT}{statement}\nlogging.warning('next')", log_format)
     assert len(lines) == 2
     assert b"next" in lines[1]
     if log_format == "json":
@@ -478,7 +495,8 @@ def test_the_end_of_a_long_stack_trace_is_kept() -> None:
     (line,) = written(
         "def one(left):\n    two(left)\n"
         "def two(left):\n    one(left - 1) if left else int('at the bottom')\n"
-        "try:\n    one(100)\nexcept ValueError as error:\n    logs.unhandled('here', type(error), error, None)\n"
+        "try:\n    one(100)\n"
+        "except ValueError as error:\n    logs.unhandled('here', type(error), error, None)\n"
     )
     assert len(line) <= MAX_LINE
     trace = json.loads(line)["error.stack_trace"]
@@ -486,48 +504,98 @@ def test_the_end_of_a_long_stack_trace_is_kept() -> None:
     assert trace.endswith("ValueError: invalid literal for int() with base 10: 'at the bottom'")
 
 
-# Complaints.
+# Rate limits.
 
 
-def test_complaints_are_limited_and_the_number_left_out_follows(folder: Path) -> None:
+def test_a_rate_limited_warning_is_logged_5_times_and_the_rest_is_counted() -> None:
+    limiter = RateLimiter()
+    assert [limiter.allows("a", "", 0.0) for _ in range(8)] == [True] * 5 + [False] * 3
+    assert limiter.end_windows(WINDOW_SECONDS - 0.1) == []
+    assert limiter.end_windows(WINDOW_SECONDS) == [("a", "", 3)]
+    assert limiter.end_windows(2 * WINDOW_SECONDS) == []
+    assert limiter.allows("a", "", 2 * WINDOW_SECONDS)
+
+
+def test_each_key_of_a_warning_has_its_own_limit() -> None:
+    limiter = RateLimiter()
+    for key in ("x", "y", ""):
+        assert [limiter.allows("a", key, 0.0) for _ in range(7)] == [True] * 5 + [False] * 2
+    assert limiter.allows("b", "x", 0.0)
+    assert set(limiter.end_windows(WINDOW_SECONDS)) == {("a", "x", 2), ("a", "y", 2), ("a", "", 2)}
+
+
+def test_the_number_of_keys_is_bounded() -> None:
+    limiter = RateLimiter()
+    allowed = [limiter.allows("a", f"key {number}", 0.0) for number in range(10_000)]
+    assert allowed == [True] * (MAX_WINDOWS + 5) + [False] * (10_000 - MAX_WINDOWS - 5)
+    # Warnings without a key, and keys that are known, keep their own limits.
+    assert limiter.allows("b", "", 0.0)
+    assert limiter.allows("a", "key 1", 0.0)
+    # Another event is not suppressed by the keys of the first one.
+    assert limiter.allows("c", "key", 0.0)
+    rest = 10_000 - MAX_WINDOWS - 5
+    assert limiter.end_windows(WINDOW_SECONDS) == [("a", OTHER_KEYS, rest)]
+
+
+def test_the_number_of_suppressed_warnings_is_logged(folder: Path) -> None:
     with Running("--commands", "noisy", "--workers", "2", cwd=folder) as server:
         with server.client() as client:
             client.send(b"FAIL\n" * 1000)
             assert {client.line() for _ in range(1000)} == {b"ERR internal\n"}
             failing = server.wait_for("command.failed", 5)["process.pid"]
-            # Meanwhile the supervisor has something to warn_ratelimited of too, once a second: it
-            # cannot start a process.
+            # The supervisor has a warning too, once a second: it cannot start a process.
             psutil.Process(server.pid).rlimit(
                 resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
             )
             next(worker for worker in server.workers() if worker.pid != failing).kill()
             server.wait_for("process.not_started", 5)
 
-            def left_out(action: str) -> list[Event]:
+            def suppressed(action: str) -> list[Event]:
                 found = server.events("log.suppressed")
                 return [event for event in found if event["gserver.suppressed_action"] == action]
 
             event = until(
-                lambda: left_out("command.failed"), "how many failures were left out", 10 + LIMIT
+                lambda: suppressed("command.failed"),
+                "the number of suppressed failures",
+                WINDOW_SECONDS + LIMIT,
             )[0]
             assert len(server.events("command.failed")) == 5
             assert (event["gserver.suppressed"], event["process.pid"]) == (995, failing)
+            assert event["gserver.suppressed_key"] == "FAIL LookupError"
+            assert event["message"] == "995 more of command.failed (FAIL LookupError)"
             assert event["log.level"] == "warning"
             client.ask(b"FAIL")
             server.wait_for("command.failed", 6)
-        own = until(
-            lambda: left_out("process.not_started"),
-            "how many complaints of the supervisor were left out",
+        of_supervisor = until(
+            lambda: suppressed("process.not_started"), "the number of suppressed warnings"
         )[0]
-        assert own["process.pid"] == server.pid
-        assert own["gserver.suppressed"] >= 1
+        assert of_supervisor["process.pid"] == server.pid
+        assert of_supervisor["gserver.suppressed"] >= 1
+        assert "gserver.suppressed_key" not in of_supervisor
         assert server.stderr == ""
 
 
-# A person at a terminal.
+def test_a_command_that_often_fails_does_not_hide_other_failures(folder: Path) -> None:
+    with Running("--commands", "noisy", cwd=folder) as server, server.client() as client:
+        client.send(b"FAIL\n" * 100)
+        assert {client.line() for _ in range(100)} == {b"ERR internal\n"}
+        for command in (b"NO-TEXT", b"FAIL-IN-TURN", b"FAIL-IN-TURN"):
+            assert client.ask(command) == b"ERR internal"
+
+        def failures() -> list[tuple[str, str]]:
+            events = server.events("command.failed")
+            return [(event["gserver.command"], event["error.type"]) for event in events]
+
+        expected = [("FAIL", "LookupError")] * 5
+        expected += [("NO-TEXT", "NoText")]
+        expected += [("FAIL-IN-TURN", "KeyError"), ("FAIL-IN-TURN", "OSError")]
+        until(lambda: failures() == expected, "all kinds of failures")
 
 
-def test_a_person_at_a_terminal_is_told_how_to_talk_to_it_and_how_to_stop_it() -> None:
+# Terminals.
+
+
+def test_on_a_terminal_the_log_says_how_to_send_a_command_and_how_to_stop() -> None:
     nc = program("nc")
     script = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     command = [sys.executable, "-c", script, sys.executable, "-P", "-m", "gserver", "--port", "0"]
@@ -560,7 +628,7 @@ def test_a_person_at_a_terminal_is_told_how_to_talk_to_it_and_how_to_stop_it() -
     assert "{" not in shown  # no JSON
 
 
-def test_a_stack_trace_for_a_person_is_indented_under_its_line() -> None:
+def test_on_a_terminal_a_stack_trace_is_indented_under_its_line() -> None:
     lines = written(
         "logs.unhandled('here', ValueError, ValueError('no\\nsuch \\x1b'), None)", "text"
     )
@@ -570,7 +638,7 @@ def test_a_stack_trace_for_a_person_is_indented_under_its_line() -> None:
     assert b"\x1b" not in b"".join(lines)
 
 
-def test_json_and_text_can_be_had_wherever_stdout_goes() -> None:
+def test_json_and_text_can_be_chosen_for_any_stdout() -> None:
     (text,) = written("logs.event(logging.INFO, 'a', 'here')", "text")
     (line,) = written("logs.event(logging.INFO, 'a', 'here')", "json")
     assert text.decode().split(maxsplit=1)[1] == "INFO    here\n"
@@ -580,7 +648,7 @@ def test_json_and_text_can_be_had_wherever_stdout_goes() -> None:
 # Readers of stdout.
 
 
-def test_a_reader_that_stalls_costs_no_client_anything_and_is_told_what_it_missed(
+def test_a_stalled_reader_blocks_no_client_and_learns_how_many_lines_were_dropped(
     folder: Path,
 ) -> None:
     clients = 1000
@@ -596,9 +664,8 @@ def test_a_reader_that_stalls_costs_no_client_anything_and_is_told_what_it_misse
         data = bytearray()
         reader = read_all(stdout.fileno(), data)
         until(lambda: b"log.dropped" in data, "the number of dropped lines")
-        time.sleep(
-            0.6
-        )  # It looks four times a second whether there is something to tell: this is told once.
+        # The worker looks four times a second for dropped lines. It reports these once.
+        time.sleep(0.6)
         process.terminate()
         assert process.wait(LIMIT) == 0
         reader.join(LIMIT)
@@ -612,14 +679,14 @@ def test_a_reader_that_stalls_costs_no_client_anything_and_is_told_what_it_misse
     assert dropped[0]["log.level"] == "warning"
     (worker,) = {event["process.pid"] for event in dropped}
     arrived = [event for event in events if event["process.pid"] == worker and event not in dropped]
-    # Two for each client, and the last word of the worker.
+    # Two for each client.
     assert len(arrived) + missed == 2 * (clients + 1) + FLOOD
     numbers = [int(event["message"]) for event in arrived if event["message"].isdigit()]
     assert numbers == sorted(set(numbers))
 
 
-def test_a_pipe_that_does_not_block_gets_every_line_whole(folder: Path) -> None:
-    # O_NONBLOCK belongs to the pipe, not to the process: whoever started us may have set it.
+def test_a_non_blocking_pipe_gets_every_line_whole(folder: Path) -> None:
+    # O_NONBLOCK belongs to the pipe, not to the process: another process may have set it.
     count = 400
     with piped("--log-level", "debug", cwd=folder, blocking=False) as (process, stdout, port):
         with Client(port) as client:
@@ -627,7 +694,7 @@ def test_a_pipe_that_does_not_block_gets_every_line_whole(folder: Path) -> None:
                 assert client.ask(b"LOG") == b"done"
         data = bytearray()
         reader = read_all(stdout.fileno(), data)
-        until(lambda: b"client.closed" in data, "the last of what was queued")
+        until(lambda: b"client.closed" in data, "the last queued line")
         process.terminate()
         assert process.wait(LIMIT) == 0
         reader.join(LIMIT)
@@ -636,7 +703,7 @@ def test_a_pipe_that_does_not_block_gets_every_line_whole(folder: Path) -> None:
     assert messages[-1] == "stopped"
 
 
-def test_a_reader_that_has_gone_costs_nothing(folder: Path) -> None:
+def test_a_closed_reader_blocks_nothing(folder: Path) -> None:
     with piped("--log-level", "debug", cwd=folder) as (process, stdout, port):
         stdout.close()
         for _ in range(200):
@@ -650,12 +717,12 @@ def test_a_reader_that_has_gone_costs_nothing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last_words", "options"),
+    ("commands", "options"),
     [([b"WHY\n"], []), ([b"WHY\n", b"NAP\n"], ["--statsd-host", "127.0.0.1"])],
     ids=["idle", "busy and with an agent"],
 )
-def test_a_reader_that_stalls_does_not_delay_the_end(
-    folder: Path, last_words: list[bytes], options: list[str]
+def test_a_stalled_reader_does_not_delay_the_stop(
+    folder: Path, commands: list[bytes], options: list[str]
 ) -> None:
     with (
         piped("--log-level", "debug", *options, cwd=folder) as (process, _, port),
@@ -663,7 +730,7 @@ def test_a_reader_that_stalls_does_not_delay_the_end(
     ):
         for _ in range(50):
             assert client.ask(b"LOG") == b"done"
-        for line in last_words:
+        for line in commands:
             client.send(line)
         assert client.line() == b"42\n"
         began = time.monotonic()
@@ -673,16 +740,16 @@ def test_a_reader_that_stalls_does_not_delay_the_end(
         assert stderr_of(process) == b""
 
 
-# The writer by itself.
+# The writer alone.
 
 
-def test_a_writer_holds_so_many_lines_and_counts_the_rest() -> None:
+def test_a_writer_queues_a_limited_number_of_lines_and_counts_the_rest() -> None:
     read_fd, write_fd = os.pipe()
     writer = LineWriter(write_fd)
     count = MAX_QUEUED_LINES + 5000
     for number in range(count):
         writer.put(b"%d %s\n" % (number, b"x" * 90))
-    assert 4000 < writer.dropped <= 5000  # What the pipe itself holds is beside the queue.
+    assert 4000 < writer.dropped <= 5000  # The pipe itself holds some lines.
     assert not writer.has_room
     data = bytearray()
     reader = read_all(read_fd, data)
@@ -694,12 +761,11 @@ def test_a_writer_holds_so_many_lines_and_counts_the_rest() -> None:
     numbers = [int(line.split()[0]) for line in bytes(data).splitlines()]
     assert len(numbers) == count - writer.dropped
     assert numbers == sorted(set(numbers))
-    assert numbers[:MAX_QUEUED_LINES] == list(
-        range(MAX_QUEUED_LINES)
-    )  # The first to come are kept.
+    # The first lines are kept.
+    assert numbers[:MAX_QUEUED_LINES] == list(range(MAX_QUEUED_LINES))
 
 
-def test_a_writer_gives_up_at_the_end_when_nobody_reads() -> None:
+def test_a_writer_waits_no_longer_than_the_timeout_for_a_reader() -> None:
     read_fd, write_fd = os.pipe()
     writer = LineWriter(write_fd)
     for _ in range(2000):
@@ -708,13 +774,14 @@ def test_a_writer_gives_up_at_the_end_when_nobody_reads() -> None:
     closing.start()
     closing.join(LIMIT)
     has_given_up = not closing.is_alive()
-    os.close(read_fd)  # That lets its thread go.
+    os.close(read_fd)  # From now on, its thread drops the lines.
     assert has_given_up
-    until(lambda: writer.has_room and writer.dropped, "the end of the queue")
+    writer.close(LIMIT)
     os.close(write_fd)
+    assert 0 < writer.dropped < 2000
 
 
-def test_a_writer_without_a_reader_counts_what_is_lost() -> None:
+def test_a_writer_without_a_reader_counts_the_dropped_lines() -> None:
     read_fd, write_fd = os.pipe()
     os.close(read_fd)
     writer = LineWriter(write_fd)

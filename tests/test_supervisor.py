@@ -676,9 +676,7 @@ def test_a_system_without_threads_is_told_in_one_line(tmp_path: Path) -> None:
     """The stack that is wanted for each is larger than any memory."""
     (tmp_path / "sitecustomize.py").write_text("import threading\nthreading.stack_size(1 << 46)\n")
     done = gserver("--port", "0", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    told = (
-        "gserver: the system has no thread left for it: raise the limit of processes (ulimit -u)\n"
-    )
+    told = "gserver: cannot start the log thread: raise the limit on processes (ulimit -u)\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 
 

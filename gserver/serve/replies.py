@@ -102,7 +102,9 @@ class Replies:
             reply = INTERNAL
             message = f"the handler of {name} raised {type(error).__name__}"
             fields = {"gserver.command": name, **logs.error_fields(error)}
-            logs.warn_ratelimited("command.failed", message, fields)
+            logs.warn_ratelimited(
+                "command.failed", message, fields, key=f"{name} {type(error).__name__}"
+            )
         self.count_error(reply)
         return reply.reply
 

@@ -17,7 +17,7 @@ import gevent
 from gevent.event import Event
 from gevent.server import StreamServer
 
-from gserver import commands, logs
+from gserver import logs
 from gserver.boot import (
     FATAL_ACCEPT_ERRORS,
     RESERVED_FILES,
@@ -27,6 +27,7 @@ from gserver.boot import (
 )
 from gserver.certificates import Certificates
 from gserver.errors import UsageError
+from gserver.serve.command_module import load_commands
 from gserver.serve.limits import Limits
 from gserver.serve.loop import MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
@@ -130,7 +131,6 @@ class Worker:
         slot = instructions.slot
         for name, value in (("pid", os.getpid()), ("begun", monotonic_ns())):
             scoreboard.cells[scoreboard.cell(name, slot)] = value
-        # One descriptor less than there is room for: the last one is for a client to be rejected.
         self._capacity = raise_file_limit() - RESERVED_FILES
         if self._capacity < 1:
             raise UsageError(
@@ -140,7 +140,7 @@ class Worker:
         self._should_drain = False
         self._changed = Event()
         self.limits = Limits(config, scoreboard, slot)
-        replies = Replies(config, scoreboard, slot, commands.load(config.commands))
+        replies = Replies(config, scoreboard, slot, load_commands(config.commands))
         tls = None
         if config.tls_cert:
             tls = self._make_tls_context(instructions.certificates), self._capacity // 4

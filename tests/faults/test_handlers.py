@@ -1,6 +1,4 @@
-"""Handlers that misbehave: what one does costs its command, or its worker, and nobody elsewhere
-anything.
-"""
+"""Faulty handlers: each harms its own command, or its own worker, and nothing else."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +19,16 @@ from gserver.commands import command
 class Own(BaseException):
     pass
 
-class Unspeakable(Exception):
+class NoText(Exception):
     def __str__(self):
         raise SystemExit(1)
     __notes__ = property(__str__)
 
-KINDS = [Exception, MemoryError, KeyboardInterrupt, SystemExit, gevent.GreenletExit, gevent.Timeout, GeneratorExit,
-    StopIteration, asyncio.CancelledError, Own, Unspeakable, BrokenPipeError, ConnectionResetError, BlockingIOError]
+KINDS = [
+    Exception, MemoryError, KeyboardInterrupt, SystemExit, gevent.GreenletExit, gevent.Timeout,
+    GeneratorExit, StopIteration, asyncio.CancelledError, Own, NoText, BrokenPipeError,
+    ConnectionResetError, BlockingIOError,
+]
 WRONG = [None, 1.5, b"bytes", ["list"], "two\\nlines", "\\x1b[2J", "\\u00e9", 10**5000]
 
 def define(name):
@@ -43,11 +44,14 @@ BAD = [recurse, *(lambda service, kind=kind: throw(kind()) for kind in KINDS)]
 BAD += [lambda service, reply=reply: reply for reply in WRONG]
 for number, handler in enumerate(BAD):
     define(f"BAD-{{number}}")(handler)
-    define(f"LATE-{{number}}")(lambda service, handler=handler: (time.sleep(0.01), handler(service))[1])
+    define(f"LATE-{{number}}")(
+        lambda service, handler=handler: (time.sleep(0.01), handler(service))[1]
+    )
 
 @command("THREADS")
 def threads(service):
-    each = [threading.Thread(target=throw, args=(kind,)) for kind in (SystemExit, Own, gevent.Timeout)]
+    kinds = SystemExit, Own, gevent.Timeout
+    each = [threading.Thread(target=throw, args=(kind,)) for kind in kinds]
     [thread.start() for thread in each]
     [thread.join() for thread in each]
     return "done"
@@ -62,10 +66,10 @@ def surroundings(service):
     signal.signal(signal.SIGUSR2, signal.SIG_DFL)
     return os.getpid()
 
-def descriptors(what):
-    links = {{int(fd): os.readlink(f"/proc/self/fd/{{fd}}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2
-        and os.path.exists(f"/proc/self/fd/{{fd}}")}}
-    return sorted(fd for fd, link in links.items() if what in link)
+def descriptors(kind):
+    folder = "/proc/self/fd"
+    fds = [fd for fd in os.listdir(folder) if int(fd) > 2 and os.path.exists(f"{{folder}}/{{fd}}")]
+    return sorted(int(fd) for fd in fds if kind in os.readlink(f"{{folder}}/{{fd}}"))
 
 def listens(fd):
     with socket.socket(fileno=os.dup(fd)) as sock:
@@ -77,11 +81,13 @@ for name, choose in {{
     "CLIENTS": lambda: [fd for fd in descriptors("socket:") if not listens(fd)],
     "ALL": lambda: range(3, 1000),
 }}.items():
-    define(f"CLOSE-{{name}}")(lambda service, choose=choose: [os.close(fd) for fd in choose()] and "closed" or "none")
+    define(f"CLOSE-{{name}}")(
+        lambda service, choose=choose: "closed" if [os.close(fd) for fd in choose()] else "none"
+    )
 
-def come_back(): sys.exit(0)
+def leave(): sys.exit(0)
 def fail(): raise LookupError
-for name, end in {{"EXIT": come_back, "RAISE": fail, "RETURN": lambda: "a child"}}.items():
+for name, end in {{"EXIT": leave, "RAISE": fail, "RETURN": lambda: "a child"}}.items():
     define(f"FORK-{{name}}")(lambda service, end=end: "a parent" if os.fork() else end())
 
 @command("SHORTEN")
@@ -107,7 +113,7 @@ def test_whatever_a_handler_raises_or_returns_costs_its_command_alone(
         replies = [client.ask(command.encode()) for command in commands]
         assert replies == [b"ERR internal"] * len(commands)
         assert client.ask(b"BAD-23") == b"ERR unknown command"
-        notes.happened(f"{len(replies)} commands failed, each in its own way")
+        notes.happened(f"{len(replies)} different commands failed")
     assert not site.server.events("worker.died")
 
 
@@ -120,7 +126,7 @@ def test_a_handler_that_changes_its_surroundings_harms_nobody(
         pid = int(client.ask(b"SURROUNDINGS"))
         assert client.ask(b"SHORTEN") == b"ERR internal"
         folder = Path(f"/proc/{pid}/cwd").readlink()
-        notes.happened(f"worker {pid} is in {folder}")
+        notes.happened(f"the working directory of worker {pid} is {folder}")
         assert folder == Path("/proc")
     assert not site.server.events("worker.died")
     assert site.server.stop() == 0
@@ -137,15 +143,15 @@ def test_a_forked_child_counts_nobody_and_answers_nobody(
     site = begin(start, tmp_path)
     with site.neighbours(), site.client() as client:
         assert [client.ask(f"FORK-{kind}".encode()) for _ in range(20)] == [b"a parent"] * 20
-        notes.happened("20 children came back")
+        notes.happened("20 forked children returned from the handler")
         assert client.ask(b"WHY") == b"42"
 
         def living() -> list[psutil.Process]:
             children = [each for worker in site.server.workers() for each in worker.children()]
             return [each for each in children if is_alive(each)]
 
-        until(lambda: not living(), "all have ended")
-    until(lambda: sum(site.clients()) == 0, "nobody is counted any more")
+        until(lambda: not living(), "the forked children have ended")
+    until(lambda: sum(site.clients()) == 0, "no client is counted any more")
     assert not site.server.events("worker.died")
 
 

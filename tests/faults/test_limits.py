@@ -1,8 +1,7 @@
-"""Crowds and floods, and how soon a good client beside them is answered: within twice the time that
-it usually takes.
+"""Crowds and floods: a good client is still answered within twice its usual time.
 
-Server and good client run at real-time priorities, above those who flood: these stand for others'
-machines, whose CPUs are not the server's, and no noise of this one is measured. That takes root.
+The server and the good client run at a higher real-time priority than the attackers. Real attackers
+have CPUs of their own, so theirs must not compete with the server's. This needs root.
 """
 
 import os
@@ -22,21 +21,20 @@ from tests.test_admin import status
 
 Start = Callable[..., Site]
 CROWD = 50_000
-#: Priorities of the server and the good client, and of those who flood.
-OURS, THEIRS = 50, 10
+#: Real-time priorities of the server and the good client, and of the attackers.
+SERVER_PRIORITY, ATTACKER_PRIORITY = 50, 10
 QUIET_SECONDS = 3.0
-#: A percentile below this is told from twice as much by luck: it is that of a few switches between
-#: processes.
+#: A percentile below this is noise: it is the time of a few context switches.
 NOISE_SECONDS = 0.0005
 
 
 @pytest.fixture(autouse=True)
 def undisturbed() -> Iterator[None]:
-    """This process and those that it starts run before all others."""
+    """This process, and the processes that it starts, have priority over all others."""
     if os.geteuid() != 0:
         unavailable("real-time priorities need root")
     try:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(OURS))
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(SERVER_PRIORITY))
     except OSError as error:
         unavailable(f"no real-time priorities: {error}")
     try:
@@ -48,17 +46,17 @@ def undisturbed() -> Iterator[None]:
 def attack(
     name: str, site: Site, seconds: float = 0, number: int = 0, source: str = "127.0.0.1"
 ) -> Attacker:
-    """Begin it, at the lower priority."""
-    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(THEIRS))
+    """Start an attacker at the lower priority."""
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(ATTACKER_PRIORITY))
     try:
         return Attacker(name, site, seconds, number, source)
     finally:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(OURS))
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(SERVER_PRIORITY))
 
 
 @contextmanager
 def compared(site: Site, notes: Notes) -> Iterator[None]:
-    """The good client's 99th percentile during the body is at most twice that before it."""
+    """Compare the good client's 99th percentile during the body with the one before it."""
     with measured(site) as before:
         time.sleep(QUIET_SECONDS)
     with measured(site) as during:
@@ -67,14 +65,12 @@ def compared(site: Site, notes: Notes) -> Iterator[None]:
 
 
 def assert_as_usual(notes: Notes, usual: Pace, now: Pace) -> None:
-    """The 99th percentile is at most twice the usual one, or so little that it is the machine's
-    own.
-    """
+    """Check that the 99th percentile is at most twice the usual one, or is noise."""
     assert min(usual.replies, now.replies) > 300
     notes.measured("p99 usually", usual.p99 * 1000, "ms")
     notes.measured("p99", now.p99 * 1000, "ms")
     notes.measured("ratio", now.p99 / usual.p99, "times")
-    assert now.p99 <= max(2 * usual.p99, NOISE_SECONDS), f"{now} beside it, {usual} usually"
+    assert now.p99 <= max(2 * usual.p99, NOISE_SECONDS), f"{now} under attack, usually {usual}"
 
 
 @row("50,000 clients", Variant(4), quick=None)
@@ -83,12 +79,12 @@ def test_50000_clients_at_once(start: Start, notes: Notes) -> None:
     before = site.resident_of_workers()
     with measured(site) as usual_paces:
         time.sleep(QUIET_SECONDS)
-    # Each address has 28,000 ports, and each process 20,000 files.
+    # An address has 28,000 ports, and a process may open 20,000 files.
     crowds = [attack("crowd", site, 0, CROWD // 5, f"127.0.1.{number}") for number in range(5)]
     with site.client() as one:
         assert one.who() == CROWD + 1
     each = site.clients()
-    notes.happened(f"{sum(each)} clients, in the workers {each}")
+    notes.happened(f"{sum(each)} clients; per worker: {each}")
     notes.measured("memory", (site.resident_of_workers() - before) / CROWD, "bytes a client")
     with measured(site) as paces:
         time.sleep(QUIET_SECONDS)
@@ -105,13 +101,13 @@ def test_a_flood_of_connects_beyond_the_limit(start: Start, notes: Notes) -> Non
             stack.enter_context(site.client()).ask(b"WHY")
         with compared(site, notes), site.client() as last:
             assert last.who() == 10
-            refused = status(site.server)["rejected"]["too_many_clients"]
+            rejected = status(site.server)["rejected"]["too_many_clients"]
             floods = [attack("connects", site, 5) for _ in range(2)]
-            told = sum(flood.result() for flood in floods)
-            refused = status(site.server)["rejected"]["too_many_clients"] - refused
+            replies = sum(flood.result() for flood in floods)
+            rejected = status(site.server)["rejected"]["too_many_clients"] - rejected
             assert last.who() == 10
-        notes.happened(f"{told} were told so, {refused} were counted")
-        assert refused >= told > 1000
+        notes.happened(f"{replies} got the error reply, {rejected} were counted")
+        assert rejected >= replies > 1000
     site.assert_as_before()
 
 
@@ -121,13 +117,13 @@ def test_1000_that_send_a_byte_now_and_then(start: Start, notes: Notes, variant:
     with measured(site) as usual:
         time.sleep(QUIET_SECONDS)
     flood = attack("dribblers", site, 8, 1000)
-    until(lambda: sum(site.clients()) == 1000, "all are there")
+    until(lambda: sum(site.clients()) == 1000, "all are connected")
     with measured(site) as paces:
         time.sleep(QUIET_SECONDS)
         dribbling = status(site.server)["clients"]["now"]
     assert flood.result() == 1000
-    until(lambda: status(site.server)["rejected"]["too_slow"] == 1000, "all are cut off")
-    notes.happened(f"{dribbling - 1} clients at once sent a byte every 0.5 s, and were cut off")
+    until(lambda: status(site.server)["rejected"]["too_slow"] == 1000, "all are closed")
+    notes.happened(f"{dribbling - 1} clients at once sent a byte every 0.5 s, and were closed")
     assert dribbling == 1001
     assert_as_usual(notes, *usual, *paces)
     site.assert_as_before()
@@ -139,13 +135,16 @@ def test_1000_that_never_begin_the_handshake(start: Start, notes: Notes) -> None
     with measured(site) as usual:
         time.sleep(QUIET_SECONDS)
     flood = attack("silent", site, 6, 1000)
-    until(lambda: sum(worker.num_fds() for worker in site.server.workers()) > 1000, "all are there")
+    until(
+        lambda: sum(worker.num_fds() for worker in site.server.workers()) > 1000,
+        "all are connected",
+    )
     with measured(site) as paces:
         time.sleep(QUIET_SECONDS)
         with site.client() as client:
             assert client.who() == 2
     count = flood.result()
-    notes.happened(f"1,000 at once were silent, and connected {count} times in all")
+    notes.happened(f"1,000 silent peers at once, which connected {count} times in total")
     assert count > 1000
     assert_as_usual(notes, *usual, *paces)
     site.assert_as_before()
