@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -34,10 +35,18 @@ NAMES = list(dict.fromkeys(scenario.name for scenario in FULL))
 Run = tuple[Scenario, int, dict[str, Any]]
 
 
-HELP = f"""Measure gserver beside its peers, write bench/results.json, and render docs/performance.md and docs/plots.
+HELP = f"""Measure gserver beside its peers.
 
-NAME is one of: {", ".join(NAMES)}. Without one, all are measured, which takes 24 minutes; nothing else should run
-on the machine meanwhile."""
+Write bench/results.json, and render docs/performance.md and docs/plots.
+
+NAME is one of: {", ".join(NAMES)}. Without a NAME, all are measured, which takes half an hour.
+Nothing else should run on the machine meanwhile.
+
+\b
+The speed of every spelling, in a minute, for the gserver in another folder:
+    BENCH_CHECKOUT=/path/to/gserver bin/bench spellings --rounds 1
+
+With --rounds or BENCH_CHECKOUT the figures are only printed; no file is written."""
 
 
 @click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,28 +56,54 @@ on the machine meanwhile."""
     is_flag=True,
     help="A short form of the main ratios, beside those of bench/baseline.json.",
 )
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="Rounds of each scenario, instead of its own number; with NAME. Only prints the figures.",
+)
 @click.option("--save", is_flag=True, help="With --quick: make its figures the new baseline.")
 @click.option(
     "--render", is_flag=True, help="Measure nothing: write tables and plots again from the results."
 )
-def main(names: tuple[str, ...], quick: bool, save: bool, render: bool) -> None:
+def main(names: tuple[str, ...], quick: bool, rounds: int | None, save: bool, render: bool) -> None:
     """Run the command line."""
     if sum((bool(names), quick, render)) > 1 or (save and not quick):
         raise click.UsageError("choose one of NAME, --quick and --render; --save goes with --quick")
+    if rounds and not names:
+        raise click.UsageError("--rounds goes with NAME")
     if quick:
         _quick(save)
         return
-    failures = (
-        []
-        if render
-        else _measure([scenario for scenario in FULL if not names or scenario.name in names], _keep)
-    )
-    results = _kept()
+    if render:
+        _render(_kept())
+        return
+    chosen = [scenario for scenario in FULL if not names or scenario.name in names]
+    if rounds or peers.CHECKOUT != peers.ROOT:
+        failures = _try_out([replace(each, rounds=rounds or each.rounds) for each in chosen])
+    else:
+        failures = _measure(chosen, _keep)
+        results = _kept()
+        _render(results)
+        _show(results, names or NAMES)
+    _end(failures)
+
+
+def _try_out(scenarios: Sequence[Scenario]) -> list[str]:
+    """Measure and show the figures, and write no file. Return what failed."""
+    results: report.Results = {}
+    failures = _measure(scenarios, results.__setitem__)
+    _show(results, results)
+    return failures
+
+
+def _render(results: report.Results) -> None:
     report.render(results)
     plots.draw(results)
-    for name, text in report.tables(results, names or NAMES).items() if not render else ():
+
+
+def _show(results: report.Results, names: Iterable[str]) -> None:
+    for name, text in report.tables(results, names).items():
         click.echo(f"\n{name}\n\n{text}")
-    _end(failures)
 
 
 def _kept() -> report.Results:
@@ -227,7 +262,7 @@ def _machine() -> dict[str, str]:
 
 
 def _said_by(*words: str) -> str:
-    done = subprocess.run(words, cwd=peers.ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=peers.CHECKOUT, capture_output=True, text=True, check=False)
     return f"gserver {done.stdout.strip() or 'of no commit'}"
 
 

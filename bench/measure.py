@@ -78,22 +78,20 @@ def _memory(pids: list[int], kind: str) -> int:
 
 @contextmanager
 def load(
-    mode: str, server: Server, *arguments: object, limit: float = PATIENCE_SECONDS
+    mode: str, server: Server, *arguments: object, limit: float = PATIENCE_SECONDS, lines: str = ""
 ) -> Iterator["Load"]:
-    """Run the load generator beside the body; it is ended with it, and after `limit` seconds in any
-    case.
+    """Run the load generator while the body runs, for at most `limit` seconds.
+
+    `lines` are sent in place of WHO, WHERE and WHY; each has its line ending.
     """
-    words = [
-        str(LOAD),
-        *(["tls"] if server.is_tls else []),
-        mode,
-        server.host,
-        str(server.port),
-        *map(str, arguments),
-    ]
-    if (
-        mode == "connect"
-    ):  # From an address of its own, since the ports of the one before are not free for a minute.
+    words = [str(LOAD)]
+    if server.is_tls:
+        words.append("tls")
+    if lines:
+        words += ["lines", lines]
+    words += [mode, server.host, str(server.port), *map(str, arguments)]
+    if mode == "connect":
+        # An address of its own: the ports of the run before stay in TIME_WAIT for a minute.
         words.append(f"127.1.{next(_runs) % 250}.1")
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
@@ -147,13 +145,18 @@ class Load:
 
 
 def work(
-    server: Server, mode: str, *arguments: object, during: Callable[[], Sample] = dict
+    server: Server,
+    mode: str,
+    *arguments: object,
+    during: Callable[[], Sample] = dict,
+    lines: str = "",
 ) -> Sample:
-    """Let the load generator work a server: latencies, CPU for each answer, and what `during`
-    returns meanwhile.
+    """Put load on a server; return latencies, CPU per answer and what `during` returns.
+
+    `during` is called while the load runs. `lines` are those of `load`.
     """
     pids = tree(server)
-    with load(mode, server, *arguments) as process:
+    with load(mode, server, *arguments, lines=lines) as process:
         process.expect("start")
         before = cpu_ns(pids)
         more = during()

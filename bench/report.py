@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from bench import admin, tls
 from bench.measure import Sample
 from bench.peers import PEERS, ROOT
-from bench.scenarios import ORDERS
+from bench.scenarios import LONG, ORDERS, SHAPES
 
 PAGE = ROOT / "docs/performance.md"
 #: A figure that moved by less is taken for the same, however narrow its spread.
@@ -195,7 +195,17 @@ BEAT_MEASURES = (
     "later than 0.5 s",
     "memory of Redis, MB",
 )
+IN_UVLOOPS = Column("cpu_in_uvloops")
 TABLES = {
+    "spellings": Table(
+        "spellings",
+        {"depth": "in flight", "shape": "commands"},
+        {
+            "CPU a command, µs": CPU,
+            "uvloop's, µs": Column("uvloop_cpu_us"),
+            "in uvloop's": IN_UVLOOPS,
+        },
+    ),
     "speed": Table(
         "speed",
         {"depth": "in flight", "order": "order", "server": "server"},
@@ -330,8 +340,17 @@ def _two_workers(results: Results) -> Figure | None:
     return ratio(results, "workers", "cpu_us", {"workers": 1}, workers=2, clients=64)
 
 
+def _long(shape: str) -> Callable[[Results], Figure | None]:
+    """CPU a command in a burst of more than 4,096 bytes, in parts of that in one of 32 commands."""
+    return lambda results: ratio(
+        results, "spellings", "cpu_us", {"depth": 32}, shape=shape, depth=LONG
+    )
+
+
 ONE: dict[str, Any] = {"depth": 1, "order": ORDERS[0]}
 IDLE = {"server": "gserver", "clients": 10000}
+#: Of the goals of spellings, by commands in flight and whether they are shuffled.
+SPELLING_LIMITS = {(1, False): 1.0, (1, True): 1.0, (32, False): 1.2, (32, True): 0.9}
 GOALS = (
     Goal("CPU a command, 1 in flight, in uvloop's", 1.15, "", _in("uvloop", **ONE), 1.0),
     Goal("CPU a command, 1 in flight, in gevent's", 0.65, "", _in("gevent", **ONE)),
@@ -348,6 +367,22 @@ GOALS = (
             ("uvloop", "uvloop", 0.9, 0.5),
             ("go", "Go", 1.4, None),
         )
+    ),
+    *(
+        Goal(
+            f"CPU a command, {depth} in flight, {shape}, in uvloop's (any spelling)",
+            limit,
+            "",
+            _of("spellings", "cpu_in_uvloops", shape=shape, depth=depth),
+        )
+        for depth in (1, 32)
+        for shape in SHAPES
+        for limit in (SPELLING_LIMITS[depth, "shuffled" in shape],)
+    ),
+    *(
+        Goal(f"CPU a command, {LONG:,} in flight, {shape}, in that with 32", 1.05, "", _long(shape))
+        for shape, sent in SHAPES.items()
+        if LONG in sent.depths
     ),
     Goal("CPU a connection, in uvloop's", 1.5, "", _in("uvloop", "connect"), 1.0),
     Goal("latency p99, 1 in flight, in uvloop's", 1.3, "", _in("uvloop", measure="p99_us", **ONE)),
