@@ -159,16 +159,7 @@ def _measure(
 ) -> list[str]:
     """Run scenarios, hand on the samples of each that has not failed, and return what failed."""
     peers.build(peers.PEERS)
-    if len(CORES) < 2:
-        _warn("one core for servers and load generator: the figures say little")
-    if os.getloadavg()[0] > 0.5:
-        _warn(
-            f"something else runs on this machine (load {os.getloadavg()[0]:.1f}): the figures will be worse for it"
-        )
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < LEAST_FILES:
-        _warn(
-            f"the limit of open files is below {LEAST_FILES:,} (ulimit -Hn): what holds many clients will fail"
-        )
+    _warn_of_a_poor_machine()
     os.sched_setaffinity(0, LOAD_CORE)  # Children inherit it; servers are put elsewhere.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
@@ -197,6 +188,17 @@ def _measure(
             if name not in failures and name not in {each.name for each, *_ in runs[at:]}:
                 keep(name, {"machine": machine, "samples": samples[name]})
     return [failure for found in failures.values() for failure in found]
+
+
+def _warn_of_a_poor_machine() -> None:
+    """Name everything about this machine that spoils the figures."""
+    if len(CORES) < 2:
+        _warn("servers and load generator share one core: the figures mean little")
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        _warn(f"other programs run on this machine (load {busy:.1f}): the figures will be worse")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < LEAST_FILES:
+        _warn(f"ulimit -Hn is below {LEAST_FILES:,}: scenarios with many clients will fail")
 
 
 def _warn(text: str) -> None:
@@ -237,12 +239,13 @@ def _shown(runs: list[Run]) -> Generator[Run]:
 
 
 def _machine() -> dict[str, str]:
-    """Where and with what the figures are made, each as it is to be read."""
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    """The machine and the versions that the figures depend on, each as text to show."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = model[1] if model else platform.machine()
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "processor": f"{processor[1] if processor else platform.machine()}, {len(CORES)} cores, {memory:.0f} GB",
+        "processor": f"{processor}, {len(CORES)} cores, {memory:.0f} GB",
         "commit": _said_by("git", "describe", "--always", "--dirty"),
         "kernel": f"Linux {platform.release()}",
         "Python": f"Python {platform.python_version()}",

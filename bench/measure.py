@@ -1,6 +1,4 @@
-"""How things are measured: CPU and memory of a server's processes, and the work of the load
-generator.
-"""
+"""How things are measured: CPU and memory of a server's processes, and the load generator."""
 
 import itertools
 import json
@@ -55,8 +53,9 @@ def in_role(server: Server, role: str) -> list[int]:
 
 
 def cpu_ns(pids: list[int]) -> int:
-    """CPU time that processes have used, their ended threads included: from the clock that the
-    kernel keeps of each.
+    """CPU time that processes have used, including that of ended threads.
+
+    It is read from the CPU clock that the kernel keeps for each process.
     """
     return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in pids)
 
@@ -67,7 +66,7 @@ def memory(pids: list[int]) -> int:
 
 
 def own_memory(pids: list[int]) -> int:
-    """The same without mapped files: of those, each has less as soon as one more process maps them."""
+    """The same without mapped files, whose share shrinks when one more process maps them."""
     return _memory(pids, "Pss_Anon") + _memory(pids, "Pss_Shmem")
 
 
@@ -117,9 +116,8 @@ class Load:
         line = self._process.stdout.readline().strip()
         if not line:
             self._process.kill()
-            raise Failed(
-                f"the load generator ended: {self._process.stderr.read().strip() or 'it took too long'}"
-            )
+            reason = self._process.stderr.read().strip() or "it took too long"
+            raise Failed(f"the load generator ended: {reason}")
         return line
 
     def expect(self, wanted: str) -> None:

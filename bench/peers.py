@@ -49,8 +49,9 @@ FOREIGN = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT",
 
 @dataclass(frozen=True)
 class Peer:
-    """A server: its title in tables, the words that start it, PORT among them, and what is to be
-    compiled.
+    """A server: its title in tables, its command line, and how it is compiled.
+
+    One of the words is PORT: it is replaced by the port number.
     """
 
     name: str
@@ -62,8 +63,10 @@ class Peer:
 
 @dataclass(frozen=True)
 class Server:
-    """One that runs. `pids` are the processes started, its own and that of one behind it; gserver's
-    has children.
+    """A running server.
+
+    `pids` are the processes that were started: its own, and that of a server behind it. gserver's
+    process has children.
     """
 
     name: str

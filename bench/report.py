@@ -33,8 +33,9 @@ class Figure(NamedTuple):
 
     @property
     def notch(self) -> float:
-        """How far off the median may be, at 95 %: the notches of a box plot (McGill, Tukey, Larsen,
-        1978).
+        """How far off the median may be, at 95 %.
+
+        These are the notches of a box plot (McGill, Tukey, Larsen, 1978).
         """
         return float(1.57 * (self.high - self.low) / self.rounds**0.5)
 
@@ -43,7 +44,10 @@ def number(value: float) -> str:
     """Three digits of a number, all of a large one."""
     if value == int(value):
         return f"{value:,.0f}"
-    return f"{value:,.{next((digits for digits, least in enumerate((100, 10, 1)) if abs(value) >= least), 3)}f}"
+    for digits, least in enumerate((100, 10, 1)):
+        if abs(value) >= least:
+            return f"{value:,.{digits}f}"
+    return f"{value:,.3f}"
 
 
 def samples_of(results: Results, name: str, **where: Any) -> list[Sample]:
@@ -79,8 +83,9 @@ def figure(results: Results, name: str, measure: str, **where: Any) -> Figure | 
 def ratio(
     results: Results, name: str, measure: str, over: dict[str, Any], **where: Any
 ) -> Figure | None:
-    """The median of a measure in parts of another's, the same but for `over`; about it, the spread
-    of the rounds.
+    """The median of a measure, divided by that of samples that differ in `over`.
+
+    The quartiles are those of the rounds' own ratios, centred on this ratio.
     """
     above, below = (pick(results, name, measure, **(where | more)) for more in ({}, over))
     rounds = summary([one / other for one, other in zip(above, below, strict=False)])
@@ -94,7 +99,9 @@ def ratio(
 
 @dataclass(frozen=True)
 class Column:
-    """A column: a measure, in parts of that of others if `over` says which, or a percentile of all
+    """A column of a table: a measure, a ratio or a percentile.
+
+    `over` names the samples that the measure is divided by. `percent` takes that percentile of all
     samples.
     """
 
@@ -119,8 +126,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a scenario: a line for each combination of the values of `keys`, those of the
-    second side by side.
+    """A table of a scenario: a row for each combination of the values of `keys`.
+
+    The values of `across` stand side by side. `is_turned` exchanges rows and columns.
     """
 
     scenario: str
@@ -295,7 +303,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Goal:
-    """Something that is to be at most `limit`, or at least that; `further` is what we would like."""
+    """A figure with a `limit` that it must not exceed, or must reach; `further` is a wish."""
 
     what: str
     limit: float
@@ -424,7 +432,7 @@ def goal_figures(results: Results) -> dict[str, Figure]:
 
 
 def comparison(was: dict[str, Figure], now: dict[str, Figure]) -> str:
-    """A table of two sets of figures, and what of it has moved by more than their spread explains."""
+    """A table of two sets of figures; it says which moved by more than the spread explains."""
     rows = []
     for what, new in now.items():
         old = was.get(what)

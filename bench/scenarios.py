@@ -1,5 +1,6 @@
-"""What is measured: each scenario is a list of cases that take turns, round by round, and a
-function that runs one.
+"""What is measured: a scenario is a function and the cases that it is called with.
+
+The cases of a scenario take turns, round by round.
 """
 
 import itertools
@@ -86,9 +87,7 @@ class Scenario:
 
 
 def speed(seconds: float, server: str) -> Iterator[Sample]:
-    """Answer commands, one in flight on each connection, and 32: WHO, WHERE and WHY in turn, and in
-    any order.
-    """
+    """Answer WHO, WHERE and WHY, in turn and shuffled, with 1 and 32 in flight on a connection."""
     with running(server, cores=SERVER_CORE) as peer:
         for number, order in ((1, ORDERS[0]), (32, ORDERS[0]), (32, ORDERS[1])):
             yield {
@@ -191,7 +190,7 @@ def _sockets(pid: int) -> int:
 
 
 def hold(_seconds: float, processes: int) -> Iterator[Sample]:
-    """Hold more clients than one address has ports for; each of them asks WHO when all are there."""
+    """Hold more clients than one address has ports for; each asks WHO when all are connected."""
     clients = processes * HELD_BY_ONE
     options = ("--workers", "4", "--max-clients", "60000")
     with running("gserver", cores=set(CORES), options=options) as server, ExitStack() as stack:

@@ -53,7 +53,7 @@ class Client(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         service.count(1)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (the interface)
         """Uncount it."""
         service.count(-1)
 
