@@ -39,8 +39,10 @@
 enum { WHO, WHERE, WHY, PING, UNKNOWN };
 /* How far a client is: a socket, then TLS if there is any, then its commands. */
 enum { CONNECTED, BY_TCP, BY_TLS };
-enum { MAX_LINES = 16, MAX_LINE = 16, MAX_DEPTH = 2048, ORDER = 65535, WARM_MS = 500, OPENING = 256, MAX_EVENTS = 512, SLOTS = 200000 };
+enum { MAX_LINES = 16, MAX_LINE = 16, MAX_DEPTH = 2048, ORDER = 65535, OPENING = 256, MAX_EVENTS = 512, SLOTS = 200000 };
 
+/* A shorter measurement is also warmed up for a shorter time. */
+#define WARM_SECONDS 0.5
 #define SHOWN(length) ((int)((length) < 64 ? (length) : 64))
 
 typedef struct {
@@ -408,7 +410,7 @@ int main(int count, char **words) {
     for (int i = 0; i < clients; i++)
         if (!closes_after) ask(&all[i]);
         else open_client(&all[i]);
-    run(now_ns() + WARM_MS * 1000000LL, 0, 1);
+    run(now_ns() + (long long)((seconds < WARM_SECONDS ? seconds : WARM_SECONDS) * 1e9), 0, 1);
     printf("start\n");
     fflush(stdout);
     measuring = 1;
