@@ -71,6 +71,8 @@ def main(names: tuple[str, ...], quick: bool, rounds: int | None, save: bool, re
         raise click.UsageError("choose one of NAME, --quick and --render; --save goes with --quick")
     if rounds and not names:
         raise click.UsageError("--rounds goes with NAME")
+    if save and peers.CHECKOUT != peers.ROOT:
+        raise click.UsageError("--save is for the gserver of this folder: unset BENCH_CHECKOUT")
     if quick:
         _quick(save)
         return

@@ -354,7 +354,7 @@ QUICK = (
         "spellings",
         spellings,
         _cases(shape=("who", "WHO, CRLF", "unknown", "own command", "built-in, shuffled")),
-        rounds=3,
+        rounds=2,
         seconds=0.4,
     ),
     Scenario("connect", connect, _cases(server=("gserver", "uvloop")), rounds=5, seconds=0.6),
