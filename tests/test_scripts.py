@@ -628,7 +628,7 @@ def test_bin_coverage_reports_on_the_package_and_ends_as_the_tests_do(
 ) -> None:
     done = _started("bin/coverage", tested, tools, "-q")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^gserver/cli\.py ", done.stdout, re.MULTILINE)
+    assert re.search(r"^gserver/cli/main\.py ", done.stdout, re.MULTILINE)
     assert re.search(r"^TOTAL ", done.stdout, re.MULTILINE)
     (tested / "tests/test_one.py").write_text(ONE_TEST.replace("2", "3"))
     done = _started("bin/coverage", tested, tools, "-q")
