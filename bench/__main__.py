@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -34,10 +35,18 @@ NAMES = list(dict.fromkeys(scenario.name for scenario in FULL))
 Run = tuple[Scenario, int, dict[str, Any]]
 
 
-HELP = f"""Measure gserver beside its peers, write bench/results.json, and render docs/performance.md and docs/plots.
+HELP = f"""Measure gserver beside its peers.
 
-NAME is one of: {", ".join(NAMES)}. Without one, all are measured, which takes 24 minutes; nothing else should run
-on the machine meanwhile."""
+Write bench/results.json, and render docs/performance.md and docs/plots.
+
+NAME is one of: {", ".join(NAMES)}. Without a NAME, all are measured, which takes half an hour.
+Nothing else should run on the machine meanwhile.
+
+\b
+The speed of every spelling, in a minute, for the gserver in another folder:
+    BENCH_CHECKOUT=/path/to/gserver bin/bench spellings --rounds 1
+
+With --rounds or BENCH_CHECKOUT the figures are only printed; no file is written."""
 
 
 @click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,28 +56,56 @@ on the machine meanwhile."""
     is_flag=True,
     help="A short form of the main ratios, beside those of bench/baseline.json.",
 )
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="Rounds of each scenario, instead of its own number; with NAME. Only prints the figures.",
+)
 @click.option("--save", is_flag=True, help="With --quick: make its figures the new baseline.")
 @click.option(
     "--render", is_flag=True, help="Measure nothing: write tables and plots again from the results."
 )
-def main(names: tuple[str, ...], quick: bool, save: bool, render: bool) -> None:
+def main(names: tuple[str, ...], quick: bool, rounds: int | None, save: bool, render: bool) -> None:
     """Run the command line."""
     if sum((bool(names), quick, render)) > 1 or (save and not quick):
         raise click.UsageError("choose one of NAME, --quick and --render; --save goes with --quick")
+    if rounds and not names:
+        raise click.UsageError("--rounds goes with NAME")
+    if save and peers.CHECKOUT != peers.ROOT:
+        raise click.UsageError("--save is for the gserver of this folder: unset BENCH_CHECKOUT")
     if quick:
         _quick(save)
         return
-    failures = (
-        []
-        if render
-        else _measure([scenario for scenario in FULL if not names or scenario.name in names], _keep)
-    )
-    results = _kept()
+    if render:
+        _render(_kept())
+        return
+    chosen = [scenario for scenario in FULL if not names or scenario.name in names]
+    if rounds or peers.CHECKOUT != peers.ROOT:
+        failures = _try_out([replace(each, rounds=rounds or each.rounds) for each in chosen])
+    else:
+        failures = _measure(chosen, _keep)
+        results = _kept()
+        _render(results)
+        _show(results, names or NAMES)
+    _end(failures)
+
+
+def _try_out(scenarios: Sequence[Scenario]) -> list[str]:
+    """Measure and show the figures, and write no file. Return what failed."""
+    results: report.Results = {}
+    failures = _measure(scenarios, results.__setitem__)
+    _show(results, results)
+    return failures
+
+
+def _render(results: report.Results) -> None:
     report.render(results)
     plots.draw(results)
-    for name, text in report.tables(results, names or NAMES).items() if not render else ():
+
+
+def _show(results: report.Results, names: Iterable[str]) -> None:
+    for name, text in report.tables(results, names).items():
         click.echo(f"\n{name}\n\n{text}")
-    _end(failures)
 
 
 def _kept() -> report.Results:
@@ -124,16 +161,7 @@ def _measure(
 ) -> list[str]:
     """Run scenarios, hand on the samples of each that has not failed, and return what failed."""
     peers.build(peers.PEERS)
-    if len(CORES) < 2:
-        _warn("one core for servers and load generator: the figures say little")
-    if os.getloadavg()[0] > 0.5:
-        _warn(
-            f"something else runs on this machine (load {os.getloadavg()[0]:.1f}): the figures will be worse for it"
-        )
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < LEAST_FILES:
-        _warn(
-            f"the limit of open files is below {LEAST_FILES:,} (ulimit -Hn): what holds many clients will fail"
-        )
+    _warn_of_a_poor_machine()
     os.sched_setaffinity(0, LOAD_CORE)  # Children inherit it; servers are put elsewhere.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
@@ -162,6 +190,17 @@ def _measure(
             if name not in failures and name not in {each.name for each, *_ in runs[at:]}:
                 keep(name, {"machine": machine, "samples": samples[name]})
     return [failure for found in failures.values() for failure in found]
+
+
+def _warn_of_a_poor_machine() -> None:
+    """Name everything about this machine that spoils the figures."""
+    if len(CORES) < 2:
+        _warn("servers and load generator share one core: the figures mean little")
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        _warn(f"other programs run on this machine (load {busy:.1f}): the figures will be worse")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < LEAST_FILES:
+        _warn(f"ulimit -Hn is below {LEAST_FILES:,}: scenarios with many clients will fail")
 
 
 def _warn(text: str) -> None:
@@ -202,12 +241,13 @@ def _shown(runs: list[Run]) -> Generator[Run]:
 
 
 def _machine() -> dict[str, str]:
-    """Where and with what the figures are made, each as it is to be read."""
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    """The machine and the versions that the figures depend on, each as text to show."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = model[1] if model else platform.machine()
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "processor": f"{processor[1] if processor else platform.machine()}, {len(CORES)} cores, {memory:.0f} GB",
+        "processor": f"{processor}, {len(CORES)} cores, {memory:.0f} GB",
         "commit": _said_by("git", "describe", "--always", "--dirty"),
         "kernel": f"Linux {platform.release()}",
         "Python": f"Python {platform.python_version()}",
@@ -227,7 +267,7 @@ def _machine() -> dict[str, str]:
 
 
 def _said_by(*words: str) -> str:
-    done = subprocess.run(words, cwd=peers.ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=peers.CHECKOUT, capture_output=True, text=True, check=False)
     return f"gserver {done.stdout.strip() or 'of no commit'}"
 
 

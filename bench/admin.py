@@ -1,7 +1,7 @@
-"""What the admin port costs: commands of a server that is scraped every second, beside those of one
-that has none.
+"""What the admin port costs: a scenario of `bin/bench`.
 
-A scenario of `bin/bench`. The scrapes are made on the load generator's core.
+It compares a server that is scraped every second with one that has no admin port. The scrapes run
+on the load generator's core.
 """
 
 import time
@@ -17,8 +17,9 @@ PATHS = ("/metrics", "/status.json")
 
 
 def admin(seconds: float, admin_port: str) -> Iterator[Sample]:
-    """Answer commands, one in flight on each connection, with OFF or SCRAPED; what of the CPU is
-    the agent's.
+    """Answer commands, one in flight on each connection, with the admin port OFF or SCRAPED.
+
+    The sample has the agent's share of the CPU.
     """
     port = free_port()
     is_scraped = admin_port == SCRAPED

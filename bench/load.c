@@ -5,8 +5,13 @@
  *   load connect  HOST PORT CONCURRENCY SECONDS [FROM]         connect, WHO, its reply, close, and again
  *   load hold     HOST PORT CONNECTIONS [FROM]                 connect, WHO, its reply, and stay
  *
- * `load tls` and then any of these: by TLS 1.3, with X25519, AES-256-GCM and a full handshake for each connection; whose
- * certificate that is, is not asked.
+ * Two options come before the mode, in this order:
+ *
+ *   load tls ...          TLS 1.3 with X25519, AES-256-GCM and a full handshake for each connection; the certificate is not
+ *                         verified
+ *   load lines LINES ...  `pipeline` and `shuffled` send these lines instead of WHO, WHERE and WHY. LINES holds up to 16 lines,
+ *                         each with its line ending: 'who\r\nNOPE\n'. Blanks and case do not matter for the reply that is
+ *                         expected. A line that is not WHO, WHERE, WHY or PING must be answered by ERR unknown command.
  *
  * FROM is the source address. Prints `start` when warm, then a line of JSON, and stays until the end of its stdin; `hold`
  * prints `held N` and then answers `ask` on stdin by `answered N LOWEST HIGHEST`. Latency is from the write of a batch to
@@ -14,6 +19,7 @@
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <ctype.h>
 #include <errno.h>
 #include <netinet/tcp.h>
 #include <openssl/err.h>
@@ -23,16 +29,20 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { WHO, WHERE, WHY, KINDS };
+/* Kinds of replies. PING is the command in bench/own. */
+enum { WHO, WHERE, WHY, PING, UNKNOWN };
 /* How far a client is: a socket, then TLS if there is any, then its commands. */
 enum { CONNECTED, BY_TCP, BY_TLS };
-enum { MAX_DEPTH = 1024, ORDER = 65535, WARM_MS = 500, OPENING = 256, MAX_EVENTS = 512, SLOTS = 200000 };
+enum { MAX_LINES = 16, MAX_LINE = 16, MAX_DEPTH = 2048, ORDER = 65535, OPENING = 256, MAX_EVENTS = 512, SLOTS = 200000 };
 
+/* A shorter measurement is also warmed up for a shorter time. */
+#define WARM_SECONDS 0.5
 #define SHOWN(length) ((int)((length) < 64 ? (length) : 64))
 
 typedef struct {
@@ -42,14 +52,20 @@ typedef struct {
     char line[128]; /* of a reply that has begun */
 } Client;
 
-static const char *const NAMES[KINDS] = {"WHO\n", "WHERE\n", "WHY\n"};
+static const char *const NAMES[UNKNOWN] = {"WHO", "WHERE", "WHY", "PING"};
+/* The lines that are sent, as `lines` gives them. */
+static struct {
+    const char *text;
+    int length, kind;
+} lines[MAX_LINES];
+static int line_count;
 static struct sockaddr_in server, from;
 static SSL_CTX *tls; /* NULL without TLS */
 static int epoll, depth = 1, asks_who_only, closes_after, clients;
 static char id[128]; /* of the server: what WHERE answered first */
-/* All commands in their order, through which each client goes from a place of its own. */
+/* All commands in their order. Each client starts at another place. */
 static unsigned char kinds[ORDER + MAX_DEPTH];
-static char text[(ORDER + MAX_DEPTH) * 6 + 1];
+static char text[(ORDER + MAX_DEPTH) * MAX_LINE];
 static int starts[ORDER + MAX_DEPTH + 1];
 static long long answers, errors, lowest, highest;
 static unsigned *latencies; /* how many took so many tenths of a microsecond; logarithmic beyond 10 ms */
@@ -146,7 +162,7 @@ static ssize_t get(Client *client, char *data, int size) {
 
 static void ask(Client *client) {
     client->next %= ORDER;
-    const char *data = asks_who_only ? NAMES[WHO] : text + starts[client->next];
+    const char *data = asks_who_only ? "WHO\n" : text + starts[client->next];
     int size = asks_who_only ? 4 : starts[client->next + depth] - starts[client->next];
     client->expected = asks_who_only ? 1 : depth;
     client->sent_at = now_ns();
@@ -177,6 +193,10 @@ static double percentile(double share) {
     return 0;
 }
 
+static int is_exactly(const char *wanted, const char *line, int length) {
+    return length == (int)strlen(wanted) && !memcmp(line, wanted, length);
+}
+
 static void check(Client *client, const char *line, int length) {
     int kind = asks_who_only ? WHO : kinds[client->next++];
     if (kind == WHO) {
@@ -186,13 +206,17 @@ static void check(Client *client, const char *line, int length) {
         if (number < lowest) lowest = number;
         if (number > highest) highest = number;
     } else if (kind == WHY) {
-        if (length != 2 || memcmp(line, "42", 2)) wrong("WHY: %.*s", SHOWN(length), line);
+        if (!is_exactly("42", line, length)) wrong("WHY: %.*s", SHOWN(length), line);
+    } else if (kind == PING) {
+        if (!is_exactly("PONG", line, length)) wrong("PING: %.*s", SHOWN(length), line);
+    } else if (kind == UNKNOWN) {
+        if (!is_exactly("ERR unknown command", line, length)) wrong("unknown: %.*s", SHOWN(length), line);
     } else if (!id[0]) {
         if (length < 1 || length > 64)
             wrong("WHERE: %d bytes", length);
         else
             memcpy(id, line, length);
-    } else if (length != (int)strlen(id) || memcmp(line, id, length)) {
+    } else if (!is_exactly(id, line, length)) {
         wrong("WHERE: %.*s", SHOWN(length), line);
     }
 }
@@ -293,11 +317,50 @@ static void use_tls(void) {
     SSL_CTX_set_session_cache_mode(tls, SSL_SESS_CACHE_OFF);
 }
 
+static int kind_of(const char *line, int length) {
+    while (length && isspace((unsigned char)*line)) line++, length--;
+    while (length && isspace((unsigned char)line[length - 1])) length--;
+    for (int kind = 0; kind < UNKNOWN; kind++)
+        if (length == (int)strlen(NAMES[kind]) && !strncasecmp(line, NAMES[kind], length)) return kind;
+    return UNKNOWN;
+}
+
+static void use_lines(const char *all) {
+    line_count = 0;
+    do {
+        const char *newline = strchr(all, '\n');
+        if (!newline || newline - all >= MAX_LINE || line_count == MAX_LINES) {
+            fprintf(stderr, "load: LINES holds up to %d lines, each of up to %d bytes and with its newline\n", MAX_LINES, MAX_LINE);
+            exit(2);
+        }
+        lines[line_count].text = all;
+        lines[line_count].length = newline + 1 - all;
+        lines[line_count].kind = kind_of(all, lines[line_count].length);
+        line_count++;
+        all = newline + 1;
+    } while (*all);
+}
+
+/* Lays out the commands in the order in which they are sent. */
+static void fill_text(int is_shuffled) {
+    for (int i = 0; i < ORDER + MAX_DEPTH; i++) {
+        int line = is_shuffled ? random() % line_count : i % line_count;
+        kinds[i] = lines[line].kind;
+        memcpy(text + starts[i], lines[line].text, lines[line].length);
+        starts[i + 1] = starts[i] + lines[line].length;
+    }
+}
+
 int main(int count, char **words) {
     signal(SIGPIPE, SIG_IGN);
     if (count > 1 && !strcmp(words[1], "tls")) {
         use_tls();
         count--, words++;
+    }
+    use_lines("WHO\nWHERE\nWHY\n");
+    if (count > 2 && !strcmp(words[1], "lines")) {
+        use_lines(words[2]);
+        count -= 2, words += 2;
     }
     int is_connect = count > 1 && !strcmp(words[1], "connect"), is_hold = count > 1 && !strcmp(words[1], "hold");
     int is_shuffled = count > 1 && !strcmp(words[1], "shuffled");
@@ -307,7 +370,8 @@ int main(int count, char **words) {
                         "       load shuffled HOST PORT CONNECTIONS DEPTH SECONDS [FROM]\n"
                         "       load connect HOST PORT CONCURRENCY SECONDS [FROM]\n"
                         "       load hold HOST PORT CONNECTIONS [FROM]\n"
-                        "       load tls ..., the same by TLS\n");
+                        "       load tls ..., the same by TLS\n"
+                        "       load [tls] lines LINES ..., with these lines\n");
         return 2;
     }
     server.sin_family = AF_INET;
@@ -327,10 +391,7 @@ int main(int count, char **words) {
     setrlimit(RLIMIT_NOFILE, &files);
     asks_who_only = is_connect || is_hold;
     closes_after = is_connect;
-    for (int i = 0; i < ORDER + MAX_DEPTH; i++) {
-        kinds[i] = is_shuffled ? random() % KINDS : i % KINDS;
-        starts[i + 1] = starts[i] + sprintf(text + starts[i], "%s", NAMES[kinds[i]]);
-    }
+    fill_text(is_shuffled);
     latencies = calloc(SLOTS, sizeof *latencies);
     Client *all = calloc(clients, sizeof *all);
     for (int i = 0; i < clients; i++) all[i].next = random() % ORDER;
@@ -349,7 +410,7 @@ int main(int count, char **words) {
     for (int i = 0; i < clients; i++)
         if (!closes_after) ask(&all[i]);
         else open_client(&all[i]);
-    run(now_ns() + WARM_MS * 1000000LL, 0, 1);
+    run(now_ns() + (long long)((seconds < WARM_SECONDS ? seconds : WARM_SECONDS) * 1e9), 0, 1);
     printf("start\n");
     fflush(stdout);
     measuring = 1;

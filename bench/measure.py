@@ -1,6 +1,4 @@
-"""How things are measured: CPU and memory of a server's processes, and the work of the load
-generator.
-"""
+"""How things are measured: CPU and memory of a server's processes, and the load generator."""
 
 import itertools
 import json
@@ -55,8 +53,9 @@ def in_role(server: Server, role: str) -> list[int]:
 
 
 def cpu_ns(pids: list[int]) -> int:
-    """CPU time that processes have used, their ended threads included: from the clock that the
-    kernel keeps of each.
+    """CPU time that processes have used, including that of ended threads.
+
+    It is read from the CPU clock that the kernel keeps for each process.
     """
     return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in pids)
 
@@ -67,7 +66,7 @@ def memory(pids: list[int]) -> int:
 
 
 def own_memory(pids: list[int]) -> int:
-    """The same without mapped files: of those, each has less as soon as one more process maps them."""
+    """The same without mapped files, whose share shrinks when one more process maps them."""
     return _memory(pids, "Pss_Anon") + _memory(pids, "Pss_Shmem")
 
 
@@ -78,22 +77,20 @@ def _memory(pids: list[int], kind: str) -> int:
 
 @contextmanager
 def load(
-    mode: str, server: Server, *arguments: object, limit: float = PATIENCE_SECONDS
+    mode: str, server: Server, *arguments: object, limit: float = PATIENCE_SECONDS, lines: str = ""
 ) -> Iterator["Load"]:
-    """Run the load generator beside the body; it is ended with it, and after `limit` seconds in any
-    case.
+    """Run the load generator while the body runs, for at most `limit` seconds.
+
+    `lines` are sent in place of WHO, WHERE and WHY; each has its line ending.
     """
-    words = [
-        str(LOAD),
-        *(["tls"] if server.is_tls else []),
-        mode,
-        server.host,
-        str(server.port),
-        *map(str, arguments),
-    ]
-    if (
-        mode == "connect"
-    ):  # From an address of its own, since the ports of the one before are not free for a minute.
+    words = [str(LOAD)]
+    if server.is_tls:
+        words.append("tls")
+    if lines:
+        words += ["lines", lines]
+    words += [mode, server.host, str(server.port), *map(str, arguments)]
+    if mode == "connect":
+        # An address of its own: the ports of the run before stay in TIME_WAIT for a minute.
         words.append(f"127.1.{next(_runs) % 250}.1")
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
@@ -119,9 +116,8 @@ class Load:
         line = self._process.stdout.readline().strip()
         if not line:
             self._process.kill()
-            raise Failed(
-                f"the load generator ended: {self._process.stderr.read().strip() or 'it took too long'}"
-            )
+            reason = self._process.stderr.read().strip() or "it took too long"
+            raise Failed(f"the load generator ended: {reason}")
         return line
 
     def expect(self, wanted: str) -> None:
@@ -147,13 +143,18 @@ class Load:
 
 
 def work(
-    server: Server, mode: str, *arguments: object, during: Callable[[], Sample] = dict
+    server: Server,
+    mode: str,
+    *arguments: object,
+    during: Callable[[], Sample] = dict,
+    lines: str = "",
 ) -> Sample:
-    """Let the load generator work a server: latencies, CPU for each answer, and what `during`
-    returns meanwhile.
+    """Put load on a server; return latencies, CPU per answer and what `during` returns.
+
+    `during` is called while the load runs. `lines` are those of `load`.
     """
     pids = tree(server)
-    with load(mode, server, *arguments) as process:
+    with load(mode, server, *arguments, lines=lines) as process:
         process.expect("start")
         before = cpu_ns(pids)
         more = during()

@@ -1,10 +1,10 @@
-"""The servers that are measured side by side: how each is built, started on cores of its own, and
-ended.
+"""The servers that are measured side by side: how each is built, started and ended.
 
-The sources of all but gserver are in `bench/peers/`. gserver has on all that it has: limits,
-deadlines, logs, metrics.
+The sources of all but gserver are in `bench/peers/`. gserver runs with everything switched on:
+limits, deadlines, logs, metrics. `BENCH_CHECKOUT` names another folder of gserver to measure.
 """
 
+import hashlib
 import os
 import resource
 import shutil
@@ -24,9 +24,12 @@ from typing import IO
 from gserver.boot import RESERVED_FILES
 
 ROOT = Path(__file__).parent.parent
+#: The gserver that is measured.
+CHECKOUT = Path(os.environ.get("BENCH_CHECKOUT") or ROOT).resolve()
 SOURCES = ROOT / "bench" / "peers"
+#: Command modules for gserver: a folder on its import path.
+OWN_COMMANDS = ROOT / "bench" / "own"
 BUILT = ROOT / ".tools" / "bench"
-LOAD = BUILT / "load"
 HOST = "127.0.0.1"
 #: Seconds that a server has to begin, and to end.
 PATIENCE = 10.0
@@ -46,8 +49,9 @@ FOREIGN = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT",
 
 @dataclass(frozen=True)
 class Peer:
-    """A server: its title in tables, the words that start it, PORT among them, and what is to be
-    compiled.
+    """A server: its title in tables, its command line, and how it is compiled.
+
+    One of the words is PORT: it is replaced by the port number.
     """
 
     name: str
@@ -59,8 +63,10 @@ class Peer:
 
 @dataclass(frozen=True)
 class Server:
-    """One that runs. `pids` are the processes started, its own and that of one behind it; gserver's
-    has children.
+    """A running server.
+
+    `pids` are the processes that were started: its own, and that of a server behind it. gserver's
+    process has children.
     """
 
     name: str
@@ -68,6 +74,16 @@ class Server:
     host: str
     port: int
     is_tls: bool = False
+
+
+def _target(source: Path) -> Path:
+    """Where the program compiled from `source` is; another text of the source has another place."""
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    return BUILT / f"{source.stem}-{digest}"
+
+
+LOAD_SOURCE, EPOLL, GO = ROOT / "bench" / "load.c", SOURCES / "epoll.c", SOURCES / "main.go"
+LOAD = _target(LOAD_SOURCE)
 
 
 def _script(file: str, *more: str) -> tuple[str, ...]:
@@ -83,10 +99,8 @@ PEERS = {
             "gserver, a greenlet each",
             (*GSERVER, "--client-greenlets", "always"),
         ),
-        Peer("epoll", "C, epoll", (str(BUILT / "epoll"), "PORT"), SOURCES / "epoll.c", GCC),
-        Peer(
-            "go", "Go, net", (str(BUILT / "go"), "PORT"), SOURCES / "main.go", ("go", "build", "-o")
-        ),
+        Peer("epoll", "C, epoll", (str(_target(EPOLL)), "PORT"), EPOLL, GCC),
+        Peer("go", "Go, net", (str(_target(GO)), "PORT"), GO, ("go", "build", "-o")),
         Peer("uvloop", "uvloop, protocol", _script("protocol.py", "uvloop")),
         Peer("asyncio", "asyncio, protocol", _script("protocol.py", "asyncio")),
         Peer("uvloop-streams", "uvloop, streams", _script("streams.py", "uvloop")),
@@ -95,27 +109,34 @@ PEERS = {
         Peer("gevent", "gevent, makefile", _script("makefile.py")),
     )
 }
+#: The peers of the scenario `spellings`. The others understand only the exact spelling.
+SPELLING_PEERS = {
+    lines: Peer(f"uvloop-{lines}", "uvloop, protocol", _script("protocol.py", "uvloop", lines))
+    for lines in ("any-spelling", "functions")
+}
+ALL_PEERS = {**PEERS, **{peer.name: peer for peer in SPELLING_PEERS.values()}}
 
 
 def build(names: Iterable[str]) -> None:
-    """Compile the load generator and those of the named that need it, where the source is newer."""
+    """Compile the load generator and the named servers, unless it has been done."""
     for program, package in PROGRAMS.items():
         if not shutil.which(program):
             raise SystemExit(f"bench: {program} is missing: apt-get install {package}")
-    _compile(ROOT / "bench" / "load.c", LOAD, GCC, ("-lssl", "-lcrypto"))
+    _compile(LOAD_SOURCE, GCC, ("-lssl", "-lcrypto"))
     for peer in (PEERS[name] for name in names):
         if peer.source:
-            _compile(peer.source, Path(peer.words[0]), peer.compiler)
+            _compile(peer.source, peer.compiler)
 
 
-def _compile(
-    source: Path, target: Path, compiler: tuple[str, ...], libraries: tuple[str, ...] = ()
-) -> None:
-    if target.exists() and target.stat().st_mtime > source.stat().st_mtime:
+def _compile(source: Path, compiler: tuple[str, ...], libraries: tuple[str, ...] = ()) -> None:
+    target = _target(source)
+    if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(f".{os.getpid()}")
     try:
-        subprocess.run([*compiler, str(target), str(source), *libraries], check=True)
+        subprocess.run([*compiler, str(unfinished), str(source), *libraries], check=True)
+        unfinished.rename(target)
     except FileNotFoundError:
         package = "golang-go" if compiler[0] == "go" else f"{compiler[0]} libc6-dev"
         raise SystemExit(f"bench: {compiler[0]} is missing: apt-get install {package}") from None
@@ -129,15 +150,14 @@ def _compile(
 def running(
     name: str, *, cores: set[int], options: tuple[str, ...] = (), tls: ssl.SSLContext | None = None
 ) -> Iterator[Server]:
-    """Run a server on a free port of loopback and on these cores, for the time of the body;
-    `options` come last.
+    """Run a server on a free loopback port and on these cores while the body runs.
 
-    With `tls`, which is a client's, it is one that speaks TLS.
+    `options` are added to its command line. `tls` is the client's side if the server speaks TLS.
     """
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as statsd:
-        statsd.bind((HOST, 0))  # never read: the kernel drops what is too much
-        if PEERS[name].words[: len(GSERVER)] == GSERVER:
+        statsd.bind((HOST, 0))  # Never read: the kernel drops what does not fit.
+        if ALL_PEERS[name].words[: len(GSERVER)] == GSERVER:
             metrics = ("--statsd-host", HOST, "--statsd-port", str(statsd.getsockname()[1]))
             clients = (
                 "--max-clients",
@@ -147,7 +167,7 @@ def running(
             )
             options = (*metrics, *clients, *options)
         port = free_port()
-        words = [str(port) if word == "PORT" else word for word in PEERS[name].words]
+        words = [str(port) if word == "PORT" else word for word in ALL_PEERS[name].words]
         with started(name, [*words, *options], port, cores=cores, tls=tls) as server:
             yield server
 
@@ -156,9 +176,7 @@ def running(
 def started(
     name: str, words: list[str], port: int, *, cores: set[int], tls: ssl.SSLContext | None = None
 ) -> Iterator[Server]:
-    """Run a program on these cores that answers on this port of loopback as gserver does, for the
-    time of the body.
-    """
+    """Run a program on these cores while the body runs; it answers on this loopback port."""
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # children inherit it
     kept = {
@@ -166,7 +184,11 @@ def started(
         for key, value in os.environ.items()
         if not key.startswith("GSERVER_") and key not in FOREIGN
     }
-    environment = {**kept, "PYTHONPATH": str(ROOT), "GOMAXPROCS": str(len(cores))}
+    environment = {
+        **kept,
+        "PYTHONPATH": f"{CHECKOUT}:{OWN_COMMANDS}",
+        "GOMAXPROCS": str(len(cores)),
+    }
     pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

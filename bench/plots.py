@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.peers import PEERS, ROOT
-from bench.report import Results, figure, number, pick
+from bench.report import Figure, Results, figure, number, pick
 from bench.scenarios import ORDERS
 
 FOLDER = ROOT / "docs/plots"
@@ -36,52 +37,87 @@ STYLE: dict[Any, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A plot: its file in docs/plots, its title, and the measure of a scenario that it shows."""
+
+    file: str
+    title: str
+    scenario: str
+    measure: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Bars(Plot):
+    """A plot with a bar for each server, the shortest on top, and a panel for each choice."""
+
+    choices: tuple[dict[str, Any], ...] = ({},)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(Plot):
+    """A plot with a line for each server, over the values of `key`."""
+
+    key: str
+    label: str
+
+
+BARS = (
+    Bars("speed", "CPU a command, 64 connections", "speed", "cpu_us", "µs", SPEEDS),
+    Bars("connect", "CPU to take a client in, answer it and let it go", "connect", "cpu_us", "µs"),
+    Bars(
+        "idle",
+        "Memory a client of 10,000 idle ones",
+        "idle",
+        "client_bytes",
+        "bytes",
+        ({"clients": 10000},),
+    ),
+)
+LINES = (
+    Lines(
+        "connections",
+        "CPU a command by connections",
+        "connections",
+        "cpu_us",
+        "µs",
+        key="clients",
+        label="connections, all active",
+    ),
+    Lines(
+        "memory",
+        "Memory of the server by connections",
+        "connections",
+        "memory_mb",
+        "MB",
+        key="clients",
+        label="connections, all active",
+    ),
+    Lines(
+        "depth",
+        "CPU a command by commands in flight",
+        "depth",
+        "cpu_us",
+        "µs",
+        key="depth",
+        label="in flight on each connection",
+    ),
+)
+
+
 def draw(results: Results) -> None:
     """Draw the plots for which there are samples."""
     FOLDER.mkdir(exist_ok=True)
-    connections = ("connections", "clients", "connections, all active")
     with mpl.rc_context(STYLE):
+        for bars in BARS:
+            if bars.scenario in results:
+                _bars(results, bars)
         if "speed" in results:
-            _bars(
-                results, "speed", "CPU a command, 64 connections", "speed", "cpu_us", "µs", SPEEDS
-            )
             _latency(results)
-        if "connect" in results:
-            _bars(
-                results,
-                "connect",
-                "CPU to take a client in, answer it and let it go",
-                "connect",
-                "cpu_us",
-                "µs",
-            )
-        if "idle" in results:
-            title = "Memory a client of 10,000 idle ones"
-            _bars(results, "idle", title, "idle", "client_bytes", "bytes", ({"clients": 10000},))
-        if "connections" in results:
-            _lines(
-                results, "connections", "CPU a command by connections", *connections, "cpu_us", "µs"
-            )
-            _lines(
-                results,
-                "memory",
-                "Memory of the server by connections",
-                *connections,
-                "memory_mb",
-                "MB",
-            )
-        if "depth" in results:
-            title = "CPU a command by commands in flight"
-            _lines(
-                results,
-                "depth",
-                title,
-                "depth",
-                "depth",
-                "in flight on each connection",
-                "cpu_us",
-                "µs",
-            )
+        for lines in LINES:
+            if lines.scenario in results:
+                _lines(results, lines)
         if "propagation" in results:
             _propagation(results)
 
@@ -95,44 +131,38 @@ def _picture(name: str, title: str, height: float, panels: int = 1) -> Iterator[
     picture.savefig(FOLDER / f"{name}.svg", transparent=True, metadata={"Date": None})
 
 
-def _bars(
-    results: Results,
-    plot: str,
-    title: str,
-    name: str,
-    measure: str,
-    unit: str,
-    choices: tuple[dict[str, Any], ...] = ({},),
-) -> None:
-    """Draw a bar for each server, the least on top, and its quartiles; a panel for each of these
-    choices of samples.
-    """
-    servers = _sorted(results, name, measure, **choices[0])
-    with _picture(plot, title, 0.9 + 0.3 * len(servers), len(choices)) as panels:
-        for panel, (axes, choice) in enumerate(zip(panels, choices, strict=True)):
+def _bars(results: Results, plot: Bars) -> None:
+    """Draw bars with their quartiles."""
+    servers = _sorted(results, plot.scenario, plot.measure, **plot.choices[0])
+    height = 0.9 + 0.3 * len(servers)
+    with _picture(plot.file, plot.title, height, len(plot.choices)) as panels:
+        for panel, (axes, choice) in enumerate(zip(panels, plot.choices, strict=True)):
             drawn = {
-                server: figure(results, name, measure, server=server, **choice)
+                server: figure(results, plot.scenario, plot.measure, server=server, **choice)
                 for server in servers
             }
-            found = {server: value for server, value in drawn.items() if value}
-            edge = 4 * median(
-                value.value for value in found.values()
-            )  # What is longer is cut, so that the others show.
-            for row, server in enumerate(servers):
-                if server not in found:
-                    continue
-                value = found[server]
-                axes.barh(row, min(value.value, edge), color=_colour(server), height=0.66)
-                if value.high < edge:
-                    axes.plot([value.low, value.high], [row, row], color=INK, linewidth=1.2)
-                _write(axes, number(value.value), min(max(value.value, value.high), edge), row, 5)
-            axes.margins(x=0.25)
-            axes.set_xlim(left=0)
-            axes.xaxis.set_major_formatter(_in_full)
-            axes.set_xlabel(
-                f"{unit}, {choice['depth']} in flight, {choice['order']}" if panels[1:] else unit
-            )
+            _bar_panel(axes, drawn)
+            label = plot.unit
+            if len(panels) > 1:
+                label = f"{plot.unit}, {choice['depth']} in flight, {choice['order']}"
+            axes.set_xlabel(label)
             _name_rows(axes, servers if panel == 0 else [""] * len(servers))
+
+
+def _bar_panel(axes: Axes, drawn: dict[str, Figure | None]) -> None:
+    """Draw the bars of one panel. A server without a figure keeps its row."""
+    # A longer bar is cut here, so that the others show.
+    edge = 4 * median(value.value for value in drawn.values() if value)
+    for row, (server, value) in enumerate(drawn.items()):
+        if not value:
+            continue
+        axes.barh(row, min(value.value, edge), color=_colour(server), height=0.66)
+        if value.high < edge:
+            axes.plot([value.low, value.high], [row, row], color=INK, linewidth=1.2)
+        _write(axes, number(value.value), min(max(value.value, value.high), edge), row, 5)
+    axes.margins(x=0.25)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(_in_full)
 
 
 def _latency(results: Results) -> None:
@@ -158,56 +188,61 @@ def _latency(results: Results) -> None:
         _name_rows(axes, servers)
 
 
-def _lines(
-    results: Results, plot: str, title: str, name: str, key: str, label: str, *what: str
-) -> None:
-    """Draw a line for each server, its quartiles about it, its name at its end; `what` is the
-    measure and its unit.
-    """
-    measure, unit = what
-    with _picture(plot, title, 3.8) as (axes,):
-        ends: list[tuple[float, float, str]] = []
-        all_points: list[tuple[float, float]] = []
-        samples = results[name]["samples"]
-        values = sorted({sample[key] for sample in samples if key in sample})
-        for server in dict.fromkeys(sample["server"] for sample in samples):
-            points = [
-                (value, figure(results, name, measure, server=server, **{key: value}))
-                for value in values
-            ]
-            found = [(value, *point) for value, point in points if point]
-            if found:
-                xs, middles, lows, highs, _ = zip(*found, strict=True)
-                width = 2.4 if server == "gserver" else 1.6
-                axes.plot(
-                    xs, middles, color=_colour(server), marker="o", markersize=4, linewidth=width
-                )
-                axes.fill_between(xs, lows, highs, color=_colour(server), alpha=0.18, linewidth=0)
-                all_points += zip(xs, middles, strict=True)
-                ends.append((xs[-1], middles[-1], server))
+def _lines(results: Results, plot: Lines) -> None:
+    """Draw the lines, their quartiles about them, and the servers' names at their ends."""
+    samples = results[plot.scenario]["samples"]
+    values = sorted({sample[plot.key] for sample in samples if plot.key in sample})
+    lines: dict[str, dict[float, Figure]] = {}
+    for server in dict.fromkeys(sample["server"] for sample in samples):
+        where = {"server": server}
+        points = {
+            value: figure(results, plot.scenario, plot.measure, **where, **{plot.key: value})
+            for value in values
+        }
+        found = {value: point for value, point in points.items() if point}
+        if found:
+            lines[server] = found
+    with _picture(plot.file, plot.title, 3.8) as (axes,):
+        for server, line in lines.items():
+            _line(axes, server, line)
         axes.set_xscale("log")
         _tick(axes, "x", (1,))
-        least, most = (choose(end[1] for end in all_points) for choose in (min, max))
-        if most > 8 * least:
-            axes.set_yscale("log")
-            _tick(axes, "y", (1, 2, 5))
-        else:
-            axes.set_ylim(bottom=0)
-        if key == "depth":
+        _scale_y(axes, [point.value for line in lines.values() for point in line.values()])
+        if plot.key == "depth":
             axes.set_xticks(values)
-        axes.set_xlabel(label)
-        axes.set_ylabel(unit)
+        axes.set_xlabel(plot.label)
+        axes.set_ylabel(plot.unit)
         axes.grid(axis="y")
-        last = -1.0
-        for x, y, server in sorted(
-            ends, key=lambda end: end[1]
-        ):  # Names that would touch are moved apart.
-            last = max(
-                float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]),
-                last + 0.065,
-            )
-            style: dict[str, Any] = {"color": _colour(server), "va": "center", "fontweight": "bold"}
-            axes.annotate(PEERS[server].title, (1.01, last), xycoords="axes fraction", **style)
+        _name_ends(axes, lines)
+
+
+def _line(axes: Axes, server: str, line: dict[float, Figure]) -> None:
+    """Draw one server's line: medians over the values, with the quartiles about them."""
+    colour, width = _colour(server), 2.4 if server == "gserver" else 1.6
+    xs = list(line)
+    middles, lows, highs, _ = zip(*line.values(), strict=True)
+    axes.plot(xs, middles, color=colour, marker="o", markersize=4, linewidth=width)
+    axes.fill_between(xs, lows, highs, color=colour, alpha=0.18, linewidth=0)
+
+
+def _scale_y(axes: Axes, heights: list[float]) -> None:
+    """Make the vertical axis logarithmic if the values are far apart; else start it at zero."""
+    if max(heights) > 8 * min(heights):
+        axes.set_yscale("log")
+        _tick(axes, "y", (1, 2, 5))
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _name_ends(axes: Axes, lines: dict[str, dict[float, Figure]]) -> None:
+    """Write the servers' names at the ends of their lines, apart where they would touch."""
+    ends = [(*list(line.items())[-1], server) for server, line in lines.items()]
+    last = -1.0
+    for x, point, server in sorted(ends, key=lambda end: end[1].value):
+        end = axes.transData.transform((x, point.value))
+        last = max(float(axes.transAxes.inverted().transform(end)[1]), last + 0.065)
+        style: dict[str, Any] = {"color": _colour(server), "va": "center", "fontweight": "bold"}
+        axes.annotate(PEERS[server].title, (1.01, last), xycoords="axes fraction", **style)
 
 
 def _propagation(results: Results) -> None:

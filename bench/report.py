@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from bench import admin, tls
 from bench.measure import Sample
 from bench.peers import PEERS, ROOT
-from bench.scenarios import ORDERS
+from bench.scenarios import LONG, ORDERS, SHAPES
 
 PAGE = ROOT / "docs/performance.md"
 #: A figure that moved by less is taken for the same, however narrow its spread.
@@ -33,8 +33,9 @@ class Figure(NamedTuple):
 
     @property
     def notch(self) -> float:
-        """How far off the median may be, at 95 %: the notches of a box plot (McGill, Tukey, Larsen,
-        1978).
+        """How far off the median may be, at 95 %.
+
+        These are the notches of a box plot (McGill, Tukey, Larsen, 1978).
         """
         return float(1.57 * (self.high - self.low) / self.rounds**0.5)
 
@@ -43,7 +44,10 @@ def number(value: float) -> str:
     """Three digits of a number, all of a large one."""
     if value == int(value):
         return f"{value:,.0f}"
-    return f"{value:,.{next((digits for digits, least in enumerate((100, 10, 1)) if abs(value) >= least), 3)}f}"
+    for digits, least in enumerate((100, 10, 1)):
+        if abs(value) >= least:
+            return f"{value:,.{digits}f}"
+    return f"{value:,.3f}"
 
 
 def samples_of(results: Results, name: str, **where: Any) -> list[Sample]:
@@ -79,8 +83,9 @@ def figure(results: Results, name: str, measure: str, **where: Any) -> Figure | 
 def ratio(
     results: Results, name: str, measure: str, over: dict[str, Any], **where: Any
 ) -> Figure | None:
-    """The median of a measure in parts of another's, the same but for `over`; about it, the spread
-    of the rounds.
+    """The median of a measure, divided by that of samples that differ in `over`.
+
+    The quartiles are those of the rounds' own ratios, centred on this ratio.
     """
     above, below = (pick(results, name, measure, **(where | more)) for more in ({}, over))
     rounds = summary([one / other for one, other in zip(above, below, strict=False)])
@@ -94,7 +99,9 @@ def ratio(
 
 @dataclass(frozen=True)
 class Column:
-    """A column: a measure, in parts of that of others if `over` says which, or a percentile of all
+    """A column of a table: a measure, a ratio or a percentile.
+
+    `over` names the samples that the measure is divided by. `percent` takes that percentile of all
     samples.
     """
 
@@ -119,8 +126,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a scenario: a line for each combination of the values of `keys`, those of the
-    second side by side.
+    """A table of a scenario: a row for each combination of the values of `keys`.
+
+    The values of `across` stand side by side. `is_turned` exchanges rows and columns.
     """
 
     scenario: str
@@ -195,7 +203,17 @@ BEAT_MEASURES = (
     "later than 0.5 s",
     "memory of Redis, MB",
 )
+IN_UVLOOPS = Column("cpu_in_uvloops")
 TABLES = {
+    "spellings": Table(
+        "spellings",
+        {"depth": "in flight", "shape": "commands"},
+        {
+            "CPU a command, µs": CPU,
+            "uvloop's, µs": Column("uvloop_cpu_us"),
+            "in uvloop's": IN_UVLOOPS,
+        },
+    ),
     "speed": Table(
         "speed",
         {"depth": "in flight", "order": "order", "server": "server"},
@@ -285,7 +303,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Goal:
-    """Something that is to be at most `limit`, or at least that; `further` is what we would like."""
+    """A figure with a `limit` that it must not exceed, or must reach; `further` is a wish."""
 
     what: str
     limit: float
@@ -330,8 +348,17 @@ def _two_workers(results: Results) -> Figure | None:
     return ratio(results, "workers", "cpu_us", {"workers": 1}, workers=2, clients=64)
 
 
+def _long(shape: str) -> Callable[[Results], Figure | None]:
+    """CPU a command in a burst of more than 4,096 bytes, in parts of that in one of 32 commands."""
+    return lambda results: ratio(
+        results, "spellings", "cpu_us", {"depth": 32}, shape=shape, depth=LONG
+    )
+
+
 ONE: dict[str, Any] = {"depth": 1, "order": ORDERS[0]}
 IDLE = {"server": "gserver", "clients": 10000}
+#: Of the goals of spellings, by commands in flight and whether they are shuffled.
+SPELLING_LIMITS = {(1, False): 1.0, (1, True): 1.0, (32, False): 1.2, (32, True): 0.9}
 GOALS = (
     Goal("CPU a command, 1 in flight, in uvloop's", 1.15, "", _in("uvloop", **ONE), 1.0),
     Goal("CPU a command, 1 in flight, in gevent's", 0.65, "", _in("gevent", **ONE)),
@@ -348,6 +375,22 @@ GOALS = (
             ("uvloop", "uvloop", 0.9, 0.5),
             ("go", "Go", 1.4, None),
         )
+    ),
+    *(
+        Goal(
+            f"CPU a command, {depth} in flight, {shape}, in uvloop's (any spelling)",
+            limit,
+            "",
+            _of("spellings", "cpu_in_uvloops", shape=shape, depth=depth),
+        )
+        for depth in (1, 32)
+        for shape in SHAPES
+        for limit in (SPELLING_LIMITS[depth, "shuffled" in shape],)
+    ),
+    *(
+        Goal(f"CPU a command, {LONG:,} in flight, {shape}, in that with 32", 1.05, "", _long(shape))
+        for shape, sent in SHAPES.items()
+        if LONG in sent.depths
     ),
     Goal("CPU a connection, in uvloop's", 1.5, "", _in("uvloop", "connect"), 1.0),
     Goal("latency p99, 1 in flight, in uvloop's", 1.3, "", _in("uvloop", measure="p99_us", **ONE)),
@@ -389,7 +432,7 @@ def goal_figures(results: Results) -> dict[str, Figure]:
 
 
 def comparison(was: dict[str, Figure], now: dict[str, Figure]) -> str:
-    """A table of two sets of figures, and what of it has moved by more than their spread explains."""
+    """A table of two sets of figures; it says which moved by more than the spread explains."""
     rows = []
     for what, new in now.items():
         old = was.get(what)

@@ -1,5 +1,6 @@
-"""What is measured: each scenario is a list of cases that take turns, round by round, and a
-function that runs one.
+"""What is measured: a scenario is a function and the cases that it is called with.
+
+The cases of a scenario take turns, round by round.
 """
 
 import itertools
@@ -30,7 +31,7 @@ from bench.measure import (
     tree,
     work,
 )
-from bench.peers import FOREIGN, PEERS, ROOT, free_port, running
+from bench.peers import CHECKOUT, FOREIGN, PEERS, SPELLING_PEERS, free_port, running
 
 HELD_BY_ONE = 12500
 #: In which order commands come, and the load generator's word for it.
@@ -38,6 +39,40 @@ MODES = {"in turn": "pipeline", "shuffled": "shuffled"}
 ORDERS = tuple(MODES)
 #: Of a cluster whose news are timed: one is told of a client, the others are watched.
 MEMBERS, EVENTS = 4, 12
+
+
+#: Commands in a burst that is longer than 4,096 bytes.
+LONG = 1280
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Lines that the clients of the scenario `spellings` send, and the server to compare with."""
+
+    name: str
+    lines: str = "WHO\nWHERE\nWHY\n"
+    order: str = ORDERS[0]
+    depths: tuple[int, ...] = (1, 32)
+    options: tuple[str, ...] = ()
+    peer: str = "any-spelling"
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("WHO", "WHO\n", depths=(1, 32, LONG)),
+        Shape("who", "who\n"),
+        Shape("Who", "Who\n"),
+        Shape("WHO, CRLF", "WHO\r\n"),
+        Shape("WHO, blanks around", " WHO \n"),
+        Shape("unknown", "NOPE\n"),
+        Shape("WHO and unknown", "WHO\nNOPE\n"),
+        Shape("own command", "PING\n", options=("--commands", "ping"), peer="functions"),
+        Shape("built-in, in turn", depths=(1, 32, LONG)),
+        Shape("built-in, shuffled", order=ORDERS[1], depths=(1, 32, LONG)),
+        Shape("who, CRLF, shuffled", "who\r\nwhere\r\nwhy\r\n", order=ORDERS[1]),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -52,15 +87,33 @@ class Scenario:
 
 
 def speed(seconds: float, server: str) -> Iterator[Sample]:
-    """Answer commands, one in flight on each connection, and 32: WHO, WHERE and WHY in turn, and in
-    any order.
-    """
+    """Answer WHO, WHERE and WHY, in turn and shuffled, with 1 and 32 in flight on a connection."""
     with running(server, cores=SERVER_CORE) as peer:
         for number, order in ((1, ORDERS[0]), (32, ORDERS[0]), (32, ORDERS[1])):
             yield {
                 "depth": number,
                 "order": order,
                 **work(peer, MODES[order], CLIENTS, number, seconds),
+            }
+
+
+def spellings(seconds: float, shape: str) -> Iterator[Sample]:
+    """Answer commands in one spelling, by gserver and by uvloop in turn, on the same core."""
+    sent = SHAPES[shape]
+    peer = SPELLING_PEERS[sent.peer].name
+    with (
+        running("gserver", cores=SERVER_CORE, options=sent.options) as gserver,
+        running(peer, cores=SERVER_CORE) as uvloop,
+    ):
+        for number in sent.depths:
+            arguments = (MODES[sent.order], CLIENTS, number, seconds)
+            own = work(gserver, *arguments, lines=sent.lines)
+            other = work(uvloop, *arguments, lines=sent.lines)
+            yield {
+                "depth": number,
+                "uvloop_cpu_us": other["cpu_us"],
+                "cpu_in_uvloops": own["cpu_us"] / other["cpu_us"],
+                **own,
             }
 
 
@@ -137,7 +190,7 @@ def _sockets(pid: int) -> int:
 
 
 def hold(_seconds: float, processes: int) -> Iterator[Sample]:
-    """Hold more clients than one address has ports for; each of them asks WHO when all are there."""
+    """Hold more clients than one address has ports for; each asks WHO when all are connected."""
     clients = processes * HELD_BY_ONE
     options = ("--workers", "4", "--max-clients", "60000")
     with running("gserver", cores=set(CORES), options=options) as server, ExitStack() as stack:
@@ -171,10 +224,10 @@ def start(_seconds: float, workers: int) -> Iterator[Sample]:
     kept = {
         k: v for k, v in os.environ.items() if not k.startswith("GSERVER_") and k not in FOREIGN
     }
-    if sys.prefix not in (sys.base_prefix, str(ROOT / ".venv")):
+    if sys.prefix not in (sys.base_prefix, str(CHECKOUT / ".venv")):
         kept["VIRTUAL_ENV"] = sys.prefix
-    subprocess.run([ROOT / "bin/setup"], env=kept, check=True, stdout=subprocess.DEVNULL)
-    words = ["taskset", "-c", ",".join(map(str, CORES)), str(ROOT / "bin/gserver")]
+    subprocess.run([CHECKOUT / "bin/setup"], env=kept, check=True, stdout=subprocess.DEVNULL)
+    words = ["taskset", "-c", ",".join(map(str, CORES)), str(CHECKOUT / "bin/gserver")]
     words += ["--port", str(port), "--workers", str(workers)]
     begun = time.monotonic()
     with subprocess.Popen(
@@ -255,6 +308,7 @@ def _cases(**values: Iterable[Any]) -> tuple[dict[str, Any], ...]:
 
 FULL = (
     Scenario("speed", speed, _cases(server=PEERS), rounds=5, seconds=1),
+    Scenario("spellings", spellings, _cases(shape=SHAPES), rounds=5, seconds=0.5),
     Scenario(
         "connect", connect, _cases(server=[name for name in PEERS if "streams" not in name]), 5, 1.5
     ),
@@ -291,10 +345,17 @@ FULL = (
     Scenario("beats", beat_script, _cases(beats_a_round=(beats.BEATS,)), rounds=1),
     Scenario("beats", beat_load, _cases(servers=beats.SIZES), rounds=1, seconds=beats.SECONDS),
 )
-#: Enough for most of the goals, in less than two minutes.
+#: Enough for most of the goals, in less than four minutes.
 QUICK = (
     Scenario(
         "speed", speed, _cases(server=("gserver", "uvloop", "go", "gevent")), rounds=5, seconds=0.6
+    ),
+    Scenario(
+        "spellings",
+        spellings,
+        _cases(shape=("who", "WHO, CRLF", "unknown", "own command", "built-in, shuffled")),
+        rounds=2,
+        seconds=0.4,
     ),
     Scenario("connect", connect, _cases(server=("gserver", "uvloop")), rounds=5, seconds=0.6),
     Scenario(

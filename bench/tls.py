@@ -57,9 +57,7 @@ SERVICES = (PLAIN, OWN, *PROXIES)
 
 
 def tls(seconds: float, service: str) -> Iterator[Sample]:
-    """Hold clients that say nothing, answer commands, one in flight on each connection, and take in
-    clients that go.
-    """
+    """Hold idle clients, answer commands with one in flight, and accept short connections."""
     with serving(service) as server:
         with load(
             "hold", server, 10
@@ -102,9 +100,7 @@ def serving(service: str) -> Iterator[Server]:
 
 @functools.cache
 def _pem() -> Path:
-    """A key and its certificate in one file, made when it is needed first; it goes with this
-    process.
-    """
+    """A file with a key and its certificate; it is deleted when this process ends."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     key, certificate, both = (folder / name for name in ("key.pem", "certificate.pem", "both.pem"))

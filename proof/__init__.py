@@ -1,3 +1,4 @@
-"""What takes longer than a test and shows more: fuzzing, soaks, timelines through faults, the sums
-of availability.
+"""Proofs that take longer than a test.
+
+Fuzzing, soaks, timelines through faults, and the sums of availability.
 """

@@ -1,9 +1,8 @@
-"""What is lost of 30 days: how often each fault comes, times how long it lasts, times which part of
-all it hits.
+"""Unavailability in 30 days: how often each fault comes, times its length, times the share it hits.
 
-How often is assumed, with the reason beside it. How long and which part are measured
-(proof/outages.py) where they can be; what hits all servers at once is assumed too, and counted
-apart.
+How often a fault comes is assumed, with the reason beside it. Its length and share are measured
+(proof/outages.py) where they can be. Faults that hit all servers at once are assumed too, and
+counted apart.
 """
 
 import json
@@ -26,8 +25,9 @@ BUDGET_SECONDS = WINDOW_SECONDS * (1 - OBJECTIVE)
 
 
 class Rate(NamedTuple):
-    """How often a fault comes to a service of three servers, and why that; for how long, where it
-    does not say.
+    """How often a fault comes to a service of three servers, and why so often.
+
+    `lasts_seconds` is for a fault that does not end by itself.
     """
 
     per_year: float
@@ -97,9 +97,7 @@ COMMON = (
 
 
 class Cost(NamedTuple):
-    """Seconds in 30 days, by the median of the trials, by the worst of them, and by the worst with
-    one retry.
-    """
+    """Seconds in 30 days: by the median trial, by the worst, and by the worst with one retry."""
 
     median: float
     worst: float
@@ -112,9 +110,7 @@ def in_window(per_year: float, seconds: float) -> float:
 
 
 def cost(rate: Rate, trials: Sequence[Outage], lasts_seconds: float = 0.0) -> Cost:
-    """What a fault costs. One that lasts for as long as it likes, and then has to recover, hits all
-    until then.
-    """
+    """What a fault costs. One with a `lasts_seconds` hits all requests until it is over."""
     each = [
         lasts_seconds + trial.seconds * (1 if lasts_seconds else trial.share) for trial in trials
     ]
@@ -125,9 +121,7 @@ def cost(rate: Rate, trials: Sequence[Outage], lasts_seconds: float = 0.0) -> Co
 
 
 def costs(report: dict[str, Any], sort: str) -> dict[str, tuple[Rate, list[Outage], Cost]]:
-    """What was measured of each fault, and what that costs. No reply depends on how long Redis is
-    away.
-    """
+    """The measurements of each fault and what it costs; replies do not depend on Redis."""
     found = {name: [Outage(*figures) for figures in each] for name, each in report[sort].items()}
     rates = {
         name: RATES[name] if sort == "who" else RATES[name]._replace(lasts_seconds=0.0)
@@ -205,24 +199,24 @@ def who_table(report: dict[str, Any]) -> str:
 
 
 def who_verdict(report: dict[str, Any]) -> str:
-    """Whether WHO is exact for as much of the time as replies have to be there, and what it rests
-    on.
-    """
+    """Whether WHO is exact for as much of the time as replies are available, and why."""
     found = costs(report, "who")
     lost = total(each for *_, each in found.values()).worst
     lasting = sum(each.worst for rate, _, each in found.values() if rate.lasts_seconds)
     left = BUDGET_SECONDS - (lost - lasting)
     verdict = (
-        f"With these rates WHO is exact everywhere for {availability(lost)} of the time. Of the {_seconds(lost)} s "
-        f"that this lacks in 30 days, Redis is away or a server cut off from it in {_seconds(lasting)}; "
+        f"With these rates WHO is exact everywhere for {availability(lost)} of the time. "
+        f"Of the {_seconds(lost)} s that this lacks in 30 days, "
+        f"Redis is away or a server cut off from it in {_seconds(lasting)}; "
         f"all other faults make {_seconds(lost - lasting)}."
     )
     if lost <= BUDGET_SECONDS:
         return verdict
     return (
-        f"{verdict} **This misses 99.95 %**: replies can be promised at it, a WHO that is right everywhere and at once "
-        "cannot. No server more and no option makes up for that. It would take a Redis that all servers reach but for "
-        f"{left / 60:.0f} minutes in 30 days ({availability(left)})."
+        f"{verdict} **This misses 99.95 %**: replies can be promised at it, "
+        "a WHO that is right everywhere and at once cannot. "
+        "No server more and no option makes up for that. It would take a Redis that all servers "
+        f"reach but for {left / 60:.0f} minutes in 30 days ({availability(left)})."
     )
 
 
@@ -279,18 +273,20 @@ def _spread(single: float, common: float) -> str:
         for days in (DAYS, 365)
     )
     return (
-        f"These are means of many years. With these rates **{100 * months:.0f} of 100 windows of 30 days miss 99.95 %, "
-        f"and {100 * years:.0f} of 100 years**: one outage of the only site is more than the budget of its 30 days. "
+        "These are means of many years. "
+        f"With these rates **{100 * months:.0f} of 100 windows of 30 days miss 99.95 %, "
+        f"and {100 * years:.0f} of 100 years**: "
+        "one outage of the only site is more than the budget of its 30 days. "
         f"If common causes came {left / common:.1f} times as often, the mean would miss it, too."
     )
 
 
 def missed(causes: Sequence[tuple[float, float]], budget_seconds: float) -> float:
-    """Return how likely causes, each so often in a window and for so many seconds, take more of it
-    than a budget.
+    """Return the probability that the causes take more seconds of a window than the budget.
 
-    They come independently of one another: the sum is compound Poisson, and Panjer's recursion
-    (ASTIN Bulletin 12, 1981) gives the chance of each whole number of seconds.
+    A cause is its mean number in the window and its length in seconds. Causes are independent: the
+    sum is compound Poisson, and Panjer's recursion (ASTIN Bulletin 12, 1981) gives the probability
+    of each whole number of seconds.
     """
     whole = [(often, round(seconds)) for often, seconds in causes]
     chances = [math.exp(-sum(often for often, _ in whole))]
@@ -303,9 +299,7 @@ def missed(causes: Sequence[tuple[float, float]], budget_seconds: float) -> floa
 
 
 def needed(servers: int, objective: float = OBJECTIVE) -> float:
-    """How available each server must be, if they fail independently of one another and one that is
-    left is enough.
-    """
+    """How available each server must be if servers fail independently and one is enough."""
     return 1 - float((1 - objective) ** (1 / servers))
 
 

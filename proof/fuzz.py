@@ -42,8 +42,10 @@ def _killing() -> Iterator[None]:
 
 
 class Job(NamedTuple):
-    """A batch of one target: `work(seed, batch, inputs)` gives what is wrong, and how often each
-    outcome was met.
+    """A batch of one target.
+
+    `work(seed, batch, inputs)` returns the first finding ("" for none) and the number of inputs by
+    outcome.
     """
 
     target: str
@@ -92,9 +94,7 @@ class Run:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Tell of the body when it is over; Ctrl-C and SIGTERM end it early, with what was found
-        until then.
-        """
+        """Report after the body. Ctrl-C and SIGTERM end it early; the report has what was found."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
@@ -203,10 +203,9 @@ def _options(inputs: int) -> Callable[[Callable[..., None]], Callable[..., None]
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Try hostile inputs, and judge what becomes of each by docs/protocol.md. A finding is exit
-    code 1.
+    """Try hostile inputs and compare the outcomes with docs/protocol.md.
 
-    Ctrl-C ends it early, with what was found until then.
+    A finding is exit code 1. Ctrl-C ends it early and reports what was found until then.
     """
 
 
@@ -219,7 +218,7 @@ def main() -> None:
     help="Inputs that coverage guides [default: a twentieth of --inputs].",
 )
 def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
-    """The pure parts: parser, fastpath way, URLs, options, logs, records of TLS, status of others."""
+    """The pure parts: parser, fast path, URLs, options, logs, TLS records, status of others."""
     run = Run("core", inputs, **rest)
     with run.telling():
         if batch >= 0:
@@ -258,9 +257,7 @@ def _guide(run: Run, inputs: int) -> None:
 @main.command()
 @_options(5_000)
 def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
-    """Real servers, plain and by TLS, with small limits and short deadlines, and hundreds of
-    clients at once.
-    """
+    """Real servers with small limits, plain and by TLS, and hundreds of clients at once."""
     run = Run("sockets", inputs, **rest)
     with (
         run.telling(),

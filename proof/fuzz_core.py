@@ -1,8 +1,7 @@
-"""The targets of `bin/fuzz core`: the pure parts of gserver, each with a way to draw inputs and one
-to judge them.
+"""The targets of `bin/fuzz core`: the pure parts of gserver.
 
-A target raises AssertionError for what must not be, and lets whatever the code raises through: both
-are findings.
+A target draws inputs and judges what the code does with them. It raises AssertionError for a wrong
+result, and passes on what the code raises: both are findings.
 """
 
 import contextlib
@@ -47,9 +46,7 @@ OBEYED = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 class Target:
-    """Something to be fuzzed. One is made for each batch, so that a batch can be had again by its
-    number.
-    """
+    """Something to be fuzzed: a new one for each batch, so that a batch can be repeated."""
 
     def __init__(self, random: Random) -> None:
         self.random = random
@@ -67,9 +64,7 @@ class Target:
 
 
 class ParserTarget(Target):
-    """The parser, with the input in one piece, byte by byte, in random pieces, and with silences,
-    against the page.
-    """
+    """The parser against the page, with the input whole, byte by byte, cut, and with silences."""
 
     code: ModuleType = protocol
 
@@ -105,7 +100,8 @@ class ParserTarget(Target):
             for piece in cut:
                 replies += parser.silence() if piece is wire.SILENCE else parser.feed(piece)
             if any(isinstance(reply, self.code.ErrorReply) and reply.closes for reply in replies):
-                assert not (parser.feed(b"WHO\n") or parser.silence()), f"{cut}: it goes on"
+                assert not parser.feed(b"WHO\n"), f"{cut}: it goes on"
+                assert not parser.silence(), f"{cut}: it goes on"
             replies += parser.end()
             said = wire.read(wire.heard(cut, table), table, limit)
             told = [r.reply[:-1] if isinstance(r, self.code.ErrorReply) else r[0] for r in replies]
@@ -172,14 +168,13 @@ class ExpressTarget(Target):
 
 
 class UrlTarget(Target):
-    """Where Redis is: no text raises anything but a reason, and no reason and no log has the
-    secret.
-    """
+    """Redis URLs: a bad one gives a reason, and neither reason nor log contains the secret."""
 
     code: ModuleType = redis_url
     PARTS = (
-        "redis rediss unix redis+sentinel http :// : / // @ ? & = # , [ ] ::1 127.0.0.1 h 6379 0 65535 65536 db 1 99999"
-        " %40 %2F %00 % é \x1b username password sentinel_password mymaster [fe80::1%25eth0] ² %ff + ; %0A"
+        "redis rediss unix redis+sentinel http :// : / // @ ? & = # , [ ] ::1 127.0.0.1 h 6379 0"
+        " 65535 65536 db 1 99999 %40 %2F %00 % é \x1b username password sentinel_password mymaster"
+        " [fe80::1%25eth0] ² %ff + ; %0A"
     ).split(" ")
     GOOD = (
         *(
@@ -271,25 +266,29 @@ class OptionTarget(Target):
 
 
 class StatusTarget(Target):
-    """What somebody else's admin port says: it is no status, or it can be shown, and a terminal
-    obeys none of it.
-    """
+    """The status from another admin port: rejected, or shown without terminal control codes."""
 
     code: ModuleType = admin_client
     ODD = (
-        'null|true|-1|0|1e308|-1e18|9223372036854775808|NaN|""|"\\u001b[2J"|"é\\n[red]"|[]|{}|[[]]|{"a": 1}|"'
-        + "x" * 200
-        + '"'
-    ).split("|")
+        *'null|true|-1|0|1e308|-1e18|9223372036854775808|NaN|""'.split("|"),
+        '"\\u001b[2J"',
+        '"é\\n[red]"',
+        "[]",
+        "{}",
+        "[[]]",
+        '{"a": 1}',
+        '"' + "x" * 200 + '"',
+    )
     MEMBER = '{"id": "a", "clients": 1, "silent_seconds": 0.5, "is_late": false}'
     ROSTER = f'{{"servers": [{MEMBER}], "left_out": 0, "age_seconds": 0.1, "trouble": null}}'
     CLUSTER = (
         f'{{"name": "c", "servers": 1, "clients": 1, "view_age_seconds": 0.1, "roster": {ROSTER}}}'
     )
-    GOOD = f"""{{"server": {{"id": "a", "state": "ready", "uptime_seconds": 3.5, "tls_expires_at": null}},
-        "clients": {{"now": 1, "peak": 2}}, "commands": {{"WHO": 1}}, "errors": {{"x": 0}}, "rejected": {{"idle": 0}},
-        "workers": {{"each": [{{"pid": 1, "age_seconds": 1, "clients": 1, "silent_seconds": 0.1}}]}},
-        "cluster": {CLUSTER}}}"""
+    WORKER = '{"pid": 1, "age_seconds": 1, "clients": 1, "silent_seconds": 0.1}'
+    GOOD = f"""{{
+        "server": {{"id": "a", "state": "ready", "uptime_seconds": 3.5, "tls_expires_at": null}},
+        "clients": {{"now": 1, "peak": 2}}, "commands": {{"WHO": 1}}, "errors": {{"x": 0}},
+        "rejected": {{"idle": 0}}, "workers": {{"each": [{WORKER}]}}, "cluster": {CLUSTER}}}"""
 
     def draw(self) -> str:
         random = self.random
@@ -328,7 +327,7 @@ class StatusTarget(Target):
 
 
 class LogTarget(Target):
-    """One event is one line, of JSON or of text, that a terminal does not obey, whatever is in it."""
+    """An event is one line of JSON or text without terminal control codes, whatever it holds."""
 
     code: ModuleType = logs
     ODD = (
@@ -376,11 +375,12 @@ class LogTarget(Target):
         record = logging.LogRecord("gserver", 20, "x.py", 1, "%s", (message,), None)
         record.fields = fields
         line = self._json.format(record).encode("ascii", "backslashreplace") + b"\n"
-        assert len(line) <= 4096 and line.count(b"\n") == 1 and b"\x1b" not in line, (
-            f"{len(line)} bytes: {line!r}"
-        )
+        assert len(line) <= 4096, f"{len(line)} bytes: {line!r}"
+        assert line.count(b"\n") == 1, f"{line!r}"
+        assert b"\x1b" not in line, f"{line!r}"
         event = json.loads(line, parse_constant=lambda _: 1 / 0)  # NaN is no JSON.
-        assert event["event.action"] == "x" and "message" in event, event
+        assert event["event.action"] == "x", event
+        assert "message" in event, event
         shown = self._text.format(record)
         assert not OBEYED.search(shown), f"a terminal obeys {shown!r}"
 
@@ -396,8 +396,9 @@ def _contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 class TlsTarget(Target):
-    """A connection by TLS: the same bytes for any pieces of records; a part of one is told; a
-    broken one fails.
+    """A TLS connection: records may come in any pieces, and a broken record is an error.
+
+    A partial record is reported as such.
     """
 
     code: ModuleType = tls
@@ -509,6 +510,6 @@ def run_batch(
             given = target.draw()
             try:
                 target.check(given)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (any exception of the code is a finding)
                 return f"input {number}: {type(error).__name__}: {error}\n{given!r}"
     return ""

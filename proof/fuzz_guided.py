@@ -1,5 +1,6 @@
-"""The child of `bin/fuzz core` in which Atheris draws the inputs: `python -m proof.fuzz_guided
-INPUTS SEED`.
+"""The child of `bin/fuzz core` for which Atheris draws the inputs.
+
+`python -m proof.fuzz_guided INPUTS SEED`
 """
 
 import sys
@@ -11,7 +12,10 @@ with atheris.instrument_imports(
     include=["gserver.protocol", "gserver.serve.fastpath", "gserver.redis_url"],
     enable_loader_override=False,
 ):
-    pass
+    # Before proof.fuzz_core imports them without instruments.
+    import gserver.protocol
+    import gserver.redis_url
+    import gserver.serve.fastpath  # noqa: F401
 from proof import fuzz_core, fuzz_wire
 
 PARSER, EXPRESS = fuzz_core.ParserTarget(Random(1)), fuzz_core.ExpressTarget(Random(1))

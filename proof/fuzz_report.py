@@ -11,9 +11,10 @@ def section(report: Report) -> str:
     parts = []
     for kind, told in report.items():
         speed = told["inputs"] / told["seconds"] if told["seconds"] else 0
-        findings = f"{told['findings'] or 'no'} finding{'s' * (told['findings'] != 1)}"
-        text = f"**{TITLES[kind]}** (`bin/fuzz {kind} --inputs {told['inputs']} --seed {told['seed']}`):"
-        text += f" {told['inputs']:,} inputs in {told['seconds']:,.0f} s, {speed:,.0f} a second; {findings}."
+        findings = "1 finding" if told["findings"] == 1 else f"{told['findings'] or 'no'} findings"
+        command = f"bin/fuzz {kind} --inputs {told['inputs']} --seed {told['seed']}"
+        text = f"**{TITLES[kind]}** (`{command}`): {told['inputs']:,} inputs "
+        text += f"in {told['seconds']:,.0f} s, {speed:,.0f} a second; {findings}."
         guided = told.get("guided")
         if isinstance(guided, dict):
             text += f" {guided['inputs']:,} more were guided by coverage."

@@ -1,5 +1,6 @@
-"""The clients of `bin/fuzz sockets`: what each sends, when, how it ends, and what docs/protocol.md
-says that it reads.
+"""The clients of `bin/fuzz sockets`: what each sends and when, how it ends, and what it must read.
+
+What it must read is in docs/protocol.md.
 
 A batch runs in one process, its clients in greenlets, hundreds at once. Time is the client's own:
 where a pause was so long that the server may have taken it for a silence, or so long that a
@@ -164,8 +165,9 @@ def servers(names: list[str], **more: object) -> Iterator[dict[str, Site]]:
 
 
 def judge(sites: dict[str, Site], outcomes: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong after it: WHO is to be exact, nothing leaked, each event a line of JSON,
-    stderr empty.
+    """Yield what is wrong at the end, as the site's name and the reason.
+
+    WHO must be exact, nothing may have leaked, each event must be a line of JSON, and stderr empty.
     """
     rejected = Counter[str]()
     for name, site in sites.items():
@@ -178,7 +180,7 @@ def judge(sites: dict[str, Site], outcomes: Counter[str]) -> Iterator[tuple[str,
                 if event["event.action"] in ("worker.died", "worker.hung")
             ]
             assert not died, died
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (pytest.fail raises no Exception)
             yield name, f"{type(error).__name__}: {error}"
     for reason, reply in TURNED_AWAY.items():
         if outcomes[reply.decode()] > rejected[reason]:
@@ -188,9 +190,7 @@ def judge(sites: dict[str, Site], outcomes: Counter[str]) -> Iterator[tuple[str,
 def run_batch(
     name: str, port: int, pems: str, seed: int, batch: int, count: int
 ) -> tuple[str, Counter[str]]:
-    """Let so many clients do what is drawn; return what the first wrong one met, and the outcomes
-    of all.
-    """
+    """Run `count` clients as drawn; return the first finding ("" for none) and all outcomes."""
     random, pool, outcomes, wrong = (
         Random(f"{seed}/{name}/{batch}"),
         Pool(AT_ONCE),
@@ -206,10 +206,11 @@ def run_batch(
             with gevent.Timeout(3 * LIMIT, TimeoutError("no end of it")):
                 guest.run(port, context)
             outcomes[guest.outcome()] += 1
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (any exception is a finding)
             received = bytes(guest.received[:2000])
             wrong.append(
-                f"client {number}: {type(error).__name__}: {error}\n{plan}\nread {received!r}, {guest.end}"
+                f"client {number}: {type(error).__name__}: {error}\n"
+                f"{plan}\nread {received!r}, {guest.end}"
             )
 
     for number, (plan, own) in enumerate(plans):
@@ -395,12 +396,11 @@ class Guest:
                 self._has_said_end = not part
 
     def outcome(self) -> str:
-        """Return what became of it, in words of the page; raise AssertionError for what is not on
-        it.
-        """
+        """Return the outcome in the page's words; raise AssertionError for one it forbids."""
         ending, (*lines, rest) = self._plan.ending, bytes(self.received).split(b"\n")
         if lines and lines[0] in TURNED_AWAY.values():
-            assert len(lines) == 1 and not rest, "it was turned away, and answered"
+            assert len(lines) == 1, "it was rejected, and answered"
+            assert not rest, "it was rejected, and answered"
             return lines[0].decode()
         is_silent = (
             self._is_tls
@@ -470,7 +470,7 @@ class Guest:
         ]
 
     def _deadlined(self, told: bytes) -> wire.Said:
-        """What is said to a client that stays: at last, that it is idle, or too slow with its line."""
+        """What a client that stays must read: in the end that it is idle, or too slow."""
         if wire.is_ended_by_silence(told, REPLIES):
             told += b"\n"
         said = wire.read(told, REPLIES, MAX_LINE)

@@ -1,5 +1,4 @@
-"""What a client may send, drawn from a grammar of nasty lines, and what docs/protocol.md says that
-it reads.
+"""What a client may send, drawn from a grammar of nasty lines, and what it must read.
 
 The oracle is written from that page and knows nothing of gserver's code: it never sees how bytes
 are cut, but reads the whole with `split`.
@@ -18,9 +17,7 @@ Cut = Iterable[bytes | None]
 
 
 class Said(NamedTuple):
-    """What the page says of all that one client has sent, up to its end: commands by name, refusals
-    by their text.
-    """
+    """What the page says about all bytes of one client: commands by name, error replies by text."""
 
     replies: list[bytes]
     #: Whether the server closes before the client has ended.
@@ -58,9 +55,7 @@ def is_ended_by_silence(sent: bytes, commands: Collection[bytes]) -> bool:
 
 
 def heard(cut: Cut, commands: Collection[bytes]) -> bytes:
-    """Return what pieces with silences between them come to: the page's newline for each silence
-    that ends a line.
-    """
+    """Join pieces and silences: a silence that ends a line stands for a newline."""
     sent = b""
     for piece in cut:
         if piece is not SILENCE:

@@ -1,5 +1,6 @@
-"""How long real faults last, for replies and for WHO: docs/outages.json, by `bin/availability
---measure`.
+"""How long real faults last, for replies and for WHO.
+
+`bin/availability --measure` writes docs/outages.json.
 """
 
 import json
@@ -33,8 +34,9 @@ SHARE = 5  #: clients of each server
 
 
 class Outage(NamedTuple):
-    """From the fault, or its end, to the last that went wrong; which part of all until then did;
-    after a retry, too.
+    """Seconds from the fault, or from its end, to the last failure, and the share that failed.
+
+    The last figure is the share that failed after a retry too.
     """
 
     seconds: float
@@ -49,9 +51,7 @@ Happening = Callable[[World], AbstractContextManager[None]]
 
 
 def ends(role: str, how: Callable[[psutil.Process], None], sign: str = "") -> Happening:
-    """A worker or the agent is killed, or hangs until the supervisor has seen that; another takes
-    its place.
-    """
+    """A worker or the agent is killed, or hangs until the supervisor sees it, and is replaced."""
 
     @contextmanager
     def happen(world: World) -> Iterator[None]:
@@ -108,9 +108,7 @@ def rolling_reload(world: World) -> Iterator[None]:
 
 @contextmanager
 def rolling_restart(world: World) -> Iterator[None]:
-    """SIGTERM and a new start, of one server after another, each when HAProxy has the one before
-    again.
-    """
+    """Restart the servers one after another, each once HAProxy uses the one before again."""
     for member in world.members:
         assert member.server.stop() == 0
         member.start()
@@ -210,8 +208,9 @@ FAULTS = (
 
 @contextmanager
 def probing(world: World) -> Iterator[list[tuple[float, int]]]:
-    """Requests go through HAProxy during the body; when each was due, and its tries, are in the
-    list after it.
+    """Send requests through HAProxy during the body.
+
+    Afterwards the list has, for each request, when it was due and how many tries it took.
     """
     found: list[tuple[float, int]] = []
     words = [sys.executable, "-P", "-m", "proof.probes", "127.0.0.1", str(world.front.port)]
@@ -338,8 +337,9 @@ def _is_open(client: Client) -> bool:
 
 
 def of_who(world: World, fault: Fault) -> Outage:
-    """One trial: a client comes right after the fault; until when somebody whom clients reach says
-    a wrong number.
+    """One trial: a client connects right after the fault.
+
+    The outage lasts until no server that clients can reach gives a wrong number.
     """
     first, _, third = world.members
     without = first.name if fault.gone else ""
@@ -387,7 +387,6 @@ def measure(rounds: int, say: Callable[[str], None], only: str = "") -> dict[str
                 report[sort].setdefault(fault.name, []).append(
                     [round(figure, 4) for figure in found]
                 )
-                say(
-                    f"{number + 1}/{rounds} {fault.name}, {sort}: {found.seconds:.2f} s, {found.share:.1%} of all"
-                )
+                figures = f"{found.seconds:.2f} s, {found.share:.1%} of all"
+                say(f"{number + 1}/{rounds} {fault.name}, {sort}: {figures}")
     return report

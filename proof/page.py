@@ -41,15 +41,14 @@ Report = dict[str, Any]
 
 
 def faults(report: Report) -> str:
-    """A line for each fault of the matrix: what was done, in how many variants it was survived, and
-    figures.
-    """
+    """A row for each fault of the matrix: what was done, the variants survived, and figures."""
     found: dict[str, list[Report]] = {}
     for case in report["cases"]:
         found.setdefault(case["fault"], []).append(case)
     cases, machine = report["cases"], report["machine"]
     survived = sum(case["outcome"] == "survived" for case in cases)
-    head = f"{len(found)} faults; {survived} of {len(cases)} cases survived, in {report['seconds'] / 60:.0f} minutes"
+    head = f"{len(found)} faults; {survived} of {len(cases)} cases survived"
+    head += f", in {report['seconds'] / 60:.0f} minutes"
     parts = [f"{head} (seed {machine['seed']}; {machine['system']}, Python {machine['python']})."]
     for title, files in GROUPS.items():
         rows = [
@@ -95,21 +94,26 @@ def told(timeline: Report) -> str:
     """What a timeline shows, in a line."""
     events = ", ".join(f"{what} at {at:.1f} s" for at, what in timeline["events"])
     asked = f"{timeline['answers']:,} answers in {timeline['seconds']:.0f} s"
-    verdict = f"{timeline['broken'] or 'none'} broke the promise of WHO, with a Δ of {timeline['delta']:g} s"
-    return f"{asked}, the slowest after {timeline['slowest ms']} ms; {verdict}. Seed {timeline['seed']}: {events}."
+    slowest = f"the slowest after {timeline['slowest ms']} ms"
+    promise = f"the promise of WHO, with a Δ of {timeline['delta']:g} s"
+    return (
+        f"{asked}, {slowest}; {timeline['broken'] or 'none'} broke {promise}. "
+        f"Seed {timeline['seed']}: {events}."
+    )
 
 
 def soak(report: Report) -> str:
     """What hours of load and faults have shown, in a line."""
-    replies, count = (
-        report["replies"],
-        sum(len(fault["seconds"]) for fault in report["faults"].values()),
-    )
-    hours = f"{report['seconds'] / 3600:.2f} hours{', then interrupted' * report['is_interrupted']}"
+    replies = report["replies"]
+    count = sum(len(fault["seconds"]) for fault in report["faults"].values())
+    hours = f"{report['seconds'] / 3600:.2f} hours"
+    if report["is_interrupted"]:
+        hours += ", then interrupted"
     return (
         f"{hours}, {count} faults of {len(report['faults'])} kinds; "
-        f"{replies['right']:,} right replies, {replies['wrong'] or 'none'} wrong, {replies['lost'] or 'none'} lost "
-        "but to a fault of their own server; all that is held was measured "
+        f"{replies['right']:,} right replies, {replies['wrong'] or 'none'} wrong, "
+        f"{replies['lost'] or 'none'} lost but to a fault of their own server; "
+        "all that is held was measured "
         f"{len(report['censuses'])} times meanwhile. [soak.md](soak.md) has the figures."
     )
 

@@ -1,9 +1,8 @@
-"""Asks at a steady pace, whatever becomes of the answers: `python -m proof.probes HOST PORT` until
-its stdin ends.
+"""Asks at a steady pace, whatever the answers: `python -m proof.probes HOST PORT`.
 
-Half of the requests come on connections of their own, half on ones that stay. Each has a second,
-and a second try on a new connection with a second more. Prints `ready`, and at the end of each
-request when it was due and how many tries it took, 0 if both failed, as JSON.
+It ends when its stdin does. Half of the requests open a connection each, half use connections that
+stay. A request times out after one second, and is tried once more on a new connection. Prints
+`ready`, and then, as JSON, when each request was due and how many tries it took (0: both failed).
 """
 
 import json

@@ -89,9 +89,7 @@ class Soak:
                 self._load.stop()
 
     def _go_on(self, world: World) -> None:
-        """One fault after another, a census now and then, each at its time or as soon as there is
-        time for it.
-        """
+        """Run one fault after another, and a census now and then, each when it is due or later."""
         next_fault = self._pace / 2
         drawn = self._draw()
         eventually(
@@ -136,9 +134,8 @@ class Soak:
             ended = time.monotonic()
             self._settle(world)
             noted["seconds"].append(round(time.monotonic() - ended, 2))
-            self._say(
-                f"{name}, {member.name}: {noted['happened']}; well after {noted['seconds'][-1]:.1f} s"
-            )
+            recovery = f"well after {noted['seconds'][-1]:.1f} s"
+            self._say(f"{name}, {member.name}: {noted['happened']}; {recovery}")
         except EXPECTED as error:
             self._failed(f"{name}, {member.name}", error)
         # Not where it is interrupted: what it has brought about is still there.
@@ -158,11 +155,10 @@ class Soak:
     def _census(self, world: World) -> None:
         self._load.pause()
         try:
-            self.report["censuses"].append(world.census(self.elapsed))
-            held = self.report["censuses"][-1]["held"].values()
-            self._say(
-                f"census: WHO {self.report['censuses'][-1]['who']}, {sum(each[0] for each in held) / 1e6:.1f} MB"
-            )
+            census = world.census(self.elapsed)
+            self.report["censuses"].append(census)
+            megabytes = sum(each[0] for each in census["held"].values()) / 1e6
+            self._say(f"census: WHO {census['who']}, {megabytes:.1f} MB")
         except EXPECTED as error:
             self._failed("census", error)
         self._load.may_call.set()

@@ -1,5 +1,6 @@
-"""The faults of a soak. Each makes its fault happen and tells what showed that it did; `World.heal`
-ends it.
+"""The faults of a soak.
+
+Each makes its fault happen and returns what showed that it did; `World.heal` ends it.
 """
 
 import array
@@ -75,7 +76,7 @@ def _held_up(world: World, member: Member) -> str:
     return "it stood still, and was not replaced"
 
 
-def _reload(world: World, member: Member) -> str:
+def _reload(_world: World, member: Member) -> str:
     before = member.processes().keys()
     _told("server.reloaded", lambda: member.running.send_signal(signal.SIGHUP), member)
     eventually(
@@ -84,7 +85,7 @@ def _reload(world: World, member: Member) -> str:
     return "all processes but the supervisor are new"
 
 
-def _ended(number: signal.Signals, code: int, world: World, member: Member) -> str:
+def _ended(number: signal.Signals, code: int, _world: World, member: Member) -> str:
     member.running.send_signal(number)
     assert member.running.exit_code() == code, member.running.stderr
     assert not (told := member.complaints()), told
@@ -104,19 +105,19 @@ def _same_id(world: World, member: Member) -> str:
 
 
 def _noticed(
-    action: str, seconds: float, do: Callable[[World], object], world: World, member: Member
+    action: str, seconds: float, do: Callable[[World], object], world: World, _member: Member
 ) -> str:
     noticed = _told(action, lambda: do(world), *world.members)
     time.sleep(seconds)
     return f"all servers {noticed}"
 
 
-def _replaced(do: Callable[[Sentinels], Redis], world: World, member: Member) -> str:
+def _replaced(do: Callable[[Sentinels], Redis], world: World, _member: Member) -> str:
     before = do(world.redises)
     return f"the Redis at port {world.primary.port} took over from {before.port}"
 
 
-def _away(which: Callable[[World], Sequence[Server]], world: World, member: Member) -> str:
+def _away(which: Callable[[World], Sequence[Server]], world: World, _member: Member) -> str:
     world.random.choice(which(world)).kill()
     time.sleep(2)
     return "it was killed, and away for 2 s"
@@ -127,7 +128,7 @@ def _freeze_all(world: World) -> None:
         each.freeze()
 
 
-def _scripts_forgotten(world: World, member: Member) -> str:
+def _scripts_forgotten(world: World, _member: Member) -> str:
     primary = world.primary
     primary.forget_scripts()
     eventually(
@@ -137,7 +138,7 @@ def _scripts_forgotten(world: World, member: Member) -> str:
     return "the script was loaded again"
 
 
-def _cut(world: World, member: Member) -> str:
+def _cut(world: World, _member: Member) -> str:
     count = world.primary.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     assert count >= len(NAMES), count
     return "those of all servers, at least"
@@ -151,7 +152,7 @@ def _refused(
     count: int,
     least: int,
     attack: Callable[[list[Client]], int],
-    world: World,
+    _world: World,
     member: Member,
 ) -> str:
     """So many connect and attack; the least that are told must be counted as refused so."""
@@ -193,7 +194,7 @@ def _never_read(crowd: list[Client]) -> int:
     return len(crowd)
 
 
-def _silent(world: World, member: Member) -> str:
+def _silent(_world: World, member: Member) -> str:
     with ExitStack() as stack:
         crowd = [
             stack.enter_context(socket.create_connection(("127.0.0.1", member.port), LIMIT))
@@ -204,7 +205,7 @@ def _silent(world: World, member: Member) -> str:
     return "200 were closed"
 
 
-def _sink_gone(world: World, member: Member) -> str:
+def _sink_gone(world: World, _member: Member) -> str:
     world.sink.close()
     time.sleep(5)
     world.open_sink()
@@ -214,7 +215,7 @@ def _sink_gone(world: World, member: Member) -> str:
     return "nobody listened; then all sent again"
 
 
-def _reader_stalled(world: World, member: Member) -> str:
+def _reader_stalled(_world: World, member: Member) -> str:
     assert member.running.process.stdout
     pipe, waiting = member.running.process.stdout.fileno(), array.array("i", [0])
     size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)

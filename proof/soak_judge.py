@@ -27,9 +27,7 @@ class Life(NamedTuple):
 
     @property
     def growth(self) -> float | None:
-        """From the median of the first quarter to that of the last; None where there is too little
-        to say.
-        """
+        """Growth from the median of the first quarter to that of the last; None for too few."""
         if len(self.resident) < LEAST_CENSUSES:
             return None
         quarter = len(self.resident) // 4
@@ -37,8 +35,9 @@ class Life(NamedTuple):
 
 
 def lives(report: Report) -> list[Life]:
-    """Each process that was there for two censuses, but for those in which it was new or the soak
-    warmed up.
+    """The processes seen in at least two censuses.
+
+    The first census of a process and those of the warm-up do not count.
     """
     censuses = report["censuses"]
     warm = len(censuses) // 5
@@ -63,12 +62,14 @@ def complaints(report: Report) -> Iterator[str]:
     for life in lives(report):
         for what, counts in (("descriptors", life.descriptors), ("greenlets", life.greenlets)):
             if len(set(counts)) > 1:
-                yield f"{life.name}: {what} were {', '.join(str(count) for count, _ in groupby(counts))}"
+                changes = ", ".join(str(count) for count, _ in groupby(counts))
+                yield f"{life.name}: {what} were {changes}"
         if life.growth is not None and life.growth > MAX_GROWTH:
             yield f"{life.name}: memory grew by {life.growth:.1%}"
     for census in report["censuses"]:
-        if len(set(census["who"].values())) > 1 or census["clients"] not in census["who"].values():
-            yield f"at {census['at']:.0f} s, with {census['clients']} clients, WHO said {census['who']}"
+        who, clients = census["who"], census["clients"]
+        if set(who.values()) != {clients}:
+            yield f"at {census['at']:.0f} s, with {clients} clients, WHO said {who}"
 
 
 def written(report: Report) -> str:
@@ -88,17 +89,18 @@ PAGE = """\
 
 `{command}` ({machine}).
 
-Three servers of two workers each, `three` by TLS, with a Redis, two replicas and three Sentinels, under a mixed load
-and one fault after another. `one` may be restarted, processes of `two` may die, and those of `three` live all the time.
+Three servers of two workers each, `three` by TLS, with a Redis, two replicas and three Sentinels,
+under a mixed load and one fault after another. `one` may be restarted, processes of `two` may die,
+and those of `three` live all the time.
 This page is made of the report, `soak.json`.
 
 It took {hours:.2f} hours{interrupted}: {count} faults, {censuses} censuses. {verdict}
 
 ## Replies
 
-Each reply is checked: WHERE is the server's id, WHY is 42, WHO counts those who are surely there and nobody who cannot
-be; and at each census, when all is quiet, WHO is exact on all three servers. A connection may be lost only at the
-server that a fault takes it from.
+Each reply is checked: WHERE is the server's id, WHY is 42, WHO counts those who are surely there
+and nobody who cannot be; and at each census, when all is quiet, WHO is exact on all three servers.
+A connection may be lost only at the server that a fault takes it from.
 
 {replies}
 
@@ -106,16 +108,17 @@ Right ones by kind of client: {kinds}.
 
 ## Faults
 
-Recovered is: all workers and the agent run, the servers know of one another, what they know is fresh, and each client
-of the load has been served anew.
+Recovered is: all workers and the agent run, the servers know of one another, what they know is
+fresh, and each client of the load has been served anew.
 
 {faults}
 
 ## What is held
 
-With one client for each worker and nobody else, at each census after the warm-up, of the processes that were there for
-two of them at least. Memory is the medians of the first and the last quarter, in MB. It may grow by {growth:g} %, and
-is judged where there are {least} censuses; descriptors and greenlets stay the same.
+With one client for each worker and nobody else, at each census after the warm-up, of the processes
+that were there for two of them at least. Memory is the medians of the first and the last quarter,
+in MB. It may grow by {growth:g} %, and is judged where there are {least} censuses; descriptors and
+greenlets stay the same.
 
 {held}
 """

@@ -1,6 +1,4 @@
-"""Clients of every kind, each in a thread, who check each reply. What is wrong is kept until it is
-asked for.
-"""
+"""Clients of every kind, each in a thread, that check each reply and keep what was wrong."""
 
 import random
 import socket

@@ -1,6 +1,4 @@
-"""Where a soak takes place: three servers, a Redis with replicas and Sentinels, a StatsD daemon's
-port.
-"""
+"""Where a soak runs: three servers, a Redis with replicas and Sentinels, a port for StatsD."""
 
 import http.client
 import json
@@ -44,8 +42,9 @@ def eventually(
 
 
 class Log(list[str]):
-    """Lines of a server as they are read; those of debug level are but counted. `may_read` stalls
-    the reader.
+    """The log lines of a server. Those of debug level are only counted.
+
+    The reader waits while `may_read` is clear.
     """
 
     def __init__(self) -> None:

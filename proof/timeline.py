@@ -1,5 +1,4 @@
-"""What each server says of WHO, and what is true, while Redis fails over and while one server is
-cut off from it.
+"""WHO on each server, and its true value, during a Redis failover and during a partition.
 
 `bin/timeline --write` writes docs/timelines.json, docs/plots/who-*.svg and the sections of
 docs/reliability.md.
@@ -60,7 +59,7 @@ class Crowd:
     def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (any exception fails the timeline)
             self.failures.append(repr(error))
 
     def _connect(self, member: Member) -> Client:
@@ -121,7 +120,7 @@ class Timeline:
 
     @contextmanager
     def regained(self) -> Iterator[None]:
-        """After the body all servers whose Redis has been away in it, one at least, reach it again."""
+        """After the body, wait until each server that lost Redis in it reaches Redis again."""
         servers = [member.server for member in self.world.members]
         before = [
             {name: len(server.events(f"cluster.{name}")) for name in ("lost", "regained")}
@@ -165,8 +164,9 @@ class Timeline:
 
 
 def truth(facts: Iterable[Fact], began: float) -> Steps:
-    """How many clients there were: each comes, and goes, in the middle of the time in which it may
-    have.
+    """How many clients there were.
+
+    Each is taken to connect and leave in the middle of the time in which it may have done so.
     """
     times: dict[tuple[str, int], dict[Kind, float]] = {}
     for fact in facts:

@@ -1,6 +1,4 @@
-"""docs/plots/who-*.svg: what is true of WHO, and what each server says, to be read on light ground
-and on dark.
-"""
+"""docs/plots/who-*.svg: the true WHO and each server's, readable on light and dark ground."""
 
 from bisect import bisect_right
 from itertools import pairwise

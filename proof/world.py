@@ -1,8 +1,7 @@
-"""Three servers on hosts of their own, Redis with two replicas and three Sentinels on three more,
-HAProxy on another.
+"""Three servers, Redis with two replicas and three Sentinels, and HAProxy, on seven hosts.
 
-Hosts are network namespaces (tests/netns.py), so this takes root. All of it runs before other
-processes, so that what else the machine does is not measured.
+Hosts are network namespaces (tests/netns.py), so this needs root. All of it has priority over other
+processes, so that they are not measured.
 """
 
 import json
@@ -102,9 +101,7 @@ class World(ExitStack[None]):
         return primaries[0] if len(primaries) == 1 else None
 
     def settle(self) -> None:
-        """Wait until the Sentinels know all, and a replica can take over: then the next fault may
-        come.
-        """
+        """Wait until the Sentinels know all nodes and a replica can take over."""
 
         def is_settled() -> bool:
             primary = self._primary()
@@ -144,13 +141,15 @@ def need_root() -> None:
 
 def machine() -> dict[str, str]:
     """Where and with what the figures are made."""
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = model[1] if model else platform.machine()
     memory = psutil.virtual_memory().total / 2**30
+    redis, haproxy = _version("redis-server", "--version"), _version("haproxy", "-v")
     return {
-        "processor": f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB",
+        "processor": f"{processor}, {os.cpu_count()} cores, {memory:.0f} GB",
         "gserver": f"gserver {_said('git', '-C', str(ROOT), 'describe', '--always')}",
         "system": f"Linux {platform.release()}, Python {platform.python_version()}",
-        "redis": f"Redis {_version('redis-server', '--version')}, HAProxy {_version('haproxy', '-v')}",
+        "redis": f"Redis {redis}, HAProxy {haproxy}",
         "load": f"load {os.getloadavg()[0]:.1f} before, nice {NICENESS}",
     }
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -138,7 +139,7 @@ class Booted:
         subprocess.run(["mount", "-t", "cgroup2", "none", mounted], check=True)
         try:
             for path in sorted((mounted / self._cgroup).glob("**/"), reverse=True):
-                until(lambda: is_removed(path), "nobody is in the cgroup any more")
+                until(partial(is_removed, path), "no process is left in the cgroup")
         finally:
             subprocess.run(["umount", mounted], check=True)
 

@@ -49,7 +49,7 @@ def notes(request: pytest.FixtureRequest) -> Notes:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test of the fault matrix fails when it has not told what shows that its fault has happened."""
+    """A test of the fault matrix fails if it has not noted what proves that its fault happened."""
     yield
     if item.get_closest_marker("fault") and not Notes(item.user_properties).is_proven:
         pytest.fail("nothing shows that the fault has happened")

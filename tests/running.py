@@ -256,7 +256,7 @@ class Running:
         return "".join(self.errors)
 
     def events(self, action: str | None = None) -> list[Event]:
-        """All events so far, or those of one action. A line that is no JSON object fails the test."""
+        """All events so far, or those of one action. A line that is not JSON fails the test."""
         found: list[Event] = [json.loads(line) for line in list(self.lines)]
         return [event for event in found if action is None or event.get("event.action") == action]
 
@@ -270,9 +270,8 @@ class Running:
                 and self.process.poll() is not None
                 and not any(r.is_alive() for r in self._readers)
             ):
-                pytest.fail(
-                    f"gserver ended with {self.process.returncode}: {self.stderr}{''.join(self.lines)}"
-                )
+                said = f"{self.stderr}{''.join(self.lines)}"
+                pytest.fail(f"gserver ended with {self.process.returncode}: {said}")
             return events if len(events) >= count else []
 
         events: list[Event] = until(

@@ -191,7 +191,7 @@ class Cluster(ExitStack[None]):
 
     @property
     def recovery_seconds(self) -> float:
-        """By when all is exact again after a fault has ended: each server beats, then beats again."""
+        """Time after a fault until WHO is exact everywhere: two heartbeats of each server."""
         return (2 * self.beat + 1) * PATIENCE
 
     @property

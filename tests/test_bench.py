@@ -1,18 +1,20 @@
 """The page shows what the measurements have found, and TLS is measured as it says."""
 
+import importlib.util
 import json
 import re
 import resource
+import shutil
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from bench import tls
-from bench.measure import tree
-from bench.peers import ROOT
+from bench.measure import SERVER_CORE, Failed, tree, work
+from bench.peers import PROGRAMS, ROOT, SPELLING_PEERS, build, running
 from bench.report import PAGE, TABLES, tables
-from bench.scenarios import FULL
+from bench.scenarios import FULL, MODES, SHAPES
 from tests.running import LIMIT, program
 
 TEXT = PAGE.read_text()
@@ -62,3 +64,38 @@ def test_each_service_takes_what_the_load_generator_asks_of_tls(service: str) ->
         )
         is_met = "New, TLSv1.3, Cipher is TLS_AES_256_GCM_SHA384" in done.stdout
         assert is_met == server.is_tls == (service != tls.PLAIN), done.stdout + done.stderr
+
+
+@pytest.fixture
+def _built(_same_limit_of_files: None) -> None:
+    """The load generator. The test is skipped without what only `bin/bench` installs."""
+    missing = [name for name in (*PROGRAMS, "gcc") if not shutil.which(name)]
+    if missing or not importlib.util.find_spec("uvloop"):
+        pytest.skip(f"bin/bench installs: {', '.join([*missing, 'uvloop'])}")
+    build(["gserver"])
+
+
+@pytest.mark.usefixtures("_built")
+def test_every_shape_of_commands_is_answered_by_gserver_and_by_its_peer() -> None:
+    own = next(shape for shape in SHAPES.values() if shape.options)
+    with (
+        running("gserver", cores=SERVER_CORE, options=own.options) as gserver,
+        running(SPELLING_PEERS["functions"].name, cores=SERVER_CORE) as functions,
+        running(SPELLING_PEERS["any-spelling"].name, cores=SERVER_CORE) as any_spelling,
+    ):
+        peers = {"functions": functions, "any-spelling": any_spelling}
+        for shape in SHAPES.values():
+            for server in (gserver, peers[shape.peer]):
+                # A wrong reply is an error of the load generator, and raises `Failed`.
+                found = work(server, MODES[shape.order], 2, 32, 0.05, lines=shape.lines)
+                assert found["answers"] > 0, (shape, server.name)
+
+
+@pytest.mark.usefixtures("_built")
+def test_a_wrong_reply_fails_the_measurement() -> None:
+    # This peer knows only the exact spelling.
+    with (
+        running("uvloop", cores=SERVER_CORE) as server,
+        pytest.raises(Failed, match="WHO: ERR unknown command"),
+    ):
+        work(server, "pipeline", 1, 1, 0.05, lines="who\n")

@@ -29,7 +29,7 @@ REPLIES = {b"WHO": rb"[0-9]+", b"WHERE": rb"server-[0-9]", b"WHY": rb"42"}
 
 
 class Load:
-    """Clients that ask all the time, connect anew now and then, and once more when they are let go."""
+    """Clients that ask all the time; they reconnect now and then, and when they are closed."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -50,7 +50,7 @@ class Load:
         try:
             while not self._is_over.is_set():
                 self._ask_some(number)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (any exception fails the test)
             self.failures.append(repr(error))
 
     def _ask_some(self, number: int) -> None:

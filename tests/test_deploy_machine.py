@@ -425,7 +425,10 @@ def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(
     """
     if os.geteuid() != 0:
         pytest.skip("namespaces take root")
-    begin = 'ip link set lo up && mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd "$0" && exec "$@"'
+    begin = (
+        'ip link set lo up && mount --bind "$0" "$0" && mount -o remount,ro,bind "$0"'
+        ' && cd "$0" && exec "$@"'
+    )
     apart = [
         program("unshare"),
         "--pid",

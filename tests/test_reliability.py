@@ -112,10 +112,8 @@ def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
         f"| single faults, measured, worst | {lost:.2f} | {100 * lost / 1296:.1f} % | 99.9999 % |"
         in table
     )
-    assert (
-        f"| the same, if a reply needed Redis | {lost + common + (12 * 1801 + 24 * 10) * 30 / 365:,.0f} |"
-        in table
-    )
+    needing_redis = lost + common + (12 * 1801 + 24 * 10) * 30 / 365
+    assert f"| the same, if a reply needed Redis | {needing_redis:,.0f} |" in table
 
 
 def test_a_who_that_misses_the_objective_is_said_to() -> None:
@@ -183,7 +181,8 @@ class Names:
         self.faults = sorted({mark.args[0] for mark in marks})
 
 names = Names()
-pytest.main(["--collect-only", "-q", "-m", "fault", "-p", "no:cacheprovider", "tests"], plugins=[names])
+options = ["--collect-only", "-q", "-m", "fault", "-p", "no:cacheprovider"]
+pytest.main([*options, "tests"], plugins=[names])
 print("faults:", *names.faults, sep="\\n")
 """
 
@@ -305,7 +304,8 @@ def test_a_short_timeline_of_a_failover_keeps_the_promise(tmp_path: Path, notes:
     report = timeline.record(tmp_path, SEED, partial(timeline.failover, seconds=0.5))
     killed, elected, over = (at for at, _ in report["events"])
     notes.happened(
-        f"another was primary after {elected - killed:.1f} s, and all reached it after {over - killed:.1f} s"
+        f"another was primary after {elected - killed:.1f} s, "
+        f"and all reached it after {over - killed:.1f} s"
     )
     assert report["broken"] == 0, f"seed {SEED}: {report['first broken']}"
     assert report["answers"] > 100

@@ -324,8 +324,8 @@ def test_a_virtualenv_whose_python_this_user_cannot_execute_is_told_of_in_one_li
         done = _run(root / "bin/gserver", env=_clean(*path))
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == (
-            f"gserver: this user cannot execute {python}: as the owner of {root}, remove .venv, and run bin/setup with"
-            " a Python that all may execute: PATH=/usr/bin:/bin bin/setup\n"
+            f"gserver: this user cannot execute {python}: as the owner of {root}, remove .venv, "
+            "and run bin/setup with a Python that all may execute: PATH=/usr/bin:/bin bin/setup\n"
         )
 
 
@@ -341,8 +341,10 @@ def test_packages_that_this_user_cannot_renew_are_told_of_in_one_line(
         assert (done.returncode, done.stdout) == (1, "")
         again = " ".join(["bin/setup", *options])
         venv = another / ".venv"
-        told = f"the packages in {venv} are not those of {name}: run {again} again as the owner of {another}"
-        assert done.stderr == f"gserver: {told}\n"
+        assert done.stderr == (
+            f"gserver: the packages in {venv} are not those of {name}: "
+            f"run {again} again as the owner of {another}\n"
+        )
 
 
 def test_without_a_python_one_line_says_what_to_do(copy: Path, tools: Path) -> None:
@@ -366,7 +368,7 @@ def test_a_python3_that_is_none_is_passed_over_for_a_newer_one(
 def test_a_python_that_cannot_make_virtualenvs_is_told_of_in_one_line(
     tools: Path, tmp_path: Path
 ) -> None:
-    """As Debian has it without python3-venv: the same Python, from the same files, less ensurepip."""
+    """As on Debian without python3-venv: the same Python from the same files, less ensurepip."""
     ours, stdlib = tmp_path / "python", Path(sysconfig.get_path("stdlib"))
     library = ours / stdlib.relative_to(sys.base_prefix)
     library.mkdir(parents=True)
@@ -626,7 +628,7 @@ def test_bin_coverage_reports_on_the_package_and_ends_as_the_tests_do(
 ) -> None:
     done = _started("bin/coverage", tested, tools, "-q")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^gserver/cli\.py ", done.stdout, re.MULTILINE)
+    assert re.search(r"^gserver/cli/main\.py ", done.stdout, re.MULTILINE)
     assert re.search(r"^TOTAL ", done.stdout, re.MULTILINE)
     (tested / "tests/test_one.py").write_text(ONE_TEST.replace("2", "3"))
     done = _started("bin/coverage", tested, tools, "-q")

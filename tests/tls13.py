@@ -85,7 +85,7 @@ class RecordClient(Client):
         self._key, self._nonce = self._expand(b"key", self._key_bytes), self._expand(b"iv", 12)
 
     def _expand(self, label: bytes, size: int) -> bytes:
-        """HKDF-Expand-Label with an empty context: 7.1. One block is enough for what is asked here."""
+        """HKDF-Expand-Label with an empty context (7.1). One block is enough for these sizes."""
         name = b"tls13 " + label
         info = size.to_bytes(2, "big") + bytes([len(name)]) + name + b"\0"
         return hmac.new(self._secret, info + b"\1", self._digest).digest()[:size]

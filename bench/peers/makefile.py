@@ -1,21 +1,22 @@
-"""gevent as most people write it: a patched socket, read and written as a file: `makefile.py PORT`."""
+"""gevent as it is usually written, a patched socket used as a file: `makefile.py PORT`."""
 
 from gevent import monkey
 
 monkey.patch_all()
 
-import socket
-import sys
-import uuid
+import socket  # noqa: E402 (gevent patches before anything else is imported)
+import sys  # noqa: E402
+import uuid  # noqa: E402
 
-from gevent.server import StreamServer
+from gevent.server import StreamServer  # noqa: E402
 
 UNKNOWN = b"ERR unknown command\n"
 
 
 class Service:
-    """What all clients share. The replies are ready to send; that of WHO is made anew when the
-    number changes.
+    """State that all clients share.
+
+    The replies are ready to send. The reply to WHO is made again when the number changes.
     """
 
     def __init__(self) -> None:

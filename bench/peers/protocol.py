@@ -1,28 +1,37 @@
-"""A callback protocol, the fastest that asyncio offers: `protocol.py PORT uvloop|asyncio`."""
+"""A callback protocol, the fastest that asyncio offers: `protocol.py PORT uvloop|asyncio [LINES]`.
+
+LINES says how a line is understood:
+
+- `exact` (the default): only WHO, WHERE and WHY in capitals, without blanks, ended by LF.
+- `any-spelling`: each line is stripped, upper-cased and looked up.
+- `functions`: the same, and PING is a function that is called for each line.
+"""
 
 import asyncio
 import importlib
 import sys
 import uuid
-from typing import cast
+from collections.abc import Callable
+from typing import ClassVar, cast
 
 UNKNOWN = b"ERR unknown command\n"
 
 
 class Service:
-    """What all clients share. The replies are ready to send; that of WHO is made anew when the
-    number changes.
+    """State that all clients share.
+
+    The replies are ready to send. The reply to WHO is made again when the number changes.
     """
 
     def __init__(self) -> None:
         self.clients = 0
         self.commands = 0
         self.replies = {b"WHERE": b"%b\n" % str(uuid.uuid4()).encode(), b"WHY": b"42\n"}
-        # What comes is mostly one line: found whole, with its end.
+        # Most reads bring exactly one line: one look-up, its LF included.
         self.whole = {line + b"\n": reply for line, reply in self.replies.items()}
 
     def count(self, change: int) -> None:
-        """A client has come or gone."""
+        """Add `change` to the number of clients."""
         self.clients += change
         self.replies[b"WHO"] = self.whole[b"WHO\n"] = b"%d\n" % self.clients
 
@@ -44,12 +53,12 @@ class Client(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         service.count(1)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Count it no more."""
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (the interface)
+        """Uncount it."""
         service.count(-1)
 
     def data_received(self, data: bytes) -> None:
-        """Answer all the lines that are whole by one write."""
+        """Answer all complete lines with one write."""
         if self.rest:
             data = self.rest + data
         reply = service.whole.get(data)
@@ -65,7 +74,7 @@ class Client(asyncio.Protocol):
             self.transport.write(b"".join([replies.get(line, UNKNOWN) for line in lines]))
 
     def pause_writing(self) -> None:
-        """A client that does not read is not read from."""
+        """Stop reading from a client that does not read."""
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
@@ -73,12 +82,62 @@ class Client(asyncio.Protocol):
         self.transport.resume_reading()
 
 
-async def main(port: int) -> None:
-    """Serve for ever."""
-    server = await asyncio.get_running_loop().create_server(Client, "127.0.0.1", port, backlog=1024)
+class AnySpellingClient(Client):
+    """A client that may send its commands in any case, with blanks around them, and with CRLF."""
+
+    __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        """Strip, upper-case and look up each complete line; answer with one write."""
+        if self.rest:
+            data = self.rest + data
+        *lines, self.rest = data.split(b"\n")
+        if lines:
+            service.commands += len(lines)
+            replies = service.replies
+            self.transport.write(
+                b"".join([replies.get(line.strip().upper(), UNKNOWN) for line in lines])
+            )
+
+
+def ping() -> str:
+    """Answer PING, as the command in bench/own does."""
+    return "PONG"
+
+
+class FunctionsClient(Client):
+    """The same, with commands of its own: functions that are called for each line."""
+
+    __slots__ = ()
+    functions: ClassVar[dict[bytes, Callable[[], str]]] = {b"PING": ping}
+
+    def data_received(self, data: bytes) -> None:
+        """Strip, upper-case and look up each complete line, and call its function."""
+        if self.rest:
+            data = self.rest + data
+        *lines, self.rest = data.split(b"\n")
+        if lines:
+            service.commands += len(lines)
+            self.transport.write(b"".join([self.reply(line.strip().upper()) for line in lines]))
+
+    def reply(self, name: bytes) -> bytes:
+        """The reply to one command."""
+        function = self.functions.get(name)
+        if function is not None:
+            return b"%b\n" % function().encode("ascii")
+        return service.replies.get(name, UNKNOWN)
+
+
+CLIENTS = {"exact": Client, "any-spelling": AnySpellingClient, "functions": FunctionsClient}
+
+
+async def main(port: int, lines: str = "exact") -> None:
+    """Serve until the process is killed."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(CLIENTS[lines], "127.0.0.1", port, backlog=1024)
     print("ready", flush=True)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    importlib.import_module(sys.argv[2]).run(main(int(sys.argv[1])))
+    importlib.import_module(sys.argv[2]).run(main(int(sys.argv[1]), *sys.argv[3:]))

@@ -1,6 +1,4 @@
-"""asyncio's streams: a coroutine for each client, a line at a time: `streams.py PORT
-uvloop|asyncio`.
-"""
+"""asyncio's streams, a coroutine for each client: `streams.py PORT uvloop|asyncio`."""
 
 import asyncio
 import importlib
@@ -11,8 +9,9 @@ UNKNOWN = b"ERR unknown command\n"
 
 
 class Service:
-    """What all clients share. The replies are ready to send; that of WHO is made anew when the
-    number changes.
+    """State that all clients share.
+
+    The replies are ready to send. The reply to WHO is made again when the number changes.
     """
 
     def __init__(self) -> None:

@@ -113,7 +113,7 @@ def crowd(attack: Attack) -> int:
 
 
 def silent(attack: Attack) -> int:
-    """So many connect and say nothing; who is cut off comes again. Return how often they connected."""
+    """Connect silent clients, again when they are cut off. Return the number of connections."""
     attack.context = None
     socks = [attack.connect() for _ in range(attack.number)]
     _say("begun")

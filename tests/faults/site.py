@@ -1,4 +1,4 @@
-"""The scene of a fault: a server, good clients beside what is done to it, and what it held before."""
+"""The scene of a fault: a server, good clients of it, and a record of what it held before."""
 
 import contextlib
 import os
