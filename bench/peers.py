@@ -94,11 +94,6 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("gserver", "gserver", GSERVER),
-        Peer(
-            "gserver-greenlets",
-            "gserver, a greenlet each",
-            (*GSERVER, "--client-greenlets", "always"),
-        ),
         Peer("epoll", "C, epoll", (str(_target(EPOLL)), "PORT"), EPOLL, GCC),
         Peer("go", "Go, net", (str(_target(GO)), "PORT"), GO, ("go", "build", "-o")),
         Peer("uvloop", "uvloop, protocol", _script("protocol.py", "uvloop")),

@@ -315,7 +315,7 @@ FULL = (
     Scenario(
         "idle",
         idle,
-        _cases(server=("gserver", "gserver-greenlets", "epoll", "go", "uvloop", "gevent")),
+        _cases(server=("gserver", "epoll", "go", "uvloop", "gevent")),
         3,
         10,
     ),
