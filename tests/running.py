@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -129,7 +129,8 @@ def stopped(*workers: psutil.Process) -> Iterator[None]:
         yield
     finally:
         for worker in workers:
-            worker.resume()
+            with suppress(psutil.NoSuchProcess):
+                worker.resume()
 
 
 def extended(folder: Path, module: str, *options: str, **more: Any) -> "Running":

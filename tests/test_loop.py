@@ -1,5 +1,6 @@
 """The worker's loop: order, turns, deadlines, and when there is a greenlet."""
 
+import gc
 import select
 import signal
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 import gevent
 import pytest
+from greenlet import greenlet
 
 from gserver.commands import BUILT_IN
 from gserver.config import Config
@@ -337,6 +339,23 @@ def test_each_read_is_counted_and_timed_whichever_way_it_is_answered() -> None:
         "WHERE": 1,
         "WHY": 2,
     }
+
+
+def test_a_drain_gives_idle_clients_no_greenlet() -> None:
+    with loop() as (_, ours, _client), ExitStack() as stack:
+        others = [stack.enter_context(one_more(ours)) for _ in range(500)]
+        gc.collect()
+        before = alive_greenlets()
+        ours.drain()
+        while ours.clients:
+            gevent.sleep(0.001)
+            assert alive_greenlets() <= before
+            for other in others:
+                other.close()
+
+
+def alive_greenlets() -> int:
+    return sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
 
 
 def test_deadlines_that_are_over_leave_nothing_behind() -> None:

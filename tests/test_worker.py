@@ -1,6 +1,7 @@
 """The worker: clients are counted once in and once out, whatever becomes of them."""
 
 import random
+import re
 import signal
 import socket
 import struct
@@ -11,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.running import PATIENCE, Client, Running, extended, limited, stopped, until
+from tests.running import PATIENCE, Client, Running, extended, is_alive, limited, stopped, until
 
 TURNED_AWAY = b"ERR too many clients\n"
 
@@ -388,3 +390,61 @@ def test_accepted_sockets_find_out_a_dead_peer_and_send_at_once(tmp_path: Path) 
     with start(tmp_path) as server, server.client() as client:
         # On, after 60 s of silence, every 15 s, 4 times; unacknowledged data for 120 s; no delay.
         assert client.ask(b"OPTIONS") == b"[(1, 60, 15, 4, 120000, 1)]"
+
+
+def test_a_listener_that_is_shut_down_does_not_make_a_worker_spin(tmp_path: Path) -> None:
+    module = """
+import os
+import socket
+from gserver.commands import command
+
+@command("SHUT")
+def shut(service):
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            sock = socket.socket(fileno=os.dup(fd))
+        except OSError:
+            continue
+        with sock:
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                sock.shutdown(socket.SHUT_RDWR)
+    return "done"
+"""
+    with extended(tmp_path, module) as server, server.client() as client:
+        [worker] = server.workers()
+        # The supervisor would listen again within a second.
+        with stopped(psutil.Process(server.pid)):
+            assert client.ask(b"SHUT") == b"done"
+            used = sum(worker.cpu_times()[:2])
+            time.sleep(2)
+            assert sum(worker.cpu_times()[:2]) - used < 0.5  # A loop that spins takes 2.
+            assert client.ask(b"WHO") == b"1"
+        server.wait_for("server.port_closed")
+        assert server.who() == 2
+
+
+def test_a_reload_leaves_the_queue_of_new_clients_to_the_other_workers() -> None:
+    with Running("--workers", "2") as server, ExitStack() as stack:
+        server.wait_for("worker.ready", 2)
+        old = server.workers()
+        with stopped(*old):
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("worker.ready", 3)
+            [leaving] = until(lambda: [each for each in old if is_terminated(each)], "SIGTERM")
+            with stopped(*(each for each in server.workers() if each not in old)):
+                clients = [stack.enter_context(server.client()) for _ in range(60)]
+                leaving.resume()
+                until(lambda: not is_alive(leaving), "it has drained")
+            old.remove(leaving)
+            old[0].resume()
+            for client in clients:
+                client.send(b"WHY\n")
+            replies = [client.line() for client in clients]
+    # It accepts 16 at a time, and may have done so before it saw the signal.
+    assert replies.count(b"42\n") >= 60 - 2 * 16
+
+
+def is_terminated(worker: psutil.Process) -> bool:
+    """Whether SIGTERM is pending for a process that is stopped."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text(), re.M)
+    return pending is not None and bool(int(pending[1], 16) >> (signal.SIGTERM - 1) & 1)

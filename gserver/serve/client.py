@@ -182,7 +182,7 @@ class Client:
             self._reset()
         elif state is HANDSHAKE:
             self._fail_handshake(TimeoutError("it took too long"))
-        elif state is not CLOSED:
+        elif state is CLOSING or state is REJECTED:
             self.close()
 
     def after_send(self, unsent: bytes, now: float) -> None:
@@ -299,7 +299,8 @@ class Client:
             if isinstance(item, ErrorReply) and item.closes:
                 work.ending = item
                 work.items.clear()
-        self.loop.note_read(work.started_at)
+        if not work.ending:
+            self.loop.note_read(work.started_at)
         return self._send(b"".join(replies), now)
 
     def _start_handler(self, command: Command) -> None:

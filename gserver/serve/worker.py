@@ -61,7 +61,7 @@ class Acceptor(StreamServer):
 
     def __init__(self, listener: socket.socket, worker: "Worker", max_accept: int) -> None:
         # No greenlet for each client: the loop serves it, and closes its socket.
-        super().__init__(listener, worker.loop.begin, spawn=None)
+        super().__init__(listener, worker.begin, spawn=None)
         self.max_accept = max_accept
         self._worker = worker
         self._kind = int(self.socket.family), int(self.socket.type), self.socket.proto
@@ -109,7 +109,7 @@ class Acceptor(StreamServer):
     def is_fatal_error(self, ex: BaseException) -> bool:
         """End the process at a fatal error; gevent would only stop accepting."""
         if super().is_fatal_error(ex):
-            raise ex
+            raise SystemError("the listening socket is gone") from ex
         return False
 
     def _pause(self, seconds: float) -> None:
@@ -165,11 +165,15 @@ class Worker:
             self._wait_for_change(None)
         self._drain()
 
+    def begin(self, sock: _socket.socket, address: Any) -> None:
+        """Begin with a connection that has been accepted."""
+        if len(self.loop.clients) >= self._capacity:
+            self.loop.end_oldest_handshake()
+        self.loop.begin(sock, address)
+
     def is_full(self) -> bool:
         """Whether new clients are left to other workers, or to the kernel's queue."""
         loop = self.loop
-        if loop.handshakes and len(loop.clients) >= self._capacity:
-            loop.end_oldest_handshake()
         if len(loop.clients) > self._capacity + MAX_REJECTED:
             return True
         # Other workers may have room. If none has, a new client is accepted, and told so.
@@ -222,7 +226,7 @@ class Worker:
                     accepted = self._server.do_read()
                     if not accepted:
                         break
-                    self.loop.begin(*accepted)
+                    self.begin(*accepted)
         self._server.close()
 
     def _drain(self) -> None:
