@@ -50,8 +50,8 @@ def test_a_file_that_cannot_be_read_is_named_with_its_option(option: str, tmp_pa
     for path, words in (
         (none, "cannot be read: No such file or directory"),
         (tmp_path, "cannot be read: Is a directory"),
-        (pipe, "is no regular file"),
-        (Path("/dev/zero"), "is no regular file"),
+        (pipe, "is not a regular file"),
+        (Path("/dev/zero"), "is not a regular file"),
         (empty, "is empty: name a file in PEM"),
         (large, "is too large: name a file in PEM"),
     ):

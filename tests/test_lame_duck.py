@@ -159,6 +159,24 @@ def test_before_it_is_one_it_accepts_for_the_drain_delay_and_is_unready(tmp_path
         assert first.who() == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("options", [(), ("--admin-port", "0")], ids=["alone", "with an agent"])
+def test_a_worker_that_dies_in_the_drain_delay_is_replaced(
+    tmp_path: Path, number: signal.Signals, options: tuple[str, ...]
+) -> None:
+    with start(tmp_path, "--drain-delay", str(4 * SECOND), *options) as server:
+        began = time.monotonic()
+        server.send_signal(number)
+        server.wait_for("server.retiring" if number == signal.SIGUSR2 else "server.draining")
+        server.workers()[0].kill()
+        server.wait_for("worker.ready", 2)
+        assert "another takes its place" in server.wait_for("worker.died")["message"]
+        while time.monotonic() - began < 3 * SECOND:
+            assert server.who() == 1
+        assert server.exit_code() == 0
+        assert time.monotonic() - began >= 4 * SECOND
+
+
 def test_after_the_drain_timeout_the_ordinary_drain_follows(tmp_path: Path) -> None:
     with start(tmp_path, "--drain-timeout", "1") as server, server.client() as client:
         client.who()

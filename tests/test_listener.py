@@ -10,7 +10,7 @@ import pytest
 
 from gserver.config import show_address
 from gserver.errors import EXIT_RUNTIME, FatalError
-from gserver.supervise.listener import bind
+from gserver.supervise.listener import Listener, bind
 from tests.running import LIMIT, Client, Running, environment
 
 NOBODY = 65534
@@ -186,3 +186,21 @@ def test_all_addresses_are_those_of_both_families() -> None:
         for host in ("::1", "127.0.0.1", "127.0.0.2"):
             with socket.create_connection((host, port), LIMIT):
                 listener.accept()[0].close()
+
+
+def test_a_port_that_was_closed_and_is_taken_by_now_is_not_exchanged_for_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The kernel chose the port, so the socket lost it when it was shut down."""
+    with bind("127.0.0.1", 0) as listener:
+        address, port = listener.getsockname(), Listener(listener, 5)
+        listener.shutdown(socket.SHUT_RDWR)
+        with socket.create_server(address):
+            port.reopen_if_closed()
+            assert not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            assert f"{address[0]}:{address[1]}" in caplog.text
+            assert "Address already in use" in caplog.text
+        port.reopen_if_closed()
+        assert listener.getsockname() == address
+        with socket.create_connection(address, LIMIT):
+            assert "listening again" in caplog.text

@@ -39,7 +39,7 @@ export PYTHONPATH=/opt/gserver LD_LIBRARY_PATH=/opt/python/lib
 cd files && exec "$@"
 """
 SERVE = ["/opt/venv/bin/python", "-P", "-m", "gserver", "serve"]
-UNKNOWN = "name a user and a group that exist, and not root (an id without a name: both)"
+UNKNOWN = "name a user and a group that exist, and not root (for an id without a name: both)"
 NO_CAPABILITY = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapAmb"), "0000000000000000")
 
 MODULE = """
@@ -188,7 +188,7 @@ def test_a_key_of_roots_is_read_at_the_start_and_by_a_reload_as_the_user(
 
         worker = server.workers()[0].pid
         server.send_signal(signal.SIGHUP)
-        why = f"--tls-key server.key cannot be read: Permission denied: let user {UID} read it, too"
+        why = f"--tls-key server.key cannot be read: Permission denied: give user {UID} permission to read it"
         assert server.wait_for("server.reload_failed")["message"].endswith(why)
         assert (who(), server.workers()[0].pid) == ("1\n", worker)
         os.chown(key, 0, KEY_GID)
@@ -263,7 +263,7 @@ def test_who_is_not_known_or_is_root_is_refused(start: list[str]) -> None:
 def test_who_is_not_root_becomes_nobody_else_but_may_be_who_it_is(start: list[str]) -> None:
     as_user = [*start, program("setpriv"), f"--reuid={UID}", f"--regid={GID}", "--clear-groups"]
     said = run([*as_user, SERVE[0], "-c", BECOME, "nobody", "gserver-test"])
-    assert said.startswith("1 --user nobody: start it as root, who alone may become another user\n")
+    assert said.startswith("1 --user nobody needs root: start it as root\n")
     assert_is(fields(said), UID, GID, set())
 
 
@@ -294,5 +294,5 @@ def test_a_user_who_may_not_execute_this_python_is_told_to_start_no_child(start:
     ]
     said = run([*start, *locked])
     assert re.match(
-        r"1 --user gserver-test may not use /opt/\S+ or /opt/\S+: have both where it may\n", said
+        r"1 --user gserver-test may not use /opt/\S+ or /opt/\S+: install both where", said
     )

@@ -12,7 +12,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.running import LIMIT, PATIENCE, Running, left_over, limited, program, until
+from tests.redises import make_certificates
+from tests.running import (
+    GSERVER,
+    LIMIT,
+    PATIENCE,
+    ROOT,
+    Running,
+    left_over,
+    limited,
+    program,
+    until,
+)
+from tests.test_admin import get
+from tests.tls_client import TlsClient, trust
 
 MODULE = """
 import os
@@ -101,13 +114,102 @@ def test_a_program_that_a_command_has_started_does_not_read_what_the_worker_was_
         assert client.ask(b"SPY") == b"0"
 
 
+REDIS_PASSWORD, ADMIN_TOKEN = "password-of-redis", "token-of-the-admin-port"
+SECRETS = {
+    "GSERVER_REDIS_URL": f"redis://someone:{REDIS_PASSWORD}@127.0.0.1:1",
+    "REDIS_URL": f"redis://someone:{REDIS_PASSWORD}@127.0.0.1:2",
+    "GSERVER_ADMIN_TOKEN": ADMIN_TOKEN,
+}
+ENVIRONMENT = """
+import subprocess
+from gserver.commands import command
+
+@command("ENVIRONMENT")
+def environment(service):
+    return ascii(subprocess.check_output(["env", "-0"]).decode())
+"""
+
+
+def memory_of(process: psutil.Process) -> bytes:
+    """All that a process may write to: heap, stacks, and anonymous or private mappings."""
+    found = []
+    with open(f"/proc/{process.pid}/maps") as maps, open(f"/proc/{process.pid}/mem", "rb") as mem:
+        for line in maps:
+            span, access, *_ = line.split()
+            if access.startswith("rw"):
+                begin, end = (int(text, 16) for text in span.split("-"))
+                mem.seek(begin)
+                found.append(mem.read(end - begin))
+    return b"".join(found)
+
+
+def test_each_process_has_only_the_secrets_that_it_needs(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    (tmp_path / "extra.py").write_text(ENVIRONMENT)
+    key = (tmp_path / "server.key").read_bytes()
+    key_line = key.splitlines()[1]
+    options = ("--tls-cert", "server.pem", "--tls-key", "server.key", "--admin-port", "0")
+    with Running(*options, "--commands", "extra", cwd=tmp_path, env=SECRETS) as server:
+        server.wait_for("agent.ready")
+        [worker], [agent] = server.workers(), server.agents()
+        memory = {"worker": memory_of(worker), "agent": memory_of(agent)}
+        held = {
+            (role, name): secret in memory[role]
+            for role in memory
+            for name, secret in (
+                ("key", key_line),
+                ("Redis password", REDIS_PASSWORD.encode()),
+                ("admin token", ADMIN_TOKEN.encode()),
+            )
+        }
+        assert held == {
+            ("worker", "key"): True,
+            ("worker", "Redis password"): False,
+            ("worker", "admin token"): False,
+            ("agent", "key"): False,
+            ("agent", "Redis password"): True,
+            ("agent", "admin token"): True,
+        }
+        for child in (worker, agent):
+            assert not SECRETS.keys() & child.environ().keys()
+        with TlsClient(server.port, trust(tmp_path)) as client:
+            seen = client.ask(b"ENVIRONMENT").decode()
+        assert "PATH=" in seen
+        assert [name for name in SECRETS if name in seen] == []
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        assert get(server, "/status.json", **headers)[0] == 200
+        assert get(server, "/status.json")[0] == 401
+
+
+@pytest.mark.parametrize("operators", [None, "", "modules", "modules:/no/such/folder"])
+@pytest.mark.parametrize("script", [[str(ROOT / "bin/gserver")], GSERVER])
+def test_programs_of_handlers_have_the_pythonpath_of_the_operator(
+    tmp_path: Path, script: list[str], operators: str | None
+) -> None:
+    (tmp_path / "modules").mkdir()
+    folder = "modules" if operators and operators.startswith("modules") else "."
+    (tmp_path / folder / "extra.py").write_text(ENVIRONMENT)
+    if script is GSERVER:  # Without a script, the operator has to name the package's folder.
+        operators = ":".join(filter(None, (str(ROOT), operators)))
+    setting = ["-u", "PYTHONPATH"] if operators is None else [f"PYTHONPATH={operators}"]
+    command = [program("env"), *setting, *script, "serve", "--port", "0"]
+    with (
+        Running("--commands", "extra", command=command, cwd=tmp_path) as server,
+        server.client() as client,
+    ):
+        seen = client.ask(b"ENVIRONMENT").decode().strip("'").split("\\x00")
+        found = [text for text in seen if text.startswith("PYTHONPATH=")]
+        assert found == ([] if operators is None else [f"PYTHONPATH={operators}"])
+
+
 def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group(
     tmp_path: Path,
 ) -> None:
     with Running("--server-id", "an-id-to-look-for", "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
         for slot, worker in enumerate(server.workers()):
-            assert worker.cmdline()[1:] == ["-P", "-m", "gserver", "child", "worker", str(slot)]
+            package = str(ROOT / "gserver")
+            assert worker.cmdline()[1:] == ["-P", package, "child", "worker", str(slot)]
             assert "an-id-to-look-for" not in "".join(worker.environ().values())
             assert os.getpgid(worker.pid) == worker.pid
 

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from gserver.supervise.phases import GIVE_UP_SECONDS
+from tests.redises import Redis
 from tests.running import (
     GSERVER,
     LIMIT,
@@ -36,6 +37,7 @@ from tests.running import (
     stopped,
     until,
 )
+from tests.test_admin import status
 
 #: What the service promises in seconds holds on a machine of usual speed.
 SECOND = PATIENCE
@@ -263,6 +265,23 @@ def test_workers_are_not_taken_for_hung_after_the_whole_machine_slept(tmp_path: 
         assert not server.events("worker.hung")
 
 
+def test_without_a_hang_timeout_the_agent_of_a_cluster_is_watched_and_workers_are_not(
+    tmp_path: Path,
+) -> None:
+    with Redis(tmp_path) as redis:
+        cluster = ("--redis-url", redis.url, "--heartbeat-interval", "0.2", "--member-ttl", "3")
+        with start(tmp_path, "--hang-timeout", "0", *cluster) as server:
+            server.wait_for("agent.ready")
+            [agent], [worker] = server.agents(), server.workers()
+            with stopped(worker):
+                agent.suspend()
+                assert server.wait_for("agent.hung")["gserver.child_pid"] == agent.pid
+                server.wait_for("agent.ready", 2)
+                time.sleep(1.5)  # A worker with a limit of 1 s would have been replaced by now.
+            assert server.who() == 1
+            assert server.workers() == [worker]
+
+
 # Stops.
 
 
@@ -358,9 +377,14 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
             until(lambda: is_refused(server.port), "new clients are refused", SECOND)
         assert server.exit_code() == 0
         assert 2 < time.monotonic() - began < 3 * SECOND
-        # One that computes does not even come to say so: it is killed.
+        # A worker that computes cannot log anything: it is killed, and the supervisor says so.
         cut_off = [event["gserver.clients"] for event in server.events("worker.cut_off")]
         assert cut_off == ([1] if command == b"SLEEP\n" else [])
+        killed = [
+            (event["gserver.clients"], event["gserver.reason"])
+            for event in server.events("worker.killed")
+        ]
+        assert killed == ([(1, "drain timeout")] if command == b"SPIN\n" else [])
     assert left_over(tmp_path) == []
 
 
@@ -682,6 +706,22 @@ def test_a_system_without_threads_is_told_in_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 
 
+def test_clients_that_a_reload_cuts_off_are_closed_and_not_lost(tmp_path: Path) -> None:
+    options = ("--drain-timeout", "1", "--admin-port", "0")
+    with start(tmp_path, *options) as server, server.client() as client:
+        server.wait_for("agent.ready")
+        client.who()
+        client.send(b"SPIN\n")
+        until(lambda: server.workers()[0].cpu_times().user > 0.5, "the worker computes")
+        server.send_signal(signal.SIGHUP)
+        killed = server.wait_for("worker.killed")
+        assert (killed["gserver.clients"], killed["gserver.reason"]) == (1, "drain timeout")
+        server.wait_for("server.reloaded")
+        server.wait_for("agent.ready", 2)
+        clients = status(server)["clients"]
+        assert (clients["accepted"], clients["closed"], clients["lost"]) == (1, 1, 0)
+
+
 def test_a_stop_during_a_reload_ends_in_time_though_an_old_worker_is_stuck(tmp_path: Path) -> None:
     with start(tmp_path, "--drain-timeout", "2") as server, server.client() as client:
         client.who()
@@ -855,38 +895,90 @@ def test_what_handlers_have_started_ends_with_a_worker_that_dies_and_not_with_on
         let_be.kill()
 
 
+@contextmanager
+def frozen(process: psutil.Process) -> Iterator[None]:
+    """Make a process one that cannot be killed, as if it waited for a disk for ever.
+
+    The kernel's freezer does it. At the end of the body the process goes on, so a SIGKILL that was
+    sent meanwhile ends it.
+    """
+    group = Path(f"/sys/fs/cgroup/freezer/gserver-{process.pid}")
+    if not os.access(group.parent / "cgroup.procs", os.W_OK):
+        pytest.skip("freezing a process takes root and the freezer of cgroups, version 1")
+    group.mkdir()
+    state = group / "freezer.state"
+    try:
+        (group / "cgroup.procs").write_text(str(process.pid))
+        state.write_text("FROZEN")
+        until(lambda: state.read_text() == "FROZEN\n", "the process is frozen")
+        yield
+    finally:
+        state.write_text("THAWED")
+        until(lambda: not is_alive(process), "the process has ended")
+        until(lambda: not (group / "cgroup.procs").read_text(), "the group is empty")
+        group.rmdir()
+
+
 @pytest.mark.parametrize(
     "words", [("--workers", "1"), ("--workers", "2", "--admin-port", "0")], ids=["alone", "of two"]
 )
 def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) -> None:
-    """As one that waits for a disk for ever: here it is frozen by the kernel."""
-    group = Path(f"/sys/fs/cgroup/freezer/gserver-{os.getpid()}")
-    if not os.access(group.parent / "cgroup.procs", os.W_OK):
-        pytest.skip("it takes root and the freezer of cgroups, version 1")
-    group.mkdir()
-    try:
-        with Running(*words, "--drain-timeout", "1") as server:
-            server.wait_for("worker.ready", int(words[1]))
-            if "--admin-port" in words:
-                server.wait_for("agent.ready")
-            stuck = server.workers()[0]
-            (group / "cgroup.procs").write_text(str(stuck.pid))
-            (group / "freezer.state").write_text("FROZEN")
-            until(lambda: (group / "freezer.state").read_text() == "FROZEN\n", "it is frozen")
+    with Running(*words, "--drain-timeout", "1") as server:
+        server.wait_for("worker.ready", int(words[1]))
+        if "--admin-port" in words:
+            server.wait_for("agent.ready")
+        stuck = server.workers()[0]
+        with frozen(stuck):
             agents = len(server.events("agent.ready"))
             for _ in range(2):
                 server.send_signal(signal.SIGTERM)
                 server.wait_for("server.draining")
-                time.sleep(0.3)  # Sooner it would be one that is passed on.
+                time.sleep(0.3)  # Sooner, the second signal would count as passed on.
             assert server.process.wait(1 + GIVE_UP_SECONDS + LIMIT) == 1
             assert (
                 server.wait_for("server.stopped")["message"]
                 == f"stopped, forced; worker {stuck.pid} cannot be ended"
             )
             assert len(server.events("agent.ready")) == agents
-            (group / "freezer.state").write_text("THAWED")
-            until(lambda: not is_alive(stuck), "its kill has come to it")
-    finally:
-        (group / "freezer.state").write_text("THAWED")
-        until(lambda: not (group / "cgroup.procs").read_text(), "nobody is in it")
-        group.rmdir()
+
+
+def test_a_worker_that_cannot_be_killed_holds_up_no_reload() -> None:
+    with Running("--workers", "2", "--drain-timeout", "1") as server:
+        server.wait_for("worker.ready", 2)
+        stuck = server.workers()[0]
+        with frozen(stuck):
+            for reloads in (1, 2):
+                server.send_signal(signal.SIGHUP)
+                server.wait_for("server.reloaded", reloads)
+            [event] = server.events("worker.stuck")
+            assert event["gserver.child_pid"] == stuck.pid
+            assert len([worker for worker in server.workers() if worker != stuck]) == 2
+            assert server.who() == 1
+        assert not server.events("worker.died")
+
+
+def test_a_hung_worker_that_cannot_be_killed_is_replaced(tmp_path: Path) -> None:
+    with start(tmp_path, "--hang-timeout", "1", "--admin-port", "0") as server:
+        server.wait_for("agent.ready")
+        stuck = server.workers()[0]
+        with frozen(stuck):
+            server.wait_for("worker.stuck")
+            server.wait_for("worker.ready", 2)
+            with server.client() as client:
+                assert int(client.ask(b"PID")) != stuck.pid
+        died = server.wait_for("worker.died")
+        assert died["gserver.child_pid"] == stuck.pid
+        assert "another" not in died["message"], "another has taken its place already"
+        assert status(server)["workers"]["restarts"] == 1
+
+
+def test_a_reload_without_a_free_slot_is_given_up_with_the_reason() -> None:
+    with Running("--drain-timeout", "1") as server, ExitStack() as stack:
+        for reloads in (1, 2):
+            stack.enter_context(frozen(server.workers()[-1]))
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("server.reloaded", reloads)
+        server.send_signal(signal.SIGHUP)
+        failed = server.wait_for("server.reload_failed")
+        assert "2 workers were killed and have not ended" in failed["message"]
+        assert server.who() == 1

@@ -359,7 +359,7 @@ def test_sockets_for_another_process_are_left_alone() -> None:
 def test_a_file_a_datagram_socket_and_others_that_are_no_port_are_refused(tmp_path: Path) -> None:
     with ExitStack() as stack:
         wrong: dict[str, socket.socket | int] = {
-            "no socket": (stack.enter_context((tmp_path / "file").open("w"))).fileno(),
+            "not a socket": (stack.enter_context((tmp_path / "file").open("w"))).fileno(),
             "AF_INET SOCK_DGRAM": stack.enter_context(
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             ),
@@ -367,7 +367,7 @@ def test_a_file_a_datagram_socket_and_others_that_are_no_port_are_refused(tmp_pa
             "not listening": stack.enter_context(socket.socket()),
         }
         for what, handed in wrong.items():
-            said = f"socket 3 (unknown) was handed over, and is {what}: a TCP socket that listens is wanted"
+            said = f"socket 3 (unknown) was handed over, and is {what}: it must be a listening TCP socket"
             assert said in refused(handed)
 
 
