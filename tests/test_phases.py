@@ -1,4 +1,4 @@
-"""The state machine of phases, and which processes a phase needs. Times are made up: nothing runs."""
+"""The state machine of phases, and which processes a phase needs. No process runs here."""
 
 import math
 from dataclasses import dataclass

@@ -318,7 +318,7 @@ class Supervisor:
         elif child.has_duplicate_id:
             self._failure = UsageError(child.error)
             self._lifecycle.drain(now)
-            logs.event(logging.ERROR, "server.draining", f"draining: {child.error}", fields)
+            logs.event(logging.ERROR, "server.duplicate_id", f"draining: {child.error}", fields)
         elif is_start and self._lifecycle.is_failed_reload(child.generation):
             self._give_up_reload(f"a new one did not start: {child.end_reason}", fields)
         else:
