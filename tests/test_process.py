@@ -1,6 +1,4 @@
-"""How the processes hang together: a child never outlives its supervisor, and each has the files it
-may open.
-"""
+"""What holds between processes: lifetimes, secrets, environments, and limits of open files."""
 
 import os
 import signal
@@ -44,8 +42,9 @@ def program(service):
 
 @contextmanager
 def nothing_left(folder: Path, limit: float) -> Iterator[None]:
-    """All that was started for this folder is gone soon after the body; what is not, is ended by
-    force.
+    """All processes that were started for this folder end within the limit after the body.
+
+    Those that do not are killed.
     """
     try:
         yield
@@ -75,8 +74,8 @@ def test_nothing_is_left_within_2_seconds_of_the_supervisor_being_killed(tmp_pat
         until(lambda: cpu_seconds(server) > used + 0.2, "a worker is in a busy loop")
         with nothing_left(tmp_path, 2 * PATIENCE):
             server.process.kill()
-        with Running("--port", str(server.port)) as heir:
-            assert heir.who() == 1
+        with Running("--port", str(server.port)) as next_server:
+            assert next_server.who() == 1
 
 
 def test_nothing_is_left_of_a_supervisor_killed_at_any_moment_of_its_start(tmp_path: Path) -> None:
@@ -84,9 +83,8 @@ def test_nothing_is_left_of_a_supervisor_killed_at_any_moment_of_its_start(tmp_p
         options = ("--workers", "2", "--statsd-host", "127.0.0.1")
         with Running(*options, env={"MARK": str(tmp_path)}, wait=False) as server:
             time.sleep(0.05 * step)  # The moment is the test.
-            with nothing_left(
-                tmp_path, LIMIT
-            ):  # On a busy machine it takes a child a while to come to notice.
+            # On a busy machine a child takes a while to look for its parent.
+            with nothing_left(tmp_path, LIMIT):
                 server.process.kill()
 
 
@@ -97,18 +95,17 @@ def test_a_program_that_a_command_has_started_keeps_no_port(tmp_path: Path) -> N
         try:
             until(lambda: other.name() == "sleep", "the program runs")
             assert server.stop() == 0
-            with Running("--port", str(server.port)) as heir:
-                assert heir.who() == 1
+            with Running("--port", str(server.port)) as next_server:
+                assert next_server.who() == 1
         finally:
             other.kill()
 
 
-def test_a_program_that_a_command_has_started_does_not_read_what_the_worker_was_told(
-    tmp_path: Path,
-) -> None:
+def test_a_program_that_a_command_has_started_cannot_read_the_instructions(tmp_path: Path) -> None:
     (tmp_path / "spy.py").write_text(
         "import subprocess\nfrom gserver.commands import command\n"
-        "@command('SPY')\ndef spy(service):\n    return len(subprocess.check_output(['cat', '/proc/self/fd/0']))\n"
+        "@command('SPY')\ndef spy(service):\n"
+        "    return len(subprocess.check_output(['cat', '/proc/self/fd/0']))\n"
     )
     with Running("--commands", "spy", cwd=tmp_path) as server, server.client() as client:
         assert client.ask(b"SPY") == b"0"
@@ -202,9 +199,7 @@ def test_programs_of_handlers_have_the_pythonpath_of_the_operator(
         assert found == ([] if operators is None else [f"PYTHONPATH={operators}"])
 
 
-def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group(
-    tmp_path: Path,
-) -> None:
+def test_a_child_gets_no_options_by_arguments_and_leads_a_process_group(tmp_path: Path) -> None:
     with Running("--server-id", "an-id-to-look-for", "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
         for slot, worker in enumerate(server.workers()):
@@ -215,9 +210,7 @@ def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(
-    number: signal.Signals,
-) -> None:
+def test_a_signal_for_the_supervisor_has_no_effect_on_a_worker(number: signal.Signals) -> None:
     with Running() as server, server.client() as client:
         client.who()
         server.workers()[0].send_signal(number)
@@ -228,13 +221,15 @@ def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
-def test_it_leaves_a_worker_alone_that_still_starts(number: signal.Signals) -> None:
+def test_a_signal_for_the_supervisor_has_no_effect_on_a_worker_that_starts(
+    number: signal.Signals,
+) -> None:
     with Running() as server:
         old = server.workers()
         old[0].kill()
         [new] = until(
             lambda: [worker for worker in server.workers() if worker not in old],
-            "another one starts",
+            "another worker starts",
         )
         new.send_signal(number)
         server.wait_for("worker.ready", 2)
@@ -258,7 +253,7 @@ def test_the_usual_max_clients_is_lowered_to_what_fits_into_the_limit_of_files(
         assert server.events("server.listening")[0]["gserver.max_clients"] == workers * 36
 
 
-def test_a_max_clients_of_your_own_that_just_fits_is_taken() -> None:
+def test_a_given_max_clients_that_just_fits_is_used() -> None:
     with Running("--max-clients", "36", command=limited(100)) as server:
         assert server.events("server.listening")[0]["gserver.max_clients"] == 36
 
