@@ -95,6 +95,13 @@ def test_a_stop_drains_after_the_delay_and_is_over_when_the_processes_have_ended
     assert (server.phase, server.was_forced) == (Phase.OVER, False)
 
 
+def test_a_stop_during_the_check_of_the_id_has_no_delay() -> None:
+    for stop in (Lifecycle.stop, Lifecycle.retire):
+        server = lifecycle(Phase.CHECKING_ID)
+        stop(server, 1.0)
+        assert server.phase is Phase.DRAINING
+
+
 @pytest.mark.parametrize("phase", [Phase.DRAINING, Phase.FORCED])
 def test_a_stop_is_over_some_time_after_its_deadline_though_processes_are_left(
     phase: Phase,

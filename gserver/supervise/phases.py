@@ -252,14 +252,12 @@ class Lifecycle:
         if self.is_stopping:
             self.drain(now)
         else:
-            self._phase_after_delay = Phase.DRAINING
-            self._enter(Phase.DELAY, now)
+            self._begin_stop(Phase.DRAINING, now)
 
     def retire(self, now: float) -> None:
         """Act on SIGUSR2: become a lame duck after the delay. Ignored in a stop."""
         if not self.is_stopping:
-            self._phase_after_delay = Phase.RETIRING
-            self._enter(Phase.DELAY, now)
+            self._begin_stop(Phase.RETIRING, now)
 
     def drain(self, now: float) -> None:
         """Drain now, without a delay."""
@@ -282,6 +280,14 @@ class Lifecycle:
         else:
             self.phase = Phase.STARTING
         self.deadline = math.inf
+
+    def _begin_stop(self, phase_after_delay: Phase, now: float) -> None:
+        """Begin the delay. Without workers, which a check of the id still prevents, it is over."""
+        if self.phase is Phase.CHECKING_ID:
+            self._enter(Phase.DRAINING, now)
+        else:
+            self._phase_after_delay = phase_after_delay
+            self._enter(Phase.DELAY, now)
 
     def _enter(self, phase: Phase, now: float) -> None:
         """Begin a phase of the stop."""
