@@ -1,11 +1,13 @@
-"""Where every process begins: `python -m gserver` for a person, `python -m gserver child ROLE` for the supervisor."""
+"""Where every process begins: `python -m gserver` for a person, `child ROLE` for the supervisor."""
 
 import os
 import sys
+from typing import Any
 
 
 def main() -> None:
-    """Run the command line, or a role that a supervisor has asked for."""
+    """Run the command line, or the role that a supervisor has asked for."""
+    find_package()
     open_standard_streams()
     if sys.argv[1:2] == ["child"]:
         sys.exit(run_child("agent" if sys.argv[2:3] == ["agent"] else "worker"))
@@ -14,19 +16,36 @@ def main() -> None:
     command_line.main()
 
 
+def find_package() -> None:
+    """Make the package importable if Python was started with its folder (`python -P gserver/`).
+
+    Python has put that folder itself first in `sys.path`; the one above it belongs there. So no
+    PYTHONPATH is needed, which programs that handlers start would inherit.
+    """
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if sys.path and os.path.abspath(sys.path[0]) == folder:
+        sys.path[0] = os.path.dirname(folder)
+
+
 def open_standard_streams() -> None:
-    """Open what the caller has closed of the three: else the next file opened would get its number, and its output."""
+    """Open those of the three streams that the caller has closed.
+
+    Otherwise the next file to be opened would get the number of one, and its output.
+    """
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(fd)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, mode, closefd=False))
+            setattr(sys, name, os.fdopen(fd, mode, closefd=False))
 
 
 def run_child(role: str) -> int:
-    """Be a worker or the agent. gevent patches the standard library before anything else is imported."""
+    """Run a worker or the agent; return the exit code.
+
+    gevent patches the standard library before anything else is imported.
+    """
     from gevent import monkey
 
     monkey.patch_all()
@@ -36,7 +55,8 @@ def run_child(role: str) -> int:
 
     from gserver import boot, logs
 
-    setattr(gevent.get_hub(), "print_exception", logs.unhandled)
+    hub: Any = gevent.get_hub()
+    hub.print_exception = logs.unhandled
     module = {"worker": "gserver.serve.worker", "agent": "gserver.agent.agent"}[role]
     return boot.run_role(import_module(module).run)
 

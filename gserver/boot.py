@@ -1,13 +1,12 @@
-"""How a child process begins: what the supervisor hands it, and how the child takes it.
+"""How a child process begins: the instructions of the supervisor, and how the child takes them.
 
-A child is a new interpreter (`python -m gserver child ROLE`), not a fork: gevent starts clean in
-it, and a reload brings new code. Its instructions come as JSON on its stdin, so that neither
-arguments nor environment carry them; it reports through a pipe: `ready`; or `refused` and the
-reason; or `unwanted`, when the whole server cannot stay.
+A child is a new interpreter (`python -P gserver/ child ROLE`), not a fork: gevent starts clean in
+it, and a reload brings new code. Its instructions come as JSON on its stdin, so neither arguments
+nor environment carry them. It reports through a pipe, in lines: `ready`; `error REASON` if it
+cannot go on; or `duplicate_id REASON` if the whole server cannot.
 """
 
 import ctypes
-import errno
 import json
 import os
 import resource
@@ -16,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from errno import EBADF, ENOTSOCK
 
 from gserver import logs
 from gserver.certificates import Certificates
@@ -23,21 +23,26 @@ from gserver.config import Config
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, DuplicateIdError, FatalError, UsageError
 from gserver.scoreboard import Scoreboard
 
-#: Descriptors that a process needs beside its clients: standard ones, scoreboard, listener, event
-#: loop, logs, name look-ups, and clients that are being turned away.
+#: First words of a report.
+READY, ERROR, DUPLICATE_ID = "ready", "error", "duplicate_id"
+#: A report is cut to this: a write of up to 4,096 bytes to a pipe is not mixed with others.
+MAX_REPORT_BYTES = 4000
+#: Descriptors that a process needs beside those of its clients: standard streams, scoreboard,
+#: listener, event loop, logs, name look-ups, and clients that are being rejected.
 RESERVED_FILES = 64
 HEARTBEAT_SECONDS = 0.25
 #: Errors after which a process can no longer accept on its listening socket.
-FATAL_ACCEPT_ERRORS = errno.EBADF, errno.ENOTSOCK
-#: Its business alone, whoever sends them to all processes of the name: blocked in a child until it
-#: ignores them. The last would stop who writes to a terminal that has `stty tostop`.
-SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1, signal.SIGTTOU)
+FATAL_ACCEPT_ERRORS = EBADF, ENOTSOCK
+#: Signals for the supervisor only (`pkill -HUP gserver` reaches every process): blocked while a
+#: child is started, then ignored by it. SIGTTOU would stop a child that writes to a terminal with
+#: `stty tostop`.
+SUPERVISOR_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1, signal.SIGTTOU)
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
-    """What a child is told. Descriptors are inherited under the same numbers; -1 stands for none."""
+    """What a child has to know. Descriptors are inherited with the same numbers; -1 = none."""
 
     config: Config
     certificates: Certificates
@@ -53,33 +58,24 @@ class Instructions:
         return Scoreboard.attach(self.scoreboard_fd, self.slots)
 
     def report(self, text: str) -> None:
-        """Tell the supervisor, in one line."""
-        os.write(
-            self.report_fd,
-            " ".join(text.split()).encode("ascii", "backslashreplace")[:4000] + b"\n",
-        )
+        """Send the supervisor one line."""
+        line = " ".join(text.split()).encode("ascii", "backslashreplace")
+        os.write(self.report_fd, line[:MAX_REPORT_BYTES] + b"\n")
 
 
 def begin() -> Instructions:
-    """In a child: tie its life to the supervisor's, read the instructions, start its logs."""
-    # Killed by the kernel when the supervisor dies, even if this process hangs. (A check below
-    # closes the gap before.)
+    """Begin as a child: end with the supervisor, read the instructions, start the logs.
+
+    Raises `UsageError` if there are no instructions, or those of another version.
+    """
+    # The kernel kills this process when the supervisor dies, even if it hangs. (A supervisor that
+    # died before this call is found below.)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    try:
-        told = {} if sys.stdin.isatty() else json.load(sys.stdin)
-        parts = {
-            "config": Config(**told["config"]),
-            "certificates": Certificates(**told["certificates"]),
-        }
-        instructions = Instructions(**{**told, **parts})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            "a child process is started by a `gserver serve` of the same version, not by hand"
-        ) from error
-    leave_if_orphaned(instructions)
-    with open(os.devnull) as nothing:  # Programs that a handler starts must not read secrets there.
-        os.dup2(nothing.fileno(), 0)
-    for number in SUPERVISORS_SIGNALS:
+    instructions = _read_instructions()
+    exit_if_orphaned(instructions)
+    with open(os.devnull) as empty:  # Programs that a handler starts must not read secrets there.
+        os.dup2(empty.fileno(), 0)
+    for number in SUPERVISOR_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for fd in (instructions.scoreboard_fd, instructions.listener_fd, instructions.report_fd):
@@ -94,28 +90,39 @@ def begin() -> Instructions:
     return instructions
 
 
-def leave_if_orphaned(instructions: Instructions) -> None:
-    """End this process at once when the supervisor is no longer its parent."""
+def _read_instructions() -> Instructions:
+    try:
+        payload = {} if sys.stdin.isatty() else json.load(sys.stdin)
+        payload["config"] = Config(**payload["config"])
+        payload["certificates"] = Certificates(**payload["certificates"])
+        return Instructions(**payload)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            "a child process is started by a `gserver serve` of the same version, not by hand"
+        ) from error
+
+
+def exit_if_orphaned(instructions: Instructions) -> None:
+    """End this process at once if the supervisor is no longer its parent."""
     if os.getppid() != instructions.supervisor_pid:
         os._exit(EXIT_RUNTIME)
 
 
 def keep_heartbeat(instructions: Instructions, scoreboard: Scoreboard) -> None:
-    """Give signs of life for ever: to be run in a greenlet of its own."""
+    """Write this process's heartbeat for ever. Runs in a greenlet of its own."""
     heartbeat = scoreboard.heartbeat_cell(instructions.slot)
     while True:
-        leave_if_orphaned(instructions)
+        exit_if_orphaned(instructions)
         scoreboard.cells[heartbeat] = time.monotonic_ns()
         logs.report_suppressed()
         time.sleep(HEARTBEAT_SECONDS)
 
 
 def fatal_on_error(function: Callable[[], object]) -> Callable[[], None]:
-    """Return it so that its failure ends the process: for what everybody depends on, since another
-    can take its place.
+    """Wrap a callback whose failure must end the process, so that another takes its place.
 
-    gevent would go on without what has failed, and the process would seem well. For a SystemError
-    it ends `main`.
+    gevent would log the error and go on, and the process would look well. A SystemError is raised
+    in `main` and ends it.
     """
 
     def run() -> None:
@@ -123,14 +130,14 @@ def fatal_on_error(function: Callable[[], object]) -> Callable[[], None]:
             function()
         except Exception as error:
             raise SystemError(
-                f"{function.__qualname__} has failed: another process is to take over"
+                f"{function.__qualname__} has failed: this process ends, to be replaced"
             ) from error
 
     return run
 
 
 def run_role(role: Callable[[Instructions], None]) -> int:
-    """Run a role to its end and return the exit code; a `FatalError` is reported, not raised."""
+    """Run a role to its end and return the exit code. A `FatalError` is reported, not raised."""
     try:
         instructions = begin()
     except FatalError as failure:
@@ -139,15 +146,14 @@ def run_role(role: Callable[[Instructions], None]) -> int:
     try:
         role(instructions)
     except FatalError as failure:
-        instructions.report(
-            f"{'unwanted' if isinstance(failure, DuplicateIdError) else 'refused'} {failure}"
-        )
+        kind = DUPLICATE_ID if isinstance(failure, DuplicateIdError) else ERROR
+        instructions.report(f"{kind} {failure}")
         return failure.exit_code
     return EXIT_CLEAN
 
 
 def raise_file_limit() -> int:
-    """Raise the limit of open files to the hard one, for this process and its children; return it."""
+    """Raise the limit of open files to the hard one, which is returned. Children inherit it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard

@@ -7,6 +7,7 @@ file. A field's flag is its name with dashes, without the unit: `line_timeout_se
 
 import contextlib
 import ipaddress
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -260,9 +261,14 @@ class Config:
         return bool(self.statsd_host or self.redis_url) or self.admin_port >= 0
 
     def hang_seconds(self, *, is_agent: bool) -> float:
-        """After how long a silence a process has hung. An agent that beats must be back before its TTL is over."""
+        """Return the silence after which a process counts as hung, in seconds; 0 = never.
+
+        The agent of a cluster is always watched: it must be replaced before its TTL is over.
+        """
         limit = self.hang_timeout_seconds
-        return min(limit, self.member_ttl_seconds / 3) if is_agent and self.redis_url else limit
+        if not (is_agent and self.redis_url):
+            return limit
+        return min(limit or math.inf, self.member_ttl_seconds / 3)
 
     @property
     def settle_seconds(self) -> float:

@@ -180,15 +180,21 @@ class Scoreboard:
         """Return the index of the cell where the worker in a slot, or the agent (-1), gives its signs of life."""
         return self.single["agent_heartbeat"] if slot < 0 else self.cell("heartbeat", slot)
 
-    def settle(self, slot: int) -> int:
-        """Zero the gauges of a worker that is dead; count, and return, the clients that died with it."""
+    def settle(self, slot: int, *, has_died: bool = True) -> int:
+        """Zero the gauges of a worker that is dead; count its clients, and return how many are lost.
+
+        They are lost if it has died by itself, and closed if it was told to end.
+        """
         index = self.cell("clients", slot)
-        lost, self.cells[index] = self.cells[index], 0
+        clients, self.cells[index] = self.cells[index], 0
         self.cells[self.cell("pid", slot)] = self.cells[self.cell("tls_expires_at", slot)] = 0
         addresses = self.addresses_of(slot)
         addresses[:] = memoryview(bytes(addresses.nbytes)).cast("i")
-        self.add("lost", lost)
-        return lost
+        if not has_died:
+            self.cells[self.cell("closed", slot)] += clients
+            return 0
+        self.add("lost", clients)
+        return clients
 
     def addresses_of(self, slot: int) -> "memoryview[int]":
         """Return the gauges by address of one worker."""

@@ -1,4 +1,4 @@
-"""What is read of the files of TLS, and what is said when that cannot be."""
+"""Reading the TLS files, and the errors for those that cannot be used."""
 
 import os
 from contextlib import suppress
@@ -28,12 +28,13 @@ def test_the_key_is_in_a_file_of_its_own_or_in_that_of_the_certificate(tmp_path:
 
 
 def open_files() -> set[Path]:
-    """What this process has open. Counting would also see what other tests left to the garbage
-    collector.
+    """The files that this process has open.
+
+    A count would include those that other tests left to the garbage collector.
     """
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # that of the listing itself
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
             found.add(descriptor.readlink())
     return found
 
@@ -50,8 +51,8 @@ def test_a_file_that_cannot_be_read_is_named_with_its_option(option: str, tmp_pa
     for path, words in (
         (none, "cannot be read: No such file or directory"),
         (tmp_path, "cannot be read: Is a directory"),
-        (pipe, "is no regular file"),
-        (Path("/dev/zero"), "is no regular file"),
+        (pipe, "is not a regular file"),
+        (Path("/dev/zero"), "is not a regular file"),
         (empty, "is empty: name a file in PEM"),
         (large, "is too large: name a file in PEM"),
     ):

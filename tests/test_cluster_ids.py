@@ -158,8 +158,8 @@ def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(
         leaving, staying = sorted(twins, key=lambda server: server.process.poll() is None)
         assert leaving.exit_code() == 2
         assert "another live server of cluster twins has the id one" in only_line(leaving.stderr)
-        (draining,) = leaving.events("server.draining")
-        assert draining["log.level"] == "error"
+        (reason,) = leaving.events("server.duplicate_id")
+        assert reason["log.level"] == "error"
         assert clients[twins.index(leaving)].rest() == b"", "its client was let go in good order"
         assert staying.wait_for("cluster.joined")
         until(lambda: redis.members("twins") == {"one": 1}, "the one that stays is counted")

@@ -1,6 +1,4 @@
-"""SIGUSR2: a server that accepts nobody any more, serves who is there in full, and ends when they
-have gone.
-"""
+"""SIGUSR2: the server accepts no new clients, serves the connected ones, and ends with the last."""
 
 import json
 import os
@@ -10,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tests.redises import Proxy, Redis
 from tests.running import PATIENCE, Client, Running, extended, left_over, stopped, until
 
 SECOND = PATIENCE
-#: Long enough for what a test does meanwhile.
+#: Longer than a test takes.
 LONG = ("--drain-timeout", "60")
 
 MODULE = """
@@ -57,10 +56,14 @@ def is_refused(port: int) -> bool:
 
 
 def retire(server: Running) -> None:
-    """Make it a lame duck; return when it is one."""
+    """Make the server a lame duck; return when its port is closed."""
     server.send_signal(signal.SIGUSR2)
     server.wait_for("server.retiring")
     until(lambda: is_refused(server.port), "new clients are refused")
+
+
+def has_clients(client: Client, count: int) -> bool:
+    return client.who() == count
 
 
 def look(server: Running, path: str) -> Any:
@@ -77,7 +80,7 @@ def readiness(server: Running) -> tuple[int, str]:
             return error.code, error.read().decode().strip()
 
 
-def test_a_lame_duck_serves_who_is_connected_in_full_and_ends_with_the_last_of_them(
+def test_a_lame_duck_serves_connected_clients_in_full_and_ends_with_the_last(
     tmp_path: Path,
 ) -> None:
     options = ("--workers", "2", "--admin-port", "0")
@@ -89,13 +92,13 @@ def test_a_lame_duck_serves_who_is_connected_in_full_and_ends_with_the_last_of_t
         retire(server)
         assert readiness(server) == (503, "draining")
         assert look(server, "/status.json")["workers"]["accepting"] == 0
-        time.sleep(0.3 * SECOND)  # A drain would have let them go by then.
+        time.sleep(0.3 * SECOND)  # A drain would have closed them by then.
         for left in range(6, 0, -1):
             client = clients[left - 1]
             assert client.ask(b"NAP" if left == 3 else b"WHY") == (
                 b"rested" if left == 3 else b"42"
             )
-            until(lambda: client.who() == left, f"{left} are left")
+            until(partial(has_clients, client, left), f"{left} are left")
             client.send(b"no command\n")
             assert client.line().startswith(b"ERR ")
             assert server.process.poll() is None
@@ -110,24 +113,24 @@ def test_a_lame_duck_serves_who_is_connected_in_full_and_ends_with_the_last_of_t
     assert left_over(tmp_path) == []
 
 
-def test_a_server_without_clients_ends_at_once(tmp_path: Path) -> None:
+def test_a_lame_duck_without_clients_ends_at_once(tmp_path: Path) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server:
         server.send_signal(signal.SIGUSR2)
         assert server.exit_code(5 * SECOND) == 0
         assert not server.events("worker.died")
 
 
-def test_who_is_in_the_kernels_queue_is_served_too(tmp_path: Path) -> None:
+def test_clients_in_the_accept_queue_are_served_too(tmp_path: Path) -> None:
     with start(tmp_path, *LONG) as server, ExitStack() as stack:
         with stopped(*server.workers()):
             clients = [stack.enter_context(server.client()) for _ in range(50)]
             server.send_signal(signal.SIGUSR2)
             server.wait_for("server.retiring")
-        time.sleep(0.6 * SECOND)  # In a drain they have half a second to speak.
+        time.sleep(0.6 * SECOND)  # A drain would have given them half a second.
         assert {client.ask(b"WHO") for client in clients} == {b"50"}
 
 
-def test_before_it_is_one_it_accepts_for_the_drain_delay_and_is_unready(tmp_path: Path) -> None:
+def test_during_the_drain_delay_the_server_accepts_and_is_unready(tmp_path: Path) -> None:
     with (
         start(tmp_path, *LONG, "--drain-delay", "0.6", "--admin-port", "0") as server,
         server.client() as first,
@@ -149,6 +152,24 @@ def test_before_it_is_one_it_accepts_for_the_drain_delay_and_is_unready(tmp_path
         assert first.who() == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("options", [(), ("--admin-port", "0")], ids=["alone", "with an agent"])
+def test_a_worker_that_dies_in_the_drain_delay_is_replaced(
+    tmp_path: Path, number: signal.Signals, options: tuple[str, ...]
+) -> None:
+    with start(tmp_path, "--drain-delay", str(4 * SECOND), *options) as server:
+        began = time.monotonic()
+        server.send_signal(number)
+        server.wait_for("server.retiring" if number == signal.SIGUSR2 else "server.draining")
+        server.workers()[0].kill()
+        server.wait_for("worker.ready", 2)
+        assert "another takes its place" in server.wait_for("worker.died")["message"]
+        while time.monotonic() - began < 3 * SECOND:
+            assert server.who() == 1
+        assert server.exit_code() == 0
+        assert time.monotonic() - began >= 4 * SECOND
+
+
 def test_after_the_drain_timeout_the_ordinary_drain_follows(tmp_path: Path) -> None:
     with start(tmp_path, "--drain-timeout", "1") as server, server.client() as client:
         client.who()
@@ -165,7 +186,7 @@ def test_after_the_drain_timeout_the_ordinary_drain_follows(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("delay", ["0", "60"])
-def test_a_stop_during_it_is_the_ordinary_drain_at_once(tmp_path: Path, delay: str) -> None:
+def test_a_stop_of_a_lame_duck_is_the_ordinary_drain_at_once(tmp_path: Path, delay: str) -> None:
     with start(tmp_path, *LONG, "--drain-delay", delay) as server, server.client() as client:
         client.who()
         server.send_signal(signal.SIGUSR2)
@@ -179,14 +200,14 @@ def test_a_stop_during_it_is_the_ordinary_drain_at_once(tmp_path: Path, delay: s
         assert not server.events("server.forced")
 
 
-def test_hangups_and_further_requests_during_it_change_nothing(tmp_path: Path) -> None:
+def test_a_lame_duck_ignores_sighup_and_sigusr2(tmp_path: Path) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server, server.client() as client:
         server.wait_for("worker.ready", 2)
         pid = client.ask(b"PID")
         retire(server)
         for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGHUP):
             server.send_signal(number)
-        until(lambda: len(server.workers()) == 1, "the one without clients has gone")
+        until(lambda: len(server.workers()) == 1, "the worker without clients has ended")
         assert client.ask(b"PID") == pid
         assert not server.events("server.reloading")
         assert len(server.events("server.retiring")) == 1
@@ -194,7 +215,7 @@ def test_hangups_and_further_requests_during_it_change_nothing(tmp_path: Path) -
         assert server.exit_code() == 0
 
 
-def test_a_worker_that_dies_during_it_is_told_of_and_not_replaced(tmp_path: Path) -> None:
+def test_a_worker_of_a_lame_duck_that_dies_is_logged_and_not_replaced(tmp_path: Path) -> None:
     with (
         start(tmp_path, *LONG, "--workers", "2", "--admin-port", "0") as server,
         ExitStack() as stack,
@@ -208,7 +229,7 @@ def test_a_worker_that_dies_during_it_is_told_of_and_not_replaced(tmp_path: Path
             by_worker.setdefault(client.ask(b"PID"), client)
             return len(by_worker) == 2
 
-        until(connect, "both have clients")
+        until(connect, "both workers have clients")
         retire(server)
         victim, stays = by_worker
         psutil.Process(int(victim)).kill()
@@ -223,7 +244,7 @@ def test_a_worker_that_dies_during_it_is_told_of_and_not_replaced(tmp_path: Path
         assert server.exit_code() == 0
 
 
-def test_the_cluster_counts_its_clients_until_they_have_gone(tmp_path: Path) -> None:
+def test_the_cluster_counts_the_clients_of_a_lame_duck_until_they_leave(tmp_path: Path) -> None:
     with ExitStack() as stack:
         redis = stack.enter_context(Redis(tmp_path))
         options = (
@@ -239,30 +260,26 @@ def test_the_cluster_counts_its_clients_until_they_have_gone(tmp_path: Path) -> 
         duck = stack.enter_context(start(tmp_path, *options, "duck"))
         asker = stack.enter_context(stack.enter_context(Running(*options, "other")).client())
         client = stack.enter_context(duck.client())
-        until(lambda: asker.who() == client.who() == 2, "each counts both")
+        until(lambda: asker.who() == client.who() == 2, "each server counts both")
         retire(duck)
-        time.sleep(1)  # Twice the time for which one that reports no more is counted.
+        time.sleep(1)  # Twice the TTL of a server that reports no more.
         assert asker.who() == client.who() == 2
         client.sock.close()
         assert duck.exit_code() == 0
         assert set(redis.members()) == {"other"}
-        until(lambda: asker.who() == 1, "they have gone")
+        until(lambda: asker.who() == 1, "the clients have left")
 
 
-def test_a_worker_that_still_starts_takes_over_who_has_connected(tmp_path: Path) -> None:
-    """The only one has died when the signal comes, and the next one is not ready: it hears of it
-    when it is.
-    """
+def test_a_worker_that_still_starts_serves_the_accept_queue(tmp_path: Path) -> None:
+    """The only worker has died when the signal comes; the next one gets it when it is ready."""
     with start(tmp_path, *LONG) as server:
         (tmp_path / "slow").touch()
         server.workers()[0].kill()
-        until((tmp_path / "booting").exists, "the next one starts")
+        until((tmp_path / "booting").exists, "the next worker starts")
         with server.client() as client:
             server.send_signal(signal.SIGUSR2)
             server.wait_for("server.retiring")
-            time.sleep(
-                0.2
-            )  # The supervisor has had its turn: a signal sent now would be lost, or deadly.
+            time.sleep(0.2)  # A SIGUSR2 that the supervisor sent by now would be lost.
             (tmp_path / "slow").unlink()
             assert client.who() == 1
             until(lambda: is_refused(server.port), "new clients are refused")
@@ -271,12 +288,12 @@ def test_a_worker_that_still_starts_takes_over_who_has_connected(tmp_path: Path)
         assert len(server.events("worker.died")) == 1
 
 
-def test_during_a_reload_the_worker_that_starts_is_not_killed_by_the_signal(tmp_path: Path) -> None:
+def test_during_a_reload_the_signal_does_not_kill_the_worker_that_starts(tmp_path: Path) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloading")
-        time.sleep(0.2)  # The new one is starting.
+        time.sleep(0.2)  # The new worker is starting.
         server.send_signal(signal.SIGUSR2)
         assert server.exit_code() == 0
         assert not server.events("worker.died")
@@ -284,7 +301,7 @@ def test_during_a_reload_the_worker_that_starts_is_not_killed_by_the_signal(tmp_
     assert left_over(tmp_path) == []
 
 
-def test_a_worker_or_agent_that_gets_the_signal_from_somebody_else_goes_on(tmp_path: Path) -> None:
+def test_a_worker_or_agent_ignores_the_signal_if_another_process_sends_it(tmp_path: Path) -> None:
     with start(tmp_path, "--admin-port", "0") as server, server.client() as client:
         server.wait_for("agent.ready")
         children = [*server.workers(), *server.agents()]
@@ -294,12 +311,14 @@ def test_a_worker_or_agent_that_gets_the_signal_from_somebody_else_goes_on(tmp_p
         for _ in range(20):
             with server.client() as other:
                 assert other.who() == 2
-            until(lambda: client.who() == 1, "it has gone")
+            until(lambda: client.who() == 1, "the client has left")
         assert readiness(server) == (200, "ready")
         assert [*server.workers(), *server.agents()] == children
 
 
-def test_busy_clients_are_answered_without_a_gap_while_it_becomes_one(tmp_path: Path) -> None:
+def test_busy_clients_are_answered_without_a_gap_when_a_server_becomes_a_lame_duck(
+    tmp_path: Path,
+) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
         clients = [stack.enter_context(server.client()) for _ in range(20)]
@@ -319,7 +338,7 @@ def test_busy_clients_are_answered_without_a_gap_while_it_becomes_one(tmp_path: 
         try:
             until(
                 lambda: all(asked[client] > before[client] + 20 for client in clients),
-                "all are answered still",
+                "all clients still get replies",
             )
         finally:
             is_over.set()
@@ -329,10 +348,10 @@ def test_busy_clients_are_answered_without_a_gap_while_it_becomes_one(tmp_path: 
         assert server.exit_code() == 0
 
 
-def test_a_reload_that_ends_in_a_retirement_is_not_told_to_the_cluster_as_an_end(
+def test_the_agent_of_a_reload_does_not_leave_the_cluster_when_a_lame_duck_follows(
     tmp_path: Path,
 ) -> None:
-    """The reload's agent is in the middle of a beat, and leaves when the port is closed already."""
+    """The old agent is in the middle of a report, and ends when the port is closed already."""
     words = (
         "--heartbeat-interval",
         "0.3",
@@ -350,10 +369,10 @@ def test_a_reload_that_ends_in_a_retirement_is_not_told_to_the_cluster_as_an_end
         start(tmp_path, "--redis-url", redis.url_at(proxy.port), *words) as server,
         ExitStack() as stack,
     ):
-        until(redis.members, "it beats")
+        until(redis.members, "the server reports to Redis")
         stack.enter_context(server.client()).send(
             b"WH"
-        )  # The old worker waits a moment for the rest.
+        )  # The old worker waits a moment for the rest of the line.
         server.send_signal(signal.SIGHUP)
         server.wait_for("worker.ready", 2)
         new = str(server.events("worker.ready")[1]["gserver.child_pid"]).encode()
@@ -367,7 +386,7 @@ def test_a_reload_that_ends_in_a_retirement_is_not_told_to_the_cluster_as_an_end
         server.send_signal(signal.SIGUSR2)
         until(
             lambda: len(server.events("agent.ready")) == 2 or not redis.members(),
-            "the next agent beats",
+            "the next agent reports",
         )
         assert redis.members()
         proxy.delay_seconds = 0.0

@@ -1,4 +1,4 @@
-"""The listening socket: its options, and what a person is told when the address cannot be had."""
+"""The listening socket: its options, and the errors for an address that cannot be had."""
 
 import os
 import socket
@@ -10,14 +10,15 @@ import pytest
 
 from gserver.config import show_address
 from gserver.errors import EXIT_RUNTIME, FatalError
-from gserver.supervise.listener import bind
+from gserver.supervise.listener import Listener, bind
 from tests.running import LIMIT, Client, Running, environment
 
+#: The user and group `nobody`.
 NOBODY = 65534
 
 
 def accepted_by(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
-    """A client of this listener, and the socket that it got."""
+    """A client of this listener, and the accepted socket."""
     client = socket.create_connection(listener.getsockname()[:2], LIMIT)
     listener.settimeout(LIMIT)
     return client, listener.accept()[0]
@@ -72,7 +73,8 @@ def test_a_port_in_use_is_named_with_what_to_do() -> None:
         with pytest.raises(FatalError) as caught:
             bind("127.0.0.1", port, 5)
     assert str(caught.value) == (
-        f"cannot listen on 127.0.0.1:{port}: it is in use by another program: stop that one, or choose another --port"
+        f"cannot listen on 127.0.0.1:{port}: it is in use by another program:"
+        " stop that one, or choose another --port"
     )
     assert caught.value.exit_code == EXIT_RUNTIME
 
@@ -95,7 +97,8 @@ def test_a_port_in_use_ends_the_program_with_one_line() -> None:
     [
         (
             "host.invalid",
-            r"cannot listen on host\.invalid:0: the name 'host\.invalid' does not resolve: .*--host",
+            r"cannot listen on host\.invalid:0: "
+            r"the name 'host\.invalid' does not resolve: .*--host",
         ),
         (
             "a" * 64,
@@ -104,10 +107,11 @@ def test_a_port_in_use_ends_the_program_with_one_line() -> None:
         ("not..a.name", r"the name 'not\.\.a\.name' does not resolve"),
         (
             "192.0.2.1",
-            r"cannot listen on 192\.0\.2\.1:0: this machine has no such address: choose another --host",
+            r"cannot listen on 192\.0\.2\.1:0: "
+            r"this machine has no such address: choose another --host",
         ),
     ],
-    ids=["unknown", "too long", "empty label", "somebody else's"],
+    ids=["unknown", "too long", "empty label", "not of this machine"],
 )
 def test_a_host_that_cannot_be_had_is_named_with_what_to_do(host: str, text: str) -> None:
     with pytest.raises(FatalError, match=text) as caught:
@@ -118,7 +122,7 @@ def test_a_host_that_cannot_be_had_is_named_with_what_to_do(host: str, text: str
 
 def test_a_low_port_without_permission_is_told_with_what_to_do() -> None:
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
-        pytest.skip("on this machine anybody may listen on a low port")
+        pytest.skip("every user of this machine may listen on a low port")
     script = (
         "import os\n"
         "from gserver.errors import FatalError\n"
@@ -132,15 +136,15 @@ def test_a_low_port_without_permission_is_told_with_what_to_do() -> None:
         [sys.executable, "-P", "-c", script], text=True, env=environment()
     )
     assert output == (
-        "cannot listen on 127.0.0.1:1: no permission: choose a --port from 1024 up, or grant CAP_NET_BIND_SERVICE\n"
+        "cannot listen on 127.0.0.1:1: no permission:"
+        " choose a --port from 1024 up, or grant CAP_NET_BIND_SERVICE\n"
     )
 
 
 def test_a_failed_bind_leaves_no_descriptor_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(
-        FatalError
-    ) as caught:  # Its traceback holds the socket, so that nothing else closes it.
+    # The traceback holds the socket, so nothing else closes it.
+    with pytest.raises(FatalError) as caught:
         bind("192.0.2.1", 0, 5)
     assert len(os.listdir("/proc/self/fd")) == before, caught
 
@@ -186,3 +190,21 @@ def test_all_addresses_are_those_of_both_families() -> None:
         for host in ("::1", "127.0.0.1", "127.0.0.2"):
             with socket.create_connection((host, port), LIMIT):
                 listener.accept()[0].close()
+
+
+def test_a_port_that_was_closed_and_is_taken_by_now_is_not_exchanged_for_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The kernel chose the port, so the socket lost it when it was shut down."""
+    with bind("127.0.0.1", 0) as listener:
+        address, port = listener.getsockname(), Listener(listener, 5)
+        listener.shutdown(socket.SHUT_RDWR)
+        with socket.create_server(address):
+            port.reopen_if_closed()
+            assert not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            assert f"{address[0]}:{address[1]}" in caplog.text
+            assert "Address already in use" in caplog.text
+        port.reopen_if_closed()
+        assert listener.getsockname() == address
+        with socket.create_connection(address, LIMIT):
+            assert "listening again" in caplog.text

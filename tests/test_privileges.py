@@ -1,5 +1,6 @@
-"""Which user a server is that root has started: seen in /proc, of every thread of every process. It
-takes root.
+"""`--user`: the ids and capabilities of every thread of every process, as /proc shows them.
+
+Takes root.
 """
 
 import os
@@ -19,8 +20,8 @@ from tests.redises import make_certificates
 from tests.running import LIMIT, Client, Running, gserver, program, until
 
 UID, GID, OTHER_GID, KEY_GID = 64123, 64124, 64125, 64126
-#: In mounts of its own: users and groups that are not this machine's, and a Python that they may
-#: execute.
+#: Runs a command in mounts of its own, with users and groups that this machine does not have and a
+#: Python that they may execute.
 START = f"""
 set -eu
 folder=$1 base=$2 packages=$3 repository=$4
@@ -34,12 +35,12 @@ done
 mount -t tmpfs -o mode=755 tmpfs /opt && cd /opt
 {INSTALL}
 mkdir files && mount --bind "$folder/files" files
-unset ${{!COVERAGE_*}}  # Its files could not be written.
+unset ${{!COVERAGE_*}}  # The users cannot write its files.
 export PYTHONPATH=/opt/gserver LD_LIBRARY_PATH=/opt/python/lib
 cd files && exec "$@"
 """
 SERVE = ["/opt/venv/bin/python", "-P", "-m", "gserver", "serve"]
-UNKNOWN = "name a user and a group that exist, and not root (an id without a name: both)"
+UNKNOWN = "name a user and a group that exist, and not root (for an id without a name: both)"
 NO_CAPABILITY = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapAmb"), "0000000000000000")
 
 MODULE = """
@@ -51,7 +52,7 @@ def id(service):
     return subprocess.run(["/opt/files/id"], capture_output=True, text=True).stdout.strip()
 """
 
-#: Becomes one of its arguments, the last that it may be, and says what came of each.
+#: Tries to become each of its arguments, and prints the errors and then what it is.
 BECOME = """
 import sys
 from gserver.errors import FatalError
@@ -104,7 +105,7 @@ def low_port() -> int:
 
 
 def run(command: list[str]) -> str:
-    """What a command says."""
+    """The output of a command."""
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True).stdout
 
 
@@ -129,9 +130,7 @@ def assert_is_the_user(server: Running, processes: int) -> None:
             assert_is(fields(path.read_text()), UID, GID, {GID, KEY_GID})
 
 
-def test_a_low_port_is_served_by_another_user_and_so_it_stays(
-    start: list[str], tmp_path: Path
-) -> None:
+def test_a_low_port_is_served_by_another_user_for_good(start: list[str], tmp_path: Path) -> None:
     (tmp_path / "files/extra.py").write_text(MODULE)
     setuid = tmp_path / "files/id"
     setuid.write_bytes(Path(program("id")).read_bytes())
@@ -161,7 +160,7 @@ def test_a_low_port_is_served_by_another_user_and_so_it_stays(
         assert (server.stop(), server.stderr) == (0, "")
 
 
-def test_a_key_of_roots_is_read_at_the_start_and_by_a_reload_as_the_user(
+def test_a_key_of_root_is_read_at_the_start_and_a_reload_reads_it_as_the_user(
     start: list[str], tmp_path: Path
 ) -> None:
     files = tmp_path / "files"
@@ -188,7 +187,8 @@ def test_a_key_of_roots_is_read_at_the_start_and_by_a_reload_as_the_user(
 
         worker = server.workers()[0].pid
         server.send_signal(signal.SIGHUP)
-        why = f"--tls-key server.key cannot be read: Permission denied: let user {UID} read it, too"
+        why = "--tls-key server.key cannot be read: Permission denied"
+        why += f": give user {UID} permission to read it"
         assert server.wait_for("server.reload_failed")["message"].endswith(why)
         assert (who(), server.workers()[0].pid) == ("1\n", worker)
         os.chown(key, 0, KEY_GID)
@@ -234,10 +234,10 @@ def test_a_group_or_numbers_may_be_named(
     assert_is(fields(run([*start, SERVE[0], "-c", BECOME, user])), uid, gid, groups)
 
 
-# What is refused.
+# What is rejected.
 
 
-def test_who_is_not_known_or_is_root_is_refused(start: list[str]) -> None:
+def test_an_unknown_user_and_root_are_refused(start: list[str]) -> None:
     users = [
         "no-such-user",
         "root",
@@ -251,7 +251,7 @@ def test_who_is_not_known_or_is_root_is_refused(start: list[str]) -> None:
     users += ["4294967295:64124", "64123:4294967295", "99999999999:64124", "-1:64124", "9" * 5000]
     said = run([*start, SERVE[0], "-c", BECOME, *users]).splitlines()
     assert said[: len(users)] == [f"2 --user {user}: {UNKNOWN}" for user in users]
-    assert fields("\n".join(said))["Uid"] == "0\t0\t0\t0", "it is who it was"
+    assert fields("\n".join(said))["Uid"] == "0\t0\t0\t0", "it is still root"
     done = gserver("--port", "0", "--user", "no-such-user")
     assert (done.returncode, done.stdout, done.stderr) == (
         2,
@@ -260,16 +260,14 @@ def test_who_is_not_known_or_is_root_is_refused(start: list[str]) -> None:
     )
 
 
-def test_who_is_not_root_becomes_nobody_else_but_may_be_who_it_is(start: list[str]) -> None:
+def test_a_user_that_is_not_root_may_only_stay_itself(start: list[str]) -> None:
     as_user = [*start, program("setpriv"), f"--reuid={UID}", f"--regid={GID}", "--clear-groups"]
     said = run([*as_user, SERVE[0], "-c", BECOME, "nobody", "gserver-test"])
-    assert said.startswith("1 --user nobody: start it as root, who alone may become another user\n")
+    assert said.startswith("1 --user nobody needs root: start it as root\n")
     assert_is(fields(said), UID, GID, set())
 
 
-def test_capabilities_go_even_where_the_kernel_would_leave_them_to_who_was_root(
-    start: list[str],
-) -> None:
+def test_capabilities_are_dropped_even_if_the_kernel_would_keep_them(start: list[str]) -> None:
     keep = [
         program("setpriv"),
         "--securebits=+no_setuid_fixup",
@@ -281,7 +279,7 @@ def test_capabilities_go_even_where_the_kernel_would_leave_them_to_who_was_root(
     assert_is(fields(run([*start, *keep])), UID, GID, {GID, KEY_GID})
 
 
-def test_a_user_who_may_not_execute_this_python_is_told_to_start_no_child(start: list[str]) -> None:
+def test_a_user_that_may_not_execute_this_python_is_refused(start: list[str]) -> None:
     locked = [
         "sh",
         "-c",
@@ -294,5 +292,5 @@ def test_a_user_who_may_not_execute_this_python_is_told_to_start_no_child(start:
     ]
     said = run([*start, *locked])
     assert re.match(
-        r"1 --user gserver-test may not use /opt/\S+ or /opt/\S+: have both where it may\n", said
+        r"1 --user gserver-test may not use /opt/\S+ or /opt/\S+: install both where", said
     )

@@ -1,6 +1,4 @@
-"""How the processes hang together: a child never outlives its supervisor, and each has the files it
-may open.
-"""
+"""What holds between processes: lifetimes, secrets, environments, and limits of open files."""
 
 import os
 import signal
@@ -12,7 +10,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.running import LIMIT, PATIENCE, Running, left_over, limited, program, until
+from tests.redises import make_certificates
+from tests.running import (
+    GSERVER,
+    LIMIT,
+    PATIENCE,
+    ROOT,
+    Running,
+    left_over,
+    limited,
+    program,
+    until,
+)
+from tests.test_admin import get
+from tests.tls_client import TlsClient, trust
 
 MODULE = """
 import os
@@ -31,8 +42,9 @@ def program(service):
 
 @contextmanager
 def nothing_left(folder: Path, limit: float) -> Iterator[None]:
-    """All that was started for this folder is gone soon after the body; what is not, is ended by
-    force.
+    """All processes that were started for this folder end within the limit after the body.
+
+    Those that do not are killed.
     """
     try:
         yield
@@ -62,8 +74,8 @@ def test_nothing_is_left_within_2_seconds_of_the_supervisor_being_killed(tmp_pat
         until(lambda: cpu_seconds(server) > used + 0.2, "a worker is in a busy loop")
         with nothing_left(tmp_path, 2 * PATIENCE):
             server.process.kill()
-        with Running("--port", str(server.port)) as heir:
-            assert heir.who() == 1
+        with Running("--port", str(server.port)) as next_server:
+            assert next_server.who() == 1
 
 
 def test_nothing_is_left_of_a_supervisor_killed_at_any_moment_of_its_start(tmp_path: Path) -> None:
@@ -71,9 +83,8 @@ def test_nothing_is_left_of_a_supervisor_killed_at_any_moment_of_its_start(tmp_p
         options = ("--workers", "2", "--statsd-host", "127.0.0.1")
         with Running(*options, env={"MARK": str(tmp_path)}, wait=False) as server:
             time.sleep(0.05 * step)  # The moment is the test.
-            with nothing_left(
-                tmp_path, LIMIT
-            ):  # On a busy machine it takes a child a while to come to notice.
+            # On a busy machine a child takes a while to look for its parent.
+            with nothing_left(tmp_path, LIMIT):
                 server.process.kill()
 
 
@@ -84,38 +95,122 @@ def test_a_program_that_a_command_has_started_keeps_no_port(tmp_path: Path) -> N
         try:
             until(lambda: other.name() == "sleep", "the program runs")
             assert server.stop() == 0
-            with Running("--port", str(server.port)) as heir:
-                assert heir.who() == 1
+            with Running("--port", str(server.port)) as next_server:
+                assert next_server.who() == 1
         finally:
             other.kill()
 
 
-def test_a_program_that_a_command_has_started_does_not_read_what_the_worker_was_told(
-    tmp_path: Path,
-) -> None:
+def test_a_program_that_a_command_has_started_cannot_read_the_instructions(tmp_path: Path) -> None:
     (tmp_path / "spy.py").write_text(
         "import subprocess\nfrom gserver.commands import command\n"
-        "@command('SPY')\ndef spy(service):\n    return len(subprocess.check_output(['cat', '/proc/self/fd/0']))\n"
+        "@command('SPY')\ndef spy(service):\n"
+        "    return len(subprocess.check_output(['cat', '/proc/self/fd/0']))\n"
     )
     with Running("--commands", "spy", cwd=tmp_path) as server, server.client() as client:
         assert client.ask(b"SPY") == b"0"
 
 
-def test_a_child_is_told_nothing_through_its_arguments_and_leads_a_process_group(
-    tmp_path: Path,
+REDIS_PASSWORD, ADMIN_TOKEN = "password-of-redis", "token-of-the-admin-port"
+SECRETS = {
+    "GSERVER_REDIS_URL": f"redis://someone:{REDIS_PASSWORD}@127.0.0.1:1",
+    "REDIS_URL": f"redis://someone:{REDIS_PASSWORD}@127.0.0.1:2",
+    "GSERVER_ADMIN_TOKEN": ADMIN_TOKEN,
+}
+ENVIRONMENT = """
+import subprocess
+from gserver.commands import command
+
+@command("ENVIRONMENT")
+def environment(service):
+    return ascii(subprocess.check_output(["env", "-0"]).decode())
+"""
+
+
+def memory_of(process: psutil.Process) -> bytes:
+    """All that a process may write to: heap, stacks, and anonymous or private mappings."""
+    found = []
+    with open(f"/proc/{process.pid}/maps") as maps, open(f"/proc/{process.pid}/mem", "rb") as mem:
+        for line in maps:
+            span, access, *_ = line.split()
+            if access.startswith("rw"):
+                begin, end = (int(text, 16) for text in span.split("-"))
+                mem.seek(begin)
+                found.append(mem.read(end - begin))
+    return b"".join(found)
+
+
+def test_each_process_has_only_the_secrets_that_it_needs(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    (tmp_path / "extra.py").write_text(ENVIRONMENT)
+    key = (tmp_path / "server.key").read_bytes()
+    key_line = key.splitlines()[1]
+    options = ("--tls-cert", "server.pem", "--tls-key", "server.key", "--admin-port", "0")
+    with Running(*options, "--commands", "extra", cwd=tmp_path, env=SECRETS) as server:
+        server.wait_for("agent.ready")
+        [worker], [agent] = server.workers(), server.agents()
+        memory = {"worker": memory_of(worker), "agent": memory_of(agent)}
+        held = {
+            (role, name): secret in memory[role]
+            for role in memory
+            for name, secret in (
+                ("key", key_line),
+                ("Redis password", REDIS_PASSWORD.encode()),
+                ("admin token", ADMIN_TOKEN.encode()),
+            )
+        }
+        assert held == {
+            ("worker", "key"): True,
+            ("worker", "Redis password"): False,
+            ("worker", "admin token"): False,
+            ("agent", "key"): False,
+            ("agent", "Redis password"): True,
+            ("agent", "admin token"): True,
+        }
+        for child in (worker, agent):
+            assert not SECRETS.keys() & child.environ().keys()
+        with TlsClient(server.port, trust(tmp_path)) as client:
+            seen = client.ask(b"ENVIRONMENT").decode()
+        assert "PATH=" in seen
+        assert [name for name in SECRETS if name in seen] == []
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        assert get(server, "/status.json", **headers)[0] == 200
+        assert get(server, "/status.json")[0] == 401
+
+
+@pytest.mark.parametrize("operators", [None, "", "modules", "modules:/no/such/folder"])
+@pytest.mark.parametrize("script", [[str(ROOT / "bin/gserver")], GSERVER])
+def test_programs_of_handlers_have_the_pythonpath_of_the_operator(
+    tmp_path: Path, script: list[str], operators: str | None
 ) -> None:
+    (tmp_path / "modules").mkdir()
+    folder = "modules" if operators and operators.startswith("modules") else "."
+    (tmp_path / folder / "extra.py").write_text(ENVIRONMENT)
+    if script is GSERVER:  # Without a script, the operator has to name the package's folder.
+        operators = ":".join(filter(None, (str(ROOT), operators)))
+    setting = ["-u", "PYTHONPATH"] if operators is None else [f"PYTHONPATH={operators}"]
+    command = [program("env"), *setting, *script, "serve", "--port", "0"]
+    with (
+        Running("--commands", "extra", command=command, cwd=tmp_path) as server,
+        server.client() as client,
+    ):
+        seen = client.ask(b"ENVIRONMENT").decode().strip("'").split("\\x00")
+        found = [text for text in seen if text.startswith("PYTHONPATH=")]
+        assert found == ([] if operators is None else [f"PYTHONPATH={operators}"])
+
+
+def test_a_child_gets_no_options_by_arguments_and_leads_a_process_group(tmp_path: Path) -> None:
     with Running("--server-id", "an-id-to-look-for", "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
         for slot, worker in enumerate(server.workers()):
-            assert worker.cmdline()[1:] == ["-P", "-m", "gserver", "child", "worker", str(slot)]
+            package = str(ROOT / "gserver")
+            assert worker.cmdline()[1:] == ["-P", package, "child", "worker", str(slot)]
             assert "an-id-to-look-for" not in "".join(worker.environ().values())
             assert os.getpgid(worker.pid) == worker.pid
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(
-    number: signal.Signals,
-) -> None:
+def test_a_signal_for_the_supervisor_has_no_effect_on_a_worker(number: signal.Signals) -> None:
     with Running() as server, server.client() as client:
         client.who()
         server.workers()[0].send_signal(number)
@@ -126,13 +221,15 @@ def test_a_signal_that_is_the_supervisors_business_leaves_a_worker_alone(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
-def test_it_leaves_a_worker_alone_that_still_starts(number: signal.Signals) -> None:
+def test_a_signal_for_the_supervisor_has_no_effect_on_a_worker_that_starts(
+    number: signal.Signals,
+) -> None:
     with Running() as server:
         old = server.workers()
         old[0].kill()
         [new] = until(
             lambda: [worker for worker in server.workers() if worker not in old],
-            "another one starts",
+            "another worker starts",
         )
         new.send_signal(number)
         server.wait_for("worker.ready", 2)
@@ -156,7 +253,7 @@ def test_the_usual_max_clients_is_lowered_to_what_fits_into_the_limit_of_files(
         assert server.events("server.listening")[0]["gserver.max_clients"] == workers * 36
 
 
-def test_a_max_clients_of_your_own_that_just_fits_is_taken() -> None:
+def test_a_given_max_clients_that_just_fits_is_used() -> None:
     with Running("--max-clients", "36", command=limited(100)) as server:
         assert server.events("server.listening")[0]["gserver.max_clients"] == 36
 

@@ -551,7 +551,9 @@ def honcho(ready: SetUp) -> Iterator[Running]:
         yield running
 
 
-def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(honcho: Running) -> None:
+def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(
+    honcho: Running, ready: SetUp
+) -> None:
     def found() -> re.Match[str] | None:
         return re.search(
             r'web\.1 *\| .*"server\.address": "0\.0\.0\.0", "server\.port": (\d+)',
@@ -562,7 +564,8 @@ def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(honcho: R
     with Client(port) as one, Client(port, host="127.0.0.2") as two:
         assert one.ask(b"WHY") == two.ask(b"WHY") == b"42"
         processes = _descendants(honcho.pid)
-        assert any("gserver" in process.cmdline() for process in processes)
+        package = str(ready.root / "gserver")
+        assert any(package in process.cmdline() for process in processes)
         honcho.send_signal(signal.SIGINT)
         assert one.rest() == two.rest() == b""
     assert honcho.exit_code() == 130  # What honcho says of a Ctrl-C, whatever its programs say.

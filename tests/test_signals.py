@@ -1,5 +1,6 @@
-"""Signals are noted in order, wake a selector, and are taken once. In a process of its own: they
-are for all of it.
+"""Signals are noted in order, wake a selector, and are taken once.
+
+The test runs in a process of its own: handlers are set for a whole process.
 """
 
 import subprocess
@@ -9,23 +10,23 @@ from tests.running import LIMIT, environment
 
 PROGRAM = """
 import os, select, signal
-from gserver.supervise.signals import SignalNotes
+from gserver.supervise.signals import PendingSignals
 
-notes = SignalNotes(signal.SIGHUP, signal.SIGTERM)
-assert select.select([notes.fd], [], [], 0)[0] == []
+pending = PendingSignals(signal.SIGHUP, signal.SIGTERM)
+assert select.select([pending.fd], [], [], 0)[0] == []
 os.kill(os.getpid(), signal.SIGHUP)
 os.kill(os.getpid(), signal.SIGTERM)
-assert select.select([notes.fd], [], [], 5)[0] == [notes.fd]
-assert notes.take() == [signal.SIGHUP, signal.SIGTERM]
-assert notes.take() == []
-assert select.select([notes.fd], [], [], 0)[0] == []
+assert select.select([pending.fd], [], [], 5)[0] == [pending.fd]
+assert pending.take() == [signal.SIGHUP, signal.SIGTERM]
+assert pending.take() == []
+assert select.select([pending.fd], [], [], 0)[0] == []
 if os.fork() == 0:
     os._exit(0)
-assert select.select([notes.fd], [], [], 5)[0] == [notes.fd]
-assert notes.take() == []
+assert select.select([pending.fd], [], [], 5)[0] == [pending.fd]
+assert pending.take() == []
 for _ in range(100_000):
     os.kill(os.getpid(), signal.SIGHUP)
-assert len(notes.take()) == 100_000
+assert len(pending.take()) == 100_000
 """
 
 

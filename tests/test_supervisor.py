@@ -1,4 +1,4 @@
-"""The supervisor: what becomes of workers that die, hang or fail to start, of reloads and of stops."""
+"""The supervisor: workers that die, hang or fail to start, reloads and stops."""
 
 import os
 import resource
@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from gserver.supervise.phases import GIVE_UP_SECONDS
+from tests.redises import Redis
 from tests.running import (
     GSERVER,
     LIMIT,
@@ -36,8 +37,9 @@ from tests.running import (
     stopped,
     until,
 )
+from tests.test_admin import status
 
-#: What the service promises in seconds holds on a machine of usual speed.
+#: A second of what the service promises, on a machine of usual speed.
 SECOND = PATIENCE
 
 MODULE = """
@@ -84,7 +86,7 @@ def start(folder: Path, *options: str, wait: bool = True) -> Running:
 def clients_of(
     server: Running, worker: psutil.Process, count: int, stack: ExitStack
 ) -> list[Client]:
-    """Clients of that worker: the others are stopped for the moment in which they are accepted."""
+    """Clients of that worker. The others are stopped while the clients are accepted."""
     with stopped(*(other for other in server.workers() if other != worker)):
         clients = [stack.enter_context(server.client()) for _ in range(count)]
         assert {int(client.ask(b"PID")) for client in clients} == {worker.pid}
@@ -93,7 +95,7 @@ def clients_of(
 
 @contextmanager
 def talking(*clients: Client) -> Iterator[None]:
-    """Keep the clients asking; fail if one of them is not answered."""
+    """Keep the clients sending commands; fail if one gets no reply."""
     is_over = threading.Event()
 
     def talk(client: Client) -> int:
@@ -115,7 +117,7 @@ def talking(*clients: Client) -> Iterator[None]:
 
 
 def hear_end(client: Client) -> bytes:
-    """All that a client is still told, up to the end; it closes then, as a client does."""
+    """All that a client still receives, up to the end; it closes then, as a client does."""
     with client:
         return client.rest()
 
@@ -211,11 +213,11 @@ def test_a_worker_is_replaced_though_a_process_that_it_started_lives_on(tmp_path
             grandchild.kill()
 
 
-def test_a_worker_that_is_told_to_stop_drains_and_is_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_gets_a_sigterm_drains_and_is_replaced(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client, server.client() as other:
         assert other.who() == 2
         client.send(b"NAP\nWHY\n")
-        until(lambda: server.who() == 3, "the first is in its command")
+        until(lambda: server.who() == 3, "the first client is in its command")
         server.workers()[0].terminate()
         assert hear_end(other) == b""
         assert hear_end(client) == b"rested\n42\n"
@@ -249,18 +251,35 @@ def test_a_worker_that_hangs_is_replaced_and_the_clients_of_others_go_on(
         assert stays in server.workers()
 
 
-def test_workers_are_not_taken_for_hung_after_the_whole_machine_slept(tmp_path: Path) -> None:
+def test_workers_do_not_count_as_hung_after_the_machine_was_suspended(tmp_path: Path) -> None:
     with start(tmp_path, "--hang-timeout", str(SECOND)) as server:
         supervisor, worker = psutil.Process(server.pid), server.workers()[0]
         supervisor.suspend()
         worker.suspend()
-        time.sleep(1.5 + SECOND)  # Longer than any of them may take for a turn.
+        time.sleep(1.5 + SECOND)  # Longer than the hang timeout.
         supervisor.resume()
-        time.sleep(0.3)  # It has its turn before the worker can give a sign of life.
+        time.sleep(0.3)  # The supervisor looks before the worker can beat.
         worker.resume()
         assert server.who() == 1
         assert server.workers() == [worker]
         assert not server.events("worker.hung")
+
+
+def test_without_a_hang_timeout_the_agent_of_a_cluster_is_watched_and_workers_are_not(
+    tmp_path: Path,
+) -> None:
+    with Redis(tmp_path) as redis:
+        cluster = ("--redis-url", redis.url, "--heartbeat-interval", "0.2", "--member-ttl", "3")
+        with start(tmp_path, "--hang-timeout", "0", *cluster) as server:
+            server.wait_for("agent.ready")
+            [agent], [worker] = server.agents(), server.workers()
+            with stopped(worker):
+                agent.suspend()
+                assert server.wait_for("agent.hung")["gserver.child_pid"] == agent.pid
+                server.wait_for("agent.ready", 2)
+                time.sleep(1.5)  # A worker with a limit of 1 s would have been replaced by now.
+            assert server.who() == 1
+            assert server.workers() == [worker]
 
 
 # Stops.
@@ -268,32 +287,32 @@ def test_workers_are_not_taken_for_hung_after_the_whole_machine_slept(tmp_path: 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_stop_lets_clients_go_at_once_and_exits_with_0(
+def test_a_stop_closes_idle_clients_at_once_and_exits_with_0(
     tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
         server.wait_for("worker.ready", workers)
         clients = [stack.enter_context(server.client()) for _ in range(20)]
         assert {client.ask(b"WHY") for client in clients[10:]} == {b"42"}
-        time.sleep(0.6)  # The others have said nothing, and are too old to be waited for.
+        time.sleep(0.6)  # A drain waits only for new clients that have sent nothing.
         began = time.monotonic()
         server.send_signal(number)
         assert {hear_end(client) for client in clients} == {b""}
         assert time.monotonic() - began < SECOND
         assert server.exit_code() == 0
-        assert (
-            time.monotonic() - began < 2 * SECOND
-        )  # Their leaving ends it, not the drain timeout.
+        assert time.monotonic() - began < 2 * SECOND  # Their end ends it, not the drain timeout.
         assert server.events("server.stopped")
         assert server.stderr == ""
     assert left_over(tmp_path) == []
 
 
-def test_a_client_that_has_just_connected_may_still_speak_after_a_stop(tmp_path: Path) -> None:
+def test_a_client_that_has_just_connected_may_still_send_a_command_after_a_stop(
+    tmp_path: Path,
+) -> None:
     with start(tmp_path) as server, server.client() as client:
         server.send_signal(signal.SIGTERM)
         server.wait_for("server.draining")
-        time.sleep(0.2)  # The worker knows it by now.
+        time.sleep(0.2)  # The worker drains by now.
         assert client.ask(b"WHY") == b"42"
         assert hear_end(client) == b""
         assert server.exit_code() == 0
@@ -303,7 +322,7 @@ def test_lines_behind_a_slow_command_are_answered_after_a_stop(tmp_path: Path) -
     with start(tmp_path) as server, server.client() as client:
         client.send(b"NAP\nWHY\n")
         with server.client() as other:
-            until(lambda: other.who() == 2, "the first is in its command")
+            until(lambda: other.who() == 2, "the first client is in its command")
             client.send(b"WHO\n")
             server.send_signal(signal.SIGTERM)
             assert hear_end(other) == b""
@@ -315,7 +334,7 @@ def test_lines_behind_a_slow_command_are_answered_after_a_stop(tmp_path: Path) -
 def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_read_it(
     tmp_path: Path, workers: int
 ) -> None:
-    """Both signal and bytes wait for the worker, which is stopped until then, as on a busy machine."""
+    """Both the signal and the bytes wait for a stopped worker, as on a busy machine."""
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
         server.wait_for("worker.ready", workers)
         clients = [stack.enter_context(server.client()) for _ in range(100)]
@@ -327,8 +346,8 @@ def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_rea
             server.send_signal(signal.SIGTERM)
             server.wait_for("server.draining")
         replies = [hear_end(client) for client in clients]
-        assert replies[:100] == [b"42\n"] * 100, "those who had been accepted"
-        assert replies[100:] == [b"42\n"] * 100, "those who had only connected"
+        assert replies[:100] == [b"42\n"] * 100, "accepted clients"
+        assert replies[100:] == [b"42\n"] * 100, "clients that had only connected"
         assert server.exit_code() == 0
 
 
@@ -358,9 +377,14 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
             until(lambda: is_refused(server.port), "new clients are refused", SECOND)
         assert server.exit_code() == 0
         assert 2 < time.monotonic() - began < 3 * SECOND
-        # One that computes does not even come to say so: it is killed.
+        # A worker that computes cannot log anything: it is killed, and the supervisor says so.
         cut_off = [event["gserver.clients"] for event in server.events("worker.cut_off")]
         assert cut_off == ([1] if command == b"SLEEP\n" else [])
+        killed = [
+            (event["gserver.clients"], event["gserver.reason"])
+            for event in server.events("worker.killed")
+        ]
+        assert killed == ([(1, "drain timeout")] if command == b"SPIN\n" else [])
     assert left_over(tmp_path) == []
 
 
@@ -391,8 +415,9 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
             asked[client] += 1
 
         def turn() -> bool:
-            """Take what has come; ask again on every reply. A reset raises. Return whether all have
-            ended.
+            """Receive, and send a command for every reply; return whether all clients have ended.
+
+            A reset raises.
             """
             for key, _ in selector.select(LIMIT):
                 client = key.data
@@ -413,7 +438,7 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
         until(lambda: turn() or min(replies.values()) >= 20, "all are busy")
         before = dict(asked)
         server.send_signal(signal.SIGTERM)
-        until(turn, "all have come to an end")
+        until(turn, "all clients have ended")
         assert set(rests.values()) == {b""}
         assert [client for client in clients if replies[client] < before[client]] == [], (
             "sent before, not answered"
@@ -431,7 +456,7 @@ def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.S
         client.send(b"SLEEP\n")
         server.send_signal(number)
         server.wait_for("server.draining")
-        server.send_signal(number)  # At once: a runner's, which got the same Ctrl-C.
+        server.send_signal(number)  # Passed on by a runner that got the same Ctrl-C.
         time.sleep(0.3)
         assert not server.events("server.forced")
         code, seconds = timed(lambda: server.stop(number))
@@ -442,23 +467,21 @@ def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.S
     assert left_over(tmp_path) == []
 
 
-def test_a_stop_that_is_passed_on_as_another_signal_is_no_second_request_and_a_later_one_is(
+def test_a_stop_signal_that_is_passed_on_is_no_second_request_and_a_later_one_is(
     tmp_path: Path,
 ) -> None:
     with start(tmp_path, "--drain-timeout", "60") as server, server.client() as client:
         client.who()
         client.send(b"SLEEP\n")
         server.send_signal(signal.SIGINT)
-        server.send_signal(signal.SIGTERM)  # What a runner does that got the same Ctrl-C.
+        server.send_signal(signal.SIGTERM)  # Passed on by a runner that got the same Ctrl-C.
         server.wait_for("server.draining")
         time.sleep(0.7)
         assert not server.events("server.forced")
         assert server.stop(signal.SIGTERM) == 1
 
 
-def test_with_a_drain_delay_it_goes_on_accepting_and_serving_after_the_signal(
-    tmp_path: Path,
-) -> None:
+def test_with_a_drain_delay_the_server_accepts_and_serves_after_the_signal(tmp_path: Path) -> None:
     with start(tmp_path, "--drain-delay", "1") as server, server.client() as client:
         assert client.who() == 1
         began = time.monotonic()
@@ -488,7 +511,7 @@ def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path)
     assert ends <= {-signal.SIGTERM, 0}
 
 
-def test_a_terminal_that_stops_who_writes_in_the_background_stops_no_worker(tmp_path: Path) -> None:
+def test_a_terminal_that_stops_background_writers_stops_no_worker(tmp_path: Path) -> None:
     script = (
         'import pty, sys; pty.spawn(["sh", "-c", \'stty tostop; exec "$@"\', "sh", *sys.argv[1:]])'
     )
@@ -508,10 +531,10 @@ def test_a_terminal_that_stops_who_writes_in_the_background_stops_no_worker(tmp_
             with server.client() as client:
                 assert client.who() == 1
         server.wait_for("client.closed", 2)
-    until(lambda: not left_over(tmp_path), "it stops with its terminal")
+    until(lambda: not left_over(tmp_path), "the server stops with its terminal")
 
 
-def test_it_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
+def test_a_server_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
     terminal = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
     command = [
         *terminal,
@@ -543,7 +566,7 @@ def test_it_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_reload_brings_new_workers_with_new_code_and_keeps_all_else(
+def test_a_reload_starts_new_workers_with_new_code_and_keeps_everything_else(
     tmp_path: Path, workers: int
 ) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
@@ -565,7 +588,8 @@ def test_a_reload_brings_new_workers_with_new_code_and_keeps_all_else(
             server.wait_for("server.reloaded")
             server.wait_for("agent.ready", 2)
             until(
-                lambda: not any(child.is_running() for child in children), "the old ones are gone"
+                lambda: not any(child.is_running() for child in children),
+                "the old processes have ended",
             )
             with server.client() as client:
                 assert client.who() == 1
@@ -577,7 +601,7 @@ def test_a_reload_brings_new_workers_with_new_code_and_keeps_all_else(
             assert server.stop() == 0
 
 
-def test_after_reloads_in_quick_succession_the_last_code_is_what_runs(tmp_path: Path) -> None:
+def test_after_quick_reloads_the_last_code_runs(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
         for reloads in range(1, 8):
@@ -586,12 +610,12 @@ def test_after_reloads_in_quick_succession_the_last_code_is_what_runs(tmp_path: 
             )
             server.send_signal(signal.SIGHUP)
             server.wait_for("server.reloading", reloads)
-            time.sleep(0.1)  # In the middle of the one before.
+            time.sleep(0.1)  # In the middle of the reload before.
         until(
             lambda: is_last(server.events(), "server.reloaded", "server.reloading"),
             "the last reload is done",
         )
-        until(lambda: len(server.workers()) == 2, "the one before is gone")
+        until(lambda: len(server.workers()) == 2, "the surplus worker has ended")
         for worker in server.workers():
             assert clients_of(server, worker, 1, stack)[0].ask(b"NAP") == b"version 7"
         assert not server.events("worker.died")
@@ -604,7 +628,7 @@ def is_last(events: list[Event], last: str, other: str) -> bool:
     ] == [last]
 
 
-def test_a_hangup_does_not_hasten_a_stop(tmp_path: Path) -> None:
+def test_a_sighup_does_not_shorten_a_stop(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         client.who()
         client.send(b"NAP\n")
@@ -625,7 +649,7 @@ BROKEN = {
     "two of a name": MODULE.replace('"NAP"', '"SLEEP"'),
 }
 
-#: What the event of a failed reload says of a module that is like this.
+#: A part of the message of a failed reload, and the module that causes it.
 BROKEN_LATER = {
     "SyntaxError": "def broken(:",
     "out of luck": "raise RuntimeError('out of\\nluck')",
@@ -645,15 +669,13 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
                 (tmp_path / "extra.py").write_text(text)
                 server.send_signal(signal.SIGHUP)
                 assert reason in server.wait_for("server.reload_failed", failures)["message"]
-                time.sleep(
-                    0.5 if failures == 1 else 0
-                )  # Time enough for another try, which there shall not be.
+                time.sleep(0.5 if failures == 1 else 0)  # Another try would have started by now.
                 assert server.workers() == old
             assert not server.events("worker.died")
         (tmp_path / "extra.py").write_text(MODULE)
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
-        until(lambda: not any(worker.is_running() for worker in old), "the old workers are gone")
+        until(lambda: not any(worker.is_running() for worker in old), "the old workers have ended")
         assert len(server.workers()) == 2
 
 
@@ -672,12 +694,28 @@ def test_a_reload_that_would_leave_no_files_for_clients_leaves_the_workers_as_th
             assert client.who() == 1
 
 
-def test_a_system_without_threads_is_told_in_one_line(tmp_path: Path) -> None:
-    """The stack that is wanted for each is larger than any memory."""
+def test_a_system_without_threads_is_reported_in_one_line(tmp_path: Path) -> None:
+    """The stack size that is asked for is larger than any memory."""
     (tmp_path / "sitecustomize.py").write_text("import threading\nthreading.stack_size(1 << 46)\n")
     done = gserver("--port", "0", PYTHONPATH=f"{tmp_path}:{ROOT}")
     told = "gserver: cannot start the log thread: raise the limit on processes (ulimit -u)\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+
+
+def test_clients_that_a_reload_cuts_off_are_closed_and_not_lost(tmp_path: Path) -> None:
+    options = ("--drain-timeout", "1", "--admin-port", "0")
+    with start(tmp_path, *options) as server, server.client() as client:
+        server.wait_for("agent.ready")
+        client.who()
+        client.send(b"SPIN\n")
+        until(lambda: server.workers()[0].cpu_times().user > 0.5, "the worker computes")
+        server.send_signal(signal.SIGHUP)
+        killed = server.wait_for("worker.killed")
+        assert (killed["gserver.clients"], killed["gserver.reason"]) == (1, "drain timeout")
+        server.wait_for("server.reloaded")
+        server.wait_for("agent.ready", 2)
+        clients = status(server)["clients"]
+        assert (clients["accepted"], clients["closed"], clients["lost"]) == (1, 1, 0)
 
 
 def test_a_stop_during_a_reload_ends_in_time_though_an_old_worker_is_stuck(tmp_path: Path) -> None:
@@ -685,13 +723,13 @@ def test_a_stop_during_a_reload_ends_in_time_though_an_old_worker_is_stuck(tmp_p
         client.who()
         client.send(b"SPIN\n")
         (old,) = server.workers()
-        until(lambda: old.cpu_times().user > 0.5, "it spins")
+        until(lambda: old.cpu_times().user > 0.5, "the worker computes")
         server.send_signal(signal.SIGHUP)
         server.wait_for("worker.ready", 2)
         code, seconds = timed(server.stop)
         assert code == 0
         assert seconds < 2 * PATIENCE
-        assert not server.events("server.reloaded")  # An old one was there to the end.
+        assert not server.events("server.reloaded")  # An old worker ran to the end.
         assert not server.events("server.forced")
 
 
@@ -714,12 +752,13 @@ def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
         until(
-            lambda: len(server.workers()) == 2 and staying not in server.workers(), "both are new"
+            lambda: len(server.workers()) == 2 and staying not in server.workers(),
+            "both workers are new",
         )
 
 
 @pytest.mark.parametrize("text", ["\u00e9" * 5000, "\ud800"])
-def test_a_reason_of_any_length_and_letters_ends_a_reload_and_not_the_server(
+def test_a_reason_of_any_length_and_script_ends_a_reload_and_not_the_server(
     tmp_path: Path, text: str
 ) -> None:
     with start(tmp_path) as server:
@@ -738,9 +777,7 @@ def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: 
         assert server.who() == 1
 
 
-def test_nobody_who_connects_during_reloads_is_refused_or_left_without_a_reply(
-    tmp_path: Path,
-) -> None:
+def test_no_client_that_connects_during_reloads_is_refused_or_gets_no_reply(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
         is_over = threading.Event()
@@ -759,7 +796,7 @@ def test_nobody_who_connects_during_reloads_is_refused_or_left_without_a_reply(
                 for reloads in range(1, 11):
                     server.send_signal(signal.SIGHUP)
                     server.wait_for("server.reloaded", reloads)
-                until(lambda: sum(asked.values()) >= 10_000, "so many have connected")
+                until(lambda: sum(asked.values()) >= 10_000, "many clients have connected")
             finally:
                 is_over.set()
         for run in runs:
@@ -781,11 +818,11 @@ def test_a_stop_during_a_reload_is_a_stop(tmp_path: Path, moment: float) -> None
     assert left_over(tmp_path) == []
 
 
-# First starts that are refused.
+# First starts that fail.
 
 
 def fails(folder: Path, *options: str, code: int, command: list[str] | None = None) -> str:
-    """Start a server that cannot; return the one line that says why."""
+    """Start a server that cannot start; return its one line of error."""
     with Running(
         *options, cwd=folder, env={"MARK": str(folder)}, command=command, wait=False
     ) as server:
@@ -810,14 +847,16 @@ def test_a_port_that_is_taken_is_refused_with_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["no such host", "x" * 64, "192.0.2.1"])
-def test_a_host_that_is_not_ours_is_refused_with_1(tmp_path: Path, host: str) -> None:
+def test_a_host_that_is_not_an_address_of_this_machine_is_refused_with_1(
+    tmp_path: Path, host: str
+) -> None:
     assert host in fails(tmp_path, "--host", host, code=1)
 
 
 def test_a_port_that_needs_a_permission_is_refused_with_1(tmp_path: Path) -> None:
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 80:
-        pytest.skip("this machine lets everybody use port 80")
-    # Root may, but for this.
+        pytest.skip("every user of this machine may use port 80")
+    # Root has the permission unless the capability is taken away.
     become = [program("setpriv"), "--bounding-set=-net_bind_service"] if os.geteuid() == 0 else []
     command = [*become, sys.executable, "-P", "-m", "gserver", "serve", "--port", "80"]
     assert "no permission" in fails(tmp_path, code=1, command=command)
@@ -829,11 +868,12 @@ from gserver.commands import command
 
 @command("SPAWN")
 def spawn(service):
-    return subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
+    unused = subprocess.DEVNULL
+    return subprocess.Popen(["sleep", "600"], stdout=unused, stderr=unused).pid
 """
 
 
-def test_what_handlers_have_started_ends_with_a_worker_that_dies_and_not_with_one_that_is_replaced(
+def test_programs_of_handlers_end_with_a_worker_that_dies_and_not_with_a_reload(
     tmp_path: Path,
 ) -> None:
     with extended(tmp_path, SPAWN) as server:
@@ -842,49 +882,101 @@ def test_what_handlers_have_started_ends_with_a_worker_that_dies_and_not_with_on
             with server.client() as client:
                 return psutil.Process(int(client.ask(b"SPAWN")))
 
-        let_be = spawned()
+        surviving = spawned()
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
         ended = spawned()
         server.workers()[0].kill()
         server.wait_for("worker.ready", 3)
-        until(lambda: not is_alive(ended), "it has ended")
-        assert let_be.status() == psutil.STATUS_SLEEPING
-        let_be.kill()
+        until(lambda: not is_alive(ended), "the program has ended")
+        assert surviving.status() == psutil.STATUS_SLEEPING
+        surviving.kill()
+
+
+@contextmanager
+def frozen(process: psutil.Process) -> Iterator[None]:
+    """Make a process one that cannot be killed, as if it waited for a disk for ever.
+
+    The kernel's freezer does it. At the end of the body the process goes on, so a SIGKILL that was
+    sent meanwhile ends it.
+    """
+    group = Path(f"/sys/fs/cgroup/freezer/gserver-{process.pid}")
+    if not os.access(group.parent / "cgroup.procs", os.W_OK):
+        pytest.skip("freezing a process takes root and the freezer of cgroups, version 1")
+    group.mkdir()
+    state = group / "freezer.state"
+    try:
+        (group / "cgroup.procs").write_text(str(process.pid))
+        state.write_text("FROZEN")
+        until(lambda: state.read_text() == "FROZEN\n", "the process is frozen")
+        yield
+    finally:
+        state.write_text("THAWED")
+        until(lambda: not is_alive(process), "the process has ended")
+        until(lambda: not (group / "cgroup.procs").read_text(), "the group is empty")
+        group.rmdir()
 
 
 @pytest.mark.parametrize(
     "words", [("--workers", "1"), ("--workers", "2", "--admin-port", "0")], ids=["alone", "of two"]
 )
 def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) -> None:
-    """As one that waits for a disk for ever: here it is frozen by the kernel."""
-    group = Path(f"/sys/fs/cgroup/freezer/gserver-{os.getpid()}")
-    if not os.access(group.parent / "cgroup.procs", os.W_OK):
-        pytest.skip("it takes root and the freezer of cgroups, version 1")
-    group.mkdir()
-    try:
-        with Running(*words, "--drain-timeout", "1") as server:
-            server.wait_for("worker.ready", int(words[1]))
-            if "--admin-port" in words:
-                server.wait_for("agent.ready")
-            stuck = server.workers()[0]
-            (group / "cgroup.procs").write_text(str(stuck.pid))
-            (group / "freezer.state").write_text("FROZEN")
-            until(lambda: (group / "freezer.state").read_text() == "FROZEN\n", "it is frozen")
+    with Running(*words, "--drain-timeout", "1") as server:
+        server.wait_for("worker.ready", int(words[1]))
+        if "--admin-port" in words:
+            server.wait_for("agent.ready")
+        stuck = server.workers()[0]
+        with frozen(stuck):
             agents = len(server.events("agent.ready"))
             for _ in range(2):
                 server.send_signal(signal.SIGTERM)
                 server.wait_for("server.draining")
-                time.sleep(0.3)  # Sooner it would be one that is passed on.
+                time.sleep(0.3)  # Sooner, the second signal would count as passed on.
             assert server.process.wait(1 + GIVE_UP_SECONDS + LIMIT) == 1
             assert (
                 server.wait_for("server.stopped")["message"]
                 == f"stopped, forced; worker {stuck.pid} cannot be ended"
             )
             assert len(server.events("agent.ready")) == agents
-            (group / "freezer.state").write_text("THAWED")
-            until(lambda: not is_alive(stuck), "its kill has come to it")
-    finally:
-        (group / "freezer.state").write_text("THAWED")
-        until(lambda: not (group / "cgroup.procs").read_text(), "nobody is in it")
-        group.rmdir()
+
+
+def test_a_worker_that_cannot_be_killed_holds_up_no_reload() -> None:
+    with Running("--workers", "2", "--drain-timeout", "1") as server:
+        server.wait_for("worker.ready", 2)
+        stuck = server.workers()[0]
+        with frozen(stuck):
+            for reloads in (1, 2):
+                server.send_signal(signal.SIGHUP)
+                server.wait_for("server.reloaded", reloads)
+            [event] = server.events("worker.stuck")
+            assert event["gserver.child_pid"] == stuck.pid
+            assert len([worker for worker in server.workers() if worker != stuck]) == 2
+            assert server.who() == 1
+        assert not server.events("worker.died")
+
+
+def test_a_hung_worker_that_cannot_be_killed_is_replaced(tmp_path: Path) -> None:
+    with start(tmp_path, "--hang-timeout", "1", "--admin-port", "0") as server:
+        server.wait_for("agent.ready")
+        stuck = server.workers()[0]
+        with frozen(stuck):
+            server.wait_for("worker.stuck")
+            server.wait_for("worker.ready", 2)
+            with server.client() as client:
+                assert int(client.ask(b"PID")) != stuck.pid
+        died = server.wait_for("worker.died")
+        assert died["gserver.child_pid"] == stuck.pid
+        assert "another" not in died["message"], "another has taken its place already"
+        assert status(server)["workers"]["restarts"] == 1
+
+
+def test_a_reload_without_a_free_slot_is_given_up_with_the_reason() -> None:
+    with Running("--drain-timeout", "1") as server, ExitStack() as stack:
+        for reloads in (1, 2):
+            stack.enter_context(frozen(server.workers()[-1]))
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("server.reloaded", reloads)
+        server.send_signal(signal.SIGHUP)
+        failed = server.wait_for("server.reload_failed")
+        assert "2 workers were killed and have not ended" in failed["message"]
+        assert server.who() == 1

@@ -1,5 +1,6 @@
-"""What is told to a service manager, and what one hands over: with real sockets, and with
-systemd-socket-activate.
+"""States that a service manager is sent, and sockets that it hands over.
+
+With real sockets, and with systemd-socket-activate.
 """
 
 import os
@@ -28,7 +29,8 @@ from gserver.commands import command
 
 @command("VARIABLES")
 def variables(service):
-    return " ".join(sorted(name for name in os.environ if name.startswith(("LISTEN_", "NOTIFY_", "WATCHDOG_")))) or "-"
+    theirs = ("LISTEN_", "NOTIFY_", "WATCHDOG_")
+    return " ".join(sorted(name for name in os.environ if name.startswith(theirs))) or "-"
 """
 
 
@@ -48,13 +50,13 @@ class Listener:
         self._socket.close()
 
     def message(self, *but: str) -> list[str]:
-        """The lines of the next message whose first line is none of `but`."""
+        """The lines of the next message whose first line is not in `but`."""
         while (lines := self._socket.recv(4096).decode().splitlines())[0] in but:
             continue
         return lines
 
     def waiting(self) -> list[str]:
-        """The first lines of all that has come."""
+        """The first lines of all messages that have come."""
         found = []
         self._socket.setblocking(False)
         try:
@@ -66,7 +68,7 @@ class Listener:
             self._socket.settimeout(LIMIT)
 
 
-# What is told.
+# States and heartbeats.
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def listener(tmp_path: Path) -> Iterator[Listener]:
         yield listener
 
 
-def test_a_server_tells_when_it_is_ready_reloads_and_stops(
+def test_the_manager_is_sent_ready_reloading_and_stopping(
     listener: Listener, tmp_path: Path
 ) -> None:
     (tmp_path / "extra.py").write_text(MODULE)
@@ -111,14 +113,14 @@ def test_a_server_tells_when_it_is_ready_reloads_and_stops(
             client.who()
             server.send_signal(signal.SIGUSR2)
             assert listener.message() == ["STOPPING=1", "STATUS=stopping, clients: 1"]
-            assert client.who() == 1, "the lame duck serves on"
+            assert client.who() == 1, "the lame duck serves"
         assert server.exit_code() == 0
-    assert set(listener.waiting()) <= {"STOPPING=1"}, (
-        "it stays with that, with other numbers of clients"
-    )
+    assert set(listener.waiting()) <= {"STOPPING=1"}, "only the number of clients changes"
 
 
-def test_a_server_that_never_gets_ready_does_not_say_so(listener: Listener, tmp_path: Path) -> None:
+def test_a_server_that_is_never_ready_does_not_send_ready(
+    listener: Listener, tmp_path: Path
+) -> None:
     (tmp_path / "extra.py").write_text("import os; os.abort()")
     env = {"NOTIFY_SOCKET": listener.address}
     with Running("--commands", "extra", env=env, cwd=tmp_path, wait=False) as server:
@@ -128,9 +130,7 @@ def test_a_server_that_never_gets_ready_does_not_say_so(listener: Listener, tmp_
     assert listener.waiting() == ["STOPPING=1"]
 
 
-def test_signs_of_life_come_at_least_twice_in_the_time_that_the_watchdog_gives(
-    tmp_path: Path,
-) -> None:
+def test_heartbeats_come_at_least_twice_in_the_time_of_the_watchdog(tmp_path: Path) -> None:
     with Listener(str(tmp_path / "notify")) as listener:
         env = {"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "400000"}
         with Running(env=env) as server:
@@ -146,12 +146,12 @@ def test_signs_of_life_come_at_least_twice_in_the_time_that_the_watchdog_gives(
             supervisor.suspend()
             listener.waiting()
             time.sleep(0.5)
-            assert listener.waiting() == [], "a supervisor that hangs gives none"
+            assert listener.waiting() == [], "a supervisor that hangs sends none"
             supervisor.resume()
             assert listener.message() == ["WATCHDOG=1"]
 
 
-def test_a_watchdog_that_is_anothers_is_left_alone(
+def test_a_watchdog_of_another_process_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "600000")
@@ -162,7 +162,7 @@ def test_a_watchdog_that_is_anothers_is_left_alone(
     assert Manager().due_at > 1e9
 
 
-def test_what_is_not_heard_is_told_again_and_nothing_waits(
+def test_a_message_that_does_not_arrive_is_sent_again_and_nothing_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = str(tmp_path / "notify")
@@ -175,14 +175,14 @@ def test_what_is_not_heard_is_told_again_and_nothing_waits(
     with Listener(address) as listener:
         manager.tell("READY=1", "nobody listens")
         assert listener.message() == ["READY=1", "STATUS=nobody listens"]
-        for number in range(10_000):  # Nobody reads: the queue is full long before that.
+        for number in range(10_000):  # Without a reader the queue is full long before that.
             manager.tell("READY=1", str(number))
         assert 0 < len(listener.waiting()) < 10_000
         manager.tell("READY=1", "9999")
         assert listener.message() == ["READY=1", "STATUS=9999"]
 
 
-def test_an_abstract_socket_is_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_abstract_socket_can_be_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     with Listener(f"\0gserver-test-{os.getpid()}") as listener:
         monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
         Manager().tell("READY=1", "here")
@@ -192,7 +192,7 @@ def test_an_abstract_socket_is_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "address", ["/no/such/folder/notify", "@nobody", "vsock:2:1234", "/" + "x" * 200, "@"]
 )
-def test_an_address_where_nobody_is_is_no_error(
+def test_an_address_without_a_listener_is_no_error(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
@@ -207,14 +207,16 @@ def test_a_manager_that_cannot_be_reached_costs_nothing() -> None:
     with Running(env={"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": "1000000"}) as server:
         used = sum(psutil.Process(server.pid).cpu_times()[:2])
         time.sleep(0.3)
-        assert sum(psutil.Process(server.pid).cpu_times()[:2]) - used < 0.1, "it does not spin"
+        assert sum(psutil.Process(server.pid).cpu_times()[:2]) - used < 0.1, (
+            "the supervisor does not spin"
+        )
         assert server.who() == 1
         assert server.stop() == 0
         assert server.stderr == ""
 
 
 @pytest.mark.parametrize("text", ["", "0", "soon", "-1", "1.5"])
-def test_a_watchdog_of_no_time_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watchdog_without_a_time_is_ignored(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", text)
     assert Manager().due_at > 1e9
     assert "WATCHDOG_USEC" not in os.environ
@@ -223,8 +225,7 @@ def test_a_watchdog_of_no_time_is_none(text: str, monkeypatch: pytest.MonkeyPatc
 # Sockets that are handed over.
 
 
-#: Makes the descriptors in its first argument those from 3 on, and becomes the program in the
-#: others.
+#: Gives the descriptors of its first argument the numbers from 3 on, and runs the other arguments.
 HAND_OVER = """
 import os, sys
 fds = [int(fd) for fd in sys.argv[1].split(",")]
@@ -241,7 +242,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 def start(
     *handed: socket.socket | int, options: tuple[str, ...] = (), cwd: str = "/", **env: str
 ) -> Running:
-    """A server to which these are handed over; it may not come to listen."""
+    """A server that these are handed over to; it may fail to start."""
     fds = [each if isinstance(each, int) else each.fileno() for each in handed]
     command = [sys.executable, "-S", "-c", HAND_OVER, ",".join(map(str, fds)), *GSERVER, "serve"]
     told = {"LISTEN_FDS": str(len(fds)), **env}
@@ -249,7 +250,7 @@ def start(
 
 
 def refused(*handed: socket.socket | int, options: tuple[str, ...] = (), **env: str) -> str:
-    """The one line by which a server refuses to start with these."""
+    """The one line of error of a server that refuses to start with these."""
     with start(*handed, options=options, **env) as server:
         assert server.exit_code() == 2, server.lines
         assert len(server.errors) == 1
@@ -281,10 +282,10 @@ def test_a_socket_that_is_handed_over_is_the_port(host: str, name: str) -> None:
             assert client.who() == 1
         assert server.stop() == 0
         with socket.create_connection((host, port_of(sock)), LIMIT):
-            pass  # It is open still, for the server that is started next.
+            pass  # It stays open for the next server.
 
 
-def test_by_their_names_the_sockets_are_the_port_and_the_admin_port() -> None:
+def test_named_sockets_are_the_port_and_the_admin_port() -> None:
     with ExitStack() as stack:
         admin, port = (stack.enter_context(listening()) for _ in range(2))
         options = ("--admin-port", "1")
@@ -304,7 +305,7 @@ def test_by_their_names_the_sockets_are_the_port_and_the_admin_port() -> None:
                 assert client.who() == 1
 
 
-def test_it_has_the_options_of_one_of_our_own_and_so_have_its_clients() -> None:
+def test_a_socket_that_is_handed_over_gets_the_options_of_a_bound_one() -> None:
     with (
         listening() as sock,
         start(sock, options=("--backlog", "7", "--admin-port", "0")) as server,
@@ -335,7 +336,7 @@ def test_it_has_the_options_of_one_of_our_own_and_so_have_its_clients() -> None:
         assert os.get_blocking(sock.fileno()) is False
 
 
-def test_children_are_not_handed_what_is_the_supervisors(tmp_path: Path) -> None:
+def test_children_do_not_get_the_variables_of_the_manager(tmp_path: Path) -> None:
     (tmp_path / "extra.py").write_text(MODULE)
     env = {"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": "9000000", "LISTEN_FDNAMES": "gserver"}
     with (
@@ -351,15 +352,15 @@ def test_children_are_not_handed_what_is_the_supervisors(tmp_path: Path) -> None
             assert client.ask(b"VARIABLES") == b"-"
 
 
-def test_sockets_for_another_process_are_left_alone() -> None:
+def test_sockets_for_another_process_are_ignored() -> None:
     with listening() as sock, start(sock, options=("--port", "0"), OFFSET="1") as server:
         assert server.wait_for("server.listening")["server.port"] != port_of(sock)
 
 
-def test_a_file_a_datagram_socket_and_others_that_are_no_port_are_refused(tmp_path: Path) -> None:
+def test_a_descriptor_that_is_not_a_listening_tcp_socket_is_refused(tmp_path: Path) -> None:
     with ExitStack() as stack:
         wrong: dict[str, socket.socket | int] = {
-            "no socket": (stack.enter_context((tmp_path / "file").open("w"))).fileno(),
+            "not a socket": (stack.enter_context((tmp_path / "file").open("w"))).fileno(),
             "AF_INET SOCK_DGRAM": stack.enter_context(
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             ),
@@ -367,13 +368,12 @@ def test_a_file_a_datagram_socket_and_others_that_are_no_port_are_refused(tmp_pa
             "not listening": stack.enter_context(socket.socket()),
         }
         for what, handed in wrong.items():
-            said = f"socket 3 (unknown) was handed over, and is {what}: a TCP socket that listens is wanted"
-            assert said in refused(handed)
+            said = f"socket 3 (unknown) was handed over, and is {what}:"
+            assert f"{said} it must be a listening TCP socket" in refused(handed)
 
 
-def test_sockets_that_there_is_no_use_for_are_refused_for_their_clients_would_wait_for_ever() -> (
-    None
-):
+def test_sockets_without_a_use_are_refused() -> None:
+    """Their clients would wait for ever."""
     with listening() as one, listening() as two:
         only = "was handed over, and there is only use for one named gserver"
         assert f"socket 4 (unknown) {only}\n" in refused(one, two)
@@ -405,10 +405,10 @@ def test_numbers_and_names_that_do_not_go_together_are_refused(
         Manager()
 
 
-# With systemd's own program, which waits for a client before it starts the server.
+# systemd-socket-activate waits for a client before it starts the server.
 
 
-def test_the_client_that_has_it_started_is_served(listener: Listener) -> None:
+def test_the_client_that_starts_the_server_is_served(listener: Listener) -> None:
     port = free_port()
     kept = [f"--setenv=PYTHONPATH={ROOT}", f"--setenv=NOTIFY_SOCKET={listener.address}"]
     activate = [
@@ -436,7 +436,7 @@ def test_the_client_that_has_it_started_is_served(listener: Listener) -> None:
         assert listener.message()[0] == "STOPPING=1"
 
 
-def test_a_datagram_socket_of_systemds_is_refused() -> None:
+def test_a_datagram_socket_of_systemd_is_refused() -> None:
     address = ("127.0.0.1", free_port())
     listen = [program("systemd-socket-activate"), "-d", "-l", f"127.0.0.1:{address[1]}"]
     with Running(

@@ -1,4 +1,4 @@
-"""A process as its supervisor knows it: how it is started, watched and ended, what it says, when to start the next."""
+"""One child process: how it is started, watched and ended, what it reports, when it is retried."""
 
 import contextlib
 import json
@@ -9,88 +9,120 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from pathlib import Path
 from time import monotonic
 
 from gserver import logs
-from gserver.boot import SUPERVISORS_SIGNALS, Instructions
+from gserver.boot import DUPLICATE_ID, READY, SUPERVISOR_SIGNALS, Instructions
+from gserver.supervise.phases import Generation
 
 #: Pause before the next try after a child that died before it was ready: doubled each time, up to
 #: the maximum.
 FIRST_PAUSE_SECONDS = 0.1
 MAX_PAUSE_SECONDS = 10.0
-#: One that was ready is replaced at once; after this pause if it did not live for a second.
+#: A child that was ready is replaced at once; if it was ready for less than a second, after a
+#: pause.
 SHORT_LIFE_SECONDS = 1.0
 SHORT_LIFE_PAUSE_SECONDS = 0.2
 
-#: How often to look at a child, at least.
+#: A child is looked at this often, at least.
 WATCH_SECONDS = 1.0
-#: Who seems to hang is looked at once more before it is killed: the whole machine may have stood
-#: still.
+#: A process that looks hung is checked once more before SIGKILL: the machine may have been
+#: suspended.
 SECOND_LOOK_SECONDS = 0.4
-#: A child that is not ready by then is taken for hung.
+#: A child that is not ready after this time counts as hung.
 BOOT_SECONDS = 30.0
+#: A child that has not ended by then after SIGKILL is stuck in the kernel: it is not waited for.
+STUCK_SECONDS = 2.0
 
 WORKER, AGENT = "worker", "agent"
-ROOT = str(Path(__file__).parents[2])
+PACKAGE = str(Path(__file__).parents[1])
+
+
+class State(Enum):
+    """What a child is doing, as far as the supervisor knows."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RETIRED = "retired"  # it was told to accept no more, and ends when its clients have left
+    TERMINATING = "terminating"  # it was told to end, by SIGTERM
+    HUNG = "hung"  # it was killed because its loop stood still
+    KILLED = "killed"  # it was told to end, and was killed
+
+
+class Finding(Enum):
+    """What a look at a child has found."""
+
+    HUNG = "hung"  # it was killed
+    LATE = "late"  # it did not end in time after SIGTERM, and was killed
+    STUCK = "stuck"  # it did not end after SIGKILL
 
 
 @dataclass(eq=False)
 class Child:
-    """One child. Its `slot` is its column of the scoreboard, -1 for the agent; its times are monotonic seconds."""
+    """One child. Times are monotonic seconds.
+
+    `slot` is its slot of the scoreboard, -1 for the agent.
+    """
 
     role: str
     slot: int
-    generation: int
+    generation: Generation
     process: subprocess.Popen[bytes]
     report_fd: int
     spawned_at: float
+    state: State = State.STARTING
     ready_at: float | None = None
-    is_retired: bool = False
-    is_leaving: bool = False
+    #: When it is killed if it has not ended; None if it may live on.
     kill_at: float | None = None
-    is_killed: bool = False
+    killed_at: float | None = None
     suspected_at: float | None = None
-    refusal: str = ""
-    is_unwanted: bool = False
-    has_hung_up: bool = False
+    is_stuck: bool = False
+    #: The error that it has reported; "" for none.
+    error: str = ""
+    has_duplicate_id: bool = False
+    #: It has closed its end of the report pipe.
+    is_pipe_closed: bool = False
 
     @classmethod
-    def start(cls, role: str, generation: int, instructions: Instructions) -> "Child":
-        """Start a process, told its supervisor and its pipe besides; raise OSError when the system cannot."""
-        report_fd, its_end = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISORS_SIGNALS)
-        told = replace(instructions, supervisor_pid=os.getpid(), report_fd=its_end)
+    def start(
+        cls,
+        role: str,
+        generation: Generation,
+        instructions: Instructions,
+        environment: Mapping[str, str],
+    ) -> "Child":
+        """Start a process; raise OSError if the system cannot.
+
+        The supervisor's process id and the report pipe are added to the instructions.
+        """
+        report_fd, child_fd = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISOR_SIGNALS)
+        payload = replace(instructions, supervisor_pid=os.getpid(), report_fd=child_fd)
+        inherited = (instructions.scoreboard_fd, instructions.listener_fd, child_fd)
         try:
-            # A file, for a pipe has room for 64 KB, and a child that never reads it would hold the
-            # supervisor up.
+            # A file: a pipe holds 64 KB, and a child that never reads would block the supervisor.
             with open(os.memfd_create("gserver-instructions"), "w+") as stdin:
-                json.dump(asdict(told), stdin)
+                json.dump(asdict(payload), stdin)
                 stdin.seek(0)
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "gserver", "child", role, str(instructions.slot)],
+                process = subprocess.Popen(  # noqa: S603 - the arguments are ours
+                    # By its folder, so that no PYTHONPATH is needed to find the package: programs
+                    # that handlers start would inherit that.
+                    [sys.executable, "-P", PACKAGE, "child", role, str(instructions.slot)],
                     stdin=stdin,
-                    pass_fds=[
-                        fd
-                        for fd in (instructions.scoreboard_fd, instructions.listener_fd, its_end)
-                        if fd >= 0
-                    ],
-                    process_group=0,  # so that a terminal's Ctrl-C reaches the supervisor alone
-                    env={
-                        **os.environ,
-                        "PYTHONPATH": os.pathsep.join(
-                            filter(None, (ROOT, os.environ.get("PYTHONPATH")))
-                        ),
-                    },
+                    pass_fds=[fd for fd in inherited if fd >= 0],
+                    process_group=0,  # A terminal's Ctrl-C must reach the supervisor only.
+                    env=environment,
                 )
         except OSError:
             os.close(report_fd)
             raise
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISORS_SIGNALS)
-            os.close(its_end)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)
+            os.close(child_fd)
         os.set_blocking(report_fd, False)
         return cls(role, instructions.slot, generation, process, report_fd, monotonic())
 
@@ -100,62 +132,98 @@ class Child:
         return self.process.pid
 
     @property
-    def end(self) -> str:
-        """Why it ended: what it said itself, or its exit code."""
-        code = self.process.returncode
-        name = next(
-            (number.name for number in signal.Signals if number == -code), f"signal {-code}"
-        )
-        return self.refusal or (f"killed by {name}" if code < 0 else f"exit code {code}")
+    def has_been_ready(self) -> bool:
+        """Whether it has reported that it is ready."""
+        return self.ready_at is not None
 
     @property
-    def accepts(self) -> bool:
+    def is_accepting(self) -> bool:
         """Whether a worker takes new clients, as far as is known."""
-        return self.ready_at is not None and not (self.is_retired or self.is_leaving)
+        return self.state is State.READY
 
     @property
-    def _fields(self) -> dict[str, object]:
-        return {"gserver.child_pid": self.pid}
+    def is_told_to_end(self) -> bool:
+        """Whether the supervisor wants it to end."""
+        return self.state in (State.TERMINATING, State.KILLED)
 
-    def has_ended(self) -> bool:
-        """Whether it has. With one that did not end by itself goes what its handlers have started in its group."""
-        if self.process.poll():
-            with contextlib.suppress(OSError):  # There is nobody.
-                os.killpg(self.pid, signal.SIGKILL)
-        return self.process.returncode is not None
+    @property
+    def is_staying(self) -> bool:
+        """Whether it keeps its place: it was not told to end, and is not stuck."""
+        return not (self.is_told_to_end or self.is_stuck)
+
+    @property
+    def end_reason(self) -> str:
+        """Why it ended: the error that it reported, or its signal or exit code."""
+        if self.error:
+            return self.error
+        code = self.process.returncode
+        if code >= 0:
+            return f"exit code {code}"
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"killed by signal {-code}"
 
     @property
     def has_ended_as_asked(self) -> bool:
-        """Whether the end that it has come to is the one that it was asked for."""
-        return self.is_leaving or (self.is_retired and self.process.returncode == 0)
+        """Whether its end is the one that it was told to come to."""
+        code = self.process.returncode
+        match self.state:
+            case State.KILLED:
+                return True
+            case State.TERMINATING:
+                return code >= 0 or code == -signal.SIGTERM
+            case State.RETIRED:
+                return bool(code == 0)
+        return False
+
+    def has_ended(self) -> bool:
+        """Return whether it has ended; if so, reap it.
+
+        If it did not end by itself and cleanly, the programs that its handlers have started end
+        with it. They are killed before it is reaped: after that its number, which is that of the
+        group, may belong to another process.
+        """
+        if self.process.returncode is not None:
+            return True
+        end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end is None:
+            return False
+        if (end.si_code, end.si_status) != (os.CLD_EXITED, 0):
+            with contextlib.suppress(OSError):  # There are none, or they are another user's.
+                os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+        return True
 
     def read_report(self) -> bool:
-        """Note what it says; return whether that is that it is ready."""
+        """Take in what it reports; return whether it has become ready by that."""
+        if self.report_fd < 0:
+            return False
         try:
-            report = (
-                os.read(self.report_fd, 8192).decode("ascii", "replace")
-                if self.report_fd >= 0
-                else ""
-            )
+            report = os.read(self.report_fd, 8192).decode("ascii", "replace")
         except BlockingIOError:
             return False
-        self.has_hung_up, was_ready = not report, self.ready_at
+        self.is_pipe_closed = not report
+        was_ready = self.has_been_ready
         for line in report.splitlines():
             kind, _, reason = line.partition(" ")
-            if kind == "ready":
-                self.ready_at = monotonic()
-                logs.event(
-                    logging.INFO,
-                    f"{self.role}.ready",
-                    f"{self.role} {self.pid} is ready",
-                    self._fields,
-                )
+            if kind == READY:
+                self._note_ready()
             else:
-                self.refusal, self.is_unwanted = reason, kind == "unwanted"
-        return self.ready_at != was_ready
+                self.error = reason
+                self.has_duplicate_id = kind == DUPLICATE_ID
+        return self.has_been_ready and not was_ready
 
-    def hang_up(self, selector: selectors.BaseSelector) -> None:
-        """Listen to it no more: close its pipe, after taking it out of the selector."""
+    def _note_ready(self) -> None:
+        self.ready_at = monotonic()
+        if self.state is State.STARTING:
+            self.state = State.READY
+        message = f"{self.role} {self.pid} is ready"
+        fields = {"gserver.child_pid": self.pid}
+        logs.event(logging.INFO, f"{self.role}.ready", message, fields)
+
+    def close_pipe(self, selector: selectors.BaseSelector) -> None:
+        """Stop reading its reports."""
         if self.report_fd >= 0:
             selector.unregister(self.report_fd)
             os.close(self.report_fd)
@@ -164,72 +232,107 @@ class Child:
     @property
     def due_at(self) -> float:
         """When `watch` has something to do, if nothing happens before; infinity for never."""
-        look_at = math.inf if self.suspected_at is None else self.suspected_at + SECOND_LOOK_SECONDS
-        return look_at if self.kill_at is None else min(look_at, self.kill_at)
+        if self.killed_at is not None:
+            return math.inf if self.is_stuck else self.killed_at + STUCK_SECONDS
+        due_at = math.inf if self.kill_at is None else self.kill_at
+        if self.suspected_at is not None:
+            due_at = min(due_at, self.suspected_at + SECOND_LOOK_SECONDS)
+        return due_at
 
-    def watch(self, now: float, beat_at: float, limit: float) -> None:
-        """Kill it if it was asked to end and did not, or has not turned its loop for `limit` seconds; 0 = no limit."""
-        silence = now - max(self.spawned_at, beat_at)
+    def silence(self, now: float, heartbeat_at: float) -> float:
+        """Return for how many seconds it has given no sign of life."""
+        return now - max(self.spawned_at, heartbeat_at)
+
+    def watch(self, now: float, heartbeat_at: float, hang_seconds: float) -> Finding | None:
+        """Kill it if it did not end in time, or if its heartbeat stopped; return what was found.
+
+        `heartbeat_at` is its last sign of life, `hang_seconds` the longest silence, 0 = no limit.
+        Each finding is returned once.
+        """
+        if self.killed_at is not None:
+            if self.is_stuck or now < self.killed_at + STUCK_SECONDS:
+                return None
+            self.is_stuck = True
+            return Finding.STUCK
         if self.kill_at is not None and now >= self.kill_at:
-            self._kill_by(now + WATCH_SECONDS)
-        elif (
-            not limit
-            or self.is_killed
-            or silence <= max(limit, WATCH_SECONDS if self.ready_at else BOOT_SECONDS)
-        ):
-            self.suspected_at = None
-        elif self.suspected_at is None:
-            self.suspected_at = now
-        elif now - self.suspected_at >= SECOND_LOOK_SECONDS:
-            self._kill_by(now + WATCH_SECONDS)
-            message = f"{self.role} {self.pid} has hung for {silence:.1f} s: killed"
-            logs.event(logging.ERROR, f"{self.role}.hung", message, self._fields)
+            self.kill(now)
+            return Finding.LATE
+        if self._is_hung(now, heartbeat_at, hang_seconds):
+            is_told_to_end = self.state is State.TERMINATING
+            self._kill(State.KILLED if is_told_to_end else State.HUNG, now)
+            return Finding.HUNG
+        return None
 
-    def _kill_by(self, again_at: float) -> None:
-        self.process.kill()
-        self.kill_at, self.is_killed, self.suspected_at = again_at, True, None
+    def _is_hung(self, now: float, heartbeat_at: float, hang_seconds: float) -> bool:
+        """Return whether it was silent for too long at two looks in a row."""
+        limit = max(hang_seconds, WATCH_SECONDS if self.has_been_ready else BOOT_SECONDS)
+        if not hang_seconds or self.silence(now, heartbeat_at) <= limit:
+            self.suspected_at = None
+            return False
+        if self.suspected_at is None:
+            self.suspected_at = now
+        return now - self.suspected_at >= SECOND_LOOK_SECONDS
 
     def retire(self) -> None:
-        """Ask a worker, once it can hear it, to accept no more, and to end when its clients have gone."""
-        if self.ready_at and not self.is_retired:
-            self.is_retired = True
-            self.process.send_signal(signal.SIGUSR2)
+        """Tell a worker to accept no more, and to end when its clients have left.
 
-    def dismiss(self, kill_at: float) -> None:
-        """Ask it to end, and note when to stop asking."""
-        self.is_leaving = True
-        self.kill_at = kill_at
-        self.process.send_signal(signal.SIGTERM)
+        Does nothing before it is ready: SIGUSR2 would be ignored.
+        """
+        if self.state is State.READY:
+            self.state = State.RETIRED
+            self._send(signal.SIGUSR2)
 
-    def kill(self) -> None:
+    def terminate(self, kill_at: float) -> None:
+        """Tell it to end, and note when it is killed if it does not."""
+        if self.killed_at is None:
+            self.state = State.TERMINATING
+            self.kill_at = kill_at
+            self._send(signal.SIGTERM)
+        else:
+            self.state = State.KILLED
+
+    def kill(self, now: float) -> None:
         """End it now."""
-        self.is_leaving = True
-        self.process.kill()
+        self._kill(State.KILLED, now)
+
+    def _kill(self, state: State, now: float) -> None:
+        self.state = state
+        self.suspected_at = None
+        if self.killed_at is None:
+            self.killed_at = now
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        # Not `Popen.send_signal`, which reaps a process that has ended. One that is not reaped
+        # keeps its number.
+        if self.process.returncode is None:
+            os.kill(self.pid, number)
 
 
-def reap_strangers(known: Collection[int]) -> None:
-    """Bury the dead that are none of the known children: orphans, which the first process of a container gets."""
-    with contextlib.suppress(ChildProcessError):  # It has no children at all.
-        while (
-            dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        ) and dead.si_pid not in known:
+def reap_orphans(known: Collection[int]) -> None:
+    """Reap dead processes that are not in `known`: the orphans that PID 1 of a container gets."""
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    with contextlib.suppress(ChildProcessError):  # There are no children at all.
+        while (dead := os.waitid(os.P_ALL, 0, flags)) and dead.si_pid not in known:
             os.waitpid(dead.si_pid, 0)
 
 
 @dataclass
-class Pacing:
+class Backoff:
     """When a role may be started again; `failures` are the deaths since one was ready."""
 
     failures: int = 0
     spawn_at: float = 0.0
 
     def note_death(self, child: Child, now: float) -> None:
-        """Set the pause that its death calls for."""
+        """Set the pause that follows its death."""
         if child.ready_at is None:
             if child.spawned_at < self.spawn_at:
-                return  # It was started with one that has died already: their pause is set.
+                return  # It was started together with one that has died already.
             pause = min(FIRST_PAUSE_SECONDS * 2 ** min(self.failures, 10), MAX_PAUSE_SECONDS)
             self.failures += 1
+        elif now - child.ready_at < SHORT_LIFE_SECONDS:
+            pause = SHORT_LIFE_PAUSE_SECONDS
         else:
-            pause = SHORT_LIFE_PAUSE_SECONDS if now - child.ready_at < SHORT_LIFE_SECONDS else 0.0
+            pause = 0.0
         self.spawn_at = now + pause

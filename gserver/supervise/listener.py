@@ -1,6 +1,9 @@
-"""The listening sockets: bound or taken over once by the supervisor, inherited by children, kept open by reloads."""
+"""The listening sockets of the port and of the admin port.
 
-import contextlib
+The supervisor binds them, or takes them over from a service manager. Children inherit them, so the
+port stays open over reloads and crashes.
+"""
+
 import ctypes
 import errno
 import logging
@@ -13,12 +16,17 @@ from gserver import logs
 from gserver.config import Config, show_address
 from gserver.errors import FatalError, UsageError
 
-#: A peer that died without a FIN is found out within about two minutes: 60 s of silence, then 4
-#: probes 15 s apart; unacknowledged data is given up on after the same time.
+#: A peer that died without a FIN is noticed within two minutes: 60 s of silence, then 4 probes 15 s
+#: apart. Unacknowledged data is given up after the same time.
 KEEPALIVE_IDLE_SECONDS = 60
 KEEPALIVE_INTERVAL_SECONDS = 15
 KEEPALIVE_PROBES = 4
 USER_TIMEOUT_MILLISECONDS = 120_000
+ADMIN_BACKLOG = 64
+
+#: Names by which a service manager tells the two sockets apart (`FileDescriptorName=`). Without
+#: these names, the first socket is the port.
+PORT, ADMIN_PORT = "gserver", "admin"
 
 _REASONS = {
     errno.EADDRINUSE: "it is in use by another program: stop that one, or choose another {port}",
@@ -27,64 +35,102 @@ _REASONS = {
 }
 
 
-#: Names by which a service manager tells the sockets of the two ports apart; one of any other name
-#: is the first.
-PORT, ADMIN_PORT = "gserver", "admin"
-ADMIN_BACKLOG = 64
+class Listener:
+    """A listening socket and the address that it keeps."""
+
+    def __init__(self, sock: socket.socket, backlog: int) -> None:
+        self.sock = sock
+        self._address = sock.getsockname()
+        self._backlog = backlog
+
+    def reopen_if_closed(self) -> None:
+        """Listen again if the socket was shut down from outside (`ss -K`).
+
+        That reopens it for all processes that share it.
+        """
+        if self.sock.fileno() < 0 or _is_listening(self.sock):
+            return
+        message = f"{show_address(*self._address[:2])} was closed from outside"
+        fields: dict[str, str] = {}
+        try:
+            self._reopen()
+            message += ": listening again"
+        except OSError as error:
+            message += f", and cannot be opened again: {error}; tried again every second"
+            fields = logs.error_fields(error)
+        logs.warn_ratelimited("server.port_closed", message, fields)
+
+    def _reopen(self) -> None:
+        """Listen again on the same address; raise OSError if that cannot be had."""
+        # connect(AF_UNSPEC) clears the shutdown state and the pending error. Otherwise accepted
+        # sockets would inherit it, and epoll would report it for ever.
+        ctypes.CDLL(None).connect(self.sock.fileno(), bytes(16), 16)
+        self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        try:
+            self.sock.bind(self._address)
+        except OSError as error:
+            # EINVAL: it still has its port. It has lost one that the kernel had chosen, and
+            # `listen` without a port would take any other.
+            if error.errno != errno.EINVAL:
+                raise
+        self.sock.listen(self._backlog)
 
 
 def open_ports(
     config: Config, handed_over: Sequence[tuple[str, int]]
-) -> tuple[Config, socket.socket, socket.socket | None]:
-    """Return a config that says where the ports are, the socket of the port, and that of the admin
-    port or None.
+) -> tuple[Config, Listener, Listener | None]:
+    """Open the port and the admin port.
 
-    Taken from `handed_over`, names and descriptors, or else bound. Raises `FatalError` when one
-    cannot be had, and `UsageError` when a socket was handed over that is not fit for use, or that
-    there is no use for: who connected to it would wait for ever.
+    `handed_over` are the names and descriptors from a service manager; a socket that is not among
+    them is bound. Returns the configuration with the real addresses, the listener of the port, and
+    that of the admin port or None. Raises `FatalError` if an address cannot be had, and
+    `UsageError` for a socket that was handed over and cannot be used: its clients would wait for
+    ever.
     """
-    adopted: dict[str, socket.socket] = {}
-    for name, fd in handed_over:
-        role = name if name in (PORT, ADMIN_PORT) or PORT in dict(handed_over) else PORT
-        if (
-            role in adopted
-            or role not in (PORT, ADMIN_PORT)
-            or (role == ADMIN_PORT and config.admin_port < 0)
-        ):
-            wanted = f"one named {PORT}" + (
-                f" and one named {ADMIN_PORT}" if config.admin_port >= 0 else ""
-            )
-            raise UsageError(
-                f"socket {fd} ({name}) was handed over, and there is only use for {wanted}"
-            )
-        adopted[role] = _adopt(name, fd, config.backlog)
+    adopted = _adopt_all(config, handed_over)
     port = adopted.get(PORT) or bind(config.host, config.port, config.backlog)
     config = replace(config, port=port.getsockname()[1])
     if PORT in adopted:
         config = replace(config, host=port.getsockname()[0])
     if config.admin_port < 0:
-        return config, port, None
+        return config, Listener(port, config.backlog), None
     admin = adopted.get(ADMIN_PORT) or bind(config.admin_host, config.admin_port, prefix="--admin-")
     config = replace(config, admin_port=admin.getsockname()[1])
     if ADMIN_PORT in adopted:
         config = replace(config, admin_host=admin.getsockname()[0])
-    if config.contradiction:  # The address may be another one than the options have said.
+    if config.contradiction:  # The address may not be the one of the options.
         raise UsageError(config.contradiction)
-    return config, port, admin
+    return config, Listener(port, config.backlog), Listener(admin, ADMIN_BACKLOG)
+
+
+def _adopt_all(config: Config, handed_over: Sequence[tuple[str, int]]) -> dict[str, socket.socket]:
+    """Take over sockets; return them by `PORT` and `ADMIN_PORT`."""
+    usable = [PORT] if config.admin_port < 0 else [PORT, ADMIN_PORT]
+    has_named_port = any(name == PORT for name, _ in handed_over)
+    adopted: dict[str, socket.socket] = {}
+    for name, fd in handed_over:
+        is_named = has_named_port or name == ADMIN_PORT
+        role = name if is_named else PORT
+        if role in adopted or role not in usable:
+            wanted = " and ".join(f"one named {each}" for each in usable)
+            raise UsageError(
+                f"socket {fd} ({name}) was handed over, and there is only use for {wanted}"
+            )
+        adopted[role] = _adopt(name, fd, config.backlog)
+    return adopted
 
 
 def bind(host: str, port: int, backlog: int = ADMIN_BACKLOG, prefix: str = "--") -> socket.socket:
-    """Return a non-blocking listening socket; raise `FatalError` when the address cannot be had.
+    """Return a non-blocking listening socket; raise `FatalError` if the address cannot be had.
 
-    `prefix` is that of the options that the address comes from, for a person to know which.
+    `prefix` is that of the options that the address comes from: the error names them.
     """
-    where, options = show_address(host, port), {"host": f"{prefix}host", "port": f"{prefix}port"}
+    where = show_address(host, port)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise FatalError(
-            f"cannot listen on {where}: the name {host!r} does not resolve: choose another {prefix}host"
-        ) from error
+        reason = f"the name {host!r} does not resolve: choose another {prefix}host"
+        raise FatalError(f"cannot listen on {where}: {reason}") from error
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -94,31 +140,40 @@ def bind(host: str, port: int, backlog: int = ADMIN_BACKLOG, prefix: str = "--")
     except OSError as error:
         listener.close()
         reason = _REASONS.get(error.errno or 0, os.strerror(error.errno or 0))
-        raise FatalError(f"cannot listen on {where}: {reason.format(**options)}") from error
+        reason = reason.format(host=f"{prefix}host", port=f"{prefix}port")
+        raise FatalError(f"cannot listen on {where}: {reason}") from error
     return listener
 
 
 def _adopt(name: str, fd: int, backlog: int) -> socket.socket:
-    """Return a socket that was handed over, as `bind` would have made it."""
-    wrong = f"socket {fd} ({name}) was handed over, and is {{}}: a TCP socket that listens is wanted (ListenStream=)"
+    """Return a socket that was handed over, with the options of one from `bind`."""
     try:
         listener = socket.socket(fileno=fd)
     except OSError as error:
-        raise UsageError(wrong.format("no socket")) from error
-    if listener.type != socket.SOCK_STREAM or listener.family not in (
-        socket.AF_INET,
-        socket.AF_INET6,
-    ):
-        kind = (getattr(each, "name", str(each)) for each in (listener.family, listener.type))
-        raise UsageError(wrong.format(" ".join(kind)))
-    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise UsageError(wrong.format("not listening"))
+        raise _unusable(name, fd, "not a socket") from error
+    families = (socket.AF_INET, socket.AF_INET6)
+    if listener.type != socket.SOCK_STREAM or listener.family not in families:
+        kinds = (getattr(each, "name", str(each)) for each in (listener.family, listener.type))
+        raise _unusable(name, fd, " ".join(kinds))
+    if not _is_listening(listener):
+        raise _unusable(name, fd, "not listening")
     _listen(listener, backlog)
     return listener
 
 
+def _unusable(name: str, fd: int, kind: str) -> UsageError:
+    return UsageError(
+        f"socket {fd} ({name}) was handed over, and is {kind}:"
+        " it must be a listening TCP socket (ListenStream=)"
+    )
+
+
+def _is_listening(listener: socket.socket) -> bool:
+    return bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
 def _listen(listener: socket.socket, backlog: int) -> None:
-    """Listen, without blocking. The options are set here, once: on Linux an accepted socket inherits them."""
+    """Listen, without blocking. On Linux, accepted sockets inherit the options set here."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
@@ -129,58 +184,23 @@ def _listen(listener: socket.socket, backlog: int) -> None:
     listener.setblocking(False)
 
 
-def keep(config: Config, port: socket.socket, admin: socket.socket | None) -> None:
-    """Listen again where somebody has ended that, for all processes that share the socket: `ss -K`, a shutdown."""
-    for listener, backlog in ((port, config.backlog), (admin, ADMIN_BACKLOG)):
-        if (
-            listener
-            and listener.fileno() >= 0
-            and not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        ):
-            address = listener.getsockname()
-            fields: dict[str, str] = {}
-            try:
-                # To AF_UNSPEC: else who is accepted would be as shut down as it is, and its error
-                # an event for ever.
-                ctypes.CDLL(None).connect(listener.fileno(), bytes(16), 16)
-                listener.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                with contextlib.suppress(
-                    OSError
-                ):  # It has its port still, unless the system had chosen that.
-                    listener.bind(address)
-                listener.listen(backlog)
-                outcome = "listening again"
-            except OSError as error:
-                outcome, fields = str(error), logs.error_fields(error)
-            logs.warn_ratelimited(
-                "server.port_closed",
-                f"somebody has closed {show_address(*address[:2])}: {outcome}",
-                fields,
-            )
-
-
 def announce(config: Config) -> None:
     """Log where the server listens."""
     fields = {
         "server.address": config.host,
         "server.port": config.port,
         "gserver.workers": config.workers,
+        "gserver.max_clients": config.max_clients,
+        "gserver.cluster": config.cluster_name if config.redis_url else None,
+        "gserver.admin_port": config.admin_port if config.admin_port >= 0 else None,
+        "gserver.has_tls": bool(config.tls_cert),
     }
-    fields |= {"gserver.max_clients": config.max_clients}
-    fields |= {"gserver.cluster": config.cluster_name if config.redis_url else None}
-    fields |= {"gserver.admin_port": config.admin_port if config.admin_port >= 0 else None}
-    fields |= {"gserver.has_tls": bool(config.tls_cert)}
     where = show_address(config.host, config.port)
-    talk = (
-        f"openssl s_client -quiet -connect {where}"
-        if config.tls_cert
-        else f"nc {config.host} {config.port}"
-    )
-    hint = f": {talk}, then WHO, WHERE or WHY; Ctrl-C stops it"
-    message = f"listening on {where}" + (" by TLS" if config.tls_cert else "")
-    logs.event(
-        logging.INFO,
-        "server.listening",
-        message + (hint if config.log_format == "text" else ""),
-        fields,
-    )
+    message = f"listening on {where}"
+    client = f"nc {config.host} {config.port}"
+    if config.tls_cert:
+        message += " (TLS)"
+        client = f"openssl s_client -quiet -connect {where}"
+    if config.log_format == "text":
+        message += f": {client}, then WHO, WHERE or WHY; Ctrl-C stops it"
+    logs.event(logging.INFO, "server.listening", message, fields)

@@ -1,94 +1,310 @@
-"""What signals have asked of a server so far: to reload, to retire, to stop, to end now.
+"""The phases of a server's life, and the processes that each phase needs.
 
-Retiring is to be a lame duck: no new clients, full service for those who are connected, and a stop
-when they have gone.
+    CHECKING_ID > STARTING > SERVING <> RELOADING
+    in any of these:  SIGTERM, SIGINT > DELAY > DRAINING > OVER
+                      SIGUSR2         > DELAY > RETIRING > DRAINING > OVER
+    a second SIGTERM or SIGINT        > FORCED > OVER
+
+Pure: no I/O, no log, no clock. The supervisor passes the time in and does what a phase needs. All
+times are monotonic seconds.
 """
 
-import logging
 import math
-import os
-import signal
-from time import monotonic
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, Protocol, TypeVar
 
-from gserver import logs
-from gserver.supervise.signals import STOPS
+from gserver.certificates import Certificates
 
-#: How long after the end of the drain timeout a stop waits for processes that were killed.
+#: A stop waits for processes that were killed for so long after the drain timeout. The kernel
+#: cannot end one that waits for a disk, for example.
 GIVE_UP_SECONDS = 3.0
 
 
-class Orders:
-    """All of it. Moments are monotonic seconds, infinity for what nobody has asked for."""
+class Phase(Enum):
+    """What the server is doing. Exactly one at a time."""
 
-    def __init__(self, drain_delay_seconds: float, drain_timeout_seconds: float) -> None:
-        self._delay = drain_delay_seconds
-        self._timeout = drain_timeout_seconds
-        self._had_terminal = os.isatty(0)
-        self._was_told_to_stop = False
-        #: The generation of workers that there is to be, and the last one that was complete.
-        self.reloads = self.reloaded = 0
-        #: Why what the last SIGHUP asked for was given up; "" if it was not.
-        self.reload_failure = ""
-        #: When to accept no more, and when to let everybody go.
-        self.retire_at = self.drain_at = math.inf
-        #: When to stop waiting even for who was killed: one who waits for a disk, say, cannot end.
-        self.over_at = math.inf
-        self.is_forced = False
+    CHECKING_ID = "checking id"  # the agent asks the cluster whether the server id is free
+    STARTING = "starting"  # no worker has been ready yet
+    SERVING = "serving"
+    RELOADING = "reloading"  # workers of older generations are replaced one by one
+    DELAY = "delay"  # a stop was requested; all goes on for --drain-delay
+    RETIRING = "retiring"  # lame duck: the port is closed, connected clients are served
+    DRAINING = "draining"  # workers answer what they have received, and end
+    FORCED = "forced"  # every process is killed
+    OVER = "over"  # the supervisor exits
+
+
+STOPPING = frozenset({Phase.DELAY, Phase.RETIRING, Phase.DRAINING, Phase.FORCED, Phase.OVER})
+PORT_CLOSED = STOPPING - {Phase.DELAY}
+
+
+class Treatment(Enum):
+    """What is done with the workers that are running."""
+
+    KEEP = "keep"
+    REPLACE = "replace"  # those of older generations, one by one
+    RETIRE = "retire"
+    TERMINATE = "terminate"
+    KILL = "kill"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The processes that a phase needs."""
+
+    #: An agent is started if there is none.
+    has_agent: bool
+    #: Workers are started up to the number of `--workers`.
+    has_workers: bool
+    #: What is done with running workers.
+    treatment: Treatment
+
+
+NEEDS = {
+    Phase.CHECKING_ID: Needs(has_agent=True, has_workers=False, treatment=Treatment.KEEP),
+    Phase.STARTING: Needs(has_agent=True, has_workers=True, treatment=Treatment.KEEP),
+    Phase.SERVING: Needs(has_agent=True, has_workers=True, treatment=Treatment.KEEP),
+    Phase.RELOADING: Needs(has_agent=True, has_workers=True, treatment=Treatment.REPLACE),
+    Phase.DELAY: Needs(has_agent=True, has_workers=True, treatment=Treatment.KEEP),
+    Phase.RETIRING: Needs(has_agent=True, has_workers=False, treatment=Treatment.RETIRE),
+    Phase.DRAINING: Needs(has_agent=True, has_workers=False, treatment=Treatment.TERMINATE),
+    Phase.FORCED: Needs(has_agent=False, has_workers=False, treatment=Treatment.KILL),
+    Phase.OVER: Needs(has_agent=False, has_workers=False, treatment=Treatment.KILL),
+}
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """The workers of one start or one reload. Its number is never used again."""
+
+    number: int
+    certificates: Certificates
+    #: A worker of it has been ready.
+    is_proven: bool = False
+    #: All workers were of it at one moment, or its reload was given up half way.
+    is_complete: bool = False
+
+
+class Worker(Protocol):
+    """What a reload has to know of a worker."""
+
+    @property
+    def generation(self) -> Generation:
+        """The generation that it was started for."""
+
+    @property
+    def has_been_ready(self) -> bool:
+        """Whether it has reported that it accepts clients."""
+
+
+AnyWorker = TypeVar("AnyWorker", bound=Worker)
+
+
+@dataclass(frozen=True, slots=True)
+class Workforce(Generic[AnyWorker]):
+    """The workers that there are, and the questions that a phase asks about them.
+
+    `staying` are those that are not about to end, oldest first. `running` is the number of all,
+    with those that were told to end; a process that cannot be killed does not count.
+    """
+
+    staying: Sequence[AnyWorker]
+    running: int
+    wanted: int
+
+    def missing(self, phase: Phase, generation: Generation) -> int:
+        """Return how many workers to start now. A reload has one more than usual at a time."""
+        needs = NEEDS[phase]
+        if not needs.has_workers:
+            return 0
+        target = self.wanted
+        if needs.treatment is Treatment.REPLACE and len(self.staying) == self.wanted:
+            target += bool(self._old(generation))
+        return max(0, min(target - len(self.staying), self.wanted + 1 - self.running))
+
+    def to_replace(self, generation: Generation) -> AnyWorker | None:
+        """Return the worker that a reload terminates now: one for which a new one is ready."""
+        old = self._old(generation)
+        has_spare = len(self.staying) > self.wanted
+        if old and has_spare and all(worker.has_been_ready for worker in self.staying):
+            return old[0]
+        return None
+
+    def is_replaced(self, generation: Generation) -> bool:
+        """Return whether the reload is complete: all workers are ready, and of the generation."""
+        are_ready = all(worker.has_been_ready for worker in self.staying)
+        is_full = self.running == len(self.staying) == self.wanted
+        return is_full and are_ready and not self._old(generation)
+
+    def _old(self, generation: Generation) -> list[AnyWorker]:
+        return [worker for worker in self.staying if worker.generation is not generation]
+
+
+class Lifecycle:
+    """The state machine: the phase, its one deadline, and the generation of workers."""
+
+    def __init__(
+        self,
+        certificates: Certificates,
+        *,
+        drain_delay_seconds: float,
+        drain_timeout_seconds: float,
+        id_check_until: float | None = None,
+    ) -> None:
+        self._delay_seconds = drain_delay_seconds
+        self._timeout_seconds = drain_timeout_seconds
+        self.phase = Phase.STARTING if id_check_until is None else Phase.CHECKING_ID
+        #: When the phase ends if nothing ends it before; infinity if it lasts.
+        self.deadline = math.inf if id_check_until is None else id_check_until
+        #: When the phase began; -infinity for the first one.
+        self.since = -math.inf
+        #: The generation that new workers belong to. The first one replaces nothing.
+        self.generation = Generation(0, certificates, is_complete=True)
+        #: The newest generation that is proven, or else the first one.
+        self._proven = self.generation
+        self._last_number = 0
+        #: Why the last reload was given up; "" if it was not.
+        self.reload_error = ""
+        self._phase_after_delay = Phase.DRAINING
+        self._has_stop_signal = False
+        #: The end was forced by a second signal, or by a start that failed.
+        self.was_forced = False
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the server is to end, now or later."""
-        return self.drain_at < math.inf
+        """Whether the server is about to end, now or later."""
+        return self.phase in STOPPING
 
     @property
-    def is_reloading(self) -> bool:
-        """Whether the workers are being replaced."""
-        return self.reloaded < self.reloads
+    def is_port_closed(self) -> bool:
+        """Whether the server accepts no more clients."""
+        return self.phase in PORT_CLOSED
 
-    def end_reload(self) -> None:
-        """Take the workers for replaced."""
-        self.reloaded = self.reloads
-        logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
+    # What happens to the processes.
 
-    def give_up_reload(
-        self, generation: int, failure: str, fields: dict[str, object] | None = None
-    ) -> None:
-        """Go back to that generation, whose own reload goes on if it is not complete."""
-        self.reloads, self.reload_failure = generation, failure
-        rest = "the one before it goes on" if self.is_reloading else "the old workers stay"
-        logs.event(
-            logging.ERROR, "server.reload_failed", f"reload given up, {rest}: {failure}", fields
-        )
+    def advance(
+        self, now: float, *, is_id_checked: bool, has_workers: bool, has_children: bool
+    ) -> bool:
+        """Move to the next phase if this one is over; return whether it was."""
+        is_late = now >= self.deadline
+        match self.phase:
+            case Phase.CHECKING_ID if is_late or is_id_checked:
+                self._serve()
+            case Phase.DELAY if is_late:
+                self._enter(self._phase_after_delay, now)
+            case Phase.RETIRING if is_late or not has_workers:
+                self._enter(Phase.DRAINING, now)
+            case Phase.DRAINING | Phase.FORCED if is_late or not has_children:
+                self._enter(Phase.OVER, now)
+            case _:
+                return False
+        return True
 
-    def heed(self, number: signal.Signals, now: float) -> None:
-        """Take in a signal, and say in the log what follows from it, if anything does."""
-        # A terminal that is closed sends SIGHUP too, more than once: then it is no terminal any
-        # more.
-        has_lost_terminal = number == signal.SIGHUP and self._had_terminal > os.isatty(0)
-        if number in STOPS or (has_lost_terminal and not self.is_stopping):
-            self._stop(number.name, now)
-        elif self.is_stopping:
+    def note_ready(self, generation: Generation) -> None:
+        """Take a generation for proven: a worker of it is ready."""
+        generation.is_proven = True
+        if generation.number >= self._proven.number:
+            self._proven = generation
+        if self.phase is Phase.STARTING:
+            self._serve()
+
+    # Reloads.
+
+    def begin_reload(self, certificates: Certificates) -> None:
+        """Replace all workers by those of a new generation."""
+        self._last_number += 1
+        self.generation = Generation(self._last_number, certificates)
+        self.reload_error = ""
+        if self.phase is not Phase.CHECKING_ID:
+            self._serve()
+
+    def is_failed_reload(self, generation: Generation) -> bool:
+        """Return whether a worker of this generation that cannot start ends the reload."""
+        return generation is self.generation and generation is not self._proven
+
+    def give_up_reload(self, reason: str) -> None:
+        """Go back to the newest proven generation. Its own reload goes on if it is not complete.
+
+        If the generation is that one, workers that were not replaced stay.
+        """
+        if self.generation is self._proven:
+            self.generation.is_complete = True
+        self.generation = self._proven
+        self.reload_error = reason
+        if not self.is_stopping and self.phase is not Phase.CHECKING_ID:
+            self._serve()
+
+    def complete_reload(self) -> None:
+        """End the reload: every worker is a new one."""
+        self.generation.is_complete = True
+        self._serve()
+
+    # Stops.
+
+    def stop(self, now: float) -> None:
+        """Act on SIGTERM or SIGINT: drain after the delay. At the second one, force the end."""
+        if self._has_stop_signal:
+            self.force(now)
             return
-        elif number == signal.SIGHUP:
-            self.reloads += 1
-            self.reload_failure = ""
-            logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
-        elif number == signal.SIGUSR2:
-            self.retire_at = now + self._delay
-            self.drain(self.retire_at + self._timeout)
-            message = f"SIGUSR2: no new clients, and a stop when the others have gone, or after {self._timeout:g} s"
-            logs.event(logging.INFO, "server.retiring", message)
-
-    def drain(self, at: float) -> None:
-        """Let everybody go at that moment, unless that is to be earlier."""
-        self.drain_at = min(self.drain_at, at)
-        self.over_at = min(self.over_at, max(at, monotonic()) + self._timeout + GIVE_UP_SECONDS)
-
-    def _stop(self, name: str, now: float) -> None:
-        if self._was_told_to_stop:
-            self.is_forced = True
-            logs.event(logging.WARNING, "server.forced", f"{name} again: ending now")
+        self._has_stop_signal = True
+        if self.is_stopping:
+            self.drain(now)
         else:
-            self.drain(now if self.is_stopping else now + self._delay)
-            self._was_told_to_stop = True
-            logs.event(logging.INFO, "server.draining", f"{name}: draining")
+            self._begin_stop(Phase.DRAINING, now)
+
+    def retire(self, now: float) -> None:
+        """Act on SIGUSR2: become a lame duck after the delay. Ignored in a stop."""
+        if not self.is_stopping:
+            self._begin_stop(Phase.RETIRING, now)
+
+    def drain(self, now: float) -> None:
+        """Drain now, without a delay."""
+        if self.phase not in (Phase.DRAINING, Phase.FORCED, Phase.OVER):
+            self._enter(Phase.DRAINING, now)
+
+    def force(self, now: float) -> None:
+        """Kill every process."""
+        if self.phase not in (Phase.FORCED, Phase.OVER):
+            self._enter(Phase.FORCED, now)
+
+    # How phases begin.
+
+    def _serve(self) -> None:
+        """Enter the phase that the generation is in. These phases have no deadline."""
+        if not self.generation.is_complete:
+            self.phase = Phase.RELOADING
+        elif self._proven.is_proven:
+            self.phase = Phase.SERVING
+        else:
+            self.phase = Phase.STARTING
+        self.deadline = math.inf
+
+    def _begin_stop(self, phase_after_delay: Phase, now: float) -> None:
+        """Begin the delay. Without workers, which a check of the id still prevents, it is over."""
+        if self.phase is Phase.CHECKING_ID:
+            self._enter(Phase.DRAINING, now)
+        else:
+            self._phase_after_delay = phase_after_delay
+            self._enter(Phase.DELAY, now)
+
+    def _enter(self, phase: Phase, now: float) -> None:
+        """Begin a phase of the stop."""
+        match phase:
+            case Phase.DELAY:
+                self.deadline = now + self._delay_seconds
+            case Phase.RETIRING:
+                self.deadline = now + self._timeout_seconds
+            case Phase.DRAINING:
+                self.deadline = now + self._timeout_seconds + GIVE_UP_SECONDS
+            case Phase.FORCED:
+                # A phase that was already draining is not prolonged.
+                is_draining = self.phase is Phase.DRAINING
+                limit = now + GIVE_UP_SECONDS
+                self.deadline = min(self.deadline, limit) if is_draining else limit
+                self.was_forced = True
+            case _:
+                self.deadline = math.inf
+        self.phase = phase
+        self.since = now

@@ -1,4 +1,4 @@
-"""Which user gserver is: started as root, for a port below 1024 or a key of root's, it serves as another (`--user`)."""
+"""`--user`: root starts the server, for a low port or its own key; it serves as another user."""
 
 import contextlib
 import ctypes
@@ -10,54 +10,71 @@ import sys
 
 from gserver.errors import FatalError, UsageError
 
+#: prctl(2): neither this process nor its children gain privileges by execve (setuid programs).
+_PR_SET_NO_NEW_PRIVS = 38
+#: capset(2): _LINUX_CAPABILITY_VERSION_3.
+_CAPABILITY_VERSION = 0x20080522
+#: The system calls take this id for "leave it as it is", so it is no user's or group's.
+_MAX_ID = 2**32 - 1
 
-def become(who: str) -> None:
-    """Be `NAME[:GROUP]` from now on ("" = as it is), with its later children: for good, and without
-    a capability.
 
-    Call it before there are other threads. Raises `UsageError` for who is unknown or root,
-    `FatalError` when it may not be.
+def become(user: str) -> None:
+    """Become `NAME[:GROUP]` for good, without capabilities; later children too. "" = no change.
+
+    Call it before there are other threads. Raises `UsageError` for an unknown user or root, and
+    `FatalError` if the system does not allow it.
     """
-    if not who:
+    if not user:
         return
-    name, _, group = who.partition(":")
-    try:
-        uid = int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
-        gid = (
-            int(group)
-            if group.isdecimal()
-            else grp.getgrnam(group).gr_gid
-            if group
-            else pwd.getpwuid(uid).pw_gid
-        )
-    except (KeyError, ValueError):
-        uid = gid = 0
-    if not 0 < uid < 2**32 - 1 > gid:  # That one is no id: the system calls take it for "as it is".
-        raise UsageError(
-            f"--user {who}: name a user and a group that exist, and not root (an id without a name: both)"
-        )
+    name, uid, gid = _look_up(user)
     try:
         if (os.getresuid(), os.getresgid()) != ((uid,) * 3, (gid,) * 3):
-            os.initgroups(name, gid)  # A number has no group beside.
+            os.initgroups(name, gid)  # A numeric user has no supplementary groups.
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
     except PermissionError as error:
-        raise FatalError(
-            f"--user {who}: start it as root, who alone may become another user"
-        ) from error
-    libc, capabilities = (
-        ctypes.CDLL(None),
-        struct.pack("Ii", 0x20080522, 0),
-    )  # Version 3, of this process: capset(2).
-    is_confined = (
-        libc.prctl(38, 1, 0, 0, 0) == libc.capset(capabilities, bytes(24)) == 0
-    )  # PR_SET_NO_NEW_PRIVS
-    with contextlib.suppress(OSError):
-        os.setuid(0)
-        is_confined = False
-    if not is_confined:
-        raise FatalError(f"--user {who}: this system does not let a process give up what root may")
+        raise FatalError(f"--user {user} needs root: start it as root") from error
+    if not _drop_capabilities() or _can_be_root():
+        raise FatalError(f"--user {user}: this system does not let a process give up root's rights")
     if not os.access(sys.executable, os.X_OK) or not os.access(__file__, os.R_OK):
         raise FatalError(
-            f"--user {who} may not use {sys.executable} or {__file__}: have both where it may"
+            f"--user {user} may not use {sys.executable} or {__file__}:"
+            " install both where that user may read them"
         )
+
+
+def _look_up(user: str) -> tuple[str, int, int]:
+    """Return the name, user id and group id of `NAME[:GROUP]`; raise `UsageError` for a bad one."""
+    name, _, group = user.partition(":")
+    try:
+        uid = int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
+        if group.isdecimal():
+            gid = int(group)
+        elif group:
+            gid = grp.getgrnam(group).gr_gid
+        else:
+            gid = pwd.getpwuid(uid).pw_gid
+    except (KeyError, ValueError):
+        uid = gid = 0
+    if not (0 < uid < _MAX_ID and 0 <= gid < _MAX_ID):
+        raise UsageError(
+            f"--user {user}: name a user and a group that exist, and not root"
+            " (for an id without a name: both)"
+        )
+    return name, uid, gid
+
+
+def _drop_capabilities() -> bool:
+    """Give up all capabilities, and `execve` as a way to get some; return whether that worked."""
+    libc = ctypes.CDLL(None)
+    this_process = struct.pack("Ii", _CAPABILITY_VERSION, 0)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        return False
+    return bool(libc.capset(this_process, bytes(24)) == 0)
+
+
+def _can_be_root() -> bool:
+    with contextlib.suppress(OSError):
+        os.setuid(0)
+        return True
+    return False

@@ -1,13 +1,15 @@
-"""The supervisor: starts, watches and replaces the processes; owns the listening socket and the
-scoreboard.
+"""The supervisor: starts, watches and replaces the other processes.
 
-It serves nobody and imports neither gevent nor anything that talks to a network, so that next to
-nothing in it can break. Signal handlers only take note; the loop acts. All its times are monotonic.
+It owns the listening sockets and the scoreboard. `phases` decides which processes there should be;
+the loop here starts and ends them. Signal handlers only take note; the loop acts. All times are
+monotonic seconds.
 """
 
 import logging
+import os
 import selectors
 import signal
+from collections.abc import Callable
 from time import monotonic
 
 from gserver import certificates, logs
@@ -15,298 +17,444 @@ from gserver.boot import Instructions
 from gserver.config import Config, show_address
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError, UsageError
 from gserver.scoreboard import Scoreboard
-from gserver.supervise import listener, privileges, systemd
+from gserver.supervise import child_secrets, listener, privileges, systemd
 from gserver.supervise.child import (
     AGENT,
     SHORT_LIFE_SECONDS,
+    STUCK_SECONDS,
     WATCH_SECONDS,
     WORKER,
+    Backoff,
     Child,
-    Pacing,
-    reap_strangers,
+    Finding,
+    reap_orphans,
 )
-from gserver.supervise.phases import Orders
-from gserver.supervise.signals import SignalNotes
+from gserver.supervise.phases import NEEDS, Lifecycle, Phase, Treatment, Workforce
+from gserver.supervise.signals import STOP_SIGNALS, PendingSignals
 
-#: Parts of the drain timeout by which workers, then the agent, are killed if they are still there.
+#: Parts of the drain timeout after which workers, then the agent, are killed if they still run.
 WORKERS_SHARE, AGENT_SHARE = 0.85, 0.92
-#: How long after it should have found out whether the server's id is free the first workers wait
-#: for the agent.
+#: Part of the drain timeout for which a drain waits for an agent that a reload has told to end.
+OLD_AGENT_SHARE = 0.35
+#: How long the agent may take to leave the cluster after stuck workers have delayed a stop.
+LATE_AGENT_SECONDS = 1.0
+#: The agent has this much longer to become ready than its check of the server id may take.
 ID_CHECK_SECONDS = 0.7
+#: Slots of the scoreboard beyond `--workers`. A reload starts a new worker before it ends an old
+#: one, and a worker that cannot be killed keeps its slot.
+SPARE_SLOTS = 2
 
 
 class Supervisor:
     """One server, from bind to exit."""
 
     def __init__(self, config: Config) -> None:
-        #: The last generation of which a worker has been ready, and what that and later ones are
-        #: given.
-        self._proven, self._certificates = 0, {0: certificates.read(config)}
+        pems = certificates.read(config)
         self._manager = systemd.Manager()
-        # The admin port too, so that it stays open while one agent follows another.
-        config, self._socket, self._admin = listener.open_ports(config, self._manager.sockets)
+        # The admin port is opened here too, so that it stays open while agents are replaced.
+        config, self._port, self._admin_port = listener.open_ports(config, self._manager.sockets)
         privileges.become(config.user)
         self._config = config
-        # One column more than workers: a reload starts the new one before the old one goes.
-        self._scoreboard = Scoreboard.create(config.workers + 1, config.address_cells)
-        self._children: list[Child] = []
-        self._pacing = {WORKER: Pacing(), AGENT: Pacing()}
-        self._was_ready = self._is_draining = False
-        self._failure: FatalError | None = None
-        self._orders = Orders(config.drain_delay_seconds, config.drain_timeout_seconds)
-        self._id_check_until = (
-            monotonic() + config.settle_seconds + ID_CHECK_SECONDS if config.redis_url else 0.0
+        self._scoreboard = Scoreboard.create(config.workers + SPARE_SLOTS, config.address_cells)
+        id_check_until = None
+        if config.redis_url:
+            id_check_until = monotonic() + config.settle_seconds + ID_CHECK_SECONDS
+        self._lifecycle = Lifecycle(
+            pems,
+            drain_delay_seconds=config.drain_delay_seconds,
+            drain_timeout_seconds=config.drain_timeout_seconds,
+            id_check_until=id_check_until,
         )
-        self._signals = SignalNotes(
+        self._children: list[Child] = []
+        self._backoff = {WORKER: Backoff(), AGENT: Backoff()}
+        #: A worker has been ready, so the server's address was announced.
+        self._is_announced = False
+        #: Why the server ends, if that is an error.
+        self._failure: FatalError | None = None
+        self._had_terminal = os.isatty(0)
+        self._signals = PendingSignals(
             signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._signals.fd, selectors.EVENT_READ, None)
 
     def run(self) -> int:
-        """Serve until told to stop; return the exit code. Raises `FatalError` when the first start is refused."""
+        """Serve until a signal ends it; return the exit code.
+
+        Raises `FatalError` if the first start fails, or if another server has this one's id.
+        """
         try:
-            while not self._orders.is_stopping or (
-                self._children and monotonic() < self._orders.over_at
-            ):
+            while self._lifecycle.phase is not Phase.OVER:
                 self._reconcile(monotonic())
-                self._wait()
-                # Signals first: taking them empties the pipe that a death has woken the loop by.
-                self._heed_signals(monotonic())
-                self._reap(monotonic())
-                self._watch(monotonic())
-                self._scoreboard.put("workers", sum(child.accepts for child in self._of(WORKER)))
-                self._tell_manager(monotonic())
+                if not self._advance(monotonic()):
+                    self._wait()
+                    self._take_in(monotonic())
         finally:
-            self._end_now()
+            for child in self._children:
+                child.kill(monotonic())
         if self._failure:
             raise self._failure
-        left = "".join(f"; {child.role} {child.pid} cannot be ended" for child in self._children)
-        logs.event(
-            logging.INFO, "server.stopped", "stopped" + ", forced" * self._orders.is_forced + left
-        )
-        return EXIT_RUNTIME if self._orders.is_forced or left else EXIT_CLEAN
+        return self._report_end()
 
-    def _reconcile(self, now: float) -> None:
-        """Start and dismiss what it takes to come a step nearer to what there should be."""
-        # One agent at a time: the next one goes on where the last one has ended.
-        is_wanted = not (
-            self._failure
-            or self._orders.is_forced
-            or (self._orders.is_stopping and not self._of(WORKER))
-        )
-        if self._config.needs_agent and is_wanted and not self._of(AGENT):
-            self._start(AGENT, now)
-        if now >= self._orders.drain_at:
-            self._drain(self._orders.drain_at)
-            return
-        if now >= self._orders.retire_at:
-            self._retire(now)
-            return
-        if now < self._id_check_until and any(child.ready_at is None for child in self._of(AGENT)):
-            return
-        workers, wanted = self._staying(WORKER), self._config.workers
-        for _ in range(wanted - len(workers)):
-            self._start(WORKER, now)
-        stale = [child for child in workers if child.generation < self._orders.reloads]
-        if stale and len(workers) == wanted:
-            self._start(WORKER, now)
-        elif stale and len(workers) > wanted and all(child.ready_at for child in workers):
-            stale[0].dismiss(now + self._config.drain_timeout_seconds)
-        elif (
-            self._orders.is_reloading
-            and [bool(child.ready_at) for child in self._of(WORKER)] == [True] * wanted
-        ):
-            self._scoreboard.add("reloads", 1)
-            self._orders.end_reload()
-            for child in self._staying(AGENT):
-                child.dismiss(now + self._config.drain_timeout_seconds)
+    def _report_end(self) -> int:
+        was_forced = self._lifecycle.was_forced
+        message = "stopped, forced" if was_forced else "stopped"
+        for child in self._children:
+            message += f"; {child.role} {child.pid} cannot be ended"
+        logs.event(logging.INFO, "server.stopped", message)
+        return EXIT_RUNTIME if was_forced or self._children else EXIT_CLEAN
 
-    def _of(self, role: str) -> list[Child]:
-        return [child for child in self._children if child.role == role]
+    def _take_in(self, now: float) -> None:
+        """Take in what has happened since the last turn: signals, deaths, silence."""
+        # Signals first: this empties the pipe by which a death has woken the loop.
+        for number in self._signals.take():
+            self._handle_signal(number, now)
+        self._reap(now)
+        self._watch(now)
+        accepting = sum(child.is_accepting for child in self._all(WORKER))
+        self._scoreboard.put("workers", 0 if self._lifecycle.is_port_closed else accepting)
+        self._scoreboard.put("stopping", int(self._lifecycle.is_stopping))
+        self._tell_manager(now)
+
+    # Which processes there should be.
+
+    def _all(self, role: str) -> list[Child]:
+        """Return the children of a role that a stop waits for: not those that cannot be killed."""
+        return [child for child in self._children if child.role == role and not child.is_stuck]
 
     def _staying(self, role: str) -> list[Child]:
-        return [child for child in self._of(role) if not child.is_leaving]
+        """Return those that were not told to end."""
+        return [child for child in self._all(role) if child.is_staying]
 
-    def _start(self, role: str, now: float) -> None:
-        slot, listener_fd = -1, self._admin.fileno() if self._admin else -1
-        if role == WORKER:
-            free = set(range(self._scoreboard.slots)) - {child.slot for child in self._children}
-            if not free:
-                return
-            slot, listener_fd = min(free), self._socket.fileno()
-        if now < self._pacing[role].spawn_at:
-            return
-        pems = self._certificates[self._orders.reloads]
-        told = Instructions(
-            self._config, pems, slot, self._scoreboard.slots, self._scoreboard.fd, listener_fd
+    def _workforce(self) -> Workforce[Child]:
+        return Workforce(self._staying(WORKER), len(self._all(WORKER)), self._config.workers)
+
+    def _advance(self, now: float) -> bool:
+        """Move to the next phase if this one is over; return whether it was."""
+        return self._lifecycle.advance(
+            now,
+            # An agent that has found another server with this id ends, and is never ready.
+            is_id_checked=all(agent.has_been_ready for agent in self._all(AGENT)),
+            has_workers=bool(self._all(WORKER)),
+            has_children=bool(self._children),
         )
-        try:
-            child = Child.start(role, self._orders.reloads, told)
-        except OSError as error:
-            self._pacing[role].spawn_at = now + SHORT_LIFE_SECONDS
-            logs.warn_ratelimited(
-                "process.not_started", f"cannot start the {role}: {error}", logs.error_fields(error)
-            )
-            return
-        self._scoreboard.add("agent_starts", role == AGENT)
-        self._children.append(child)
-        self._selector.register(child.report_fd, selectors.EVENT_READ, child)
+
+    def _reconcile(self, now: float) -> None:
+        """Take one step towards the processes that the phase needs."""
+        needs = NEEDS[self._lifecycle.phase]
+        if needs.has_agent:
+            self._keep_agent(now)
+        if self._lifecycle.is_port_closed:
+            self._close_port()
+        treatments: dict[Treatment, Callable[[float], None]] = {
+            Treatment.REPLACE: self._replace_workers,
+            Treatment.RETIRE: self._retire_workers,
+            Treatment.TERMINATE: self._drain,
+            Treatment.KILL: self._kill_all,
+        }
+        if needs.treatment in treatments:
+            treatments[needs.treatment](now)
+        generation = self._lifecycle.generation
+        for _ in range(self._workforce().missing(self._lifecycle.phase, generation)):
+            self._start_worker(now)
+
+    def _keep_agent(self, now: float) -> None:
+        """Start the agent if there is none. One at a time: each continues the one before it."""
+        is_draining_last = self._lifecycle.phase is Phase.DRAINING and not self._all(WORKER)
+        is_needed = self._config.needs_agent and not (is_draining_last or self._failure)
+        if is_needed and not self._all(AGENT):
+            self._start(AGENT, -1, now)
+
+    def _replace_workers(self, now: float) -> None:
+        """Take a step of the reload, apart from starting workers."""
+        lifecycle, workforce = self._lifecycle, self._workforce()
+        kill_at = now + self._config.drain_timeout_seconds
+        if old := workforce.to_replace(lifecycle.generation):
+            old.terminate(kill_at)
+        elif workforce.is_replaced(lifecycle.generation):
+            lifecycle.complete_reload()
+            self._scoreboard.add("reloads", 1)
+            logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
+            for child in self._staying(AGENT):
+                child.terminate(kill_at)
 
     def _close_port(self) -> None:
         self._scoreboard.put("draining", 1)
         self._scoreboard.put("workers", 0)  # that accept
-        self._socket.close()
+        self._port.sock.close()
 
-    def _retire(self, now: float) -> None:
-        """Accept no more, and let each worker end when its clients have gone: the last one's end begins the drain."""
-        self._close_port()
+    def _retire_workers(self, _now: float) -> None:
         for child in self._staying(WORKER):
             child.retire()
-        if not self._of(WORKER):
-            self._orders.drain(now)
 
-    def _drain(self, began_at: float) -> None:
-        """Accept no more, end the workers, and last the agent, with the final figures."""
-        timeout = self._config.drain_timeout_seconds
-        kill_at = began_at + timeout * WORKERS_SHARE
-        if not self._is_draining:
-            self._is_draining = True
-            self._close_port()
-            for child in (
-                self._children
-            ):  # Who leaves already, after a reload, has no longer than the others.
-                child.kill_at = child.kill_at and min(child.kill_at, kill_at)
-        # An agent that leaves after a reload says no goodbye: one that does starts only while there
-        # are workers.
-        must_wait = (
-            any(child.is_leaving for child in self._of(AGENT))
-            and monotonic() < kill_at - timeout / 2
+    def _drain(self, now: float) -> None:
+        """End the workers, and after them the agent, which sends the final figures."""
+        timeout_seconds, began_at = self._config.drain_timeout_seconds, self._lifecycle.since
+        kill_at = began_at + timeout_seconds * WORKERS_SHARE
+        if not self._all(WORKER):
+            self._end_agent(now)
+            return
+        for child in self._children:  # Those that a reload has told to end have no longer.
+            if child.kill_at is not None:
+                child.kill_at = min(child.kill_at, kill_at)
+        # An agent that ends because of a reload does not leave the cluster. The next one does, and
+        # it is started only while there are workers.
+        has_old_agent = len(self._staying(AGENT)) < len(self._all(AGENT))
+        if not has_old_agent or now >= began_at + timeout_seconds * OLD_AGENT_SHARE:
+            for child in self._staying(WORKER):
+                child.terminate(kill_at)
+
+    def _end_agent(self, now: float) -> None:
+        kill_at = self._lifecycle.since + self._config.drain_timeout_seconds * AGENT_SHARE
+        if any(child.is_stuck for child in self._children):
+            kill_at = max(kill_at, now + LATE_AGENT_SECONDS)
+        for child in self._staying(AGENT):
+            if child.has_been_ready:
+                child.terminate(kill_at)
+            elif child.kill_at is None:
+                # No SIGTERM yet: it would end before it has sent the final figures.
+                child.kill_at = kill_at
+
+    def _kill_all(self, now: float) -> None:
+        for child in self._children:
+            if child.killed_at is None:
+                child.kill(now)
+                if not self._failure:
+                    self._log_killed(child, "second signal")
+
+    # Starting.
+
+    def _start_worker(self, now: float) -> None:
+        slots = set(range(self._scoreboard.slots)) - {child.slot for child in self._children}
+        if slots:
+            self._start(WORKER, min(slots), now)
+            return
+        stuck = sum(child.is_stuck for child in self._children)
+        reason = f"{stuck} workers were killed and have not ended: no slot is left for a new one"
+        if self._lifecycle.phase is Phase.RELOADING:
+            self._give_up_reload(reason)
+        else:
+            logs.warn_ratelimited("process.not_started", f"cannot start a worker: {reason}")
+
+    def _start(self, role: str, slot: int, now: float) -> None:
+        if now < self._backoff[role].spawn_at:
+            return
+        generation = self._lifecycle.generation
+        port = self._port if role == WORKER else self._admin_port
+        instructions = Instructions(
+            child_secrets.config_for(role, self._config),
+            child_secrets.certificates_for(role, generation.certificates),
+            slot,
+            self._scoreboard.slots,
+            self._scoreboard.fd,
+            port.sock.fileno() if port else -1,
         )
-        for child in [] if must_wait else self._staying(WORKER):
-            child.dismiss(kill_at)
-        if not self._of(WORKER):
-            for child in self._staying(AGENT):
-                child.kill_at = began_at + timeout * AGENT_SHARE
-                if (
-                    child.ready_at
-                ):  # SIGTERM would end one that still starts, with the last figures untold.
-                    child.dismiss(child.kill_at)
+        try:
+            child = Child.start(role, generation, instructions, child_secrets.child_environment())
+        except OSError as error:
+            self._backoff[role].spawn_at = now + SHORT_LIFE_SECONDS
+            message = f"cannot start the {role}: {error}"
+            logs.warn_ratelimited("process.not_started", message, logs.error_fields(error))
+            return
+        if role == AGENT:
+            self._scoreboard.add("agent_starts", 1)
+        self._children.append(child)
+        self._selector.register(child.report_fd, selectors.EVENT_READ, child)
+
+    # What happens to them.
 
     def _wait(self) -> None:
-        """Wait for a report, a signal or the next moment at which something is due."""
+        """Wait for a report, a signal, or the next moment at which something is due."""
         now = monotonic()
-        due = [self._manager.due_at, *(child.due_at for child in self._children)]
-        moments = (
-            self._orders.retire_at,
-            self._orders.drain_at,
-            *(each.spawn_at for each in self._pacing.values()),
-        )
-        due += [at for at in moments if at > now]
-        for key, _ in self._selector.select(max(0.0, min([now + WATCH_SECONDS, *due]) - now)):
+        due = [now + WATCH_SECONDS, self._manager.due_at]
+        due += [child.due_at for child in self._children]
+        later = [self._lifecycle.deadline, *(each.spawn_at for each in self._backoff.values())]
+        due += [at for at in later if at > now]
+        for key, _ in self._selector.select(max(0.0, min(due) - now)):
             if key.data is not None:
-                self._listen_to(key.data)
+                self._read_report(key.data)
 
-    def _listen_to(self, child: Child) -> None:
+    def _read_report(self, child: Child) -> None:
         if child.read_report():
-            self._pacing[child.role].failures = 0
-            if child.role == WORKER and child.generation > self._proven and not child.is_leaving:
-                self._proven = child.generation
-                self._certificates = {
-                    at: those for at, those in self._certificates.items() if at >= self._proven
-                }
-            if child.role == WORKER and not self._was_ready:
-                self._was_ready = True
-                listener.announce(self._config)
-        if child.has_hung_up:
-            child.hang_up(self._selector)
+            self._backoff[child.role].failures = 0
+            if child.role == WORKER:
+                self._note_ready(child)
+        if child.is_pipe_closed:
+            child.close_pipe(self._selector)
+
+    def _note_ready(self, worker: Child) -> None:
+        if worker.is_staying:
+            self._lifecycle.note_ready(worker.generation)
+        if not self._is_announced:
+            self._is_announced = True
+            listener.announce(self._config)
 
     def _reap(self, now: float) -> None:
         for child in [child for child in self._children if child.has_ended()]:
-            self._listen_to(child)  # Its last words.
-            child.hang_up(self._selector)
+            self._read_report(child)  # Its last report may be unread.
+            child.close_pipe(self._selector)
             self._children.remove(child)
-            lost = self._scoreboard.settle(child.slot) if child.role == WORKER else 0
-            if not child.has_ended_as_asked:
-                self._pacing[child.role].note_death(child, now)
-                self._judge(child, lost, now)
-        reap_strangers([child.pid for child in self._children])
+            is_asked = child.has_ended_as_asked
+            lost = 0
+            if child.role == WORKER:
+                lost = self._scoreboard.settle(child.slot, has_died=not is_asked)
+            if not is_asked:
+                if not child.is_stuck:
+                    self._backoff[child.role].note_death(child, now)
+                self._handle_death(child, lost, now)
+        reap_orphans([child.pid for child in self._children])
 
-    def _judge(self, child: Child, lost: int, now: float) -> None:
-        """Decide what the unexpected end of a child means."""
+    def _handle_death(self, child: Child, lost: int, now: float) -> None:
+        """Act on the unexpected end of a child."""
         fields = {
             "gserver.child_pid": child.pid,
             "process.exit_code": child.process.returncode,
             "gserver.lost": lost,
         }
-        is_first = child.role == WORKER and child.generation == self._orders.reloads > self._proven
-        if child.refusal and not self._was_ready:
-            self._failure = UsageError(child.refusal)
-            self._end_now()
-        elif child.is_unwanted:
-            self._failure = UsageError(child.refusal)
-            self._orders.drain(now)
-            logs.event(logging.ERROR, "server.draining", f"draining: {child.refusal}", fields)
-        elif is_first:
-            self._give_up_reload(self._proven, f"a new one did not start: {child.end}", fields)
-            for other in [each for each in self._staying(WORKER) if each.generation > self._proven]:
-                other.dismiss(now + self._config.drain_timeout_seconds)
+        is_start = child.role == WORKER and not child.has_been_ready
+        if child.error and not self._is_announced:
+            self._failure = UsageError(child.error)
+            self._lifecycle.force(now)
+        elif child.has_duplicate_id:
+            self._failure = UsageError(child.error)
+            self._lifecycle.drain(now)
+            logs.event(logging.ERROR, "server.duplicate_id", f"draining: {child.error}", fields)
+        elif is_start and self._lifecycle.is_failed_reload(child.generation):
+            self._give_up_reload(f"a new one did not start: {child.end_reason}", fields)
         else:
-            is_replaced = child.role == AGENT or now < min(
-                self._orders.retire_at, self._orders.drain_at
-            )
-            self._scoreboard.add("worker_restarts", child.role == WORKER and is_replaced)
-            message = (
-                f"{child.role} {child.pid} died ({child.end})"
-                + ", another takes its place" * is_replaced
-            )
+            message = f"{child.role} {child.pid} died ({child.end_reason})"
+            if self._is_replaced(child):
+                message += ", another takes its place"
+                if child.role == WORKER:
+                    self._scoreboard.add("worker_restarts", 1)
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
 
-    def _give_up_reload(self, generation: int, reason: str, fields: dict[str, object]) -> None:
-        self._orders.give_up_reload(generation, reason, fields)
-        self._scoreboard.add("reload_failures", 1)
+    def _is_replaced(self, child: Child) -> bool:
+        """Return whether another process is started because this one ended, or cannot end."""
+        needs = NEEDS[self._lifecycle.phase]
+        if child.is_stuck:  # Another was started when that was found.
+            return False
+        return needs.has_workers if child.role == WORKER else needs.has_agent
 
     def _watch(self, now: float) -> None:
         logs.report_suppressed()
-        listener.keep(self._config, self._socket, self._admin)
+        self._port.reopen_if_closed()
+        if self._admin_port:
+            self._admin_port.reopen_if_closed()
         for child in self._children:
-            beat_at = self._scoreboard.cells[self._scoreboard.heartbeat_cell(child.slot)] / 1e9
-            child.watch(now, beat_at, self._config.hang_seconds(is_agent=child.role == AGENT))
+            heartbeat_at = self._scoreboard.cells[self._scoreboard.heartbeat_cell(child.slot)] / 1e9
+            limit = self._config.hang_seconds(is_agent=child.role == AGENT)
+            match child.watch(now, heartbeat_at, limit):
+                case Finding.HUNG:
+                    silence = child.silence(now, heartbeat_at)
+                    message = f"{child.role} {child.pid} has hung for {silence:.1f} s: killed"
+                    fields = {
+                        "gserver.child_pid": child.pid,
+                        "gserver.clients": self._clients(child),
+                    }
+                    logs.event(logging.ERROR, f"{child.role}.hung", message, fields)
+                case Finding.LATE:
+                    self._log_killed(child, "drain timeout")
+                case Finding.STUCK:
+                    self._handle_stuck(child)
 
-    def _heed_signals(self, now: float) -> None:
-        reloads = self._orders.reloads
-        for number in self._signals.take():
-            self._orders.heed(number, now)
-            self._scoreboard.put("stopping", int(self._orders.is_stopping))
-        if self._orders.reloads > reloads:
-            self._pacing = {
-                WORKER: Pacing(),
-                AGENT: Pacing(),
-            }  # The cause of earlier failures may be mended.
-            try:
-                self._certificates[self._orders.reloads] = certificates.read(self._config)
-            except UsageError as misuse:
-                self._give_up_reload(reloads, str(misuse), {})
-        if self._orders.is_forced:
-            self._end_now()
+    def _clients(self, child: Child) -> int:
+        """Return how many clients a worker has; 0 for the agent."""
+        if child.role == AGENT:
+            return 0
+        return self._scoreboard.cells[self._scoreboard.cell("clients", child.slot)]
+
+    def _log_killed(self, child: Child, reason: str) -> None:
+        clients = self._clients(child)
+        message = f"{child.role} {child.pid} was killed ({reason})"
+        if clients:
+            message += f": {clients} clients are cut off"
+        fields = {
+            "gserver.child_pid": child.pid,
+            "gserver.reason": reason,
+            "gserver.clients": clients,
+        }
+        logs.event(logging.WARNING, f"{child.role}.killed", message, fields)
+
+    def _handle_stuck(self, child: Child) -> None:
+        """Do without a child that the kernel does not end."""
+        message = (
+            f"{child.role} {child.pid} was killed and has not ended within {STUCK_SECONDS:g} s:"
+            " it is stuck in the kernel, and is not waited for"
+        )
+        fields = {"gserver.child_pid": child.pid, "gserver.clients": self._clients(child)}
+        logs.event(logging.ERROR, f"{child.role}.stuck", message, fields)
+        has_workers = NEEDS[self._lifecycle.phase].has_workers
+        if child.role == WORKER and has_workers and not child.is_told_to_end:
+            self._scoreboard.add("worker_restarts", 1)
+
+    # Signals.
+
+    def _handle_signal(self, number: signal.Signals, now: float) -> None:
+        # A terminal that is closed sends SIGHUP, more than once. It is no terminal any more then.
+        has_lost_terminal = self._had_terminal and not os.isatty(0)
+        if number in STOP_SIGNALS:
+            self._stop(number.name, now)
+        elif self._lifecycle.is_stopping:
+            return
+        elif number == signal.SIGHUP and has_lost_terminal:
+            self._stop(number.name, now)
+        elif number == signal.SIGHUP:
+            self._reload()
+        elif number == signal.SIGUSR2:
+            self._lifecycle.retire(now)
+            timeout_seconds = self._config.drain_timeout_seconds
+            message = (
+                "SIGUSR2: no new clients, and a stop when those that are connected have left,"
+                f" or after {timeout_seconds:g} s"
+            )
+            logs.event(logging.INFO, "server.retiring", message)
+
+    def _stop(self, name: str, now: float) -> None:
+        was_forced = self._lifecycle.was_forced
+        self._lifecycle.stop(now)
+        if not self._lifecycle.was_forced:
+            logs.event(logging.INFO, "server.draining", f"{name}: draining")
+        elif not was_forced:
+            logs.event(logging.WARNING, "server.forced", f"{name} again: ending now")
+
+    def _reload(self) -> None:
+        logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
+        # The cause of earlier failures may be fixed: no pause.
+        self._backoff = {WORKER: Backoff(), AGENT: Backoff()}
+        try:
+            self._lifecycle.begin_reload(certificates.read(self._config))
+        except UsageError as error:
+            self._lifecycle.reload_error = str(error)
+            self._log_failed_reload(str(error))
+
+    def _give_up_reload(self, reason: str, fields: dict[str, object] | None = None) -> None:
+        self._lifecycle.give_up_reload(reason)
+        kill_at = monotonic() + self._config.drain_timeout_seconds
+        for worker in self._staying(WORKER):
+            if worker.generation.number > self._lifecycle.generation.number:
+                worker.terminate(kill_at)
+        self._log_failed_reload(reason, fields)
+
+    def _log_failed_reload(self, reason: str, fields: dict[str, object] | None = None) -> None:
+        self._scoreboard.add("reload_failures", 1)
+        is_reloading = self._lifecycle.phase is Phase.RELOADING
+        rest = "the one before it goes on" if is_reloading else "the old workers stay"
+        message = f"reload given up, {rest}: {reason}"
+        logs.event(logging.ERROR, "server.reload_failed", message, fields)
+
+    # The service manager.
 
     def _tell_manager(self, now: float) -> None:
         self._manager.keep_heartbeat(now)
-        if self._orders.is_stopping:
-            self._manager.tell(systemd.STOPPING, f"stopping, clients: {self._scoreboard.clients()}")
-        elif self._orders.is_reloading:
+        if self._lifecycle.is_stopping:
+            clients = self._scoreboard.clients()
+            self._manager.tell(systemd.STOPPING, f"stopping, clients: {clients}")
+        elif self._lifecycle.phase is Phase.RELOADING:
             self._manager.tell(systemd.RELOADING, "replacing the workers one by one")
-        elif self._was_ready:
+        elif self._lifecycle.phase is Phase.SERVING:
             where = show_address(self._config.host, self._config.port)
-            failure = (
-                self._orders.reload_failure
-                and f"; the last reload was given up: {self._orders.reload_failure}"
-            )
-            self._manager.tell(
-                systemd.READY, f"listening on {where}, workers: {self._config.workers}{failure}"
-            )
-
-    def _end_now(self) -> None:
-        self._orders.drain(0.0)
-        for child in self._children:
-            child.kill()
+            status = f"listening on {where}, workers: {self._config.workers}"
+            if self._lifecycle.reload_error:
+                status += f"; the last reload was given up: {self._lifecycle.reload_error}"
+            self._manager.tell(systemd.READY, status)

@@ -1,18 +1,18 @@
-"""What a service and its manager tell each other: states and signs of life, and sockets that are
-handed over.
+"""The protocols of a service manager: states, heartbeats, and sockets that are handed over.
 
-The protocols of sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3), which others than
-systemd speak too. Where nobody speaks them, all of it does nothing.
+See sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3). Other managers than systemd speak
+them too. Without a manager, nothing here has an effect.
 """
 
 import math
 import os
 import socket
 import time
+from collections.abc import Mapping
 
 from gserver.errors import UsageError
 
-#: How all of it begins. Taken out of the environment, for children are not whom it is meant for.
+#: Where a manager's side begins. Removed from the environment: they are not for children.
 VARIABLES = (
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -23,7 +23,7 @@ VARIABLES = (
     "LISTEN_FDNAMES",
 )
 FIRST_FD = 3
-#: How soon a sign of life that could not be given is tried again.
+#: How soon a heartbeat that could not be sent is tried again.
 RETRY_SECONDS = 0.1
 
 READY = "READY=1"
@@ -32,43 +32,47 @@ STOPPING = "STOPPING=1"
 
 
 class Manager:
-    """The service manager that has started this process, if one has. Never blocks and never fails while serving."""
+    """The service manager that has started this process, if one has.
+
+    Never blocks, and raises nothing after its construction.
+    """
 
     def __init__(self) -> None:
-        """Hear what it has to say; raise `UsageError` when that cannot be understood."""
-        told = {name: os.environ.pop(name, "") for name in VARIABLES}
+        """Read the manager's variables; raise `UsageError` if they make no sense."""
+        variables = {name: os.environ.pop(name, "") for name in VARIABLES}
         #: Names and descriptors of the sockets that it has handed over.
-        self.sockets = _handed_over(told)
-        self._address = told["NOTIFY_SOCKET"]
+        self.sockets = _handed_over(variables)
+        self._address = variables["NOTIFY_SOCKET"]
         if self._address.startswith("@"):
             self._address = "\0" + self._address[1:]
-        self._told: tuple[str, str] | None = None
-        is_ours = told["WATCHDOG_PID"] in ("", str(os.getpid()))
-        limit = (
-            int(told["WATCHDOG_USEC"]) / 1e6
-            if is_ours and told["WATCHDOG_USEC"].isdecimal()
-            else 0.0
-        )
-        self._beat_seconds = limit / 2 or math.inf
-        #: The monotonic second at which it wants a sign of life; infinity if it does not.
-        self.due_at = -math.inf if limit else math.inf
+        self._sent: tuple[str, str] | None = None
+        limit_seconds = _watchdog_seconds(variables)
+        self._heartbeat_seconds = limit_seconds / 2
+        #: When the next heartbeat is due, in monotonic seconds; infinity if the manager wants none.
+        self.due_at = math.inf if limit_seconds == math.inf else -math.inf
 
     def tell(self, state: str, status: str) -> None:
-        """Tell it a state, one of the above, and the same in words for people; once, but again if it is not heard."""
-        if self._told != (state, status):
-            moment = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}\n" if state == RELOADING else ""
-            if self._send(f"{state}\n{moment}STATUS={status}\n"):
-                self._told = state, status
+        """Send a state (one of the above) and a status text for people.
+
+        What was sent already is not sent again, unless it did not arrive.
+        """
+        if self._sent == (state, status):
+            return
+        lines = [state]
+        if state == RELOADING:
+            lines.append(f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        lines.append(f"STATUS={status}")
+        if self._send("\n".join(lines) + "\n"):
+            self._sent = state, status
 
     def keep_heartbeat(self, now: float) -> None:
-        """Give a sign of life, if one is due."""
+        """Send a heartbeat if one is due."""
         if now >= self.due_at:
-            self.due_at = now + (
-                self._beat_seconds if self._send("WATCHDOG=1\n") else RETRY_SECONDS
-            )
+            was_sent = self._send("WATCHDOG=1\n")
+            self.due_at = now + (self._heartbeat_seconds if was_sent else RETRY_SECONDS)
 
     def _send(self, message: str) -> bool:
-        """Send without waiting; return whether there is nothing left to do about it."""
+        """Send without waiting; return whether nothing is left to do about it."""
         if not self._address:
             return True
         try:
@@ -79,17 +83,30 @@ class Manager:
         return True
 
 
-def _handed_over(told: dict[str, str]) -> list[tuple[str, int]]:
-    if told["LISTEN_PID"] != str(os.getpid()):
+def _watchdog_seconds(variables: Mapping[str, str]) -> float:
+    """Return the time within which the manager wants a heartbeat; infinity for none."""
+    is_ours = variables["WATCHDOG_PID"] in ("", str(os.getpid()))
+    microseconds = variables["WATCHDOG_USEC"]
+    if not is_ours or not microseconds.isdecimal():
+        return math.inf
+    return int(microseconds) / 1e6 or math.inf
+
+
+def _handed_over(variables: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Return names and descriptors of the sockets that were handed over."""
+    if variables["LISTEN_PID"] != str(os.getpid()):
         return []  # They were for a parent of this process.
-    if not told["LISTEN_FDS"].isdecimal():
+    if not variables["LISTEN_FDS"].isdecimal():
         raise UsageError(
-            f"LISTEN_FDS={told['LISTEN_FDS']} is no number of sockets: see sd_listen_fds(3)"
+            f"LISTEN_FDS={variables['LISTEN_FDS']} is not a number of sockets: see sd_listen_fds(3)"
         )
-    count = int(told["LISTEN_FDS"])
-    names = told["LISTEN_FDNAMES"].split(":") if told["LISTEN_FDNAMES"] else ["unknown"] * count
+    count = int(variables["LISTEN_FDS"])
+    names = ["unknown"] * count
+    if variables["LISTEN_FDNAMES"]:
+        names = variables["LISTEN_FDNAMES"].split(":")
     if len(names) != count:
         raise UsageError(
-            f"LISTEN_FDNAMES={told['LISTEN_FDNAMES']} does not name {count} sockets: see sd_listen_fds(3)"
+            f"LISTEN_FDNAMES={variables['LISTEN_FDNAMES']} does not name {count} sockets:"
+            " see sd_listen_fds(3)"
         )
     return list(zip(names, range(FIRST_FD, FIRST_FD + count), strict=True))

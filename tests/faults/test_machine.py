@@ -1,6 +1,4 @@
-"""What the machine runs out of: descriptors, memory, disk, processor, programs; and clocks that
-jump.
-"""
+"""A machine without descriptors, memory, programs or processor time, and broken modules."""
 
 import os
 import resource
@@ -23,7 +21,7 @@ from tests.test_admin import get
 
 Start = Callable[..., Site]
 Choice = Callable[[Site], psutil.Process]
-WHO: dict[str, Choice] = {
+ROLES: dict[str, Choice] = {
     "supervisor": lambda site: psutil.Process(site.server.pid),
     "worker": lambda site: site.server.workers()[0],
     "agent": lambda site: site.server.agents()[0],
@@ -32,7 +30,7 @@ WHO: dict[str, Choice] = {
 
 @contextmanager
 def limited(process: psutil.Process, kind: int, limit: int) -> Iterator[None]:
-    """A limit of a process that is there for the time of the body, or until its end."""
+    """Set a resource limit of a process for the time of the body."""
     soft, hard = process.rlimit(kind)
     process.rlimit(kind, (limit, hard))
     try:
@@ -43,19 +41,21 @@ def limited(process: psutil.Process, kind: int, limit: int) -> Iterator[None]:
 
 
 def cpu_share(process: psutil.Process, seconds: float) -> float:
-    """The part of a processor that it takes, looked at for so long."""
+    """The part of a processor that a process takes, measured for so long."""
     before, began = sum(process.cpu_times()[:2]), time.monotonic()
     time.sleep(seconds)
     return float((sum(process.cpu_times()[:2]) - before) / (time.monotonic() - began))
 
 
-@row("Out of descriptors", *PLAIN, values=WHO)
-def test_without_descriptors_it_waits_and_goes_on(start: Start, notes: Notes, kind: Choice) -> None:
+@row("Out of descriptors", *PLAIN, values=ROLES)
+def test_a_process_without_descriptors_waits_and_goes_on(
+    start: Start, notes: Notes, kind: Choice
+) -> None:
     site = start()
     process, children = kind(site), [*site.server.workers(), *site.server.agents()]
     site.may_lose = site.may_complain = True
-    # Those of the children who die are enough for the supervisor to begin with another one, not to
-    # end that.
+    # The descriptors that dead children free let the supervisor begin with another child, but not
+    # complete it.
     limit = 3 if process in children else process.num_fds()
     with site.neighbours() as neighbours:
         with limited(process, resource.RLIMIT_NOFILE, limit):
@@ -72,7 +72,7 @@ def test_without_descriptors_it_waits_and_goes_on(start: Start, notes: Notes, ki
                 before = neighbours.answered
                 with socket.create_connection(("127.0.0.1", site.server.admin_port())):
                     happened = site.server.wait_for("process.error")
-                until(lambda: neighbours.answered > before + 100, "neighbours notice nothing")
+                until(lambda: neighbours.answered > before + 100, "neighbours get replies")
                 assert not neighbours.lost
             share = cpu_share(process, 1)
         notes.happened(happened["message"])
@@ -104,7 +104,7 @@ def test_a_worker_without_memory_is_replaced_or_goes_on(start: Start, notes: Not
 
 
 @row("Python gone for a while", *PLAIN, quick=None)
-def test_it_goes_on_trying_to_start_others_while_there_is_no_program(
+def test_the_supervisor_retries_while_the_interpreter_is_missing(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
     python, there = tmp_path / "venv/bin/python", Path(sys.executable).resolve()
@@ -150,13 +150,13 @@ def test_a_broken_module_keeps_the_old_workers(
 
 
 def times(processes: list[psutil.Process]) -> list[float]:
-    """How many seconds they have run, and waited for a processor, in their first threads."""
+    """Seconds for which processes have run, and waited for a processor, in their first threads."""
     each = [Path(f"/proc/{process.pid}/schedstat").read_text().split()[:2] for process in processes]
     return [sum(map(int, column)) / 1e9 for column in zip(*each, strict=True)]
 
 
 @row("Processor taken by others", *ALL, quick=None)
-def test_workers_that_get_little_of_the_processor_are_not_taken_for_hung(
+def test_workers_with_little_processor_time_do_not_count_as_hung(
     start: Start, notes: Notes
 ) -> None:
     site = start()

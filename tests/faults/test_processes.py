@@ -1,6 +1,4 @@
-"""Processes that die, hang or are told things: clients elsewhere notice nothing, and all is as
-before.
-"""
+"""Processes that die, hang or get signals: other clients notice nothing, nothing is left."""
 
 import random
 import signal
@@ -59,7 +57,7 @@ def spin(service):
 
 
 def await_others(site: Site, gone: list[psutil.Process]) -> None:
-    """Wait until these have gone, and others have their places."""
+    """Wait until these have ended and others have their places."""
 
     def have_places() -> bool:
         now = [*site.server.workers(), *site.server.agents()]
@@ -77,7 +75,7 @@ def await_others(site: Site, gone: list[psutil.Process]) -> None:
         "all": lambda site: site.server.workers() + site.server.agents(),
     },
 )
-def test_others_take_the_places_of_those_killed(start: Start, notes: Notes, kind: Choice) -> None:
+def test_killed_processes_are_replaced(start: Start, notes: Notes, kind: Choice) -> None:
     site = start()
     victims = kind(site)
     with site.neighbours() as neighbours:
@@ -126,7 +124,7 @@ def test_a_loop_of_kills_leaves_nothing_behind(start: Start, notes: Notes) -> No
     },
     quick=None,
 )
-def test_one_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choice) -> None:
+def test_a_process_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choice) -> None:
     site = start("--hang-timeout", "2")
     [victim, *_] = kind(site)
     with site.neighbours() as neighbours:
@@ -141,7 +139,7 @@ def test_one_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choice) ->
 
 
 @row("An agent hangs, and then there is a reload", *PLAIN, quick=ALL[0])
-def test_one_that_hangs_while_it_is_to_leave_is_replaced_as_soon(
+def test_an_agent_that_hangs_while_it_should_end_is_replaced_as_soon(
     start: Start, notes: Notes
 ) -> None:
     site = start("--hang-timeout", "2", "--drain-timeout", "120")
@@ -158,7 +156,7 @@ def test_one_that_hangs_while_it_is_to_leave_is_replaced_as_soon(
 
 
 @row("A worker hangs while the server stops", *PLAIN, quick=ALL[0])
-def test_one_that_hangs_does_not_hold_up_a_stop_for_longer_than_it_may_hang(
+def test_a_worker_that_hangs_delays_a_stop_by_the_hang_timeout_at_most(
     start: Start, notes: Notes
 ) -> None:
     site = start("--hang-timeout", "2", "--drain-timeout", "120")
@@ -187,7 +185,9 @@ def test_a_worker_whose_handler_computes_for_ever_is_replaced(
 
 
 @row("All processes stand still for a while", *PLAIN, quick=None)
-def test_nobody_is_taken_for_hung_after_a_sleep_of_the_machine(start: Start, notes: Notes) -> None:
+def test_no_process_counts_as_hung_after_the_machine_was_suspended(
+    start: Start, notes: Notes
+) -> None:
     site = start("--hang-timeout", "1")
     processes = site.processes()
     with site.neighbours():
@@ -199,9 +199,7 @@ def test_nobody_is_taken_for_hung_after_a_sleep_of_the_machine(start: Start, not
 
 
 def is_free(port: int) -> bool:
-    """Whether another may have it: a process that dies keeps its sockets for a moment longer than
-    its memory.
-    """
+    """Whether a port can be bound. A process that dies keeps its sockets longer than its memory."""
     with suppress(OSError), socket.create_server(("127.0.0.1", port)):
         return True
     return False
@@ -218,7 +216,7 @@ def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(
     psutil.Process(site.server.pid).kill()
     until(
         lambda: not left_over(tmp_path) and is_free(site.server.port),
-        "nothing is left",
+        "no process is left",
         2 * PATIENCE,
     )
     notes.happened("all are gone, and the port can be another's")
@@ -227,13 +225,13 @@ def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(
 
 
 @row("SIGTERM under load", *ALL)
-def test_what_a_thousand_clients_have_sent_is_answered_at_a_stop(
+def test_the_lines_of_a_thousand_clients_are_answered_at_a_stop(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
     site, drawn = start("--drain-timeout", "30", env={"MARK": str(tmp_path)}), random.Random(SEED)
     with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
         clients = [stack.enter_context(site.client()) for _ in range(1000)]
-        until(lambda: sum(site.clients()) == 1000, "all are there")
+        until(lambda: sum(site.clients()) == 1000, "all clients are connected")
         lines = [drawn.randint(1, 50) for _ in clients]
         for client, count in zip(clients, lines, strict=True):
             client.send(b"WHY\n" * count)
@@ -246,14 +244,14 @@ def test_what_a_thousand_clients_have_sent_is_answered_at_a_stop(
 
 
 @row("Second SIGTERM", *SEVERAL, quick=None)
-def test_a_second_signal_ends_it_now(start: Start, notes: Notes, tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_server_now(start: Start, notes: Notes, tmp_path: Path) -> None:
     (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
     site = start("--commands", "spinning", "--drain-timeout", "60", env={"MARK": str(tmp_path)})
     with site.client() as client:
         client.send(b"SPIN\n")
         site.server.send_signal(signal.SIGTERM)
         site.server.wait_for("server.draining")
-        time.sleep(0.2)  # Sooner it would be one that is passed on.
+        time.sleep(0.2)  # Sooner, it would count as passed on.
         assert site.server.stop() == 1
     notes.happened(site.server.events("server.forced")[0]["message"])
     assert not left_over(tmp_path)
@@ -281,7 +279,7 @@ def test_a_stop_at_any_moment_of_something_else_is_a_stop(
     kind(site)
     until(
         lambda: site.server.events("server.reloading") + site.server.events("worker.died"),
-        "it goes on",
+        "the other thing goes on",
     )
     time.sleep(moment)
     assert site.server.stop() == 0
@@ -296,14 +294,14 @@ def test_a_stop_at_any_moment_of_something_else_is_a_stop(
 
 
 @row("SIGTERM just after a reload, in a cluster", *PLAIN, quick=None)
-def test_a_stop_after_a_reload_is_told_to_the_cluster(
+def test_a_stop_after_a_reload_leaves_the_cluster(
     tmp_path: Path, notes: Notes, variant: Variant
 ) -> None:
-    """The reload's agent leaves, knowing of no stop, while the workers end."""
+    """The agent that the reload has told to end knows of no stop, and ends while workers drain."""
     with Redis(tmp_path) as redis:
         for number in range(6):
             with Running("--redis-url", redis.url, "--workers", str(variant.workers)) as server:
-                until(redis.members, "it beats")
+                until(redis.members, "the server reports to Redis")
                 server.send_signal(signal.SIGHUP)
                 server.wait_for("server.reloaded")
                 agents = server.agents()
@@ -316,7 +314,7 @@ def test_a_stop_after_a_reload_is_told_to_the_cluster(
 
 
 @row("Rolling restarts under connects", *ALL, quick=None)
-def test_nobody_who_connects_during_20_reloads_is_left_without_a_reply(
+def test_every_client_that_connects_during_20_reloads_gets_a_reply(
     start: Start, notes: Notes
 ) -> None:
     site = start()
@@ -363,7 +361,7 @@ def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: N
         end = time.monotonic() + 3
         while time.monotonic() < end:
             for process in site.server.workers() + site.server.agents():
-                with suppress(psutil.NoSuchProcess):  # A reload lets it go.
+                with suppress(psutil.NoSuchProcess):  # A reload has ended it.
                     process.send_signal(drawn.choice(FOR_ALL))
             site.server.send_signal(drawn.choice(FOR_SUPERVISOR))
             count += site.variant.workers + 2
@@ -380,7 +378,7 @@ def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: N
 
 
 @row("Port closed from outside", *ALL)
-def test_a_port_that_somebody_closes_is_open_again(start: Start, notes: Notes) -> None:
+def test_a_port_that_is_closed_from_outside_is_opened_again(start: Start, notes: Notes) -> None:
     site = start("--port", str(free_port()))
     processes, site.may_complain = site.processes(), True
     with site.neighbours():
@@ -390,16 +388,14 @@ def test_a_port_that_somebody_closes_is_open_again(start: Start, notes: Notes) -
                 [program("ss"), "-Ktln", f"sport = :{port}"], check=True, capture_output=True
             )
             if b"LISTEN" not in killed.stdout:
-                unavailable(
-                    f"to close another's socket takes root, and a kernel that does it: {killed.stderr!r}"
-                )
+                unavailable(f"closing a socket takes root and kernel support: {killed.stderr!r}")
             notes.happened(site.server.wait_for("server.port_closed", number)["message"])
             until(lambda: get(site.server, "/readyz")[0] == 200, "both are open")
     assert site.processes() == processes
 
 
 @row("Port taken", *PLAIN, quick=None)
-def test_another_server_cannot_have_the_port_and_does_no_harm(start: Start, notes: Notes) -> None:
+def test_a_second_server_on_the_port_fails_and_does_no_harm(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours():
         other = gserver("--port", str(site.server.port))
