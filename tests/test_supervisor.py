@@ -686,7 +686,7 @@ def test_a_reload_that_would_leave_no_files_for_clients_leaves_the_workers_as_th
         server.send_signal(signal.SIGHUP)
         failed = server.wait_for("server.reload_failed")
         assert (
-            "a process may open too few files by now: raise the limit (ulimit -n, prlimit)"
+            "a process may open too few files: raise the limit (ulimit -n, prlimit)"
             in failed["message"]
         )
         assert {worker.pid for worker in server.workers()} == before

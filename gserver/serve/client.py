@@ -25,6 +25,7 @@ from gserver.commands import Command
 from gserver.protocol import IDLE as TOO_IDLE
 from gserver.protocol import PLAIN_TEXT, SLOW_READER, TLS_FAILED, TOO_SLOW, ErrorReply, Parser
 from gserver.serve.fastpath import PIECE_BYTES
+from gserver.serve.tls import IncompleteRecord, TlsSocket
 
 if TYPE_CHECKING:
     from gserver.serve.loop import Loop
@@ -132,7 +133,7 @@ class Client:
         self.loop = loop
         #: A bare non-blocking socket, or a `TlsSocket`, which has the same methods.
         self.sock: Any = sock
-        #: Kept only where it is logged.
+        #: Host and port; None once it is admitted, unless its end is going to be logged.
         self.address = address
         self.state = state
         #: The moment at which the loop calls `on_deadline`; infinity for never.
@@ -197,7 +198,8 @@ class Client:
         if unsent:
             self.block(unsent, now)
         else:
-            self.rest(now)  # Part of a TLS record may have arrived.
+            self.quiet_since = now  # Part of a TLS record has arrived.
+            self.rest(now)
 
     # Reading and answering
 
@@ -209,6 +211,9 @@ class Client:
     def _read(self, now: float) -> None:
         try:
             data = self.sock.recv(READ_BYTES)
+        except IncompleteRecord:
+            self.quiet_since = now
+            self.rest(now)
         except BlockingIOError:
             if self._silence_ends_at() <= now:
                 self._end_silence(now)
@@ -509,42 +514,50 @@ class Client:
 
     def _shake_hands(self, now: float) -> None:
         """Go on with the handshake by what has arrived."""
-        tls: Any = self.sock
+        tls: TlsSocket = self.sock
         try:
-            if tls.flush() and not tls.is_established:
-                received = tls.receive(READ_BYTES)
-                if not received:
-                    self._end_handshake(tls.has_begun)
-                    return
-                if not tls.has_begun and not received.startswith(HANDSHAKE_RECORD):
-                    self._refuse_plain_text()
-                    return
+            received = self._receive_handshake(tls)
+            if received:
                 tls.shake_hands(received)
         except BlockingIOError:
             return
         except OSError as error:
             self._fail_handshake(error)
             return
-        if not tls.flush():
-            self.loop.watch(self, WRITE)
-        elif tls.is_established:
-            self.loop.watch(self, READ)
+        if self.state is not HANDSHAKE:
+            return
+        is_sent = tls.flush()
+        self.loop.watch(self, READ if is_sent else WRITE)
+        if is_sent and tls.is_established:
             self.loop.admit(self, now)
-        else:
-            self.loop.watch(self, READ)
 
-    def _refuse_plain_text(self) -> None:
+    def _receive_handshake(self, tls: TlsSocket) -> bytes:
+        """Return what has arrived; b"" if nothing is wanted, or if the handshake is over."""
+        if tls.is_established or not tls.flush():
+            return b""
+        received = tls.receive(READ_BYTES)
+        if not received:
+            self._end_handshake(tls.has_begun)
+        elif not tls.has_begun and not received.startswith(HANDSHAKE_RECORD):
+            self._refuse_plain_text(tls)
+            return b""
+        return received
+
+    def _refuse_plain_text(self, tls: TlsSocket) -> None:
         self.loop.replies.count_error(PLAIN_TEXT)
-        self.state = CLOSING
-        tls: Any = self.sock
-        tls.send_plain(PLAIN_TEXT.reply)
-        self._await_end()
+        self.state, self.address = CLOSING, None
+        try:
+            tls.send_plain(PLAIN_TEXT.reply)
+            self._await_end()
+        except OSError:  # It has gone: that is no failed handshake, too.
+            self.close()
 
     def _end_handshake(self, has_begun: bool) -> None:
         """The client has gone before the end of the handshake."""
         if has_begun:
             self._fail_handshake(ConnectionAbortedError("the client has gone"))
         else:
+            self.address = None
             self.close()
 
     def cut_off_handshake(self) -> None:
@@ -558,6 +571,7 @@ class Client:
             fields = {**address_fields(self.address), **logs.error_fields(error)}
             message = f"no TLS with {self.address[0]}: {error}"
             logs.event(logging.DEBUG, "client.tls_failed", message, fields)
+        self.address = None  # It was never accepted, so its end is not logged.
         if type(error).__module__ == "ssl":
             self.state = CLOSING
             self._await_end()

@@ -24,6 +24,7 @@ from gserver.serve.client import HANDSHAKE, IDLE, READ, READ_BYTES, Client, addr
 from gserver.serve.fastpath import FastPath
 from gserver.serve.limits import Limits
 from gserver.serve.replies import Replies
+from gserver.serve.tls import TlsSocket
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -108,12 +109,9 @@ class Loop:
         now = monotonic()
         fd = sock.fileno()
         self.limits.count_address(fd, address[0])
-        kept = address if logging.root.isEnabledFor(logging.DEBUG) else None
         if self._tls_context:
-            from gserver.serve.tls import TlsSocket  # OpenSSL is loaded only where it is needed.
-
             sock = TlsSocket(sock, self._tls_context)
-        client = Client(self, sock, kept, HANDSHAKE, now)
+        client = Client(self, sock, address, HANDSHAKE, now)
         if self.clients.setdefault(fd, client) is not client:
             raise SystemError(f"descriptor {fd} of a client was closed by other code, and reused")
         try:
@@ -123,7 +121,7 @@ class Loop:
             client.close()
             return
         if not self._tls_context:
-            self.guard(client, self.admit, client, now, address)
+            self.guard(client, self.admit, client, now)
             return
         if len(self.handshakes) >= self._max_handshakes:
             self.end_oldest_handshake()
@@ -136,18 +134,20 @@ class Loop:
         if oldest is not None:
             self.guard(oldest, oldest.cut_off_handshake)
 
-    def admit(self, client: Client, now: float, address: Any = None) -> None:
+    def admit(self, client: Client, now: float) -> None:
         """Count a client, or reject it. Its handshake is over, if there was one."""
         self.handshakes.pop(client, None)
         error = self.limits.admit(client.sock.fileno())
         if error:
             self.rejected += 1
             self.rejected_now += 1
-            self._log_rejection(address or client.sock.getpeername(), error)
+            self._log_rejection(client.address, error)
             client.reject(error)
             return
         client.state = IDLE
         client.quiet_since = now
+        if not logging.root.isEnabledFor(logging.DEBUG):
+            client.address = None
         log_client("client.accepted", "accepted", client)
         client.rest(now)
 

@@ -92,6 +92,10 @@ def _no_password() -> str:
     )
 
 
+class IncompleteRecord(BlockingIOError):
+    """Bytes have arrived, but no whole record."""
+
+
 class TlsSocket:
     """A client's connection: receives, sends and closes like the bare non-blocking socket in it.
 
@@ -176,8 +180,7 @@ class TlsSocket:
     def recv(self, size: int) -> bytes:
         """Return the data of the records that are whole; b"" at the client's end.
 
-        Raises BlockingIOError if there is nothing; `has_partial_record` tells whether a record has
-        begun.
+        Raises BlockingIOError if nothing has arrived, and IncompleteRecord if nothing whole has.
         """
         if self._unread:
             data, self._unread = self._unread, b""
@@ -194,7 +197,7 @@ class TlsSocket:
             if len(self._unsent) > MAX_UNREAD_BYTES:
                 raise ConnectionAbortedError("the client does not read what TLS sends")
         if not data and not self._has_ended:
-            raise BlockingIOError
+            raise IncompleteRecord
         return data
 
     def send(self, data: bytes) -> int:
