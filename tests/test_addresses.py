@@ -151,7 +151,7 @@ def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
         assert stack.enter_context(TlsClient(server.port, trust(pems), OTHER)).who() == 1
         assert {client.rest() for client in silent} == {b""}
         assert stack.enter_context(TlsClient(server.port, trust(pems), MANY)).who() == 2
-        assert status(server)["rejected"]["too_many_from_address"] == 1
+        assert status(server)["error_replies"]["too_many_from_address"] == 1
 
 
 def test_workers_that_accept_a_crowd_at_once_keep_to_the_limit_and_one_that_is_killed_gives_its_share_back(

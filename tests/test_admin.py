@@ -72,11 +72,37 @@ def test_a_server_that_serves_is_alive_and_ready(here: Running) -> None:
     assert get(here, "/readyz")[::2] == (200, b"ready\n")
 
 
-def test_what_is_not_there_is_not_found_and_all_but_get_is_refused(here: Running) -> None:
+def test_unknown_paths_are_not_found_and_the_answer_names_the_known_ones(here: Running) -> None:
     for path in ("/x", "/status", "//", "/%00", "/../etc/passwd", "/" + "x" * 2000):
-        assert get(here, path)[0] == 404
-    for method in ("POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "x"):
-        assert get(here, "/livez", method)[0] == 405
+        known = b"available: /, /status.json, /metrics, /livez, /readyz\n"
+        assert get(here, path)[::2] == (404, known)
+
+
+def test_methods_other_than_get_and_head_are_refused_and_allow_names_those(here: Running) -> None:
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "x"):
+        code, headers, body = get(here, "/livez", method)
+        assert (code, headers["allow"]) == (405, "GET, HEAD")
+        assert body == b"only GET and HEAD are supported\n"
+
+
+@pytest.mark.parametrize("path", ["/", "/livez", "/readyz", "/metrics", "/status.json", "/x"])
+def test_head_has_the_status_and_headers_of_get_without_a_body(here: Running, path: str) -> None:
+    request = f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with dial(here) as sock, sock.makefile("rb") as answer:
+        sock.sendall(request)
+        head, _, body = answer.read().partition(b"\r\n\r\n")
+    assert body == b""
+    code, expected, _ = get(here, path)
+    status_line, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    assert int(status_line.split()[1]) == code
+    # The figures, and so the length, change between two requests; and so does the date.
+    varies = {"date", "content-length"}
+    assert headers.keys() == expected.keys()
+    assert {name: headers[name] for name in headers.keys() - varies} == {
+        name: expected[name] for name in expected.keys() - varies
+    }
+    assert int(headers["content-length"]) > 0
 
 
 def test_every_answer_closes_and_may_not_be_kept_or_framed(here: Running) -> None:
@@ -95,10 +121,7 @@ def test_the_status_says_what_there_is(here: Running) -> None:
         assert clients[1].ask(b"WHERE") == b"here"
         assert clients[2].ask(b"NOPE") == b"ERR unknown command"
         # A burst is counted once its reply has been sent.
-        until(
-            lambda: status(here)["service"]["bursts"] - before["service"]["bursts"] == 3,
-            "all are counted",
-        )
+        until(lambda: status(here)["reads"] - before["reads"] == 3, "all are counted")
         now = status(here)
     assert now["server"]["id"] == "here"
     assert (now["server"]["state"], now["server"]["port"]) == ("ready", here.port)
@@ -110,8 +133,8 @@ def test_the_status_says_what_there_is(here: Running) -> None:
         name: now["commands"][name] - before["commands"][name] for name in ("WHO", "WHERE", "WHY")
     }
     assert changed == {"WHO": 1, "WHERE": 1, "WHY": 0}
-    assert now["errors"]["unknown_command"] - before["errors"]["unknown_command"] == 1
-    assert 0 < now["service"]["seconds"] - before["service"]["seconds"] < 1
+    assert now["error_replies"]["unknown_command"] - before["error_replies"]["unknown_command"] == 1
+    assert 0 < now["service_seconds"] - before["service_seconds"] < 1
     [worker] = now["workers"]["each"]
     assert (worker["pid"], worker["clients"]) == (here.workers()[0].pid, 3)
     assert 0 <= worker["silent_seconds"] < PATIENCE
@@ -230,6 +253,21 @@ def test_with_a_token_all_but_health_needs_it(value: str) -> None:
         assert get(server, "/livez")[0] == get(server, "/readyz")[0] == 200
         assert TOKEN not in "".join(server.lines)
         assert not server.events("process.error")
+
+
+@pytest.mark.parametrize("token", ["s3cret ", " s3cret", " "])
+def test_a_token_that_http_would_change_is_refused_at_start(token: str) -> None:
+    for arguments, env in ((["--admin-token", token], {}), ([], {"GSERVER_ADMIN_TOKEN": token})):
+        done = gserver("--port", "0", "--admin-port", "0", *arguments, **env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "the token begins or ends with a blank, which HTTP removes" in done.stderr
+        assert "s3cret" not in done.stderr
+
+
+def test_a_token_with_a_blank_inside_is_accepted() -> None:
+    with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": "two words"}) as server:
+        server.wait_for("agent.ready")
+        assert get(server, "/metrics", Authorization="Bearer two words")[0] == 200
 
 
 def test_a_token_that_is_given_as_a_flag_is_no_argument_for_long() -> None:
@@ -492,5 +530,5 @@ def test_the_time_that_a_client_takes_to_read_is_not_the_services(tmp_path: Path
         client.sock.recv(1)
         time.sleep(1.0)  # It does not read.
         assert len(client.line()) == 20_000_000
-        until(lambda: status(server)["service"]["bursts"] == 1, "it is counted")
-        assert status(server)["service"]["seconds"] < 0.9
+        until(lambda: status(server)["reads"] == 1, "it is counted")
+        assert status(server)["service_seconds"] < 0.9

@@ -20,7 +20,7 @@ def test_who_is_admitted_counts_until_released() -> None:
     one.release()
     assert scoreboard.clients() == 1
     totals = scoreboard.totals()
-    assert (totals["accepted"], totals["closed"], totals["clients"]) == (2, 1, 1)
+    assert (totals["clients_accepted"], totals["clients_closed"], totals["clients"]) == (2, 1, 1)
 
 
 def test_the_limit_is_over_all_workers_and_who_is_not_admitted_leaves_no_trace() -> None:
@@ -31,7 +31,7 @@ def test_the_limit_is_over_all_workers_and_who_is_not_admitted_leaves_no_trace()
     assert other.admit(4) is TOO_MANY_CLIENTS
     assert scoreboard.clients() == 2
     totals = scoreboard.totals()
-    assert (totals["accepted"], totals["refused.too_many_clients"]) == (2, 2)
+    assert (totals["clients_accepted"], totals["error_replies.too_many_clients"]) == (2, 2)
     other.release()
     assert one.admit(4) is None
 
@@ -42,5 +42,5 @@ def test_a_refusal_is_counted_under_its_name() -> None:
     other.refuse(TOO_MANY_CLIENTS)
     totals = scoreboard.totals()
     assert {name: total for name, total in totals.items() if total} == {
-        "refused.too_many_clients": 2
+        "error_replies.too_many_clients": 2
     }

@@ -316,7 +316,7 @@ def test_time_in_which_replies_wait_to_be_read_is_not_idle_time(greenlets: str) 
             gevent.sleep(0.001)
         ours.sweep()
         gevent.sleep(0.05)
-        assert scoreboard.totals()["refused.idle"] == 0
+        assert scoreboard.totals()["error_replies.idle"] == 0
         assert scoreboard.totals()["clients"] == 1
 
 
@@ -335,7 +335,7 @@ def test_a_failure_of_our_own_costs_its_client_alone(monkeypatch: pytest.MonkeyP
         gevent.sleep(0.05)
         assert client.recv(10) == b"1\n"
         totals = scoreboard.totals()
-        assert (totals["clients"], totals["closed"], ours.open) == (1, 1, 1)
+        assert (totals["clients"], totals["clients_closed"], ours.open) == (1, 1, 1)
 
 
 def fail(_data: bytes) -> bytes:
@@ -350,11 +350,11 @@ def test_each_burst_is_counted_and_timed_whichever_way_it_is_answered() -> None:
             client.sendall(said)
             gevent.sleep(0.05)
             assert client.recv(100) == told
-            assert scoreboard.totals()["bursts"] == count
+            assert scoreboard.totals()["reads"] == count
             assert 0 < scoreboard.totals()["service_ns"] - before < 10**9
     gevent.sleep(0.05)
     totals = scoreboard.totals()
-    assert (totals["clients"], totals["closed"], ours.open) == (0, 1, 0)
+    assert (totals["clients"], totals["clients_closed"], ours.open) == (0, 1, 0)
     assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == {
         "WHO": 2,
         "WHERE": 1,

@@ -98,7 +98,7 @@ def test_a_lame_duck_serves_who_is_connected_in_full_and_ends_with_the_last_of_t
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
         retire(server)
         assert readiness(server) == (503, "draining")
-        assert look(server, "/status.json")["workers"]["accepting"] == 0
+        assert look(server, "/status.json")["workers"]["now"] == 0
         time.sleep(0.3 * SECOND)  # A drain would have let them go by then.
         for left in range(6, 0, -1):
             client = clients[left - 1]
@@ -226,7 +226,7 @@ def test_a_worker_that_dies_during_it_is_told_of_and_not_replaced(tmp_path: Path
         assert died["process.exit_code"] == -signal.SIGKILL
         assert died["gserver.lost"] >= 1
         assert "another" not in died["message"]
-        assert look(server, "/status.json")["workers"]["restarts"] == 0
+        assert look(server, "/status.json")["server"]["worker_restarts"] == 0
         assert by_worker[stays].ask(b"PID") == stays
         assert len(server.events("worker.ready")) == 2
         stack.close()

@@ -11,6 +11,7 @@ from time import monotonic, monotonic_ns
 from gserver.commands import Command, Service
 from gserver.config import Config
 from gserver.errors import ClusterUnavailable
+from gserver.metrics import SERVICE_BOUNDS_NS
 from gserver.protocol import (
     ERROR_REPLIES,
     TOO_MANY_CLIENTS,
@@ -18,7 +19,7 @@ from gserver.protocol import (
     ErrorReply,
     Grammar,
 )
-from gserver.scoreboard import SERVICE_BOUNDS_NS, Scoreboard
+from gserver.scoreboard import Scoreboard
 from gserver.serve.addresses import Addresses
 
 
@@ -38,17 +39,18 @@ class Limits:
         self.cells = scoreboard.cells
         self.count_clients = scoreboard.clients
         self.clients = scoreboard.cell("clients", slot)
-        self.accepted = scoreboard.cell("accepted", slot)
-        self.closed = scoreboard.cell("closed", slot)
-        self._peak = scoreboard.cell("peak", slot)
-        self._bursts = scoreboard.cell("bursts", slot)
+        self.accepted = scoreboard.cell("clients_accepted", slot)
+        self.closed = scoreboard.cell("clients_closed", slot)
+        self._peak = scoreboard.cell("clients_peak", slot)
+        self._bursts = scoreboard.cell("reads", slot)
         self._service_ns = scoreboard.cell("service_ns", slot)
         self._classes = [
-            scoreboard.cell(f"service.{number}", slot)
+            scoreboard.cell(f"service_bucket.{number}", slot)
             for number in range(len(SERVICE_BOUNDS_NS) + 1)
         ]
         self.refusals = {
-            refusal: scoreboard.cell(f"refused.{refusal.name}", slot) for refusal in ERROR_REPLIES
+            refusal: scoreboard.cell(f"error_replies.{refusal.name}", slot)
+            for refusal in ERROR_REPLIES
         }
         #: By address, from the accept on; None where that is not limited.
         self.addresses = (
@@ -108,12 +110,15 @@ def _who(config: Config, scoreboard: Scoreboard) -> Callable[[], int]:
     if not config.redis_url:
         return scoreboard.clients
     if config.on_cluster_loss == "last-known":
-        return scoreboard.everybody
-    view, max_age_ns = scoreboard.single["view"], round(config.cluster_max_age_seconds * 1e9)
+        return scoreboard.cluster_clients
+    view, max_age_ns = (
+        scoreboard.server_cell("cluster_updated_at"),
+        round(config.cluster_max_age_seconds * 1e9),
+    )
 
     def count() -> int:
         if scoreboard.cells[view] and monotonic_ns() - scoreboard.cells[view] <= max_age_ns:
-            return scoreboard.everybody()
+            return scoreboard.cluster_clients()
         if config.on_cluster_loss == "error":
             raise ClusterUnavailable
         return scoreboard.clients()

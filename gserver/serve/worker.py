@@ -122,7 +122,7 @@ class Worker:
         self._instructions = instructions
         self._config = config = instructions.config
         self._scoreboard: Scoreboard = instructions.scoreboard()
-        for name, value in (("pid", os.getpid()), ("begun", monotonic_ns())):
+        for name, value in (("pid", os.getpid()), ("started_at", monotonic_ns())):
             self._scoreboard.cells[self._scoreboard.cell(name, instructions.slot)] = value
         self._limits = Limits(
             config, self._scoreboard, instructions.slot, commands.load(config.commands)

@@ -226,7 +226,7 @@ class Supervisor:
             self._listen_to(child)  # Its last words.
             child.hang_up(self._selector)
             self._children.remove(child)
-            lost = self._scoreboard.settle(child.slot) if child.role == WORKER else 0
+            lost = self._scoreboard.clear_dead_worker(child.slot) if child.role == WORKER else 0
             if not child.has_ended_as_asked:
                 self._pacing[child.role].note_death(child, now)
                 self._judge(child, lost, now)
