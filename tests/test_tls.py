@@ -617,7 +617,7 @@ def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> 
         told = gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
         assert re.search(r"certificate valid for (23 h|19,?999 d)", told), told
         metric = re.search(
-            r"^gserver_tls_certificate_expiry_timestamp_seconds (\S+)$",
+            r"^gserver_tls_expires_timestamp_seconds (\S+)$",
             get(server, "/metrics")[2].decode(),
             re.M,
         )
