@@ -312,13 +312,7 @@ FULL = (
     Scenario(
         "connect", connect, _cases(server=[name for name in PEERS if "streams" not in name]), 5, 1.5
     ),
-    Scenario(
-        "idle",
-        idle,
-        _cases(server=("gserver", "epoll", "go", "uvloop", "gevent")),
-        3,
-        10,
-    ),
+    Scenario("idle", idle, _cases(server=("gserver", "epoll", "go", "uvloop", "gevent")), 3, 10),
     Scenario(
         "connections",
         connections,

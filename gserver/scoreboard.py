@@ -1,8 +1,9 @@
-"""The scoreboard: one shared table of integers through which the processes know of each other.
+"""The scoreboard: a table of integers in shared memory, through which the processes share state.
 
-A memfd of int64 cells, mapped by every process; each cell has one writer, and readers take no lock.
-A worker writes its own column; the supervisor writes its own cells, and settles the column of a
-worker that has died. Every cell is named here and nowhere else.
+It is a memfd of int64 cells that every process maps. Each cell has one writer, and readers take no
+lock. A worker writes the cells of its slot. The supervisor and the agent write the cells of the
+server, and the supervisor clears the gauges of a worker that has died. `gserver.metrics` names all
+cells.
 """
 
 import fcntl
@@ -14,106 +15,54 @@ import zlib
 from collections.abc import Sequence
 
 from gserver.errors import UsageError
-from gserver.protocol import ERROR_REPLIES, MAX_NAME_BYTES
-from gserver.redis_errors import HEARTBEAT_ERRORS
+from gserver.metrics import METRICS, Combine, Metric, Source, cell_names, is_shown
+from gserver.protocol import MAX_NAME_BYTES
 
-#: Upper bounds of the classes by which the times of bursts are counted; what is longer is in a last
-#: class.
-SERVICE_BOUNDS_NS = tuple(
-    round(us * 1000) for us in (5, 10, 20, 50, 100, 200, 500, 1e3, 5e3, 2e4, 1e5, 1e6, 1e7)
-)
-#: Of each worker, what adds up over all of them: counters, and the gauge `clients`, which comes
-#: first.
-WORKER_TOTALS = (
-    "clients",  # connected now
-    "accepted",  # clients taken in
-    "closed",  # clients that have gone
-    "bursts",  # times that bytes were read and answered
-    "service_ns",  # time from bytes read to replies handed to the kernel, over all bursts
-    *(
-        f"service.{number}" for number in range(len(SERVICE_BOUNDS_NS) + 1)
-    ),  # bursts by their time: classes above
-    *(f"refused.{refusal.name}" for refusal in ERROR_REPLIES),
-)
-#: What does not. Moments are monotonic nanoseconds.
-WORKER_CELLS = (
-    *WORKER_TOTALS,
-    "heartbeat",  # when its loop last turned
-    "pid",  # of the worker that has this column; 0 = none
-    "begun",  # when it began
-    "tls_expires_at",  # when the certificate it shows expires, in Unix seconds; 0 = it has none
-    "peak",  # most clients of all workers at once that it has seen
-)
-#: Of the supervisor and of the agent, likewise.
-SINGLE_TOTALS = (
-    "workers",  # workers that accept
-    "worker_restarts",  # workers replaced because they died or hung
-    "agent_starts",
-    "reloads",  # SIGHUPs carried out
-    "reload_failures",  # and given up
-    "lost",  # clients of workers that died
-    "beats",  # answered by Redis
-    "beat_ns",  # time until the answer, over all beats
-    *(f"beat_errors.{kind}" for kind in HEARTBEAT_ERRORS),
-)
-SINGLE_CELLS = (
-    *SINGLE_TOTALS,
-    "agent_heartbeat",
-    "begun_at",  # when the supervisor began
-    "stopping",  # 1 from the signal on that ends it
-    "draining",  # 1 from when it accepts no more
-    "incarnation",  # which life of this server it is: drawn by lot
-    "address_key",  # of the hash of addresses: drawn by lot, and secret
-    "remote",  # clients of the other servers, as last known
-    "servers",  # servers in the cluster, as last known; 0 before the first beat
-    "view",  # when that was learned
-    "lease_clock",  # of the cluster, as last known; milliseconds
-    "lost_at",  # on that clock: when Redis last lost data
-    "answered",  # the stamp of the last beat that was answered
-    "hold_until",  # on that clock: how long `remote` is an older number that is held; 0 = it is not
-)
+WORKER_CELLS = cell_names(Source.WORKER)
+SERVER_CELLS = cell_names(Source.SERVER)
+#: Command names that a slot can hold, over all reloads.
 MAX_COMMANDS = 64
 
 _CELL_BYTES = 8
 _ADDRESS_BYTES = 4
-_FIRST = 1  # cell 0 holds the layout's fingerprint
-_FINGERPRINT = zlib.crc32(repr((WORKER_CELLS, SINGLE_CELLS, MAX_COMMANDS, MAX_NAME_BYTES)).encode())
+_FIRST = 1  # Cell 0 holds the fingerprint of the layout.
+_FINGERPRINT = zlib.crc32(repr((WORKER_CELLS, SERVER_CELLS, MAX_COMMANDS, MAX_NAME_BYTES)).encode())
+_WORKER_INDEX = {name: index for index, name in enumerate(WORKER_CELLS)}
 
 
 class Scoreboard:
-    """All cells, as seen by one process. A cell is `scoreboard.cells[index]`."""
+    """All cells, mapped by one process. The value of a cell is `scoreboard.cells[index]`."""
 
     def __init__(self, fd: int, slots: int, address_cells: int = 0) -> None:
         self.fd = fd
         self.slots = slots
-        singles = _FIRST + slots * (len(WORKER_CELLS) + MAX_COMMANDS)
-        self.single = {name: singles + index for index, name in enumerate(SINGLE_CELLS)}
-        end = (singles + len(SINGLE_CELLS)) * _CELL_BYTES
+        server = _FIRST + slots * (len(WORKER_CELLS) + MAX_COMMANDS)
+        self._server_cells = {name: server + index for index, name in enumerate(SERVER_CELLS)}
+        end = (server + len(SERVER_CELLS)) * _CELL_BYTES
         size = 2 * end + slots * MAX_COMMANDS * MAX_NAME_BYTES
         if os.fstat(fd).st_size == 0:
             os.ftruncate(fd, size + slots * address_cells * _ADDRESS_BYTES)
         memory = memoryview(mmap.mmap(fd, 0))
         self.cells = memory[:end].cast("q")
-        #: The agent's: the cells as they were when it last sent them, from where one that follows
-        #: it goes on.
+        #: The agent's copy of all cells at its last StatsD flush. The next agent continues from it.
         self.sent = memory[end : 2 * end].cast("q")
         self._names = memory[2 * end : size]
-        #: Gauges of clients by address, those of one worker after those of another; empty where
-        #: nobody needs them.
+        #: Clients by hashed address, one slot after the other; empty if addresses have no limit.
         self.addresses = memory[size:].cast("i")
-        self._clients = self.cells[_FIRST : _FIRST + slots]
-        self._remote = self.single["remote"]
+        # WHO reads these for every command, so the clients of all slots lie side by side.
+        clients = self.cell("clients", 0)
+        self._clients = self.cells[clients : clients + slots]
+        self._remote_clients = self.server_cell("remote_clients")
 
     @classmethod
     def create(cls, slots: int, address_cells: int = 0) -> "Scoreboard":
-        """Make an empty scoreboard with a column for each of `slots` workers, and so many cells of each for addresses."""
+        """Make an empty scoreboard with this many slots, and address cells in each slot."""
         scoreboard = cls(
             os.memfd_create("gserver-scoreboard", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING),
             slots,
             address_cells,
         )
-        # Whoever has the descriptor could cut the file short: a SIGBUS for all processes at their
-        # next look.
+        # A process that shortened the file would end all others: their next access is a SIGBUS.
         fcntl.fcntl(
             scoreboard.fd,
             fcntl.F_ADD_SEALS,
@@ -122,54 +71,62 @@ class Scoreboard:
         scoreboard.cells[0] = _FINGERPRINT
         scoreboard.put("incarnation", secrets.randbits(62))
         scoreboard.put("address_key", secrets.randbits(62))
-        scoreboard.put("begun_at", time.monotonic_ns())
+        scoreboard.put("server_started_at", time.monotonic_ns())
         return scoreboard
 
     @classmethod
     def attach(cls, fd: int, slots: int) -> "Scoreboard":
-        """Map the supervisor's scoreboard; raise `UsageError` when it was made by another version of this file."""
-        cell = os.pread(fd, _CELL_BYTES, 0)
-        if int.from_bytes(cell, "little") != _FINGERPRINT:
+        """Map the supervisor's scoreboard.
+
+        Raises `UsageError` if its layout is not that of this code: another version made it.
+        """
+        fingerprint = os.pread(fd, _CELL_BYTES, 0)
+        if int.from_bytes(fingerprint, "little") != _FINGERPRINT:
             raise UsageError(
                 "the running supervisor is of another version than this code: restart it"
             )
         return cls(fd, slots)
 
     def clients(self) -> int:
-        """Clients connected to all workers now."""
+        """Return the number of clients that are connected to this server."""
         return sum(self._clients)
 
-    def everybody(self) -> int:
-        """Clients of the whole cluster: those of this server now, and those of the others as last known."""
-        return sum(self._clients) + self.cells[self._remote]
+    def cluster_clients(self) -> int:
+        """Return the clients of the cluster: of this server now, of the others as last known."""
+        return sum(self._clients) + self.cells[self._remote_clients]
 
     def get(self, name: str) -> int:
-        """Return the value of a cell of the supervisor's or the agent's."""
-        return self.cells[self.single[name]]
+        """Return the value of a cell of the server."""
+        return self.cells[self._server_cells[name]]
 
     def put(self, name: str, value: int) -> None:
-        """Set such a cell."""
-        self.cells[self.single[name]] = value
+        """Set a cell of the server."""
+        self.cells[self._server_cells[name]] = value
 
     def add(self, name: str, amount: int) -> None:
-        """Count in such a cell."""
-        self.cells[self.single[name]] += amount
+        """Add to a cell of the server."""
+        self.cells[self._server_cells[name]] += amount
+
+    def server_cell(self, name: str) -> int:
+        """Return the index of a cell of the server."""
+        return self._server_cells[name]
 
     def cell(self, name: str, slot: int) -> int:
-        """Return the index of a worker's cell."""
-        return _FIRST + WORKER_CELLS.index(name) * self.slots + slot
+        """Return the index of a cell of the worker in a slot."""
+        return _FIRST + _WORKER_INDEX[name] * self.slots + slot
 
     def command_cell(self, name: str, slot: int) -> int:
-        """Return the index of the cell where a worker counts a command, after entering its name if
-        it is new.
+        """Return the index of the cell that counts a command in a slot; enter a new name.
 
-        Names stay: a worker that follows in the slot goes on counting where the last one ended.
+        Names stay, so the next worker in the slot continues the count. Raises `UsageError` if the
+        slot has `MAX_COMMANDS` other names.
         """
         names = self._command_names(slot)
         if name not in names:
             if len(names) == MAX_COMMANDS:
                 raise UsageError(
-                    f"more than {MAX_COMMANDS} commands, those of earlier reloads included: restart gserver"
+                    f"more than {MAX_COMMANDS} commands, those of earlier reloads included:"
+                    " restart gserver"
                 )
             start = (slot * MAX_COMMANDS + len(names)) * MAX_NAME_BYTES
             self._names[start : start + MAX_NAME_BYTES] = name.encode().ljust(MAX_NAME_BYTES, b"\0")
@@ -177,63 +134,69 @@ class Scoreboard:
         return self._first_command(slot) + names.index(name)
 
     def heartbeat_cell(self, slot: int) -> int:
-        """Return the index of the cell where the worker in a slot, or the agent (-1), gives its signs of life."""
-        return self.single["agent_heartbeat"] if slot < 0 else self.cell("heartbeat", slot)
+        """Return the index of the heartbeat of the worker in a slot, or of the agent (slot -1)."""
+        return self.server_cell("agent_heartbeat") if slot < 0 else self.cell("heartbeat", slot)
 
-    def settle(self, slot: int, *, has_died: bool = True) -> int:
-        """Zero the gauges of a worker that is dead; count its clients, and return how many are lost.
+    def clear_dead_worker(self, slot: int, *, has_died: bool = True) -> int:
+        """Set the gauges of a dead worker to 0; count its clients, and return how many are lost.
 
-        They are lost if it has died by itself, and closed if it was told to end.
+        They are lost if the worker died by itself, and closed if it was told to end.
         """
-        index = self.cell("clients", slot)
-        clients, self.cells[index] = self.cells[index], 0
-        self.cells[self.cell("pid", slot)] = self.cells[self.cell("tls_expires_at", slot)] = 0
+        clients = self.cells[self.cell("clients", slot)]
+        for name in ("clients", "pid", "tls_expires_at"):
+            self.cells[self.cell(name, slot)] = 0
         addresses = self.addresses_of(slot)
         addresses[:] = memoryview(bytes(addresses.nbytes)).cast("i")
         if not has_died:
-            self.cells[self.cell("closed", slot)] += clients
+            self.cells[self.cell("clients_closed", slot)] += clients
             return 0
-        self.add("lost", clients)
+        self.add("clients_lost", clients)
         return clients
 
     def addresses_of(self, slot: int) -> "memoryview[int]":
-        """Return the gauges by address of one worker."""
+        """Return the clients by hashed address of the worker in a slot."""
         size = len(self.addresses) // self.slots
         return self.addresses[slot * size : (slot + 1) * size]
 
-    def column(self, name: str, cells: Sequence[int] | None = None) -> Sequence[int]:
-        """Return a cell of every worker, in the order of their slots."""
-        return (self.cells if cells is None else cells)[
-            self.cell(name, 0) : self.cell(name, 0) + self.slots
-        ]
+    def by_slot(self, name: str, cells: Sequence[int] | None = None) -> Sequence[int]:
+        """Return a cell of every worker, in the order of the slots."""
+        first = self.cell(name, 0)
+        return (self.cells if cells is None else cells)[first : first + self.slots]
 
     def totals(self, cells: Sequence[int] | None = None) -> dict[str, int]:
-        """Return every counter and gauge by name, summed over the workers; commands as
-        `commands.NAME`.
+        """Return the figures of the catalogue that the cells hold, by name.
 
-        In a cluster that has been heard of: `servers`, `everybody` and `view_age_ms` too.
+        Cells of workers are combined over all slots. A command is `commands.NAME`. The figures of
+        the cluster are included once it is known. `cells` are those of another time, like `sent`.
         """
         cells = self.cells if cells is None else cells
-        totals = {name: sum(self.column(name, cells)) for name in WORKER_TOTALS}
-        totals.update((name, cells[self.single[name]]) for name in SINGLE_TOTALS)
+        totals: dict[str, int] = {}
+        for metric in METRICS:
+            if is_shown(metric):
+                totals.update(self._figures(metric, cells))
         for slot in range(self.slots):
             for offset, name in enumerate(self._command_names(slot)):
                 key = f"commands.{name}"
                 totals[key] = totals.get(key, 0) + cells[self._first_command(slot) + offset]
-        if cells[self.single["view"]]:
-            totals["servers"] = cells[self.single["servers"]]
-            totals["everybody"] = totals["clients"] + cells[self._remote]
-            totals["view_age_ms"] = (time.monotonic_ns() - cells[self.single["view"]]) // 1_000_000
+        updated_at = cells[self.server_cell("cluster_updated_at")]
+        if updated_at:
+            totals["cluster_clients"] = totals["clients"] + cells[self._remote_clients]
+            totals["cluster_age_ms"] = (time.monotonic_ns() - updated_at) // 1_000_000
+        else:
+            del totals["cluster_servers"]
         return totals
 
-    @staticmethod
-    def under(totals: dict[str, int], prefix: str) -> dict[str, int]:
-        """Return those of such totals that are named `prefix.NAME`, by NAME."""
-        return {
-            key.removeprefix(f"{prefix}."): total
-            for key, total in totals.items()
-            if key.startswith(f"{prefix}.")
-        }
+    def _figures(self, metric: Metric, cells: Sequence[int]) -> dict[str, int]:
+        if metric.source is Source.SERVER:
+            return {name: cells[self.server_cell(name)] for name in metric.names}
+        if metric.source is Source.COMPUTED:
+            return {}
+        values = {name: self.by_slot(name, cells) for name in metric.names}
+        if metric.combine is Combine.MAX:
+            return {name: max(each) for name, each in values.items()}
+        if metric.combine is Combine.MIN:
+            return {name: min(filter(None, each)) for name, each in values.items() if any(each)}
+        return {name: sum(each) for name, each in values.items()}
 
     def _first_command(self, slot: int) -> int:
         return _FIRST + self.slots * len(WORKER_CELLS) + slot * MAX_COMMANDS

@@ -281,14 +281,12 @@ class StatusTarget(Target):
     )
     MEMBER = '{"id": "a", "clients": 1, "silent_seconds": 0.5, "is_late": false}'
     ROSTER = f'{{"servers": [{MEMBER}], "left_out": 0, "age_seconds": 0.1, "trouble": null}}'
-    CLUSTER = (
-        f'{{"name": "c", "servers": 1, "clients": 1, "view_age_seconds": 0.1, "roster": {ROSTER}}}'
-    )
+    CLUSTER = f'{{"name": "c", "servers": 1, "clients": 1, "age_seconds": 0.1, "roster": {ROSTER}}}'
     WORKER = '{"pid": 1, "age_seconds": 1, "clients": 1, "silent_seconds": 0.1}'
     GOOD = f"""{{
         "server": {{"id": "a", "state": "ready", "uptime_seconds": 3.5, "tls_expires_at": null}},
-        "clients": {{"now": 1, "peak": 2}}, "commands": {{"WHO": 1}}, "errors": {{"x": 0}},
-        "rejected": {{"idle": 0}}, "workers": {{"each": [{WORKER}]}}, "cluster": {CLUSTER}}}"""
+        "clients": {{"now": 1, "peak": 2}}, "commands": {{"WHO": 1}},
+        "error_replies": {{"idle": 0}}, "workers": {{"each": [{WORKER}]}}, "cluster": {CLUSTER}}}"""
 
     def draw(self) -> str:
         random = self.random

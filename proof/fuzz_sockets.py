@@ -172,7 +172,7 @@ def judge(sites: dict[str, Site], outcomes: Counter[str]) -> Iterator[tuple[str,
     rejected = Counter[str]()
     for name, site in sites.items():
         try:
-            rejected += Counter(status(site.server)["rejected"])
+            rejected += Counter(status(site.server)["error_replies"])
             site.assert_as_before()
             died = [
                 event

@@ -158,7 +158,7 @@ def _refused(
     """So many connect and attack; the least that are told must be counted as refused so."""
 
     def counted() -> int:
-        return int(eventually(member.status, "the admin port answers")["rejected"][name])
+        return int(eventually(member.status, "the admin port answers")["error_replies"][name])
 
     before = counted()
     with ExitStack() as stack:

@@ -143,10 +143,8 @@ class Member:
         }:
             return False
         cluster = told["cluster"]
-        is_fresh = (
-            not cluster["is_held"] and (cluster["view_age_seconds"] or math.inf) < 1.5 * PATIENCE
-        )
-        is_whole = len(self.processes()) == WORKERS + 2 and told["workers"]["accepting"] == WORKERS
+        is_fresh = not cluster["is_held"] and (cluster["age_seconds"] or math.inf) < 1.5 * PATIENCE
+        is_whole = len(self.processes()) == WORKERS + 2 and told["workers"]["now"] == WORKERS
         is_known = cluster["servers"] == len(NAMES) and cluster["clients"] <= ceiling
         return told["server"]["state"] == "ready" and is_fresh and is_whole and is_known
 

@@ -1,6 +1,4 @@
-"""A real browser without a window: headless Chromium, driven over WebDriver
-(https://www.w3.org/TR/webdriver2/).
-"""
+"""Headless Chromium, driven over WebDriver (https://www.w3.org/TR/webdriver2/)."""
 
 import base64
 import json
@@ -34,7 +32,7 @@ FLAGS = (
 
 
 class Browser:
-    """One window."""
+    """One browser window."""
 
     def __init__(self, driver: str, profile: str) -> None:
         self._opener = build_opener(ProxyHandler({}))
@@ -59,15 +57,15 @@ class Browser:
         self._call("/url", {"url": url})
 
     def run(self, script: str) -> Any:
-        """What a piece of JavaScript returns."""
+        """Run JavaScript; return what it returns."""
         return self._call("/execute/sync", {"script": script, "args": []})
 
     def text(self, element: str) -> str:
-        """The text of the element of that id, as it is shown."""
+        """The visible text of an element, by its id."""
         return str(self.run(f"return document.getElementById('{element}').innerText"))
 
     def complaints(self) -> list[str]:
-        """What the browser's console says of errors."""
+        """The errors in the console of the browser."""
         return [
             entry["message"]
             for entry in self._call("/se/log", {"type": "browser"})
@@ -75,7 +73,7 @@ class Browser:
         ]
 
     def resize(self, width: int, height: int, scheme: str = "light") -> None:
-        """Take another screen, and another taste."""
+        """Set the size of the screen and the preferred colour scheme."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         for command, arguments in (
@@ -85,7 +83,7 @@ class Browser:
             self._call("/goog/cdp/execute", {"cmd": command, "params": arguments})
 
     def picture(self, path: Path) -> None:
-        """Write what is seen as PNG."""
+        """Save a screenshot as PNG."""
         path.write_bytes(base64.b64decode(self._call("/screenshot", method="GET")))
 
     def close(self) -> None:
@@ -94,7 +92,7 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser for the time of the body."""
+    """Run a browser during the body."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     words = [program("chromedriver"), f"--port={port}"]

@@ -1,4 +1,4 @@
-"""The admin port: what it says, to whom, and that nothing that is done to it holds up a client."""
+"""The admin port: its answers, who may read them, and that no load on it slows a client."""
 
 import base64
 import http.client
@@ -27,7 +27,7 @@ TOKEN = "not-a-secret"
 def get(
     server: Running, path: str, method: str = "GET", host: str = "127.0.0.1", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of an answer."""
+    """Send a request; return the status code, headers and body of the answer."""
     connection = http.client.HTTPConnection(host, server.admin_port(), timeout=LIMIT)
     try:
         connection.request(method, path, headers=headers)
@@ -48,7 +48,7 @@ def status(server: Running, **headers: str) -> Any:
 
 
 def metrics(server: Running) -> dict[str, float]:
-    """Every sample, by name and labels as they are written."""
+    """The samples of /metrics, by name and labels as they are written."""
     _, _, body = get(server, "/metrics")
     lines = [line for line in body.decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
@@ -56,13 +56,13 @@ def metrics(server: Running) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[Running]:
-    """A server with an admin port, for tests that leave it as it was."""
+    """A server with an admin port, shared by tests that do not change it."""
     with Running("--admin-port", "0", "--server-id", "here", "--max-clients", "50") as running:
         running.wait_for("agent.ready")
         yield running
 
 
-def test_there_is_none_unless_it_is_asked_for(server: Running) -> None:
+def test_there_is_no_admin_port_by_default(server: Running) -> None:
     assert server.agents() == []
     assert server.events("server.listening")[0].get("gserver.admin_port") is None
 
@@ -72,11 +72,37 @@ def test_a_server_that_serves_is_alive_and_ready(here: Running) -> None:
     assert get(here, "/readyz")[::2] == (200, b"ready\n")
 
 
-def test_what_is_not_there_is_not_found_and_all_but_get_is_refused(here: Running) -> None:
+def test_unknown_paths_are_not_found_and_the_answer_names_the_known_ones(here: Running) -> None:
     for path in ("/x", "/status", "//", "/%00", "/../etc/passwd", "/" + "x" * 2000):
-        assert get(here, path)[0] == 404
-    for method in ("POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "x"):
-        assert get(here, "/livez", method)[0] == 405
+        known = b"available: /, /status.json, /metrics, /livez, /readyz\n"
+        assert get(here, path)[::2] == (404, known)
+
+
+def test_methods_other_than_get_and_head_are_refused_and_allow_names_those(here: Running) -> None:
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "x"):
+        code, headers, body = get(here, "/livez", method)
+        assert (code, headers["allow"]) == (405, "GET, HEAD")
+        assert body == b"only GET and HEAD are supported\n"
+
+
+@pytest.mark.parametrize("path", ["/", "/livez", "/readyz", "/metrics", "/status.json", "/x"])
+def test_head_has_the_status_and_headers_of_get_without_a_body(here: Running, path: str) -> None:
+    request = f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with dial(here) as sock, sock.makefile("rb") as answer:
+        sock.sendall(request)
+        head, _, body = answer.read().partition(b"\r\n\r\n")
+    assert body == b""
+    code, expected, _ = get(here, path)
+    status_line, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    assert int(status_line.split()[1]) == code
+    # The figures, and so the length, change between two requests; and so does the date.
+    varies = {"date", "content-length"}
+    assert headers.keys() == expected.keys()
+    assert {name: headers[name] for name in headers.keys() - varies} == {
+        name: expected[name] for name in expected.keys() - varies
+    }
+    assert int(headers["content-length"]) > 0
 
 
 def test_every_answer_closes_and_may_not_be_kept_or_framed(here: Running) -> None:
@@ -87,18 +113,15 @@ def test_every_answer_closes_and_may_not_be_kept_or_framed(here: Running) -> Non
         assert int(headers["content-length"]) == len(body)
 
 
-def test_the_status_says_what_there_is(here: Running) -> None:
+def test_the_status_has_the_figures_of_what_clients_did(here: Running) -> None:
     before = status(here)
     with ExitStack() as stack:
         clients = [stack.enter_context(here.client()) for _ in range(3)]
         assert clients[0].ask(b"WHO") == b"3"
         assert clients[1].ask(b"WHERE") == b"here"
         assert clients[2].ask(b"NOPE") == b"ERR unknown command"
-        # A burst is counted once its reply has been sent.
-        until(
-            lambda: status(here)["service"]["bursts"] - before["service"]["bursts"] == 3,
-            "all are counted",
-        )
+        # A read is counted after its reply has been sent.
+        until(lambda: status(here)["reads"] - before["reads"] == 3, "all reads are counted")
         now = status(here)
     assert now["server"]["id"] == "here"
     assert (now["server"]["state"], now["server"]["port"]) == ("ready", here.port)
@@ -110,15 +133,15 @@ def test_the_status_says_what_there_is(here: Running) -> None:
         name: now["commands"][name] - before["commands"][name] for name in ("WHO", "WHERE", "WHY")
     }
     assert changed == {"WHO": 1, "WHERE": 1, "WHY": 0}
-    assert now["errors"]["unknown_command"] - before["errors"]["unknown_command"] == 1
-    assert 0 < now["service"]["seconds"] - before["service"]["seconds"] < 1
+    assert now["error_replies"]["unknown_command"] - before["error_replies"]["unknown_command"] == 1
+    assert 0 < now["service_seconds"] - before["service_seconds"] < 1
     [worker] = now["workers"]["each"]
     assert (worker["pid"], worker["clients"]) == (here.workers()[0].pid, 3)
     assert 0 <= worker["silent_seconds"] < PATIENCE
     assert now["cluster"] is None
 
 
-def test_the_metrics_say_the_same_and_are_what_prometheus_reads(here: Running) -> None:
+def test_the_metrics_have_the_same_figures_in_the_format_of_prometheus(here: Running) -> None:
     before = metrics(here)
     with here.client() as client:
         assert client.ask(b"WHY") == b"42"
@@ -127,7 +150,7 @@ def test_the_metrics_say_the_same_and_are_what_prometheus_reads(here: Running) -
                 metrics(here)["gserver_service_seconds_count"]
                 > before["gserver_service_seconds_count"]
             ),
-            "so is it",
+            "the read is counted",
         )
         now = metrics(here)
         assert now["gserver_clients"] == 1
@@ -174,7 +197,7 @@ def test_counters_survive_a_worker_and_the_agent() -> None:
         ]
 
 
-def test_it_is_unready_from_the_signal_on_though_it_still_serves() -> None:
+def test_a_server_is_unready_from_the_stop_signal_on_while_it_still_serves() -> None:
     with Running("--admin-port", "0", "--drain-delay", "2") as server:
         server.wait_for("agent.ready")
         assert get(server, "/readyz")[0] == 200
@@ -187,7 +210,7 @@ def test_it_is_unready_from_the_signal_on_though_it_still_serves() -> None:
         assert server.exit_code() == 0
 
 
-def test_without_workers_it_is_alive_but_not_ready() -> None:
+def test_a_server_without_workers_is_alive_but_not_ready() -> None:
     with Running("--admin-port", "0", "--hang-timeout", "0") as server:
         server.wait_for("agent.ready")
         with stopped(server.workers()[0]):
@@ -195,7 +218,7 @@ def test_without_workers_it_is_alive_but_not_ready() -> None:
         server.workers()[0].kill()
         until(
             lambda: get(server, "/readyz")[0] == 503 or server.events("worker.ready")[1:],
-            "it is noticed",
+            "the death is noticed",
         )
 
 
@@ -232,6 +255,22 @@ def test_with_a_token_all_but_health_needs_it(value: str) -> None:
         assert not server.events("process.error")
 
 
+@pytest.mark.parametrize("token", ["s3cret ", " s3cret", " "])
+def test_a_token_that_http_would_change_is_refused_at_start(token: str) -> None:
+    for arguments, env in ((["--admin-token", token], {}), ([], {"GSERVER_ADMIN_TOKEN": token})):
+        done = gserver("--port", "0", "--admin-port", "0", *arguments, **env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "the token begins or ends with a blank, which HTTP removes" in done.stderr
+        assert "s3cret" not in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_token_with_a_blank_inside_is_accepted() -> None:
+    with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": "two words"}) as server:
+        server.wait_for("agent.ready")
+        assert get(server, "/metrics", Authorization="Bearer two words")[0] == 200
+
+
 def test_a_token_that_is_given_as_a_flag_is_no_argument_for_long() -> None:
     with Running("--admin-port", "0", "--admin-token", TOKEN) as server:
         server.wait_for("agent.ready")
@@ -247,10 +286,8 @@ def test_a_token_that_is_given_as_a_flag_is_no_argument_for_long() -> None:
 def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
     done = gserver("--admin-port", "0", "--admin-host", host)
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == f"gserver: --admin-host {host} can be reached from elsewhere: give it an --admin-token too\n"
-    )
+    reason = f"--admin-host {host} can be reached from elsewhere: give it an --admin-token too"
+    assert done.stderr == f"gserver: {reason}\n"
 
 
 def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running) -> None:
@@ -275,15 +312,13 @@ def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running
         assert get(here, "/status.json", Host=name)[0] == 200, name
 
 
-def test_a_server_without_a_token_ignores_one_but_not_the_name_by_which_it_is_asked(
-    here: Running,
-) -> None:
+def test_a_server_without_a_token_ignores_a_sent_one_and_checks_the_host(here: Running) -> None:
     for value in (f"Bearer {TOKEN}", "Basic !", ""):
         assert get(here, "/status.json", Authorization=value)[0] == 200
         assert get(here, "/status.json", Authorization=value, Host="evil.example")[0] == 403
 
 
-def test_a_busy_admin_port_is_told_in_one_line() -> None:
+def test_a_busy_admin_port_is_reported_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         done = gserver("--port", "0", "--admin-port", str(port))
@@ -292,7 +327,7 @@ def test_a_busy_admin_port_is_told_in_one_line() -> None:
     assert done.stderr == f"gserver: cannot listen on 127.0.0.1:{port}: {told}\n"
 
 
-def test_who_has_connected_is_answered_though_the_agent_is_replaced() -> None:
+def test_connections_are_answered_while_the_agent_is_replaced() -> None:
     with Running("--admin-port", "0") as server, ExitStack() as stack:
         is_over, counts = threading.Event(), [0] * 4
 
@@ -308,7 +343,7 @@ def test_who_has_connected_is_answered_though_the_agent_is_replaced() -> None:
         stack.callback(is_over.set)
         asking = [pool.submit(ask, number) for number in range(4)]
         for number in range(3):
-            until(lambda: all(counts) or any(each.done() for each in asking), "all were answered")
+            until(lambda: all(counts) or any(each.done() for each in asking), "all are answered")
             counts[:] = [0] * 4
             server.send_signal(signal.SIGHUP)
             server.wait_for("agent.ready", number + 2)
@@ -317,10 +352,10 @@ def test_who_has_connected_is_answered_though_the_agent_is_replaced() -> None:
             each.result()
 
 
-def test_who_asks_for_nothing_does_not_hold_up_the_next_agent() -> None:
+def test_an_unfinished_request_does_not_delay_the_next_agent() -> None:
     with Running("--admin-port", "0") as server, dial(server) as silent:
         silent.sendall(b"GET /re")
-        until(lambda: get(server, "/livez")[0] == 200, "it is met")
+        until(lambda: get(server, "/livez")[0] == 200, "the connection before it has been accepted")
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
         began = time.monotonic()
@@ -333,7 +368,7 @@ def test_who_asks_for_nothing_does_not_hold_up_the_next_agent() -> None:
         ] == []
 
 
-# What is done to it.
+# Hostile requests.
 
 
 def dial(server: Running) -> socket.socket:
@@ -349,7 +384,7 @@ UNFINISHED = (
 )
 
 
-def test_who_does_not_finish_a_request_is_closed_in_time_and_in_nobodys_way(here: Running) -> None:
+def test_unfinished_requests_are_closed_in_time_and_block_no_others(here: Running) -> None:
     began = time.monotonic()
     with ExitStack() as stack:
         socks = [stack.enter_context(dial(here)) for _ in UNFINISHED]
@@ -372,7 +407,7 @@ def test_who_does_not_finish_a_request_is_closed_in_time_and_in_nobodys_way(here
         b"\r\n" * 50_000,
     ],
 )
-def test_rubbish_and_too_much_end_the_connection(here: Running, sent: bytes) -> None:
+def test_garbage_and_oversized_requests_end_the_connection(here: Running, sent: bytes) -> None:
     [agent] = here.agents()
     before = agent.memory_info().rss
     with dial(here) as sock:
@@ -389,7 +424,7 @@ def test_rubbish_and_too_much_end_the_connection(here: Running, sent: bytes) -> 
 
 
 def assert_no_trace(server: Running) -> None:
-    """Nothing of what was done to it can be seen but at the level `debug`."""
+    """Nothing was logged above the level `debug`, and nothing was printed."""
     assert not server.events("process.error")
     assert not server.stderr
 
@@ -411,7 +446,7 @@ def assert_no_trace(server: Running) -> None:
         ),
     ],
 )
-def test_a_request_that_is_none_is_refused_without_a_trace(here: Running, sent: bytes) -> None:
+def test_a_malformed_request_is_refused_and_not_logged(here: Running, sent: bytes) -> None:
     with dial(here) as sock, sock.makefile("rb") as answer:
         sock.sendall(sent)
         assert answer.readline() == b"HTTP/1.1 400 Bad Request\r\n"
@@ -427,11 +462,11 @@ def test_a_request_that_is_none_is_refused_without_a_trace(here: Running, sent: 
         b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx",
     ],
 )
-def test_who_breaks_off_a_request_leaves_no_trace(here: Running, sent: bytes) -> None:
+def test_an_aborted_request_is_not_logged(here: Running, sent: bytes) -> None:
     for _ in range(10):
         with dial(here) as sock:
             sock.sendall(sent)
-            assert get(here, "/livez")[0] == 200  # It has been read.
+            assert get(here, "/livez")[0] == 200  # The aborted request has been read.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert get(here, "/livez")[0] == 200
     assert_no_trace(here)
@@ -459,16 +494,16 @@ def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_
         assert time.monotonic() - began < PATIENCE
         still = [sock for sock in crowd if not select.select([sock], [], [], 0)[0]]
         assert len(still) == (0 if sent.startswith(b"POST") else MAX_WAITING - 1), (
-            "the latest wait on"
+            "the latest connections stay"
         )
         assert still == crowd[len(crowd) - len(still) :] or not still
     assert_no_trace(here)
     assert not here.events("agent.died")
 
 
-def test_no_answer_is_cut_off_while_it_is_made() -> None:
+def test_no_connection_is_evicted_while_its_answer_is_made() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
-        # Each answer waits for it, for a moment.
+        # Each answer waits a moment for this Redis, which never replies.
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
         server = stack.enter_context(Running("--admin-port", "0", "--redis-url", url))
         server.wait_for("agent.ready")
@@ -479,9 +514,12 @@ def test_no_answer_is_cut_off_while_it_is_made() -> None:
         assert [sock.recv(12) for sock in crowd] == [b"HTTP/1.1 200"] * len(crowd)
 
 
-def test_the_time_that_a_client_takes_to_read_is_not_the_services(tmp_path: Path) -> None:
+def test_the_time_that_a_client_takes_to_read_is_not_service_time(tmp_path: Path) -> None:
     (tmp_path / "large.py").write_text(
-        "from gserver.commands import command\n@command('LARGE')\ndef large(service):\n    return 'x' * 20_000_000\n"
+        "from gserver.commands import command\n"
+        "@command('LARGE')\n"
+        "def large(service):\n"
+        "    return 'x' * 20_000_000\n"
     )
     with (
         Running("--admin-port", "0", "--commands", "large", cwd=tmp_path) as server,
@@ -490,7 +528,7 @@ def test_the_time_that_a_client_takes_to_read_is_not_the_services(tmp_path: Path
         server.wait_for("agent.ready")
         client.send(b"LARGE\n")
         client.sock.recv(1)
-        time.sleep(1.0)  # It does not read.
+        time.sleep(1.0)  # The client does not read.
         assert len(client.line()) == 20_000_000
-        until(lambda: status(server)["service"]["bursts"] == 1, "it is counted")
-        assert status(server)["service"]["seconds"] < 0.9
+        until(lambda: status(server)["reads"] == 1, "the read is counted")
+        assert status(server)["service_seconds"] < 0.9

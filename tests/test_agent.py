@@ -1,4 +1,4 @@
-"""The agent: whatever becomes of it, no client notices, and nothing is counted twice or forgotten."""
+"""The agent: when it dies, hangs or is replaced, no client notices and every count stays exact."""
 
 import contextlib
 import signal
@@ -11,23 +11,23 @@ import pytest
 from tests.running import LIMIT, PATIENCE, Client, Running, until
 from tests.test_statsd import Daemon, becomes, received, statsd_daemon, to
 
-#: Nobody listens there, and nothing of this kind of address leaves the machine.
-SOMEWHERE = ["--statsd-host", "127.0.0.1"]
+#: No daemon listens there, and no datagram leaves the machine.
+UNUSED_STATSD = ["--statsd-host", "127.0.0.1"]
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One daemon for the file; each test has a prefix of its own."""
+    """One daemon for all tests of the file; each test uses its own prefix."""
     with statsd_daemon(tmp_path_factory.mktemp("statsd")) as running:
         yield running
 
 
 @contextlib.contextmanager
 def asking(server: Running, command: bytes) -> Iterator[tuple[list[float], list[int]]]:
-    """Meanwhile, clients come, ask a few times and go.
+    """During the body, clients connect one after another, send ten commands each and disconnect.
 
-    Yields how long each reply took, and how many replies each client got: ten, if it was not let go
-    before.
+    Yields the time of each reply in seconds, and the number of replies of each client: ten, unless
+    it was closed before.
     """
     times: list[float] = []
     clients: list[int] = []
@@ -61,7 +61,7 @@ def test_without_a_statsd_host_there_is_no_agent(server: Running) -> None:
     assert server.events("agent.ready") == []
 
 
-def test_an_agent_that_is_killed_is_replaced_and_nothing_is_counted_twice(daemon: Daemon) -> None:
+def test_a_killed_agent_is_replaced_and_nothing_is_counted_twice(daemon: Daemon) -> None:
     with Running(*to(daemon, "killed")) as server, server.client() as client:
         server.wait_for("agent.ready")
         (first,) = server.agents()
@@ -82,7 +82,7 @@ def test_an_agent_that_is_killed_is_replaced_and_nothing_is_counted_twice(daemon
         for _ in range(7):
             assert client.ask(b"WHY") == b"42"
         assert server.stop() == 0
-    becomes(lambda: received(daemon, "gauges", "killed."), {"connections": 0, "workers": 0})
+    becomes(lambda: received(daemon, "gauges", "killed."), {"clients": 0, "workers": 0})
     assert received(daemon, "counters", "killed.")["commands.why"] == 17
 
 
@@ -95,7 +95,7 @@ def test_every_start_of_an_agent_is_counted(daemon: Daemon) -> None:
         server.wait_for("agent.ready", 3)
         assert server.stop() == 0
     becomes(lambda: received(daemon, "counters", "starts.").get("agent_starts"), 3)
-    assert "restarts" not in received(daemon, "counters", "starts.")  # Those are the workers'.
+    assert "worker_restarts" not in received(daemon, "counters", "starts.")
 
 
 def test_an_agent_that_hangs_is_replaced(daemon: Daemon) -> None:
@@ -117,7 +117,7 @@ def test_an_agent_that_hangs_is_replaced(daemon: Daemon) -> None:
     becomes(lambda: received(daemon, "counters", "hung.").get("commands.where"), 1)
 
 
-def test_a_reload_replaces_the_agent_too_and_sums_stay_exact(daemon: Daemon) -> None:
+def test_a_reload_replaces_the_agent_and_sums_stay_exact(daemon: Daemon) -> None:
     with Running("--workers", "2", *to(daemon, "reload")) as server:
         server.wait_for("agent.ready")
         (first,) = server.agents()
@@ -128,18 +128,18 @@ def test_a_reload_replaces_the_agent_too_and_sums_stay_exact(daemon: Daemon) -> 
         assert [agent.pid for agent in server.agents() if agent.pid != first.pid]
         assert server.events("agent.died") == []
         assert server.stop() == 0
-    becomes(lambda: received(daemon, "gauges", "reload."), {"connections": 0, "workers": 0})
+    becomes(lambda: received(daemon, "gauges", "reload."), {"clients": 0, "workers": 0})
     assert received(daemon, "counters", "reload.") == {
-        "accepted": len(clients),
-        "closed": len(clients),
+        "clients_accepted": len(clients),
+        "clients_closed": len(clients),
         "commands.why": len(times),
         "agent_starts": 2,
         "reloads": 1,
     }
 
 
-def test_an_agent_that_hangs_at_the_end_does_not_delay_it() -> None:
-    with Running(*SOMEWHERE) as server:
+def test_an_agent_that_hangs_does_not_delay_a_stop() -> None:
+    with Running(*UNUSED_STATSD) as server:
         server.wait_for("agent.ready")
         server.agents()[0].suspend()
         began = time.monotonic()
@@ -147,12 +147,12 @@ def test_an_agent_that_hangs_at_the_end_does_not_delay_it() -> None:
         assert time.monotonic() - began < 4  # the default of --drain-timeout
 
 
-def test_a_server_that_stops_before_its_agent_is_ready_tells_its_figures_all_the_same(
+def test_a_server_that_stops_before_its_agent_is_ready_still_sends_its_figures(
     daemon: Daemon,
 ) -> None:
     with Running(*to(daemon, "short"), wait=False) as server:
         (agent,) = until(server.agents, "an agent")
-        agent.suspend()  # while it starts, which takes a tenth of a second and more
+        agent.suspend()  # It is still starting, which takes a tenth of a second or more.
         with Client(server.wait_for("server.listening")["server.port"]) as client:
             assert client.ask(b"WHY") == b"42"
         assert server.events("agent.ready") == []
@@ -163,7 +163,7 @@ def test_a_server_that_stops_before_its_agent_is_ready_tells_its_figures_all_the
     becomes(lambda: received(daemon, "counters", "short.").get("commands.why"), 1)
 
 
-def test_an_agent_that_leaves_late_counts_nothing_a_second_time(daemon: Daemon) -> None:
+def test_an_agent_that_ends_late_counts_nothing_twice(daemon: Daemon) -> None:
     with Running(*to(daemon, "late")) as server, server.client() as client:
         server.wait_for("agent.ready")
         (first,) = server.agents()
@@ -174,11 +174,11 @@ def test_an_agent_that_leaves_late_counts_nothing_a_second_time(daemon: Daemon) 
             assert client.ask(b"WHY") == b"42"
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
-        if len(server.agents()) > 1:  # The next one is there already: it tells first.
+        if len(server.agents()) > 1:  # The next agent has started already and sends first.
             becomes(lambda: received(daemon, "counters", "late.").get("commands.why"), 5)
         first.resume()
         until(lambda: first not in server.agents(), "the end of the first agent")
         server.wait_for("agent.ready", 2)
         assert server.stop() == 0
-    becomes(lambda: received(daemon, "gauges", "late."), {"connections": 0, "workers": 0})
+    becomes(lambda: received(daemon, "gauges", "late."), {"clients": 0, "workers": 0})
     assert received(daemon, "counters", "late.")["commands.why"] == 5

@@ -450,13 +450,13 @@ def test_metrics_of_the_cluster_arrive_at_statsd(tmp_path: Path) -> None:
 
         until(lambda: last("clients|g") == 2, f"clients: {sent}")
         until(lambda: last("servers|g") == 2, f"servers: {sent}")
-        assert 0 <= sent["view_age|g"][-1] < 1000 * PATIENCE
-        assert sum(sent["beats|c"]) >= 2
-        assert 0 < sent["beat_time|ms"][-1] < 1000 * PATIENCE
-        assert not any("beat_errors" in name for name in sent)
+        assert 0 <= sent["age_ms|g"][-1] < 1000 * PATIENCE
+        assert sum(sent["heartbeats|c"]) >= 2
+        assert 0 < sent["heartbeat_time|ms"][-1] < 1000 * PATIENCE
+        assert not any("heartbeat_errors" in name for name in sent)
         redis.kill()
-        until(lambda: last("beat_errors.connection|c") >= 1, f"errors: {sent}")
-        until(lambda: last("view_age|g") >= 1500, f"an age that grows: {sent}")
+        until(lambda: last("heartbeat_errors.connection|c") >= 1, f"errors: {sent}")
+        until(lambda: last("age_ms|g") >= 1500, f"an age that grows: {sent}")
         assert last("clients|g") == 2
 
 

@@ -838,16 +838,20 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
     "the own share as of the last beat": (
         some_come,
         [
-            ("scoreboard.py", '    "remote",  # clients', '    "told",\n    "remote",  # clients'),
+            (
+                "metrics.py",
+                '    Metric("remote_clients",',
+                '    Metric("told", Source.SERVER, Kind.STATE, ""),\n    Metric("remote_clients",',
+            ),
             (
                 "scoreboard.py",
-                "return sum(self._clients) + self.cells[self._remote]",
-                "return self.get('told') + self.cells[self._remote]",
+                "return sum(self._clients) + self.cells[self._remote_clients]",
+                "return self.get('told') + self.cells[self._remote_clients]",
             ),
             (
                 "cluster/heartbeat.py",
-                '        scoreboard.put("remote",',
-                '        scoreboard.put("told", count)\n        scoreboard.put("remote",',
+                '        scoreboard.put("remote_clients",',
+                '        scoreboard.put("told", count)\n        scoreboard.put("remote_clients",',
             ),
         ],
     ),

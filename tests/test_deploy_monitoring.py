@@ -1,8 +1,6 @@
-"""What is shipped for Prometheus and Grafana: checked by promtool, and run by a real Prometheus on
-a real cluster.
+"""The files for Prometheus and Grafana: checked by promtool, and run by a real Prometheus.
 
-Grafana itself is not here. Of its dashboard, the queries are run, and the layout is checked for
-what is plain to see.
+Grafana itself does not run here. The queries of the dashboard do, and its layout is checked.
 """
 
 import json
@@ -38,20 +36,20 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 ALERTS = re.findall(r"- alert: (\w+)", RULES)
 RECORDS = set(re.findall(r"- record: (\S+)", RULES))
 TOKEN = "not-a-secret"
-#: Instead of 15 s, and of the minute for which a job is new: for the tests to be quick.
+#: Instead of 15 s, and of the first minute of a job, to make the tests quick.
 INTERVAL, NEW = "250ms", "3s"
 RATE = "10s"
 
 
 def replaced(pattern: str, by: str, text: str) -> str:
-    """The text with what the pattern stands for exchanged, which must be there once."""
+    """The text with the one match of a pattern replaced."""
     text, count = re.subn(pattern, by, text)
     assert count == 1, pattern
     return text
 
 
 def configuration(folder: Path, targets: list[str]) -> Path:
-    """The shipped files in a folder of their own, with other targets, a token, and short times."""
+    """Copy the files to a folder and give them other targets, a token and short times."""
     for path in FILES.glob("*.yml"):
         shutil.copy(path, folder)
     rules = folder / "gserver.rules.yml"
@@ -81,15 +79,13 @@ def promtool(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_promtool_finds_no_fault_with_the_configuration_and_the_rules(tmp_path: Path) -> None:
+def test_promtool_accepts_the_configuration_and_the_rules(tmp_path: Path) -> None:
     promtool("check", "config", configuration(tmp_path, ["127.0.0.1:4243"]))
     promtool("check", "config", "--syntax-only", FILES / "prometheus.yml")
     promtool("check", "rules", "--lint=all", "--lint-fatal", FILES / "gserver.rules.yml")
 
 
-def test_the_discoveries_that_are_commented_out_are_valid_in_place_of_the_targets(
-    tmp_path: Path,
-) -> None:
+def test_the_service_discoveries_in_comments_are_valid(tmp_path: Path) -> None:
     config = configuration(tmp_path, [])
     begin, end = config.read_text().split("    static_configs:\n")
     found = dict(re.findall(r"(?m)^    # (\w+_configs):((?: .*)?(?:\n    #   - .*)*)$", end))
@@ -99,7 +95,7 @@ def test_the_discoveries_that_are_commented_out_are_valid_in_place_of_the_target
     [kubernetes] = package("yaml").safe_load(found.pop("kubernetes_sd_configs").replace("#", ""))
     assert (
         kubernetes["role"] == "pod"
-    )  # More is not checked: Debian's Prometheus knows no Kubernetes.
+    )  # No more is checked: Debian's Prometheus has no Kubernetes discovery.
     lines = "".join(
         f"    {name}:{value}\n".replace("    #   - ", "      - ") for name, value in found.items()
     )
@@ -111,7 +107,7 @@ def test_the_unit_tests_of_the_rules_pass() -> None:
     promtool("test", "rules", *UNIT_TESTS)
 
 
-def test_every_rule_has_a_unit_test_and_every_alert_one_in_which_it_does_not_fire() -> None:
+def test_every_rule_has_a_unit_test_and_every_alert_also_one_where_it_does_not_fire() -> None:
     text = "".join(path.read_text() for path in UNIT_TESTS)
     assert set(re.findall(r"alertname: (\w+), exp_alerts: \[\]", text)) == set(ALERTS)
     assert set(re.findall(r"alertname: (\w+)\n +exp_alerts:\n +- exp_labels", text)) == set(ALERTS)
@@ -119,7 +115,7 @@ def test_every_rule_has_a_unit_test_and_every_alert_one_in_which_it_does_not_fir
     assert {name for name in RECORDS if name in tested} == RECORDS
 
 
-def test_what_is_recorded_over_a_window_is_taken_over_that_window() -> None:
+def test_a_recording_rule_uses_the_window_in_its_name() -> None:
     found = re.findall(
         r"- record: job_sli:gserver_errors:ratio(\w+)\n +labels: .*\n +expr: (.*)\n", RULES
     )
@@ -130,7 +126,7 @@ def test_what_is_recorded_over_a_window_is_taken_over_that_window() -> None:
         assert windows or (window == "5m" and expression.count(":rate5m") == 2)
 
 
-def test_every_alert_has_a_section_of_the_runbook_and_the_other_way_round() -> None:
+def test_the_alerts_are_the_sections_of_the_runbook() -> None:
     assert re.findall(r"^## (.*)$", RUNBOOK, re.M) == [*ALERTS, "When no alert says it"]
     severities = dict(
         re.findall(r"- alert: (\w+)\n(?:(?! +- alert).*\n)*?.*severity: (\w+)", RULES)
@@ -139,7 +135,7 @@ def test_every_alert_has_a_section_of_the_runbook_and_the_other_way_round() -> N
     assert {name: word.lower() for name, word in said.items()} == severities
 
 
-def test_the_runbook_names_events_options_and_sections_that_there_are() -> None:
+def test_the_runbook_names_only_existing_events_options_and_sections() -> None:
     events = set(
         re.findall(r"`((?:server|worker|agent|process|client|command|cluster|tls)\.\w+)`", RUNBOOK)
     )
@@ -157,7 +153,7 @@ def test_the_runbook_names_events_options_and_sections_that_there_are() -> None:
 
 @dataclass
 class Monitored:
-    """A cluster of two servers, a third that does not run, and a Prometheus that watches them."""
+    """A cluster of two servers, the address of a third, and a Prometheus that scrapes all three."""
 
     servers: list[Running]
     trust: ssl.SSLContext
@@ -165,7 +161,7 @@ class Monitored:
     url: str
 
     def api(self, path: str, **parameters: str) -> Any:
-        """The data of an answer; an error that Prometheus tells fails the test."""
+        """The data of an answer of Prometheus; an error fails the test."""
         try:
             with urlopen(
                 f"{self.url}/api/v1/{path}?{urlencode(parameters)}", timeout=LIMIT
@@ -175,7 +171,7 @@ class Monitored:
             pytest.fail(f"{parameters}: {error.read().decode()}")
 
     def query(self, expression: str) -> list[Any]:
-        """What an expression gives now."""
+        """The current result of an expression."""
         found = self.api("query", query=expression)
         return [found] if found["resultType"] == "scalar" else list(found["result"])
 
@@ -183,14 +179,14 @@ class Monitored:
         return [rule for group in self.api("rules")["groups"] for rule in group["rules"]]
 
     def use(self) -> None:
-        """Some of everything that clients do."""
+        """Send each kind of command to each server."""
         for server in self.servers:
             with TlsClient(server.port, self.trust) as client:
                 for command in (b"WHO", b"WHERE", b"WHY", b"NOPE"):
                     client.ask(command)
 
-    def told(self) -> set[str]:
-        """The names of the samples in a server's /metrics."""
+    def sample_names(self) -> set[str]:
+        """The names of the samples in the /metrics of a server."""
         request = Request(
             f"http://127.0.0.1:{self.servers[0].admin_port()}/metrics",
             headers={"Authorization": f"Bearer {TOKEN}"},
@@ -264,7 +260,7 @@ def expressions() -> list[str]:
 
 
 def names(expression: str) -> set[str]:
-    """The names of gserver's metrics, and of what is recorded, in an expression."""
+    """The names of metrics and of recording rules in an expression."""
     return {
         word
         for word in re.findall(r"[a-zA-Z_:][\w:]*", expression)
@@ -275,7 +271,7 @@ def names(expression: str) -> set[str]:
 def test_every_query_of_the_dashboard_has_data_once_the_servers_are_used(
     monitored: Monitored,
 ) -> None:
-    # The annotations: no alert fires, though a server is down and Prometheus has just begun.
+    # The annotations: although a server is down, no alert fires this soon after the start.
     empty = {expression for expression in expressions() if expression.startswith("ALERTS{")}
 
     def without() -> set[str]:
@@ -286,7 +282,7 @@ def test_every_query_of_the_dashboard_has_data_once_the_servers_are_used(
     assert [expression for expression in empty if monitored.query(expression)] == []
 
 
-def test_what_the_dashboard_shows_is_what_was_done(monitored: Monitored) -> None:
+def test_the_dashboard_shows_the_real_figures(monitored: Monitored) -> None:
     def shown(title: str) -> list[float]:
         [panel] = [panel for panel in PANELS if panel["title"] == title and panel["type"] == "stat"]
         found = []
@@ -310,23 +306,23 @@ def test_the_rules_are_evaluated_without_error(monitored: Monitored) -> None:
     assert {rule["name"] for rule in rules if rule["type"] == "recording"} == RECORDS
     for rule in rules:
         monitored.query(rule["query"])
-    # Each of what is recorded is there, by both indicators where there are two.
+    # Every recording rule has a result.
     until(
         lambda: all(
             monitored.query(rule["query"]) for rule in rules if rule["type"] == "recording"
         ),
-        "all record",
+        "all rules record",
     )
 
 
-def test_every_metric_that_is_named_is_told_by_the_server(monitored: Monitored) -> None:
+def test_the_server_has_every_metric_that_rules_and_dashboard_use(monitored: Monitored) -> None:
     queries = [*expressions(), *(rule["query"] for rule in monitored.rules())]
     named = {name for query in queries for name in names(query)}
-    assert named - monitored.told() - RECORDS == set()
+    assert named - monitored.sample_names() - RECORDS == set()
     assert len(named) > 20
 
 
-def test_an_alert_of_the_real_thing_leads_to_its_section(monitored: Monitored) -> None:
+def test_a_firing_alert_links_to_its_section_of_the_runbook(monitored: Monitored) -> None:
     def down() -> list[dict[str, Any]]:
         return [
             alert
@@ -341,7 +337,7 @@ def test_an_alert_of_the_real_thing_leads_to_its_section(monitored: Monitored) -
     assert anchor == "gserverdown"
 
 
-def test_every_link_of_an_alert_is_to_its_own_section() -> None:
+def test_every_alert_links_to_its_own_section() -> None:
     links = re.findall(
         r"- alert: (\w+)\n(?:(?! +- alert).*\n)*?.*runbook_url: '\{\{ (.*) \}\}#(\w+)'", RULES
     )
@@ -349,7 +345,7 @@ def test_every_link_of_an_alert_is_to_its_own_section() -> None:
     assert "gserver_runbook: https://" in (FILES / "prometheus.yml").read_text()
 
 
-def test_the_dashboard_lets_the_reader_choose_and_its_panels_do_not_overlap() -> None:
+def test_the_dashboard_has_variables_and_its_panels_do_not_overlap() -> None:
     assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == [
         "datasource",
         "job",

@@ -59,7 +59,7 @@ class Worker:
         return {
             name: count
             for name, count in self.scoreboard.totals().items()
-            if name.startswith(("commands.", "refused."))
+            if name.startswith(("commands.", "error_replies."))
         }
 
     def parsed(self, data: bytes, has_spoken: bool) -> tuple[bytes, dict[str, int]] | None:
@@ -74,7 +74,7 @@ class Worker:
                 if item.closes or not has_spoken:
                     return None
                 replies += item.reply
-                counts[f"refused.{item.name}"] += 1
+                counts[f"error_replies.{item.name}"] += 1
             else:
                 if item.may_block:
                     return None

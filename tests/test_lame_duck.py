@@ -91,7 +91,7 @@ def test_a_lame_duck_serves_connected_clients_in_full_and_ends_with_the_last(
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
         retire(server)
         assert readiness(server) == (503, "draining")
-        assert look(server, "/status.json")["workers"]["accepting"] == 0
+        assert look(server, "/status.json")["workers"]["now"] == 0
         time.sleep(0.3 * SECOND)  # A drain would have closed them by then.
         for left in range(6, 0, -1):
             client = clients[left - 1]
@@ -237,7 +237,7 @@ def test_a_worker_of_a_lame_duck_that_dies_is_logged_and_not_replaced(tmp_path: 
         assert died["process.exit_code"] == -signal.SIGKILL
         assert died["gserver.lost"] >= 1
         assert "another" not in died["message"]
-        assert look(server, "/status.json")["workers"]["restarts"] == 0
+        assert look(server, "/status.json")["server"]["worker_restarts"] == 0
         assert by_worker[stays].ask(b"PID") == stays
         assert len(server.events("worker.ready")) == 2
         stack.close()

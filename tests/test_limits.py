@@ -151,7 +151,7 @@ def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
         assert stack.enter_context(TlsClient(server.port, trust(pems), OTHER)).who() == 1
         assert {client.rest() for client in silent} == {b""}
         assert stack.enter_context(TlsClient(server.port, trust(pems), MANY)).who() == 2
-        assert status(server)["rejected"]["too_many_from_address"] == 1
+        assert status(server)["error_replies"]["too_many_from_address"] == 1
 
 
 def test_workers_that_accept_a_crowd_at_once_keep_to_the_limit_and_one_that_is_killed_gives_its_share_back(
@@ -297,7 +297,7 @@ def test_an_admitted_client_is_counted_until_it_is_uncounted() -> None:
     one.uncount()
     assert scoreboard.clients() == 1
     totals = scoreboard.totals()
-    assert (totals["accepted"], totals["closed"], totals["clients"]) == (2, 1, 1)
+    assert (totals["clients_accepted"], totals["clients_closed"], totals["clients"]) == (2, 1, 1)
 
 
 def test_the_limit_is_over_all_workers_and_a_rejected_client_is_not_counted() -> None:
@@ -307,6 +307,6 @@ def test_the_limit_is_over_all_workers_and_a_rejected_client_is_not_counted() ->
     assert one.admit(4) is TOO_MANY_CLIENTS
     assert other.admit(4) is TOO_MANY_CLIENTS
     assert scoreboard.clients() == 2
-    assert scoreboard.totals()["accepted"] == 2
+    assert scoreboard.totals()["clients_accepted"] == 2
     other.uncount()
     assert one.admit(4) is None

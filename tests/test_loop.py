@@ -296,7 +296,7 @@ def test_time_in_which_replies_wait_to_be_read_is_not_idle_time() -> None:
                 received += len(client.recv(1 << 20))
             gevent.sleep(0.001)
         gevent.sleep(0.05)
-        assert scoreboard.totals()["refused.idle"] == 0
+        assert scoreboard.totals()["error_replies.idle"] == 0
         assert scoreboard.totals()["clients"] == 1
 
 
@@ -311,7 +311,7 @@ def test_a_failure_of_our_own_closes_its_client_alone(monkeypatch: pytest.Monkey
         gevent.sleep(0.05)
         assert client.recv(10) == b"1\n"
         totals = scoreboard.totals()
-        assert (totals["clients"], totals["closed"], len(ours.clients)) == (1, 1, 1)
+        assert (totals["clients"], totals["clients_closed"], len(ours.clients)) == (1, 1, 1)
 
 
 def fail(_data: bytes, _has_spoken: bool) -> bytes:
@@ -329,11 +329,11 @@ def test_each_read_is_counted_and_timed_whichever_way_it_is_answered() -> None:
                 client.sendall(b"\n")
                 gevent.sleep(0.05)
             assert client.recv(100) == received
-            assert scoreboard.totals()["bursts"] == count + (count == 3)
+            assert scoreboard.totals()["reads"] == count + (count == 3)
             assert 0 < scoreboard.totals()["service_ns"] - before < 10**9
     gevent.sleep(0.05)
     totals = scoreboard.totals()
-    assert (totals["clients"], totals["closed"], len(ours.clients)) == (0, 1, 0)
+    assert (totals["clients"], totals["clients_closed"], len(ours.clients)) == (0, 1, 0)
     assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == {
         "WHO": 2,
         "WHERE": 1,

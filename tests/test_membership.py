@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gserver.cluster.membership import STILL_INTERVALS, Membership, Reply, Rivalry
 from gserver.redis_errors import HEARTBEAT_ERRORS
-from gserver.scoreboard import SINGLE_CELLS
+from gserver.scoreboard import SERVER_CELLS
 from tests.test_cluster_script import INTERVAL, TTL, Model
 
 #: Of the tables: milliseconds.
@@ -178,7 +178,7 @@ def test_every_kind_of_error_has_its_cell_on_the_board() -> None:
         == [list(HEARTBEAT_ERRORS)[-1]]
         == ["other"]
     )
-    assert {f"beat_errors.{kind}" for kind in HEARTBEAT_ERRORS} <= set(SINGLE_CELLS)
+    assert {f"heartbeat_errors.{kind}" for kind in HEARTBEAT_ERRORS} <= set(SERVER_CELLS)
 
 
 TTL_S, INTERVAL_S = TTL / 1000, INTERVAL / 1000

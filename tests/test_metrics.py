@@ -1,21 +1,40 @@
-"""What Prometheus is told, made from a scoreboard."""
+"""The catalogue of metrics, and that every format, document and file keeps to it."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from gserver.agent.prometheus import ScoreboardCollector
+from gserver.agent.prometheus import INFO, ScoreboardCollector, sample_names
+from gserver.agent.statsd import COUNTERS, GAUGES, TIMINGS
+from gserver.agent.status import status
 from gserver.config import Config
-from gserver.scoreboard import SERVICE_BOUNDS_NS, Scoreboard
+from gserver.metrics import BY_NAME, METRICS, SERVICE_BOUNDS_NS, Kind, Metric, Source
+from gserver.scoreboard import Scoreboard
 from gserver.serve.replies import Replies
 from tests.running import ROOT
+from tests.test_docs import rows
 
 CONFIG = Config(server_id="here", redis_url="redis://x")
+NAMES = [metric.name for metric in METRICS]
 
 
-def told(scoreboard: Scoreboard, config: Config = CONFIG) -> dict[str, float]:
+def filled() -> Scoreboard:
+    """A scoreboard for which every figure of the catalogue is known."""
+    scoreboard = Scoreboard.create(2)
+    scoreboard.put("cluster_updated_at", 1)
+    for name in ("tls_expires_at", "pid"):
+        scoreboard.cells[scoreboard.cell(name, 1)] = 1
+    scoreboard.command_cell("WHO", 0)
+    return scoreboard
+
+
+def samples(scoreboard: Scoreboard, config: Config = CONFIG) -> dict[str, float]:
+    """What /metrics holds: each sample by its name and labels."""
     registry = CollectorRegistry()
     registry.register(ScoreboardCollector(config, scoreboard))
     lines = [
@@ -24,12 +43,64 @@ def told(scoreboard: Scoreboard, config: Config = CONFIG) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-def test_bursts_are_counted_by_their_time_up_to_each_bound() -> None:
+# The catalogue.
+
+
+def test_every_figure_has_its_own_name_in_every_format() -> None:
+    assert len(BY_NAME) == len(METRICS)
+    for format_name in ("statsd", "prometheus", "json"):
+        names = [name for metric in METRICS if (name := getattr(metric, format_name))]
+        assert len(set(names)) == len(names), format_name
+
+
+def noun(name: str) -> str:
+    """A name without what only a format adds to it."""
+    name = name.replace(".", "_").removeprefix("gserver_").removeprefix("server_")
+    name = name.removeprefix("cluster_").removesuffix("_now")
+    return re.sub(r"_(ns|ms|timestamp_seconds|seconds|time|at)$", "", name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_figure_has_the_same_noun_in_every_format(name: str) -> None:
+    metric = BY_NAME[name]
+    names = [shown for shown in (metric.statsd, metric.prometheus, metric.json) if shown]
+    assert {noun(shown) for shown in names} <= {noun(name)}
+
+
+def test_a_unit_is_part_of_the_name() -> None:
+    for metric in METRICS:
+        if metric.kind is Kind.STATE:
+            continue
+        suffix = {"ns": ("_ns", "_at", "heartbeat"), "ms": ("_ms",), "s": ("_at",)}
+        if metric.unit:
+            assert metric.name.endswith(suffix[metric.unit]), metric.name
+        if metric.prometheus and metric.unit:
+            assert metric.prometheus.endswith("_seconds")
+
+
+def test_a_timing_names_the_counter_of_what_it_timed() -> None:
+    timings = [metric for metric in METRICS if metric.kind is Kind.TIMING]
+    assert timings
+    for metric in timings:
+        assert BY_NAME[metric.count].kind is Kind.COUNTER
+        assert not metric.buckets or BY_NAME[metric.buckets].source is Source.WORKER
+
+
+def test_moments_and_states_are_shown_only_for_each_worker() -> None:
+    for metric in METRICS:
+        if metric.kind in (Kind.MOMENT, Kind.STATE):
+            assert (metric.statsd, metric.prometheus, metric.json) == ("", "", "")
+
+
+# Prometheus.
+
+
+def test_the_histogram_counts_in_each_bucket_what_took_at_most_its_bound() -> None:
     scoreboard = Scoreboard.create(2)
-    replies = Replies(CONFIG, scoreboard, 1, ())
-    for bursts, nanoseconds in ((1, 5_000), (1, 5_001), (4, 4 * 60_000), (1, 10**12)):
-        replies.count_reads(bursts, nanoseconds)
-    now = told(scoreboard)
+    for number, reads in ((0, 1), (1, 1), (4, 4), (len(SERVICE_BOUNDS_NS), 1)):
+        scoreboard.cells[scoreboard.cell(f"service_bucket.{number}", number % 2)] = reads
+    scoreboard.cells[scoreboard.cell("service_ns", 1)] = 1_000_000_250_001
+    now = samples(scoreboard)
     counts = [
         now[f'gserver_service_seconds_bucket{{le="{bound / 1e9:g}"}}']
         for bound in SERVICE_BOUNDS_NS
@@ -37,46 +108,167 @@ def test_bursts_are_counted_by_their_time_up_to_each_bound() -> None:
     assert counts[:6] == [1, 2, 2, 2, 6, 6]
     assert counts == sorted(counts)
     assert counts[-1] == 6
-    assert (
-        now['gserver_service_seconds_bucket{le="+Inf"}']
-        == now["gserver_service_seconds_count"]
-        == 7
-    )
+    assert now['gserver_service_seconds_bucket{le="+Inf"}'] == 7
+    assert now["gserver_service_seconds_count"] == 7
     assert now["gserver_service_seconds_sum"] == pytest.approx(1000.00025, rel=1e-6)
 
 
-def test_what_is_not_known_is_not_told() -> None:
+def test_a_worker_counts_reads_by_their_service_time() -> None:
     scoreboard = Scoreboard.create(2)
-    assert "gserver_cluster_servers" not in told(scoreboard)
-    assert "gserver_tls_certificate_expiry_timestamp_seconds" not in told(scoreboard)
-    assert not [
-        name
-        for name in told(scoreboard, replace(CONFIG, redis_url=""))
-        if "cluster" in name.partition("{")[0]
-    ]
-    scoreboard.put("view", 1)
-    scoreboard.put("servers", 3)
-    assert told(scoreboard)["gserver_cluster_servers"] == 3
-    assert told(scoreboard)["gserver_cluster_view_age_seconds"] > 0
+    replies = Replies(CONFIG, scoreboard, 1, ())
+    for reads, nanoseconds in ((1, 5_000), (1, 5_001), (4, 4 * 60_000), (1, 10**12)):
+        replies.count_reads(reads, nanoseconds)
+    now = samples(scoreboard)
+    assert now['gserver_service_seconds_bucket{le="5e-06"}'] == 1
+    assert now['gserver_service_seconds_bucket{le="1e-05"}'] == 2
+    assert now['gserver_service_seconds_bucket{le="0.0001"}'] == 6
+    assert now["gserver_service_seconds_count"] == 7
 
 
-def test_workers_are_told_beside_how_many_there_should_be() -> None:
+def test_figures_that_are_not_known_have_no_sample() -> None:
+    scoreboard = Scoreboard.create(2)
+    assert "gserver_cluster_servers" not in samples(scoreboard)
+    assert "gserver_tls_expires_timestamp_seconds" not in samples(scoreboard)
+    alone = samples(filled(), replace(CONFIG, redis_url=""))
+    assert not [name for name in alone if "cluster" in name.partition("{")[0]]
+    scoreboard.put("cluster_updated_at", 1)
+    scoreboard.put("cluster_servers", 3)
+    assert samples(scoreboard)["gserver_cluster_servers"] == 3
+    assert samples(scoreboard)["gserver_cluster_age_seconds"] > 0
+
+
+def test_workers_are_shown_with_the_number_that_should_run() -> None:
     scoreboard = Scoreboard.create(4)
     scoreboard.put("workers", 2)
-    now = told(scoreboard, replace(CONFIG, workers=3))
+    now = samples(scoreboard, replace(CONFIG, workers=3))
     assert (now["gserver_workers"], now["gserver_workers_wanted"]) == (2, 3)
 
 
-def test_every_metric_is_in_the_operators_table_and_the_other_way_round() -> None:
-    scoreboard = Scoreboard.create(2)
-    scoreboard.put("view", 1)
-    scoreboard.cells[scoreboard.cell("tls_expires_at", 1)] = 1
-    Replies(CONFIG, scoreboard, 0, ())
-    registry = CollectorRegistry()
-    registry.register(ScoreboardCollector(CONFIG, scoreboard))
-    names = {
-        metric.name + {"counter": "_total", "info": "_info"}.get(metric.type, "")
-        for metric in ScoreboardCollector(CONFIG, scoreboard).collect()
+def test_times_are_in_seconds() -> None:
+    scoreboard = filled()
+    scoreboard.put("heartbeat_ns", 1_500_000_000)
+    assert samples(scoreboard)["gserver_cluster_heartbeat_seconds_total"] == 1.5
+    cluster = status(CONFIG, scoreboard)["cluster"]
+    assert cluster["heartbeat_seconds"] == 1.5
+
+
+def test_prometheus_gets_every_metric_that_the_catalogue_has_for_it() -> None:
+    now = {name.partition("{")[0] for name in samples(filled())}
+    assert now == {INFO}.union(*(sample_names(metric) for metric in METRICS))
+
+
+# StatsD.
+
+
+def test_statsd_has_a_name_for_every_metric_that_the_catalogue_has_for_it() -> None:
+    names = {*GAUGES, *COUNTERS, *TIMINGS}
+    for metric in METRICS:
+        if metric.statsd and metric.name != "commands":
+            for name in metric.names:
+                assert name.replace(metric.name, metric.statsd, 1) in names
+                names.remove(name.replace(metric.name, metric.statsd, 1))
+    assert names == set()
+
+
+# JSON.
+
+#: What /status.json has beside the figures of the catalogue.
+OTHER_PATHS = {
+    *(f"server.{name}" for name in ("id", "version", "host", "port", "state")),
+    *("workers.each", "cluster.name", "cluster.is_held", "cluster.roster"),
+}
+
+
+def paths(value: Any, path: str = "") -> Iterator[str]:
+    """The path of each value in a document; an object that a family has counts as one."""
+    families = {metric.json for metric in METRICS if metric.label}
+    for name, item in value.items():
+        if isinstance(item, dict) and f"{path}{name}" not in families:
+            yield from paths(item, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"
+
+
+def test_the_status_has_every_figure_that_the_catalogue_has_for_it_and_nothing_else() -> None:
+    document = status(CONFIG, filled())
+    assert set(paths(document)) == OTHER_PATHS | {metric.json for metric in METRICS if metric.json}
+    [worker] = document["workers"]["each"]
+    named = {metric.worker_json for metric in METRICS if metric.worker_json}
+    assert set(worker) == {"slot", *named}
+
+
+def test_the_page_reads_only_what_the_status_has() -> None:
+    document = status(CONFIG, filled())
+    script = (ROOT / "gserver/agent/page.html").read_text().partition("<script>")[2]
+    of_groups = set(re.findall(r"\b(server|clients|workers|cluster)\.(\w+)", script))
+    assert len(of_groups) > 20
+    for group, name in of_groups:
+        assert name in document[group], f"{group}.{name}"
+    # `now` is the document, and `w` one of its workers.
+    of_all = set(re.findall(r"\bnow\.(\w+)", script)) | set(
+        re.findall(r"per\(s => .*?s\.(\w+)", script)
+    )
+    assert {"commands", "error_replies", "reads", "service_seconds"} <= of_all <= document.keys()
+    of_worker = set(re.findall(r"\bw\.(\w+)", script))
+    assert {"pid", "reads"} <= of_worker <= document["workers"]["each"][0].keys()
+
+
+# Documents and files.
+
+
+def metric_table() -> dict[str, str]:
+    """The types of the Prometheus metrics in the table of the operator's manual, by name."""
+    return {
+        name.partition("{")[0]: cells[0]
+        for name, cells in rows("Admin port").items()
+        if name.startswith("gserver_")
     }
-    page = (ROOT / "docs/operations.md").read_text()
-    assert set(re.findall(r"`(gserver_\w+)(?:\{\w+\})?`", page)) == names
+
+
+def prometheus_type(metric: Metric) -> str:
+    if metric.buckets:
+        return "histogram"
+    return "gauge" if metric.kind is Kind.GAUGE else "counter"
+
+
+def test_the_manual_lists_every_prometheus_metric_with_its_type() -> None:
+    expected = {INFO: "info"}
+    for metric in METRICS:
+        if metric.prometheus:
+            kind = prometheus_type(metric)
+            expected[metric.prometheus + ("_total" if kind == "counter" else "")] = kind
+    assert metric_table() == expected
+
+
+def test_the_manual_lists_every_statsd_metric_with_its_kind() -> None:
+    expected = dict.fromkeys(GAUGES, "gauge") | dict.fromkeys(COUNTERS, "counter")
+    expected |= dict.fromkeys(TIMINGS, "timing, ms")
+    expected["cluster.age_ms"] = "gauge, ms"
+    expected["commands.NAME"] = "counter"
+    assert {name: cells[0] for name, cells in rows("Metrics").items()} == expected
+
+
+#: Names of recording rules, and a label of Prometheus that the links of alerts need.
+OTHER_NAMES = re.compile(r"\w+:gserver_\w+:\w+|gserver_runbook")
+FILES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(path for path in (ROOT / "deploy").rglob("*") if path.is_file()),
+]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_documents_and_deploy_files_name_only_metrics_of_the_catalogue(path: Path) -> None:
+    known = {INFO}.union(*(sample_names(metric) for metric in METRICS))
+    known |= {metric.prometheus for metric in METRICS if metric.buckets}
+    named = set(re.findall(r"\bgserver_[a-z_]+", OTHER_NAMES.sub("", path.read_text())))
+    assert named - known == set()
+
+
+def test_documents_name_only_figures_of_the_cluster_that_there_are() -> None:
+    known = {*GAUGES, *COUNTERS, *TIMINGS, *OTHER_PATHS, *rows("Logs")}
+    known |= {metric.json for metric in METRICS}
+    for path in FILES:
+        if path.suffix == ".md":
+            named = set(re.findall(r"`(cluster\.[a-z_]+)`", path.read_text()))
+            assert named - known == set(), path.name

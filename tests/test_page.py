@@ -1,6 +1,4 @@
-"""The page in a real browser: it shows the real numbers, follows changes, and says so when anything
-goes away.
-"""
+"""The page in a real browser: it shows the real figures, follows changes, and reports outages."""
 
 import json
 import re
@@ -29,7 +27,7 @@ def page(server: Running) -> str:
     return f"http://127.0.0.1:{server.admin_port()}/"
 
 
-def test_it_shows_the_real_numbers_and_follows_changes(window: Browser) -> None:
+def test_the_page_shows_the_real_figures_and_follows_changes(window: Browser) -> None:
     with (
         Running("--admin-port", "0", "--workers", "2", "--server-id", "the-one") as server,
         ExitStack() as stack,
@@ -42,13 +40,13 @@ def test_it_shows_the_real_numbers_and_follows_changes(window: Browser) -> None:
         assert window.text("limit") == "of 10,000"
         clients = [stack.enter_context(server.client()) for _ in range(12)]
         until(lambda: clients[0].who() == 12, "all are accepted")
-        until(lambda: window.text("now") == "12", "the page has noticed them")
+        until(lambda: window.text("now") == "12", "the page shows the clients")
         for client in clients[:6]:
             client.sock.close()
-        until(lambda: window.text("now") == "6", "the page has noticed that they are gone")
-        assert "12" in window.text("clients")  # most at once
+        until(lambda: window.text("now") == "6", "the page shows that they have disconnected")
+        assert "12" in window.text("clients")  # the peak
         assert clients[6].ask(b"NOPE") == b"ERR unknown command"
-        until(lambda: "unknown command" in window.text("errors"), "the page has noticed the error")
+        until(lambda: "unknown command" in window.text("errors"), "the page shows the error")
 
         def has_rate() -> bool:
             clients[7].send(b"WHY\n" * 500)
@@ -64,15 +62,12 @@ def test_it_shows_the_real_numbers_and_follows_changes(window: Browser) -> None:
         heads = window.run(
             "return [...document.querySelectorAll('th[scope=col]')].map(head => head.innerText)"
         )
-        assert heads[-5:] == ["process", "age", "clients", "bursts a second", "last sign of life"]
+        assert heads[-5:] == ["process", "age", "clients", "reads per second", "last heartbeat"]
         widths = "return [...document.querySelectorAll('#workers tr')].map(row => row.cells.length)"
         assert set(window.run(widths)) == {5}
         server.workers()[0].kill()
         server.wait_for("worker.ready", 3)
-        until(
-            lambda: "1 restarted" in window.text("workers-title"),
-            "the page has noticed the restart",
-        )
+        until(lambda: "1 restart" in window.text("workers-title"), "the page shows the restart")
         assert window.run("return document.querySelectorAll('#plot-clients polyline').length") >= 1
         assert "clients of this server" in window.run(
             "return document.getElementById('plot-clients').ariaLabel"
@@ -80,80 +75,90 @@ def test_it_shows_the_real_numbers_and_follows_changes(window: Browser) -> None:
         assert window.complaints() == []
 
 
-def test_it_says_for_how_long_the_certificate_is_valid(window: Browser, tmp_path: Path) -> None:
-    make_certificates(tmp_path)  # for two days
+def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_path: Path) -> None:
+    make_certificates(tmp_path)  # They are valid for two days.
     files = ["--tls-cert", str(tmp_path / "server.pem"), "--tls-key", str(tmp_path / "server.key")]
     with Running("--admin-port", "0", *files) as server:
         window.open(page(server))
-        until(lambda: "TLS, certificate valid for 1 d" in window.text("tls"), "it is there")
+        until(
+            lambda: "TLS, certificate valid for 1 d" in window.text("tls"),
+            "the page shows the server",
+        )
         assert colour(window, "tls") == colour(window, "alarm", "backgroundColor"), (
-            "there is little time left"
+            "a certificate that expires soon is red"
         )
         assert colour(window, "side") != colour(window, "tls")
         (tmp_path / "server.key").unlink()
         server.send_signal(signal.SIGHUP)
         until(
-            lambda: window.text("workers-title").endswith("0 reloads, 1 given up"),
-            "the reload could not be",
+            lambda: window.text("workers-title").endswith("0 reloads, 1 failed"), "the reload fails"
         )
         assert not [said for said in window.complaints() if page(server) in said]
     with Running("--admin-port", "0") as server:
         window.open(page(server))
-        until(lambda: "up" in window.text("side"), "it is there")
+        until(lambda: "up" in window.text("side"), "the page shows the server")
         assert window.text("tls") == ""
 
 
 def colour(window: Browser, element: str, kind: str = "color") -> str:
-    """As it is shown."""
+    """The colour in which an element is shown."""
     return str(window.run(f"return getComputedStyle(document.getElementById('{element}')).{kind}"))
 
 
-def test_it_says_how_long_a_certificate_is_valid_as_status_does_and_is_red_only_when_that_is_little(
+def test_the_validity_of_a_certificate_is_rounded_down_and_red_only_below_two_weeks(
     window: Browser,
 ) -> None:
     with Running("--admin-port", "0") as server:
         window.open(page(server))
-        until(lambda: window.text("state") == "ready", "it is there")
+        until(lambda: window.text("state") == "ready", "the page shows the server")
         for days, words, is_red in (
             (4.99, "valid for 4 d", True),
             (14.1, "valid for 14 d", False),
             (-1, "expired", True),
         ):
-            status = f"{{...last, server: {{...last.server, tls_expires_at: Date.now() / 1000 + {days * 86400}}}}}"
-            shown = "const tls = document.getElementById('tls'); return [tls.textContent, tls.className]"
-            told = window.run(f"show({status}, last); {shown}")
-            assert told == [f" · TLS, certificate {words}", "bad" if is_red else ""]
+            expires_at = f"Date.now() / 1000 + {days * 86400}"
+            status = f"{{...last, server: {{...last.server, tls_expires_at: {expires_at}}}}}"
+            tls = "const tls = document.getElementById('tls')"
+            shown = window.run(
+                f"show({status}, last); {tls}; return [tls.textContent, tls.className]"
+            )
+            assert shown == [f" · TLS, certificate {words}", "bad" if is_red else ""]
 
 
-def test_words_go_with_their_numbers(window: Browser) -> None:
+def test_nouns_agree_with_their_numbers(window: Browser) -> None:
     with Running("--admin-port", "0") as server:
         window.open(page(server))
-        until(lambda: window.text("state") == "ready", "it is there")
+        until(lambda: window.text("state") == "ready", "the page shows the server")
         for count, words in ((0, "0 reloads"), (1, "1 reload"), (2000, "2,000 reloads")):
-            script = f"show({{...last, workers: {{...last.workers, reloads: {count}}}}}, last)"
+            script = f"show({{...last, server: {{...last.server, reloads: {count}}}}}, last)"
             told = window.run(
                 f"{script}; return document.getElementById('workers-title').textContent"
             )
-            assert told == f"Workers: 1 of 1 accepting, 0 restarted, {words}"
+            assert told == f"Workers: 1 of 1 accepting, 0 restarts, {words}"
 
 
 @pytest.mark.parametrize("path", ["", "?x=y", "#z"])
-def test_it_works_when_the_token_is_in_its_address(window: Browser, path: str) -> None:
+def test_the_page_works_when_its_address_contains_the_token(window: Browser, path: str) -> None:
     with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": "s3cret"}) as server:
         window.open(page(server).replace("://", "://x:s3cret@") + path)
         until(lambda: window.text("state") == "ready", "the page has the status")
 
 
-def test_it_says_when_the_server_goes_away_and_when_it_is_back(window: Browser) -> None:
+def test_the_page_reports_when_the_server_stops_answering_and_when_it_is_back(
+    window: Browser,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with Running("--admin-port", str(port)) as server:
         window.open(page(server))
-        until(lambda: window.text("state") == "ready", "it is there")
-    until(lambda: window.text("state") == "away", "the page has noticed")
+        until(lambda: window.text("state") == "ready", "the page shows the server")
+    until(lambda: window.text("state") == "away", "the page reports it")
     assert window.run("return document.getElementById('alarm').hidden") is False
-    said = r"No answer from the server since [0-9:]+ \(Failed to fetch\)\. What you see is what it said last\."
-    assert re.fullmatch(said, window.text("alarm"))
+    alarm = (
+        r"The server has not answered since [0-9:]+ \(Failed to fetch\)\."
+        r" The figures below are its last ones\."
+    )
+    assert re.fullmatch(alarm, window.text("alarm"))
     with Running("--admin-port", str(port)) as server:
         server.wait_for("agent.ready")
         until(lambda: window.text("state") == "ready", "it is back")
@@ -163,13 +168,13 @@ def test_it_says_when_the_server_goes_away_and_when_it_is_back(window: Browser) 
 @pytest.mark.parametrize(
     ("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (320, "dark")]
 )
-def test_it_fits_screens_large_and_small_light_and_dark(
+def test_the_page_fits_large_and_small_screens_in_light_and_dark(
     window: Browser, width: int, scheme: str
 ) -> None:
     with Running("--admin-port", "0") as server:
         window.resize(width, 900, scheme)
         window.open(page(server))
-        until(lambda: window.text("state") == "ready", "it is there")
+        until(lambda: window.text("state") == "ready", "the page shows the server")
         assert window.run("return document.documentElement.scrollWidth") <= width
         ground = window.run("return getComputedStyle(document.body).backgroundColor")
         assert (sum(int(part) for part in ground[4:-1].split(",")) < 200) is (scheme == "dark")
@@ -181,11 +186,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
         yield running
 
 
-#: As long as an id may be.
+#: An id of the maximum length that looks like HTML.
 HOSTILE = "<img/src=x>".ljust(128, "x")
 
 
-def test_it_lists_the_servers_of_the_cluster_and_follows_them(
+def test_the_page_lists_the_servers_of_the_cluster_and_follows_them(
     window: Browser, store: Redis
 ) -> None:
     here, there = ["--server-id", "here", "--admin-port", "0"], ["--server-id", HOSTILE]
@@ -193,7 +198,10 @@ def test_it_lists_the_servers_of_the_cluster_and_follows_them(
         assert client.ask(b"WHERE") == HOSTILE.encode()
         window.open(page(first))
         both = [[HOSTILE, "1"], ["here (this server)", "0"]]
-        until(lambda: [row[:2] for row in cells(window)] == both, "the page has the other's client")
+        until(
+            lambda: [row[:2] for row in cells(window)] == both,
+            "the page shows the client of the other server",
+        )
         assert window.run("return document.querySelectorAll('img').length") == 0
         assert window.run("return document.querySelector('#servers th').scope") == "row"
         assert all(re.match(r"[0-2]\.\d s ago", row[2]) for row in cells(window))
@@ -206,7 +214,7 @@ def test_it_lists_the_servers_of_the_cluster_and_follows_them(
         until(lambda: cells(window)[0][2].endswith("late"), "the other is late")
         store.freeze()
         try:
-            known = r"Redis cannot be read \(timeout\): this is what it said \d+ s ago"
+            known = r"Redis cannot be read \(timeout\): this list is \d+ s old"
             until(lambda: re.fullmatch(known, window.text("servers-note")), "the page says so")
             assert "here (this server)" in [row[0] for row in cells(window)]
         finally:
@@ -215,13 +223,15 @@ def test_it_lists_the_servers_of_the_cluster_and_follows_them(
 
 
 def cells(window: Browser) -> list[list[str]]:
-    """The rows of the table of servers; one without cells if there is none."""
-    script = "return [...document.querySelectorAll('#servers tr')].map(row => [...row.cells].map(cell => cell.innerText))"
-    found: list[list[str]] = window.run(script)
+    """The texts of the table of servers, by row; one empty row if there are none."""
+    found: list[list[str]] = window.run(
+        "return [...document.querySelectorAll('#servers tr')]"
+        ".map(row => [...row.cells].map(cell => cell.innerText))"
+    )
     return found or [[]]
 
 
-def test_servers_that_redis_does_not_tell_of_are_said_to_be_unknown(window: Browser) -> None:
+def test_servers_are_unknown_until_redis_has_answered(window: Browser) -> None:
     with Running("--admin-port", "0", "--redis-url", f"redis://127.0.0.1:{free_port()}") as server:
         window.open(page(server))
         unknown = "Redis cannot be read (connection): the servers are not known"
@@ -229,23 +239,26 @@ def test_servers_that_redis_does_not_tell_of_are_said_to_be_unknown(window: Brow
         assert cells(window) == [[]]
 
 
-#: Replace what the page remembers by one point so many seconds old, and tell what it draws then.
+#: Replaces the earlier points of the page by one that is SECONDS old; returns what is drawn.
 DRAWN = """
-points.splice(0, points.length - 1, {...points.at(-1), at: points.at(-1).at - SECONDS * 1000, rate: 5});
+const now = points.at(-1);
+points.splice(0, points.length - 1, {...now, at: now.at - SECONDS * 1000, rate: 5});
 draw();
-const chart = document.getElementById("plot-clients"), line = chart.querySelector("polyline").getAttribute("points");
-const words = name => [...document.querySelectorAll(`#${name} text`)].map(text => text.textContent).slice(-2);
+const chart = document.getElementById("plot-clients");
+const line = chart.querySelector("polyline").getAttribute("points");
+const texts = name => [...document.querySelectorAll(`#${name} text`)].map(text => text.textContent);
+const words = name => texts(name).slice(-2);
 const drawn = line.split(" ").map(point => parseFloat(point)), axis = chart.querySelector("line");
 const part = (drawn.at(-1) - drawn[0]) / (axis.getAttribute("x2") - axis.getAttribute("x1"));
 return [words("plot-clients"), words("plot-rate"), part, chart.ariaLabel];
 """
 
 
-def test_a_chart_begins_with_the_minutes_of_which_there_is_something(window: Browser) -> None:
+def test_a_chart_covers_only_the_minutes_that_have_points(window: Browser) -> None:
     with Running("--admin-port", "0") as server:
         window.resize(1280, 900)
         window.open(page(server))
-        until(lambda: window.run("return points.length"), "there is a point")
+        until(lambda: window.run("return points.length"), "the page has a point")
         for seconds, minutes in ((0, 1), (59, 1), (61, 2), (200, 4), (300, 5)):
             clients, rate, part, said = window.run(DRAWN.replace("SECONDS", str(seconds)))
             assert clients == rate == [f"{minutes} min ago", "now"]
@@ -255,15 +268,15 @@ def test_a_chart_begins_with_the_minutes_of_which_there_is_something(window: Bro
             )
 
 
-#: The colours of the page by their names.
+#: Returns the colours of the page by name.
 PALETTE = """
 const style = getComputedStyle(document.documentElement);
 return Object.fromEntries(NAMES.map(name => [name, style.getPropertyValue("--" + name)]));
 """
 
 
-def test_all_words_stand_out_from_their_ground(window: Browser) -> None:
-    """By https://www.w3.org/TR/WCAG22/#contrast-minimum: 4.5 to 1."""
+def test_all_texts_have_enough_contrast(window: Browser) -> None:
+    """At least 4.5 to 1: https://www.w3.org/TR/WCAG22/#contrast-minimum."""
     words = ["ink", "soft", "own", "all", "good", "warn", "bad"]
     pairs = [*((word, "card") for word in words), ("ink", "ground"), ("soft", "ground")]
     with Running("--admin-port", "0") as server:
@@ -277,7 +290,7 @@ def test_all_words_stand_out_from_their_ground(window: Browser) -> None:
 
 
 def luminance(colour: str) -> float:
-    """Of #rgb or #rrggbb, from 0 to 1."""
+    """The relative luminance of #rgb or #rrggbb, from 0 to 1."""
     digits = colour.strip().lstrip("#")
     pairs = (
         [digits[at : at + 2] for at in (0, 2, 4)]

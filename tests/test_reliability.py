@@ -148,7 +148,7 @@ def test_a_probe_that_is_told_anything_else_has_failed() -> None:
         probes = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
         )
-        until(lambda: status(server)["rejected"]["too_many_clients"] > 20, "some were refused")
+        until(lambda: status(server)["error_replies"]["too_many_clients"] > 20, "some were refused")
         told, _ = probes.communicate("\n", timeout=LIMIT)
     assert {tries for _, tries in json.loads(told.removeprefix("ready\n"))} == {0}
 

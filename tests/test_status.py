@@ -1,4 +1,4 @@
-"""What there is to tell of a server, made from a scoreboard."""
+"""The status document and the readiness of a server, made from a scoreboard."""
 
 import json
 import time
@@ -9,6 +9,7 @@ import pytest
 from gserver.agent.status import state, status
 from gserver.config import Config
 from gserver.protocol import ERROR_REPLIES
+from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.scoreboard import Scoreboard
 
 CONFIG = Config(server_id="here", workers=2)
@@ -33,54 +34,60 @@ def test_a_server_is_ready_from_its_first_worker_to_the_signal_that_ends_it(
     assert state(scoreboard) == expected
 
 
-def test_only_workers_that_are_there_are_told_of() -> None:
+def test_workers_are_listed_only_while_they_run() -> None:
     scoreboard = Scoreboard.create(3)
     for name, value in (
         ("pid", 17),
-        ("begun", time.monotonic_ns() - 5_000_000_000),
+        ("started_at", time.monotonic_ns() - 5_000_000_000),
         ("clients", 4),
-        ("peak", 9),
+        ("clients_peak", 9),
     ):
         scoreboard.cells[scoreboard.cell(name, 1)] = value
-    told = status(CONFIG, scoreboard)
-    [worker] = told["workers"]["each"]
+    document = status(CONFIG, scoreboard)
+    [worker] = document["workers"]["each"]
     assert (worker["slot"], worker["pid"], worker["clients"]) == (1, 17, 4)
-    assert 5 <= worker["age_seconds"] < 6
-    assert (told["clients"]["now"], told["clients"]["peak"]) == (4, 9)
-    scoreboard.settle(1)
+    assert 5 <= worker["age_seconds"] < 60
+    assert (document["clients"]["now"], document["clients"]["peak"]) == (4, 9)
+    scoreboard.clear_dead_worker(1)
     assert status(CONFIG, scoreboard)["workers"]["each"] == []
     assert status(CONFIG, scoreboard)["clients"]["peak"] == 9
 
 
-def test_each_refusal_is_an_error_or_a_rejection_and_all_of_it_is_json() -> None:
-    told = status(CONFIG, Scoreboard.create(2))
-    assert {*told["errors"], *told["rejected"]} == {refusal.name for refusal in ERROR_REPLIES}
-    assert json.loads(json.dumps(told)) == told
-    assert told["cluster"] is None
+def test_every_error_reply_is_listed_and_the_document_is_json() -> None:
+    document = status(CONFIG, Scoreboard.create(2))
+    assert document["error_replies"] == {reply.name: 0 for reply in ERROR_REPLIES}
+    assert json.loads(json.dumps(document)) == document
+    assert document["cluster"] is None
 
 
-def test_a_cluster_is_told_of_when_it_is_known() -> None:
-    config, scoreboard = (
-        replace(CONFIG, redis_url="redis://x", cluster_name="east"),
-        Scoreboard.create(2),
-    )
-    assert (
-        status(config, scoreboard)["cluster"]["name"],
-        status(config, scoreboard)["cluster"]["servers"],
-    ) == ("east", None)
+def test_counters_of_the_server_are_under_server() -> None:
+    scoreboard = Scoreboard.create(2)
+    for name in ("worker_restarts", "agent_starts", "reloads", "reload_failures"):
+        scoreboard.add(name, 2)
+        assert status(CONFIG, scoreboard)["server"][name] == 2
+    assert status(CONFIG, scoreboard)["server"]["tls_expires_at"] is None
+
+
+def test_the_figures_of_a_cluster_are_none_until_they_are_known() -> None:
+    config = replace(CONFIG, redis_url="redis://x", cluster_name="east")
+    scoreboard = Scoreboard.create(2)
+    unknown = status(config, scoreboard)["cluster"]
+    assert unknown["name"] == "east"
+    assert [unknown[name] for name in ("servers", "clients", "age_seconds")] == [None] * 3
     for name, value in (
-        ("servers", 3),
-        ("remote", 7),
-        ("view", time.monotonic_ns()),
+        ("cluster_servers", 3),
+        ("remote_clients", 7),
+        ("cluster_updated_at", time.monotonic_ns()),
         ("hold_until", 1),
-        ("beats", 5),
+        ("heartbeats", 5),
     ):
         scoreboard.put(name, value)
-    scoreboard.add("beat_errors.tls", 2)
-    told = status(config, scoreboard)["cluster"]
-    assert (told["servers"], told["clients"], told["is_held"], told["beats"]) == (3, 7, True, 5)
-    assert told["beat_errors"] == {"tls": 2}
-    assert 0 <= told["view_age_seconds"] < 1
-    assert told["roster"] is None
+    scoreboard.add("heartbeat_errors.tls", 2)
+    cluster = status(config, scoreboard)["cluster"]
+    assert (cluster["servers"], cluster["clients"], cluster["heartbeats"]) == (3, 7, 5)
+    assert cluster["is_held"] is True
+    assert cluster["heartbeat_errors"] == {**dict.fromkeys(HEARTBEAT_ERRORS, 0), "tls": 2}
+    assert 0 <= cluster["age_seconds"] < 60
+    assert cluster["roster"] is None
     roster = {"servers": [{"id": "a"}]}
     assert status(config, scoreboard, roster)["cluster"]["roster"] == roster

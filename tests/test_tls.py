@@ -84,7 +84,7 @@ def refusals(server: Running) -> Callable[[str], int]:
 
     def count(reason: str) -> int:
         now = status(server)
-        return int(now["rejected"][reason] - before["rejected"][reason])
+        return int(now["error_replies"][reason] - before["error_replies"][reason])
 
     return count
 
@@ -487,8 +487,8 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded", 2)
         assert serial(server) not in (old, new)
-        workers = status(server)["workers"]
-        assert (workers["reloads"], workers["reload_failures"]) == (2, 3)
+        counted = status(server)["server"]
+        assert (counted["reloads"], counted["reload_failures"]) == (2, 3)
         assert server.stop() == 0
 
 
@@ -524,8 +524,8 @@ def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second
         assert not set(before) & set(server.workers())
         assert new in server.workers()
         assert old not in [serial(server) for _ in range(20)]
-        workers = status(server)["workers"]
-        assert (workers["reloads"], workers["reload_failures"], workers["restarts"]) == (
+        counted = status(server)["server"]
+        assert (counted["reloads"], counted["reload_failures"], counted["worker_restarts"]) == (
             1,
             1,
             int(is_first_ready),
@@ -609,7 +609,7 @@ def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> 
         told = gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
         assert re.search(r"certificate valid for (23 h|19,?999 d)", told), told
         metric = re.search(
-            r"^gserver_tls_certificate_expiry_timestamp_seconds (\S+)$",
+            r"^gserver_tls_expires_timestamp_seconds (\S+)$",
             get(server, "/metrics")[2].decode(),
             re.M,
         )

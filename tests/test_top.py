@@ -216,9 +216,9 @@ def test_a_cluster_is_told_of_in_words_that_fit() -> None:
     def told(servers: int, clients: int) -> tuple[str, str]:
         scoreboard = Scoreboard.create(2)
         for name, value in (
-            ("servers", servers),
-            ("remote", clients),
-            ("view", time.monotonic_ns()),
+            ("cluster_servers", servers),
+            ("remote_clients", clients),
+            ("cluster_updated_at", time.monotonic_ns()),
         ):
             scoreboard.put(name, value)
         watched = Watched(
@@ -262,7 +262,7 @@ def test_of_a_server_that_is_away_no_old_figures_are_shown() -> None:
 
 def test_texts_of_a_server_are_no_markup() -> None:
     now = describe(Config(server_id="[/]", redis_url="redis://x"), Scoreboard.create(1))
-    now |= {"commands": {"[/red]": 1}, "errors": {"[link=http://x]y[/link]": 7}}
+    now |= {"commands": {"[/red]": 1}, "error_replies": {"[link=http://x]y[/link]": 7}}
     now["cluster"] |= {"name": "[bold]"}
     now["server"]["state"] = "[blink]"
     told = shown_of(Watched("[red]", now=now, before=now))

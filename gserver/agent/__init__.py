@@ -1,5 +1,5 @@
-"""The agent process: tells the outside what the scoreboard says, and talks to the cluster's Redis.
+"""The agent process: shows the server's figures to the outside, and talks to the cluster's Redis.
 
-It owns StatsD, the admin port, and the process in which `gserver.cluster` runs. It must never be
-needed for a reply: when it hangs or dies, workers go on. Start reading in `agent`.
+It owns StatsD and the admin port, and it is the process in which `gserver.cluster` runs. A reply
+must never depend on it: when it hangs or dies, the workers go on. Start reading in `agent`.
 """

@@ -1,7 +1,7 @@
-"""The admin port: health, metrics and status over HTTP, for balancers, Prometheus and people.
+"""The admin port: health, metrics and status over HTTP, for load balancers, Prometheus and people.
 
-Served by the agent, so that nothing here can slow a client. `GET` alone; each connection has one
-request, a limit on what it may send, and a deadline.
+The agent serves it, so it cannot slow a client. Each connection carries one GET or HEAD request,
+with a size limit and a deadline.
 """
 
 import base64
@@ -14,7 +14,7 @@ import re
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import gevent
 from gevent.pool import Pool
@@ -28,28 +28,42 @@ from gserver.boot import FATAL_ACCEPT_ERRORS
 from gserver.config import Config, is_loopback
 from gserver.scoreboard import Scoreboard
 
-#: That wait for their client at a time; for one more, the oldest is cut off. As many may be having
-#: their answer made.
+#: Connections that may be waiting on their peer; one more evicts the oldest. As many again may be
+#: in a handler.
 MAX_WAITING = 32
 MAX_REQUEST_BYTES = 16_384
 REQUEST_SECONDS = 5.0
-TEXT, JSON = "text/plain; charset=utf-8", "application/json"
-HTML, PAGE = "text/html; charset=utf-8", Path(__file__).with_name("page.html")
-#: The page is one file, and talks to nobody but this port.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self';"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+TEXT = "text/plain; charset=utf-8"
+JSON = "application/json"
+HTML = "text/html; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
+METHODS = ("GET", "HEAD")
+PAGE = Path(__file__).with_name("page.html")
+#: Paths that need no token: load balancers cannot carry one, and the answers tell little.
+OPEN_PATHS = ("/livez", "/readyz")
+#: The page is one file, and requests only this port.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
-Answer = tuple[str, str, bytes]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 
+class Answer(NamedTuple):
+    """An HTTP response. `headers` are those that other responses do not have."""
+
+    status: str
+    content_type: str
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+
+
 def serve(config: Config, scoreboard: Scoreboard, listener: socket.socket) -> WSGIServer:
-    """Answer on a listening socket until the server that is returned is stopped."""
+    """Answer requests on a listening socket until the returned server is stopped."""
     respond, pool = _Admin(config, scoreboard).respond, Pool(2 * MAX_WAITING)
-    environ = {"SERVER_NAME": config.admin_host}  # Else its start waits for what name servers say.
+    # Without SERVER_NAME, pywsgi would look it up at start and wait for name servers.
+    environ = {"SERVER_NAME": config.admin_host}
     more: dict[str, Any] = {
         "spawn": pool,
         "handler_class": _Handler,
@@ -63,107 +77,116 @@ def serve(config: Config, scoreboard: Scoreboard, listener: socket.socket) -> WS
 
 
 class _Admin:
-    """What is answered."""
+    """The WSGI application."""
 
     def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
         self._config = config
         self._scoreboard = scoreboard
         self._roster = None
         if config.redis_url:
-            from gserver.cluster.members import Roster  # Loaded only where there is a cluster.
+            from gserver.cluster.members import Roster  # Loaded only if there is a cluster.
 
             self._roster = Roster(config)
         self._registry = CollectorRegistry()
         self._registry.register(ScoreboardCollector(config, scoreboard))
         self._routes = {
-            "/": lambda: ("200 OK", HTML, PAGE.read_bytes()),
+            "/": self._page,
             "/status.json": self._status,
-            "/metrics": lambda: ("200 OK", METRICS, generate_latest(self._registry)),
-            "/livez": lambda: ("200 OK", TEXT, b"alive\n"),
+            "/metrics": self._metrics,
+            "/livez": self._live,
             "/readyz": self._ready,
         }
 
     def respond(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        status_line, kind, body = self._answer(environ)
+        answer = self._answer(environ)
         headers = [
-            ("Content-Type", kind),
-            ("Content-Length", str(len(body))),
+            ("Content-Type", answer.content_type),
+            ("Content-Length", str(len(answer.body))),
             ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"),
             ("Content-Security-Policy", POLICY),
             ("Connection", "close"),
+            *answer.headers,
         ]
-        if status_line.startswith("401"):
-            headers.append(("WWW-Authenticate", 'Basic realm="gserver", charset="UTF-8"'))
-        start_response(status_line, headers)
-        return [body]
+        start_response(answer.status, headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
 
     def _answer(self, environ: dict[str, Any]) -> Answer:
         path = environ["PATH_INFO"]
-        if environ["REQUEST_METHOD"] != "GET":
-            return "405 Method Not Allowed", TEXT, b"GET is all there is\n"
+        if environ["REQUEST_METHOD"] not in METHODS:
+            return Answer(
+                "405 Method Not Allowed",
+                TEXT,
+                b"only GET and HEAD are supported\n",
+                (("Allow", ", ".join(METHODS)),),
+            )
         if path not in self._routes:
-            return "404 Not Found", TEXT, b"there is: " + ", ".join(self._routes).encode() + b"\n"
-        if path not in (
-            "/livez",
-            "/readyz",
-        ):  # Balancers cannot carry secrets, and a word tells little.
-            if self._config.admin_token and not self._may_read(environ):
-                return (
-                    "401 Unauthorized",
-                    TEXT,
-                    b"the --admin-token is wanted, as Bearer or as a password\n",
-                )
-            if not self._config.admin_token and not _is_local(environ.get("HTTP_HOST", "")):
-                # A page somewhere could have its own name resolve to this machine, and read what is
-                # here.
-                return (
-                    "403 Forbidden",
-                    TEXT,
-                    b"without an --admin-token, ask by address or as localhost\n",
-                )
-        return self._routes[path]()
+            available = ", ".join(self._routes)
+            return Answer("404 Not Found", TEXT, f"available: {available}\n".encode())
+        refusal = None if path in OPEN_PATHS else self._refusal(environ)
+        return refusal or self._routes[path]()
 
-    def _may_read(self, environ: dict[str, Any]) -> bool:
+    def _refusal(self, environ: dict[str, Any]) -> Answer | None:
+        """Return why this client may not read what only operators may; None if it may."""
+        if self._config.admin_token:
+            if self._has_token(environ):
+                return None
+            return Answer(
+                "401 Unauthorized",
+                TEXT,
+                b"the admin token is required, as Bearer or as the password of Basic\n",
+                (("WWW-Authenticate", 'Basic realm="gserver", charset="UTF-8"'),),
+            )
+        # Without this, a web page could make its own host name resolve to this machine and read
+        # the answers (DNS rebinding).
+        if _is_local(environ.get("HTTP_HOST", "")):
+            return None
+        return Answer(
+            "403 Forbidden",
+            TEXT,
+            b"without --admin-token, the Host must be localhost or a loopback address\n",
+        )
+
+    def _has_token(self, environ: dict[str, Any]) -> bool:
         kind, _, value = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         if kind.lower() == "basic":
             try:
                 value = base64.b64decode(value, validate=True).decode().partition(":")[2]
-            except ValueError:  # No base64, or no UTF-8 in it.
+            except ValueError:  # Not base64, or not UTF-8 in it.
                 return False
         is_token = hmac.compare_digest(value.strip().encode(), self._config.admin_token.encode())
         return is_token and kind.lower() in ("basic", "bearer")
 
-    def _ready(self) -> Answer:
-        word = state(self._scoreboard)
-        return (
-            "200 OK" if word == "ready" else "503 Service Unavailable",
-            TEXT,
-            f"{word}\n".encode(),
-        )
+    def _page(self) -> Answer:
+        return Answer("200 OK", HTML, PAGE.read_bytes())
 
     def _status(self) -> Answer:
-        roster = (
-            self._roster.told() if self._roster else None
-        )  # Waits for Redis, but a moment only.
-        return (
-            "200 OK",
-            JSON,
-            json.dumps(status(self._config, self._scoreboard, roster), indent=1).encode() + b"\n",
-        )
+        roster = self._roster.told() if self._roster else None  # Waits for Redis a moment at most.
+        document = json.dumps(status(self._config, self._scoreboard, roster), indent=1)
+        return Answer("200 OK", JSON, document.encode() + b"\n")
+
+    def _metrics(self) -> Answer:
+        return Answer("200 OK", METRICS, generate_latest(self._registry))
+
+    def _live(self) -> Answer:
+        return Answer("200 OK", TEXT, b"alive\n")
+
+    def _ready(self) -> Answer:
+        word = state(self._scoreboard)
+        code = "200 OK" if word == "ready" else "503 Service Unavailable"
+        return Answer(code, TEXT, f"{word}\n".encode())
 
 
 def _is_local(host: str) -> bool:
-    """Whether a Host header holds an address or localhost: no name that a stranger may define."""
+    """Return whether a Host header is localhost or a loopback address, not any other name."""
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]*)\]|([^][:]*))(?::\d*)?", host)
     return found is not None and is_loopback(found[1] or found[2] or "")
 
 
 class _Handler(WSGIHandler):
-    """A connection of one request, all of which has a deadline and a limit."""
+    """A connection that carries one request, with a deadline and a size limit."""
 
-    #: The sockets of those that wait for their client, to say or to take in what it may; the oldest
-    #: first.
+    #: Sockets that wait for their peer to send its request or to take its answer, oldest first.
     _waiting: ClassVar[dict[socket.socket, None]] = {}
 
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
@@ -173,28 +196,27 @@ class _Handler(WSGIHandler):
         self.rfile = io.BufferedReader(_Limited(sock))
 
     def handle(self) -> None:
-        # Cut off, rather than interrupted: whatever it waits for, it finds that the client has
-        # ended.
-        cut = gevent.spawn_later(REQUEST_SECONDS, _cut_off, self._sock)
+        # The socket is shut down rather than the greenlet interrupted: pywsgi then sees an end of
+        # the connection, wherever it waits.
+        deadline = gevent.spawn_later(REQUEST_SECONDS, _shut_down, self._sock)
         self._wait()
         try:
-            with contextlib.suppress(OSError):  # It has gone.
+            with contextlib.suppress(OSError):  # The peer has disconnected.
                 super().handle()
         finally:
-            cut.kill()
+            deadline.kill()
             self._waiting.pop(self._sock, None)
 
     def read_request(self, raw_requestline: Any) -> Any:
         try:
             super().read_request(raw_requestline)
-        except Exception as error:  # Of anything but a ValueError, pywsgi would print a traceback.
+        except Exception as error:  # For all but a ValueError, pywsgi would print a traceback.
             raise ValueError(str(error)) from error
-        return (
-            "transfer-encoding" not in self.headers
-        )  # Nobody needs a body, and pywsgi fails at some chunks.
+        # No request here needs a body, and pywsgi fails at some malformed chunks.
+        return "transfer-encoding" not in self.headers
 
     def get_environ(self) -> dict[str, Any]:
-        self._waiting.pop(self._sock, None)  # The request is there.
+        self._waiting.pop(self._sock, None)  # The request has been read.
         return dict(super().get_environ())
 
     def process_result(self) -> None:
@@ -206,16 +228,16 @@ class _Handler(WSGIHandler):
         if len(self._waiting) > MAX_WAITING:
             oldest = next(iter(self._waiting))
             del self._waiting[oldest]
-            _cut_off(oldest)
+            _shut_down(oldest)
 
 
-def _cut_off(sock: socket.socket) -> None:
+def _shut_down(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Limited(io.RawIOBase):
-    """What a socket receives, up to a limit: beyond it, as if the client had ended."""
+    """The bytes that a socket receives, up to a limit; beyond it, an end of the stream."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -231,7 +253,7 @@ class _Limited(io.RawIOBase):
 
 
 class _Log:
-    """Where pywsgi tells of errors: an event each, never a traceback on a terminal."""
+    """The stream that pywsgi writes errors to: each becomes an event, not a traceback."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -241,4 +263,4 @@ class _Log:
         self.write("".join(lines))
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Do nothing: no text is buffered."""

@@ -1,8 +1,7 @@
-"""The control plane: one process that beats to the cluster's Redis, and tells StatsD what the
-scoreboard says.
+"""The agent process: heartbeats to the cluster's Redis, StatsD, and the admin port.
 
-Clients never wait for it: when it hangs or dies, the workers go on, and the supervisor starts
-another.
+Clients never wait for it. When it hangs or dies, the workers go on, and the supervisor starts
+another, which continues from the scoreboard.
 """
 
 import contextlib
@@ -10,72 +9,103 @@ import resource
 import signal
 import socket
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import gevent
 from gevent.event import Event
 
 from gserver.agent.statsd import FLUSH_SECONDS, StatsdClient
 from gserver.boot import Instructions, keep_heartbeat
+from gserver.config import Config
 from gserver.errors import DuplicateIdError
+from gserver.scoreboard import Scoreboard
 
-#: How long a stop waits for the cluster to be told.
+if TYPE_CHECKING:
+    from gevent.pywsgi import WSGIServer
+
+#: How long a stop waits until this server has left the cluster.
 LEAVE_SECONDS = 1.5
-#: How long those are waited for whom the admin port has begun to answer: others are the next
-#: agent's.
+#: Grace period for admin requests in progress; queued connections go to the next agent.
 ANSWER_SECONDS = 0.5
-#: More than it ever needs: an answer of whoever speaks for Redis may be without end.
+#: Limit on the agent's memory, far more than it needs: a peer that poses as Redis may send an
+#: endless reply.
 MAX_DATA_BYTES = 400_000_000
 
 
 def run(instructions: Instructions) -> None:
-    """Be the agent until SIGTERM, which at a stop comes when the workers are gone: then tell the
-    last figures.
+    """Run the agent until SIGTERM, then send the last figures.
 
-    Raises `DuplicateIdError` when another live server has this one's id.
+    When the whole server stops, the workers have ended before that signal. Raises
+    `DuplicateIdError` if another live server has the same id.
     """
     config, scoreboard = instructions.config, instructions.scoreboard()
-    with contextlib.suppress(ValueError):  # The hard limit is lower still.
-        resource.setrlimit(
-            resource.RLIMIT_DATA, (MAX_DATA_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1])
-        )
+    _limit_memory()
     should_stop = Event()
     gevent.signal_handler(signal.SIGTERM, should_stop.set)
     gevent.spawn_raw(keep_heartbeat, instructions, scoreboard)
     client = StatsdClient(config, scoreboard) if config.statsd_host else None
-    server = None
-    if config.admin_port >= 0:
-        from gserver.agent import admin_port  # Loaded only where it is wanted.
-
-        server = admin_port.serve(
-            config, scoreboard, socket.socket(fileno=instructions.listener_fd)
-        )
-    member = beats = None
-    if config.redis_url:
-        from gserver.cluster.heartbeat import Member  # Loaded only where there is a cluster.
-
-        member = Member(config, scoreboard)
-        beats = gevent.spawn(member.run)
-        member.is_settled.wait(config.settle_seconds)
+    server = _serve_admin_port(instructions, scoreboard) if config.admin_port >= 0 else None
+    heartbeats = _Heartbeats(config, scoreboard) if config.redis_url else None
     is_ready = False
     while True:
         flush_at = monotonic() + FLUSH_SECONDS
-        if member is not None and member.has_twin:
-            where = f"cluster {config.cluster_name}"
-            raise DuplicateIdError(
-                f"another live server of {where} has the id {config.server_id}: choose another --server-id"
-            )
+        if heartbeats is not None:
+            heartbeats.check_id()
         if not is_ready:
             instructions.report("ready")
             is_ready = True
-        if client:
+        if client is not None:
             client.flush()
-        if beats is not None and beats.ready():  # A greenlet that has ended is false.
-            beats.get()  # Raises what has ended it.
+        if heartbeats is not None:
+            heartbeats.check_greenlet()
         if should_stop.is_set():
             break
         should_stop.wait(max(0.0, flush_at - monotonic()))
-    ending = [gevent.spawn(server.stop, ANSWER_SECONDS)] if server else []
-    if member is not None and beats is not None:
-        member.should_stop.set()
-        beats.join(LEAVE_SECONDS)
+    ending = [gevent.spawn(server.stop, ANSWER_SECONDS)] if server is not None else []
+    if heartbeats is not None:
+        heartbeats.leave()
     gevent.joinall(ending)
+
+
+def _limit_memory() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    with contextlib.suppress(ValueError):  # The hard limit is lower.
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, hard))
+
+
+def _serve_admin_port(instructions: Instructions, scoreboard: Scoreboard) -> "WSGIServer":
+    from gserver.agent import admin_port  # Loaded only if there is an admin port.
+
+    listener = socket.socket(fileno=instructions.listener_fd)
+    return admin_port.serve(instructions.config, scoreboard, listener)
+
+
+class _Heartbeats:
+    """The greenlet that sends this server's heartbeats to Redis."""
+
+    def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
+        """Start it, and wait until it is known whether the server's id is free, or for a time."""
+        from gserver.cluster.heartbeat import Member  # Loaded only if there is a cluster.
+
+        self._config = config
+        self._member = Member(config, scoreboard)
+        self._greenlet = gevent.spawn(self._member.run)
+        self._member.is_settled.wait(config.settle_seconds)
+
+    def check_id(self) -> None:
+        """Raise `DuplicateIdError` if another live server has this server's id."""
+        if self._member.has_twin:
+            raise DuplicateIdError(
+                f"another live server of cluster {self._config.cluster_name} has the id"
+                f" {self._config.server_id}: choose another --server-id"
+            )
+
+    def check_greenlet(self) -> None:
+        """Raise the error that has ended the heartbeats, if one has."""
+        if self._greenlet.ready():
+            self._greenlet.get()
+
+    def leave(self) -> None:
+        """End the greenlet, which leaves the cluster if the whole server stops."""
+        self._member.should_stop.set()
+        self._greenlet.join(LEAVE_SECONDS)

@@ -1,9 +1,10 @@
-"""StatsD: what is sent of the scoreboard, once a second, by the `statsd` package.
+"""StatsD: sends the figures of the scoreboard once a second, with the `statsd` package.
 
-Aggregated: counters as their increase since the last flush, gauges as they are. Nothing here can
-touch a client: it runs in the agent, and UDP does not wait.
+Counters are sent as their increase since the last flush, gauges as they are. This runs in the
+agent, and UDP does not wait, so no client can be slowed by it.
 """
 
+import logging
 from collections.abc import Iterator
 from time import monotonic
 
@@ -12,69 +13,88 @@ import statsd
 
 from gserver import logs
 from gserver.config import Config, show_address
-from gserver.protocol import ERROR_REPLIES
-from gserver.redis_errors import HEARTBEAT_ERRORS
+from gserver.metrics import METRICS, Kind
 from gserver.scoreboard import Scoreboard
 
 FLUSH_SECONDS = 1.0
-#: How often the daemon's name is looked up anew: it may move, or not have been there yet.
+#: The daemon's name is looked up again after this time: its address may have changed.
 RESOLVE_SECONDS = 30.0
+#: The same after a look-up that failed.
 RETRY_SECONDS = 5.0
-#: How long a flush waits for that.
+#: While the name does not resolve, the warning is repeated after this time.
+REMIND_SECONDS = 60.0
+#: A flush waits this long for a look-up.
 WAIT_SECONDS = 0.25
-#: Datagrams that fit any path unfragmented.
+#: Such a datagram fits any path without fragmentation.
 MAX_DATAGRAM_BYTES = 512
 
-#: Metric: the scoreboard's total that it is, for gauges and for counters.
-GAUGES = {"connections": "clients", "workers": "workers"}
-#: As far as there is a cluster: all clients and servers, and how old that knowledge is, in
-#: milliseconds.
-GAUGES |= {
-    "cluster.clients": "everybody",
-    "cluster.servers": "servers",
-    "cluster.view_age": "view_age_ms",
+#: The name of a metric in StatsD: the figure that it shows. Figures of the cluster are sent once
+#: they are known.
+GAUGES = {
+    metric.statsd: metric.name for metric in METRICS if metric.statsd and metric.kind is Kind.GAUGE
 }
+#: The same for counters. Those of commands are added at run time.
 COUNTERS = {
-    **{
-        name: name
-        for name in ("accepted", "closed", "lost", "agent_starts", "reloads", "reload_failures")
-    },
-    "restarts": "worker_restarts",
-    "cluster.beats": "beats",
-    **{f"cluster.beat_errors.{kind}": f"beat_errors.{kind}" for kind in HEARTBEAT_ERRORS},
-    **{
-        f"{'rejected' if refusal.closes else 'errors'}.{refusal.name}": f"refused.{refusal.name}"
-        for refusal in ERROR_REPLIES
-    },
+    name.replace(metric.name, metric.statsd, 1): name
+    for metric in METRICS
+    if metric.statsd and metric.kind is Kind.COUNTER
+    for name in metric.names
 }
-#: Mean times since the last flush, in milliseconds: from bytes read to replies handed to the
-#: kernel, and from a beat to its answer. Their number and their sum, in nanoseconds.
-TIMINGS = {"service_time": ("bursts", "service_ns"), "cluster.beat_time": ("beats", "beat_ns")}
+#: Mean times since the last flush, in milliseconds: their number, and their sum in nanoseconds.
+TIMINGS = {
+    metric.statsd: (metric.count, metric.name)
+    for metric in METRICS
+    if metric.statsd and metric.kind is Kind.TIMING
+}
 
-Metric = tuple[str, str, float]
+Sample = tuple[str, str, float]
 Totals = dict[str, int]
 
 
-def changes(before: Totals, now: Totals) -> Iterator[Metric]:
-    """Yield what to send, as (kind, name, value): `gauge`, `incr` or `timing`. Counters that stand still are not."""
+def changes(before: Totals, now: Totals) -> Iterator[Sample]:
+    """Yield what to send, as (kind, name, value); the kind is `gauge`, `incr` or `timing`.
+
+    Counters and timings that have not changed are left out.
+    """
     for name, total in GAUGES.items():
         if total in now:
             yield "gauge", name, now[total]
-    commands = {
-        f"commands.{key.partition('.')[2].lower()}": key
-        for key in now
-        if key.startswith("commands.")
-    }
+    commands = {key.lower(): key for key in now if key.startswith("commands.")}
     for name, total in {**COUNTERS, **commands}.items():
-        if increase := now[total] - before.get(total, 0):
+        increase = now[total] - before.get(total, 0)
+        if increase:
             yield "incr", name, increase
-    for name, (number, sum_ns) in TIMINGS.items():
-        if increase := now[number] - before.get(number, 0):
+    for name, (count, sum_ns) in TIMINGS.items():
+        increase = now[count] - before.get(count, 0)
+        if increase:
             yield "timing", name, (now[sum_ns] - before.get(sum_ns, 0)) / increase / 1e6
 
 
+class Outage:
+    """Decides when a failure that repeats is logged: at its start, and every `remind_seconds`."""
+
+    def __init__(self, remind_seconds: float) -> None:
+        self._remind_seconds = remind_seconds
+        self._started_at: float | None = None
+        self._logged_at = 0.0
+
+    def note_failure(self, now: float) -> bool:
+        """Return whether to log a failure at this time, in seconds."""
+        if self._started_at is None:
+            self._started_at = now
+        elif now - self._logged_at < self._remind_seconds:
+            return False
+        self._logged_at = now
+        return True
+
+    def note_success(self, now: float) -> float | None:
+        """Return how many seconds the outage lasted that ends now; None if there was none."""
+        started_at, self._started_at = self._started_at, None
+        return None if started_at is None else now - started_at
+
+
 class StatsdClient:
-    """Sends to the daemon; until its name resolves, and again and again later, looks it up."""
+    """Sends to the daemon, and looks its name up from time to time."""
 
     def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
         self._config = config
@@ -82,19 +102,18 @@ class StatsdClient:
         self._client: statsd.StatsClient | None = None
         self._resolve_at = 0.0
         self._lookup: gevent.Greenlet[[], None] | None = None
+        self._outage = Outage(REMIND_SECONDS)
 
     def flush(self) -> None:
-        """Send what has changed. While the daemon's name does not resolve, it is kept for a later
-        flush.
+        """Send what has changed since the last flush.
 
-        A look-up may take as long as all name servers together let it: it is waited for a moment
-        only.
+        Until the daemon's name has resolved for the first time, changes are kept. A look-up can
+        take very long, so a flush waits for it only for a moment.
         """
-        if (
-            not self._lookup and monotonic() >= self._resolve_at
-        ):  # A greenlet that has ended is false.
+        is_looking_up = self._lookup is not None and not self._lookup.ready()
+        if not is_looking_up and monotonic() >= self._resolve_at:
             self._lookup = gevent.spawn(self._resolve)
-        if self._lookup:
+        if self._lookup is not None:
             self._lookup.join(WAIT_SECONDS)
         if self._client is None:
             return
@@ -115,15 +134,28 @@ class StatsdClient:
             )
         except (OSError, UnicodeError) as error:
             self._resolve_at = monotonic() + RETRY_SECONDS
-            address = show_address(host, port)
-            message = f"StatsD at {address} cannot be found, trying again: {error}"
-            logs.warn_ratelimited(
-                "statsd.unresolved",
-                message,
-                {"error.type": type(error).__name__, "server.address": host},
-            )
+            if self._outage.note_failure(monotonic()):
+                self._log_unresolved(error)
             return
+        outage_seconds = self._outage.note_success(monotonic())
+        if outage_seconds is not None:
+            message = f"StatsD host {host} resolves again after {outage_seconds:.0f} s"
+            logs.event(logging.INFO, "statsd.resolved", message, {"server.address": host})
         if self._client is not None:
             self._client.close()
         self._client = client
         self._resolve_at = monotonic() + RESOLVE_SECONDS
+
+    def _log_unresolved(self, error: Exception) -> None:
+        address = show_address(self._config.statsd_host, self._config.statsd_port)
+        if self._client is None:
+            consequence = "metrics are kept until it does"
+        else:
+            consequence = "metrics go to its last known address"
+        logs.event(
+            logging.WARNING,
+            "statsd.unresolved",
+            f"StatsD host of {address} does not resolve: {consequence}; retrying every"
+            f" {RETRY_SECONDS:.0f} s: {error}",
+            {"error.type": type(error).__name__, "server.address": self._config.statsd_host},
+        )

@@ -1,103 +1,112 @@
-"""What there is to tell of a server, as plain values made from the scoreboard: for the admin port, `top` and the page."""
+"""The state and the figures of a server as plain values, and `/status.json` made from them.
+
+The names and the places of the figures are those of `gserver.metrics`.
+"""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from gserver import __version__
 from gserver.config import Config
-from gserver.protocol import ERROR_REPLIES
+from gserver.metrics import METRICS, Metric, in_seconds, members_of
 from gserver.scoreboard import Scoreboard
 
 
 def state(scoreboard: Scoreboard) -> str:
-    """Whether the server is `ready`: it takes new clients; and what it is if not. Redis has no part in it."""
+    """Return `ready` if the server accepts new clients, else `starting` or `draining`.
+
+    It does not depend on Redis.
+    """
     if scoreboard.get("stopping") or scoreboard.get("draining"):
         return "draining"
     return "ready" if scoreboard.get("workers") else "starting"
 
 
-def certificate_expires_at(scoreboard: Scoreboard) -> int | None:
-    """When the first of the certificates that clients are shown expires, in Unix seconds; None when there is none."""
-    return min((moment for moment in scoreboard.column("tls_expires_at") if moment), default=None)
+def figures(config: Config, scoreboard: Scoreboard) -> dict[str, int]:
+    """Return every figure that is known now, by its name in the catalogue, in its stored unit.
+
+    Those of the scoreboard, and those computed from the configuration and the clock. A server
+    without a cluster has no figures of one.
+    """
+    values = scoreboard.totals()
+    values["ready"] = int(state(scoreboard) == "ready")
+    values["uptime_ns"] = time.monotonic_ns() - scoreboard.get("server_started_at")
+    values["clients_limit"] = config.max_clients
+    values["workers_wanted"] = config.workers
+    if not config.redis_url:
+        for metric in METRICS:
+            if metric.needs_cluster:
+                for name in metric.names:
+                    values.pop(name, None)
+    return values
 
 
 def status(
     config: Config, scoreboard: Scoreboard, roster: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return all of it. Counters grow for as long as the server lives; times are seconds.
+    """Return the document of `/status.json`.
 
-    The scoreboard knows nothing of the other servers one by one: that is the `roster`, of
-    `Roster.told`.
+    Counters grow for as long as the server lives. Times are seconds. A figure that is not known is
+    None. `roster` lists the servers of the cluster, which the scoreboard does not know one by one.
     """
-    totals, now = scoreboard.totals(), time.monotonic_ns()
-    return {
+    values = figures(config, scoreboard)
+    document: dict[str, Any] = {
         "server": {
             "id": config.server_id,
             "version": __version__,
             "host": config.host,
             "port": config.port,
             "state": state(scoreboard),
-            "tls_expires_at": certificate_expires_at(scoreboard),
-            "uptime_seconds": _seconds(now - scoreboard.get("begun_at")),
-        },
-        "clients": {
-            "now": totals["clients"],
-            "peak": max(scoreboard.column("peak")),
-            "limit": config.max_clients,
-            **{name: totals[name] for name in ("accepted", "closed", "lost")},
-        },
-        "commands": scoreboard.under(totals, "commands"),
-        "errors": {
-            item.name: totals[f"refused.{item.name}"] for item in ERROR_REPLIES if not item.closes
-        },
-        "rejected": {
-            item.name: totals[f"refused.{item.name}"] for item in ERROR_REPLIES if item.closes
-        },
-        "service": {"bursts": totals["bursts"], "seconds": _seconds(totals["service_ns"])},
-        "workers": {
-            "wanted": config.workers,
-            "accepting": scoreboard.get("workers"),
-            "restarts": totals["worker_restarts"],
-            "reloads": totals["reloads"],
-            "reload_failures": totals["reload_failures"],
-            "each": _workers(scoreboard, now),
-        },
-        "cluster": _cluster(config, scoreboard, totals) | {"roster": roster}
-        if config.redis_url
-        else None,
+        }
     }
+    for metric in METRICS:
+        if metric.json and (config.redis_url or not metric.needs_cluster):
+            _put(document, metric.json.split("."), _json_value(metric, values))
+    document["workers"]["each"] = _workers(scoreboard)
+    document["cluster"] = document.get("cluster")
+    if config.redis_url:
+        document["cluster"]["name"] = config.cluster_name
+        document["cluster"]["is_held"] = bool(scoreboard.get("hold_until"))
+        document["cluster"]["roster"] = roster
+    return document
 
 
-def _workers(scoreboard: Scoreboard, now: int) -> list[dict[str, Any]]:
-    names = ("pid", "begun", "heartbeat", "clients", "bursts")
-    rows = enumerate(zip(*(scoreboard.column(name) for name in names), strict=True))
+def _put(document: dict[str, Any], path: list[str], value: Any) -> None:
+    *groups, name = path
+    for group in groups:
+        document = document.setdefault(group, {})
+    document[name] = value
+
+
+def _json_value(metric: Metric, values: Mapping[str, int]) -> Any:
+    if metric.label:
+        return members_of(metric.name, values)
+    if metric.name not in values:
+        return None
+    value = values[metric.name]
+    is_converted = metric.unit in ("ns", "ms")
+    return round(in_seconds(metric, value), 6) if is_converted else value
+
+
+def _workers(scoreboard: Scoreboard) -> list[dict[str, Any]]:
+    """Return one object for each running worker; `reads` counts for all workers of the slot."""
+    now = time.monotonic_ns()
+    names = ("pid", "started_at", "heartbeat", "clients", "reads")
+    rows = enumerate(zip(*(scoreboard.by_slot(name) for name in names), strict=True))
     return [
         {
             "slot": slot,
             "pid": pid,
-            "age_seconds": _seconds(now - begun),
-            "silent_seconds": _seconds(now - max(begun, heartbeat)),
+            "age_seconds": _seconds(now - started_at),
+            # The heartbeat of a worker that has just started is that of the one before it.
+            "silent_seconds": _seconds(now - max(started_at, heartbeat)),
             "clients": clients,
-            "bursts": bursts,  # of all that have had this slot
+            "reads": reads,
         }
-        for slot, (pid, begun, heartbeat, clients, bursts) in rows
+        for slot, (pid, started_at, heartbeat, clients, reads) in rows
         if pid
     ]
-
-
-def _cluster(config: Config, scoreboard: Scoreboard, totals: dict[str, int]) -> dict[str, Any]:
-    is_known = "view_age_ms" in totals
-    return {
-        "name": config.cluster_name,
-        "servers": totals["servers"] if is_known else None,
-        "clients": totals["everybody"] if is_known else None,
-        "view_age_seconds": totals["view_age_ms"] / 1000 if is_known else None,
-        "is_held": bool(scoreboard.get("hold_until")),
-        "beats": totals["beats"],
-        "beat_errors": {
-            kind: total for kind, total in scoreboard.under(totals, "beat_errors").items() if total
-        },
-    }
 
 
 def _seconds(nanoseconds: int) -> float:

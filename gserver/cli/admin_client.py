@@ -46,7 +46,7 @@ CLUSTER = {
     "name": str,
     "servers": MAYBE,
     "clients": MAYBE,
-    "view_age_seconds": MAYBE,
+    "age_seconds": MAYBE,
     "roster": (ROSTER, NoneType),
 }
 #: What is shown of a status, as `_fits` reads it; there may be more in it.
@@ -54,8 +54,7 @@ SHAPE = {
     "server": {"id": str, "state": str, "uptime_seconds": float, "tls_expires_at": MAYBE},
     "clients": {"now": float, "peak": float},
     "commands": TOTALS,
-    "errors": TOTALS,
-    "rejected": TOTALS,
+    "error_replies": TOTALS,
     "workers": {
         "each": [dict.fromkeys(("pid", "age_seconds", "clients", "silent_seconds"), float)]
     },

@@ -31,7 +31,7 @@ def line(each: Watched) -> str:
         if cluster and cluster["servers"]
         else ""
     )
-    rates = f"{_number(each.rate('commands'))} commands/s {_number(each.rate('errors'))} errors/s"
+    rates = f"{_number(each.rate('commands'))} commands/s {_number(each.rate('error_replies'))} errors/s"
     here = f"{each.address} {each.now['server']['id']} {each.state}"
     return f"{here} {_count(clients['now'], 'client')}{everywhere} {rates}"
 
@@ -58,7 +58,7 @@ def _figures(each: Watched) -> list[str]:
     if each.trouble:
         return []
     counts = [_number(each.now["clients"][name]) for name in ("now", "peak")]
-    rates = [_number(each.rate(name)) for name in ("commands", "errors")]
+    rates = [_number(each.rate(name)) for name in ("commands", "error_replies")]
     return [*counts, *rates, _age(each.now["server"]["uptime_seconds"])]
 
 
@@ -74,7 +74,7 @@ def _details(each: Watched) -> Panel:
     told = [
         Text(f"{name} {_number(each.rate('commands', name))}/s") for name in each.now["commands"]
     ]
-    wrong = {**each.now["errors"], **each.now["rejected"]}
+    wrong = each.now["error_replies"]
     told += [Text(f"{name} {_number(count)}", "red") for name, count in wrong.items() if count]
     expires_at = each.now["server"]["tls_expires_at"]
     if expires_at:
@@ -83,7 +83,7 @@ def _details(each: Watched) -> Panel:
         told.append(Text(valid, "red" if left < SOON_SECONDS else ""))
     cluster = each.now["cluster"]
     if cluster:
-        age = cluster["view_age_seconds"]
+        age = cluster["age_seconds"]
         known = f"{_count(cluster['clients'], 'client')} of {_servers(cluster)}, heard of {age or 0:.1f} s ago"
         told.append(Text(f"cluster {cluster['name']}: {'not known yet' if age is None else known}"))
     title = Text(f"{each.address}  {each.now['server']['id']}")

@@ -49,14 +49,20 @@ class Member:
         self._link = RedisLink(config)
         known = [
             scoreboard.get(name)
-            for name in ("remote", "servers", "lease_clock", "lost_at", "hold_until")
+            for name in (
+                "remote_clients",
+                "cluster_servers",
+                "lease_clock",
+                "data_lost_at",
+                "hold_until",
+            )
         ]
         self._ttl_ms = round(config.member_ttl_seconds * 1000)
         self._interval_ms = round(config.heartbeat_interval_seconds * 1000)
         self._membership = Membership(self._ttl_ms, *known)
         self._rivalry = Rivalry(self._interval_ms)
         self._is_member = self._membership.servers > 0
-        self._answered = scoreboard.get("answered")
+        self._answered = scoreboard.get("acked_sequence")
         self._sent = 0
         self._failures = 0
         self._away_since = self._said_at = 0.0
@@ -114,8 +120,8 @@ class Member:
         except Exception as error:
             self._note_failure(error)
         else:
-            self._scoreboard.add("beats", 1)
-            self._scoreboard.add("beat_ns", monotonic_ns() - began)
+            self._scoreboard.add("heartbeats", 1)
+            self._scoreboard.add("heartbeat_ns", monotonic_ns() - began)
             self._note(reply, count)
 
     def _pause(self, began: float, count: int) -> None:
@@ -151,12 +157,12 @@ class Member:
             self.is_settled.set()
         # In this order, so that the next agent never finds a loss noted and no hold.
         scoreboard.put("hold_until", membership.hold_until)
-        scoreboard.put("remote", membership.remote)
-        scoreboard.put("servers", membership.servers)
+        scoreboard.put("remote_clients", membership.remote)
+        scoreboard.put("cluster_servers", membership.servers)
         scoreboard.put("lease_clock", membership.clock)
-        scoreboard.put("lost_at", membership.lost_at)
-        scoreboard.put("answered", self._answered)
-        scoreboard.put("view", monotonic_ns())
+        scoreboard.put("data_lost_at", membership.lost_at)
+        scoreboard.put("acked_sequence", self._answered)
+        scoreboard.put("cluster_updated_at", monotonic_ns())
         if membership.servers != known:
             fields = {
                 "gserver.servers": membership.servers,
@@ -183,7 +189,7 @@ class Member:
 
     def _note_failure(self, error: Exception) -> None:
         kind, now = kind_of(error), monotonic()
-        self._scoreboard.add(f"beat_errors.{kind}", 1)
+        self._scoreboard.add(f"heartbeat_errors.{kind}", 1)
         if not self._failures:
             self._away_since = now
         self._failures += 1

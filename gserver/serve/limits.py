@@ -22,9 +22,9 @@ class Limits:
         self._cells = scoreboard.cells
         self._count_clients = scoreboard.clients
         self._clients = scoreboard.cell("clients", slot)
-        self._accepted = scoreboard.cell("accepted", slot)
-        self._closed = scoreboard.cell("closed", slot)
-        self._peak = scoreboard.cell("peak", slot)
+        self._accepted = scoreboard.cell("clients_accepted", slot)
+        self._closed = scoreboard.cell("clients_closed", slot)
+        self._peak = scoreboard.cell("clients_peak", slot)
         limit = config.max_clients_per_address
         self._addresses = AddressCounts(scoreboard, slot, limit) if limit else None
 

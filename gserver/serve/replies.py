@@ -17,8 +17,9 @@ from gserver import logs
 from gserver.commands import Command, Handler, Service, line
 from gserver.config import Config
 from gserver.errors import EXIT_RUNTIME, ClusterUnavailable
+from gserver.metrics import SERVICE_BOUNDS_NS
 from gserver.protocol import CLUSTER_UNAVAILABLE, ERROR_REPLIES, INTERNAL, ErrorReply, Grammar
-from gserver.scoreboard import SERVICE_BOUNDS_NS, Scoreboard
+from gserver.scoreboard import Scoreboard
 
 #: The same few replies come again and again. `typed`: True and 1 are equal, but different replies.
 _line = lru_cache(maxsize=1024, typed=True)(line)
@@ -43,13 +44,13 @@ class Replies:
         self.grammar = Grammar(table, config.max_line_bytes)
         self.cells = scoreboard.cells
         self.error_cells = {
-            error: scoreboard.cell(f"refused.{error.name}", slot) for error in ERROR_REPLIES
+            error: scoreboard.cell(f"error_replies.{error.name}", slot) for error in ERROR_REPLIES
         }
         self.is_draining = False
-        self._reads = scoreboard.cell("bursts", slot)
+        self._reads = scoreboard.cell("reads", slot)
         self._service_ns = scoreboard.cell("service_ns", slot)
         self._buckets = [
-            scoreboard.cell(f"service.{number}", slot)
+            scoreboard.cell(f"service_bucket.{number}", slot)
             for number in range(len(SERVICE_BOUNDS_NS) + 1)
         ]
 
@@ -129,13 +130,13 @@ def _client_counter(config: Config, scoreboard: Scoreboard) -> Callable[[], int]
     if not config.redis_url:
         return scoreboard.clients
     if config.on_cluster_loss == "last-known":
-        return scoreboard.everybody
-    updated_at, cells = scoreboard.single["view"], scoreboard.cells
+        return scoreboard.cluster_clients
+    updated_at, cells = scoreboard.server_cell("cluster_updated_at"), scoreboard.cells
     max_age_ns = round(config.cluster_max_age_seconds * 1e9)
 
     def count() -> int:
         if cells[updated_at] and monotonic_ns() - cells[updated_at] <= max_age_ns:
-            return scoreboard.everybody()
+            return scoreboard.cluster_clients()
         if config.on_cluster_loss == "error":
             raise ClusterUnavailable
         return scoreboard.clients()

@@ -129,7 +129,7 @@ class Worker:
         self._config = config = instructions.config
         self._scoreboard = scoreboard = instructions.scoreboard()
         slot = instructions.slot
-        for name, value in (("pid", os.getpid()), ("begun", monotonic_ns())):
+        for name, value in (("pid", os.getpid()), ("started_at", monotonic_ns())):
             scoreboard.cells[scoreboard.cell(name, slot)] = value
         self._capacity = raise_file_limit() - RESERVED_FILES
         if self._capacity < 1:

@@ -297,7 +297,7 @@ class Supervisor:
             is_asked = child.has_ended_as_asked
             lost = 0
             if child.role == WORKER:
-                lost = self._scoreboard.settle(child.slot, has_died=not is_asked)
+                lost = self._scoreboard.clear_dead_worker(child.slot, has_died=not is_asked)
             if not is_asked:
                 if not child.is_stuck:
                     self._backoff[child.role].note_death(child, now)

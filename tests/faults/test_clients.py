@@ -40,7 +40,7 @@ def reset(sock: socket.socket) -> None:
 
 def counted(site: Site, name: str) -> int:
     """How many were turned out or away for that."""
-    return int(status(site.server)["rejected"][name])
+    return int(status(site.server)["error_replies"][name])
 
 
 @row("Resets")

@@ -101,10 +101,10 @@ def test_a_flood_of_connects_beyond_the_limit(start: Start, notes: Notes) -> Non
             stack.enter_context(site.client()).ask(b"WHY")
         with compared(site, notes), site.client() as last:
             assert last.who() == 10
-            rejected = status(site.server)["rejected"]["too_many_clients"]
+            rejected = status(site.server)["error_replies"]["too_many_clients"]
             floods = [attack("connects", site, 5) for _ in range(2)]
             replies = sum(flood.result() for flood in floods)
-            rejected = status(site.server)["rejected"]["too_many_clients"] - rejected
+            rejected = status(site.server)["error_replies"]["too_many_clients"] - rejected
             assert last.who() == 10
         notes.happened(f"{replies} got the error reply, {rejected} were counted")
         assert rejected >= replies > 1000
@@ -122,7 +122,7 @@ def test_1000_that_send_a_byte_now_and_then(start: Start, notes: Notes, variant:
         time.sleep(QUIET_SECONDS)
         dribbling = status(site.server)["clients"]["now"]
     assert flood.result() == 1000
-    until(lambda: status(site.server)["rejected"]["too_slow"] == 1000, "all are closed")
+    until(lambda: status(site.server)["error_replies"]["too_slow"] == 1000, "all are closed")
     notes.happened(f"{dribbling - 1} clients at once sent a byte every 0.5 s, and were closed")
     assert dribbling == 1001
     assert_as_usual(notes, *usual, *paces)
@@ -163,8 +163,11 @@ def test_a_million_bad_lines_from_one_or_four(start: Start, notes: Notes, kind: 
     with compared(site, notes):
         floods = [attack("bad_lines", site, number=1_000_000 // kind) for _ in range(kind)]
         replies = sum(flood.result() for flood in floods)
-        counted = status(site.server)["errors"]["unknown_command"]
+        counted = status(site.server)["error_replies"]["unknown_command"]
     notes.happened(f"{replies} replies, {counted} counted as unknown")
     assert replies == 1_000_000
-    until(lambda: status(site.server)["errors"]["unknown_command"] >= replies, "all are counted")
+    until(
+        lambda: status(site.server)["error_replies"]["unknown_command"] >= replies,
+        "all are counted",
+    )
     site.assert_as_before()

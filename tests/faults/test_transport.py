@@ -58,7 +58,7 @@ def connect(tmp_path: Path, pems: Path) -> Iterator[Callable[[Site], RecordClien
 
 def failed(site: Site) -> tuple[int, int]:
     """How many spoke plain text, and how many handshakes have failed."""
-    rejected = status(site.server)["rejected"]
+    rejected = status(site.server)["error_replies"]
     return rejected["plain_text"], rejected["tls_failed"]
 
 

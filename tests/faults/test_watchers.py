@@ -1,6 +1,4 @@
-"""Who watches the server, and how it is told: the admin port, StatsD, the logs. None of them is a
-client's concern.
-"""
+"""Faults of what observes the server: the admin port, StatsD, the logs. None may affect clients."""
 
 import os
 import resource
@@ -37,7 +35,7 @@ HALF = {
 
 @contextmanager
 def over_and_over(act: Callable[[], object], threads: int) -> Iterator[list[int]]:
-    """Do it in so many threads during the body; how often it was done is in the list after it."""
+    """Call `act` repeatedly in some threads during the body; yield the counts of each thread."""
     counts, is_over = [0] * threads, threading.Event()
 
     def run(number: int) -> None:
@@ -58,7 +56,7 @@ def over_and_over(act: Callable[[], object], threads: int) -> Iterator[list[int]
 
 
 def ask(site: Site, request: bytes) -> bytes:
-    """Ask the admin port, and read all of its answer."""
+    """Send a request to the admin port, and return its whole answer."""
     with dial(site.server) as sock:
         sock.sendall(request)
         return b"".join(iter(partial(sock.recv, 65536), b""))
@@ -84,7 +82,7 @@ def test_300_that_do_not_finish_what_they_ask(start: Start, notes: Notes, kind: 
         for sock in crowd:
             with suppress(ConnectionError):
                 assert sock.recv(65536)[9:12] in (b"", b"405")
-        notes.happened(f"{len(crowd)} were cut off or refused")
+        notes.happened(f"{len(crowd)} connections were closed or refused")
     assert site.server.agents() == agents
 
 
@@ -104,7 +102,8 @@ def test_a_flood_of_rubbish_at_the_admin_port(start: Start, notes: Notes) -> Non
         ]
         time.sleep(1.0)
         assert_healthy(site)
-    notes.happened(f"answered of each kind: {[sum(counts) for counts in floods]}")
+    answered = ", ".join(f"{sum(counts):,}" for counts in floods)
+    notes.happened(f"answers to the four kinds of garbage: {answered}")
     assert sum(floods[-1]) > 20
     assert site.server.agents() == agents
 
@@ -123,7 +122,7 @@ def test_a_flood_for_the_status_while_redis_hangs(
                 assert_healthy(site)
             redis.thaw()
             site.server.wait_for("cluster.regained")
-        notes.happened(f"Redis was frozen, and {sum(counts)} answers given")
+        notes.happened(f"{sum(counts)} answers while Redis was frozen")
         assert sum(counts) > 80
         assert site.server.agents() == agents
         site.close()
@@ -143,8 +142,8 @@ def test_a_statsd_daemon_that_is_not_there(start: Start, notes: Notes, kind: str
     agents, before = site.server.agents(), unreachable()
     with site.neighbours():
         if kind == "127.0.0.1":
-            until(lambda: unreachable() >= before + 2, "the system says that nobody is there")
-            notes.happened("two datagrams came back as undeliverable")
+            until(lambda: unreachable() >= before + 2, "ICMP reports that the port is closed")
+            notes.happened("two datagrams were undeliverable")
         else:
             notes.happened(site.server.wait_for("statsd.unresolved")["message"])
     assert site.server.agents() == agents
@@ -152,7 +151,7 @@ def test_a_statsd_daemon_that_is_not_there(start: Start, notes: Notes, kind: str
 
 
 def unreachable() -> int:
-    """How often this machine has told that nobody is at a port."""
+    """How many ICMP messages `destination unreachable` this machine has sent."""
     names, values = [
         line.split()
         for line in Path("/proc/net/snmp").read_text().splitlines()
@@ -166,7 +165,7 @@ def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
     if os.geteuid() != 0:
-        unavailable("a name server of one's own needs root")
+        unavailable("a test name server needs root")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, Redis(tmp_path) as redis:
         silent.bind((f"127.{os.getpid() >> 8 & 255}.{os.getpid() & 255}.53", 53))
         (tmp_path / "resolv.conf").write_text(
@@ -188,25 +187,27 @@ def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
         site = start("--statsd-host", "statsd.example", "--redis-url", redis.url, command=command)
         silent.settimeout(LIMIT)
         asked = silent.recv(512)
-        notes.happened(f"asked {asked[12:28]!r}, which has no answer")
-        nameless = "--admin-host", "127.0.0.2", "--admin-port", "0"  # It is in no /etc/hosts.
+        # A question begins at byte 12 with the length of its first label (RFC 1035, 4.1.2).
+        name = asked[13 : 13 + asked[12]].decode()
+        notes.happened(f"a query for {name}... got no answer")
+        nameless = "--admin-host", "127.0.0.2", "--admin-port", "0"  # No /etc/hosts has it.
         with Running(*nameless, "--workers", str(site.variant.workers), command=command) as other:
             other.wait_for("agent.ready")
         with site.neighbours():
             until(
                 lambda: redis.members() == {"here": status(site.server)["clients"]["now"]},
-                "beats go on",
+                "heartbeats continue",
             )
         began = time.monotonic()
         assert site.server.stop() == 0
         notes.measured("stop", time.monotonic() - began, "s")
         assert time.monotonic() - began < NO_END * PATIENCE
-        assert redis.members() == {}, "it has left the cluster"
+        assert redis.members() == {}, "the server has left the cluster"
 
 
 @row("StatsD names", ONE, THREE, quick=None)
 def test_what_peers_say_makes_no_metric(start: Start, notes: Notes) -> None:
-    evil = b"x:1|c\n", b"accepted:9|c|#a\n", b"\x1b[2J\n", b"\0\xff|@:\n", b"WHO:7|c\nWHY\n"
+    evil = b"x:1|c\n", b"clients_accepted:9|c|#a\n", b"\x1b[2J\n", b"\0\xff|@:\n", b"WHO:7|c\nWHY\n"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
         daemon.settimeout(LIMIT)
@@ -214,9 +215,11 @@ def test_what_peers_say_makes_no_metric(start: Start, notes: Notes) -> None:
         site = start(*options, "--statsd-prefix", "a:b|c@d#e\nf/\u0416")
         with site.neighbours(), site.client() as client:
             client.send(b"".join(evil))
-            notes.happened(f"answered {[client.line() for _ in evil]}")
+            replies = {client.line() for _ in evil}
+            notes.happened(f"{len(evil)} hostile lines got error replies")
+            assert all(reply.startswith(b"ERR ") for reply in replies)
             got = b""
-            while b"errors.not_ascii:1" not in got:
+            while b"error_replies.not_ascii:1" not in got:
                 got += daemon.recv(65536) + b"\n"
         assert [line for line in got.splitlines() if not LINE.fullmatch(line)] == []
         assert {line[:10] for line in got.splitlines()} == {b"a_b_c_d_e_"}
@@ -226,9 +229,7 @@ def test_what_peers_say_makes_no_metric(start: Start, notes: Notes) -> None:
 
 
 def read_by(reader: str) -> list[str]:
-    """The command of a server whose stdout goes to the file `log`, or through a pipe, to that
-    reader.
-    """
+    """The command of a server whose stdout is redirected as `reader` says in bash."""
     script = f'exec "$@" {reader}'
     return ["bash", "-c", script, "bash", *GSERVER, "serve", "--port", "0"]
 
@@ -240,14 +241,14 @@ def reader_of(site: Site) -> psutil.Process:
 
 
 def flood(site: Site, count: int) -> None:
-    """So many events, two for each client that comes and goes."""
+    """Cause a number of log events: each client that connects and disconnects causes two."""
     for _ in range(count // 2):
         with site.client() as client:
             client.ask(b"WHY")
 
 
 def told(site: Site, after: int) -> list[Event]:
-    """What it has logged of lines that are lost, after so many lines."""
+    """The `log.dropped` events after the first `after` lines."""
     return [
         event for event in site.server.events()[after:] if event["event.action"] == "log.dropped"
     ]
@@ -270,8 +271,8 @@ def test_a_reader_of_stdout_that_stalls_under_load(start: Start, notes: Notes) -
         neighbours.are_served()
         before = len(site.server.lines)
         reader.resume()
-        missed = until(lambda: told(site, before), "it tells what was missed")
-        notes.happened(f"{sum_of(missed)} lines were missed")
+        missed = until(lambda: told(site, before), "the loss is logged")
+        notes.happened(f"{sum_of(missed)} lines were dropped, and this was logged")
     assert site.server.stop() == 0
 
 
@@ -281,7 +282,7 @@ def test_a_reader_of_stdout_that_goes_away(start: Start, notes: Notes) -> None:
     with site.neighbours():
         reader = reader_of(site)
         reader.kill()
-        until(lambda: not psutil.pid_exists(reader.pid), "it is gone, and buried")
+        until(lambda: not psutil.pid_exists(reader.pid), "the reader has ended")
         before = len(site.server.lines)
         flood(site, 1000)
     notes.happened("the reader was killed")
@@ -300,12 +301,12 @@ def test_a_disk_that_is_full_for_a_while_tears_no_count(
     with site.neighbours():
         size = log.stat().st_size + 1000
         limit_files(site, size)
-        until(lambda: log.stat().st_size == size, "no byte more fits")
+        until(lambda: log.stat().st_size == size, "the file is full")
         flood(site, 1000)
         assert log.stat().st_size == size
         before = len(server.lines)
         limit_files(site, resource.RLIM_INFINITY)
-        until(lambda: len(server.lines) > before + 1, "it logs again")
+        until(lambda: len(server.lines) > before + 1, "logging continues")
         torn = [line for line in server.lines if not line.endswith("}\n")]
         assert len(torn) < 2
         for line in torn:
@@ -319,12 +320,12 @@ def test_a_disk_that_is_full_for_a_while_tears_no_count(
         )
         return bool(len(there) + sum_of(told(site, 0)) == counts["accepted"] + counts["closed"])
 
-    until(all_is_told, "each line is there, or among those that were dropped")
+    until(all_is_told, "each line was written or counted as dropped")
     assert sum_of(told(site, 0)) > 900
 
 
 def limit_files(site: Site, size: int) -> None:
-    """No file of the server's may be larger."""
+    """Limit the size of the files that the server writes."""
     for process in site.processes():
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 

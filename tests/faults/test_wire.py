@@ -66,7 +66,7 @@ def test_odd_lines_get_one_reply_each_and_nothing_of_them_comes_back(
             client.send(line + b"\n")
             if reply(line):
                 assert client.line() == reply(line), line
-        counts = status(site.server)["errors"]
+        counts = status(site.server)["error_replies"]
         notes.happened(f"{counts}")
         assert counts["not_ascii"] == sum(reply(line) == NOT_ASCII for line in ODD)
         assert client.ask(b"WHY") == b"42"
@@ -130,7 +130,7 @@ def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: 
         notes.happened(f"{sent} bytes of a line were sent")
         notes.measured("memory", grown / 1e6, "MB")
         assert grown < 3_000_000 * site.variant.workers * PATIENCE
-        assert status(site.server)["rejected"]["line_too_long"] == 3
+        assert status(site.server)["error_replies"]["line_too_long"] == 3
 
 
 @row("Browser")
@@ -144,7 +144,7 @@ def test_what_looks_like_http_gets_nothing_and_no_later_line_is_run(
                 with site.client() as client:
                     client.send(request + ending + b"Host: x" + ending * 2 + b"WHO\nWHY\nWHERE\n")
                     assert client.rest() == b""
-        closed = status(site.server)["rejected"]["http"]
+        closed = status(site.server)["error_replies"]["http"]
         notes.happened(f"{closed} were closed")
         assert closed == 2 * len(HTTP)
 

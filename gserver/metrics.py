@@ -1,0 +1,230 @@
+"""The catalogue of metrics: each figure that gserver keeps or shows is declared here, once.
+
+The scoreboard takes its layout from it. StatsD, Prometheus and `/status.json` take their names from
+it. Tests hold the page, the documents, the alert rules and the dashboard to it. Pure data.
+
+A figure has one noun in every format. Only these conventions differ:
+
+- Scoreboard cell: a unit is part of the name (`service_ns`), a label follows a dot
+  (`error_replies.idle`).
+- StatsD: figures of the cluster begin with `cluster.`, a label follows a dot. A mean time is in
+  milliseconds and its name ends in `_time`.
+- Prometheus: `gserver_` comes first, times are in seconds (`_seconds`), counters end in `_total`,
+  which the client library adds, and a label is a label.
+- JSON: the path is the name, split where a group begins (`clients.accepted`). The current value of
+  a group is `now`. Times are in seconds. Figures of no other group are in `server`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from gserver.protocol import ERROR_REPLIES
+from gserver.redis_errors import HEARTBEAT_ERRORS
+
+#: Upper bounds of the histogram of service times. One more bucket holds what is longer.
+SERVICE_BOUNDS_NS = tuple(
+    round(us * 1000) for us in (5, 10, 20, 50, 100, 200, 500, 1e3, 5e3, 2e4, 1e5, 1e6, 1e7)
+)
+
+
+class Source(Enum):
+    """Where a figure comes from."""
+
+    WORKER = "a cell in the slot of each worker"
+    SERVER = "a cell of the server, written by the supervisor or the agent"
+    COMPUTED = "no cell: computed when it is read, or a cell for each command name"
+
+
+class Kind(Enum):
+    """What a figure is. Figures of the last two kinds are not shown as they are."""
+
+    COUNTER = "only grows, as long as the server lives"
+    GAUGE = "a current value"
+    TIMING = "a counter of time; divided by the counter named in `count` it gives a mean"
+    MOMENT = "a moment, in monotonic nanoseconds"
+    STATE = "what a process knows, for the others and for its successor"
+
+
+class Combine(Enum):
+    """How the cells of all workers become one figure."""
+
+    SUM = "their sum"
+    MAX = "the largest"
+    MIN = "the smallest that is not 0; no figure if all are 0"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure. An empty name means that the format does not have it.
+
+    A figure with `label` is a family: one counter for each of `members`. Its names in the
+    scoreboard and in StatsD are `NAME.MEMBER`, its JSON value is an object.
+    """
+
+    name: str
+    source: Source
+    kind: Kind
+    help: str
+    #: Of the stored value: "ns", "ms", "s", or "" for a count.
+    unit: str = ""
+    combine: Combine = Combine.SUM
+    statsd: str = ""
+    prometheus: str = ""
+    json: str = ""
+    #: Name in the items of `workers.each` in /status.json.
+    worker_json: str = ""
+    #: Of a family: its label in Prometheus. The family `commands` has members only at run time.
+    label: str = ""
+    members: tuple[str, ...] = ()
+    #: Of a timing: the counter of what was timed, and the family that counts it by duration.
+    count: str = ""
+    buckets: str = ""
+    #: Known only to a server that belongs to a cluster.
+    needs_cluster: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the single figures: those of the members of a family, else its own."""
+        if self.label:
+            return tuple(f"{self.name}.{member}" for member in self.members)
+        return (self.name,)
+
+
+# A table: the formatter would give each argument a line of its own.
+# fmt: off
+METRICS = (
+    # The server as a whole.
+    Metric("ready", Source.COMPUTED, Kind.GAUGE, "1 while new clients are accepted.",
+           prometheus="gserver_ready"),
+    Metric("uptime_ns", Source.COMPUTED, Kind.GAUGE, "Time since the supervisor started.", "ns",
+           json="server.uptime_seconds"),
+    Metric("tls_expires_at", Source.WORKER, Kind.GAUGE,
+           "Unix time at which the certificate that clients are shown expires.", "s", Combine.MIN,
+           prometheus="gserver_tls_expires_timestamp_seconds", json="server.tls_expires_at"),
+    Metric("worker_restarts", Source.SERVER, Kind.COUNTER,
+           "Workers replaced because they died or hung.", statsd="worker_restarts",
+           prometheus="gserver_worker_restarts", json="server.worker_restarts"),
+    Metric("agent_starts", Source.SERVER, Kind.COUNTER, "Starts of the agent.",
+           statsd="agent_starts", prometheus="gserver_agent_starts", json="server.agent_starts"),
+    Metric("reloads", Source.SERVER, Kind.COUNTER, "Completed reloads.", statsd="reloads",
+           prometheus="gserver_reloads", json="server.reloads"),
+    Metric("reload_failures", Source.SERVER, Kind.COUNTER,
+           "Failed reloads, after which the old workers stay.", statsd="reload_failures",
+           prometheus="gserver_reload_failures", json="server.reload_failures"),
+
+    # Clients.
+    Metric("clients", Source.WORKER, Kind.GAUGE, "Connected clients.", statsd="clients",
+           prometheus="gserver_clients", json="clients.now", worker_json="clients"),
+    Metric("clients_peak", Source.WORKER, Kind.GAUGE,
+           "Most clients connected at once, over all workers.", combine=Combine.MAX,
+           prometheus="gserver_clients_peak", json="clients.peak"),
+    Metric("clients_limit", Source.COMPUTED, Kind.GAUGE, "Most clients accepted at once.",
+           prometheus="gserver_clients_limit", json="clients.limit"),
+    Metric("clients_accepted", Source.WORKER, Kind.COUNTER, "Accepted clients.",
+           statsd="clients_accepted", prometheus="gserver_clients_accepted",
+           json="clients.accepted"),
+    Metric("clients_closed", Source.WORKER, Kind.COUNTER, "Clients that have disconnected.",
+           statsd="clients_closed", prometheus="gserver_clients_closed", json="clients.closed"),
+    Metric("clients_lost", Source.SERVER, Kind.COUNTER, "Clients of workers that died.",
+           statsd="clients_lost", prometheus="gserver_clients_lost", json="clients.lost"),
+
+    # Commands. The cells of `commands` get their names at run time.
+    Metric("commands", Source.COMPUTED, Kind.COUNTER, "Commands answered.", statsd="commands",
+           prometheus="gserver_commands", json="commands", label="command"),
+    Metric("error_replies", Source.WORKER, Kind.COUNTER,
+           "ERR replies, and connections closed for a reason that has no reply.",
+           statsd="error_replies", prometheus="gserver_error_replies", json="error_replies",
+           label="reason", members=tuple(reply.name for reply in ERROR_REPLIES)),
+    Metric("reads", Source.WORKER, Kind.COUNTER, "Reads from clients that have been answered.",
+           json="reads", worker_json="reads"),
+    Metric("service_ns", Source.WORKER, Kind.TIMING,
+           "Time from a read until its replies are handed to the kernel.", "ns",
+           statsd="service_time", prometheus="gserver_service_seconds", json="service_seconds",
+           count="reads", buckets="service_bucket"),
+    Metric("service_bucket", Source.WORKER, Kind.COUNTER,
+           "Reads by service time: a bucket for each of SERVICE_BOUNDS_NS, and one more.",
+           label="le", members=tuple(str(n) for n in range(len(SERVICE_BOUNDS_NS) + 1))),
+
+    # Workers.
+    Metric("workers", Source.SERVER, Kind.GAUGE, "Workers that accept clients.", statsd="workers",
+           prometheus="gserver_workers", json="workers.now"),
+    Metric("workers_wanted", Source.COMPUTED, Kind.GAUGE, "Workers that should be running.",
+           prometheus="gserver_workers_wanted", json="workers.wanted"),
+    Metric("pid", Source.WORKER, Kind.STATE, "Process id of the worker; 0 = the slot is empty.",
+           worker_json="pid"),
+    Metric("started_at", Source.WORKER, Kind.MOMENT, "When the worker started.", "ns",
+           worker_json="age_seconds"),
+    Metric("heartbeat", Source.WORKER, Kind.MOMENT, "When the worker's loop last ran.", "ns",
+           worker_json="silent_seconds"),
+
+    # The cluster.
+    Metric("cluster_servers", Source.SERVER, Kind.GAUGE, "Servers of the cluster, as last known.",
+           statsd="cluster.servers", prometheus="gserver_cluster_servers", json="cluster.servers",
+           needs_cluster=True),
+    Metric("cluster_clients", Source.COMPUTED, Kind.GAUGE,
+           "Clients of the whole cluster, as last known.", statsd="cluster.clients",
+           prometheus="gserver_cluster_clients", json="cluster.clients", needs_cluster=True),
+    Metric("cluster_age_ms", Source.COMPUTED, Kind.GAUGE,
+           "Time since the figures of the cluster were updated.", "ms", statsd="cluster.age_ms",
+           prometheus="gserver_cluster_age_seconds", json="cluster.age_seconds",
+           needs_cluster=True),
+    Metric("heartbeats", Source.SERVER, Kind.COUNTER, "Heartbeats answered by Redis.",
+           statsd="cluster.heartbeats", prometheus="gserver_cluster_heartbeats",
+           json="cluster.heartbeats", needs_cluster=True),
+    Metric("heartbeat_ns", Source.SERVER, Kind.TIMING, "Time from heartbeats to their answers.",
+           "ns", statsd="cluster.heartbeat_time", prometheus="gserver_cluster_heartbeat_seconds",
+           json="cluster.heartbeat_seconds", count="heartbeats", needs_cluster=True),
+    Metric("heartbeat_errors", Source.SERVER, Kind.COUNTER, "Heartbeats that failed.",
+           statsd="cluster.heartbeat_errors", prometheus="gserver_cluster_heartbeat_errors",
+           json="cluster.heartbeat_errors", label="kind", members=tuple(HEARTBEAT_ERRORS),
+           needs_cluster=True),
+
+    # What the supervisor and the agent keep for other processes and for their successors.
+    Metric("agent_heartbeat", Source.SERVER, Kind.MOMENT, "When the agent's loop last ran.", "ns"),
+    Metric("server_started_at", Source.SERVER, Kind.MOMENT, "When the supervisor started.", "ns"),
+    Metric("stopping", Source.SERVER, Kind.STATE, "1 from the signal on that ends the server."),
+    Metric("draining", Source.SERVER, Kind.STATE, "1 once no client is accepted any more."),
+    Metric("incarnation", Source.SERVER, Kind.STATE,
+           "Random number that tells this run of the server from its others."),
+    Metric("address_key", Source.SERVER, Kind.STATE, "Secret key of the hash of addresses."),
+    Metric("remote_clients", Source.SERVER, Kind.STATE,
+           "Clients of the other servers, as last known."),
+    Metric("cluster_updated_at", Source.SERVER, Kind.MOMENT,
+           "When the figures of the cluster were updated; 0 = never.", "ns"),
+    Metric("lease_clock", Source.SERVER, Kind.STATE, "The lease clock, as last known.", "ms"),
+    Metric("data_lost_at", Source.SERVER, Kind.STATE,
+           "When Redis last lost its data, on the lease clock.", "ms"),
+    Metric("acked_sequence", Source.SERVER, Kind.STATE,
+           "Sequence number of the last heartbeat that Redis answered."),
+    Metric("hold_until", Source.SERVER, Kind.STATE,
+           "When the hold of `remote_clients` ends, on the lease clock; 0 = there is none.", "ms"),
+)
+# fmt: on
+
+BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+def cell_names(source: Source) -> tuple[str, ...]:
+    """Return the names of all scoreboard cells of a source, in their order."""
+    return tuple(name for metric in METRICS if metric.source is source for name in metric.names)
+
+
+def is_shown(metric: Metric) -> bool:
+    """Return whether a figure is for people, and not internal to the processes."""
+    return metric.kind not in (Kind.MOMENT, Kind.STATE)
+
+
+def members_of(family: str, figures: Mapping[str, int]) -> dict[str, int]:
+    """Return the figures of a family by member: `commands.WHO` of `commands` is under `WHO`."""
+    prefix = f"{family}."
+    return {
+        name.removeprefix(prefix): figure
+        for name, figure in figures.items()
+        if name.startswith(prefix)
+    }
+
+
+def in_seconds(metric: Metric, value: float) -> float:
+    """Convert a stored time to seconds; return a count as it is."""
+    return value / {"ns": 1e9, "ms": 1e3}.get(metric.unit, 1)
