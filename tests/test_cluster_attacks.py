@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 
 from gserver.agent.agent import MAX_DATA_BYTES
+from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink, kind_of
+from gserver.cluster.sentinel import SentinelFollower
 from gserver.config import Config
 from tests.faults.rows import Notes
 from tests.redises import Redis
 from tests.running import LIMIT, PATIENCE, ROOT, Running, until
 
 SECRETS = ("hush-hush", "qui et/")
+HEARTBEAT = Heartbeat("one", "a1", sequence=1, clients=5, ttl_ms=5000, interval_ms=500)
 
 
 @contextmanager
@@ -49,6 +52,14 @@ def listener(answer: Callable[[socket.socket], None]) -> Iterator[int]:
         threading.Thread(target=accept, daemon=True).start()
         yield server.getsockname()[1]
         server.shutdown(socket.SHUT_RDWR)
+
+
+def ask_first(link: RedisLink, port: int) -> SentinelFollower:
+    """Make a link ask the Sentinel of this port first; return its follower of Sentinels."""
+    assert link._sentinels is not None
+    while link._sentinels.addresses[0][1] != port:
+        link._sentinels.skip()
+    return link._sentinels
 
 
 def named(port: int) -> bytes:
@@ -80,7 +91,7 @@ def test_an_answer_that_is_none_of_the_script_is_an_error_like_others(name: str)
     with listener(lambda sock: sock.sendall(ANSWERS[name])) as port:
         link = RedisLink(Config(redis_url=f"redis://127.0.0.1:{port}"))
         with pytest.raises(Exception) as caught:
-            link.call("one", "a1", 1, 1, 5000, 500, "", 0, 0)
+            link.send(HEARTBEAT)
         assert kind_of(caught.value) in ("other", "connection")
 
 
@@ -145,13 +156,12 @@ def test_after_a_sentinel_whose_answers_make_no_sense_the_next_one_is_asked(
         link = RedisLink(
             Config(redis_url=f"redis+sentinel://127.0.0.1:{odd},127.0.0.1:{honest}/name")
         )
-        while link._sentinels[0][1] != odd:
-            link._sentinels.rotate()
-        assert link.call("here", "1", 1, 0, 5000, 500, "", 0, 0, 1).servers == 1
-        link._check_at = 0
-        assert link._sentinels[0][1] == honest
-        assert not link._has_moved()
-        assert link._sentinels[0][1] == odd
+        sentinels = ask_first(link, odd)
+        assert link.send(HEARTBEAT).servers == 1
+        assert sentinels.addresses[0][1] == honest
+        sentinels._check_at = 0  # A check is due.
+        assert not sentinels.has_moved()
+        assert sentinels.addresses[0][1] == odd
         link.drop()
 
 
@@ -167,12 +177,11 @@ def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(
         link = RedisLink(
             Config(redis_url=f"redis+sentinel://127.0.0.1:{liar},127.0.0.1:{honest}/name")
         )
-        while link._sentinels[0][1] != liar:
-            link._sentinels.rotate()
+        ask_first(link, liar)
 
         def answered() -> bool:
             try:
-                return link.call("one", "a1", 1, 5, 5000, 500, "", 0, 0).total == 5
+                return link.send(HEARTBEAT).total_clients == 5
             except OSError:
                 return False
             except Exception as error:

@@ -570,8 +570,8 @@ def test_nor_is_one_when_the_primary_is(
 BUGS: dict[str, tuple[str, str, str, Fault]] = {
     "no_hold": (
         "cluster/membership.py",
-        "self.remote = max(self._held, remote)",
-        "self.remote = remote",
+        "self.remote_clients = max(self._held_clients, remote_clients)",
+        "self.remote_clients = remote_clients",
         wiped,
     )
 }

@@ -785,17 +785,20 @@ def nothing_happens(scene: Scene) -> None:
     scene.ask(0.5)
 
 
-Change = tuple[str, str, str]  # in a file, a text, and what is put in its place
+#: A file, a text in it, and its replacement.
+Change = tuple[str, str, str]
 BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
     "a change that did not arrive is forgotten": (
         one_comes_while_redis_is_away,
         [
             (
                 "cluster/heartbeat.py",
-                "            reply = self._call(count)\n",
-                "            change, self._seen = count - getattr(self, '_seen', 0), count\n"
-                "            reply = self._call(getattr(self, '_told', 0) + change)\n"
-                "            self._told = getattr(self, '_told', 0) + change\n",
+                "            reply = self._send(own_clients)\n",
+                "            last_seen = getattr(self, '_seen', 0)\n"
+                "            self._seen = own_clients\n"
+                "            reported = getattr(self, '_reported', 0) + own_clients - last_seen\n"
+                "            reply = self._send(reported)\n"
+                "            self._reported = reported\n",
             )
         ],
     ),
@@ -804,13 +807,14 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
         [
             (
                 "cluster/heartbeat.py",
-                "            reply = self._call(count)\n",
-                "            reply = self._call(count - getattr(self, '_told', 0))\n            self._told = count\n",
+                "            reply = self._send(own_clients)\n",
+                "            reply = self._send(own_clients - getattr(self, '_reported', 0))\n"
+                "            self._reported = own_clients\n",
             ),
             (
                 "cluster/heartbeat.lua",
                 "elseif may_write then\n",
-                "elseif may_write then\n  count = (before or 0) + count\n",
+                "elseif may_write then\n  clients = (old_clients or 0) + clients\n",
             ),
         ],
     ),
@@ -819,8 +823,8 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
         [
             (
                 "cluster/membership.py",
-                "self.remote = max(self._held, remote)",
-                "self.remote = remote",
+                "self.remote_clients = max(self._held_clients, remote_clients)",
+                "self.remote_clients = remote_clients",
             )
         ],
     ),
@@ -838,16 +842,16 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
     "the own share as of the last beat": (
         some_come,
         [
-            ("scoreboard.py", '    "remote",  # clients', '    "told",\n    "remote",  # clients'),
+            ("scoreboard.py", '    "incarnation",', '    "reported",\n    "incarnation",'),
             (
                 "scoreboard.py",
                 "return sum(self._clients) + self.cells[self._remote]",
-                "return self.get('told') + self.cells[self._remote]",
+                "return self.get('reported') + self.cells[self._remote]",
             ),
             (
                 "cluster/heartbeat.py",
-                '        scoreboard.put("remote",',
-                '        scoreboard.put("told", count)\n        scoreboard.put("remote",',
+                "        self._publish()\n",
+                "        self._publish()\n        self._scoreboard.put('reported', own_clients)\n",
             ),
         ],
     ),
@@ -863,20 +867,21 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
     ),
     "the own share twice": (
         nothing_happens,
-        [("cluster/membership.py", "reply.total - count)", "reply.total)")],
+        [("cluster/membership.py", "reply.total_clients - own_clients)", "reply.total_clients)")],
     ),
     "a beat after the leave": (
         one_is_stopped,
         [
             (
                 "cluster/heartbeat.py",
-                "            self._beat(count)\n",
-                "            self._beat(count)\n            self._last = count or getattr(self, '_last', 0)\n",
+                "            self._report(own_clients)\n",
+                "            self._report(own_clients)\n"
+                "            self._last = own_clients or getattr(self, '_last', 0)\n",
             ),
             (
                 "cluster/heartbeat.py",
-                '                self._call("leave")\n',
-                '                self._call("leave"), self._call(self._last)\n',
+                "            self._send(LEAVE)\n",
+                "            self._send(LEAVE)\n            self._send(self._last)\n",
             ),
         ],
     ),

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
 from tests.faults.rows import Notes
@@ -180,14 +181,22 @@ def clone(redis: Redis, ahead_us: int) -> Iterator[str]:
 
     _, then, incarnation = entry()
     until(lambda: entry()[1] != then, "the server has beaten once more since it was copied")
-    link, sent = RedisLink(Config(redis_url=redis.url, cluster_name="clones")), int(then) + ahead_us
-    answered, known = sent, 0
+    link = RedisLink(Config(redis_url=redis.url, cluster_name="clones"))
+    last_sent_sequence = acked_sequence = int(then) + ahead_us
+    last_clock = 0
     while True:
-        stamp = time.monotonic_ns() // 1000 + ahead_us
-        reply = link.call("one", incarnation, stamp, 5, 2000, 200, "", answered, known, sent)
-        known = reply.clock
+        sequence = time.monotonic_ns() // 1000 + ahead_us
+        heartbeat = Heartbeat("one", incarnation, sequence, 5, 2000, 200)
+        reply = link.send(
+            heartbeat._replace(
+                acked_sequence=acked_sequence,
+                last_clock=last_clock,
+                last_sent_sequence=last_sent_sequence,
+            )
+        )
+        last_clock = reply.clock
         if reply.holder == incarnation:
-            sent = answered = stamp
+            last_sent_sequence = acked_sequence = sequence
         yield reply.holder.removeprefix(incarnation)
         time.sleep(0.15)
 
@@ -301,12 +310,9 @@ def test_a_server_starts_when_the_name_of_its_redis_does_not_resolve() -> None:
         ),
         (
             ["--redis-url", f"redis://:{SECRET}@localhost:port"],
-            "the URL has a host or port that is none",
+            "the URL has an invalid host or port",
         ),
-        (
-            ["--redis-url", f"redis://localhost?pass={SECRET}"],
-            "the URL has a parameter that is none of",
-        ),
+        (["--redis-url", f"redis://localhost?pass={SECRET}"], "the URL has an unknown parameter"),
         (["--redis-url", f"redis+sentinel://:{SECRET}@a:1,b:2"], "the URL names no service"),
     ],
 )

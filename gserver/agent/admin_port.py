@@ -70,9 +70,9 @@ class _Admin:
         self._scoreboard = scoreboard
         self._roster = None
         if config.redis_url:
-            from gserver.cluster.members import Roster  # Loaded only where there is a cluster.
+            from gserver.cluster.members import Members  # Loaded only where there is a cluster.
 
-            self._roster = Roster(config)
+            self._roster = Members(config)
         self._registry = CollectorRegistry()
         self._registry.register(ScoreboardCollector(config, scoreboard))
         self._routes = {
@@ -144,7 +144,7 @@ class _Admin:
 
     def _status(self) -> Answer:
         roster = (
-            self._roster.told() if self._roster else None
+            self._roster.payload() if self._roster else None
         )  # Waits for Redis, but a moment only.
         return (
             "200 OK",

@@ -51,15 +51,16 @@ def run(instructions: Instructions) -> None:
         )
     member = beats = None
     if config.redis_url:
-        from gserver.cluster.heartbeat import Member  # Loaded only where there is a cluster.
+        # Loaded only where there is a cluster.
+        from gserver.cluster.heartbeat import HeartbeatSender
 
-        member = Member(config, scoreboard)
+        member = HeartbeatSender(config, scoreboard)
         beats = gevent.spawn(member.run)
-        member.is_settled.wait(config.settle_seconds)
+        member.id_is_known.wait(config.settle_seconds)
     is_ready = False
     while True:
         flush_at = monotonic() + FLUSH_SECONDS
-        if member is not None and member.has_twin:
+        if member is not None and member.has_duplicate_id:
             where = f"cluster {config.cluster_name}"
             raise DuplicateIdError(
                 f"another live server of {where} has the id {config.server_id}: choose another --server-id"

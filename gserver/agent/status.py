@@ -27,7 +27,7 @@ def status(
     """Return all of it. Counters grow for as long as the server lives; times are seconds.
 
     The scoreboard knows nothing of the other servers one by one: that is the `roster`, of
-    `Roster.told`.
+    `Members.payload`.
     """
     totals, now = scoreboard.totals(), time.monotonic_ns()
     return {

@@ -152,9 +152,9 @@ from gevent import monkey
 monkey.patch_all()
 import sys
 from gserver.scoreboard import Scoreboard
-from gserver.cluster.heartbeat import Member
+from gserver.cluster.heartbeat import HeartbeatSender
 from gserver.config import Config
-Member(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Scoreboard.create(1)).run()
+HeartbeatSender(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Scoreboard.create(1)).run()
 """
 CROWD = 50
 

@@ -360,9 +360,11 @@ def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
         for jump in map(int, JUMPS):
             said = [
                 world.redis.command("HINCRBY", STATE, name, -jump * 1000)
-                for name in ("beat_at", "recount_at")
+                for name in ("heartbeat_at", "recount_at")
             ]
-            until(lambda: world.redis.command("HGET", STATE, "beat_at") != str(said[0]), "a beat")
+            until(
+                lambda: world.redis.command("HGET", STATE, "heartbeat_at") != str(said[0]), "a beat"
+            )
             notes.happened(
                 f"the clock of Redis was {jump:+} s ahead of what the beat before had noted"
             )
