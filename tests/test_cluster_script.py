@@ -5,6 +5,7 @@ last heartbeat, and stores the time of that in `heartbeat_at`. By moving that, t
 pass without a sleep.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from gserver.cluster.membership import Heartbeat, Reply
 from gserver.cluster.redis_link import HEARTBEAT_SCRIPT, RedisLink
 from gserver.config import Config
 from tests.redises import Redis, free_port
-from tests.running import until
+from tests.running import ROOT, until
 
 #: Milliseconds; long enough that no lease ends because a machine is slow.
 TTL, INTERVAL = 60_000, 6000
@@ -1063,6 +1064,17 @@ def test_after_any_sequence_the_total_is_the_sum_of_the_members(cluster: Cluster
     run_state_machine_as_test(
         ThisMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
     )
+
+
+def test_the_document_names_the_script_and_the_fields_of_its_keys(cluster: Cluster) -> None:
+    page = (ROOT / "docs/distributed.md").read_text()
+    rows = dict(re.findall(r"^\| `\{gserver:NAME\}:(\w+)` \| [\w ]+ \| (.*) \|$", page, re.M))
+    assert set(rows) == {key.rpartition(":")[2] for key in KEYS}
+    cluster.heartbeat("one", 1)
+    assert set(re.findall(r"`(\w+)`", rows["state"])) == set(cluster.redis.hkeys(STATE))
+    assert "`clients sequence incarnation`" in rows["members"]
+    (script,) = set(re.findall(r"`(gserver/[\w/]+\.lua)`", page))
+    assert (ROOT / script).read_text() == HEARTBEAT_SCRIPT
 
 
 def test_it_runs_on_a_redis_cluster_because_all_its_keys_are_in_one_slot(tmp_path: Path) -> None:
