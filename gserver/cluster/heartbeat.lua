@@ -29,8 +29,8 @@
 --    8  1 if the caller has been acknowledged before but had no entry, else 0
 --
 -- The lease clock advances with heartbeats only: by the time since the previous heartbeat of any
--- server, but by one interval at most. So a server that could not report, because Redis was away for
--- any length of time or because the clock of Redis has jumped, does not look dead.
+-- server, but by one interval at most. So a server does not look dead because it could not report:
+-- neither after an outage of any length nor after a jump of the clock of Redis.
 local members, leases, state = KEYS[1], KEYS[2], KEYS[3]
 local server_id, incarnation, clients, replaced_incarnation = ARGV[1], ARGV[2], ARGV[4], ARGV[7]
 local sequence, acked_sequence = tonumber(ARGV[3]), tonumber(ARGV[8])
@@ -47,30 +47,36 @@ local last_clock = tonumber(ARGV[9])
 if not is_valid(last_clock) then last_clock = 0 end
 
 -- Read with pcall: a key may hold another type of value.
-local entry_count, lease_count = redis.pcall('HLEN', members), redis.pcall('ZCARD', leases)
+local entry_count = redis.pcall('HLEN', members)
+local lease_count = redis.pcall('ZCARD', leases)
 local entry = redis.pcall('HGET', members, server_id)
-local stored = redis.pcall('HMGET', state, 'total', 'clock', 'lost_at', 'returned', 'heartbeat_at', 'recount_at')
-local total, clock, lost_at, returned = tonumber(stored[1]), tonumber(stored[2]), tonumber(stored[3]), tonumber(stored[4])
+local stored = redis.pcall('HMGET', state,
+  'total', 'clock', 'lost_at', 'returned', 'heartbeat_at', 'recount_at')
+local total, clock = tonumber(stored[1]), tonumber(stored[2])
+local lost_at, returned = tonumber(stored[3]), tonumber(stored[4])
 local elapsed = now - (tonumber(stored[5]) or now)
-local old_clients, old_sequence, holder = string.match(type(entry) == 'string' and entry or '', '^(%d+) (%d+) (%S+)$')
+local old_clients, old_sequence, holder =
+  string.match(type(entry) == 'string' and entry or '', '^(%d+) (%d+) (%S+)$')
 old_sequence = tonumber(old_sequence)
 
--- The data are discarded if they cannot be right, or if they are older than what this server was last
--- told (from a backup, or from a replica that lagged). Repairing them would need a rule for each case;
--- without data there is only one, and all servers report again within an interval.
+-- The data are discarded if they cannot be right, or if they are older than the last reply to this
+-- server (from a backup, or from a replica that lagged). Repairing them would need a rule for each
+-- case. Without data there is only one case, and all servers report again within an interval.
 local is_consistent = entry_count == lease_count and (holder or not entry)
   and is_valid(total) and is_valid(clock) and is_valid(lost_at) and is_valid(returned)
   and (entry_count > 0 or total == 0)
 -- The caller has no entry, although its lease cannot have ended.
 local is_entry_lost = not holder and acked_sequence > 0
   and is_consistent and last_clock >= lost_at and clock - last_clock < ttl
--- Recent heartbeats of other servers mean that these data are in use, and that the caller comes from
--- elsewhere: from the other side of a split, say.
+-- Recent heartbeats of other servers mean that these data are in use, and that the caller comes
+-- from elsewhere: from the other side of a split, say.
 local is_outdated = (is_entry_lost and elapsed > interval)
   or (is_consistent and math.min(last_clock - clock, elapsed) > 2 * interval)
   or (holder == incarnation and acked_sequence > old_sequence)
 if not is_consistent or is_outdated then
-  if entry_count ~= 0 or lease_count ~= 0 or stored.err or stored[2] then redis.call('DEL', members, leases, state) end
+  if entry_count ~= 0 or lease_count ~= 0 or stored.err or stored[2] then
+    redis.call('DEL', members, leases, state)
+  end
   -- The clock never goes back, and each loss has a moment of its own.
   clock = math.max(last_clock + 1, now)
   lost_at = clock
@@ -80,7 +86,9 @@ end
 clock = clock + math.max(0, math.min(elapsed, interval))
 
 local function drop(ids)
-  for _, dropped in ipairs(redis.call('HMGET', members, unpack(ids))) do total = total - leading_number(dropped) end
+  for _, dropped in ipairs(redis.call('HMGET', members, unpack(ids))) do
+    total = total - leading_number(dropped)
+  end
   redis.call('HDEL', members, unpack(ids))
   redis.call('ZREM', leases, unpack(ids))
 end
@@ -89,9 +97,10 @@ end
 -- machine was cloned while it ran.
 if holder == incarnation and old_sequence > last_sent_sequence then holder = holder .. '*' end
 
--- A late heartbeat must not undo a newer one: Redis still runs it when it wakes from a freeze, although
--- the caller has given up that connection.
-local may_write = not holder or holder == replaced_incarnation or (holder == incarnation and sequence > old_sequence)
+-- A late heartbeat must not undo a newer one: Redis still runs it when it wakes from a freeze,
+-- although the caller has given up that connection.
+local may_write = not holder or holder == replaced_incarnation
+  or (holder == incarnation and sequence > old_sequence)
 local was_missing = not old_clients and acked_sequence > 0
 if may_write and clients == 'leave' then
   drop({server_id})
@@ -108,21 +117,25 @@ end
 local expired = redis.call('ZRANGEBYSCORE', leases, '-inf', clock, 'LIMIT', 0, 500)
 if #expired > 0 then drop(expired) end
 
--- Count everything afresh once a minute, which bounds the life of an error in the total. A lost entry
--- forces it, because its clients may still be in the total.
+-- Count everything afresh once a minute, which bounds the life of an error in the total. A lost
+-- entry forces it, because its clients may still be in the total.
 local recount_at = entry_count > 0 and not is_entry_lost and tonumber(stored[6]) or 0
 if not (math.abs(now - recount_at) < 60000) then -- "not <": recount_at may be NaN.
   total, recount_at = 0, now
   -- Remove leases that no server can have. The entries that they leave behind make the data
   -- inconsistent, so the next heartbeat discards them.
   redis.call('ZREMRANGEBYSCORE', leases, clock + ttl + 86400000, 'inf')
-  for _, counted in ipairs(redis.call('HVALS', members)) do total = total + leading_number(counted) end
+  for _, counted in ipairs(redis.call('HVALS', members)) do
+    total = total + leading_number(counted)
+  end
 end
 
 redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'returned', returned,
   'heartbeat_at', now, 'recount_at', recount_at)
--- A cluster that has ended leaves nothing behind after a day.
-if recount_at == now then for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 86400) end end
+if recount_at == now then
+  -- A cluster that has ended leaves nothing behind after a day.
+  for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 86400) end
+end
 
 local lease_end = redis.call('ZSCORE', leases, server_id)
 return {total, redis.call('ZCARD', leases), returned, clock, lost_at, lease_end and holder or '',

@@ -1,11 +1,11 @@
--- List the servers of the cluster, for people to read. It changes nothing, so a replica and a Redis that
--- is out of memory run it too.
+-- List the servers of the cluster, for people to read. It changes nothing, so a replica and a Redis
+-- that is out of memory run it too.
 --
 -- KEYS: as in heartbeat.lua.
--- ARGV: id of the calling server; heartbeat interval in milliseconds; maximum number of servers to list.
--- Returns: number of servers; the lease clock at this moment, or -1 if it is unknown; then the id, the
--- lease and the entry of each listed server: the calling one first, then those whose leases end first,
--- which have been silent for longest.
+-- ARGV: id of the calling server; heartbeat interval in milliseconds; maximum number of servers.
+-- Returns: number of servers; the lease clock at this moment, or -1 if it is unknown; then the id,
+-- the end of the lease and the entry of each listed server: the calling one first, then those whose
+-- leases end first, which have been silent for longest.
 local members, leases, state = KEYS[1], KEYS[2], KEYS[3]
 local own_id, interval, max_servers = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')
@@ -17,7 +17,9 @@ local reply = {redis.call('ZCARD', leases), clock}
 local function add(id, lease_end)
   local entry = redis.call('HGET', members, id) or ''
   -- Cut to a length above that of any id or entry: the keys may hold values of other programs.
-  for _, value in ipairs({id, lease_end, entry}) do reply[#reply + 1] = string.sub(value, 1, 129) end
+  for _, value in ipairs({id, lease_end, entry}) do
+    reply[#reply + 1] = string.sub(value, 1, 129)
+  end
 end
 local own_lease_end = redis.call('ZSCORE', leases, own_id)
 if own_lease_end then add(own_id, own_lease_end) end
