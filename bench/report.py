@@ -192,12 +192,12 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 CPU, OF_UVLOOP = Column("cpu_us"), Column("cpu_us", ("server", "uvloop"))
-BEAT_MEASURES = (
-    "beats a second",
+HEARTBEAT_MEASURES = (
+    "heartbeats a second",
     "CPU of Redis, % of a core",
-    "CPU a beat, us",
-    "sent a beat, bytes",
-    "received a beat, bytes",
+    "CPU a heartbeat, us",
+    "sent a heartbeat, bytes",
+    "received a heartbeat, bytes",
     "delay p50, ms",
     "delay p99, ms",
     "later than 0.5 s",
@@ -289,12 +289,12 @@ TABLES = {
         {"interval": "`--heartbeat-interval`, s"},
         {"median, ms": Column("delay_ms", percent=50), "most, ms": Column("delay_ms", percent=100)},
     ),
-    "beats": Table(
-        "beats",
+    "heartbeats": Table(
+        "heartbeats",
         {"servers": "servers"},
         {
-            "script inside Redis, µs a beat": Column("script_us"),
-            **{name: Column(name) for name in BEAT_MEASURES},
+            "script inside Redis, µs a heartbeat": Column("script_us"),
+            **{name: Column(name) for name in HEARTBEAT_MEASURES},
         },
         is_turned=True,
     ),

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from bench import admin, beats, tls
+from bench import admin, heartbeats, tls
 from bench.measure import (
     CLIENTS,
     CORES,
@@ -251,15 +251,15 @@ def _first_answer(process: "subprocess.Popen[bytes]", port: int) -> float:
     raise Failed("bin/gserver did not answer")
 
 
-def beat_script(_seconds: float, beats_a_round: int) -> Iterator[Sample]:
-    """What a beat costs inside Redis."""
-    for size, times in beats.script_times(beats=beats_a_round).items():
+def heartbeat_script(_seconds: float, heartbeats_a_round: int) -> Iterator[Sample]:
+    """The cost of a heartbeat inside Redis."""
+    for size, times in heartbeats.script_times(heartbeats=heartbeats_a_round).items():
         yield from ({"servers": size, "script_us": microseconds} for microseconds in times)
 
 
-def beat_load(seconds: float, servers: int) -> Iterator[Sample]:
-    """One Redis under the beats of many servers."""
-    yield beats.under_beats(servers, seconds)
+def heartbeat_load(seconds: float, servers: int) -> Iterator[Sample]:
+    """One Redis under the heartbeats of many servers."""
+    yield heartbeats.under_heartbeats(servers, seconds)
 
 
 def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
@@ -267,7 +267,7 @@ def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
     port = free_port()
     redis = ("--redis-url", f"redis://127.0.0.1:{port}")
     pace = ("--heartbeat-interval", f"{interval:g}", "--member-ttl", f"{max(5, 5 * interval):g}")
-    with beats.running_redis(port), ExitStack() as stack:
+    with heartbeats.running_redis(port), ExitStack() as stack:
         entered = [
             running("gserver", cores=set(CORES), options=(*redis, *pace)) for _ in range(MEMBERS)
         ]
@@ -336,8 +336,19 @@ FULL = (
     Scenario("hold", hold, _cases(processes=(4,)), rounds=2),
     Scenario("start", start, _cases(workers=(1, 4)), rounds=11),
     Scenario("propagation", propagation, _cases(interval=(0.1, 0.2, 0.5, 1.0, 2.0)), rounds=1),
-    Scenario("beats", beat_script, _cases(beats_a_round=(beats.BEATS,)), rounds=1),
-    Scenario("beats", beat_load, _cases(servers=beats.SIZES), rounds=1, seconds=beats.SECONDS),
+    Scenario(
+        "heartbeats",
+        heartbeat_script,
+        _cases(heartbeats_a_round=(heartbeats.HEARTBEATS,)),
+        rounds=1,
+    ),
+    Scenario(
+        "heartbeats",
+        heartbeat_load,
+        _cases(servers=heartbeats.SIZES),
+        rounds=1,
+        seconds=heartbeats.SECONDS,
+    ),
 )
 #: Enough for most of the goals, in less than four minutes.
 QUICK = (

@@ -1,8 +1,8 @@
-"""Where Redis is, as one URL says it: `redis://`, `rediss://` (TLS), `unix://`, and
-`redis+sentinel://`, `rediss+sentinel://`.
+"""The address of Redis, as one URL.
 
-Pure. The first three as redis-py has them, but for its further parameters (`ssl_cert_reqs` …):
-those are options of gserver. For Sentinel
+Pure. The schemes are `redis://`, `rediss://` (TLS), `unix://`, and for Sentinel
+`redis+sentinel://` and `rediss+sentinel://`. The first three are those of redis-py, without its
+further parameters (`ssl_cert_reqs` …), which are options of gserver. The form for Sentinel is
 `redis+sentinel://[user:password@]host:port,host:port,.../service[/db]`.
 """
 
@@ -19,7 +19,10 @@ PARAMETERS = ("db", "username", "password", "sentinel_username", "sentinel_passw
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """The parts of such a URL. `hosts` are the Sentinels where there is a `service`; a `path` is a unix socket's."""
+    """The parts of a URL.
+
+    With a `service`, `hosts` are the Sentinels. `path` is that of a unix socket.
+    """
 
     hosts: tuple[tuple[str, int], ...] = ()
     service: str = ""
@@ -33,20 +36,19 @@ class RedisUrl:
 
     @classmethod
     def parse(cls, text: str) -> "RedisUrl":
-        """Return the parts; raise ValueError, whose text repeats nothing that may be secret."""
-        scheme, authority, path, given = _split(text)
+        """Return the parts; raise ValueError, whose text never repeats a part of the URL."""
+        scheme, authority, path, parameters = _split(text)
         user, _, netloc = authority.rpartition("@")
         username, _, password = user.partition(":")
         logins: dict[str, Any] = {"username": unquote(username), "password": unquote(password)}
-        logins |= {name: value for name, value in given.items() if name != "db"}
+        logins |= {name: value for name, value in parameters.items() if name != "db"}
         if scheme == "unix":
             if netloc or len(path) < 2:
                 raise ValueError("the URL names no absolute path: write unix:///path/to/redis.sock")
-            return cls(path=unquote(path), db=_number(given.get("db", "0")), **logins)
+            return cls(path=unquote(path), db=_db(parameters.get("db", "0")), **logins)
         is_sentinel = scheme.endswith("+sentinel")
-        hosts = tuple(
-            _host(host, SENTINEL_PORT if is_sentinel else REDIS_PORT) for host in netloc.split(",")
-        )
+        default_port = SENTINEL_PORT if is_sentinel else REDIS_PORT
+        hosts = tuple(_host(host, default_port) for host in netloc.split(","))
         service, _, db = path[1:].partition("/") if is_sentinel else ("", "", path[1:])
         if is_sentinel and not service:
             raise ValueError(
@@ -54,67 +56,78 @@ class RedisUrl:
             )
         if len(hosts) > 1 and not is_sentinel:
             raise ValueError("the URL names several hosts: that is for redis+sentinel://")
-        db = given.get("db", db) or "0"
         return cls(
-            hosts, unquote(service), has_tls=scheme.startswith("rediss"), db=_number(db), **logins
+            hosts,
+            unquote(service),
+            has_tls=scheme.startswith("rediss"),
+            db=_db(parameters.get("db", db) or "0"),
+            **logins,
         )
 
     @property
     def has_secret(self) -> bool:
-        """Whether anything in it is not for the eyes of all."""
+        """Whether the URL contains a password."""
         return bool(self.password or self.sentinel_password)
 
     def __str__(self) -> str:
-        """The URL without names and passwords, for logs."""
-        db = f"/{self.db}" if self.db else ""
+        """Return the URL without names and passwords, for logs."""
         if self.path:
             return f"unix://{self.path}" + (f"?db={self.db}" if self.db else "")
         scheme = ("rediss" if self.has_tls else "redis") + ("+sentinel" if self.service else "")
         hosts = ",".join(
             f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts
         )
-        return f"{scheme}://{hosts}" + (f"/{self.service}" if self.service else "") + db
+        service = f"/{self.service}" if self.service else ""
+        db = f"/{self.db}" if self.db else ""
+        return f"{scheme}://{hosts}{service}{db}"
 
 
 def _split(text: str) -> tuple[str, str, str, dict[str, str]]:
     """Return scheme, user and hosts, path, and parameters."""
-    # Not by `urlsplit`, which refuses lists of hosts that have IPv6 addresses among them.
+    # Not by `urlsplit`, which refuses a list of hosts that includes an IPv6 address.
     found = re.fullmatch(r"([A-Za-z+]+)://([^/?#]*)([^?#]*)(?:\?([^#]*))?", text)
     if not re.match(rf"({'|'.join(map(re.escape, SCHEMES))})://", text.lower()):
         raise ValueError(f"a URL begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}")
-    # What is not percent-encoded in a password would be taken for a host or a path, and be shown.
-    if (
-        not found
-        or "@" in found[3]
-        or not unquote(found[2].rpartition("@")[2] + found[3]).isprintable()
-    ):
+    # Part of a password that is not percent-encoded would be read as a host or a path, and logged.
+    if not found or "@" in found[3] or not _is_printable(found[2].rpartition("@")[2] + found[3]):
         raise ValueError(
-            "this is no URL; in a password, @ / ? and # are written as %40 %2F %3F and %23"
+            "this is not a valid URL; in a password, write %40 %2F %3F and %23 for @ / ? and #"
         )
+    parameters = _parameters(found[4] or "")
+    return found[1].lower(), found[2], found[3], parameters
+
+
+def _is_printable(text: str) -> bool:
+    return unquote(text).isprintable()
+
+
+def _parameters(query: str) -> dict[str, str]:
+    if not query:
+        return {}
     try:
-        given = dict(
-            parse_qsl(found[4] or "", keep_blank_values=True, strict_parsing=bool(found[4]))
-        )
+        parameters = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
     except ValueError:
         raise ValueError("the URL's parameters are not name=value&name=value") from None
-    if not given.keys() <= set(PARAMETERS):
-        raise ValueError(f"the URL has a parameter that is none of {', '.join(PARAMETERS)}")
-    return found[1].lower(), found[2], found[3], given
+    if not parameters.keys() <= set(PARAMETERS):
+        raise ValueError(f"the URL has an unknown parameter; known are {', '.join(PARAMETERS)}")
+    return parameters
 
 
 def _host(text: str, default_port: int) -> tuple[str, int]:
+    """Return a host and its port. The host is a name, an IPv4 address or an [IPv6 address]."""
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:\[\]]+))(?::([0-9]{1,5}))?", text)
-    host = unquote(found[2] or "") if found else ""
-    address = (
-        (found[1] or "").replace("%25", "%") if found else ""
-    )  # With a zone, of which RFC 6874 writes the % so.
-    is_other = "%25" in address or re.search(r"[][:/?#@,\s]", host)
-    if not found or is_other or not 0 < int(found[3] or default_port) < 65536:
-        raise ValueError("the URL has a host or port that is none")
-    return address or host, int(found[3] or default_port)
+    if not found:
+        raise ValueError("the URL has an invalid host or port")
+    # RFC 6874 writes the % before the zone of an address as %25.
+    address = (found[1] or "").replace("%25", "%")
+    name = unquote(found[2] or "")
+    port = int(found[3] or default_port)
+    if "%25" in address or re.search(r"[][:/?#@,\s]", name) or not 0 < port < 65536:
+        raise ValueError("the URL has an invalid host or port")
+    return address or name, port
 
 
-def _number(text: str) -> int:
+def _db(text: str) -> int:
     if not re.fullmatch("[0-9]{1,5}", text):
         raise ValueError("the URL's database is not a number")
     return int(text)

@@ -1,14 +1,13 @@
-"""What WHO may say: a history of facts, a checker that judges each answer by it, and a recorder of
-real ones.
+"""Correct replies to WHO: a history of facts, a checker of replies, and a recorder of histories.
 
-The promise: the own share is exact. Every other server's share is its true count at some instant of
-the last DELTA (beat interval + slack); a Redis fault, and a while after it, stretches this back to
-DELTA before the fault. A killed server's clients count for a TTL at most; those of one that left
-are gone at once; one cut off alone may be dropped.
+The promise: the own share is exact. The share of any other server is its true count at some instant
+of the last DELTA (heartbeat interval + slack). A Redis fault, and a while after it, stretch this
+back to DELTA before the fault. The clients of a killed server count for a TTL at most. Those of a
+server that left are gone at once. A server that alone is cut off may be dropped.
 
-The shares are seen only as a sum, so an answer is judged by the sums of their least and greatest
-values. Where nothing changed for the length of the window the two are equal: `Verdict.exact` says
-how often one number only was allowed.
+The shares are seen only as a sum. So a reply is judged by the sums of their least and greatest
+values. If nothing changed in the window, the two are equal: `Verdict.exact` is the number of
+replies for which only one number was allowed.
 """
 
 import itertools
@@ -27,25 +26,25 @@ from tests.running import LIMIT, Client, Running
 
 class Kind(Enum):
     CONNECTING = "a client begins to connect"
-    COUNTED = "a reply was read on it"
+    COUNTED = "it has received a reply"
     CLOSING = "it begins to close"
-    CLOSED = "the server has let it go"
-    STARTED = "a server answers"
-    RESTARTED = "it answers, with the id of one that ran before"
+    CLOSED = "the server has closed it"
+    STARTED = "a server replies"
+    RESTARTED = "it replies, with the id of a server that ran before"
     KILLED = "it is about to be killed"
-    STOPPING = "it is about to be told to stop"
-    ENDED = "its processes are gone"
-    FAULT = "Redis, or one server's way to it, is about to fail"
+    STOPPING = "it is about to be stopped"
+    ENDED = "its processes have ended"
+    FAULT = "Redis, or one server's path to it, is about to fail"
     HEALED = "it works again"
 
 
 class Fact(NamedTuple):
-    """Something known at a monotonic time. Each start of a server has another name, restarts too."""
+    """An event at a monotonic time. Each start of a server has a name of its own."""
 
     at: float
     kind: Kind
-    server: str  #: whose; a fault of "" is everybody's
-    key: int = 0  #: which client or fault; 0 is the server itself
+    server: str  #: A fault of "" affects all servers.
+    key: int = 0  #: Number of the client or the fault; 0 is the server itself.
 
 
 class Answer(NamedTuple):
@@ -57,13 +56,13 @@ class Answer(NamedTuple):
 
 
 class Promise(NamedTuple):
-    delta: float  #: in seconds: the beat interval, and slack for round trips and a busy machine
+    delta: float  #: Seconds: heartbeat interval, plus slack for round trips and a busy machine.
     ttl: float
 
 
-#: The least and the greatest it may be, and since when.
+#: Its least and greatest allowed value, and the begin of the window.
 Share = tuple[int, int, float]
-#: When each thing happened first to a client, server or fault; infinity for what never did.
+#: The first time of each kind for a client, a server or a fault; infinity if it never happened.
 Times = defaultdict[Kind, float]
 
 
@@ -89,12 +88,13 @@ class Verdict(NamedTuple):
     violations: list[Judgement]
 
     def __str__(self) -> str:
-        broken = f"{len(self.violations)} of {self.answers} answers broke the promise; {self.exact} had to be exact"
-        return "\n".join([broken, *map(str, self.violations[:10])])
+        wrong = f"{len(self.violations)} of {self.answers} replies broke the promise"
+        exact = f"{self.exact} had to be exact"
+        return "\n".join([f"{wrong}; {exact}", *map(str, self.violations[:10])])
 
 
 class _Steps:
-    """How many of some spans of time include an instant."""
+    """The number of spans of time that include an instant."""
 
     def __init__(self, spans: Iterable[tuple[float, float]]) -> None:
         ordered = sorted(
@@ -104,7 +104,7 @@ class _Steps:
         self.values = list(itertools.accumulate((change for _, change in ordered), initial=0))
 
     def between(self, begin: float, end: float) -> list[int]:
-        """The values in [begin, end]; a change at either end counts as not yet done and as done."""
+        """Return the values in [begin, end], with those before and after a change at either end."""
         return self.values[bisect_left(self.times, begin) : bisect_right(self.times, end) + 1]
 
 
@@ -112,7 +112,7 @@ class _Fault(NamedTuple):
     began: float
     ended: float
     server: str
-    over: float  #: until then its traces may be seen
+    over: float  #: Until then its effects may be seen.
 
 
 class _Server:
@@ -123,10 +123,7 @@ class _Server:
         self.joined = min(
             keyed[0][kind] for kind in (Kind.STARTED, Kind.RESTARTED) if kind in keyed[0]
         )
-        self.gone, self.ghost = (
-            self.ended,
-            0,
-        )  # what it may count for from its end until Redis forgets it
+        self.gone, self.ghost = (self.ended, 0)  # Its count from its end until Redis drops it.
         self.least = _Steps((c[Kind.COUNTED], min(c[Kind.CLOSING], self.ending)) for c in clients)
         self.most = _Steps((c[Kind.CONNECTING], min(c[Kind.CLOSED], self.ended)) for c in clients)
 
@@ -152,7 +149,7 @@ class _Checker:
             self._leave(name, server)
             if (
                 server.times[Kind.RESTARTED] < inf
-            ):  # it first watches whether the one before it lives
+            ):  # It first watches whether the server before it is alive.
                 faults = [
                     fault.ended
                     for fault in self._of(name)
@@ -161,7 +158,7 @@ class _Checker:
                 server.joined = max([server.joined, *faults]) + self.recovery
         held = -inf
         for at, fault in enumerate(self.faults):
-            if fault.began <= held or self._is_slow(fault):  # what is held at a fault is held on
+            if fault.began <= held or self._is_slow(fault):  # A hold continues.
                 held = max(held, fault.over + self.ttl)
                 self.faults[at] = fault._replace(over=held)
 
@@ -169,28 +166,22 @@ class _Checker:
         return [fault for fault in self.faults if fault.server in ("", *servers)]
 
     def _since(self, sent: float, received: float, faults: list[_Fault]) -> float:
-        """Since when a count that is seen may have been true. One fault on the heels of another
-        adds up.
-        """
+        """Return the begin of the window; faults that follow each other add up."""
         for fault in reversed(faults):
             if fault.began <= received and fault.over >= sent:
                 sent = min(sent, fault.began)
         return sent - self.delta
 
     def _leave(self, name: str, server: _Server) -> None:
-        """Until when one may count that was killed, or could not say that it left, if no fault
-        lengthens it.
-        """
+        """Set until when a server counts that was killed, or could not leave, without faults."""
         is_away = any(f.began <= server.ended and f.over >= server.ending for f in self._of(name))
         if server.times[Kind.KILLED] < inf or is_away:
-            server.gone += self.ttl  # a window's DELTA comes on top
+            server.gone += self.ttl  # The DELTA of a window is added to it.
             since = self._since(server.ending, server.ended, self._of(name))
             server.ghost = max(server.most.between(since, server.ended))
 
     def _is_slow(self, fault: _Fault) -> bool:
-        """Whether somebody is missing then: those who hold what they knew wait in vain, and so for
-        a whole TTL.
-        """
+        """Whether a server is missing then, so a hold lasts for a whole TTL."""
         cut = [(other.server, other.began, other.over) for other in self.faults if other.server]
         dead = [
             (name, server.ending, server.gone + self.delta) for name, server in self.servers.items()
@@ -210,7 +201,7 @@ class _Checker:
             low + 1 if asker[Kind.COUNTED] > answer.sent else max(low, 1),
             high,
             answer.sent,
-        )  # it counts itself
+        )  # It counts itself.
 
     def _other(self, answer: Answer, name: str, server: _Server) -> Share:
         _, sent, received, *_ = answer
@@ -219,7 +210,7 @@ class _Checker:
             min(server.least.between(since, received)),
             max(server.most.between(since, received)),
         )
-        for fault in self.faults:  # cut off alone until its lease was over
+        for fault in self.faults:  # Cut off alone until its lease ended.
             if (
                 fault.server == name
                 and fault.began <= received
@@ -231,7 +222,7 @@ class _Checker:
             high = max(high, server.ghost)
         is_known = since >= max(
             server.joined, self.servers[answer.server].joined
-        )  # who has just started knows nobody
+        )  # A server that has just started may know no other.
         return low if is_known else 0, high, since
 
     def judge(self, answer: Answer) -> Judgement:
@@ -254,21 +245,22 @@ def check(history: Sequence[Fact | Answer], promise: Promise) -> Verdict:
 
 
 class Recorder:
-    """Does things to real servers and notes when: before what begins, after what is certain. Any
-    thread may use it.
+    """Acts on real servers and notes the times: before an action begins, after it is certain.
+
+    Any thread may use it.
     """
 
     def __init__(self) -> None:
-        self.history: list[Fact | Answer] = []  # only ever appended to, which is atomic
+        self.history: list[Fact | Answer] = []  # Only appended to, which is atomic.
         self._keys = itertools.count(1)
         self._clients: dict[Client, tuple[str, int]] = {}
 
     def note(self, kind: Kind, server: str, key: int = 0) -> None:
-        """Note what others do, too: STARTED as soon as a server listens, before its first client."""
+        """Note an action. STARTED is noted when a server listens, before its first client."""
         self.history.append(Fact(time.monotonic(), kind, server, key))
 
     def connect(self, server: str, port: int, source: str = "") -> Client:
-        """Connect a client; it is known to be counted from its first answer on."""
+        """Connect a client. It is certain that it is counted when it has a reply."""
         key = next(self._keys)
         self.note(Kind.CONNECTING, server, key)
         client = Client(port, source=source)
@@ -276,7 +268,7 @@ class Recorder:
         return client
 
     def ask(self, client: Client) -> int:
-        """Ask WHO. Never ask a client again that got no answer: a late one would pass for the next."""
+        """Send WHO. Do not use a client again that got no reply: a late one would confuse it."""
         (server, key), sent = self._clients[client], time.monotonic()
         number = client.who()
         self.history.append(Answer(server, sent, time.monotonic(), number, key))
@@ -284,9 +276,7 @@ class Recorder:
         return number
 
     def close(self, client: Client) -> None:
-        """Close, and wait until the server has let go, which closes last. If it resets, nothing is
-        known.
-        """
+        """Close, and wait until the server closes too; after a reset, the time stays unknown."""
         server, key = self._clients.pop(client)
         with suppress(OSError), client, self._span(Kind.CLOSING, Kind.CLOSED, server, key):
             client.end()
@@ -306,11 +296,11 @@ class Recorder:
             return running.stop(number, limit)
 
     def fault(self, server: str = "") -> AbstractContextManager[None]:
-        """Break Redis, or the way of one server to it, and mend it in the body."""
+        """Note a fault of Redis, or of one server's path to it, while the body runs."""
         return self._span(Kind.FAULT, Kind.HEALED, server, next(self._keys))
 
     @contextmanager
     def _span(self, begin: Kind, end: Kind, server: str, key: int = 0) -> Iterator[None]:
         self.note(begin, server, key)
-        yield  # an error leaves the end open: unknown
+        yield  # After an error the end stays unknown.
         self.note(end, server, key)

@@ -1,8 +1,6 @@
-"""Real Redis servers, real Sentinels, and a network before them, each with the faults that a test
-may want of it.
+"""Real Redis servers, real Sentinels, and a proxy as the network, each with faults for tests.
 
-All listen on 127.0.0.1 and end with their `with` block. A method returns when what it does has
-happened.
+All listen on 127.0.0.1 and end with their `with` block. A method returns when its effect is there.
 """
 
 import os
@@ -27,13 +25,13 @@ from redis.retry import Retry
 
 from tests.running import LIMIT, program, until
 
-#: A failover takes three seconds, but a Sentinel that was held up for two does nothing for the next
+#: A failover takes three seconds, but a Sentinel that was delayed for two does nothing for the next
 #: thirty.
 FAILOVER_LIMIT = 4 * LIMIT
 TLS = ["port 0", "tls-port PORT", "tls-auth-clients no"]
 TLS += ["tls-ca-cert-file ca.pem", "tls-cert-file server.pem", "tls-key-file server.key"]
-#: Any fault loses the data, unless a test says otherwise; replicas are filled without waiting for
-#: more of them.
+#: Any fault loses the data, unless a test says otherwise. Replicas are synchronised without waiting
+#: for more of them.
 DEFAULTS = {
     "save": '""',
     "appendonly": "no",
@@ -43,20 +41,17 @@ DEFAULTS = {
 
 
 def free_port() -> int:
-    """A port below those that the system gives away, so nobody takes it while its server is down."""
+    """Return a port outside the system's range, so it stays free while its server is down."""
     while True:
         with socket.socket() as probe, suppress(OSError):
-            # A process that another thread starts just now holds the probe for a moment: it must
-            # not be in the way.
+            # A process that another thread starts now may inherit the probe for a moment.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", random.randrange(20000, 32768)))
             return int(probe.getsockname()[1])
 
 
 def make_certificates(folder: Path, days: int = 2) -> None:
-    """A CA, a server's certificate by it for 127.0.0.1 (not for localhost), and a CA that signed
-    nothing.
-    """
+    """Make a CA, a certificate by it for 127.0.0.1 (not for localhost), and an unrelated CA."""
     new = [program("openssl"), "req", "-x509", "-days", str(days), "-nodes", "-newkey", "ec"]
     new += ["-pkeyopt", "ec_paramgen_curve:prime256v1"]
     for_ca = ["-addext", "keyUsage=critical,keyCertSign"]
@@ -77,7 +72,7 @@ def make_certificates(folder: Path, days: int = 2) -> None:
 
 
 class Server(ExitStack[None]):
-    """A redis-server or redis-sentinel, with a folder of its own in the one given."""
+    """A redis-server or redis-sentinel, with a folder of its own in `folder`."""
 
     def __init__(self, kind: str, folder: Path, lines: list[str], password: str = "") -> None:
         super().__init__()
@@ -118,7 +113,7 @@ class Server(ExitStack[None]):
             pytest.fail(f"{self._argv} ended: {self._log.read_text()}")
         try:
             return bool(self.command("PING"))
-        except redis.ConnectionError:  # it does not listen yet, or still loads its data
+        except redis.ConnectionError:  # It does not listen yet, or it loads its data.
             return False
 
     @property
@@ -126,12 +121,12 @@ class Server(ExitStack[None]):
         return self.url_at(self.port)
 
     def url_at(self, port: int) -> str:
-        """The URL by way of another port: a Proxy's."""
+        """Return the URL with another port: that of a Proxy."""
         login = f":{self.password}@" if self.password else ""
         return f"{'rediss' if self.is_tls else 'redis'}://{login}127.0.0.1:{port}"
 
     def command(self, *words: str | int | bytes) -> Any:
-        """The reply to a command on a new connection, or redis-py's error."""
+        """Return the reply to a command on a new connection; raise redis-py's error."""
         options: dict[str, Any] = {"ssl_ca_certs": str(self.ca_file)} if self.is_tls else {}
         options |= {
             "socket_timeout": LIMIT,
@@ -150,13 +145,13 @@ class Server(ExitStack[None]):
         )
 
     def kill(self) -> None:
-        """kill -9 it, frozen or not, and what it has forked to save its data."""
+        """Send SIGKILL to it, frozen or not, and to its children that save data."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(LIMIT)
 
     def freeze(self) -> None:
-        """Nobody answers any more, but the kernel still accepts connections for it."""
+        """Stop it with SIGSTOP; the kernel still accepts connections for it."""
         self.process.send_signal(signal.SIGSTOP)
         until(lambda: not self.is_running(), "it is frozen")
 
@@ -166,9 +161,7 @@ class Server(ExitStack[None]):
 
 
 class Redis(Server):
-    """A Redis server, also on `unix_url`. Options are lines of its config:
-    `maxmemory_policy="noeviction"`.
-    """
+    """A Redis server, also on `unix_url`; options are its own: `maxmemory_policy="noeviction"`."""
 
     def __init__(
         self, folder: Path, is_tls: bool = False, requirepass: str = "", **options: Any
@@ -184,13 +177,11 @@ class Redis(Server):
         return f"unix://{f':{self.password}@' if self.password else ''}{self.folder}/redis.sock"
 
     def restart(self, keep_data: bool) -> None:
-        """Kill it, and start it on the same port: empty, or as of its last SAVE (its last write
-        with `appendonly`).
-        """
+        """Kill it, and start it again: empty, or as of its last SAVE or append-only write."""
         self.kill()
         dump, writes = self.folder / "dump.rdb", self.folder / "appendonlydir"
         if keep_data:
-            assert dump.exists() or writes.exists(), "there is nothing to keep: SAVE before"
+            assert dump.exists() or writes.exists(), "there are no data to keep: SAVE before"
         else:
             dump.unlink(missing_ok=True)
             shutil.rmtree(writes, ignore_errors=True)
@@ -200,9 +191,7 @@ class Redis(Server):
         self.command("FLUSHALL")
 
     def read_only(self) -> None:
-        """Make it a replica that still answers reads, as a primary is after a failover; of nobody,
-        so it keeps all.
-        """
+        """Make it a replica that serves reads, as after a failover; its primary does not exist."""
         self.command("CONFIG", "SET", "replica-read-only", "yes", "replica-serve-stale-data", "yes")
         self.command("REPLICAOF", "127.0.0.1", 1)
 
@@ -219,23 +208,19 @@ class Redis(Server):
         self.command("SCRIPT", "FLUSH")
 
     def role(self) -> str:
-        """`master` or `slave`; empty where nobody answers, as in the moment in which Sentinels
-        change it.
-        """
+        """Return `master` or `slave`; empty if it does not reply, as while Sentinels change it."""
         with suppress(redis.ConnectionError):
             return str(self.command("ROLE")[0])
         return ""
 
     def members(self, name: str = "gserver") -> dict[str, int]:
-        """How many clients each server of a cluster has, as it last told."""
+        """Return the number of clients that each server of a cluster has reported last."""
         found: dict[str, str] = self.command("HGETALL", f"{{gserver:{name}}}:members")
         return {member: int(entry.split()[0]) for member, entry in found.items()}
 
 
 class Sentinels(ExitStack[None]):
-    """A primary and two replicas, watched under one name by three Sentinels, of which two must
-    agree.
-    """
+    """A primary and two replicas, watched by three Sentinels, of which two must agree."""
 
     def __init__(
         self, folder: Path, name: str = "gserver", password: str = "", sentinel_password: str = ""
@@ -254,8 +239,7 @@ class Sentinels(ExitStack[None]):
                 for _ in "12"
             ]
             self.redises += [first, *copies]
-            # A Sentinel looks for replicas when it starts, then only every ten seconds: let them be
-            # there.
+            # A Sentinel looks for replicas when it starts, then only every ten seconds.
             until(
                 lambda: first.command("INFO", "replication").get("connected_slaves") == 2,
                 "both are replicas",
@@ -281,10 +265,11 @@ class Sentinels(ExitStack[None]):
         query = (
             f"?sentinel_password={self.sentinels[0].password}" if self.sentinels[0].password else ""
         )
-        return f"redis+sentinel://{login}{','.join(f'127.0.0.1:{s.port}' for s in self.sentinels)}/{self.name}{query}"
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        return f"redis+sentinel://{login}{hosts}/{self.name}{query}"
 
     def primary(self) -> Redis:
-        """The Redis that all running Sentinels name, as soon as they agree."""
+        """Return the Redis that all running Sentinels name, as soon as they agree."""
 
         def named() -> set[str]:
             ports = {port for _, port in self._ask("GET-MASTER-ADDR-BY-NAME")}
@@ -294,26 +279,27 @@ class Sentinels(ExitStack[None]):
         return next(one for one in self.redises if one.port == int(port))
 
     def failover(self) -> Redis:
-        """Have the Sentinels replace the primary while all is well. Returns the one before.
+        """Make the Sentinels replace a healthy primary; return the old one.
 
-        They tell it some ten seconds later: until then there are two that accept writes.
+        They demote it some ten seconds later: until then two Redis servers accept writes.
         """
         self._wait_until_settled()
         running = next(sentinel for sentinel in self.sentinels if sentinel.is_running())
         return self._replaced(lambda _: running.command("SENTINEL", "FAILOVER", self.name))
 
     def kill_primary(self) -> Redis:
-        """Returns the one killed, when another has taken over."""
+        """Kill the primary; return it when another has taken over."""
         return self._replaced(Redis.kill)
 
     def freeze_primary(self) -> Redis:
-        """Returns the one frozen, when another has taken over. Thawed, it does not know for some
-        ten seconds.
+        """Freeze the primary; return it when another has taken over.
+
+        When it is thawed, it accepts writes for some ten seconds.
         """
         return self._replaced(Redis.freeze)
 
     def rejoin(self, redis: Redis) -> None:
-        """Start one that was killed, as a replica; return when the Sentinels know all."""
+        """Start a killed Redis as a replica; return when the Sentinels know it."""
         redis.start()
         redis.command("REPLICAOF", "127.0.0.1", self.primary().port)
         self._wait_until_settled()
@@ -329,7 +315,7 @@ class Sentinels(ExitStack[None]):
         return before
 
     def _ask(self, subcommand: str) -> list[Any]:
-        """What each running Sentinel says."""
+        """Return the reply of each running Sentinel."""
         return [
             one.command("SENTINEL", subcommand, self.name)
             for one in self.sentinels
@@ -337,9 +323,9 @@ class Sentinels(ExitStack[None]):
         ]
 
     def _wait_until_settled(self) -> None:
-        """Until every Sentinel knows the others, and a replica that can take over."""
+        """Wait until every Sentinel knows the others, and a replica that can take over."""
 
-        def is_settled() -> bool:
+        def is_complete() -> bool:
             primaries = map(_fields, self._ask("MASTER"))
             replicas = [list(map(_fields, found)) for found in self._ask("REPLICAS")]
             return all(
@@ -349,7 +335,7 @@ class Sentinels(ExitStack[None]):
                 for found in replicas
             )
 
-        until(is_settled, "the Sentinels know all", FAILOVER_LIMIT)
+        until(is_complete, "the Sentinels know each other and the replicas", FAILOVER_LIMIT)
 
 
 def _fields(flat: list[str]) -> dict[str, str]:
@@ -357,18 +343,16 @@ def _fields(flat: list[str]) -> dict[str, str]:
 
 
 class Proxy(ExitStack[None]):
-    """The network before a port of 127.0.0.1: another port, which passes on what comes as the
-    switches say.
+    """The network before a port of 127.0.0.1: another port that forwards bytes, or loses them.
 
-    Bytes that are dropped, and an end of input then, were received: the sender sees nothing of the
-    loss.
+    Lost bytes are received, and so is the end of input: the sender does not notice the loss.
     """
 
     def __init__(self, port: int) -> None:
         super().__init__()
         self.port = free_port()
         self.delay_seconds = 0.0
-        #: What becomes of some bytes of a reply: they are sent piece by piece.
+        #: Turns bytes of a reply into the pieces that are sent instead.
         self.alter: Callable[[bytes], Iterable[bytes]] = lambda data: [data]
         self.is_dropping = self.drop_requests = self.drop_replies = False
         self.bytes_to_server = self.bytes_to_client = self.bytes_dropped = 0
@@ -384,20 +368,20 @@ class Proxy(ExitStack[None]):
 
     def refuse(self) -> None:
         """Close the port, and reset all connections."""
-        with suppress(OSError):  # nobody listens already
+        with suppress(OSError):  # It is closed already.
             self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join(LIMIT)
         self._listener.close()
         self.cut()
 
     def cut(self) -> None:
-        """Reset all connections, towards both sides. New ones are welcome."""
+        """Reset all connections, on both sides. New ones are accepted."""
         while self._sockets:
             _reset(self._sockets.pop())
 
     @contextmanager
     def instead(self, port: int) -> Iterator[None]:
-        """Lead to another port in the body. All connections are reset before and after it."""
+        """Forward to another port during the body; reset all connections before and after it."""
         before, self._server = self._server, ("127.0.0.1", port)
         self.cut()
         yield
@@ -405,7 +389,7 @@ class Proxy(ExitStack[None]):
         self.cut()
 
     def _accept(self) -> None:
-        with suppress(OSError):  # the port was closed
+        with suppress(OSError):  # The port was closed.
             while True:
                 client, _ = self._listener.accept()
                 self._sockets.add(client)
@@ -429,15 +413,13 @@ class Proxy(ExitStack[None]):
             self._sockets.discard(connection)
 
     def _pass_on(self, source: socket.socket, target: socket.socket, is_reply: bool) -> None:
-        """One way, until its end. An error, which may be `cut`, ends the other way too."""
+        """Forward one direction until its end. An error, or `cut`, ends the other one too."""
         data = b"?"
         try:
             while data:
                 data = source.recv(65536)
                 size = len(data)
-                if (
-                    source not in self._sockets
-                ):  # `cut` woke this up, which is no end of input to pass on
+                if source not in self._sockets:  # Woken by `cut`: this is not an end of input.
                     raise ConnectionResetError
                 time.sleep(self.delay_seconds)
                 if self.is_dropping or (self.drop_replies if is_reply else self.drop_requests):
@@ -455,7 +437,7 @@ class Proxy(ExitStack[None]):
 
 
 def _reset(connection: socket.socket) -> None:
-    """Close it so that its other side gets a reset at once, although a thread reads from it."""
+    """Close it with a reset that is sent at once, although a thread reads from it."""
     with connection, suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RD)

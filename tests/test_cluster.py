@@ -1,6 +1,4 @@
-"""The cluster, with real servers and a real Redis: what WHO says over several servers, and what
-faults do to it.
-"""
+"""The cluster with real servers and a real Redis: WHO over several servers, and during faults."""
 
 import os
 import signal
@@ -18,16 +16,16 @@ from tests.faults.rows import Notes
 from tests.redises import Proxy, Redis
 from tests.running import LIMIT, PATIENCE, Client, Event, Running, until
 
-#: A beat interval and a TTL that make a test of death a short one.
-BEAT, TTL = 0.2, 2.0
-FAST = ["--heartbeat-interval", str(BEAT), "--member-ttl", str(TTL)]
-#: A change shows on the others within this time with the default interval of 0.5 s.
+#: Seconds: a heartbeat interval and a TTL that keep tests of dead servers short.
+INTERVAL, TTL = 0.2, 2.0
+FAST = ["--heartbeat-interval", str(INTERVAL), "--member-ttl", str(TTL)]
+#: Seconds until a change shows on the other servers, with the default interval of 0.5 s.
 SEEN = 0.7 * PATIENCE
 
 
 @contextmanager
 def started(*servers: list[str]) -> Iterator[list[Running]]:
-    """Servers with those options, all started at the same time."""
+    """Start servers with these options, all at the same time."""
     with ExitStack() as stack:
         running = [stack.enter_context(Running(*options, wait=False)) for options in servers]
         for server in running:
@@ -37,7 +35,7 @@ def started(*servers: list[str]) -> Iterator[list[Running]]:
 
 @contextmanager
 def cluster(url: str, name: str, *servers: list[str]) -> Iterator[list[Running]]:
-    """Such servers as a cluster, as soon as each knows all."""
+    """Start servers as a cluster; yield them when each knows all."""
     with started(
         *(["--redis-url", url, "--cluster-name", name, *options] for options in servers)
     ) as running:
@@ -49,14 +47,15 @@ def cluster(url: str, name: str, *servers: list[str]) -> Iterator[list[Running]]
 
 
 def servers_known(server: Running) -> int:
-    """How many servers it has said that there are."""
+    """Return the number of servers that a server has logged last."""
     events = server.events("cluster.servers")
     return int(events[-1]["gserver.servers"]) if events else 0
 
 
 class Watch:
-    """One more client of a server, which asks WHO again and again; `seen` are its replies, each
-    with its moment.
+    """A further client of a server, which sends WHO all the time.
+
+    `seen` has its replies, each with its time.
     """
 
     def __init__(self, server: Running) -> None:
@@ -83,7 +82,7 @@ class Watch:
         return {int(reply) for at, reply in self.seen if at >= since}
 
     def until(self, *, since: float, at_least: int = 0, at_most: int = 10**6) -> float:
-        """How long after a moment it first saw such a number."""
+        """Return the seconds from `since` until it first saw a number in these bounds."""
         return (
             next(at for at, reply in self.seen if at >= since and at_least <= int(reply) <= at_most)
             - since
@@ -96,9 +95,7 @@ class Watch:
 
 @contextmanager
 def watching(*servers: Running, total: int) -> Iterator[list[Watch]]:
-    """Watch WHO on each of the servers, from the moment on at which all say the total, these
-    clients included.
-    """
+    """Watch WHO on each server, from the moment when all report the total, with these clients."""
     watches: list[Watch] = []
     try:
         watches += (Watch(server) for server in servers)
@@ -125,20 +122,20 @@ def connect(stack: ExitStack, server: Running, count: int) -> list[Client]:
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """One Redis for those tests that do it no harm; each cluster has a name of its own."""
+    """One Redis for the tests that leave it intact; each uses a cluster name of its own."""
     with Redis(tmp_path_factory.mktemp("redis")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def three(redis: Redis) -> Iterator[list[Running]]:
-    """Three servers with the default periods, which all tests leave alive and without clients."""
+    """Three servers with default times; the tests leave them alive and without clients."""
     with cluster(redis.url, "three", *[["--workers", "2"]] * 3) as servers:
         yield servers
 
 
-class Resting:
-    """The agents of servers without clients, and what they had used of the CPU at the beginning."""
+class IdleAgents:
+    """The agents of servers without clients, and the CPU time that they had used before."""
 
     def __init__(self, servers: list[Running]) -> None:
         self._agents = [agent for server in servers for agent in server.agents()]
@@ -150,13 +147,13 @@ class Resting:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def resting(redis: Redis) -> Iterator[Resting]:
-    """A cluster with the default periods that is left alone while the tests run."""
+def idle_agents(redis: Redis) -> Iterator[IdleAgents]:
+    """A cluster with default times that is left alone while the tests run."""
     with cluster(redis.url, "resting", [], []) as servers:
-        yield Resting(servers)
+        yield IdleAgents(servers)
 
 
-# The number.
+# The count.
 
 
 def test_who_is_the_total_on_every_server_and_counts_its_own_clients_at_once(
@@ -167,17 +164,17 @@ def test_who_is_the_total_on_every_server_and_counts_its_own_clients_at_once(
             connect(stack, server, count)
         with watching(*three, total=6):
             assert three[0].who() == 7
-            assert three[2].who() in (7, 8), "the asker, and perhaps still the one before"
+            assert three[2].who() in (7, 8), "this client, and perhaps still the one before"
 
 
-def test_a_change_shows_on_the_others_within_a_beat_and_all_is_exact_after_two_seconds(
+def test_a_change_shows_on_the_others_within_a_heartbeat_and_all_are_exact_after_two_seconds(
     three: list[Running],
 ) -> None:
     changing, *others = three
     with watching(*others, total=2) as watches, ExitStack() as stack:
         moments = []
         for number in range(64):
-            time.sleep(0.05 + 0.1 * (number * 0.618 % 1))  # all phases of a beat
+            time.sleep(0.05 + 0.1 * (number * 0.618 % 1))  # All phases of an interval.
             connect(stack, changing, 1)
             moments.append(time.monotonic())
         all_say(watches, 66)
@@ -199,7 +196,7 @@ def test_a_change_shows_on_the_others_within_a_beat_and_all_is_exact_after_two_s
 # Faults within a server.
 
 
-def test_where_is_one_for_each_server_and_outlives_its_workers_its_agent_and_a_reload(
+def test_each_server_has_one_id_that_outlives_its_workers_its_agent_and_a_reload(
     three: list[Running],
 ) -> None:
     def where() -> list[bytes]:
@@ -242,7 +239,7 @@ def test_clients_that_die_with_their_worker_are_not_counted_elsewhere(three: lis
 
 
 @pytest.mark.fault("An agent dies or hangs")
-def test_an_agent_that_dies_or_hangs_is_replaced_and_nobody_sees_a_dip(
+def test_an_agent_that_dies_or_hangs_is_replaced_and_no_server_sees_a_dip(
     three: list[Running], notes: Notes
 ) -> None:
     server = three[0]
@@ -259,7 +256,7 @@ def test_an_agent_that_dies_or_hangs_is_replaced_and_nobody_sees_a_dip(
             server.wait_for("agent.ready", ready + 2)
             until(
                 lambda: time.monotonic() > suspended + 6,
-                "its lease, and that of the dead one, would be over",
+                "the leases of both agents would have ended",
             )
             assert [watch.replies() for watch in watches] == [{6}] * 3
             assert max(watch.longest_silence for watch in watches) < PATIENCE, (
@@ -286,13 +283,13 @@ def test_a_reload_does_not_leave_the_cluster(redis: Redis, three: list[Running])
                 and len(server.events("agent.ready")) > agents
             )
 
-        until(is_over, "all processes are new ones")
+        until(is_over, "all processes have been replaced")
         assert [watch.replies() for watch in watches] == [{2}, {2}]
         assert server.who() == 3, "the new workers know of the others"
         assert [len(other.events("cluster.servers")) for other in three] == changes
 
 
-# Servers that go.
+# Servers that end.
 
 
 @pytest.mark.fault("A server dies")
@@ -301,15 +298,12 @@ def test_a_killed_server_is_counted_for_its_ttl_and_no_longer(redis: Redis, note
         connect(stack, server, 3)
         with watching(*others, total=5) as watches:
             now = time.monotonic()
-            until(
-                lambda: time.monotonic() > now + TTL / 2,
-                "it is no newcomer any more, whose lease is shorter",
-            )
+            until(lambda: time.monotonic() > now + TTL / 2, "its lease has its full length")
             killed = time.monotonic()
             os.kill(server.pid, signal.SIGKILL)
             all_say(watches, 2)
             gone = [watch.until(since=killed, at_most=4) for watch in watches]
-            assert all(TTL - BEAT <= seconds <= TTL + PATIENCE for seconds in gone), gone
+            assert all(TTL - INTERVAL <= seconds <= TTL + PATIENCE for seconds in gone), gone
             assert [watch.replies() for watch in watches] == [{5, 2}, {5, 2}]
     notes.happened("killed with kill -9")
 
@@ -327,7 +321,7 @@ def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_i
             until(lambda: servers_known(other) == 1 and watches[0].last == 1, "it is gone", SEEN)
             while time.monotonic() < exited + ttl:
                 assert set(redis.members("stopped")) == {"staying"}, (
-                    "a late beat has brought it back"
+                    "a late heartbeat has brought it back"
                 )
                 time.sleep(0.01)
             assert not server.events("cluster.not_left")
@@ -343,7 +337,7 @@ def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_i
 # Redis away.
 
 
-def test_each_policy_says_what_it_promises_while_redis_is_away(tmp_path: Path) -> None:
+def test_each_policy_replies_as_documented_while_redis_is_away(tmp_path: Path) -> None:
     age = 2.0
     policies = {"last-known": b"6", "local": b"1", "error": b"ERR cluster unavailable"}
     options = [
@@ -358,9 +352,12 @@ def test_each_policy_says_what_it_promises_while_redis_is_away(tmp_path: Path) -
         with watching(*servers, total=6) as watches:
             away = time.monotonic()
             redis.kill()
-            until(lambda: time.monotonic() > away + age + 0.5 + PATIENCE, "the knowledge is old")
+            until(
+                lambda: time.monotonic() > away + age + 0.5 + PATIENCE,
+                "the last known count is too old",
+            )
             for watch, reply in zip(watches, policies.values(), strict=True):
-                fresh = [said for at, said in watch.seen if away < at < away + age - 2 * BEAT]
+                fresh = [said for at, said in watch.seen if away < at < away + age - 2 * INTERVAL]
                 stale = [said for at, said in watch.seen if at > away + age + 0.5]
                 assert fresh
                 assert set(fresh) == {b"6"}, "the last known number stands for a while"
@@ -377,8 +374,8 @@ def test_each_policy_says_what_it_promises_while_redis_is_away(tmp_path: Path) -
             assert failing.who() == 7
 
 
-def test_what_is_told_in_the_log(tmp_path: Path) -> None:
-    def told(server: Running, action: str, count: int = 1) -> Event:
+def test_events_of_the_cluster_are_logged(tmp_path: Path) -> None:
+    def logged(server: Running, action: str, count: int = 1) -> Event:
         event = server.wait_for(action, count)
         assert event["log.level"] == (
             "info"
@@ -391,29 +388,27 @@ def test_what_is_told_in_the_log(tmp_path: Path) -> None:
         urls = [["--redis-url", redis.url_at(port), *FAST] for port in (proxy.port, redis.port)]
         cut, other = stack.enter_context(started(*urls))
         connect(stack, other, 2)
-        assert told(cut, "cluster.joined")["gserver.servers"] in (1, 2)
-        until(
-            lambda: [servers_known(cut), servers_known(other)] == [2, 2], "they know of each other"
-        )
-        assert told(cut, "cluster.servers")["gserver.remote_clients"] in (0, 2)
+        assert logged(cut, "cluster.joined")["gserver.servers"] in (1, 2)
+        until(lambda: [servers_known(cut), servers_known(other)] == [2, 2], "they know each other")
+        assert logged(cut, "cluster.servers")["gserver.remote_clients"] in (0, 2)
         proxy.refuse()
-        lost = told(cut, "cluster.lost")
+        lost = logged(cut, "cluster.lost")
         assert (lost["gserver.kind"], lost["error.type"]) == ("connection", "ConnectionError")
         assert lost["error.message"]
         until(lambda: servers_known(other) == 1, "it is dropped after its TTL")
-        assert len(cut.events("cluster.lost")) == 1, "that Redis stays away is no news"
+        assert len(cut.events("cluster.lost")) == 1, "it is logged once that Redis is away"
         proxy.is_dropping = True
         proxy.accept()
-        assert told(cut, "cluster.lost", 2)["gserver.kind"] == "timeout"
+        assert logged(cut, "cluster.lost", 2)["gserver.kind"] == "timeout"
         proxy.is_dropping = False
-        told(cut, "cluster.regained")
-        told(cut, "cluster.expired")
-        until(lambda: [servers_known(cut), servers_known(other)] == [2, 2], "all as before")
+        logged(cut, "cluster.regained")
+        logged(cut, "cluster.expired")
+        until(lambda: [servers_known(cut), servers_known(other)] == [2, 2], "all is as before")
         with watching(cut, other, total=4) as watches:
             redis.wipe()
-            told(cut, "cluster.reset")
-            told(other, "cluster.reset")
-            until(lambda: len(redis.members()) == 2, "both have beaten since")
+            logged(cut, "cluster.reset")
+            logged(other, "cluster.reset")
+            until(lambda: len(redis.members()) == 2, "both have reported since")
             assert [watch.replies() for watch in watches] == [{4}, {4}]
         counts = {
             action: len(cut.events(f"cluster.{action}"))
@@ -422,7 +417,7 @@ def test_what_is_told_in_the_log(tmp_path: Path) -> None:
         assert counts == {"joined": 1, "lost": 2, "regained": 1, "expired": 1}
 
 
-# What it costs, and what is told of it.
+# Cost and metrics.
 
 
 def test_metrics_of_the_cluster_arrive_at_statsd(tmp_path: Path) -> None:
@@ -439,7 +434,7 @@ def test_metrics_of_the_cluster_arrive_at_statsd(tmp_path: Path) -> None:
         connect(stack, other, 2)
 
         def last(name: str) -> float:
-            """Its last value, after what the next datagram says."""
+            """Return the last value of a metric, after the next datagram."""
             for line in sock.recv(65536).decode().splitlines():
                 metric, _, value = line.partition(":")
                 number, _, kind = value.partition("|")
@@ -460,11 +455,12 @@ def test_metrics_of_the_cluster_arrive_at_statsd(tmp_path: Path) -> None:
         assert last("clients|g") == 2
 
 
-def test_an_agent_at_rest_takes_next_to_nothing(resting: Resting) -> None:
-    until(lambda: time.monotonic() > resting.began + 10, "time to measure")
-    seconds = time.monotonic() - resting.began
+def test_the_agent_of_an_idle_server_uses_almost_no_cpu(idle_agents: IdleAgents) -> None:
+    until(lambda: time.monotonic() > idle_agents.began + 10, "the time of the measurement is over")
+    seconds = time.monotonic() - idle_agents.began
     used = [
-        after - before for after, before in zip(resting.cpu_seconds(), resting.before, strict=True)
+        after - before
+        for after, before in zip(idle_agents.cpu_seconds(), idle_agents.before, strict=True)
     ]
     assert len(used) == 2
     assert max(used) / seconds < 0.02, used

@@ -1,6 +1,4 @@
-"""What a Redis, a Sentinel or an update on disk can do to a cluster's server that is not to be
-trusted to behave.
-"""
+"""What a misbehaving Redis, Sentinel or update on disk can do to a server of a cluster."""
 
 import re
 import shutil
@@ -12,28 +10,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import redis
 
 from gserver.agent.agent import MAX_DATA_BYTES
+from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink, kind_of
+from gserver.cluster.sentinel import SentinelFollower
 from gserver.config import Config
 from tests.faults.rows import Notes
 from tests.redises import Redis
 from tests.running import LIMIT, PATIENCE, ROOT, Running, until
 
 SECRETS = ("hush-hush", "qui et/")
+HEARTBEAT = Heartbeat("one", "a1", sequence=1, clients=5, ttl_ms=5000, interval_ms=500)
 
 
 @contextmanager
-def listener(answer: Callable[[socket.socket], None]) -> Iterator[int]:
-    """Something that takes connections on a port, and answers each with what it likes, as soon as
-    it is spoken to.
-    """
+def listener(reply: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A port that accepts connections, and calls `reply` on each after its first request."""
 
     def serve(sock: socket.socket) -> None:
         try:
             with sock:
                 sock.recv(65536)
-                answer(sock)
+                reply(sock)
         except OSError:
             pass
 
@@ -51,8 +51,16 @@ def listener(answer: Callable[[socket.socket], None]) -> Iterator[int]:
         server.shutdown(socket.SHUT_RDWR)
 
 
+def ask_first(link: RedisLink, port: int) -> SentinelFollower:
+    """Make a link ask the Sentinel of this port first; return its follower of Sentinels."""
+    assert link._sentinels is not None
+    while link._sentinels.addresses[0][1] != port:
+        link._sentinels.skip()
+    return link._sentinels
+
+
 def named(port: int) -> bytes:
-    """A Sentinel's answer."""
+    """A Sentinel's reply that names a primary."""
     return f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(port))}\r\n{port}\r\n".encode()
 
 
@@ -62,7 +70,7 @@ def trickle(sock: socket.socket) -> None:
         time.sleep(0.2)
 
 
-ANSWERS = {
+REPLIES = {
     "texts": b"*8\r\n" + b"$1\r\na\r\n" * 8,
     "one too few": b"*7\r\n" + b":1\r\n" * 5 + b"$1\r\na\r\n:1\r\n",
     "too few": b"*2\r\n:1\r\n:2\r\n",
@@ -75,17 +83,17 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_that_is_none_of_the_script_is_an_error_like_others(name: str) -> None:
-    with listener(lambda sock: sock.sendall(ANSWERS[name])) as port:
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_reply_that_the_script_cannot_give_is_an_error_like_others(name: str) -> None:
+    with listener(lambda sock: sock.sendall(REPLIES[name])) as port:
         link = RedisLink(Config(redis_url=f"redis://127.0.0.1:{port}"))
-        with pytest.raises(Exception) as caught:
-            link.call("one", "a1", 1, 1, 5000, 500, "", 0, 0)
+        with pytest.raises((redis.RedisError, TypeError, ValueError, AttributeError)) as caught:
+            link.send(HEARTBEAT)
         assert kind_of(caught.value) in ("other", "connection")
 
 
 @pytest.mark.fault("Redis answers byte by byte")
-def test_a_redis_that_answers_byte_by_byte_is_given_up_and_clients_notice_nothing(
+def test_a_redis_that_replies_byte_by_byte_is_given_up_and_clients_notice_nothing(
     notes: Notes,
 ) -> None:
     with listener(trickle) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
@@ -99,7 +107,7 @@ def test_a_redis_that_answers_byte_by_byte_is_given_up_and_clients_notice_nothin
 
 
 @pytest.mark.fault("Sentinels answer byte by byte")
-def test_sentinels_that_answer_byte_by_byte_are_given_up_all_together(notes: Notes) -> None:
+def test_sentinels_that_reply_byte_by_byte_are_given_up_within_one_attempt(notes: Notes) -> None:
     with listener(trickle) as one, listener(trickle) as other:
         url = f"redis+sentinel://127.0.0.1:{one},127.0.0.1:{other}/name"
         with Running("--redis-url", url) as server:
@@ -109,7 +117,8 @@ def test_sentinels_that_answer_byte_by_byte_are_given_up_all_together(notes: Not
 
 def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
     password, sentinels = SECRETS
-    echo = f"-ERR unknown command 'AUTH', with args beginning with: '{password}' '{sentinels}' \r\n".encode()
+    args = f"'{password}' '{sentinels}'"
+    echo = f"-ERR unknown command 'AUTH', with args beginning with: {args} \r\n".encode()
     with listener(lambda sock: sock.sendall(echo)) as port:
         query = "?password=hush-hush&sentinel_password=qui%20et%2F"
         for url in (
@@ -134,57 +143,55 @@ def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
         b"*-1\r\n",
     ],
 )
-def test_after_a_sentinel_whose_answers_make_no_sense_the_next_one_is_asked(
+def test_after_a_sentinel_with_a_malformed_reply_the_next_one_is_asked(
     tmp_path: Path, words: bytes
 ) -> None:
     with (
-        Redis(tmp_path) as redis,
+        Redis(tmp_path) as server,
         listener(lambda sock: sock.sendall(2 * words)) as odd,
-        listener(lambda sock: sock.sendall(2 * named(redis.port))) as honest,
+        listener(lambda sock: sock.sendall(2 * named(server.port))) as honest,
     ):
         link = RedisLink(
             Config(redis_url=f"redis+sentinel://127.0.0.1:{odd},127.0.0.1:{honest}/name")
         )
-        while link._sentinels[0][1] != odd:
-            link._sentinels.rotate()
-        assert link.call("here", "1", 1, 0, 5000, 500, "", 0, 0, 1).servers == 1
-        link._check_at = 0
-        assert link._sentinels[0][1] == honest
-        assert not link._has_moved()
-        assert link._sentinels[0][1] == odd
+        sentinels = ask_first(link, odd)
+        assert link.send(HEARTBEAT).servers == 1
+        assert sentinels.addresses[0][1] == honest
+        sentinels._check_at = 0  # A check is due.
+        assert not sentinels.has_moved()
+        assert sentinels.addresses[0][1] == odd
         link.drop()
 
 
 @pytest.mark.fault("One Sentinel of two lies")
-def test_a_sentinel_that_names_a_wrong_address_is_not_asked_for_ever(
+def test_after_a_sentinel_that_names_a_wrong_address_the_next_one_is_asked(
     tmp_path: Path, notes: Notes
 ) -> None:
-    with (  # Each answers both questions.
-        Redis(tmp_path) as redis,
+    with (  # Each connection replies to both requests.
+        Redis(tmp_path) as server,
         listener(lambda sock: sock.sendall(2 * named(1))) as liar,
-        listener(lambda sock: sock.sendall(2 * named(redis.port))) as honest,
+        listener(lambda sock: sock.sendall(2 * named(server.port))) as honest,
     ):
         link = RedisLink(
             Config(redis_url=f"redis+sentinel://127.0.0.1:{liar},127.0.0.1:{honest}/name")
         )
-        while link._sentinels[0][1] != liar:
-            link._sentinels.rotate()
+        ask_first(link, liar)
 
-        def answered() -> bool:
+        def is_acknowledged() -> bool:
             try:
-                return link.call("one", "a1", 1, 5, 5000, 500, "", 0, 0).total == 5
+                return link.send(HEARTBEAT).total_clients == 5
             except OSError:
                 return False
-            except Exception as error:
+            except redis.RedisError as error:
                 return kind_of(error) != "connection"
 
-        assert not answered()
-        assert answered()
+        assert not is_acknowledged()
+        assert is_acknowledged()
         link.drop()
     notes.happened("it was asked first")
 
 
-def test_an_update_on_disk_that_the_agent_cannot_work_with_does_not_end_the_server(
+def test_an_update_on_disk_that_the_agent_cannot_run_does_not_end_the_server(
     tmp_path: Path,
 ) -> None:
     shutil.copytree(ROOT / "gserver", tmp_path / "gserver")
@@ -195,7 +202,7 @@ def test_an_update_on_disk_that_the_agent_cannot_work_with_does_not_end_the_serv
         text = scoreboard.read_text()
         assert text.count("MAX_COMMANDS = 64") == 1
         scoreboard.write_text(text.replace("MAX_COMMANDS = 64", "MAX_COMMANDS = 65"))
-        (agent,) = until(server.agents, "there is an agent")
+        (agent,) = until(server.agents, "the agent runs")
         agent.kill()
         until(
             lambda: len(server.events("agent.died")) >= 2,
@@ -207,8 +214,8 @@ def test_an_update_on_disk_that_the_agent_cannot_work_with_does_not_end_the_serv
 
 
 @pytest.mark.fault("An answer of Redis has parts without end")
-def test_an_answer_of_parts_without_end_is_given_up_at_once(notes: Notes) -> None:
-    """The agent would be deaf to all others as long as there are more of them to take apart."""
+def test_a_reply_with_endless_elements_is_given_up_at_once(notes: Notes) -> None:
+    """Otherwise the agent would do nothing else while it parses them."""
 
     def pour(sock: socket.socket) -> None:
         sock.sendall(b"*2000000000\r\n")
@@ -222,7 +229,7 @@ def test_an_answer_of_parts_without_end_is_given_up_at_once(notes: Notes) -> Non
 
 
 @pytest.mark.fault("An answer of Redis is without end")
-def test_an_answer_without_end_is_given_up_before_it_takes_all_memory(notes: Notes) -> None:
+def test_an_endless_reply_is_given_up_before_it_takes_all_memory(notes: Notes) -> None:
     def pour(sock: socket.socket) -> None:
         sock.sendall(b"$9000000000\r\n")
         while True:
@@ -238,7 +245,7 @@ def test_an_answer_without_end_is_given_up_before_it_takes_all_memory(notes: Not
         found = re.search(rf"VmHWM:\s+(\d+) kB.*\nMax data size +{MAX_DATA_BYTES} ", said, re.S)
         assert found, said
         assert 50_000 < int(found[1]) < MAX_DATA_BYTES / 1000, (
-            "it was sent much, and has held no more than it may"
+            "it has received much, and kept no more than its limit"
         )
         assert server.who() == 1
     notes.happened("the agent gave it up")

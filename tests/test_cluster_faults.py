@@ -1,7 +1,6 @@
-"""Three servers with clients that stay: whatever happens to Redis, each WHO is answered, at once,
-and with the truth.
+"""Three servers with clients that stay: whatever happens to Redis, each WHO gets a correct reply.
 
-Each fault happens to servers that have gone through those before it, as in life.
+The reply comes at once. Each fault happens to servers that have been through the faults before it.
 """
 
 import threading
@@ -39,15 +38,15 @@ class World(ExitStack[None]):
             self.push(stack.pop_all())
 
     def lost(self, kind: str) -> AbstractContextManager[None]:
-        """What the body does takes Redis away from every server, in this way."""
+        """The body makes Redis unavailable to every server, with this kind of error."""
         return self.cluster.telling("cluster.lost", kind)
 
     def reset(self) -> AbstractContextManager[None]:
-        """What the body does loses what Redis knew, as every server notices."""
+        """The body makes Redis lose its data, which every server notices."""
         return self.cluster.telling("cluster.reset")
 
     def dump(self) -> list[Any]:
-        """The keys as they are, for `restore`."""
+        """Return the keys and their values, for `restore`."""
         with redis.Redis(port=self.redis.port) as client:
             return [client.dump(key) for key in KEYS]
 
@@ -61,7 +60,7 @@ class World(ExitStack[None]):
 Fault = Callable[[World], AbstractContextManager[None]]
 
 
-# Each begins a fault, returns when all servers have noticed, and ends it with its `with` block.
+# Each begins a fault, yields when all servers have noticed it, and ends it with its `with` block.
 
 
 @contextmanager
@@ -85,7 +84,7 @@ def killed_and_back_with_its_data(world: World) -> Iterator[None]:
 
 @contextmanager
 def back_with_old_data_of_when_there_were_more(world: World) -> Iterator[None]:
-    """Older than the TTL, as backups mostly are."""
+    """The data are older than the TTL, as most backups are."""
     with world.cluster.settled_guests():
         world.redis.command("SAVE")
     world.cluster.watch(world.ttl)
@@ -126,9 +125,7 @@ def an_old_state_of_more_put_back(world: World) -> Iterator[None]:
 
 @contextmanager
 def wiped_then_the_backup_put_back(world: World) -> Iterator[None]:
-    """As an operator does who has wiped by mistake. The backup's lease clock is ahead of the one
-    since the wipe.
-    """
+    """An operator restores a backup after a mistake; its lease clock is ahead of the new one."""
     world.cluster.watch(4 * world.cluster.beat)
     old = world.dump()
     with world.reset():
@@ -174,10 +171,10 @@ def wiped_ten_times(world: World) -> Iterator[None]:
 
 @contextmanager
 def wiped_while_one_server_does_not_beat(world: World) -> Iterator[None]:
-    """The others must wait for it, although they have found each other again."""
+    """The others must wait for it, although the two of them have returned."""
     with stopped(*world.cluster.members[0].server.agents()):
         world.redis.wipe()
-        until(lambda: len(world.redis.members()) == 2, "two are back")
+        until(lambda: len(world.redis.members()) == 2, "two servers have returned")
         world.cluster.watch(1.5 * world.cluster.beat)
         assert len(world.redis.members()) == 2
     yield
@@ -237,12 +234,12 @@ def too_few_replicas(world: World) -> Iterator[None]:
 
 @contextmanager
 def scripts_forgotten(world: World) -> Iterator[None]:
-    def told_in_full() -> int:
+    def script_runs_in_full() -> int:
         return int(world.redis.command("INFO", "commandstats")["cmdstat_eval"]["calls"])
 
-    before = told_in_full()
+    before = script_runs_in_full()
     world.redis.forget_scripts()
-    until(lambda: told_in_full() > before, "a server tells it again")
+    until(lambda: script_runs_in_full() > before, "a server sends it again")
     yield
 
 
@@ -278,9 +275,7 @@ def paused(world: World) -> Iterator[None]:
 
 @contextmanager
 def slow_but_in_time(world: World) -> Iterator[None]:
-    """There and back takes 60 % of what a beat waits for an answer, which is half a second or a
-    tenth of the TTL.
-    """
+    """A round trip takes 60 % of the timeout, which is half a second or a tenth of the TTL."""
     world.proxy.delay_seconds = 0.3 * min(0.5, world.ttl / 10)
     before = world.proxy.bytes_to_client
     world.cluster.watch(4 * world.cluster.beat)
@@ -291,7 +286,7 @@ def slow_but_in_time(world: World) -> Iterator[None]:
 
 @contextmanager
 def slower_than_beats_wait(world: World) -> Iterator[None]:
-    """Beats arrive all the same, each after it was given up."""
+    """The heartbeats arrive, but each after it was given up."""
     before = world.proxy.bytes_to_server
     with world.lost("timeout"):
         world.proxy.delay_seconds = 0.3
@@ -378,9 +373,7 @@ AS_BY_DEFAULT: list[Fault] = [
 
 
 def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes) -> None:
-    """Go through a fault, which makes sure that it happens. A client that comes is counted when it
-    is over.
-    """
+    """Go through a fault, which ensures that it happens; then count one more client."""
     cluster.start_over()
     began, answers, descriptors, resident = (
         time.monotonic(),
@@ -401,7 +394,7 @@ def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes)
     until(lambda: cluster.descriptors() == descriptors, "as many descriptors are open as before")
     grown = cluster.resident() - resident
     assert grown < KEPT_BYTES * len(descriptors) * PATIENCE, (
-        f"{grown} bytes more are held than before"
+        f"{grown} bytes of memory more than before"
     )
     notes.measured("right answers", cluster.answers - answers, "")
 
@@ -431,30 +424,29 @@ as_by_default = pytest.mark.parametrize(
 )
 
 
-def told(fault: Callable[..., object]) -> str:
-    """A fault's name in words."""
+def in_words(fault: Callable[..., object]) -> str:
+    """Return a fault's name in words."""
     return fault.__name__.replace("_", " ")
 
 
 def each(
     faults: Sequence[Callable[..., object]], *more: pytest.MarkDecorator, prefix: str = "Redis"
 ) -> list[Any]:
-    """Each a fault of the matrix."""
+    """Return a test parameter for each fault, as a row of the matrix."""
+    rows = [f"{prefix} {in_words(fault)}" for fault in faults]
     return [
-        pytest.param(
-            fault, id=fault.__name__, marks=[pytest.mark.fault(f"{prefix} {told(fault)}"), *more]
-        )
-        for fault in faults
+        pytest.param(fault, id=fault.__name__, marks=[pytest.mark.fault(row), *more])
+        for fault, row in zip(faults, rows, strict=True)
     ]
 
 
 @quick
 @pytest.mark.parametrize("fault", [*each(QUICK), *each(SLOWER, pytest.mark.long)])
-def test_no_answer_is_wrong_late_or_missing_when_redis_is(
+def test_no_reply_is_wrong_late_or_missing_when_redis_is(
     world: World, fault: Fault, notes: Notes
 ) -> None:
     survive(world.cluster, fault(world), notes)
-    notes.happened(f"{told(fault)}: seen in Redis or by every server")
+    notes.happened(f"{in_words(fault)}: seen in Redis or by every server")
 
 
 def be_stopped(server: Running) -> None:
@@ -471,7 +463,7 @@ def be_stopped(server: Running) -> None:
 @pytest.mark.parametrize(
     "fault", [killed_and_back_empty, killed_and_back_with_its_data], ids=lambda f: f.__name__
 )
-def test_a_server_that_ends_while_redis_is_away_is_gone_by_its_ttl_thereafter(
+def test_a_server_that_ends_while_redis_is_away_expires_a_ttl_after_the_outage(
     world: World, fault: Fault, end: Callable[[Running], None]
 ) -> None:
     cluster, total = world.cluster, world.cluster.total
@@ -490,7 +482,7 @@ def test_a_server_that_ends_while_redis_is_away_is_gone_by_its_ttl_thereafter(
 @pytest.mark.parametrize("fault", each(AS_BY_DEFAULT))
 def test_nor_is_one_with_the_default_times(world: World, fault: Fault, notes: Notes) -> None:
     survive(world.cluster, fault(world), notes)
-    notes.happened(f"{told(fault)}: seen in Redis or by every server")
+    notes.happened(f"{in_words(fault)}: seen in Redis or by every server")
 
 
 class Watched(ExitStack[None]):
@@ -506,17 +498,17 @@ class Watched(ExitStack[None]):
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """One for the faults of primaries."""
+    """One cluster for all faults of primaries."""
     with Watched(tmp_path_factory.mktemp("watched")) as running:
         yield running
 
 
 @contextmanager
 def replaced_by_command(watched: Watched) -> Iterator[None]:
-    """For a while two Redises accept writes, and all servers are at the old one, where clients
-    come.
+    """For a while two Redis servers accept writes, and all gservers report to the old one.
 
-    What the new one knows, when the servers change over, is as old as the failover.
+    New clients connect meanwhile. When the servers move, the data of the new one are as old as the
+    failover.
     """
     sentinels, cluster = watched.sentinels, watched.cluster
     before = sentinels.primary()
@@ -525,7 +517,7 @@ def replaced_by_command(watched: Watched) -> Iterator[None]:
         sentinels.sentinels[0].command("SENTINEL", "FAILOVER", sentinels.name)
         until(
             lambda: [one.role() for one in sentinels.redises].count("master") == 2,
-            "there are two",
+            "there are two primaries",
             FAILOVER_LIMIT,
         )
         with cluster.settled_guests():
@@ -565,20 +557,19 @@ def test_nor_is_one_when_the_primary_is(
     assert watched.sentinels.primary() is not before
 
 
-#: Bugs by intent: a file, what is in it, what is put in its place, and the fault in which these
-#: tests see it.
+#: Deliberate bugs: a file, a text in it, its replacement, and the fault that reveals the bug.
 BUGS: dict[str, tuple[str, str, str, Fault]] = {
     "no_hold": (
         "cluster/membership.py",
-        "self.remote = max(self._held, remote)",
-        "self.remote = remote",
+        "self.remote_clients = max(self._held_clients, remote_clients)",
+        "self.remote_clients = remote_clients",
         wiped,
     )
 }
 
 
 @pytest.mark.parametrize(("name", "text", "instead", "fault"), BUGS.values(), ids=BUGS)
-def test_these_tests_see_a_bug_put_in_on_purpose(
+def test_these_tests_find_a_deliberate_bug(
     name: str, text: str, instead: str, fault: Fault, tmp_path: Path, notes: Notes
 ) -> None:
     copytree(ROOT / "gserver", tmp_path / "gserver")

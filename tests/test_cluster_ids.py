@@ -1,6 +1,4 @@
-"""Who is who in the cluster, and how a server gets in: twins of one id, a Redis that is away at the
-start, options, secrets, TLS.
-"""
+"""Server ids, and joining a cluster: duplicate ids, starts without Redis, options, secrets, TLS."""
 
 import json
 import os
@@ -17,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
 from tests.faults.rows import Notes
@@ -24,21 +23,21 @@ from tests.redises import Redis, free_port
 from tests.running import LIMIT, PATIENCE, Running, environment, gserver, until
 from tests.test_cluster import FAST, all_say, cluster, connect, servers_known, started, watching
 
-#: So much longer may a start take that waits for a Redis which is away.
+#: Seconds that a start may take longer while Redis is away.
 START = 2.5 * PATIENCE
 SECRET = "open-sesame"
 
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """One Redis for those tests that do it no harm; each cluster has a name of its own."""
+    """One Redis for the tests that leave it intact; each uses a cluster name of its own."""
     with Redis(tmp_path_factory.mktemp("redis")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """A Redis that wants a password."""
+    """A Redis that requires a password."""
     with Redis(tmp_path_factory.mktemp("locked"), requirepass=SECRET) as running:
         yield running
 
@@ -59,44 +58,44 @@ def only_line(stderr: str) -> str:
 
 
 def usual_start() -> float:
-    """How long a start takes here and now."""
+    """Return the seconds that a start takes on this machine now."""
     began = time.monotonic()
     with Running():
         return time.monotonic() - began
 
 
-# Twins.
+# Duplicate ids.
 
 
 @pytest.mark.fault("Two servers with one id")
-def test_a_second_server_of_a_live_id_is_refused_and_the_first_one_goes_on(
+def test_a_second_server_with_a_live_id_is_refused_and_the_first_one_goes_on(
     redis: Redis, notes: Notes
 ) -> None:
     with (
-        cluster(redis.url, "twins", [*FAST, "--server-id", "one"], FAST) as (first, other),
+        cluster(redis.url, "duplicates", [*FAST, "--server-id", "one"], FAST) as (first, other),
         ExitStack() as stack,
     ):
         connect(stack, first, 2)
         with watching(first, other, total=4) as watches:
-            twin = stack.enter_context(
+            duplicate = stack.enter_context(
                 Running(
-                    *in_cluster(redis, "twins", *FAST, "--server-id", "one", "--workers", "2"),
+                    *in_cluster(redis, "duplicates", *FAST, "--server-id", "one", "--workers", "2"),
                     wait=False,
                 )
             )
-            assert twin.exit_code() == 2
-            assert "another live server of cluster twins has the id one" in only_line(twin.stderr)
-            assert not twin.events("server.listening"), "it has never served"
+            assert duplicate.exit_code() == 2
+            assert "another live server of cluster duplicates has the id one" in only_line(
+                duplicate.stderr
+            )
+            assert not duplicate.events("server.listening"), "it has never served"
             assert [watch.replies() for watch in watches] == [{4}, {4}]
-            assert redis.members("twins")["one"] == 3
+            assert redis.members("duplicates")["one"] == 3
         assert first.process.poll() is None
         assert not [event for event in first.events() if event["log.level"] in ("warning", "error")]
     notes.happened("the second one was refused")
 
 
-def test_servers_of_one_id_in_clusters_of_different_names_do_not_know_of_each_other(
-    redis: Redis,
-) -> None:
+def test_servers_with_one_id_in_clusters_of_different_names_do_not_conflict(redis: Redis) -> None:
     options = [in_cluster(redis, name, *FAST, "--server-id", "one") for name in ("red", "blue")]
     with started(*options) as servers, ExitStack() as stack:
         for count, server in enumerate(servers, 1):
@@ -105,18 +104,18 @@ def test_servers_of_one_id_in_clusters_of_different_names_do_not_know_of_each_ot
         with watching(servers[0], total=2) as red, watching(servers[1], total=3) as blue:
             until(
                 lambda: [redis.members("red"), redis.members("blue")] == [{"one": 2}, {"one": 3}],
-                "all is told",
+                "all clients are reported",
             )
             for watch in (*red, *blue):
                 watch.seen.clear()
             now = time.monotonic()
-            until(lambda: time.monotonic() > now + 1, "some beats of both")
+            until(lambda: time.monotonic() > now + 1, "some heartbeats of both")
             assert [red[0].replies(), blue[0].replies()] == [{2}, {3}]
         assert [servers_known(server) for server in servers] == [1, 1]
 
 
 @pytest.mark.fault("A server dies, and is started again with its id")
-def test_a_server_that_died_is_back_under_its_id_long_before_its_ttl_is_over(
+def test_a_server_that_died_can_start_again_with_its_id_long_before_its_ttl_ends(
     redis: Redis, notes: Notes
 ) -> None:
     ttl, usual = ["--member-ttl", "10"], usual_start()
@@ -131,78 +130,85 @@ def test_a_server_that_died_is_back_under_its_id_long_before_its_ttl_is_over(
                 assert time.monotonic() - killed <= 2 * usual + 2 * PATIENCE
                 all_say(watches, 2)
                 assert time.monotonic() - killed <= 5 * PATIENCE, (
-                    "long before the lease of the dead one is over"
+                    "long before the lease of the dead server ends"
                 )
                 until(
-                    lambda: client.who() == 2, "it does not count its former self either", PATIENCE
+                    lambda: client.who() == 2, "it does not count the dead server either", PATIENCE
                 )
     notes.happened("killed with kill -9")
 
 
 @pytest.mark.fault("Two servers with one id, started without Redis")
-def test_of_twins_that_started_without_redis_one_stays_and_the_other_drains(
+def test_of_two_servers_with_one_id_that_started_without_redis_one_drains(
     tmp_path: Path, notes: Notes
 ) -> None:
     with Redis(tmp_path) as redis, ExitStack() as stack:
         redis.kill()
-        twin = in_cluster(redis, "twins", *FAST, "--server-id", "one")
-        twins = stack.enter_context(started(twin, twin))
-        for server in twins:
+        duplicate = in_cluster(redis, "duplicates", *FAST, "--server-id", "one")
+        pair = stack.enter_context(started(duplicate, duplicate))
+        for server in pair:
             assert server.wait_for("cluster.lost")["gserver.kind"] == "connection"
             assert server.who() == 1
-        clients = [connect(stack, server, 1)[0] for server in twins]
+        clients = [connect(stack, server, 1)[0] for server in pair]
         redis.restart(keep_data=False)
-        until(
-            lambda: any(server.process.poll() is not None for server in twins), "one of them ends"
-        )
-        leaving, staying = sorted(twins, key=lambda server: server.process.poll() is None)
+        until(lambda: any(server.process.poll() is not None for server in pair), "one of them ends")
+        leaving, staying = sorted(pair, key=lambda server: server.process.poll() is None)
         assert leaving.exit_code() == 2
-        assert "another live server of cluster twins has the id one" in only_line(leaving.stderr)
+        assert "another live server of cluster duplicates has the id one" in only_line(
+            leaving.stderr
+        )
         (reason,) = leaving.events("server.duplicate_id")
         assert reason["log.level"] == "error"
-        assert clients[twins.index(leaving)].rest() == b"", "its client was let go in good order"
+        assert clients[pair.index(leaving)].rest() == b"", "its client was let go in good order"
         assert staying.wait_for("cluster.joined")
-        until(lambda: redis.members("twins") == {"one": 1}, "the one that stays is counted")
-        assert clients[twins.index(staying)].who() == 1
+        until(lambda: redis.members("duplicates") == {"one": 1}, "the one that stays is counted")
+        assert clients[pair.index(staying)].who() == 1
         assert staying.process.poll() is None
     notes.happened("one of them ended when Redis came")
 
 
 def clone(redis: Redis, ahead_us: int) -> Iterator[str]:
-    """Beat as a copy of a cluster's only server would: with its id and its incarnation; what Redis
-    says of the holder.
+    """Send heartbeats like a copy of the cluster's only server; yield what marks the holder.
 
-    The monotonic clock of the machine on which it was resumed may be ahead of the other's.
+    The copy has the same id and incarnation. The monotonic clock of its machine may be ahead.
     """
 
     def entry() -> list[str]:
         return str(redis.command("HGET", "{gserver:clones}:members", "one")).split()
 
     _, then, incarnation = entry()
-    until(lambda: entry()[1] != then, "the server has beaten once more since it was copied")
-    link, sent = RedisLink(Config(redis_url=redis.url, cluster_name="clones")), int(then) + ahead_us
-    answered, known = sent, 0
+    until(lambda: entry()[1] != then, "the server has sent a heartbeat since it was copied")
+    link = RedisLink(Config(redis_url=redis.url, cluster_name="clones"))
+    last_sent_sequence = acked_sequence = int(then) + ahead_us
+    last_clock = 0
     while True:
-        stamp = time.monotonic_ns() // 1000 + ahead_us
-        reply = link.call("one", incarnation, stamp, 5, 2000, 200, "", answered, known, sent)
-        known = reply.clock
+        sequence = time.monotonic_ns() // 1000 + ahead_us
+        heartbeat = Heartbeat("one", incarnation, sequence, 5, 2000, 200)
+        reply = link.send(
+            heartbeat._replace(
+                acked_sequence=acked_sequence,
+                last_clock=last_clock,
+                last_sent_sequence=last_sent_sequence,
+            )
+        )
+        last_clock = reply.clock
         if reply.holder == incarnation:
-            sent = answered = stamp
+            last_sent_sequence = acked_sequence = sequence
         yield reply.holder.removeprefix(incarnation)
         time.sleep(0.15)
 
 
 @pytest.mark.fault("A machine was cloned: one id, one incarnation")
 @pytest.mark.parametrize("ahead_us", [0, 10**9], ids=["", "ahead"])
-def test_of_a_server_and_its_clone_one_is_told_that_it_is_not_the_holder(
+def test_of_a_server_and_its_clone_one_is_not_the_holder(
     redis: Redis, ahead_us: int, notes: Notes
 ) -> None:
     with Running(*in_cluster(redis, "clones", *FAST, "--server-id", "one")) as server:
         server.wait_for("cluster.joined")
         said = list(islice(clone(redis, ahead_us), 12))
-        notes.happened(f"the clone was told {said}")
+        notes.happened(f"the clone was marked {said}")
         if ahead_us:
-            assert said == [""] * 12, "it is the holder from its first beat on"
+            assert said == [""] * 12, "it is the holder from its first heartbeat on"
             assert server.exit_code() == 2
             assert "another live server of cluster clones has the id one" in only_line(
                 server.stderr
@@ -246,7 +252,7 @@ def test_a_server_starts_while_redis_is_away_and_joins_when_it_comes(
                 assert len(client.ask(b"WHERE")) == 36
         assert said == [b"1", b"1", b"ERR cluster unavailable"]
         now = time.monotonic()
-        until(lambda: time.monotonic() > now + 1, "some more tries")
+        until(lambda: time.monotonic() > now + 1, "some more attempts")
         assert [len(server.events("cluster.lost")) for server in servers] == [1, 1, 1]
         if fault == "killed":
             redis.restart(keep_data=False)
@@ -267,7 +273,7 @@ def test_a_server_starts_when_the_name_of_its_redis_does_not_resolve() -> None:
         assert lost["gserver.kind"] == "name"
         assert "redis://no-such-host.invalid:6379" in lost["message"]
         now = time.monotonic()
-        until(lambda: time.monotonic() > now + 1, "some more tries")
+        until(lambda: time.monotonic() > now + 1, "some more attempts")
         assert len(server.events("cluster.lost")) == 1
 
 
@@ -301,18 +307,13 @@ def test_a_server_starts_when_the_name_of_its_redis_does_not_resolve() -> None:
         ),
         (
             ["--redis-url", f"redis://:{SECRET}@localhost:port"],
-            "the URL has a host or port that is none",
+            "the URL has an invalid host or port",
         ),
-        (
-            ["--redis-url", f"redis://localhost?pass={SECRET}"],
-            "the URL has a parameter that is none of",
-        ),
+        (["--redis-url", f"redis://localhost?pass={SECRET}"], "the URL has an unknown parameter"),
         (["--redis-url", f"redis+sentinel://:{SECRET}@a:1,b:2"], "the URL names no service"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_in_one_line(
-    options: list[str], message: str
-) -> None:
+def test_invalid_options_are_refused_in_one_line(options: list[str], message: str) -> None:
     done = gserver(
         "--port",
         "0",
@@ -331,7 +332,7 @@ def test_a_bad_url_of_the_environment_is_refused_without_its_secret() -> None:
     assert SECRET not in done.stderr + done.stdout
 
 
-def test_redis_is_found_by_variables_too(redis: Redis) -> None:
+def test_environment_variables_can_name_the_redis(redis: Redis) -> None:
     away = f"redis://127.0.0.1:{free_port()}"
     for variables in {"REDIS_URL": redis.url}, {"GSERVER_REDIS_URL": redis.url, "REDIS_URL": away}:
         with Running("--cluster-name", "variables", env=variables) as server:
@@ -374,12 +375,12 @@ def test_a_password_shows_in_no_command_line_and_no_log(
         assert SECRET not in server.stderr + "".join(server.lines)
 
 
-def test_a_redis_without_the_password_it_wants_is_an_error_of_kind_auth(locked: Redis) -> None:
+def test_a_missing_password_is_an_error_of_kind_auth(locked: Redis) -> None:
     with Running("--redis-url", f"redis://127.0.0.1:{locked.port}", *FAST) as server:
         assert server.wait_for("cluster.lost")["gserver.kind"] == "auth"
 
 
-def test_a_unix_socket_will_do(redis: Redis, locked: Redis) -> None:
+def test_a_unix_socket_is_enough(redis: Redis, locked: Redis) -> None:
     for one in (redis, locked):
         with Running("--redis-url", one.unix_url, "--cluster-name", "unix", *FAST) as server:
             assert (
@@ -388,7 +389,7 @@ def test_a_unix_socket_will_do(redis: Redis, locked: Redis) -> None:
             assert len(one.members("unix")) == 1
 
 
-def test_tls_is_spoken_with_a_redis_whose_certificate_is_right_or_may_be_wrong(
+def test_a_tls_certificate_of_redis_must_be_valid_unless_it_is_not_verified(
     encrypted: Redis,
 ) -> None:
     url = ["--cluster-name", "tls", *FAST, "--redis-url"]
@@ -411,16 +412,17 @@ def test_tls_is_spoken_with_a_redis_whose_certificate_is_right_or_may_be_wrong(
         assert len(encrypted.members("tls")) == 3
 
 
-# A server alone.
+# A server without a cluster.
 
 
-def test_a_server_alone_has_no_agent_and_an_agent_for_metrics_loads_nothing_of_redis() -> None:
+def test_without_a_cluster_there_is_no_agent_or_one_that_does_not_load_redis() -> None:
     with Running() as server:
         assert server.agents() == []
     with Running("--statsd-host", "127.0.0.1", "--statsd-port", "9") as server:
         assert len(server.agents()) == 1
         assert not server.events("cluster.joined")
-    code = "import sys, json, gserver.agent.agent; before = list(sys.modules); import gserver.cluster.heartbeat"
+    code = "import sys, json, gserver.agent.agent; before = list(sys.modules)"
+    code += "; import gserver.cluster.heartbeat"
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"{code}; print(json.dumps([before, list(sys.modules)]))"],
         capture_output=True,

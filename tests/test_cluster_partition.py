@@ -1,7 +1,6 @@
-"""Servers on hosts of their own, and a network that loses packets between them and Redis: both
-ways, or one way only.
+"""Servers on hosts of their own, and a network that loses packets between them and Redis.
 
-The clients stay connected all the time, and each server is asked WHO all the time.
+It loses them both ways or one way only. Clients stay connected and send WHO all the time.
 """
 
 import random
@@ -23,8 +22,8 @@ from tests.running import LIMIT, PATIENCE, Running, until
 from tests.steady import Cluster, SteadyServer
 
 SHARES = 5, 3, 2
-#: All is exact so soon after a partition; a server that is cut off is dropped so soon after its
-#: TTL.
+#: Seconds until all counts are exact after a partition, and from the end of its TTL until a server
+#: that is cut off is dropped.
 HEALED = 2 * PATIENCE
 DROPPED = 1 * PATIENCE
 #: Other hosts may connect to it.
@@ -34,7 +33,7 @@ OPEN: dict[str, Any] = {"bind": "0.0.0.0", "protected-mode": "no"}
 def spread(
     stack: ExitStack[Any], hosts: list[Host], url: str, beat: float, ttl: float, workers: int = 1
 ) -> Cluster:
-    """A cluster of one server on each host, all of which say the total."""
+    """A cluster with one server on each host, when all of them report the total."""
     cluster = stack.enter_context(Cluster(url, beat, ttl, shares=()))
     options = *cluster.options, "--workers", str(workers)
     for host, share in zip(hosts, SHARES, strict=True):
@@ -69,9 +68,7 @@ class World(ExitStack[None]):
 
     @contextmanager
     def cut(self, *ways: Way) -> Iterator[Cut]:
-        """Lose what goes these ways. All servers concerned notice before the body, and after it as
-        soon as they may.
-        """
+        """Lose packets on these paths; the servers notice before the body, and recover after it."""
         concerned = [
             m
             for host, m in zip(self.hosts, self.members, strict=True)
@@ -90,7 +87,7 @@ class World(ExitStack[None]):
 
     @contextmanager
     def guest(self, number: int, total: int) -> Iterator[None]:
-        """One more client of a server that has said this total: it counts it at once."""
+        """Connect a further client; its server counts it at once, above the given total."""
         member = self.members[number]
         member.watcher.may_say(total, total + 1)
         with self.hosts[number].inside():
@@ -101,7 +98,7 @@ class World(ExitStack[None]):
             yield
 
     def come_and_go(self, number: int, total: int) -> None:
-        """Five clients, one after another, of a server that says this total."""
+        """Connect five clients, one after another, to a server that reports this total."""
         watcher = self.members[number].watcher
         for _ in range(5):
             with self.guest(number, total):
@@ -110,15 +107,15 @@ class World(ExitStack[None]):
             until(lambda: watcher.says(total), f"{total} again", PATIENCE)
             watcher.may_say(total)
 
-    def told_at(self, number: int) -> float:
-        """When the server sent the last beat that Redis has carried out."""
+    def last_reported_at(self, number: int) -> float:
+        """Return the monotonic time of the server's last heartbeat that Redis has run."""
         name = self.members[number].clients[0].ask(b"WHERE").decode()
         with self.redis_host.inside():
             entry = str(self.redis.command("HGET", "{gserver:gserver}:members", name))
         return int(entry.split()[1]) / 1e6
 
     def wait_until_alone(self, staying: list[SteadyServer], since: float) -> None:
-        """Those who stay go on counting those who were heard last at that moment, but not for long."""
+        """Wait until the remaining servers count only themselves."""
         left = sum(member.share for member in staying)
         for watcher in [member.watcher for member in staying]:
             until(partial(watcher.says, left), f"only {left} are left", self.ttl + LIMIT)
@@ -133,25 +130,25 @@ class World(ExitStack[None]):
 def shared_world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    """One for all tests that leave it as it was."""
+    """One world for all tests that leave it as it was."""
     with World(tmp_path_factory.mktemp("world"), *request.param) as running:
         yield running
 
 
 @pytest.fixture
 def world(shared_world: World) -> World:
-    """All is well, whatever became of the test before."""
+    """The shared world without faults, even if the test before has failed."""
     shared_world.cluster.start_over()
     return shared_world
 
 
 QUICK, DEFAULT = (0.3, 3.0), (0.5, 5.0)
-#: Of which `bin/test` tries the first only.
+#: `bin/test` runs only the first.
 WORKERS = [pytest.param(1, id="1 worker"), pytest.param(3, id="3 workers", marks=pytest.mark.long)]
 
 
 def row(fault: str, times: tuple[float, float] = QUICK) -> Callable[[Any], Any]:
-    """Mark a test of the shared world as one of the matrix."""
+    """Mark a test of the shared world as a row of the matrix."""
     worlds = [
         pytest.param((*times, each.values[0]), id=each.id, marks=each.marks) for each in WORKERS
     ]
@@ -165,7 +162,7 @@ def row(fault: str, times: tuple[float, float] = QUICK) -> Callable[[Any], Any]:
 
 
 @row("One server cut off, both ways", DEFAULT)
-def test_a_server_that_is_cut_off_counts_its_own_and_is_dropped_after_its_ttl(
+def test_a_server_that_is_cut_off_counts_its_own_clients_and_is_dropped_after_its_ttl(
     world: World, notes: Notes
 ) -> None:
     cluster, (cut_off, *others), began = world.cluster, world.members, time.monotonic()
@@ -177,7 +174,7 @@ def test_a_server_that_is_cut_off_counts_its_own_and_is_dropped_after_its_ttl(
         world.wait_until_alone(others, cut.before)
         others[1].watcher.may_say(5, 6)
         with world.guest(1, 5):
-            until(lambda: others[1].watcher.says(6), "the other one knows of it", HEALED)
+            until(lambda: others[1].watcher.says(6), "the other server counts it", HEALED)
             world.come_and_go(0, 10)
             for member in world.members:
                 member.watcher.may_say(10 if member is cut_off else 6, 11)
@@ -193,12 +190,14 @@ def test_a_server_that_is_cut_off_counts_its_own_and_is_dropped_after_its_ttl(
 
 
 @row("One server cut off: what it sends is lost")
-def test_a_server_whose_beats_are_lost_is_as_good_as_cut_off(world: World, notes: Notes) -> None:
+def test_a_server_whose_heartbeats_are_lost_is_dropped_like_one_that_is_cut_off(
+    world: World, notes: Notes
+) -> None:
     cluster, others = world.cluster, world.members[1:]
     for member in others:
         member.watcher.may_say(10, 5)
     with world.cut(*world.to_redis(0)) as cut:
-        assert world.told_at(0) <= cut.before
+        assert world.last_reported_at(0) <= cut.before
         world.come_and_go(0, 10)
         world.wait_until_alone(others, cut.before)
         for member in others:
@@ -209,20 +208,18 @@ def test_a_server_whose_beats_are_lost_is_as_good_as_cut_off(world: World, notes
 
 
 @row("One server cut off: what it is sent is lost")
-def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_off(
+def test_a_server_that_gets_no_replies_reports_once_more_and_is_then_dropped(
     world: World, notes: Notes
 ) -> None:
-    """A beat without an answer ends its connection, and there is no other: a connection needs both
-    directions.
-    """
+    """A heartbeat without a reply ends its connection, and a new one needs both directions."""
     cluster, others = world.cluster, world.members[1:]
     for member in others:
         member.watcher.may_say(10, 5)
     with world.cut(*world.from_redis(0)) as cut:
-        told_at = world.told_at(0)
-        assert told_at >= cut.after
+        last_reported_at = world.last_reported_at(0)
+        assert last_reported_at >= cut.after
         world.come_and_go(0, 10)
-        world.wait_until_alone(others, told_at)
+        world.wait_until_alone(others, last_reported_at)
         for member in others:
             member.watcher.may_say(5, 10)
     cluster.settle(HEALED)
@@ -232,7 +229,7 @@ def test_a_server_that_hears_no_answer_is_heard_once_more_then_as_good_as_cut_of
 
 @pytest.mark.long
 @row("All servers cut off, twice as long as the TTL")
-def test_nobody_is_dropped_while_all_are_cut_off_nor_when_they_are_back(
+def test_no_server_is_dropped_while_all_are_cut_off_nor_when_they_are_back(
     world: World, notes: Notes
 ) -> None:
     cluster = world.cluster
@@ -264,7 +261,7 @@ def test_two_that_were_cut_off_together_come_back_without_a_dip(world: World, no
 @pytest.mark.long
 @row("A link that flaps")
 def test_a_link_that_flaps(world: World, notes: Notes) -> None:
-    """For less than the TTL each time, one way or the other: nobody is dropped, whoever is cut off."""
+    """Each cut is shorter than the TTL, in one direction or the other, so no server is dropped."""
     rng, cluster, flaps = random.Random(SEED), world.cluster, 0
     expired, began = cluster.events("cluster.expired"), time.monotonic()
     while time.monotonic() < began + 2 * world.ttl:
@@ -283,15 +280,13 @@ def test_a_link_that_flaps(world: World, notes: Notes) -> None:
 @pytest.mark.long
 @row("Two partitions in a row")
 def test_two_partitions_in_a_row(world: World, notes: Notes) -> None:
-    """The second one begins as soon as those of the first have been heard again, and cuts off
-    others.
-    """
+    """The second begins when the servers of the first have reported again; it cuts off others."""
     cluster, (first, second, third) = world.cluster, world.members
     cluster.may_say(10, 5, 8, 7, 2, 3)
     with world.cut(*world.to_redis(0), *world.from_redis(0)) as cut:
         first.watcher.may_say(10)
         for member in (second, third):
-            until(partial(member.watcher.says, 5), "the first one is dropped", world.ttl + LIMIT)
+            until(partial(member.watcher.says, 5), "the first server is dropped", world.ttl + LIMIT)
     cluster.may_say(*range(2, 11))
     with world.cut(*world.to_redis(1, 2), *world.from_redis(1, 2)):
         until(partial(first.watcher.says, 5), "the others are dropped", world.ttl + LIMIT)
@@ -308,7 +303,7 @@ def kill(server: Running) -> None:
     server.exit_code()
 
 
-def stop_untold(server: Running) -> None:
+def stop_without_leaving(server: Running) -> None:
     assert server.stop() == 0
     assert server.events("cluster.not_left")
 
@@ -318,9 +313,7 @@ def stop_untold(server: Running) -> None:
 def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(
     tmp_path: Path, notes: Notes
 ) -> None:
-    """Their last beats are lost, and are to stay so: the kernel must not send them again when they
-    are long dropped.
-    """
+    """Their last heartbeats must stay lost: the kernel must not send them again later."""
     with World(tmp_path, *QUICK) as world:
         cluster, (killed, stopped, third) = world.cluster, world.members
         with world.cut(*world.to_redis(0), *world.from_redis(0)):
@@ -328,7 +321,7 @@ def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(
             assert third.watcher.says(10), "the network is repaired before it is dropped"
         third.watcher.may_say(10, 7, 5, 2)
         with world.cut(*world.to_redis(1), *world.from_redis(1)) as cut:
-            cluster.end(stopped, stop_untold)
+            cluster.end(stopped, stop_without_leaving)
             world.wait_until_alone([third], cut.before)
             until(
                 lambda: time.monotonic() > cut.after + 1.5 * world.ttl,
@@ -336,14 +329,14 @@ def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(
             )
         until(
             lambda: time.monotonic() > cut.after + 2.5 * world.ttl,
-            "whatever was to be sent again was sent",
+            "all retransmissions have been sent",
         )
         cluster.check()
         notes.happened("one was killed and one stopped while their packets were lost")
 
 
 class Node(NamedTuple):
-    """A host with one of everything."""
+    """A host with a Redis and a Sentinel."""
 
     host: Host
     redis: Redis
@@ -354,9 +347,7 @@ class Node(NamedTuple):
             return self.redis.role()
 
     def knows(self) -> tuple[str, str, str]:
-        """Where this Sentinel has the primary, how many replicas and how many other Sentinels it
-        knows.
-        """
+        """Return the primary, the replicas and the other Sentinels that the Sentinel knows."""
         with self.host.inside():
             flat: list[str] = self.sentinel.command("SENTINEL", "MASTER", "gserver")
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
@@ -364,7 +355,7 @@ class Node(NamedTuple):
 
 
 def start_nodes(stack: ExitStack[Any], folder: Path, hosts: list[Host]) -> list[Node]:
-    """Redis and its replicas, each with a Sentinel, of which two must agree."""
+    """Start Redis and its replicas, each with a Sentinel; two of the Sentinels must agree."""
     redises: list[Redis] = []
     for host in hosts:
         primary: dict[str, Any] = (
@@ -422,15 +413,15 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
         with network.cut(*to_old, *((minority, other) for other, minority in to_old)):
             until(
                 lambda: "master" in [node.role() for node in majority],
-                "another is primary",
+                "another Redis is the primary",
                 FAILOVER_LIMIT,
             )
-            until(lambda: cluster.all_say(5), "each side counts its own", ttl + LIMIT)
+            until(lambda: cluster.all_say(5), "each side counts its own servers", ttl + LIMIT)
             assert old.role() == "master"
             cluster.may_say(5)
             cluster.watch(2 * beat)
             cluster.may_say(5, 10)
-        until(lambda: old.role() == "slave", "the old one has heard of it", FAILOVER_LIMIT)
+        until(lambda: old.role() == "slave", "the old primary has been demoted", FAILOVER_LIMIT)
         cluster.settle(HEALED)
         cluster.check()
         notes.happened(
@@ -441,9 +432,7 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
 @pytest.mark.long
 @pytest.mark.fault("Primary cut off with its Sentinel; servers reach both sides")
 def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes: Notes) -> None:
-    """Each has been told of the primary by the Sentinel that is cut off with it, and goes on to
-    name it.
-    """
+    """Each knows the primary from the Sentinel that is cut off with it and still names it."""
     beat, ttl = QUICK
     with ExitStack() as stack:
         network = stack.enter_context(Network(2 * len(SHARES)))
@@ -458,7 +447,7 @@ def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes
         with network.cut(*to_old, *((minority, other) for other, minority in to_old)):
             until(
                 lambda: "master" in [node.role() for node in majority],
-                "another is primary",
+                "another Redis is the primary",
                 FAILOVER_LIMIT,
             )
             [new] = [node for node in majority if node.role() == "master"]
@@ -479,6 +468,6 @@ def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes
             assert old.role() == "master"
             assert old.knows()[0] == old.host.address
             notes.happened("both were primary, and the Sentinel of the old one named it")
-        until(lambda: old.role() == "slave", "the old one has heard of it", FAILOVER_LIMIT)
+        until(lambda: old.role() == "slave", "the old primary has been demoted", FAILOVER_LIMIT)
         cluster.settle(HEALED)
         cluster.check()

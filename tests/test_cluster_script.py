@@ -1,11 +1,11 @@
-"""The script of a beat, run as it is on a real Redis: each promise of its header, and a model of it
-in Python.
+"""The heartbeat script on a real Redis: each promise of its header, and a model of it in Python.
 
-Its clock is that of Redis, which the tests cannot set. But the script only looks at how long ago
-the last beat was, and writes into `beat_at` what it has taken for now: by moving that, time passes
-without a sleep.
+The script reads the clock of Redis, which the tests cannot set. But it only uses the time since the
+last heartbeat, and stores the time of that in `heartbeat_at`. By moving that, the tests let time
+pass without a sleep.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,14 +18,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from gserver.cluster.membership import Reply
-from gserver.cluster.redis_link import SCRIPT, RedisLink
+from gserver.cluster.membership import Heartbeat, Reply
+from gserver.cluster.redis_link import HEARTBEAT_SCRIPT, RedisLink
 from gserver.config import Config
 from tests.redises import Redis, free_port
-from tests.running import until
+from tests.running import ROOT, until
 
-#: So long that no lease is over because a machine is slow. An interval is all that a beat moves the
-#: clock.
+#: Milliseconds; long enough that no lease ends because a machine is slow.
 TTL, INTERVAL = 60_000, 6000
 TTL_INTERVALS = TTL // INTERVAL
 RECOUNT = 60_000
@@ -36,15 +35,16 @@ MEMBERS, LEASES, STATE = KEYS = RedisLink(
 
 @dataclass
 class Entry:
-    count: int
-    stamp: int
+    clients: int
+    sequence: int
     incarnation: str
-    until: int
+    lease_end: int
 
 
 class Model:
-    """What the script does, in Python, with the time given: for clusters in whose keys nobody else
-    writes.
+    """What the script does, in Python, with the time as an argument.
+
+    It holds for clusters whose keys no other program writes.
     """
 
     def __init__(self) -> None:
@@ -53,65 +53,74 @@ class Model:
     def lose_all(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.clock = self.lost_at = 0
-        self.back: list[str] = []
-        self.beat_at: int | None = None
+        self.returned: list[str] = []
+        self.heartbeat_at: int | None = None
 
-    def beat(
+    def heartbeat(
         self,
-        member: str,
-        count: int | str,
+        server_id: str,
+        clients: int | str,
         now: int,
         incarnation: str = "a1",
-        stamp: int = 0,
-        replaced: str = "",
-        answered: int = 0,
-        known: int = 0,
+        sequence: int = 0,
+        replaced_incarnation: str = "",
+        acked_sequence: int = 0,
+        last_clock: int = 0,
         ttl: int = TTL,
     ) -> Reply:
-        before = self.entries.get(member)
-        is_older = (
-            before is not None and before.incarnation == incarnation and answered > before.stamp
+        before = self.entries.get(server_id)
+        is_outdated = (
+            before is not None
+            and before.incarnation == incarnation
+            and acked_sequence > before.sequence
         )
-        # It was told so lately that it was a member that its lease cannot be over.
-        is_gone = (
-            before is None and answered > 0 and known >= self.lost_at and self.clock - known < ttl
+        # It was acknowledged so recently that its lease cannot have ended.
+        is_entry_lost = (
+            before is None
+            and acked_sequence > 0
+            and last_clock >= self.lost_at
+            and self.clock - last_clock < ttl
         )
-        is_older |= is_gone and self.beat_at is not None and now - self.beat_at > INTERVAL
+        is_outdated |= (
+            is_entry_lost and self.heartbeat_at is not None and now - self.heartbeat_at > INTERVAL
+        )
         if (
-            self.beat_at is None
-            or is_older
-            or min(known - self.clock, now - self.beat_at) > 2 * INTERVAL
+            self.heartbeat_at is None
+            or is_outdated
+            or min(last_clock - self.clock, now - self.heartbeat_at) > 2 * INTERVAL
         ):
             self.lose_all()
-            self.clock = self.lost_at = max(known + 1, now)
+            self.clock = self.lost_at = max(last_clock + 1, now)
             before = None
-        if self.beat_at is not None:
-            self.clock += max(0, min(now - self.beat_at, INTERVAL))
-        self.beat_at = now
+        if self.heartbeat_at is not None:
+            self.clock += max(0, min(now - self.heartbeat_at, INTERVAL))
+        self.heartbeat_at = now
         holder = before.incarnation if before else ""
-        is_mine, was_missing = holder == incarnation, before is None and answered > 0
-        if not before or holder == replaced or (is_mine and stamp > before.stamp):
-            if count == "leave":
-                self.entries.pop(member, None)
+        is_mine, was_missing = holder == incarnation, before is None and acked_sequence > 0
+        if not before or holder == replaced_incarnation or (is_mine and sequence > before.sequence):
+            if clients == "leave":
+                self.entries.pop(server_id, None)
             else:
                 if was_missing:
-                    self.back.append(incarnation)
-                self.entries[member] = Entry(int(count), stamp, incarnation, self.clock + ttl)
+                    self.returned.append(incarnation)
+                self.entries[server_id] = Entry(
+                    int(clients), sequence, incarnation, self.clock + ttl
+                )
                 holder = incarnation
         self.entries = {
-            name: entry for name, entry in self.entries.items() if entry.until > self.clock
+            name: entry for name, entry in self.entries.items() if entry.lease_end > self.clock
         }
-        total = sum(entry.count for entry in self.entries.values())
-        lease = self.entries[member].until if member in self.entries else 0
-        holder = holder if lease else ""
+        total_clients = sum(entry.clients for entry in self.entries.values())
+        lease_end = self.entries[server_id].lease_end if server_id in self.entries else 0
+        holder = holder if lease_end else ""
         return Reply(
-            total,
+            total_clients,
             len(self.entries),
-            len(self.back),
+            len(self.returned),
             self.clock,
             self.lost_at,
             holder,
-            lease,
+            lease_end,
             int(was_missing),
         )
 
@@ -123,63 +132,67 @@ class Cluster:
         self.server = server
         self.redis: Any = redis.Redis(port=server.port, decode_responses=True)
         self.redis.flushall()
-        self.run = self.redis.register_script(SCRIPT)
-        self.stamp = 0
+        self.run = self.redis.register_script(HEARTBEAT_SCRIPT)
+        self.sequence = 0
 
-    def beat(
+    def heartbeat(
         self,
-        member: str,
-        count: int | str,
+        server_id: str,
+        clients: int | str,
         incarnation: str = "a1",
-        stamp: int | None = None,
-        replaced: str = "",
+        sequence: int | None = None,
+        replaced_incarnation: str = "",
         times: tuple[int, int] = (TTL, INTERVAL),
-        answered: int | None = None,
-        known: int = 0,
+        acked_sequence: int | None = None,
+        last_clock: int = 0,
     ) -> Reply:
-        """Who knows of the clock has been answered before, with its first beat if nothing else is
-        said.
-        """
-        self.stamp += 1
-        stamp = self.stamp if stamp is None else stamp
-        answered = int(known > 0) if answered is None else answered
-        arguments = [member, incarnation, stamp, count, *times, replaced, answered, known]
+        """Send a heartbeat. Unless it is given, `acked_sequence` is 1 if `last_clock` is known."""
+        self.sequence += 1
+        sequence = self.sequence if sequence is None else sequence
+        acked_sequence = int(last_clock > 0) if acked_sequence is None else acked_sequence
+        arguments = [
+            server_id,
+            incarnation,
+            sequence,
+            clients,
+            *times,
+            replaced_incarnation,
+            acked_sequence,
+            last_clock,
+        ]
         return Reply(*self.run(keys=KEYS, args=arguments))
 
     def elapse(self, milliseconds: int) -> None:
-        """Let time pass in which nobody beats; less than none for a clock of Redis that was set
-        back.
-        """
-        self.redis.hincrby(STATE, "beat_at", -milliseconds)
+        """Let time pass without heartbeats; negative if the clock of Redis is set back."""
+        self.redis.hincrby(STATE, "heartbeat_at", -milliseconds)
 
     def now(self) -> int:
-        """What the last beat took for the time."""
-        return int(self.redis.hget(STATE, "beat_at"))
+        """The time of Redis at the last heartbeat."""
+        return int(self.redis.hget(STATE, "heartbeat_at"))
 
     def counts(self) -> dict[str, int]:
         return {
-            member: int(entry.split()[0]) for member, entry in self.redis.hgetall(MEMBERS).items()
+            server_id: int(entry.split()[0])
+            for server_id, entry in self.redis.hgetall(MEMBERS).items()
         }
 
     def keys(self) -> list[str]:
         return sorted(self.redis.keys("*"))
 
     def contents(self) -> dict[str, bytes]:
-        """All that is stored, in Redis' own form."""
+        """All keys and their values, as DUMP returns them."""
         return {
             key: self.redis.execute_command("DUMP", key, NEVER_DECODE=True) for key in self.keys()
         }
 
 
-def anew(cluster: Cluster, known: int) -> int:
-    """Where the lease clock begins after a loss of data that a beat with this knowledge has noticed
-    just now.
-    """
-    return max(known + 1, cluster.now())
+def clock_after_loss(cluster: Cluster, last_clock: int) -> int:
+    """Where the lease clock begins after a loss of data that the last heartbeat has found."""
+    return max(last_clock + 1, cluster.now())
 
 
-def seen(reply: Reply) -> tuple[int, int]:
-    return reply.total, reply.servers
+def totals(reply: Reply) -> tuple[int, int]:
+    return reply.total_clients, reply.servers
 
 
 @pytest.fixture(scope="module")
@@ -195,117 +208,131 @@ def cluster(server: Redis) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_the_first_beat_of_the_first_server_founds_the_cluster(cluster: Cluster) -> None:
-    reply, now = cluster.beat("one", 5), cluster.now()
+def test_the_first_heartbeat_of_the_first_server_founds_the_cluster(cluster: Cluster) -> None:
+    reply, now = cluster.heartbeat("one", 5), cluster.now()
     assert reply == Reply(
-        5, 1, back=0, clock=now, lost_at=now, holder="a1", lease=now + TTL, was_missing=0
+        5,
+        1,
+        returned_servers=0,
+        clock=now,
+        lost_at=now,
+        holder="a1",
+        lease_end=now + TTL,
+        was_missing=0,
     )
     assert cluster.redis.hgetall(MEMBERS) == {"one": "5 1 a1"}
     assert cluster.redis.zrange(LEASES, 0, -1, withscores=True) == [("one", now + TTL)]
 
 
-def test_a_server_that_is_there_is_not_missing_and_its_new_count_replaces_the_old(
+def test_a_member_is_not_missing_and_its_new_count_replaces_the_old_one(cluster: Cluster) -> None:
+    cluster.heartbeat("one", 5)
+    second, third = cluster.heartbeat("one", 7), cluster.heartbeat("one", 0)
+    assert totals(second) == (7, 1)
+    assert totals(third) == (0, 1)
+
+
+def test_a_server_that_was_acknowledged_and_has_no_entry_is_reported_as_missing(
     cluster: Cluster,
 ) -> None:
-    cluster.beat("one", 5)
-    second, third = cluster.beat("one", 7), cluster.beat("one", 0)
-    assert seen(second) == (7, 1)
-    assert seen(third) == (0, 1)
+    cluster.heartbeat("one", 5)
+    last_clock = cluster.heartbeat("two", 7).clock
+    cluster.heartbeat("two", "leave")
+    missing = []
+    for server_id, acked_sequence in (("three", 0), ("one", 1), ("two", 1), ("two", 1)):
+        reply = cluster.heartbeat(
+            server_id, 1, acked_sequence=acked_sequence, last_clock=last_clock
+        )
+        missing.append(reply.was_missing)
+    assert missing == [0, 0, 1, 0]
 
 
-def test_a_server_that_had_been_answered_and_is_there_no_more_is_told_so(cluster: Cluster) -> None:
-    cluster.beat("one", 5)
-    known = cluster.beat("two", 7).clock
-    cluster.beat("two", "leave")
-    told = [cluster.beat(member, 1, answered=answered, known=known).was_missing for member, answered in
-            (("three", 0), ("one", 1), ("two", 1), ("two", 1))]  # fmt: skip
-    assert told == [0, 0, 1, 0]
-
-
-def test_each_server_is_told_the_total_and_the_number_of_all(cluster: Cluster) -> None:
+def test_each_reply_has_the_total_and_the_number_of_servers(cluster: Cluster) -> None:
     replies = [
-        cluster.beat(member, count)
-        for member, count in (("one", 1), ("two", 20), ("three", 300), ("one", 2))
+        cluster.heartbeat(server_id, clients)
+        for server_id, clients in (("one", 1), ("two", 20), ("three", 300), ("one", 2))
     ]
-    assert [seen(reply) for reply in replies] == [(1, 1), (21, 2), (321, 3), (322, 3)]
+    assert [totals(reply) for reply in replies] == [(1, 1), (21, 2), (321, 3), (322, 3)]
 
 
-def test_who_leaves_is_gone_at_once_with_its_clients(cluster: Cluster) -> None:
-    cluster.beat("one", 1)
-    cluster.beat("two", 20)
-    left = cluster.beat("two", "leave")
-    assert (left.total, left.servers, left.lease) == (1, 1, 0)
+def test_a_server_that_leaves_is_removed_at_once_with_its_clients(cluster: Cluster) -> None:
+    cluster.heartbeat("one", 1)
+    cluster.heartbeat("two", 20)
+    left = cluster.heartbeat("two", "leave")
+    assert (left.total_clients, left.servers, left.lease_end) == (1, 1, 0)
     assert cluster.counts() == {"one": 1}
     assert cluster.redis.zrange(LEASES, 0, -1) == ["one"]
-    assert seen(cluster.beat("two", 3)) == (4, 2)
+    assert totals(cluster.heartbeat("two", 3)) == (4, 2)
 
 
-def test_who_was_taken_out_by_somebody_else_is_counted_once_when_it_is_back(
+def test_a_server_whose_entry_was_deleted_by_hand_is_counted_once_when_it_is_back(
     cluster: Cluster,
 ) -> None:
-    cluster.beat("one", 1)
-    known = cluster.beat("two", 20).clock
+    cluster.heartbeat("one", 1)
+    last_clock = cluster.heartbeat("two", 20).clock
     cluster.redis.hdel(MEMBERS, "two")
     cluster.redis.zrem(LEASES, "two")
-    assert seen(cluster.beat("two", 20, answered=1, known=known)) == (21, 2)
-    assert seen(cluster.beat("one", 1)) == (21, 2)
+    assert totals(cluster.heartbeat("two", 20, acked_sequence=1, last_clock=last_clock)) == (21, 2)
+    assert totals(cluster.heartbeat("one", 1)) == (21, 2)
 
 
-def test_who_leaves_without_being_there_changes_nothing(cluster: Cluster) -> None:
-    cluster.beat("one", 1)
-    assert seen(cluster.beat("two", "leave")) == (1, 1)
+def test_leaving_without_an_entry_changes_nothing(cluster: Cluster) -> None:
+    cluster.heartbeat("one", 1)
+    assert totals(cluster.heartbeat("two", "leave")) == (1, 1)
     assert cluster.counts() == {"one": 1}
 
 
 def test_the_clock_goes_on_from_where_it_was_after_the_last_server_has_left(
     cluster: Cluster,
 ) -> None:
-    cluster.beat("one", 1)
+    cluster.heartbeat("one", 1)
     cluster.elapse(1000)
-    clock = cluster.beat("one", "leave").clock
+    clock = cluster.heartbeat("one", "leave").clock
     assert clock >= 1000
     assert cluster.keys() == [STATE]
-    assert cluster.beat("two", 2).clock >= clock
+    assert cluster.heartbeat("two", 2).clock >= clock
 
 
-def test_a_server_that_beats_no_more_is_dropped_when_its_lease_is_over_and_not_before(
-    cluster: Cluster,
-) -> None:
-    lease = cluster.beat("dead", 9).lease
+def test_a_silent_server_is_dropped_when_its_lease_ends_and_not_before(cluster: Cluster) -> None:
+    lease_end = cluster.heartbeat("dead", 9).lease_end
     replies = []
     for _ in range(TTL_INTERVALS):
         cluster.elapse(INTERVAL)
-        replies.append(cluster.beat("one", 1))
-    assert [(reply.total, reply.servers) for reply in replies] == [(10, 2)] * (
+        replies.append(cluster.heartbeat("one", 1))
+    assert [(reply.total_clients, reply.servers) for reply in replies] == [(10, 2)] * (
         TTL_INTERVALS - 1
     ) + [(1, 1)]
-    assert replies[-2].clock < lease <= replies[-1].clock
+    assert replies[-2].clock < lease_end <= replies[-1].clock
     assert cluster.counts() == {"one": 1}
-    assert seen(cluster.beat("dead", 9)) == (10, 2)
+    assert totals(cluster.heartbeat("dead", 9)) == (10, 2)
 
 
-def test_a_short_ttl_is_over_in_real_time(cluster: Cluster) -> None:
-    cluster.beat("dead", 9, times=(200, 20))
+def test_a_short_ttl_ends_in_real_time(cluster: Cluster) -> None:
+    cluster.heartbeat("dead", 9, times=(200, 20))
     before = cluster.now()
-    until(lambda: cluster.beat("one", 1, times=(200, 20)).servers == 1, "the dead one is dropped")
+    until(
+        lambda: cluster.heartbeat("one", 1, times=(200, 20)).servers == 1,
+        "the dead server is dropped",
+    )
     assert cluster.now() - before >= 200
 
 
-def test_a_server_that_beats_is_never_dropped(cluster: Cluster) -> None:
+def test_a_server_that_sends_heartbeats_is_never_dropped(cluster: Cluster) -> None:
     for _ in range(20):
-        for member in ("one", "two"):
+        for server_id in ("one", "two"):
             cluster.elapse(INTERVAL)
-            reply = cluster.beat(member, 1)
+            reply = cluster.heartbeat(server_id, 1)
     assert reply.servers == 2
     assert reply.clock >= 39 * INTERVAL
 
 
-def test_at_most_500_are_dropped_at_once_and_the_rest_by_the_next_beats(cluster: Cluster) -> None:
+def test_one_heartbeat_drops_at_most_500_servers_and_the_next_ones_drop_the_rest(
+    cluster: Cluster,
+) -> None:
     for number in range(1200):
-        cluster.beat(f"dead-{number}", 1)
+        cluster.heartbeat(f"dead-{number}", 1)
     cluster.redis.zadd(LEASES, {f"dead-{number}": 0 for number in range(1200)}, xx=True)
-    replies = [cluster.beat("one", 5) for _ in range(4)]
-    assert [(reply.servers, reply.total) for reply in replies] == [
+    replies = [cluster.heartbeat("one", 5) for _ in range(4)]
+    assert [(reply.servers, reply.total_clients) for reply in replies] == [
         (701, 705),
         (201, 205),
         (1, 5),
@@ -314,53 +341,61 @@ def test_at_most_500_are_dropped_at_once_and_the_rest_by_the_next_beats(cluster:
     assert cluster.counts() == {"one": 5}
 
 
-def test_after_an_outage_of_any_length_nobody_is_dropped_before_it_could_beat(
+def test_after_an_outage_of_any_length_no_server_is_dropped_before_it_could_report(
     cluster: Cluster,
 ) -> None:
     members = ["one", "two", "three"]
-    for member in members:
-        cluster.beat(member, 1)
+    for server_id in members:
+        cluster.heartbeat(server_id, 1)
     for members_in_order in (members, members[::-1]):
         cluster.elapse(1000 * TTL)
-        for member in members_in_order:
-            reply = cluster.beat(member, 1)
-            assert seen(reply) == (3, 3)
+        for server_id in members_in_order:
+            reply = cluster.heartbeat(server_id, 1)
+            assert totals(reply) == (3, 3)
 
 
-def test_the_clock_runs_as_the_time_between_beats_does(cluster: Cluster) -> None:
-    clock, began = cluster.beat("one", 1).clock, cluster.now()
-    replies = [cluster.beat("one", 1) for _ in range(300)]
-    until(lambda: cluster.beat("one", 1).clock > clock, "the clock goes on")
-    assert cluster.beat("one", 1).clock - clock == cluster.now() - began
+def test_the_lease_clock_advances_by_the_time_between_heartbeats(cluster: Cluster) -> None:
+    clock, began = cluster.heartbeat("one", 1).clock, cluster.now()
+    replies = [cluster.heartbeat("one", 1) for _ in range(300)]
+    until(lambda: cluster.heartbeat("one", 1).clock > clock, "the clock advances")
+    assert cluster.heartbeat("one", 1).clock - clock == cluster.now() - began
     assert [reply.clock for reply in replies] == sorted(reply.clock for reply in replies)
 
 
 @pytest.mark.parametrize("pause", [INTERVAL, INTERVAL + 1, TTL, 1000 * TTL])
-def test_after_a_pause_the_clock_is_moved_on_by_one_interval(cluster: Cluster, pause: int) -> None:
-    clock = cluster.beat("one", 1).clock
+def test_after_a_pause_the_lease_clock_advances_by_one_interval(
+    cluster: Cluster, pause: int
+) -> None:
+    clock = cluster.heartbeat("one", 1).clock
     cluster.elapse(pause)
-    assert cluster.beat("one", 1).clock == clock + INTERVAL
+    assert cluster.heartbeat("one", 1).clock == clock + INTERVAL
 
 
-def test_it_is_told_how_many_are_back_since_data_was_lost_and_newcomers_are_not_counted(
+def test_a_reply_counts_the_servers_that_returned_after_a_loss_but_no_new_ones(
     cluster: Cluster,
 ) -> None:
-    for member in ("one", "two", "three"):
-        known = cluster.beat(member, 1).clock
-    assert cluster.beat("one", 1, known=known).back == 0, "nothing was lost yet"
+    for server_id in ("one", "two", "three"):
+        last_clock = cluster.heartbeat(server_id, 1).clock
+    assert cluster.heartbeat("one", 1, last_clock=last_clock).returned_servers == 0, (
+        "no data has been lost yet"
+    )
     cluster.redis.flushall()
     replies: list[Reply] = []
-    for member, told in (
-        ("one", known),
-        ("two", known),
+    for server_id, given_clock in (
+        ("one", last_clock),
+        ("two", last_clock),
         ("one", None),
         ("new", 0),
         ("new", None),
-        ("three", known),
+        ("three", last_clock),
     ):
         cluster.elapse(1000)
-        replies.append(cluster.beat(member, 1, known=replies[-1].clock if told is None else told))
-    assert [(reply.servers, reply.back) for reply in replies] == [
+        replies.append(
+            cluster.heartbeat(
+                server_id, 1, last_clock=replies[-1].clock if given_clock is None else given_clock
+            )
+        )
+    assert [(reply.servers, reply.returned_servers) for reply in replies] == [
         (1, 1),
         (2, 2),
         (2, 2),
@@ -371,133 +406,154 @@ def test_it_is_told_how_many_are_back_since_data_was_lost_and_newcomers_are_not_
     assert len({reply.lost_at for reply in replies}) == 1
 
 
-def test_who_comes_over_later_from_the_primary_before_is_back_too(cluster: Cluster) -> None:
-    known = cluster.beat("one", 1).clock
-    cluster.beat("two", 20)
+def test_a_server_that_comes_later_from_the_former_primary_has_returned_too(
+    cluster: Cluster,
+) -> None:
+    last_clock = cluster.heartbeat("one", 1).clock
+    cluster.heartbeat("two", 20)
     cluster.redis.flushall()
-    reply = cluster.beat("one", 1, known=known)
+    reply = cluster.heartbeat("one", 1, last_clock=last_clock)
     assert (
-        cluster.beat("two", 20, answered=1, known=reply.lost_at + 1000).back == reply.back + 1 == 2
+        cluster.heartbeat(
+            "two", 20, acked_sequence=1, last_clock=reply.lost_at + 1000
+        ).returned_servers
+        == reply.returned_servers + 1
+        == 2
     )
 
 
-def test_a_return_whose_answer_was_lost_is_counted_once(cluster: Cluster) -> None:
-    known = cluster.beat("one", 1).clock
+def test_a_return_whose_reply_was_lost_is_counted_once(cluster: Cluster) -> None:
+    last_clock = cluster.heartbeat("one", 1).clock
     cluster.redis.flushall()
-    assert [cluster.beat("one", 1, known=known).back for _ in range(3)] == [1, 1, 1]
+    assert [
+        cluster.heartbeat("one", 1, last_clock=last_clock).returned_servers for _ in range(3)
+    ] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("jump", [TTL, 1000 * TTL])
-def test_a_clock_of_redis_that_was_set_back_does_not_turn_the_lease_clock(
+def test_a_clock_of_redis_that_is_set_back_does_not_set_back_the_lease_clock(
     cluster: Cluster, jump: int
 ) -> None:
-    cluster.beat("one", 1)
+    cluster.heartbeat("one", 1)
     cluster.elapse(INTERVAL)
-    clock, before = cluster.beat("one", 1).clock, cluster.now()
+    clock, before = cluster.heartbeat("one", 1).clock, cluster.now()
     cluster.elapse(-jump)
-    assert cluster.beat("one", 1).clock == clock
-    assert cluster.now() < before + jump, "Redis' time was taken as it is"
+    assert cluster.heartbeat("one", 1).clock == clock
+    assert cluster.now() < before + jump, "the time of Redis is stored as it is"
     cluster.elapse(1000)
-    assert clock + 1000 <= cluster.beat("one", 1).clock <= clock + INTERVAL
+    assert clock + 1000 <= cluster.heartbeat("one", 1).clock <= clock + INTERVAL
 
 
-def test_a_beat_that_was_overtaken_undoes_nothing(cluster: Cluster) -> None:
-    lease = cluster.beat("one", 5, stamp=10).lease
+def test_a_late_heartbeat_undoes_nothing(cluster: Cluster) -> None:
+    lease_end = cluster.heartbeat("one", 5, sequence=10).lease_end
     cluster.elapse(1000)
-    for count, stamp in ((3, 9), (3, 10), ("leave", 9), ("leave", 10)):
-        late = cluster.beat("one", count, stamp=stamp)
-        assert seen(late) == (5, 1)
-        assert (late.holder, late.lease) == ("a1", lease)
+    for clients, sequence in ((3, 9), (3, 10), ("leave", 9), ("leave", 10)):
+        late = cluster.heartbeat("one", clients, sequence=sequence)
+        assert totals(late) == (5, 1)
+        assert (late.holder, late.lease_end) == ("a1", lease_end)
     assert cluster.redis.hgetall(MEMBERS) == {"one": "5 10 a1"}
-    assert cluster.beat("one", 3, stamp=11).total == 3
+    assert cluster.heartbeat("one", 3, sequence=11).total_clients == 3
 
 
-@pytest.mark.parametrize("count", [7, "leave"])
-def test_another_incarnation_changes_nothing_while_the_holder_is_there(
-    cluster: Cluster, count: int | str
+@pytest.mark.parametrize("clients", [7, "leave"])
+def test_another_incarnation_changes_nothing_while_the_holder_has_an_entry(
+    cluster: Cluster, clients: int | str
 ) -> None:
-    founded = cluster.beat("one", 5, incarnation="a1", stamp=10)
+    founded = cluster.heartbeat("one", 5, incarnation="a1", sequence=10)
     cluster.elapse(1000)
-    for replaced in ("", "c3"):
-        reply = cluster.beat("one", count, incarnation="b2", stamp=99, replaced=replaced)
-        assert seen(reply) == (5, 1)
-        assert (reply.holder, reply.lease) == ("a1", founded.lease)
+    for replaced_incarnation in ("", "c3"):
+        reply = cluster.heartbeat(
+            "one", clients, incarnation="b2", sequence=99, replaced_incarnation=replaced_incarnation
+        )
+        assert totals(reply) == (5, 1)
+        assert (reply.holder, reply.lease_end) == ("a1", founded.lease_end)
         assert reply.clock >= founded.clock + 1000
     assert cluster.redis.hgetall(MEMBERS) == {"one": "5 10 a1"}
 
 
-def test_a_watcher_sees_the_lease_of_the_holder_move(cluster: Cluster) -> None:
-    cluster.beat("one", 5)
-    first = cluster.beat("one", 0, incarnation="b2").lease
+def test_another_incarnation_sees_the_holder_renew_its_lease(cluster: Cluster) -> None:
+    cluster.heartbeat("one", 5)
+    first = cluster.heartbeat("one", 0, incarnation="b2").lease_end
     cluster.elapse(1000)
-    cluster.beat("one", 5)
-    assert cluster.beat("one", 0, incarnation="b2").lease >= first + 1000
+    cluster.heartbeat("one", 5)
+    assert cluster.heartbeat("one", 0, incarnation="b2").lease_end >= first + 1000
 
 
-def test_data_with_an_older_beat_of_the_caller_than_one_that_was_answered_are_as_good_as_none(
+def test_data_older_than_the_last_acknowledged_heartbeat_of_the_caller_are_discarded(
     cluster: Cluster,
 ) -> None:
-    cluster.beat("two", 20)
-    known = cluster.beat("one", 1, stamp=10).clock
-    assert seen(cluster.beat("one", 2, stamp=12, answered=10, known=known)) == (22, 2)
-    reply = cluster.beat("one", 3, stamp=14, answered=13, known=known)
-    began = anew(cluster, known)
-    assert reply == Reply(3, 1, 1, began, began, "a1", began + TTL, 1)
+    cluster.heartbeat("two", 20)
+    last_clock = cluster.heartbeat("one", 1, sequence=10).clock
+    assert totals(
+        cluster.heartbeat("one", 2, sequence=12, acked_sequence=10, last_clock=last_clock)
+    ) == (22, 2)
+    reply = cluster.heartbeat("one", 3, sequence=14, acked_sequence=13, last_clock=last_clock)
+    clock_at_loss = clock_after_loss(cluster, last_clock)
+    assert reply == Reply(3, 1, 1, clock_at_loss, clock_at_loss, "a1", clock_at_loss + TTL, 1)
     assert cluster.redis.hgetall(MEMBERS) == {"one": "3 14 a1"}
 
 
-def test_a_beat_that_was_carried_out_but_not_answered_is_no_reason_to_drop_anything(
-    cluster: Cluster,
-) -> None:
-    cluster.beat("two", 20)
-    cluster.beat("one", 1, stamp=10)
-    cluster.beat("one", 2, stamp=11, answered=10)
-    assert seen(cluster.beat("one", 3, stamp=12, answered=10)) == (23, 2)
+def test_a_heartbeat_whose_reply_was_lost_discards_nothing(cluster: Cluster) -> None:
+    cluster.heartbeat("two", 20)
+    cluster.heartbeat("one", 1, sequence=10)
+    cluster.heartbeat("one", 2, sequence=11, acked_sequence=10)
+    assert totals(cluster.heartbeat("one", 3, sequence=12, acked_sequence=10)) == (23, 2)
 
 
-def test_data_in_which_the_caller_is_missing_though_its_lease_cannot_be_over_are_as_good_as_none(
+def test_data_without_an_entry_of_the_caller_whose_lease_cannot_have_ended_are_discarded(
     cluster: Cluster,
 ) -> None:
-    old = cluster.beat("two", 20)
+    old = cluster.heartbeat("two", 20)
     backup = cluster.contents()
-    joined = cluster.beat("one", 1, stamp=10)
+    joined = cluster.heartbeat("one", 1, sequence=10)
     restore(cluster, backup)
-    # Where others beat, it may have joined on the other side of a split.
-    assert seen(cluster.beat("one", "leave", stamp=11, answered=10, known=joined.clock)) == (20, 1)
+    # Recent heartbeats: the caller may have joined on the other side of a split.
+    assert totals(
+        cluster.heartbeat("one", "leave", sequence=11, acked_sequence=10, last_clock=joined.clock)
+    ) == (20, 1)
     cluster.elapse(INTERVAL + 1)
-    reply = cluster.beat("one", 1, stamp=12, answered=10, known=joined.clock)
-    assert seen(reply) == (1, 1)
-    assert reply.lost_at == anew(cluster, joined.clock) > old.lost_at
-    # The other one learns of that loss, and causes no other.
+    reply = cluster.heartbeat("one", 1, sequence=12, acked_sequence=10, last_clock=joined.clock)
+    assert totals(reply) == (1, 1)
+    assert reply.lost_at == clock_after_loss(cluster, joined.clock) > old.lost_at
+    # The other server learns of that loss, and causes no further one.
     cluster.elapse(1000)
-    assert seen(cluster.beat("two", 20, stamp=13, answered=1, known=old.clock)) == (21, 2)
+    assert totals(
+        cluster.heartbeat("two", 20, sequence=13, acked_sequence=1, last_clock=old.clock)
+    ) == (21, 2)
 
 
-def test_who_is_missing_since_its_lease_is_over_drops_nothing(cluster: Cluster) -> None:
-    known = cluster.beat("one", 1, stamp=10).clock
+def test_a_caller_without_an_entry_because_its_lease_has_ended_discards_nothing(
+    cluster: Cluster,
+) -> None:
+    last_clock = cluster.heartbeat("one", 1, sequence=10).clock
     for _ in range(TTL_INTERVALS + 1):
         cluster.elapse(INTERVAL)
-        cluster.beat("two", 20)
-    assert seen(cluster.beat("one", 1, stamp=11, answered=10, known=known)) == (21, 2)
+        cluster.heartbeat("two", 20)
+    assert totals(
+        cluster.heartbeat("one", 1, sequence=11, acked_sequence=10, last_clock=last_clock)
+    ) == (21, 2)
 
 
-def test_the_stamps_of_another_incarnation_say_nothing_of_the_age_of_the_data(
+def test_sequence_numbers_of_another_incarnation_say_nothing_about_the_age_of_the_data(
     cluster: Cluster,
 ) -> None:
-    cluster.beat("two", 20)
-    cluster.beat("one", 1, incarnation="a1", stamp=10)
-    assert seen(cluster.beat("one", 2, incarnation="b2", stamp=99, answered=98)) == (21, 2)
-    assert seen(cluster.beat("one", 2, incarnation="b2", stamp=99, answered=98, replaced="a1")) == (
-        22,
-        2,
-    )
+    cluster.heartbeat("two", 20)
+    cluster.heartbeat("one", 1, incarnation="a1", sequence=10)
+    assert totals(
+        cluster.heartbeat("one", 2, incarnation="b2", sequence=99, acked_sequence=98)
+    ) == (21, 2)
+    assert totals(
+        cluster.heartbeat(
+            "one", 2, incarnation="b2", sequence=99, acked_sequence=98, replaced_incarnation="a1"
+        )
+    ) == (22, 2)
 
 
 TWO = 2 * INTERVAL
 
 
 @pytest.mark.parametrize(
-    ("behind", "pause", "is_older"),
+    ("behind", "pause", "is_outdated"),
     [
         (0, TTL, False),
         (TWO, TTL, False),
@@ -506,79 +562,85 @@ TWO = 2 * INTERVAL
         (TTL, TWO - 1000, False),
     ],
 )
-def test_data_whose_clock_is_two_intervals_behind_and_in_which_nobody_has_beaten_for_two_are_as_good_as_none(
-    cluster: Cluster, behind: int, pause: int, is_older: bool
+def test_data_whose_clock_is_two_intervals_behind_without_a_heartbeat_for_two_are_discarded(
+    cluster: Cluster, behind: int, pause: int, is_outdated: bool
 ) -> None:
-    """Where others beat, it is the caller who comes from elsewhere: from the other side of a split."""
-    cluster.beat("one", 1)
+    """With recent heartbeats of others, the caller comes from the other side of a split."""
+    cluster.heartbeat("one", 1)
     cluster.elapse(1000)
-    clock = cluster.beat("two", 20).clock
+    clock = cluster.heartbeat("two", 20).clock
     cluster.elapse(pause)
-    known = clock + behind
+    last_clock = clock + behind
     founded = int(cluster.redis.hget(STATE, "lost_at"))
-    reply = cluster.beat("one", 1, known=known)
-    assert seen(reply) == ((1, 1) if is_older else (21, 2))
-    assert reply.lost_at == (anew(cluster, known) if is_older else founded)
-    assert reply.clock == (anew(cluster, known) if is_older else clock + INTERVAL)
+    reply = cluster.heartbeat("one", 1, last_clock=last_clock)
+    assert totals(reply) == ((1, 1) if is_outdated else (21, 2))
+    assert reply.lost_at == (clock_after_loss(cluster, last_clock) if is_outdated else founded)
+    assert reply.clock == (
+        clock_after_loss(cluster, last_clock) if is_outdated else clock + INTERVAL
+    )
 
 
-@pytest.mark.parametrize("known", [0, 7, 10**12, 10**13, 10**14])
-def test_where_nothing_is_the_clock_begins_after_what_the_caller_knew_and_not_before_redis_time(
-    cluster: Cluster, known: int
+@pytest.mark.parametrize("last_clock", [0, 7, 10**12, 10**13, 10**14])
+def test_without_data_the_clock_begins_after_the_callers_last_clock_and_not_before_redis_time(
+    cluster: Cluster, last_clock: int
 ) -> None:
-    reply = cluster.beat("one", 1, known=known)
-    began = anew(cluster, known)
-    assert (reply.clock, reply.lost_at, reply.lease) == (began, began, began + TTL)
+    reply = cluster.heartbeat("one", 1, last_clock=last_clock)
+    clock_at_loss = clock_after_loss(cluster, last_clock)
+    assert (reply.clock, reply.lost_at, reply.lease_end) == (
+        clock_at_loss,
+        clock_at_loss,
+        clock_at_loss + TTL,
+    )
     cluster.elapse(1000)
-    later = cluster.beat("one", 1, known=began)
-    assert later.clock >= began + 1000
-    assert later.lost_at == began, "it tells of the loss as long as there is no other"
+    later = cluster.heartbeat("one", 1, last_clock=clock_at_loss)
+    assert later.clock >= clock_at_loss + 1000
+    assert later.lost_at == clock_at_loss, "the moment stands until the next loss"
 
 
-@pytest.mark.parametrize("known", ["-1", "nan", "inf", str(10**15), str(10**300)])
-def test_a_clock_that_cannot_be_is_not_taken_from_a_caller(cluster: Cluster, known: str) -> None:
-    cluster.beat("two", 20)
-    arguments: list[Any] = ["one", "a1", 1, 5, TTL, INTERVAL, "", 0, known]
-    assert seen(Reply(*cluster.run(keys=KEYS, args=arguments))) == (25, 2)
+@pytest.mark.parametrize("last_clock", ["-1", "nan", "inf", str(10**15), str(10**300)])
+def test_an_impossible_clock_of_a_caller_is_ignored(cluster: Cluster, last_clock: str) -> None:
+    cluster.heartbeat("two", 20)
+    arguments: list[Any] = ["one", "a1", 1, 5, TTL, INTERVAL, "", 0, last_clock]
+    assert totals(Reply(*cluster.run(keys=KEYS, args=arguments))) == (25, 2)
 
 
-def test_who_returns_late_and_knows_only_an_older_clock_drops_nothing(cluster: Cluster) -> None:
-    late = cluster.beat("late", 300, stamp=1)
+def test_a_server_that_returns_late_with_an_older_clock_discards_nothing(cluster: Cluster) -> None:
+    late = cluster.heartbeat("late", 300, sequence=1)
     for _ in range(TTL_INTERVALS + 5):
         cluster.elapse(INTERVAL)
-        last = cluster.beat("one", 1)
+        last = cluster.heartbeat("one", 1)
     assert last.servers == 1
-    cluster.elapse(TTL)  # And nobody has beaten for a while.
-    reply = cluster.beat("late", 300, answered=1, known=late.clock)
-    assert seen(reply) == (301, 2)
+    cluster.elapse(TTL)  # Without any heartbeat.
+    reply = cluster.heartbeat("late", 300, acked_sequence=1, last_clock=late.clock)
+    assert totals(reply) == (301, 2)
     assert reply.lost_at == late.lost_at
     assert reply.clock >= last.clock
 
 
-def test_two_losses_in_a_row_are_told_apart(cluster: Cluster) -> None:
-    known, told = cluster.beat("one", 1).clock, []
+def test_two_losses_in_a_row_have_different_moments(cluster: Cluster) -> None:
+    last_clock, losses = cluster.heartbeat("one", 1).clock, []
     for _ in range(4):
         cluster.redis.flushall()
-        reply = cluster.beat("one", 1, known=known)
-        known = reply.clock
-        told.append(reply.lost_at)
-    assert told == sorted(set(told))
+        reply = cluster.heartbeat("one", 1, last_clock=last_clock)
+        last_clock = reply.clock
+        losses.append(reply.lost_at)
+    assert losses == sorted(set(losses))
 
 
-def test_when_a_newcomer_beats_first_after_a_loss_the_others_join_it(cluster: Cluster) -> None:
-    known, founded = (
-        cluster.beat("one", 1, stamp=10).clock,
+def test_when_a_new_server_reports_first_after_a_loss_the_others_join_it(cluster: Cluster) -> None:
+    last_clock, founded = (
+        cluster.heartbeat("one", 1, sequence=10).clock,
         int(cluster.redis.hget(STATE, "lost_at")),
     )
-    until(lambda: cluster.beat("one", 1, stamp=10).clock > known, "the clock goes on")
+    until(lambda: cluster.heartbeat("one", 1, sequence=10).clock > last_clock, "the clock advances")
     cluster.redis.flushall()
-    new = cluster.beat("new", 20, stamp=20)
+    new = cluster.heartbeat("new", 20, sequence=20)
     assert new.clock == new.lost_at == cluster.now()
-    back = cluster.beat("one", 1, stamp=11, answered=10, known=known)
-    assert back.lost_at not in (0, founded)
-    assert back.back == 1
-    again = cluster.beat("new", 20, stamp=21, answered=20, known=new.clock)
-    assert (seen(again), again.back) == ((21, 2), 1)
+    joined = cluster.heartbeat("one", 1, sequence=11, acked_sequence=10, last_clock=last_clock)
+    assert joined.lost_at not in (0, founded)
+    assert joined.returned_servers == 1
+    again = cluster.heartbeat("new", 20, sequence=21, acked_sequence=20, last_clock=new.clock)
+    assert (totals(again), again.returned_servers) == ((21, 2), 1)
 
 
 def restore(cluster: Cluster, contents: dict[str, bytes]) -> None:
@@ -587,72 +649,83 @@ def restore(cluster: Cluster, contents: dict[str, bytes]) -> None:
         cluster.redis.restore(key, 0, value)
 
 
-def test_an_old_backup_whose_clock_is_ahead_brings_nobody_back(cluster: Cluster) -> None:
-    """The clock went on in it from what another server knew, and then anew from what this one does."""
-    known = cluster.beat("one", 1, stamp=10).clock
-    cluster.beat("dead", 20, known=known)
+def test_an_old_backup_whose_clock_is_ahead_brings_no_server_back(cluster: Cluster) -> None:
+    """Its clock continued that of another server; the clock after the loss, that of this one."""
+    last_clock = cluster.heartbeat("one", 1, sequence=10).clock
+    cluster.heartbeat("dead", 20, last_clock=last_clock)
     for _ in range(3):
         cluster.elapse(INTERVAL)
-        ahead = cluster.beat("dead", 20).clock
+        ahead = cluster.heartbeat("dead", 20).clock
     backup = cluster.contents()
     cluster.redis.flushall()
-    reply = cluster.beat("one", 1, stamp=11, answered=10, known=known)
+    reply = cluster.heartbeat("one", 1, sequence=11, acked_sequence=10, last_clock=last_clock)
     assert reply.clock + 2 * INTERVAL < ahead
     restore(cluster, backup)
-    again = cluster.beat("one", 1, stamp=12, answered=11, known=reply.clock)
-    assert seen(again) == (1, 1)
-    assert again.lost_at == anew(cluster, reply.clock)
+    again = cluster.heartbeat("one", 1, sequence=12, acked_sequence=11, last_clock=reply.clock)
+    assert totals(again) == (1, 1)
+    assert again.lost_at == clock_after_loss(cluster, reply.clock)
 
 
-def test_an_old_backup_in_which_the_caller_is_not_brings_nobody_back(cluster: Cluster) -> None:
-    cluster.beat("dead", 20)
+def test_an_old_backup_without_the_caller_brings_no_server_back(cluster: Cluster) -> None:
+    cluster.heartbeat("dead", 20)
     backup = cluster.contents()
-    cluster.beat("one", 1)
+    cluster.heartbeat("one", 1)
     for _ in range(3):
         cluster.elapse(INTERVAL)
-        last = cluster.beat("one", 1, stamp=10)
+        last = cluster.heartbeat("one", 1, sequence=10)
     restore(cluster, backup)
     cluster.elapse(3 * INTERVAL)
-    reply = cluster.beat("one", 1, stamp=11, answered=10, known=last.clock)
-    assert seen(reply) == (1, 1)
-    assert reply.lost_at == anew(cluster, last.clock) > last.lost_at
+    reply = cluster.heartbeat("one", 1, sequence=11, acked_sequence=10, last_clock=last.clock)
+    assert totals(reply) == (1, 1)
+    assert reply.lost_at == clock_after_loss(cluster, last.clock) > last.lost_at
 
 
-def test_a_replica_that_lagged_by_one_beat_is_noticed_by_the_server_that_was_told_more(
+def test_a_replica_that_lagged_by_one_heartbeat_is_noticed_by_the_acknowledged_server(
     cluster: Cluster,
 ) -> None:
-    cluster.beat("one", 1, stamp=10)
-    cluster.beat("two", 20)
+    cluster.heartbeat("one", 1, sequence=10)
+    cluster.heartbeat("two", 20)
     replica = cluster.contents()
-    known = cluster.beat("one", 1, stamp=11, answered=10).clock
-    cluster.beat("new", 300)
+    last_clock = cluster.heartbeat("one", 1, sequence=11, acked_sequence=10).clock
+    cluster.heartbeat("new", 300)
     restore(cluster, replica)
-    assert seen(cluster.beat("one", 1, stamp=12, answered=11, known=known)) == (1, 1)
+    assert totals(
+        cluster.heartbeat("one", 1, sequence=12, acked_sequence=11, last_clock=last_clock)
+    ) == (1, 1)
 
 
-@pytest.mark.parametrize(("answered", "behind"), [(11, 0), (10, 2 * INTERVAL + 1)])
-def test_who_leaves_where_the_data_are_older_leaves_nothing_behind(
-    cluster: Cluster, answered: int, behind: int
+@pytest.mark.parametrize(("acked_sequence", "behind"), [(11, 0), (10, 2 * INTERVAL + 1)])
+def test_leaving_outdated_data_leaves_nothing_behind(
+    cluster: Cluster, acked_sequence: int, behind: int
 ) -> None:
-    cluster.beat("one", 1, stamp=10)
-    clock = cluster.beat("dead", 20).clock
+    cluster.heartbeat("one", 1, sequence=10)
+    clock = cluster.heartbeat("dead", 20).clock
     cluster.elapse(TTL)
-    known = clock + behind
-    reply = cluster.beat("one", "leave", stamp=12, answered=answered, known=known)
+    last_clock = clock + behind
+    reply = cluster.heartbeat(
+        "one", "leave", sequence=12, acked_sequence=acked_sequence, last_clock=last_clock
+    )
     assert reply == Reply(
-        0, 0, 0, anew(cluster, known), anew(cluster, known), "", 0, int(answered > 0)
+        0,
+        0,
+        0,
+        clock_after_loss(cluster, last_clock),
+        clock_after_loss(cluster, last_clock),
+        "",
+        0,
+        int(acked_sequence > 0),
     )
     assert cluster.keys() == [STATE]
-    assert seen(cluster.beat("two", 5, known=clock)) == (5, 1)
+    assert totals(cluster.heartbeat("two", 5, last_clock=clock)) == (5, 1)
 
 
-def test_an_incarnation_takes_the_place_of_the_one_it_names(cluster: Cluster) -> None:
-    cluster.beat("one", 5, incarnation="a1", stamp=10)
-    cluster.beat("two", 20)
-    reply = cluster.beat("one", 7, incarnation="b2", stamp=1, replaced="a1")
-    assert seen(reply) == (27, 2)
+def test_an_incarnation_replaces_the_one_that_it_names(cluster: Cluster) -> None:
+    cluster.heartbeat("one", 5, incarnation="a1", sequence=10)
+    cluster.heartbeat("two", 20)
+    reply = cluster.heartbeat("one", 7, incarnation="b2", sequence=1, replaced_incarnation="a1")
+    assert totals(reply) == (27, 2)
     assert reply.holder == "b2"
-    assert cluster.beat("one", 5, incarnation="a1", stamp=11).holder == "b2"
+    assert cluster.heartbeat("one", 5, incarnation="a1", sequence=11).holder == "b2"
     assert cluster.counts() == {"one": 7, "two": 20}
 
 
@@ -666,221 +739,227 @@ JUNK: dict[str, Callable[[Any, str], object]] = {
 
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("key", KEYS)
-def test_keys_that_are_somebody_elses_are_as_good_as_none(
+def test_keys_that_hold_values_of_another_program_are_discarded(
     cluster: Cluster, key: str, junk: str
 ) -> None:
-    cluster.beat("one", 1)
-    known = cluster.beat("two", 20).clock
+    cluster.heartbeat("one", 1)
+    last_clock = cluster.heartbeat("two", 20).clock
     cluster.redis.delete(key)
     JUNK[junk](cluster.redis, key)
-    reply = cluster.beat("one", 1, known=known)
-    began = anew(cluster, known)
-    assert reply == Reply(1, 1, 1, began, began, "a1", began + TTL, 1)
-    assert seen(cluster.beat("two", 20)) == (21, 2)
+    reply = cluster.heartbeat("one", 1, last_clock=last_clock)
+    clock_at_loss = clock_after_loss(cluster, last_clock)
+    assert reply == Reply(1, 1, 1, clock_at_loss, clock_at_loss, "a1", clock_at_loss + TTL, 1)
+    assert totals(cluster.heartbeat("two", 20)) == (21, 2)
     assert cluster.counts() == {"one": 1, "two": 20}
 
 
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("key", KEYS)
-def test_junk_where_no_cluster_was_is_in_nobodys_way(cluster: Cluster, key: str, junk: str) -> None:
+def test_junk_before_the_first_heartbeat_is_discarded(
+    cluster: Cluster, key: str, junk: str
+) -> None:
     JUNK[junk](cluster.redis, key)
-    assert seen(cluster.beat("one", 1)) == (1, 1)
-    assert seen(cluster.beat("one", 2)) == (2, 1)
+    assert totals(cluster.heartbeat("one", 1)) == (1, 1)
+    assert totals(cluster.heartbeat("one", 2)) == (2, 1)
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_when_one_key_was_evicted_all_begin_anew(cluster: Cluster, key: str) -> None:
-    for member, count in (("one", 1), ("two", 20), ("three", 300)):
-        cluster.beat(member, count)
-    known = cluster.beat("one", 1).clock
+def test_after_the_eviction_of_one_key_the_cluster_starts_again(cluster: Cluster, key: str) -> None:
+    for server_id, clients in (("one", 1), ("two", 20), ("three", 300)):
+        cluster.heartbeat(server_id, clients)
+    last_clock = cluster.heartbeat("one", 1).clock
     assert cluster.redis.delete(key) == 1
-    reply = cluster.beat("two", 20, known=known)
-    began = anew(cluster, known)
-    assert reply == Reply(20, 1, 1, began, began, "a1", began + TTL, 1)
-    assert seen(cluster.beat("one", 1)) == (21, 2)
+    reply = cluster.heartbeat("two", 20, last_clock=last_clock)
+    clock_at_loss = clock_after_loss(cluster, last_clock)
+    assert reply == Reply(20, 1, 1, clock_at_loss, clock_at_loss, "a1", clock_at_loss + TTL, 1)
+    assert totals(cluster.heartbeat("one", 1)) == (21, 2)
 
 
 @pytest.mark.parametrize(
     "entry", ["", " ", "x", "7", "7 1", "-7 1 a1", "7 1 a1 ", "7 x a1", "1e99 1 a1", "nan", "\0"]
 )
-def test_when_the_own_entry_is_junk_all_begin_anew(cluster: Cluster, entry: str) -> None:
-    cluster.beat("one", 1)
-    known = cluster.beat("two", 20).clock
+def test_if_the_entry_of_the_caller_is_junk_the_cluster_starts_again(
+    cluster: Cluster, entry: str
+) -> None:
+    cluster.heartbeat("one", 1)
+    last_clock = cluster.heartbeat("two", 20).clock
     cluster.redis.hset(MEMBERS, "one", entry)
-    reply = cluster.beat("one", 1, known=known)
-    began = anew(cluster, known)
-    assert reply == Reply(1, 1, 1, began, began, "a1", began + TTL, 1)
-    assert seen(cluster.beat("two", 20)) == (21, 2)
+    reply = cluster.heartbeat("one", 1, last_clock=last_clock)
+    clock_at_loss = clock_after_loss(cluster, last_clock)
+    assert reply == Reply(1, 1, 1, clock_at_loss, clock_at_loss, "a1", clock_at_loss + TTL, 1)
+    assert totals(cluster.heartbeat("two", 20)) == (21, 2)
 
 
 @pytest.mark.parametrize("entry", ["", "x", "-7 1 a1", "nan", "\0"])
-def test_an_entry_that_is_junk_and_nobodys_is_dropped_when_its_lease_is_over(
+def test_a_junk_entry_without_a_server_is_dropped_when_its_lease_ends(
     cluster: Cluster, entry: str
 ) -> None:
-    cluster.beat("one", 1)
+    cluster.heartbeat("one", 1)
     cluster.redis.hset(MEMBERS, "junk", entry)
     cluster.redis.zadd(LEASES, {"junk": TTL})
     for _ in range(TTL_INTERVALS + 1):
         cluster.elapse(INTERVAL)
-        reply = cluster.beat("one", 1)
-    assert seen(reply) == (1, 1)
+        reply = cluster.heartbeat("one", 1)
+    assert totals(reply) == (1, 1)
     assert cluster.counts() == {"one": 1}
 
 
 @pytest.mark.parametrize("junk", ["x", "", "nan", "inf", "-inf"])
-@pytest.mark.parametrize("field", ["total", "clock", "lost_at", "back", "beat_at", "recount_at"])
-def test_junk_in_the_state_does_no_harm_for_longer_than_until_the_recount(
+@pytest.mark.parametrize(
+    "field", ["total", "clock", "lost_at", "returned", "heartbeat_at", "recount_at"]
+)
+def test_junk_in_the_state_does_no_harm_after_the_recount(
     cluster: Cluster, field: str, junk: str
 ) -> None:
-    cluster.beat("one", 1)
-    cluster.beat("two", 20)
+    cluster.heartbeat("one", 1)
+    cluster.heartbeat("two", 20)
     cluster.redis.hset(STATE, field, junk)
-    for member, count in (("one", 1), ("two", 20)):
-        cluster.beat(member, count)
+    for server_id, clients in (("one", 1), ("two", 20)):
+        cluster.heartbeat(server_id, clients)
     cluster.redis.hset(STATE, "recount_at", cluster.now() - RECOUNT)
     cluster.elapse(1000)
-    reply = cluster.beat("one", 1)
-    assert seen(reply) == (21, 2)
+    reply = cluster.heartbeat("one", 1)
+    assert totals(reply) == (21, 2)
     assert reply.clock >= reply.lost_at + 1000 >= cluster.now() - TTL
 
 
 @pytest.mark.parametrize("since", [RECOUNT, 1000 * RECOUNT, -RECOUNT - 30_000])
-def test_a_wrong_total_is_put_right_by_a_recount_after_a_minute(
+def test_a_wrong_total_is_corrected_by_a_recount_after_a_minute(
     cluster: Cluster, since: int
 ) -> None:
-    cluster.beat("one", 1)
-    cluster.beat("two", 20)
+    cluster.heartbeat("one", 1)
+    cluster.heartbeat("two", 20)
     cluster.redis.hset(STATE, "total", 999)
-    assert cluster.beat("one", 2).total == 1000, "the members are not counted at each beat"
+    assert cluster.heartbeat("one", 2).total_clients == 1000, (
+        "the members are not counted at each heartbeat"
+    )
     cluster.redis.hset(STATE, "recount_at", cluster.now() - since)
-    assert cluster.beat("one", 3).total == 23
+    assert cluster.heartbeat("one", 3).total_clients == 23
     assert int(cluster.redis.hget(STATE, "recount_at")) == cluster.now()
     cluster.redis.hset(STATE, "total", 999)
-    assert cluster.beat("one", 3).total == 999, "only once a minute"
+    assert cluster.heartbeat("one", 3).total_clients == 999, "only once a minute"
 
 
 @pytest.mark.parametrize("junk", ["x", "nan", "inf", "-inf", "1e999"])
-def test_a_wrong_total_is_put_right_whatever_the_state_says_of_the_last_recount(
+def test_a_wrong_total_is_corrected_even_if_the_time_of_the_last_recount_is_junk(
     cluster: Cluster, junk: str
 ) -> None:
-    cluster.beat("one", 1)
+    cluster.heartbeat("one", 1)
     cluster.redis.hset(STATE, mapping={"total": 999, "recount_at": junk})
-    assert cluster.beat("one", 2).total == 2
+    assert cluster.heartbeat("one", 2).total_clients == 2
 
 
 LIES: dict[str, Callable[[Any], object]] = {
-    "a lease for ever": lambda client: client.zadd(LEASES, {"ghost": "inf"}),
-    "no lease, but another one too many": lambda client: client.zadd(LEASES, {"other": "inf"}),
-    "a lease of a clock that was ahead": lambda client: client.zadd(LEASES, {"ghost": 10**14}),
+    "a lease without an end": lambda client: client.zadd(LEASES, {"ghost": "inf"}),
+    "no lease, but one of another id": lambda client: client.zadd(LEASES, {"other": "inf"}),
+    "a lease on a clock that was ahead": lambda client: client.zadd(LEASES, {"ghost": 10**14}),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_server_that_is_none_is_dropped_at_the_recount_at_the_latest(
+def test_an_entry_without_a_server_is_dropped_at_the_recount_at_the_latest(
     cluster: Cluster, lie: str
 ) -> None:
-    cluster.beat("one", 1)
-    known = cluster.beat("two", 20).clock
+    cluster.heartbeat("one", 1)
+    last_clock = cluster.heartbeat("two", 20).clock
     cluster.redis.hset(MEMBERS, "ghost", "300 1 a1")
     LIES[lie](cluster.redis)
     cluster.redis.hset(STATE, "recount_at", cluster.now() - RECOUNT)
-    for member, count in (("one", 1), ("two", 20), ("one", 1)):
-        reply = cluster.beat(member, count, known=known)
-    assert seen(reply) == (21, 2)
+    for server_id, clients in (("one", 1), ("two", 20), ("one", 1)):
+        reply = cluster.heartbeat(server_id, clients, last_clock=last_clock)
+    assert totals(reply) == (21, 2)
     assert cluster.counts() == {"one": 1, "two": 20}
 
 
-def test_where_nobody_is_the_total_is_nothing_whatever_the_state_says(cluster: Cluster) -> None:
-    cluster.beat("one", 1)
-    cluster.beat("one", "leave")
+def test_without_members_the_total_is_zero_whatever_the_state_says(cluster: Cluster) -> None:
+    cluster.heartbeat("one", 1)
+    cluster.heartbeat("one", "leave")
     cluster.redis.hset(STATE, "total", 999)
-    assert cluster.beat("one", 2).total == 2
+    assert cluster.heartbeat("one", 2).total_clients == 2
 
 
-def test_the_first_beat_and_each_recount_let_the_keys_live_for_a_day(cluster: Cluster) -> None:
-    cluster.beat("one", 1)
+def test_the_first_heartbeat_and_each_recount_let_the_keys_live_for_a_day(cluster: Cluster) -> None:
+    cluster.heartbeat("one", 1)
     assert all(86_400 - 3000 < cluster.redis.ttl(key) <= 86_400 for key in KEYS)
     for _ in range(2):
         for key in KEYS:
             cluster.redis.expire(key, 3000)
         cluster.redis.hincrby(STATE, "recount_at", -RECOUNT)
-        cluster.beat("one", 1)
+        cluster.heartbeat("one", 1)
         assert all(86_400 - 3000 < cluster.redis.ttl(key) <= 86_400 for key in KEYS)
 
 
 PREPARE: dict[str, Callable[[Any], object]] = {
     "nothing else": lambda client: None,
-    "a lease over": lambda client: client.zadd(LEASES, {"two": 0}),
-    "a recount due": lambda client: client.hset(STATE, "recount_at", 0),
+    "a lease has ended": lambda client: client.zadd(LEASES, {"two": 0}),
+    "a recount is due": lambda client: client.hset(STATE, "recount_at", 0),
     "junk": lambda client: client.set(STATE, "x"),
 }
 SENDERS: dict[str, tuple[str, int | str, str]] = {
     "a member": ("one", 2, "a1"),
-    "a newcomer": ("new", 2, "a1"),
-    "one that leaves": ("one", "leave", "a1"),
-    "a stranger": ("one", 2, "b2"),
+    "a new server": ("new", 2, "a1"),
+    "a server that leaves": ("one", "leave", "a1"),
+    "another incarnation": ("one", 2, "b2"),
 }
 
 
 @pytest.mark.parametrize("prepare", PREPARE)
 @pytest.mark.parametrize("sender", SENDERS)
-def test_without_memory_a_beat_is_carried_out_whole_or_changes_nothing(
+def test_without_memory_a_heartbeat_runs_completely_or_changes_nothing(
     cluster: Cluster, sender: str, prepare: str
 ) -> None:
-    member, count, incarnation = SENDERS[sender]
-    cluster.beat("one", 1)
-    cluster.beat("two", 20)
+    server_id, clients, incarnation = SENDERS[sender]
+    cluster.heartbeat("one", 1)
+    cluster.heartbeat("two", 20)
     PREPARE[prepare](cluster.redis)
     before = cluster.contents()
     cluster.server.out_of_memory()
     try:
-        total = cluster.beat(member, count, incarnation).total
+        total_clients = cluster.heartbeat(server_id, clients, incarnation).total_clients
     except redis.OutOfMemoryError:
-        assert sender != "one that leaves", "there is always memory for having less"
+        assert sender != "a server that leaves", "removing an entry needs no memory"
         assert cluster.contents() == before
     else:
-        assert total == sum(cluster.counts().values())
+        assert total_clients == sum(cluster.counts().values())
     finally:
         cluster.server.enough_memory()
-    cluster.beat("one", 1)
-    assert cluster.beat("two", 20).total == sum(cluster.counts().values())
+    cluster.heartbeat("one", 1)
+    assert cluster.heartbeat("two", 20).total_clients == sum(cluster.counts().values())
 
 
-def test_without_memory_an_ordinary_beat_is_refused(cluster: Cluster) -> None:
-    cluster.beat("one", 1)
+def test_without_memory_an_ordinary_heartbeat_is_refused(cluster: Cluster) -> None:
+    cluster.heartbeat("one", 1)
     cluster.server.out_of_memory()
     try:
         with pytest.raises(redis.OutOfMemoryError):
-            cluster.beat("one", 2)
+            cluster.heartbeat("one", 2)
     finally:
         cluster.server.enough_memory()
 
 
 @pytest.mark.parametrize("prepare", PREPARE)
 @pytest.mark.parametrize("sender", SENDERS)
-def test_a_redis_that_may_not_write_changes_nothing(
-    cluster: Cluster, sender: str, prepare: str
-) -> None:
-    member, count, incarnation = SENDERS[sender]
-    cluster.beat("one", 1)
-    cluster.beat("two", 20)
+def test_a_read_only_redis_changes_nothing(cluster: Cluster, sender: str, prepare: str) -> None:
+    server_id, clients, incarnation = SENDERS[sender]
+    cluster.heartbeat("one", 1)
+    cluster.heartbeat("two", 20)
     PREPARE[prepare](cluster.redis)
     before = cluster.contents()
     cluster.server.read_only()
     try:
         with pytest.raises(redis.ReadOnlyError):
-            cluster.beat(member, count, incarnation)
+            cluster.heartbeat(server_id, clients, incarnation)
         assert cluster.contents() == before
     finally:
         cluster.server.writable()
 
 
-MEMBER = st.sampled_from(["one", "two", "three", "four"])
+SERVER_ID = st.sampled_from(["one", "two", "three", "four"])
 INCARNATION = st.sampled_from(["a1", "b2"])
 
 
 class Machine(RuleBasedStateMachine):
-    """Any sequence of beats, pauses and losses: the script and the model stay the same."""
+    """Any sequence of heartbeats, pauses and losses: script and model agree."""
 
     cluster: Cluster
 
@@ -891,45 +970,58 @@ class Machine(RuleBasedStateMachine):
         self.keep()
 
     @rule(
-        member=MEMBER,
-        count=st.integers(0, 10**7) | st.just("leave"),
+        server_id=SERVER_ID,
+        clients=st.integers(0, 10**7) | st.just("leave"),
         incarnation=INCARNATION,
-        stamp=st.integers(1, 20),
-        replaced=st.just("") | INCARNATION,
-        answered=st.integers(0, 20),
+        sequence=st.integers(1, 20),
+        replaced_incarnation=st.just("") | INCARNATION,
+        acked_sequence=st.integers(0, 20),
         ttl=st.sampled_from([TTL, TTL * 7 // 10]),
         ahead=st.sampled_from([-(10**15), -TTL, 0, 2 * INTERVAL, 2 * INTERVAL + 1, 10 * TTL]),
     )
-    def beat(
+    def heartbeat(
         self,
-        member: str,
-        count: int | str,
+        server_id: str,
+        clients: int | str,
         incarnation: str,
-        stamp: int,
-        replaced: str,
-        answered: int,
+        sequence: int,
+        replaced_incarnation: str,
+        acked_sequence: int,
         ttl: int,
         ahead: int,
     ) -> None:
-        """A server beats that knew the clock to be so far ahead of where it is (or nothing, if that
-        is less).
-        """
-        known = max(0, self.model.clock + ahead) if self.model.clock else 0
-        reply = self.cluster.beat(
-            member, count, incarnation, stamp, replaced, (ttl, INTERVAL), answered, known
+        """Send a heartbeat whose last clock is `ahead` of the clock, or 0 if that is negative."""
+        last_clock = max(0, self.model.clock + ahead) if self.model.clock else 0
+        reply = self.cluster.heartbeat(
+            server_id,
+            clients,
+            incarnation,
+            sequence,
+            replaced_incarnation,
+            (ttl, INTERVAL),
+            acked_sequence,
+            last_clock,
         )
         now = self.cluster.now()
-        assert reply == self.model.beat(
-            member, count, now, incarnation, stamp, replaced, answered, known, ttl
+        assert reply == self.model.heartbeat(
+            server_id,
+            clients,
+            now,
+            incarnation,
+            sequence,
+            replaced_incarnation,
+            acked_sequence,
+            last_clock,
+            ttl,
         )
 
-    # No preconditions: real time decides whether an entry is still there, and Hypothesis wants runs
+    # No preconditions: real time decides whether an entry still exists, and Hypothesis wants runs
     # that it can repeat.
     @rule(milliseconds=st.sampled_from([-TTL, -1, 1, INTERVAL // 2, INTERVAL, 10 * TTL]))
     def elapse(self, milliseconds: int) -> None:
-        if self.model.beat_at is not None:
+        if self.model.heartbeat_at is not None:
             self.cluster.elapse(milliseconds)
-            self.model.beat_at = self.cluster.now()
+            self.model.heartbeat_at = self.cluster.now()
 
     @rule(key=st.sampled_from(KEYS))
     def lose(self, key: str) -> None:
@@ -949,16 +1041,18 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def recount(self) -> None:
-        if self.model.beat_at is not None:
+        if self.model.heartbeat_at is not None:
             self.cluster.redis.hset(STATE, "recount_at", 0)
 
     @invariant()
     def the_total_is_the_sum_of_the_members(self) -> None:
-        if self.model.beat_at is not None:
+        if self.model.heartbeat_at is not None:
             counts = self.cluster.counts()
-            assert counts == {member: entry.count for member, entry in self.model.entries.items()}
+            assert counts == {
+                server_id: entry.clients for server_id, entry in self.model.entries.items()
+            }
             assert int(self.cluster.redis.hget(STATE, "total")) == sum(counts.values())
-            leases = {member: entry.until for member, entry in self.model.entries.items()}
+            leases = {server_id: entry.lease_end for server_id, entry in self.model.entries.items()}
             assert dict(self.cluster.redis.zrange(LEASES, 0, -1, withscores=True)) == leases
 
 
@@ -972,11 +1066,18 @@ def test_after_any_sequence_the_total_is_the_sum_of_the_members(cluster: Cluster
     )
 
 
-def test_the_script_is_short() -> None:
-    assert len(SCRIPT.splitlines()) < 65
+def test_the_document_names_the_script_and_the_fields_of_its_keys(cluster: Cluster) -> None:
+    page = (ROOT / "docs/distributed.md").read_text()
+    rows = dict(re.findall(r"^\| `\{gserver:NAME\}:(\w+)` \| [\w ]+ \| (.*) \|$", page, re.M))
+    assert set(rows) == {key.rpartition(":")[2] for key in KEYS}
+    cluster.heartbeat("one", 1)
+    assert set(re.findall(r"`(\w+)`", rows["state"])) == set(cluster.redis.hkeys(STATE))
+    assert "`clients sequence incarnation`" in rows["members"]
+    (script,) = set(re.findall(r"`(gserver/[\w/]+\.lua)`", page))
+    assert (ROOT / script).read_text() == HEARTBEAT_SCRIPT
 
 
-def test_it_runs_on_a_redis_cluster_where_all_its_keys_are_in_one_slot(tmp_path: Path) -> None:
+def test_it_runs_on_a_redis_cluster_because_all_its_keys_are_in_one_slot(tmp_path: Path) -> None:
     with Redis(tmp_path, cluster_enabled="yes", cluster_port=free_port()) as server:
         server.command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         until(
@@ -986,8 +1087,8 @@ def test_it_runs_on_a_redis_cluster_where_all_its_keys_are_in_one_slot(tmp_path:
         with pytest.raises(redis.ResponseError, match="same slot"):
             server.command("MGET", "one", "two")
         link = RedisLink(Config(redis_url=server.url, cluster_name="of.many:parts"))
-        assert seen(link.call("one", "a1", 1, 5, TTL, INTERVAL, "", 0, 0)) == (5, 1)
-        assert seen(link.call("two", "a1", 1, 20, TTL, INTERVAL, "", 0, 0)) == (25, 2)
+        assert totals(link.send(Heartbeat("one", "a1", 1, 5, TTL, INTERVAL))) == (5, 1)
+        assert totals(link.send(Heartbeat("two", "a1", 1, 20, TTL, INTERVAL))) == (25, 2)
         link.drop()
         keys = server.command("KEYS", "*")
         assert sorted(keys) == [

@@ -1,9 +1,7 @@
-"""The checker of WHO's promise: it accepts what a cluster may do, and flags each of the faults that
-it is there for.
+"""The checker of WHO's promise: it accepts a correct cluster, and finds each fault.
 
-The cluster here is a small model, run on a clock of its own: no socket, no Redis, nothing waits. A
-seeded fault of the model must be found, or a silent checker would prove nothing about the real
-program.
+The cluster is a small model on a clock of its own: no socket, no Redis, no waiting. The checker
+must find a seeded fault of the model, or its silence would prove nothing about the real program.
 """
 
 import heapq
@@ -23,10 +21,10 @@ BEAT = 0.5
 TTL = 5.0
 PROMISE = Promise(delta=BEAT + 0.25, ttl=TTL)
 RECOVERY = 2 * PROMISE.delta
-#: As long as anything can leave traces: then every answer has to be exact.
+#: Milliseconds after which no effect is left, so every reply has to be exact.
 SILENCE = 2 * (TTL + RECOVERY) + PROMISE.delta
 
-#: What is done, to which server, after how many milliseconds, for how many.
+#: An action, its server, the milliseconds before it, and its length in milliseconds.
 Step = tuple[str, int, int, int]
 ACTIONS = ("connect", "close", "kill", "stop", "start", "outage", "wipe", "cut", "flush")
 
@@ -50,9 +48,7 @@ class Node:
 
 
 class Cluster:
-    """Servers that beat to one Redis as gserver's do, clients that come and go, and a history of
-    it.
-    """
+    """Servers that report to one Redis as gserver's do, clients, and the history of both."""
 
     def __init__(self, seed: int, bug: str = "") -> None:
         self.random, self.bug = random.Random(seed), bug
@@ -65,7 +61,7 @@ class Cluster:
         for _ in range(3):
             self.start()
 
-    # The clock
+    # The clock.
 
     def after(self, delay: float, action: Callable[[], None]) -> None:
         heapq.heappush(self.queue, (self.now + delay, next(self.keys), action))
@@ -86,7 +82,7 @@ class Cluster:
     def steps(
         self, first: Kind, node: Node | None, key: int, action: Callable[[], None], last: Kind
     ) -> None:
-        """Something that happens at an unknown moment between two that are noted."""
+        """Do something at an unknown moment between two that are noted."""
         self.note(first, node, key)
 
         def done() -> None:
@@ -95,7 +91,7 @@ class Cluster:
 
         self.after(self.moment(), done)
 
-    # Redis
+    # Redis.
 
     def wipe_now(self) -> None:
         self.entries: dict[str, tuple[int, float]] = {}
@@ -129,9 +125,9 @@ class Cluster:
     def learn(self, node: Node, is_missing: bool) -> None:
         total = sum(count for count, _ in self.entries.values())
         remote = total if self.bug == "own share twice" else total - node.count
-        # By the lease clock, which stands still while nobody can beat: by the watch, an outage
-        # would use the hold up.
-        clock = self.now if self.bug == "hold by the watch" else self.clock
+        # On the lease clock, which stands still while no server can report. On another clock an
+        # outage would use up the hold.
+        clock = self.now if self.bug == "hold by the wall clock" else self.clock
         if self.bug != "no hold" and node.clock >= 0:
             if self.clock < node.clock:
                 node.hold_until = clock + TTL
@@ -153,7 +149,7 @@ class Cluster:
         if not self.outages and not node.cuts:
             self.beat_in(node, max(0.05, node.beat_at + 0.1 - self.now))
 
-    # What happens
+    # Actions.
 
     def start(self) -> None:
         node = Node(f"s{len(self.nodes)}")
@@ -214,7 +210,7 @@ class Cluster:
     def stop(self, node: Node) -> None:
         def leave() -> None:
             node.is_up = False
-            if not self.outages and not node.cuts and self.bug != "late beat":
+            if not self.outages and not node.cuts and self.bug != "late heartbeat":
                 self.entries.pop(node.name, None)
 
         self.steps(Kind.STOPPING, node, 0, leave, Kind.ENDED)
@@ -243,7 +239,7 @@ class Cluster:
         self.run(pause / 1000)
         up = [node for node in self.nodes if not node.is_ending]
         node = up[which % len(up)]
-        # One server always goes on: without any beat no lease runs out.
+        # One server always continues: without heartbeats no lease ends.
         is_last = all(other is node or other.cuts for other in up)
         if action in ("kill", "stop", "cut") and is_last:
             return
@@ -263,7 +259,7 @@ class Cluster:
 
 
 def played(script: list[Step], seed: int, bug: str = "") -> Cluster:
-    """The cluster after all that, and after a silence."""
+    """Return the cluster after these actions and a silence."""
     cluster = Cluster(seed, bug)
     cluster.run(3)
     for step in script:
@@ -277,14 +273,14 @@ def verdict_on(script: list[Step], seed: int, bug: str = "") -> Verdict:
     return check(played(script, seed, bug).history, PROMISE)
 
 
-#: What is wrong with a cluster, and what brings it to light.
+#: Faults of the model, and actions that reveal them.
 BUGS: dict[str, list[Step]] = {
-    # Changes are sent as differences, and one that does not arrive is forgotten.
+    # Changes are sent as differences, and one that does not arrive is lost.
     "a delta is lost": [("outage", 0, 0, 2000), ("connect", 0, 500, 0)],
     # A server believes an empty Redis.
     "no hold": [("flush", 0, 0, 0)] * 5,
-    # The hold runs out while nobody can beat. Somebody is dead, so that it is needed for long.
-    "hold by the watch": [
+    # The hold ends while no server can report. A dead server makes it necessary for long.
+    "hold by the wall clock": [
         *[("start", 0, 0, 0)] * 3,
         ("kill", 5, 3000, 0),
         ("flush", 0, 0, 0),
@@ -294,11 +290,11 @@ BUGS: dict[str, list[Step]] = {
     * 4,
     # A dead server is counted for ever.
     "no TTL": [("kill", 0, 0, 0)],
-    # A server beats once more after it has left.
-    "late beat": [("stop", 0, 0, 0)],
-    # WHO takes the own count as of the last beat.
+    # A server sends a heartbeat after it has left.
+    "late heartbeat": [("stop", 0, 0, 0)],
+    # WHO uses the own count of the last heartbeat.
     "own share stale": [("connect", 0, 200, 0)] * 40,
-    # WHO takes the total for the others' share.
+    # WHO uses the total for the others' share.
     "own share twice": [],
     # The others are dropped when Redis has been away for a TTL.
     "local after a while": [("outage", 0, 0, 8000)],
@@ -321,7 +317,7 @@ steps = st.tuples(
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(steps, max_size=25), st.integers(0, 2**32))
-def test_whatever_happens_to_a_correct_cluster_it_keeps_the_promise(
+def test_a_correct_cluster_keeps_the_promise_whatever_happens(
     script: list[Step], seed: int
 ) -> None:
     verdict = verdict_on(script, seed)
@@ -330,26 +326,28 @@ def test_whatever_happens_to_a_correct_cluster_it_keeps_the_promise(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_busy_hours_of_a_correct_cluster_keep_the_promise_and_are_judged_sharply(seed: int) -> None:
+def test_busy_hours_of_a_correct_cluster_keep_the_promise_and_many_replies_must_be_exact(
+    seed: int,
+) -> None:
     verdict = verdict_on(random_script(seed), seed)
     assert not verdict.violations, f"{verdict}"
     assert verdict.exact > verdict.answers / 4
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_seeded_fault_is_found_and_the_same_without_it_is_accepted(bug: str) -> None:
+def test_a_seeded_fault_is_found_and_the_same_actions_without_it_are_accepted(bug: str) -> None:
     verdicts = [verdict_on(BUGS[bug], seed) for seed in range(5)]
     assert not any(verdict.violations for verdict in verdicts), "\n".join(map(str, verdicts))
     assert all(verdict_on(BUGS[bug], seed, bug).violations for seed in range(5))
 
 
-# What is allowed, case by case: by hand. DELTA is 0.75 s, the recovery 1.5 s, the TTL 5 s.
+# Single cases, calculated by hand. DELTA is 0.75 s, the recovery 1.5 s, the TTL 5 s.
 
 NEVER = 1e9
 
 
 def client(server: str, key: int, at: float, closing: float = NEVER) -> list[Fact]:
-    """One that connects and closes within 0.1 s."""
+    """A client that takes 0.1 s to connect and 0.1 s to close."""
     times = {
         Kind.CONNECTING: at,
         Kind.COUNTED: at + 0.1,
@@ -369,7 +367,7 @@ def fault(begin: float, end: float, server: str = "") -> list[Fact]:
     return span(Kind.FAULT, Kind.HEALED, server, (begin, end), key=int(begin * 1000))
 
 
-#: One client of a, which asks, and two of b.
+#: One client of server a, which is asked, and two of server b.
 TWO_SERVERS = [
     *(Fact(0, Kind.STARTED, name) for name in "ab"),
     *client("a", 1, 1),
@@ -383,116 +381,116 @@ B_STOPPED = span(Kind.STOPPING, Kind.ENDED, "b", (10, 10.5))
 C_RESTARTED = [Fact(10, Kind.RESTARTED, "c"), *client("c", 21, 10)]
 C_STARTED = [Fact(10, Kind.STARTED, "c"), *client("c", 21, 10)]
 
-#: Facts, the asker, and at some instants the least and the greatest number that is allowed.
+#: Facts, the server and the client that ask, and by moment the least and greatest number allowed.
 CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]]] = {
-    "when all is quiet one number is right": ([], ("a", 1), {10: (3, 3)}),
+    "without changes one number is correct": ([], ("a", 1), {10: (3, 3)}),
     "an own client counts from its first reply, and may while it connects or closes": (
         A_CHANGE,
         ("a", 1),
         {11.9: (3, 3), 12.05: (3, 4), 12.2: (4, 4), 21.9: (4, 4), 22.05: (3, 4), 22.2: (3, 3)},
     ),
-    "who asks is counted though nobody knew it": (A_CHANGE, ("a", 2), {12.05: (4, 4)}),
-    "another's client is seen within DELTA": (
+    "the client that asks is counted": (A_CHANGE, ("a", 2), {12.05: (4, 4)}),
+    "a client of another server is counted within DELTA": (
         B_CHANGE,
         ("a", 1),
         {11.9: (3, 3), 12.05: (3, 4), 12.8: (3, 4), 12.9: (4, 4), 22.8: (3, 4), 22.9: (3, 3)},
     ),
-    "while Redis is away and until all have recovered the others may be as they were": (
+    "while Redis is away and until all have recovered the others may have their old counts": (
         B_CHANGE + fault(10, 20),
         ("a", 1),
         {11.9: (3, 3), 12.9: (3, 4), 21.4: (3, 4), 21.6: (4, 4)},
     ),
-    "a fault lets nobody forget what was long before": (
+    "a fault does not excuse forgetting older clients": (
         B_CHANGE + fault(13, 20),
         ("a", 1),
         {14: (4, 4), 19: (4, 4)},
     ),
-    "a fault on the heels of another adds up": (
+    "faults that follow each other add up": (
         B_CHANGE + fault(10, 15) + fault(16, 19),
         ("a", 1),
         {17: (3, 4), 20.4: (3, 4), 20.6: (4, 4)},
     ),
-    "own changes count at once in a fault too": (
+    "own changes count at once during a fault too": (
         A_CHANGE + fault(10, 20),
         ("a", 1),
         {12.2: (4, 4)},
     ),
-    "one killed counts for a TTL at most": (
+    "a killed server counts for a TTL at most": (
         B_KILLED,
         ("a", 1),
         {9.9: (3, 3), 10.05: (1, 3), 15.8: (1, 3), 15.9: (1, 1)},
     ),
-    "one killed in an outage counts for a TTL after it": (
+    "a server killed in an outage counts for a TTL after it": (
         B_KILLED + fault(8, 20),
         ("a", 1),
         {15.9: (1, 3), 25.7: (1, 3), 26.6: (1, 1)},
     ),
-    "who waits in vain for a dead one holds what it knew for a TTL": (
+    "a server that waits for a dead one holds the last count for a TTL": (
         [*B_KILLED, Fact(0, Kind.STARTED, "c"), *client("c", 21, 1, 12), *fault(11, 11.1)],
         ("a", 1),
         {13: (1, 4), 17.5: (1, 4), 17.7: (1, 1)},
     ),
-    "one stopped is gone within DELTA": (
+    "a stopped server is gone within DELTA": (
         B_STOPPED,
         ("a", 1),
         {9.9: (3, 3), 10.2: (1, 3), 11.2: (1, 3), 11.3: (1, 1)},
     ),
-    "one stopped without Redis goes as if it had been killed": (
+    "a server stopped without Redis counts like a killed one": (
         B_STOPPED + fault(9, 11),
         ("a", 1),
         {11.3: (1, 3), 16.7: (1, 3), 17.6: (1, 1)},
     ),
-    "what is held at a fault is held on": (
+    "a hold at a fault continues": (
         B_KILLED + fault(15, 15.1) + fault(20, 25),
         ("a", 1),
         {19: (1, 3), 31.4: (1, 3), 31.6: (1, 1)},
     ),
-    "one stopped while it alone is cut off goes as if it had been killed": (
+    "a server stopped while it alone is cut off counts like a killed one": (
         B_STOPPED + fault(9, 10.4, "b"),
         ("a", 1),
         {16.2: (1, 3), 16.3: (1, 1)},
     ),
-    "an outage drops nobody, but then to be cut off does": (
+    "an outage drops no server, but being cut off after it does": (
         fault(10, 30) + fault(31, 40, "b"),
         ("a", 1),
         {20: (3, 3), 32: (1, 3)},
     ),
-    "one cut off alone may be dropped when its lease is over, until it has recovered": (
+    "a server that alone is cut off may be dropped when its lease ends, until it has recovered": (
         fault(10, 30, "b"),
         ("a", 1),
         {14.2: (3, 3), 14.3: (1, 3), 31.4: (1, 3), 31.6: (3, 3)},
     ),
-    "one cut off for less than its lease is not dropped": (
+    "a server cut off for less than its lease is not dropped": (
         fault(10, 12.6, "b") + fault(14, 16),
         ("a", 1),
         {12.5: (3, 3), 15: (3, 3)},
     ),
-    "one cut off is seen as it was": (
+    "a server that is cut off may have its old count": (
         B_CHANGE + fault(10, 12.6, "b"),
         ("a", 1),
         {12.9: (3, 4), 14: (3, 4), 14.2: (4, 4)},
     ),
-    "one cut off sees the others as they were": (
+    "a server that is cut off may have the old counts of the others": (
         A_CHANGE + fault(10, 20, "b"),
         ("b", 11),
         {11.9: (3, 3), 19: (3, 4), 21.4: (3, 4), 21.6: (4, 4)},
     ),
-    "a third one's being cut off excuses nothing": (
+    "a third server that is cut off excuses nothing": (
         [*B_CHANGE, Fact(0, Kind.STARTED, "c"), *fault(10, 20, "c")],
         ("a", 1),
         {12.9: (4, 4)},
     ),
-    "one that has just started may know nobody, and is known": (
+    "a server that has just started may know no other, and is known": (
         C_STARTED,
         ("c", 21),
         {10.5: (1, 4), 10.9: (4, 4)},
     ),
-    "one that takes an id over waits before it joins": (
+    "a server that takes over an id waits before it joins": (
         C_RESTARTED,
         ("a", 1),
         {12.2: (3, 4), 12.3: (4, 4)},
     ),
-    "one that takes an id over in an outage waits after it": (
+    "a server that takes over an id in an outage waits after it": (
         C_RESTARTED + fault(9.5, 20),
         ("a", 1),
         {22.2: (3, 4), 22.3: (4, 4)},
@@ -511,26 +509,27 @@ def test_what_is_allowed(case: str) -> None:
 
 
 @pytest.mark.parametrize(("number", "is_right"), [(2, False), (3, True), (4, True), (5, False)])
-def test_both_ends_of_what_is_allowed_belong_to_it(number: int, is_right: bool) -> None:
+def test_both_bounds_are_allowed(number: int, is_right: bool) -> None:
     verdict = check([*TWO_SERVERS, *B_CHANGE, Answer("a", 12.05, 12.06, number, 1)], PROMISE)
     assert (not verdict.violations) == is_right
     assert (verdict.answers, verdict.exact) == (1, 0)
 
 
-def test_a_violation_says_who_said_what_and_when_and_what_was_allowed_why() -> None:
+def test_a_violation_names_the_reply_its_time_and_the_allowed_values() -> None:
     verdict = check([*TWO_SERVERS, *B_CHANGE, Answer("a", 12.05, 12.06, 9, 1)], PROMISE)
     assert str(verdict) == (
-        "1 of 1 answers broke the promise; 0 had to be exact\n"
-        "a, asked 12.050..12.060 by client 1, said 9; allowed are 3..4: a 1..1 since 12.050, b 2..3 since 11.300"
+        "1 of 1 replies broke the promise; 0 had to be exact\n"
+        "a, asked 12.050..12.060 by client 1, said 9; allowed are 3..4: "
+        "a 1..1 since 12.050, b 2..3 since 11.300"
     )
 
 
-def test_a_server_that_never_started_is_a_mistake_of_the_history() -> None:
+def test_a_server_that_never_started_is_an_error_of_the_history() -> None:
     with pytest.raises(ValueError, match="empty"):
         check(client("a", 1, 1), PROMISE)
 
 
-def test_a_recorder_notes_what_it_does_to_real_servers_in_the_right_order() -> None:
+def test_a_recorder_notes_its_actions_on_real_servers_in_order() -> None:
     recorder = Recorder()
     with Running() as one, Running() as two:
         recorder.note(Kind.STARTED, "one")
@@ -547,9 +546,8 @@ def test_a_recorder_notes_what_it_does_to_real_servers_in_the_right_order() -> N
             recorder.close(lost)
             assert recorder.stop("one", one) == 0
     kinds = [(it.kind.name, it.server, it.key) for it in recorder.history if isinstance(it, Fact)]
-    kinds = [
-        kind for kind in kinds if kind[2] != 3
-    ]  # how a dead server's client ends is up to the kernel
+    # The end of a dead server's client depends on the kernel.
+    kinds = [kind for kind in kinds if kind[2] != 3]
     assert kinds[:4] == [
         ("STARTED", "one", 0),
         ("STARTED", "two", 0),
@@ -569,5 +567,5 @@ def test_a_recorder_notes_what_it_does_to_real_servers_in_the_right_order() -> N
     times = [fact.at if isinstance(fact, Fact) else fact.received for fact in recorder.history]
     assert times == sorted(times)
     assert [it.number for it in recorder.history if isinstance(it, Answer)] == [2, 2, 2, 1, 1]
-    # No cluster: each answers its own share only, which one that has just started may.
+    # Without a cluster each server counts only its own clients, as a new server may.
     assert not check(recorder.history, Promise(delta=3600, ttl=TTL)).violations

@@ -119,7 +119,16 @@ def test_ask_knows_the_wire_and_nothing_of_the_server() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["protocol", "config", "metrics", "cluster.membership", "redis_url", "errors"]
+    "name",
+    [
+        "protocol",
+        "config",
+        "metrics",
+        "cluster.membership",
+        "cluster.duplicate_id",
+        "redis_url",
+        "errors",
+    ],
 )
 def test_a_pure_module_imports_neither_sockets_nor_clocks(name: str) -> None:
     theirs = {found.split(".")[0] for found in _imports(MODULES[f"gserver.{name}"])}

@@ -1,4 +1,4 @@
-"""Where Redis is, as a URL says it: every form, every error, and that no secret gets out."""
+"""The URL of Redis: every form, every error, and no secret in any text."""
 
 import traceback
 from urllib.parse import quote
@@ -95,8 +95,8 @@ ERRORS = {
     "redis://one%2Ftwo": "host or port",
     "redis://one%3A1": "host or port",
     "redis://127.0.0.1?db": "name=value",
-    "redis://127.0.0.1?timeout=1": "parameter that is none of",
-    "redis://127.0.0.1?DB=1": "parameter that is none of",
+    "redis://127.0.0.1?timeout=1": "unknown parameter",
+    "redis://127.0.0.1?DB=1": "unknown parameter",
     "redis://": "host or port",
     "redis://:6379": "host or port",
     "redis:///3": "host or port",
@@ -125,11 +125,10 @@ ERRORS = {
     "unix://redis.sock": "no absolute path",
 }
 
-#: What a password may hold when it is percent-encoded: anything. It is long so that it is in no
-#: text by chance.
+#: A percent-encoded password may contain anything. It is long, so no text contains it by chance.
 SECRET = st.text(min_size=8).map(lambda text: f"Hush{text}")
 SCHEME = st.sampled_from(["redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"])
-#: Texts that look like such URLs, and are few steps away from one.
+#: Texts that look like such URLs, or nearly.
 URLISH = st.lists(
     st.sampled_from(
         [
@@ -151,7 +150,7 @@ URLISH = st.lists(
 
 
 def all_text_of(error: BaseException) -> str:
-    """The error as a log would show it, with whatever caused it."""
+    """Return the error and its causes, as a log shows them."""
     return "".join(traceback.format_exception_only(error)) + (
         all_text_of(error.__cause__) if error.__cause__ is not None else ""
     )
@@ -178,7 +177,7 @@ def test_a_password_of_the_sentinels_is_a_secret_too() -> None:
 
 
 @pytest.mark.parametrize("text", ERRORS)
-def test_what_is_wrong_with_a_url_is_said_in_one_line(text: str) -> None:
+def test_an_invalid_url_is_an_error_in_one_line(text: str) -> None:
     with pytest.raises(ValueError, match=ERRORS[text]) as caught:
         RedisUrl.parse(text)
     assert "\n" not in str(caught.value)
@@ -200,7 +199,7 @@ def test_any_name_and_password_can_be_percent_encoded_and_are_not_shown(
         assert secret not in str(url)
 
 
-#: Passwords as people paste them: with the characters that a URL cannot have there.
+#: Passwords as people paste them, with characters that a URL must encode.
 RAW = st.text(st.sampled_from("Zz9/:@?#&=[]%+,;~'\"\\ é℀"), min_size=1, max_size=8)
 
 
@@ -214,7 +213,7 @@ RAW = st.text(st.sampled_from("Zz9/:@?#&=[]%+,;~'\"\\ é℀"), min_size=1, max_s
 @example(scheme="redis+sentinel", before="9/", after="9", path="/0")
 @example(scheme="redis", before="9#", after="9", path="")
 @example(scheme="unix", before="/", after="9", path="/run/sock")
-def test_a_password_that_is_not_encoded_is_not_shown_whatever_is_made_of_it(
+def test_a_password_that_is_not_encoded_is_never_shown(
     scheme: str, before: str, after: str, path: str
 ) -> None:
     try:
@@ -231,7 +230,7 @@ def test_a_password_that_is_not_encoded_is_not_shown_whatever_is_made_of_it(
 @example("redis://one%0Atwo")
 @example("redis+sentinel://one/na%0Ame")
 @example("unix:///run/re%0Adis")
-def test_any_text_is_a_url_or_is_refused_and_a_log_shows_either_in_one_line(text: str) -> None:
+def test_any_text_is_a_url_or_an_error_and_a_log_shows_either_in_one_line(text: str) -> None:
     try:
         url = RedisUrl.parse(text)
     except ValueError as error:

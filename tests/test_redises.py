@@ -1,4 +1,4 @@
-"""The faults that other tests rely on: each is seen from outside to be there, and to be over."""
+"""The faults that other tests rely on: each can be seen from outside, and so can its end."""
 
 import socket
 import time
@@ -15,9 +15,9 @@ from redis.retry import Retry
 from tests.redises import Proxy, Redis, Sentinels
 from tests.running import LIMIT, until
 
-#: How long silence is watched before it counts as such.
+#: Seconds without a reply that count as silence.
 SILENCE = 0.3
-#: A script that writes, as the servers' beat does.
+#: A script that writes, like the heartbeat.
 WRITE = ("EVAL", "return redis.call('SET', 'key', 'script')", 1, "key")
 
 
@@ -37,7 +37,7 @@ def ping(client: socket.socket) -> bytes:
 
 
 def by(url: str, *words: Any, **options: Any) -> Any:
-    """A command by way of a URL, as a user of it would send it."""
+    """Send a command through a URL, as a user of it does."""
     options |= {"retry": Retry(NoBackoff(), 0), "socket_timeout": LIMIT}
     with redis.Redis.from_url(url, decode_responses=True, **options) as client:
         return client.execute_command(*words)
@@ -73,7 +73,9 @@ def test_with_appendonly_a_redis_comes_back_with_its_last_write(tmp_path: Path) 
         assert server.command("GET", "key") is None
 
 
-def test_a_frozen_redis_accepts_and_says_nothing_until_it_is_thawed(server: Redis) -> None:
+def test_a_frozen_redis_accepts_connections_and_does_not_reply_until_it_is_thawed(
+    server: Redis,
+) -> None:
     server.freeze()
     with connected(server.port, SILENCE) as client:
         with pytest.raises(TimeoutError):
@@ -125,14 +127,14 @@ def test_a_redis_forgets_scripts(server: Redis) -> None:
         server.command("EVALSHA", digest, 1, "key")
 
 
-def test_members_are_told_with_their_counts(server: Redis) -> None:
+def test_members_are_returned_with_their_counts(server: Redis) -> None:
     assert server.members() == {}
     server.command("HSET", "{gserver:gserver}:members", "a", "3 170000 x", "b", "0 170001 y")
     server.command("HSET", "{gserver:other}:members", "c", "5 170000 z")
     assert (server.members(), server.members("other")) == ({"a": 3, "b": 0}, {"c": 5})
 
 
-def test_options_are_config(tmp_path: Path) -> None:
+def test_options_are_those_of_redis(tmp_path: Path) -> None:
     with Redis(tmp_path, maxmemory="5mb", maxmemory_policy="allkeys-lru") as server:
         assert server.command("CONFIG", "GET", "maxmemory*policy") == [
             "maxmemory-policy",
@@ -141,7 +143,7 @@ def test_options_are_config(tmp_path: Path) -> None:
         assert server.command("CONFIG", "GET", "maxmemory") == ["maxmemory", str(5 * 2**20)]
 
 
-def test_a_bad_option_fails_with_what_redis_says(tmp_path: Path) -> None:
+def test_a_bad_option_fails_with_the_message_of_redis(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="Bad directive"):
         Redis(tmp_path, no_such_option=1)
 
@@ -153,7 +155,7 @@ def test_a_password_is_needed_and_in_the_urls(tmp_path: Path) -> None:
         assert [by(url, "PING") for url in (server.url, server.unix_url)] == [True, True]
 
 
-def test_tls_is_spoken_with_a_certificate_that_only_its_own_ca_signed(tmp_path: Path) -> None:
+def test_the_tls_certificate_is_signed_by_its_own_ca_only(tmp_path: Path) -> None:
     with Redis(tmp_path, is_tls=True) as server:
         assert server.url.startswith("rediss://")
         assert by(server.url, "PING", ssl_ca_certs=str(server.ca_file)) is True
@@ -169,7 +171,7 @@ def test_tls_is_spoken_with_a_certificate_that_only_its_own_ca_signed(tmp_path: 
             by(server.url.replace("rediss", "redis"), "PING")
 
 
-def test_all_ends_with_the_block(tmp_path: Path) -> None:
+def test_all_processes_end_with_the_block(tmp_path: Path) -> None:
     with Redis(tmp_path) as server, Proxy(server.port) as proxy:
         process = psutil.Process(server.process.pid)
         server.freeze()
@@ -200,9 +202,7 @@ def test_sentinels_name_a_primary_and_replace_it(tmp_path: Path) -> None:
         assert second.role() == ""
 
 
-def test_sentinels_replace_a_frozen_primary_and_then_there_are_two_for_a_while(
-    tmp_path: Path,
-) -> None:
+def test_sentinels_replace_a_frozen_primary_and_for_a_while_there_are_two(tmp_path: Path) -> None:
     with Sentinels(tmp_path) as sentinels:
         assert sentinels.url.endswith("/gserver")
         first = sentinels.freeze_primary()
@@ -218,7 +218,7 @@ def proxy(server: Redis) -> Iterator[Proxy]:
         yield running
 
 
-def test_a_proxy_passes_on_and_counts(server: Redis, proxy: Proxy) -> None:
+def test_a_proxy_forwards_and_counts(server: Redis, proxy: Proxy) -> None:
     with connected(proxy.port) as client:
         assert ping(client) == b"+PONG\r\n"
         client.shutdown(socket.SHUT_WR)
@@ -237,7 +237,7 @@ def test_a_proxy_delays(proxy: Proxy) -> None:
         assert time.monotonic() - start >= 0.2, "once each way"
 
 
-def test_a_proxy_loses_replies_to_what_was_done(server: Redis, proxy: Proxy) -> None:
+def test_a_proxy_loses_the_reply_to_a_command_that_ran(server: Redis, proxy: Proxy) -> None:
     proxy.drop_replies = True
     with connected(proxy.port, SILENCE) as client:
         client.sendall(b"SET key value\r\n")
@@ -278,7 +278,7 @@ def test_a_proxy_refuses_and_accepts_again(proxy: Proxy) -> None:
         assert ping(client) == b"+PONG\r\n"
 
 
-def test_a_proxy_cuts_both_sides_and_welcomes_new_ones(server: Redis, proxy: Proxy) -> None:
+def test_a_proxy_cuts_both_sides_and_accepts_new_connections(server: Redis, proxy: Proxy) -> None:
     with connected(proxy.port) as client, connected(proxy.port) as other:
         assert {ping(client), ping(other)} == {b"+PONG\r\n"}
         proxy.cut()
@@ -287,7 +287,7 @@ def test_a_proxy_cuts_both_sides_and_welcomes_new_ones(server: Redis, proxy: Pro
                 cut.recv(100)
     until(
         lambda: server.command("INFO", "clients")["connected_clients"] == 1,
-        "only who asks is left at the server",
+        "only this connection is left at the server",
     )
     with connected(proxy.port) as client:
         assert ping(client) == b"+PONG\r\n"

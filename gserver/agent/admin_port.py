@@ -84,9 +84,9 @@ class _Admin:
         self._scoreboard = scoreboard
         self._roster = None
         if config.redis_url:
-            from gserver.cluster.members import Roster  # Loaded only if there is a cluster.
+            from gserver.cluster.members import Members  # Loaded only if there is a cluster.
 
-            self._roster = Roster(config)
+            self._roster = Members(config)
         self._registry = CollectorRegistry()
         self._registry.register(ScoreboardCollector(config, scoreboard))
         self._routes = {
@@ -161,7 +161,9 @@ class _Admin:
         return Answer("200 OK", HTML, PAGE.read_bytes())
 
     def _status(self) -> Answer:
-        roster = self._roster.told() if self._roster else None  # Waits for Redis a moment at most.
+        roster = (
+            self._roster.payload() if self._roster else None
+        )  # Waits for Redis a moment at most.
         document = json.dumps(status(self._config, self._scoreboard, roster), indent=1)
         return Answer("200 OK", JSON, document.encode() + b"\n")
 

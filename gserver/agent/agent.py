@@ -85,16 +85,16 @@ class _Heartbeats:
 
     def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
         """Start it, and wait until it is known whether the server's id is free, or for a time."""
-        from gserver.cluster.heartbeat import Member  # Loaded only if there is a cluster.
+        from gserver.cluster.heartbeat import HeartbeatSender  # Loaded only if there is a cluster.
 
         self._config = config
-        self._member = Member(config, scoreboard)
-        self._greenlet = gevent.spawn(self._member.run)
-        self._member.is_settled.wait(config.settle_seconds)
+        self._sender = HeartbeatSender(config, scoreboard)
+        self._greenlet = gevent.spawn(self._sender.run)
+        self._sender.id_is_known.wait(config.settle_seconds)
 
     def check_id(self) -> None:
         """Raise `DuplicateIdError` if another live server has this server's id."""
-        if self._member.has_twin:
+        if self._sender.has_duplicate_id:
             raise DuplicateIdError(
                 f"another live server of cluster {self._config.cluster_name} has the id"
                 f" {self._config.server_id}: choose another --server-id"
@@ -107,5 +107,5 @@ class _Heartbeats:
 
     def leave(self) -> None:
         """End the greenlet, which leaves the cluster if the whole server stops."""
-        self._member.should_stop.set()
+        self._sender.should_stop.set()
         self._greenlet.join(LEAVE_SECONDS)

@@ -1,64 +1,142 @@
--- One beat of one server: note its count, prolong its lease, drop those whose lease is over, tell the total.
--- KEYS, all in one slot: members (hash: id -> "count stamp incarnation"); leases (sorted set: id -> the moment of the
--- lease clock at which it is over); state (hash: total, clock, lost_at, back, beat_at, recount_at). Times are milliseconds.
--- ARGV: id; incarnation; stamp, growing with each beat; count, or "leave"; TTL; beat interval; the incarnation that this
--- one may replace, or ""; the stamp of the last beat that was answered; the lease clock as it was told then; the stamp of
--- the last beat before this one that was carried out or may have been.
--- Returns: total; servers; how many of those that were members when data was last lost are back; the lease clock; when
--- on it that loss was; who holds the id; until when; 1 if this server was there no more when it came, else 0.
--- The lease clock runs while anybody beats: each beat moves it on by the time since the one before, by one interval at
--- most. So neither an outage, however long, nor a jump of Redis' clock makes those look dead who could not beat.
+-- One heartbeat of one server: store its number of clients, renew its lease, drop the servers whose
+-- leases have ended, and return the cluster's total.
+--
+-- KEYS, all in one hash slot. Times are milliseconds.
+--   members  hash: server id -> "clients sequence incarnation", the server's entry
+--   leases   sorted set: server id -> end of its lease, on the lease clock
+--   state    hash: total, clock, lost_at, returned, heartbeat_at, recount_at
+--
+-- ARGV
+--    1  server id
+--    2  incarnation: a different one at each start of a server
+--    3  sequence number of this heartbeat; it grows within an incarnation
+--    4  number of clients, or "leave"
+--    5  TTL: the length of the lease
+--    6  heartbeat interval
+--    7  incarnation that this one may replace, or ""
+--    8  sequence number of the last acknowledged heartbeat; 0 = there is none
+--    9  lease clock in the reply to it
+--   10  sequence number of the last heartbeat sent before this one, acknowledged or not
+--
+-- Returns
+--    1  total number of clients
+--    2  number of servers
+--    3  how many servers have returned since the last loss of data (new servers do not count)
+--    4  the lease clock
+--    5  the last loss of data, on the lease clock
+--    6  incarnation that holds the id, or ""; it ends in "*" if the caller is a copy of the holder
+--    7  end of the holder's lease, or 0
+--    8  1 if the caller has been acknowledged before but had no entry, else 0
+--
+-- The lease clock advances with heartbeats only: by the time since the previous heartbeat of any
+-- server, but by one interval at most. So a server does not look dead because it could not report:
+-- neither after an outage of any length nor after a jump of the clock of Redis.
 local members, leases, state = KEYS[1], KEYS[2], KEYS[3]
-local id, incarnation, stamp, count, ttl, interval, replaced, answered, known, sent = unpack(ARGV)
+local server_id, incarnation, clients, replaced_incarnation = ARGV[1], ARGV[2], ARGV[4], ARGV[7]
+local sequence, acked_sequence = tonumber(ARGV[3]), tonumber(ARGV[8])
+local last_sent_sequence = tonumber(ARGV[10]) or 1e15
+local ttl, interval = tonumber(ARGV[5]), tonumber(ARGV[6])
+
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local function sane(value) return value and value >= 0 and value < 1e15 end
-local function number(value) return tonumber(string.match(value or '', '^%d+') or 0) end
-known = sane(tonumber(known)) and tonumber(known) or 0
-local size, leased, entry = redis.pcall('HLEN', members), redis.pcall('ZCARD', leases), redis.pcall('HGET', members, id)
-local kept = redis.pcall('HMGET', state, 'total', 'clock', 'lost_at', 'back', 'beat_at', 'recount_at')
-local total, clock, lost_at, back = tonumber(kept[1]), tonumber(kept[2]), tonumber(kept[3]), tonumber(kept[4])
-local before, last_stamp, holder = string.match(type(entry) == 'string' and entry or '', '^(%d+) (%d+) (%S+)$')
-local pause = now - (tonumber(kept[5]) or now)
--- Keys that are somebody else's, of which one was evicted, or that are older than what this server was told last (out of
--- a backup, or of a replica that lagged) are as good as none. All beat again; the clock never goes back.
-local is_sane = size == leased and (holder or not entry) and sane(total) and sane(clock) and sane(lost_at)
-is_sane = is_sane and sane(back) and (size > 0 or total == 0)
-local is_gone = not holder and answered - 0 > 0 and is_sane and known >= lost_at and clock - known - ttl < 0
-local is_older = (is_gone and pause - interval > 0) or (is_sane and math.min(known - clock, pause) > 2 * interval)
-if not is_sane or is_older or (holder == incarnation and answered - last_stamp > 0) then
-  if size ~= 0 or leased ~= 0 or kept.err or kept[2] then redis.call('DEL', members, leases, state) end
-  clock, lost_at = math.max(known + 1, now), math.max(known + 1, now)
-  size, total, pause, back, before, holder = 0, 0, 0, 0, nil, nil
+
+local function is_valid(number) return number and number >= 0 and number < 1e15 end
+local function leading_number(text) return tonumber(string.match(text or '', '^%d+') or 0) end
+
+local last_clock = tonumber(ARGV[9])
+if not is_valid(last_clock) then last_clock = 0 end
+
+-- Read with pcall: a key may hold another type of value.
+local entry_count = redis.pcall('HLEN', members)
+local lease_count = redis.pcall('ZCARD', leases)
+local entry = redis.pcall('HGET', members, server_id)
+local stored = redis.pcall('HMGET', state,
+  'total', 'clock', 'lost_at', 'returned', 'heartbeat_at', 'recount_at')
+local total, clock = tonumber(stored[1]), tonumber(stored[2])
+local lost_at, returned = tonumber(stored[3]), tonumber(stored[4])
+local elapsed = now - (tonumber(stored[5]) or now)
+local old_clients, old_sequence, holder =
+  string.match(type(entry) == 'string' and entry or '', '^(%d+) (%d+) (%S+)$')
+old_sequence = tonumber(old_sequence)
+
+-- The data are discarded if they cannot be right, or if they are older than the last reply to this
+-- server (from a backup, or from a replica that lagged). Repairing them would need a rule for each
+-- case. Without data there is only one case, and all servers report again within an interval.
+local is_consistent = entry_count == lease_count and (holder or not entry)
+  and is_valid(total) and is_valid(clock) and is_valid(lost_at) and is_valid(returned)
+  and (entry_count > 0 or total == 0)
+-- The caller has no entry, although its lease cannot have ended.
+local is_entry_lost = not holder and acked_sequence > 0
+  and is_consistent and last_clock >= lost_at and clock - last_clock < ttl
+-- Recent heartbeats of other servers mean that these data are in use, and that the caller comes
+-- from elsewhere: from the other side of a split, say.
+local is_outdated = (is_entry_lost and elapsed > interval)
+  or (is_consistent and math.min(last_clock - clock, elapsed) > 2 * interval)
+  or (holder == incarnation and acked_sequence > old_sequence)
+if not is_consistent or is_outdated then
+  if entry_count ~= 0 or lease_count ~= 0 or stored.err or stored[2] then
+    redis.call('DEL', members, leases, state)
+  end
+  -- The clock never goes back, and each loss has a moment of its own.
+  clock = math.max(last_clock + 1, now)
+  lost_at = clock
+  entry_count, total, elapsed, returned, old_clients, holder = 0, 0, 0, 0, nil, nil
 end
-clock = clock + math.max(0, math.min(pause, interval))
+
+clock = clock + math.max(0, math.min(elapsed, interval))
+
 local function drop(ids)
-  for _, value in ipairs(redis.call('HMGET', members, unpack(ids))) do total = total - number(value) end
+  for _, dropped in ipairs(redis.call('HMGET', members, unpack(ids))) do
+    total = total - leading_number(dropped)
+  end
   redis.call('HDEL', members, unpack(ids))
   redis.call('ZREM', leases, unpack(ids))
 end
--- Who has the incarnation of the holder, but has not sent its last beat, is a copy: of a machine that was cloned.
-if holder == incarnation and last_stamp - (sent or 1e15) > 0 then holder = holder .. '*' end
--- A beat that was overtaken (on a connection given up while Redis was frozen) must not undo the later one.
-local may_write = not holder or holder == replaced or (holder == incarnation and stamp - last_stamp > 0)
-if may_write and count == 'leave' then
-  drop({id})
+
+-- A later heartbeat than the caller's last one, in its own incarnation, was sent by a copy of it: a
+-- machine was cloned while it ran.
+if holder == incarnation and old_sequence > last_sent_sequence then holder = holder .. '*' end
+
+-- A late heartbeat must not undo a newer one: Redis still runs it when it wakes from a freeze,
+-- although the caller has given up that connection.
+local may_write = not holder or holder == replaced_incarnation
+  or (holder == incarnation and sequence > old_sequence)
+local was_missing = not old_clients and acked_sequence > 0
+if may_write and clients == 'leave' then
+  drop({server_id})
 elseif may_write then
-  if not before and answered - 0 > 0 then back = back + 1 end
-  total, holder = total + count - (before or 0), incarnation
-  redis.call('HSET', members, id, count .. ' ' .. stamp .. ' ' .. incarnation)
-  redis.call('ZADD', leases, clock + ttl, id)
+  if was_missing then returned = returned + 1 end
+  total = total + clients - (old_clients or 0)
+  holder = incarnation
+  -- ARGV[3] as it came: a Lua number would be rounded to 14 digits.
+  redis.call('HSET', members, server_id, clients .. ' ' .. ARGV[3] .. ' ' .. incarnation)
+  redis.call('ZADD', leases, clock + ttl, server_id)
 end
-local over = redis.call('ZRANGEBYSCORE', leases, '-inf', clock, 'LIMIT', 0, 500)
-if #over > 0 then drop(over) end
-local recount_at = size > 0 and not is_gone and tonumber(kept[6]) or 0 -- What is gone may still be in the total.
-if not (math.abs(now - recount_at) < 60000) then -- It may be no number.
+
+-- At most 500 in one heartbeat, so that no single one takes long.
+local expired = redis.call('ZRANGEBYSCORE', leases, '-inf', clock, 'LIMIT', 0, 500)
+if #expired > 0 then drop(expired) end
+
+-- Count everything afresh once a minute, which bounds the life of an error in the total. A lost
+-- entry forces it, because its clients may still be in the total.
+local recount_at = entry_count > 0 and not is_entry_lost and tonumber(stored[6]) or 0
+if not (math.abs(now - recount_at) < 60000) then -- "not <": recount_at may be NaN.
   total, recount_at = 0, now
-  -- A lease that no server can have: without it, this key and the one of the members do not agree, and are as good as none.
+  -- Remove leases that no server can have. The entries that they leave behind make the data
+  -- inconsistent, so the next heartbeat discards them.
   redis.call('ZREMRANGEBYSCORE', leases, clock + ttl + 86400000, 'inf')
-  for _, value in ipairs(redis.call('HVALS', members)) do total = total + number(value) end
+  for _, counted in ipairs(redis.call('HVALS', members)) do
+    total = total + leading_number(counted)
+  end
 end
-redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'back', back, 'beat_at', now, 'recount_at', recount_at)
-if recount_at == now then for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 86400) end end
-local lease = redis.call('ZSCORE', leases, id)
-return {total, redis.call('ZCARD', leases), back, clock, lost_at, lease and holder or '', tonumber(lease or 0), not before and answered - 0 > 0 and 1 or 0}
+
+redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'returned', returned,
+  'heartbeat_at', now, 'recount_at', recount_at)
+if recount_at == now then
+  -- A cluster that has ended leaves nothing behind after a day.
+  for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 86400) end
+end
+
+local lease_end = redis.call('ZSCORE', leases, server_id)
+return {total, redis.call('ZCARD', leases), returned, clock, lost_at, lease_end and holder or '',
+  tonumber(lease_end or 0), was_missing and 1 or 0}

@@ -1,23 +1,30 @@
--- Who is in the cluster, for people to look at. It changes nothing, so a replica and a full Redis answer it too.
--- KEYS: as in heartbeat.lua. ARGV: the id of the server that asks; beat interval; how many servers to tell of at most.
--- Returns: servers; the lease clock as it is now, -1 if there is none; then id, lease and entry of each server told of:
--- the one that asks, then those whose leases are over first, which have been silent longest.
+-- List the servers of the cluster, for people to read. It changes nothing, so a replica and a Redis
+-- that is out of memory run it too.
+--
+-- KEYS: as in heartbeat.lua.
+-- ARGV: id of the calling server; heartbeat interval in milliseconds; maximum number of servers.
+-- Returns: number of servers; the lease clock at this moment, or -1 if it is unknown; then the id,
+-- the end of the lease and the entry of each listed server: the calling one first, then those whose
+-- leases end first, which have been silent for longest.
 local members, leases, state = KEYS[1], KEYS[2], KEYS[3]
-local own, interval, most = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local own_id, interval, max_servers = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local kept = redis.call('HMGET', state, 'clock', 'beat_at')
-local clock, pause = tonumber(kept[1]) or -1, now - (tonumber(kept[2]) or now)
-local told = {redis.call('ZCARD', leases), clock >= 0 and clock + math.max(0, math.min(pause, interval)) or -1}
-local function tell(id, lease)
-  -- Cut, since all of it may be somebody else's: an id has at most 128 characters, and an entry fewer.
+local stored = redis.call('HMGET', state, 'clock', 'heartbeat_at')
+local clock, elapsed = tonumber(stored[1]) or -1, now - (tonumber(stored[2]) or now)
+if clock >= 0 then clock = clock + math.max(0, math.min(elapsed, interval)) else clock = -1 end
+local reply = {redis.call('ZCARD', leases), clock}
+local function add(id, lease_end)
   local entry = redis.call('HGET', members, id) or ''
-  for _, value in ipairs({id, lease, entry}) do told[#told + 1] = string.sub(value, 1, 129) end
+  -- Cut to a length above that of any id or entry: the keys may hold values of other programs.
+  for _, value in ipairs({id, lease_end, entry}) do
+    reply[#reply + 1] = string.sub(value, 1, 129)
+  end
 end
-local lease = redis.call('ZSCORE', leases, own)
-if lease then tell(own, lease) end
-local listed = redis.call('ZRANGE', leases, 0, most - 1, 'WITHSCORES')
+local own_lease_end = redis.call('ZSCORE', leases, own_id)
+if own_lease_end then add(own_id, own_lease_end) end
+local listed = redis.call('ZRANGE', leases, 0, max_servers - 1, 'WITHSCORES')
 for at = 1, #listed, 2 do
-  if listed[at] ~= own and #told < 2 + 3 * most then tell(listed[at], listed[at + 1]) end
+  if listed[at] ~= own_id and #reply < 2 + 3 * max_servers then add(listed[at], listed[at + 1]) end
 end
-return told
+return reply

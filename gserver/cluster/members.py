@@ -1,9 +1,8 @@
-"""The servers of the cluster, one by one, for whoever asks on the admin port: read from Redis then,
-and only then.
+"""The servers of the cluster, one by one, for the admin port.
 
-Beats have no part in it: it has a connection of its own, made for each reading. Who asks waits a
-moment for it at most; when Redis is slow or away, the last known servers are told, with the age of
-that knowledge.
+They are read from Redis only on request, over a connection of its own, so heartbeats are not
+affected. A request waits for Redis for a moment at most. When Redis is slow or away, the last known
+servers are returned with their age.
 """
 
 import math
@@ -14,109 +13,109 @@ from typing import Any
 
 import gevent
 
-from gserver.cluster.membership import STILL_INTERVALS
+from gserver.cluster.membership import LATE_AFTER_INTERVALS
 from gserver.cluster.redis_link import RedisLink, kind_of
 from gserver.config import Config
 
 SCRIPT = Path(__file__).with_name("members.lua").read_text()
-#: A page with more is of no use to anybody.
+#: A longer list is of no use on a page.
 MAX_SERVERS = 200
-#: However many ask, and however often.
-READ_SECONDS = 1.0
-#: How long who asks waits for Redis.
-WAIT_SECONDS = 0.25
-#: How long one reading may take in all.
-TRY_SECONDS = 2.0
+#: Redis is read at most once in this time, however many requests there are.
+READ_INTERVAL_SECONDS = 1.0
+#: Limit on the wait of a request for Redis.
+REQUEST_WAIT_SECONDS = 0.25
+#: Limit on one reading.
+READ_TIMEOUT_SECONDS = 2.0
 
 Servers = list[dict[str, Any]]
 
 
-class Roster:
-    """What is known of the servers of the cluster."""
+class Members:
+    """The last known servers of the cluster."""
 
     def __init__(self, config: Config) -> None:
-        self._own = config.server_id
+        self._own_id = config.server_id
         self._interval_ms = round(config.heartbeat_interval_seconds * 1000)
         self._ttl_ms = round(config.member_ttl_seconds * 1000)
         self._link = RedisLink(config)
-        self._reading: gevent.Greenlet[[], None] | None = None
-        self._began_at = self._known_at = -math.inf
+        self._reader: gevent.Greenlet[[], None] | None = None
+        self._read_started_at = self._servers_read_at = -math.inf
         self._servers: Servers | None = None
-        self._left_out = 0
-        self._trouble: str | None = None
+        self._omitted_servers = 0
+        self._error_kind: str | None = None
 
-    def told(self) -> dict[str, Any]:
-        """Return `servers` (None: not known), those that are late first; how many are `left_out`;
-        `age_seconds` of it.
+    def payload(self) -> dict[str, Any]:
+        """Return the servers as JSON values, after reading Redis if that is due.
 
-        `trouble` is the kind of the error when Redis could not be read, of HEARTBEAT_ERRORS. Each server
-        has an `id`, `clients` and `silent_seconds`, until now (None where Redis holds no such
-        number), `is_this`, and `is_late`: it was when Redis was read.
+        `servers`: the late ones first; None if Redis has never been read. Each has `id`, `clients`,
+        `silent_seconds` until now, `is_late` and `is_this`; a number that Redis does not hold is
+        None. `left_out`: how many servers are not listed. `age_seconds`: age of the list.
+        `trouble`: a key of HEARTBEAT_ERRORS if the last reading failed, else None.
         """
-        if not self._reading and monotonic() >= self._began_at + READ_SECONDS:
-            self._began_at = monotonic()
-            self._reading = gevent.spawn(self._read)
-        if self._reading:
-            self._reading.join(max(0.0, self._began_at + WAIT_SECONDS - monotonic()))
-        known = {"left_out": self._left_out, "trouble": self._trouble}
-        if self._servers is None:
-            return {"servers": None, "age_seconds": None, **known}
-        age = round(monotonic() - self._known_at, 3)
-        servers = [
-            one | {"silent_seconds": _later(one["silent_seconds"], age)} for one in self._servers
-        ]
-        return {"servers": servers, "age_seconds": age, **known}
+        if not self._reader and monotonic() >= self._read_started_at + READ_INTERVAL_SECONDS:
+            self._read_started_at = monotonic()
+            self._reader = gevent.spawn(self._read)
+        if self._reader:
+            wait_end = self._read_started_at + REQUEST_WAIT_SECONDS
+            self._reader.join(max(0.0, wait_end - monotonic()))
+        result: dict[str, Any] = {
+            "servers": None,
+            "age_seconds": None,
+            "left_out": self._omitted_servers,
+            "trouble": self._error_kind,
+        }
+        if self._servers is not None:
+            age_seconds = round(monotonic() - self._servers_read_at, 3)
+            result["servers"] = [_aged(server, age_seconds) for server in self._servers]
+            result["age_seconds"] = age_seconds
+        return result
 
     def _read(self) -> None:
-        began = monotonic()
+        started_at = monotonic()
         try:
-            with gevent.Timeout(TRY_SECONDS):
-                found = self._link.run(
-                    SCRIPT, self._parse, self._own, self._interval_ms, MAX_SERVERS
+            with gevent.Timeout(READ_TIMEOUT_SECONDS):
+                self._servers, self._omitted_servers = self._link.run(
+                    SCRIPT, self._parse, self._own_id, self._interval_ms, MAX_SERVERS
                 )
-        except (Exception, gevent.Timeout) as error:
-            self._trouble = kind_of(error)
+        except (Exception, gevent.Timeout) as error:  # noqa: BLE001 - its kind is reported
+            self._error_kind = kind_of(error)
         else:
-            self._servers, self._left_out = found
-            self._known_at, self._trouble = began, None
+            self._servers_read_at = started_at
+            self._error_kind = None
         finally:
             self._link.drop()
 
-    def _parse(self, answer: Any) -> tuple[Servers, int]:
-        """Return the servers of the script's answer, and how many it leaves out; ValueError if it
-        is no such answer.
+    def _parse(self, raw: Any) -> tuple[Servers, int]:
+        """Return the servers in a reply of members.lua, and how many it does not list.
 
-        What Redis holds may be anybody's: an id that is none is left out, a number that is none is
-        not known.
+        Raises an error if the reply has another form. The keys may hold values of other programs:
+        an invalid id is not listed, and an invalid number is None.
         """
-        size, clock, *rest = answer
+        size, clock, *rest = raw
         if not isinstance(size, int) or len(rest) % 3:
-            raise ValueError("the answer is not of the script's form")
-        servers = [
-            self._server(
-                id_.decode(),
-                _number(rb"(\d{1,15})", lease),
-                _number(rb"(\d{1,15}) \d+ \S+", entry),
-                clock,
-            )
-            for id_, lease, entry in zip(*[iter(rest)] * 3, strict=True)
-            if re.fullmatch(rb"[!-~]{1,128}", id_)
-        ]
-        servers.sort(
-            key=lambda server: (-server["silent_seconds"] if server["is_late"] else 0, server["id"])
-        )
+            raise ValueError("the reply does not have the script's form")
+        servers = []
+        for server_id, lease_end, entry in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            if re.fullmatch(rb"[!-~]{1,128}", server_id):
+                lease_end_ms = _number(rb"(\d{1,15})", lease_end)
+                clients = _number(rb"(\d{1,15}) \d+ \S+", entry)
+                servers.append(self._server(server_id.decode(), lease_end_ms, clients, clock))
+        servers.sort(key=_listing_order)
         return servers, max(0, size - len(servers))
 
     def _server(
-        self, server_id: str, lease: int | None, clients: int | None, clock: int
+        self, server_id: str, lease_end_ms: int | None, clients: int | None, clock_ms: int
     ) -> dict[str, Any]:
-        silent_ms = None if lease is None or clock < 0 else max(0, clock - lease + self._ttl_ms)
+        silent_ms = None
+        if lease_end_ms is not None and clock_ms >= 0:
+            silent_ms = max(0, clock_ms - (lease_end_ms - self._ttl_ms))
+        late_after_ms = LATE_AFTER_INTERVALS * self._interval_ms
         return {
             "id": server_id,
             "clients": clients,
             "silent_seconds": None if silent_ms is None else silent_ms / 1000,
-            "is_late": silent_ms is not None and silent_ms > STILL_INTERVALS * self._interval_ms,
-            "is_this": server_id == self._own,
+            "is_late": silent_ms is not None and silent_ms > late_after_ms,
+            "is_this": server_id == self._own_id,
         }
 
 
@@ -125,5 +124,14 @@ def _number(pattern: bytes, text: bytes) -> int | None:
     return int(found[1]) if found else None
 
 
-def _later(seconds: float | None, more: float) -> float | None:
-    return None if seconds is None else round(seconds + more, 3)
+def _listing_order(server: dict[str, Any]) -> tuple[float, str]:
+    """Late servers first, those silent for longest at the top; then all others by id."""
+    return -server["silent_seconds"] if server["is_late"] else 0.0, server["id"]
+
+
+def _aged(server: dict[str, Any], age_seconds: float) -> dict[str, Any]:
+    """Return a server with its silence until now, not until Redis was read."""
+    silent_seconds = server["silent_seconds"]
+    if silent_seconds is None:
+        return server
+    return server | {"silent_seconds": round(silent_seconds + age_seconds, 3)}

@@ -1,102 +1,109 @@
-"""What a server makes of the answers to its beats: how many clients the others have, and whether it
-has a twin.
+"""A heartbeat, the reply to it, and what a server concludes about the others from the replies.
 
-Pure: knows no Redis and no clock. All times are milliseconds of the lease clock, which
+Pure: no Redis, no clock. Times are milliseconds; moments are on the lease clock, which
 heartbeat.lua explains.
 """
 
 from typing import NamedTuple
 
-#: A live server's lease is renewed every beat interval; one that stands still for so many is dead.
-STILL_INTERVALS = 2
+#: A live server renews its lease at least once in a heartbeat interval. After this many intervals
+#: without a renewal it counts as late, and its id may be taken over.
+LATE_AFTER_INTERVALS = 2
+#: In place of the number of clients: the server leaves the cluster.
+LEAVE = "leave"
+#: Above every sequence number, so heartbeat.lua takes no entry for that of a copy.
+UNKNOWN_SEQUENCE = 10**15
+
+
+class Heartbeat(NamedTuple):
+    """The arguments of heartbeat.lua, in its order. It explains each of them."""
+
+    server_id: str
+    incarnation: str
+    sequence: int
+    clients: int | str
+    ttl_ms: int
+    interval_ms: int
+    replaced_incarnation: str = ""
+    acked_sequence: int = 0
+    last_clock: int = 0
+    last_sent_sequence: int = UNKNOWN_SEQUENCE
 
 
 class Reply(NamedTuple):
-    """The answer to one beat, in the order of heartbeat.lua."""
+    """The reply to a heartbeat, in the order of heartbeat.lua."""
 
-    total: int
+    total_clients: int
     servers: int
-    back: int
+    returned_servers: int
     clock: int
     lost_at: int
     holder: str
-    lease: int
+    lease_end: int
     was_missing: int
 
 
 class Membership:
-    """What is known of the others. `servers` counts this one too, and is 0 as long as it has never been a member."""
+    """What this server knows of the others.
+
+    `servers` includes this one; it is 0 until this server has been a member. `last_clock` and
+    `lost_at` are from the last reply. While `hold_until` is not 0, `remote_clients` is an older
+    number than that of the last reply.
+    """
 
     def __init__(
-        self, ttl_ms: int, remote: int, servers: int, clock: int, lost_at: int, hold_until: int
+        self,
+        ttl_ms: int,
+        remote_clients: int = 0,
+        servers: int = 0,
+        last_clock: int = 0,
+        lost_at: int = 0,
+        hold_until: int = 0,
     ) -> None:
         self._ttl_ms = ttl_ms
-        self.remote = self._held = remote
+        self.remote_clients = self._held_clients = remote_clients
         self.servers = servers
-        self.clock = clock
+        self.last_clock = last_clock
         self.lost_at = lost_at
-        #: How long `remote` is an older number; 0 = it is not. By the lease clock, so that the time
-        #: in which nobody can beat does not count.
+        # On the lease clock, so that time in which no server can report does not count.
         self.hold_until = hold_until
 
-    def has_lost(self, reply: Reply) -> bool:
-        """Whether Redis has lost data since the last answer."""
-        return bool(self.servers) and reply.lost_at != self.lost_at
+    def has_lost_data(self, reply: Reply) -> bool:
+        """Whether Redis has lost data since the last reply."""
+        return self.servers > 0 and reply.lost_at != self.lost_at
 
     def was_dropped(self, reply: Reply) -> bool:
-        """Whether Redis had this server no more: its lease was over, or a replica that lagged took over."""
-        return bool(self.servers) and reply.was_missing > 0
+        """Whether Redis had no entry of this server: its lease had ended, or a replica lagged."""
+        return self.servers > 0 and reply.was_missing > 0
 
-    def take(self, reply: Reply, count: int) -> None:
-        """Take the answer to a beat that has reported `count` own clients.
+    def apply(self, reply: Reply, own_clients: int) -> None:
+        """Update from the reply to a heartbeat that reported `own_clients`.
 
-        When Redis has lost data, or has dropped this server, the total lacks who has not beaten
-        since. So the last known number is held, unless the new one is higher, until as many servers
-        are back as were known, or whoever can be must be.
+        After a loss of data, or after this server was dropped, the total lacks the servers that
+        have not reported since. Until they have, the last known number is held, unless the new one
+        is higher.
         """
-        remote = max(0, reply.total - count)
-        if self.has_lost(reply) or self.was_dropped(reply):
-            self._held = self.remote
-            # Where Redis went on without this server, who was cut off with it is back within a
-            # third of the TTL.
-            wait = self._ttl_ms if self.has_lost(reply) else self._ttl_ms // 3
-            self.hold_until = max(self.hold_until, reply.clock + wait)
-        # Not for longer than that: this may be another Redis' lease clock than when the hold began.
+        remote_clients = max(0, reply.total_clients - own_clients)
+        if self.has_lost_data(reply) or self.was_dropped(reply):
+            self._begin_hold(reply)
+        # This may be the lease clock of another Redis than the one on which the hold began.
         self.hold_until = min(self.hold_until, reply.clock + self._ttl_ms)
-        self.clock, self.lost_at = reply.clock, reply.lost_at
-        are_back = reply.back if reply.clock < reply.lost_at + self._ttl_ms else reply.servers
-        if reply.clock < self.hold_until and are_back < self.servers:
-            self.remote = max(self._held, remote)
+        self.last_clock, self.lost_at = reply.clock, reply.lost_at
+        if reply.clock < self.hold_until and self._reported_servers(reply) < self.servers:
+            self.remote_clients = max(self._held_clients, remote_clients)
         else:
             self.hold_until = 0
-            self.remote, self.servers = remote, reply.servers
+            self.remote_clients, self.servers = remote_clients, reply.servers
 
+    def _begin_hold(self, reply: Reply) -> None:
+        self._held_clients = self.remote_clients
+        # If only this server was dropped, then the servers that were cut off with it are back
+        # within a third of the TTL, which bounds their backoff.
+        hold_ms = self._ttl_ms if self.has_lost_data(reply) else self._ttl_ms // 3
+        self.hold_until = max(self.hold_until, reply.clock + hold_ms)
 
-class Rivalry:
-    """Whether another incarnation that holds the own id is alive: then its lease is renewed while one watches."""
-
-    def __init__(self, interval_ms: int) -> None:
-        self._patience_ms = STILL_INTERVALS * interval_ms
-        self._seen = ("", 0)
-        self._since = 0
-        self._renewals = 0
-        #: The holder, once it is known to be dead: this server may take its place.
-        self.replaceable = ""
-
-    def watch(self, reply: Reply, incarnation: str) -> bool:
-        """Take an answer; return whether the holder is a live twin. One renewal may be a late beat of a dead one."""
-        self.replaceable = ""
-        holder, lease = self._seen
-        if reply.holder in ("", incarnation):
-            self._seen = ("", 0)
-        elif reply.holder != holder:
-            self._seen, self._since, self._renewals = (reply.holder, reply.lease), reply.clock, 0
-        elif reply.lease != lease:
-            self._seen, self._since, self._renewals = (
-                (reply.holder, reply.lease),
-                reply.clock,
-                self._renewals + 1,
-            )
-        elif reply.clock - self._since >= self._patience_ms:
-            self.replaceable = reply.holder
-        return bool(self._seen[0]) and self._renewals >= 2
+    def _reported_servers(self, reply: Reply) -> int:
+        """Return how many of the servers that were known have reported since the hold began."""
+        if reply.clock < reply.lost_at + self._ttl_ms:
+            return reply.returned_servers
+        return reply.servers

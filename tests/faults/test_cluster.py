@@ -1,4 +1,4 @@
-"""What may happen to the servers of a cluster themselves; the clients of the others notice nothing."""
+"""Faults of the servers of a cluster themselves; clients of the others notice nothing."""
 
 import itertools
 import subprocess
@@ -58,9 +58,9 @@ def test_a_paused_server_is_dropped_and_comes_back(cluster: Cluster, notes: Note
     cluster.settle()
     cluster.check()
     assert cluster.events("cluster.expired") == [expired[0] + 1, *expired[1:]]
-    assert cluster.processes() == before, "nobody was replaced for it"
+    assert cluster.processes() == before, "no process was replaced"
     assert cluster.descriptors() == descriptors
-    notes.happened("the others dropped it, and it said so when it was back")
+    notes.happened("the others dropped it, and it logged so when it was back")
 
 
 def pids(member: SteadyServer) -> set[int]:
@@ -71,9 +71,7 @@ def pids(member: SteadyServer) -> set[int]:
 @row("Agents are killed just after a beat", *PLAIN)
 @pytest.mark.parametrize("ttl", [10], ids=[""])
 def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: Notes) -> None:
-    """Redis has carried the beat out, and nobody is there to hear so. The next agent comes well
-    within the TTL.
-    """
+    """Redis has run the heartbeat, and its reply is lost. The next agent starts within the TTL."""
     descriptors = cluster.descriptors()
     for number in range(3):
         for member in cluster.members:
@@ -81,11 +79,13 @@ def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: 
             (agent,) = member.server.agents()
             own_id = member.clients[0].ask(b"WHERE").decode()
 
-            def told(own_id: str = own_id) -> str:
+            def entry(own_id: str = own_id) -> str:
                 return str(redis.command("HGET", MEMBERS, own_id))
 
-            before = told()
-            until(lambda: told() != before, "a beat")
+            def has_reported(before: str = entry()) -> bool:
+                return entry() != before
+
+            until(has_reported, "a heartbeat")
             agent.kill()
             member.server.wait_for("agent.ready", number + 2)
     cluster.settle()
@@ -97,9 +97,7 @@ def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: 
 
 @row("All servers are restarted at once", *PLAIN, quick=None)
 def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: Notes) -> None:
-    """By kill -9, twice, with ids that stay: the new ones take the places of the old ones, and
-    count nobody else.
-    """
+    """By kill -9, twice, with fixed ids: the new servers replace the old ones in the count."""
     shares = {"one": 5, "two": 3, "three": 2}
     for life in range(3):
         with Cluster(redis.url, BEAT, TTL, shares=()) as cluster, ExitStack() as stack:
@@ -119,9 +117,7 @@ def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: No
 
 @row("Servers of one cluster have different times", *PLAIN, quick=None)
 def test_mixed_intervals_and_ttls(redis: Redis, variant: Variant, notes: Notes) -> None:
-    """As in the middle of a change of them, one server after another. Each has the lease that it
-    asks for.
-    """
+    """As during a change, one server after another. Each has a lease of its own length."""
     times = (0.2, 2.0), (0.5, 5.0), (1.0, 10.0)
     with Cluster(redis.url, 1.0, 10.0, shares=()) as cluster, ExitStack() as stack:
         for (beat, ttl), share in zip(times, (5, 3, 2), strict=True):
@@ -152,9 +148,9 @@ from gevent import monkey
 monkey.patch_all()
 import sys
 from gserver.scoreboard import Scoreboard
-from gserver.cluster.heartbeat import Member
+from gserver.cluster.heartbeat import HeartbeatSender
 from gserver.config import Config
-Member(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Scoreboard.create(1)).run()
+HeartbeatSender(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Scoreboard.create(1)).run()
 """
 CROWD = 50
 
@@ -162,14 +158,14 @@ CROWD = 50
 @pytest.mark.fault("50 servers come back to Redis at once")
 @pytest.mark.long
 def test_stampede(redis: Redis, notes: Notes) -> None:
-    """They are those of 50 servers that beat; the servers' workers have no part in it."""
+    """The heartbeat greenlets of 50 servers, each in a process of its own, without workers."""
     with ExitStack() as stack:
         for number in range(CROWD):
             words = [sys.executable, "-P", "-c", AGENT, redis.url, f"server-{number}"]
             agent = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
             stack.enter_context(agent)
             stack.callback(agent.kill)
-        until(lambda: len(redis.members()) == CROWD, "all beat", 4 * LIMIT)
+        until(lambda: len(redis.members()) == CROWD, "all report", 4 * LIMIT)
         redis.kill()
         time.sleep(5)
         redis.restart(keep_data=False)
@@ -187,26 +183,26 @@ def test_stampede(redis: Redis, notes: Notes) -> None:
             connections = client.info("stats")["total_connections_received"]
         assert len(redis.members()) == CROWD
         peak = max(after - before for before, after in itertools.pairwise(counts))
-        notes.happened(f"{connections} connections since the restart, {counts[-1]} beats")
-        notes.measured("beats in 0.1 s, at most", peak, "")
+        notes.happened(f"{connections} connections since the restart, {counts[-1]} heartbeats")
+        notes.measured("heartbeats in 0.1 s, at most", peak, "")
         notes.measured(
             "all were back after",
             0.1 * next(n for n, count in enumerate(counts) if count >= CROWD),
             "s",
         )
-        assert connections < 2 * CROWD, "each has come once, or nearly"
+        assert connections < 2 * CROWD, "each has connected about once"
         assert peak <= 2 * CROWD
 
 
 @row("A dead server's id is taken, and the dead one wakes up", *PLAIN, quick=None)
 def test_a_server_taken_for_dead_comes_back(redis: Redis, variant: Variant, notes: Notes) -> None:
-    """It was only paused. Meanwhile another has its id: it drains, and is counted no more."""
+    """It was only paused. Another server has taken its id, so it drains and is not counted."""
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     with Cluster(redis.url, BEAT, TTL, env, shares=(5,)) as cluster, ExitStack() as stack:
         options = *cluster.options, "--server-id", "one"
         cluster.may_say(*range(20))
         paused = stack.enter_context(Running(*options, env=env))
-        until(lambda: len(redis.members()) == 2, "it is there")
+        until(lambda: len(redis.members()) == 2, "it is a member")
         client = stack.enter_context(paused.client())
         assert client.who() > 0
         processes = [psutil.Process(paused.pid), *paused.workers(), *paused.agents()]
@@ -214,11 +210,11 @@ def test_a_server_taken_for_dead_comes_back(redis: Redis, variant: Variant, note
             another = stack.enter_context(Running(*options, env=env))
             assert another.who() >= 1
         assert paused.exit_code() == 2
-        assert client.rest() == b"", "it was let go in good order"
+        assert client.rest() == b"", "it was closed in order"
         assert "another live server" in paused.stderr
         until(
             lambda: redis.members()["one"] == 0 and cluster.all_say(5),
-            "the one that stays is counted, and right",
+            "the server that stays is counted correctly",
         )
         notes.happened(paused.stderr)
         cluster.check()

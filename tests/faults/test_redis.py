@@ -1,5 +1,6 @@
-"""What Redis, its Sentinels, name and clock may do to three servers with clients; more in
-test_cluster_faults.py.
+"""Faults of Redis, of its Sentinels, its name and its clock; more are in test_cluster_faults.py.
+
+Three servers with clients go through each of them.
 """
 
 import http.server
@@ -36,7 +37,7 @@ Start = Callable[..., World]
 
 @pytest.fixture
 def start(variant: Variant, tmp_path: Path) -> Iterator[Start]:
-    """Start three servers of the test's variant and their Redis."""
+    """Start three servers of the test's variant, and their Redis."""
     with ExitStack() as stack:
 
         def begin(beat: float = BEAT, ttl: float = TTL, **env: str) -> World:
@@ -47,7 +48,7 @@ def start(variant: Variant, tmp_path: Path) -> Iterator[Start]:
         yield begin
 
 
-# Answers that are none, or none of the script.
+# Replies that the script cannot give.
 
 
 def half(data: bytes) -> Iterator[bytes]:
@@ -176,9 +177,8 @@ def test_wiped_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -
             yield
 
         survive(cluster, wiped(), notes)
-        notes.happened(
-            f"GSERVER_FAULT_SEED={SEED}: the servers noticed {cluster.events('cluster.reset')} of 100"
-        )
+        noticed = cluster.events("cluster.reset")
+        notes.happened(f"GSERVER_FAULT_SEED={SEED}: the servers noticed {noticed} of 100")
 
 
 def set_password(server: Redis, password: str) -> None:
@@ -205,7 +205,7 @@ def user_without_rights(world: World) -> Iterator[None]:
 
 @contextmanager
 def user_disabled(world: World) -> Iterator[None]:
-    """Nobody can log in as the default user, who is that of connections without a name."""
+    """The default user, that of connections without a user name, cannot log in."""
     server = world.redis
     server.command("ACL", "SETUSER", "admin", "on", ">hush-hush", "~*", "&*", "+@all")
     with (
@@ -232,7 +232,7 @@ def cannot_save(world: World) -> Iterator[None]:
 
 @contextmanager
 def loading(world: World) -> Iterator[None]:
-    """It has much to read, and takes its time."""
+    """Redis has much to load, and loads it slowly."""
     server = world.redis
     server.command("EVAL", "for i = 1, 20000 do redis.call('SET', 'key' .. i, i) end", 0)
     server.command(
@@ -274,7 +274,7 @@ def connections_killed_all_the_time(world: World) -> Iterator[None]:
 
 @contextmanager
 def keys_of_other_types(world: World) -> Iterator[None]:
-    """Somebody writes to the keys again and again."""
+    """Another program writes to the keys again and again."""
     with world.reset():
         for _ in range(20):
             world.redis.command("SET", "{gserver:gserver}:members", "junk")
@@ -309,7 +309,7 @@ def test_redis_refuses(start: Start, notes: Notes, kind: Fault) -> None:
 
 @row("Redis closes who is silent for a second", *PLAIN, quick=None)
 def test_timeout_of_redis(start: Start, notes: Notes) -> None:
-    """A beat comes every two seconds, so each finds its connection closed."""
+    """Heartbeats come every two seconds, so each finds its connection closed."""
     world = start(2, 10)
     world.redis.command("CONFIG", "SET", "timeout", 1)
 
@@ -319,7 +319,7 @@ def test_timeout_of_redis(start: Start, notes: Notes) -> None:
     before, lost = connections(), world.cluster.events("cluster.lost")
     world.cluster.watch(8)
     assert not before & connections()
-    notes.happened("no connection is left of those before")
+    notes.happened("no connection is left from before")
     survive(world.cluster, nullcontext(), notes)
     assert world.cluster.events("cluster.lost") == lost
 
@@ -328,9 +328,7 @@ def test_timeout_of_redis(start: Start, notes: Notes) -> None:
 
 
 def with_clock(file: Path) -> dict[str, str]:
-    """The environment of a process whose wall clock is ahead as the file says: "+3600". No other
-    clock is.
-    """
+    """Return the environment of a process whose wall clock the file sets ahead: "+3600"."""
     program("faketime")
     (library,) = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
     env = {
@@ -341,15 +339,14 @@ def with_clock(file: Path) -> dict[str, str]:
     return {**env, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
-#: Seconds from the right time, one after another: forward, back, by more than the day after which
-#: keys expire.
+#: Seconds ahead of the correct time, one after another: forward, back, and by more than the day
+#: after which keys expire.
 JUMPS = "+3600", "-7200", "+86000", "+400000", "-1000000000", "+0"
 
 
 @row("Wall clock of Redis jumps", *PLAIN, quick=None)
 def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
-    """Whoever looks at a clock that jumps sees the same as here, where what it has noted is moved
-    the other way.
+    """The times that Redis has stored are moved, which looks the same as a clock that jumps.
 
     Redis itself does not start under libfaketime, which its allocator calls too early.
     """
@@ -358,13 +355,17 @@ def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
     @contextmanager
     def jumping() -> Iterator[None]:
         for jump in map(int, JUMPS):
-            said = [
+            stored, _ = [
                 world.redis.command("HINCRBY", STATE, name, -jump * 1000)
-                for name in ("beat_at", "recount_at")
+                for name in ("heartbeat_at", "recount_at")
             ]
-            until(lambda: world.redis.command("HGET", STATE, "beat_at") != str(said[0]), "a beat")
+
+            def has_reported(stored: int = stored) -> bool:
+                return str(world.redis.command("HGET", STATE, "heartbeat_at")) != str(stored)
+
+            until(has_reported, "a heartbeat")
             notes.happened(
-                f"the clock of Redis was {jump:+} s ahead of what the beat before had noted"
+                f"the clock of Redis was {jump:+} s ahead of what the heartbeat before had stored"
             )
             world.cluster.watch(5 * BEAT)
         yield
@@ -402,7 +403,7 @@ def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: No
         survive(cluster, jumping(), notes)
 
 
-# Where Redis is.
+# The address of Redis.
 
 
 @pytest.mark.timeout(1500)
@@ -499,7 +500,7 @@ def test_all_sentinels_name_another(
 def test_the_name_of_redis_changes(
     variant: Variant, tmp_path: Path, notes: Notes, kind: int
 ) -> None:
-    """Whom the servers ask for names they do not know says nothing, or is not there."""
+    """The name server does not reply, or does not exist."""
     if os.geteuid() != 0:
         unavailable("a file of hosts of one's own needs root")
     hosts, resolver = tmp_path / "hosts", tmp_path / "resolv.conf"
@@ -536,7 +537,7 @@ def test_the_name_of_redis_changes(
             cluster.watch(2 * TTL)
             yield
             hosts.write_text("127.0.0.2 redis.test\n")
-            until(lambda: cluster.all_say(cluster.total), "all have found it")
+            until(lambda: cluster.all_say(cluster.total), "all servers have found it")
 
         assert addresses() == {"127.0.0.1"}
         survive(cluster, renamed(), notes)
