@@ -232,17 +232,6 @@ def test_with_a_token_all_but_health_needs_it(value: str) -> None:
         assert not server.events("process.error")
 
 
-def test_a_token_that_is_given_as_a_flag_is_no_argument_for_long() -> None:
-    with Running("--admin-port", "0", "--admin-token", TOKEN) as server:
-        server.wait_for("agent.ready")
-        processes = [*server.workers(), *server.agents()]
-        assert processes
-        with open(f"/proc/{server.pid}/cmdline") as file:
-            lines = [file.read(), *(" ".join(process.cmdline()) for process in processes)]
-        assert not any(TOKEN in line for line in lines)
-        assert status(server, Authorization=f"Bearer {TOKEN}")["server"]["state"] == "ready"
-
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.com"])
 def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
     done = gserver("--admin-port", "0", "--admin-host", host)
