@@ -122,7 +122,7 @@ class Target:
         if self.trouble or not self.before:
             return None
         now, before = self.now["server"], self.before["server"]
-        seconds = now["uptime_seconds"] - before["uptime_seconds"]
+        seconds = float(now["uptime_seconds"] - before["uptime_seconds"])
         if now["id"] != before["id"] or seconds <= 0:
             return None
         return (_total(self.now, path) - _total(self.before, path)) / seconds

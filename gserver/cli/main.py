@@ -265,7 +265,7 @@ def _targets(ctx: click.Context) -> "list[Target]":
 @click.option("--json", "is_json", is_flag=True, help="Print one line of JSON for each round.")
 @click.pass_context
 def top(
-    ctx: click.Context, interval_seconds: float, *, is_once: bool, is_json: bool, **_: Any
+    ctx: click.Context, /, interval_seconds: float, *, is_once: bool, is_json: bool, **_: Any
 ) -> None:
     """Show servers live, through their admin ports, until Ctrl-C.
 
@@ -282,7 +282,7 @@ def top(
 @gserver.command(cls=Command, short_help="Show the state of servers, through their admin ports.")
 @_admin_options
 @click.pass_context
-def status(ctx: click.Context, **_: Any) -> None:
+def status(ctx: click.Context, /, **_: Any) -> None:
     """Show the state of servers, through their admin ports.
 
     Exits with 0 if all are ready, otherwise with 1.
