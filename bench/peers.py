@@ -34,7 +34,7 @@ HOST = "127.0.0.1"
 #: Seconds that a server has to begin, and to end.
 PATIENCE = 10.0
 PYTHON = (sys.executable, "-P")
-GSERVER = (*PYTHON, "-m", "gserver", "serve", "--port", "PORT", "--workers", "1")
+GSERVER = (*PYTHON, "-m", "gserver", "serve", "--port", "PORT")
 #: Programs that are run as they come, and the packages that have them.
 PROGRAMS = {
     "redis-server": "redis-server",

@@ -1,8 +1,8 @@
-"""Every option of `serve`, named once: its default, its limits, its help and its environment names.
+"""Every option of `serve`, declared once: default, limits, help and environment variables.
 
-The command line, the documents and the tests derive from `Config`. Pure: reads no environment, no
-file. A field's flag is its name with dashes, without the unit: `line_timeout_seconds` is
-`--line-timeout`.
+The command line, the documents and the tests derive from `Config`. This module is pure: it reads
+neither the environment nor a file. A field's flag is its name with dashes and without the unit:
+`line_timeout_seconds` is `--line-timeout`.
 """
 
 import contextlib
@@ -15,25 +15,37 @@ from typing import Any
 
 from gserver.redis_url import RedisUrl
 
+# Groups of options, in the order of `gserver --help`.
 LISTENING = "Listening"
 CLIENTS = "Clients"
-STOPPING = "Stopping"
+STOPPING = "Stopping and restarting"
 TLS = "TLS"
-EXTENDING = "Extending"
+COMMANDS = "Custom commands"
 CLUSTER = "Cluster (Redis)"
 METRICS = "Metrics (StatsD)"
 ADMIN = "Admin port (HTTP)"
 LOGS = "Logs"
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "json", "text")
-#: Names that process runners give to the same things; GSERVER_<OPTION> wins over them.
-RUNNER_VARIABLES = {"port": "PORT", "workers": "WEB_CONCURRENCY", "redis_url": "REDIS_URL"}
-RUNNER_VARIABLES |= {name: name.upper() for name in ("statsd_host", "statsd_port", "statsd_prefix")}
+#: Variables that process runners and hosting platforms set. GSERVER_<OPTION> wins over them.
+RUNNER_VARIABLES = {
+    "port": "PORT",
+    "workers": "WEB_CONCURRENCY",
+    "redis_url": "REDIS_URL",
+    "statsd_host": "STATSD_HOST",
+    "statsd_port": "STATSD_PORT",
+    "statsd_prefix": "STATSD_PREFIX",
+}
+#: Options whose value may be a secret. The option `<name>_file` names a file with the value.
+SECRETS = ("redis_url", "admin_token")
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a person sees of a field. `parse` turns text into its value, or raises ValueError."""
+    """How a field appears on the command line.
+
+    `parse` turns text into a value, or raises ValueError with a reason for people.
+    """
 
     group: str
     help: str
@@ -45,12 +57,12 @@ class Option:
     shown_default: str | None = None
 
 
-def _option(default: Any, group: str, help: str, **rest: Any) -> Any:
-    return field(default=default, metadata={"option": Option(group, help, **rest)})
+def _option(default: Any, group: str, help_text: str, **rest: Any) -> Any:
+    return field(default=default, metadata={"option": Option(group, help_text, **rest)})
 
 
 def parse_workers(text: str) -> int:
-    """Return the number of workers; 0 stands for `auto`, one for each core."""
+    """Return the number of workers; 0 stands for `auto`, one per core."""
     if text == "auto":
         return 0
     if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
@@ -59,14 +71,14 @@ def parse_workers(text: str) -> int:
 
 
 def parse_server_id(text: str) -> str:
-    """Return the id: it is a reply on the wire, so one word of printable ASCII."""
+    """Return the id. It is a reply on the wire, so it must be one word of printable ASCII."""
     if not re.fullmatch(r"[!-~]{1,128}", text):
         raise ValueError(f"{text!r} is not one word of at most 128 printable ASCII characters")
     return text
 
 
 def parse_statsd_prefix(text: str) -> str:
-    """Return the prefix with whatever would break a StatsD line (`:`, `|`, `@`, `#`, …) made `_`, and not too long."""
+    """Return the prefix, cut to 128 characters, with `_` for characters that StatsD reserves."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text).strip(".")[:128]
 
 
@@ -93,177 +105,203 @@ def parse_admin_port(text: str) -> int:
 
 
 def parse_redis_url(text: str) -> str:
-    """Return the URL as it is, once it is known to be one."""
+    """Return the URL unchanged if it is valid."""
     RedisUrl.parse(text)
     return text
 
 
 def parse_cluster_name(text: str) -> str:
-    """Return the name: it is part of the keys in Redis, between braces."""
+    """Return the name. It is part of the keys in Redis, between braces."""
     if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", text):
         raise ValueError(f"{text!r} is not 1 to 64 letters, digits, _, ., : and -")
     return text
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address, or the name `localhost`, is reached from this machine alone."""
+    """Whether an address, or the name `localhost`, can be reached from this machine only."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host.lower() == "localhost"
 
 
 def show_address(host: str, port: int) -> str:
-    """Return `host:port`, an IPv6 address in brackets."""
+    """Return `host:port`, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def hosts_overlap(first: str, second: str) -> bool:
+    """Whether sockets on two addresses cannot have the same port. Only localhost is resolved."""
+    if first == second:
+        return True
+    return any(
+        _covers(one, other) or _covers(other, one)
+        for one in _addresses(first)
+        for other in _addresses(second)
+    )
+
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def _addresses(host: str) -> list[_Address]:
+    names = ["127.0.0.1", "::1"] if host.lower() == "localhost" else [host]
+    try:
+        return [ipaddress.ip_address(name) for name in names]
+    except ValueError:
+        return []
+
+
+def _covers(wide: _Address, narrow: _Address) -> bool:
+    # A socket on `::` accepts IPv4, too.
+    if wide.is_unspecified:
+        return wide.version == 6 or narrow.version == 4
+    return wide == narrow
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One server's configuration. Periods are seconds; 0 switches off what its help says it does."""
+    """The configuration of one server. Times are seconds. The help says where 0 means no limit."""
 
     host: str = _option("127.0.0.1", LISTENING, "Address to listen on; 0.0.0.0 or :: for all.")
-    port: int = _option(4242, LISTENING, "Port to listen on; 0 = any free one.", maximum=65535)
+    port: int = _option(4242, LISTENING, "Port to listen on; 0 = any free port.", maximum=65535)
     backlog: int = _option(
         1024,
         LISTENING,
-        "Connections that the kernel may hold before accept.",
+        "Connections that the kernel queues before accept.",
         minimum=1,
         maximum=65535,
     )
     workers: int = _option(
         1,
         LISTENING,
-        "Worker processes, or auto: one for each core.",
+        "Worker processes; auto = one per core.",
         parse=parse_workers,
         metavar="N|auto",
     )
-    user: str = _option(
-        "", LISTENING, "User to serve as, where root starts it.", metavar="NAME[:GROUP]"
-    )
+    user: str = _option("", LISTENING, "Serve as this user; needs root.", metavar="NAME[:GROUP]")
     server_id: str = _option(
         "",
         LISTENING,
-        "What WHERE answers [default: a new UUID].",
+        "Reply to WHERE, unique to each server [default: a new UUID].",
         parse=parse_server_id,
         metavar="ID",
     )
     max_clients: int = _option(
-        10000, CLIENTS, "Clients at once, over all workers.", minimum=1, maximum=10_000_000
+        10000, CLIENTS, "Maximum clients over all workers.", minimum=1, maximum=10_000_000
     )
     max_clients_per_address: int = _option(
         0,
         CLIENTS,
-        "Clients of one address at once (IPv6: of one /64); 0 = no limit.",
+        "Maximum clients per IPv4 address or IPv6 /64; 0 = no limit.",
         maximum=10_000_000,
     )
     max_line_bytes: int = _option(
-        1024, CLIENTS, "Longest line, its ending not counted.", minimum=5, maximum=65536
+        1024, CLIENTS, "Maximum line length, without the line ending.", minimum=5, maximum=65536
     )
     line_timeout_seconds: float = _option(
-        10.0, CLIENTS, "Time from a line's first byte to its end; 0 = no limit."
+        10.0, CLIENTS, "Time for a line to arrive, from its first byte; 0 = no limit."
     )
     idle_timeout_seconds: float = _option(
-        0.0, CLIENTS, "Time a client may say nothing; 0 = no limit."
+        0.0, CLIENTS, "Close a client that sends nothing for this long; 0 = never."
     )
     write_timeout_seconds: float = _option(
-        10.0, CLIENTS, "Time a client may leave its replies unread; 0 = 2 minutes."
+        10.0, CLIENTS, "Close a client that leaves replies unread for this long; 0 = 2 minutes."
     )
     unterminated_after_seconds: float = _option(
-        0.1,
-        CLIENTS,
-        "Silence after which a whole command without its newline is answered; 0 = never.",
+        0.1, CLIENTS, "Reply to a command without its newline after this much silence; 0 = never."
     )
     tls_cert: str = _option(
-        "",
-        TLS,
-        "Certificate (PEM, those that lead to its CA after it): the port speaks TLS.",
-        metavar="FILE",
+        "", TLS, "Certificate chain (PEM); the port then speaks only TLS.", metavar="FILE"
     )
     tls_key: str = _option(
-        "", TLS, "Its private key (PEM) [default: in the file of --tls-cert].", metavar="FILE"
+        "", TLS, "Its private key (PEM) [default: in the --tls-cert file].", metavar="FILE"
     )
     tls_client_ca: str = _option(
-        "", TLS, "CA (PEM) that clients need a certificate of.", metavar="FILE"
+        "", TLS, "Require client certificates signed by this CA (PEM).", metavar="FILE"
     )
     tls_handshake_timeout_seconds: float = _option(
-        5.0, TLS, "Time for the handshake; 0 = no limit."
+        5.0, TLS, "Time limit for the handshake; 0 = no limit."
     )
     drain_timeout_seconds: float = _option(
-        4.0, STOPPING, "Time from a stop to the exit, at most; what is busy then is cut off."
+        4.0, STOPPING, "Maximum time from a stop to the exit; clients still busy are cut off."
     )
     drain_delay_seconds: float = _option(
-        0.0,
-        STOPPING,
-        "Time to go on accepting and serving after SIGTERM or SIGUSR2, for balancers to notice.",
+        0.0, STOPPING, "Keep accepting this long after SIGTERM or SIGUSR2, for load balancers."
     )
     hang_timeout_seconds: float = _option(
-        10.0, STOPPING, "Time without a sign of life after which a process is replaced; 0 = never."
+        10.0, STOPPING, "Replace a process that gives no heartbeat for this long; 0 = never."
     )
     commands: str = _option(
-        "", EXTENDING, "Python module with commands of your own.", metavar="MODULE"
+        "", COMMANDS, "Python module that defines more commands.", metavar="MODULE"
     )
     redis_url: str = _option(
         "",
         CLUSTER,
-        "Redis of the cluster [default: none, a server alone].",
+        "Redis that the cluster shares [default: none, a single server].",
         parse=parse_redis_url,
         metavar="URL",
     )
+    redis_url_file: str = _option(
+        "", CLUSTER, "File with that URL on one line, if it holds a password.", metavar="FILE"
+    )
     redis_ca_file: str = _option(
-        "", CLUSTER, "CA certificate for rediss:// [default: the system's].", metavar="FILE"
+        "", CLUSTER, "CA (PEM) for rediss:// [default: the system's].", metavar="FILE"
     )
     redis_tls_verify: str = _option(
-        "yes", CLUSTER, "Whether its certificate must be right.", choices=("yes", "no")
+        "yes", CLUSTER, "Verify Redis's certificate.", choices=("yes", "no")
     )
     cluster_name: str = _option(
-        "gserver", CLUSTER, "Name of the cluster.", parse=parse_cluster_name, metavar="NAME"
+        "gserver",
+        CLUSTER,
+        "Servers with the same name form a cluster.",
+        parse=parse_cluster_name,
+        metavar="NAME",
     )
     heartbeat_interval_seconds: float = _option(
-        0.5, CLUSTER, "Time from one report to Redis to the next.", minimum=0.1
+        0.5, CLUSTER, "Time between two reports to Redis.", minimum=0.1
     )
     member_ttl_seconds: float = _option(
-        5.0, CLUSTER, "Time without one after which a server is taken for dead."
+        5.0, CLUSTER, "A server expires after this long without a report."
     )
     on_cluster_loss: str = _option(
         "last-known",
         CLUSTER,
-        "What WHO says when the others have not been heard of for --cluster-max-age: own clients and the last known of"
-        " others, own alone, or an ERR.",
+        "Reply to WHO when the other servers' count is older than --cluster-max-age: own clients"
+        " plus that count, own clients only, or an ERR line.",
         choices=("last-known", "local", "error"),
     )
-    cluster_max_age_seconds: float = _option(
-        30.0, CLUSTER, "Age of that knowledge from which it is too old."
-    )
-    statsd_host: str = _option("", METRICS, "StatsD daemon [default: none, no metrics are sent].")
+    cluster_max_age_seconds: float = _option(30.0, CLUSTER, "Age from which that count is too old.")
+    statsd_host: str = _option("", METRICS, "Send metrics to this StatsD daemon [default: none].")
     statsd_port: int = _option(8125, METRICS, "Its UDP port.", minimum=1, maximum=65535)
     statsd_prefix: str = _option(
-        "gserver", METRICS, "First part of every name.", parse=parse_statsd_prefix
+        "gserver", METRICS, "Prefix of all metric names.", parse=parse_statsd_prefix
     )
     admin_port: int = _option(
         -1,
         ADMIN,
-        "Port for health, metrics and status; 0 = any free one.",
+        "Port for health checks, metrics and status; 0 = any free port.",
         minimum=-1,
         parse=parse_admin_port,
         metavar="PORT|off",
         shown_default="off",
     )
-    admin_host: str = _option("127.0.0.1", ADMIN, "Address of that port.")
+    admin_host: str = _option("127.0.0.1", ADMIN, "Address of the admin port.")
     admin_token: str = _option(
         "",
         ADMIN,
-        "Secret to ask for; needed where the address is not loopback.",
+        "Token required from callers; mandatory if the address is not loopback.",
         parse=parse_admin_token,
         metavar="TEXT",
     )
-    log_level: str = _option("info", LOGS, "Least level to log.", choices=LEVELS)
+    admin_token_file: str = _option("", ADMIN, "File with that token on one line.", metavar="FILE")
+    log_level: str = _option("info", LOGS, "Lowest level to log.", choices=LEVELS)
     log_format: str = _option(
-        "auto", LOGS, "auto = text on a terminal, json elsewhere.", choices=FORMATS
+        "auto", LOGS, "auto = text on a terminal, json otherwise.", choices=FORMATS
     )
 
     @property
     def needs_agent(self) -> bool:
-        """Whether there is anything for an agent to do."""
+        """Whether an agent process has anything to do."""
         return bool(self.statsd_host or self.redis_url) or self.admin_port >= 0
 
     def hang_seconds(self, *, is_agent: bool) -> float:
@@ -278,33 +316,57 @@ class Config:
 
     @property
     def settle_seconds(self) -> float:
-        """How long a start waits at most to know whether the server's id is free: three beats of who may hold it."""
+        """How long a start waits to learn if its id is free: three reports of a live holder."""
         return max(1.8, 3 * self.heartbeat_interval_seconds)
 
     @property
     def address_cells(self) -> int:
-        """In how many cells each worker counts clients by address: as many for each client at least, or none."""
+        """Cells in which each worker counts clients by address: twice the clients; 0 = no limit."""
         return 2 * max(65536, self.max_clients) if self.max_clients_per_address else 0
 
     @property
     def contradiction(self) -> str:
-        """Which options contradict each other, and how; "" when none do."""
-        beat, ttl, age = (
-            self.heartbeat_interval_seconds,
-            self.member_ttl_seconds,
-            self.cluster_max_age_seconds,
-        )
-        if ttl < 5 * beat - 1e-9:
-            return f"--member-ttl {ttl:g} is too short: at least five times --heartbeat-interval, which is {beat:g}"
-        if age < 2 * beat:
-            return f"--cluster-max-age {age:g} is too short: at least twice --heartbeat-interval, which is {beat:g}"
-        if self.admin_port >= 0 and not self.admin_token and not is_loopback(self.admin_host):
-            return f"--admin-host {self.admin_host} can be reached from elsewhere: give it an --admin-token too"
-        if (self.tls_key or self.tls_client_ca) and not self.tls_cert:
-            return f"{'--tls-key' if self.tls_key else '--tls-client-ca'} is for a port with TLS: give --tls-cert too"
+        """The first contradiction between options, as one line; "" if there is none."""
+        return self._cluster_contradiction or self._port_contradiction
+
+    @property
+    def _cluster_contradiction(self) -> str:
+        interval, ttl = self.heartbeat_interval_seconds, self.member_ttl_seconds
+        max_age = self.cluster_max_age_seconds
+        which = f"--heartbeat-interval, which is {interval:g}"
+        if ttl < 5 * interval - 1e-9:  # The rounding error of 5 * 0.3, say.
+            return f"--member-ttl {ttl:g} is too short: at least five times {which}"
+        if max_age < 2 * interval:
+            return f"--cluster-max-age {max_age:g} is too short: at least twice {which}"
         if self.redis_ca_file and not RedisUrl.parse(self.redis_url or "redis://-").has_tls:
             return "--redis-ca-file is for a --redis-url with TLS: rediss://"
         return ""
+
+    @property
+    def _port_contradiction(self) -> str:
+        if self.admin_port >= 0 and not self.admin_token and not is_loopback(self.admin_host):
+            where = f"--admin-host {self.admin_host}"
+            return f"{where} can be reached from elsewhere: give it an --admin-token too"
+        if self.tls_key and not self.tls_cert:
+            return "--tls-key needs --tls-cert, too"
+        if self.tls_client_ca and not self.tls_cert:
+            return "--tls-client-ca needs --tls-cert, too"
+        return ""
+
+    @property
+    def port_collision(self) -> str:
+        """Why the two ports cannot be bound, as one line; "" if they can.
+
+        It does not matter if a service manager hands over sockets: they are not bound here.
+        """
+        if self.port != self.admin_port or self.port == 0:
+            return ""
+        if not hosts_overlap(self.host, self.admin_host):
+            return ""
+        return (
+            f"--port and --admin-port are both {self.port}, on {self.host} and {self.admin_host}:"
+            " choose another for one of them"
+        )
 
 
 OPTIONS: dict[str, Option] = {item.name: item.metadata["option"] for item in fields(Config)}
@@ -316,6 +378,6 @@ def flag(name: str) -> str:
 
 
 def environment_names(name: str) -> list[str]:
-    """Return the environment variables of a field, the one that wins first."""
+    """Return the environment variables of a field; the first that is set wins."""
     own = "GSERVER_" + flag(name).removeprefix("--").replace("-", "_").upper()
     return [own, RUNNER_VARIABLES[name]] if name in RUNNER_VARIABLES else [own]

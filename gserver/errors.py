@@ -1,4 +1,4 @@
-"""What a person is told when gserver cannot go on: one line, and the exit code that goes with it.
+"""Errors that end the program with one line for people, and the exit codes that go with them.
 
 Imports nothing, so that every module may raise these.
 """
@@ -9,20 +9,20 @@ EXIT_USAGE = 2
 
 
 class FatalError(Exception):
-    """Something outside the program is in the way. Its text is one line: what is wrong, what to do."""
+    """gserver cannot go on. The text is one line: what is wrong and what to do."""
 
     exit_code = EXIT_RUNTIME
 
 
 class UsageError(FatalError):
-    """The program was asked for something that it cannot do: a bad option, a bad module."""
+    """The request itself is wrong: a bad option, a bad command module."""
 
     exit_code = EXIT_USAGE
 
 
 class DuplicateIdError(UsageError):
-    """Another live server has this one's id."""
+    """Another live server has the same id."""
 
 
 class ClusterUnavailable(Exception):
-    """The number of clients is not known well enough to be told (`--on-cluster-loss error`)."""
+    """The cluster's number of clients is too old to report (`--on-cluster-loss error`)."""

@@ -24,8 +24,7 @@ from rich.console import Console
 
 from gserver import config, logs, protocol, redis_url
 from gserver.certificates import Certificates
-from gserver.cli import admin_client
-from gserver.cli import screens as top
+from gserver.cli import admin_client, top
 from gserver.commands import BUILT_IN
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
@@ -312,15 +311,15 @@ class StatusTarget(Target):
 
     def check(self, given: str) -> None:
         try:
-            status = self.code._plain(json.loads(given))
+            status = self.code._printable(json.loads(given))
         except (ValueError, RecursionError):
             return
         if not self.code._fits(status, self.code.SHAPE):
             return
         good = json.loads(self.GOOD)
         for before, now in ((good, status), (status, status), (status, good)):
-            watched = self.code.Watched("127.0.0.1:1", now=now, before=before)
-            Console(file=(shown := StringIO()), width=100).print(top.screens([watched]))
+            watched = self.code.Target("127.0.0.1:1", now=now, before=before)
+            Console(file=(shown := StringIO()), width=100).print(top.render([watched]))
             assert not OBEYED.search(shown.getvalue() + top.line(watched)), "a terminal obeys it"
 
 

@@ -211,7 +211,7 @@ class Running:
         lines: list[str] | None = None,
     ) -> None:
         self.process = subprocess.Popen(
-            [*(command or [*GSERVER, "serve", "--port", "0"]), *options],
+            _with_last_values([*(command or [*GSERVER, "serve", "--port", "0"]), *options]),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(**(env or {})),
@@ -335,6 +335,29 @@ class Running:
                 except psutil.NoSuchProcess:
                     continue
         self.exit_code()
+
+
+def _with_last_values(words: list[str]) -> list[str]:
+    """The command without the options of gserver that are repeated later: it refuses those.
+
+    So a test can replace an option that its helper has given. Words before `gserver`, such as those
+    of `prlimit`, are left alone.
+    """
+    joined = list(zip(["", *words], words, strict=False))
+    programs = [
+        index
+        for index, (before, word) in enumerate(joined)
+        if (before, word) == ("-m", "gserver") or word.endswith("bin/gserver")
+    ]
+    begin = programs[-1] + 1 if programs else len(words)
+    kept: dict[str, list[str]] = {}
+    name = ""
+    for word in words[begin:]:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            kept[name] = []
+        kept.setdefault(name, []).append(word)
+    return [*words[:begin], *(word for group in kept.values() for word in group)]
 
 
 def _collect(stream: Any, into: list[str]) -> None:

@@ -271,17 +271,6 @@ def test_a_token_with_a_blank_inside_is_accepted() -> None:
         assert get(server, "/metrics", Authorization="Bearer two words")[0] == 200
 
 
-def test_a_token_that_is_given_as_a_flag_is_no_argument_for_long() -> None:
-    with Running("--admin-port", "0", "--admin-token", TOKEN) as server:
-        server.wait_for("agent.ready")
-        processes = [*server.workers(), *server.agents()]
-        assert processes
-        with open(f"/proc/{server.pid}/cmdline") as file:
-            lines = [file.read(), *(" ".join(process.cmdline()) for process in processes)]
-        assert not any(TOKEN in line for line in lines)
-        assert status(server, Authorization=f"Bearer {TOKEN}")["server"]["state"] == "ready"
-
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.com"])
 def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
     done = gserver("--admin-port", "0", "--admin-host", host)

@@ -1,4 +1,4 @@
-"""Who asks admin ports: in time, and whatever answers there."""
+"""The client of the admin port: its deadlines, and any answer that it may get."""
 
 import base64
 import io
@@ -16,16 +16,17 @@ from rich.console import Console
 
 from gserver.agent.status import status as describe
 from gserver.cli.admin_client import (
+    CLOSED,
     SLOW,
     STRANGE,
     TIMEOUT_SECONDS,
-    Watched,
-    look,
-    look_twice,
-    told,
-    watch,
+    Target,
+    as_json,
+    parse_targets,
+    poll,
+    poll_twice,
 )
-from gserver.cli.screens import line, screens
+from gserver.cli.top import line, render
 from gserver.config import Config
 from gserver.errors import UsageError
 from gserver.scoreboard import Scoreboard
@@ -76,18 +77,18 @@ def answering(*parts: bytes, pause: float = 0.0) -> Iterator[tuple[str, list[byt
             listener.shutdown(socket.SHUT_RDWR)
 
 
-def seen(body: bytes, head: bytes = HEAD) -> Watched:
+def seen(body: bytes, head: bytes = HEAD) -> Target:
     """What is seen of a server that answers so."""
     with answering(head, body) as (address, _):
-        [watched] = watch([address], "")
-        look([watched])
-        return watched
+        [target] = parse_targets([address], "")
+        poll([target])
+        return target
 
 
 def test_what_a_server_says_is_believed_as_it_is() -> None:
-    watched = seen(json.dumps(GOOD).encode())
-    assert (watched.trouble, watched.now, watched.state) == ("", GOOD, GOOD["server"]["state"])
-    assert told([watched]) == {watched.address: GOOD}
+    target = seen(json.dumps(GOOD).encode())
+    assert (target.trouble, target.now, target.state) == ("", GOOD, GOOD["server"]["state"])
+    assert json.loads(as_json([target])) == {target.address: GOOD}
     alone = {**GOOD, "cluster": None, "news": ["of a later version"]}
     assert seen(json.dumps(alone).encode()).now == alone
     unknown = describe(Config(redis_url="redis://x"), Scoreboard.create(1), None)
@@ -181,18 +182,21 @@ def test_whatever_fits_can_be_shown() -> None:
     for path in SEEN:
         values: list[Any] = [None, True, 0, -1.5, 2**62, "x", "[/red]", {}, []]
         for value in values:
-            watched = seen(changed(path, value))
-            line(watched)
-            Console(file=io.StringIO(), width=80).print(screens([watched]))
+            target = seen(changed(path, value))
+            line(target)
+            Console(file=io.StringIO(), width=80).print(render([target]))
 
 
 @pytest.mark.parametrize(
     ("answer", "trouble"),
     [
-        (b"", "it closed the connection without an answer"),
+        (b"", CLOSED),
         (b"SSH-2.0-OpenSSH_9.2\r\n", STRANGE),
         (b"\x1b]0;P\x07 200 foo\r\n\r\n", STRANGE),
         (b"HTTP/1.0 99x OK\r\n\r\n", STRANGE),
+        (b"HTTP/1.0 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n{}", STRANGE),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}", STRANGE),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", STRANGE),
         (HEAD + json.dumps(GOOD).encode()[:-1], STRANGE),
         (HEAD + b"\xff\xfe", STRANGE),
         (HEAD + b"[" * 200_000, STRANGE),
@@ -207,21 +211,31 @@ def test_what_is_no_admin_port_is_said_in_a_line(answer: bytes, trouble: str) ->
     assert seen(answer, head=b"").trouble == trouble
 
 
-def test_many_headers_are_no_trouble() -> None:
-    assert (
-        seen(json.dumps(GOOD).encode(), b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n").now
-        == GOOD
-    )
+def test_headers_are_no_trouble_up_to_a_limit() -> None:
+    for count, trouble in ((90, ""), (200, STRANGE)):
+        head = b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * count + b"\r\n"
+        assert seen(json.dumps(GOOD).encode(), head).trouble == trouble
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_a_body_with_a_length_or_in_chunks_is_read(framing: str) -> None:
+    body = json.dumps(GOOD).encode()
+    if framing == "length":
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+    else:
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    assert seen(body, head).now == GOOD
 
 
 def test_nothing_that_a_terminal_would_obey_is_left_in_texts() -> None:
     foul = "\x1b]0;P\x07\x1b[2J\x9b\x7f\u202e\ud800é\n"
-    watched = seen(changed("server.id", foul).replace(b'"WHO"', json.dumps(foul).encode()))
+    target = seen(changed("server.id", foul).replace(b'"WHO"', json.dumps(foul).encode()))
     plain = r"\x1b]0;P\x07\x1b[2J\x9b\x7f\u202e\ud800\xe9\n"
-    assert watched.now["server"]["id"] == plain
-    assert plain in watched.now["commands"]
-    watched = seen(changed("cluster.roster.servers.0.id", foul))
-    assert watched.now["cluster"]["roster"]["servers"][0]["id"] == plain
+    assert target.now["server"]["id"] == plain
+    assert plain in target.now["commands"]
+    target = seen(changed("cluster.roster.servers.0.id", foul))
+    assert target.now["cluster"]["roster"]["servers"][0]["id"] == plain
 
 
 def test_a_token_goes_to_the_server_that_is_asked_and_nowhere_else() -> None:
@@ -229,7 +243,7 @@ def test_a_token_goes_to_the_server_that_is_asked_and_nowhere_else() -> None:
     with answering(b"") as (elsewhere, stolen):
         location = f"HTTP/1.0 302 Found\r\nLocation: http://{elsewhere}/\r\n\r\n".encode()
         with answering(location) as (address, asked):
-            look(watch([address], token))
+            poll(parse_targets([address], token))
     header = next(
         part for part in asked[0].decode().split("\r\n") if part.startswith("Authorization: Basic ")
     )
@@ -237,20 +251,37 @@ def test_a_token_goes_to_the_server_that_is_asked_and_nowhere_else() -> None:
     assert stolen == []
 
 
-def test_one_deadline_holds_for_all_of_an_answer() -> None:
-    with ExitStack() as stack:
-        dripping, asked = stack.enter_context(answering(HEAD, *[b" "] * 100, pause=0.1))
-        halting, _ = stack.enter_context(answering(HEAD, b" ", b" ", pause=1.5))
-        watched, began = watch([dripping, halting], ""), time.monotonic()
-        look(watched)
+@pytest.mark.parametrize(
+    ("parts", "pause"),
+    [
+        ([HEAD, *[b" "] * 100], 0.1),
+        ([HEAD, b" ", b" "], 1.5),
+        ([b"H", b"T", b"T", b"P", *[b"/"] * 100], 0.1),
+        ([b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 90], 0.1),
+        ([*[b"HTTP/1.1 100 Continue\r\n\r\n"] * 100], 0.1),
+        ([HEAD, *[b'"' * 10_000] * 100], 0.03),
+    ],
+)
+def test_one_deadline_holds_for_all_of_an_answer(parts: list[bytes], pause: float) -> None:
+    with answering(*parts, pause=pause) as (address, asked):
+        targets, began = parse_targets([address], ""), time.monotonic()
+        poll(targets)
         assert TIMEOUT_SECONDS <= time.monotonic() - began < TIMEOUT_SECONDS + PATIENCE
-        assert [each.trouble for each in watched] == [SLOW, SLOW]
+        assert targets[0].trouble == SLOW
 
         def asked_again() -> bool:
-            look(watched, 0.1)
+            poll(targets, 0.1)
             return len(asked) == 2
 
-        until(asked_again, "who has dripped for too long is done with", 2 * PATIENCE)
+        until(asked_again, "the late request has ended", 2 * PATIENCE)
+
+
+def test_an_answer_without_end_is_given_up_before_the_deadline() -> None:
+    with answering(HEAD, b" " * 10_000_000) as (address, _):
+        targets, began = parse_targets([address], ""), time.monotonic()
+        poll(targets)
+        assert targets[0].trouble == STRANGE
+        assert time.monotonic() - began < TIMEOUT_SECONDS
 
 
 def test_who_is_slow_keeps_nobody_from_being_seen_and_is_heard_when_it_answers() -> None:
@@ -258,14 +289,14 @@ def test_who_is_slow_keeps_nobody_from_being_seen_and_is_heard_when_it_answers()
         answering(HEAD, json.dumps(GOOD).encode()) as (quick, _),
         answering(HEAD, b" ", b"{}", pause=0.5) as (slow, asked),
     ):
-        watched, began = watch([slow, quick], ""), time.monotonic()
-        look(watched, 0.1)
+        targets, began = parse_targets([slow, quick], ""), time.monotonic()
+        poll(targets, 0.1)
         assert time.monotonic() - began < 0.1 + 0.5 * PATIENCE
-        assert [each.trouble for each in watched] == ["no answer yet", ""]
+        assert [each.trouble for each in targets] == ["no answer yet", ""]
 
         def answered() -> bool:
-            look(watched, 0.1)
-            return watched[0].trouble == STRANGE
+            poll(targets, 0.1)
+            return targets[0].trouble == STRANGE
 
         until(answered, "it is heard")
         assert len(asked) == 1, "it was not asked again meanwhile"
@@ -275,18 +306,18 @@ def test_a_second_look_is_at_those_that_have_answered_the_first() -> None:
     with ExitStack() as stack:
         good, asked = stack.enter_context(answering(HEAD, json.dumps(GOOD).encode()))
         bad, asked_in_vain = stack.enter_context(answering(b"x"))
-        watched = watch([good, bad], "")
-        look_twice(watched, 0.01)
+        targets = parse_targets([good, bad], "")
+        poll_twice(targets, 0.01)
         assert (len(asked), len(asked_in_vain)) == (2, 1)
-        assert (watched[0].before, watched[1].trouble) == (GOOD, STRANGE)
+        assert (targets[0].before, targets[1].trouble) == (GOOD, STRANGE)
 
 
 def test_a_server_without_a_token_ignores_one() -> None:
     with Running("--admin-port", "0") as server:
         server.wait_for("agent.ready")
-        watched = watch([f"127.0.0.1:{server.admin_port()}"], "of another server")
-        look(watched)
-        assert watched[0].trouble == ""
+        targets = parse_targets([f"127.0.0.1:{server.admin_port()}"], "of another server")
+        poll(targets)
+        assert targets[0].trouble == ""
 
 
 @pytest.mark.parametrize(
@@ -300,20 +331,21 @@ def test_a_server_without_a_token_ignores_one() -> None:
         "127.0.0.1:1/x",
         "127.0.0.1:99999",
         "[::1:4243",
+        "a b:4243",
     ],
 )
 def test_what_is_no_admin_port_is_refused_in_one_line(url: str) -> None:
     with pytest.raises(UsageError, match="is no admin port"):
-        watch([url], "")
+        parse_targets([url], "")
     done = gserver("top", "--once", "--admin", url)
     assert done.returncode == 2 or url == ""
     assert len(done.stderr.splitlines()) <= 1
 
 
 def test_a_name_that_is_none_is_trouble() -> None:
-    watched = watch(["nowhere.invalid:1", "x" * 70 + ":1"], "")
-    look(watched)
-    assert all(each.trouble not in ("", STRANGE) for each in watched)
+    targets = parse_targets(["nowhere.invalid:1", "x" * 70 + ":1"], "")
+    poll(targets)
+    assert all(each.trouble not in ("", STRANGE) for each in targets)
 
 
 def status(uptime: float, who: int = 0, server_id: str = "a") -> dict[str, object]:
@@ -324,13 +356,13 @@ def status(uptime: float, who: int = 0, server_id: str = "a") -> dict[str, objec
 
 
 def test_a_rate_is_by_the_servers_own_clock_and_none_is_made_up() -> None:
-    watched = Watched("x")
-    watched.now = status(10, 100)
-    assert watched.rate("commands") is None
-    watched.before, watched.now = watched.now, status(12, 150)
-    assert watched.rate("commands") == watched.rate("commands", "WHO") == 25
-    assert watched.rate("commands", "WHY") == 0
-    watched.before, watched.now = watched.now, status(1, 0, "another")
-    assert watched.rate("commands") is None
-    watched.before, watched.now = status(12), status(12)
-    assert watched.rate("commands") is None
+    target = Target("x")
+    target.now = status(10, 100)
+    assert target.rate("commands") is None
+    target.before, target.now = target.now, status(12, 150)
+    assert target.rate("commands") == target.rate("commands", "WHO") == 25
+    assert target.rate("commands", "WHY") == 0
+    target.before, target.now = target.now, status(1, 0, "another")
+    assert target.rate("commands") is None
+    target.before, target.now = status(12), status(12)
+    assert target.rate("commands") is None

@@ -1,5 +1,5 @@
-"""`gserver ask`: one call, the replies of one server, or one line that says what each server did
-instead.
+"""`gserver ask`: the replies of one server, and one line about commands that failed or servers that
+did not answer.
 """
 
 import os
@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gserver.cli.ask import ask, parse_address
+from gserver.cli.ask import Answer, ask, parse_address
 from gserver.errors import FatalError, UsageError
-from tests.running import LIMIT, PATIENCE, Running, environment, gserver, program
+from tests.running import LIMIT, PATIENCE, Running, environment, extended, gserver, program
 
 NOT_IN_TIME = "did not answer in time"
 NOT_RUNNING = "refused the connection (is it running?)"
@@ -96,7 +96,8 @@ def test_replies_that_come_in_pieces_over_one_connection_are_put_together() -> N
             time.sleep(0.02)
 
     with _server_that(in_pieces) as port:
-        assert ask(["A", "B", "C"], [("127.0.0.1", port)], LIMIT) == ["one", "two", "three"]
+        answer = ask(["A", "B", "C"], [("127.0.0.1", port)], LIMIT)
+    assert answer == Answer(["one", "two", "three"])
 
 
 def test_the_first_server_that_answers_is_the_one(server: Running, nobody: int, mute: int) -> None:
@@ -109,12 +110,25 @@ def test_the_first_server_that_answers_is_the_one(server: Running, nobody: int, 
 
 def test_later_servers_are_left_alone_when_one_has_answered(server: Running) -> None:
     with socket.create_server(("127.0.0.1", 0)) as later:
-        assert ask(["WHY"], [("127.0.0.1", server.port), ("127.0.0.1", _port(later))], LIMIT) == [
-            "42"
-        ]
+        servers = [("127.0.0.1", server.port), ("127.0.0.1", _port(later))]
+        assert ask(["WHY", "NOPE"], servers, LIMIT) == Answer(["42"], ["NOPE: ERR unknown command"])
         later.setblocking(False)
         with pytest.raises(BlockingIOError):
             later.accept()
+
+
+def test_a_reply_of_a_megabyte_is_printed_whole(tmp_path: Path) -> None:
+    module = """
+from gserver.commands import command
+
+@command("LONG")
+def long(service):
+    return "x" * 1_000_000
+"""
+    with extended(tmp_path, module) as server:
+        done = gserver("ask", "LONG", "WHY", *_options(server.port))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "x" * 1_000_000 + "\n42\n"
 
 
 def test_an_ipv6_server_is_asked_in_brackets() -> None:
@@ -143,15 +157,62 @@ def test_when_none_answers_one_line_tells_what_each_did(nobody: int, mute: int) 
     [
         (b"", "closed the connection without a reply"),
         (b"42", "closed the connection without a reply"),
-        (b"42\n", "closed the connection without a reply"),
         (b"ERR too many clients\n", "said ERR too many clients"),
-        (b"42\nERR internal\n", "said ERR internal"),
+        (b"ERR cluster unavailable\n", "said ERR cluster unavailable"),
+        (b"ERR TLS only\n", "said ERR TLS only"),
+        (b"HTTP/1.1 400 Bad Request\r\n", "sent what is no reply: 'HTTP/1.1 400 Bad Request\\r'"),
+        (b"43\n", "sent what is no reply to WHY: '43'"),
     ],
 )
-def test_a_server_that_does_not_answer_all_is_told_of(said: bytes, reason: str) -> None:
+def test_a_server_that_does_not_answer_is_told_of(said: bytes, reason: str) -> None:
     with _server_that(lambda sock: sock.sendall(said)) as port, pytest.raises(FatalError) as caught:
-        ask(["WHY", "WHY"], [("127.0.0.1", port)], LIMIT)
+        ask(["WHY"], [("127.0.0.1", port)], LIMIT)
     assert str(caught.value) == f"no server answered: 127.0.0.1:{port} {reason}"
+
+
+@pytest.mark.parametrize(
+    ("said", "replies", "failures"),
+    [
+        (b"42\n", ["42"], "127.0.0.1:{} closed the connection without a reply (no reply to WHERE)"),
+        (
+            b"42\nx",
+            ["42"],
+            "127.0.0.1:{} closed the connection without a reply (no reply to WHERE)",
+        ),
+        (b"42\nERR idle\n", ["42"], "127.0.0.1:{} said ERR idle"),
+        (b"42\nERR internal\nhere\n", ["42", "here"], "NOPE: ERR internal"),
+    ],
+)
+def test_the_replies_that_came_are_printed_and_what_failed_is_named(
+    said: bytes, replies: list[str], failures: str
+) -> None:
+    commands = ["WHY", "NOPE", "WHERE"] if b"internal" in said else ["WHY", "WHERE"]
+    with _server_that(lambda sock: sock.sendall(said)) as port:
+        done = gserver("ask", *commands, *_options(port))
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == replies
+    assert done.stderr == f"gserver: {failures.format(port)}\n"
+
+
+def test_a_command_that_takes_too_long_is_named_and_the_others_are_printed() -> None:
+    def halt(sock: socket.socket) -> None:
+        sock.sendall(b"42\n")
+        sock.recv(1)  # Until the client has left.
+
+    with _server_that(halt) as port:
+        done = gserver("ask", "WHY", "SLOW", "--timeout", "0.5", *_options(port))
+    assert (done.returncode, done.stdout) == (1, "42\n")
+    assert done.stderr == f"gserver: 127.0.0.1:{port} {NOT_IN_TIME} (no reply to SLOW)\n"
+
+
+def test_a_server_that_breaks_off_is_passed_over_for_one_that_replies_to_all(
+    server: Running,
+) -> None:
+    with _server_that(lambda sock: sock.sendall(b"7\n")) as port:
+        done = gserver("ask", "WHO", "WHY", *_options(port, server.port))
+    who, why = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, why) == (0, "", "42")
+    assert who != "7"
 
 
 def test_a_server_that_resets_the_connection_is_told_of() -> None:
@@ -200,12 +261,43 @@ def test_a_server_that_is_full_is_passed_over_and_its_word_is_told(server: Runni
         assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
 
-def test_one_err_among_the_replies_prints_none_of_them(server: Running) -> None:
-    done = gserver("ask", "WHY", "NOPE", "WHO", *_options(server.port))
+def test_a_command_that_failed_is_named_and_the_other_replies_are_printed(server: Running) -> None:
+    done = gserver("ask", "WHY", "NOPE", "why", "--server", f"127.0.0.1:{server.port}")
+    assert (done.returncode, done.stdout) == (1, "42\n42\n")
+    assert done.stderr == "gserver: NOPE: ERR unknown command\n"
+    done = gserver("ask", "NOPE", "WHY", "caf\u00e9", *_options(server.port))
+    assert (done.returncode, done.stdout) == (1, "42\n")
+    assert done.stderr == "gserver: NOPE: ERR unknown command; caf\u00e9: ERR not ASCII\n"
+
+
+@pytest.mark.parametrize("text", ["ERRATIC", "ERR-or"])
+def test_a_reply_that_only_begins_like_an_error_is_a_reply(text: str) -> None:
+    with Running("--server-id", text) as server:
+        done = gserver("ask", "WHERE", *_options(server.port))
+    assert (done.returncode, done.stdout) == (0, f"{text}\n")
+
+
+# TLS.
+
+
+def test_tls_to_a_plain_port_is_told_in_one_clear_line(server: Running) -> None:
+    done = gserver("ask", "WHY", "--tls", *_options(server.port))
     assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr
-        == f"gserver: no server answered: 127.0.0.1:{server.port} said ERR unknown command\n"
+    assert done.stderr == (
+        f"gserver: no server answered: 127.0.0.1:{server.port} closed the connection in the TLS"
+        " handshake: it does not speak TLS, or is stopping\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"220 mail\r\n"]
+)
+def test_tls_to_another_service_is_told_in_one_clear_line(said: bytes) -> None:
+    with _server_that(lambda sock: sock.sendall(said)) as port:
+        done = gserver("ask", "WHY", "--tls", *_options(port))
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"gserver: no server answered: 127.0.0.1:{port} does not speak TLS: ask without --tls\n"
     )
 
 

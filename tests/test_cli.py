@@ -9,15 +9,19 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import pytest
 
 from gserver import __version__
 from gserver.cli import main as cli
-from gserver.config import OPTIONS, Config, flag
+from gserver.config import OPTIONS, Config, environment_names, flag
+from tests.redises import free_port
 from tests.running import GSERVER, LIMIT, Running, environment, gserver
+from tests.test_systemd import listening, start
 
 #: Every option: its own variable, a text for it, and the value that comes of it.
 EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
@@ -43,6 +47,7 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "hang_timeout_seconds": ("GSERVER_HANG_TIMEOUT", "0", 0.0),
     "commands": ("GSERVER_COMMANDS", "my.module", "my.module"),
     "redis_url": ("GSERVER_REDIS_URL", "redis://h:1/2", "redis://h:1/2"),
+    "redis_url_file": ("GSERVER_REDIS_URL_FILE", "url.txt", "url.txt"),
     "redis_ca_file": ("GSERVER_REDIS_CA_FILE", "ca.pem", "ca.pem"),
     "redis_tls_verify": ("GSERVER_REDIS_TLS_VERIFY", "no", "no"),
     "cluster_name": ("GSERVER_CLUSTER_NAME", "east", "east"),
@@ -56,6 +61,7 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "admin_port": ("GSERVER_ADMIN_PORT", "9", 9),
     "admin_host": ("GSERVER_ADMIN_HOST", "localhost", "localhost"),
     "admin_token": ("GSERVER_ADMIN_TOKEN", "a-token", "a-token"),
+    "admin_token_file": ("GSERVER_ADMIN_TOKEN_FILE", "token.txt", "token.txt"),
     "log_level": ("GSERVER_LOG_LEVEL", "debug", "debug"),
     "log_format": ("GSERVER_LOG_FORMAT", "text", "text"),
 }
@@ -250,16 +256,33 @@ def test_the_help_of_gserver_shows_the_commands_and_that_of_serve_only_its_own()
 
 
 def test_no_option_is_shown_twice() -> None:
-    flags = re.findall(r"^  (--[a-z-]+)", gserver("--help").stdout, re.MULTILINE)
+    flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)", gserver("--help").stdout, re.MULTILINE)
     assert sorted(flags) == sorted({"--help", "--version", *map(flag, OPTIONS)})
 
 
 def test_the_help_shows_defaults_and_limits() -> None:
     text = " ".join(gserver("--help", COLUMNS="100").stdout.split())
-    assert "[default: 4242; 0<=x<=65535]" in text
+    assert "[default: 1024; 5<=x<=65536]" in text
+    assert "[default: 10]" in text
+    assert "x>=0]" not in text
     assert "[default: 127.0.0.1]" in text
     assert "[default: a new UUID]" in text
     assert "[debug|info|warning|error]" in text
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_the_help_of_an_option_names_the_variable_of_process_runners(name: str) -> None:
+    text = " ".join(gserver("--help", COLUMNS="100").stdout.split())
+    of_option = text.partition(f" {flag(name)} ")[2].partition(" --")[0]
+    assert f"[env var: {RUNNERS[name]}" in of_option
+
+
+@pytest.mark.parametrize("words", [(), ("serve",), ("ask",), ("top",), ("status",)])
+def test_h_is_short_for_help(words: tuple[str, ...]) -> None:
+    short, long = gserver(*words, "-h"), gserver(*words, "--help")
+    assert (short.returncode, short.stderr) == (0, "")
+    assert short.stdout == long.stdout
+    assert "-h, --help" in short.stdout
 
 
 def test_the_help_of_ask_shows_its_options() -> None:
@@ -268,6 +291,29 @@ def test_the_help_of_ask_shows_its_options() -> None:
     assert "[WHO|WHERE|WHY]..." in done.stdout
     for word in ("--server HOST:PORT", "--timeout SECONDS", "127.0.0.1:4242"):
         assert word in done.stdout
+
+
+# Choices.
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("--log-level", "INFO", "info"),
+        ("--log-format", "Json", "json"),
+        ("--on-cluster-loss", "LOCAL", "local"),
+        ("--redis-tls-verify", "NO", "no"),
+    ],
+)
+def test_a_choice_may_be_in_upper_case(option: str, text: str, value: str) -> None:
+    name = next(name for name in OPTIONS if flag(name) == option)
+    assert _parsed(option, text)[name] == value
+
+
+def test_a_server_starts_with_a_level_in_upper_case() -> None:
+    with Running("--log-level", "DEBUG", env={"GSERVER_LOG_FORMAT": "JSON"}) as server:
+        assert server.who() == 1
+        assert server.wait_for("client.accepted")["log.level"] == "debug"
 
 
 # Mistakes.
@@ -335,6 +381,12 @@ def test_a_bad_variable_is_told_by_its_name(variables: dict[str, str], named: st
     assert re.search(rf"\bfrom {named}\b", told), told
 
 
+def test_a_bad_variable_of_a_client_command_is_told_by_its_name() -> None:
+    told = _told(gserver("ask", GSERVER_TIMEOUT="soon"))
+    assert told.startswith("Invalid value for '--timeout': 'soon' ")
+    assert told.endswith("(from GSERVER_TIMEOUT) (see gserver ask --help)")
+
+
 def test_a_bad_flag_is_not_blamed_on_a_variable() -> None:
     assert "from" not in _told(gserver("--port", "many", PORT="1", GSERVER_PORT="2"))
 
@@ -362,6 +414,90 @@ def test_a_mistyped_option_is_answered_with_the_nearest(
     told = _told(gserver(*arguments))
     assert told.startswith("No such option ")
     assert word in told.partition(".")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("--commands", "a", "--commands", "b"), "--commands"),
+        (("serve", "--port=0", "--workers", "1", "--port", "0"), "--port"),
+        (("ask", "--timeout", "1", "--timeout", "1"), "--timeout"),
+        (("ask", "--tls-ca", "a", "--tls-ca", "b"), "--tls-ca"),
+        (("top", "--interval", "1", "--interval=2"), "--interval"),
+        (("status", "--admin-token", "a", "--admin-token", "b"), "--admin-token"),
+    ],
+)
+def test_an_option_with_one_value_is_refused_if_it_is_repeated(
+    arguments: tuple[str, ...], option: str
+) -> None:
+    told = _told(gserver(*arguments))
+    assert told.startswith(f"Option '{option}' is given 2 times: it takes one value. (see gserver")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "::"])
+def test_one_port_for_clients_and_the_admin_port_is_refused(host: str) -> None:
+    port = str(free_port())
+    told = _told(gserver("--host", host, "--port", port, "--admin-port", port))
+    assert told == (
+        f"--port and --admin-port are both {port}, on {host} and 127.0.0.1:"
+        " choose another for one of them"
+    )
+
+
+def test_the_port_option_does_not_matter_if_a_socket_is_handed_over() -> None:
+    port = str(free_port())
+    with listening() as sock, start(sock, options=("--port", port, "--admin-port", port)) as server:
+        assert server.wait_for("server.listening")["server.port"] == sock.getsockname()[1]
+
+
+# Variables that no option has.
+
+
+def test_an_unknown_variable_is_warned_about_with_the_nearest_one() -> None:
+    with Running(env={"GSERVER_MAX_CLINETS": "5", "GSERVER_QQQQQQ": "1"}) as server:
+        assert server.who() == 1
+        assert server.stop() == 0
+    assert server.stderr.splitlines() == [
+        "gserver: warning: the variable GSERVER_MAX_CLINETS is ignored: there is no such option"
+        " (did you mean GSERVER_MAX_CLIENTS?)",
+        "gserver: warning: the variable GSERVER_QQQQQQ is ignored: there is no such option",
+    ]
+
+
+def test_a_misspelt_variable_is_shown_beside_the_error_that_it_leads_to(taken: list[int]) -> None:
+    done = gserver("--port", str(taken[0]), GSERVER_PROT="0")
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first.endswith("(did you mean GSERVER_PORT?)")
+    assert second.startswith("gserver: cannot listen on ")
+
+
+def test_variables_of_other_commands_and_of_tests_are_known() -> None:
+    others = {
+        "GSERVER_SERVER": "127.0.0.1:1",
+        "GSERVER_TIMEOUT": "1",
+        "GSERVER_ADMIN": "127.0.0.1:1",
+        "GSERVER_ADMIN_TOKEN_FILE": "",
+        "GSERVER_UNSET": "",
+        "GSERVER_TEST_PATIENCE": "3",
+        "GSERVER_FUZZ_SEED": "1",
+        "GSERVER_FAULT_SEED": "1",
+        "GSERVER_HISTORY_SEED": "1",
+    }
+    with Running(env=others) as server:
+        assert server.stop() == 0
+        assert server.stderr == ""
+
+
+def test_a_client_command_warns_of_an_unknown_variable_too() -> None:
+    done = gserver("status", GSERVER_ADMN="127.0.0.1:1", GSERVER_ADMIN="127.0.0.1:1")
+    assert done.stderr == (
+        "gserver: warning: the variable GSERVER_ADMN is ignored: there is no such option"
+        " (did you mean GSERVER_ADMIN?)\n"
+    )
+
+
+# What makes no sense.
 
 
 @pytest.mark.parametrize(
@@ -419,7 +555,8 @@ def test_a_help_that_cannot_be_written_is_told_in_one_line() -> None:
 
 def test_an_error_of_our_own_is_an_event_and_ends_with_1() -> None:
     code = (
-        "import sys; from gserver.cli import main as cli; from gserver.supervise import supervisor; sys.argv = ['gserver', '--port', '0']\n"
+        "import sys; from gserver.cli import main as cli\n"
+        "from gserver.supervise import supervisor; sys.argv = ['gserver', '--port', '0']\n"
         "supervisor.Supervisor._watch = lambda self, now: 1 / 0\ncli.main()\n"
     )
     with Running(command=[sys.executable, "-P", "-c", code], wait=False) as server:
@@ -501,3 +638,141 @@ def test_a_secret_that_http_cannot_carry_is_refused_and_not_repeated() -> None:
         in done.stderr
     )
     assert "cret" not in done.stderr.replace("secret", "")
+
+
+# Secrets.
+
+TOKEN = "a-token-of-the-test"
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_a_token_from_a_file_is_required_and_is_in_no_command_line(
+    tmp_path: Path, ending: str, is_variable: bool
+) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(f"{TOKEN}{ending}".encode())
+    options = [] if is_variable else ["--admin-token-file", str(file)]
+    env = {"GSERVER_ADMIN_TOKEN_FILE": str(file)} if is_variable else {}
+    with Running("--admin-port", "0", *options, env=env) as server:
+        server.wait_for("agent.ready")
+        admin = ["--admin", f"127.0.0.1:{server.admin_port()}"]
+        assert gserver("status", *admin).returncode == 1
+        done = gserver("status", *admin, *options, **env)
+        assert (done.returncode, done.stderr) == (0, "")
+        done = gserver("top", "--once", *admin, *options, **env)
+        assert (done.returncode, done.stderr) == (0, "")
+        processes = [psutil.Process(server.pid), *server.workers(), *server.agents()]
+        assert len(processes) == 3
+        assert TOKEN not in str([process.cmdline() for process in processes])
+        assert server.stop() == 0
+        assert server.stderr == ""
+
+
+@pytest.mark.parametrize("command", [("--admin-port", "0", "--port", "0"), ("status",), ("top",)])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", "is empty: it must hold the secret on one line"),
+        (b"\n", "is empty: it must hold the secret on one line"),
+        (b" \n", "is empty: it must hold the secret on one line"),
+        (b"one\ntwo\n", "holds more than one line of at most 65536 bytes"),
+        (b"one\n\n", "holds more than one line of at most 65536 bytes"),
+        (b"\xff\n", "is not text in UTF-8"),
+        (b"x" * 70_000, "holds more than one line of at most 65536 bytes"),
+        ("caf\u00e9\n".encode(), ": the secret is not of ASCII characters alone"),
+    ],
+)
+def test_a_file_that_does_not_hold_one_secret_is_refused_in_one_line(
+    tmp_path: Path, command: tuple[str, ...], content: bytes | None, reason: str
+) -> None:
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_bytes(content)
+    told = _told(gserver(*command, "--admin-token-file", str(file)))
+    assert told.startswith(f"--admin-token-file {file}")
+    assert reason in told
+
+
+def test_a_url_in_a_file_that_is_none_is_refused_without_its_secret(tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    file.write_text("redis://:open-sesame@h:1,h:2")
+    told = _told(gserver("--port", "0", "--redis-url-file", str(file)))
+    assert told.startswith(f"--redis-url-file {file}: the URL names several hosts")
+    assert "open-sesame" not in told
+
+
+def test_a_folder_and_no_name_are_no_file_with_a_secret(tmp_path: Path) -> None:
+    for path, reason in (
+        (str(tmp_path), f"{tmp_path} cannot be read: Is a directory"),
+        ("", "names no file"),
+    ):
+        told = _told(gserver("--port", "0", "--admin-token-file", path))
+        assert told == f"--admin-token-file {reason}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "named"),
+    [
+        (
+            ("--admin-token", "a", "--admin-token-file", "b"),
+            {},
+            "--admin-token and --admin-token-file",
+        ),
+        (
+            ("--admin-token-file", "b"),
+            {"GSERVER_ADMIN_TOKEN": "a"},
+            "GSERVER_ADMIN_TOKEN and --admin-token-file",
+        ),
+        (
+            ("--redis-url", "redis://h"),
+            {"GSERVER_REDIS_URL_FILE": "b"},
+            "--redis-url and GSERVER_REDIS_URL_FILE",
+        ),
+        (("--redis-url-file", "b"), {"REDIS_URL": "redis://h"}, "REDIS_URL and --redis-url-file"),
+        (
+            ("status", "--admin-token", "a", "--admin-token-file", "b"),
+            {},
+            "--admin-token and --admin-token-file",
+        ),
+    ],
+)
+def test_a_secret_and_a_file_with_it_are_refused_together(
+    arguments: tuple[str, ...], variables: dict[str, str], named: str
+) -> None:
+    assert _told(gserver(*arguments, **variables)) == f"{named} are both given: give one"
+
+
+def _exposed(option: str, name: str) -> str:
+    variable = environment_names(name)[0]
+    return (
+        f"gserver: warning: other users can read the secret in {option} (ps):"
+        f" use --{name.replace('_', '-')}-file or the variable {variable}\n"
+    )
+
+
+def test_a_secret_in_a_flag_is_warned_about_once_and_works() -> None:
+    url = f"redis://:open-sesame@127.0.0.1:{free_port()}"
+    options = ["--admin-port", "0", "--admin-token", TOKEN, "--redis-url", url]
+    with Running(*options) as server:
+        server.wait_for("agent.ready")
+        admin = ["--admin", f"127.0.0.1:{server.admin_port()}"]
+        done = gserver("status", *admin, "--admin-token", TOKEN)
+        assert (done.returncode, done.stderr) == (0, _exposed("--admin-token", "admin_token"))
+        done = gserver("status", "--admin", f"http://:{TOKEN}@{admin[1]}")
+        assert (done.returncode, done.stderr) == (0, _exposed("--admin", "admin_token"))
+        server.stop()
+    assert server.stderr == _exposed("--redis-url", "redis_url") + _exposed(
+        "--admin-token", "admin_token"
+    )
+
+
+def test_a_url_without_a_password_and_a_variable_are_no_exposed_secret() -> None:
+    url = f"redis://127.0.0.1:{free_port()}"
+    with Running(
+        "--redis-url", url, "--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": TOKEN}
+    ) as server:
+        server.wait_for("agent.ready")
+        server.stop()
+        assert server.stderr == ""

@@ -153,3 +153,29 @@ def test_a_configuration_survives_the_way_to_a_child_as_json() -> None:
         Config(), workers=3, server_id="x", idle_timeout_seconds=0.25, statsd_host="::1"
     )
     assert Config(**json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("host", "admin_host", "collides"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("0.0.0.0", "127.0.0.1", True),
+        ("10.0.0.1", "0.0.0.0", True),
+        ("::", "127.0.0.1", True),
+        ("::1", "::", True),
+        ("localhost", "127.0.0.1", True),
+        ("::1", "localhost", True),
+        ("a.example", "a.example", True),
+        ("127.0.0.1", "127.0.0.2", False),
+        ("0.0.0.0", "::1", False),
+        ("::1", "127.0.0.1", False),
+        ("a.example", "127.0.0.1", False),
+    ],
+)
+def test_one_port_is_a_collision_where_the_addresses_overlap(
+    host: str, admin_host: str, collides: bool
+) -> None:
+    config = Config(host=host, admin_host=admin_host, port=4242, admin_port=4242)
+    assert bool(config.port_collision) is collides
+    assert not replace(config, admin_port=4243).port_collision
+    assert not replace(config, port=0, admin_port=0).port_collision

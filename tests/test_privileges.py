@@ -199,6 +199,23 @@ def test_a_key_of_root_is_read_at_the_start_and_a_reload_reads_it_as_the_user(
         assert (server.stop(), server.stderr) == (0, "")
 
 
+def test_a_secret_in_a_file_of_roots_is_read_before_it_becomes_the_user(
+    start: list[str], tmp_path: Path
+) -> None:
+    token = tmp_path / "files/token"
+    token.write_text("a secret\n")
+    token.chmod(0o600)
+    options = ["--port", "0", "--user", "gserver-test"]
+    options += ["--admin-port", "0", "--admin-token-file", "token"]
+    with Running(*options, command=[*start, *SERVE]) as server:
+        server.wait_for("agent.ready")
+        assert_is_the_user(server, 3)
+        admin = ["--admin", f"127.0.0.1:{server.admin_port()}"]
+        assert gserver("status", *admin, "--admin-token-file", str(token)).returncode == 0
+        assert gserver("status", *admin).returncode == 1
+        assert (server.stop(), server.stderr) == (0, "")
+
+
 def test_the_socket_of_a_service_manager_is_taken_over_first(start: list[str]) -> None:
     port = low_port()
     kept = [f"--setenv={name}" for name in ("PYTHONPATH", "LD_LIBRARY_PATH")]

@@ -16,8 +16,9 @@ import pytest
 from rich.console import Console
 
 from gserver.agent.status import status as describe
-from gserver.cli.admin_client import Watched
-from gserver.cli.screens import line, screens
+from gserver.cli.admin_client import Target
+from gserver.cli.main import DEFAULT_ADMIN
+from gserver.cli.top import line, render
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
 from tests.redises import Redis
@@ -199,12 +200,12 @@ def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
     roster = {"servers": [server], "left_out": 1234, "age_seconds": 100.0, "trouble": "timeout"}
     told = screen(roster)
     assert "102.5 s ago  late" in told
-    assert "1,234 more, heard of more recently" in told
-    assert "Redis cannot be read (timeout): this is what it said 1 min ago" in told
+    assert "1,234 more, with more recent reports" in told
+    assert "Redis cannot be read (timeout): this list is 1 min old" in told
     told = screen(roster | {"age_seconds": 2.4, "trouble": None, "left_out": 0})
     assert "more" not in told
     assert "Redis" not in told
-    assert "Redis has not answered yet: this is what it said 2 s ago" in screen(
+    assert "Redis has not answered yet: this list is 2 s old" in screen(
         roster | {"age_seconds": 2.6, "trouble": None}
     )
     assert "Redis has not answered yet: the servers are not known" in screen(
@@ -221,7 +222,7 @@ def test_a_cluster_is_told_of_in_words_that_fit() -> None:
             ("cluster_updated_at", time.monotonic_ns()),
         ):
             scoreboard.put(name, value)
-        watched = Watched(
+        watched = Target(
             "x", now=describe(Config(server_id="here", redis_url="redis://x"), scoreboard)
         )
         return shown_of(watched), line(watched)
@@ -232,7 +233,7 @@ def test_a_cluster_is_told_of_in_words_that_fit() -> None:
         (2000, 1500, "1,500 clients of 2,000 servers", "0 clients of 1,500 in 2,000 servers "),
     ):
         long, short = told(servers, clients)
-        assert f"cluster gserver: {words}, heard of 0.0 s ago" in long
+        assert f"cluster gserver: {words}, updated 0.0 s ago" in long
         assert brief in short
     assert "cluster gserver: not known yet" in screen(None)
 
@@ -246,7 +247,7 @@ def test_for_how_long_a_certificate_is_valid_is_never_said_too_long() -> None:
     ):
         now = describe(Config(), Scoreboard.create(1))
         now["server"]["tls_expires_at"] = time.time() + days * 86400 + 5
-        told = shown_of(Watched("x", now=now), colours=True)
+        told = shown_of(Target("x", now=now), colours=True)
         assert f"certificate valid for {words}" in told
         assert (f"\x1b[31mcertificate valid for {words}" in told) is is_soon
 
@@ -254,8 +255,8 @@ def test_for_how_long_a_certificate_is_valid_is_never_said_too_long() -> None:
 def test_of_a_server_that_is_away_no_old_figures_are_shown() -> None:
     now = describe(Config(server_id="here"), Scoreboard.create(1))
     now["server"]["uptime_seconds"], now["clients"]["now"] = 3 * 86400, 4711
-    assert all(old in shown_of(Watched("x", now=now)) for old in ("4,711", "3 d", "here"))
-    told = shown_of(Watched("x", now=now, trouble="timed out"))
+    assert all(old in shown_of(Target("x", now=now)) for old in ("4,711", "3 d", "here"))
+    told = shown_of(Target("x", now=now, trouble="timed out"))
     assert "x: timed out" in told
     assert not any(old in told for old in ("4,711", "3 d", "here"))
 
@@ -265,7 +266,7 @@ def test_texts_of_a_server_are_no_markup() -> None:
     now |= {"commands": {"[/red]": 1}, "error_replies": {"[link=http://x]y[/link]": 7}}
     now["cluster"] |= {"name": "[bold]"}
     now["server"]["state"] = "[blink]"
-    told = shown_of(Watched("[red]", now=now, before=now))
+    told = shown_of(Target("[red]", now=now, before=now))
     assert all(
         text in told
         for text in ("[/]", "[/red] -/s", "[link=http://x]y[/link] 7", "[bold]", "[blink]", "[red]")
@@ -275,13 +276,30 @@ def test_texts_of_a_server_are_no_markup() -> None:
 def screen(roster: dict[str, Any] | None) -> str:
     """What is shown of a server that tells this of its cluster."""
     config = Config(server_id="here", redis_url="redis://x")
-    return shown_of(Watched("x", now=describe(config, Scoreboard.create(2), roster)))
+    return shown_of(Target("x", now=describe(config, Scoreboard.create(2), roster)))
 
 
-def shown_of(watched: Watched, *, colours: bool = False) -> str:
+def shown_of(watched: Target, *, colours: bool = False) -> str:
     """What is shown of one server, on 80 columns."""
     console = Console(
         width=80, file=io.StringIO(), record=True, force_terminal=True, color_system="standard"
     )
-    console.print(screens([watched]))
+    console.print(render([watched]))
     return console.export_text(styles=colours)
+
+
+# Options.
+
+
+@pytest.mark.parametrize("command", ["top", "status"])
+def test_the_help_shows_the_options_of_the_admin_port(command: str) -> None:
+    text = " ".join(gserver(command, "--help").stdout.split())
+    assert f"default: {DEFAULT_ADMIN}]" in text
+    for word in ("--admin-token", "--admin-token-file", "GSERVER_ADMIN", "GSERVER_ADMIN_TOKEN"):
+        assert word in text
+
+
+def test_a_bad_option_is_one_line_and_exit_code_2() -> None:
+    for arguments in (("top", "--interval", "0"), ("status", "--once"), ("top", "x")):
+        done = gserver(*arguments)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)

@@ -1,5 +1,5 @@
-"""What a person types: `gserver serve`, `ask`, `status` and `top`.
+"""The commands that people type: `gserver serve`, `ask`, `status` and `top`.
 
-It owns options, help, and errors in one line with an exit code. It must never contain behaviour
-of the server: `serve` hands a `Config` to the supervisor. Start reading in `main`.
+The package owns options, help, and errors as one line with an exit code. It must never contain
+behaviour of the server: `serve` passes a `Config` to the supervisor. Start reading in `main`.
 """

@@ -1,7 +1,7 @@
-"""Asking admin ports how their servers are, for `gserver top` and `gserver status`.
+"""The client of the admin port, for `gserver top` and `gserver status`.
 
-Whatever answers there is somebody else's: it has two seconds for everything, a limit on what it
-says, and is believed only if that has the shape of a status. Knows nothing else of a server.
+It does not trust the server: there is one deadline for a whole response and a limit on its size, a
+status is used only if it has the expected shape, and its texts are made safe for a terminal.
 """
 
 import base64
@@ -9,30 +9,35 @@ import json
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from threading import Thread
+from http.client import HTTPConnection, HTTPException, RemoteDisconnected
+from threading import Thread, Timer
 from types import NoneType
 from typing import Any
 from urllib.parse import urlsplit
 
 from gserver.errors import FatalError, UsageError
 
-#: From the question to the end of the answer.
+#: Time limit of a request, from the look-up of the name to the end of the response.
 TIMEOUT_SECONDS = 2.0
 #: A status with 200 servers of the longest ids has a twentieth of this.
 MAX_BYTES = 1_000_000
-#: Most items of a list, and characters of a text, in what is shown.
+#: Most items of a list, and characters of a text, in the part of a status that is shown.
 MAX_ITEMS, MAX_TEXT = 1000, 128
 SLOW = f"no answer in {TIMEOUT_SECONDS:.0f} s"
 STRANGE = "it answers, but not as an admin port of gserver does"
+CLOSED = "it closed the connection without an answer"
 REASONS = {
-    "401": "the admin token is missing or wrong",
-    "403": "without an admin token, name it by its address",
+    401: "the admin token is missing or wrong",
+    403: "without an admin token, name it by its address",
 }
 
 Status = dict[str, Any]
+
+# The shape of a status, as `_fits` reads it. A status may hold more; this is what is shown.
 MAYBE = (float, NoneType)
 TOTALS = {str: float}
 MEMBER = {"id": str, "clients": MAYBE, "silent_seconds": MAYBE, "is_late": bool}
@@ -49,7 +54,6 @@ CLUSTER = {
     "age_seconds": MAYBE,
     "roster": (ROSTER, NoneType),
 }
-#: What is shown of a status, as `_fits` reads it; there may be more in it.
 SHAPE = {
     "server": {"id": str, "state": str, "uptime_seconds": float, "tls_expires_at": MAYBE},
     "clients": {"now": float, "peak": float},
@@ -63,96 +67,109 @@ SHAPE = {
 
 
 @dataclass
-class Watched:
-    """One server's admin port, HOST:PORT as alerts name it: what it said last, and before that."""
+class Target:
+    """The admin port of one server, with its last two statuses. `address` is HOST:PORT."""
 
     address: str
     token: str = ""
+    #: The last status, and the one before it; empty until there is one.
     now: Status = field(default_factory=dict)
     before: Status = field(default_factory=dict)
-    #: Why there is no answer; "" when there is.
+    #: Why there is no status; "" if there is one.
     trouble: str = ""
     _asked_at: float = 0.0
     _answer: "Future[Status | str] | None" = None
 
     def ask(self) -> "Future[Status | str]":
-        """Ask once more, unless an answer is awaited already."""
+        """Send a request, unless one is already in progress; return the future of its result."""
         if self._answer is None:
             self._asked_at, self._answer = time.monotonic(), Future()
-            # A thread that ends with the program: nothing limits the time that it takes to look up
-            # a name.
+            # A daemon thread ends with the program. A name look-up has no time limit, so a pool,
+            # which waits for its threads, could hang at the exit.
             Thread(
-                target=_answer, args=(self._answer, self.address, self.token), daemon=True
+                target=_request, args=(self._answer, self.address, self.token), daemon=True
             ).start()
         return self._answer
 
-    def hear(self, seconds: float) -> None:
-        """Take the answer if it comes within so many seconds. Until it does, or is late, the last one stands."""
+    def wait(self, seconds: float) -> None:
+        """Take the result if it arrives within `seconds`; otherwise keep the last one.
+
+        A request that is later than `TIMEOUT_SECONDS` is a trouble. It stays in progress.
+        """
         try:
-            heard = self.ask().result(seconds)
+            result = self.ask().result(seconds)
         except TimeoutError:
             if time.monotonic() >= self._asked_at + TIMEOUT_SECONDS:
                 self.trouble = SLOW
             return
         self._answer = None
-        if isinstance(heard, str):
-            self.trouble = heard
+        if isinstance(result, str):
+            self.trouble = result
         else:
-            self.before, self.now, self.trouble = self.now, heard, ""
+            self.before, self.now, self.trouble = self.now, result, ""
 
     @property
     def state(self) -> str:
-        """The server's state, or `away`."""
+        """The server's state, or `away` if it has not answered."""
         return "away" if self.trouble else str(self.now["server"]["state"])
 
     def rate(self, *path: str) -> float | None:
-        """How fast a counter, or a dict of them, has grown since the last look; None when that is not known."""
-        if (
-            self.trouble
-            or not self.before
-            or self.before["server"]["id"] != self.now["server"]["id"]
-        ):
+        """Return the growth per second of a counter, or of the sum of a dict of counters.
+
+        None if it is not known: there are no two statuses of the same run of the server.
+        """
+        if self.trouble or not self.before:
             return None
-        seconds = self.now["server"]["uptime_seconds"] - self.before["server"]["uptime_seconds"]
-        now, before = (_total(status, path) for status in (self.now, self.before))
-        return (now - before) / seconds if seconds > 0 else None
+        now, before = self.now["server"], self.before["server"]
+        seconds = float(now["uptime_seconds"] - before["uptime_seconds"])
+        if now["id"] != before["id"] or seconds <= 0:
+            return None
+        return (_total(self.now, path) - _total(self.before, path)) / seconds
 
 
-def watch(urls: Sequence[str], token: str) -> list[Watched]:
-    """Return a watch for each URL or HOST:PORT; raise `UsageError` for what is neither."""
-    return [Watched(*_parse(url, token), trouble="no answer yet") for url in urls]
+def parse_targets(urls: Sequence[str], token: str) -> list[Target]:
+    """Return a target for each URL or HOST:PORT; raise `UsageError` for any other text.
+
+    A password in a URL is used in place of `token`.
+    """
+    return [Target(*_parse(url, token), trouble="no answer yet") for url in urls]
 
 
-def look(watched: Sequence[Watched], seconds: float = 1.1 * TIMEOUT_SECONDS) -> None:
-    """Ask all of them at once, and hear those who answer within so many seconds."""
-    for each in watched:
-        each.ask()
+def poll(targets: Sequence[Target], seconds: float = 1.1 * TIMEOUT_SECONDS) -> None:
+    """Ask all targets at the same time, and take the results that arrive within `seconds`."""
+    for target in targets:
+        target.ask()
     deadline = time.monotonic() + seconds
-    for each in watched:
-        each.hear(max(0.0, deadline - time.monotonic()))
+    for target in targets:
+        target.wait(max(0.0, deadline - time.monotonic()))
 
 
-def look_twice(watched: Sequence[Watched], seconds: float) -> None:
-    """Ask all of them, and those that answer again after so many seconds: rates are between two looks."""
-    look(watched)
-    there = [each for each in watched if not each.trouble]
-    if there:
+def poll_twice(targets: Sequence[Target], seconds: float) -> None:
+    """Ask all targets, and after `seconds` those that answered again: rates need two results."""
+    poll(targets)
+    present = [target for target in targets if not target.trouble]
+    if present:
         time.sleep(seconds)
-        look(there)
+        poll(present)
 
 
-def told(watched: Sequence[Watched]) -> dict[str, Status]:
-    """What each server said, or why it said nothing."""
-    return {
-        each.address: {"trouble": each.trouble} if each.trouble else each.now for each in watched
-    }
+def as_json(targets: Sequence[Target]) -> str:
+    """Return one line of JSON: by address, the status of each target or its trouble."""
+    return json.dumps(
+        {
+            target.address: {"trouble": target.trouble} if target.trouble else target.now
+            for target in targets
+        }
+    )
 
 
 def _parse(url: str, token: str) -> tuple[str, str]:
+    """Return the address as HOST:PORT and the token."""
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         is_good = parts.scheme == "http" and bool(parts.hostname) and parts.port is not None
         is_good = is_good and not parts.path.strip("/") and not parts.query
+        is_good = is_good and not re.search(r"[\0- \x7f]", parts.netloc)
     except ValueError:
         is_good = False
     if not is_good:
@@ -160,82 +177,114 @@ def _parse(url: str, token: str) -> tuple[str, str]:
     return parts.netloc.rpartition("@")[2], parts.password or token
 
 
-def _answer(answer: "Future[Status | str]", address: str, token: str) -> None:
-    """Give the status, or why there is none."""
+def _request(answer: "Future[Status | str]", address: str, token: str) -> None:
+    """Set the result to the status, or to a text that says why there is none."""
     try:
-        status = _plain(json.loads(_fetch(address, token)))
+        status = _printable(json.loads(_fetch(address, token)))
         answer.set_result(status if _fits(status, SHAPE) else STRANGE)
     except TimeoutError:
         answer.set_result(SLOW)
-    except (OSError, UnicodeError) as error:  # UnicodeError: it is no name of a host.
+    except RemoteDisconnected:
+        answer.set_result(CLOSED)
+    except (OSError, UnicodeError) as error:  # UnicodeError: the host name cannot be encoded.
         answer.set_result(getattr(error, "strerror", None) or str(error))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, HTTPException):
         answer.set_result(STRANGE)
     except FatalError as error:
         answer.set_result(str(error))
 
 
 def _fetch(address: str, token: str) -> str:
-    """Return what `/status.json` holds. By HTTP 1.0: the answer is one piece, and ends with the connection."""
-    parts, deadline, received = (
-        urlsplit(f"//{address}"),
-        time.monotonic() + TIMEOUT_SECONDS,
-        bytearray(),
-    )
-    head = ["GET /status.json HTTP/1.0", f"Host: {address}", "Connection: close"]
+    """Return the body of `/status.json`. Raises `FatalError` for an error response."""
+    parts, deadline = urlsplit(f"//{address}"), time.monotonic() + TIMEOUT_SECONDS
+    headers = {"Connection": "close"}
     if token:
-        head.append(f"Authorization: Basic {base64.b64encode(f':{token}'.encode()).decode()}")
-    with socket.create_connection((str(parts.hostname), parts.port or 0), TIMEOUT_SECONDS) as sock:
-        sock.sendall("".join(f"{line}\r\n" for line in [*head, ""]).encode())
-        while data := sock.recv(65536):
-            received += data
-            if time.monotonic() >= deadline:
-                raise TimeoutError
-            if len(received) > MAX_BYTES:
-                raise FatalError(STRANGE)
-    found = re.match(rb"HTTP/1\.\d (\d{3})\b", received)
-    if not found:
-        raise FatalError(STRANGE if received else "it closed the connection without an answer")
-    code = found[1].decode()
-    if code != "200":
-        raise FatalError(REASONS.get(code, f"HTTP {code}"))
-    return received.partition(b"\r\n\r\n")[2].decode(errors="replace")
+        credentials = base64.b64encode(f":{token}".encode()).decode()
+        headers["Authorization"] = f"Basic {credentials}"
+    connection = HTTPConnection(str(parts.hostname), parts.port, timeout=TIMEOUT_SECONDS)
+    try:
+        connection.connect()
+        with _cut_off_at(deadline, connection.sock):
+            connection.request("GET", "/status.json", headers=headers)
+            with connection.getresponse() as response:
+                body = response.read(MAX_BYTES + 1) if response.status == 200 else b""
+    except (OSError, HTTPException) as error:
+        if time.monotonic() >= deadline:  # The connection was cut off.
+            raise TimeoutError from error
+        raise
+    finally:
+        connection.close()
+    if time.monotonic() >= deadline:
+        raise TimeoutError
+    if response.status != 200:
+        raise FatalError(REASONS.get(response.status, f"HTTP {response.status}"))
+    if len(body) > MAX_BYTES:
+        raise FatalError(STRANGE)
+    return body.decode(errors="replace")
+
+
+@contextmanager
+def _cut_off_at(deadline: float, sock: socket.socket) -> Iterator[None]:
+    """End the connection at the deadline: a socket's timeout holds for each read, not for all."""
+    timer = Timer(deadline - time.monotonic(), _shut_down, [sock])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _shut_down(sock: socket.socket) -> None:
+    with suppress(OSError):  # The connection has ended.
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _fits(value: Any, shape: Any) -> bool:
-    """Whether a value has a shape: names with theirs, any names with one, items with one, any of several, a type."""
+    """Whether a value has a shape.
+
+    A shape is a type; a tuple of shapes, of which one must fit; a list with the shape of every
+    item; `TOTALS`, a dict of numbers under any names; or a dict with the shapes of some names.
+    """
     if isinstance(shape, tuple):
         return any(_fits(value, one) for one in shape)
     if isinstance(shape, list):
-        return (
-            isinstance(value, list)
-            and len(value) <= MAX_ITEMS
-            and all(_fits(item, shape[0]) for item in value)
-        )
+        return _is_list(value, shape[0])
     if shape is TOTALS:
-        return (
-            isinstance(value, dict) and _fits([*value], [str]) and _fits([*value.values()], [float])
-        )
+        is_dict = isinstance(value, dict)
+        return is_dict and _is_list([*value], str) and _is_list([*value.values()], float)
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(
             name in value and _fits(value[name], shape[name]) for name in shape
         )
-    if shape is float:  # There are no counts beyond 64 bits; infinity and NaN are none either.
+    return _is_scalar(value, shape)
+
+
+def _is_list(value: Any, shape: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_ITEMS
+        and all(_fits(item, shape) for item in value)
+    )
+
+
+def _is_scalar(value: Any, kind: Any) -> bool:
+    if kind is float:  # No count has more than 64 bits. This excludes infinity and NaN, too.
         return isinstance(value, int | float) and abs(value) < 2**63
-    return isinstance(value, shape) and (shape is not str or len(value) <= MAX_TEXT)
+    if kind is str:
+        return isinstance(value, str) and len(value) <= MAX_TEXT
+    return isinstance(value, kind)
 
 
-def _plain(value: Any) -> Any:
-    """The same with nothing but printable ASCII in its texts: a terminal would obey what is not."""
+def _printable(value: Any) -> Any:
+    """Return the value with escapes for all but printable ASCII, which a terminal might obey."""
     if isinstance(value, str):
         return re.sub(r"[^ -~]", lambda found: ascii(found[0])[1:-1], value)
     if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return (
-        {_plain(name): _plain(item) for name, item in value.items()}
-        if isinstance(value, dict)
-        else value
-    )
+        return [_printable(item) for item in value]
+    if isinstance(value, dict):
+        return {_printable(name): _printable(item) for name, item in value.items()}
+    return value
 
 
 def _total(status: Status, path: Sequence[str]) -> float:

@@ -1,42 +1,57 @@
-"""A client for people and health checks: asks the first of several servers that answers.
+"""A client for people and health checks: asks several servers in turn until one replies.
 
-Imports nothing of the server: it knows only the wire.
+Imports nothing of the server; it knows only the wire (docs/protocol.md).
 """
 
 import re
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from gserver.errors import FatalError, UsageError
 
-#: A reply longer than this is no reply of a gserver.
-MAX_REPLY_BYTES = 65536
-#: What the replies to these look like: something else that listens there must not be taken for a
-#: gserver.
+if TYPE_CHECKING:
+    import ssl
+
+#: A server that sends more than this without a newline is not believed to be a gserver.
+MAX_REPLY_BYTES = 16 * 1024 * 1024
+#: The built-in commands and their replies: another program that listens there is recognised.
 REPLIES = {"WHO": "[0-9]+", "WHERE": "[!-~]+", "WHY": "42"}
+#: Error replies about the state of the server, not about a command: another server may do better.
+REJECTIONS = (
+    "ERR too many clients",
+    "ERR too many clients from your address",
+    "ERR TLS only",
+    "ERR idle",
+    "ERR too slow",
+    "ERR cluster unavailable",
+)
+#: What OpenSSL says of a peer that answers a ClientHello with something else than TLS.
+NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL")
 
 
 @dataclass(frozen=True, slots=True)
-class Trust:
-    """Whom to trust in TLS, and who one is: files in PEM; "" for the system's CAs, no certificate, the host's name."""
+class TlsOptions:
+    """PEM files, and the name to expect. "": the system's CAs, no certificate, the host's name."""
 
     ca: str = ""
     cert: str = ""
     key: str = ""
     name: str = ""
 
-    def secure(self) -> Callable[[socket.socket, str], socket.socket]:
-        """Return what begins TLS on a socket to a host; raise `UsageError` for a file that is none."""
-        import ssl  # Loaded only where it is wanted.
+    def context(self) -> "ssl.SSLContext":
+        """Return the context of a client; raise `UsageError` if a file cannot be used."""
+        import ssl  # Loaded only if it is needed: it takes longer than all the rest.
 
         option, path = "--tls-ca", self.ca
         try:
             context = ssl.create_default_context(cafile=self.ca or None)
             option, path = "--tls-cert", self.cert
             if self.cert:
-                context.load_cert_chain(self.cert, self.key or None, lambda: "")
+                # Without a password, OpenSSL would ask for one on the terminal.
+                context.load_cert_chain(self.cert, self.key or None, password=lambda: "")
         except ssl.SSLError as error:
             key = ", its key with it or in --tls-key, not encrypted" if path == self.cert else ""
             raise UsageError(
@@ -45,20 +60,23 @@ class Trust:
         except OSError as error:
             also = f" or --tls-key {self.key}" if path == self.cert and self.key else ""
             raise UsageError(f"{option} {path}{also} cannot be read: {error.strerror}") from error
-        return lambda sock, host: context.wrap_socket(sock, server_hostname=self.name or host)
+        return context
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one server said: replies in the order of the commands, and a line for each failure."""
+
+    replies: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of `HOST:PORT`, `[IPV6]:PORT`; raise `UsageError` for anything else."""
+    """Return host and port of `HOST:PORT` or `[IPV6]:PORT`; raise `UsageError` for other texts."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if (
-        not colon
-        or not host
-        or "," in host
-        or not re.fullmatch("[0-9]{1,5}", port)
-        or not 0 < int(port) < 65536
-    ):
+    is_port = re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536
+    if not colon or not host or "," in host or not is_port:
         raise UsageError(
             f"{text!r} is no address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242"
         )
@@ -69,56 +87,111 @@ def ask(
     commands: Sequence[str],
     servers: Sequence[tuple[str, int]],
     timeout_seconds: float,
-    trust: Trust | None = None,
-) -> list[str]:
-    """Return a reply for each command, all of one server: the first that answers them all without
-    an ERR.
+    tls: TlsOptions | None = None,
+) -> Answer:
+    """Send the commands to the servers in turn; return the answer of the first that replies to all.
 
-    By TLS where `trust` says whom to trust. Each server has `timeout_seconds` for everything once
-    its name is found. Raises `FatalError`, which names what each one did, when none answers.
+    An error reply to a command counts as a reply. Each server has `timeout_seconds` for everything
+    after the look-up of its name. If no server replies to all commands, the answer is that of the
+    first that has replied to some. Raises `FatalError` with the reason for each server if none has.
     """
     for command in commands:
         if not command.strip() or not command.isprintable():
             raise UsageError(f"{command!r} is no command: name one word, such as WHO")
-    secure = trust.secure() if trust else None
+    context = tls.context() if tls else None
+    partial: Answer | None = None
     reasons = []
     for host, port in servers:
+        answer = Answer()
         try:
             deadline = monotonic() + timeout_seconds
-            with _connect(host, port, deadline) as plain:
-                plain.settimeout(_left(deadline))
-                with secure(plain, host) if secure else plain as sock:
-                    return _ask_one(commands, sock, deadline)
+            with _connect(host, port, deadline) as sock:
+                if context and tls:
+                    sock.settimeout(_left(deadline))
+                    with _start_tls(sock, context, tls.name or host) as secure:
+                        _converse(commands, secure, deadline, answer)
+                else:
+                    _converse(commands, sock, deadline, answer)
         except (OSError, UnicodeError, FatalError) as error:
             reasons.append(f"{host}:{port} {_reason(error)}")
+            partial = partial or (answer if answer.replies or answer.failures else None)
+        else:
+            return answer
+    if partial:
+        return Answer(partial.replies, [*partial.failures, *reasons])
     raise FatalError("no server answered: " + "; ".join(reasons))
 
 
-def _ask_one(commands: Sequence[str], sock: socket.socket, deadline: float) -> list[str]:
+def _start_tls(sock: socket.socket, context: "ssl.SSLContext", name: str) -> socket.socket:
+    """Return the socket after the handshake; raise `FatalError` if the peer does not speak TLS."""
+    import ssl
+
+    try:
+        return context.wrap_socket(sock, server_hostname=name)
+    except (ssl.SSLEOFError, ConnectionError) as error:
+        raise FatalError(
+            "closed the connection in the TLS handshake: it does not speak TLS, or is stopping"
+        ) from error
+    except ssl.SSLError as error:
+        if error.reason in NOT_TLS:
+            raise FatalError("does not speak TLS: ask without --tls") from error
+        raise
+
+
+def _converse(
+    commands: Sequence[str], sock: socket.socket, deadline: float, answer: Answer
+) -> None:
+    """Send the commands and put what the server replies into `answer`.
+
+    Raises `FatalError` for a reply that a gserver would not send, and for one that rejects the
+    client; `OSError` if the connection fails. `answer` then holds what had arrived before.
+    """
+    sock.settimeout(_left(deadline))
     sock.sendall("".join(f"{command}\n" for command in commands).encode())
-    received = b""
-    while received.count(b"\n") < len(commands):
-        sock.settimeout(_left(deadline))
-        data = sock.recv(4096)
-        received += data
-        if not data or len(received) > MAX_REPLY_BYTES:
-            break
-    replies = received.decode("latin-1").split("\n")[:-1]
-    for reply in replies:
+    lines = _lines(sock, deadline)
+    for command in commands:
+        try:
+            reply = next(lines, None)
+        except TimeoutError as error:
+            raise FatalError(f"did not answer in time{_to(command, commands)}") from error
+        if reply is None:
+            raise FatalError(f"closed the connection without a reply{_to(command, commands)}")
         if not reply.isprintable() or not reply.isascii():
             raise FatalError(f"sent what is no reply: {reply[:100]!r}")
-        if reply.startswith("ERR"):
-            raise FatalError(f"said {reply[:100]}")
-    for command, reply in zip(commands, replies, strict=False):
-        if not re.fullmatch(REPLIES.get(command.strip().upper(), ".*"), reply):
+        if reply in REJECTIONS:
+            raise FatalError(f"said {reply}")
+        if reply == "ERR" or reply.startswith("ERR "):
+            answer.failures.append(f"{command}: {reply[:100]}")
+        elif not re.fullmatch(REPLIES.get(command.strip().upper(), ".*"), reply):
             raise FatalError(f"sent what is no reply to {command}: {reply[:100]!r}")
-    if len(replies) < len(commands):
-        raise FatalError("closed the connection without a reply")
-    return replies[: len(commands)]
+        else:
+            answer.replies.append(reply)
+
+
+def _to(command: str, commands: Sequence[str]) -> str:
+    """Return which of several commands has no reply, for the end of a sentence."""
+    return f" (no reply to {command})" if len(commands) > 1 else ""
+
+
+def _lines(sock: socket.socket, deadline: float) -> Iterator[str]:
+    """Yield the lines that arrive until the server closes the connection."""
+    partial = bytearray()
+    while True:
+        sock.settimeout(_left(deadline))
+        data = sock.recv(65536)
+        if not data:
+            return
+        first, *others = data.split(b"\n")
+        partial += first
+        for other in others:
+            yield partial.decode("latin-1")
+            partial = bytearray(other)
+        if len(partial) > MAX_REPLY_BYTES:
+            raise FatalError(f"sent a reply of more than {MAX_REPLY_BYTES} bytes")
 
 
 def _connect(host: str, port: int, deadline: float) -> socket.socket:
-    """Connect to the first of the name's addresses that accepts; one deadline holds for all of them."""
+    """Connect to the first address of the name that accepts, with one deadline for all of them."""
     error: OSError = TimeoutError()
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for tried, (family, kind, protocol, _, address) in enumerate(found):
@@ -142,6 +215,7 @@ def _left(deadline: float) -> float:
 
 
 def _reason(error: Exception) -> str:
+    """Return why a server gave no answer, for a sentence that begins with its address."""
     if isinstance(error, FatalError):
         return str(error)
     if isinstance(error, TimeoutError):
@@ -152,5 +226,5 @@ def _reason(error: Exception) -> str:
         untrusted = getattr(error, "verify_message", "")
         if untrusted:
             return f"has a certificate that is not trusted: {untrusted} (--tls-ca, --tls-name)"
-        return f"came to no TLS connection: {getattr(error, 'reason', '') or error}"
+        return f"came to no TLS connection: {getattr(error, 'reason', '') or 'it was closed'}"
     return str(error.args[-1] if error.args else error)
