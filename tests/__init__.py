@@ -1,1 +1,1 @@
-"""The tests. `running` starts the real program; every other file tests one module, or one promise."""
+"""The tests. `running` starts the real program; each other file tests a module or a promise."""

@@ -840,7 +840,8 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
             (
                 "metrics.py",
                 '    Metric("remote_clients",',
-                '    Metric("reported", Source.SERVER, Kind.STATE, ""),\n    Metric("remote_clients",',
+                '    Metric("reported", Source.SERVER, Kind.STATE, ""),\n'
+                '    Metric("remote_clients",',
             ),
             (
                 "scoreboard.py",

@@ -533,7 +533,8 @@ def test_a_client_that_reads_late_but_in_time_gets_every_reply(
 GREEDY = """
 import select, socket, sys, time
 
-port, count, seconds, data = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4].encode() * 500
+port, count, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+data = sys.argv[4].encode() * 500
 
 def dial():
     sock = socket.create_connection(("127.0.0.1", port))

@@ -63,7 +63,7 @@ class Worker:
         }
 
     def parsed(self, data: bytes, has_spoken: bool) -> tuple[bytes, dict[str, int]] | None:
-        """The parser's replies to a read, and the counts; None for what is not for the fast path."""
+        """The parser's replies, and the counts; None for a read that is not for the fast path."""
         parser: Parser[Command] = Parser(self.replies.grammar, is_first=not has_spoken)
         items = parser.feed(data)
         if parser.partial or not items:

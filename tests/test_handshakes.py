@@ -49,7 +49,7 @@ def test_who_has_said_hello_while_the_worker_was_held_up_is_met(pems: Path) -> N
         with server.client() as client:
 
             def done(step: Callable[[], Any]) -> Any:
-                """Feed what comes to a step of TLS until it is done, and send what it has to say."""
+                """Feed a step of TLS with what arrives until it is done, and send its output."""
                 while True:
                     try:
                         result = step()

@@ -80,7 +80,7 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
     tmp_path: Path, pems: Path, workers: int, has_tls: bool
 ) -> None:
     seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+    print(f"seed {seed}")  # noqa: T201 (pytest shows it if the test fails)
     chance = random.Random(seed)
     more = ["--workers", str(workers), "--line-timeout", "0.2", "--max-clients", "14"]
     if has_tls:
@@ -154,7 +154,7 @@ def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
         assert status(server)["error_replies"]["too_many_from_address"] == 1
 
 
-def test_workers_that_accept_a_crowd_at_once_keep_to_the_limit_and_one_that_is_killed_gives_its_share_back(
+def test_workers_that_accept_a_crowd_keep_to_the_limit_and_a_killed_one_gives_its_share_back(
     tmp_path: Path,
 ) -> None:
     with limited(tmp_path, "--workers", "3", limit=30) as server, ExitStack() as stack:
@@ -236,7 +236,7 @@ def test_an_address_is_ipv4_in_whole_or_a_64_of_ipv6() -> None:
 
 def test_addresses_that_meet_are_refused_too_early_and_none_too_late() -> None:
     seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+    print(f"seed {seed}")  # noqa: T201 (pytest shows it if the test fails)
     there: list[tuple[AddressCounts, int, str]] = []
     chance, scoreboard = (
         random.Random(seed),

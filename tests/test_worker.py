@@ -58,11 +58,19 @@ def is_tcp(fd):
 
 @command("OPTIONS")
 def options(service):
-    accepted = [socket.socket(fileno=os.dup(int(fd))) for fd in os.listdir("/proc/self/fd") if is_tcp(int(fd))]
-    tcp = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT, socket.TCP_NODELAY)
+    fds = [int(fd) for fd in os.listdir("/proc/self/fd") if is_tcp(int(fd))]
+    socks = [socket.socket(fileno=os.dup(fd)) for fd in fds]
+    tcp = [
+        getattr(socket, f"TCP_{name}")
+        for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT", "USER_TIMEOUT", "NODELAY")
+    ]
     found = {
-        (one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), *(one.getsockopt(socket.IPPROTO_TCP, o) for o in tcp))
-        for one in accepted if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        (
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+            *(sock.getsockopt(socket.IPPROTO_TCP, option) for option in tcp),
+        )
+        for sock in socks
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     }
     return str(sorted(found))
 """
@@ -194,7 +202,7 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
     tmp_path: Path, workers: int, kills: int
 ) -> None:
     seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+    print(f"seed {seed}")  # noqa: T201 (pytest shows it if the test fails)
     chance = random.Random(seed)
     ways = chance.choices(list(WAYS), [often for often, _ in WAYS.values()], k=10_000)
     sources = [f"127.0.0.{chance.randrange(2, 50)}" for _ in ways]
