@@ -39,6 +39,9 @@ DRAIN_GRACE_SECONDS = 0.5
 #: How long the end of a client is awaited after its last line, so that no reset overtakes the line.
 LINGER_SECONDS = 1.0
 
+#: How much longer a client has whose deadline is over while it waits for its turn in the loop.
+READY_GRACE_SECONDS = 1.0
+
 #: What the loop watches a socket for. MUTED: nothing, until it is watched for something again.
 READ, WRITE, MUTED = EPOLLIN, EPOLLOUT, EPOLLET
 
@@ -159,8 +162,8 @@ class Client:
             self.loop.watch(self, MUTED)
         elif state is HANDSHAKE:
             self.loop.make_ready(self)
-        elif state is not CLOSED and not self.sock.recv(65536):
-            self.close()
+        elif state is CLOSING or state is REJECTED:
+            self._await_end()
 
     def on_ready(self, now: float) -> None:
         """It is this client's turn to go on with what it has under way."""
@@ -176,8 +179,8 @@ class Client:
         """The deadline is over. The loop has read what had arrived by then."""
         state = self.state
         if self in self.loop.ready:
-            return  # What takes so long is not the client.
-        if state is IDLE or state is READING:
+            self.loop.set_deadline(self, now + READY_GRACE_SECONDS)  # It waits for the loop.
+        elif state is IDLE or state is READING:
             self._end_silence(now)
         elif state is BLOCKED:
             self._reset()
@@ -467,7 +470,7 @@ class Client:
         with suppress(BlockingIOError):
             self.sock.send(error.reply)
         if self.loop.may_linger_rejected():
-            self._await_end()
+            self._send_end()
         else:
             self.close()
 
@@ -478,9 +481,15 @@ class Client:
             return
         self._uncount()
         self.state = CLOSING
-        self._await_end()
+        self._send_end()
 
     def _await_end(self) -> None:
+        """Read what the client still sends, up to its end."""
+        with suppress(BlockingIOError):
+            if not self.sock.recv(65536):
+                self.close()
+
+    def _send_end(self) -> None:
         """Send the end of the connection, and wait a moment for that of the client."""
         self.loop.watch(self, READ)
         self.loop.set_deadline(self, monotonic() + LINGER_SECONDS)
@@ -548,7 +557,7 @@ class Client:
         self.state, self.address = CLOSING, None
         try:
             tls.send_plain(PLAIN_TEXT.reply)
-            self._await_end()
+            self._send_end()
         except OSError:  # It has gone: that is no failed handshake, too.
             self.close()
 
@@ -574,7 +583,7 @@ class Client:
         self.address = None  # It was never accepted, so its end is not logged.
         if type(error).__module__ == "ssl":
             self.state = CLOSING
-            self._await_end()
+            self._send_end()
         else:
             self.close()
 

@@ -91,6 +91,7 @@ class Loop:
         self._deadline_timer: Any = hub.loop.timer(0)
         self._expire_or_exit = fatal_on_error(self._expire)
         self._expires_at = inf
+        self._is_expiry_due = False
 
     # New clients
 
@@ -171,18 +172,29 @@ class Loop:
     def _take_turn(self) -> None:
         """Serve the clients that have sent something, first come, first served."""
         self.rejected_now = 0
-        events = self._held
-        if events is None:
-            events = self._epoll.poll(0, TURN_CLIENTS)
-            # A client that had connected before a WHO was sent is in its answer. In a full turn,
-            # the listener's event may be among those that are left for the next one.
-            if self._listener_fd >= 0 and (
-                len(events) == TURN_CLIENTS or any(fd == self._listener_fd for fd, _ in events)
-            ):
-                self._held = events
-                return
-        self._held = None
-        self._serve(events)
+        events = self._poll()
+        if events is not None:
+            self._serve(events)
+            if self._is_expiry_due:
+                self._expire()
+
+    def _poll(self) -> list[tuple[int, int]] | None:
+        """Return events of clients, or None if new clients must be accepted before.
+
+        A client that had connected before a WHO was sent is in its reply. gevent accepts new
+        clients before it calls this loop again, which then serves the events that were held.
+        """
+        if self._held is not None:
+            held, self._held = self._held, None
+            return held
+        events: list[tuple[int, int]] = self._epoll.poll(0, TURN_CLIENTS)
+        if self._listener_fd >= 0 and (
+            # In a full turn, the listener's event may be among those that are left for the next.
+            len(events) == TURN_CLIENTS or any(fd == self._listener_fd for fd, _ in events)
+        ):
+            self._held = events
+            return None
+        return events
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
         """Tell clients of their events. Idle clients, which most are, are answered right here."""
@@ -288,7 +300,10 @@ class Loop:
         What has arrived by now is read first: it was the loop that was late, not the client.
         """
         self._expires_at = inf
-        events = self._epoll.poll(0, TURN_CLIENTS)
+        events = self._poll()
+        self._is_expiry_due = events is None
+        if events is None:
+            return  # The next turn goes on here.
         self._serve(events)
         if len(events) == TURN_CLIENTS:
             self._start_deadline_timer(0.0)
