@@ -188,9 +188,9 @@ class Loop:
             held, self._held = self._held, None
             return held
         events: list[tuple[int, int]] = self._epoll.poll(0, TURN_CLIENTS)
+        # In a full turn, the listener's event may be among those that are left for the next.
         if self._listener_fd >= 0 and (
-            # In a full turn, the listener's event may be among those that are left for the next.
-            len(events) == TURN_CLIENTS or any(fd == self._listener_fd for fd, _ in events)
+            (self._listener_fd, READ) in events or len(events) == TURN_CLIENTS
         ):
             self._held = events
             return None
