@@ -681,7 +681,7 @@ def test_a_token_from_a_file_is_required_and_is_in_no_command_line(
         (b"one\n\n", "holds more than one line of at most 65536 bytes"),
         (b"\xff\n", "is not text in UTF-8"),
         (b"x" * 70_000, "holds more than one line of at most 65536 bytes"),
-        ("caf\u00e9\n".encode(), ": the secret is not of ASCII characters alone"),
+        ("caf\u00e9\n".encode(), ": the token has characters that are not printable ASCII"),
     ],
 )
 def test_a_file_that_does_not_hold_one_secret_is_refused_in_one_line(

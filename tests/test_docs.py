@@ -81,14 +81,14 @@ def logged_events() -> dict[str, str]:
             if not isinstance(node, ast.Call) or name not in (
                 "event",
                 "warn_ratelimited",
-                "_log_client",
+                "log_client",
             ):
                 continue
             where = 1 if name == "event" else 0
             level = ast.unparse(node.args[0]).removeprefix("logging.").lower() if where else name
             action = node.args[where]
             if isinstance(action, ast.Constant):
-                events[str(action.value)] = "debug" if name == "_log_client" else level
+                events[str(action.value)] = "debug" if name == "log_client" else level
             elif isinstance(action, ast.JoinedStr):
                 tail = action.values[-1]
                 assert isinstance(tail, ast.Constant)

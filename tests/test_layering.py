@@ -36,11 +36,18 @@ def _package(module: str) -> str:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Dotted names of everything that a file imports, at its top or later."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Dotted names of everything that a file imports, at its top or later, but for annotations."""
+    tree = ast.parse(path.read_text())
+    for_annotations = {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in branch.body
+    }
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node not in for_annotations:
             assert node.level == 0, f"{path.name}: imports are absolute"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
