@@ -227,6 +227,9 @@ class Client:
 
     def take(self, data: bytes, now: float) -> None:
         """Answer what has been received; no data means that the client has finished sending."""
+        if not data and self.work is None:
+            self.close()  # Most clients leave so: there is nothing to answer.
+            return
         work = self._begin_work()
         self.state = READING
         if data:

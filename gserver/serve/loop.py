@@ -5,10 +5,8 @@ each client would take an eighth more CPU, and call the last comers first, with 
 percentile (docs/performance.md).
 """
 
-import heapq
 import logging
 from collections.abc import Callable
-from itertools import count
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from gserver.boot import RESERVED_FILES, fatal_on_error
 from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
 from gserver.serve.client import HANDSHAKE, IDLE, READ, READ_BYTES, Client, address_fields
+from gserver.serve.deadlines import Deadlines
 from gserver.serve.fastpath import FastPath
 from gserver.serve.limits import Limits
 from gserver.serve.replies import Replies
@@ -84,10 +83,7 @@ class Loop:
         self._watcher.start(fatal_on_error(self._take_turn))
         self._ready_timer = hub.loop.timer(0)
         self._serve_ready_or_exit = fatal_on_error(self._serve_ready)
-        #: Deadlines, the next one first. Entries that are not their client's deadline any more
-        #: are passed over.
-        self._deadlines: list[tuple[float, int, Client]] = []
-        self._sequence = count()
+        self._deadlines: Deadlines[Client] = Deadlines()
         self._deadline_timer: Any = hub.loop.timer(0)
         self._expire_or_exit = fatal_on_error(self._expire)
         self._expires_at = inf
@@ -279,13 +275,12 @@ class Loop:
         client.deadline = at
         if at == inf:
             return
-        heapq.heappush(self._deadlines, (at, next(self._sequence), client))
-        if len(self._deadlines) > 2 * len(self.clients) + 1024:
-            # A client that sends its lines in pieces leaves an old entry with each.
-            self._deadlines = [entry for entry in self._deadlines if entry[2].deadline == entry[0]]
-            heapq.heapify(self._deadlines)
+        self._deadlines.add(client)
+        if self._deadlines.entries > 2 * len(self.clients) + 1024:
+            # A client that sends its lines in pieces leaves a stale entry with each.
+            self._deadlines.drop_stale()
         if at < self._expires_at:
-            self._start_deadline_timer(at)
+            self._start_deadline_timer(self._deadlines.next_at)
 
     def _start_deadline_timer(self, at: float) -> None:
         self._expires_at = at
@@ -309,17 +304,14 @@ class Loop:
             self._start_deadline_timer(0.0)
             return
         now = monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            at, _, client = heapq.heappop(self._deadlines)
-            if client.deadline != at:
-                continue  # It was put off, or is over.
-            if now > at + LATE_SECONDS:
+        for client in self._deadlines.pop(now):
+            if now > client.deadline + LATE_SECONDS and not self.is_draining:
                 self.set_deadline(client, now + LATE_SECONDS)
-                continue
-            client.deadline = inf
-            self.guard(client, client.on_deadline, now)
-        if self._deadlines and self._deadlines[0][0] < self._expires_at:
-            self._start_deadline_timer(self._deadlines[0][0])
+            else:
+                client.deadline = inf
+                self.guard(client, client.on_deadline, now)
+        if self._deadlines.next_at < self._expires_at:
+            self._start_deadline_timer(self._deadlines.next_at)
 
     # Ends
 
