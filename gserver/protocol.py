@@ -85,7 +85,7 @@ class Grammar(Generic[C]):
 
     def is_too_long(self, line: bytes) -> bool:
         """Whether a line, or the part of it that has arrived, is too long without its CR."""
-        return len(line) - line.endswith(b"\r") > self._max_line_bytes
+        return len(line.removesuffix(b"\r")) > self._max_line_bytes
 
 
 def _is_http(words: bytes) -> bool:

@@ -419,7 +419,7 @@ class TlsTarget(Target):
                 self._client.do_handshake()
                 is_done = True
             for piece in filter(None, wire.pieces(self.random, self._out.read(), 4)):
-                self._server.shake_hands(piece)
+                self._server.handshake(piece)
                 is_met = self._server.is_established
             with contextlib.suppress(BlockingIOError):
                 received.write(self._sock.recv(65536, socket.MSG_DONTWAIT))

@@ -22,7 +22,8 @@ from gserver.serve.client import READ_BYTES
 from gserver.serve.limits import Limits
 from gserver.serve.loop import TURN_CLIENTS, Loop
 from gserver.serve.replies import Replies
-from tests.running import LIMIT, PATIENCE, Client, Running, stopped, until
+from gserver.serve.tls import PlainSocket
+from tests.running import LIMIT, PATIENCE, Client, Running, extended, stopped, until
 
 MODULE = """
 import gc
@@ -264,14 +265,15 @@ def loop(**options: Any) -> Iterator[tuple[Scoreboard, Loop, socket.socket]]:
     scoreboard = Scoreboard.create(1)
     config = Config(server_id="here", **options)
     replies = Replies(config, scoreboard, 0, BUILT_IN)
-    loop = Loop(config, Limits(config, scoreboard, 0), replies, lambda: None)
+    loop = Loop(config, Limits(config, scoreboard, 0), replies)
     with one_more(loop) as client:
         yield scoreboard, loop, client
 
 
 @contextmanager
 def one_more(loop: Loop) -> Iterator[socket.socket]:
-    ours, theirs = socket.socketpair()
+    pair, theirs = socket.socketpair()
+    ours = PlainSocket(pair.family, pair.type, 0, pair.detach())
     ours.setblocking(False)
     with closing(theirs):
         loop.begin(ours, ("127.0.0.1", 1))
@@ -339,6 +341,39 @@ def test_each_read_is_counted_and_timed_whichever_way_it_is_answered() -> None:
         "WHERE": 1,
         "WHY": 2,
     }
+
+
+def test_a_client_that_sent_more_of_its_line_while_the_worker_was_held_up_is_not_too_slow() -> None:
+    with Running("--line-timeout", "1") as server, server.client() as client:
+        client.send(b"WH")
+        until(lambda: server.who() == 2, "it is there")
+        with stopped(server.workers()[0]):
+            client.send(b"E")
+            time.sleep(2.5)
+        assert not select.select([client.sock], [], [], 0.3)[0]
+        client.send(b"RE\n")
+        assert client.line() != b"ERR too slow\n"
+
+
+def test_a_handler_that_exits_its_greenlet_in_a_drain_is_a_handler_that_failed(
+    tmp_path: Path,
+) -> None:
+    module = """
+import time
+from greenlet import GreenletExit
+from gserver.commands import command
+
+@command("EXIT")
+def exit(service):
+    time.sleep(0.5)
+    raise GreenletExit
+"""
+    with extended(tmp_path, module, "--drain-timeout", "60") as server, server.client() as client:
+        client.send(b"WHY\nEXIT\n")
+        assert client.line() == b"42\n"
+        server.send_signal(signal.SIGTERM)
+        assert client.rest() == b"ERR internal\n"
+        assert server.exit_code() == 0
 
 
 def test_a_drain_gives_idle_clients_no_greenlet() -> None:

@@ -16,7 +16,7 @@ from math import ceil, inf
 from select import EPOLLET, EPOLLIN, EPOLLOUT
 from termios import FIONREAD
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gevent
 
@@ -25,7 +25,7 @@ from gserver.commands import Command
 from gserver.protocol import IDLE as TOO_IDLE
 from gserver.protocol import PLAIN_TEXT, SLOW_READER, TLS_FAILED, TOO_SLOW, ErrorReply, Parser
 from gserver.serve.fastpath import PIECE_BYTES
-from gserver.serve.tls import IncompleteRecord, TlsSocket
+from gserver.serve.tls import IncompleteRecord, PlainSocket, TlsSocket
 
 if TYPE_CHECKING:
     from gserver.serve.loop import Loop
@@ -39,9 +39,6 @@ DRAIN_GRACE_SECONDS = 0.5
 #: How long the end of a client is awaited after its last line, so that no reset overtakes the line.
 LINGER_SECONDS = 1.0
 
-#: How much longer a client has whose deadline is over while it waits for its turn in the loop.
-READY_GRACE_SECONDS = 1.0
-
 #: What the loop watches a socket for. MUTED: nothing, until it is watched for something again.
 READ, WRITE, MUTED = EPOLLIN, EPOLLOUT, EPOLLET
 
@@ -49,8 +46,8 @@ READ, WRITE, MUTED = EPOLLIN, EPOLLOUT, EPOLLET
 class State(Enum):
     """Where a client stands. Those from IDLE to BLOCKED are counted."""
 
-    #: The TLS handshake is under way.
-    HANDSHAKE = "handshake"
+    #: Accepted, and not admitted yet. With TLS, the handshake is under way.
+    NEW = "new"
     #: Nothing is under way.
     IDLE = "idle"
     #: Part of a line or of a TLS record has arrived, or more lines than are answered at once.
@@ -67,8 +64,8 @@ class State(Enum):
     CLOSED = "closed"
 
 
-HANDSHAKE, IDLE, READING, BUSY, BLOCKED = (
-    State.HANDSHAKE,
+NEW, IDLE, READING, BUSY, BLOCKED = (
+    State.NEW,
     State.IDLE,
     State.READING,
     State.BUSY,
@@ -82,9 +79,9 @@ class Work:
     """What a client has under way: bytes to take apart, items to answer, replies to send."""
 
     __slots__ = (
+        "closing_error",
         "drain_bytes_left",
-        "ending",
-        "has_ended",
+        "has_input_ended",
         "items",
         "line_deadline",
         "parser",
@@ -102,15 +99,14 @@ class Work:
         self.line_deadline = inf
         #: Commands and errors to reply to.
         self.items: deque[Command | ErrorReply] = deque()
-        #: When the first of them began to be answered, without the time in which the client was
-        #: waited for.
+        #: When answering began. Time spent waiting for the client does not count.
         self.started_at = 0.0
         #: Replies that the kernel has not taken yet.
         self.unsent = b""
         #: The error reply after which the client is closed.
-        self.ending: ErrorReply | None = None
+        self.closing_error: ErrorReply | None = None
         #: Whether the client has finished sending.
-        self.has_ended = False
+        self.has_input_ended = False
         #: How much of what a client goes on sending is still answered in a drain; None before that.
         self.drain_bytes_left: int | None = None
 
@@ -132,13 +128,14 @@ class Client:
         "work",
     )
 
-    def __init__(self, loop: "Loop", sock: Any, address: Any, state: State, now: float) -> None:
+    def __init__(
+        self, loop: "Loop", sock: PlainSocket | TlsSocket, address: Any, now: float
+    ) -> None:
         self.loop = loop
-        #: A bare non-blocking socket, or a `TlsSocket`, which has the same methods.
-        self.sock: Any = sock
+        self.sock: PlainSocket | TlsSocket = sock
         #: Host and port; None once it is admitted, unless its end is going to be logged.
         self.address = address
-        self.state = state
+        self.state = NEW
         #: The moment at which the loop calls `on_deadline`; infinity for never.
         self.deadline = inf
         #: When it sent something last, or was accepted.
@@ -152,23 +149,21 @@ class Client:
     def on_event(self, now: float) -> None:
         """The socket is readable or writable, as far as it is watched for that."""
         state = self.state
-        if self in self.loop.ready:
-            return  # It has its turn later.
         if state is IDLE or state is READING:
             self._read(now)
         elif state is BLOCKED:
             self._unblock(now)
         elif state is BUSY:
             self.loop.watch(self, MUTED)
-        elif state is HANDSHAKE:
+        elif state is NEW:
             self.loop.make_ready(self)
         elif state is CLOSING or state is REJECTED:
             self._await_end()
 
     def on_ready(self, now: float) -> None:
         """It is this client's turn to go on with what it has under way."""
-        if self.state is HANDSHAKE:
-            self._shake_hands(now)
+        if self.state is NEW:
+            self._handshake(now)
         elif self.state is IDLE or self.state is READING:
             if self.work and self.work.unread:
                 self._proceed(now)
@@ -178,23 +173,27 @@ class Client:
     def on_deadline(self, now: float) -> None:
         """The deadline is over. The loop has read what had arrived by then."""
         state = self.state
-        if self in self.loop.ready:
-            self.loop.set_deadline(self, now + READY_GRACE_SECONDS)  # It waits for the loop.
-        elif state is IDLE or state is READING:
+        if state is IDLE or state is READING:
             self._end_silence(now)
         elif state is BLOCKED:
             self._reset()
-        elif state is HANDSHAKE:
+        elif state is NEW:
             self._fail_handshake(TimeoutError("it took too long"))
         elif state is CLOSING or state is REJECTED:
             self.close()
+
+    def postpone(self, at: float) -> None:
+        """Put off the deadline: the loop was late, not the client."""
+        if self.work and self.work.line_deadline < at:
+            self.work.line_deadline = at
+        self.loop.set_deadline(self, at)
 
     def after_send(self, unsent: bytes, now: float) -> None:
         """Go on after the loop has answered: there may be more to send, or to read."""
         if unsent:
             self.block(unsent, now)
         elif self.sock.has_partial_record or self.sock.has_unread:
-            self.rest(now)
+            self.await_input(now)
 
     def after_block(self, unsent: bytes | None, now: float) -> None:
         """Go on after the kernel had nothing to read for the loop, or no room for the replies."""
@@ -202,7 +201,7 @@ class Client:
             self.block(unsent, now)
         else:
             self.quiet_since = now  # Part of a TLS record has arrived.
-            self.rest(now)
+            self.await_input(now)
 
     # Reading and answering
 
@@ -216,17 +215,20 @@ class Client:
             data = self.sock.recv(READ_BYTES)
         except IncompleteRecord:
             self.quiet_since = now
-            self.rest(now)
+            self.await_input(now)
         except BlockingIOError:
-            if self._silence_ends_at() <= now:
+            if self._leaves_at() <= now:
                 self._end_silence(now)
             else:
-                self.rest(now)
+                self.await_input(now)
         else:
             self.take(data, now)
 
-    def take(self, data: bytes, now: float) -> None:
-        """Answer what has been received; no data means that the client has finished sending."""
+    def take(self, data: bytes, now: float, *, is_tried: bool = False) -> None:
+        """Answer what has been received; no data means that the client has finished sending.
+
+        `is_tried`: the fast path has been tried with all of it.
+        """
         if not data and self.work is None:
             self.close()  # Most clients leave so: there is nothing to answer.
             return
@@ -239,59 +241,74 @@ class Client:
             elif now >= self.loop.drain_started_at + DRAIN_GRACE_SECONDS:
                 self._count_drain_bytes(work, len(data))
         else:
-            work.has_ended = True
-        self._proceed(now)
+            work.has_input_ended = True
+        self._proceed(now, is_tried=is_tried)
 
-    def _proceed(self, now: float) -> None:
+    def _proceed(self, now: float, *, is_tried: bool = False) -> None:
         """Go on until the client, a handler or the other clients must be waited for."""
         work = self._begin_work()
         has_had_turn = False
-        while not work.ending:
+        while not work.closing_error:
             if work.items:
-                if not self._answer(work, now):
-                    return
+                may_go_on = self._answer(work, now)
+            elif work.unread and has_had_turn:
+                self.loop.make_ready(self)
+                return
             elif work.unread:
-                if has_had_turn:
-                    self.loop.make_ready(self)
-                    return
                 has_had_turn = True
-                work.started_at = monotonic()
-                if not self._take_apart(work, now):
-                    return
-            elif work.has_ended and work.parser:
+                may_go_on = self._take_apart(work, now, is_tried=is_tried)
+            elif work.has_input_ended and work.parser:
                 work.items.extend(work.parser.end())
-                work.parser = None
+                work.parser, may_go_on = None, True
             else:
                 break
-        if work.ending or work.has_ended or (work.drain_bytes_left or 0) < 0:
+            if not may_go_on:
+                return
+        if work.closing_error or work.has_input_ended or (work.drain_bytes_left or 0) < 0:
             self.finish()
         else:
-            self.rest(now)
+            self.await_input(now)
 
-    def _take_apart(self, work: Work, now: float) -> bool:
-        """Answer the next piece, or find its items; return False if the client is waited for."""
-        data = work.unread
-        if work.parser is None:
-            end = data.rfind(b"\n") + 1
-            replies = self.loop.answer(data[:end], self.has_spoken) if end else None
-            if replies is None:
-                end = data.rfind(b"\n", 0, PIECE_BYTES) + 1
-                if end:
-                    replies = self.loop.answer(data[:end], self.has_spoken)
+    def _take_apart(self, work: Work, now: float, *, is_tried: bool) -> bool:
+        """Answer the next lines, or find their items; return False if the client is waited for."""
+        work.started_at = monotonic()
+        if work.parser is None and not is_tried:
+            replies = self._answer_lines(work)
             if replies is not None:
-                work.unread = data[end:]
                 self.has_spoken, self.quiet_since = True, now
                 self.loop.note_read(work.started_at)
                 return self._send(replies, now)
-            work.parser = Parser(self.loop.replies.grammar, is_first=not self.has_spoken)
-            work.line_deadline = inf
-        end = data.find(b"\n", 0, PIECE_BYTES) + 1 if work.parser.partial else 0
-        end = end or data.rfind(b"\n", 0, PIECE_BYTES) + 1 or PIECE_BYTES
-        work.unread = data[end:]
-        work.items.extend(work.parser.feed(data[:end]))
-        if not work.parser.partial:
-            work.parser = None
+        self._parse(work)
         return True
+
+    def _answer_lines(self, work: Work) -> bytes | None:
+        """Return what the fast path replies to whole lines; None if they need the parser."""
+        data = work.unread
+        end = data.rfind(b"\n") + 1
+        replies = self.loop.answer(data[:end], self.has_spoken) if end else None
+        if replies is None and end > PIECE_BYTES:
+            end = data.rfind(b"\n", 0, PIECE_BYTES) + 1
+            replies = self.loop.answer(data[:end], self.has_spoken) if end else None
+        if replies is not None:
+            work.unread = data[end:]
+        return replies
+
+    def _parse(self, work: Work) -> None:
+        """Take the next piece apart, up to the end of a line if there is one in it."""
+        data, parser = work.unread, work.parser
+        if parser is None:
+            parser = work.parser = Parser(self.loop.replies.grammar, is_first=not self.has_spoken)
+            work.line_deadline = inf
+        if parser.partial:
+            end = data.find(b"\n", 0, PIECE_BYTES) + 1
+        else:
+            end = data.rfind(b"\n", 0, PIECE_BYTES) + 1
+        if end == 0:
+            end = PIECE_BYTES
+        work.unread = data[end:]
+        work.items.extend(parser.feed(data[:end]))
+        if not parser.partial:
+            work.parser = None
 
     def _answer(self, work: Work, now: float) -> bool:
         """Reply to items up to one that may block; return False if something is waited for."""
@@ -308,9 +325,9 @@ class Client:
             work.items.popleft()
             replies.append(self.loop.replies.reply_to(item))
             if isinstance(item, ErrorReply) and item.closes:
-                work.ending = item
+                work.closing_error = item
                 work.items.clear()
-        if not work.ending:
+        if not work.closing_error:
             self.loop.note_read(work.started_at)
         return self._send(b"".join(replies), now)
 
@@ -370,9 +387,9 @@ class Client:
     def _has_part(self) -> bool:
         """Whether a line, or a TLS record, has begun and not ended."""
         has_line = self.work is not None and self.work.parser is not None
-        return has_line or getattr(self.sock, "has_partial_record", False)
+        return has_line or bool(self.sock.has_partial_record)
 
-    def rest(self, now: float) -> None:
+    def await_input(self, now: float) -> None:
         """Everything that has arrived is answered: wait for more, or leave in a drain."""
         has_part = self._has_part
         self.state = READING if has_part else IDLE
@@ -386,11 +403,10 @@ class Client:
             self.work = None
         elif work:
             work.line_deadline = inf
-        deadline = self._silence_ends_at()
-        if deadline <= now or getattr(self.sock, "has_unread", False):
-            self.loop.make_ready(self)  # Something may have arrived: look before it is too late.
+        if self.sock.has_unread or self._leaves_at() <= now:
+            self.loop.make_ready(self)  # Something may have arrived: read once more.
         else:
-            self.loop.set_deadline(self, deadline)
+            self.loop.set_deadline(self, self._silence_ends_at())
 
     def _silence_ends_at(self) -> float:
         """When a client that sends nothing more is dealt with."""
@@ -434,7 +450,7 @@ class Client:
         elif is_over:
             self.finish()
         else:
-            self.rest(now)
+            self.await_input(now)
 
     def _end_with(self, error: ErrorReply, now: float) -> None:
         work = self._begin_work()
@@ -447,10 +463,10 @@ class Client:
     # Ends
 
     def drain(self, now: float) -> None:
-        """Leave as soon as what has been received is answered."""
+        """Close once what has been received is answered."""
         if self.state is IDLE or self.state is READING:
             self.loop.make_ready(self)
-        elif self.state is HANDSHAKE:
+        elif self.state is NEW:
             at = min(self.deadline, now + DRAIN_GRACE_SECONDS)
             self.loop.set_deadline(self, at)
 
@@ -479,7 +495,7 @@ class Client:
 
     def finish(self) -> None:
         """Close after the last line, once the client has read it."""
-        if self.work and self.work.has_ended:
+        if self.work and self.work.has_input_ended:
             self.close()
             return
         self._uncount()
@@ -500,7 +516,7 @@ class Client:
 
     def _reset(self) -> None:
         """Close with a reset: the kernel would hold the replies for the client for minutes."""
-        self._begin_work().ending = SLOW_READER
+        self._begin_work().closing_error = SLOW_READER
         self.loop.replies.count_error(SLOW_READER)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
@@ -524,24 +540,23 @@ class Client:
 
     # TLS
 
-    def _shake_hands(self, now: float) -> None:
+    def _handshake(self, now: float) -> None:
         """Go on with the handshake by what has arrived."""
-        tls: TlsSocket = self.sock
+        tls = cast(TlsSocket, self.sock)
         try:
             received = self._receive_handshake(tls)
             if received:
-                tls.shake_hands(received)
+                tls.handshake(received)
+            is_sent = tls.flush()
         except BlockingIOError:
             return
         except OSError as error:
             self._fail_handshake(error)
             return
-        if self.state is not HANDSHAKE:
-            return
-        is_sent = tls.flush()
-        self.loop.watch(self, READ if is_sent else WRITE)
-        if is_sent and tls.is_established:
-            self.loop.admit(self, now)
+        if self.state is NEW:
+            self.loop.watch(self, READ if is_sent else WRITE)
+            if is_sent and tls.is_established:
+                self.loop.admit(self, now)
 
     def _receive_handshake(self, tls: TlsSocket) -> bytes:
         """Return what has arrived; b"" if nothing is wanted, or if the handshake is over."""
@@ -551,11 +566,11 @@ class Client:
         if not received:
             self._end_handshake(tls.has_begun)
         elif not tls.has_begun and not received.startswith(HANDSHAKE_RECORD):
-            self._refuse_plain_text(tls)
+            self._reject_plain_text(tls)
             return b""
         return received
 
-    def _refuse_plain_text(self, tls: TlsSocket) -> None:
+    def _reject_plain_text(self, tls: TlsSocket) -> None:
         self.loop.replies.count_error(PLAIN_TEXT)
         self.state, self.address = CLOSING, None
         try:

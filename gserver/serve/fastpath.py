@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from gserver.commands import BUILT_IN, Command, line, who
 from gserver.errors import ClusterUnavailable
-from gserver.protocol import UNKNOWN_COMMAND, ErrorReply
+from gserver.protocol import ErrorReply
 from gserver.serve.replies import Call, Replies
 
 #: Longest read that is taken apart line by line at once. It bounds how long other clients wait for
@@ -91,7 +91,7 @@ class FastPath:
         """Answer WHO, WHERE and WHY with LF and nothing else, without cutting them into lines."""
         whos, wheres, whys = data.count(b"WHO\n"), data.count(b"WHERE\n"), data.count(b"WHY\n")
         # None of the three contains another, so the lengths add up only if there is nothing else.
-        if not data or 4 * (whos + whys) + 6 * wheres != len(data):
+        if 4 * (whos + whys) + 6 * wheres != len(data):
             return None
         try:
             who_line = _line(self._count_clients()) if whos else b""
@@ -114,7 +114,8 @@ class FastPath:
     def _remember(self, data: bytes, plan: Plan) -> None:
         if self._has_room(data):
             self._plans[data] = plan
-            self._long_plans += len(data) > MAX_SHORT_BYTES
+            if len(data) > MAX_SHORT_BYTES:
+                self._long_plans += 1
         else:
             self._count_miss()
 
@@ -167,7 +168,7 @@ class _Lines(dict[bytes, int]):
         self._kinds: dict[Command | ErrorReply, int] = {}
         #: By kind: the constant reply, or where the number of clients goes; what to call instead.
         self.replies = [b"", b""]
-        self.calls: list[Call] = [replies.call(item) for item in (UNKNOWN_COMMAND,) * 2]
+        self.calls: dict[int, Call] = {}
         #: Each kind that is counted, with its cell; the kinds of own commands, and of errors.
         self.cells: list[tuple[int, int]] = []
         self.own: list[int] = []
@@ -194,7 +195,7 @@ class _Lines(dict[bytes, int]):
     def _add(self, item: Command | ErrorReply, reply: bytes, cell: int, replies: Replies) -> int:
         kind = self._kinds[item] = len(self.replies)
         self.replies.append(reply)
-        self.calls.append(replies.call(item))
+        self.calls[kind] = replies.call(item)
         self.cells.append((kind, cell))
         return kind
 

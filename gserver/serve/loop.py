@@ -18,7 +18,7 @@ from gserver import logs
 from gserver.boot import RESERVED_FILES, fatal_on_error
 from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
-from gserver.serve.client import HANDSHAKE, IDLE, READ, READ_BYTES, Client, address_fields
+from gserver.serve.client import IDLE, READ, READ_BYTES, Client, address_fields
 from gserver.serve.deadlines import Deadlines
 from gserver.serve.fastpath import FastPath
 from gserver.serve.limits import Limits
@@ -34,8 +34,8 @@ TURN_CLIENTS = 256
 READY_SECONDS = 0.0001
 #: Lowest in libev: new clients are accepted before the bytes of others are read.
 PRIORITY = -2
-#: A deadline that is noticed so late says nothing about the client: the process stood still. The
-#: client has as long once more.
+#: If a deadline is noticed this late, the process was stopped or overloaded: the client gets this
+#: much longer.
 LATE_SECONDS = 1.0
 #: Rejected clients whose end is awaited at the same time; others are closed at once.
 MAX_REJECTED = RESERVED_FILES // 2
@@ -45,24 +45,25 @@ MAX_HANDSHAKES = 1024
 
 
 class Loop:
-    """All clients of one worker. `on_close` is called whenever a socket has been closed."""
+    """All clients of one worker."""
 
     def __init__(
         self,
         config: Config,
         limits: Limits,
         replies: Replies,
-        on_close: Callable[[], None],
-        tls: "tuple[SSLContext, int] | None" = None,
+        *,
+        tls_context: "SSLContext | None" = None,
+        max_handshakes: int = MAX_HANDSHAKES,
     ) -> None:
-        """`tls`: the context of the port's TLS, and how many handshakes there may be at a time."""
         self.config = config
         self.limits = limits
         self.replies = replies
         self.answer = FastPath(replies).answer
-        self._on_close = on_close
-        self._tls_context = tls[0] if tls else None
-        self._max_handshakes = min(tls[1], MAX_HANDSHAKES) if tls else 0
+        #: Called whenever a socket has been closed.
+        self.on_close: Callable[[], object] = bool
+        self._tls_context = tls_context
+        self._max_handshakes = max_handshakes
         #: All clients by the descriptors of their sockets, handshakes and rejected ones included.
         self.clients: dict[int, Client] = {}
         #: Clients with a handshake under way, the oldest first.
@@ -71,7 +72,6 @@ class Loop:
         self.ready: dict[Client, None] = {}
         #: Rejected clients that are still open, and those rejected since the last turn.
         self.rejected = self.rejected_now = 0
-        self.is_draining = False
         self.drain_started_at = inf
         hub = gevent.get_hub()
         self._epoll = get_original("select", "epoll")()
@@ -89,10 +89,15 @@ class Loop:
         self._expires_at = inf
         self._is_expiry_due = False
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether clients are closed once what they have sent is answered."""
+        return self.drain_started_at < inf
+
     # New clients
 
     def watch_listener(self, fd: int) -> None:
-        """Serve bytes that come with a new client after it is accepted; -1 ends that."""
+        """Hold clients' events while this listener has connections to accept. -1 ends that."""
         if fd == self._listener_fd:
             return
         if self._listener_fd >= 0:
@@ -108,7 +113,7 @@ class Loop:
         self.limits.count_address(fd, address[0])
         if self._tls_context:
             sock = TlsSocket(sock, self._tls_context)
-        client = Client(self, sock, address, HANDSHAKE, now)
+        client = Client(self, sock, address, now)
         if self.clients.setdefault(fd, client) is not client:
             raise SystemError(f"descriptor {fd} of a client was closed by other code, and reused")
         try:
@@ -143,10 +148,11 @@ class Loop:
             return
         client.state = IDLE
         client.quiet_since = now
-        if not logging.root.isEnabledFor(logging.DEBUG):
+        if logging.root.isEnabledFor(logging.DEBUG):
+            log_client("client.accepted", "accepted", client)
+        else:
             client.address = None
-        log_client("client.accepted", "accepted", client)
-        client.rest(now)
+        client.await_input(now)
 
     def may_linger_rejected(self) -> bool:
         """Whether the end of one more rejected client is awaited."""
@@ -201,14 +207,15 @@ class Loop:
             if client is None:
                 continue  # The listener, or a client that was closed in this turn.
             if client.state is not IDLE or is_draining:
-                self.guard(client, client.on_event, started)
+                if client not in self.ready:  # Else its turn is to come.
+                    self.guard(client, client.on_event, started)
                 continue
             replies = None
             try:
                 data = client.sock.recv(READ_BYTES)
                 replies = answer(data, client.has_spoken)
                 if replies is None:
-                    client.take(data, started)
+                    client.take(data, started, is_tried=True)
                     continue
                 reads += 1
                 client.quiet_since, client.has_spoken = started, True
@@ -305,8 +312,9 @@ class Loop:
             return
         now = monotonic()
         for client in self._deadlines.pop(now):
-            if now > client.deadline + LATE_SECONDS and not self.is_draining:
-                self.set_deadline(client, now + LATE_SECONDS)
+            is_late = now > client.deadline + LATE_SECONDS and not self.is_draining
+            if is_late or client in self.ready:  # It is the loop that is late.
+                client.postpone(now + LATE_SECONDS)
             else:
                 client.deadline = inf
                 self.guard(client, client.on_deadline, now)
@@ -317,7 +325,6 @@ class Loop:
 
     def drain(self) -> None:
         """Close every client as soon as what it has sent is answered."""
-        self.is_draining = self.replies.is_draining = True
         self.drain_started_at = now = monotonic()
         for client in list(self.clients.values()):
             self.guard(client, client.drain, now)
@@ -327,7 +334,8 @@ class Loop:
         fd = client.sock.fileno()
         self.ready.pop(client, None)
         self.handshakes.pop(client, None)
-        self.rejected -= was_rejected
+        if was_rejected:
+            self.rejected -= 1
         client.deadline = inf
         if self.clients.get(fd) is client:
             del self.clients[fd]
@@ -338,7 +346,7 @@ class Loop:
             raise SystemError("a client's descriptor was closed by other code") from error
         if not was_rejected:
             log_client("client.closed", "closed", client)
-        self._on_close()
+        self.on_close()
 
 
 def log_client(action: str, verb: str, client: Client) -> None:
@@ -346,7 +354,7 @@ def log_client(action: str, verb: str, client: Client) -> None:
     if client.address is not None:
         host, port = client.address[:2]
         fields = address_fields(client.address)
-        ending = client.work.ending if client.work else None
+        ending = client.work.closing_error if client.work else None
         if ending:
             fields["gserver.reason"] = ending.name
         logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", fields)

@@ -46,7 +46,8 @@ class Replies:
         self.error_cells = {
             error: scoreboard.cell(f"error_replies.{error.name}", slot) for error in ERROR_REPLIES
         }
-        self.is_draining = False
+        #: The worker exits, so handlers that still run are killed.
+        self.is_exiting = False
         self._reads = scoreboard.cell("reads", slot)
         self._service_ns = scoreboard.cell("service_ns", slot)
         self._buckets = [
@@ -96,8 +97,8 @@ class Replies:
     def _reply_failure(self, name: str, error: BaseException) -> bytes:
         if _was_forked:
             _exit()
-        if isinstance(error, gevent.GreenletExit) and self.is_draining:
-            raise error  # The worker exits.
+        if isinstance(error, gevent.GreenletExit) and self.is_exiting:
+            raise error
         reply = CLUSTER_UNAVAILABLE
         if not isinstance(error, ClusterUnavailable):
             reply = INTERNAL

@@ -92,12 +92,19 @@ def _no_password() -> str:
     )
 
 
+class PlainSocket(_socket.socket):
+    """A client's connection without TLS: a bare non-blocking socket."""
+
+    __slots__ = ()
+    has_partial_record = has_unread = False
+
+
 class IncompleteRecord(BlockingIOError):
     """Bytes have arrived, but no whole record."""
 
 
 class TlsSocket:
-    """A client's connection: receives, sends and closes like the bare non-blocking socket in it.
+    """A client's connection with TLS: receives, sends and closes like a `PlainSocket`.
 
     OpenSSL works on memory and is given whole records only, because it does not report a part of a
     record that it holds.
@@ -105,7 +112,7 @@ class TlsSocket:
 
     __slots__ = (
         "_has_ended",
-        "_has_said_end",
+        "_has_sent_close",
         "_incoming",
         "_outgoing",
         "_owed",
@@ -130,7 +137,7 @@ class TlsSocket:
         self._unread = b""
         #: Encrypted bytes that the kernel has not taken, and how much of `send`'s data is in them.
         self._unsent, self._owed = b"", 0
-        self._has_ended = self._has_said_end = False
+        self._has_ended = self._has_sent_close = False
         #: Whether the handshake has begun, and whether it is over.
         self.has_begun = self.is_established = False
         self.fileno, self.setsockopt = sock.fileno, sock.setsockopt
@@ -146,7 +153,7 @@ class TlsSocket:
         with contextlib.suppress(BlockingIOError):
             self._sock.send(data)
 
-    def shake_hands(self, received: bytes) -> None:
+    def handshake(self, received: bytes) -> None:
         """Go on with what has been received. Raises OSError if the handshake has failed."""
         self.has_begun = True
         self._feed(received)
@@ -188,7 +195,7 @@ class TlsSocket:
         if self._has_ended:
             return b""
         received = self._sock.recv(size)
-        if not received or self._has_said_end:
+        if not received or self._has_sent_close:
             return received
         self._feed(received)
         data, self._has_ended = self._decrypt()
@@ -214,16 +221,16 @@ class TlsSocket:
 
     def shutdown(self, how: int) -> None:
         """Send the end of TLS, then that of TCP."""
-        self._say_end()
+        self._send_close()
         self._sock.shutdown(how)
 
     def close(self) -> None:
         """Send the end of TLS, unless that was done, and close."""
-        self._say_end()
+        self._send_close()
         self._sock.close()
 
-    def _say_end(self) -> None:
-        self._has_said_end = True
+    def _send_close(self) -> None:
+        self._has_sent_close = True
         with contextlib.suppress(OSError):  # The connection is broken, or it was sent.
             self._tls.unwrap()
         with contextlib.suppress(OSError):

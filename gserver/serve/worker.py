@@ -1,17 +1,17 @@
 """One worker process: accepts clients, serves them in its loop, and drains.
 
 There are `--workers` of them with the same duties. A worker writes its own slot of the scoreboard;
-it knows nothing of the other processes, of Redis or of StatsD.
+it talks to no other process. What it must know of them, it reads from the scoreboard.
 """
 
-import _socket
 import logging
 import os
 import signal
 import socket
 from contextlib import suppress
+from ssl import SSLContext
 from time import gmtime, monotonic, monotonic_ns, strftime, time
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import gevent
 from gevent.event import Event
@@ -27,13 +27,11 @@ from gserver.boot import (
 )
 from gserver.certificates import Certificates
 from gserver.errors import UsageError
+from gserver.serve import tls
 from gserver.serve.command_module import load_commands
 from gserver.serve.limits import Limits
-from gserver.serve.loop import MAX_REJECTED, Loop
+from gserver.serve.loop import MAX_HANDSHAKES, MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
-
-if TYPE_CHECKING:
-    from ssl import SSLContext
 
 #: Connections accepted in one go by a worker that is alone: all that there are. Every client that
 #: had connected before a WHO was sent is in its answer.
@@ -61,7 +59,7 @@ class Acceptor(StreamServer):
 
     def __init__(self, listener: socket.socket, worker: "Worker", max_accept: int) -> None:
         # No greenlet for each client: the loop serves it, and closes its socket.
-        super().__init__(listener, worker.begin, spawn=None)
+        super().__init__(listener, cast(Any, worker.begin), spawn=None)
         self.max_accept = max_accept
         self._worker = worker
         self._kind = int(self.socket.family), int(self.socket.type), self.socket.proto
@@ -73,7 +71,7 @@ class Acceptor(StreamServer):
             fd, address = cast(Any, self.socket)._accept()
         except BlockingIOError:
             return None
-        sock = _socket.socket(*self._kind, fd)
+        sock = tls.PlainSocket(*self._kind, fd)
         sock.setblocking(False)
         self._has_yielded = False
         return sock, address
@@ -141,11 +139,15 @@ class Worker:
         self._changed = Event()
         self.limits = Limits(config, scoreboard, slot)
         replies = Replies(config, scoreboard, slot, load_commands(config.commands))
-        tls = None
-        if config.tls_cert:
-            tls = self._make_tls_context(instructions.certificates), self._capacity // 4
-        self.loop = Loop(config, self.limits, replies, self._on_close, tls)
-        is_alone = config.workers == 1 and not tls
+        self.loop = Loop(
+            config,
+            self.limits,
+            replies,
+            tls_context=self._make_tls_context(instructions.certificates),
+            max_handshakes=min(MAX_HANDSHAKES, self._capacity // 4),
+        )
+        self.loop.on_close = self._on_close
+        is_alone = config.workers == 1 and not config.tls_cert
         listener = socket.socket(fileno=instructions.listener_fd)
         self._server = Acceptor(listener, self, MAX_ACCEPTS if is_alone else MAX_SHARED_ACCEPTS)
 
@@ -165,7 +167,7 @@ class Worker:
             self._wait_for_change(None)
         self._drain()
 
-    def begin(self, sock: _socket.socket, address: Any) -> None:
+    def begin(self, sock: tls.PlainSocket, address: Any) -> None:
         """Begin with a connection that has been accepted."""
         if len(self.loop.clients) >= self._capacity:
             self.loop.end_oldest_handshake()
@@ -176,7 +178,8 @@ class Worker:
         loop = self.loop
         if len(loop.clients) > self._capacity + MAX_REJECTED:
             return True
-        # Other workers may have room. If none has, a new client is accepted, and told so.
+        # Other workers may have room. If none has, a new client is accepted, so that it gets the
+        # error reply.
         has_room = len(loop.clients) - loop.rejected < self._capacity
         return not has_room and self.limits.clients_of_server() < self._config.max_clients
 
@@ -188,9 +191,9 @@ class Worker:
         workers, limits = self._config.workers, self.limits
         return workers > 1 and limits.clients > 1.1 * limits.clients_of_server() / workers + 2
 
-    def _make_tls_context(self, certificates: Certificates) -> "SSLContext":
-        from gserver.serve import tls  # OpenSSL is loaded only where it is needed.
-
+    def _make_tls_context(self, certificates: Certificates) -> SSLContext | None:
+        if not certificates.chain:
+            return None
         context, expires_at = tls.make_context(certificates), tls.expires_at(certificates)
         cell = self._scoreboard.cell("tls_expires_at", self._instructions.slot)
         self._scoreboard.cells[cell] = expires_at
@@ -235,6 +238,7 @@ class Worker:
         self.loop.drain()
         while self.loop.clients and (left := deadline - monotonic()) > 0:
             self._wait_for_change(left)
+        self.loop.replies.is_exiting = True
         clients = len(self.loop.clients)
         if clients:
             message = f"{clients} clients were cut off: they, or their commands, took too long"
