@@ -62,7 +62,6 @@ OPTIONS = (
 VARIANTS = {
     "plain": (Variant(2), []),
     "tls": (Variant(2, True), []),
-    "greenlets": (Variant(2), ["--client-greenlets", "always"]),
 }
 COMMANDS = f"""
 import time

@@ -105,7 +105,7 @@ def test_the_manager_is_sent_ready_reloading_and_stopping(
         state, status = listener.message()
         assert state == "READY=1"
         assert "; the last reload was given up: a new one did not start: " in status
-        assert status.endswith("cannot import it: RuntimeError: broken")
+        assert status.endswith("cannot import it: RuntimeError: broken (extra.py, line 1)")
         server.wait_for("server.reload_failed")
         assert len(server.events("server.reloaded")) == 1
 

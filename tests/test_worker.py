@@ -222,7 +222,7 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
         statsd = ("--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1]))
-        options = ("--workers", str(workers), "--max-clients", "24", "--line-timeout", "0.3")
+        options = ("--workers", str(workers), "--max-clients", "24", "--line-timeout", "1")
         with start(tmp_path, *options, *statsd) as server:
             server.wait_for("worker.ready", workers)
             server.wait_for("agent.ready")
@@ -376,7 +376,7 @@ def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) ->
 
 
 def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -> None:
-    options = ("--max-clients", "24", "--line-timeout", "0.3")
+    options = ("--max-clients", "24", "--line-timeout", "1")
     with start(tmp_path, *options) as server, server.client() as client:
         ways = 10 * [way for way, (often, _) in WAYS.items() for _ in range(often)]
         with ThreadPoolExecutor(30) as pool:
