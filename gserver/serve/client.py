@@ -85,6 +85,7 @@ class Work:
         "items",
         "line_deadline",
         "parser",
+        "reply",
         "started_at",
         "unread",
         "unsent",
@@ -101,6 +102,8 @@ class Work:
         self.items: deque[Command | ErrorReply] = deque()
         #: When answering began. Time spent waiting for the client does not count.
         self.started_at = 0.0
+        #: The reply of a handler that ran in a greenlet; None while it runs.
+        self.reply: bytes | None = None
         #: Replies that the kernel has not taken yet.
         self.unsent = b""
         #: The error reply after which the client is closed.
@@ -164,6 +167,8 @@ class Client:
         """It is this client's turn to go on with what it has under way."""
         if self.state is NEW:
             self._handshake(now)
+        elif self.state is BUSY:
+            self._end_handler(now)
         elif self.state is IDLE or self.state is READING:
             if self.work and self.work.unread:
                 self._proceed(now)
@@ -171,14 +176,18 @@ class Client:
                 self._read(now)
 
     def on_deadline(self, now: float) -> None:
-        """The deadline is over. The loop has read what had arrived by then."""
+        """The deadline is over. What has arrived by now is taken in first."""
         state = self.state
         if state is IDLE or state is READING:
-            self._end_silence(now)
+            self._read_at_deadline(now)
         elif state is BLOCKED:
-            self._reset()
+            self._unblock(now)
+            if self.state is BLOCKED and self.deadline == inf:  # Not blocked by newer replies.
+                self._reset()
         elif state is NEW:
-            self._fail_handshake(TimeoutError("it took too long"))
+            self._handshake(now)
+            if self.state is NEW:
+                self._fail_handshake(TimeoutError("it took too long"))
         elif state is CLOSING or state is REJECTED:
             self.close()
 
@@ -200,8 +209,7 @@ class Client:
         if unsent:
             self.block(unsent, now)
         else:
-            self.quiet_since = now  # Part of a TLS record has arrived.
-            self.await_input(now)
+            self._note_part(now)
 
     # Reading and answering
 
@@ -214,13 +222,27 @@ class Client:
         try:
             data = self.sock.recv(READ_BYTES)
         except IncompleteRecord:
-            self.quiet_since = now
-            self.await_input(now)
+            self._note_part(now)
         except BlockingIOError:
             if self._leaves_at() <= now:
                 self._end_silence(now)
             else:
                 self.await_input(now)
+        else:
+            self.take(data, now)
+
+    def _note_part(self, now: float) -> None:
+        """Part of a TLS record has arrived: the client is not silent. That prolongs no drain."""
+        if not self.loop.is_draining:
+            self.quiet_since = now
+        self.await_input(now)
+
+    def _read_at_deadline(self, now: float) -> None:
+        """Read once more: it may be the loop that is late. Without data, the client is late."""
+        try:
+            data = self.sock.recv(READ_BYTES)
+        except BlockingIOError:
+            self._end_silence(now)
         else:
             self.take(data, now)
 
@@ -275,6 +297,7 @@ class Client:
         if work.parser is None and not is_tried:
             replies = self._answer_lines(work)
             if replies is not None:
+                work.line_deadline = inf
                 self.has_spoken, self.quiet_since = True, now
                 self.loop.note_read(work.started_at)
                 return self._send(replies, now)
@@ -298,13 +321,14 @@ class Client:
         data, parser = work.unread, work.parser
         if parser is None:
             parser = work.parser = Parser(self.loop.replies.grammar, is_first=not self.has_spoken)
-            work.line_deadline = inf
         if parser.partial:
             end = data.find(b"\n", 0, PIECE_BYTES) + 1
         else:
             end = data.rfind(b"\n", 0, PIECE_BYTES) + 1
         if end == 0:
             end = PIECE_BYTES
+        else:  # A line ends here. The next one, if there is one, has its own time.
+            work.line_deadline = inf
         work.unread = data[end:]
         work.items.extend(parser.feed(data[:end]))
         if not parser.partial:
@@ -337,13 +361,18 @@ class Client:
         gevent.spawn_raw(self._run_handler, command)
 
     def _run_handler(self, command: Command) -> None:
-        """In a greenlet of its own: run a handler that may block."""
+        """In a greenlet of its own: run a handler that may block.
+
+        All else is done in the loop, where nothing can wait, and after the others have had a turn.
+        """
         reply = self.loop.replies.reply_to(command)
         if self.state is BUSY:
-            self.loop.guard(self, self._end_handler, reply)
+            self._begin_work().reply = reply
+            self.loop.make_ready(self)
 
-    def _end_handler(self, reply: bytes) -> None:
-        work, now = self._begin_work(), monotonic()
+    def _end_handler(self, now: float) -> None:
+        work = self._begin_work()
+        reply, work.reply = work.reply or b"", None
         self.state, self.quiet_since = READING, now
         self.loop.watch(self, READ)
         if not work.items:
@@ -548,8 +577,6 @@ class Client:
             if received:
                 tls.handshake(received)
             is_sent = tls.flush()
-        except BlockingIOError:
-            return
         except OSError as error:
             self._fail_handshake(error)
             return
@@ -559,10 +586,13 @@ class Client:
                 self.loop.admit(self, now)
 
     def _receive_handshake(self, tls: TlsSocket) -> bytes:
-        """Return what has arrived; b"" if nothing is wanted, or if the handshake is over."""
+        """Return what has arrived; b"" if that is nothing, or if the handshake is over."""
         if tls.is_established or not tls.flush():
             return b""
-        received = tls.receive(READ_BYTES)
+        try:
+            received = tls.receive(READ_BYTES)
+        except BlockingIOError:
+            return b""
         if not received:
             self._end_handshake(tls.has_begun)
         elif not tls.has_begun and not received.startswith(HANDSHAKE_RECORD):

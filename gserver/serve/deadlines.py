@@ -5,7 +5,6 @@ bytes and 0.2 us for each client, where a heap of them would cost 144 bytes and 
 """
 
 import heapq
-from collections.abc import Iterator
 from math import inf
 from typing import Generic, Protocol, TypeVar
 
@@ -45,14 +44,17 @@ class Deadlines(Generic[C]):
         """When to call `pop` next; infinity for never."""
         return self._order[0] / TICKS_PER_SECOND if self._order else inf
 
-    def pop(self, now: float) -> Iterator[C]:
-        """Take out and yield the clients whose deadlines are over, at most 10 ms late."""
+    def pop(self, now: float) -> list[C]:
+        """Take out and return the clients whose deadlines are over, each at most 10 ms late.
+
+        A client can be in it twice.
+        """
+        due: list[C] = []
         while self._order and self._order[0] <= now * TICKS_PER_SECOND:
             clients = self._ticks.pop(heapq.heappop(self._order))
             self.entries -= len(clients)
-            for client in clients:
-                if client.deadline <= now:
-                    yield client
+            due += [client for client in clients if client.deadline <= now]
+        return due
 
     def drop_stale(self) -> None:
         """Take out the entries of clients that have another deadline by now, or none."""

@@ -18,7 +18,7 @@ from gserver import logs
 from gserver.boot import RESERVED_FILES, fatal_on_error
 from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
-from gserver.serve.client import IDLE, READ, READ_BYTES, Client, address_fields
+from gserver.serve.client import IDLE, NEW, READ, READ_BYTES, Client, address_fields
 from gserver.serve.deadlines import Deadlines
 from gserver.serve.fastpath import FastPath
 from gserver.serve.limits import Limits
@@ -87,7 +87,6 @@ class Loop:
         self._deadline_timer: Any = hub.loop.timer(0)
         self._expire_or_exit = fatal_on_error(self._expire)
         self._expires_at = inf
-        self._is_expiry_due = False
 
     @property
     def is_draining(self) -> bool:
@@ -177,8 +176,6 @@ class Loop:
         events = self._poll()
         if events is not None:
             self._serve(events)
-            if self._is_expiry_due:
-                self._expire()
 
     def _poll(self) -> list[tuple[int, int]] | None:
         """Return events of clients, or None if new clients must be accepted before.
@@ -297,29 +294,25 @@ class Loop:
         self._deadline_timer.start(self._expire_or_exit, update=True)
 
     def _expire(self) -> None:
-        """Deal with the deadlines that are over. This is the only place that judges a client late.
-
-        What has arrived by now is read first: it was the loop that was late, not the client.
-        """
+        """Deal with the deadlines that are over. Only here is a client judged to be late."""
         self._expires_at = inf
-        events = self._poll()
-        self._is_expiry_due = events is None
-        if events is None:
-            return  # The next turn goes on here.
-        self._serve(events)
-        if len(events) == TURN_CLIENTS:
-            self._start_deadline_timer(0.0)
-            return
         now = monotonic()
         for client in self._deadlines.pop(now):
-            is_late = now > client.deadline + LATE_SECONDS and not self.is_draining
-            if is_late or client in self.ready:  # It is the loop that is late.
+            if client.deadline > now:
+                continue  # It was dealt with a moment ago.
+            if self._is_late_itself(client, now):
                 client.postpone(now + LATE_SECONDS)
             else:
                 client.deadline = inf
                 self.guard(client, client.on_deadline, now)
         if self._deadlines.next_at < self._expires_at:
             self._start_deadline_timer(self._deadlines.next_at)
+
+    def _is_late_itself(self, client: Client, now: float) -> bool:
+        """Whether it is the loop that is late, and not the client."""
+        if client in self.ready:  # A handshake goes on in `on_deadline`, too.
+            return client.state is not NEW
+        return now > client.deadline + LATE_SECONDS and not self.is_draining
 
     # Ends
 

@@ -33,9 +33,9 @@ from gserver.serve.limits import Limits
 from gserver.serve.loop import MAX_HANDSHAKES, MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
 
-#: Connections accepted in one go by a worker that is alone: all that there are. Every client that
-#: had connected before a WHO was sent is in its answer.
-MAX_ACCEPTS = 4096
+#: Connections accepted in one go by a worker that is alone: as many as the kernel's queue holds by
+#: default. Every client that had connected before a WHO was sent is in its reply.
+MAX_ACCEPTS = 1024
 #: The same where other workers accept too, so that the load spreads, and where TLS handshakes must
 #: begin before there are more. With one at a time, 300 clients that send without end kept a new one
 #: waiting for 11 s; with 16, for 0.2 s.
