@@ -1,0 +1,157 @@
+"""A client's states under pressure: what others do must not change what it gets."""
+
+import select
+import socket
+import ssl
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.running import LIMIT, PATIENCE, Client, Running, extended, until
+from tests.tls_client import certified, shake_hands, trust
+
+MODULE = """
+import os
+import time
+from gserver.commands import command
+
+@command("NAP")
+def nap(service):
+    time.sleep(0.05)
+    return "napped"
+
+@command("WAIT", may_block=False)
+def wait(service):
+    time.sleep(0.3)
+    return "waited"
+
+@command("LARGE")
+def large(service):
+    return os.urandom(200_000).hex()
+"""
+
+
+class TlsOnMemory(Client):
+    """A client that decides itself how the bytes of its TLS records are sent."""
+
+    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+        super().__init__(port)
+        self._received, self._sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._sent, server_hostname="127.0.0.1")
+        shake_hands(self, self._tls, self._received, self._sent)
+        self.send(self._sent.read())
+
+    def record(self, data: bytes) -> bytes:
+        """The bytes of one record with this data."""
+        self._tls.write(data)
+        return self._sent.read()
+
+    def read(self) -> bytes:
+        """What the server sends next."""
+        while True:
+            with suppress(ssl.SSLWantReadError):
+                return self._tls.read(65536)
+            data = self.sock.recv(65536)
+            if not data:
+                return b""
+            self._received.write(data)
+
+
+def test_deadlines_are_kept_while_more_clients_are_busy_than_have_their_turn_at_once() -> None:
+    with Running("--line-timeout", "1") as server, ExitStack() as stack:
+        crowd = [stack.enter_context(server.client()) for _ in range(300)]
+        slow = stack.enter_context(server.client())
+        unterminated = stack.enter_context(server.client())
+        slow.send(b"WH")
+        for client in crowd:
+            client.sock.setblocking(False)
+            client.sock.send(b"\n" * 60_000)
+        began = time.monotonic()
+        unterminated.send(b"WHY")
+        assert unterminated.line() == b"42\n"
+        assert slow.line() == b"ERR too slow\n"
+        assert time.monotonic() - began < 4 * PATIENCE  # It took as long as the load: 9 s.
+
+
+def test_a_line_that_ends_in_time_is_not_too_slow_although_records_are_always_cut(
+    pems: Path,
+) -> None:
+    options = ("--line-timeout", "1", "--unterminated-after", "0")
+    with (
+        Running(*certified(pems), *options) as server,
+        TlsOnMemory(server.port, trust(pems)) as client,
+    ):
+        record = client.record(b"WHY\n")
+        client.send(record[:10])
+        for _ in range(8):
+            time.sleep(0.2)
+            following = client.record(b"WHY\n")
+            client.send(record[10:] + following[:10])
+            assert client.read() == b"42\n"
+            record = following
+
+
+def test_a_part_of_a_record_is_the_beginning_of_its_line(pems: Path) -> None:
+    options = ("--line-timeout", "2", "--unterminated-after", "0")
+    with (
+        Running(*certified(pems), *options) as server,
+        TlsOnMemory(server.port, trust(pems)) as client,
+    ):
+        record = client.record(b"W")
+        began = time.monotonic()
+        client.send(record[:10])
+        time.sleep(1.5)
+        client.send(record[10:])
+        assert client.read() == b"ERR too slow\n"
+        assert time.monotonic() - began < 3.2  # 2 s from the record's first byte, not 3.5.
+
+
+def test_a_handler_that_waits_though_it_may_not_fails_and_keeps_the_order(tmp_path: Path) -> None:
+    with extended(tmp_path, MODULE) as server, server.client() as client:
+        client.send(b"NAP\nWAIT\nWHY\n")
+        until(lambda: server.events("command.failed"), "it has failed")
+        client.send(b"why\n")
+        assert [client.line() for _ in range(4)] == [
+            b"napped\n",
+            b"ERR internal\n",
+            b"42\n",
+            b"42\n",
+        ]
+
+
+def test_large_replies_are_not_remembered(tmp_path: Path) -> None:
+    with extended(tmp_path, MODULE) as server, server.client() as client:
+        [worker] = server.workers()
+        for _ in range(10):
+            client.ask(b"LARGE")
+        before = worker.memory_info().rss
+        for _ in range(100):
+            assert len(client.ask(b"LARGE")) == 400_000
+        assert worker.memory_info().rss - before < 20_000_000  # It was 40 MB.
+
+
+def test_a_large_certificate_chain_does_not_make_a_worker_spin(pems: Path, tmp_path: Path) -> None:
+    """The kernel does not take all of it at once; then the client reads it, and says nothing."""
+    chain = tmp_path / "chain.pem"
+    chain.write_text((pems / "server.pem").read_text() * 150)
+    options = ["--tls-cert", str(chain), "--tls-key", str(pems / "server.key")]
+    with Running(*options, "--tls-handshake-timeout", "0") as server, socket.socket() as sock:
+        [worker] = server.workers()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
+        sock.settimeout(LIMIT)
+        sock.connect(("127.0.0.1", server.port))
+        received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        with pytest.raises(ssl.SSLWantReadError):
+            trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1").do_handshake()
+        sock.sendall(sent.read())
+        time.sleep(0.5)
+        total = 0
+        while select.select([sock], [], [], 0.5)[0]:
+            total += len(sock.recv(65536))
+        assert total > 40_000
+        used = sum(worker.cpu_times()[:2])
+        time.sleep(2)
+        assert sum(worker.cpu_times()[:2]) - used < 0.5  # A loop that spins takes 2.
