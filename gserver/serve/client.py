@@ -5,7 +5,6 @@ what it has under way is its `Work`. A greenlet exists only while a handler that
 """
 
 import logging
-import socket
 import struct
 import sys
 from collections import deque
@@ -14,6 +13,7 @@ from enum import Enum
 from fcntl import ioctl
 from math import ceil, inf
 from select import EPOLLET, EPOLLIN, EPOLLOUT
+from socket import IPPROTO_TCP, SHUT_WR, SO_LINGER, SOL_SOCKET, TCP_USER_TIMEOUT
 from termios import FIONREAD
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -72,7 +72,7 @@ NEW, IDLE, READING, BUSY, BLOCKED = (
     State.BLOCKED,
 )
 CLOSING, REJECTED, CLOSED = State.CLOSING, State.REJECTED, State.CLOSED
-COUNTED = frozenset((IDLE, READING, BUSY, BLOCKED))
+COUNTED = IDLE, READING, BUSY, BLOCKED
 
 
 class Work:
@@ -541,13 +541,13 @@ class Client:
         """Send the end of the connection, and wait a moment for that of the client."""
         self.loop.watch(self, READ)
         self.loop.set_deadline(self, monotonic() + LINGER_SECONDS)
-        self.sock.shutdown(socket.SHUT_WR)
+        self.sock.shutdown(SHUT_WR)
 
     def _reset(self) -> None:
         """Close with a reset: the kernel would hold the replies for the client for minutes."""
         self._begin_work().closing_error = SLOW_READER
         self.loop.replies.count_error(SLOW_READER)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
     def close(self) -> None:
@@ -562,10 +562,8 @@ class Client:
             self.loop.limits.uncount()
             seconds = self.loop.config.write_timeout_seconds
             if seconds:  # The kernel gives up by then on what the client leaves unread.
-                with suppress(OSError):
-                    self.sock.setsockopt(
-                        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ceil(seconds * 1000)
-                    )
+                with suppress(OSError):  # The connection is broken.
+                    self.sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, ceil(seconds * 1000))
 
     # TLS
 

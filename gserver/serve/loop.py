@@ -151,7 +151,10 @@ class Loop:
             log_client("client.accepted", "accepted", client)
         else:
             client.address = None
-        client.await_input(now)
+        if self._tls_context or self.is_draining:
+            client.await_input(now)
+        elif self.config.idle_timeout_seconds:
+            self.set_deadline(client, now + self.config.idle_timeout_seconds)
 
     def may_linger_rejected(self) -> bool:
         """Whether the end of one more rejected client is awaited."""

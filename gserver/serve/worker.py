@@ -63,7 +63,7 @@ class Acceptor(StreamServer):
         self.max_accept = max_accept
         self._worker = worker
         self._kind = int(self.socket.family), int(self.socket.type), self.socket.proto
-        self._has_yielded = False
+        self._has_yielded = self._is_paused = False
 
     def do_read(self) -> Any:
         """Accept a client; return its socket and address, or None if there is none."""
@@ -96,11 +96,13 @@ class Acceptor(StreamServer):
 
     def start_accepting(self) -> None:
         """Accept, unless that is being done."""
+        self._is_paused = False
         super().start_accepting()
         self._worker.loop.watch_listener(self.socket.fileno())
 
     def stop_accepting(self) -> None:
         """Leave new clients in the kernel's queue."""
+        self._is_paused = True
         super().stop_accepting()
         self._worker.loop.watch_listener(-1)
 
@@ -115,7 +117,7 @@ class Acceptor(StreamServer):
 
     def resume(self) -> None:
         """Accept again after a pause, unless the server has been closed meanwhile."""
-        if self.started:
+        if self._is_paused and self.started:
             self.start_accepting()
 
 
