@@ -279,8 +279,12 @@ class StatusTarget(Target):
         '"' + "x" * 200 + '"',
     )
     MEMBER = '{"id": "a", "clients": 1, "silent_seconds": 0.5, "is_late": false}'
-    ROSTER = f'{{"servers": [{MEMBER}], "left_out": 0, "age_seconds": 0.1, "trouble": null}}'
-    CLUSTER = f'{{"name": "c", "servers": 1, "clients": 1, "age_seconds": 0.1, "roster": {ROSTER}}}'
+    MEMBERS = (
+        f'{{"servers": [{MEMBER}], "omitted_servers": 0, "age_seconds": 0.1, "trouble": null}}'
+    )
+    CLUSTER = (
+        f'{{"name": "c", "servers": 1, "clients": 1, "age_seconds": 0.1, "members": {MEMBERS}}}'
+    )
     WORKER = '{"pid": 1, "age_seconds": 1, "clients": 1, "silent_seconds": 0.1}'
     GOOD = f"""{{
         "server": {{"id": "a", "state": "ready", "uptime_seconds": 3.5, "tls_expires_at": null}},

@@ -175,7 +175,7 @@ def test_statsd_has_a_name_for_every_metric_that_the_catalogue_has_for_it() -> N
 #: What /status.json has beside the figures of the catalogue.
 OTHER_PATHS = {
     *(f"server.{name}" for name in ("id", "version", "host", "port", "state")),
-    *("workers.each", "cluster.name", "cluster.is_held", "cluster.roster"),
+    *("workers.each", "cluster.name", "cluster.is_held", "cluster.members"),
 }
 
 

@@ -88,6 +88,6 @@ def test_the_figures_of_a_cluster_are_none_until_they_are_known() -> None:
     assert cluster["is_held"] is True
     assert cluster["heartbeat_errors"] == {**dict.fromkeys(HEARTBEAT_ERRORS, 0), "tls": 2}
     assert 0 <= cluster["age_seconds"] < 60
-    assert cluster["roster"] is None
-    roster = {"servers": [{"id": "a"}]}
-    assert status(config, scoreboard, roster)["cluster"]["roster"] == roster
+    assert cluster["members"] is None
+    members = {"servers": [{"id": "a"}]}
+    assert status(config, scoreboard, members)["cluster"]["members"] == members

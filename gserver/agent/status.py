@@ -43,12 +43,12 @@ def figures(config: Config, scoreboard: Scoreboard) -> dict[str, int]:
 
 
 def status(
-    config: Config, scoreboard: Scoreboard, roster: dict[str, Any] | None = None
+    config: Config, scoreboard: Scoreboard, members: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return the document of `/status.json`.
 
     Counters grow for as long as the server lives. Times are seconds. A figure that is not known is
-    None. `roster` lists the servers of the cluster, which the scoreboard does not know one by one.
+    None. `members` lists the servers of the cluster, which the scoreboard does not know one by one.
     """
     values = figures(config, scoreboard)
     document: dict[str, Any] = {
@@ -68,7 +68,7 @@ def status(
     if config.redis_url:
         document["cluster"]["name"] = config.cluster_name
         document["cluster"]["is_held"] = bool(scoreboard.get("hold_until"))
-        document["cluster"]["roster"] = roster
+        document["cluster"]["members"] = members
     return document
 
 
