@@ -57,9 +57,9 @@ class Instructions:
         """Map the shared scoreboard."""
         return Scoreboard.attach(self.scoreboard_fd, self.slots)
 
-    def report(self, text: str) -> None:
-        """Send the supervisor one line."""
-        line = " ".join(text.split()).encode("ascii", "backslashreplace")
+    def report(self, kind: str, text: str = "") -> None:
+        """Send the supervisor one line: READY, or ERROR or DUPLICATE_ID with the reason."""
+        line = " ".join([kind, *text.split()]).encode("ascii", "backslashreplace")
         os.write(self.report_fd, line[:MAX_REPORT_BYTES] + b"\n")
 
 
@@ -147,7 +147,7 @@ def run_role(role: Callable[[Instructions], None]) -> int:
         role(instructions)
     except FatalError as failure:
         kind = DUPLICATE_ID if isinstance(failure, DuplicateIdError) else ERROR
-        instructions.report(f"{kind} {failure}")
+        instructions.report(kind, str(failure))
         return failure.exit_code
     return EXIT_CLEAN
 
