@@ -113,8 +113,8 @@ class ParserTarget(Target):
             )
 
 
-class ExpressTarget(Target):
-    """Bursts of what is at rest: answered as the page says and counted, or left alone."""
+class FastPathTarget(Target):
+    """A read of an idle client: answered as docs/protocol.md says and counted, or not taken."""
 
     code: ModuleType = fastpath
 
@@ -492,7 +492,7 @@ class TlsTarget(Target):
 TARGETS: dict[str, tuple[Callable[[Random], Target], int]] = {
     # Each with its share of 1000 inputs: the wire has most.
     "parser": (ParserTarget, 700),
-    "fastpath": (ExpressTarget, 160),
+    "fastpath": (FastPathTarget, 160),
     "url": (UrlTarget, 60),
     "option": (OptionTarget, 49),
     "log": (LogTarget, 15),
