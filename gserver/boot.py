@@ -1,9 +1,9 @@
 """How a child process begins: the instructions of the supervisor, and how the child takes them.
 
-A child is a new interpreter (`python -P gserver/ child ROLE`), not a fork: gevent starts clean in
-it, and a reload brings new code. Its instructions come as JSON on its stdin, so neither arguments
-nor environment carry them. It reports through a pipe, in lines: `ready`; `error REASON` if it
-cannot go on; or `duplicate_id REASON` if the whole server cannot.
+A child is a new interpreter (`python -P gserver/ child ROLE SLOT`), not a fork: gevent starts clean
+in it, and a reload brings new code. Its instructions come as JSON on its stdin, so neither
+arguments nor environment carry them. It reports through a pipe, in lines: `ready`;
+`error REASON` if it cannot go on; or `duplicate_id REASON` if the whole server cannot.
 """
 
 import ctypes
