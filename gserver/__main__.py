@@ -1,4 +1,4 @@
-"""Where every process begins: `python -m gserver` for a person, `child ROLE` for the supervisor."""
+"""Every process begins here: `gserver` from a shell, `child ROLE SLOT` from the supervisor."""
 
 import os
 import sys

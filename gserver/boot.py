@@ -1,9 +1,9 @@
 """How a child process begins: the instructions of the supervisor, and how the child takes them.
 
-A child is a new interpreter (`python -P gserver/ child ROLE`), not a fork: gevent starts clean in
-it, and a reload brings new code. Its instructions come as JSON on its stdin, so neither arguments
-nor environment carry them. It reports through a pipe, in lines: `ready`; `error REASON` if it
-cannot go on; or `duplicate_id REASON` if the whole server cannot.
+A child is a new interpreter (`python -P gserver/ child ROLE SLOT`), not a fork: gevent starts clean
+in it, and a reload brings new code. Its instructions come as JSON on its stdin, so neither
+arguments nor environment carry them. It reports through a pipe, in lines: `ready`;
+`error REASON` if it cannot go on; or `duplicate_id REASON` if the whole server cannot.
 """
 
 import ctypes
@@ -57,9 +57,9 @@ class Instructions:
         """Map the shared scoreboard."""
         return Scoreboard.attach(self.scoreboard_fd, self.slots)
 
-    def report(self, text: str) -> None:
-        """Send the supervisor one line."""
-        line = " ".join(text.split()).encode("ascii", "backslashreplace")
+    def report(self, kind: str, text: str = "") -> None:
+        """Send the supervisor one line: READY, or ERROR or DUPLICATE_ID with the reason."""
+        line = " ".join([kind, *text.split()]).encode("ascii", "backslashreplace")
         os.write(self.report_fd, line[:MAX_REPORT_BYTES] + b"\n")
 
 
@@ -147,7 +147,7 @@ def run_role(role: Callable[[Instructions], None]) -> int:
         role(instructions)
     except FatalError as failure:
         kind = DUPLICATE_ID if isinstance(failure, DuplicateIdError) else ERROR
-        instructions.report(f"{kind} {failure}")
+        instructions.report(kind, str(failure))
         return failure.exit_code
     return EXIT_CLEAN
 

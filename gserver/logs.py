@@ -41,6 +41,8 @@ WINDOW_SECONDS = 10.0
 #: Windows that may be open at a time. Further keys of an event share one window.
 MAX_WINDOWS = 100
 OTHER_KEYS = "other"
+#: While a failure lasts, it is logged again after this time.
+REMINDER_SECONDS = 60.0
 #: How often to try again if stdout is full and must not block (O_NONBLOCK).
 RETRY_SECONDS = 0.05
 #: How long an ending process waits until its last lines are written.
@@ -70,7 +72,7 @@ class LineWriter:
         native_queue = unpatched("queue", "SimpleQueue")
         self._queue: SimpleQueue[tuple[bytes, int] | None] = native_queue()
         self._done: SimpleQueue[None] = native_queue()
-        #: Events that were lost. Whoever reports them sets it to 0.
+        #: Events that were lost since the last report.
         self.dropped = 0
         try:
             unpatched("_thread", "start_new_thread")(self._run, ())
@@ -256,6 +258,31 @@ class RateLimiter:
         return suppressed
 
 
+class Outage:
+    """Decides when a failure that repeats is logged: at its start, and then once a minute.
+
+    Times are monotonic seconds.
+    """
+
+    def __init__(self) -> None:
+        self._started_at: float | None = None
+        self._logged_at = 0.0
+
+    def note_failure(self, now: float) -> bool:
+        """Return whether to log this failure."""
+        if self._started_at is None:
+            self._started_at = now
+        elif now - self._logged_at < REMINDER_SECONDS:
+            return False
+        self._logged_at = now
+        return True
+
+    def note_success(self, now: float) -> float | None:
+        """Return how many seconds the outage lasted that ends now; None if there was none."""
+        started_at, self._started_at = self._started_at, None
+        return None if started_at is None else now - started_at
+
+
 _logger = logging.getLogger("gserver")
 _handler = LineHandler()
 _limiter = RateLimiter()
@@ -314,7 +341,10 @@ def warn_ratelimited(
 
 
 def report_suppressed() -> None:
-    """Log how many warnings were suppressed and lines dropped. Call this about once a second."""
+    """Log how many warnings were suppressed and lines dropped.
+
+    Call this at least once a second; calling it more often is harmless.
+    """
     for action, key, number in _limiter.end_windows(time.monotonic()):
         fields = {"gserver.suppressed": number, "gserver.suppressed_action": action}
         name = action

@@ -33,7 +33,7 @@ class Source(Enum):
 
     WORKER = "a cell in the slot of each worker"
     SERVER = "a cell of the server, written by the supervisor or the agent"
-    COMPUTED = "no cell: computed when it is read, or a cell for each command name"
+    COMPUTED = "computed when it is read; `commands` has a cell for each name"
 
 
 class Kind(Enum):
@@ -72,7 +72,7 @@ class Metric:
     statsd: str = ""
     prometheus: str = ""
     json: str = ""
-    #: Name in the items of `workers.each` in /status.json.
+    #: Name in the items of `workers.each` in /status.json. Of a moment: the time since then.
     worker_json: str = ""
     #: Of a family: its label in Prometheus. The family `commands` has members only at run time.
     label: str = ""
@@ -201,8 +201,6 @@ METRICS = (
            "When the hold of `remote_clients` ends, on the lease clock; 0 = there is none.", "ms"),
 )
 # fmt: on
-
-BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 def cell_names(source: Source) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """The scoreboard: a table of integers in shared memory, through which the processes share state.
 
-It is a memfd of int64 cells that every process maps. Each cell has one writer, and readers take no
-lock. A worker writes the cells of its slot. The supervisor and the agent write the cells of the
-server, and the supervisor clears the gauges of a worker that has died. `gserver.metrics` names all
-cells.
+It is a memfd that every process maps. Its figures are int64 cells, which `gserver.metrics` names.
+Beside them are command names, client counts by address, and the agent's last StatsD values. Each
+cell has one writer, and readers take no lock. A worker writes the cells of its slot, the supervisor
+and the agent those of the server. When a worker has died, the supervisor clears its `clients`,
+`pid`, `tls_expires_at` and addresses, and counts its clients as lost or closed.
 """
 
 import fcntl
@@ -138,9 +139,9 @@ class Scoreboard:
         return self.server_cell("agent_heartbeat") if slot < 0 else self.cell("heartbeat", slot)
 
     def clear_dead_worker(self, slot: int, *, has_died: bool = True) -> int:
-        """Set the gauges of a dead worker to 0; count its clients, and return how many are lost.
+        """Clear what is current of a dead worker; count its clients, return how many are lost.
 
-        They are lost if the worker died by itself, and closed if it was told to end.
+        They are lost if the worker died by itself, and closed if the supervisor ended it.
         """
         clients = self.cells[self.cell("clients", slot)]
         for name in ("clients", "pid", "tls_expires_at"):

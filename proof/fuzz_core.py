@@ -113,8 +113,8 @@ class ParserTarget(Target):
             )
 
 
-class ExpressTarget(Target):
-    """Bursts of what is at rest: answered as the page says and counted, or left alone."""
+class FastPathTarget(Target):
+    """A read of an idle client: answered as docs/protocol.md says and counted, or not taken."""
 
     code: ModuleType = fastpath
 
@@ -279,8 +279,12 @@ class StatusTarget(Target):
         '"' + "x" * 200 + '"',
     )
     MEMBER = '{"id": "a", "clients": 1, "silent_seconds": 0.5, "is_late": false}'
-    ROSTER = f'{{"servers": [{MEMBER}], "left_out": 0, "age_seconds": 0.1, "trouble": null}}'
-    CLUSTER = f'{{"name": "c", "servers": 1, "clients": 1, "age_seconds": 0.1, "roster": {ROSTER}}}'
+    MEMBERS = (
+        f'{{"servers": [{MEMBER}], "omitted_servers": 0, "age_seconds": 0.1, "trouble": null}}'
+    )
+    CLUSTER = (
+        f'{{"name": "c", "servers": 1, "clients": 1, "age_seconds": 0.1, "members": {MEMBERS}}}'
+    )
     WORKER = '{"pid": 1, "age_seconds": 1, "clients": 1, "silent_seconds": 0.1}'
     GOOD = f"""{{
         "server": {{"id": "a", "state": "ready", "uptime_seconds": 3.5, "tls_expires_at": null}},
@@ -488,7 +492,7 @@ class TlsTarget(Target):
 TARGETS: dict[str, tuple[Callable[[Random], Target], int]] = {
     # Each with its share of 1000 inputs: the wire has most.
     "parser": (ParserTarget, 700),
-    "fastpath": (ExpressTarget, 160),
+    "fastpath": (FastPathTarget, 160),
     "url": (UrlTarget, 60),
     "option": (OptionTarget, 49),
     "log": (LogTarget, 15),

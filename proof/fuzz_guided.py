@@ -18,7 +18,7 @@ with atheris.instrument_imports(
     import gserver.serve.fastpath  # noqa: F401
 from proof import fuzz_core, fuzz_wire
 
-PARSER, EXPRESS = fuzz_core.ParserTarget(Random(1)), fuzz_core.ExpressTarget(Random(1))
+PARSER, FAST_PATH = fuzz_core.ParserTarget(Random(1)), fuzz_core.FastPathTarget(Random(1))
 URL = fuzz_core.UrlTarget(Random(1))
 
 
@@ -31,7 +31,7 @@ def one(data: bytes) -> None:
     cut = fuzz_wire.pieces(Random(data[2]), sent, 6)
     silent = [part for piece in cut for part in (piece, fuzz_wire.SILENCE)]
     PARSER.check((table, limit, [[sent], [*cut], silent]))
-    EXPRESS.check(sent)
+    FAST_PATH.check(sent)
     URL.check(sent.decode("latin1"))
 
 

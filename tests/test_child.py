@@ -88,7 +88,7 @@ def test_ready_is_noted_once_and_then_the_end_of_the_pipe() -> None:
     until(lambda: started.read_report() or started.is_pipe_closed, "the end of the pipe")
     until(started.has_ended, "the child has ended")
     assert started.end_reason == "exit code 0"
-    assert not started.has_ended_as_asked
+    assert not started.has_ended_as_requested
     os.close(started.report_fd)
 
 
@@ -118,7 +118,7 @@ def test_the_signal_that_ends_a_child_is_named(number: int, shown: str) -> None:
     child.process.send_signal(number)
     until(child.has_ended, "the child has ended")
     assert child.end_reason == f"killed by {shown}"
-    assert not child.has_ended_as_asked
+    assert not child.has_ended_as_requested
 
 
 def test_what_a_dead_worker_has_started_is_killed_before_its_process_id_is_free(
@@ -170,17 +170,17 @@ while True:
         assert (retiring.state, retiring.is_staying) == (State.TERMINATING, False)
         until(retiring.has_ended, "the worker has ended")
         assert retiring.process.returncode == 1
-        assert retiring.has_ended_as_asked
+        assert retiring.has_ended_as_requested
 
 
 @pytest.mark.parametrize(
-    ("code", "is_asked"), [("sys.exit(0)", True), ("sys.exit(2)", True), ("os.abort()", False)]
+    ("code", "is_requested"), [("sys.exit(0)", True), ("sys.exit(2)", True), ("os.abort()", False)]
 )
-def test_a_worker_that_crashes_while_it_drains_has_died(code: str, is_asked: bool) -> None:
+def test_a_worker_that_crashes_while_it_drains_has_died(code: str, is_requested: bool) -> None:
     crashing = running(f"import os, sys; {code}")
     crashing.state = State.TERMINATING
     until(crashing.has_ended, "the worker has ended")
-    assert crashing.has_ended_as_asked is is_asked
+    assert crashing.has_ended_as_requested is is_requested
 
 
 # Hangs.
@@ -203,7 +203,7 @@ def test_a_silence_is_looked_at_twice_before_the_child_is_killed() -> None:
     assert (silent.state, silent.is_staying) == (State.HUNG, True), "until another has its place"
     until(silent.has_ended, "the child has ended")
     assert silent.end_reason == "killed by SIGKILL"
-    assert not silent.has_ended_as_asked
+    assert not silent.has_ended_as_requested
 
 
 def test_a_child_that_does_not_end_after_a_kill_is_found_stuck_once() -> None:
@@ -231,17 +231,17 @@ def test_a_child_that_does_not_end_in_time_is_killed() -> None:
         assert late.watch(50.0, heartbeat_at=50.0, hang_seconds=5.0) is Finding.LATE
         until(late.has_ended, "the child has ended")
         assert late.process.returncode == -signal.SIGKILL
-        assert late.has_ended_as_asked
+        assert late.has_ended_as_requested
 
 
-def test_a_child_that_hangs_while_it_should_end_has_ended_as_asked() -> None:
+def test_a_child_that_hangs_while_it_should_end_has_ended_as_requested() -> None:
     child = running()
     child.state, child.kill_at = State.TERMINATING, 1e9
     assert child.watch(100.0, heartbeat_at=0.0, hang_seconds=5.0) is None
     assert child.watch(101.0, heartbeat_at=0.0, hang_seconds=5.0) is Finding.HUNG
     assert child.state is State.KILLED
     until(child.has_ended, "the child has ended")
-    assert child.has_ended_as_asked
+    assert child.has_ended_as_requested
 
 
 def test_without_a_limit_no_silence_is_too_long() -> None:

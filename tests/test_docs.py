@@ -96,7 +96,7 @@ def logged_events() -> dict[str, str]:
     return events
 
 
-def test_the_levels_of_events_and_the_marks_of_complaints_are_right() -> None:
+def test_the_levels_of_events_and_the_marks_of_rate_limited_ones_are_right() -> None:
     table = rows("Logs")
     for action, level in logged_events().items():
         line = next(
@@ -108,15 +108,15 @@ def test_the_levels_of_events_and_the_marks_of_complaints_are_right() -> None:
         assert (" * |" in line) == (level == "warn_ratelimited"), action
 
 
-def test_signals_are_those_that_the_supervisor_heeds() -> None:
-    heeded = set(
+def test_signals_are_those_that_the_supervisor_handles() -> None:
+    handled = set(
         re.findall(
             r"signal\.(SIG(?:TERM|INT|HUP|USR1|USR2|QUIT))\b",
             (ROOT / "gserver/supervise/supervisor.py").read_text(),
         )
     )
-    assert set(rows("Signals")) == heeded
-    assert all(hasattr(signal, name) for name in heeded)
+    assert set(rows("Signals")) == handled
+    assert all(hasattr(signal, name) for name in handled)
 
 
 def test_what_a_service_manager_says_is_in_the_table_and_nothing_else() -> None:
@@ -128,11 +128,9 @@ def test_exit_codes_are_those_of_errors() -> None:
     assert documented == {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
 
 
-def test_every_refusal_is_in_the_protocol_with_what_follows() -> None:
+def test_every_error_reply_is_in_the_protocol_with_what_follows() -> None:
     documented = dict(re.findall(r"^\| `(ERR [^`]+)` \|.*\| ([a-z ]+) \|$", PROTOCOL, re.M))
-    replies = {
-        refusal.reply.decode().strip(): refusal for refusal in ERROR_REPLIES if refusal.reply
-    }
+    replies = {error.reply.decode().strip(): error for error in ERROR_REPLIES if error.reply}
     assert set(documented) == set(replies)
     for reply, follows in documented.items():
         assert follows == ("closed" if replies[reply].closes else "the connection stays"), reply

@@ -133,7 +133,10 @@ def test_ask_knows_the_wire_and_nothing_of_the_server() -> None:
         "metrics",
         "cluster.membership",
         "cluster.duplicate_id",
+        "supervise.phases",
+        "serve.deadlines",
         "redis_url",
+        "redis_errors",
         "errors",
     ],
 )
@@ -165,7 +168,7 @@ def test_the_supervisor_loads_nothing_that_serves_or_talks_to_a_network() -> Non
 def test_a_worker_loads_neither_metrics_nor_the_command_line() -> None:
     loaded = _loaded_after("import gserver.serve.worker")
     assert "gevent" in loaded
-    assert loaded & {"statsd", "redis", "click", "ssl"} == {"ssl"} & loaded
+    assert loaded & {"statsd", "redis", "click"} == set()
     assert _packages_in(loaded) & {"agent", "cli", "cluster", "supervise"} == set()
 
 

@@ -24,6 +24,7 @@ from gserver.logs import (
     OTHER_KEYS,
     WINDOW_SECONDS,
     LineWriter,
+    Outage,
     RateLimiter,
 )
 from tests.running import LIMIT, Client, Event, Running, environment, program, until
@@ -535,6 +536,16 @@ def test_the_number_of_keys_is_bounded() -> None:
     assert limiter.allows("c", "key", 0.0)
     rest = 10_000 - MAX_WINDOWS - 5
     assert limiter.end_windows(WINDOW_SECONDS) == [("a", OTHER_KEYS, rest)]
+
+
+def test_an_outage_is_logged_at_its_start_and_then_rarely() -> None:
+    outage = Outage()
+    assert outage.note_success(0.0) is None
+    failures = range(100, 400, 5)
+    assert [now for now in failures if outage.note_failure(now)] == [100, 160, 220, 280, 340]
+    assert outage.note_success(400.0) == 300.0
+    assert outage.note_success(401.0) is None
+    assert [now for now in range(405, 470, 5) if outage.note_failure(now)] == [405, 465]
 
 
 def test_the_number_of_suppressed_warnings_is_logged(folder: Path) -> None:

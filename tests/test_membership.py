@@ -325,8 +325,7 @@ class World:
             # An earlier incarnation, which a backup has brought back. Here it is known at once what
             # `DuplicateIdDetector` finds out in two intervals.
             server.replaced_incarnation, server.acked_sequence = reply.holder, 0
-            if not server.membership.servers:
-                server.membership.remote_clients = reply.total_clients
+            server.membership.apply_rejected(reply)
             return
         server.acked_sequence, server.replaced_incarnation = self.sequence, ""
         server.membership.apply(reply, server.reported_clients)

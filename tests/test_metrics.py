@@ -9,18 +9,20 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from gserver.agent.prometheus import INFO, ScoreboardCollector, sample_names
+from gserver.agent.prometheus import ScoreboardCollector
 from gserver.agent.statsd import COUNTERS, GAUGES, TIMINGS
 from gserver.agent.status import status
 from gserver.config import Config
-from gserver.metrics import BY_NAME, METRICS, SERVICE_BOUNDS_NS, Kind, Metric, Source
+from gserver.metrics import METRICS, SERVICE_BOUNDS_NS, Kind, Metric, Source
 from gserver.scoreboard import Scoreboard
 from gserver.serve.replies import Replies
 from tests.running import ROOT
 from tests.test_docs import rows
 
 CONFIG = Config(server_id="here", redis_url="redis://x")
-NAMES = [metric.name for metric in METRICS]
+BY_NAME = {metric.name: metric for metric in METRICS}
+#: The metric with the version, which is no figure of the catalogue.
+INFO = "gserver_info"
 
 
 def filled() -> Scoreboard:
@@ -43,6 +45,16 @@ def samples(scoreboard: Scoreboard, config: Config = CONFIG) -> dict[str, float]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
+def sample_names(metric: Metric) -> set[str]:
+    """The names that a metric's samples have in /metrics; empty if it has none."""
+    name = metric.prometheus
+    if not name:
+        return set()
+    if metric.buckets:
+        return {f"{name}_bucket", f"{name}_sum", f"{name}_count"}
+    return {name if metric.kind is Kind.GAUGE else f"{name}_total"}
+
+
 # The catalogue.
 
 
@@ -60,7 +72,7 @@ def noun(name: str) -> str:
     return re.sub(r"_(ns|ms|timestamp_seconds|seconds|time|at)$", "", name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_a_figure_has_the_same_noun_in_every_format(name: str) -> None:
     metric = BY_NAME[name]
     names = [shown for shown in (metric.statsd, metric.prometheus, metric.json) if shown]
@@ -175,7 +187,7 @@ def test_statsd_has_a_name_for_every_metric_that_the_catalogue_has_for_it() -> N
 #: What /status.json has beside the figures of the catalogue.
 OTHER_PATHS = {
     *(f"server.{name}" for name in ("id", "version", "host", "port", "state")),
-    *("workers.each", "cluster.name", "cluster.is_held", "cluster.roster"),
+    *("workers.each", "cluster.name", "cluster.is_held", "cluster.members"),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gserver.agent.statsd import COUNTERS, MAX_DATAGRAM_BYTES, RETRY_SECONDS, Outage, changes
+from gserver.agent.statsd import COUNTERS, MAX_DATAGRAM_BYTES, RETRY_SECONDS, changes
 from gserver.protocol import ERROR_REPLIES
 from gserver.scoreboard import Scoreboard
 from tests.netns import unavailable
@@ -320,16 +320,6 @@ def test_a_daemon_that_starts_later_gets_metrics_from_then_on(tmp_path: Path) ->
 
 
 # A daemon whose name does not resolve.
-
-
-def test_an_outage_is_logged_at_its_start_and_then_rarely() -> None:
-    outage = Outage(remind_seconds=60.0)
-    assert outage.note_success(0.0) is None
-    failures = range(100, 400, 5)
-    assert [now for now in failures if outage.note_failure(now)] == [100, 160, 220, 280, 340]
-    assert outage.note_success(400.0) == 300.0
-    assert outage.note_success(401.0) is None
-    assert [now for now in range(405, 470, 5) if outage.note_failure(now)] == [405, 465]
 
 
 def test_a_daemon_that_cannot_be_found_costs_clients_nothing_and_is_logged_once() -> None:

@@ -967,7 +967,7 @@ def test_a_hung_worker_that_cannot_be_killed_is_replaced(tmp_path: Path) -> None
         died = server.wait_for("worker.died")
         assert died["gserver.child_pid"] == stuck.pid
         assert "another" not in died["message"], "another has taken its place already"
-        assert status(server)["workers"]["restarts"] == 1
+        assert status(server)["server"]["worker_restarts"] == 1
 
 
 def test_a_reload_without_a_free_slot_is_given_up_with_the_reason() -> None:

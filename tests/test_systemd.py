@@ -169,23 +169,23 @@ def test_a_message_that_does_not_arrive_is_sent_again_and_nothing_waits(
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     monkeypatch.setenv("WATCHDOG_USEC", "10000000")
     manager = Manager()
-    manager.tell("READY=1", "nobody listens")
+    manager.notify("READY=1", "nobody listens")
     manager.keep_heartbeat(100.0)
     assert manager.due_at == pytest.approx(100.1)
     with Listener(address) as listener:
-        manager.tell("READY=1", "nobody listens")
+        manager.notify("READY=1", "nobody listens")
         assert listener.message() == ["READY=1", "STATUS=nobody listens"]
         for number in range(10_000):  # Without a reader the queue is full long before that.
-            manager.tell("READY=1", str(number))
+            manager.notify("READY=1", str(number))
         assert 0 < len(listener.waiting()) < 10_000
-        manager.tell("READY=1", "9999")
+        manager.notify("READY=1", "9999")
         assert listener.message() == ["READY=1", "STATUS=9999"]
 
 
 def test_an_abstract_socket_can_be_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     with Listener(f"\0gserver-test-{os.getpid()}") as listener:
         monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
-        Manager().tell("READY=1", "here")
+        Manager().notify("READY=1", "here")
         assert listener.message() == ["READY=1", "STATUS=here"]
 
 
@@ -198,7 +198,7 @@ def test_an_address_without_a_listener_is_no_error(
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     monkeypatch.setenv("WATCHDOG_USEC", "1000000")
     manager = Manager()
-    manager.tell("READY=1", "here")
+    manager.notify("READY=1", "here")
     manager.keep_heartbeat(100.0)
     assert manager.due_at > 100.0
 

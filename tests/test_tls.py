@@ -78,8 +78,8 @@ def server(pems: Path) -> Iterator[Running]:
         yield running
 
 
-def refusals(server: Running) -> Callable[[str], int]:
-    """Count those of a reason from now on."""
+def error_replies(server: Running) -> Callable[[str], int]:
+    """Return a function that counts the error replies of a reason from now on."""
     before = status(server)
 
     def count(reason: str) -> int:
@@ -119,7 +119,7 @@ def test_openssl_is_answered(server: Running, pems: Path, version: str) -> None:
 
 
 def test_older_versions_are_refused(server: Running) -> None:
-    count = refusals(server)
+    count = error_replies(server)
     command = s_client(server, "-tls1_1", "-cipher", "DEFAULT@SECLEVEL=0")
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, check=False
@@ -284,7 +284,7 @@ def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
 
 
 def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: Path) -> None:
-    count = refusals(server)
+    count = error_replies(server)
     with RecordClient(server.port, trust(pems), tmp_path) as client:
         # The reply is due after a silence, and cannot be encrypted before the rest of the message
         # is there.
@@ -336,7 +336,7 @@ def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path) -> None:
     "said", [b"WHO\n", b"W", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x80\x2e\x01"]
 )
 def test_who_speaks_plain_text_is_told(server: Running, said: bytes) -> None:
-    count = refusals(server)
+    count = error_replies(server)
     with server.client() as client:
         client.send(said)
         assert client.rest() == b"ERR TLS only\n"
@@ -359,7 +359,7 @@ def test_a_record_that_does_not_end_is_too_slow(pems: Path, tmp_path: Path, firs
 
 
 def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> None:
-    count = refusals(server)
+    count = error_replies(server)
     for _ in range(20):
         client = server.client()
         client.send(b"WHO\n")
@@ -373,7 +373,7 @@ def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> N
     "said", [b"\x16", b"\x16\x03\x01\x02\x00\x01garbage", b"\x16" + b"\xff" * 5000]
 )
 def test_a_handshake_that_is_none_ends_and_is_counted(server: Running, said: bytes) -> None:
-    count = refusals(server)
+    count = error_replies(server)
     with server.client() as client:
         client.send(said)
         with contextlib.suppress(ConnectionResetError):
@@ -382,7 +382,7 @@ def test_a_handshake_that_is_none_ends_and_is_counted(server: Running, said: byt
 
 
 def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: Path) -> None:
-    count = refusals(server)
+    count = error_replies(server)
     with server.client():
         pass
     with TlsClient(server.port, trust(pems)) as client:
@@ -393,7 +393,7 @@ def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: P
 def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(
     server: Running, pems: Path
 ) -> None:
-    count = refusals(server)
+    count = error_replies(server)
     with ExitStack() as stack:
         silent = [stack.enter_context(server.client()) for _ in range(50)]
         for client in silent[::2]:
@@ -433,7 +433,7 @@ def mutual(pems: Path) -> Iterator[Running]:
 def test_clients_need_a_certificate_where_there_is_a_ca_for_them(
     mutual: Running, pems: Path
 ) -> None:
-    count = refusals(mutual)
+    count = error_replies(mutual)
     # With TLS 1.3 a client hears of it only after its own end of the handshake.
     for bad in (trust(pems), trust(pems, "other-ca")):
         with pytest.raises(ssl.SSLError, match="ALERT"), TlsClient(mutual.port, bad) as client:
@@ -841,7 +841,7 @@ def test_certificates_may_be_longer_than_what_the_kernel_takes_at_once(
         subprocess.run(["ip", "link", "set", "lo", "up", "mtu", "1500"], check=True)
         Path("/proc/sys/net/ipv4/tcp_wmem").write_text("4096 4096 4096")
         with Running(*certified(tmp_path), "--admin-port", "0") as server:
-            count = refusals(server)
+            count = error_replies(server)
             for _ in range(3):
                 with socket.socket() as sock:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

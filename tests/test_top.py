@@ -197,19 +197,24 @@ def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
         "is_late": True,
         "is_this": False,
     }
-    roster = {"servers": [server], "left_out": 1234, "age_seconds": 100.0, "trouble": "timeout"}
-    told = screen(roster)
+    members = {
+        "servers": [server],
+        "omitted_servers": 1234,
+        "age_seconds": 100.0,
+        "trouble": "timeout",
+    }
+    told = screen(members)
     assert "102.5 s ago  late" in told
     assert "1,234 more, with more recent reports" in told
     assert "Redis cannot be read (timeout): this list is 1 min old" in told
-    told = screen(roster | {"age_seconds": 2.4, "trouble": None, "left_out": 0})
+    told = screen(members | {"age_seconds": 2.4, "trouble": None, "omitted_servers": 0})
     assert "more" not in told
     assert "Redis" not in told
     assert "Redis has not answered yet: this list is 2 s old" in screen(
-        roster | {"age_seconds": 2.6, "trouble": None}
+        members | {"age_seconds": 2.6, "trouble": None}
     )
     assert "Redis has not answered yet: the servers are not known" in screen(
-        {"servers": None, "left_out": 0, "age_seconds": None, "trouble": None}
+        {"servers": None, "omitted_servers": 0, "age_seconds": None, "trouble": None}
     )
 
 
@@ -273,10 +278,10 @@ def test_texts_of_a_server_are_no_markup() -> None:
     )
 
 
-def screen(roster: dict[str, Any] | None) -> str:
+def screen(members: dict[str, Any] | None) -> str:
     """What is shown of a server that tells this of its cluster."""
     config = Config(server_id="here", redis_url="redis://x")
-    return shown_of(Target("x", now=describe(config, Scoreboard.create(2), roster)))
+    return shown_of(Target("x", now=describe(config, Scoreboard.create(2), members)))
 
 
 def shown_of(watched: Target, *, colours: bool = False) -> str:

@@ -82,11 +82,11 @@ class _Admin:
     def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
         self._config = config
         self._scoreboard = scoreboard
-        self._roster = None
+        self._members = None
         if config.redis_url:
             from gserver.cluster.members import Members  # Loaded only if there is a cluster.
 
-            self._roster = Members(config)
+            self._members = Members(config)
         self._registry = CollectorRegistry()
         self._registry.register(ScoreboardCollector(config, scoreboard))
         self._routes = {
@@ -123,11 +123,14 @@ class _Admin:
         if path not in self._routes:
             available = ", ".join(self._routes)
             return Answer("404 Not Found", TEXT, f"available: {available}\n".encode())
-        refusal = None if path in OPEN_PATHS else self._refusal(environ)
-        return refusal or self._routes[path]()
+        if path not in OPEN_PATHS:
+            access_error = self._access_error(environ)
+            if access_error is not None:
+                return access_error
+        return self._routes[path]()
 
-    def _refusal(self, environ: dict[str, Any]) -> Answer | None:
-        """Return why this client may not read what only operators may; None if it may."""
+    def _access_error(self, environ: dict[str, Any]) -> Answer | None:
+        """Return the error response for a client without access to this page; None if it has."""
         if self._config.admin_token:
             if self._has_token(environ):
                 return None
@@ -161,10 +164,10 @@ class _Admin:
         return Answer("200 OK", HTML, PAGE.read_bytes())
 
     def _status(self) -> Answer:
-        roster = (
-            self._roster.payload() if self._roster else None
-        )  # Waits for Redis a moment at most.
-        document = json.dumps(status(self._config, self._scoreboard, roster), indent=1)
+        members = None
+        if self._members is not None:
+            members = self._members.payload()  # Waits for Redis a moment at most.
+        document = json.dumps(status(self._config, self._scoreboard, members), indent=1)
         return Answer("200 OK", JSON, document.encode() + b"\n")
 
     def _metrics(self) -> Answer:
@@ -179,10 +182,13 @@ class _Admin:
         return Answer(code, TEXT, f"{word}\n".encode())
 
 
-def _is_local(host: str) -> bool:
+def _is_local(header: str) -> bool:
     """Return whether a Host header is localhost or a loopback address, not any other name."""
-    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]*)\]|([^][:]*))(?::\d*)?", host)
-    return found is not None and is_loopback(found[1] or found[2] or "")
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]*)\]|([^][:]*))(?::\d*)?", header)
+    if found is None:
+        return False
+    in_brackets, plain = found.groups()
+    return is_loopback(plain if in_brackets is None else in_brackets)
 
 
 class _Handler(WSGIHandler):

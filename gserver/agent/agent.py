@@ -15,7 +15,7 @@ import gevent
 from gevent.event import Event
 
 from gserver.agent.statsd import FLUSH_SECONDS, StatsdClient
-from gserver.boot import Instructions, keep_heartbeat
+from gserver.boot import READY, Instructions, keep_heartbeat
 from gserver.config import Config
 from gserver.errors import DuplicateIdError
 from gserver.scoreboard import Scoreboard
@@ -52,7 +52,7 @@ def run(instructions: Instructions) -> None:
         if heartbeats is not None:
             heartbeats.check_id()
         if not is_ready:
-            instructions.report("ready")
+            instructions.report(READY)
             is_ready = True
         if client is not None:
             client.flush()

@@ -21,8 +21,6 @@ from gserver.config import Config
 from gserver.metrics import METRICS, SERVICE_BOUNDS_NS, Kind, Metric, in_seconds, members_of
 from gserver.scoreboard import Scoreboard
 
-INFO = "gserver_info"
-
 
 class ScoreboardCollector:
     """A `prometheus_client` collector for one server."""
@@ -34,22 +32,12 @@ class ScoreboardCollector:
     def collect(self) -> Iterator[Family]:
         """Yield every metric that is known now."""
         labels = {"version": __version__, "server_id": self._config.server_id}
-        yield InfoMetricFamily(INFO.removesuffix("_info"), "Version and id of the server.", labels)
+        yield InfoMetricFamily("gserver", "Version and id of the server.", labels)  # gserver_info
         values = figures(self._config, self._scoreboard)
         for metric in METRICS:
             is_wanted = bool(self._config.redis_url) or not metric.needs_cluster
             if metric.prometheus and is_wanted and (metric.label or metric.name in values):
                 yield _family(metric, values)
-
-
-def sample_names(metric: Metric) -> set[str]:
-    """Return the names that a metric's samples have in the answer; empty if it has none."""
-    name = metric.prometheus
-    if not name:
-        return set()
-    if metric.buckets:
-        return {f"{name}_bucket", f"{name}_sum", f"{name}_count"}
-    return {name if metric.kind is Kind.GAUGE else f"{name}_total"}
 
 
 def _family(metric: Metric, values: Mapping[str, int]) -> Family:

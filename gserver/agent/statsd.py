@@ -21,8 +21,6 @@ FLUSH_SECONDS = 1.0
 RESOLVE_SECONDS = 30.0
 #: The same after a look-up that failed.
 RETRY_SECONDS = 5.0
-#: While the name does not resolve, the warning is repeated after this time.
-REMIND_SECONDS = 60.0
 #: A flush waits this long for a look-up.
 WAIT_SECONDS = 0.25
 #: Such a datagram fits any path without fragmentation.
@@ -54,7 +52,7 @@ Totals = dict[str, int]
 def changes(before: Totals, now: Totals) -> Iterator[Sample]:
     """Yield what to send, as (kind, name, value); the kind is `gauge`, `incr` or `timing`.
 
-    Counters and timings that have not changed are left out.
+    Counters and timings that have not changed are not sent.
     """
     for name, total in GAUGES.items():
         if total in now:
@@ -70,29 +68,6 @@ def changes(before: Totals, now: Totals) -> Iterator[Sample]:
             yield "timing", name, (now[sum_ns] - before.get(sum_ns, 0)) / increase / 1e6
 
 
-class Outage:
-    """Decides when a failure that repeats is logged: at its start, and every `remind_seconds`."""
-
-    def __init__(self, remind_seconds: float) -> None:
-        self._remind_seconds = remind_seconds
-        self._started_at: float | None = None
-        self._logged_at = 0.0
-
-    def note_failure(self, now: float) -> bool:
-        """Return whether to log a failure at this time, in seconds."""
-        if self._started_at is None:
-            self._started_at = now
-        elif now - self._logged_at < self._remind_seconds:
-            return False
-        self._logged_at = now
-        return True
-
-    def note_success(self, now: float) -> float | None:
-        """Return how many seconds the outage lasted that ends now; None if there was none."""
-        started_at, self._started_at = self._started_at, None
-        return None if started_at is None else now - started_at
-
-
 class StatsdClient:
     """Sends to the daemon, and looks its name up from time to time."""
 
@@ -102,7 +77,7 @@ class StatsdClient:
         self._client: statsd.StatsClient | None = None
         self._resolve_at = 0.0
         self._lookup: gevent.Greenlet[[], None] | None = None
-        self._outage = Outage(REMIND_SECONDS)
+        self._outage = logs.Outage()
 
     def flush(self) -> None:
         """Send what has changed since the last flush.

@@ -9,7 +9,7 @@ from typing import Any
 
 from gserver import __version__
 from gserver.config import Config
-from gserver.metrics import METRICS, Metric, in_seconds, members_of
+from gserver.metrics import METRICS, Kind, Metric, in_seconds, members_of
 from gserver.scoreboard import Scoreboard
 
 
@@ -18,7 +18,7 @@ def state(scoreboard: Scoreboard) -> str:
 
     It does not depend on Redis.
     """
-    if scoreboard.get("stopping") or scoreboard.get("draining"):
+    if scoreboard.get("stopping"):
         return "draining"
     return "ready" if scoreboard.get("workers") else "starting"
 
@@ -43,12 +43,12 @@ def figures(config: Config, scoreboard: Scoreboard) -> dict[str, int]:
 
 
 def status(
-    config: Config, scoreboard: Scoreboard, roster: dict[str, Any] | None = None
+    config: Config, scoreboard: Scoreboard, members: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return the document of `/status.json`.
 
     Counters grow for as long as the server lives. Times are seconds. A figure that is not known is
-    None. `roster` lists the servers of the cluster, which the scoreboard does not know one by one.
+    None. `members` lists the servers of the cluster, which the scoreboard does not know one by one.
     """
     values = figures(config, scoreboard)
     document: dict[str, Any] = {
@@ -68,7 +68,7 @@ def status(
     if config.redis_url:
         document["cluster"]["name"] = config.cluster_name
         document["cluster"]["is_held"] = bool(scoreboard.get("hold_until"))
-        document["cluster"]["roster"] = roster
+        document["cluster"]["members"] = members
     return document
 
 
@@ -91,23 +91,25 @@ def _json_value(metric: Metric, values: Mapping[str, int]) -> Any:
 
 def _workers(scoreboard: Scoreboard) -> list[dict[str, Any]]:
     """Return one object for each running worker; `reads` counts for all workers of the slot."""
-    now = time.monotonic_ns()
-    names = ("pid", "started_at", "heartbeat", "clients", "reads")
-    rows = enumerate(zip(*(scoreboard.by_slot(name) for name in names), strict=True))
-    return [
-        {
-            "slot": slot,
-            "pid": pid,
-            "age_seconds": _seconds(now - started_at),
-            # The heartbeat of a worker that has just started is that of the one before it.
-            "silent_seconds": _seconds(now - max(started_at, heartbeat)),
-            "clients": clients,
-            "reads": reads,
+    metrics = [metric for metric in METRICS if metric.worker_json]
+    now_ns = time.monotonic_ns()
+    workers = []
+    for slot in range(scoreboard.slots):
+        cells = {
+            metric.name: scoreboard.cells[scoreboard.cell(metric.name, slot)] for metric in metrics
         }
-        for slot, (pid, started_at, heartbeat, clients, reads) in rows
-        if pid
-    ]
+        if cells["pid"]:
+            values = {
+                metric.worker_json: _worker_value(metric, cells, now_ns) for metric in metrics
+            }
+            workers.append({"slot": slot, **values})
+    return workers
 
 
-def _seconds(nanoseconds: int) -> float:
-    return round(nanoseconds / 1e9, 6)
+def _worker_value(metric: Metric, cells: Mapping[str, int], now_ns: int) -> float:
+    """Return a value of one worker. Of a moment, that is the time since, in seconds."""
+    value = cells[metric.name]
+    if metric.kind is not Kind.MOMENT:
+        return value
+    # The heartbeat of a worker that has just started is that of the one before it.
+    return round(in_seconds(metric, now_ns - max(value, cells["started_at"])), 6)

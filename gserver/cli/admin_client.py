@@ -41,9 +41,9 @@ Status = dict[str, Any]
 MAYBE = (float, NoneType)
 TOTALS = {str: float}
 MEMBER = {"id": str, "clients": MAYBE, "silent_seconds": MAYBE, "is_late": bool}
-ROSTER = {
+MEMBERS = {
     "servers": ([MEMBER], NoneType),
-    "left_out": float,
+    "omitted_servers": float,
     "age_seconds": MAYBE,
     "trouble": (str, NoneType),
 }
@@ -52,7 +52,7 @@ CLUSTER = {
     "servers": MAYBE,
     "clients": MAYBE,
     "age_seconds": MAYBE,
-    "roster": (ROSTER, NoneType),
+    "members": (MEMBERS, NoneType),
 }
 SHAPE = {
     "server": {"id": str, "state": str, "uptime_seconds": float, "tls_expires_at": MAYBE},

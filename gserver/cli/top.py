@@ -150,20 +150,20 @@ def _clusters(targets: Sequence[Target]) -> Iterator[Panel]:
     shown: set[tuple[str, str]] = set()
     for target in targets:
         cluster = target.now["cluster"] or {}
-        roster = cluster.get("roster")
-        if roster and (cluster["name"], target.now["server"]["id"]) not in shown:
-            shown |= {(cluster["name"], server["id"]) for server in roster["servers"] or []}
+        members = cluster.get("members")
+        if members and (cluster["name"], target.now["server"]["id"]) not in shown:
+            shown |= {(cluster["name"], server["id"]) for server in members["servers"] or []}
             title = Text(f"servers of cluster {cluster['name']}")
-            yield Panel(_roster(roster, watched), title=title, title_align="left")
+            yield Panel(_members(members, watched), title=title, title_align="left")
 
 
-def _roster(roster: Status, watched: set[str]) -> Group:
+def _members(members: Status, watched: set[str]) -> Group:
     """Return the servers of a cluster, and notes on what is missing or old."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("server", "clients", "last report", ""):
         is_number = name in ("clients", "last report")
         table.add_column(name, justify="right" if is_number else "left", no_wrap=name != "server")
-    for server in roster["servers"] or []:
+    for server in members["servers"] or []:
         silent, is_watched = server["silent_seconds"], server["id"] in watched
         marks = [("late", server["is_late"]), ("watched", is_watched)]
         table.add_row(
@@ -173,13 +173,13 @@ def _roster(roster: Status, watched: set[str]) -> Group:
             ", ".join(mark for mark, is_set in marks if is_set),
             style="red" if server["is_late"] else "bold" if is_watched else "",
         )
-    return Group(table, *(Text(note, "yellow") for note in _roster_notes(roster)))
+    return Group(table, *(Text(note, "yellow") for note in _members_notes(members)))
 
 
-def _roster_notes(roster: Status) -> Iterator[str]:
-    age, trouble = roster["age_seconds"], roster["trouble"]
-    if roster["left_out"]:
-        yield f"{_number(roster['left_out'])} more, with more recent reports"
+def _members_notes(members: Status) -> Iterator[str]:
+    age, trouble = members["age_seconds"], members["trouble"]
+    if members["omitted_servers"]:
+        yield f"{_number(members['omitted_servers'])} more, with more recent reports"
     if age is None or age > OLD_SECONDS:
         why = f"Redis cannot be read ({trouble})" if trouble else "Redis has not answered yet"
         if age is None:

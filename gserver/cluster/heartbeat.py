@@ -1,7 +1,7 @@
-"""The greenlet that reports this server to Redis, the heartbeat.
+"""Sends this server's heartbeats to Redis, in one greenlet.
 
-It puts what it learns of the other servers on the scoreboard. It runs in the agent, so no client
-waits for it. Any failure means that Redis is away: the last known values stand, and the next
+It puts what the replies say of the other servers on the scoreboard. It runs in the agent, so no
+client waits for it. Any failure means that Redis is away: the last known values stand, and the next
 heartbeat tries again.
 """
 
@@ -34,8 +34,6 @@ MIN_BACKOFF_SECONDS = 0.05
 #: While Redis is away, attempts of all servers together. It lengthens the backoff of large
 #: clusters, up to a third of the TTL: other servers hold this server's count for so long.
 MAX_ATTEMPTS_PER_SECOND = 1000
-#: While Redis stays away, the log repeats it this often.
-REMINDER_SECONDS = 60.0
 
 
 class HeartbeatSender:
@@ -66,8 +64,9 @@ class HeartbeatSender:
         #: Of the last heartbeat that Redis has run, or may have run; 0 = none of this agent's.
         self._last_sent_sequence = 0
         self._failures = 0
-        self._failing_since = self._logged_at = 0.0
-        self._logged_kinds: set[str] = set()
+        self._failing_since = 0.0
+        #: While Redis is away: the failures of each kind.
+        self._outages: dict[str, logs.Outage] = {}
         #: Set it to end `run`.
         self.should_stop = Event()
         #: Set when it is known whether the id is a duplicate, or cannot be known because Redis is
@@ -174,9 +173,8 @@ class HeartbeatSender:
         self._log_changes(reply, is_member)
         if is_member:
             membership.apply(reply, own_clients)
-        elif not membership.servers:
-            # The total does not include the own clients, because another incarnation holds the id.
-            membership.remote_clients = reply.total_clients
+        else:
+            membership.apply_rejected(reply)
         self.has_duplicate_id = self._duplicate_id.observe(reply)
         self._is_member = is_member
         if is_member or self.has_duplicate_id:
@@ -210,7 +208,7 @@ class HeartbeatSender:
             message = f"Redis is back after {seconds:.1f} s and {self._failures} failed heartbeats"
             logs.event(logging.INFO, "cluster.regained", message)
             self._failures = 0
-            self._logged_kinds.clear()
+            self._outages.clear()
         if self._is_member and self._membership.has_lost_data(reply):
             message = (
                 "Redis has lost the cluster's data; "
@@ -232,9 +230,7 @@ class HeartbeatSender:
         if not self._failures:
             self._failing_since = now
         self._failures += 1
-        if kind not in self._logged_kinds or now - self._logged_at >= REMINDER_SECONDS:
-            self._logged_kinds.add(kind)
-            self._logged_at = now
+        if self._outages.setdefault(kind, logs.Outage()).note_failure(now):
             self._log_failure(error, kind)
         self.id_is_known.set()
 

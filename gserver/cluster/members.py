@@ -49,19 +49,20 @@ class Members:
 
         `servers`: the late ones first; None if Redis has never been read. Each has `id`, `clients`,
         `silent_seconds` until now, `is_late` and `is_this`; a number that Redis does not hold is
-        None. `left_out`: how many servers are not listed. `age_seconds`: age of the list.
+        None. `omitted_servers`: how many servers are not listed. `age_seconds`: age of the list.
         `trouble`: a key of HEARTBEAT_ERRORS if the last reading failed, else None.
         """
-        if not self._reader and monotonic() >= self._read_started_at + READ_INTERVAL_SECONDS:
+        is_reading = self._reader is not None and not self._reader.ready()
+        if not is_reading and monotonic() >= self._read_started_at + READ_INTERVAL_SECONDS:
             self._read_started_at = monotonic()
             self._reader = gevent.spawn(self._read)
-        if self._reader:
+        if self._reader is not None:
             wait_end = self._read_started_at + REQUEST_WAIT_SECONDS
             self._reader.join(max(0.0, wait_end - monotonic()))
         result: dict[str, Any] = {
             "servers": None,
             "age_seconds": None,
-            "left_out": self._omitted_servers,
+            "omitted_servers": self._omitted_servers,
             "trouble": self._error_kind,
         }
         if self._servers is not None:

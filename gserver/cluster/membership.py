@@ -95,6 +95,15 @@ class Membership:
             self.hold_until = 0
             self.remote_clients, self.servers = remote_clients, reply.servers
 
+    def apply_rejected(self, reply: Reply) -> None:
+        """Update from the reply to a heartbeat that was rejected: another incarnation has the id.
+
+        Such a total does not include the own clients. It is used only until this server has been a
+        member; later, the last known number is better.
+        """
+        if self.servers == 0:
+            self.remote_clients = reply.total_clients
+
     def _begin_hold(self, reply: Reply) -> None:
         self._held_clients = self.remote_clients
         # If only this server was dropped, then the servers that were cut off with it are back

@@ -47,10 +47,10 @@ class State(Enum):
 
     STARTING = "starting"
     READY = "ready"
-    RETIRED = "retired"  # it was told to accept no more, and ends when its clients have left
-    TERMINATING = "terminating"  # it was told to end, by SIGTERM
-    HUNG = "hung"  # it was killed because its loop stood still
-    KILLED = "killed"  # it was told to end, and was killed
+    RETIRED = "retired"  # SIGUSR2 was sent: it accepts no more, and ends after its last client
+    TERMINATING = "terminating"  # SIGTERM was sent
+    HUNG = "hung"  # killed because its heartbeat stopped
+    KILLED = "killed"  # killed after SIGTERM was sent
 
 
 class Finding(Enum):
@@ -142,14 +142,14 @@ class Child:
         return self.state is State.READY
 
     @property
-    def is_told_to_end(self) -> bool:
+    def should_end(self) -> bool:
         """Whether the supervisor wants it to end."""
         return self.state in (State.TERMINATING, State.KILLED)
 
     @property
     def is_staying(self) -> bool:
-        """Whether it keeps its place: it was not told to end, and is not stuck."""
-        return not (self.is_told_to_end or self.is_stuck)
+        """Whether it keeps its place: it should not end, and is not stuck."""
+        return not (self.should_end or self.is_stuck)
 
     @property
     def end_reason(self) -> str:
@@ -165,8 +165,8 @@ class Child:
             return f"killed by signal {-code}"
 
     @property
-    def has_ended_as_asked(self) -> bool:
-        """Whether its end is the one that it was told to come to."""
+    def has_ended_as_requested(self) -> bool:
+        """Whether it has ended in the way that the supervisor's signal requests."""
         code = self.process.returncode
         match self.state:
             case State.KILLED:
@@ -240,13 +240,13 @@ class Child:
         return due_at
 
     def silence(self, now: float, heartbeat_at: float) -> float:
-        """Return for how many seconds it has given no sign of life."""
+        """Return for how many seconds its heartbeat has been missing."""
         return now - max(self.spawned_at, heartbeat_at)
 
     def watch(self, now: float, heartbeat_at: float, hang_seconds: float) -> Finding | None:
         """Kill it if it did not end in time, or if its heartbeat stopped; return what was found.
 
-        `heartbeat_at` is its last sign of life, `hang_seconds` the longest silence, 0 = no limit.
+        `heartbeat_at` is its last heartbeat, `hang_seconds` the longest silence, 0 = no limit.
         Each finding is returned once.
         """
         if self.killed_at is not None:
@@ -258,8 +258,7 @@ class Child:
             self.kill(now)
             return Finding.LATE
         if self._is_hung(now, heartbeat_at, hang_seconds):
-            is_told_to_end = self.state is State.TERMINATING
-            self._kill(State.KILLED if is_told_to_end else State.HUNG, now)
+            self._kill(State.KILLED if self.should_end else State.HUNG, now)
             return Finding.HUNG
         return None
 
@@ -274,7 +273,7 @@ class Child:
         return now - self.suspected_at >= SECOND_LOOK_SECONDS
 
     def retire(self) -> None:
-        """Tell a worker to accept no more, and to end when its clients have left.
+        """Send a worker SIGUSR2: it accepts no more, and ends when its clients have left.
 
         Does nothing before it is ready: SIGUSR2 would be ignored.
         """
@@ -283,7 +282,7 @@ class Child:
             self._send(signal.SIGUSR2)
 
     def terminate(self, kill_at: float) -> None:
-        """Tell it to end, and note when it is killed if it does not."""
+        """Send SIGTERM, and note when it is killed if it has not ended."""
         if self.killed_at is None:
             self.state = State.TERMINATING
             self.kill_at = kill_at

@@ -11,24 +11,28 @@ programs that handlers start do not see them either.
 
 import os
 from dataclasses import replace
+from typing import Any
 
 from gserver.certificates import Certificates
-from gserver.config import Config, environment_names
+from gserver.config import SECRETS, Config, environment_names
 from gserver.redis_url import RedisUrl
 from gserver.supervise.child import AGENT
 
-SECRET_OPTIONS = ("redis_url", "admin_token")
-SECRET_VARIABLES = frozenset(
-    name for option in SECRET_OPTIONS for name in environment_names(option)
-)
+SECRET_VARIABLES = frozenset(name for option in SECRETS for name in environment_names(option))
 
 
 def config_for(role: str, config: Config) -> Config:
-    """Return the configuration for a child. A worker only has to know that there is a cluster."""
+    """Return the configuration for a child.
+
+    A worker gets no secret, and the Redis URL without its passwords: it only has to know that there
+    is a cluster.
+    """
     if role == AGENT:
         return config
-    redis_url = str(RedisUrl.parse(config.redis_url)) if config.redis_url else ""
-    return replace(config, redis_url=redis_url, admin_token="")
+    for_worker: dict[str, Any] = dict.fromkeys(SECRETS, "")
+    if config.redis_url:
+        for_worker["redis_url"] = str(RedisUrl.parse(config.redis_url))
+    return replace(config, **for_worker)
 
 
 def certificates_for(role: str, certificates: Certificates) -> Certificates:

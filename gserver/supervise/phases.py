@@ -106,8 +106,8 @@ AnyWorker = TypeVar("AnyWorker", bound=Worker)
 class Workforce(Generic[AnyWorker]):
     """The workers that there are, and the questions that a phase asks about them.
 
-    `staying` are those that are not about to end, oldest first. `running` is the number of all,
-    with those that were told to end; a process that cannot be killed does not count.
+    `staying` are those that are not about to end, oldest first. `running` also counts those that
+    are terminating, but not a process that cannot be killed.
     """
 
     staying: Sequence[AnyWorker]
@@ -120,8 +120,9 @@ class Workforce(Generic[AnyWorker]):
         if not needs.has_workers:
             return 0
         target = self.wanted
-        if needs.treatment is Treatment.REPLACE and len(self.staying) == self.wanted:
-            target += bool(self._old(generation))
+        is_replacing = needs.treatment is Treatment.REPLACE and len(self.staying) == self.wanted
+        if is_replacing and self._old(generation):
+            target += 1
         return max(0, min(target - len(self.staying), self.wanted + 1 - self.running))
 
     def to_replace(self, generation: Generation) -> AnyWorker | None:
@@ -134,9 +135,10 @@ class Workforce(Generic[AnyWorker]):
 
     def is_replaced(self, generation: Generation) -> bool:
         """Return whether the reload is complete: all workers are ready, and of the generation."""
+        if len(self.staying) != self.wanted or self.running != len(self.staying):
+            return False
         are_ready = all(worker.has_been_ready for worker in self.staying)
-        is_full = self.running == len(self.staying) == self.wanted
-        return is_full and are_ready and not self._old(generation)
+        return are_ready and not self._old(generation)
 
     def _old(self, generation: Generation) -> list[AnyWorker]:
         return [worker for worker in self.staying if worker.generation is not generation]

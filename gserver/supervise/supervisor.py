@@ -34,7 +34,7 @@ from gserver.supervise.signals import STOP_SIGNALS, PendingSignals
 
 #: Parts of the drain timeout after which workers, then the agent, are killed if they still run.
 WORKERS_SHARE, AGENT_SHARE = 0.85, 0.92
-#: Part of the drain timeout for which a drain waits for an agent that a reload has told to end.
+#: How long a drain waits for an agent that a reload is terminating, as a part of the drain timeout.
 OLD_AGENT_SHARE = 0.35
 #: How long the agent may take to leave the cluster after stuck workers have delayed a stop.
 LATE_AGENT_SECONDS = 1.0
@@ -85,6 +85,7 @@ class Supervisor:
         """
         try:
             while self._lifecycle.phase is not Phase.OVER:
+                self._publish()
                 self._reconcile(monotonic())
                 if not self._advance(monotonic()):
                     self._wait()
@@ -111,10 +112,19 @@ class Supervisor:
             self._handle_signal(number, now)
         self._reap(now)
         self._watch(now)
-        accepting = sum(child.is_accepting for child in self._all(WORKER))
-        self._scoreboard.put("workers", 0 if self._lifecycle.is_port_closed else accepting)
+        self._notify_manager(now)
+
+    def _publish(self) -> None:
+        """Put the state of the server on the scoreboard, before its processes are changed.
+
+        So `/readyz` answers 503 before the port is closed.
+        """
+        accepting = 0
+        if not self._lifecycle.is_port_closed:
+            accepting = sum(child.is_accepting for child in self._all(WORKER))
+        self._scoreboard.put("workers", accepting)
         self._scoreboard.put("stopping", int(self._lifecycle.is_stopping))
-        self._tell_manager(now)
+        self._scoreboard.put("draining", int(self._lifecycle.is_port_closed))
 
     # Which processes there should be.
 
@@ -123,7 +133,7 @@ class Supervisor:
         return [child for child in self._children if child.role == role and not child.is_stuck]
 
     def _staying(self, role: str) -> list[Child]:
-        """Return those that were not told to end."""
+        """Return those that are not terminating."""
         return [child for child in self._all(role) if child.is_staying]
 
     def _workforce(self) -> Workforce[Child]:
@@ -145,7 +155,7 @@ class Supervisor:
         if needs.has_agent:
             self._keep_agent(now)
         if self._lifecycle.is_port_closed:
-            self._close_port()
+            self._port.sock.close()
         treatments: dict[Treatment, Callable[[float], None]] = {
             Treatment.REPLACE: self._replace_workers,
             Treatment.RETIRE: self._retire_workers,
@@ -178,11 +188,6 @@ class Supervisor:
             for child in self._staying(AGENT):
                 child.terminate(kill_at)
 
-    def _close_port(self) -> None:
-        self._scoreboard.put("draining", 1)
-        self._scoreboard.put("workers", 0)  # that accept
-        self._port.sock.close()
-
     def _retire_workers(self, _now: float) -> None:
         for child in self._staying(WORKER):
             child.retire()
@@ -194,7 +199,7 @@ class Supervisor:
         if not self._all(WORKER):
             self._end_agent(now)
             return
-        for child in self._children:  # Those that a reload has told to end have no longer.
+        for child in self._children:  # Those that a reload is terminating get no more time.
             if child.kill_at is not None:
                 child.kill_at = min(child.kill_at, kill_at)
         # An agent that ends because of a reload does not leave the cluster. The next one does, and
@@ -294,11 +299,11 @@ class Supervisor:
             self._read_report(child)  # Its last report may be unread.
             child.close_pipe(self._selector)
             self._children.remove(child)
-            is_asked = child.has_ended_as_asked
+            has_died = not child.has_ended_as_requested
             lost = 0
             if child.role == WORKER:
-                lost = self._scoreboard.clear_dead_worker(child.slot, has_died=not is_asked)
-            if not is_asked:
+                lost = self._scoreboard.clear_dead_worker(child.slot, has_died=has_died)
+            if has_died:
                 if not child.is_stuck:
                     self._backoff[child.role].note_death(child, now)
                 self._handle_death(child, lost, now)
@@ -385,7 +390,7 @@ class Supervisor:
         fields = {"gserver.child_pid": child.pid, "gserver.clients": self._clients(child)}
         logs.event(logging.ERROR, f"{child.role}.stuck", message, fields)
         has_workers = NEEDS[self._lifecycle.phase].has_workers
-        if child.role == WORKER and has_workers and not child.is_told_to_end:
+        if child.role == WORKER and has_workers and not child.should_end:
             self._scoreboard.add("worker_restarts", 1)
 
     # Signals.
@@ -445,16 +450,16 @@ class Supervisor:
 
     # The service manager.
 
-    def _tell_manager(self, now: float) -> None:
+    def _notify_manager(self, now: float) -> None:
         self._manager.keep_heartbeat(now)
         if self._lifecycle.is_stopping:
             clients = self._scoreboard.clients()
-            self._manager.tell(systemd.STOPPING, f"stopping, clients: {clients}")
+            self._manager.notify(systemd.STOPPING, f"stopping, clients: {clients}")
         elif self._lifecycle.phase is Phase.RELOADING:
-            self._manager.tell(systemd.RELOADING, "replacing the workers one by one")
+            self._manager.notify(systemd.RELOADING, "replacing the workers one by one")
         elif self._lifecycle.phase is Phase.SERVING:
             where = show_address(self._config.host, self._config.port)
             status = f"listening on {where}, workers: {self._config.workers}"
             if self._lifecycle.reload_error:
                 status += f"; the last reload was given up: {self._lifecycle.reload_error}"
-            self._manager.tell(systemd.READY, status)
+            self._manager.notify(systemd.READY, status)

@@ -51,7 +51,7 @@ class Manager:
         #: When the next heartbeat is due, in monotonic seconds; infinity if the manager wants none.
         self.due_at = math.inf if limit_seconds == math.inf else -math.inf
 
-    def tell(self, state: str, status: str) -> None:
+    def notify(self, state: str, status: str) -> None:
         """Send a state (one of the above) and a status text for people.
 
         What was sent already is not sent again, unless it did not arrive.
