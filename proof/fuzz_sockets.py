@@ -59,10 +59,7 @@ OPTIONS = (
     ),
     *("--tls-handshake-timeout", f"{HANDSHAKE_SECONDS}", "--commands", "fuzzed"),
 )
-VARIANTS = {
-    "plain": (Variant(2), []),
-    "tls": (Variant(2, True), []),
-}
+VARIANTS = {"plain": (Variant(2), []), "tls": (Variant(2, True), [])}
 COMMANDS = f"""
 import time
 from census import census
@@ -92,7 +89,7 @@ REPLIES = dict.fromkeys((b"WHO", b"CENSUS"), b"") | {
 }
 REPLIES |= {b"WHYNOT": b"because", b"BOOM": b"ERR internal", b"LARGE": b"x" * LARGE_BYTES}
 TOO_SLOW, IDLE, TLS_ONLY = b"ERR too slow", b"ERR idle", b"ERR TLS only\n"
-TURNED_AWAY = {
+REJECTED = {
     "too_many_clients": b"ERR too many clients",
     "too_many_from_address": b"ERR too many clients from your address",
 }
@@ -181,7 +178,7 @@ def judge(sites: dict[str, Site], outcomes: Counter[str]) -> Iterator[tuple[str,
             assert not died, died
         except BaseException as error:  # noqa: BLE001 (pytest.fail raises no Exception)
             yield name, f"{type(error).__name__}: {error}"
-    for reason, reply in TURNED_AWAY.items():
+    for reason, reply in REJECTED.items():
         if outcomes[reply.decode()] > rejected[reason]:
             yield "all", f"{reason}: {outcomes}, but {rejected}"
 
@@ -397,7 +394,7 @@ class Guest:
     def outcome(self) -> str:
         """Return the outcome in the page's words; raise AssertionError for one it forbids."""
         ending, (*lines, rest) = self._plan.ending, bytes(self.received).split(b"\n")
-        if lines and lines[0] in TURNED_AWAY.values():
+        if lines and lines[0] in REJECTED.values():
             assert len(lines) == 1, "it was rejected, and answered"
             assert not rest, "it was rejected, and answered"
             return lines[0].decode()

@@ -17,7 +17,7 @@ import pytest
 
 from tests.running import PATIENCE, Client, Running, extended, is_alive, limited, stopped, until
 
-TURNED_AWAY = b"ERR too many clients\n"
+REJECTED = b"ERR too many clients\n"
 
 MODULE = """
 import gc, os, socket, time
@@ -176,7 +176,7 @@ def go(server: Running, way: Callable[[Client], bytes], source: str) -> str:
             told = way(client)
         except OSError:
             return "reset"
-    if told == TURNED_AWAY:
+    if told == REJECTED:
         return "turned away"
     return way.__name__ if told == WAYS[way][1] else f"{way.__name__}: {told!r}"
 
@@ -296,7 +296,7 @@ def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, worker
             with server.client() as other:
                 if turn % 2:
                     other.send(b"WHO\n")
-                assert other.rest() == TURNED_AWAY
+                assert other.rest() == REJECTED
             assert clients[turn % 30].who() == 30
         for client in clients[:10]:
             client.sock.close()
@@ -304,7 +304,7 @@ def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, worker
         for count in range(21, 31):
             assert stack.enter_context(server.client()).who() == count
         with server.client() as other:
-            assert other.rest() == TURNED_AWAY
+            assert other.rest() == REJECTED
 
 
 @pytest.mark.parametrize("most", [10, 36])
@@ -322,8 +322,8 @@ def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(
         assert (
             time.monotonic() - began < 3 * PATIENCE
         )  # Nobody waits for the second that another may take to leave.
-        assert set(told) <= {b"", TURNED_AWAY}
-        assert told[TURNED_AWAY] >= 32
+        assert set(told) <= {b"", REJECTED}
+        assert told[REJECTED] >= 32
         assert {client.who() for client in clients} == {most}
         assert not server.events("process.error")
 
@@ -334,7 +334,7 @@ def test_at_the_limit_of_files_clients_are_told_that_there_are_too_many(tmp_path
         assert [client.who() for client in clients] == [36] * 36
         for _ in range(10):
             with server.client() as other:
-                assert other.rest() == TURNED_AWAY
+                assert other.rest() == REJECTED
         clients[0].sock.close()
         until(lambda: clients[1].who() == 35, "it has left")
         with server.client() as other:

@@ -1,8 +1,8 @@
 """How many clients may connect, and how many are connected.
 
 `admit` counts a client and `uncount` takes it out again; `count_address` and `uncount_address` do
-the same for its address, from the accept to the close of its socket. Whoever calls the first of a
-pair owes the second.
+the same for its address, from the accept to the close of its socket. A caller of the first must
+also call the second.
 """
 
 import socket

@@ -20,6 +20,7 @@ from gevent.server import StreamServer
 from gserver import logs
 from gserver.boot import (
     FATAL_ACCEPT_ERRORS,
+    READY,
     RESERVED_FILES,
     Instructions,
     keep_heartbeat,
@@ -162,7 +163,7 @@ class Worker:
         hub.SYSTEM_ERROR = (*hub.SYSTEM_ERROR, MemoryError)
         gevent.spawn_raw(keep_heartbeat, self._instructions, self._scoreboard)
         self._server.start()
-        self._instructions.report("ready")
+        self._instructions.report(READY)
         self._should_stop_accepting.wait()
         self._close_port()
         while self.loop.clients and not self._should_drain:
