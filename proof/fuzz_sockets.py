@@ -59,7 +59,10 @@ OPTIONS = (
     ),
     *("--tls-handshake-timeout", f"{HANDSHAKE_SECONDS}", "--commands", "fuzzed"),
 )
-VARIANTS = {"plain": (Variant(2), []), "tls": (Variant(2, True), [])}
+VARIANTS: dict[str, tuple[Variant, list[str]]] = {
+    "plain": (Variant(2), []),
+    "tls": (Variant(2, True), []),
+}
 COMMANDS = f"""
 import time
 from census import census
