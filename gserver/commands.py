@@ -53,8 +53,8 @@ def line(reply: str | int) -> bytes:
     if not isinstance(reply, str | int):
         raise TypeError(f"a reply must be a str or an int, not {type(reply).__name__}")
     text = str(reply)
-    if not text.isprintable():
-        raise ValueError("a reply must be one printable line")
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError("a reply must be one line of printable ASCII")
     return text.encode("ascii") + b"\n"
 
 

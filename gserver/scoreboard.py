@@ -127,7 +127,7 @@ class Scoreboard:
             if len(names) == MAX_COMMANDS:
                 raise UsageError(
                     f"more than {MAX_COMMANDS} commands, those of earlier reloads included:"
-                    " restart gserver"
+                    " use fewer, or restart gserver"
                 )
             start = (slot * MAX_COMMANDS + len(names)) * MAX_NAME_BYTES
             self._names[start : start + MAX_NAME_BYTES] = name.encode().ljust(MAX_NAME_BYTES, b"\0")

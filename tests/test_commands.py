@@ -151,7 +151,7 @@ def test_a_printable_line_is_a_valid_reply(reply: str | int, line: bytes) -> Non
     "reply", ["a\nb", "a\n", "\r", "a\tb", "\0", "\x7f", "\x1b[31m", "é", "a\u2028b", "\ud800"]
 )
 def test_a_reply_must_be_one_line_of_printable_ascii(reply: str) -> None:
-    with pytest.raises(ValueError, match=r"a reply must be one printable line|can't encode"):
+    with pytest.raises(ValueError, match=r"a reply must be one line of printable ASCII"):
         _replying(reply).answer(SERVICE)
 
 

@@ -276,7 +276,7 @@ def one_more(loop: Loop) -> Iterator[socket.socket]:
     ours = PlainSocket(pair.family, pair.type, 0, pair.detach())
     ours.setblocking(False)
     with closing(theirs):
-        loop.begin(ours, ("127.0.0.1", 1))
+        loop.add(ours, ("127.0.0.1", 1))
         yield theirs
 
 

@@ -213,7 +213,7 @@ class Client:
 
     # Reading and answering
 
-    def _begin_work(self) -> Work:
+    def _ensure_work(self) -> Work:
         if self.work is None:
             self.work = Work()
         return self.work
@@ -254,7 +254,7 @@ class Client:
         if not data and self.work is None:
             self.close()  # Most clients leave so: there is nothing to answer.
             return
-        work = self._begin_work()
+        work = self._ensure_work()
         self.state = READING
         if data:
             work.unread += data
@@ -268,7 +268,7 @@ class Client:
 
     def _proceed(self, now: float, *, is_tried: bool = False) -> None:
         """Go on until the client, a handler or the other clients must be waited for."""
-        work = self._begin_work()
+        work = self._ensure_work()
         has_had_turn = False
         while not work.closing_error:
             if work.items:
@@ -367,11 +367,11 @@ class Client:
         """
         reply = self.loop.replies.reply_to(command)
         if self.state is BUSY:
-            self._begin_work().reply = reply
+            self._ensure_work().reply = reply
             self.loop.make_ready(self)
 
     def _end_handler(self, now: float) -> None:
-        work = self._begin_work()
+        work = self._ensure_work()
         reply, work.reply = work.reply or b"", None
         self.state, self.quiet_since = READING, now
         self.loop.watch(self, READ)
@@ -395,13 +395,13 @@ class Client:
 
     def block(self, unsent: bytes, now: float) -> None:
         """Wait until the client reads, as long as it may take; read nothing from it meanwhile."""
-        self._begin_work().unsent = unsent
+        self._ensure_work().unsent = unsent
         self.state = BLOCKED
         self.loop.watch(self, WRITE)
         self.loop.set_deadline(self, now + (self.loop.config.write_timeout_seconds or inf))
 
     def _unblock(self, now: float) -> None:
-        work = self._begin_work()
+        work = self._ensure_work()
         with suppress(BlockingIOError):
             work.unsent = work.unsent[self.sock.send(work.unsent) :]
         if work.unsent:
@@ -424,11 +424,11 @@ class Client:
         self.state = READING if has_part else IDLE
         work = self.work
         if has_part:
-            work = self._begin_work()
+            work = self._ensure_work()
             seconds = self.loop.config.line_timeout_seconds
             if work.line_deadline == inf and seconds:
                 work.line_deadline = now + seconds
-        elif work and not self.loop.is_draining:
+        elif work and not self.loop.is_draining:  # In a drain it keeps `drain_bytes_left`.
             self.work = None
         elif work:
             work.line_deadline = inf
@@ -462,7 +462,7 @@ class Client:
         return 0.0 if self.has_spoken else self.quiet_since + DRAIN_GRACE_SECONDS
 
     def _end_silence(self, now: float) -> None:
-        work, idle_seconds = self._begin_work(), self.loop.config.idle_timeout_seconds
+        work, idle_seconds = self._ensure_work(), self.loop.config.idle_timeout_seconds
         is_over = self._leaves_at() <= now
         if idle_seconds and self.quiet_since + idle_seconds <= now:
             self._end_with(TOO_IDLE, now)
@@ -482,7 +482,7 @@ class Client:
             self.await_input(now)
 
     def _end_with(self, error: ErrorReply, now: float) -> None:
-        work = self._begin_work()
+        work = self._ensure_work()
         work.parser = None
         work.items.append(error)
         work.started_at = now
@@ -545,7 +545,7 @@ class Client:
 
     def _reset(self) -> None:
         """Close with a reset: the kernel would hold the replies for the client for minutes."""
-        self._begin_work().closing_error = SLOW_READER
+        self._ensure_work().closing_error = SLOW_READER
         self.loop.replies.count_error(SLOW_READER)
         self.sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
         self.close()

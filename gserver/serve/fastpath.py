@@ -4,6 +4,9 @@ This is the hot path, and clever for that reason alone. The parser and a loop ov
 1.2 us for one command and 17 us for 32. Here a line's meaning is found by one look-up, and how to
 answer a read is remembered: a *plan*. With a plan, one command takes 0.4 us and 32 take 0.6. To
 make a plan for 32 takes 5 us; built-in commands in upper case are answered without one in 2.5.
+
+For example, `WHO LF why LF` has the kinds of WHO and WHY, 2 and 4. Its plan is the pieces `b""` and
+`b"LF 42 LF"`, between which the number goes, and one count for each of the two cells.
 """
 
 from gserver.commands import BUILT_IN, Command, who
@@ -58,6 +61,7 @@ class FastPath:
         """
         plan = self._plans.get(data)
         if plan is None:
+            # A read that can be remembered is worth a plan; another one is answered at once.
             if data.startswith(_UPPER_CASE) and not self._has_room(data):
                 replies = self._answer_upper_case(data)
                 if replies is not None:

@@ -61,7 +61,7 @@ class Loop:
         self.replies = replies
         self.answer = FastPath(replies).answer
         #: Called whenever a socket has been closed.
-        self.on_close: Callable[[], object] = bool
+        self.on_close: Callable[[], object] = lambda: None
         self._tls_context = tls_context
         self._max_handshakes = max_handshakes
         #: All clients by the descriptors of their sockets, handshakes and rejected ones included.
@@ -105,7 +105,7 @@ class Loop:
         if fd >= 0:
             self._epoll.register(fd, READ)
 
-    def begin(self, sock: Any, address: Any) -> None:
+    def add(self, sock: Any, address: Any) -> None:
         """Begin with a connection that has been accepted."""
         now = monotonic()
         fd = sock.fileno()
@@ -303,19 +303,16 @@ class Loop:
         for client in self._deadlines.pop(now):
             if client.deadline > now:
                 continue  # It was dealt with a moment ago.
-            if self._is_late_itself(client, now):
+            # A client that waits for its turn is not late, but a handshake has one deadline.
+            has_turn_to_come = client in self.ready and client.state is not NEW
+            is_loop_late = now > client.deadline + LATE_SECONDS and not self.is_draining
+            if has_turn_to_come or is_loop_late:
                 client.postpone(now + LATE_SECONDS)
             else:
                 client.deadline = inf
                 self.guard(client, client.on_deadline, now)
         if self._deadlines.next_at < self._expires_at:
             self._start_deadline_timer(self._deadlines.next_at)
-
-    def _is_late_itself(self, client: Client, now: float) -> bool:
-        """Whether it is the loop that is late, and not the client."""
-        if client in self.ready:  # A handshake goes on in `on_deadline`, too.
-            return client.state is not NEW
-        return now > client.deadline + LATE_SECONDS and not self.is_draining
 
     # Ends
 

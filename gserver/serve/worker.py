@@ -1,5 +1,9 @@
 """One worker process: accepts clients, serves them in its loop, and drains.
 
+gevent's StreamServer accepts. Sockets are served by callbacks in `loop`. A handler that may block
+is an ordinary blocking function in a greenlet of its own (`Client._start_handler`), made
+cooperative by `patch_all` in `gserver/__main__.py`.
+
 There are `--workers` of them with the same duties. A worker writes its own slot of the scoreboard;
 it talks to no other process. What it must know of them, it reads from the scoreboard.
 """
@@ -60,7 +64,7 @@ class Acceptor(StreamServer):
 
     def __init__(self, listener: socket.socket, worker: "Worker", max_accept: int) -> None:
         # No greenlet for each client: the loop serves it, and closes its socket.
-        super().__init__(listener, cast(Any, worker.begin), spawn=None)
+        super().__init__(listener, cast(Any, worker.accept), spawn=None)
         self.max_accept = max_accept
         self._worker = worker
         self._kind = int(self.socket.family), int(self.socket.type), self.socket.proto
@@ -170,11 +174,11 @@ class Worker:
             self._wait_for_change(None)
         self._drain()
 
-    def begin(self, sock: tls.PlainSocket, address: Any) -> None:
+    def accept(self, sock: tls.PlainSocket, address: Any) -> None:
         """Begin with a connection that has been accepted."""
         if len(self.loop.clients) >= self._capacity:
             self.loop.end_oldest_handshake()
-        self.loop.begin(sock, address)
+        self.loop.add(sock, address)
 
     def is_full(self) -> bool:
         """Whether new clients are left to other workers, or to the kernel's queue."""
@@ -232,7 +236,7 @@ class Worker:
                     accepted = self._server.do_read()
                     if not accepted:
                         break
-                    self.begin(*accepted)
+                    self.accept(*accepted)
         self._server.close()
 
     def _drain(self) -> None:
@@ -244,7 +248,7 @@ class Worker:
         self.loop.replies.is_exiting = True
         clients = len(self.loop.clients)
         if clients:
-            message = f"{clients} clients were cut off: they, or their commands, took too long"
+            message = f"clients cut off at the end of the drain: {clients}"
             logs.event(logging.WARNING, "worker.cut_off", message, {"gserver.clients": clients})
 
 

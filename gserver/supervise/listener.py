@@ -202,5 +202,5 @@ def announce(config: Config) -> None:
         message += " (TLS)"
         client = f"openssl s_client -quiet -connect {where}"
     if config.log_format == "text":
-        message += f": {client}, then WHO, WHERE or WHY; Ctrl-C stops it"
+        message += f" (process {os.getpid()}): {client}, then WHO, WHERE or WHY; Ctrl-C stops it"
     logs.event(logging.INFO, "server.listening", message, fields)

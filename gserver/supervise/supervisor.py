@@ -419,7 +419,11 @@ class Supervisor:
         was_forced = self._lifecycle.was_forced
         self._lifecycle.stop(now)
         if not self._lifecycle.was_forced:
-            logs.event(logging.INFO, "server.draining", f"{name}: draining")
+            delay_seconds = self._config.drain_delay_seconds
+            message = f"{name}: draining"
+            if self._lifecycle.phase is Phase.DELAY and delay_seconds:
+                message = f"{name}: draining after {delay_seconds:g} s, in which all goes on"
+            logs.event(logging.INFO, "server.draining", message)
         elif not was_forced:
             logs.event(logging.WARNING, "server.forced", f"{name} again: ending now")
 
