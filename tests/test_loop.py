@@ -15,7 +15,7 @@ import gevent
 import pytest
 from greenlet import greenlet
 
-from gserver.commands import BUILT_IN
+from gserver.commands import BUILT_IN, command
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
 from gserver.serve.client import READ_BYTES
@@ -264,10 +264,16 @@ def loop(**options: Any) -> Iterator[tuple[Scoreboard, Loop, socket.socket]]:
     """A loop in this process, and one client of it."""
     scoreboard = Scoreboard.create(1)
     config = Config(server_id="here", **options)
-    replies = Replies(config, scoreboard, 0, BUILT_IN)
+    replies = Replies(config, scoreboard, 0, (*BUILT_IN, rest))
     loop = Loop(config, Limits(config, scoreboard, 0), replies)
     with one_more(loop) as client:
         yield scoreboard, loop, client
+
+
+@command("REST")
+def rest(_service: object) -> str:
+    gevent.sleep(0.1)
+    return "rested"
 
 
 @contextmanager
@@ -278,6 +284,27 @@ def one_more(loop: Loop) -> Iterator[socket.socket]:
     with closing(theirs):
         loop.add(ours, ("127.0.0.1", 1))
         yield theirs
+
+
+def test_a_turn_that_comes_while_a_handler_runs_does_not_end_it() -> None:
+    with loop() as (_, ours, client):
+        client.sendall(b"REST\nWHY\n")
+        gevent.sleep(0.03)
+        ours.make_ready(next(iter(ours.clients.values())))
+        gevent.sleep(0.3)
+        assert client.recv(100) == b"rested\n42\n"
+
+
+def test_a_closed_client_keeps_no_buffers_though_its_deadline_is_not_over() -> None:
+    with loop(line_timeout_seconds=1000) as (_, ours, _client):
+        with one_more(ours) as other:
+            other.sendall(b"WHY\nWH")
+            gevent.sleep(0.05)
+            closed = list(ours.clients.values())[-1]
+            assert closed.work
+        gevent.sleep(0.05)
+        assert not closed.work
+        assert not closed.sock
 
 
 def test_time_in_which_replies_wait_to_be_read_is_not_idle_time() -> None:

@@ -168,7 +168,8 @@ class Client:
         if self.state is NEW:
             self._handshake(now)
         elif self.state is BUSY:
-            self._end_handler(now)
+            if self.work and self.work.reply is not None:
+                self._end_handler(self.work, self.work.reply, now)
         elif self.state is IDLE or self.state is READING:
             if self.work and self.work.unread:
                 self._proceed(now)
@@ -370,9 +371,8 @@ class Client:
             self._ensure_work().reply = reply
             self.loop.make_ready(self)
 
-    def _end_handler(self, now: float) -> None:
-        work = self._ensure_work()
-        reply, work.reply = work.reply or b"", None
+    def _end_handler(self, work: Work, reply: bytes, now: float) -> None:
+        work.reply = None
         self.state, self.quiet_since = READING, now
         self.loop.watch(self, READ)
         if not work.items:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gevent
 from gevent.monkey import get_original
@@ -339,6 +339,8 @@ class Loop:
             raise SystemError("a client's descriptor was closed by other code") from error
         if not was_rejected:
             log_client("client.closed", "closed", client)
+        # A stale deadline may refer to the client for a while: its buffers must not stay.
+        client.work, client.sock = None, cast(Any, None)
         self.on_close()
 
 
