@@ -41,11 +41,11 @@ class Command:
     cell: int = -1
 
     def answer(self, service: Service) -> bytes:
-        """Run the handler; return its reply as a line. Raises what the handler or `line` raises."""
-        return line(self.handler(service))
+        """Run the handler; return its reply line. Raises what it or `encode_reply` raises."""
+        return encode_reply(self.handler(service))
 
 
-def line(reply: str | int) -> bytes:
+def encode_reply(reply: str | int) -> bytes:
     """Return the reply as one line of printable ASCII, with its LF.
 
     Raises TypeError if the reply is neither a str nor an int, ValueError if it is not such a line.

@@ -34,7 +34,7 @@ ERROR_REPLIES = (
     ),
     LINE_TOO_LONG := ErrorReply("line_too_long", b"ERR line too long\n", closes=True),
     TOO_SLOW := ErrorReply("too_slow", b"ERR too slow\n", closes=True),
-    IDLE := ErrorReply("idle", b"ERR idle\n", closes=True),
+    TOO_IDLE := ErrorReply("idle", b"ERR idle\n", closes=True),
     TOO_MANY_CLIENTS := ErrorReply("too_many_clients", b"ERR too many clients\n", closes=True),
     TOO_MANY_FROM_ADDRESS := ErrorReply(
         "too_many_from_address", b"ERR too many clients from your address\n", closes=True

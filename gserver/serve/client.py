@@ -22,8 +22,15 @@ import gevent
 
 from gserver import logs
 from gserver.commands import Command
-from gserver.protocol import IDLE as TOO_IDLE
-from gserver.protocol import PLAIN_TEXT, SLOW_READER, TLS_FAILED, TOO_SLOW, ErrorReply, Parser
+from gserver.protocol import (
+    PLAIN_TEXT,
+    SLOW_READER,
+    TLS_FAILED,
+    TOO_IDLE,
+    TOO_SLOW,
+    ErrorReply,
+    Parser,
+)
 from gserver.serve.fastpath import PIECE_BYTES
 from gserver.serve.tls import IncompleteRecord, PlainSocket, TlsSocket
 

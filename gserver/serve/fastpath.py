@@ -12,7 +12,7 @@ For example, `WHO LF why LF` has the kinds of WHO and WHY, 2 and 4. Its plan is 
 from gserver.commands import BUILT_IN, Command, who
 from gserver.errors import ClusterUnavailable
 from gserver.protocol import ErrorReply
-from gserver.serve.replies import Call, Replies, reply_line
+from gserver.serve.replies import Call, Replies, encode
 
 #: Longest read that is taken apart line by line at once. It bounds how long other clients wait for
 #: one of them: 512 bytes are at most 256 lines, 0.1 ms.
@@ -48,9 +48,9 @@ class FastPath:
         self._misses = self._long_plans = 0
         self._lines = _Lines(replies)
         table = replies.grammar.commands
-        who, where, why = (table[item.name.encode()] for item in BUILT_IN)
-        self._who_cell, self._where_cell, self._why_cell = who.cell, where.cell, why.cell
-        self._where_line, self._why_line = (item.answer(replies.service) for item in (where, why))
+        commands = [table[item.name.encode()] for item in BUILT_IN]
+        self._who_cell, self._where_cell, self._why_cell = (item.cell for item in commands)
+        self._where_line, self._why_line = (item.answer(replies.service) for item in commands[1:])
 
     def answer(self, data: bytes, has_spoken: bool) -> bytes | None:
         """Return the replies to a read, counted; or None, with nothing counted.
@@ -78,7 +78,7 @@ class FastPath:
         replies = pieces[0]
         if len(pieces) > 1:
             try:
-                replies = reply_line(self._count_clients()).join(pieces)
+                replies = encode(self._count_clients()).join(pieces)
             except ClusterUnavailable:
                 return None
         cells = self._cells
@@ -93,7 +93,7 @@ class FastPath:
         if 4 * (whos + whys) + 6 * wheres != len(data):
             return None
         try:
-            who_line = reply_line(self._count_clients()) if whos else b""
+            who_line = encode(self._count_clients()) if whos else b""
         except ClusterUnavailable:
             return None
         cells = self._cells

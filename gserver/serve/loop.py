@@ -5,6 +5,7 @@ each client would take an eighth more CPU, and call the last comers first, with 
 percentile (docs/performance.md).
 """
 
+import errno
 import logging
 from collections.abc import Callable
 from math import inf
@@ -117,9 +118,8 @@ class Loop:
             raise SystemError(f"descriptor {fd} of a client was closed by other code, and reused")
         try:
             self._epoll.register(fd, READ)
-        except OSError as error:  # No memory, or fs.epoll.max_user_watches.
-            self._log_failure(error)
-            client.close()
+        except OSError as error:
+            self._fail(client, _fatal_unless_out_of_memory(error))
             return
         if not self._tls_context:
             self.guard(client, self.admit, client, now)
@@ -271,7 +271,10 @@ class Loop:
 
     def watch(self, client: Client, events: int) -> None:
         """Report these events of the client's socket from now on."""
-        self._epoll.modify(client.sock.fileno(), events)
+        try:
+            self._epoll.modify(client.sock.fileno(), events)
+        except OSError as error:
+            raise _fatal_unless_out_of_memory(error) from error
 
     # Deadlines
 
@@ -342,6 +345,13 @@ class Loop:
         # A stale deadline may refer to the client for a while: its buffers must not stay.
         client.work, client.sock = None, cast(Any, None)
         self.on_close()
+
+
+def _fatal_unless_out_of_memory(error: OSError) -> Exception:
+    """Return the error that an error of the loop's epoll is: of one client, or of the worker."""
+    if error.errno in (errno.ENOMEM, errno.ENOSPC):  # The latter: fs.epoll.max_user_watches.
+        return RuntimeError(f"a socket cannot be watched: {error.strerror}")
+    return SystemError("a descriptor of the worker was closed by other code")
 
 
 def log_client(action: str, verb: str, client: Client) -> None:

@@ -193,7 +193,7 @@ class Lifecycle:
         is_late = now >= self.deadline
         match self.phase:
             case Phase.CHECKING_ID if is_late or is_id_checked:
-                self._serve()
+                self._enter_running_phase()
             case Phase.DELAY if is_late:
                 self._enter(self._phase_after_delay, now)
             case Phase.RETIRING if is_late or not has_workers:
@@ -210,7 +210,7 @@ class Lifecycle:
         if generation.number >= self._proven.number:
             self._proven = generation
         if self.phase is Phase.STARTING:
-            self._serve()
+            self._enter_running_phase()
 
     # Reloads.
 
@@ -220,7 +220,7 @@ class Lifecycle:
         self.generation = Generation(self._last_number, certificates)
         self.reload_error = ""
         if self.phase is not Phase.CHECKING_ID:
-            self._serve()
+            self._enter_running_phase()
 
     def is_failed_reload(self, generation: Generation) -> bool:
         """Return whether a worker of this generation that cannot start ends the reload."""
@@ -236,12 +236,12 @@ class Lifecycle:
         self.generation = self._proven
         self.reload_error = reason
         if not self.is_stopping and self.phase is not Phase.CHECKING_ID:
-            self._serve()
+            self._enter_running_phase()
 
     def complete_reload(self) -> None:
         """End the reload: every worker is a new one."""
         self.generation.is_complete = True
-        self._serve()
+        self._enter_running_phase()
 
     # Stops.
 
@@ -273,7 +273,7 @@ class Lifecycle:
 
     # How phases begin.
 
-    def _serve(self) -> None:
+    def _enter_running_phase(self) -> None:
         """Enter the phase that the generation is in. These phases have no deadline."""
         if not self.generation.is_complete:
             self.phase = Phase.RELOADING

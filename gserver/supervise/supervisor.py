@@ -121,31 +121,31 @@ class Supervisor:
         """
         accepting = 0
         if not self._lifecycle.is_port_closed:
-            accepting = sum(child.is_accepting for child in self._all(WORKER))
+            accepting = sum(child.is_accepting for child in self._awaited(WORKER))
         self._scoreboard.put("workers", accepting)
         self._scoreboard.put("stopping", int(self._lifecycle.is_stopping))
         self._scoreboard.put("draining", int(self._lifecycle.is_port_closed))
 
     # Which processes there should be.
 
-    def _all(self, role: str) -> list[Child]:
+    def _awaited(self, role: str) -> list[Child]:
         """Return the children of a role that a stop waits for: not those that cannot be killed."""
         return [child for child in self._children if child.role == role and not child.is_stuck]
 
     def _staying(self, role: str) -> list[Child]:
         """Return those that are not terminating."""
-        return [child for child in self._all(role) if child.is_staying]
+        return [child for child in self._awaited(role) if child.is_staying]
 
     def _workforce(self) -> Workforce[Child]:
-        return Workforce(self._staying(WORKER), len(self._all(WORKER)), self._config.workers)
+        return Workforce(self._staying(WORKER), len(self._awaited(WORKER)), self._config.workers)
 
     def _advance(self, now: float) -> bool:
         """Move to the next phase if this one is over; return whether it was."""
         return self._lifecycle.advance(
             now,
             # An agent that has found another server with this id ends, and is never ready.
-            is_id_checked=all(agent.has_been_ready for agent in self._all(AGENT)),
-            has_workers=bool(self._all(WORKER)),
+            is_id_checked=all(agent.has_been_ready for agent in self._awaited(AGENT)),
+            has_workers=bool(self._awaited(WORKER)),
             has_children=bool(self._children),
         )
 
@@ -170,9 +170,9 @@ class Supervisor:
 
     def _keep_agent(self, now: float) -> None:
         """Start the agent if there is none. One at a time: each continues the one before it."""
-        is_draining_last = self._lifecycle.phase is Phase.DRAINING and not self._all(WORKER)
+        is_draining_last = self._lifecycle.phase is Phase.DRAINING and not self._awaited(WORKER)
         is_needed = self._config.needs_agent and not (is_draining_last or self._failure)
-        if is_needed and not self._all(AGENT):
+        if is_needed and not self._awaited(AGENT):
             self._start(AGENT, -1, now)
 
     def _replace_workers(self, now: float) -> None:
@@ -196,7 +196,7 @@ class Supervisor:
         """End the workers, and after them the agent, which sends the final figures."""
         timeout_seconds, began_at = self._config.drain_timeout_seconds, self._lifecycle.since
         kill_at = began_at + timeout_seconds * WORKERS_SHARE
-        if not self._all(WORKER):
+        if not self._awaited(WORKER):
             self._end_agent(now)
             return
         for child in self._children:  # Those that a reload is terminating get no more time.
@@ -204,7 +204,7 @@ class Supervisor:
                 child.kill_at = min(child.kill_at, kill_at)
         # An agent that ends because of a reload does not leave the cluster. The next one does, and
         # it is started only while there are workers.
-        has_old_agent = len(self._staying(AGENT)) < len(self._all(AGENT))
+        has_old_agent = len(self._staying(AGENT)) < len(self._awaited(AGENT))
         if not has_old_agent or now >= began_at + timeout_seconds * OLD_AGENT_SHARE:
             for child in self._staying(WORKER):
                 child.terminate(kill_at)
