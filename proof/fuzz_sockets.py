@@ -23,6 +23,7 @@ import gevent
 from gevent import socket
 from gevent.pool import Pool
 
+from gserver.protocol import TLS_BEGINNING
 from proof import fuzz_wire as wire
 from tests.faults.rows import Variant
 from tests.faults.site import Site
@@ -475,7 +476,8 @@ class Guest:
         said = wire.read(told, REPLIES, MAX_LINE)
         whole, newline, part = told.rpartition(b"\n")
         before = wire.read(whole + newline, REPLIES, MAX_LINE)
-        if before.is_closed or said.replies[-1:] == [wire.TOO_LONG]:
+        is_tls = said.is_closed and part.startswith(TLS_BEGINNING)  # A first line: closed at once.
+        if before.is_closed or is_tls or said.replies[-1:] == [wire.TOO_LONG]:
             return said
         return wire.Said([*before.replies, TOO_SLOW if part else IDLE], True)
 

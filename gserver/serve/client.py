@@ -111,8 +111,8 @@ class Work:
         self.started_at = 0.0
         #: The reply of a handler that ran in a greenlet; None while it runs.
         self.reply: bytes | None = None
-        #: Replies that the kernel has not taken yet.
-        self.unsent = b""
+        #: Replies that the kernel has not taken yet. A view, since they may be large.
+        self.unsent = memoryview(b"")
         #: The error reply after which the client is closed.
         self.closing_error: ErrorReply | None = None
         #: Whether the client has finished sending.
@@ -205,7 +205,7 @@ class Client:
             self.work.line_deadline = at
         self.loop.set_deadline(self, at)
 
-    def after_send(self, unsent: bytes, now: float) -> None:
+    def after_send(self, unsent: memoryview, now: float) -> None:
         """Go on after the loop has answered: there may be more to send, or to read."""
         if unsent:
             self.block(unsent, now)
@@ -215,7 +215,7 @@ class Client:
     def after_block(self, unsent: bytes | None, now: float) -> None:
         """Go on after the kernel had nothing to read for the loop, or no room for the replies."""
         if unsent:
-            self.block(unsent, now)
+            self.block(memoryview(unsent), now)
         else:
             self._note_part(now)
 
@@ -397,10 +397,10 @@ class Client:
             sent = 0
         if sent == len(data):
             return True
-        self.block(data[sent:], now)
+        self.block(memoryview(data)[sent:], now)
         return False
 
-    def block(self, unsent: bytes, now: float) -> None:
+    def block(self, unsent: memoryview, now: float) -> None:
         """Wait until the client reads, as long as it may take; read nothing from it meanwhile."""
         self._ensure_work().unsent = unsent
         self.state = BLOCKED

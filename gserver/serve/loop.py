@@ -221,7 +221,7 @@ class Loop:
                 client.quiet_since, client.has_spoken = started, True
                 sent = client.sock.send(replies)
                 if has_tls or sent < len(replies):
-                    self.guard(client, client.after_send, replies[sent:], started)
+                    self.guard(client, client.after_send, memoryview(replies)[sent:], started)
             except BlockingIOError:
                 self.guard(client, client.after_block, replies, started)
             except Exception as error:  # noqa: BLE001 (one client must not end the service of all)

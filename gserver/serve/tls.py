@@ -207,7 +207,7 @@ class TlsSocket:
             raise IncompleteRecord
         return data
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: "bytes | memoryview") -> int:
         """Send some of it, and return how much.
 
         Raises BlockingIOError, and must then be called with the same data again. Raises
