@@ -8,6 +8,7 @@ percentile (docs/performance.md).
 import errno
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -336,6 +337,9 @@ class Loop:
         if self.clients.get(fd) is client:
             del self.clients[fd]
             self.limits.uncount_address(fd)
+        # A forked child that has the socket, too, would keep it in the epoll.
+        with suppress(OSError):
+            self._epoll.unregister(fd)
         try:
             client.sock.close()
         except OSError as error:
