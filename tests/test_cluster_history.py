@@ -32,9 +32,9 @@ from tests.history import Answer, Fact, Kind, Promise, Verdict, check
 from tests.redises import Proxy, Redis
 from tests.running import LIMIT, PATIENCE, ROOT, Client, Running, stopped, until
 
-SEED = int(os.environ.get("GSERVER_HISTORY_SEED", "0")) or random.SystemRandom().randrange(
-    1, 1_000_000
-)
+#: Processes that share one run of the tests (pytest-xdist) must name the tests alike.
+_RUN = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
+SEED = int(os.environ.get("GSERVER_HISTORY_SEED", "0")) or _RUN.randrange(1, 1_000_000)
 SECONDS = float(os.environ.get("GSERVER_HISTORY_SECONDS", "25"))
 IS_LONG = SECONDS >= 180
 #: For an agent's checks of the count, round trips through a Proxy, and a busy machine. On two
