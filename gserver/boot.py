@@ -13,9 +13,11 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from errno import EBADF, ENOTSOCK
+from typing import TextIO
 
 from gserver import logs
 from gserver.certificates import Certificates
@@ -56,6 +58,17 @@ class Instructions:
     def scoreboard(self) -> Scoreboard:
         """Map the shared scoreboard."""
         return Scoreboard.attach(self.scoreboard_fd, self.slots)
+
+    @contextmanager
+    def as_file(self) -> Iterator[TextIO]:
+        """Yield a file in memory from which `_read_instructions` reads these instructions.
+
+        A pipe holds 64 KB, and a child that never reads would block the supervisor.
+        """
+        with open(os.memfd_create("gserver-instructions"), "w+") as file:
+            json.dump(asdict(self), file)
+            file.seek(0)
+            yield file
 
     def report(self, kind: str, text: str = "") -> None:
         """Send the supervisor one line: READY, or ERROR or DUPLICATE_ID with the reason."""

@@ -10,7 +10,7 @@ import ipaddress
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from gserver.redis_url import RedisUrl
@@ -38,6 +38,16 @@ RUNNER_VARIABLES = {
 }
 #: Options whose value may be a secret. The option `<name>_file` names a file with the value.
 SECRETS = ("redis_url", "admin_token")
+
+# By which part of --drain-timeout a drain has taken each step.
+#: Workers are told to end, even if an agent that a reload terminates has not ended yet.
+OLD_AGENT_SHARE = 0.35
+#: A worker cuts off the clients that are left.
+CLIENTS_SHARE = 0.75
+#: Workers that still run are killed.
+WORKERS_SHARE = 0.85
+#: The agent is killed if it still runs.
+AGENT_SHARE = 0.92
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +333,16 @@ class Config:
     def address_cells(self) -> int:
         """Cells in which each worker counts clients by address: twice the clients; 0 = no limit."""
         return 2 * max(65536, self.max_clients) if self.max_clients_per_address else 0
+
+    def for_worker(self) -> "Config":
+        """Return what a worker may know: no secret, and the Redis URL without its passwords.
+
+        The URL tells it that there is a cluster.
+        """
+        values: dict[str, Any] = dict.fromkeys(SECRETS, "")
+        if self.redis_url:
+            values["redis_url"] = str(RedisUrl.parse(self.redis_url))
+        return replace(self, **values)
 
     @property
     def contradiction(self) -> str:

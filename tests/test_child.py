@@ -59,17 +59,17 @@ def reporting(text: str, *, exit_code: int = 0) -> Child:
 
 
 def test_a_child_that_never_reads_its_instructions_does_not_block_the_supervisor(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
     instructions = Instructions(
         Config(), Certificates(chain="x" * 1_000_000), 0, 1, Scoreboard.create(1).fd, -1
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     started: list[Child] = []
 
     def start() -> None:
-        started.append(Child.start(WORKER, GENERATION, instructions, environment))
+        started.append(Child.start(WORKER, GENERATION, instructions))
 
     starting = Thread(target=start, daemon=True)
     starting.start()

@@ -265,7 +265,7 @@ def loop(**options: Any) -> Iterator[tuple[Scoreboard, Loop, socket.socket]]:
     scoreboard = Scoreboard.create(1)
     config = Config(server_id="here", **options)
     replies = Replies(config, scoreboard, 0, (*BUILT_IN, rest))
-    loop = Loop(config, Limits(config, scoreboard, 0), replies)
+    loop = Loop(config, Limits(config, scoreboard, 0), replies, capacity=1000)
     with one_more(loop) as client:
         yield scoreboard, loop, client
 

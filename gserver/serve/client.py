@@ -32,15 +32,13 @@ from gserver.protocol import (
     Parser,
 )
 from gserver.serve.fastpath import PIECE_BYTES
-from gserver.serve.tls import IncompleteRecord, PlainSocket, TlsSocket
+from gserver.serve.tls import Handshake, IncompleteRecord, PlainSocket, TlsSocket
 
 if TYPE_CHECKING:
     from gserver.serve.loop import Loop
 
 #: Bytes taken from a socket at once.
 READ_BYTES = 4096
-#: The first byte of a TLS client (RFC 8446, 5.1).
-HANDSHAKE_RECORD = b"\x16"
 #: How long a client that is drained may take for a line that is on its way, or for its first one.
 DRAIN_GRACE_SECONDS = 0.5
 #: How long the end of a client is awaited after its last line, so that no reset overtakes the line.
@@ -187,7 +185,7 @@ class Client:
         """The deadline is over. What has arrived by now is taken in first."""
         state = self.state
         if state is IDLE or state is READING:
-            self._read_at_deadline(now)
+            self._read(now, is_late=True)
         elif state is BLOCKED:
             self._unblock(now)
             if self.state is BLOCKED and self.deadline == inf:  # Not blocked by newer replies.
@@ -226,13 +224,16 @@ class Client:
             self.work = Work()
         return self.work
 
-    def _read(self, now: float) -> None:
+    def _read(self, now: float, *, is_late: bool = False) -> None:
+        """Take what has arrived. `is_late`: without data, the client's time is over."""
         try:
             data = self.sock.recv(READ_BYTES)
-        except IncompleteRecord:
-            self._note_part(now)
-        except BlockingIOError:
-            if self._leaves_at() <= now:
+        except BlockingIOError as error:
+            if is_late:
+                self._end_silence(now)
+            elif isinstance(error, IncompleteRecord):
+                self._note_part(now)
+            elif self._leaves_at() <= now:
                 self._end_silence(now)
             else:
                 self.await_input(now)
@@ -244,15 +245,6 @@ class Client:
         if not self.loop.is_draining:
             self.quiet_since = now
         self.await_input(now)
-
-    def _read_at_deadline(self, now: float) -> None:
-        """Read once more: it may be the loop that is late. Without data, the client is late."""
-        try:
-            data = self.sock.recv(READ_BYTES)
-        except BlockingIOError:
-            self._end_silence(now)
-        else:
-            self.take(data, now)
 
     def take(self, data: bytes, now: float, *, is_tried: bool = False) -> None:
         """Answer what has been received; no data means that the client has finished sending.
@@ -576,50 +568,32 @@ class Client:
 
     def _handshake(self, now: float) -> None:
         """Go on with the handshake by what has arrived."""
-        tls = cast(TlsSocket, self.sock)
         try:
-            received = self._receive_handshake(tls)
-            if received:
-                tls.handshake(received)
-            is_sent = tls.flush()
+            handshake = cast(TlsSocket, self.sock).handshake(READ_BYTES)
         except OSError as error:
             self._fail_handshake(error)
             return
-        if self.state is NEW:
-            self.loop.watch(self, READ if is_sent else WRITE)
-            if is_sent and tls.is_established:
+        match handshake:
+            case Handshake.RECEIVING:
+                self.loop.watch(self, READ)
+            case Handshake.SENDING:
+                self.loop.watch(self, WRITE)
+            case Handshake.DONE:
+                self.loop.watch(self, READ)
                 self.loop.admit(self, now)
+            case Handshake.PLAIN_TEXT:
+                self._reject_plain_text()
+            case Handshake.ABANDONED:
+                self.address = None  # It was never accepted, so its end is not logged.
+                self.close()
 
-    def _receive_handshake(self, tls: TlsSocket) -> bytes:
-        """Return what has arrived; b"" if that is nothing, or if the handshake is over."""
-        if tls.is_established or not tls.flush():
-            return b""
-        try:
-            received = tls.receive(READ_BYTES)
-        except BlockingIOError:
-            return b""
-        if not received:
-            self._end_handshake(tls.has_begun)
-        elif not tls.has_begun and not received.startswith(HANDSHAKE_RECORD):
-            self._reject_plain_text(tls)
-            return b""
-        return received
-
-    def _reject_plain_text(self, tls: TlsSocket) -> None:
+    def _reject_plain_text(self) -> None:
         self.loop.replies.count_error(PLAIN_TEXT)
         self.state, self.address = CLOSING, None
         try:
-            tls.send_plain(PLAIN_TEXT.reply)
+            cast(TlsSocket, self.sock).send_plain(PLAIN_TEXT.reply)
             self._send_end()
         except OSError:  # It has gone: that is no failed handshake, too.
-            self.close()
-
-    def _end_handshake(self, has_begun: bool) -> None:
-        """The client has gone before the end of the handshake."""
-        if has_begun:
-            self._fail_handshake(ConnectionAbortedError("the client has gone"))
-        else:
-            self.address = None
             self.close()
 
     def cut_off_handshake(self) -> None:
@@ -633,7 +607,7 @@ class Client:
             fields = {**address_fields(self.address), **logs.error_fields(error)}
             message = f"no TLS with {self.address[0]}: {error}"
             logs.event(logging.DEBUG, "client.tls_failed", message, fields)
-        self.address = None  # It was never accepted, so its end is not logged.
+        self.address = None
         if type(error).__module__ == "ssl":
             self.state = CLOSING
             self._send_end()

@@ -55,8 +55,8 @@ class Loop:
         limits: Limits,
         replies: Replies,
         *,
+        capacity: int,
         tls_context: "SSLContext | None" = None,
-        max_handshakes: int = MAX_HANDSHAKES,
     ) -> None:
         self.config = config
         self.limits = limits
@@ -65,7 +65,9 @@ class Loop:
         #: Called whenever a socket has been closed.
         self.on_close: Callable[[], object] = lambda: None
         self._tls_context = tls_context
-        self._max_handshakes = max_handshakes
+        #: Connections that there are descriptors for.
+        self.capacity = capacity
+        self._max_handshakes = min(MAX_HANDSHAKES, capacity // 4)
         #: All clients by the descriptors of their sockets, handshakes and rejected ones included.
         self.clients: dict[int, Client] = {}
         #: Clients with a handshake under way, the oldest first.
@@ -122,19 +124,19 @@ class Loop:
         except OSError as error:
             self._fail(client, _fatal_unless_out_of_memory(error))
             return
-        if not self._tls_context:
+        if self._tls_context:
+            self._begin_handshake(client, now)
+        else:
             self.guard(client, self.admit, client, now)
-            return
-        if len(self.handshakes) >= self._max_handshakes:
-            self.end_oldest_handshake()
+
+    def _begin_handshake(self, client: Client, now: float) -> None:
+        """Wait for the client's handshake. If there is no room for it, the oldest one ends."""
+        is_full = len(self.clients) > self.capacity
+        if self.handshakes and (is_full or len(self.handshakes) >= self._max_handshakes):
+            oldest = next(iter(self.handshakes))
+            self.guard(oldest, oldest.cut_off_handshake)
         self.handshakes[client] = None
         self.set_deadline(client, now + (self.config.tls_handshake_timeout_seconds or inf))
-
-    def end_oldest_handshake(self) -> None:
-        """Make room for a new connection, if there is a handshake that can be ended for it."""
-        oldest = next(iter(self.handshakes), None)
-        if oldest is not None:
-            self.guard(oldest, oldest.cut_off_handshake)
 
     def admit(self, client: Client, now: float) -> None:
         """Count a client, or reject it. Its handshake is over, if there was one."""

@@ -10,6 +10,7 @@ import os
 import re
 import ssl
 from calendar import timegm
+from enum import Enum
 from time import strptime
 from typing import Any
 
@@ -20,6 +21,8 @@ from gserver.errors import UsageError
 RECORD_BYTES = 16_384
 HEADER_BYTES = 5
 MAX_RECORD_BYTES = HEADER_BYTES + RECORD_BYTES + 2048
+#: The first byte of a TLS client (RFC 8446, 5.1).
+HANDSHAKE_RECORD = b"\x16"
 #: Limit on unread TLS output per client, such as answers to its KeyUpdates.
 MAX_UNREAD_BYTES = 65_536
 #: The validity of a certificate (RFC 5280, 4.1.2.5): two moments, each UTCTime or GeneralizedTime.
@@ -103,6 +106,20 @@ class IncompleteRecord(BlockingIOError):
     """Bytes have arrived, but no whole record."""
 
 
+class Handshake(Enum):
+    """Where a handshake stands."""
+
+    #: The client must send more.
+    RECEIVING = "receiving"
+    #: The client must read first.
+    SENDING = "sending"
+    DONE = "done"
+    #: The client has gone without having begun.
+    ABANDONED = "abandoned"
+    #: The client does not speak TLS.
+    PLAIN_TEXT = "plain text"
+
+
 class TlsSocket:
     """A client's connection with TLS: receives, sends and closes like a `PlainSocket`.
 
@@ -111,9 +128,11 @@ class TlsSocket:
     """
 
     __slots__ = (
+        "_has_begun",
         "_has_ended",
         "_has_sent_close",
         "_incoming",
+        "_is_established",
         "_outgoing",
         "_owed",
         "_part",
@@ -122,8 +141,6 @@ class TlsSocket:
         "_unread",
         "_unsent",
         "fileno",
-        "has_begun",
-        "is_established",
         "setsockopt",
     )
 
@@ -139,35 +156,48 @@ class TlsSocket:
         self._unsent, self._owed = b"", 0
         self._has_ended = self._has_sent_close = False
         #: Whether the handshake has begun, and whether it is over.
-        self.has_begun = self.is_established = False
+        self._has_begun = self._is_established = False
         self.fileno, self.setsockopt = sock.fileno, sock.setsockopt
 
     # The handshake
 
-    def receive(self, size: int) -> bytes:
-        """Return bytes of the handshake as they arrive. Raises BlockingIOError without any."""
-        return self._sock.recv(size)
+    def handshake(self, size: int) -> Handshake:
+        """Go on with up to `size` bytes that have arrived. Raises OSError if it has failed."""
+        if not self._is_established and self._is_flushed():
+            try:
+                received = self._sock.recv(size)
+            except BlockingIOError:
+                return Handshake.RECEIVING
+            if not received and self._has_begun:
+                raise ConnectionAbortedError("the client has gone")
+            if not received:
+                return Handshake.ABANDONED
+            if not self._has_begun and not received.startswith(HANDSHAKE_RECORD):
+                return Handshake.PLAIN_TEXT
+            self._take_handshake(received)
+        if not self._is_flushed():
+            return Handshake.SENDING
+        return Handshake.DONE if self._is_established else Handshake.RECEIVING
 
     def send_plain(self, data: bytes) -> None:
         """Send without TLS, to a client that does not speak it. A full buffer drops the data."""
         with contextlib.suppress(BlockingIOError):
             self._sock.send(data)
 
-    def handshake(self, received: bytes) -> None:
-        """Go on with what has been received. Raises OSError if the handshake has failed."""
-        self.has_begun = True
+    def _take_handshake(self, received: bytes) -> None:
+        self._has_begun = True
         self._feed(received)
         try:
             self._tls.do_handshake()
-            self.is_established = True
+            self._is_established = True
             self._unread, self._has_ended = self._decrypt()
         except ssl.SSLWantReadError:
             pass
         finally:
-            self.flush()
+            self._is_flushed()  # If it has failed, the client reads why.
 
-    def flush(self) -> bool:
-        """Send what is left of the handshake; return whether the kernel has taken all of it."""
+    def _is_flushed(self) -> bool:
+        """Send what is encrypted; return whether the kernel has taken all of it."""
         with contextlib.suppress(BlockingIOError):
             self._flush()
         return not self._unsent
@@ -200,7 +230,7 @@ class TlsSocket:
         self._feed(received)
         data, self._has_ended = self._decrypt()
         if self._outgoing.pending:
-            self.flush()
+            self._is_flushed()
             if len(self._unsent) > MAX_UNREAD_BYTES:
                 raise ConnectionAbortedError("the client does not read what TLS sends")
         if not data and not self._has_ended:

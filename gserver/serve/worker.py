@@ -31,11 +31,12 @@ from gserver.boot import (
     raise_file_limit,
 )
 from gserver.certificates import Certificates
+from gserver.config import CLIENTS_SHARE
 from gserver.errors import UsageError
 from gserver.serve import tls
 from gserver.serve.command_module import load_commands
 from gserver.serve.limits import Limits
-from gserver.serve.loop import MAX_HANDSHAKES, MAX_REJECTED, Loop
+from gserver.serve.loop import MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
 
 #: Connections accepted in one go by a worker that is alone: as many as the kernel's queue holds by
@@ -50,8 +51,6 @@ MAX_REJECTIONS = 4
 #: How long a worker with more than its share of clients leaves a new one to the others. Then it
 #: accepts it, in case they cannot.
 YIELD_SECONDS = 0.001
-#: The part of the drain timeout that a worker uses; the rest is for processes to end in.
-DRAIN_SHARE = 0.75
 
 
 class Acceptor(StreamServer):
@@ -64,7 +63,7 @@ class Acceptor(StreamServer):
 
     def __init__(self, listener: socket.socket, worker: "Worker", max_accept: int) -> None:
         # No greenlet for each client: the loop serves it, and closes its socket.
-        super().__init__(listener, cast(Any, worker.accept), spawn=None)
+        super().__init__(listener, cast(Any, worker.loop.add), spawn=None)
         self.max_accept = max_accept
         self._worker = worker
         self._kind = int(self.socket.family), int(self.socket.type), self.socket.proto
@@ -136,8 +135,8 @@ class Worker:
         slot = instructions.slot
         for name, value in (("pid", os.getpid()), ("started_at", monotonic_ns())):
             scoreboard.cells[scoreboard.cell(name, slot)] = value
-        self._capacity = raise_file_limit() - RESERVED_FILES
-        if self._capacity < 1:
+        capacity = raise_file_limit() - RESERVED_FILES
+        if capacity < 1:
             raise UsageError(
                 "a process may open too few files: raise the limit (ulimit -n, prlimit)"
             )
@@ -150,8 +149,8 @@ class Worker:
             config,
             self.limits,
             replies,
+            capacity=capacity,
             tls_context=self._make_tls_context(instructions.certificates),
-            max_handshakes=min(MAX_HANDSHAKES, self._capacity // 4),
         )
         self.loop.on_close = self._on_close
         is_alone = config.workers == 1 and not config.tls_cert
@@ -174,20 +173,14 @@ class Worker:
             self._wait_for_change(None)
         self._drain()
 
-    def accept(self, sock: tls.PlainSocket, address: Any) -> None:
-        """Begin with a connection that has been accepted."""
-        if len(self.loop.clients) >= self._capacity:
-            self.loop.end_oldest_handshake()
-        self.loop.add(sock, address)
-
     def is_full(self) -> bool:
         """Whether new clients are left to other workers, or to the kernel's queue."""
         loop = self.loop
-        if len(loop.clients) > self._capacity + MAX_REJECTED:
+        if len(loop.clients) > loop.capacity + MAX_REJECTED:
             return True
         # Other workers may have room. If none has, a new client is accepted, so that it gets the
         # error reply.
-        has_room = len(loop.clients) - loop.rejected < self._capacity
+        has_room = len(loop.clients) - loop.rejected < loop.capacity
         return not has_room and self.limits.clients_of_server() < self._config.max_clients
 
     def is_ahead(self) -> bool:
@@ -236,12 +229,12 @@ class Worker:
                     accepted = self._server.do_read()
                     if not accepted:
                         break
-                    self.accept(*accepted)
+                    self.loop.add(*accepted)
         self._server.close()
 
     def _drain(self) -> None:
         """Close every client, within the deadline."""
-        deadline = monotonic() + self._config.drain_timeout_seconds * DRAIN_SHARE
+        deadline = monotonic() + self._config.drain_timeout_seconds * CLIENTS_SHARE
         self.loop.drain()
         while self.loop.clients and (left := deadline - monotonic()) > 0:
             self._wait_for_change(left)

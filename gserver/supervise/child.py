@@ -1,7 +1,6 @@
 """One child process: how it is started, watched and ended, what it reports, when it is retried."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -9,14 +8,15 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from time import monotonic
 
 from gserver import logs
 from gserver.boot import DUPLICATE_ID, READY, SUPERVISOR_SIGNALS, Instructions
+from gserver.config import SECRETS, environment_names
 from gserver.supervise.phases import Generation
 
 #: Pause before the next try after a child that died before it was ready: doubled each time, up to
@@ -88,13 +88,7 @@ class Child:
     is_pipe_closed: bool = False
 
     @classmethod
-    def start(
-        cls,
-        role: str,
-        generation: Generation,
-        instructions: Instructions,
-        environment: Mapping[str, str],
-    ) -> "Child":
+    def start(cls, role: str, generation: Generation, instructions: Instructions) -> "Child":
         """Start a process; raise OSError if the system cannot.
 
         The supervisor's process id and the report pipe are added to the instructions.
@@ -104,10 +98,7 @@ class Child:
         payload = replace(instructions, supervisor_pid=os.getpid(), report_fd=child_fd)
         inherited = (instructions.scoreboard_fd, instructions.listener_fd, child_fd)
         try:
-            # A file: a pipe holds 64 KB, and a child that never reads would block the supervisor.
-            with open(os.memfd_create("gserver-instructions"), "w+") as stdin:
-                json.dump(asdict(payload), stdin)
-                stdin.seek(0)
+            with payload.as_file() as stdin:
                 process = subprocess.Popen(  # noqa: S603 - the arguments are ours
                     # By its folder, so that no PYTHONPATH is needed to find the package: programs
                     # that handlers start would inherit that.
@@ -115,7 +106,7 @@ class Child:
                     stdin=stdin,
                     pass_fds=[fd for fd in inherited if fd >= 0],
                     process_group=0,  # A terminal's Ctrl-C must reach the supervisor only.
-                    env=environment,
+                    env=_environment(),
                 )
         except OSError:
             os.close(report_fd)
@@ -306,6 +297,12 @@ class Child:
         # keeps its number.
         if self.process.returncode is None:
             os.kill(self.pid, number)
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment without secrets, which programs of handlers would see."""
+    secret = {name for option in SECRETS for name in environment_names(option)}
+    return {name: value for name, value in os.environ.items() if name not in secret}
 
 
 def reap_orphans(known: Collection[int]) -> None:

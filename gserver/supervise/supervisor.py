@@ -14,10 +14,10 @@ from time import monotonic
 
 from gserver import certificates, logs
 from gserver.boot import Instructions
-from gserver.config import Config, show_address
+from gserver.config import AGENT_SHARE, OLD_AGENT_SHARE, WORKERS_SHARE, Config, show_address
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError, UsageError
 from gserver.scoreboard import Scoreboard
-from gserver.supervise import child_secrets, listener, privileges, systemd
+from gserver.supervise import listener, privileges, systemd
 from gserver.supervise.child import (
     AGENT,
     SHORT_LIFE_SECONDS,
@@ -32,10 +32,6 @@ from gserver.supervise.child import (
 from gserver.supervise.phases import NEEDS, Lifecycle, Phase, Treatment, Workforce
 from gserver.supervise.signals import STOP_SIGNALS, PendingSignals
 
-#: Parts of the drain timeout after which workers, then the agent, are killed if they still run.
-WORKERS_SHARE, AGENT_SHARE = 0.85, 0.92
-#: How long a drain waits for an agent that a reload is terminating, as a part of the drain timeout.
-OLD_AGENT_SHARE = 0.35
 #: How long the agent may take to leave the cluster after stuck workers have delayed a stop.
 LATE_AGENT_SECONDS = 1.0
 #: The agent has this much longer to become ready than its check of the server id may take.
@@ -246,16 +242,17 @@ class Supervisor:
             return
         generation = self._lifecycle.generation
         port = self._port if role == WORKER else self._admin_port
+        # Each child gets only the secrets that it needs.
         instructions = Instructions(
-            child_secrets.config_for(role, self._config),
-            child_secrets.certificates_for(role, generation.certificates),
+            self._config.for_worker() if role == WORKER else self._config,
+            generation.certificates if role == WORKER else certificates.Certificates(),
             slot,
             self._scoreboard.slots,
             self._scoreboard.fd,
             port.sock.fileno() if port else -1,
         )
         try:
-            child = Child.start(role, generation, instructions, child_secrets.child_environment())
+            child = Child.start(role, generation, instructions)
         except OSError as error:
             self._backoff[role].spawn_at = now + SHORT_LIFE_SECONDS
             message = f"cannot start the {role}: {error}"
