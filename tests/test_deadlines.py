@@ -12,7 +12,7 @@ class Thing:
     deadline: float = inf
 
 
-def test_a_deadline_that_is_over_comes_at_most_a_tick_late() -> None:
+def test_all_deadlines_that_are_over_come_and_no_other() -> None:
     seed = Random().randrange(1 << 32)
     print(f"seed {seed}")  # noqa: T201 (pytest shows it if the test fails)
     chance, deadlines = Random(seed), Deadlines[Thing]()
@@ -20,15 +20,17 @@ def test_a_deadline_that_is_over_comes_at_most_a_tick_late() -> None:
     now = 1000.0
     for _ in range(3000):
         thing = chance.choice(things)
-        thing.deadline = chance.choice((inf, now + chance.random(), now - chance.random()))
-        if thing.deadline < inf:
-            deadlines.add(thing)
+        at = chance.choice((inf, now + chance.random(), now - chance.random()))
+        if at < inf:
+            deadlines.put(thing, at)
+            assert at <= thing.deadline <= at + 1.01 / TICKS_PER_SECOND
+        else:
+            thing.deadline = inf
         now += chance.random() / 100
         if chance.random() < 0.3:
-            late = [each for each in things if each.deadline <= now - 1 / TICKS_PER_SECOND]
+            late = {each for each in things if each.deadline <= now}
             due = deadlines.pop(now)
-            assert all(each.deadline <= now for each in due)
-            assert set(late) <= set(due)
+            assert set(due) == late
             for each in due:
                 each.deadline = inf
         if chance.random() < 0.01:
@@ -37,23 +39,31 @@ def test_a_deadline_that_is_over_comes_at_most_a_tick_late() -> None:
     assert all(each.deadline > now - 1 for each in things if each.deadline < inf)
 
 
+def test_clients_of_one_tick_share_one_number_and_one_entry_each() -> None:
+    deadlines, things = Deadlines[Thing](), [Thing() for _ in range(10)]
+    for number, thing in enumerate(things):
+        deadlines.put(thing, 5.0 + number / 10_000)
+        deadlines.put(thing, 5.0)
+    assert len({id(thing.deadline) for thing in things}) == 1
+    assert deadlines.entries == 10
+
+
 def test_the_next_moment_is_that_of_the_first_tick() -> None:
     deadlines = Deadlines[Thing]()
     assert deadlines.next_at == inf
     for at in (5.0, 3.0, 4.0):
-        deadlines.add(Thing(at))
+        deadlines.put(Thing(), at)
     assert 3.0 <= deadlines.next_at <= 3.0 + 1.5 / TICKS_PER_SECOND
-    assert [thing.deadline for thing in deadlines.pop(4.5)] == [3.0, 4.0]
+    assert [thing.deadline for thing in deadlines.pop(4.5)] == [3.01, 4.01]
     assert deadlines.next_at >= 5.0
 
 
 def test_stale_entries_are_dropped() -> None:
     deadlines = Deadlines[Thing]()
-    thing, other = Thing(), Thing(7.0)
-    deadlines.add(other)
+    thing, other = Thing(), Thing()
+    deadlines.put(other, 7.0)
     for number in range(1000):
-        thing.deadline = 5 + number / 100
-        deadlines.add(thing)
+        deadlines.put(thing, 5 + number / 100)
     deadlines.drop_stale()
     assert deadlines.entries == 2
     thing.deadline = inf

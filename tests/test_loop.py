@@ -1,5 +1,6 @@
 """The worker's loop: order, turns, deadlines, and when there is a greenlet."""
 
+import _socket
 import gc
 import select
 import signal
@@ -22,7 +23,6 @@ from gserver.serve.client import READ_BYTES
 from gserver.serve.limits import Limits
 from gserver.serve.loop import TURN_CLIENTS, Loop
 from gserver.serve.replies import Replies
-from gserver.serve.tls import PlainSocket
 from tests.running import LIMIT, PATIENCE, Client, Running, extended, stopped, until
 
 MODULE = """
@@ -279,7 +279,7 @@ def rest(_service: object) -> str:
 @contextmanager
 def one_more(loop: Loop) -> Iterator[socket.socket]:
     pair, theirs = socket.socketpair()
-    ours = PlainSocket(pair.family, pair.type, 0, pair.detach())
+    ours = _socket.socket(pair.family, pair.type, 0, pair.detach())
     ours.setblocking(False)
     with closing(theirs):
         loop.add(ours, ("127.0.0.1", 1))

@@ -4,6 +4,7 @@ Nothing here waits. A client that has nothing under way is a socket, a state, a 
 what it has under way is its `Work`. A greenlet exists only while a handler that may block runs.
 """
 
+import _socket
 import logging
 import struct
 import sys
@@ -32,7 +33,7 @@ from gserver.protocol import (
     Parser,
 )
 from gserver.serve.fastpath import PIECE_BYTES
-from gserver.serve.tls import Handshake, IncompleteRecord, PlainSocket, TlsSocket
+from gserver.serve.tls import Handshake, IncompleteRecord, TlsSocket
 
 if TYPE_CHECKING:
     from gserver.serve.loop import Loop
@@ -137,10 +138,10 @@ class Client:
     )
 
     def __init__(
-        self, loop: "Loop", sock: PlainSocket | TlsSocket, address: Any, now: float
+        self, loop: "Loop", sock: _socket.socket | TlsSocket, address: Any, now: float
     ) -> None:
         self.loop = loop
-        self.sock: PlainSocket | TlsSocket = sock
+        self.sock: _socket.socket | TlsSocket = sock
         #: Host and port; None once it is admitted, unless its end is going to be logged.
         self.address = address
         self.state = NEW
@@ -207,7 +208,7 @@ class Client:
         """Go on after the loop has answered: there may be more to send, or to read."""
         if unsent:
             self.block(unsent, now)
-        elif self.sock.has_partial_record or self.sock.has_unread:
+        elif self._tls and (self._tls.has_partial_record or self._tls.has_unread):
             self.await_input(now)
 
     def after_block(self, unsent: bytes | None, now: float) -> None:
@@ -415,7 +416,7 @@ class Client:
     def _has_part(self) -> bool:
         """Whether a line, or a TLS record, has begun and not ended."""
         has_line = self.work is not None and self.work.parser is not None
-        return has_line or bool(self.sock.has_partial_record)
+        return has_line or bool(self._tls and self._tls.has_partial_record)
 
     def await_input(self, now: float) -> None:
         """Everything that has arrived is answered: wait for more, or leave in a drain."""
@@ -431,7 +432,8 @@ class Client:
             self.work = None
         elif work:
             work.line_deadline = inf
-        if self.sock.has_unread or self._leaves_at() <= now:
+        has_unread = self._tls and self._tls.has_unread
+        if has_unread or self._leaves_at() <= now:
             self.loop.make_ready(self)  # Something may have arrived: read once more.
         else:
             self.loop.set_deadline(self, self._silence_ends_at())
@@ -565,6 +567,11 @@ class Client:
                     self.sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, ceil(seconds * 1000))
 
     # TLS
+
+    @property
+    def _tls(self) -> TlsSocket | None:
+        """Its connection, if that is one with TLS."""
+        return self.sock if isinstance(self.sock, TlsSocket) else None
 
     def _handshake(self, now: float) -> None:
         """Go on with the handshake by what has arrived."""

@@ -1,7 +1,8 @@
 """Clients by the moments of their deadlines.
 
-Pure: it knows no clock. Deadlines are kept in ticks of 10 ms, each a list of clients: that costs 8
-bytes and 0.2 us for each client, where a heap of them would cost 144 bytes and 0.6 us.
+Pure: it knows no clock. A deadline is rounded up to a whole tick of 10 ms, and clients of one tick
+share its list and its number. So many clients that come together cost 8 bytes and 0.2 us each,
+where a heap of their own deadlines would cost 144 bytes and 0.6 us.
 """
 
 import heapq
@@ -24,18 +25,23 @@ class Deadlines(Generic[C]):
     """An entry is put in whenever a client's `deadline` changes; those it had before are stale."""
 
     def __init__(self) -> None:
-        self._ticks: dict[int, list[C]] = {}
+        #: Each tick with its moment, and the clients that have been given it.
+        self._ticks: dict[int, tuple[float, list[C]]] = {}
         #: The ticks as a heap.
         self._order: list[int] = []
         self.entries = 0
 
-    def add(self, client: C) -> None:
-        """Put in a client with its present deadline, which is not infinity."""
-        tick = int(client.deadline * TICKS_PER_SECOND) + 1
-        clients = self._ticks.get(tick)
-        if clients is None:
-            clients = self._ticks[tick] = []
-            heapq.heappush(self._order, tick)
+    def put(self, client: C, at: float) -> None:
+        """Give a client a deadline, which is at most a tick later than `at`."""
+        number = int(at * TICKS_PER_SECOND) + 1
+        tick = self._ticks.get(number)
+        if tick is None:
+            tick = self._ticks[number] = number / TICKS_PER_SECOND, []
+            heapq.heappush(self._order, number)
+        deadline, clients = tick
+        if client.deadline == deadline:
+            return
+        client.deadline = deadline
         clients.append(client)
         self.entries += 1
 
@@ -45,28 +51,24 @@ class Deadlines(Generic[C]):
         return self._order[0] / TICKS_PER_SECOND if self._order else inf
 
     def pop(self, now: float) -> list[C]:
-        """Take out and return the clients whose deadlines are over, each at most 10 ms late.
+        """Take out and return the clients whose deadlines are over.
 
         A client can be in it twice.
         """
         due: list[C] = []
-        while self._order and self._order[0] <= now * TICKS_PER_SECOND:
-            clients = self._ticks.pop(heapq.heappop(self._order))
+        while self.next_at <= now:
+            deadline, clients = self._ticks.pop(heapq.heappop(self._order))
             self.entries -= len(clients)
-            due += [client for client in clients if client.deadline <= now]
+            due += [client for client in clients if client.deadline == deadline]
         return due
 
     def drop_stale(self) -> None:
         """Take out the entries of clients that have another deadline by now, or none."""
         current = {
-            tick: [
-                client
-                for client in clients
-                if client.deadline < inf and int(client.deadline * TICKS_PER_SECOND) + 1 == tick
-            ]
-            for tick, clients in self._ticks.items()
+            number: (deadline, [client for client in clients if client.deadline == deadline])
+            for number, (deadline, clients) in self._ticks.items()
         }
-        self._ticks = {tick: clients for tick, clients in current.items() if clients}
+        self._ticks = {number: tick for number, tick in current.items() if tick[1]}
         self._order = list(self._ticks)
         heapq.heapify(self._order)
-        self.entries = sum(map(len, self._ticks.values()))
+        self.entries = sum(len(clients) for _, clients in self._ticks.values())

@@ -283,16 +283,14 @@ class Loop:
 
     def set_deadline(self, client: Client, at: float) -> None:
         """Call the client's `on_deadline` at that moment, and not at an earlier one."""
-        if at == client.deadline:
-            return
-        client.deadline = at
         if at == inf:
+            client.deadline = inf
             return
-        self._deadlines.add(client)
+        self._deadlines.put(client, at)
         if self._deadlines.entries > 2 * len(self.clients) + 1024:
             # A client that sends its lines in pieces leaves a stale entry with each.
             self._deadlines.drop_stale()
-        if at < self._expires_at:
+        if client.deadline < self._expires_at:
             self._start_deadline_timer(self._deadlines.next_at)
 
     def _start_deadline_timer(self, at: float) -> None:

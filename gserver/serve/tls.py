@@ -95,13 +95,6 @@ def _no_password() -> str:
     )
 
 
-class PlainSocket(_socket.socket):
-    """A client's connection without TLS: a bare non-blocking socket."""
-
-    __slots__ = ()
-    has_partial_record = has_unread = False
-
-
 class IncompleteRecord(BlockingIOError):
     """Bytes have arrived, but no whole record."""
 
@@ -121,7 +114,7 @@ class Handshake(Enum):
 
 
 class TlsSocket:
-    """A client's connection with TLS: receives, sends and closes like a `PlainSocket`.
+    """A client's connection with TLS: receives, sends and closes like the socket under it.
 
     OpenSSL works on memory and is given whole records only, because it does not report a part of a
     record that it holds.

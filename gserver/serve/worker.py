@@ -8,6 +8,7 @@ There are `--workers` of them with the same duties. A worker writes its own slot
 it talks to no other process. What it must know of them, it reads from the scoreboard.
 """
 
+import _socket
 import logging
 import os
 import signal
@@ -75,7 +76,7 @@ class Acceptor(StreamServer):
             fd, address = cast(Any, self.socket)._accept()
         except BlockingIOError:
             return None
-        sock = tls.PlainSocket(*self._kind, fd)
+        sock = _socket.socket(*self._kind, fd)
         sock.setblocking(False)
         self._has_yielded = False
         return sock, address
