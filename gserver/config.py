@@ -215,7 +215,7 @@ class Config:
         0.0, CLIENTS, "Close a client that sends nothing for this long; 0 = never."
     )
     write_timeout_seconds: float = _option(
-        10.0, CLIENTS, "Close a client that leaves replies unread for this long; 0 = 2 minutes."
+        10.0, CLIENTS, "Time in which waiting replies must have been read; 0 = 2 minutes."
     )
     unterminated_after_seconds: float = _option(
         0.1, CLIENTS, "Reply to a command without its newline after this much silence; 0 = never."
