@@ -1,4 +1,4 @@
-"""How a child process begins: the instructions of the supervisor, and how the child takes them.
+"""What worker and agent share: how they take the supervisor's instructions, report and live.
 
 A child is a new interpreter (`python -P gserver/ child ROLE SLOT`), not a fork: gevent starts clean
 in it, and a reload brings new code. Its instructions come as JSON on its stdin, so neither
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from errno import EBADF, ENOTSOCK
-from typing import TextIO
+from typing import Any, TextIO
 
 from gserver import logs
 from gserver.certificates import Certificates
@@ -72,8 +72,7 @@ class Instructions:
 
     def report(self, kind: str, text: str = "") -> None:
         """Send the supervisor one line: READY, or ERROR or DUPLICATE_ID with the reason."""
-        line = " ".join([kind, *text.split()]).encode("ascii", "backslashreplace")
-        os.write(self.report_fd, line[:MAX_REPORT_BYTES] + b"\n")
+        _report(self.report_fd, kind, text)
 
 
 def begin() -> Instructions:
@@ -104,15 +103,25 @@ def begin() -> Instructions:
 
 
 def _read_instructions() -> Instructions:
+    payload: dict[str, Any] = {}
     try:
-        payload = {} if sys.stdin.isatty() else json.load(sys.stdin)
-        payload["config"] = Config(**payload["config"])
-        payload["certificates"] = Certificates(**payload["certificates"])
-        return Instructions(**payload)
+        payload |= {} if sys.stdin.isatty() else json.load(sys.stdin)
+        config, certificates = Config(**payload["config"]), Certificates(**payload["certificates"])
+        return Instructions(**payload | {"config": config, "certificates": certificates})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            "a child process is started by a `gserver serve` of the same version, not by hand"
-        ) from error
+        report_fd = payload.get("report_fd")
+        if not isinstance(report_fd, int):
+            raise UsageError(
+                "a child process is started by a `gserver serve` of the same version, not by hand"
+            ) from error
+        reason = "the running supervisor is of another version than this code: restart it"
+        _report(report_fd, ERROR, reason)
+        raise UsageError(reason) from error
+
+
+def _report(report_fd: int, kind: str, text: str) -> None:
+    line = " ".join([kind, *text.split()]).encode("ascii", "backslashreplace")
+    os.write(report_fd, line[:MAX_REPORT_BYTES] + b"\n")
 
 
 def exit_if_orphaned(instructions: Instructions) -> None:
@@ -122,7 +131,10 @@ def exit_if_orphaned(instructions: Instructions) -> None:
 
 
 def keep_heartbeat(instructions: Instructions, scoreboard: Scoreboard) -> None:
-    """Write this process's heartbeat for ever. Runs in a greenlet of its own."""
+    """Write this process's heartbeat until the supervisor has gone. Runs in a greenlet of its own.
+
+    It also logs how many warnings were suppressed.
+    """
     heartbeat = scoreboard.heartbeat_cell(instructions.slot)
     while True:
         exit_if_orphaned(instructions)

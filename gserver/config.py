@@ -347,7 +347,7 @@ class Config:
     @property
     def contradiction(self) -> str:
         """The first contradiction between options, as one line; "" if there is none."""
-        return self._cluster_contradiction or self._port_contradiction
+        return self._cluster_contradiction or self._listening_contradiction
 
     @property
     def _cluster_contradiction(self) -> str:
@@ -363,7 +363,7 @@ class Config:
         return ""
 
     @property
-    def _port_contradiction(self) -> str:
+    def _listening_contradiction(self) -> str:
         if self.admin_port >= 0 and not self.admin_token and not is_loopback(self.admin_host):
             where = f"--admin-host {self.admin_host}"
             return f"{where} can be reached from elsewhere: give it an --admin-token too"

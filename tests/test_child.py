@@ -219,6 +219,16 @@ def test_a_child_that_does_not_end_after_a_kill_is_found_stuck_once() -> None:
     until(hung.has_ended, "the child has ended")
 
 
+def test_a_hung_child_that_was_killed_stays_hung_though_it_should_end_now() -> None:
+    hung = running()
+    assert hung.watch(100.0, heartbeat_at=0.0, hang_seconds=5.0) is None
+    assert hung.watch(101.0, heartbeat_at=0.0, hang_seconds=5.0) is Finding.HUNG
+    hung.terminate(kill_at=110.0)
+    assert hung.state is State.HUNG
+    until(hung.has_ended, "the child has ended")
+    assert not hung.has_ended_as_requested, "its clients are lost"
+
+
 def test_a_child_that_does_not_end_in_time_is_killed() -> None:
     code = "import signal; signal.signal(15, signal.SIG_IGN); print(flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:

@@ -20,7 +20,7 @@ from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
 from tests.faults.rows import Notes
 from tests.redises import Redis, free_port
-from tests.running import LIMIT, PATIENCE, Running, environment, gserver, until
+from tests.running import LIMIT, PATIENCE, ROOT, Running, environment, gserver, until
 from tests.test_cluster import FAST, all_say, cluster, connect, servers_known, started, watching
 
 #: Seconds that a start may take longer while Redis is away.
@@ -437,3 +437,18 @@ def test_without_a_cluster_there_is_no_agent_or_one_that_does_not_load_redis() -
     assert "gserver.agent.statsd" in before
     assert not {"redis", "gserver.cluster.heartbeat", "gserver.cluster.redis_link"} & set(before)
     assert {"redis", "gserver.cluster.redis_link"} <= set(after)
+
+
+def test_a_server_whose_agent_cannot_start_does_not_take_its_id_for_checked(
+    redis: Redis, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'agent' in sys.orig_argv:\n    sys.exit(1)\n"
+    )
+    config = Config(redis_url=redis.url)
+    options = in_cluster(redis, "unchecked", "--server-id", "mine")
+    began = time.monotonic()
+    with Running(*options, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, wait=False) as server:
+        server.wait_for("agent.died")
+        server.wait_for("worker.ready")
+        assert time.monotonic() - began > config.settle_seconds

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from gserver.boot import RESERVED_FILES
 from gserver.serve.loop import MAX_HANDSHAKES
 from tests.running import LIMIT, Running, limited, stopped, until
+from tests.test_admin import status
 from tests.tls_client import TlsClient, certified, trust
 
 
@@ -76,6 +78,23 @@ def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
             stack.enter_context(server.client())
         with TlsClient(server.port, trust(pems)) as good:
             assert good.who() == 1
+
+
+def test_a_client_that_spoke_plain_text_is_no_failed_handshake_when_it_makes_room(
+    pems: Path,
+) -> None:
+    with ExitStack() as stack:
+        options = [*certified(pems), "--tls-handshake-timeout", "0", "--admin-port", "0"]
+        # Room for four handshakes.
+        server = stack.enter_context(Running(*options, command=limited(RESERVED_FILES + 16)))
+        plain = stack.enter_context(server.client())
+        plain.send(b"WHO\n")
+        assert plain.line().startswith(b"ERR ")
+        for _ in range(4):
+            stack.enter_context(server.client())
+        assert plain.rest() == b""
+        errors = status(server)["error_replies"]
+        assert (errors["plain_text"], errors["tls_failed"]) == (1, 0)
 
 
 def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:

@@ -264,7 +264,7 @@ def loop(**options: Any) -> Iterator[tuple[Scoreboard, Loop, socket.socket]]:
     """A loop in this process, and one client of it."""
     scoreboard = Scoreboard.create(1)
     config = Config(server_id="here", **options)
-    replies = Replies(config, scoreboard, 0, (*BUILT_IN, rest))
+    replies = Replies(config, scoreboard, 0, (*BUILT_IN, rest, slow))
     loop = Loop(config, Limits(config, scoreboard, 0), replies, capacity=1000)
     with one_more(loop) as client:
         yield scoreboard, loop, client
@@ -290,7 +290,7 @@ def test_a_turn_that_comes_while_a_handler_runs_does_not_end_it() -> None:
     with loop() as (_, ours, client):
         client.sendall(b"REST\nWHY\n")
         gevent.sleep(0.03)
-        ours.make_ready(next(iter(ours.clients.values())))
+        ours.enqueue(next(iter(ours.clients.values())))
         gevent.sleep(0.3)
         assert client.recv(100) == b"rested\n42\n"
 
@@ -448,3 +448,24 @@ def test_a_worker_whose_descriptor_somebody_closes_while_it_waits_for_a_last_end
             assert last.rest().startswith(b"ERR ")
             client.send(b"CLOSE-LAST\n")
             server.wait_for("worker.died")
+
+
+def test_the_time_of_a_slow_read_is_counted_once() -> None:
+    with loop() as (scoreboard, ours, client), one_more(ours) as other:
+        client.sendall(b"SL")
+        gevent.sleep(0.05)
+        client.sendall(b"OW\n")
+        other.sendall(b"WHY\n")
+        gevent.sleep(0.3)
+        assert (client.recv(100), other.recv(100)) == (b"slow\n", b"42\n")
+        totals = scoreboard.totals()
+        assert totals["reads"] == 2
+        assert 0.05e9 <= totals["service_ns"] < 0.09e9
+
+
+@command("SLOW", may_block=False)
+def slow(_service: object) -> str:
+    started = time.thread_time()
+    while time.thread_time() - started < 0.05:
+        pass
+    return "slow"

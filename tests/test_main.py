@@ -2,6 +2,7 @@
 one.
 """
 
+import json
 import os
 import pty
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.running import LIMIT, ROOT, Client, Running, environment, gserver, until
+from tests.running import GSERVER, LIMIT, ROOT, Client, Running, environment, gserver, until
 
 BY_HAND = (
     "gserver: a child process is started by a `gserver serve` of the same version, not by hand\n"
@@ -46,6 +47,26 @@ def test_a_child_that_is_given_junk_says_that_it_is_not_for_people(
     with (tmp_path / "junk").open("rb") as stdin:
         done = gserver("child", "worker", stdin=stdin)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
+
+
+def test_a_child_of_another_version_tells_the_supervisor_what_to_do() -> None:
+    ours, theirs = os.pipe()
+    payload = json.dumps({"config": {"an_option_that_is_gone": 1}, "report_fd": theirs})
+    done = subprocess.run(
+        [*GSERVER, "child", "worker"],
+        input=payload,
+        pass_fds=[theirs],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    os.close(theirs)
+    with os.fdopen(ours) as reports:
+        reason = "the running supervisor is of another version than this code: restart it"
+        assert reports.read() == f"error {reason}\n"
+    assert (done.returncode, done.stderr) == (2, f"gserver: {reason}\n")
 
 
 def test_a_child_at_a_terminal_does_not_wait_for_what_a_person_cannot_type() -> None:

@@ -204,13 +204,12 @@ def test_a_reload_that_is_given_up_goes_back_and_its_number_is_not_used_again() 
     numbers = {first.number}
     for _ in range(3):
         server.begin_reload(Certificates())
-        assert server.reload_error == ""
         assert server.generation.number not in numbers
         numbers.add(server.generation.number)
         assert server.is_failed_reload(server.generation)
         assert not server.is_failed_reload(first)
-        server.give_up_reload("no such file")
-        assert (server.phase, server.reload_error) == (Phase.SERVING, "no such file")
+        server.give_up_reload()
+        assert server.phase is Phase.SERVING
         assert server.generation is first
 
 
@@ -221,7 +220,7 @@ def test_a_reload_that_is_given_up_goes_back_to_the_one_under_way_before_it() ->
     server.begin_reload(Certificates("two"))
     server.note_ready(one)
     assert server.is_failed_reload(server.generation)
-    server.give_up_reload("empty")
+    server.give_up_reload()
     assert server.generation is one
     assert server.phase is Phase.RELOADING
     assert not server.is_failed_reload(one), "a worker of it was ready: there is no way back"
@@ -231,14 +230,14 @@ def test_a_proven_reload_that_cannot_go_on_leaves_the_workers_that_there_are() -
     server = lifecycle(Phase.RELOADING)
     new = server.generation
     server.note_ready(new)
-    server.give_up_reload("no slot")
+    server.give_up_reload()
     assert (server.phase, server.generation) == (Phase.SERVING, new)
 
 
 def test_a_reload_before_any_worker_was_ready_can_be_given_up_too() -> None:
     server = lifecycle(Phase.STARTING)
     server.begin_reload(Certificates())
-    server.give_up_reload("empty")
+    server.give_up_reload()
     assert server.phase is Phase.STARTING
 
 
@@ -251,7 +250,7 @@ def test_a_reload_that_is_given_up_during_a_stop_changes_no_phase(phase: Phase) 
     if phase is Phase.DRAINING:
         server.drain(20.0)
     deadline = server.deadline
-    server.give_up_reload("empty")
+    server.give_up_reload()
     assert (server.phase, server.deadline) == (phase, deadline)
 
 

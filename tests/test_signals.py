@@ -17,7 +17,7 @@ assert select.select([pending.fd], [], [], 0)[0] == []
 os.kill(os.getpid(), signal.SIGHUP)
 os.kill(os.getpid(), signal.SIGTERM)
 assert select.select([pending.fd], [], [], 5)[0] == [pending.fd]
-assert pending.take() == [signal.SIGHUP, signal.SIGTERM]
+assert pending.take() == [(signal.SIGHUP, False), (signal.SIGTERM, True)]
 assert pending.take() == []
 assert select.select([pending.fd], [], [], 0)[0] == []
 if os.fork() == 0:
@@ -33,6 +33,36 @@ assert len(pending.take()) == 100_000
 def test_signals_are_noted_in_order_and_wake_the_loop() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=environment(),
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+HANGUP = """
+import os, pty, signal
+from gserver.supervise.signals import PendingSignals
+
+ours, theirs = pty.openpty()
+os.dup2(theirs, 0)
+os.close(theirs)
+pending = PendingSignals(signal.SIGHUP, signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGHUP)
+assert pending.take() == [(signal.SIGHUP, False)]
+os.close(ours)
+os.kill(os.getpid(), signal.SIGHUP)
+os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGHUP)
+assert pending.take() == [(signal.SIGHUP, True)]
+"""
+
+
+def test_a_closed_terminal_is_one_request_to_stop() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGUP],
         capture_output=True,
         text=True,
         timeout=LIMIT,

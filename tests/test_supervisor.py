@@ -980,3 +980,41 @@ def test_a_reload_without_a_free_slot_is_given_up_with_the_reason() -> None:
         failed = server.wait_for("server.reload_failed")
         assert "2 workers were killed and have not ended" in failed["message"]
         assert server.who() == 1
+
+
+def test_a_stop_does_not_wait_for_a_worker_that_cannot_be_killed() -> None:
+    with Running("--hang-timeout", "1", "--drain-timeout", "300") as server:
+        stuck = server.workers()[0]
+        with frozen(stuck):
+            server.wait_for("worker.stuck")
+            server.wait_for("worker.ready", 2)
+            server.send_signal(signal.SIGTERM)
+            assert server.process.wait(LIMIT) == 1
+            assert server.wait_for("server.stopped")["message"] == (
+                f"stopped; worker {stuck.pid} cannot be ended"
+            )
+
+
+def test_a_worker_that_is_told_late_of_a_drain_cuts_its_clients_off_in_time(tmp_path: Path) -> None:
+    options = ("--admin-port", "0", "--drain-timeout", "4", "--hang-timeout", "0")
+    with start(tmp_path, *options) as server:
+        server.wait_for("agent.ready")
+        with stopped(*server.agents()):  # A drain waits for the agent that a reload terminates.
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("server.reloaded")
+            with server.client() as client:
+                client.who()
+                client.send(b"SLEEP\n")
+                server.send_signal(signal.SIGTERM)
+                server.wait_for("worker.cut_off")
+                server.wait_for("server.stopped")
+        killed = {event["gserver.child_pid"] for event in server.events("worker.killed")}
+        assert not killed
+
+
+def test_a_client_that_has_had_its_last_line_is_not_cut_off() -> None:
+    with Running("--drain-timeout", "1") as server, server.client() as client:
+        client.who()
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0  # The client has not closed its end by then.
+        assert not server.events("worker.cut_off")

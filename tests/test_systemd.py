@@ -4,6 +4,7 @@ With real sockets, and with systemd-socket-activate.
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from gserver.errors import UsageError
 from gserver.supervise.systemd import VARIABLES, Manager
 from tests.redises import free_port
 from tests.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
+from tests.tls_client import certified
 
 SECOND = PATIENCE
 
@@ -116,6 +118,21 @@ def test_the_manager_is_sent_ready_reloading_and_stopping(
             assert client.who() == 1, "the lame duck serves"
         assert server.exit_code() == 0
     assert set(listener.waiting()) <= {"STOPPING=1"}, "only the number of clients changes"
+
+
+def test_the_manager_is_told_of_a_reload_that_fails_at_once(
+    listener: Listener, pems: Path, tmp_path: Path
+) -> None:
+    for name in ("server.pem", "server.key"):
+        shutil.copy(pems / name, tmp_path)
+    with Running(*certified(tmp_path), env={"NOTIFY_SOCKET": listener.address}) as server:
+        assert listener.message()[0] == "READY=1"
+        (tmp_path / "server.pem").unlink()
+        server.send_signal(signal.SIGHUP)
+        assert listener.message()[0] == "RELOADING=1"
+        state, status = listener.message()
+        assert state == "READY=1"
+        assert "the last reload was given up: --tls-cert " in status
 
 
 def test_a_server_that_is_never_ready_does_not_send_ready(

@@ -228,6 +228,25 @@ def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path
         assert client.line() == b""
 
 
+def test_a_part_of_a_record_that_came_while_the_worker_was_held_up_is_no_idleness(
+    pems: Path, tmp_path: Path
+) -> None:
+    limits = ("--idle-timeout", "1", "--line-timeout", "30")
+    with (
+        Running(*certified(pems), *limits) as server,
+        RecordClient(server.port, trust(pems), tmp_path) as client,
+    ):
+        client.send(client.record(b"WHY\n"))
+        assert client.line() == b"42\n"
+        record = client.record(b"WHY\n")
+        with stopped(*server.workers()):
+            time.sleep(0.5)
+            client.send(record[:-1])
+            time.sleep(0.9)
+        client.send(record[-1:])
+        assert client.line() == b"42\n"
+
+
 @pytest.mark.parametrize("whole", [b"", b"WHY\n", b"NOPE\nWHY\n", b"WHY\nWHE"])
 @pytest.mark.parametrize("is_early", [True, False], ids=["with the handshake", "later"])
 def test_a_part_of_a_record_has_its_time_wherever_it_comes(

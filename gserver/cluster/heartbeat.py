@@ -85,7 +85,7 @@ class HeartbeatSender:
             self._report(own_clients)
             self._pause(started_at, own_clients)
         # Not at a reload. And a server that drains counts until its last client has gone.
-        if self._scoreboard.get("draining") and not self._scoreboard.clients():
+        if self._scoreboard.get("port_closed") and not self._scoreboard.clients():
             self._leave()
         self._link.drop()
 

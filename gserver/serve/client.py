@@ -62,9 +62,10 @@ class State(Enum):
     BUSY = "busy"
     #: The client does not take its replies. Nothing is read meanwhile.
     BLOCKED = "blocked"
-    #: The last line has been sent, and the client's end is awaited. It is not counted any more.
+    #: The last line has been sent, and the client's end is awaited. It is not counted any more, or
+    #: never was: its handshake has failed.
     CLOSING = "closing"
-    #: The same for a client that was rejected.
+    #: The same for a client that was rejected by a limit.
     REJECTED = "rejected"
     #: The socket is closed.
     CLOSED = "closed"
@@ -121,7 +122,7 @@ class Work:
 
 
 class Client:
-    """A client of one worker. The loop calls `on_event`, `on_ready` and `on_deadline`.
+    """A client of one worker. The loop calls `on_event`, `on_turn` and `on_deadline`.
 
     All three may raise OSError if the connection is broken; the loop closes the client then.
     """
@@ -165,11 +166,11 @@ class Client:
         elif state is BUSY:
             self.loop.watch(self, MUTED)
         elif state is NEW:
-            self.loop.make_ready(self)
+            self.loop.enqueue(self)
         elif state is CLOSING or state is REJECTED:
             self._await_end()
 
-    def on_ready(self, now: float) -> None:
+    def on_turn(self, now: float) -> None:
         """It is this client's turn to go on with what it has under way."""
         if self.state is NEW:
             self._handshake(now)
@@ -215,8 +216,9 @@ class Client:
         """Go on after the kernel had nothing to read for the loop, or no room for the replies."""
         if unsent:
             self.block(memoryview(unsent), now)
-        else:
+        elif self._has_part:
             self._note_part(now)
+            self.await_input(now)
 
     # Reading and answering
 
@@ -230,11 +232,9 @@ class Client:
         try:
             data = self.sock.recv(READ_BYTES)
         except BlockingIOError as error:
-            if is_late:
-                self._end_silence(now)
-            elif isinstance(error, IncompleteRecord):
+            if isinstance(error, IncompleteRecord):
                 self._note_part(now)
-            elif self._leaves_at() <= now:
+            if is_late or self._leaves_at() <= now:
                 self._end_silence(now)
             else:
                 self.await_input(now)
@@ -245,7 +245,6 @@ class Client:
         """Part of a TLS record has arrived: the client is not silent. That prolongs no drain."""
         if not self.loop.is_draining:
             self.quiet_since = now
-        self.await_input(now)
 
     def take(self, data: bytes, now: float, *, is_tried: bool = False) -> None:
         """Answer what has been received; no data means that the client has finished sending.
@@ -275,7 +274,7 @@ class Client:
             if work.items:
                 may_go_on = self._answer(work, now)
             elif work.unread and has_had_turn:
-                self.loop.make_ready(self)
+                self.loop.enqueue(self)
                 return
             elif work.unread:
                 has_had_turn = True
@@ -369,7 +368,7 @@ class Client:
         reply = self.loop.replies.reply_to(command)
         if self.state is BUSY:
             self._ensure_work().reply = reply
-            self.loop.make_ready(self)
+            self.loop.enqueue(self)
 
     def _end_handler(self, work: Work, reply: bytes, now: float) -> None:
         work.reply = None
@@ -434,7 +433,7 @@ class Client:
             work.line_deadline = inf
         has_unread = self._tls and self._tls.has_unread
         if has_unread or self._leaves_at() <= now:
-            self.loop.make_ready(self)  # Something may have arrived: read once more.
+            self.loop.enqueue(self)  # Something may have arrived: read once more.
         else:
             self.loop.set_deadline(self, self._silence_ends_at())
 
@@ -495,7 +494,7 @@ class Client:
     def drain(self, now: float) -> None:
         """Close once what has been received is answered."""
         if self.state is IDLE or self.state is READING:
-            self.loop.make_ready(self)
+            self.loop.enqueue(self)
         elif self.state is NEW:
             at = min(self.deadline, now + DRAIN_GRACE_SECONDS)
             self.loop.set_deadline(self, at)
@@ -604,8 +603,11 @@ class Client:
             self.close()
 
     def cut_off_handshake(self) -> None:
-        """End a handshake that is in the way: there are too many, or the worker exits."""
-        self._fail_handshake(ConnectionAbortedError("it was cut off"))
+        """End a handshake, since there are too many. One that has failed waits for its end only."""
+        if self.state is NEW:
+            self._fail_handshake(ConnectionAbortedError("it was cut off"))
+        else:
+            self.close()
 
     def _fail_handshake(self, error: OSError) -> None:
         """Count it, and close; a client that broke TLS can read the alert that says why."""

@@ -6,7 +6,7 @@ answer a read is remembered: a *plan*. With a plan, one command takes 0.4 us and
 make a plan for 32 takes 5 us; built-in commands in upper case are answered without one in 2.5.
 
 For example, `WHO LF why LF` has the kinds of WHO and WHY, 2 and 4. Its plan is the pieces `b""` and
-`b"LF 42 LF"`, between which the number goes, and one count for each of the two cells.
+`b"LF 42 LF"`, between which the number goes, and the counts for the cells of the three commands.
 """
 
 from gserver.commands import BUILT_IN, Command, who
@@ -194,7 +194,7 @@ class _Lines(dict[bytes, int]):
     def _add(self, item: Command | ErrorReply, reply: bytes, cell: int, replies: Replies) -> int:
         kind = self._kinds[item] = len(self.replies)
         self.replies.append(reply)
-        self.calls[kind] = replies.call(item)
+        self.calls[kind] = replies.call_for(item)
         self.cells.append((kind, cell))
         return kind
 

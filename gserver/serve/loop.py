@@ -9,6 +9,7 @@ import errno
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 #: Clients that are answered in one turn of the loop; then handlers and the others have theirs.
 TURN_CLIENTS = 256
-#: How long the clients that wait for their turn (`make_ready`) have together in one turn.
-READY_SECONDS = 0.0001
+#: How long the clients that wait for their turn (`enqueue`) have together in one turn.
+QUEUE_SECONDS = 0.0001
 #: Lowest in libev: new clients are accepted before the bytes of others are read.
 PRIORITY = -2
 #: If a deadline is noticed this late, the process was stopped or overloaded: the client gets this
@@ -73,7 +74,7 @@ class Loop:
         #: Clients with a handshake under way, the oldest first.
         self.handshakes: dict[Client, None] = {}
         #: Clients that wait for their turn to go on, the first first.
-        self.ready: dict[Client, None] = {}
+        self.queue: dict[Client, None] = {}
         #: Rejected clients that are still open, and those rejected since the last turn.
         self.rejected = self.rejected_now = 0
         self.drain_started_at = inf
@@ -85,8 +86,8 @@ class Loop:
         self._held: list[tuple[int, int]] | None = None
         self._watcher = hub.loop.io(self._epoll.fileno(), READ, priority=PRIORITY)
         self._watcher.start(fatal_on_error(self._take_turn))
-        self._ready_timer = hub.loop.timer(0)
-        self._serve_ready_or_exit = fatal_on_error(self._serve_ready)
+        self._queue_timer = hub.loop.timer(0)
+        self._serve_queue_or_exit = fatal_on_error(self._serve_queue)
         self._deadlines: Deadlines[Client] = Deadlines()
         self._deadline_timer: Any = hub.loop.timer(0)
         self._expire_or_exit = fatal_on_error(self._expire)
@@ -204,21 +205,24 @@ class Loop:
     def _serve(self, events: list[tuple[int, int]]) -> None:
         """Tell clients of their events. Idle clients, which most are, are answered right here."""
         started, reads, has_tls = monotonic(), 0, self._tls_context is not None
+        #: Time of clients that count their reads themselves.
+        counted_seconds = 0.0
         clients, answer, is_draining = self.clients, self.answer, self.is_draining
         for fd, _ in events:
             client = clients.get(fd)
             if client is None:
                 continue  # The listener, or a client that was closed in this turn.
             if client.state is not IDLE or is_draining:
-                if client not in self.ready:  # Else its turn is to come.
-                    self.guard(client, client.on_event, started)
+                if client not in self.queue:  # Else its turn is to come.
+                    counted_seconds += self._take_step(client, client.on_event, started)
                 continue
             replies = None
             try:
                 data = client.sock.recv(READ_BYTES)
                 replies = answer(data, client.has_spoken)
                 if replies is None:
-                    client.take(data, started, is_tried=True)
+                    step = partial(client.take, is_tried=True)
+                    counted_seconds += self._take_step(client, step, data, started)
                     continue
                 reads += 1
                 client.quiet_since, client.has_spoken = started, True
@@ -230,7 +234,14 @@ class Loop:
             except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
                 self._fail(client, error)
         if reads:
-            self.replies.count_reads(reads, round((monotonic() - started) * 1e9))
+            seconds = monotonic() - started - counted_seconds
+            self.replies.count_reads(reads, round(seconds * 1e9))
+
+    def _take_step(self, client: Client, step: Callable[..., object], *arguments: Any) -> float:
+        """Take a step with a client, as `guard` does; return how long it took, in seconds."""
+        started = monotonic()
+        self.guard(client, step, *arguments)
+        return monotonic() - started
 
     def guard(self, client: Client, step: Callable[..., object], *arguments: Any) -> None:
         """Take a step with a client; close the client if its connection, or our code, fails."""
@@ -251,22 +262,22 @@ class Loop:
         message = f"a client is closed after an internal error: {error!r}"
         logs.warn_ratelimited("process.error", message, logs.error_fields(error))
 
-    def make_ready(self, client: Client) -> None:
-        """Call the client's `on_ready` in one of the next turns."""
-        if not self.ready:
-            self._ready_timer.start(self._serve_ready_or_exit)
-        self.ready[client] = None
+    def enqueue(self, client: Client) -> None:
+        """Call the client's `on_turn` in one of the next turns."""
+        if not self.queue:
+            self._queue_timer.start(self._serve_queue_or_exit)
+        self.queue[client] = None
 
-    def _serve_ready(self) -> None:
-        ready, now = self.ready, monotonic()
-        until = now + READY_SECONDS
-        while ready and now < until:
-            client = next(iter(ready))
-            del ready[client]
-            self.guard(client, client.on_ready, now)
+    def _serve_queue(self) -> None:
+        queue, now = self.queue, monotonic()
+        until = now + QUEUE_SECONDS
+        while queue and now < until:
+            client = next(iter(queue))
+            del queue[client]
+            self.guard(client, client.on_turn, now)
             now = monotonic()
-        if ready:
-            self._ready_timer.start(self._serve_ready_or_exit)
+        if queue:
+            self._queue_timer.start(self._serve_queue_or_exit)
 
     def note_read(self, started_at: float) -> None:
         """Count a read whose answering began then."""
@@ -308,7 +319,7 @@ class Loop:
             if client.deadline > now:
                 continue  # It was dealt with a moment ago.
             # A client that waits for its turn is not late, but a handshake has one deadline.
-            has_turn_to_come = client in self.ready and client.state is not NEW
+            has_turn_to_come = client in self.queue and client.state is not NEW
             is_loop_late = now > client.deadline + LATE_SECONDS and not self.is_draining
             if has_turn_to_come or is_loop_late:
                 client.postpone(now + LATE_SECONDS)
@@ -329,7 +340,7 @@ class Loop:
     def remove(self, client: Client, *, was_rejected: bool) -> None:
         """Forget a client, and close its socket. Raises SystemError if other code has closed it."""
         fd = client.sock.fileno()
-        self.ready.pop(client, None)
+        self.queue.pop(client, None)
         self.handshakes.pop(client, None)
         if was_rejected:
             self.rejected -= 1

@@ -21,9 +21,9 @@ from gserver.metrics import SERVICE_BOUNDS_NS
 from gserver.protocol import CLUSTER_UNAVAILABLE, ERROR_REPLIES, INTERNAL, ErrorReply, Grammar
 from gserver.scoreboard import Scoreboard
 
-#: Longest reply that is remembered, and how many are. `typed`: True and 1 are different replies.
+#: Longest reply that is remembered, and how many are.
 MAX_SHORT_REPLY, MAX_SHORT_REPLIES = 64, 1024
-_short_line = lru_cache(maxsize=MAX_SHORT_REPLIES, typed=True)(encode_reply)
+_short_line = lru_cache(maxsize=MAX_SHORT_REPLIES)(encode_reply)
 
 #: A handler, the cell of the scoreboard that counts its replies, and the command's name.
 Call = tuple[Handler, int, str]
@@ -61,9 +61,9 @@ class Replies:
         if isinstance(item, ErrorReply):
             self.count_error(item)
             return item.reply
-        return self.reply_to_calls([self.call(item)])
+        return self.reply_to_calls([self.call_for(item)])
 
-    def call(self, item: Command | ErrorReply) -> Call:
+    def call_for(self, item: Command | ErrorReply) -> Call:
         """Return what `reply_to_calls` needs for a command or an error."""
         if isinstance(item, Command):
             return item.handler, item.cell, item.name

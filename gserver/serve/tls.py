@@ -156,7 +156,7 @@ class TlsSocket:
 
     def handshake(self, size: int) -> Handshake:
         """Go on with up to `size` bytes that have arrived. Raises OSError if it has failed."""
-        if not self._is_established and self._is_flushed():
+        if not self._is_established and self._try_flush():
             try:
                 received = self._sock.recv(size)
             except BlockingIOError:
@@ -168,7 +168,7 @@ class TlsSocket:
             if not self._has_begun and not received.startswith(HANDSHAKE_RECORD):
                 return Handshake.PLAIN_TEXT
             self._take_handshake(received)
-        if not self._is_flushed():
+        if not self._try_flush():
             return Handshake.SENDING
         return Handshake.DONE if self._is_established else Handshake.RECEIVING
 
@@ -187,9 +187,9 @@ class TlsSocket:
         except ssl.SSLWantReadError:
             pass
         finally:
-            self._is_flushed()  # If it has failed, the client reads why.
+            self._try_flush()  # If it has failed, the client reads why.
 
-    def _is_flushed(self) -> bool:
+    def _try_flush(self) -> bool:
         """Send what is encrypted; return whether the kernel has taken all of it."""
         with contextlib.suppress(BlockingIOError):
             self._flush()
@@ -223,7 +223,7 @@ class TlsSocket:
         self._feed(received)
         data, self._has_ended = self._decrypt()
         if self._outgoing.pending:
-            self._is_flushed()
+            self._try_flush()
             if len(self._unsent) > MAX_UNREAD_BYTES:
                 raise ConnectionAbortedError("the client does not read what TLS sends")
         if not data and not self._has_ended:

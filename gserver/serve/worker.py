@@ -5,7 +5,8 @@ is an ordinary blocking function in a greenlet of its own (`Client._start_handle
 cooperative by `patch_all` in `gserver/__main__.py`.
 
 There are `--workers` of them with the same duties. A worker writes its own slot of the scoreboard;
-it talks to no other process. What it must know of them, it reads from the scoreboard.
+to the supervisor, it reports only that it is ready. What it must know of the others, it reads from
+the scoreboard.
 """
 
 import _socket
@@ -219,12 +220,12 @@ class Worker:
 
     def _handle_retirement(self) -> None:
         # A signal that does not come from the supervisor would leave the port without a worker.
-        if self._scoreboard.get("draining"):
+        if self._scoreboard.get("port_closed"):
             self._should_stop_accepting.set()
 
     def _close_port(self) -> None:
         """Stop accepting. Take what is in the kernel's queue if no other worker will."""
-        if self._scoreboard.get("draining"):
+        if self._scoreboard.get("port_closed"):
             with suppress(OSError):  # Out of descriptors: the rest of the queue is lost.
                 for _ in range(MAX_ACCEPTS):
                     accepted = self._server.do_read()
@@ -235,12 +236,14 @@ class Worker:
 
     def _drain(self) -> None:
         """Close every client, within the deadline."""
-        deadline = monotonic() + self._config.drain_timeout_seconds * CLIENTS_SHARE
+        # The supervisor may have waited before its SIGTERM. A worker that drains alone begins now.
+        started_at = self._scoreboard.get("drain_started_at") / 1e9 or monotonic()
+        deadline = started_at + self._config.drain_timeout_seconds * CLIENTS_SHARE
         self.loop.drain()
         while self.loop.clients and (left := deadline - monotonic()) > 0:
             self._wait_for_change(left)
         self.loop.replies.is_exiting = True
-        clients = len(self.loop.clients)
+        clients = self.limits.clients
         if clients:
             message = f"clients cut off at the end of the drain: {clients}"
             logs.event(logging.WARNING, "worker.cut_off", message, {"gserver.clients": clients})

@@ -50,7 +50,7 @@ class State(Enum):
     RETIRED = "retired"  # SIGUSR2 was sent: it accepts no more, and ends after its last client
     TERMINATING = "terminating"  # SIGTERM was sent
     HUNG = "hung"  # killed because its heartbeat stopped
-    KILLED = "killed"  # killed after SIGTERM was sent
+    KILLED = "killed"  # killed because its time was over, or by a second stop signal
 
 
 class Finding(Enum):
@@ -278,8 +278,6 @@ class Child:
             self.state = State.TERMINATING
             self.kill_at = kill_at
             self._send(signal.SIGTERM)
-        else:
-            self.state = State.KILLED
 
     def kill(self, now: float) -> None:
         """End it now."""

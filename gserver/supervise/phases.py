@@ -167,8 +167,6 @@ class Lifecycle:
         #: The newest generation that is proven, or else the first one.
         self._proven = self.generation
         self._last_number = 0
-        #: Why the last reload was given up; "" if it was not.
-        self.reload_error = ""
         self._phase_after_delay = Phase.DRAINING
         self._has_stop_signal = False
         #: The end was forced by a second signal, or by a start that failed.
@@ -218,7 +216,6 @@ class Lifecycle:
         """Replace all workers by those of a new generation."""
         self._last_number += 1
         self.generation = Generation(self._last_number, certificates)
-        self.reload_error = ""
         if self.phase is not Phase.CHECKING_ID:
             self._enter_running_phase()
 
@@ -226,7 +223,7 @@ class Lifecycle:
         """Return whether a worker of this generation that cannot start ends the reload."""
         return generation is self.generation and generation is not self._proven
 
-    def give_up_reload(self, reason: str) -> None:
+    def give_up_reload(self) -> None:
         """Go back to the newest proven generation. Its own reload goes on if it is not complete.
 
         If the generation is that one, workers that were not replaced stay.
@@ -234,7 +231,6 @@ class Lifecycle:
         if self.generation is self._proven:
             self.generation.is_complete = True
         self.generation = self._proven
-        self.reload_error = reason
         if not self.is_stopping and self.phase is not Phase.CHECKING_ID:
             self._enter_running_phase()
 

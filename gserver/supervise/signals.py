@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from time import monotonic
+from typing import NamedTuple
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: A stop signal that comes this soon after the first one is the same request: a process runner that
@@ -14,6 +15,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: two signals, and some send the same one within a few milliseconds.
 PASSED_ON_SECONDS = 0.5
 PASSED_ON_SAME_SECONDS = 0.1
+
+
+class PendingSignal(NamedTuple):
+    """A signal, and whether it ends the server: SIGHUP does if our terminal has been closed."""
+
+    number: signal.Signals
+    is_stop: bool
 
 
 class PendingSignals:
@@ -25,13 +33,14 @@ class PendingSignals:
         os.set_blocking(write_fd, False)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])  # The parent may have blocked some.
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        self._pending: list[signal.Signals] = []
+        self._pending: list[PendingSignal] = []
         self._first_stop: tuple[signal.Signals, float] | None = None
+        self._had_terminal = os.isatty(0)
         for number in numbers:
             signal.signal(number, lambda number, _frame: self._note(signal.Signals(number)))
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
 
-    def take(self) -> list[signal.Signals]:
+    def take(self) -> list[PendingSignal]:
         """Return the signals since the last call, in order, without those that were passed on."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 4096)
@@ -39,15 +48,23 @@ class PendingSignals:
         return pending
 
     def _note(self, number: signal.Signals) -> None:
-        if number not in STOP_SIGNALS or not self._is_passed_on(number):
-            self._pending.append(number)
+        # A terminal that is closed sends SIGHUP, more than once. It is no terminal any more then.
+        is_hangup = number == signal.SIGHUP and self._had_terminal and not os.isatty(0)
+        is_stop = number in STOP_SIGNALS or is_hangup
+        if not (is_stop and self._is_passed_on(number)):
+            self._pending.append(PendingSignal(number, is_stop))
 
     def _is_passed_on(self, number: signal.Signals) -> bool:
-        """Return whether a stop signal repeats the first one. The first one is remembered."""
+        """Return whether a stop signal repeats the first one. The first one is remembered.
+
+        A terminal that is closed is never a second request.
+        """
         now = monotonic()
         if self._first_stop is None:
             self._first_stop = number, now
             return False
+        if number == signal.SIGHUP:
+            return True
         first, since = self._first_stop
         limit = PASSED_ON_SAME_SECONDS if number == first else PASSED_ON_SECONDS
         return now - since < limit

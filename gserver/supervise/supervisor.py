@@ -6,7 +6,6 @@ monotonic seconds.
 """
 
 import logging
-import os
 import selectors
 import signal
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from gserver.scoreboard import Scoreboard
 from gserver.supervise import listener, privileges, systemd
 from gserver.supervise.child import (
     AGENT,
-    SHORT_LIFE_SECONDS,
     STUCK_SECONDS,
     WATCH_SECONDS,
     WORKER,
@@ -30,15 +28,19 @@ from gserver.supervise.child import (
     reap_orphans,
 )
 from gserver.supervise.phases import NEEDS, Lifecycle, Phase, Treatment, Workforce
-from gserver.supervise.signals import STOP_SIGNALS, PendingSignals
+from gserver.supervise.signals import PendingSignals
 
 #: How long the agent may take to leave the cluster after stuck workers have delayed a stop.
 LATE_AGENT_SECONDS = 1.0
 #: The agent has this much longer to become ready than its check of the server id may take.
 ID_CHECK_SECONDS = 0.7
+#: Pause after the system could not start a process.
+START_RETRY_SECONDS = 1.0
 #: Slots of the scoreboard beyond `--workers`. A reload starts a new worker before it ends an old
 #: one, and a worker that cannot be killed keeps its slot.
 SPARE_SLOTS = 2
+#: What the service manager shows during a reload.
+RELOADING_STATUS = "replacing the workers one by one"
 
 
 class Supervisor:
@@ -65,9 +67,10 @@ class Supervisor:
         self._backoff = {WORKER: Backoff(), AGENT: Backoff()}
         #: A worker has been ready, so the server's address was announced.
         self._is_announced = False
+        #: Why the last reload was given up; "" if it was not.
+        self._reload_error = ""
         #: Why the server ends, if that is an error.
         self._failure: FatalError | None = None
-        self._had_terminal = os.isatty(0)
         self._signals = PendingSignals(
             signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1
         )
@@ -104,8 +107,8 @@ class Supervisor:
     def _take_in(self, now: float) -> None:
         """Take in what has happened since the last turn: signals, deaths, silence."""
         # Signals first: this empties the pipe by which a death has woken the loop.
-        for number in self._signals.take():
-            self._handle_signal(number, now)
+        for number, is_stop in self._signals.take():
+            self._handle_signal(number, now, is_stop=is_stop)
         self._reap(now)
         self._watch(now)
         self._notify_manager(now)
@@ -120,7 +123,9 @@ class Supervisor:
             accepting = sum(child.is_accepting for child in self._awaited(WORKER))
         self._scoreboard.put("workers", accepting)
         self._scoreboard.put("stopping", int(self._lifecycle.is_stopping))
-        self._scoreboard.put("draining", int(self._lifecycle.is_port_closed))
+        self._scoreboard.put("port_closed", int(self._lifecycle.is_port_closed))
+        if self._lifecycle.phase is Phase.DRAINING:
+            self._scoreboard.put("drain_started_at", round(self._lifecycle.since * 1e9))
 
     # Which processes there should be.
 
@@ -140,9 +145,9 @@ class Supervisor:
         return self._lifecycle.advance(
             now,
             # An agent that has found another server with this id ends, and is never ready.
-            is_id_checked=all(agent.has_been_ready for agent in self._awaited(AGENT)),
+            is_id_checked=any(agent.has_been_ready for agent in self._awaited(AGENT)),
             has_workers=bool(self._awaited(WORKER)),
-            has_children=bool(self._children),
+            has_children=bool(self._awaited(WORKER) or self._awaited(AGENT)),
         )
 
     def _reconcile(self, now: float) -> None:
@@ -254,7 +259,7 @@ class Supervisor:
         try:
             child = Child.start(role, generation, instructions)
         except OSError as error:
-            self._backoff[role].spawn_at = now + SHORT_LIFE_SECONDS
+            self._backoff[role].spawn_at = now + START_RETRY_SECONDS
             message = f"cannot start the {role}: {error}"
             logs.warn_ratelimited("process.not_started", message, logs.error_fields(error))
             return
@@ -392,15 +397,11 @@ class Supervisor:
 
     # Signals.
 
-    def _handle_signal(self, number: signal.Signals, now: float) -> None:
-        # A terminal that is closed sends SIGHUP, more than once. It is no terminal any more then.
-        has_lost_terminal = self._had_terminal and not os.isatty(0)
-        if number in STOP_SIGNALS:
+    def _handle_signal(self, number: signal.Signals, now: float, *, is_stop: bool) -> None:
+        if is_stop:
             self._stop(number.name, now)
         elif self._lifecycle.is_stopping:
             return
-        elif number == signal.SIGHUP and has_lost_terminal:
-            self._stop(number.name, now)
         elif number == signal.SIGHUP:
             self._reload()
         elif number == signal.SIGUSR2:
@@ -426,16 +427,19 @@ class Supervisor:
 
     def _reload(self) -> None:
         logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
+        if self._lifecycle.phase is Phase.SERVING:
+            # The manager waits for this, even if the reload fails at once.
+            self._manager.notify(systemd.RELOADING, RELOADING_STATUS)
         # The cause of earlier failures may be fixed: no pause.
         self._backoff = {WORKER: Backoff(), AGENT: Backoff()}
+        self._reload_error = ""
         try:
             self._lifecycle.begin_reload(certificates.read(self._config))
         except UsageError as error:
-            self._lifecycle.reload_error = str(error)
             self._log_failed_reload(str(error))
 
     def _give_up_reload(self, reason: str, fields: dict[str, object] | None = None) -> None:
-        self._lifecycle.give_up_reload(reason)
+        self._lifecycle.give_up_reload()
         kill_at = monotonic() + self._config.drain_timeout_seconds
         for worker in self._staying(WORKER):
             if worker.generation.number > self._lifecycle.generation.number:
@@ -443,6 +447,7 @@ class Supervisor:
         self._log_failed_reload(reason, fields)
 
     def _log_failed_reload(self, reason: str, fields: dict[str, object] | None = None) -> None:
+        self._reload_error = reason
         self._scoreboard.add("reload_failures", 1)
         is_reloading = self._lifecycle.phase is Phase.RELOADING
         rest = "the one before it goes on" if is_reloading else "the old workers stay"
@@ -457,10 +462,10 @@ class Supervisor:
             clients = self._scoreboard.clients()
             self._manager.notify(systemd.STOPPING, f"stopping, clients: {clients}")
         elif self._lifecycle.phase is Phase.RELOADING:
-            self._manager.notify(systemd.RELOADING, "replacing the workers one by one")
+            self._manager.notify(systemd.RELOADING, RELOADING_STATUS)
         elif self._lifecycle.phase is Phase.SERVING:
             where = show_address(self._config.host, self._config.port)
             status = f"listening on {where}, workers: {self._config.workers}"
-            if self._lifecycle.reload_error:
-                status += f"; the last reload was given up: {self._lifecycle.reload_error}"
+            if self._reload_error:
+                status += f"; the last reload was given up: {self._reload_error}"
             self._manager.notify(systemd.READY, status)
