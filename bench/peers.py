@@ -154,13 +154,9 @@ def running(
         statsd.bind((HOST, 0))  # Never read: the kernel drops what does not fit.
         if ALL_PEERS[name].words[: len(GSERVER)] == GSERVER:
             metrics = ("--statsd-host", HOST, "--statsd-port", str(statsd.getsockname()[1]))
-            clients = (
-                "--max-clients",
-                str(min(60_000, limit - RESERVED_FILES)),
-                "--idle-timeout",
-                "600",
-            )
-            options = (*metrics, *clients, *options)
+            options = (*metrics, "--idle-timeout", "600", *options)
+            if "--max-clients" not in options:
+                options = (*options, "--max-clients", str(min(60_000, limit - RESERVED_FILES)))
         port = free_port()
         words = [str(port) if word == "PORT" else word for word in ALL_PEERS[name].words]
         with started(name, [*words, *options], port, cores=cores, tls=tls) as server:

@@ -192,7 +192,7 @@ def _sockets(pid: int) -> int:
 def hold(_seconds: float, processes: int) -> Iterator[Sample]:
     """Hold more clients than one address has ports for; each asks WHO when all are connected."""
     clients = processes * HELD_BY_ONE
-    options = ("--workers", "4")
+    options = ("--workers", "4", "--max-clients", "60000")
     with running("gserver", cores=set(CORES), options=options) as server, ExitStack() as stack:
         pids = tree(server)
         before, started = own_memory(pids), time.monotonic()
