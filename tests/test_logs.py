@@ -27,7 +27,7 @@ from gserver.logs import (
     Outage,
     RateLimiter,
 )
-from tests.running import LIMIT, Client, Event, Running, environment, program, until
+from tests.running import GSERVER, LIMIT, Client, Event, Running, environment, program, until
 
 MAX_LINE = 4096
 DRAIN_TIMEOUT = 4.0  # the default of --drain-timeout
@@ -157,18 +157,7 @@ def piped(
     fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(write_fd, blocking)
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "gserver",
-            "serve",
-            "--port",
-            "0",
-            "--commands",
-            "noisy",
-            *options,
-        ],
+        [*GSERVER, "serve", "--port", "0", "--commands", "noisy", *options],
         stdout=write_fd,
         stderr=subprocess.PIPE,
         env=environment(),
@@ -609,7 +598,7 @@ def test_a_command_that_often_fails_does_not_hide_other_failures(folder: Path) -
 def test_on_a_terminal_the_log_says_how_to_send_a_command_and_how_to_stop() -> None:
     nc = program("nc")
     script = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
-    command = [sys.executable, "-c", script, sys.executable, "-P", "-m", "gserver", "--port", "0"]
+    command = [sys.executable, "-c", script, *GSERVER, "--port", "0"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
     ) as terminal:

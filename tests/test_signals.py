@@ -6,6 +6,8 @@ The test runs in a process of its own: handlers are set for a whole process.
 import subprocess
 import sys
 
+import pytest
+
 from tests.running import LIMIT, environment
 
 PROGRAM = """
@@ -30,18 +32,6 @@ assert len(pending.take()) == 100_000
 """
 
 
-def test_signals_are_noted_in_order_and_wake_the_loop() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        env=environment(),
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 HANGUP = """
 import os, pty, signal
 from gserver.supervise.signals import PendingSignals
@@ -60,9 +50,10 @@ assert pending.take() == [(signal.SIGHUP, True)]
 """
 
 
-def test_a_closed_terminal_is_one_request_to_stop() -> None:
+@pytest.mark.parametrize("program", [PROGRAM, HANGUP], ids=["in order", "a closed terminal"])
+def test_signals_are_noted_and_a_closed_terminal_is_one_request_to_stop(program: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", HANGUP],
+        [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         timeout=LIMIT,

@@ -536,18 +536,7 @@ def test_a_terminal_that_stops_background_writers_stops_no_worker(tmp_path: Path
 
 def test_a_server_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
     terminal = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
-    command = [
-        *terminal,
-        sys.executable,
-        "-P",
-        "-m",
-        "gserver",
-        "serve",
-        "--port",
-        "0",
-        "--log-format",
-        "json",
-    ]
+    command = [*terminal, *GSERVER, "serve", "--port", "0", "--log-format", "json"]
     try:
         with (
             Running(command=command, env={"MARK": str(tmp_path)}) as server,
@@ -858,7 +847,7 @@ def test_a_port_that_needs_a_permission_is_refused_with_1(tmp_path: Path) -> Non
         pytest.skip("every user of this machine may use port 80")
     # Root has the permission unless the capability is taken away.
     become = [program("setpriv"), "--bounding-set=-net_bind_service"] if os.geteuid() == 0 else []
-    command = [*become, sys.executable, "-P", "-m", "gserver", "serve", "--port", "80"]
+    command = [*become, *GSERVER, "serve", "--port", "80"]
     assert "no permission" in fails(tmp_path, code=1, command=command)
 
 
