@@ -233,13 +233,15 @@ class Config:
         5.0, TLS, "Time limit for the handshake; 0 = no limit."
     )
     drain_timeout_seconds: float = _option(
-        4.0, STOPPING, "Maximum time from a stop to the exit; clients still busy are cut off."
+        4.0,
+        STOPPING,
+        "Time for a drain; then busy clients are cut off. SIGUSR2: served as long before.",
     )
     drain_delay_seconds: float = _option(
         0.0, STOPPING, "Keep accepting this long after SIGTERM or SIGUSR2, for load balancers."
     )
     hang_timeout_seconds: float = _option(
-        10.0, STOPPING, "Replace a process that gives no heartbeat for this long; 0 = never."
+        10.0, STOPPING, "Replace a process without a heartbeat for so long (at least 1); 0 = never."
     )
     commands: str = _option(
         "", COMMANDS, "Python module that defines more commands.", metavar="MODULE"

@@ -160,7 +160,8 @@ def test_a_worker_that_dies_in_the_drain_delay_is_replaced(
     with start(tmp_path, "--drain-delay", str(4 * SECOND), *options) as server:
         began = time.monotonic()
         server.send_signal(number)
-        server.wait_for("server.retiring" if number == signal.SIGUSR2 else "server.draining")
+        told = server.wait_for("server.retiring" if number == signal.SIGUSR2 else "server.draining")
+        assert f" after {4 * SECOND:g} s," in told["message"]
         server.workers()[0].kill()
         server.wait_for("worker.ready", 2)
         assert "another takes its place" in server.wait_for("worker.died")["message"]

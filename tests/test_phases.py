@@ -206,8 +206,8 @@ def test_a_reload_that_is_given_up_goes_back_and_its_number_is_not_used_again() 
         server.begin_reload(Certificates())
         assert server.generation.number not in numbers
         numbers.add(server.generation.number)
-        assert server.is_failed_reload(server.generation)
-        assert not server.is_failed_reload(first)
+        assert server.would_end_reload(server.generation)
+        assert not server.would_end_reload(first)
         server.give_up_reload()
         assert server.phase is Phase.SERVING
         assert server.generation is first
@@ -219,11 +219,11 @@ def test_a_reload_that_is_given_up_goes_back_to_the_one_under_way_before_it() ->
     one = server.generation
     server.begin_reload(Certificates("two"))
     server.note_ready(one)
-    assert server.is_failed_reload(server.generation)
+    assert server.would_end_reload(server.generation)
     server.give_up_reload()
     assert server.generation is one
     assert server.phase is Phase.RELOADING
-    assert not server.is_failed_reload(one), "a worker of it was ready: there is no way back"
+    assert not server.would_end_reload(one), "a worker of it was ready: there is no way back"
 
 
 def test_a_proven_reload_that_cannot_go_on_leaves_the_workers_that_there_are() -> None:

@@ -62,8 +62,7 @@ class State(Enum):
     BUSY = "busy"
     #: The client does not take its replies. Nothing is read meanwhile.
     BLOCKED = "blocked"
-    #: The last line has been sent, and the client's end is awaited. It is not counted any more, or
-    #: never was: its handshake has failed.
+    #: The last line has been sent, and the client's end is awaited. It is not in the count.
     CLOSING = "closing"
     #: The same for a client that was rejected by a limit.
     REJECTED = "rejected"
@@ -299,8 +298,9 @@ class Client:
             if replies is not None:
                 work.line_deadline = inf
                 self.has_spoken, self.quiet_since = True, now
+                may_go_on = self._send(replies, now)
                 self.loop.note_read(work.started_at)
-                return self._send(replies, now)
+                return may_go_on
         self._parse(work)
         return True
 
@@ -351,9 +351,10 @@ class Client:
             if isinstance(item, ErrorReply) and item.closes:
                 work.closing_error = item
                 work.items.clear()
+        may_go_on = self._send(b"".join(replies), now)
         if not work.closing_error:
             self.loop.note_read(work.started_at)
-        return self._send(b"".join(replies), now)
+        return may_go_on
 
     def _start_handler(self, command: Command) -> None:
         self.state = BUSY
@@ -374,9 +375,11 @@ class Client:
         work.reply = None
         self.state, self.quiet_since = READING, now
         self.loop.watch(self, READ)
-        if not work.items:
+        is_last = not work.items
+        may_go_on = self._send(reply, now)
+        if is_last:
             self.loop.note_read(work.started_at)
-        if self._send(reply, now):
+        if may_go_on:
             self._proceed(now)
 
     def _send(self, data: bytes, now: float) -> bool:

@@ -57,6 +57,7 @@ class Loop:
         replies: Replies,
         *,
         capacity: int,
+        on_close: Callable[[], object] = lambda: None,
         tls_context: "SSLContext | None" = None,
     ) -> None:
         self.config = config
@@ -64,7 +65,7 @@ class Loop:
         self.replies = replies
         self.answer = FastPath(replies).answer
         #: Called whenever a socket has been closed.
-        self.on_close: Callable[[], object] = lambda: None
+        self._on_close = on_close
         self._tls_context = tls_context
         #: Connections that there are descriptors for.
         self.capacity = capacity
@@ -293,7 +294,7 @@ class Loop:
     # Deadlines
 
     def set_deadline(self, client: Client, at: float) -> None:
-        """Call the client's `on_deadline` at that moment, and not at an earlier one."""
+        """Call the client's `on_deadline` then, instead of when it was set before."""
         if at == inf:
             client.deadline = inf
             return
@@ -312,7 +313,7 @@ class Loop:
         self._deadline_timer.start(self._expire_or_exit, update=True)
 
     def _expire(self) -> None:
-        """Deal with the deadlines that are over. Only here is a client judged to be late."""
+        """Deal with the deadlines that are over, unless it is the loop that was late."""
         self._expires_at = inf
         now = monotonic()
         for client in self._deadlines.pop(now):
@@ -359,7 +360,7 @@ class Loop:
             log_client("client.closed", "closed", client)
         # A stale deadline may refer to the client for a while: its buffers must not stay.
         client.work, client.sock = None, cast(Any, None)
-        self.on_close()
+        self._on_close()
 
 
 def _fatal_unless_out_of_memory(error: OSError) -> Exception:

@@ -1,7 +1,7 @@
 """One worker process: accepts clients, serves them in its loop, and drains.
 
 gevent's StreamServer accepts. Sockets are served by callbacks in `loop`. A handler that may block
-is an ordinary blocking function in a greenlet of its own (`Client._start_handler`), made
+is an ordinary blocking function in a greenlet of its own (`Client._run_handler`), made
 cooperative by `patch_all` in `gserver/__main__.py`.
 
 There are `--workers` of them with the same duties. A worker writes its own slot of the scoreboard;
@@ -86,17 +86,17 @@ class Acceptor(StreamServer):
         """Leave the socket open: it is the loop's."""
 
     def full(self) -> bool:
-        """Return whether to pause: for a moment, or until a client has gone."""
+        """Return whether to pause. It ends when a client has gone, or after a time set here."""
         worker = self._worker
         if worker.is_full():
             return True
         if worker.loop.rejected_now >= MAX_REJECTIONS:
             worker.loop.rejected_now = 0
-            self._pause(0.0)
+            self._resume_after(0.0)
             return True
         if not self._has_yielded and worker.is_ahead():
             self._has_yielded = True
-            self._pause(YIELD_SECONDS)
+            self._resume_after(YIELD_SECONDS)
             return True
         return False
 
@@ -118,7 +118,7 @@ class Acceptor(StreamServer):
             raise SystemError("the listening socket is gone") from ex
         return False
 
-    def _pause(self, seconds: float) -> None:
+    def _resume_after(self, seconds: float) -> None:
         gevent.spawn_later(seconds, self.resume)
 
     def resume(self) -> None:
@@ -152,9 +152,9 @@ class Worker:
             self.limits,
             replies,
             capacity=capacity,
+            on_close=self._on_close,
             tls_context=self._make_tls_context(instructions.certificates),
         )
-        self.loop.on_close = self._on_close
         is_alone = config.workers == 1 and not config.tls_cert
         listener = socket.socket(fileno=instructions.listener_fd)
         self._server = Acceptor(listener, self, MAX_ACCEPTS if is_alone else MAX_SHARED_ACCEPTS)

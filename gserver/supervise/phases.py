@@ -1,9 +1,11 @@
 """The phases of a server's life, and the processes that each phase needs.
 
-    CHECKING_ID > STARTING > SERVING <> RELOADING
-    in any of these:  SIGTERM, SIGINT > DELAY > DRAINING > OVER
-                      SIGUSR2         > DELAY > RETIRING > DRAINING > OVER
-    a second SIGTERM or SIGINT        > FORCED > OVER
+    CHECKING_ID > STARTING > SERVING <> RELOADING; SIGHUP: STARTING > RELOADING
+    from each of these:  SIGTERM, SIGINT > DELAY > DRAINING > OVER
+                         SIGUSR2         > DELAY > RETIRING > DRAINING > OVER
+                         duplicate id    > DRAINING > OVER
+    but from CHECKING_ID, without workers: > DRAINING at once
+    a second SIGTERM or SIGINT, or a first start that fails: > FORCED > OVER
 
 Pure: no I/O, no log, no clock. The supervisor passes the time in and does what a phase needs. All
 times are monotonic seconds.
@@ -219,8 +221,8 @@ class Lifecycle:
         if self.phase is not Phase.CHECKING_ID:
             self._enter_running_phase()
 
-    def is_failed_reload(self, generation: Generation) -> bool:
-        """Return whether a worker of this generation that cannot start ends the reload."""
+    def would_end_reload(self, generation: Generation) -> bool:
+        """Return whether a reload ends if a worker of this generation cannot start."""
         return generation is self.generation and generation is not self._proven
 
     def give_up_reload(self) -> None:

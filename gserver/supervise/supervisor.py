@@ -8,7 +8,6 @@ monotonic seconds.
 import logging
 import selectors
 import signal
-from collections.abc import Callable
 from time import monotonic
 
 from gserver import certificates, logs
@@ -111,6 +110,10 @@ class Supervisor:
             self._handle_signal(number, now, is_stop=is_stop)
         self._reap(now)
         self._watch(now)
+        self._port.reopen_if_closed()
+        if self._admin_port:
+            self._admin_port.reopen_if_closed()
+        logs.report_suppressed()
         self._notify_manager(now)
 
     def _publish(self) -> None:
@@ -120,7 +123,7 @@ class Supervisor:
         """
         accepting = 0
         if not self._lifecycle.is_port_closed:
-            accepting = sum(child.is_accepting for child in self._awaited(WORKER))
+            accepting = sum(child.is_accepting for child in self._not_stuck(WORKER))
         self._scoreboard.put("workers", accepting)
         self._scoreboard.put("stopping", int(self._lifecycle.is_stopping))
         self._scoreboard.put("port_closed", int(self._lifecycle.is_port_closed))
@@ -129,25 +132,25 @@ class Supervisor:
 
     # Which processes there should be.
 
-    def _awaited(self, role: str) -> list[Child]:
-        """Return the children of a role that a stop waits for: not those that cannot be killed."""
+    def _not_stuck(self, role: str) -> list[Child]:
+        """Return the children of a role, without those that cannot be killed."""
         return [child for child in self._children if child.role == role and not child.is_stuck]
 
     def _staying(self, role: str) -> list[Child]:
         """Return those that are not terminating."""
-        return [child for child in self._awaited(role) if child.is_staying]
+        return [child for child in self._not_stuck(role) if child.is_staying]
 
     def _workforce(self) -> Workforce[Child]:
-        return Workforce(self._staying(WORKER), len(self._awaited(WORKER)), self._config.workers)
+        return Workforce(self._staying(WORKER), len(self._not_stuck(WORKER)), self._config.workers)
 
     def _advance(self, now: float) -> bool:
         """Move to the next phase if this one is over; return whether it was."""
         return self._lifecycle.advance(
             now,
             # An agent that has found another server with this id ends, and is never ready.
-            is_id_checked=any(agent.has_been_ready for agent in self._awaited(AGENT)),
-            has_workers=bool(self._awaited(WORKER)),
-            has_children=bool(self._awaited(WORKER) or self._awaited(AGENT)),
+            is_id_checked=any(agent.has_been_ready for agent in self._not_stuck(AGENT)),
+            has_workers=bool(self._not_stuck(WORKER)),
+            has_children=bool(self._not_stuck(WORKER) or self._not_stuck(AGENT)),
         )
 
     def _reconcile(self, now: float) -> None:
@@ -157,23 +160,24 @@ class Supervisor:
             self._keep_agent(now)
         if self._lifecycle.is_port_closed:
             self._port.sock.close()
-        treatments: dict[Treatment, Callable[[float], None]] = {
-            Treatment.REPLACE: self._replace_workers,
-            Treatment.RETIRE: self._retire_workers,
-            Treatment.TERMINATE: self._drain,
-            Treatment.KILL: self._kill_all,
-        }
-        if needs.treatment in treatments:
-            treatments[needs.treatment](now)
+        match needs.treatment:
+            case Treatment.REPLACE:
+                self._replace_workers(now)
+            case Treatment.RETIRE:
+                self._retire_workers()
+            case Treatment.TERMINATE:
+                self._drain(now)
+            case Treatment.KILL:
+                self._kill_all(now)
         generation = self._lifecycle.generation
         for _ in range(self._workforce().missing(self._lifecycle.phase, generation)):
             self._start_worker(now)
 
     def _keep_agent(self, now: float) -> None:
         """Start the agent if there is none. One at a time: each continues the one before it."""
-        is_draining_last = self._lifecycle.phase is Phase.DRAINING and not self._awaited(WORKER)
+        is_draining_last = self._lifecycle.phase is Phase.DRAINING and not self._not_stuck(WORKER)
         is_needed = self._config.needs_agent and not (is_draining_last or self._failure)
-        if is_needed and not self._awaited(AGENT):
+        if is_needed and not self._not_stuck(AGENT):
             self._start(AGENT, -1, now)
 
     def _replace_workers(self, now: float) -> None:
@@ -189,7 +193,7 @@ class Supervisor:
             for child in self._staying(AGENT):
                 child.terminate(kill_at)
 
-    def _retire_workers(self, _now: float) -> None:
+    def _retire_workers(self) -> None:
         for child in self._staying(WORKER):
             child.retire()
 
@@ -197,7 +201,7 @@ class Supervisor:
         """End the workers, and after them the agent, which sends the final figures."""
         timeout_seconds, began_at = self._config.drain_timeout_seconds, self._lifecycle.since
         kill_at = began_at + timeout_seconds * WORKERS_SHARE
-        if not self._awaited(WORKER):
+        if not self._not_stuck(WORKER):
             self._end_agent(now)
             return
         for child in self._children:  # Those that a reload is terminating get no more time.
@@ -205,7 +209,7 @@ class Supervisor:
                 child.kill_at = min(child.kill_at, kill_at)
         # An agent that ends because of a reload does not leave the cluster. The next one does, and
         # it is started only while there are workers.
-        has_old_agent = len(self._staying(AGENT)) < len(self._awaited(AGENT))
+        has_old_agent = len(self._staying(AGENT)) < len(self._not_stuck(AGENT))
         if not has_old_agent or now >= began_at + timeout_seconds * OLD_AGENT_SHARE:
             for child in self._staying(WORKER):
                 child.terminate(kill_at)
@@ -326,17 +330,17 @@ class Supervisor:
             self._failure = UsageError(child.error)
             self._lifecycle.drain(now)
             logs.event(logging.ERROR, "server.duplicate_id", f"draining: {child.error}", fields)
-        elif is_start and self._lifecycle.is_failed_reload(child.generation):
+        elif is_start and self._lifecycle.would_end_reload(child.generation):
             self._give_up_reload(f"a new one did not start: {child.end_reason}", fields)
         else:
             message = f"{child.role} {child.pid} died ({child.end_reason})"
-            if self._is_replaced(child):
+            if self._has_successor(child):
                 message += ", another takes its place"
                 if child.role == WORKER:
                     self._scoreboard.add("worker_restarts", 1)
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
 
-    def _is_replaced(self, child: Child) -> bool:
+    def _has_successor(self, child: Child) -> bool:
         """Return whether another process is started because this one ended, or cannot end."""
         needs = NEEDS[self._lifecycle.phase]
         if child.is_stuck:  # Another was started when that was found.
@@ -344,10 +348,6 @@ class Supervisor:
         return needs.has_workers if child.role == WORKER else needs.has_agent
 
     def _watch(self, now: float) -> None:
-        logs.report_suppressed()
-        self._port.reopen_if_closed()
-        if self._admin_port:
-            self._admin_port.reopen_if_closed()
         for child in self._children:
             heartbeat_at = self._scoreboard.cells[self._scoreboard.heartbeat_cell(child.slot)] / 1e9
             limit = self._config.hang_seconds(is_agent=child.role == AGENT)
@@ -401,17 +401,22 @@ class Supervisor:
         if is_stop:
             self._stop(number.name, now)
         elif self._lifecycle.is_stopping:
-            return
+            message = f"{number.name}: ignored, since the server is stopping"
+            logs.event(logging.INFO, "server.signal_ignored", message)
         elif number == signal.SIGHUP:
             self._reload()
         elif number == signal.SIGUSR2:
-            self._lifecycle.retire(now)
-            timeout_seconds = self._config.drain_timeout_seconds
-            message = (
-                "SIGUSR2: no new clients, and a stop when those that are connected have left,"
-                f" or after {timeout_seconds:g} s"
-            )
-            logs.event(logging.INFO, "server.retiring", message)
+            self._retire(now)
+
+    def _retire(self, now: float) -> None:
+        self._lifecycle.retire(now)
+        delay_seconds = self._config.drain_delay_seconds
+        delay = f" after {delay_seconds:g} s" if delay_seconds else ""
+        message = (
+            f"SIGUSR2: no new clients{delay}, and a stop when those that are connected have left,"
+            f" or {self._config.drain_timeout_seconds:g} s later"
+        )
+        logs.event(logging.INFO, "server.retiring", message)
 
     def _stop(self, name: str, now: float) -> None:
         was_forced = self._lifecycle.was_forced
