@@ -174,6 +174,8 @@ def run_role(role: Callable[[Instructions], None]) -> int:
         kind = DUPLICATE_ID if isinstance(failure, DuplicateIdError) else ERROR
         instructions.report(kind, str(failure))
         return failure.exit_code
+    finally:
+        logs.report_suppressed(is_last=True)
     return EXIT_CLEAN
 
 

@@ -340,12 +340,13 @@ def warn_ratelimited(
         event(logging.WARNING, action, message, fields)
 
 
-def report_suppressed() -> None:
+def report_suppressed(*, is_last: bool = False) -> None:
     """Log how many warnings were suppressed and lines dropped.
 
-    Call this at least once a second; calling it more often is harmless.
+    Call this at least once a second; calling it more often is harmless. `is_last`: this process
+    ends, so windows that are not over are reported as well.
     """
-    for action, key, number in _limiter.end_windows(time.monotonic()):
+    for action, key, number in _limiter.end_windows(math.inf if is_last else time.monotonic()):
         fields = {"gserver.suppressed": number, "gserver.suppressed_action": action}
         name = action
         if key:

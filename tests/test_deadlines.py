@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import inf
 from random import Random
 
-from gserver.serve.deadlines import TICKS_PER_SECOND, Deadlines
+from gserver.serve.deadlines import MIN_ENTRIES, TICKS_PER_SECOND, Deadlines
 
 
 @dataclass(eq=False)
@@ -33,9 +33,6 @@ def test_all_deadlines_that_are_over_come_and_no_other() -> None:
             assert set(due) == late
             for each in due:
                 each.deadline = inf
-        if chance.random() < 0.01:
-            deadlines.drop_stale()
-            assert deadlines.entries <= sum(each.deadline < inf for each in things) + 50
     assert all(each.deadline > now - 1 for each in things if each.deadline < inf)
 
 
@@ -58,14 +55,17 @@ def test_the_next_moment_is_that_of_the_first_tick() -> None:
     assert deadlines.next_at >= 5.0
 
 
-def test_stale_entries_are_dropped() -> None:
-    deadlines = Deadlines[Thing]()
-    thing, other = Thing(), Thing()
-    deadlines.put(other, 7.0)
-    for number in range(1000):
+def test_neither_stale_entries_nor_those_of_one_tick_pile_up() -> None:
+    deadlines, others = Deadlines[Thing](), [Thing() for _ in range(2000)]
+    for other in others:
+        deadlines.put(other, 700.0)
+    thing, again = Thing(), Thing()
+    for number in range(20_000):
         deadlines.put(thing, 5 + number / 100)
-    deadlines.drop_stale()
-    assert deadlines.entries == 2
-    thing.deadline = inf
-    deadlines.drop_stale()
-    assert deadlines.pop(100.0) == [other]
+        deadlines.put(again, 600.0)
+        again.deadline = inf
+        assert deadlines.entries <= 2 * 2001 + MIN_ENTRIES
+    deadlines.put(again, 600.0)
+    assert set(deadlines.pop(650.0)) == {thing, again}
+    assert deadlines.pop(701.0) == others
+    assert deadlines.entries == 0

@@ -80,6 +80,22 @@ def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
             assert good.who() == 1
 
 
+@pytest.mark.parametrize("established", [10, 15])
+def test_handshakes_take_no_room_from_clients_where_files_are_few(
+    pems: Path, established: int
+) -> None:
+    with ExitStack() as stack:
+        more = [*certified(pems), "--tls-handshake-timeout", "0"]
+        # Room for 16 clients.
+        server = stack.enter_context(Running(*more, command=limited(RESERVED_FILES + 16)))
+        for _ in range(established):
+            stack.enter_context(TlsClient(server.port, trust(pems)))
+        for _ in range(20):
+            stack.enter_context(server.client())
+        with TlsClient(server.port, trust(pems)) as good:
+            assert good.who() == established + 1
+
+
 def test_a_client_that_spoke_plain_text_is_no_failed_handshake_when_it_makes_room(
     pems: Path,
 ) -> None:

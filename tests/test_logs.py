@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -535,6 +536,23 @@ def test_an_outage_is_logged_at_its_start_and_then_rarely() -> None:
     assert outage.note_success(400.0) == 300.0
     assert outage.note_success(401.0) is None
     assert [now for now in range(405, 470, 5) if outage.note_failure(now)] == [405, 465]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_warnings_that_were_suppressed_are_reported_before_a_worker_ends(
+    number: signal.Signals,
+) -> None:
+    with Running("--max-clients", "1") as server, server.client() as client:
+        client.who()
+        for _ in range(30):
+            with server.client() as rejected:
+                assert rejected.line() == b"ERR too many clients\n"
+        server.send_signal(number)
+        event = server.wait_for("log.suppressed", limit=WINDOW_SECONDS / 2)
+        assert (event["gserver.suppressed"], event["gserver.suppressed_action"]) == (
+            25,
+            "client.rejected",
+        )
 
 
 def test_the_number_of_suppressed_warnings_is_logged(folder: Path) -> None:

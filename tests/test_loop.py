@@ -5,6 +5,7 @@ import gc
 import select
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -41,6 +42,11 @@ def greenlets(service):
 @command("NAP")
 def nap(service):
     time.sleep(0.5)
+    return "rested"
+
+@command("REST")
+def rest(service):
+    time.sleep(3)
     return "rested"
 
 @command("QUICK", may_block=False)
@@ -247,6 +253,21 @@ def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> No
         assert clients[0].line() == b"42\n"
         time.sleep(1)
         assert sum(worker.cpu_times()[:2]) - used < 0.1
+
+
+def test_a_client_that_is_reset_while_its_handler_runs_costs_nothing(
+    here: Running, watcher: Client
+) -> None:
+    [worker] = here.workers()
+    with here.client() as client:
+        client.send(b"REST\nWHY\n")
+        until(lambda: watcher.who() == 2, "it is there")
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    used = sum(worker.cpu_times()[:2])
+    time.sleep(1.5)
+    assert watcher.who() == 2, "the handler runs"
+    assert sum(worker.cpu_times()[:2]) - used < 0.3  # A loop that spins takes 1.5.
+    until(lambda: watcher.who() == 1, "it has gone")
 
 
 def test_time_in_a_handler_is_not_idle_time(folder: Path) -> None:

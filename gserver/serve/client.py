@@ -88,6 +88,7 @@ class Work:
         "closing_error",
         "drain_bytes_left",
         "has_input_ended",
+        "is_muted",
         "items",
         "line_deadline",
         "parser",
@@ -114,6 +115,8 @@ class Work:
         self.unsent = memoryview(b"")
         #: The error reply after which the client is closed.
         self.closing_error: ErrorReply | None = None
+        #: Something has arrived while a handler runs, so the socket is watched for nothing.
+        self.is_muted = False
         #: Whether the client has finished sending.
         self.has_input_ended = False
         #: How much of what a client goes on sending is still answered in a drain; None before that.
@@ -163,7 +166,7 @@ class Client:
         elif state is BLOCKED:
             self._unblock(now)
         elif state is BUSY:
-            self.loop.watch(self, MUTED)
+            self._mute()
         elif state is NEW:
             self.loop.enqueue(self)
         elif state is CLOSING or state is REJECTED:
@@ -361,6 +364,16 @@ class Client:
         self.loop.set_deadline(self, inf)
         gevent.spawn_raw(self._run_handler, command)
 
+    def _mute(self) -> None:
+        """Leave what arrives in the kernel while a handler runs.
+
+        Once only: a reset cannot be masked, and is reported again after each change.
+        """
+        work = self._ensure_work()
+        if not work.is_muted:
+            work.is_muted = True
+            self.loop.watch(self, MUTED)
+
     def _run_handler(self, command: Command) -> None:
         """In a greenlet of its own: run a handler that may block.
 
@@ -373,7 +386,7 @@ class Client:
 
     def _end_handler(self, work: Work, reply: bytes, now: float) -> None:
         work.reply = None
-        self.state, self.quiet_since = READING, now
+        self.state, self.quiet_since, work.is_muted = READING, now, False
         self.loop.watch(self, READ)
         is_last = not work.items
         may_go_on = self._send(reply, now)

@@ -10,6 +10,8 @@ from math import inf
 from typing import Generic, Protocol, TypeVar
 
 TICKS_PER_SECOND = 100
+#: Fewer entries are not worth a look for stale ones.
+MIN_ENTRIES = 1024
 
 
 class HasDeadline(Protocol):
@@ -30,6 +32,8 @@ class Deadlines(Generic[C]):
         #: The ticks as a heap.
         self._order: list[int] = []
         self.entries = 0
+        #: At so many entries, stale ones are dropped: twice as many as were left the last time.
+        self._max_entries = MIN_ENTRIES
 
     def put(self, client: C, at: float) -> None:
         """Give a client a deadline, which is at most a tick later than `at`."""
@@ -44,6 +48,8 @@ class Deadlines(Generic[C]):
         client.deadline = deadline
         clients.append(client)
         self.entries += 1
+        if self.entries >= self._max_entries:
+            self._drop_stale()
 
     @property
     def next_at(self) -> float:
@@ -62,13 +68,18 @@ class Deadlines(Generic[C]):
             due += [client for client in clients if client.deadline == deadline]
         return due
 
-    def drop_stale(self) -> None:
-        """Take out the entries of clients that have another deadline by now, or none."""
-        current = {
-            number: (deadline, [client for client in clients if client.deadline == deadline])
-            for number, (deadline, clients) in self._ticks.items()
-        }
-        self._ticks = {number: tick for number, tick in current.items() if tick[1]}
+    def _drop_stale(self) -> None:
+        """Keep one entry for each client that has a deadline.
+
+        A client that sends its lines in pieces leaves a stale entry with each, and more than one
+        in a tick if its deadline is taken away and given again.
+        """
+        ticks, self._ticks = self._ticks, {}
+        for number, (deadline, clients) in ticks.items():
+            current = [each for each in dict.fromkeys(clients) if each.deadline == deadline]
+            if current:
+                self._ticks[number] = deadline, current
         self._order = list(self._ticks)
         heapq.heapify(self._order)
         self.entries = sum(len(clients) for _, clients in self._ticks.values())
+        self._max_entries = max(2 * self.entries, MIN_ENTRIES)

@@ -299,9 +299,6 @@ class Loop:
             client.deadline = inf
             return
         self._deadlines.put(client, at)
-        if self._deadlines.entries > 2 * len(self.clients) + 1024:
-            # A client that sends its lines in pieces leaves a stale entry with each.
-            self._deadlines.drop_stale()
         if client.deadline < self._expires_at:
             self._start_deadline_timer(self._deadlines.next_at)
 

@@ -180,9 +180,9 @@ class Worker:
         loop = self.loop
         if len(loop.clients) > loop.capacity + MAX_REJECTED:
             return True
-        # Other workers may have room. If none has, a new client is accepted, so that it gets the
-        # error reply.
-        has_room = len(loop.clients) - loop.rejected < loop.capacity
+        # A handshake makes room by its end. Other workers may have room. If none has, a new client
+        # is accepted, so that it gets the error reply.
+        has_room = bool(loop.handshakes) or len(loop.clients) - loop.rejected < loop.capacity
         return not has_room and self.limits.clients_of_server() < self._config.max_clients
 
     def is_ahead(self) -> bool:

@@ -100,6 +100,7 @@ class Supervisor:
         message = "stopped, forced" if was_forced else "stopped"
         for child in self._children:
             message += f"; {child.role} {child.pid} cannot be ended"
+        logs.report_suppressed(is_last=True)
         logs.event(logging.INFO, "server.stopped", message)
         return EXIT_RUNTIME if was_forced or self._children else EXIT_CLEAN
 
