@@ -30,8 +30,8 @@ from gserver.config import Config
 from gserver.scoreboard import Scoreboard
 from gserver.serve import fastpath, tls
 from gserver.serve.replies import Replies
+from lab.redises import make_certificates
 from proof import fuzz_wire as wire
-from tests.redises import make_certificates
 
 LIMITS = (1, 3, 5, 24, 64, 1024)
 #: Tables of commands: the last two have such as are the beginning of others.

@@ -24,12 +24,12 @@ from gevent import socket
 from gevent.pool import Pool
 
 from gserver.protocol import TLS_BEGINNING
+from lab.admin import status
+from lab.redises import make_certificates
+from lab.rows import Variant
+from lab.running import LIMIT
+from lab.site import Site
 from proof import fuzz_wire as wire
-from tests.faults.rows import Variant
-from tests.faults.site import Site
-from tests.redises import make_certificates
-from tests.running import LIMIT
-from tests.test_admin import status
 
 BATCH = 1000
 AT_ONCE = 150

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from lab.nodes import Node
+from lab.redises import FAILOVER_LIMIT
+from lab.running import LIMIT, ROOT, Client, environment, stopped, until
 from proof.probes import LIMIT_SECONDS, PERIOD_SECONDS
 from proof.world import Member, World, machine, undisturbed
-from tests.redises import FAILOVER_LIMIT
-from tests.running import LIMIT, ROOT, Client, environment, stopped, until
-from tests.test_cluster_partition import Node
 
 FILE = ROOT / "docs/outages.json"
 #: Of Redis, or of one server's way to it, where a fault lasts for as long as one likes.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.report import number, table
+from lab.running import ROOT
 from proof import availability, fuzz_report
-from tests.running import ROOT
 
 PAGE = ROOT / "docs/reliability.md"
 

@@ -23,12 +23,12 @@ from redis import RedisError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from lab.redises import FAILOVER_LIMIT
+from lab.running import ROOT
 from proof.soak_faults import FAULTS
 from proof.soak_judge import Report, complaints, render, written
 from proof.soak_load import Load
 from proof.soak_world import NAMES, World, eventually
-from tests.redises import FAILOVER_LIMIT
-from tests.running import ROOT
 
 #: What may go wrong in a way that is worth a line in the report.
 EXPECTED = (

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import psutil
 
+from lab.redises import Redis, Sentinels, Server
+from lab.running import LIMIT, Client, Running, stopped
 from proof.soak_world import MAX_CLIENTS, NAMES, Member, World, eventually
-from tests.redises import Redis, Sentinels, Server
-from tests.running import LIMIT, Client, Running, stopped
 
 Act = Callable[[World, Member], str]
 CROWD = 2 * MAX_CLIENTS  # those of a server, and of one before it by that name

@@ -7,8 +7,8 @@ import threading
 from collections import Counter
 from itertools import groupby
 
+from lab.running import Client
 from proof.soak_world import Member, eventually
-from tests.running import Client
 
 HTTP = b"GET / HTTP/1.1\r\nHost: here\r\n\r\nWHO\n"
 COMMANDS = b"WHO", b"WHERE", b"WHY"

@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
-from tests.faults.site import CENSUS
-from tests.redises import Redis, Sentinels, free_port, make_certificates
-from tests.running import GSERVER, LIMIT, PATIENCE, Client, Event, Running
-from tests.test_admin import status
-from tests.tls_client import TlsClient, certified, trust
+from lab.admin import status
+from lab.redises import Redis, Sentinels, free_port, make_certificates
+from lab.running import GSERVER, LIMIT, PATIENCE, Client, Event, Running
+from lab.site import CENSUS
+from lab.tls_client import TlsClient, certified, trust
 
 WORKERS = 2
 MAX_CLIENTS = 300

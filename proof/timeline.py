@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 
+from lab.history import Answer, Fact, Kind, Promise, Recorder, check
+from lab.redises import FAILOVER_LIMIT
+from lab.running import LIMIT, PATIENCE, ROOT, Client, until
 from proof.world import NAMES, Member, World, machine, need_root, undisturbed, write
-from tests.history import Answer, Fact, Kind, Promise, Recorder, check
-from tests.redises import FAILOVER_LIMIT
-from tests.running import LIMIT, PATIENCE, ROOT, Client, until
 
 FILE = ROOT / "docs/timelines.json"
 PAUSE_SECONDS = 0.01

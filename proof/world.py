@@ -18,11 +18,11 @@ from typing import Any
 import click
 import psutil
 
-from tests.netns import Host, Network, Way
-from tests.redises import FAILOVER_LIMIT
-from tests.running import GSERVER, ROOT, Running, until
-from tests.test_cluster_partition import Node, start_nodes
-from tests.test_deploy_haproxy import Front
+from lab.haproxy import Front
+from lab.netns import Host, Network, Way
+from lab.nodes import Node, start_nodes
+from lab.redises import FAILOVER_LIMIT
+from lab.running import GSERVER, ROOT, Running, until
 
 NAMES = "A", "B", "C"
 NICENESS = -10

@@ -7,9 +7,9 @@ from types import FrameType
 
 import pytest
 
-from tests.faults.rows import Notes
-from tests.redises import make_certificates
-from tests.running import Running
+from lab.redises import make_certificates
+from lab.rows import Notes
+from lab.running import Running
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

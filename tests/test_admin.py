@@ -1,8 +1,6 @@
 """The admin port: its answers, who may read them, and that no load on it slows a client."""
 
 import base64
-import http.client
-import json
 import select
 import signal
 import socket
@@ -14,44 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gserver.agent.admin_port import MAX_WAITING
-from tests.running import LIMIT, PATIENCE, Running, gserver, program, stopped, until
+from lab.admin import dial, get, metrics, status
+from lab.running import LIMIT, PATIENCE, Running, gserver, program, stopped, until
 
 TOKEN = "not-a-secret"
-
-
-def get(
-    server: Running, path: str, method: str = "GET", host: str = "127.0.0.1", **headers: str
-) -> tuple[int, dict[str, str], bytes]:
-    """Send a request; return the status code, headers and body of the answer."""
-    connection = http.client.HTTPConnection(host, server.admin_port(), timeout=LIMIT)
-    try:
-        connection.request(method, path, headers=headers)
-        answer = connection.getresponse()
-        return (
-            answer.status,
-            {name.lower(): value for name, value in answer.getheaders()},
-            answer.read(),
-        )
-    finally:
-        connection.close()
-
-
-def status(server: Running, **headers: str) -> Any:
-    code, _, body = get(server, "/status.json", **headers)
-    assert code == 200, body
-    return json.loads(body)
-
-
-def metrics(server: Running) -> dict[str, float]:
-    """The samples of /metrics, by name and labels as they are written."""
-    _, _, body = get(server, "/metrics")
-    lines = [line for line in body.decode().splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 @pytest.fixture(scope="module")
@@ -358,10 +326,6 @@ def test_an_unfinished_request_does_not_delay_the_next_agent() -> None:
 
 
 # Hostile requests.
-
-
-def dial(server: Running) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.admin_port()), LIMIT)
 
 
 UNFINISHED = (

@@ -30,7 +30,7 @@ from gserver.cli.top import line, render
 from gserver.config import Config
 from gserver.errors import UsageError
 from gserver.scoreboard import Scoreboard
-from tests.running import PATIENCE, Running, gserver, until
+from lab.running import PATIENCE, Running, gserver, until
 
 MEMBER = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
 MEMBERS = {"servers": [MEMBER], "omitted_servers": 0, "age_seconds": 0.1, "trouble": None}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.running import LIMIT, PATIENCE, Client, Running, until
+from lab.running import LIMIT, PATIENCE, Client, Running, until
 from tests.test_statsd import Daemon, becomes, received, statsd_daemon, to
 
 #: No daemon listens there, and no datagram leaves the machine.

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.running import ROOT
+from lab.running import ROOT
 
 
 def test_an_audit_tells_vulnerabilities_from_what_is_not_known(tmp_path: Path) -> None:

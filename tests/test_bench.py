@@ -15,7 +15,7 @@ from bench.measure import SERVER_CORE, Failed, tree, work
 from bench.peers import PROGRAMS, ROOT, SPELLING_PEERS, build, running
 from bench.report import PAGE, TABLES, tables
 from bench.scenarios import FULL, MODES, SHAPES
-from tests.running import LIMIT, program
+from lab.running import LIMIT, program
 
 TEXT = PAGE.read_text()
 

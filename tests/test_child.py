@@ -29,7 +29,7 @@ from gserver.supervise.child import (
     reap_orphans,
 )
 from gserver.supervise.phases import Generation
-from tests.running import LIMIT, until
+from lab.running import LIMIT, until
 
 GENERATION = Generation(0, Certificates())
 PAUSE = "import signal; signal.pause()"

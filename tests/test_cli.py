@@ -19,8 +19,8 @@ import pytest
 from gserver import __version__
 from gserver.cli import main as cli
 from gserver.config import OPTIONS, Config, environment_names, flag
-from tests.redises import free_port
-from tests.running import GSERVER, LIMIT, Running, environment, gserver
+from lab.redises import free_port
+from lab.running import GSERVER, LIMIT, Running, environment, gserver
 from tests.test_systemd import listening, start
 
 #: Every option: its own variable, a text for it, and the value that comes of it.

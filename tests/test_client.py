@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import wire_cases as wire
-from tests.running import LIMIT, PATIENCE, Client, Running, program, until
-from tests.wire_cases import CASES, Case
+from lab import wire_cases as wire
+from lab.running import LIMIT, PATIENCE, Client, Running, program, until
+from lab.wire_cases import CASES, Case
 
 #: Of the servers below, in seconds.
 UNTERMINATED_AFTER = 1.0

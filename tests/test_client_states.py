@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import LIMIT, PATIENCE, Client, Running, extended, until
-from tests.tls_client import certified, shake_hands, trust
+from lab.running import LIMIT, PATIENCE, Client, Running, extended, until
+from lab.tls_client import certified, shake_hands, trust
 
 MODULE = """
 import os

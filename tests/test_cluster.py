@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.rows import Notes
-from tests.redises import Proxy, Redis
-from tests.running import LIMIT, PATIENCE, Client, Event, Running, until
+from lab.redises import Proxy, Redis
+from lab.rows import Notes
+from lab.running import LIMIT, PATIENCE, Client, Event, Running, until
 
 #: Seconds: a heartbeat interval and a TTL that keep tests of dead servers short.
 INTERVAL, TTL = 0.2, 2.0

@@ -17,9 +17,9 @@ from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink, kind_of
 from gserver.cluster.sentinel import SentinelFollower
 from gserver.config import Config
-from tests.faults.rows import Notes
-from tests.redises import Redis
-from tests.running import LIMIT, PATIENCE, ROOT, Running, until
+from lab.redises import Redis
+from lab.rows import Notes
+from lab.running import LIMIT, PATIENCE, ROOT, Running, until
 
 SECRETS = ("hush-hush", "qui et/")
 HEARTBEAT = Heartbeat("one", "a1", sequence=1, clients=5, ttl_ms=5000, interval_ms=500)

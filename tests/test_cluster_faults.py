@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import redis
 
-from tests.faults.rows import Notes
-from tests.faults.site import KEPT_BYTES
-from tests.redises import FAILOVER_LIMIT, Proxy, Redis, Sentinels
-from tests.running import LIMIT, PATIENCE, ROOT, Running, stopped, until
-from tests.steady import Cluster
+from lab.redises import FAILOVER_LIMIT, Proxy, Redis, Sentinels
+from lab.rows import Notes
+from lab.running import LIMIT, PATIENCE, ROOT, Running, stopped, until
+from lab.site import KEPT_BYTES
+from lab.steady import Cluster
 
 KEYS = [f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state")]
 

@@ -1,4 +1,4 @@
-"""Random runs of real servers and a real Redis, checked by tests/history.py; and deliberate bugs.
+"""Random runs of real servers and a real Redis, checked by lab/history.py; and deliberate bugs.
 
 Each place in a cluster has a thread of its own: it starts and ends servers, connects and closes
 clients, and sends WHO at any time. Two more threads break Redis, and the path of one place to it.
@@ -26,11 +26,11 @@ import psutil
 import pytest
 from redis import ResponseError
 
-from tests import history
-from tests.faults.rows import Notes
-from tests.history import Answer, Fact, Kind, Promise, Verdict, check
-from tests.redises import Proxy, Redis
-from tests.running import LIMIT, PATIENCE, ROOT, Client, Running, stopped, until
+from lab import history
+from lab.history import Answer, Fact, Kind, Promise, Verdict, check
+from lab.redises import Proxy, Redis
+from lab.rows import Notes
+from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, stopped, until
 
 #: Processes that share one run of the tests (pytest-xdist) must name the tests alike.
 _RUN = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))

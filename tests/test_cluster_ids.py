@@ -18,9 +18,9 @@ import pytest
 from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
-from tests.faults.rows import Notes
-from tests.redises import Redis, free_port
-from tests.running import LIMIT, PATIENCE, ROOT, Running, environment, gserver, until
+from lab.redises import Redis, free_port
+from lab.rows import Notes
+from lab.running import LIMIT, PATIENCE, ROOT, Running, environment, gserver, until
 from tests.test_cluster import FAST, all_say, cluster, connect, servers_known, started, watching
 
 #: Seconds that a start may take longer while Redis is away.

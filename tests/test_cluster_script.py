@@ -21,8 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from gserver.cluster.membership import Heartbeat, Reply
 from gserver.cluster.redis_link import HEARTBEAT_SCRIPT, RedisLink
 from gserver.config import Config
-from tests.redises import Redis, free_port
-from tests.running import ROOT, until
+from lab.redises import Redis, free_port
+from lab.running import ROOT, until
 
 #: Milliseconds; long enough that no lease ends because a machine is slow.
 TTL, INTERVAL = 60_000, 6000

@@ -11,7 +11,7 @@ import pytest
 from gserver.commands import BUILT_IN
 from gserver.errors import UsageError
 from gserver.serve.command_module import load_commands
-from tests.running import Running, extended
+from lab.running import Running, extended
 
 Write = Callable[..., str]
 

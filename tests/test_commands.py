@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gserver.commands import BUILT_IN, Command, Service, command
-from tests.running import LIMIT, PATIENCE, Running, until
+from lab.running import LIMIT, PATIENCE, Running, until
 
 SERVICE = Service("an-id", lambda: 3)
 

@@ -22,9 +22,9 @@ import psutil
 import pytest
 
 from gserver.config import OPTIONS, environment_names, flag
-from tests.booted import UNITS, Booted
-from tests.redises import free_port, make_certificates
-from tests.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
+from lab.booted import UNITS, Booted
+from lab.redises import free_port, make_certificates
+from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
 
 DEPLOY = ROOT / "deploy"
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
@@ -408,7 +408,7 @@ def test_nothing_but_the_program_is_in_what_an_image_is_built_from() -> None:
         ".git/config",
         ".venv/pyvenv.cfg",
         "docs/protocol.md",
-        "tests/running.py",
+        "lab/running.py",
         "README.md",
         ".env",
     ):

@@ -20,11 +20,11 @@ from urllib.request import Request, urlopen
 import pytest
 
 from gserver.config import OPTIONS, flag
-from tests.redises import Redis, free_port, make_certificates
-from tests.running import LIMIT, ROOT, Running, program, until
+from lab.redises import Redis, free_port, make_certificates
+from lab.running import LIMIT, ROOT, Running, program, until
+from lab.tls_client import TlsClient, trust
 from tests.test_deploy_machine import package
 from tests.test_docs import rows
-from tests.tls_client import TlsClient, trust
 
 FILES = ROOT / "deploy/prometheus"
 RULES = (FILES / "gserver.rules.yml").read_text()

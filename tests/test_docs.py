@@ -20,7 +20,7 @@ from gserver.agent.statsd import COUNTERS, GAUGES, TIMINGS
 from gserver.config import OPTIONS, Config, environment_names, flag
 from gserver.protocol import ERROR_REPLIES
 from gserver.supervise.systemd import VARIABLES
-from tests.running import ROOT, Running, environment
+from lab.running import ROOT, Running, environment
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
 PROTOCOL = (ROOT / "docs/protocol.md").read_text()

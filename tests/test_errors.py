@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 from gserver import errors
-from tests.running import gserver
+from lab.running import gserver
 
 
 def test_a_misuse_is_a_failure_with_an_exit_code_of_its_own() -> None:

@@ -13,7 +13,7 @@ from gserver.scoreboard import Scoreboard
 from gserver.serve.fastpath import MAX_LONG_PLANS, MAX_MISSES, MAX_SHORT_PLANS, FastPath
 from gserver.serve.limits import Limits
 from gserver.serve.replies import Replies
-from tests.wire_cases import CASES, Case
+from lab.wire_cases import CASES, Case
 
 
 @command("QUICK", may_block=False)

@@ -20,10 +20,10 @@ import pytest
 
 from gserver import config, logs, protocol, redis_url
 from gserver.serve import fastpath, tls
+from lab.running import LIMIT, ROOT, environment, until
+from lab.wire_cases import CASES, REPLIES, Case
 from proof import fuzz_core, fuzz_sockets, fuzz_wire
 from proof.fuzz_report import section
-from tests.running import LIMIT, ROOT, environment, until
-from tests.wire_cases import CASES, REPLIES, Case
 
 SEED = int(os.environ.get("GSERVER_FUZZ_SEED", "0")) or Random().randrange(1, 1_000_000)
 NO_MATCH = "not found once: the code has changed, so is the fault to be put elsewhere"

@@ -13,9 +13,9 @@ import pytest
 
 from gserver.boot import RESERVED_FILES
 from gserver.serve.loop import MAX_HANDSHAKES
-from tests.running import LIMIT, Running, limited, stopped, until
-from tests.test_admin import status
-from tests.tls_client import TlsClient, certified, trust
+from lab.admin import status
+from lab.running import LIMIT, Running, limited, stopped, until
+from lab.tls_client import TlsClient, certified, trust
 
 
 def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:

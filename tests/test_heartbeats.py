@@ -10,7 +10,7 @@ import redis
 
 from bench.heartbeats import KEYS, SIZES, heartbeat, run, running_redis
 from gserver.cluster.redis_link import HEARTBEAT_SCRIPT
-from tests.running import program
+from lab.running import program
 
 #: What one heartbeat may call in Redis. With the arguments that the script gives, each of them
 #: takes as long with many servers as with few, or a logarithm longer.

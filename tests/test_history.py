@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.history import Answer, Fact, Kind, Promise, Recorder, Verdict, check
-from tests.running import Running
+from lab.history import Answer, Fact, Kind, Promise, Recorder, Verdict, check
+from lab.running import Running
 
 BEAT = 0.5
 TTL = 5.0

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.redises import Proxy, Redis
-from tests.running import PATIENCE, Client, Running, extended, left_over, stopped, until
+from lab.redises import Proxy, Redis
+from lab.running import PATIENCE, Client, Running, extended, left_over, stopped, until
 
 SECOND = PATIENCE
 #: Longer than a test takes.

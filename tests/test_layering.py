@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import LIMIT, ROOT, environment
+from lab.running import LIMIT, ROOT, environment
 
 PACKAGE = ROOT / "gserver"
 MODULES = {
@@ -193,3 +193,15 @@ def test_what_is_no_python_is_installed_with_the_package() -> None:
     }
     assert others
     assert others == installed
+
+
+def test_neither_the_lab_nor_a_proof_needs_the_tests_and_the_program_needs_none_of_them() -> None:
+    for folder, forbidden in (
+        ("gserver", {"lab", "tests", "proof", "bench"}),
+        ("lab", {"tests", "proof", "bench"}),
+        ("proof", {"tests"}),
+        ("bench", {"tests"}),
+    ):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            names = {name.split(".")[0] for name in _imports(path)}
+            assert not names & forbidden, f"{path.relative_to(ROOT)} imports {names & forbidden}"

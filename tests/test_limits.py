@@ -16,10 +16,10 @@ from gserver.protocol import TOO_MANY_CLIENTS
 from gserver.scoreboard import Scoreboard
 from gserver.serve.client import LINGER_SECONDS
 from gserver.serve.limits import AddressCounts, Limits, network
-from tests.running import PATIENCE, Client, Running, extended, stopped, until
-from tests.test_admin import status
+from lab.admin import status
+from lab.running import PATIENCE, Client, Running, extended, stopped, until
+from lab.tls_client import TlsClient, certified, trust
 from tests.test_worker import MODULE, WAYS
-from tests.tls_client import TlsClient, certified, trust
 
 MANY, OTHER = "127.0.0.2", "127.0.0.3"
 LIMIT = 6

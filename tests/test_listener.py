@@ -11,7 +11,7 @@ import pytest
 from gserver.config import show_address
 from gserver.errors import EXIT_RUNTIME, FatalError
 from gserver.supervise.listener import Listener, bind
-from tests.running import LIMIT, Client, Running, environment
+from lab.running import LIMIT, Client, Running, environment
 
 #: The user and group `nobody`.
 NOBODY = 65534

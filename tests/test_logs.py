@@ -28,7 +28,7 @@ from gserver.logs import (
     Outage,
     RateLimiter,
 )
-from tests.running import GSERVER, LIMIT, Client, Event, Running, environment, program, until
+from lab.running import GSERVER, LIMIT, Client, Event, Running, environment, program, until
 
 MAX_LINE = 4096
 DRAIN_TIMEOUT = 4.0  # the default of --drain-timeout

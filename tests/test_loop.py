@@ -24,7 +24,7 @@ from gserver.serve.client import READ_BYTES
 from gserver.serve.limits import Limits
 from gserver.serve.loop import TURN_CLIENTS, Loop
 from gserver.serve.replies import Replies
-from tests.running import LIMIT, PATIENCE, Client, Running, extended, stopped, until
+from lab.running import LIMIT, PATIENCE, Client, Running, extended, stopped, until
 
 MODULE = """
 import gc

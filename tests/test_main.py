@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.running import GSERVER, LIMIT, ROOT, Client, Running, environment, gserver, until
+from lab.running import GSERVER, LIMIT, ROOT, Client, Running, environment, gserver, until
 
 BY_HAND = (
     "gserver: a child process is started by a `gserver serve` of the same version, not by hand\n"

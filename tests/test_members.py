@@ -16,9 +16,9 @@ from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
 from gserver.redis_errors import HEARTBEAT_ERRORS
-from tests.redises import Redis, Sentinels
-from tests.running import LIMIT, PATIENCE, Running, until
-from tests.test_admin import status
+from lab.admin import status
+from lab.redises import Redis, Sentinels
+from lab.running import LIMIT, PATIENCE, Running, until
 from tests.test_cluster import cluster
 
 TTL_MS, INTERVAL_MS = 5000, 500

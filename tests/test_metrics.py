@@ -16,7 +16,7 @@ from gserver.config import Config
 from gserver.metrics import METRICS, SERVICE_BOUNDS_NS, Kind, Metric, Source
 from gserver.scoreboard import Scoreboard
 from gserver.serve.replies import Replies
-from tests.running import ROOT
+from lab.running import ROOT
 from tests.test_docs import rows
 
 CONFIG = Config(server_id="here", redis_url="redis://x")

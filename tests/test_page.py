@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import Browser, browser
-from tests.redises import Redis, free_port, make_certificates
-from tests.running import Running, until
+from lab.browser import Browser, browser
+from lab.redises import Redis, free_port, make_certificates
+from lab.running import Running, until
 from tests.test_cluster import cluster
 
 

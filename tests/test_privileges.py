@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.booted import INSTALL, INSTALLED
-from tests.redises import make_certificates
-from tests.running import LIMIT, Client, Running, gserver, program, until
+from lab.booted import INSTALL, INSTALLED
+from lab.redises import make_certificates
+from lab.running import LIMIT, Client, Running, gserver, program, until
 
 UID, GID, OTHER_GID, KEY_GID = 64123, 64124, 64125, 64126
 #: Runs a command in mounts of its own, with users and groups that this machine does not have and a

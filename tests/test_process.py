@@ -10,20 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.redises import make_certificates
-from tests.running import (
-    GSERVER,
-    LIMIT,
-    PATIENCE,
-    ROOT,
-    Running,
-    left_over,
-    limited,
-    program,
-    until,
-)
-from tests.test_admin import get
-from tests.tls_client import TlsClient, trust
+from lab.admin import get
+from lab.redises import make_certificates
+from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, left_over, limited, program, until
+from lab.tls_client import TlsClient, trust
 
 MODULE = """
 import os

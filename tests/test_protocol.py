@@ -19,8 +19,8 @@ from gserver.protocol import (
     Grammar,
     Parser,
 )
-from tests import wire_cases as wire
-from tests.wire_cases import CASES, LIMIT_BYTES, REPLIES, Case
+from lab import wire_cases as wire
+from lab.wire_cases import CASES, LIMIT_BYTES, REPLIES, Case
 
 #: A command is whatever the table holds for its name: here, the reply itself.
 GRAMMAR = Grammar(REPLIES, LIMIT_BYTES)

@@ -23,8 +23,8 @@ from gserver.cluster.redis_link import (
 from gserver.config import Config
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.redis_url import RedisUrl
-from tests.redises import Proxy, Redis, Sentinels, Server, free_port
-from tests.running import LIMIT, PATIENCE, until
+from lab.redises import Proxy, Redis, Sentinels, Server, free_port
+from lab.running import LIMIT, PATIENCE, until
 
 TTL, INTERVAL = 60_000, 6000
 #: Time that a reply may take beyond the timeout.

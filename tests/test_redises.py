@@ -12,8 +12,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.redises import Proxy, Redis, Sentinels
-from tests.running import LIMIT, until
+from lab.redises import Proxy, Redis, Sentinels
+from lab.running import LIMIT, until
 
 #: Seconds without a reply that count as silence.
 SILENCE = 0.3

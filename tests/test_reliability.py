@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from lab.admin import status
+from lab.history import Fact, Kind
+from lab.rows import Notes
+from lab.running import LIMIT, ROOT, Running, environment, until
 from proof import outages, page, timeline
 from proof.availability import (
     BUDGET_SECONDS,
@@ -29,10 +33,6 @@ from proof.availability import (
     who_verdict,
 )
 from proof.outages import FAULTS, Outage, outage, wrong
-from tests.faults.rows import Notes
-from tests.history import Fact, Kind
-from tests.running import LIMIT, ROOT, Running, environment, until
-from tests.test_admin import status
 
 TEXT = page.PAGE.read_text()
 SEED = random.SystemRandom().randrange(1, 1_000_000)

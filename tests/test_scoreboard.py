@@ -11,7 +11,7 @@ from gserver.errors import EXIT_USAGE, UsageError
 from gserver.metrics import METRICS, Kind
 from gserver.protocol import MAX_NAME_BYTES
 from gserver.scoreboard import MAX_COMMANDS, SERVER_CELLS, WORKER_CELLS, Scoreboard
-from tests.running import environment
+from lab.running import environment
 
 SLOTS = 3
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.running import LIMIT, environment
+from lab.running import LIMIT, environment
 
 PROGRAM = """
 import os, select, signal

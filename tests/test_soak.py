@@ -11,11 +11,11 @@ from shutil import copytree
 import psutil
 import pytest
 
+from lab.running import LIMIT, ROOT, environment, left_over, program, until
+from lab.site import CENSUS, SEED
 from proof.soak_judge import MAX_GROWTH, Report, complaints, lives, render, written
 from proof.soak_load import KINDS, Load
 from proof.soak_world import Member
-from tests.faults.site import CENSUS, SEED
-from tests.running import LIMIT, ROOT, environment, left_over, program, until
 
 BIN = ROOT / "bin/soak"
 REPORT = ROOT / "docs/soak.json"

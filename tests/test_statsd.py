@@ -17,8 +17,8 @@ import pytest
 from gserver.agent.statsd import COUNTERS, MAX_DATAGRAM_BYTES, RETRY_SECONDS, changes
 from gserver.protocol import ERROR_REPLIES
 from gserver.scoreboard import Scoreboard
-from tests.netns import unavailable
-from tests.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, program, until
+from lab.netns import unavailable
+from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, program, until
 
 STATSD = ROOT / ".tools/node_modules/statsd/stats.js"
 COMMANDS = """

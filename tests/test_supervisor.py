@@ -20,8 +20,9 @@ import psutil
 import pytest
 
 from gserver.supervise.phases import GIVE_UP_SECONDS
-from tests.redises import Redis
-from tests.running import (
+from lab.admin import status
+from lab.redises import Redis
+from lab.running import (
     GSERVER,
     LIMIT,
     PATIENCE,
@@ -37,7 +38,6 @@ from tests.running import (
     stopped,
     until,
 )
-from tests.test_admin import status
 
 #: A second of what the service promises, on a machine of usual speed.
 SECOND = PATIENCE

@@ -19,9 +19,9 @@ import pytest
 
 from gserver.errors import UsageError
 from gserver.supervise.systemd import VARIABLES, Manager
-from tests.redises import free_port
-from tests.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
-from tests.tls_client import certified
+from lab.redises import free_port
+from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
+from lab.tls_client import certified
 
 SECOND = PATIENCE
 

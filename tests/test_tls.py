@@ -25,13 +25,13 @@ import pytest
 from gserver.certificates import Certificates
 from gserver.errors import UsageError
 from gserver.serve import tls
-from tests.netns import Network
-from tests.redises import make_certificates
-from tests.running import LIMIT, Client, Running, gserver, program, stopped, until
-from tests.test_admin import get, status
-from tests.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
-from tests.tls_client import TlsClient, certified, shake_hands, trust
-from tests.wire_cases import CASES, Case
+from lab.admin import get, status
+from lab.netns import Network
+from lab.redises import make_certificates
+from lab.running import LIMIT, Client, Running, gserver, program, stopped, until
+from lab.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
+from lab.tls_client import TlsClient, certified, shake_hands, trust
+from lab.wire_cases import CASES, Case
 
 #: Of the servers below, in seconds.
 HANDSHAKE_TIMEOUT = 1.0

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.running import PATIENCE, Client, Running, extended, is_alive, limited, stopped, until
+from lab.running import PATIENCE, Client, Running, extended, is_alive, limited, stopped, until
 
 REJECTED = b"ERR too many clients\n"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.rows import Variant
-from tests.faults.site import Site
+from lab.rows import Variant
+from lab.site import Site
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults.site import SEED
+from lab.site import SEED
 
 OUTCOMES: Final = {"passed": "survived", "failed": "FAILED", "skipped": "SKIPPED"}
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
-from tests.faults.rows import PLAIN, Notes, row
-from tests.faults.site import Site
-from tests.netns import Network
-from tests.running import LIMIT, PATIENCE, Client, until
-from tests.test_admin import status
+from lab.admin import status
+from lab.netns import Network
+from lab.rows import PLAIN, Notes, row
+from lab.running import LIMIT, PATIENCE, Client, until
+from lab.site import Site
 
 Start = Callable[..., Site]
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from redis import Redis as Client
 
-from tests.faults.rows import PLAIN, Notes, Variant, row
-from tests.redises import Redis
-from tests.running import LIMIT, PATIENCE, Running, environment, stopped, until
-from tests.steady import Cluster, SteadyServer
+from lab.redises import Redis
+from lab.rows import PLAIN, Notes, Variant, row
+from lab.running import LIMIT, PATIENCE, Running, environment, stopped, until
+from lab.steady import Cluster, SteadyServer
 
 BEAT, TTL = 0.2, 2.0
 MEMBERS = "{gserver:gserver}:members"

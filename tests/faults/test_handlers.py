@@ -5,9 +5,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.rows import ALL, PLAIN, Notes, row
-from tests.faults.site import CENSUS, Site
-from tests.running import is_alive, until
+from lab.rows import ALL, PLAIN, Notes, row
+from lab.running import is_alive, until
+from lab.site import CENSUS, Site
 
 Start = Callable[..., Site]
 

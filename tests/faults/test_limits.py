@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from tests.faults.attackers import Attacker
-from tests.faults.pace import Pace, measured
-from tests.faults.rows import Notes, Variant, row
-from tests.faults.site import Site
-from tests.netns import unavailable
-from tests.running import until
-from tests.test_admin import status
+from lab.admin import status
+from lab.attackers import Attacker
+from lab.netns import unavailable
+from lab.pace import Pace, measured
+from lab.rows import Notes, Variant, row
+from lab.running import until
+from lab.site import Site
 
 Start = Callable[..., Site]
 CROWD = 50_000

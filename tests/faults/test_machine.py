@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.rows import ALL, PLAIN, Notes, row
-from tests.faults.site import Site
+from lab.admin import get
+from lab.rows import ALL, PLAIN, Notes, row
+from lab.running import GSERVER, LIMIT, PATIENCE, until
+from lab.site import Site
 from tests.faults.test_processes import await_others
-from tests.running import GSERVER, LIMIT, PATIENCE, until
-from tests.test_admin import get
 
 Start = Callable[..., Site]
 Choice = Callable[[Site], psutil.Process]

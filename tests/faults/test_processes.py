@@ -14,11 +14,11 @@ from threading import Event
 import psutil
 import pytest
 
-from tests.faults.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
-from tests.faults.site import CENSUS, SEED, Site
-from tests.netns import unavailable
-from tests.redises import Redis, free_port
-from tests.running import (
+from lab.admin import get
+from lab.netns import unavailable
+from lab.redises import Redis, free_port
+from lab.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
+from lab.running import (
     GSERVER,
     LIMIT,
     PATIENCE,
@@ -30,7 +30,7 @@ from tests.running import (
     stopped,
     until,
 )
-from tests.test_admin import get
+from lab.site import CENSUS, SEED, Site
 
 Start = Callable[..., Site]
 Choice = Callable[[Site], list[psutil.Process]]

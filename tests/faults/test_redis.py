@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 import redis
 
-from tests.faults.rows import PLAIN, Notes, Variant, row
-from tests.faults.site import SEED
-from tests.netns import unavailable
-from tests.redises import Redis, Sentinels, free_port
-from tests.running import GSERVER, LIMIT, program, until
-from tests.steady import Cluster, SteadyServer
+from lab.netns import unavailable
+from lab.redises import Redis, Sentinels, free_port
+from lab.rows import PLAIN, Notes, Variant, row
+from lab.running import GSERVER, LIMIT, program, until
+from lab.site import SEED
+from lab.steady import Cluster, SteadyServer
 from tests.test_cluster_attacks import listener, named
 from tests.test_cluster_faults import World, survive
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.running import LIMIT, ROOT, environment, until
+from lab.running import LIMIT, ROOT, environment, until
 
 ROW = """
 import signal
 import pytest
-from tests.running import Running
+from lab.running import Running
 
 @pytest.mark.fault("Somebody waits for ever")
 @pytest.mark.parametrize("number", range(2))

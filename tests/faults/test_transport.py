@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.rows import PLAIN, Notes, Variant, row
-from tests.faults.site import Site
-from tests.redises import make_certificates
-from tests.running import PATIENCE, Client, until
-from tests.test_admin import status
-from tests.tls13 import APPLICATION_DATA, HANDSHAKE, RecordClient
-from tests.tls_client import certified, trust
+from lab.admin import status
+from lab.redises import make_certificates
+from lab.rows import PLAIN, Notes, Variant, row
+from lab.running import PATIENCE, Client, until
+from lab.site import Site
+from lab.tls13 import APPLICATION_DATA, HANDSHAKE, RecordClient
+from lab.tls_client import certified, trust
 
 Start = Callable[..., Site]
 

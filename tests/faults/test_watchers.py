@@ -12,12 +12,12 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.rows import Notes, Variant, row
-from tests.faults.site import Site
-from tests.netns import unavailable
-from tests.redises import Redis
-from tests.running import GSERVER, LIMIT, PATIENCE, Event, Running, program, until
-from tests.test_admin import dial, get, status
+from lab.admin import dial, get, status
+from lab.netns import unavailable
+from lab.redises import Redis
+from lab.rows import Notes, Variant, row
+from lab.running import GSERVER, LIMIT, PATIENCE, Event, Running, program, until
+from lab.site import Site
 from tests.test_statsd import LINE, free_port
 
 Start = Callable[..., Site]

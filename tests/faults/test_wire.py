@@ -6,10 +6,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 
-from tests.faults.rows import PLAIN, Notes, row
-from tests.faults.site import SEED, Site
-from tests.running import LIMIT, PATIENCE
-from tests.test_admin import status
+from lab.admin import status
+from lab.rows import PLAIN, Notes, row
+from lab.running import LIMIT, PATIENCE
+from lab.site import SEED, Site
 
 Start = Callable[..., Site]
 

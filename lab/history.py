@@ -21,7 +21,7 @@ from enum import Enum
 from math import inf
 from typing import NamedTuple
 
-from tests.running import LIMIT, Client, Running
+from lab.running import LIMIT, Client, Running
 
 
 class Kind(Enum):

@@ -6,7 +6,7 @@ import socket
 import ssl
 from pathlib import Path
 
-from tests.running import Client
+from lab.running import Client
 
 
 def certified(pems: Path, name: str = "server") -> list[str]:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from tests.faults.rows import Variant
-from tests.running import LIMIT, PATIENCE, Client, Running, until
-from tests.test_admin import status
-from tests.tls_client import TlsClient, certified, trust
+from lab.admin import status
+from lab.rows import Variant
+from lab.running import LIMIT, PATIENCE, Client, Running, until
+from lab.tls_client import TlsClient, certified, trust
 
 #: A documented way to look into a worker: a command of one's own.
 CENSUS = '''

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from tests.running import LIMIT, PATIENCE, Client, Running, until
+from lab.running import LIMIT, PATIENCE, Client, Running, until
 
 PAUSE_SECONDS = 0.005
 #: What a busy machine may add to an answer. One that waited for Redis would take ten times that.

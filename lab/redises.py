@@ -23,7 +23,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.running import LIMIT, program, until
+from lab.running import LIMIT, program, until
 
 #: A failover takes three seconds, but a Sentinel that was delayed for two does nothing for the next
 #: thirty.

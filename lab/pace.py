@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from tests.faults.site import Site
-from tests.running import LIMIT, ROOT, Client, environment
-from tests.tls_client import TlsClient, trust
+from lab.running import LIMIT, ROOT, Client, environment
+from lab.site import Site
+from lab.tls_client import TlsClient, trust
 
 PAUSE_SECONDS = 0.001
 EVERY = 50  #: questions of which one comes on a new connection
@@ -37,7 +37,7 @@ class Course:
             str(word) for site in sites for word in (site.server.port, int(site.variant.is_tls))
         ]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tests.faults.pace", str(sites[0].pems), *words],
+            [sys.executable, "-P", "-m", "lab.pace", str(sites[0].pems), *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
-from tests.running import LIMIT, program, until
+from lab.running import LIMIT, program, until
 
 FLAGS = (
     *(

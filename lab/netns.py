@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
-from tests.running import LIMIT, program
+from lab.running import LIMIT, program
 
 CLONE_NEWNET = 0x40000000
 #: How long a packet is waited for that must not come. One that may come takes microseconds.

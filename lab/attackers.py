@@ -1,4 +1,4 @@
-"""Crowds and floods, each a process of its own: `python -m tests.faults.attackers NAME PORT CA
+"""Crowds and floods, each a process of its own: `python -m lab.attackers NAME PORT CA
 SECONDS NUMBER SOURCE`.
 
 CA is "" for plain. Each prints `begun` when it is under way, and at the end how much of it there
@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from tests.faults.site import Site
-from tests.running import LIMIT, ROOT, environment
+from lab.running import LIMIT, ROOT, environment
+from lab.site import Site
 
 #: Bad lines that are sent before the replies to those before have come.
 UNDER_WAY = 8000
@@ -143,7 +143,7 @@ class Attacker:
         ca = str(site.pems / "ca.pem") if site.variant.is_tls else ""
         words = [name, str(site.server.port), ca, str(seconds), str(number), source]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tests.faults.attackers", *words],
+            [sys.executable, "-P", "-m", "lab.attackers", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

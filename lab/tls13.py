@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from tests.running import Client
+from lab.running import Client
 
 #: Types of content: 4, B.1.
 HANDSHAKE, APPLICATION_DATA = 22, 23

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.running import ROOT, Event, program, until
+from lab.running import ROOT, Event, program, until
 
 SYSTEMD = "/lib/systemd/systemd"
 UNITS = ROOT / "deploy/systemd"
