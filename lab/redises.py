@@ -23,6 +23,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from lab.certificates import make_certificates
 from lab.running import LIMIT, program, until
 
 #: A failover takes three seconds, but a Sentinel that was delayed for two does nothing for the next
@@ -49,27 +50,6 @@ def free_port() -> int:
             # Not `random.randrange`: Hypothesis seeds it alike in processes that test side by side.
             probe.bind(("127.0.0.1", 20000 + secrets.randbelow(12768)))
             return int(probe.getsockname()[1])
-
-
-def make_certificates(folder: Path, days: int = 2) -> None:
-    """Make a CA, a certificate by it for 127.0.0.1 (not for localhost), and an unrelated CA."""
-    new = [program("openssl"), "req", "-x509", "-days", str(days), "-nodes", "-newkey", "ec"]
-    new += ["-pkeyopt", "ec_paramgen_curve:prime256v1"]
-    for_ca = ["-addext", "keyUsage=critical,keyCertSign"]
-    for_server = ["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE"]
-    for_server += ["-CA", "ca.pem", "-CAkey", "ca.key"]
-    for name, options in {"ca": for_ca, "other-ca": for_ca, "server": for_server}.items():
-        command = [
-            *new,
-            "-subj",
-            f"/CN={name}",
-            "-keyout",
-            f"{name}.key",
-            "-out",
-            f"{name}.pem",
-            *options,
-        ]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
 class Server(ExitStack[None]):

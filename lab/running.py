@@ -40,7 +40,7 @@ def program(name: str) -> str:
     """
     found = shutil.which(name)
     if found is None:
-        reason = f"{name} is not installed: bin/test says how"
+        reason = f"{name} is not installed: bin/programs says how"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)

@@ -30,7 +30,7 @@ from gserver.config import Config
 from gserver.scoreboard import Scoreboard
 from gserver.serve import fastpath, tls
 from gserver.serve.replies import Replies
-from lab.redises import make_certificates
+from lab.certificates import make_certificates
 from proof import fuzz_wire as wire
 
 LIMITS = (1, 3, 5, 24, 64, 1024)

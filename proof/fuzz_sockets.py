@@ -25,7 +25,7 @@ from gevent.pool import Pool
 
 from gserver.protocol import TLS_BEGINNING
 from lab.admin import status
-from lab.redises import make_certificates
+from lab.certificates import make_certificates
 from lab.rows import Variant
 from lab.running import LIMIT
 from lab.site import Site

@@ -25,16 +25,16 @@ GROUPS = {
     "StatsD, log, admin port": ["tests/faults/test_watchers.py"],
     "Redis and Sentinels": [
         "tests/faults/test_redis.py",
-        "tests/test_cluster_faults.py",
-        "tests/test_cluster_attacks.py",
+        "tests/outer/test_cluster_faults.py",
+        "tests/outer/test_cluster_attacks.py",
     ],
-    "Networks": ["tests/test_cluster_partition.py"],
+    "Networks": ["tests/outer/test_cluster_partition.py"],
     "Servers of a cluster": [
         "tests/faults/test_cluster.py",
-        "tests/test_cluster_ids.py",
-        "tests/test_cluster.py",
+        "tests/outer/test_cluster_ids.py",
+        "tests/outer/test_cluster.py",
     ],
-    "Many at once": ["tests/test_cluster_history.py", "tests/test_reliability.py"],
+    "Many at once": ["tests/outer/test_cluster_history.py", "tests/outer/test_reliability.py"],
 }
 
 Report = dict[str, Any]

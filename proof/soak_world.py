@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 
 from lab.admin import status
-from lab.redises import Redis, Sentinels, free_port, make_certificates
+from lab.certificates import make_certificates
+from lab.redises import Redis, Sentinels, free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, Client, Event, Running
 from lab.site import CENSUS
 from lab.tls_client import TlsClient, certified, trust

@@ -7,7 +7,7 @@ from types import FrameType
 
 import pytest
 
-from lab.redises import make_certificates
+from lab.certificates import make_certificates
 from lab.rows import Notes
 from lab.running import Running
 
@@ -45,6 +45,17 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def notes(request: pytest.FixtureRequest) -> Notes:
     """What a test of the fault matrix tells."""
     return Notes(request.node.user_properties)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of `tests/outer` and of the fault matrix are of the outer ring."""
+    folder = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(folder / "outer") or item.path.is_relative_to(
+            folder / "faults"
+        ):
+            item.add_marker(pytest.mark.outer)
 
 
 @pytest.hookimpl(wrapper=True)

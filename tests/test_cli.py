@@ -21,7 +21,7 @@ from gserver.cli import main as cli
 from gserver.config import OPTIONS, Config, environment_names, flag
 from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, Running, environment, gserver
-from tests.test_systemd import listening, start
+from tests.outer.test_systemd import listening, start
 
 #: Every option: its own variable, a text for it, and the value that comes of it.
 EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
@@ -155,6 +155,7 @@ def taken() -> Iterator[list[int]]:
         listener.close()
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     ("variables", "has_flag", "used"),
     [
@@ -193,6 +194,7 @@ def test_a_server_can_be_configured_by_its_environment_alone() -> None:
 # What runs.
 
 
+@pytest.mark.outer
 def test_with_options_alone_it_serves() -> None:
     with Running(
         "--port", "0", "--workers", "auto", "--server-id", "Z-1.a", command=GSERVER
@@ -206,6 +208,7 @@ def test_with_options_alone_it_serves() -> None:
         assert server.stderr == ""
 
 
+@pytest.mark.outer
 def test_each_server_has_an_id_of_its_own_if_it_is_given_none(server: Running) -> None:
     with server.client() as client:
         first = client.ask(b"WHERE").decode()
@@ -270,6 +273,7 @@ def test_the_help_shows_defaults_and_limits() -> None:
     assert "[debug|info|warning|error]" in text
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("name", RUNNERS)
 def test_the_help_of_an_option_names_the_variable_of_process_runners(name: str) -> None:
     text = " ".join(gserver("--help", COLUMNS="100").stdout.split())
@@ -277,6 +281,7 @@ def test_the_help_of_an_option_names_the_variable_of_process_runners(name: str) 
     assert f"[env var: {RUNNERS[name]}" in of_option
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("words", [(), ("serve",), ("ask",), ("top",), ("status",)])
 def test_h_is_short_for_help(words: tuple[str, ...]) -> None:
     short, long = gserver(*words, "-h"), gserver(*words, "--help")
@@ -339,6 +344,7 @@ def _bad_values() -> Iterator[tuple[str, str]]:
     yield from (("server_id", text) for text in ("", "two words", "caf\u00e9", "a\nb", "x" * 129))
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("name", sorted({name for name, _ in _bad_values()}))
 def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> None:
     texts = [text for other, text in _bad_values() if other == name]
@@ -364,6 +370,7 @@ def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> Non
             run.communicate(timeout=LIMIT)
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
@@ -434,6 +441,7 @@ def test_an_option_with_one_value_is_refused_if_it_is_repeated(
     assert told.startswith(f"Option '{option}' is given 2 times: it takes one value. (see gserver")
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "::"])
 def test_one_port_for_clients_and_the_admin_port_is_refused(host: str) -> None:
     port = str(free_port())
@@ -575,6 +583,7 @@ def test_a_shell_gets_its_script_for_completion(shell: str) -> None:
     assert f"{shell}_complete" in done.stdout
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
@@ -645,6 +654,7 @@ def test_a_secret_that_http_cannot_carry_is_refused_and_not_repeated() -> None:
 TOKEN = "a-token-of-the-test"
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
 @pytest.mark.parametrize("is_variable", [False, True])
 def test_a_token_from_a_file_is_required_and_is_in_no_command_line(
@@ -669,6 +679,7 @@ def test_a_token_from_a_file_is_required_and_is_in_no_command_line(
         assert server.stderr == ""
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("command", [("--admin-port", "0", "--port", "0"), ("status",), ("top",)])
 @pytest.mark.parametrize(
     ("content", "reason"),
@@ -752,6 +763,7 @@ def _exposed(option: str, name: str) -> str:
     )
 
 
+@pytest.mark.outer
 def test_a_secret_in_a_flag_is_warned_about_once_and_works() -> None:
     url = f"redis://:open-sesame@127.0.0.1:{free_port()}"
     options = ["--admin-port", "0", "--admin-token", TOKEN, "--redis-url", url]
@@ -768,6 +780,7 @@ def test_a_secret_in_a_flag_is_warned_about_once_and_works() -> None:
     )
 
 
+@pytest.mark.outer
 def test_a_url_without_a_password_and_a_variable_are_no_exposed_secret() -> None:
     url = f"redis://127.0.0.1:{free_port()}"
     with Running(

@@ -236,6 +236,7 @@ def test_a_command_that_begins_another_is_not_answered_without_its_newline(
         assert client.line() == b"you\n"
 
 
+@pytest.mark.outer
 def test_a_line_that_goes_on_while_the_worker_is_held_up_is_one_line(here: Running) -> None:
     with here.client() as client:
         client.send(b"WHERE")
@@ -250,6 +251,7 @@ def test_a_line_that_goes_on_while_the_worker_is_held_up_is_one_line(here: Runni
 # Deadlines.
 
 
+@pytest.mark.outer
 def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(
     strict: Running,
 ) -> None:
@@ -266,6 +268,7 @@ def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(
     )  # The worker has waited, not asked again and again.
 
 
+@pytest.mark.outer
 def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict: Running) -> None:
     with strict.client() as client:
         began = time.monotonic()
@@ -279,6 +282,7 @@ def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict:
         assert client.rest() == b"ERR too slow\n"
 
 
+@pytest.mark.outer
 def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow() -> None:
     with (
         Running("--line-timeout", "1", "--unterminated-after", "0.5") as server,
@@ -292,6 +296,7 @@ def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow(
         assert client.line() == b"42\n"
 
 
+@pytest.mark.outer
 def test_each_line_has_its_own_time(strict: Running) -> None:
     with strict.client() as client:
         for piece in (b"WH", b"Y\nWH", b"Y\n  "):
@@ -301,6 +306,7 @@ def test_each_line_has_its_own_time(strict: Running) -> None:
         assert client.end() == b"42\n42\n42\n"
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("said", [b"", b"WHY\n"], ids=["ever", "any more"])
 def test_who_says_nothing_is_idle(napping: Running, said: bytes) -> None:
     with napping.client() as client:
@@ -310,6 +316,7 @@ def test_who_says_nothing_is_idle(napping: Running, said: bytes) -> None:
         assert IDLE_TIMEOUT * 0.9 <= time.monotonic() - began < IDLE_TIMEOUT + 1 + PATIENCE
 
 
+@pytest.mark.outer
 def test_who_speaks_now_and_then_is_not_idle(napping: Running) -> None:
     with napping.client() as client:
         for _ in range(8):
@@ -317,6 +324,7 @@ def test_who_speaks_now_and_then_is_not_idle(napping: Running) -> None:
             assert not is_readable(client, IDLE_TIMEOUT / 4)
 
 
+@pytest.mark.outer
 def test_time_in_a_handler_is_not_idle_time(napping: Running) -> None:
     assert NAP > IDLE_TIMEOUT
     with napping.client() as client:
@@ -329,6 +337,7 @@ def test_time_in_a_handler_is_not_idle_time(napping: Running) -> None:
         assert client.ask(b"WHY") == b"42"
 
 
+@pytest.mark.outer
 def test_who_speaks_while_the_worker_is_held_up_is_not_idle(napping: Running) -> None:
     with napping.client() as client:
         assert client.ask(b"WHY") == b"42"
@@ -367,6 +376,7 @@ def test_a_line_too_slow_is_told_and_ended_cleanly_although_much_more_comes(
         assert client.rest() == b"ERR too slow\n"
 
 
+@pytest.mark.outer
 def test_an_idle_client_is_told_and_ended_cleanly_although_much_more_comes(
     napping: Running,
 ) -> None:
@@ -441,6 +451,7 @@ def small_window(server: Running) -> Iterator[socket.socket]:
         yield sock
 
 
+@pytest.mark.outer
 def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(
     strict: Running,
 ) -> None:
@@ -461,6 +472,7 @@ def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(
     assert worker.memory_info().rss - before < 2_000_000
 
 
+@pytest.mark.outer
 def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_no_slow_reader(
     strict: Running,
 ) -> None:
@@ -477,6 +489,7 @@ def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_n
         assert received + len(client.line()) == 20_000_001
 
 
+@pytest.mark.outer
 def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) -> None:
     def kernel() -> str:
         """The connections of clients that the server has closed, and that wait for them to take the
@@ -500,6 +513,7 @@ def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) 
         until(lambda: not kernel(), "it is given up", WRITE_TIMEOUT + LIMIT)
 
 
+@pytest.mark.outer
 def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -> None:
     # Nothing that it has sent is unread, so that closing alone would be no reset: the kernel would
     # keep the rest.
@@ -512,6 +526,7 @@ def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -
             read_to_the_end(sock)
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("command", [b"WHERE", b"WHY"])
 def test_a_client_that_reads_late_but_in_time_gets_every_reply(
     strict: Running, command: bytes
@@ -561,6 +576,7 @@ print(received)
 """
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     ("data", "least_received"),
     [("WHY\n", 100_000), ("xxxx", 1000)],
@@ -651,6 +667,7 @@ def test_a_handler_that_fails_is_an_internal_error_and_the_connection_stays(
     assert napping.workers() == [worker]
 
 
+@pytest.mark.outer
 def test_a_handler_that_sleeps_delays_its_own_client_alone_and_keeps_its_order(
     napping: Running,
 ) -> None:
@@ -685,6 +702,7 @@ def read_until(fd: int, text: bytes) -> bytes:
     return received
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     "options", [(), ("--http1.0",), ("-X", "get")], ids=["HTTP/1.1", "HTTP/1.0", "lower case"]
 )
@@ -709,6 +727,7 @@ def test_lines_in_a_client_hello_are_not_run(server: Running) -> None:
         assert client.rest() == b""
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("text", [b"WHO", b"WHO\n", b"who\r\n"])
 def test_nc_that_ends_its_input_gets_the_reply_and_ends(server: Running, text: bytes) -> None:
     wait_until_alone(server)
@@ -717,6 +736,7 @@ def test_nc_that_ends_its_input_gets_the_reply_and_ends(server: Running, text: b
     assert (done.returncode, done.stdout, done.stderr) == (0, b"1\n", b"")
 
 
+@pytest.mark.outer
 def test_nc_gets_the_replies_to_what_is_typed_with_and_without_a_newline(server: Running) -> None:
     wait_until_alone(server)
     nc = [program("nc.openbsd"), "-N", "127.0.0.1", str(server.port)]
@@ -738,6 +758,7 @@ def test_nc_gets_the_replies_to_what_is_typed_with_and_without_a_newline(server:
             typing.kill()
 
 
+@pytest.mark.outer
 def test_telnet_on_a_terminal_gets_the_replies(server: Running) -> None:
     telnet = [program("telnet"), "127.0.0.1", str(server.port)]
     wait_until_alone(server)

@@ -59,6 +59,7 @@ class TlsOnMemory(Client):
             self._received.write(data)
 
 
+@pytest.mark.outer
 def test_deadlines_are_kept_while_more_clients_are_busy_than_have_their_turn_at_once() -> None:
     with Running("--line-timeout", "1") as server, ExitStack() as stack:
         crowd = [stack.enter_context(server.client()) for _ in range(300)]
@@ -75,6 +76,7 @@ def test_deadlines_are_kept_while_more_clients_are_busy_than_have_their_turn_at_
         assert time.monotonic() - began < 4 * PATIENCE  # It took as long as the load: 9 s.
 
 
+@pytest.mark.outer
 def test_a_line_that_ends_in_time_is_not_too_slow_although_records_are_always_cut(
     pems: Path,
 ) -> None:
@@ -93,6 +95,7 @@ def test_a_line_that_ends_in_time_is_not_too_slow_although_records_are_always_cu
             record = following
 
 
+@pytest.mark.outer
 def test_a_part_of_a_record_is_the_beginning_of_its_line(pems: Path) -> None:
     options = ("--line-timeout", "2", "--unterminated-after", "0")
     with (
@@ -108,6 +111,7 @@ def test_a_part_of_a_record_is_the_beginning_of_its_line(pems: Path) -> None:
         assert time.monotonic() - began < 3.2  # 2 s from the record's first byte, not 3.5.
 
 
+@pytest.mark.outer
 def test_a_handler_that_waits_though_it_may_not_fails_and_keeps_the_order(tmp_path: Path) -> None:
     with extended(tmp_path, MODULE) as server, server.client() as client:
         client.send(b"NAP\nWAIT\nWHY\n")
@@ -121,6 +125,7 @@ def test_a_handler_that_waits_though_it_may_not_fails_and_keeps_the_order(tmp_pa
         ]
 
 
+@pytest.mark.outer
 def test_large_replies_are_not_remembered(tmp_path: Path) -> None:
     with extended(tmp_path, MODULE) as server, server.client() as client:
         [worker] = server.workers()
@@ -132,6 +137,7 @@ def test_large_replies_are_not_remembered(tmp_path: Path) -> None:
         assert worker.memory_info().rss - before < 20_000_000  # It was 40 MB.
 
 
+@pytest.mark.outer
 def test_a_large_certificate_chain_does_not_make_a_worker_spin(pems: Path, tmp_path: Path) -> None:
     """The kernel does not take all of it at once; then the client reads it, and says nothing."""
     chain = tmp_path / "chain.pem"

@@ -254,6 +254,7 @@ def test_a_hidden_file_is_named_if_the_other_module_cannot_be_imported(
 # The real program.
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     ("option", "file", "text", "error"),
     [
@@ -276,6 +277,7 @@ def test_a_start_with_a_module_that_cannot_work_exits_with_2_and_one_line(
         assert server.lines == []
 
 
+@pytest.mark.outer
 def test_a_reload_with_a_handler_that_cannot_work_keeps_the_old_workers(tmp_path: Path) -> None:
     with extended(tmp_path, GOOD) as server, server.client() as client:
         old = server.workers()

@@ -236,6 +236,7 @@ def test_a_handler_can_count_the_clients(extended: Running) -> None:
         assert client.ask(b"TWICE") == b"4"
 
 
+@pytest.mark.outer
 def test_files_named_like_packages_in_the_start_folder_harm_nobody(tmp_path: Path) -> None:
     # The last two are first imported by the command module. It must get the installed ones.
     for name in (
@@ -316,6 +317,7 @@ def test_other_clients_are_served_between_the_slow_commands_of_one_client(tmp_pa
         assert time.monotonic() - began < 1 * PATIENCE
 
 
+@pytest.mark.outer
 def test_a_printed_line_appears_at_once_on_stderr(tmp_path: Path) -> None:
     (tmp_path / "extra.py").write_text(MISBEHAVING)
     # As most servers run: Python buffers, unless this variable is set.

@@ -40,6 +40,7 @@ def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
             assert good.who() == 1
 
 
+@pytest.mark.outer
 def test_who_has_said_hello_while_the_worker_was_held_up_is_met(pems: Path) -> None:
     hello, answer = ssl.MemoryBIO(), ssl.MemoryBIO()
     talk = trust(pems).wrap_bio(answer, hello, server_hostname="127.0.0.1")
@@ -70,6 +71,7 @@ def test_who_has_said_hello_while_the_worker_was_held_up_is_met(pems: Path) -> N
             assert done(talk.read) == b"42\n"
 
 
+@pytest.mark.outer
 def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
     with ExitStack() as stack:
         more = [*certified(pems), "--tls-handshake-timeout", "0"]
@@ -80,6 +82,7 @@ def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
             assert good.who() == 1
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("established", [10, 15])
 def test_handshakes_take_no_room_from_clients_where_files_are_few(
     pems: Path, established: int
@@ -113,6 +116,7 @@ def test_a_client_that_spoke_plain_text_is_no_failed_handshake_when_it_makes_roo
         assert (errors["plain_text"], errors["tls_failed"]) == (1, 0)
 
 
+@pytest.mark.outer
 def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
     with (
         Running(

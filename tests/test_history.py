@@ -315,6 +315,7 @@ steps = st.tuples(
 )
 
 
+@pytest.mark.outer
 @settings(max_examples=100, deadline=None)
 @given(st.lists(steps, max_size=25), st.integers(0, 2**32))
 def test_a_correct_cluster_keeps_the_promise_whatever_happens(
@@ -325,6 +326,7 @@ def test_a_correct_cluster_keeps_the_promise_whatever_happens(
     assert verdict.exact > 0
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("seed", range(20))
 def test_busy_hours_of_a_correct_cluster_keep_the_promise_and_many_replies_must_be_exact(
     seed: int,
@@ -334,6 +336,7 @@ def test_busy_hours_of_a_correct_cluster_keep_the_promise_and_many_replies_must_
     assert verdict.exact > verdict.answers / 4
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_seeded_fault_is_found_and_the_same_actions_without_it_are_accepted(bug: str) -> None:
     verdicts = [verdict_on(BUGS[bug], seed) for seed in range(5)]
@@ -529,6 +532,7 @@ def test_a_server_that_never_started_is_an_error_of_the_history() -> None:
         check(client("a", 1, 1), PROMISE)
 
 
+@pytest.mark.outer
 def test_a_recorder_notes_its_actions_on_real_servers_in_order() -> None:
     recorder = Recorder()
     with Running() as one, Running() as two:

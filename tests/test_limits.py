@@ -74,6 +74,7 @@ def gone(server: Running, connect: Connect) -> None:
     until(lambda: not has_connections(), "and are waited for no more")
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_one_address_has_so_many_clients_and_no_other_feels_it(
@@ -124,6 +125,7 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
             assert [len(fill(stack, connect, source)) for source in (MANY, OTHER)] == [LIMIT] * 2
 
 
+@pytest.mark.outer
 def test_who_is_turned_out_counts_for_its_address_for_as_long_as_it_takes_a_descriptor(
     tmp_path: Path,
 ) -> None:
@@ -141,6 +143,7 @@ def test_who_is_turned_out_counts_for_its_address_for_as_long_as_it_takes_a_desc
         assert len(fill(stack, server.client)) == LIMIT
 
 
+@pytest.mark.outer
 def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
     tmp_path: Path, pems: Path
 ) -> None:
@@ -154,6 +157,7 @@ def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
         assert status(server)["error_replies"]["too_many_from_address"] == 1
 
 
+@pytest.mark.outer
 def test_workers_that_accept_a_crowd_keep_to_the_limit_and_a_killed_one_gives_its_share_back(
     tmp_path: Path,
 ) -> None:
@@ -170,6 +174,7 @@ def test_workers_that_accept_a_crowd_keep_to_the_limit_and_a_killed_one_gives_it
         assert len(fill(stack, server.client)) == lost > 0
 
 
+@pytest.mark.outer
 def test_at_a_reload_those_of_the_old_worker_and_of_the_new_one_count_together(
     tmp_path: Path,
 ) -> None:
@@ -190,6 +195,7 @@ def test_at_a_reload_those_of_the_old_worker_and_of_the_new_one_count_together(
         assert len(fill(stack, server.client)) == LIMIT - 2
 
 
+@pytest.mark.outer
 def test_a_lame_duck_takes_over_no_more_of_an_address_either(tmp_path: Path) -> None:
     with limited(tmp_path, "--workers", "2", limit=70) as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)

@@ -470,6 +470,7 @@ def no_number(text: str) -> None:
     raise AssertionError(f"{text} is not valid JSON")
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("log_format", ["json", "text"])
 @pytest.mark.parametrize("statement", UNFIT.values(), ids=UNFIT)
 def test_a_bad_log_call_raises_nothing_and_is_one_line(statement: str, log_format: str) -> None:
@@ -538,6 +539,7 @@ def test_an_outage_is_logged_at_its_start_and_then_rarely() -> None:
     assert [now for now in range(405, 470, 5) if outage.note_failure(now)] == [405, 465]
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_warnings_that_were_suppressed_are_reported_before_a_worker_ends(
     number: signal.Signals,
@@ -555,6 +557,7 @@ def test_warnings_that_were_suppressed_are_reported_before_a_worker_ends(
         )
 
 
+@pytest.mark.outer
 def test_the_number_of_suppressed_warnings_is_logged(folder: Path) -> None:
     with Running("--commands", "noisy", "--workers", "2", cwd=folder) as server:
         with server.client() as client:
@@ -613,6 +616,7 @@ def test_a_command_that_often_fails_does_not_hide_other_failures(folder: Path) -
 # Terminals.
 
 
+@pytest.mark.outer
 def test_on_a_terminal_the_log_says_how_to_send_a_command_and_how_to_stop() -> None:
     nc = program("nc")
     script = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
@@ -666,6 +670,7 @@ def test_json_and_text_can_be_chosen_for_any_stdout() -> None:
 # Readers of stdout.
 
 
+@pytest.mark.outer
 def test_a_stalled_reader_blocks_no_client_and_learns_how_many_lines_were_dropped(
     folder: Path,
 ) -> None:
@@ -703,6 +708,7 @@ def test_a_stalled_reader_blocks_no_client_and_learns_how_many_lines_were_droppe
     assert numbers == sorted(set(numbers))
 
 
+@pytest.mark.outer
 def test_a_non_blocking_pipe_gets_every_line_whole(folder: Path) -> None:
     # O_NONBLOCK belongs to the pipe, not to the process: another process may have set it.
     count = 400
@@ -734,6 +740,7 @@ def test_a_closed_reader_blocks_nothing(folder: Path) -> None:
         assert stderr_of(process) == b""
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     ("commands", "options"),
     [([b"WHY\n"], []), ([b"WHY\n", b"NAP\n"], ["--statsd-host", "127.0.0.1"])],

@@ -88,6 +88,7 @@ def greenlets(client: Client) -> int:
     return int(client.ask(b"GREENLETS"))
 
 
+@pytest.mark.outer
 def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(
     here: Running, watcher: Client
 ) -> None:
@@ -110,6 +111,7 @@ def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(
     assert greenlets(watcher) == before
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     "sent", [b"NOPE\n", b"WHO\nWHY\nNOPE\n", b" why\n", b"\xff\n", b"\n", b"WHO\nWH", b"quick\n"]
 )
@@ -142,6 +144,7 @@ def test_a_blank_line_is_no_first_line_and_a_command_is_one(here: Running) -> No
             assert client.end() == received
 
 
+@pytest.mark.outer
 def test_a_blocking_command_within_a_burst_keeps_the_order_of_replies(here: Running) -> None:
     with here.client() as client:
         client.send(b"WHY\nNAP\nWHERE\nnope\nNAP\nwhy\nWHY")
@@ -212,6 +215,7 @@ def test_a_drain_answers_what_a_client_at_rest_has_sent_and_then_ends_it(folder:
         assert time.monotonic() - began < PATIENCE
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     "said", [b"\n", b"W", b"WHY\nW", b"WHY\n" * 1000], ids=["blanks", "line", "lines", "flood"]
 )
@@ -236,6 +240,7 @@ def test_a_client_that_goes_on_and_on_holds_up_no_drain(said: bytes) -> None:
         talker.join()
 
 
+@pytest.mark.outer
 def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> None:
     [worker] = here.workers()
     with ExitStack() as stack:
@@ -255,6 +260,7 @@ def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> No
         assert sum(worker.cpu_times()[:2]) - used < 0.1
 
 
+@pytest.mark.outer
 def test_a_client_that_is_reset_while_its_handler_runs_costs_nothing(
     here: Running, watcher: Client
 ) -> None:
@@ -270,6 +276,7 @@ def test_a_client_that_is_reset_while_its_handler_runs_costs_nothing(
     until(lambda: watcher.who() == 1, "it has gone")
 
 
+@pytest.mark.outer
 def test_time_in_a_handler_is_not_idle_time(folder: Path) -> None:
     options = ("--idle-timeout", "0.4", "--commands", "greenlets")
     with Running(*options, cwd=folder) as server, server.client() as client:
@@ -391,6 +398,7 @@ def test_each_read_is_counted_and_timed_whichever_way_it_is_answered() -> None:
     }
 
 
+@pytest.mark.outer
 def test_a_client_that_sent_more_of_its_line_while_the_worker_was_held_up_is_not_too_slow() -> None:
     with Running("--line-timeout", "1") as server, server.client() as client:
         client.send(b"WH")
@@ -403,6 +411,7 @@ def test_a_client_that_sent_more_of_its_line_while_the_worker_was_held_up_is_not
         assert client.line() != b"ERR too slow\n"
 
 
+@pytest.mark.outer
 def test_a_handler_that_exits_its_greenlet_in_a_drain_is_a_handler_that_failed(
     tmp_path: Path,
 ) -> None:
@@ -424,6 +433,7 @@ def exit(service):
         assert server.exit_code() == 0
 
 
+@pytest.mark.outer
 def test_a_drain_gives_idle_clients_no_greenlet() -> None:
     with loop() as (_, ours, _client), ExitStack() as stack:
         others = [stack.enter_context(one_more(ours)) for _ in range(500)]
@@ -441,6 +451,7 @@ def alive_greenlets() -> int:
     return sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
 
 
+@pytest.mark.outer
 def test_deadlines_that_are_over_leave_nothing_behind() -> None:
     """A client that sends its lines in pieces sets a new deadline with each."""
     with loop(line_timeout_seconds=1000, unterminated_after_seconds=500) as (_, ours, client):
@@ -456,6 +467,7 @@ def test_deadlines_that_are_over_leave_nothing_behind() -> None:
         assert 500 < longest < 1100, "it is cut back"
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("said", [b"x" * 2000, b""], ids=["a line too long", "turned away"])
 def test_a_worker_whose_descriptor_somebody_closes_while_it_waits_for_a_last_end_is_replaced(
     folder: Path, said: bytes

@@ -29,6 +29,7 @@ def test_the_package_runs_as_a_module_from_its_own_folder() -> None:
         assert server.stderr == ""
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("arguments", [("worker",), ("agent",), ("worker", "0"), ("os",), ()])
 def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(
     arguments: tuple[str, ...],
@@ -37,6 +38,7 @@ def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(
     assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     "junk", [b"junk\n", b"\xff", b"42", b"[]", b"{}", b'{"config": {}}', b'{"config": {"x": 1}}']
 )
@@ -87,6 +89,7 @@ def _port_of(server: Running) -> int:
     return 0
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -> None:
     """As some supervisors start programs. What is opened next must not take the place of what is

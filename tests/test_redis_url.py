@@ -183,6 +183,7 @@ def test_an_invalid_url_is_an_error_in_one_line(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.outer
 @given(scheme=SCHEME, username=SECRET, password=SECRET, is_in_query=st.booleans())
 def test_any_name_and_password_can_be_percent_encoded_and_are_not_shown(
     scheme: str, username: str, password: str, is_in_query: bool

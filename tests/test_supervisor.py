@@ -131,6 +131,7 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
 # Workers that die.
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("workers", [1, 2])
 def test_each_of_ten_killed_workers_is_replaced_within_a_second(
     tmp_path: Path, workers: int
@@ -155,6 +156,7 @@ def test_each_of_ten_killed_workers_is_replaced_within_a_second(
         assert len(server.events("worker.died")) == 10
 
 
+@pytest.mark.outer
 def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_it_starts(
     tmp_path: Path,
 ) -> None:
@@ -181,6 +183,7 @@ def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_
         assert used < sum(gaps) / 4, "it waits, and does not spin"
 
 
+@pytest.mark.outer
 def test_a_server_whose_first_workers_crash_goes_on_trying_and_can_be_stopped(
     tmp_path: Path,
 ) -> None:
@@ -193,6 +196,7 @@ def test_a_server_whose_first_workers_crash_goes_on_trying_and_can_be_stopped(
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.outer
 def test_a_server_whose_first_workers_crash_listens_when_they_no_longer_do(tmp_path: Path) -> None:
     (tmp_path / "crash").touch()
     with start(tmp_path, wait=False) as server:
@@ -228,6 +232,7 @@ def test_a_worker_that_gets_a_sigterm_drains_and_is_replaced(tmp_path: Path) -> 
 # Workers that hang.
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("how", ["stopped", "in a busy loop"])
 def test_a_worker_that_hangs_is_replaced_and_the_clients_of_others_go_on(
     tmp_path: Path, how: str
@@ -251,6 +256,7 @@ def test_a_worker_that_hangs_is_replaced_and_the_clients_of_others_go_on(
         assert stays in server.workers()
 
 
+@pytest.mark.outer
 def test_workers_do_not_count_as_hung_after_the_machine_was_suspended(tmp_path: Path) -> None:
     with start(tmp_path, "--hang-timeout", str(SECOND)) as server:
         supervisor, worker = psutil.Process(server.pid), server.workers()[0]
@@ -265,6 +271,7 @@ def test_workers_do_not_count_as_hung_after_the_machine_was_suspended(tmp_path: 
         assert not server.events("worker.hung")
 
 
+@pytest.mark.outer
 def test_without_a_hang_timeout_the_agent_of_a_cluster_is_watched_and_workers_are_not(
     tmp_path: Path,
 ) -> None:
@@ -285,6 +292,7 @@ def test_without_a_hang_timeout_the_agent_of_a_cluster_is_watched_and_workers_ar
 # Stops.
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_stop_closes_idle_clients_at_once_and_exits_with_0(
@@ -318,6 +326,7 @@ def test_a_client_that_has_just_connected_may_still_send_a_command_after_a_stop(
         assert server.exit_code() == 0
 
 
+@pytest.mark.outer
 def test_lines_behind_a_slow_command_are_answered_after_a_stop(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         client.send(b"NAP\nWHY\n")
@@ -330,6 +339,7 @@ def test_lines_behind_a_slow_command_are_answered_after_a_stop(tmp_path: Path) -
         assert server.exit_code() == 0
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_read_it(
     tmp_path: Path, workers: int
@@ -364,6 +374,7 @@ def test_all_lines_sent_before_a_stop_are_answered_though_they_are_more_than_is_
         assert server.exit_code() == 0
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("command", [b"SLEEP\n", b"SPIN\n"])
 def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
     tmp_path: Path, command: bytes
@@ -396,6 +407,7 @@ def is_refused(port: int) -> bool:
         return True
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("workers", [1, 2])
 def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
     tmp_path: Path, workers: int
@@ -446,6 +458,7 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
         assert server.exit_code() == 0
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.Signals) -> None:
     with (
@@ -467,6 +480,7 @@ def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.S
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.outer
 def test_a_stop_signal_that_is_passed_on_is_no_second_request_and_a_later_one_is(
     tmp_path: Path,
 ) -> None:
@@ -481,6 +495,7 @@ def test_a_stop_signal_that_is_passed_on_is_no_second_request_and_a_later_one_is
         assert server.stop(signal.SIGTERM) == 1
 
 
+@pytest.mark.outer
 def test_with_a_drain_delay_the_server_accepts_and_serves_after_the_signal(tmp_path: Path) -> None:
     with start(tmp_path, "--drain-delay", "1") as server, server.client() as client:
         assert client.who() == 1
@@ -499,6 +514,7 @@ def test_with_a_drain_delay_the_server_accepts_and_serves_after_the_signal(tmp_p
         assert asked > 10
 
 
+@pytest.mark.outer
 def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path) -> None:
     ends = set()
     for step in range(14):
@@ -590,6 +606,7 @@ def test_a_reload_starts_new_workers_with_new_code_and_keeps_everything_else(
             assert server.stop() == 0
 
 
+@pytest.mark.outer
 def test_after_quick_reloads_the_last_code_runs(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
@@ -617,6 +634,7 @@ def is_last(events: list[Event], last: str, other: str) -> bool:
     ] == [last]
 
 
+@pytest.mark.outer
 def test_a_sighup_does_not_shorten_a_stop(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         client.who()
@@ -648,6 +666,7 @@ BROKEN_LATER = {
 }
 
 
+@pytest.mark.outer
 def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
@@ -669,6 +688,7 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
         assert len(server.workers()) == 2
 
 
+@pytest.mark.outer
 def test_a_reload_that_would_leave_no_files_for_clients_leaves_the_workers_as_they_are() -> None:
     with Running("--workers", "2") as server:
         before = {worker.pid for worker in server.workers()}
@@ -692,6 +712,7 @@ def test_a_system_without_threads_is_reported_in_one_line(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 
 
+@pytest.mark.outer
 def test_clients_that_a_reload_cuts_off_are_closed_and_not_lost(tmp_path: Path) -> None:
     options = ("--drain-timeout", "1", "--admin-port", "0")
     with start(tmp_path, *options) as server, server.client() as client:
@@ -708,6 +729,7 @@ def test_clients_that_a_reload_cuts_off_are_closed_and_not_lost(tmp_path: Path) 
         assert (clients["accepted"], clients["closed"], clients["lost"]) == (1, 1, 0)
 
 
+@pytest.mark.outer
 def test_a_stop_during_a_reload_ends_in_time_though_an_old_worker_is_stuck(tmp_path: Path) -> None:
     with start(tmp_path, "--drain-timeout", "2") as server, server.client() as client:
         client.who()
@@ -723,6 +745,7 @@ def test_a_stop_during_a_reload_ends_in_time_though_an_old_worker_is_stuck(tmp_p
         assert not server.events("server.forced")
 
 
+@pytest.mark.outer
 def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_ready(
     tmp_path: Path,
 ) -> None:
@@ -747,6 +770,7 @@ def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_
         )
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("text", ["\u00e9" * 5000, "\ud800"])
 def test_a_reason_of_any_length_and_script_ends_a_reload_and_not_the_server(
     tmp_path: Path, text: str
@@ -758,6 +782,7 @@ def test_a_reason_of_any_length_and_script_ends_a_reload_and_not_the_server(
         assert server.who() == 1
 
 
+@pytest.mark.outer
 def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: Path) -> None:
     with start(tmp_path) as server:
         (tmp_path / "extra.py").write_text("raise RuntimeError('out of luck')")
@@ -767,6 +792,7 @@ def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: 
         assert server.who() == 1
 
 
+@pytest.mark.outer
 def test_no_client_that_connects_during_reloads_is_refused_or_gets_no_reply(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
@@ -795,6 +821,7 @@ def test_no_client_that_connects_during_reloads_is_refused_or_gets_no_reply(tmp_
         assert not server.events("worker.died")
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("moment", [0, 0.2, 0.4, 0.6])
 def test_a_stop_during_a_reload_is_a_stop(tmp_path: Path, moment: float) -> None:
     with start(tmp_path, "--workers", "2") as server:
@@ -824,6 +851,7 @@ def fails(folder: Path, *options: str, code: int, command: list[str] | None = No
     return server.stderr
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_module_of_commands_that_is_broken_is_refused_with_2(tmp_path: Path, what: str) -> None:
     if text := BROKEN[what]:
@@ -836,6 +864,7 @@ def test_a_port_that_is_taken_is_refused_with_1(tmp_path: Path) -> None:
         assert "in use" in fails(tmp_path, "--port", str(other.getsockname()[1]), code=1)
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("host", ["no such host", "x" * 64, "192.0.2.1"])
 def test_a_host_that_is_not_an_address_of_this_machine_is_refused_with_1(
     tmp_path: Path, host: str
@@ -843,6 +872,7 @@ def test_a_host_that_is_not_an_address_of_this_machine_is_refused_with_1(
     assert host in fails(tmp_path, "--host", host, code=1)
 
 
+@pytest.mark.outer
 def test_a_port_that_needs_a_permission_is_refused_with_1(tmp_path: Path) -> None:
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 80:
         pytest.skip("every user of this machine may use port 80")
@@ -863,6 +893,7 @@ def spawn(service):
 """
 
 
+@pytest.mark.outer
 def test_programs_of_handlers_end_with_a_worker_that_dies_and_not_with_a_reload(
     tmp_path: Path,
 ) -> None:
@@ -907,6 +938,7 @@ def frozen(process: psutil.Process) -> Iterator[None]:
         group.rmdir()
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     "words", [("--workers", "1"), ("--workers", "2", "--admin-port", "0")], ids=["alone", "of two"]
 )
@@ -930,6 +962,7 @@ def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) ->
             assert len(server.events("agent.ready")) == agents
 
 
+@pytest.mark.outer
 def test_a_worker_that_cannot_be_killed_holds_up_no_reload() -> None:
     with Running("--workers", "2", "--drain-timeout", "1") as server:
         server.wait_for("worker.ready", 2)
@@ -945,6 +978,7 @@ def test_a_worker_that_cannot_be_killed_holds_up_no_reload() -> None:
         assert not server.events("worker.died")
 
 
+@pytest.mark.outer
 def test_a_hung_worker_that_cannot_be_killed_is_replaced(tmp_path: Path) -> None:
     with start(tmp_path, "--hang-timeout", "1", "--admin-port", "0") as server:
         server.wait_for("agent.ready")
@@ -960,6 +994,7 @@ def test_a_hung_worker_that_cannot_be_killed_is_replaced(tmp_path: Path) -> None
         assert status(server)["server"]["worker_restarts"] == 1
 
 
+@pytest.mark.outer
 def test_a_reload_without_a_free_slot_is_given_up_with_the_reason() -> None:
     with Running("--drain-timeout", "1") as server, ExitStack() as stack:
         for reloads in (1, 2):
@@ -972,6 +1007,7 @@ def test_a_reload_without_a_free_slot_is_given_up_with_the_reason() -> None:
         assert server.who() == 1
 
 
+@pytest.mark.outer
 def test_a_stop_does_not_wait_for_a_worker_that_cannot_be_killed() -> None:
     with Running("--hang-timeout", "1", "--drain-timeout", "300") as server:
         stuck = server.workers()[0]
@@ -985,6 +1021,7 @@ def test_a_stop_does_not_wait_for_a_worker_that_cannot_be_killed() -> None:
             )
 
 
+@pytest.mark.outer
 def test_a_worker_that_is_told_late_of_a_drain_cuts_its_clients_off_in_time(tmp_path: Path) -> None:
     options = ("--admin-port", "0", "--drain-timeout", "4", "--hang-timeout", "0")
     with start(tmp_path, *options) as server:
@@ -1002,6 +1039,7 @@ def test_a_worker_that_is_told_late_of_a_drain_cuts_its_clients_off_in_time(tmp_
         assert not killed
 
 
+@pytest.mark.outer
 def test_a_client_that_has_had_its_last_line_is_not_cut_off() -> None:
     with Running("--drain-timeout", "1") as server, server.client() as client:
         client.who()

@@ -26,8 +26,8 @@ from gserver.certificates import Certificates
 from gserver.errors import UsageError
 from gserver.serve import tls
 from lab.admin import get, status
+from lab.certificates import make_certificates
 from lab.netns import Network
-from lab.redises import make_certificates
 from lab.running import LIMIT, Client, Running, gserver, program, stopped, until
 from lab.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
 from lab.tls_client import TlsClient, certified, shake_hands, trust
@@ -101,6 +101,7 @@ def s_client(server: Running, *more: str) -> list[str]:
     return [program("openssl"), "s_client", "-connect", f"127.0.0.1:{server.port}", *more]
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
 def test_openssl_is_answered(server: Running, pems: Path, version: str) -> None:
     command = s_client(
@@ -118,6 +119,7 @@ def test_openssl_is_answered(server: Running, pems: Path, version: str) -> None:
         client.terminate()
 
 
+@pytest.mark.outer
 def test_older_versions_are_refused(server: Running) -> None:
     count = error_replies(server)
     command = s_client(server, "-tls1_1", "-cipher", "DEFAULT@SECLEVEL=0")
@@ -129,6 +131,7 @@ def test_older_versions_are_refused(server: Running) -> None:
     assert count("tls_failed") == 1
 
 
+@pytest.mark.outer
 def test_renegotiation_is_refused(server: Running) -> None:
     # A line that begins with R makes s_client ask for it.
     command = s_client(server, "-tls1_2")
@@ -212,6 +215,7 @@ def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(
         assert client.line() == b""
 
 
+@pytest.mark.outer
 def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path: Path) -> None:
     limits = ("--idle-timeout", "1", "--line-timeout", "3")
     with (
@@ -228,6 +232,7 @@ def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path
         assert client.line() == b""
 
 
+@pytest.mark.outer
 def test_a_part_of_a_record_that_came_while_the_worker_was_held_up_is_no_idleness(
     pems: Path, tmp_path: Path
 ) -> None:
@@ -247,6 +252,7 @@ def test_a_part_of_a_record_that_came_while_the_worker_was_held_up_is_no_idlenes
         assert client.line() == b"42\n"
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("whole", [b"", b"WHY\n", b"NOPE\nWHY\n", b"WHY\nWHE"])
 @pytest.mark.parametrize("is_early", [True, False], ids=["with the handshake", "later"])
 def test_a_part_of_a_record_has_its_time_wherever_it_comes(
@@ -279,6 +285,7 @@ def test_a_part_of_a_record_has_its_time_wherever_it_comes(
         assert [line() for _ in (*expected, 1)] == [*expected, b"ERR too slow\n"]
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("is_said", [True, False], ids=["a line", "a key update"])
 def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
     pems: Path, tmp_path: Path, is_said: bool
@@ -313,6 +320,7 @@ def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: 
     assert count("slow_reader") == 0
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_wire_is_the_same(server: Running, pems: Path, case: Case) -> None:
     with TlsClient(server.port, trust(pems)) as client:
@@ -363,6 +371,7 @@ def test_who_speaks_plain_text_is_told(server: Running, said: bytes) -> None:
     assert count("tls_failed") == 0
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("first", [b"", b"NOPE\n"], ids=["at rest", "awake"])
 def test_a_record_that_does_not_end_is_too_slow(pems: Path, tmp_path: Path, first: bytes) -> None:
     options = ["--line-timeout", "0.5"]
@@ -388,6 +397,7 @@ def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> N
     assert count("plain_text") + count("tls_failed") == 20
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     "said", [b"\x16", b"\x16\x03\x01\x02\x00\x01garbage", b"\x16" + b"\xff" * 5000]
 )
@@ -409,6 +419,7 @@ def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: P
     assert (count("tls_failed"), count("plain_text")) == (0, 0)
 
 
+@pytest.mark.outer
 def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(
     server: Running, pems: Path
 ) -> None:
@@ -469,6 +480,7 @@ def serial(server: Running) -> str:
     return subprocess.run(command, input=pem, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.outer
 def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_bad(
     pems: Path, tmp_path: Path
 ) -> None:
@@ -511,6 +523,7 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
         assert server.stop() == 0
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("is_first_ready", [False, True])
 def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second_worker_dies(
     tmp_path: Path, *, is_first_ready: bool
@@ -551,6 +564,7 @@ def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second
         )
 
 
+@pytest.mark.outer
 def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(
     tmp_path: Path,
 ) -> None:
@@ -595,6 +609,7 @@ def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> 
     assert tls.expires_at(Certificates(broken)) == 0
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("days", [1, 20_000])
 def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> None:
     command = [
@@ -636,6 +651,7 @@ def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> 
         assert float(metric[1]) == moment
 
 
+@pytest.mark.outer
 def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Path) -> None:
     # openssl req takes no dates here, so the day of expiry is set by `ca`.
     (tmp_path / "index.txt").touch()
@@ -693,6 +709,7 @@ def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Pat
             pass
 
 
+@pytest.mark.outer
 def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
     good = {
         part: (pems / name).read_text()
@@ -725,6 +742,7 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
     tls.make_context(Certificates(**good, client_ca=good["chain"]))
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -816,6 +834,7 @@ def test_descriptors_come_back(server: Running, pems: Path) -> None:
         assert client.who() == 1
 
 
+@pytest.mark.outer
 def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pems: Path) -> None:
     (tmp_path / "ca.pem").write_text(
         "# Label: F\u0151tan\u00fas\u00edtv\u00e1ny\n" + (pems / "ca.pem").read_text()
@@ -826,6 +845,7 @@ def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pe
         assert not server.events("worker.died")
 
 
+@pytest.mark.outer
 def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: Path) -> None:
     command = [
         program("openssl"),
@@ -844,6 +864,7 @@ def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: 
     assert done.stderr.startswith("gserver: --tls-cert is too weak for OpenSSL")
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(
     "version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"]
 )

@@ -197,6 +197,7 @@ def figures(daemon: socket.socket) -> Counter[str]:
                 sums[name.removeprefix("gserver.")] += int(value)
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize(("workers", "kills"), [(1, 0), (2, 0), (2, 1)])
 def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
     tmp_path: Path, workers: int, kills: int
@@ -261,6 +262,7 @@ def test_who_has_connected_before_a_who_is_sent_is_in_its_answer(server: Running
             assert asker.line() == b"%d\n" % (10 * crowd + 1)
 
 
+@pytest.mark.outer
 def test_clients_that_come_at_once_spread_over_the_workers(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
@@ -272,6 +274,7 @@ def test_clients_that_come_at_once_spread_over_the_workers(tmp_path: Path) -> No
             until(lambda: server.who() == 1, "they are gone")
 
 
+@pytest.mark.outer
 def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
@@ -283,6 +286,7 @@ def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> N
             assert time.monotonic() - began < PATIENCE
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("workers", [1, 2])
 def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, workers: int) -> None:
     options = ("--workers", str(workers), "--max-clients", "30")
@@ -307,6 +311,7 @@ def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, worker
             assert other.rest() == REJECTED
 
 
+@pytest.mark.outer
 @pytest.mark.parametrize("most", [10, 36])
 def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(
     tmp_path: Path, most: int
@@ -360,6 +365,7 @@ def test_a_worker_at_its_limit_of_files_leaves_clients_to_another_and_goes_on_wh
         assert not server.events("process.error")
 
 
+@pytest.mark.outer
 def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) -> None:
     with start(tmp_path, command=limited(80)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(16)]
@@ -375,6 +381,7 @@ def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) ->
         assert not server.events("worker.died")
 
 
+@pytest.mark.outer
 def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -> None:
     options = ("--max-clients", "24", "--line-timeout", "1")
     with start(tmp_path, *options) as server, server.client() as client:
@@ -400,6 +407,7 @@ def test_accepted_sockets_find_out_a_dead_peer_and_send_at_once(tmp_path: Path) 
         assert client.ask(b"OPTIONS") == b"[(1, 60, 15, 4, 120000, 1)]"
 
 
+@pytest.mark.outer
 def test_a_listener_that_is_shut_down_does_not_make_a_worker_spin(tmp_path: Path) -> None:
     module = """
 import os
@@ -431,6 +439,7 @@ def shut(service):
         assert server.who() == 2
 
 
+@pytest.mark.outer
 def test_a_reload_leaves_the_queue_of_new_clients_to_the_other_workers() -> None:
     with Running("--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)

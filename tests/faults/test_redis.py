@@ -26,8 +26,8 @@ from lab.rows import PLAIN, Notes, Variant, row
 from lab.running import GSERVER, LIMIT, program, until
 from lab.site import SEED
 from lab.steady import Cluster, SteadyServer
-from tests.test_cluster_attacks import listener, named
-from tests.test_cluster_faults import World, survive
+from tests.outer.test_cluster_attacks import listener, named
+from tests.outer.test_cluster_faults import World, survive
 
 BEAT, TTL = 0.2, 2.0
 STATE = "{gserver:gserver}:state"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab.admin import status
-from lab.redises import make_certificates
+from lab.certificates import make_certificates
 from lab.rows import PLAIN, Notes, Variant, row
 from lab.running import PATIENCE, Client, until
 from lab.site import Site

@@ -18,7 +18,7 @@ from lab.redises import Redis
 from lab.rows import Notes, Variant, row
 from lab.running import GSERVER, LIMIT, PATIENCE, Event, Running, program, until
 from lab.site import Site
-from tests.test_statsd import LINE, free_port
+from tests.outer.test_statsd import LINE, free_port
 
 Start = Callable[..., Site]
 ONE, THREE = Variant(1), Variant(3)

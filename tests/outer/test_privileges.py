@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from lab.booted import INSTALL, INSTALLED
-from lab.redises import make_certificates
+from lab.certificates import make_certificates
 from lab.running import LIMIT, Client, Running, gserver, program, until
 
 UID, GID, OTHER_GID, KEY_GID = 64123, 64124, 64125, 64126

@@ -23,7 +23,8 @@ import pytest
 
 from gserver.config import OPTIONS, environment_names, flag
 from lab.booted import UNITS, Booted
-from lab.redises import free_port, make_certificates
+from lab.certificates import make_certificates
+from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
 
 DEPLOY = ROOT / "deploy"

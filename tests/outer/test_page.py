@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from lab.browser import Browser, browser
-from lab.redises import Redis, free_port, make_certificates
+from lab.certificates import make_certificates
+from lab.redises import Redis, free_port
 from lab.running import Running, until
-from tests.test_cluster import cluster
+from tests.outer.test_cluster import cluster
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def statsd_daemon(folder: Path, port: int = 0) -> Iterator[Daemon]:
     """The real StatsD daemon. It never flushes, so its counters add up."""
     node = program("node")
     if not STATSD.exists():
-        reason = f"{STATSD} is missing: bin/test installs it"
+        reason = f"{STATSD} is missing: bin/programs installs it"
         if "CI" in os.environ:
             pytest.fail(reason)
         pytest.skip(reason)

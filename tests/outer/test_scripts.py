@@ -612,11 +612,22 @@ def test_bin_test_runs_what_it_is_told_to_and_ends_as_pytest_does(
 ) -> None:
     done = _started("bin/test", tested, tools, "-q", "tests/test_one.py")
     assert (done.returncode, done.stdout.splitlines()[-1][:9]) == (0, "1 passed ")
-    assert (
-        "missing, so some tests are skipped: apt-get install netcat-openbsd telnet curl nodejs npm"
-        in done.stderr
-    )
     assert _started("bin/test", tested, tools, "-q", "no/such/file").returncode == 4
+
+
+def test_bin_test_runs_the_inner_ring_and_says_what_it_has_left_out(
+    tested: Path, tools: Path
+) -> None:
+    (tested / "tests/test_two.py").write_text(
+        "import pytest\n\n\n@pytest.mark.outer\ndef test_two() -> None:\n    pytest.fail('outer')\n"
+    )
+    done = _started("bin/test", tested, tools)
+    *_, summary, last = done.stdout.splitlines()
+    assert "1 passed" in summary
+    assert last.startswith("Not run: the outer ring")
+    assert done.returncode == 0
+    (tested / "tests/test_one.py").write_text(ONE_TEST.replace("2", "3"))
+    assert _started("bin/test", tested, tools).returncode == 1
 
 
 def test_bin_check_checks_and_then_tests(tested: Path, tools: Path) -> None:
@@ -624,6 +635,10 @@ def test_bin_check_checks_and_then_tests(tested: Path, tools: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no issues found" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("1 passed ")
+    assert (
+        "missing, so some tests are skipped: apt-get install netcat-openbsd telnet curl nodejs npm"
+        in done.stderr
+    )
 
 
 def test_bin_coverage_reports_on_the_package_and_ends_as_the_tests_do(
@@ -656,7 +671,9 @@ def test_bin_check_ends_at_what_is_wrong(line: str, told: str, tested: Path, too
     assert "1 passed" not in done.stdout
 
 
-@pytest.mark.parametrize("script", ["check", "cluster", "coverage", "faults", "setup", "test"])
+@pytest.mark.parametrize(
+    "script", ["check", "cluster", "coverage", "faults", "programs", "setup", "test"]
+)
 def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str) -> None:
     env, command = environment(VIRTUAL_ENV=sys.prefix), [str(ROOT / "bin" / script), "--help"]
     done = subprocess.run(

@@ -19,7 +19,7 @@ from gserver.redis_errors import HEARTBEAT_ERRORS
 from lab.admin import status
 from lab.redises import Redis, Sentinels
 from lab.running import LIMIT, PATIENCE, Running, until
-from tests.test_cluster import cluster
+from tests.outer.test_cluster import cluster
 
 TTL_MS, INTERVAL_MS = 5000, 500
 MEMBERS, LEASES, STATE = (f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state"))

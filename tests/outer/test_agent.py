@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from lab.running import LIMIT, PATIENCE, Client, Running, until
-from tests.test_statsd import Daemon, becomes, received, statsd_daemon, to
+from tests.outer.test_statsd import Daemon, becomes, received, statsd_daemon, to
 
 #: No daemon listens there, and no datagram leaves the machine.
 UNUSED_STATSD = ["--statsd-host", "127.0.0.1"]

@@ -20,10 +20,11 @@ from urllib.request import Request, urlopen
 import pytest
 
 from gserver.config import OPTIONS, flag
-from lab.redises import Redis, free_port, make_certificates
+from lab.certificates import make_certificates
+from lab.redises import Redis, free_port
 from lab.running import LIMIT, ROOT, Running, program, until
 from lab.tls_client import TlsClient, trust
-from tests.test_deploy_machine import package
+from tests.outer.test_deploy_machine import package
 from tests.test_docs import rows
 
 FILES = ROOT / "deploy/prometheus"

@@ -21,7 +21,15 @@ from gserver.config import Config
 from lab.redises import Redis, free_port
 from lab.rows import Notes
 from lab.running import LIMIT, PATIENCE, ROOT, Running, environment, gserver, until
-from tests.test_cluster import FAST, all_say, cluster, connect, servers_known, started, watching
+from tests.outer.test_cluster import (
+    FAST,
+    all_say,
+    cluster,
+    connect,
+    servers_known,
+    started,
+    watching,
+)
 
 #: Seconds that a start may take longer while Redis is away.
 START = 2.5 * PATIENCE

@@ -23,7 +23,7 @@ from gserver.config import Config
 from gserver.scoreboard import Scoreboard
 from lab.redises import Redis
 from lab.running import GSERVER, LIMIT, PATIENCE, Running, environment, gserver, until
-from tests.test_cluster import cluster
+from tests.outer.test_cluster import cluster
 
 NOBODY = "127.0.0.1:1"
 

@@ -142,7 +142,7 @@ def world(shared_world: World) -> World:
 
 
 QUICK, DEFAULT = (0.3, 3.0), (0.5, 5.0)
-#: `bin/test` runs only the first.
+#: `bin/check` runs only the first.
 WORKERS = [pytest.param(1, id="1 worker"), pytest.param(3, id="3 workers", marks=pytest.mark.long)]
 
 

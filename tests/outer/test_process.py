@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from lab.admin import get
-from lab.redises import make_certificates
+from lab.certificates import make_certificates
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, left_over, limited, program, until
 from lab.tls_client import TlsClient, trust
 
