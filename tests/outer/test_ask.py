@@ -72,7 +72,6 @@ def _server_that(act: Callable[[socket.socket], object]) -> Iterator[int]:
 # Replies.
 
 
-@pytest.mark.outer
 def test_without_a_command_it_asks_who(server: Running) -> None:
     with server.client() as client:
         client.ask(b"WHY")
@@ -118,7 +117,6 @@ def test_later_servers_are_left_alone_when_one_has_answered(server: Running) -> 
             later.accept()
 
 
-@pytest.mark.outer
 def test_a_reply_of_a_megabyte_is_printed_whole(tmp_path: Path) -> None:
     module = """
 from gserver.commands import command
@@ -250,7 +248,6 @@ def test_a_server_that_talks_without_end_is_given_up_before_the_timeout() -> Non
     assert NOT_IN_TIME not in str(caught.value)
 
 
-@pytest.mark.outer
 def test_a_server_that_is_full_is_passed_over_and_its_word_is_told(server: Running) -> None:
     with Running("--max-clients", "1") as full, full.client() as only:
         only.ask(b"WHY")
@@ -273,7 +270,6 @@ def test_a_command_that_failed_is_named_and_the_other_replies_are_printed(server
     assert done.stderr == "gserver: NOPE: ERR unknown command; caf\u00e9: ERR not ASCII\n"
 
 
-@pytest.mark.outer
 @pytest.mark.parametrize("text", ["ERRATIC", "ERR-or"])
 def test_a_reply_that_only_begins_like_an_error_is_a_reply(text: str) -> None:
     with Running("--server-id", text) as server:
@@ -293,7 +289,6 @@ def test_tls_to_a_plain_port_is_told_in_one_clear_line(server: Running) -> None:
     )
 
 
-@pytest.mark.outer
 @pytest.mark.parametrize(
     "said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"220 mail\r\n"]
 )
@@ -374,7 +369,6 @@ def test_a_server_that_does_not_even_accept_takes_the_timeout_and_no_longer() ->
         assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
 
 
-@pytest.mark.outer
 def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: Path) -> None:
     unshare = program("unshare")
     if os.geteuid() != 0:
@@ -506,7 +500,6 @@ def test_a_name_that_does_not_resolve_is_told_of(host: str) -> None:
     assert "Traceback" not in told
 
 
-@pytest.mark.outer
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon"])
 def test_a_timeout_that_is_none_is_refused(timeout: str) -> None:
     done = gserver("ask", "--timeout", timeout)

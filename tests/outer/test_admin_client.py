@@ -165,7 +165,6 @@ SEEN = [
 ]
 
 
-@pytest.mark.outer
 @pytest.mark.parametrize("path", SEEN)
 def test_with_one_thing_of_another_shape_it_is_no_status(path: str) -> None:
     for wrong in WRONG:
@@ -179,7 +178,6 @@ def test_with_one_thing_missing_it_is_no_status_unless_it_is_one_of_any_number(p
     assert seen(changed(path, ...)).trouble == trouble
 
 
-@pytest.mark.outer
 def test_whatever_fits_can_be_shown() -> None:
     for path in SEEN:
         values: list[Any] = [None, True, 0, -1.5, 2**62, "x", "[/red]", {}, []]
@@ -253,7 +251,6 @@ def test_a_token_goes_to_the_server_that_is_asked_and_nowhere_else() -> None:
     assert stolen == []
 
 
-@pytest.mark.outer
 @pytest.mark.parametrize(
     ("parts", "pause"),
     [
@@ -287,7 +284,6 @@ def test_an_answer_without_end_is_given_up_before_the_deadline() -> None:
         assert time.monotonic() - began < TIMEOUT_SECONDS
 
 
-@pytest.mark.outer
 def test_who_is_slow_keeps_nobody_from_being_seen_and_is_heard_when_it_answers() -> None:
     with (
         answering(HEAD, json.dumps(GOOD).encode()) as (quick, _),
@@ -324,7 +320,6 @@ def test_a_server_without_a_token_ignores_one() -> None:
         assert targets[0].trouble == ""
 
 
-@pytest.mark.outer
 @pytest.mark.parametrize(
     "url",
     [
