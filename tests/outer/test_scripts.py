@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, environment, program, until
+from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, program, until
 
 #: An installation downloads, and compiles what it has got.
 INSTALL_LIMIT = 120 * PATIENCE
