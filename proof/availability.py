@@ -324,10 +324,10 @@ def together(servers: int, each: float) -> float:
     "--write",
     "is_kept",
     is_flag=True,
-    help="Write what was measured into docs/outages.json, and docs/reliability.md.",
+    help="Write what was measured into proof/results/outages.json, and docs/reliability.md.",
 )
 def main(measure: bool, rounds: int, only: str, is_kept: bool) -> None:
-    """Add up what faults cost of 99.95 %, by what docs/outages.json says or is measured now."""
+    """Add up what faults cost of 99.95 %, by proof/results/outages.json or as measured now."""
     if only and (not measure or is_kept):
         raise click.UsageError("--only is for --measure, without --write")
     if not any(only in fault.name for fault in outages.FAULTS):

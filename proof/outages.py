@@ -1,6 +1,6 @@
 """How long real faults last, for replies and for WHO.
 
-`bin/availability --measure` writes docs/outages.json.
+`bin/availability --measure` writes proof/results/outages.json.
 """
 
 import json
@@ -25,7 +25,7 @@ from lab.running import LIMIT, ROOT, Client, environment, stopped, until
 from proof.probes import LIMIT_SECONDS, PERIOD_SECONDS
 from proof.world import Member, World, machine, undisturbed
 
-FILE = ROOT / "docs/outages.json"
+FILE = ROOT / "proof/results/outages.json"
 #: Of Redis, or of one server's way to it, where a fault lasts for as long as one likes.
 LASTING_SECONDS = 8.0
 #: After it is over nobody fails for so long.

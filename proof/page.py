@@ -1,4 +1,4 @@
-"""docs/reliability.md: what stands between its marks is written from the reports in docs/*.json."""
+"""docs/reliability.md: what stands between its marks is written from proof/results/*.json."""
 
 import json
 import re
@@ -114,7 +114,8 @@ def soak(report: Report) -> str:
         f"{replies['right']:,} right replies, {replies['wrong'] or 'none'} wrong, "
         f"{replies['lost'] or 'none'} lost but to a fault of their own server; "
         "all that is held was measured "
-        f"{len(report['censuses'])} times meanwhile. [soak.md](soak.md) has the figures."
+        f"{len(report['censuses'])} times meanwhile. "
+        "[soak.md](../proof/results/soak.md) has the figures."
     )
 
 
@@ -144,7 +145,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
 
 def sections() -> dict[str, str]:
     """All that there is a report for."""
-    files = {name: ROOT / f"docs/{name}.json" for name, _ in SECTIONS.values()}
+    files = {name: ROOT / f"proof/results/{name}.json" for name, _ in SECTIONS.values()}
     reports = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
     return {
         mark: write(reports[name]) for mark, (name, write) in SECTIONS.items() if name in reports

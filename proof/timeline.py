@@ -1,6 +1,6 @@
 """WHO on each server, and its true value, during a Redis failover and during a partition.
 
-`bin/timeline --write` writes docs/timelines.json, docs/plots/who-*.svg and the sections of
+`bin/timeline --write` writes proof/results/timelines.json, docs/plots/who-*.svg and the sections of
 docs/reliability.md.
 """
 
@@ -24,7 +24,7 @@ from lab.redises import FAILOVER_LIMIT
 from lab.running import LIMIT, PATIENCE, ROOT, Client, until
 from proof.world import NAMES, Member, World, machine, need_root, undisturbed, write
 
-FILE = ROOT / "docs/timelines.json"
+FILE = ROOT / "proof/results/timelines.json"
 PAUSE_SECONDS = 0.01
 #: By which answers are judged: the beat interval, looks at the count, and 25 ms for round trips and
 #: the asking itself.
@@ -256,12 +256,12 @@ def record(
     "--write",
     "is_kept",
     is_flag=True,
-    help="Write docs/timelines.json, its plots, and docs/reliability.md.",
+    help="Write proof/results/timelines.json, its plots, and docs/reliability.md.",
 )
 @click.option(
     "--render",
     is_flag=True,
-    help="Record nothing: write plots and page again from docs/timelines.json.",
+    help="Record nothing: write plots and page again from proof/results/timelines.json.",
 )
 def main(seed: int | None, is_kept: bool, render: bool) -> None:
     """Record WHO through a failover and a partition, and tell of it. As root: a minute."""

@@ -192,9 +192,9 @@ def test_the_report_has_every_fault_of_the_matrix_and_no_other() -> None:
     told = subprocess.check_output(
         words, cwd=ROOT, env=environment(), text=True, timeout=4 * LIMIT
     ).split("faults:\n")
-    cases = json.loads((ROOT / "docs/faults.json").read_text())["cases"]
+    cases = json.loads((ROOT / "proof/results/faults.json").read_text())["cases"]
     assert told[-1].splitlines() == sorted({case["fault"] for case in cases}), (
-        "bin/faults --report docs/faults.json"
+        "bin/faults --report proof/results/faults.json"
     )
 
 
@@ -220,7 +220,7 @@ def test_a_fault_is_one_line_with_what_was_done_and_measured() -> None:
 
 
 def test_every_fault_of_the_report_is_in_one_table() -> None:
-    report = json.loads((ROOT / "docs/faults.json").read_text())
+    report = json.loads((ROOT / "proof/results/faults.json").read_text())
     rows = [line for line in page.faults(report).splitlines() if line.startswith("| ")]
     heads = [line for line in rows if line.startswith(("| fault |", "| --- |"))]
     assert len(rows) - len(heads) == len({case["fault"] for case in report["cases"]})

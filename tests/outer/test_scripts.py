@@ -671,10 +671,10 @@ def test_bin_check_ends_at_what_is_wrong(line: str, told: str, tested: Path, too
     assert "1 passed" not in done.stdout
 
 
-SCRIPTS = sorted(path.name for path in (ROOT / "bin").iterdir() if path.name != "gserver")
+NAMES = sorted(path.name for path in (ROOT / "bin").iterdir() if path.name != "gserver")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", NAMES)
 def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str, tmp_path: Path) -> None:
     """In a copy without a virtualenv, and with no more programs than bash has by itself."""
     (tmp_path / "bin").mkdir()
@@ -691,12 +691,11 @@ def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str, tmp_
         assert (done.returncode, done.stderr) == (0, "")
         assert 1 <= len(done.stdout.splitlines()) < 30
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
-    module = re.search(r"-m (proof\.\w+|bench) ", (ROOT / "bin" / script).read_text())
-    if module:
-        path = ROOT / (
-            module[1].replace(".", "/") + ("/__main__.py" if module[1] == "bench" else ".py")
-        )
-        options = set(re.findall(r'click\.option\(\s*"(--[a-z-]+)"', path.read_text()))
+    called = re.search(r"-m (proof\.\w+|bench) ", (ROOT / "bin" / script).read_text())
+    if called:
+        stem = ROOT / called[1].replace(".", "/")
+        module = stem / "__main__.py" if stem.is_dir() else stem.with_suffix(".py")
+        options = set(re.findall(r'click\.option\(\s*"(--[a-z-]+)"', module.read_text()))
         assert options
         assert options <= set(re.findall(r"--[a-z-]+", done.stdout))
 

@@ -18,7 +18,7 @@ from proof.soak_load import KINDS, Load
 from proof.soak_world import Member
 
 BIN = ROOT / "bin/soak"
-REPORT = ROOT / "docs/soak.json"
+REPORT = ROOT / "proof/results/soak.json"
 
 
 def report(held: Callable[[int], list[int]], count: int = 40) -> Report:
