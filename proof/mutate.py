@@ -1,0 +1,268 @@
+"""Mutants: small mistakes put into the pure modules, which the tests must find.
+
+Each mutant is tried in a copy of the checkout: first with the tests of its module, then, if it has
+survived, with the whole inner ring. `EQUIVALENT` names the survivors that change nothing.
+"""
+
+import ast
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import click
+
+from lab.running import ROOT
+
+#: The modules, with the tests that are about each.
+TESTS = {
+    "gserver/protocol.py": ["tests/test_protocol.py", "tests/test_fastpath.py"],
+    "gserver/redis_url.py": ["tests/test_redis_url.py"],
+    "gserver/metrics.py": ["tests/test_metrics.py", "tests/test_scoreboard.py"],
+    "gserver/serve/fastpath.py": ["tests/test_fastpath.py"],
+    "gserver/serve/deadlines.py": ["tests/test_deadlines.py"],
+    "gserver/serve/limits.py": ["tests/test_limits.py"],
+    "gserver/supervise/phases.py": ["tests/test_phases.py"],
+    "gserver/cluster/membership.py": ["tests/test_membership.py"],
+    "gserver/cluster/duplicate_id.py": ["tests/test_duplicate_id.py"],
+    "gserver/cluster/heartbeat.lua": ["tests/outer/test_cluster_script.py"],
+}
+INNER_RING = ["-m", "not outer and not long", "--ignore", "tests/outer", "--ignore", "tests/faults"]
+#: A mutant that runs for longer is found: something waits for ever.
+LIMIT_SECONDS = 240
+#: Of 100 mutants, at least so many must be found.
+WANTED_PERCENT = 95
+#: Survivors that change nothing that can be observed: the line as it is, the mutation, and why.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+CALCULATED: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.FloorDiv,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+}
+#: The same in Lua, as patterns and what replaces them.
+LUA = (
+    (r" < ", " <= "),
+    (r" <= ", " < "),
+    (r" > ", " >= "),
+    (r" >= ", " > "),
+    (r" == ", " ~= "),
+    (r" ~= ", " == "),
+    (r" and ", " or "),
+    (r" or ", " and "),
+    (r" \+ ", " - "),
+    (r" - ", " + "),
+    (r"\bnot ", ""),
+    (r"\bmin\(", "max("),
+    (r"\bmax\(", "min("),
+    (r"(?<=[ ,(])(\d+)(?=[ ,)])", "7"),
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake: the module, where in its bytes, and what stands there instead."""
+
+    path: str
+    start: int
+    end: int
+    text: str
+
+    def apply(self, source: bytes) -> bytes:
+        """Return the module with the mistake."""
+        return source[: self.start] + self.text.encode() + source[self.end :]
+
+    def show(self, source: bytes) -> tuple[str, str]:
+        """Return the line that it is in, and the change."""
+        begin = source.rfind(b"\n", 0, self.start) + 1
+        line = source[begin : source.find(b"\n", self.start)].decode().strip()
+        old = " ".join(source[self.start : self.end].decode().split())
+        return line, f"{old} -> {' '.join(self.text.split())}"
+
+
+def mutants(path: str) -> Iterator[Mutant]:
+    """Yield all mutants of a module."""
+    source = (ROOT / path).read_bytes()
+    if path.endswith(".lua"):
+        yield from _mutants_of_lua(path, source.decode("ascii"))
+        return
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    for node in _mutable_nodes(ast.parse(source)):
+        start = starts[node.lineno - 1] + node.col_offset
+        end = starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
+        for text in _replacements(node):
+            yield Mutant(path, start, end, text)
+
+
+def _mutants_of_lua(path: str, source: str) -> Iterator[Mutant]:
+    for pattern, text in LUA:
+        for found in re.finditer(pattern, source):
+            line = source[source.rfind("\n", 0, found.start()) + 1 : found.start()]
+            if "--" not in line and found[0] != text:
+                yield Mutant(path, found.start(), found.end(), text)
+
+
+def _mutable_nodes(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
+    """Yield expressions and statements that run.
+
+    Left out: annotations, decorators of classes, and the values of constants and `__slots__`, which
+    may be others.
+    """
+    for node in tree.body if isinstance(tree, ast.ClassDef) else ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.JoinedStr) or _is_constant(node):
+            continue
+        if isinstance(node, ast.expr | ast.stmt):
+            yield node
+        if isinstance(node, ast.FunctionDef):
+            for child in (*node.args.defaults, *node.body):
+                if isinstance(child, ast.expr | ast.stmt):
+                    yield child
+                yield from _mutable_nodes(child)
+        elif isinstance(node, ast.AnnAssign):
+            if node.value is not None:
+                yield node.value
+                yield from _mutable_nodes(node.value)
+        else:
+            yield from _mutable_nodes(node)
+
+
+def _is_constant(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assign) and bool(
+        re.fullmatch(r"[(]?_*[A-Z][A-Z_0-9, ]*[)]?|__slots__", ast.unparse(node.targets[0]))
+    )
+
+
+def _replacements(node: ast.expr | ast.stmt) -> Iterator[str]:
+    """Yield what may stand in place of a node."""
+    match node:
+        case ast.Compare(left=left, ops=[op], comparators=comparators):
+            yield f"({ast.unparse(ast.Compare(left, [COMPARED[type(op)]()], comparators))})"
+        case ast.BoolOp(op=op, values=values):
+            other = ast.Or() if isinstance(op, ast.And) else ast.And()
+            yield f"({ast.unparse(ast.BoolOp(other, values))})"
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in CALCULATED:
+            yield f"({ast.unparse(ast.BinOp(left, CALCULATED[type(op)](), right))})"
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            yield f"({ast.unparse(operand)})"
+        case ast.Constant(value=bool(value)):
+            yield str(not value)
+        case ast.Constant(value=int(value) | float(value)):
+            yield str(value + 1)
+        case ast.AugAssign(target=target, op=op, value=value) if type(op) in CALCULATED:
+            yield ast.unparse(ast.AugAssign(target, CALCULATED[type(op)](), value))
+            yield "pass"
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]) | ast.Expr(value=ast.Call()):
+            yield "pass"
+        case ast.Break() | ast.Continue():
+            yield "continue" if isinstance(node, ast.Break) else "break"
+
+
+class Trial:
+    """Copies of the checkout, one for each process that runs tests."""
+
+    def __init__(self, folder: Path, jobs: int) -> None:
+        self._free: SimpleQueue[Path] = SimpleQueue()
+        for number in range(jobs):
+            copy = folder / str(number)
+            for name in ("gserver", "lab", "tests", "bench", "proof", "bin", "docs", "deploy"):
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+            for path in ROOT.iterdir():
+                if path.is_file():
+                    shutil.copy(path, copy)
+            self._free.put(copy)
+
+    def finds(self, mutant: Mutant) -> bool:
+        """Return whether the tests fail with a mutant in the module."""
+        copy = self._free.get()
+        path = copy / mutant.path
+        source = path.read_bytes()
+        try:
+            path.write_bytes(mutant.apply(source))
+            return self._fails(copy, TESTS[mutant.path]) or self._fails(copy, INNER_RING)
+        finally:
+            path.write_bytes(source)
+            self._free.put(copy)
+
+    @staticmethod
+    def _fails(copy: Path, arguments: list[str]) -> bool:
+        words = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        environment = {**os.environ, "VIRTUAL_ENV": sys.prefix}
+        with subprocess.Popen(
+            [*words, *arguments],
+            cwd=copy,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            try:
+                return process.wait(LIMIT_SECONDS) != 0
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                return True
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--count", type=click.IntRange(1), help="So many, chosen at random [default: all].")
+@click.option("--seed", type=int, help="To choose the same ones again [default: a new one].")
+@click.option("--only", default="", help="Modules whose paths contain this.")
+@click.option("--jobs", type=click.IntRange(1), default=2, help="So many at the same time.")
+def main(count: int | None, seed: int | None, only: str, jobs: int) -> None:
+    """Put mistakes into the pure modules, and see whether the tests find them."""
+    chosen = [mutant for path in TESTS if only in path for mutant in mutants(path)]
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    if count is not None and count < len(chosen):
+        chosen = random.Random(seed).sample(chosen, count)
+    click.echo(f"{len(chosen)} mutants, seed {seed}")
+    survivors, found = [], 0
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        trial = Trial(Path(folder), jobs)
+        for number, (mutant, is_found) in enumerate(
+            zip(chosen, pool.map(trial.finds, chosen), strict=True), 1
+        ):
+            line, change = mutant.show((ROOT / mutant.path).read_bytes())
+            reason = EQUIVALENT.get((line, change), "")
+            found += is_found
+            if not is_found:
+                survivors.append(reason)
+                click.echo(f"survived: {mutant.path}: {line}\n    {change}  {reason}")
+            if number % 20 == 0:
+                click.echo(f"{time.monotonic() - started:5.0f} s  {number}: {found} found")
+    equivalent = sum(map(bool, survivors))
+    percent = 100 * found / max(1, len(chosen) - equivalent)
+    click.echo(
+        f"{found} of {len(chosen)} found; {equivalent} change nothing; {percent:.1f} % of the rest"
+    )
+    sys.exit(percent < WANTED_PERCENT)
+
+
+if __name__ == "__main__":
+    main(prog_name="bin/mutate")
