@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from math import inf
 from random import Random
 
+import pytest
+
 from gserver.serve.deadlines import MIN_ENTRIES, TICKS_PER_SECOND, Deadlines
 
 
@@ -44,6 +46,18 @@ def test_clients_of_one_tick_share_one_number_and_one_entry_each() -> None:
         deadlines.put(thing, 5.0)
     assert len({id(thing.deadline) for thing in things}) == 1
     assert deadlines.entries == 10
+
+
+def test_many_clients_with_deadlines_are_looked_through_seldom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deadlines = Deadlines[Thing]()
+    looks: list[None] = []
+    drop = deadlines._drop_stale
+    monkeypatch.setattr(deadlines, "_drop_stale", lambda: looks.append(drop()))
+    for _ in range(16 * MIN_ENTRIES):
+        deadlines.put(Thing(), 5.0)
+    assert len(looks) == 5  # each at twice as many
 
 
 def test_the_next_moment_is_that_of_the_first_tick() -> None:

@@ -140,8 +140,15 @@ def test_many_different_reads_are_answered_after_all_plans_were_forgotten() -> N
     worker = Worker()
     for number in range(MAX_SHORT_PLANS + MAX_MISSES + 10):
         assert check(worker, b"who\nNOPE%d\n" % number) == b"3\nERR unknown command\n"
-        assert len(worker.fastpath._plans) <= MAX_SHORT_PLANS + MAX_LONG_PLANS
+        assert len(worker.fastpath._plans) <= MAX_SHORT_PLANS
     assert check(worker, b"who\n") == b"3\n"
+
+
+def test_few_long_reads_are_remembered() -> None:
+    worker = Worker()
+    for number in range(2 * MAX_LONG_PLANS):
+        assert check(worker, b"who\n" * 20 + b"NOPE%d\n" % number) is not None
+        assert len(worker.fastpath._plans) == min(number + 1, MAX_LONG_PLANS)
 
 
 @pytest.mark.parametrize("data", [b"WHO\nWHERE\nWHY\n" * 200, b"who\n" * 128])

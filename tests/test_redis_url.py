@@ -107,6 +107,8 @@ ERRORS = {
     "redis://127.0.0.1:port": "host or port",
     "redis://::1": "host or port",
     "redis://a b": "host or port",
+    "redis://a\ab": "not a valid URL",
+    "redis://a/\ab": "not a valid URL",
     "redis+sentinel://one,,two/name": "host or port",
     "redis+sentinel://one,two,/name": "host or port",
     "redis+sentinel://one": "no service",
