@@ -13,7 +13,7 @@ from gserver.agent.prometheus import ScoreboardCollector
 from gserver.agent.statsd import COUNTERS, GAUGES, TIMINGS
 from gserver.agent.status import status
 from gserver.config import Config
-from gserver.metrics import METRICS, SERVICE_BOUNDS_NS, Kind, Metric, Source
+from gserver.metrics import METRICS, SERVICE_BOUNDS_NS, Kind, Metric, Source, in_seconds
 from gserver.scoreboard import Scoreboard
 from gserver.serve.replies import Replies
 from lab.running import ROOT
@@ -154,6 +154,12 @@ def test_workers_are_shown_with_the_number_that_should_run() -> None:
     scoreboard.put("workers", 2)
     now = samples(scoreboard, replace(CONFIG, workers=3))
     assert (now["gserver_workers"], now["gserver_workers_wanted"]) == (2, 3)
+
+
+def test_a_figure_is_converted_by_its_unit() -> None:
+    assert in_seconds(BY_NAME["cluster_age_ms"], 1500) == 1.5
+    assert in_seconds(BY_NAME["heartbeat_ns"], 25e8) == 2.5
+    assert in_seconds(BY_NAME["clients"], 7) == 7
 
 
 def test_times_are_in_seconds() -> None:
