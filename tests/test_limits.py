@@ -316,3 +316,27 @@ def test_the_limit_is_over_all_workers_and_a_rejected_client_is_not_counted() ->
     assert scoreboard.totals()["clients_accepted"] == 2
     other.uncount()
     assert one.admit(4) is None
+
+
+def test_the_last_place_is_given_to_no_two_clients_of_two_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scoreboard = Scoreboard.create(2)
+    counts = iter([4, 6])  # Another worker admits two clients between the two looks.
+    monkeypatch.setattr(scoreboard, "clients", lambda: next(counts))
+    limits = Limits(Config(server_id="here", max_clients=5), scoreboard, 0)
+    assert limits.admit(7) is TOO_MANY_CLIENTS
+    assert (limits.clients, scoreboard.totals()["clients_accepted"]) == (0, 0)
+
+
+def test_the_peak_is_the_most_that_there_were_at_once() -> None:
+    scoreboard = Scoreboard.create(2)
+    limits = Limits(Config(server_id="here"), scoreboard, 0)
+    for fd in range(3):
+        assert limits.admit(fd) is None
+    limits.uncount()
+    limits.uncount()
+    limits.admit(9)
+    totals = scoreboard.totals()
+    names = ("clients", "clients_peak", "clients_accepted", "clients_closed")
+    assert [totals[name] for name in names] == [2, 3, 4, 2]
