@@ -48,6 +48,7 @@ WANTED_PERCENT = 95
 EQUIVALENT = {
     ("acked_sequence: int = 0", "0 -> 1"): "a default for tests: the agent always gives it",
     ("remote_clients: int = 0,", "0 -> 1"): "a default for tests: the agent always gives it",
+    ("hold_until: int = 0,", "0 -> 1"): "a default for tests: the agent always gives it",
     ("return self.servers > 0 and reply.lost_at != self.lost_at", "0 -> 1"): (
         "a server that knows only itself waits for nobody: its own report ends the hold"
     ),

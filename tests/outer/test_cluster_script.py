@@ -1099,5 +1099,7 @@ def test_it_runs_on_a_redis_cluster_because_all_its_keys_are_in_one_slot(tmp_pat
 
 def test_the_next_heartbeat_of_a_server_is_not_taken_for_that_of_a_copy(cluster: Cluster) -> None:
     for sequence, last_sent_sequence, holder in ((10, 9, "a1"), (11, 10, "a1"), (12, 10, "a1*")):
-        arguments = ["one", "a1", sequence, 5, TTL, INTERVAL, "", 0, 0, last_sent_sequence]
-        assert Reply(*cluster.run(keys=KEYS, args=arguments)).holder == holder
+        heartbeat = Heartbeat(
+            "one", "a1", sequence, 5, TTL, INTERVAL, last_sent_sequence=last_sent_sequence
+        )
+        assert Reply(*cluster.run(keys=KEYS, args=heartbeat)).holder == holder
