@@ -50,6 +50,9 @@ EQUIVALENT = {
     ("remote_clients: int = 0,", "0 -> 1"): "a default for tests: the agent always gives it",
     ("hold_until: int = 0,", "0 -> 1"): "a default for tests: the agent always gives it",
     ("self._renewals = 0", "0 -> 1"): "it is set with the holder, before it is read",
+    ("and (entry_count > 0 or total == 0)", "> -> >="): (
+        "a total without entries is recounted by the same heartbeat"
+    ),
     ("return self.servers > 0 and reply.lost_at != self.lost_at", "0 -> 1"): (
         "a server that knows only itself waits for nobody: its own report ends the hold"
     ),

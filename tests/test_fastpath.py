@@ -10,7 +10,7 @@ from gserver.commands import BUILT_IN, Command, command
 from gserver.config import Config
 from gserver.protocol import ErrorReply, Parser
 from gserver.scoreboard import Scoreboard
-from gserver.serve.fastpath import MAX_LONG_PLANS, MAX_MISSES, MAX_SHORT_PLANS, FastPath
+from gserver.serve.fastpath import MAX_LINES, MAX_LONG_PLANS, MAX_MISSES, MAX_SHORT_PLANS, FastPath
 from gserver.serve.limits import Limits
 from gserver.serve.replies import Replies
 from lab.wire_cases import CASES, Case
@@ -142,6 +142,17 @@ def test_many_different_reads_are_answered_after_all_plans_were_forgotten() -> N
         assert check(worker, b"who\nNOPE%d\n" % number) == b"3\nERR unknown command\n"
         assert len(worker.fastpath._plans) <= MAX_SHORT_PLANS
     assert check(worker, b"who\n") == b"3\n"
+
+
+def test_lines_are_remembered_up_to_a_limit_and_then_forgotten() -> None:
+    worker = Worker()
+    lines = worker.fastpath._lines
+    before = len(lines)
+    for number in range(MAX_LINES - before):
+        assert check(worker, b"NOPE%d\n" % number) is not None
+        assert len(lines) == before + number + 1
+    check(worker, b"nope\n")
+    assert len(lines) == 1
 
 
 def test_few_long_reads_are_remembered() -> None:
