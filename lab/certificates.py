@@ -84,4 +84,6 @@ def _write(path: Path, certificate: x509.Certificate, key: ec.EllipticCurvePriva
     pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    path.with_suffix(".key").write_bytes(pem)
+    private = path.with_suffix(".key")
+    private.touch(mode=0o600)
+    private.write_bytes(pem)
