@@ -216,7 +216,8 @@ def test_a_server_that_gets_no_replies_reports_once_more_and_is_then_dropped(
         member.watcher.may_say(10, 5)
     with world.cut(*world.from_redis(0)) as cut:
         last_reported_at = world.last_reported_at(0)
-        assert last_reported_at >= cut.after
+        # A heartbeat is stamped when it is made. On a busy machine it leaves a little later.
+        assert last_reported_at >= cut.after - 0.25 * PATIENCE
         world.come_and_go(0, 10)
         world.wait_until_alone(others, last_reported_at)
         for member in others:
