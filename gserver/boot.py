@@ -22,7 +22,14 @@ from typing import Any, TextIO
 from gserver import logs
 from gserver.certificates import Certificates
 from gserver.config import Config
-from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, DuplicateIdError, FatalError, UsageError
+from gserver.errors import (
+    EXIT_CLEAN,
+    EXIT_RUNTIME,
+    OTHER_VERSION,
+    DuplicateIdError,
+    FatalError,
+    UsageError,
+)
 from gserver.scoreboard import Scoreboard
 
 #: First words of a report.
@@ -114,9 +121,8 @@ def _read_instructions() -> Instructions:
             raise UsageError(
                 "a child process is started by a `gserver serve` of the same version, not by hand"
             ) from error
-        reason = "the running supervisor is of another version than this code: restart it"
-        _report(report_fd, ERROR, reason)
-        raise UsageError(reason) from error
+        _report(report_fd, ERROR, OTHER_VERSION)
+        raise UsageError(OTHER_VERSION) from error
 
 
 def _report(report_fd: int, kind: str, text: str) -> None:

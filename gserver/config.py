@@ -215,7 +215,7 @@ class Config:
         0.0, CLIENTS, "Close a client that sends nothing for this long; 0 = never."
     )
     write_timeout_seconds: float = _option(
-        10.0, CLIENTS, "Time in which waiting replies must have been read; 0 = 2 minutes."
+        10.0, CLIENTS, "Time that a client has to read waiting replies; 0 = 2 minutes."
     )
     unterminated_after_seconds: float = _option(
         0.1, CLIENTS, "Reply to a command without its newline after this much silence; 0 = never."
@@ -235,13 +235,15 @@ class Config:
     drain_timeout_seconds: float = _option(
         4.0,
         STOPPING,
-        "Time for a drain; then busy clients are cut off. SIGUSR2: served as long before.",
+        "Time limit for a drain. After SIGUSR2, clients are first served for up to this long.",
     )
     drain_delay_seconds: float = _option(
         0.0, STOPPING, "Keep accepting this long after SIGTERM or SIGUSR2, for load balancers."
     )
     hang_timeout_seconds: float = _option(
-        10.0, STOPPING, "Replace a process without a heartbeat for so long (at least 1); 0 = never."
+        10.0,
+        STOPPING,
+        "Replace a process whose heartbeat stops for this long (1 or more); 0 = never.",
     )
     commands: str = _option(
         "", COMMANDS, "Python module that defines more commands.", metavar="MODULE"

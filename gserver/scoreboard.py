@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Sequence
 
-from gserver.errors import UsageError
+from gserver.errors import OTHER_VERSION, UsageError
 from gserver.metrics import METRICS, Combine, Metric, Source, cell_names, is_shown
 from gserver.protocol import MAX_NAME_BYTES
 
@@ -83,9 +83,7 @@ class Scoreboard:
         """
         fingerprint = os.pread(fd, _CELL_BYTES, 0)
         if int.from_bytes(fingerprint, "little") != _FINGERPRINT:
-            raise UsageError(
-                "the running supervisor is of another version than this code: restart it"
-            )
+            raise UsageError(OTHER_VERSION)
         return cls(fd, slots)
 
     def clients(self) -> int:

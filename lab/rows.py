@@ -33,8 +33,8 @@ def row(
 ) -> Callable[[Test], Test]:
     """Mark a test as one of this fault, to be tried in these variants (all, if none is named).
 
-    `bin/check` tries the `quick` one only; none, if that is None. `values` are kinds of the fault,
-    by their names: the test's argument `kind`; `bin/check` tries them all.
+    `bin/check` tries the `quick` variant only, or no variant if `quick` is None. `values` are kinds
+    of the fault by name, for the test's argument `kind`. `bin/check` tries all kinds.
     """
 
     def mark(test: Test) -> Test:

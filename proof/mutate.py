@@ -39,7 +39,9 @@ TESTS = {
         "tests/outer/test_heartbeats.py",
     ],
 }
-INNER_RING = ["-m", "not outer and not long", "--ignore", "tests/outer", "--ignore", "tests/faults"]
+#: Runs the tests of one module, up to the first failure.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+INNER_RING = ["bin/test"]
 #: A mutant that runs for longer is found: something waits for ever.
 LIMIT_SECONDS = 240
 #: Of 100 mutants, at least so many must be found.
@@ -54,7 +56,7 @@ EQUIVALENT = {
         "a total without entries is recounted by the same heartbeat"
     ),
     ("return self.servers > 0 and reply.lost_at != self.lost_at", "0 -> 1"): (
-        "a server that knows only itself waits for nobody: its own report ends the hold"
+        "a server that knows only itself waits for no other: its own report ends the hold"
     ),
 }
 
@@ -214,9 +216,9 @@ class Trial:
     def check(self) -> None:
         """Fail if the tests fail without a mutant: then they would find all of them."""
         copy = self._free.get()
-        for arguments in (INNER_RING, *TESTS.values()):
-            if self._fails(copy, arguments):
-                raise click.ClickException(f"without a mutant, pytest {' '.join(arguments)} fails")
+        for words in (INNER_RING, *([*PYTEST, *tests] for tests in TESTS.values())):
+            if self._fails(copy, words):
+                raise click.ClickException(f"without a mutant, this fails: {' '.join(words)}")
         self._free.put(copy)
 
     def finds(self, mutant: Mutant) -> bool:
@@ -226,17 +228,18 @@ class Trial:
         source = path.read_bytes()
         try:
             path.write_bytes(mutant.apply(source))
-            return self._fails(copy, TESTS[mutant.path]) or self._fails(copy, INNER_RING)
+            own = [*PYTEST, *TESTS[mutant.path]]
+            return self._fails(copy, own) or self._fails(copy, INNER_RING)
         finally:
             path.write_bytes(source)
             self._free.put(copy)
 
     @staticmethod
-    def _fails(copy: Path, arguments: list[str]) -> bool:
-        words = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "VIRTUAL_ENV": sys.prefix}
+    def _fails(copy: Path, words: list[str]) -> bool:
+        # Bytecode of a mutant must not outlive it.
+        environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PYTHONDONTWRITEBYTECODE": "1"}
         with subprocess.Popen(
-            [*words, *arguments],
+            words,
             cwd=copy,
             env=environment,
             stdout=subprocess.DEVNULL,

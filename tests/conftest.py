@@ -50,11 +50,9 @@ def notes(request: pytest.FixtureRequest) -> Notes:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests of `tests/outer` and of the fault matrix are of the outer ring."""
-    folder = Path(__file__).parent
+    here = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(folder / "outer") or item.path.is_relative_to(
-            folder / "faults"
-        ):
+        if item.path.relative_to(here).parts[0] in ("outer", "faults"):
             item.add_marker(pytest.mark.outer)
 
 

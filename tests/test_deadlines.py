@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from math import inf
 from random import Random
 
-import pytest
-
 from gserver.serve.deadlines import MIN_ENTRIES, TICKS_PER_SECOND, Deadlines
 
 
@@ -48,16 +46,12 @@ def test_clients_of_one_tick_share_one_number_and_one_entry_each() -> None:
     assert deadlines.entries == 10
 
 
-def test_many_clients_with_deadlines_are_looked_through_seldom(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    deadlines = Deadlines[Thing]()
-    looks: list[None] = []
-    drop = deadlines._drop_stale
-    monkeypatch.setattr(deadlines, "_drop_stale", lambda: looks.append(drop()))
+def test_many_clients_with_deadlines_are_looked_through_seldom() -> None:
+    deadlines, looks_at = Deadlines[Thing](), set()
     for _ in range(16 * MIN_ENTRIES):
         deadlines.put(Thing(), 5.0)
-    assert len(looks) == 5  # each at twice as many
+        looks_at.add(deadlines._max_entries)
+    assert looks_at == {MIN_ENTRIES * times for times in (1, 2, 4, 8, 16, 32)}
 
 
 def test_the_next_moment_is_that_of_the_first_tick() -> None:

@@ -145,7 +145,7 @@ def test_the_scripts_are_those_that_the_pages_name() -> None:
 
 def test_ci_runs_what_the_readme_names() -> None:
     assert "bin/check" in (ROOT / ".ci/run").read_text()
-    assert "-m pytest" in (ROOT / "bin/check").read_text()
+    assert "bin/test" in (ROOT / "bin/check").read_text()
     assert "`bin/check` is what CI runs" in README
 
 

@@ -209,9 +209,10 @@ class Client:
 
     def after_send(self, unsent: memoryview, now: float) -> None:
         """Go on after the loop has answered: there may be more to send, or to read."""
+        tls = self._tls
         if unsent:
             self.block(unsent, now)
-        elif self._tls and (self._tls.has_partial_record or self._tls.has_unread):
+        elif tls and (tls.has_partial_record or tls.has_unread):
             self.await_input(now)
 
     def after_block(self, unsent: bytes | None, now: float) -> None:
@@ -431,7 +432,8 @@ class Client:
     def _has_part(self) -> bool:
         """Whether a line, or a TLS record, has begun and not ended."""
         has_line = self.work is not None and self.work.parser is not None
-        return has_line or bool(self._tls and self._tls.has_partial_record)
+        tls = self._tls
+        return has_line or bool(tls and tls.has_partial_record)
 
     def await_input(self, now: float) -> None:
         """Everything that has arrived is answered: wait for more, or leave in a drain."""
@@ -447,8 +449,8 @@ class Client:
             self.work = None
         elif work:
             work.line_deadline = inf
-        has_unread = self._tls and self._tls.has_unread
-        if has_unread or self._leaves_at() <= now:
+        tls = self._tls
+        if (tls and tls.has_unread) or self._leaves_at() <= now:
             self.loop.enqueue(self)  # Something may have arrived: read once more.
         else:
             self.loop.set_deadline(self, self._silence_ends_at())
@@ -619,7 +621,7 @@ class Client:
             self.close()
 
     def cut_off_handshake(self) -> None:
-        """End a handshake, since there are too many. One that has failed waits for its end only."""
+        """End a handshake, since there are too many. If it has failed already, only close."""
         if self.state is NEW:
             self._fail_handshake(ConnectionAbortedError("it was cut off"))
         else:

@@ -9,7 +9,6 @@ import errno
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -206,7 +205,7 @@ class Loop:
     def _serve(self, events: list[tuple[int, int]]) -> None:
         """Tell clients of their events. Idle clients, which most are, are answered right here."""
         started, reads, has_tls = monotonic(), 0, self._tls_context is not None
-        #: Time of clients that count their reads themselves.
+        # Time of clients that count their reads themselves.
         counted_seconds = 0.0
         clients, answer, is_draining = self.clients, self.answer, self.is_draining
         for fd, _ in events:
@@ -222,8 +221,9 @@ class Loop:
                 data = client.sock.recv(READ_BYTES)
                 replies = answer(data, client.has_spoken)
                 if replies is None:
-                    step = partial(client.take, is_tried=True)
-                    counted_seconds += self._take_step(client, step, data, started)
+                    counted_seconds += self._take_step(
+                        client, client.take, data, started, is_tried=True
+                    )
                     continue
                 reads += 1
                 client.quiet_since, client.has_spoken = started, True
@@ -238,16 +238,20 @@ class Loop:
             seconds = monotonic() - started - counted_seconds
             self.replies.count_reads(reads, round(seconds * 1e9))
 
-    def _take_step(self, client: Client, step: Callable[..., object], *arguments: Any) -> float:
+    def _take_step(
+        self, client: Client, step: Callable[..., object], *arguments: Any, **named: Any
+    ) -> float:
         """Take a step with a client, as `guard` does; return how long it took, in seconds."""
         started = monotonic()
-        self.guard(client, step, *arguments)
+        self.guard(client, step, *arguments, **named)
         return monotonic() - started
 
-    def guard(self, client: Client, step: Callable[..., object], *arguments: Any) -> None:
+    def guard(
+        self, client: Client, step: Callable[..., object], *arguments: Any, **named: Any
+    ) -> None:
         """Take a step with a client; close the client if its connection, or our code, fails."""
         try:
-            step(*arguments)
+            step(*arguments, **named)
         except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
             self._fail(client, error)
 

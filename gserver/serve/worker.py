@@ -180,8 +180,8 @@ class Worker:
         loop = self.loop
         if len(loop.clients) > loop.capacity + MAX_REJECTED:
             return True
-        # A handshake makes room by its end. Other workers may have room. If none has, a new client
-        # is accepted, so that it gets the error reply.
+        # A handshake can be ended to make room. Other workers may have room. If none has, a new
+        # client is accepted, so that it gets the error reply.
         has_room = bool(loop.handshakes) or len(loop.clients) - loop.rejected < loop.capacity
         return not has_room and self.limits.clients_of_server() < self._config.max_clients
 
