@@ -73,6 +73,7 @@ def spin(service):
 def fork(service):
     child = os.fork()
     if child == 0:
+        os.setsid()  # The supervisor kills the group of a worker that dies.
         signal.pause()
     return child
 """
@@ -213,6 +214,7 @@ def test_a_worker_is_replaced_though_a_process_that_it_started_lives_on(tmp_path
             server.workers()[0].kill()
             server.wait_for("worker.ready", 2)
             assert server.who() == 1
+            assert is_alive(grandchild)
         finally:
             grandchild.kill()
 
