@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: All limits of waiting are multiplied by this: set it higher on a slow machine.
 PATIENCE = float(os.environ.get("GSERVER_TEST_PATIENCE", "1"))
-LIMIT = 15 * PATIENCE
+LIMIT = 60 * PATIENCE
 
 #: The command line.
 GSERVER = [sys.executable, "-P", "-m", "gserver"]
