@@ -43,7 +43,7 @@ TESTS = {
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", re.MULTILINE)
 #: A mutant that runs for longer is found: something waits for ever.
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 600
 #: Of 100 mutants, at least so many must be found.
 WANTED_PERCENT = 95
 #: Survivors that change nothing that can be observed: the line as it is, the mutation, and why.

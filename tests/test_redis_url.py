@@ -53,6 +53,7 @@ FORMS: dict[str, tuple[RedisUrl, str]] = {
         "rediss://redis.internal:7000/1",
     ),
     "unix:///run/redis.sock": (RedisUrl(path="/run/redis.sock"), "unix:///run/redis.sock"),
+    "unix:///s": (RedisUrl(path="/s"), "unix:///s"),
     "unix:///run/a%20b?db=4": (RedisUrl(path="/run/a b", db=4), "unix:///run/a b?db=4"),
     "unix://bob:hush@/run/redis.sock": (
         RedisUrl(path="/run/redis.sock", username="bob", password="hush"),
@@ -124,6 +125,7 @@ ERRORS = {
     "redis+sentinel://one/name/x": "not a number",
     "unix:///run/redis.sock?db=x": "not a number",
     "unix://": "no absolute path",
+    "unix:///": "no absolute path",
     "unix://redis.sock": "no absolute path",
 }
 
