@@ -22,7 +22,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import peers, plots, report
+from bench import capacity, peers, plots, report
 from bench.measure import CORES, LOAD_CORE, Failed, Sample
 from bench.scenarios import FULL, QUICK, Scenario
 
@@ -37,7 +37,7 @@ Run = tuple[Scenario, int, dict[str, Any]]
 
 HELP = f"""Measure gserver beside its peers.
 
-Write bench/results.json, and render docs/performance.md and docs/plots.
+Write bench/results.json, and render docs/performance.md, docs/cluster.md and docs/plots.
 
 NAME is one of: {", ".join(NAMES)}. Without a NAME, all are measured, which takes half an hour.
 Nothing else should run on the machine meanwhile.
@@ -100,6 +100,7 @@ def _try_out(scenarios: Sequence[Scenario]) -> list[str]:
 
 def _render(results: report.Results) -> None:
     report.render(results)
+    capacity.render(results)
     plots.draw(results)
 
 

@@ -1067,7 +1067,7 @@ def test_after_any_sequence_the_total_is_the_sum_of_the_members(cluster: Cluster
 
 
 def test_the_document_names_the_script_and_the_fields_of_its_keys(cluster: Cluster) -> None:
-    page = (ROOT / "docs/distributed.md").read_text()
+    page = (ROOT / "docs/cluster.md").read_text()
     rows = dict(re.findall(r"^\| `\{gserver:NAME\}:(\w+)` \| [\w ]+ \| (.*) \|$", page, re.M))
     assert set(rows) == {key.rpartition(":")[2] for key in KEYS}
     cluster.heartbeat("one", 1)

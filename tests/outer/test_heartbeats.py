@@ -1,6 +1,6 @@
 """The cost of a heartbeat for Redis does not grow with the number of servers.
 
-docs/distributed.md has the figures.
+docs/cluster.md has the figures.
 """
 
 import socket

@@ -1,0 +1,29 @@
+"""docs/cluster.md says what the measurements of heartbeats say."""
+
+import json
+
+import pytest
+
+from bench import capacity
+from bench.peers import ROOT
+
+
+def test_the_cluster_page_shows_what_the_results_say() -> None:
+    results = json.loads((ROOT / "bench/results.json").read_text())
+    section = f"{capacity.BEGIN}\n\n{capacity.section(results)}\n\n{capacity.END}"
+    assert section in capacity.PAGE.read_text(), "bin/bench --render"
+
+
+def test_the_number_of_servers_follows_from_the_cpu_of_a_heartbeat_in_the_largest_cluster() -> None:
+    machine = dict.fromkeys(("processor", "redis-server", "date"), "x")
+    samples = [{"servers": size, capacity.CPU: cpu} for size, cpu in ((3, 500), (3000, 40))]
+    section = capacity.section({"heartbeats": {"machine": machine, "samples": samples}})
+    assert pytest.approx(0.425) == capacity.SECONDS_BETWEEN["quiet"]
+    # Half a second of CPU is 12,500 heartbeats of 40 us: 5,312 or 1,250 servers.
+    assert "servers at 50 % of a core" in section
+    assert "| quiet | 2.35 | 5,300 |" in section
+    assert "| busy | 10 | 1,200 |" in section
+
+
+def test_without_results_there_are_no_figures() -> None:
+    assert capacity.section({}) == "Not measured yet: `bin/bench heartbeats`."
