@@ -1,0 +1,57 @@
+"""docs/design.md says what the reports say."""
+
+import json
+import math
+import re
+
+from lab.running import ROOT
+from proof import outages
+from proof.availability import (
+    BUDGET_SECONDS,
+    COMMON,
+    WINDOW_SECONDS,
+    costs,
+    needed,
+    sums_table,
+    total,
+)
+
+PAGE = (ROOT / "docs/design.md").read_text()
+PLANNED = ("rolling reload", "rolling restart")
+MAX_WORDS = 2000
+
+
+def test_the_budget_is_that_of_the_reliability_page() -> None:
+    report = json.loads(outages.FILE.read_text())
+    seconds = {fault: cost.median for fault, (*_, cost) in costs(report, "replies").items()}
+    planned = sum(seconds[fault] for fault in PLANNED)
+    single = sum(seconds.values()) - planned
+    common = sum(cause.cost for cause in COMMON)
+    each = ", ".join(f"{fault} {seconds[fault]:.2f}" for fault in PLANNED)
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", PAGE, re.M))
+    assert rows["single faults: worker, server, machine, Redis"] == f"{single:.2f}"
+    assert rows[f"planned: {each}"] == f"{planned:.2f}"
+    assert rows["common causes: release, site, DNS, balancer, overload"] == f"{common:.0f}"
+    sum_seconds = single + planned + common
+    assert rows["**sum**"] == f"**{sum_seconds:.0f} of {BUDGET_SECONDS:,.0f}**"
+    assert f"Common causes are {common / sum_seconds:.0%}".replace("%", " %") in PAGE
+
+
+def test_its_other_figures_follow_from_the_reports() -> None:
+    report = json.loads(outages.FILE.read_text())
+    months = re.search(r"\*\*(\d+ of 100) windows", sums_table(report))
+    assert months
+    assert f"{months[1]} months miss 99.95 %" in PAGE
+    inexact = total(cost for *_, cost in costs(report, "who").values()).worst
+    assert f"{100 * (1 - inexact / WINDOW_SECONDS):.2f} % of answers are exact" in PAGE
+    retried = total(cost for *_, cost in costs(report, "replies").values()).retried
+    assert retried == 0, "every request succeeded when it was repeated"
+    assert f"{100 * needed(3):.2f} % each" in PAGE
+    for objective in (0.9995, 0.999999):
+        probes = math.log(0.05) / math.log(objective)
+        assert re.search(rf"{probes:,.0f}\s+independent probes", PAGE)
+    assert f"{WINDOW_SECONDS * 1e-6:.1f} s a month" in PAGE
+
+
+def test_a_reviewer_can_read_it_in_twenty_minutes() -> None:
+    assert len(PAGE.split()) < MAX_WORDS
