@@ -199,16 +199,16 @@ def who_table(report: dict[str, Any]) -> str:
 
 
 def who_verdict(report: dict[str, Any]) -> str:
-    """Whether WHO is exact for as much of the time as replies are available, and why."""
+    """Return the share of answers to WHO that are exact, and whether it meets the objective."""
     found = costs(report, "who")
     lost = total(each for *_, each in found.values()).worst
     lasting = sum(each.worst for rate, _, each in found.values() if rate.lasts_seconds)
     left = BUDGET_SECONDS - (lost - lasting)
     verdict = (
-        f"With these rates WHO is exact everywhere for {availability(lost)} of the time. "
-        f"Of the {_seconds(lost)} s that this lacks in 30 days, "
-        f"Redis is away or a server cut off from it in {_seconds(lasting)}; "
-        f"all other faults make {_seconds(lost - lasting)}."
+        f"With these rates {availability(lost)} of the answers to WHO are exact. "
+        f"The others are those of {_seconds(lost)} s in 30 days. "
+        f"In {_seconds(lasting)} s, Redis is away or a server is cut off from it; "
+        f"all other faults make {_seconds(lost - lasting)} s."
     )
     if lost <= BUDGET_SECONDS:
         return verdict

@@ -119,7 +119,7 @@ def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
 def test_a_who_that_misses_the_objective_is_said_to() -> None:
     report = {"who": {"Redis gone": [[1, 1, 0]], "worker killed": [[2, 0.5, 0]]}}
     told = who_verdict(report)
-    assert f"Of the {12 * 1802 * 30 / 365:,.0f} s" in told
+    assert f"those of {12 * 1802 * 30 / 365:,.0f} s" in told
     assert "**This misses 99.95 %**" in told
     assert f"but for {(1296 - 12 * 30 / 365) / 60:.0f} minutes" in told
     assert "misses" not in who_verdict({"who": {"worker killed": [[2, 0.5, 0]]}})
