@@ -172,7 +172,10 @@ def test_the_version_has_an_entry_in_the_changelog() -> None:
         check=True,
         env=environment(),
     ).stdout.split()[-1]
-    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    chapter = (
+        rf"^## (\[{re.escape(version)}\] - \d{{4}}-|\[Unreleased\]\n\n.*\b{re.escape(version)}\b)"
+    )
+    assert re.search(chapter, (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
 def test_the_security_page_names_tests_options_and_limits_as_they_are() -> None:
