@@ -12,6 +12,7 @@ from dataclasses import fields
 from importlib.metadata import distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import NormalizedName, canonicalize_name
 
@@ -19,6 +20,8 @@ from gserver import errors
 from gserver.agent.statsd import COUNTERS, GAUGES, TIMINGS
 from gserver.config import OPTIONS, Config, environment_names, flag
 from gserver.protocol import ERROR_REPLIES
+from gserver.serve.client import State as ClientState
+from gserver.supervise.phases import Phase
 from gserver.supervise.systemd import VARIABLES
 from lab.running import ROOT, Running, environment
 
@@ -162,6 +165,21 @@ def test_the_readmes_commands_work_as_printed(tmp_path: Path) -> None:
     with Running("--commands", "tools", cwd=tmp_path) as server, server.client() as client:
         assert client.ask(b"RESOLVE") == b"127.0.0.1"
         assert client.ask(b"NAP") == b"rested among 1"
+
+
+@pytest.mark.parametrize(
+    ("mark", "states"),
+    [("client states", ClientState), ("phases", Phase)],
+    ids=["client", "phases"],
+)
+def test_the_diagrams_of_the_architecture_show_every_state(
+    mark: str, states: type[ClientState] | type[Phase]
+) -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    found = re.search(rf"<!-- {mark} -->(.*?)<!-- end of {mark} -->", page, re.S)
+    assert found
+    edges = re.findall(r"^ +(\S+) --> ([^\s:]+)", found[1], re.M)
+    assert {name for edge in edges for name in edge} - {"[*]"} == {item.name for item in states}
 
 
 def test_the_version_has_an_entry_in_the_changelog() -> None:
