@@ -110,8 +110,8 @@ class Target:
 
     @property
     def state(self) -> str:
-        """The server's state, or `away` if it has not answered."""
-        return "away" if self.trouble else str(self.now["server"]["state"])
+        """The server's state, or `unreachable` if it has not answered."""
+        return "unreachable" if self.trouble else str(self.now["server"]["state"])
 
     def rate(self, *path: str) -> float | None:
         """Return the growth per second of a counter, or of the sum of a dict of counters.

@@ -26,7 +26,7 @@ GRACE_SECONDS = 0.5
 EXPIRES_SOON_SECONDS = 14 * 86400
 #: A list of the cluster's servers that is older than this has not just been read from Redis.
 OLD_SECONDS = 2.5
-STYLES = {"ready": "bold green", "away": "bold red"}
+STYLES = {"ready": "bold green", "unreachable": "bold red"}
 
 
 def show_once(targets: Sequence[Target], interval_seconds: float, *, is_json: bool) -> int:
@@ -53,7 +53,7 @@ def show_live(targets: Sequence[Target], interval_seconds: float, *, is_json: bo
         with Live(console=Console(highlight=False), screen=True, auto_refresh=False) as screen:
             while True:
                 admin_client.poll(targets, GRACE_SECONDS)
-                screen.update(Group("[dim]Ctrl-C ends it[/]", render(targets)), refresh=True)
+                screen.update(Group("[dim]Press Ctrl-C to quit[/]", render(targets)), refresh=True)
                 time.sleep(interval_seconds)
     while True:
         admin_client.poll(targets, GRACE_SECONDS)
@@ -64,7 +64,7 @@ def show_live(targets: Sequence[Target], interval_seconds: float, *, is_json: bo
 def line(target: Target) -> str:
     """Return the state of a server as one plain line."""
     if target.trouble:
-        return f"{target.address} away: {target.trouble}"
+        return f"{target.address} unreachable: {target.trouble}"
     clients = _count(target.now["clients"]["now"], "client")
     cluster = target.now["cluster"]
     if cluster and cluster["servers"]:
@@ -77,7 +77,7 @@ def line(target: Target) -> str:
 def render(targets: Sequence[Target]) -> Group:
     """Return a table of all servers, the details of each, and the servers of their clusters."""
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-    for name in ("admin port", "state", "clients", "peak", "commands/s", "errors/s", "up"):
+    for name in ("admin port", "state", "clients", "peak", "commands/s", "errors/s", "uptime"):
         is_text = name in ("admin port", "state")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "admin port")
     for target in targets:
@@ -91,7 +91,7 @@ def render(targets: Sequence[Target]) -> Group:
 
 
 def _figures(target: Target) -> list[str]:
-    """Return the numbers of a server; none if it is away, because they would be old."""
+    """Return the numbers of a server; none if it is unreachable, because they would be old."""
     if target.trouble:
         return []
     counts = [_number(target.now["clients"][name]) for name in ("now", "peak")]
@@ -179,11 +179,12 @@ def _members(members: Status, watched: set[str]) -> Group:
 def _members_notes(members: Status) -> Iterator[str]:
     age, trouble = members["age_seconds"], members["trouble"]
     if members["omitted_servers"]:
-        yield f"{_number(members['omitted_servers'])} more, with more recent reports"
+        omitted = _count(members["omitted_servers"], "more server")
+        yield f"{omitted}, which reported more recently, not listed"
     if age is None or age > OLD_SECONDS:
         why = f"Redis cannot be read ({trouble})" if trouble else "Redis has not answered yet"
         if age is None:
-            yield f"{why}: the servers are not known"
+            yield f"{why}: the servers are unknown"
         else:
             yield f"{why}: this list is {_duration(age)} old"
 

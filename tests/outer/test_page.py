@@ -153,11 +153,11 @@ def test_the_page_reports_when_the_server_stops_answering_and_when_it_is_back(
     with Running("--admin-port", str(port)) as server:
         window.open(page(server))
         until(lambda: window.text("state") == "ready", "the page shows the server")
-    until(lambda: window.text("state") == "away", "the page reports it")
+    until(lambda: window.text("state") == "unreachable", "the page reports it")
     assert window.run("return document.getElementById('alarm').hidden") is False
     alarm = (
-        r"The server has not answered since [0-9:]+ \(Failed to fetch\)\."
-        r" The figures below are its last ones\."
+        r"No answer from the server since [0-9:]+ \(Failed to fetch\)\."
+        r" The figures below are the last known ones\."
     )
     assert re.fullmatch(alarm, window.text("alarm"))
     with Running("--admin-port", str(port)) as server:
@@ -235,7 +235,7 @@ def cells(window: Browser) -> list[list[str]]:
 def test_servers_are_unknown_until_redis_has_answered(window: Browser) -> None:
     with Running("--admin-port", "0", "--redis-url", f"redis://127.0.0.1:{free_port()}") as server:
         window.open(page(server))
-        unknown = "Redis cannot be read (connection): the servers are not known"
+        unknown = "Redis cannot be read (connection): the servers are unknown"
         until(lambda: window.text("servers-note") == unknown, "the page says so")
         assert cells(window) == [[]]
 

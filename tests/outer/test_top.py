@@ -111,13 +111,13 @@ def test_a_server_that_does_not_answer_holds_up_no_other(here: Running) -> None:
         ) as process:
             assert process.stdout
             try:
-                assert process.stdout.readline() == f"{mute} away: no answer yet\n"
+                assert process.stdout.readline() == f"{mute} unreachable: no answer yet\n"
                 began, lines = time.monotonic(), [process.stdout.readline() for _ in range(12)]
                 assert time.monotonic() - began < 6 * 0.7 + PATIENCE
             finally:
                 process.kill()
     assert all(row.startswith(f"{address(here)} here ready ") for row in lines[::2])
-    assert f"{mute} away: no answer in 2 s\n" in lines
+    assert f"{mute} unreachable: no answer in 2 s\n" in lines
 
 
 def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
@@ -135,7 +135,7 @@ def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
             if select.select([keyboard], [], [], 0.1)[0]:
                 seen += os.read(keyboard, 65536)
         assert b"\x1b[?1049h" in seen  # a screen of its own
-        assert b"Ctrl-C ends it" in seen
+        assert b"Press Ctrl-C to quit" in seen
         process.send_signal(2)
         assert process.wait(LIMIT) == 1
         while select.select([keyboard], [], [], 0.1)[0]:
@@ -205,7 +205,7 @@ def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
     }
     told = screen(members)
     assert "102.5 s ago  late" in told
-    assert "1,234 more, with more recent reports" in told
+    assert "1,234 more servers, which reported more recently, not listed" in told
     assert "Redis cannot be read (timeout): this list is 1 min old" in told
     told = screen(members | {"age_seconds": 2.4, "trouble": None, "omitted_servers": 0})
     assert "more" not in told
@@ -213,7 +213,7 @@ def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
     assert "Redis has not answered yet: this list is 2 s old" in screen(
         members | {"age_seconds": 2.6, "trouble": None}
     )
-    assert "Redis has not answered yet: the servers are not known" in screen(
+    assert "Redis has not answered yet: the servers are unknown" in screen(
         {"servers": None, "omitted_servers": 0, "age_seconds": None, "trouble": None}
     )
 
@@ -257,7 +257,7 @@ def test_for_how_long_a_certificate_is_valid_is_never_said_too_long() -> None:
         assert (f"\x1b[31mcertificate valid for {words}" in told) is is_soon
 
 
-def test_of_a_server_that_is_away_no_old_figures_are_shown() -> None:
+def test_of_an_unreachable_server_no_old_figures_are_shown() -> None:
     now = describe(Config(server_id="here"), Scoreboard.create(1))
     now["server"]["uptime_seconds"], now["clients"]["now"] = 3 * 86400, 4711
     assert all(old in shown_of(Target("x", now=now)) for old in ("4,711", "3 d", "here"))
