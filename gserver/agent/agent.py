@@ -84,7 +84,7 @@ class _Heartbeats:
     """The greenlet that sends this server's heartbeats to Redis."""
 
     def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
-        """Start it, and wait until it is known whether the server's id is free, or for a time."""
+        """Start it. Wait, for a limited time, until it is known whether the server's id is free."""
         from gserver.cluster.heartbeat import HeartbeatSender  # Loaded only if there is a cluster.
 
         self._config = config

@@ -1,7 +1,7 @@
 """One client from accept to close, as a state machine in the worker's event loop.
 
-Nothing here waits. A client that has nothing under way is a socket, a state, a flag and a moment;
-what it has under way is its `Work`. A greenlet exists only while a handler that may block runs.
+Nothing here waits. An idle client is a socket, a state, a flag and a time; its unfinished business
+is its `Work`. A greenlet exists only while a handler that may block runs.
 """
 
 import _socket
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 #: Bytes taken from a socket at once.
 READ_BYTES = 4096
-#: How long a client that is drained may take for a line that is on its way, or for its first one.
+#: Time that a drain gives a client to finish a line, or to send its first one.
 DRAIN_GRACE_SECONDS = 0.5
-#: How long the end of a client is awaited after its last line, so that no reset overtakes the line.
+#: How long to wait for the client's end after the last line, so that no reset overtakes the line.
 LINGER_SECONDS = 1.0
 
 #: What the loop watches a socket for. MUTED: nothing, until it is watched for something again.
@@ -50,11 +50,11 @@ READ, WRITE, MUTED = EPOLLIN, EPOLLOUT, EPOLLET
 
 
 class State(Enum):
-    """Where a client stands. Those from IDLE to BLOCKED are counted."""
+    """The state of a client. In IDLE, READING, BUSY and BLOCKED it counts in WHO."""
 
-    #: Accepted, and not admitted yet. With TLS, the handshake is under way.
+    #: Accepted, but not admitted yet. With TLS, the handshake is in progress.
     NEW = "new"
-    #: Nothing is under way.
+    #: Everything received has been answered.
     IDLE = "idle"
     #: Part of a line or of a TLS record has arrived, or more lines than are answered at once.
     READING = "reading"
@@ -62,7 +62,7 @@ class State(Enum):
     BUSY = "busy"
     #: The client does not take its replies. Nothing is read meanwhile.
     BLOCKED = "blocked"
-    #: The last line has been sent, and the client's end is awaited. It is not in the count.
+    #: The last line has been sent. The server waits for the client's end.
     CLOSING = "closing"
     #: The same for a client that was rejected by a limit.
     REJECTED = "rejected"
@@ -82,7 +82,7 @@ COUNTED = IDLE, READING, BUSY, BLOCKED
 
 
 class Work:
-    """What a client has under way: bytes to take apart, items to answer, replies to send."""
+    """The unfinished business of a client: bytes to parse, items to answer, replies to send."""
 
     __slots__ = (
         "closing_error",
@@ -99,7 +99,7 @@ class Work:
     )
 
     def __init__(self) -> None:
-        #: Received, and not taken apart yet.
+        #: Received, but not parsed yet.
         self.unread = b""
         #: Holds the beginning of a line; None if there is none.
         self.parser: Parser[Command] | None = None
@@ -115,11 +115,11 @@ class Work:
         self.unsent = memoryview(b"")
         #: The error reply after which the client is closed.
         self.closing_error: ErrorReply | None = None
-        #: Something has arrived while a handler runs, so the socket is watched for nothing.
+        #: Data has arrived while a handler runs, so the socket is not watched.
         self.is_muted = False
         #: Whether the client has finished sending.
         self.has_input_ended = False
-        #: How much of what a client goes on sending is still answered in a drain; None before that.
+        #: Bytes still answered after the grace of a drain; None before that.
         self.drain_bytes_left: int | None = None
 
 
@@ -159,7 +159,7 @@ class Client:
     # Events
 
     def on_event(self, now: float) -> None:
-        """The socket is readable or writable, as far as it is watched for that."""
+        """The socket is readable or writable, whichever is watched."""
         state = self.state
         if state is IDLE or state is READING:
             self._read(now)
@@ -173,7 +173,7 @@ class Client:
             self._await_end()
 
     def on_turn(self, now: float) -> None:
-        """It is this client's turn to go on with what it has under way."""
+        """It is this client's turn to continue."""
         if self.state is NEW:
             self._handshake(now)
         elif self.state is BUSY:
@@ -186,7 +186,7 @@ class Client:
                 self._read(now)
 
     def on_deadline(self, now: float) -> None:
-        """The deadline is over. What has arrived by now is taken in first."""
+        """The deadline has passed. What has arrived by now is read first."""
         state = self.state
         if state is IDLE or state is READING:
             self._read(now, is_late=True)
@@ -208,7 +208,7 @@ class Client:
         self.loop.set_deadline(self, at)
 
     def after_send(self, unsent: memoryview, now: float) -> None:
-        """Go on after the loop has answered: there may be more to send, or to read."""
+        """Continue after the loop has answered: there may be more to send, or to read."""
         tls = self._tls
         if unsent:
             self.block(unsent, now)
@@ -216,7 +216,7 @@ class Client:
             self.await_input(now)
 
     def after_block(self, unsent: bytes | None, now: float) -> None:
-        """Go on after the kernel had nothing to read for the loop, or no room for the replies."""
+        """Continue after the kernel had nothing to read, or no room for the replies."""
         if unsent:
             self.block(memoryview(unsent), now)
         elif self._has_part:
@@ -270,7 +270,7 @@ class Client:
         self._proceed(now, is_tried=is_tried)
 
     def _proceed(self, now: float, *, is_tried: bool = False) -> None:
-        """Go on until the client, a handler or the other clients must be waited for."""
+        """Continue until it is the turn of the client, of a handler or of other clients."""
         work = self._ensure_work()
         has_had_turn = False
         while not work.closing_error:
@@ -295,7 +295,7 @@ class Client:
             self.await_input(now)
 
     def _take_apart(self, work: Work, now: float, *, is_tried: bool) -> bool:
-        """Answer the next lines, or find their items; return False if the client is waited for."""
+        """Answer the next lines, or parse them; return False if the client must read first."""
         work.started_at = monotonic()
         if work.parser is None and not is_tried:
             replies = self._answer_lines(work)
@@ -321,7 +321,7 @@ class Client:
         return replies
 
     def _parse(self, work: Work) -> None:
-        """Take the next piece apart, up to the end of a line if there is one in it."""
+        """Parse the next piece, up to the end of a line if there is one in it."""
         data, parser = work.unread, work.parser
         if parser is None:
             parser = work.parser = Parser(self.loop.replies.grammar, is_first=not self.has_spoken)
@@ -378,7 +378,7 @@ class Client:
     def _run_handler(self, command: Command) -> None:
         """In a greenlet of its own: run a handler that may block.
 
-        All else is done in the loop, where nothing can wait, and after the others have had a turn.
+        Everything else is done in the loop, where nothing may wait, in this client's next turn.
         """
         reply = self.loop.replies.reply_to(command)
         if self.state is BUSY:
@@ -410,7 +410,7 @@ class Client:
         return False
 
     def block(self, unsent: memoryview, now: float) -> None:
-        """Wait until the client reads, as long as it may take; read nothing from it meanwhile."""
+        """Wait for the client to read, up to the write timeout; read nothing from it meanwhile."""
         self._ensure_work().unsent = unsent
         self.state = BLOCKED
         self.loop.watch(self, WRITE)
@@ -456,7 +456,7 @@ class Client:
             self.loop.set_deadline(self, self._silence_ends_at())
 
     def _silence_ends_at(self) -> float:
-        """When a client that sends nothing more is dealt with."""
+        """When to act on a client that sends nothing more."""
         config, work, at = self.loop.config, self.work, inf
         if config.idle_timeout_seconds:
             at = self.quiet_since + config.idle_timeout_seconds
@@ -550,13 +550,13 @@ class Client:
         self._send_end()
 
     def _await_end(self) -> None:
-        """Read what the client still sends, up to its end."""
+        """Read and discard what the client still sends, up to its end."""
         with suppress(BlockingIOError):
             if not self.sock.recv(65536):
                 self.close()
 
     def _send_end(self) -> None:
-        """Send the end of the connection, and wait a moment for that of the client."""
+        """Shut down the own side, and wait a moment for the client to shut down its side."""
         self.loop.watch(self, READ)
         self.loop.set_deadline(self, monotonic() + LINGER_SECONDS)
         self.sock.shutdown(SHUT_WR)
@@ -569,7 +569,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the socket. Does nothing if that has been done."""
+        """Close the socket. The second call does nothing."""
         if self.state is not CLOSED:
             self._uncount()
             was_rejected, self.state = self.state is REJECTED, CLOSED
@@ -587,11 +587,11 @@ class Client:
 
     @property
     def _tls(self) -> TlsSocket | None:
-        """Its connection, if that is one with TLS."""
+        """The socket, if it is one with TLS."""
         return self.sock if isinstance(self.sock, TlsSocket) else None
 
     def _handshake(self, now: float) -> None:
-        """Go on with the handshake by what has arrived."""
+        """Continue the handshake with what has arrived."""
         try:
             handshake = cast(TlsSocket, self.sock).handshake(READ_BYTES)
         except OSError as error:
@@ -617,7 +617,7 @@ class Client:
         try:
             cast(TlsSocket, self.sock).send_plain(PLAIN_TEXT.reply)
             self._send_end()
-        except OSError:  # It has gone: that is no failed handshake, too.
+        except OSError:  # The client has disconnected, which is no failed handshake either.
             self.close()
 
     def cut_off_handshake(self) -> None:

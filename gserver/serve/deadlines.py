@@ -1,4 +1,4 @@
-"""Clients by the moments of their deadlines.
+"""Clients by their deadlines.
 
 Pure: it knows no clock. A deadline is rounded up to a whole tick of 10 ms, and clients of one tick
 share its list and its number. So many clients that come together cost 8 bytes and 0.2 us each,
@@ -32,7 +32,7 @@ class Deadlines(Generic[C]):
         #: The ticks as a heap.
         self._order: list[int] = []
         self.entries = 0
-        #: At so many entries, stale ones are dropped: twice as many as were left the last time.
+        #: Stale entries are dropped at this number: twice as many as were left the last time.
         self._max_entries = MIN_ENTRIES
 
     def put(self, client: C, at: float) -> None:
@@ -57,7 +57,7 @@ class Deadlines(Generic[C]):
         return self._order[0] / TICKS_PER_SECOND if self._order else inf
 
     def pop(self, now: float) -> list[C]:
-        """Take out and return the clients whose deadlines are over.
+        """Take out and return the clients whose deadlines have passed.
 
         A client can be in it twice.
         """

@@ -14,19 +14,19 @@ from gserver.errors import ClusterUnavailable
 from gserver.protocol import ErrorReply
 from gserver.serve.replies import Call, Replies, encode
 
-#: Longest read that is taken apart line by line at once. It bounds how long other clients wait for
-#: one of them: 512 bytes are at most 256 lines, 0.1 ms.
+#: Longest read that is split into lines at once. It bounds how long one client can keep others
+#: waiting: 512 bytes are at most 256 lines, 0.1 ms.
 PIECE_BYTES = 512
 #: Plans that are remembered: of reads of up to 64 bytes, and of longer ones. Clients that pipeline
-#: often send the same bytes again. After so many reads without a plan they are all forgotten.
+#: often send the same bytes again. After MAX_MISSES reads without a plan, all are forgotten.
 MAX_SHORT_BYTES, MAX_SHORT_PLANS, MAX_LONG_PLANS = 64, 1024, 64
 MAX_MISSES = 4096
 #: Lines whose kind is remembered.
 MAX_LINES = 1024
 
-#: How a read may begin that is nothing but built-in commands in upper case.
+#: First lines of a read that may be nothing but built-in commands in upper case.
 _UPPER_CASE = b"WHO\n", b"WHERE\n", b"WHY\n"
-#: How the number of clients stands in a reply until it is known.
+#: Stands for the number of clients in a reply until that is known.
 _WHO = b"\0"
 
 #: How to answer a read, as a plain tuple, which is made in a quarter of the time of a named one:

@@ -29,12 +29,12 @@ class Limits:
         self._addresses = AddressCounts(scoreboard, slot, limit) if limit else None
 
     def count_address(self, fd: int, host: str) -> None:
-        """Count a new connection of an address, unless that has as many as it may have."""
+        """Count a new connection of an address, unless the address is at its limit."""
         if self._addresses:
             self._addresses.add(fd, host)
 
     def uncount_address(self, fd: int) -> None:
-        """Take a connection out of the count of its address, if it is in it."""
+        """Take a connection out of the count of its address, if it was counted."""
         if self._addresses:
             self._addresses.remove(fd)
 
@@ -88,7 +88,7 @@ class AddressCounts:
         self._places: dict[int, tuple[int, int]] = {}
 
     def add(self, fd: int, host: str) -> None:
-        """Count a connection, unless its address has as many as it may have."""
+        """Count a connection, unless its address is at its limit."""
         row = len(self._own) // 2
         digest = blake2b(network(host), digest_size=8, key=self._key).digest()
         first, second = unpack("II", digest)

@@ -30,19 +30,19 @@ from gserver.serve.tls import TlsSocket
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-#: Clients that are answered in one turn of the loop; then handlers and the others have theirs.
+#: Clients answered in one turn of the loop. Then handlers and other clients have their turn.
 TURN_CLIENTS = 256
-#: How long the clients that wait for their turn (`enqueue`) have together in one turn.
+#: Time in one turn for all clients in the queue (`enqueue`) together.
 QUEUE_SECONDS = 0.0001
 #: Lowest in libev: new clients are accepted before the bytes of others are read.
 PRIORITY = -2
 #: If a deadline is noticed this late, the process was stopped or overloaded: the client gets this
 #: much longer.
 LATE_SECONDS = 1.0
-#: Rejected clients whose end is awaited at the same time; others are closed at once.
+#: Rejected clients that may linger at the same time; others are closed at once.
 MAX_REJECTED = RESERVED_FILES // 2
-#: TLS handshakes under way in one worker, at most, and at most a quarter of its open files. One
-#: more ends the oldest, since an honest handshake takes milliseconds.
+#: Limit on TLS handshakes in progress in one worker; at most a quarter of its open files. One more
+#: ends the oldest, since an honest handshake takes milliseconds.
 MAX_HANDSHAKES = 1024
 
 
@@ -66,14 +66,14 @@ class Loop:
         #: Called whenever a socket has been closed.
         self._on_close = on_close
         self._tls_context = tls_context
-        #: Connections that there are descriptors for.
+        #: Connections for which there are descriptors.
         self.capacity = capacity
         self._max_handshakes = min(MAX_HANDSHAKES, capacity // 4)
         #: All clients by the descriptors of their sockets, handshakes and rejected ones included.
         self.clients: dict[int, Client] = {}
-        #: Clients with a handshake under way, the oldest first.
+        #: Clients with a handshake in progress, the oldest first.
         self.handshakes: dict[Client, None] = {}
-        #: Clients that wait for their turn to go on, the first first.
+        #: Clients that wait for their turn, in its order.
         self.queue: dict[Client, None] = {}
         #: Rejected clients that are still open, and those rejected since the last turn.
         self.rejected = self.rejected_now = 0
@@ -111,7 +111,7 @@ class Loop:
             self._epoll.register(fd, READ)
 
     def add(self, sock: Any, address: Any) -> None:
-        """Begin with a connection that has been accepted."""
+        """Take on a connection that has been accepted."""
         now = monotonic()
         fd = sock.fileno()
         self.limits.count_address(fd, address[0])
@@ -161,7 +161,7 @@ class Loop:
             self.set_deadline(client, now + self.config.idle_timeout_seconds)
 
     def may_linger_rejected(self) -> bool:
-        """Whether the end of one more rejected client is awaited."""
+        """Whether one more rejected client may linger."""
         return self.rejected <= MAX_REJECTED
 
     def _log_rejection(self, address: Any, error: ErrorReply) -> None:
@@ -185,7 +185,7 @@ class Loop:
             self._serve(events)
 
     def _poll(self) -> list[tuple[int, int]] | None:
-        """Return events of clients, or None if new clients must be accepted before.
+        """Return events of clients, or None if new clients must be accepted first.
 
         A client that had connected before a WHO was sent is in its reply. gevent accepts new
         clients before it calls this loop again, which then serves the events that were held.
@@ -314,12 +314,12 @@ class Loop:
         self._deadline_timer.start(self._expire_or_exit, update=True)
 
     def _expire(self) -> None:
-        """Deal with the deadlines that are over, unless it is the loop that was late."""
+        """Act on the deadlines that have passed, unless the loop itself was late."""
         self._expires_at = inf
         now = monotonic()
         for client in self._deadlines.pop(now):
             if client.deadline > now:
-                continue  # It was dealt with a moment ago.
+                continue  # It has had its turn a moment ago.
             # A client that waits for its turn is not late, but a handshake has one deadline.
             has_turn_to_come = client in self.queue and client.state is not NEW
             is_loop_late = now > client.deadline + LATE_SECONDS and not self.is_draining
@@ -350,7 +350,7 @@ class Loop:
         if self.clients.get(fd) is client:
             del self.clients[fd]
             self.limits.uncount_address(fd)
-        # A forked child that has the socket, too, would keep it in the epoll.
+        # A forked child that also has the socket would keep it in the epoll.
         with suppress(OSError):
             self._epoll.unregister(fd)
         try:
@@ -365,7 +365,7 @@ class Loop:
 
 
 def _fatal_unless_out_of_memory(error: OSError) -> Exception:
-    """Return the error that an error of the loop's epoll is: of one client, or of the worker."""
+    """Return what an error of epoll means: an error of one client, or of the whole worker."""
     if error.errno in (errno.ENOMEM, errno.ENOSPC):  # The latter: fs.epoll.max_user_watches.
         return RuntimeError(f"a socket cannot be watched: {error.strerror}")
     return SystemError("a descriptor of the worker was closed by other code")

@@ -1,7 +1,7 @@
 """What one worker replies: it runs handlers, guards against their errors, and counts.
 
-Shared by all clients of a worker. A handler is other people's code: whatever it raises ends its
-command and nothing else.
+Shared by all clients of a worker. A handler is other people's code: an exception ends its command
+and nothing else.
 """
 
 import os

@@ -35,7 +35,7 @@ def make_context(certificates: Certificates) -> ssl.SSLContext:
     """Return the server's context; raise `UsageError`, which names the option, for a bad file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # An end by TCP alone is an end: what such a client has asked is answered.
+    # A TCP end without close_notify is a normal end: what the client has sent is answered.
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_IGNORE_UNEXPECTED_EOF
     with _file(certificates.chain) as chain, _file(certificates.key) as key:
         try:
@@ -100,14 +100,14 @@ class IncompleteRecord(BlockingIOError):
 
 
 class Handshake(Enum):
-    """Where a handshake stands."""
+    """The state of a handshake."""
 
     #: The client must send more.
     RECEIVING = "receiving"
     #: The client must read first.
     SENDING = "sending"
     DONE = "done"
-    #: The client has gone without having begun.
+    #: The client has disconnected before it began.
     ABANDONED = "abandoned"
     #: The client does not speak TLS.
     PLAIN_TEXT = "plain text"
@@ -155,7 +155,7 @@ class TlsSocket:
     # The handshake
 
     def handshake(self, size: int) -> Handshake:
-        """Go on with up to `size` bytes that have arrived. Raises OSError if it has failed."""
+        """Continue with up to `size` bytes that have arrived. Raises OSError if it has failed."""
         if not self._is_established and self._try_flush():
             try:
                 received = self._sock.recv(size)

@@ -5,7 +5,7 @@ is an ordinary blocking function in a greenlet of its own (`Client._run_handler`
 cooperative by `patch_all` in `gserver/__main__.py`.
 
 There are `--workers` of them with the same duties. A worker writes its own slot of the scoreboard;
-to the supervisor, it reports only that it is ready. What it must know of the others, it reads from
+to the supervisor, it reports only that it is ready. What it needs to know of others, it reads from
 the scoreboard.
 """
 
@@ -50,13 +50,13 @@ MAX_ACCEPTS = 1024
 MAX_SHARED_ACCEPTS = 16
 #: Rejections in one turn of the loop (0.1 ms): a flood of connections must not starve clients.
 MAX_REJECTIONS = 4
-#: How long a worker with more than its share of clients leaves a new one to the others. Then it
-#: accepts it, in case they cannot.
+#: How long a worker with more than its share of clients leaves a new one to the other workers. Then
+#: it accepts the client itself, in case they cannot.
 YIELD_SECONDS = 0.001
 
 
 class Acceptor(StreamServer):
-    """gevent's server. It accepts bare sockets, and pauses while this worker wants no client.
+    """gevent's server. It accepts bare sockets, and pauses while this worker wants no more clients.
 
     gevent's own socket around each client would take 0.5 KB and 8 us more.
     """
