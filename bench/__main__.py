@@ -22,7 +22,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import capacity, peers, plots, report
+from bench import capacity, goals, page, peers, plots, report
 from bench.measure import CORES, LOAD_CORE, Failed, Sample
 from bench.scenarios import FULL, QUICK, Scenario
 
@@ -99,13 +99,13 @@ def _try_out(scenarios: Sequence[Scenario]) -> list[str]:
 
 
 def _render(results: report.Results) -> None:
-    report.render(results)
+    page.render(results)
     capacity.render(results)
     plots.draw(results)
 
 
 def _show(results: report.Results, names: Iterable[str]) -> None:
-    for name, text in report.tables(results, names).items():
+    for name, text in page.tables(results, names).items():
         click.echo(f"\n{name}\n\n{text}")
 
 
@@ -128,14 +128,14 @@ def _quick(save: bool) -> None:
     """Measure the short form and say what has moved."""
     results: report.Results = {}
     failures = _measure(QUICK, results.__setitem__)
-    now, machine = report.goal_figures(results), _machine()
+    now, machine = goals.goal_figures(results), _machine()
     was: dict[str, Any] = (
         json.loads(BASELINE.read_text()) if BASELINE.exists() else {"machine": {}, "figures": {}}
     )
     if not was["figures"] and not save:
         click.echo("There is no baseline yet: --save makes these figures it.")
     click.echo(
-        report.comparison(
+        goals.comparison(
             {what: report.Figure(*numbers) for what, numbers in was["figures"].items()}, now
         )
     )

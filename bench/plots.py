@@ -12,12 +12,15 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from bench.page import source
 from bench.peers import PEERS, ROOT
-from bench.report import Figure, Results, figure, number, pick
+from bench.report import Figure, Results, delta_ms, figure, number, pick
 from bench.scenarios import ORDERS
 
 FOLDER = ROOT / "docs/plots"
 SPEEDS = ({"depth": 1, "order": ORDERS[0]}, *({"depth": 32, "order": order} for order in ORDERS))
+#: An axis is logarithmic if its values differ by more than this factor.
+MAX_LINEAR_RANGE = 8
 INK, FAINT, OTHERS = "#7d8590", "#7d859040", "#6c8ebf"
 COLOURS = {"gserver": "#e8710a", "uvloop": "#3b82f6", "go": "#12a18a", "epoll": "#a371f7"}
 STYLE: dict[Any, Any] = {
@@ -50,7 +53,10 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bars(Plot):
-    """A plot with a bar for each server, the shortest on top, and a panel for each choice."""
+    """A plot with a row for each server, the least on top, and a panel for each choice.
+
+    A row is a bar. On a logarithmic axis, where a bar's length means nothing, it is a dot.
+    """
 
     choices: tuple[dict[str, Any], ...] = ({},)
 
@@ -64,11 +70,11 @@ class Lines(Plot):
 
 
 BARS = (
-    Bars("speed", "CPU a command, 64 connections", "speed", "cpu_us", "µs", SPEEDS),
-    Bars("connect", "CPU to take a client in, answer it and let it go", "connect", "cpu_us", "µs"),
+    Bars("speed", "CPU per command, 64 connections", "speed", "cpu_us", "µs", SPEEDS),
+    Bars("connect", "CPU per connection: accept, WHO, close", "connect", "cpu_us", "µs"),
     Bars(
         "idle",
-        "Memory a client of 10,000 idle ones",
+        "Memory per client, 10,000 idle clients",
         "idle",
         "client_bytes",
         "bytes",
@@ -78,7 +84,7 @@ BARS = (
 LINES = (
     Lines(
         "connections",
-        "CPU a command by connections",
+        "CPU per command by connections",
         "connections",
         "cpu_us",
         "µs",
@@ -96,7 +102,7 @@ LINES = (
     ),
     Lines(
         "depth",
-        "CPU a command by commands in flight",
+        "CPU per command by commands in flight, shuffled",
         "depth",
         "cpu_us",
         "µs",
@@ -123,52 +129,84 @@ def draw(results: Results) -> None:
 
 
 @contextmanager
-def _picture(name: str, title: str, height: float, panels: int = 1) -> Iterator[list[Axes]]:
-    """Axes for a plot that is written when the body is done."""
+def plotted(
+    name: str, title: str, made_of: str, height: float, panels: int = 1
+) -> Iterator[list[Axes]]:
+    """Axes for a plot that is written when the body is done.
+
+    `made_of` is written below it: the commit, the date and the machine of its figures.
+    """
     picture = Picture(figsize=(7.6, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     picture.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    picture.supxlabel(made_of, x=0.99, ha="right", fontsize=8)
     yield [picture.add_subplot(1, panels, panel + 1) for panel in range(panels)]
     picture.savefig(FOLDER / f"{name}.svg", transparent=True, metadata={"Date": None})
 
 
+def _made_of(results: Results, scenario: str) -> str:
+    return source(results, [scenario])
+
+
 def _bars(results: Results, plot: Bars) -> None:
-    """Draw bars with their quartiles."""
+    """Draw rows with their quartiles."""
     servers = _sorted(results, plot.scenario, plot.measure, **plot.choices[0])
-    height = 0.9 + 0.3 * len(servers)
-    with _picture(plot.file, plot.title, height, len(plot.choices)) as panels:
+    height = 1.1 + 0.3 * len(servers)
+    drawn = [
+        {
+            server: figure(results, plot.scenario, plot.measure, server=server, **choice)
+            for server in servers
+        }
+        for choice in plot.choices
+    ]
+    values = [value.value for row in drawn for value in row.values() if value]
+    is_log = _needs_log(values)
+    scale = f"{plot.unit}, logarithmic scale" if is_log else plot.unit
+    title = f"{plot.title} ({scale})" if plot.choices[1:] else plot.title
+    made_of = _made_of(results, plot.scenario)
+    with plotted(plot.file, title, made_of, height, len(plot.choices)) as panels:
         for panel, (axes, choice) in enumerate(zip(panels, plot.choices, strict=True)):
-            drawn = {
-                server: figure(results, plot.scenario, plot.measure, server=server, **choice)
-                for server in servers
-            }
-            _bar_panel(axes, drawn)
-            label = plot.unit
-            if len(panels) > 1:
-                label = f"{plot.unit}, {choice['depth']} in flight, {choice['order']}"
+            if is_log:
+                axes.set_xscale("log")
+                axes.set_xlim(min(values) / 1.6, max(values) * 5)
+                _dot_panel(axes, drawn[panel])
+            else:
+                _bar_panel(axes, drawn[panel])
+            label = f"{choice['depth']} in flight, {choice['order']}" if panels[1:] else scale
             axes.set_xlabel(label)
             _name_rows(axes, servers if panel == 0 else [""] * len(servers))
 
 
 def _bar_panel(axes: Axes, drawn: dict[str, Figure | None]) -> None:
     """Draw the bars of one panel. A server without a figure keeps its row."""
-    # A longer bar is cut here, so that the others show.
-    edge = 4 * median(value.value for value in drawn.values() if value)
     for row, (server, value) in enumerate(drawn.items()):
         if not value:
             continue
-        axes.barh(row, min(value.value, edge), color=_colour(server), height=0.66)
-        if value.high < edge:
-            axes.plot([value.low, value.high], [row, row], color=INK, linewidth=1.2)
-        _write(axes, number(value.value), min(max(value.value, value.high), edge), row, 5)
+        axes.barh(row, value.value, color=_colour(server), height=0.66)
+        axes.plot([value.low, value.high], [row, row], color=INK, linewidth=1.2)
+        _write(axes, number(value.value), max(value.value, value.high), row, 5)
     axes.margins(x=0.25)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(_in_full)
 
 
+def _dot_panel(axes: Axes, drawn: dict[str, Figure | None]) -> None:
+    """Draw the dots of one panel with a logarithmic axis."""
+    left, _ = axes.get_xlim()
+    for row, (server, value) in enumerate(drawn.items()):
+        if not value:
+            continue
+        axes.plot([left, value.value], [row, row], color=FAINT, linewidth=0.8, zorder=1)
+        axes.plot([value.low, value.high], [row, row], color=INK, linewidth=1.6, zorder=2)
+        axes.scatter(value.value, row, s=46, color=_colour(server), zorder=3)
+        _write(axes, number(value.value), max(value.value, value.high), row, 7)
+    _tick(axes, "x", (1,))
+
+
 def _latency(results: Results) -> None:
     """Draw a ring at the median and a dot at the 99th percentile."""
     servers = _sorted(results, "speed", "p50_us", **SPEEDS[0])
-    with _picture("latency", "Time to the reply, 64 connections, 1 in flight", 3.6) as (axes,):
+    title = "Time to the reply, 64 connections, 1 in flight"
+    with plotted("latency", title, _made_of(results, "speed"), 3.8) as (axes,):
         for row, server in enumerate(servers):
             ends = [
                 figure(results, "speed", measure, server=server, **SPEEDS[0])
@@ -184,7 +222,7 @@ def _latency(results: Results) -> None:
         axes.set_xscale("log")
         axes.margins(x=0.16)
         _tick(axes, "x", (1, 2, 3, 5, 7))
-        axes.set_xlabel("ms; ring: median, dot: 99th percentile")
+        axes.set_xlabel("ms, logarithmic scale; ring: median, dot: 99th percentile")
         _name_rows(axes, servers)
 
 
@@ -202,7 +240,7 @@ def _lines(results: Results, plot: Lines) -> None:
         found = {value: point for value, point in points.items() if point}
         if found:
             lines[server] = found
-    with _picture(plot.file, plot.title, 3.8) as (axes,):
+    with plotted(plot.file, plot.title, _made_of(results, plot.scenario), 4.0) as (axes,):
         for server, line in lines.items():
             _line(axes, server, line)
         axes.set_xscale("log")
@@ -227,11 +265,15 @@ def _line(axes: Axes, server: str, line: dict[float, Figure]) -> None:
 
 def _scale_y(axes: Axes, heights: list[float]) -> None:
     """Make the vertical axis logarithmic if the values are far apart; else start it at zero."""
-    if max(heights) > 8 * min(heights):
+    if _needs_log(heights):
         axes.set_yscale("log")
         _tick(axes, "y", (1, 2, 5))
     else:
         axes.set_ylim(bottom=0)
+
+
+def _needs_log(values: list[float]) -> bool:
+    return max(values) > MAX_LINEAR_RANGE * min(values)
 
 
 def _name_ends(axes: Axes, lines: dict[str, dict[float, Figure]]) -> None:
@@ -246,9 +288,9 @@ def _name_ends(axes: Axes, lines: dict[str, dict[float, Figure]]) -> None:
 
 
 def _propagation(results: Results) -> None:
-    """Draw every delay, and the medians."""
+    """Draw every delay, the medians, and the limit."""
     title = "Time until a new client of one server is in the WHO of another"
-    with _picture("propagation", title, 3.6) as (axes,):
+    with plotted("propagation", title, _made_of(results, "propagation"), 3.9) as (axes,):
         seen = dict.fromkeys(sample["interval"] for sample in results["propagation"]["samples"])
         delays = {
             interval: pick(results, "propagation", "delay_ms", interval=interval)
@@ -258,24 +300,37 @@ def _propagation(results: Results) -> None:
         for interval, values in delays.items():
             beside = [interval * 1.12 ** ((index % 7 - 3) / 6) for index in range(len(values))]
             axes.scatter(beside, values, s=16, color=OTHERS, alpha=0.55, linewidths=0)
-        middles = [median(values) for values in delays.values()]
+        limits = [delta_ms(interval) for interval in delays]
         axes.plot(
             [*delays],
-            middles,
+            limits,
+            color=INK,
+            linestyle="--",
+            linewidth=1.6,
+            label="limit Δ = 0.95 H + 0.125 s",
+        )
+        for interval, limit in zip(delays, limits, strict=True):
+            axes.annotate(
+                f"{limit:,.0f}", (interval, limit), (0, 5), textcoords="offset points", ha="center"
+            )
+        axes.plot(
+            [*delays],
+            [median(values) for values in delays.values()],
             color=COLOURS["gserver"],
             marker="o",
             markersize=5,
             linewidth=2.4,
             label="median",
         )
-        axes.legend(frameon=False, loc="upper left")
+        axes.legend(frameon=False, loc="lower right")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.margins(y=0.12)
         _tick(axes, "x", (1,))
         _tick(axes, "y", (1, 2, 5))
         axes.set_xticks([*delays])
         axes.grid(axis="y")
-        axes.set_xlabel("--heartbeat-interval, s")
+        axes.set_xlabel("H: --heartbeat-interval, s")
         axes.set_ylabel("ms")
 
 

@@ -1,4 +1,7 @@
-"""docs/plots/who-*.svg: the true WHO and each server's, readable on light and dark ground."""
+"""docs/plots/who-*.svg: the true WHO and each server's, readable on light and dark ground.
+
+The time of the fault is shaded, and more lightly the time of the recovery after it.
+"""
 
 from bisect import bisect_right
 from itertools import pairwise
@@ -6,10 +9,8 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Picture
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from bench.plots import COLOURS, FAINT, FOLDER, INK, STYLE
+from bench.plots import COLOURS, FAINT, INK, STYLE, plotted
 
 TITLES = {
     "failover": "WHO while the Redis primary is killed",
@@ -18,6 +19,11 @@ TITLES = {
 TRUE = "true count"
 COLOUR = {TRUE: INK, **dict(zip("ABC", COLOURS.values(), strict=False))}
 
+#: What names the run that a plot comes from, as far as the report has it.
+SOURCE_KEYS = "gserver", "date", "processor"
+#: How strongly the times of the fault and of the recovery are shaded.
+SHADE, SHADES = "#d1242f", {"fault": 0.14, "recovery": 0.06}
+
 Steps = list[list[float]]
 
 
@@ -25,28 +31,32 @@ def draw(report: dict[str, Any]) -> None:
     """Draw each timeline of the report."""
     with mpl.rc_context(STYLE):
         for name, title in TITLES.items():
-            picture = Picture(
-                figsize=(7.6, 3.9), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
-            )
-            picture.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-            _draw(picture.add_subplot(), report[name])
-            picture.savefig(FOLDER / f"who-{name}.svg", transparent=True, metadata={"Date": None})
+            machine = report["machine"]
+            made_of = ", ".join(machine[key] for key in SOURCE_KEYS if key in machine)
+            with plotted(f"who-{name}", title, made_of, 4.1) as (axes,):
+                _draw(axes, report[name])
 
 
 def _draw(axes: Axes, timeline: dict[str, Any]) -> None:
     lines: dict[str, Steps] = {TRUE: timeline["truth"], **timeline["said"]}
     for name, steps in lines.items():
-        times, counts = zip(*steps, [timeline["seconds"], steps[-1][1]], strict=True)
+        moments, counts = zip(*steps, [timeline["seconds"], steps[-1][1]], strict=True)
         wide: dict[str, Any] = (
             {"linewidth": 5, "alpha": 0.4} if name == TRUE else {"linewidth": 1.6}
         )
-        axes.step(times, counts, where="post", color=COLOUR[name], **wide)
+        axes.step(moments, counts, where="post", color=COLOUR[name], **wide)
     axes.set_xlim(0, timeline["seconds"])
     axes.set_ylim(0, 1.22 * max(count for steps in lines.values() for _, count in steps))
     axes.set_xlabel("s")
     axes.set_ylabel("clients")
-    for at, _ in timeline["events"]:
+    times = [at for at, _ in timeline["events"]]
+    # The last event but one ends the fault; with the last, all servers have reported again.
+    spans = pairwise((times[0], *times[-2:]))
+    for (name, shade), (start, end) in zip(SHADES.items(), spans, strict=True):
+        axes.axvspan(start, end, color=SHADE, alpha=shade, linewidth=0, label=name)
+    for at in times:
         axes.axvline(at, color=FAINT, linewidth=1)
+    axes.legend(frameon=False, loc="lower left", fontsize=9)
     for row, (at, what) in enumerate(_together(timeline["events"], timeline["seconds"] / 100)):
         style: dict[str, Any] = {
             "xycoords": ("data", "axes fraction"),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def machine() -> dict[str, str]:
     memory = psutil.virtual_memory().total / 2**30
     redis, haproxy = _version("redis-server", "--version"), _version("haproxy", "-v")
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "processor": f"{processor}, {os.cpu_count()} cores, {memory:.0f} GB",
         "gserver": f"gserver {_said('git', '-C', str(ROOT), 'describe', '--always')}",
         "system": f"Linux {platform.release()}, Python {platform.python_version()}",
