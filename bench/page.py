@@ -1,48 +1,110 @@
-"""Writes tables between their marks in the pages of docs/."""
+"""Writes tables and figures between their marks in the pages of docs/."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.goals import goal_table
+from bench import tls
+from bench.goals import IDLE, goal_table
+from bench.measure import CLIENTS
 from bench.peers import ROOT
-from bench.report import OTHER_TABLES, TABLES, Results, table
+from bench.report import (
+    IDLE_CLIENTS,
+    ONE,
+    OTHER_TABLES,
+    TABLES,
+    Figure,
+    Results,
+    figure,
+    number,
+    ratio,
+)
+from bench.scenarios import ORDERS
 
 PAGE = ROOT / "docs/performance.md"
 #: What names the run that a figure comes from.
 SOURCE_KEYS = "commit", "date", "processor"
+#: The scenarios of the summary.
+SUMMARISED = {"speed", "connect", "connections", "idle", "tls", "start"}
 
 
 def tables(results: Results, scenarios: Iterable[str]) -> dict[str, str]:
-    """The tables of these scenarios, that of the goals, and what the samples were made on."""
+    """The tables of these scenarios, those of all of them, and what the samples were made on."""
     found = {
         name: f"{item.write(results)}\n\n*{source(results, item.scenarios)}*"
         for name, item in {**TABLES, **OTHER_TABLES}.items()
         if item.scenario in scenarios and all(each in results for each in item.scenarios)
     }
     goals = f"{goal_table(results)}\n\n*{source(results, results)}*"
-    return {**found, "goals": goals, "machine": _machine_table(results)}
+    if results.keys() >= SUMMARISED:
+        found["summary"] = summary(results)
+    return {**found, "goals": goals, "software": software(results)}
+
+
+def idle_client_bytes(results: Results) -> str:
+    """The memory of one of 10,000 idle clients, as all pages give it."""
+    return number(_found(figure(results, "idle", "client_bytes", **IDLE)).value)
+
+
+def summary(results: Results) -> str:
+    """The main figures, as a list."""
+    gserver = {"server": "gserver"}
+
+    def cost(name: str, **where: object) -> str:
+        own = _found(figure(results, name, "cpu_us", **gserver, **where)).value
+        other = _found(ratio(results, name, "cpu_us", {"server": "uvloop"}, **gserver, **where))
+        return f"{number(own)} µs of CPU, {other.value:.2f} times that of bare uvloop"
+
+    def of_haproxy(measure: str) -> str:
+        haproxy = {"service": next(iter(tls.PROXIES))}
+        found = _found(ratio(results, "tls", measure, haproxy, service=tls.OWN)).value
+        return f"{found:.2f} times that of HAProxy in front of gserver"
+
+    idle = _found(figure(results, "idle", "cpu_percent", **IDLE)).value
+    memory = _found(figure(results, "connections", "memory_mb", **gserver, clients=CLIENTS)).value
+    start = _found(figure(results, "start", "start_s", workers=1)).value
+    in_turn, shuffled = (cost("speed", depth=32, order=order) for order in ORDERS)
+    return "\n".join(
+        [
+            f"- A command costs {cost('speed', **ONE)}.",
+            f"- With 32 commands in flight, in turn, it costs {in_turn}.",
+            f"- With 32 in flight, shuffled, it costs {shuffled}.",
+            f"- A connection costs {cost('connect')}.",
+            f"- An idle client takes {idle_client_bytes(results)} bytes, measured with"
+            f" {IDLE_CLIENTS:,} on one worker. Together they use {number(idle)} % of a core.",
+            f"- Supervisor, worker and agent take {number(memory)} MB with {CLIENTS} clients.",
+            f"- A command over TLS costs {of_haproxy('command_us')}.",
+            f"- A TLS connection costs {of_haproxy('connection_us')}.",
+            f"- The first reply comes {number(start)} s after the start.",
+        ]
+    )
+
+
+def _found(value: Figure | None) -> Figure:
+    assert value, "the summary needs full results: run bin/bench"
+    return value
 
 
 def source(results: Results, names: Iterable[str]) -> str:
-    """Name the commit, the date and the machine of some scenarios."""
+    """Name the commits, the dates and the machines of some scenarios."""
     machines = [results[name]["machine"] for name in names]
-    runs = [", ".join(machine[key] for key in SOURCE_KEYS) for machine in machines]
-    return "; ".join(dict.fromkeys(runs))
+    return ", ".join(
+        " and ".join(dict.fromkeys(machine[key] for machine in machines)) for key in SOURCE_KEYS
+    )
 
 
-def _machine_table(results: Results) -> str:
-    """The machine and the versions. What differs between scenarios is named with them."""
-    rows = []
-    for key in dict.fromkeys(key for result in results.values() for key in result["machine"]):
+def software(results: Results) -> str:
+    """Name the versions that figures depend on. What differs between scenarios is named with it."""
+    parts = []
+    keys = dict.fromkeys(key for result in results.values() for key in result["machine"])
+    for key in (key for key in keys if key not in SOURCE_KEYS):
         found: dict[str, list[str]] = {}
         for name, result in results.items():
-            value = str(result["machine"].get(key, "unknown")).removeprefix(f"{key} ")
-            found.setdefault(value, []).append(name)
+            found.setdefault(result["machine"].get(key, f"{key} unknown"), []).append(name)
         usual = max(found, key=lambda value: len(found[value]))
-        others = [f"{text} ({', '.join(names)})" for text, names in found.items() if text != usual]
-        rows.append([key, "; ".join([usual, *others])])
-    return table(["", "measured with"], rows)
+        others = [f"{text} for {' and '.join(names)}" for text, names in found.items()]
+        parts.append(usual if not others[1:] else " or ".join(others))
+    return f"Versions: {', '.join(parts)}."
 
 
 def marked(text: str) -> list[str]:

@@ -113,13 +113,14 @@ class Column:
     """A column of a table: a measure, a ratio or a percentile.
 
     `over` names the samples that the measure is divided by. `percent` takes that percentile of all
-    samples. `scenario` and `where` are those of the table, unless they are given. `has_spread`
-    adds the quartiles.
+    samples. `minus` names the samples whose median is subtracted. `scenario` and `where` are those
+    of the table, unless they are given. `has_spread` adds the quartiles.
     """
 
     measure: str
     over: tuple[str, Any] | None = None
     percent: int | None = None
+    minus: tuple[str, Any] | None = None
     scenario: str = ""
     where: dict[str, Any] = field(default_factory=dict)
     has_spread: bool = True
@@ -140,6 +141,9 @@ class Column:
         found = figure(results, name, self.measure, **where)
         if not found:
             return "-"
+        if self.minus:
+            least = figure(results, name, self.measure, **(where | dict([self.minus])))
+            return number(found.value - least.value) if least else "-"
         return str(found) if self.has_spread else number(found.value)
 
 
@@ -234,8 +238,9 @@ CPU, CPU_MEDIAN = Column("cpu_us"), Column("cpu_us", has_spread=False)
 ONE: dict[str, Any] = {"depth": 1, "order": ORDERS[0]}
 IDLE_CLIENTS = 10_000
 #: Rows of the tables whose plots have all values.
-SOME_CONNECTIONS = 64, 1000, 10_000, 15_000
-SOME_DEPTHS = 1, 2, 8, 32, 128, 512, 1024
+SOME_CONNECTIONS = 64, 1000, 10_000
+SOME_DEPTHS = 1, 8, 32, 128, 1024
+SOME_INTERVALS = 0.1, 0.5, 2.0
 
 #: What the heartbeats of a cluster cost Redis: titles, and names in the results.
 HEARTBEAT_ROWS = {
@@ -245,7 +250,6 @@ HEARTBEAT_ROWS = {
     "CPU per heartbeat, µs": "CPU a heartbeat, us",
     "bytes sent per heartbeat": "sent a heartbeat, bytes",
     "bytes received per heartbeat": "received a heartbeat, bytes",
-    "delay p50, ms": "delay p50, ms",
     "delay p99, ms": "delay p99, ms",
     "replies later than 0.5 s": "later than 0.5 s",
     "memory of Redis, MB": "memory of Redis, MB",
@@ -296,40 +300,24 @@ TABLES = {
     "connections": Table(
         "connections", {"clients": "connections"}, {"": CPU_MEDIAN}, "server", only=SOME_CONNECTIONS
     ),
-    "memory": Table(
-        "connections",
-        {"clients": "connections"},
-        {"": Column("memory_mb", has_spread=False)},
-        "server",
-        only=SOME_CONNECTIONS,
-    ),
-    "idle": Table(
-        "idle",
-        {"server": "server"},
-        {
-            "bytes per client": Column("client_bytes", where={"clients": IDLE_CLIENTS}),
-            "CPU, % of a core": Column("cpu_percent", where={"clients": IDLE_CLIENTS}),
-        },
-    ),
     "workers": Table(
         "workers",
         {"clients": "clients", "workers": "workers"},
         {
             "CPU per command, µs": CPU,
             "ratio to one": Column("cpu_us", ("workers", 1)),
-            "fewest clients, %": Column("idlest_percent", has_spread=False),
-            "most clients, %": Column("busiest_percent", has_spread=False),
+            "share of the busiest, %": Column("busiest_percent", has_spread=False),
         },
     ),
     "tls": Table(
         "tls",
         {"service": "service"},
         {
-            "command, µs": Column("command_us"),
+            "CPU per command, µs": Column("command_us"),
             "ratio": Column("command_us", ("service", tls.PLAIN)),
-            "connection, µs": Column("connection_us"),
-            "ratio ": Column("connection_us", ("service", tls.PLAIN)),
-            "idle client, bytes": Column("client_bytes", has_spread=False),
+            "per connection, µs": Column("connection_us"),
+            "its ratio": Column("connection_us", ("service", tls.PLAIN)),
+            "more per idle client, bytes": Column("client_bytes", minus=("service", tls.PLAIN)),
         },
     ),
     "admin": Table(
@@ -359,6 +347,7 @@ TABLES = {
             "longest, ms": Column("delay_ms", percent=100),
             "limit Δ, ms": DeltaColumn("delay_ms"),
         },
+        only=SOME_INTERVALS,
     ),
     "heartbeats": heartbeat_table(),
 }

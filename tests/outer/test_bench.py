@@ -12,12 +12,15 @@ import pytest
 
 from bench import tls
 from bench.measure import SERVER_CORE, Failed, tree, work
+from bench.page import PAGE, idle_client_bytes, marked, pages, tables
 from bench.peers import PROGRAMS, ROOT, SPELLING_PEERS, build, running
-from bench.report import PAGE, TABLES, tables
+from bench.report import OTHER_TABLES, TABLES, delta_ms, pick
 from bench.scenarios import FULL, MODES, SHAPES
+from gserver.config import Config
 from lab.running import LIMIT, program
 
 TEXT = PAGE.read_text()
+RESULTS = json.loads((ROOT / "bench/results.json").read_text())
 
 
 @pytest.fixture
@@ -29,21 +32,53 @@ def _same_limit_of_files() -> Iterator[None]:
 
 
 def test_the_page_has_a_place_for_each_table_and_each_scenario_has_a_table() -> None:
-    assert set(re.findall(r"<!-- table: (\w+) -->", TEXT)) == {*TABLES, "goals", "machine"}
-    assert {scenario.name for scenario in FULL} == {table.scenario for table in TABLES.values()}
+    assert marked(TEXT) == [*dict.fromkeys(marked(TEXT))]
+    assert set(marked(TEXT)) == {*TABLES, "goals", "summary", "software"}
+    shown = {scenario for table in TABLES.values() for scenario in table.scenarios}
+    assert {scenario.name for scenario in FULL} == shown
 
 
-def test_the_tables_of_the_page_are_those_of_the_results() -> None:
-    results = json.loads((ROOT / "bench/results.json").read_text())
-    for name, text in tables(results, results).items():
-        assert f"<!-- table: {name} -->\n\n{text}\n\n<!-- end -->" in TEXT, (
-            f"{name}: bin/bench --render"
+def test_the_tables_of_all_pages_are_those_of_the_results() -> None:
+    found = tables(RESULTS, RESULTS)
+    for page in pages():
+        text = page.read_text()
+        assert text.count("<!-- table: ") == text.count("<!-- end -->")
+        for name in marked(text):
+            if name in {*TABLES, *OTHER_TABLES} and name not in found:
+                continue  # The next test looks at it.
+            assert f"<!-- table: {name} -->\n\n{found[name]}\n\n<!-- end -->" in text, (
+                f"{page.name}, {name}: bin/bench --render"
+            )
+
+
+def test_every_page_gives_the_same_memory_of_an_idle_client() -> None:
+    figures = r"([\d,.]+) bytes"
+    idle = r"idle\s+client"
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        shown = re.findall(
+            rf"{idle}\s+(?:costs|takes|needs|uses)\s+(?:about\s+)?{figures}|"
+            rf"{figures}\s+(?:of memory\s+)?(?:per|an|for an|for each)\s+{idle}",
+            page.read_text(),
         )
+        assert {one or other for one, other in shown} <= {idle_client_bytes(RESULTS)}, page.name
+    assert f"An idle client takes {idle_client_bytes(RESULTS)} bytes" in TEXT
+
+
+def test_no_client_was_counted_later_than_promised() -> None:
+    assert delta_ms(Config().heartbeat_interval_seconds) == pytest.approx(600)
+    for interval in {sample["interval"] for sample in RESULTS["propagation"]["samples"]}:
+        delays = pick(RESULTS, "propagation", "delay_ms", interval=interval)
+        assert max(delays) <= delta_ms(interval)
+
+
+def test_every_plot_of_the_page_names_its_commit_date_and_machine() -> None:
+    for name in re.findall(r"\(plots/(\w+)\.svg\)", TEXT):
+        drawn = (ROOT / f"docs/plots/{name}.svg").read_text()
+        assert re.search(r">gserver \w+, \d{4}-\d\d-\d\d, [^<]+ cores, \d+ GB</text>", drawn), name
 
 
 def test_what_has_no_results_shows_no_figures() -> None:
-    results = json.loads((ROOT / "bench/results.json").read_text())
-    for name in (name for name, table in TABLES.items() if table.scenario not in results):
+    for name in (name for name, table in TABLES.items() if table.scenario not in RESULTS):
         shown = re.search(rf"<!-- table: {name} -->(.*?)<!-- end -->", TEXT, re.S)
         assert shown
         assert shown[1].strip() == f"Not measured yet: `bin/bench {name}`."

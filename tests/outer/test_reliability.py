@@ -55,7 +55,8 @@ def test_the_plots_are_there_and_name_every_line() -> None:
     for name in timeline.SCENARIOS:
         assert f"(plots/who-{name}.svg)" in TEXT
         drawn = (ROOT / f"docs/plots/who-{name}.svg").read_text()
-        assert {"A", "B", "C", "true count"} <= set(re.findall(r">([\w ]+)</text>", drawn))
+        lines, shades = {"A", "B", "C", "true count"}, {"fault", "recovery"}
+        assert lines | shades <= set(re.findall(r">([\w ]+)</text>", drawn))
 
 
 def test_every_fault_has_a_rate_with_its_reason() -> None:
