@@ -76,7 +76,6 @@ def assert_as_usual(notes: Notes, usual: Pace, now: Pace) -> None:
 @row("50,000 clients", Variant(4), quick=None)
 def test_50000_clients_at_once(start: Start, notes: Notes) -> None:
     site = start("--max-clients", str(CROWD + 100), "--backlog", "1024")
-    before = site.resident_of_workers()
     with measured(site) as usual_paces:
         time.sleep(QUIET_SECONDS)
     # An address has 28,000 ports, and a process may open 20,000 files.
@@ -85,7 +84,6 @@ def test_50000_clients_at_once(start: Start, notes: Notes) -> None:
         assert one.who() == CROWD + 1
     each = site.clients()
     notes.happened(f"{sum(each)} clients; per worker: {each}")
-    notes.measured("memory", (site.resident_of_workers() - before) / CROWD, "bytes a client")
     with measured(site) as paces:
         time.sleep(QUIET_SECONDS)
         assert sum(crowd.result() for crowd in crowds) == CROWD
