@@ -37,7 +37,7 @@ Run = tuple[Scenario, int, dict[str, Any]]
 
 HELP = f"""Measure gserver beside its peers.
 
-Write bench/results.json, and render docs/performance.md, docs/cluster.md and docs/plots.
+Write bench/results.json, and from it the tables in docs/ and the plots in docs/plots.
 
 NAME is one of: {", ".join(NAMES)}. Without a NAME, all are measured, which takes half an hour.
 Nothing else should run on the machine meanwhile.
@@ -63,7 +63,7 @@ With --rounds or BENCH_CHECKOUT the figures are only printed; no file is written
 )
 @click.option("--save", is_flag=True, help="With --quick: make its figures the new baseline.")
 @click.option(
-    "--render", is_flag=True, help="Measure nothing: write tables and plots again from the results."
+    "--render", is_flag=True, help="Write tables and plots from the results, without measuring."
 )
 def main(names: tuple[str, ...], quick: bool, rounds: int | None, save: bool, render: bool) -> None:
     """Run the command line."""

@@ -2,15 +2,23 @@
 
 import statistics
 
+from bench.page import source
 from bench.peers import ROOT
-from bench.report import Column, Results, Table, figure, number, samples_of, table
+from bench.report import (
+    HEARTBEAT_CPU,
+    HEARTBEATS,
+    Results,
+    figure,
+    heartbeat_table,
+    number,
+    samples_of,
+    table,
+)
 from gserver.cluster.heartbeat import JITTER, MIN_PAUSE_SECONDS
 from gserver.config import Config
 
 PAGE = ROOT / "docs/cluster.md"
 BEGIN, END = "<!-- heartbeats -->", "<!-- /heartbeats -->"
-SCENARIO = "heartbeats"
-CPU = "CPU a heartbeat, us"
 #: The part of one core that Redis may use for heartbeats.
 CORE_SHARE = 0.5
 #: The mean time between two heartbeats of a server with the default interval: while its count does
@@ -19,34 +27,33 @@ SECONDS_BETWEEN = {
     "quiet": Config().heartbeat_interval_seconds * statistics.mean(JITTER),
     "busy": MIN_PAUSE_SECONDS,
 }
-COLUMNS = {
-    "heartbeats a second": Column("heartbeats a second"),
-    "CPU of Redis, % of a core": Column("CPU of Redis, % of a core"),
-    "CPU, µs a heartbeat": Column(CPU),
-    "reply p99, ms": Column("delay p99, ms"),
-}
+COLUMNS = (
+    "heartbeats per second",
+    "CPU of Redis, % of a core",
+    "CPU per heartbeat, µs",
+    "delay p99, ms",
+)
 
 
 def section(results: Results) -> str:
-    """What a heartbeat costs Redis, and how many servers it carries."""
-    samples = samples_of(results, SCENARIO)
+    """The cost of a heartbeat to Redis, and how many servers one Redis carries."""
+    samples = samples_of(results, HEARTBEATS)
     most = max((sample["servers"] for sample in samples), default=0)
-    cpu = figure(results, SCENARIO, CPU, servers=most)
+    cpu = figure(results, HEARTBEATS, HEARTBEAT_CPU, servers=most)
     if cpu is None:
-        return f"Not measured yet: `bin/bench {SCENARIO}`."
+        return f"Not measured yet: `bin/bench {HEARTBEATS}`."
     rows = [
         [name, number(1 / seconds), f"{_rounded_down(CORE_SHARE * 1e6 / cpu.value * seconds):,}"]
         for name, seconds in SECONDS_BETWEEN.items()
     ]
     share = f"servers at {100 * CORE_SHARE:g} % of a core"
-    machine = results[SCENARIO]["machine"]
-    where = ", ".join(machine[key] for key in ("processor", "redis-server", "date"))
+    where = f"{source(results, [HEARTBEATS])}, {results[HEARTBEATS]['machine']['redis-server']}"
     return "\n\n".join(
         [
-            f"Measured with `bin/bench {SCENARIO}` ({where}):",
-            Table(SCENARIO, {"servers": "servers"}, COLUMNS).write(results),
+            f"Measured with `bin/bench {HEARTBEATS}` ({where}):",
+            heartbeat_table(COLUMNS, is_turned=False).write(results),
             f"From its CPU time at {most:,} servers, one Redis carries:",
-            table(["cluster", "heartbeats a second each", share], rows),
+            table(["cluster", "heartbeats per second each", share], rows),
         ]
     )
 

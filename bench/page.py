@@ -1,24 +1,15 @@
-"""Writes tables and figures between their marks in the pages of docs/."""
+"""Writes tables and figures between their marks in docs/performance.md.
 
-import re
+`bench/capacity.py` does it for docs/cluster.md.
+"""
+
 from collections.abc import Iterable
-from pathlib import Path
 
 from bench import tls
 from bench.goals import IDLE, goal_table
 from bench.measure import CLIENTS
 from bench.peers import ROOT
-from bench.report import (
-    IDLE_CLIENTS,
-    ONE,
-    OTHER_TABLES,
-    TABLES,
-    Figure,
-    Results,
-    figure,
-    number,
-    ratio,
-)
+from bench.report import IDLE_CLIENTS, ONE, TABLES, Figure, Results, figure, number, ratio
 from bench.scenarios import ORDERS
 
 PAGE = ROOT / "docs/performance.md"
@@ -32,7 +23,7 @@ def tables(results: Results, scenarios: Iterable[str]) -> dict[str, str]:
     """The tables of these scenarios, those of all of them, and what the samples were made on."""
     found = {
         name: f"{item.write(results)}\n\n*{source(results, item.scenarios)}*"
-        for name, item in {**TABLES, **OTHER_TABLES}.items()
+        for name, item in TABLES.items()
         if item.scenario in scenarios and all(each in results for each in item.scenarios)
     }
     goals = f"{goal_table(results)}\n\n*{source(results, results)}*"
@@ -107,24 +98,12 @@ def software(results: Results) -> str:
     return f"Versions: {', '.join(parts)}."
 
 
-def marked(text: str) -> list[str]:
-    """The names of the tables that a page has marks for."""
-    return re.findall(r"<!-- table: ([\w ]+) -->", text)
-
-
-def pages() -> list[Path]:
-    """The pages that have tables of ours."""
-    return [page for page in sorted(PAGE.parent.glob("*.md")) if marked(page.read_text())]
-
-
 def render(results: Results) -> None:
-    """Put the tables between their marks in all pages."""
-    found = tables(results, results)
-    for path in pages():
-        page = path.read_text()
-        for name in marked(page):
-            if name in found:
-                start, end = f"<!-- table: {name} -->", "<!-- end -->"
-                head, _, rest = page.partition(start)
-                page = f"{head}{start}\n\n{found[name]}\n\n{end}{rest.partition(end)[2]}"
-        path.write_text(page)
+    """Put the tables between their marks in the page."""
+    page = PAGE.read_text()
+    for name, text in tables(results, results).items():
+        start, end = f"<!-- table: {name} -->", "<!-- end -->"
+        head, _, rest = page.partition(start)
+        assert end in rest, f"{PAGE.name} has no {start}"
+        page = f"{head}{start}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    PAGE.write_text(page)

@@ -242,34 +242,25 @@ SOME_CONNECTIONS = 64, 1000, 10_000
 SOME_DEPTHS = 1, 8, 32, 128, 1024
 SOME_INTERVALS = 0.1, 0.5, 2.0
 
+HEARTBEATS, HEARTBEAT_CPU = "heartbeats", "CPU a heartbeat, us"
 #: What the heartbeats of a cluster cost Redis: titles, and names in the results.
 HEARTBEAT_ROWS = {
     "time of the script in Redis, µs": "script_us",
     "heartbeats per second": "heartbeats a second",
     "CPU of Redis, % of a core": "CPU of Redis, % of a core",
-    "CPU per heartbeat, µs": "CPU a heartbeat, us",
+    "CPU per heartbeat, µs": HEARTBEAT_CPU,
     "bytes sent per heartbeat": "sent a heartbeat, bytes",
     "bytes received per heartbeat": "received a heartbeat, bytes",
     "delay p99, ms": "delay p99, ms",
     "replies later than 0.5 s": "later than 0.5 s",
     "memory of Redis, MB": "memory of Redis, MB",
 }
-#: Those in docs/cluster.md.
-SHORT_HEARTBEAT_ROWS = (
-    "heartbeats per second",
-    "CPU of Redis, % of a core",
-    "CPU per heartbeat, µs",
-    "bytes sent per heartbeat",
-    "bytes received per heartbeat",
-    "delay p99, ms",
-    "memory of Redis, MB",
-)
 
 
-def heartbeat_table(titles: Iterable[str] = HEARTBEAT_ROWS) -> Table:
-    """The table of heartbeats with these of its rows."""
+def heartbeat_table(titles: Iterable[str] = HEARTBEAT_ROWS, *, is_turned: bool = True) -> Table:
+    """The table of heartbeats with these of its rows. They are columns unless it `is_turned`."""
     columns = {title: Column(HEARTBEAT_ROWS[title]) for title in titles}
-    return Table("heartbeats", {"servers": "servers"}, columns, is_turned=True)
+    return Table(HEARTBEATS, {"servers": "servers"}, columns, is_turned=is_turned)
 
 
 #: Tables that stand in docs/performance.md, by the names of their marks.
@@ -351,5 +342,3 @@ TABLES = {
     ),
     "heartbeats": heartbeat_table(),
 }
-#: Tables for other pages.
-OTHER_TABLES = {"heartbeats in short": heartbeat_table(SHORT_HEARTBEAT_ROWS)}

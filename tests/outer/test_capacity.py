@@ -6,6 +6,7 @@ import pytest
 
 from bench import capacity
 from bench.peers import ROOT
+from bench.report import HEARTBEAT_CPU
 
 
 def test_the_cluster_page_shows_what_the_results_say() -> None:
@@ -15,8 +16,8 @@ def test_the_cluster_page_shows_what_the_results_say() -> None:
 
 
 def test_the_number_of_servers_follows_from_the_cpu_of_a_heartbeat_in_the_largest_cluster() -> None:
-    machine = dict.fromkeys(("processor", "redis-server", "date"), "x")
-    samples = [{"servers": size, capacity.CPU: cpu} for size, cpu in ((3, 500), (3000, 40))]
+    machine = dict.fromkeys(("commit", "processor", "redis-server", "date"), "x")
+    samples = [{"servers": size, HEARTBEAT_CPU: cpu} for size, cpu in ((3, 500), (3000, 40))]
     section = capacity.section({"heartbeats": {"machine": machine, "samples": samples}})
     assert pytest.approx(0.425) == capacity.SECONDS_BETWEEN["quiet"]
     # Half a second of CPU is 12,500 heartbeats of 40 us: 5,312 or 1,250 servers.
