@@ -1,10 +1,7 @@
 """deploy/: what is there is valid, names what exists, and a server runs as it says."""
 
-import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import socket
 import ssl
@@ -12,13 +9,11 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from gserver.config import OPTIONS, environment_names, flag
@@ -43,7 +38,7 @@ def unit(name: str) -> dict[str, dict[str, str]]:
     return found
 
 
-#: Of systemctl, groupadd, docker and kubectl.
+#: Of systemctl, groupadd, docker, pip and kubectl.
 FLAGS_OF_OTHERS = {
     "--now",
     "--kill-who",
@@ -55,6 +50,7 @@ FLAGS_OF_OTHERS = {
     "--publish",
 }
 FLAGS_OF_OTHERS |= {"--cert", "--key"}
+FLAGS_OF_OTHERS |= {"--build-arg", "--from", "--quiet", "--yes", "--root-user-action"}
 FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--from-literal"}
 
 
@@ -318,173 +314,6 @@ def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload
             lambda: machine.events("server.reload_failed"), "only the log says that it has failed"
         )
         assert is_served(pems[1])
-
-
-# A container.
-
-
-def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's, in order: the word and what follows."""
-    lines = (DEPLOY / "docker/Dockerfile").read_text().splitlines()
-    found = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
-    return [(word, rest) for word, rest in found]
-
-
-def value(word: str) -> str:
-    return next(rest for each, rest in instructions() if each == word)
-
-
-def is_ignored(path: PurePath) -> bool:
-    """Whether .dockerignore keeps a path from the build: the last line that fits it, or a folder of
-    it, decides.
-    """
-    ignored = False
-    for line in (ROOT / ".dockerignore").read_text().splitlines():
-        if not line or line.startswith("#"):
-            continue
-        pattern = line.removeprefix("!")
-        assert re.fullmatch(r"(\*\*/)?[\w.]+|\*", pattern), (
-            "as much of the language as this understands"
-        )
-        parts = [*(str(parent) for parent in path.parents if parent.name), str(path)]
-        if pattern.startswith("**/"):
-            parts = [PurePath(part).name for part in parts]
-        if any(
-            fnmatchcase(part, pattern.removeprefix("**/"))
-            for part in parts
-            if pattern != "*" or "/" not in part
-        ):
-            ignored = not line.startswith("!")
-    return ignored
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    """The folder of the image's root, after what the Dockerfile copies and runs. Packages are those
-    of this Python.
-    """
-    root = tmp_path / "image"
-    folder = root / value("WORKDIR").lstrip("/")
-    folder.mkdir(parents=True)
-    for word, rest in instructions():
-        if word == "COPY":
-            *sources, target = rest.split()
-            for source in map(Path, sources):
-                assert not is_ignored(source)
-                if (ROOT / source).is_dir():
-                    inside = [path for path in (ROOT / source).rglob("*") if path.is_file()]
-                    pairs = [
-                        (path, folder / target / path.relative_to(ROOT / source)) for path in inside
-                    ]
-                else:
-                    pairs = [(ROOT / source, folder / target / source.name)]
-                for path, copy in pairs:
-                    if not is_ignored(path.relative_to(ROOT)):
-                        copy.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copy2(path, copy)
-        elif word == "RUN":
-            subprocess.run(
-                ["sh", "-c", rest], cwd=folder, env=of_image(), check=True, capture_output=True
-            )
-    return folder
-
-
-def words(command: str, image: Path) -> list[str]:
-    """A command of the Dockerfile, in its exec form, as it is where the image's folder is another
-    one.
-    """
-    return [word.replace(value("WORKDIR"), str(image)) for word in json.loads(command)]
-
-
-def of_image() -> dict[str, str]:
-    """The environment of a process in the image, with this Python's packages in place of those that
-    it installs.
-    """
-    told = dict(pair.split("=", 1) for pair in shlex.split(value("ENV")))
-    return {"PATH": os.environ["PATH"], "VIRTUAL_ENV": sys.prefix, "HOME": "/", **told}
-
-
-def test_nothing_but_the_program_is_in_what_an_image_is_built_from() -> None:
-    for path in (
-        ".git/config",
-        ".venv/pyvenv.cfg",
-        "docs/protocol.md",
-        "lab/running.py",
-        "README.md",
-        ".env",
-    ):
-        assert is_ignored(PurePath(path)), path
-    assert is_ignored(PurePath("gserver/__pycache__/cli.cpython-311.pyc"))
-    assert not is_ignored(PurePath("gserver/agent/page.html"))
-
-
-def test_what_the_image_copies_serves_as_process_1_drains_and_leaves_no_zombies(
-    image: Path, tmp_path: Path
-) -> None:
-    """In namespaces, with the image's own ports and on files that cannot be written: all but the
-    container's root.
-    """
-    if os.geteuid() != 0:
-        pytest.skip("namespaces take root")
-    begin = (
-        'ip link set lo up && mount --bind "$0" "$0" && mount -o remount,ro,bind "$0"'
-        ' && cd "$0" && exec "$@"'
-    )
-    apart = [
-        program("unshare"),
-        "--pid",
-        "--net",
-        "--mount",
-        "--ipc",
-        "--fork",
-        "--mount-proc",
-        "--kill-child",
-    ]
-    command = [
-        *apart,
-        "sh",
-        "-c",
-        begin,
-        str(image),
-        *words(value("ENTRYPOINT"), image),
-        "--drain-timeout",
-        "20",
-    ]
-    environment = {**of_image(), "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": ""}
-    with Running(command=command, env=environment, cwd=image, wait=False) as server:
-        said = server.wait_for("server.listening")
-        assert (said["server.address"], said["server.port"]) == ("0.0.0.0", int(value("EXPOSE")))
-        first = psutil.Process(server.pid).children()[0]
-        assert f"\nNSpid:\t{first.pid}\t1\n" in Path(f"/proc/{first.pid}/status").read_text()
-        enter = [program("nsenter"), "-a", "-t", str(first.pid), f"--wd={image}"]
-
-        def inside(*command: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [*enter, *command],
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=LIMIT,
-                check=False,
-            )
-
-        check = words(re.sub(r"^.*?CMD ", "", value("HEALTHCHECK")), image)
-        until(lambda: inside(*check).returncode == 0, "it is healthy")
-        assert inside("bin/gserver", "ask", "WHO").stdout == "1\n"
-
-        inside("sh", "-c", "(sleep 60 & sleep 60 &) >/dev/null 2>&1")
-        orphans = [each for each in first.children() if each.name() == "sleep"]
-        assert len(orphans) == 2
-        for orphan in orphans:
-            orphan.kill()
-        until(lambda: not any(each.is_running() for each in orphans), "they are reaped")
-        assert not [each for each in first.children() if each.status() == psutil.STATUS_ZOMBIE]
-
-        first.send_signal(signal.Signals[value("STOPSIGNAL")])
-        assert server.exit_code() == 0
-        assert server.events("server.stopped")
-        assert not server.events("worker.died")
-        assert server.stderr == ""
 
 
 # Kubernetes.
