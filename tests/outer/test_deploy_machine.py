@@ -51,6 +51,8 @@ FLAGS_OF_OTHERS = {
 }
 FLAGS_OF_OTHERS |= {"--cert", "--key"}
 FLAGS_OF_OTHERS |= {"--build-arg", "--from", "--quiet", "--yes", "--root-user-action"}
+#: Of gserver, but no option of `serve`.
+FLAGS_OF_OTHERS |= {"--version"}
 FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--from-literal"}
 
 
