@@ -39,7 +39,7 @@ class Engine:
     """A podman with an empty store; `with Engine(folder) as engine:` removes the store at the end.
 
     The store is in memory, since every layer is synced to the disk, which may be busy. It takes
-    about a gigabyte. Skips, or fails where CI is set, where there can be none.
+    less than a gigabyte. Skips, or fails where CI is set, where there can be none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,7 +83,10 @@ class Engine:
     def make_base(self) -> None:
         """Make the image that is called BASE."""
         archive = self._folder / "base.tar"
+        # An interrupted mmdebstrap leaves its children; as a namespace of processes it ends whole.
+        whole = [program("unshare"), "--pid", "--fork", "--kill-child", "--mount-proc"]
         command = [
+            *whole,
             program("mmdebstrap"),
             "--quiet",
             "--variant=apt",
