@@ -37,26 +37,24 @@ class Rate(NamedTuple):
 
 #: Of the faults that are measured.
 RATES = {
-    "worker killed": Rate(12, "memory runs out, a bug in a library: once a month"),
-    "worker hung": Rate(
-        6, "a command of one's own that computes for ever; the built-in ones cannot"
-    ),
-    "agent killed": Rate(12, "as a worker"),
-    "agent hung": Rate(6, "as a worker"),
-    "server killed": Rate(18, "kernel, out of memory, a person: every two months each"),
-    "host frozen": Rate(12, "a virtual machine is moved or paused: four times a year each"),
+    "worker killed": Rate(12, "out of memory, a bug in a library: monthly"),
+    "worker hung": Rate(6, "a custom command that never ends"),
+    "agent killed": Rate(12, "as for workers"),
+    "agent hung": Rate(6, "as for workers"),
+    "server killed": Rate(18, "kernel, memory, a person: every two months each"),
+    "host frozen": Rate(12, "a VM is moved or paused: four times a year each"),
     "host gone": Rate(18, "power, hardware, a switch: every two months each"),
-    "rolling reload": Rate(26, "certificates, commands of one's own: every two weeks"),
+    "rolling reload": Rate(26, "certificates, custom commands: every two weeks"),
     "rolling restart": Rate(104, "two releases a week"),
     "Redis primary killed": Rate(6, "every two months"),
     "Redis primary hung": Rate(6, "a slow disk, a slow command: every two months"),
-    "failover ordered": Rate(24, "upgrades: twice a month"),
+    "planned failover": Rate(24, "upgrades: twice a month"),
     "Redis wiped": Rate(2, "a mistake: twice a year"),
-    "Redis gone": Rate(12, "it has an objective of its own: half an hour a month", 1800),
-    "server cut off from Redis": Rate(
-        12, "a rule of a firewall, a cable: five minutes a month", 300
-    ),
+    "Redis gone": Rate(12, "its own objective: half an hour a month", 1800),
+    "server cut off from Redis": Rate(12, "a firewall rule, a cable: five minutes a month", 300),
 }
+#: Of these, what the operators do.
+PLANNED = "rolling reload", "rolling restart"
 
 
 class Common(NamedTuple):
@@ -76,23 +74,19 @@ class Common(NamedTuple):
 
 COMMON = (
     Common(
-        "a server that checks see as up, and clients as down",
-        6,
-        300,
-        1 / 3,
-        "until a person sees it",
+        "a server fails clients but passes health checks", 6, 300, 1 / 3, "until a person notices"
     ),
-    Common("the balancer fails over", 6, 10, 1, "a pair of them, by VRRP or the like"),
-    Common("overload", 2.4, 600, 1 / 2, "a crowd beyond what two servers carry"),
+    Common("the balancer fails over", 6, 10, 1, "a pair, with VRRP or similar"),
+    Common("overload", 2.4, 600, 1 / 2, "more load than two servers carry"),
     Common(
         "a bad release or configuration reaches all",
         2.4,
         1200,
         1,
-        "not staged, or bad in a way that shows late",
+        "not staged, or the error shows late",
     ),
-    Common("the site or the provider is down", 1.2, 1800, 1, "one site"),
-    Common("a mistake in DNS", 0.6, 3600, 1, "as long as its TTL"),
+    Common("the site or the provider fails", 1.2, 1800, 1, "one site"),
+    Common("a DNS mistake", 0.6, 3600, 1, "the length of its TTL"),
 )
 
 
@@ -140,8 +134,10 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 def availability(lost_seconds: float) -> str:
     """As a percentage."""
+    if lost_seconds == 0:
+        return "no loss measured"
     percent = f"{100 * (1 - lost_seconds / WINDOW_SECONDS):.4f} %"
-    return percent if lost_seconds == 0 else percent.replace("100.0000", "over 99.9999")
+    return percent.replace("100.0000", "over 99.9999")
 
 
 def _cells(rate: Rate, trials: Sequence[Outage]) -> list[str]:
@@ -176,7 +172,7 @@ def replies_table(report: dict[str, Any]) -> str:
     head = [
         "fault",
         "a year",
-        "assumed, because",
+        "assumed because",
         "lasts, s",
         "requests hit",
         "s in 30 days",
@@ -205,18 +201,17 @@ def who_verdict(report: dict[str, Any]) -> str:
     lasting = sum(each.worst for rate, _, each in found.values() if rate.lasts_seconds)
     left = BUDGET_SECONDS - (lost - lasting)
     verdict = (
-        f"With these rates {availability(lost)} of the answers to WHO are exact. "
-        f"The others are those of {_seconds(lost)} s in 30 days. "
-        f"In {_seconds(lasting)} s, Redis is away or a server is cut off from it; "
-        f"all other faults make {_seconds(lost - lasting)} s."
+        f"With these rates, {availability(lost)} of the replies to WHO are exact. "
+        f"The others fall in {_seconds(lost)} s of 30 days: "
+        f"{_seconds(lasting)} s while Redis is away or a server is cut off from it, "
+        f"and {_seconds(lost - lasting)} s for all other faults."
     )
     if lost <= BUDGET_SECONDS:
         return verdict
     return (
-        f"{verdict} **This misses 99.95 %**: replies can be promised at it, "
-        "a WHO that is right everywhere and at once cannot. "
-        "No server more and no option makes up for that. It would take a Redis that all servers "
-        f"reach but for {left / 60:.0f} minutes in 30 days ({availability(left)})."
+        f"{verdict} **This misses 99.95 %.** "
+        "More servers do not help. It would take a Redis that all servers can reach, except for "
+        f"{left / 60:.0f} minutes in 30 days ({availability(left)})."
     )
 
 
@@ -235,7 +230,7 @@ def common_table() -> str:
     ]
     rows.append(["**sum**", "", "", "", "", f"**{_seconds(sum(each.cost for each in COMMON))}**"])
     return table(
-        ["cause", "a year", "assumed, because", "lasts, s", "requests hit", "s in 30 days"], rows
+        ["cause", "a year", "assumed because", "lasts, s", "requests hit", "s in 30 days"], rows
     )
 
 
@@ -248,11 +243,11 @@ def sums_table(report: dict[str, Any]) -> str:
     lines = {
         "single faults, measured, median": by_median,
         "single faults, measured, worst": by_worst,
-        "single faults, worst, and each client tries twice": retried,
+        "single faults, worst, with a retry": retried,
         "common causes, assumed": common,
         "**single faults, worst, and common causes**": by_worst + common,
-        "the same, if a reply needed Redis": by_worst + common + redis,
-        "WHO not exact, worst (an objective of its own)": sum(stale.values()),
+        "the same, if replies needed Redis": by_worst + common + redis,
+        "WHO not exact, worst (a separate objective)": sum(stale.values()),
     }
     rows = [
         [what, _seconds(lost), _percent(lost / BUDGET_SECONDS), availability(lost)]
@@ -260,6 +255,16 @@ def sums_table(report: dict[str, Any]) -> str:
     ]
     head = ["", "s in 30 days", f"of the {BUDGET_SECONDS:,.0f} s of 99.95 %", "availability"]
     return f"{table(head, rows)}\n\n{_spread(by_worst, common)}"
+
+
+def budget_parts(report: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return each part of the sum of single faults and common causes, the largest first."""
+    found = costs(report, "replies")
+    planned = total(found[name][2] for name in PLANNED).median
+    single = total(each for *_, each in found.values()).median - planned
+    parts = [(each.what, each.cost) for each in COMMON]
+    parts += [("planned reloads and restarts", planned), ("single faults", single)]
+    return sorted(parts, key=lambda part: -part[1])
 
 
 def _spread(single: float, common: float) -> str:
@@ -273,11 +278,11 @@ def _spread(single: float, common: float) -> str:
         for days in (DAYS, 365)
     )
     return (
-        "These are means of many years. "
-        f"With these rates **{100 * months:.0f} of 100 windows of 30 days miss 99.95 %, "
-        f"and {100 * years:.0f} of 100 years**: "
-        "one outage of the only site is more than the budget of its 30 days. "
-        f"If common causes came {left / common:.1f} times as often, the mean would miss it, too."
+        "These are means over many years. "
+        f"With these rates, **{100 * months:.0f} of 100 windows of 30 days miss 99.95 %, "
+        f"and so do {100 * years:.0f} of 100 years**: "
+        "one outage of the only site exceeds the budget of its 30 days. "
+        f"If common causes were {left / common:.1f} times as frequent, the mean would miss it too."
     )
 
 
@@ -343,8 +348,11 @@ def main(measure: bool, rounds: int, only: str, is_kept: bool) -> None:
     else:
         report = json.loads(outages.FILE.read_text())
     if is_kept:
+        from proof import budget_plot
+
         write(report, outages.FILE)
         page.render()
+        budget_plot.draw(report)
     for text in (replies_table(report), common_table(), who_table(report), sums_table(report)):
         click.echo(text + "\n")
 

@@ -1,4 +1,4 @@
-"""What the fuzzers have found, in words: the section "Fuzzing" of a page, from their reports."""
+"""The report of the fuzzers, as Markdown."""
 
 from typing import Any
 
@@ -6,23 +6,32 @@ TITLES = {"core": "The pure core", "sockets": "Real sockets"}
 Report = dict[str, dict[str, Any]]
 
 
+def summary(report: Report) -> str:
+    """Return a list item for each kind of fuzzing: inputs, speed, findings."""
+    return "\n".join(f"- {_summary(kind, told)}" for kind, told in report.items())
+
+
 def section(report: Report) -> str:
-    """Return the figures as tables in Markdown, from what --report has written."""
+    """Return the same with tables of the inputs by target and by outcome."""
     parts = []
     for kind, told in report.items():
-        speed = told["inputs"] / told["seconds"] if told["seconds"] else 0
-        findings = "1 finding" if told["findings"] == 1 else f"{told['findings'] or 'no'} findings"
-        command = f"bin/fuzz {kind} --inputs {told['inputs']} --seed {told['seed']}"
-        text = f"**{TITLES[kind]}** (`{command}`): {told['inputs']:,} inputs "
-        text += f"in {told['seconds']:,.0f} s, {speed:,.0f} a second; {findings}."
-        guided = told.get("guided")
-        if isinstance(guided, dict):
-            text += f" {guided['inputs']:,} more were guided by coverage."
-        elif guided:
-            text += f" Guided by coverage: {guided}."
-        parts.append(f"{text} {told.get('note', '')}".strip())
+        parts.append(_summary(kind, told))
         for head, counts in (("target", told["targets"]), ("outcome", told["outcomes"])):
             if counts:
                 lines = [f"| {name} | {count:,} |" for name, count in counts.items()]
                 parts.append("\n".join([f"| {head} | inputs |", "| --- | ---: |", *lines]))
     return "\n\n".join(parts)
+
+
+def _summary(kind: str, told: dict[str, Any]) -> str:
+    speed = told["inputs"] / told["seconds"] if told["seconds"] else 0
+    findings = "1 finding" if told["findings"] == 1 else f"{told['findings'] or 'no'} findings"
+    command = f"bin/fuzz {kind} --inputs {told['inputs']} --seed {told['seed']}"
+    text = f"**{TITLES[kind]}** (`{command}`): {told['inputs']:,} inputs "
+    text += f"in {told['seconds']:,.0f} s, {speed:,.0f} a second; {findings}."
+    guided = told.get("guided")
+    if isinstance(guided, dict):
+        text += f" {guided['inputs']:,} more were guided by coverage."
+    elif guided:
+        text += f" Guided by coverage: {guided}."
+    return f"{text} {told.get('note', '')}".strip()

@@ -194,7 +194,7 @@ FAULTS = (
         "Redis primary hung", promotes(lambda old: old.redis.freeze(), lambda old: old.redis.thaw())
     ),
     Fault(
-        "failover ordered",
+        "planned failover",
         promotes(lambda old: old.sentinel.command("SENTINEL", "FAILOVER", "gserver")),
     ),
     Fault("Redis wiped", wiped),

@@ -1,4 +1,7 @@
-"""docs/reliability.md: what stands between its marks is written from proof/results/*.json."""
+"""Writes the blocks of docs/reliability.md and docs/faults.md from proof/results/*.json.
+
+A block is the text between a mark and its end: `<!-- name -->` and `<!-- /name -->`.
+"""
 
 import json
 import re
@@ -9,11 +12,9 @@ from bench.report import number, table
 from lab.running import ROOT
 from proof import availability, fuzz_report
 
-PAGE = ROOT / "docs/reliability.md"
+PAGES = ROOT / "docs/reliability.md", ROOT / "docs/faults.md"
 
-#: Of what shows that a fault was there, so many characters.
-MAX_TOLD = 120
-#: The tables of faults, and the files of tests that are in each.
+#: The tables of faults, and the files whose tests are in each.
 GROUPS = {
     "What clients send": ["tests/faults/test_wire.py"],
     "What clients do": ["tests/faults/test_clients.py"],
@@ -41,31 +42,40 @@ Report = dict[str, Any]
 
 
 def faults(report: Report) -> str:
-    """A row for each fault of the matrix: what was done, the variants survived, and figures."""
-    found: dict[str, list[Report]] = {}
-    for case in report["cases"]:
-        found.setdefault(case["fault"], []).append(case)
-    cases, machine = report["cases"], report["machine"]
-    survived = sum(case["outcome"] == "survived" for case in cases)
-    head = f"{len(found)} faults; {survived} of {len(cases)} cases survived"
-    head += f", in {report['seconds'] / 60:.0f} minutes"
-    parts = [f"{head} (seed {machine['seed']}; {machine['system']}, Python {machine['python']})."]
+    """Return tables of the matrix: a row for each fault, with the cases survived and figures."""
+    found = _by_fault(report)
+    parts = [f"{_matrix(report)}."]
     for title, files in GROUPS.items():
         rows = [
-            [fault, _told(cases), _outcomes(cases), _figures(cases)]
+            [fault, _outcomes(cases), _figures(cases)]
             for fault, cases in found.items()
             if cases[0]["test"].partition("::")[0] in files
         ]
         if rows:
-            parts += [f"**{title}**", table(["fault", "it happened", "survived", "figures"], rows)]
+            parts += [f"## {title}", table(["fault", "cases survived", "measured"], rows)]
     return "\n\n".join(parts)
 
 
-def _told(cases: list[Report]) -> str:
-    """What showed that it was there, of the first case that says so."""
-    told: list[str] = next((case["happened"] for case in cases if case.get("happened")), ["-"])
-    text = re.sub(r"/tmp/pytest-of-\w+/\S+/", "", "; ".join(told).replace("\n", " "))
-    return (text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + " ...").replace("|", "\\|")
+def matrix(report: Report) -> str:
+    """Return one sentence about the matrix, for the page that links to it."""
+    return f"{_matrix(report)}. [faults.md](faults.md) lists them."
+
+
+def _matrix(report: Report) -> str:
+    cases, machine = report["cases"], report["machine"]
+    survived = sum(case["outcome"] == "survived" for case in cases)
+    return (
+        f"{len(_by_fault(report))} faults in {len(cases)} cases: {survived} survived, "
+        f"in {report['seconds'] / 60:.0f} minutes (seed {machine['seed']}; "
+        f"{machine['system']}, Python {machine['python']})"
+    )
+
+
+def _by_fault(report: Report) -> dict[str, list[Report]]:
+    found: dict[str, list[Report]] = {}
+    for case in report["cases"]:
+        found.setdefault(case["fault"], []).append(case)
+    return found
 
 
 def _outcomes(cases: list[Report]) -> str:
@@ -79,7 +89,7 @@ def _outcomes(cases: list[Report]) -> str:
 
 
 def _figures(cases: list[Report]) -> str:
-    """Of each figure the least and the greatest of all cases."""
+    """Return each figure with its least and its greatest value over all cases."""
     values: dict[tuple[str, str], list[float]] = {}
     for case in cases:
         for name, (value, unit) in case.get("measured", {}).items():
@@ -91,31 +101,28 @@ def _figures(cases: list[Report]) -> str:
 
 
 def told(timeline: Report) -> str:
-    """What a timeline shows, in a line."""
+    """Return what a timeline shows, as a paragraph."""
     events = ", ".join(f"{what} at {at:.1f} s" for at, what in timeline["events"])
-    asked = f"{timeline['answers']:,} answers in {timeline['seconds']:.0f} s"
-    slowest = f"the slowest after {timeline['slowest ms']} ms"
-    promise = f"the promise of WHO, with a Δ of {timeline['delta']:g} s"
     return (
-        f"{asked}, {slowest}; {timeline['broken'] or 'none'} broke {promise}. "
-        f"Seed {timeline['seed']}: {events}."
+        f"{timeline['answers']:,} replies in {timeline['seconds']:.0f} s, the slowest after "
+        f"{timeline['slowest ms']} ms. {timeline['broken'] or 'None'} broke the promise of WHO "
+        f"(Δ = {timeline['delta']:g} s). Seed {timeline['seed']}: {events}."
     )
 
 
 def soak(report: Report) -> str:
-    """What hours of load and faults have shown, in a line."""
+    """Return what hours of load and faults have shown, as a paragraph."""
     replies = report["replies"]
     count = sum(len(fault["seconds"]) for fault in report["faults"].values())
     hours = f"{report['seconds'] / 3600:.2f} hours"
     if report["is_interrupted"]:
         hours += ", then interrupted"
     return (
-        f"{hours}, {count} faults of {len(report['faults'])} kinds; "
-        f"{replies['right']:,} right replies, {replies['wrong'] or 'none'} wrong, "
-        f"{replies['lost'] or 'none'} lost but to a fault of their own server; "
-        "all that is held was measured "
-        f"{len(report['censuses'])} times meanwhile. "
-        "[soak.md](../proof/results/soak.md) has the figures."
+        f"{hours}, {count} faults of {len(report['faults'])} kinds. "
+        f"{replies['right']:,} replies were right, {replies['wrong'] or 'none'} wrong; "
+        f"{replies['lost'] or 'none'} got lost without a fault of their own server. "
+        f"Memory, descriptors and greenlets were measured {len(report['censuses'])} times. "
+        "[The report](../proof/results/soak.md) has the figures."
     )
 
 
@@ -127,10 +134,11 @@ def _in(name: str) -> Callable[[Report], str]:
     return lambda report: told(report[name])
 
 
-#: What stands between the marks of each name, and which report it is written from.
+#: The name of each block, the report that it is made from, and the function that makes it.
 SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "faults": ("faults", faults),
-    "fuzz": ("fuzz", fuzz_report.section),
+    "matrix": ("faults", matrix),
+    "fuzz": ("fuzz", fuzz_report.summary),
     "soak": ("soak", soak),
     "failover": ("timelines", _in("failover")),
     "partition": ("timelines", _in("partition")),
@@ -144,7 +152,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
 
 
 def sections() -> dict[str, str]:
-    """All that there is a report for."""
+    """Return the text of every block for which there is a report."""
     files = {name: ROOT / f"proof/results/{name}.json" for name, _ in SECTIONS.values()}
     reports = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
     return {
@@ -152,12 +160,18 @@ def sections() -> dict[str, str]:
     }
 
 
+def block(mark: str, text: str) -> str:
+    """Return the block as it stands in a page."""
+    return f"<!-- {mark} -->\n\n{text}\n\n<!-- /{mark} -->"
+
+
 def render() -> None:
-    """Write them into the page."""
-    page = PAGE.read_text()
-    for mark, text in sections().items():
-        begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-        assert begin in page, begin
-        head, _, rest = page.partition(begin)
-        page = f"{head}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
-    PAGE.write_text(page)
+    """Write all blocks into the pages."""
+    texts = sections()
+    for path in PAGES:
+        page = path.read_text()
+        for mark in re.findall(r"<!-- /([\w ]+) -->", page):
+            head, _, rest = page.partition(f"<!-- {mark} -->")
+            tail = rest.partition(f"<!-- /{mark} -->")[2]
+            page = f"{head}{block(mark, texts[mark])}{tail}"
+        path.write_text(page)
