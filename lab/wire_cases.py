@@ -8,15 +8,15 @@ later: the reply is the same.
 from itertools import product
 from typing import NamedTuple
 
+from lab import wire
+
 SERVER_ID = "here"
 LIMIT_BYTES = 1024
 
-WHO = b"1\n"
-WHERE = b"here\n"
-WHY = b"42\n"
-UNKNOWN = b"ERR unknown command\n"
-NOT_ASCII = b"ERR not ASCII\n"
-TOO_LONG = b"ERR line too long\n"
+WHO, WHERE, WHY = b"1\n", b"here\n", b"42\n"
+UNKNOWN, NOT_ASCII, TOO_LONG = (
+    reply + b"\n" for reply in (wire.UNKNOWN, wire.NOT_ASCII, wire.TOO_LONG)
+)
 
 REPLIES = {b"WHO": WHO, b"WHERE": WHERE, b"WHY": WHY}
 ENDINGS = {"LF": b"\n", "CRLF": b"\r\n"}
@@ -33,6 +33,11 @@ class Case(NamedTuple):
     stays_open: bool = True
 
 
+def closed(name: str, sent: bytes, replies: bytes = b"") -> Case:
+    """A case after which the server closes."""
+    return Case(name, sent, replies, stays_open=False)
+
+
 def alternating(word: bytes) -> bytes:
     """The word with every second letter small: WhErE."""
     return bytes(byte | 0x20 if index % 2 else byte for index, byte in enumerate(word))
@@ -40,68 +45,42 @@ def alternating(word: bytes) -> bytes:
 
 # Letters of either case; LF and CRLF.
 
+SPELLINGS = (bytes, bytes.lower, bytes.title, lambda word: word.title().swapcase(), alternating)
 SPELLED = [
-    Case(f"{spelling.decode()} {ending}", spelling + ENDINGS[ending], reply)
+    Case(f"{(word := spell(command)).decode()} {ending}", word + ENDINGS[ending], reply)
     for command, reply in REPLIES.items()
-    for spelling in (
-        command,
-        command.lower(),
-        command.title(),
-        command.title().swapcase(),
-        alternating(command),
-    )
+    for spell in SPELLINGS
     for ending in ENDINGS
 ]
 
 # Blanks around a command are dropped: space, tab, CR, VT and FF.
 
-BLANKS = {
-    "space": b" ",
-    "tab": b"\t",
-    "CR": b"\r",
-    "VT": b"\v",
-    "FF": b"\f",
-    "two spaces": b"  ",
-    "every blank": b" \t\r\v\f",
-}
+BLANKS = {"space": b" ", "tab": b"\t", "CR": b"\r", "VT": b"\v", "FF": b"\f"}
+BLANKS |= {"two spaces": b"  ", "every blank": b" \t\r\v\f"}
 BLANKS_AROUND = [
-    *(Case(f"{name} before", blank + b"WHY\n", WHY) for name, blank in BLANKS.items()),
-    *(Case(f"{name} after", b"WHO" + blank + b"\n", WHO) for name, blank in BLANKS.items()),
-    *(
-        Case(f"{name} around, CRLF", blank + b"where" + blank + b"\r\n", WHERE)
-        for name, blank in BLANKS.items()
-    ),
-    *(
-        Case(f"{name} in the middle", b"WH" + blank + b"Y\n", UNKNOWN)
-        for name, blank in BLANKS.items()
-    ),
+    Case(f"{name} {where}", *sent)
+    for name, blank in BLANKS.items()
+    for where, sent in {
+        "before": (blank + b"WHY\n", WHY),
+        "after": (b"WHO" + blank + b"\n", WHO),
+        "around, CRLF": (blank + b"where" + blank + b"\r\n", WHERE),
+        "in the middle": (b"WH" + blank + b"Y\n", UNKNOWN),
+    }.items()
 ]
 
 # A blank line has no reply.
 
-BLANK_LINES = {
-    "LF": b"\n",
-    "CRLF": b"\r\n",
-    "CRCRLF": b"\r\r\n",
-    "a space": b" \n",
-    "a tab": b"\t\n",
-    "VT and FF": b"\v\f\r\n",
-    "three of them": b"\n\r\n\n",
-}
+BLANK_LINES = {"LF": b"\n", "CRLF": b"\r\n", "CRCRLF": b"\r\r\n", "a space": b" \n"}
+BLANK_LINES |= {"a tab": b"\t\n", "VT and FF": b"\v\f\r\n", "three of them": b"\n\r\n\n"}
 BLANK_LINE_CASES = [
-    *(Case(f"blank line, {name}, alone", line, b"") for name, line in BLANK_LINES.items()),
-    *(
-        Case(f"blank line, {name}, before", line + b"WHY\n", WHY)
-        for name, line in BLANK_LINES.items()
-    ),
-    *(
-        Case(f"blank line, {name}, between", b"WHO\n" + line + b"WHY\n", WHO + WHY)
-        for name, line in BLANK_LINES.items()
-    ),
-    *(
-        Case(f"blank line, {name}, after", b"WHERE\n" + line, WHERE)
-        for name, line in BLANK_LINES.items()
-    ),
+    Case(f"blank line, {name}, {where}", before + line + after, replies)
+    for name, line in BLANK_LINES.items()
+    for where, before, after, replies in (
+        ("alone", b"", b"", b""),
+        ("before", b"", b"WHY\n", WHY),
+        ("between", b"WHO\n", b"WHY\n", WHO + WHY),
+        ("after", b"WHERE\n", b"", WHERE),
+    )
 ]
 
 # Several lines at once: the replies come in the order of the commands.
@@ -142,87 +121,25 @@ PIPELINED = [
 # What is no command: words, arguments, beginnings and extensions.
 
 WORDS = (
-    *(
-        b"HELP",
-        b"QUIT",
-        b"EXIT",
-        b"PING",
-        b"HELLO",
-        b"EHLO localhost",
-        b"USER root",
-        b"WHAT",
-        b"WHEN",
-        b"OHW",
-        b"null",
-    ),
-    *(
-        b"?",
-        b".",
-        b"-",
-        b"--help",
-        b"0",
-        b"42",
-        b"-1",
-        b"*1",
-        b"$3",
-        b"{}",
-        b"[]",
-        b"#WHO",
-        b"//",
-        b"\\n",
-        b"\\x57HO",
-    ),
-    *(
-        b"WHO?",
-        b"WHO!",
-        b"WHO;",
-        b"WHO.",
-        b"WHO,",
-        b"WHO:",
-        b"/WHO",
-        b'"WHO"',
-        b"'WHO'",
-        b"(WHO)",
-        b"<WHO>",
-    ),
-    *(b"WHO,WHY", b"WHO;WHY", b"WHO|WHY", b"WHO&WHY", b"WHO+WHY", b"WHO/WHY"),
-    *(
-        b"$(id)",
-        b"`id`",
-        b"%s%n%x",
-        b"../../etc/passwd",
-        b"' OR 1=1 --",
-        b"<script>alert(1)</script>",
-        b"{{7*7}}",
-    ),
-    *(b"ERR", b"ERR unknown command", b"ERR internal", b"1", b"here"),
-)
+    rb"HELP~QUIT~EXIT~PING~HELLO~EHLO localhost~USER root~WHAT~WHEN~OHW~null~?~.~-~--help~0~42~-1"
+    rb"~*1~$3~{}~[]~#WHO~//~\n~\x57HO~WHO?~WHO!~WHO;~WHO.~WHO,~WHO:~/WHO~'WHO'~(WHO)~<WHO>~WHO,WHY"
+    rb"~WHO;WHY~WHO&WHY~WHO+WHY~WHO/WHY~$(id)~`id`~%s%n%x~../../etc/passwd~' OR 1=1 --"
+    rb"~<script>alert(1)</script>~{{7*7}}~ERR~ERR unknown command~ERR internal~1~here"
+    rb'~"WHO"~WHO|WHY'
+).split(b"~")
 ARGUMENTS = (b" x", b"\tx", b" 1", b" WHO", b" WHERE", b" WHY", b" --help", b" x y z")
+EXTENSIONS = (b"x", b"S", b"0", b"_", b"-", *REPLIES)
 UNKNOWN_WORDS = [
     *(Case(f"the word {word.decode()}", word + b"\n", UNKNOWN) for word in WORDS),
     *(
-        Case(
-            f"{command.decode()} with the argument {argument.decode()!r}",
-            command + argument + b"\n",
-            UNKNOWN,
-        )
+        Case(f"{command.decode()} and then {more.decode()!r}", command + more + b"\n", UNKNOWN)
         for command in REPLIES
-        for argument in ARGUMENTS
+        for more in (*ARGUMENTS, *EXTENSIONS)
     ),
     *(
-        Case(
-            f"only {command[:length].decode()} of {command.decode()}",
-            command[:length] + b"\n",
-            UNKNOWN,
-        )
+        Case(f"only {part.decode()} of {command.decode()}", part + b"\n", UNKNOWN)
         for command in REPLIES
-        for length in range(1, len(command))
-    ),
-    *(Case(f"only {command[1:].decode()}", command[1:] + b"\n", UNKNOWN) for command in REPLIES),
-    *(
-        Case(f"{command.decode()} and then {more.decode()}", command + more + b"\n", UNKNOWN)
-        for command in REPLIES
-        for more in (b"x", b"S", b"0", b"_", b"-", *REPLIES)
+        for part in (command[1:], *(command[:size] for size in range(1, len(command))))
     ),
 ]
 
@@ -288,13 +205,13 @@ BAD_UTF8 = {
     "too large a code point": b"\xf4\x90\x80\x80",
 }
 NON_ASCII = [
-    *(Case(f"byte {code:02X} alone", bytes([code]) + b"\n", NOT_ASCII) for code in HIGH_BYTES),
     *(
-        Case(f"byte {code:02X} before WHO", bytes([code]) + b"WHO\n", NOT_ASCII)
-        for code in HIGH_BYTES
-    ),
-    *(
-        Case(f"byte {code:02X} after WHO", b"WHO" + bytes([code]) + b"\n", NOT_ASCII)
+        Case(f"byte {code:02X}{where}", before + bytes([code]) + after + b"\n", NOT_ASCII)
+        for where, before, after in (
+            (" alone", b"", b""),
+            (" before WHO", b"", b"WHO"),
+            (" after WHO", b"WHO", b""),
+        )
         for code in HIGH_BYTES
     ),
     *(Case(f"UTF-8, {name}", text.encode() + b"\n", NOT_ASCII) for name, text in TEXTS.items()),
@@ -311,12 +228,9 @@ NON_ASCII = [
 
 # How long a line may be. Its ending does not count, be it LF or CRLF.
 
-LENGTHS = {
-    "limit-1": LIMIT_BYTES - 1,
-    "limit": LIMIT_BYTES,
-    "limit+1": LIMIT_BYTES + 1,
-    "limit+2": LIMIT_BYTES + 2,
-}
+LONG = b"x" * 2000
+LENGTHS = {"limit-1": LIMIT_BYTES - 1, "limit": LIMIT_BYTES}
+LENGTHS |= {"limit+1": LIMIT_BYTES + 1, "limit+2": LIMIT_BYTES + 2}
 FILLINGS = (
     # What fills the line, what the line ends in, and the reply to one that is not too long.
     ("letters", b"x", b"", UNKNOWN),
@@ -338,48 +252,25 @@ LENGTH_CASES = [
         for ending in ENDINGS
     ),
     Case("WHY and blanks, limit", b"WHY".ljust(LIMIT_BYTES) + b"\n", WHY),
-    Case(
-        "WHY and blanks, limit+1", b"WHY".ljust(LIMIT_BYTES + 1) + b"\n", TOO_LONG, stays_open=False
-    ),
+    closed("WHY and blanks, limit+1", b"WHY".ljust(LIMIT_BYTES + 1) + b"\n", TOO_LONG),
     Case("CRCRLF, limit-1: the first CR counts", b"x" * (LIMIT_BYTES - 1) + b"\r\r\n", UNKNOWN),
-    Case(
-        "CRCRLF, limit: the first CR counts",
-        b"x" * LIMIT_BYTES + b"\r\r\n",
-        TOO_LONG,
-        stays_open=False,
-    ),
-    Case("CR inside at the limit", b"x" * LIMIT_BYTES + b"\rx\n", TOO_LONG, stays_open=False),
-    Case(
-        "CRs alone, limit+1", b"\r" * (LIMIT_BYTES + 1) + b"\n", b""
-    ),  # The last is half of an ending.
-    Case("CRs alone, limit+2", b"\r" * (LIMIT_BYTES + 2) + b"\n", TOO_LONG, stays_open=False),
+    closed("CRCRLF, limit: the first CR counts", b"x" * LIMIT_BYTES + b"\r\r\n", TOO_LONG),
+    closed("CR inside at the limit", b"x" * LIMIT_BYTES + b"\rx\n", TOO_LONG),
+    # The last CR is half of an ending.
+    Case("CRs alone, limit+1", b"\r" * (LIMIT_BYTES + 1) + b"\n", b""),
+    closed("CRs alone, limit+2", b"\r" * (LIMIT_BYTES + 2) + b"\n", TOO_LONG),
     Case("unterminated, limit", b"x" * LIMIT_BYTES, UNKNOWN),
     Case("unterminated, limit, CR", b"x" * LIMIT_BYTES + b"\r", UNKNOWN),
-    Case("unterminated, limit+1", b"x" * (LIMIT_BYTES + 1), TOO_LONG, stays_open=False),
-    Case("unterminated, limit+1, CR", b"x" * (LIMIT_BYTES + 1) + b"\r", TOO_LONG, stays_open=False),
-    Case(
-        "long after good ones",
-        b"WHO\nWHY\n" + b"x" * 2000 + b"\n",
-        WHO + WHY + TOO_LONG,
-        stays_open=False,
-    ),
-    Case(
-        "long and unterminated after a good one",
-        b"WHO\n" + b"x" * 2000,
-        WHO + TOO_LONG,
-        stays_open=False,
-    ),
-    Case("long before good ones", b"x" * 2000 + b"\nWHO\nWHY\n", TOO_LONG, stays_open=False),
-    Case("long between", b"WHO\n" + b"x" * 2000 + b"\nWHY\n", WHO + TOO_LONG, stays_open=False),
-    Case("long twice", (b"x" * 2000 + b"\n") * 2, TOO_LONG, stays_open=False),
-    Case("very long", b"x" * 100_000 + b"\nWHO\n", TOO_LONG, stays_open=False),
-    Case("very long and blank", b" " * 100_000 + b"WHO\n", TOO_LONG, stays_open=False),
-    Case(
-        "a command said over and over on one line",
-        b"WHO" * 1000 + b"\nWHO\n",
-        TOO_LONG,
-        stays_open=False,
-    ),
+    closed("unterminated, limit+1", b"x" * (LIMIT_BYTES + 1), TOO_LONG),
+    closed("unterminated, limit+1, CR", b"x" * (LIMIT_BYTES + 1) + b"\r", TOO_LONG),
+    closed("long after good ones", b"WHO\nWHY\n" + LONG + b"\n", WHO + WHY + TOO_LONG),
+    closed("long and unterminated after a good one", b"WHO\n" + LONG, WHO + TOO_LONG),
+    closed("long before good ones", LONG + b"\nWHO\nWHY\n", TOO_LONG),
+    closed("long between", b"WHO\n" + LONG + b"\nWHY\n", WHO + TOO_LONG),
+    closed("long twice", (LONG + b"\n") * 2, TOO_LONG),
+    closed("very long", b"x" * 100_000 + b"\nWHO\n", TOO_LONG),
+    closed("very long and blank", b" " * 100_000 + b"WHO\n", TOO_LONG),
+    closed("a command said over and over on one line", b"WHO" * 1000 + b"\nWHO\n", TOO_LONG),
     Case(
         "good before and after the limit",
         b"WHO\n" + b"x" * LIMIT_BYTES + b"\nWHY\n",
@@ -392,94 +283,39 @@ LENGTH_CASES = [
 # A first line of the shape of an HTTP request: no reply, closed, and nothing after it is run.
 
 HTTP_LINES = (
-    *(
-        b"GET / HTTP/1.1",
-        b"GET / HTTP/1.0",
-        b"HEAD / HTTP/1.1",
-        b"POST /x HTTP/1.1",
-        b"PUT /x HTTP/1.1",
-    ),
-    *(
-        b"get / http/1.1",
-        b"Post / Http/1.1",
-        b"gET / hTtP/1.1",
-        b"GET / HTTP/2",
-        b"PRI * HTTP/2.0",
-        b"GET / HTTP/",
-    ),
-    *(
-        b"OPTIONS * HTTP/1.1",
-        b"CONNECT example.com:443 HTTP/1.1",
-        b"GET http://example.com/ HTTP/1.1",
-        b"a b HTTP/x",
-    ),
-    *(
-        b"GET  /  HTTP/1.1",
-        b"\t GET\t/\tHTTP/1.1 \t",
-        b"GET /a b c HTTP/1.1",
-        b"WHO WHO HTTP/1.1",
-        b"GET /\xc3 HTTP/1.1",
-    ),
+    *(b"GET / HTTP/1.1", b"GET / HTTP/1.0", b"HEAD / HTTP/1.1", b"POST /x HTTP/1.1"),
+    *(b"PUT /x HTTP/1.1", b"get / http/1.1", b"Post / Http/1.1", b"gET / hTtP/1.1"),
+    *(b"GET / HTTP/2", b"PRI * HTTP/2.0", b"GET / HTTP/", b"OPTIONS * HTTP/1.1", b"a b HTTP/x"),
+    *(b"CONNECT example.com:443 HTTP/1.1", b"GET http://example.com/ HTTP/1.1"),
+    *(b"GET  /  HTTP/1.1", b"\t GET\t/\tHTTP/1.1 \t", b"GET /a b c HTTP/1.1"),
+    *(b"WHO WHO HTTP/1.1", b"GET /\xc3 HTTP/1.1"),
 )
 NO_HTTP_LINES = (
-    *(
-        b"GET",
-        b"GET /",
-        b"GET /index.html",
-        b"HTTP/1.1",
-        b"GET HTTP/1.1",
-        b"WHO HTTP/1.1",
-        b"GET / HTTP",
-        b"GET / HTTPS/1",
-    ),
-    *(
-        b"GET / XHTTP/1.1",
-        b"GET /HTTP/1.1",
-        b"GET /\0HTTP/1.1",
-        b"HTTP/1.1 200 OK",
-        b"GET / HTTP/1.1 x",
-        b"GET HTTP/1.1 /",
-    ),
+    *(b"GET", b"GET /", b"GET /index.html", b"HTTP/1.1", b"GET HTTP/1.1", b"WHO HTTP/1.1"),
+    *(b"GET / HTTP", b"GET / HTTPS/1", b"GET / XHTTP/1.1", b"GET /HTTP/1.1", b"GET /\0HTTP/1.1"),
+    *(b"HTTP/1.1 200 OK", b"GET / HTTP/1.1 x", b"GET HTTP/1.1 /"),
 )
 REQUEST = b"POST /x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 8\r\n\r\nWHO\nWHO\n"
+BEFORE_HTTP = (*REPLIES.items(), (b"NOPE", UNKNOWN), (b"\xff", NOT_ASCII), (b"GET /", UNKNOWN))
 HTTP = [
     *(
-        Case(
-            f"HTTP, {line.decode('latin1').strip()}, {ending}",
-            line + ENDINGS[ending],
-            b"",
-            stays_open=False,
-        )
+        closed(f"HTTP, {line.decode('latin1').strip()}, {ending}", line + ENDINGS[ending])
         for line in HTTP_LINES
         for ending in ENDINGS
     ),
     *(
-        Case(
-            f"HTTP after a blank line, {name}", line + b"GET / HTTP/1.1\r\n", b"", stays_open=False
-        )
+        closed(f"HTTP after a blank line, {name}", line + b"GET / HTTP/1.1\r\n")
         for name, line in BLANK_LINES.items()
     ),
-    Case("HTTP request with a body of commands", REQUEST, b"", stays_open=False),
-    Case("HTTP request after blank lines", b"\r\n\n" + REQUEST, b"", stays_open=False),
-    Case("HTTP, then commands", b"GET / HTTP/1.1\nWHO\nWHERE\nWHY\n", b"", stays_open=False),
-    Case("HTTP, then not ASCII", b"GET / HTTP/1.1\n\xff\n", b"", stays_open=False),
-    Case(
-        "HTTP, then a long line", b"GET / HTTP/1.1\n" + b"x" * 2000 + b"\n", b"", stays_open=False
-    ),
-    Case("HTTP, unterminated", b"GET / HTTP/1.1", b"", stays_open=False),
-    Case("HTTP, unterminated after a blank line", b"\r\nGET / HTTP/1.1", b"", stays_open=False),
-    Case(
-        "HTTP, limit",
-        b"GET /".ljust(LIMIT_BYTES - 9, b"x") + b" HTTP/1.1\r\n",
-        b"",
-        stays_open=False,
-    ),
-    Case(
-        "HTTP, limit+1",
-        b"GET /".ljust(LIMIT_BYTES - 8, b"x") + b" HTTP/1.1\r\n",
-        TOO_LONG,
-        stays_open=False,
-    ),
+    closed("HTTP request with a body of commands", REQUEST),
+    closed("HTTP request after blank lines", b"\r\n\n" + REQUEST),
+    closed("HTTP, then commands", b"GET / HTTP/1.1\nWHO\nWHERE\nWHY\n"),
+    closed("HTTP, then not ASCII", b"GET / HTTP/1.1\n\xff\n"),
+    closed("HTTP, then a long line", b"GET / HTTP/1.1\n" + LONG + b"\n"),
+    closed("HTTP, unterminated", b"GET / HTTP/1.1"),
+    closed("HTTP, unterminated after a blank line", b"\r\nGET / HTTP/1.1"),
+    closed("HTTP, limit", b"GET /".ljust(LIMIT_BYTES - 9, b"x") + b" HTTP/1.1\r\n"),
+    closed("HTTP, limit+1", b"GET /".ljust(LIMIT_BYTES - 8, b"x") + b" HTTP/1.1\r\n", TOO_LONG),
     *(
         Case(f"no HTTP, {line.decode()}", line + b"\r\nWHY\n", UNKNOWN + WHY)
         for line in NO_HTTP_LINES
@@ -490,12 +326,7 @@ HTTP = [
             line + b"\nGET / HTTP/1.1\nWHY\n",
             reply + UNKNOWN + WHY,
         )
-        for line, reply in (
-            *REPLIES.items(),
-            (b"NOPE", UNKNOWN),
-            (b"\xff", NOT_ASCII),
-            (b"GET /", UNKNOWN),
-        )
+        for line, reply in BEFORE_HTTP
     ),
     Case("HTTP second, not ASCII", b"WHO\nGET /\xc3 HTTP/1.1\n", WHO + NOT_ASCII),
     Case("HTTP second and third", b"WHO\n" + b"GET / HTTP/1.1\n" * 2, WHO + UNKNOWN * 2),
@@ -507,12 +338,12 @@ HTTP = [
 
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 TLS = [
-    Case("TLS", HELLO, b"", stays_open=False),
-    Case("TLS, lines in it", HELLO + b"\nWHO\nWHERE\nWHY\n", b"", stays_open=False),
-    Case("TLS after blank lines", b"\r\n\n" + HELLO + b"\nWHO\n", b"", stays_open=False),
-    Case("TLS, long", HELLO + b"x" * 2000 + b"\nWHO\n", b"", stays_open=False),
-    Case("TLS, its two bytes alone", HELLO[:2], b"", stays_open=False),
-    Case("TLS, its two bytes and LF", HELLO[:2] + b"\n", b"", stays_open=False),
+    closed("TLS", HELLO),
+    closed("TLS, lines in it", HELLO + b"\nWHO\nWHERE\nWHY\n"),
+    closed("TLS after blank lines", b"\r\n\n" + HELLO + b"\nWHO\n"),
+    closed("TLS, long", HELLO + LONG + b"\nWHO\n"),
+    closed("TLS, its two bytes alone", HELLO[:2]),
+    closed("TLS, its two bytes and LF", HELLO[:2] + b"\n"),
     Case("TLS, its first byte alone", HELLO[:1] + b"\nWHO\n", UNKNOWN + WHO),
     Case("no TLS, a blank before", b" " + HELLO + b"\nWHO\n", NOT_ASCII + WHO),
     Case("TLS second", b"WHO\n" + HELLO + b"\nWHY\n", WHO + NOT_ASCII + WHY),
@@ -523,14 +354,14 @@ TLS = [
 UNTERMINATED = [
     Case("nothing at all", b"", b""),
     *(
-        Case(f"unterminated {name}", before + command + after, replies + reply)
+        Case(f"unterminated {command.decode()}{name}", before + command + after, replies + reply)
         for command, reply in REPLIES.items()
         for name, before, after, replies in (
-            (f"{command.decode()}", b"", b"", b""),
-            (f"{command.decode()}, CR", b"", b"\r", b""),
-            (f"{command.decode()}, blanks", b" \t", b"  ", b""),
-            (f"{command.decode()} after a command", b"WHY\n", b"", WHY),
-            (f"{command.decode()} after blank lines", b"\n\r\n", b"", b""),
+            ("", b"", b"", b""),
+            (", CR", b"", b"\r", b""),
+            (", blanks", b" \t", b"  ", b""),
+            (" after a command", b"WHY\n", b"", WHY),
+            (" after blank lines", b"\n\r\n", b"", b""),
         )
     ),
     Case("unterminated who", b"who", WHO),
@@ -545,15 +376,6 @@ UNTERMINATED = [
 ]
 
 CASES = [
-    *SPELLED,
-    *BLANKS_AROUND,
-    *BLANK_LINE_CASES,
-    *PIPELINED,
-    *UNKNOWN_WORDS,
-    *CONTROL_CHARACTERS,
-    *NON_ASCII,
-    *LENGTH_CASES,
-    *HTTP,
-    *TLS,
-    *UNTERMINATED,
+    *(*SPELLED, *BLANKS_AROUND, *BLANK_LINE_CASES, *PIPELINED, *UNKNOWN_WORDS),
+    *(*CONTROL_CHARACTERS, *NON_ASCII, *LENGTH_CASES, *HTTP, *TLS, *UNTERMINATED),
 ]

@@ -30,8 +30,8 @@ from gserver.config import Config
 from gserver.scoreboard import Scoreboard
 from gserver.serve import fastpath, tls
 from gserver.serve.replies import Replies
+from lab import wire
 from lab.certificates import make_certificates
-from proof import fuzz_wire as wire
 
 LIMITS = (1, 3, 5, 24, 64, 1024)
 #: Tables of commands: the last two have such as are the beginning of others.

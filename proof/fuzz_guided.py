@@ -16,7 +16,8 @@ with atheris.instrument_imports(
     import gserver.protocol
     import gserver.redis_url
     import gserver.serve.fastpath  # noqa: F401
-from proof import fuzz_core, fuzz_wire
+from lab import wire
+from proof import fuzz_core
 
 PARSER, FAST_PATH = fuzz_core.ParserTarget(Random(1)), fuzz_core.FastPathTarget(Random(1))
 URL = fuzz_core.UrlTarget(Random(1))
@@ -28,8 +29,8 @@ def one(data: bytes) -> None:
         return
     table, limit = fuzz_core.TABLES[data[0] % 3], fuzz_core.LIMITS[data[1] % len(fuzz_core.LIMITS)]
     sent = data[3:]
-    cut = fuzz_wire.pieces(Random(data[2]), sent, 6)
-    silent = [part for piece in cut for part in (piece, fuzz_wire.SILENCE)]
+    cut = wire.pieces(Random(data[2]), sent, 6)
+    silent = [part for piece in cut for part in (piece, wire.SILENCE)]
     PARSER.check((table, limit, [[sent], [*cut], silent]))
     FAST_PATH.check(sent)
     URL.check(sent.decode("latin1"))

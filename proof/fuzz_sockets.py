@@ -24,12 +24,12 @@ from gevent import socket
 from gevent.pool import Pool
 
 from gserver.protocol import TLS_BEGINNING
+from lab import wire
 from lab.admin import status
 from lab.certificates import make_certificates
 from lab.rows import Variant
 from lab.running import LIMIT
 from lab.site import Site
-from proof import fuzz_wire as wire
 
 BATCH = 1000
 AT_ONCE = 150

@@ -10,35 +10,27 @@ from lab.admin import status
 from lab.rows import PLAIN, Notes, row
 from lab.running import LIMIT, PATIENCE
 from lab.site import SEED, Site
+from lab.wire import replies
+from lab.wire_cases import LIMIT_BYTES, NOT_ASCII, REPLIES, TOO_LONG, UNKNOWN
 
 Start = Callable[..., Site]
 
-UNKNOWN, NOT_ASCII, TOO_LONG = b"ERR unknown command\n", b"ERR not ASCII\n", b"ERR line too long\n"
-LIMIT_BYTES = 1024
+#: No WHO: its reply depends on the neighbours.
 ODD = [
-    b"WHY",
-    b"why\r",
-    b" \t Why \v",
-    b"WHERE",
-    b"where\r",
-    b"",
-    b"\r",
-    b" \t\f",
-    b"WH",
-    b"WHYWHY",
-    b"WHY WHY",
-    b"\0",
-]
-ODD += [
-    b"WHY\0",
-    b"\x1b[2J\x1b]0;x\a",
-    b"\xff\xfe",
-    b"\xc3\x28",
-    b"WHY\x80",
-    b"{}",
-    b"%s%n",
-    b"../..",
-    b"x" * LIMIT_BYTES,
+    *(
+        b"WHY",
+        b"why\r",
+        b" \t Why \v",
+        b"WHERE",
+        b"where\r",
+        b"",
+        b"\r",
+        b" \t\f",
+        b"WH",
+        b"WHYWHY",
+    ),
+    *(b"WHY WHY", b"\0", b"WHY\0", b"\x1b[2J\x1b]0;x\a", b"\xff\xfe", b"\xc3\x28", b"WHY\x80"),
+    *(b"{}", b"%s%n", b"../..", b"x" * LIMIT_BYTES),
 ]
 HTTP = (
     b"GET / HTTP/1.1",
@@ -50,10 +42,8 @@ HTTP = (
 
 
 def reply(line: bytes) -> bytes:
-    """What is said to a line, written anew from docs/protocol.md."""
-    words = line.strip(b" \t\r\v\f").upper()
-    known = {b"": b"", b"WHY": b"42\n", b"WHERE": b"here\n"}
-    return known.get(words, UNKNOWN if max(words, default=0) < 128 else NOT_ASCII)
+    """What is said to a line that is not the first."""
+    return replies(b"WHY\n" + line, REPLIES, LIMIT_BYTES).removeprefix(REPLIES[b"WHY"])
 
 
 @row("Odd lines")

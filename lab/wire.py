@@ -1,10 +1,10 @@
-"""What a client may send, drawn from a grammar of nasty lines, and what it must read.
+"""The oracle of the wire, and hostile input for it, drawn from a grammar of nasty lines.
 
-The oracle is written from that page and knows nothing of gserver's code: it never sees how bytes
-are cut, but reads the whole with `split`.
+The oracle is written from docs/protocol.md and knows nothing of gserver's code: it never sees how
+bytes are cut, but reads the whole with `split`. `wire_cases` checks it.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from random import Random
 from typing import NamedTuple
 
@@ -46,6 +46,12 @@ def read(sent: bytes, commands: Collection[bytes], limit: int) -> Said:
     return Said(replies, False)
 
 
+def replies(sent: bytes, commands: Mapping[bytes, bytes], limit: int) -> bytes:
+    """Return all that a client reads that sends this and then ends; `commands` have the replies."""
+    said = read(sent, commands, limit).replies
+    return b"".join(commands.get(reply, reply + b"\n") for reply in said)
+
+
 def is_ended_by_silence(sent: bytes, commands: Collection[bytes]) -> bool:
     """Whether a silence is as good as a newline now."""
     words = sent.rpartition(b"\n")[2].strip(BLANKS).upper()
@@ -66,69 +72,15 @@ def heard(cut: Cut, commands: Collection[bytes]) -> bytes:
 
 
 WORDS = (
-    *(
-        b"WHO",
-        b"WHERE",
-        b"WHY",
-        b"who",
-        b"Where",
-        b"wHy",
-        b"WH",
-        b"W",
-        b"HO",
-        b"WHOWHY",
-        b"WHERES",
-        b"WHYNOT",
-        b"NAP",
-    ),
-    *(
-        b"WHO WHY",
-        b"WHO x",
-        b"42",
-        b"ERR",
-        b"QUIT",
-        b"*1\r\n$3\r\nWHO\r\n",
-        b"\0",
-        b"WHO\0",
-        b"\x1b[2J",
-        b"\x1c",
-        b"\x85",
-    ),
-    *(
-        b"\xff",
-        b"\xc3\xa9",
-        b"\xa0WHO",
-        b"WHO\xe2\x80\xa8",
-        b"\x16\x03\x01\x02\x00\x01",
-        b"%s%n",
-        b"{}",
-        b"'\"`$(id)",
-    ),
-    *(
-        b"GET / HTTP/1.1",
-        b"post /x http/1.0",
-        b"a b c HTTP/",
-        b"GET HTTP/1.1",
-        b"GET / HTTPS/1",
-        b"GET /\0HTTP/1",
-        b"x y z",
-    ),
+    *b"WHO WHERE WHY who Where wHy WH W HO WHOWHY WHERES WHYNOT NAP 42 ERR QUIT {} %s%n".split(),
+    *(b"WHO WHY", b"WHO x", b"*1\r\n$3\r\nWHO\r\n", b"\0", b"WHO\0", b"\x1b[2J", b"\x1c"),
+    *(b"\x85", b"\xff", b"\xc3\xa9", b"\xa0WHO", b"WHO\xe2\x80\xa8", b"\x16\x03\x01\x02\x00\x01"),
+    *(b"GET / HTTP/1.1", b"post /x http/1.0", b"a b c HTTP/", b"GET HTTP/1.1", b"GET / HTTPS/1"),
+    *(b"GET /\0HTTP/1", b"x y z", b"'\"`$(id)"),
 )
 ENDS = (
-    b"\n",
-    b"\n",
-    b"\n",
-    b"\r\n",
-    b"\r\n",
-    b"\n\n",
-    b"",
-    b"\r",
-    b" \n",
-    b"\t\r\n",
-    b"\v\f\n",
-    b"\n\r",
-    b"\0\n",
-    b" ",
+    *(b"\n", b"\n", b"\n", b"\r\n", b"\r\n", b"\n\n", b"", b"\r", b" \n", b"\t\r\n", b"\v\f\n"),
+    *(b"\n\r", b"\0\n", b" "),
 )
 STARTS = (b"", b"", b"", b"", b" ", b"\t", b"\r", b"\n", b"\r\n", b"\v\f", b"\0")
 PLAIN = (b"WHO\n", b"WHERE\n", b"WHY\n", b"who\n", b"WHY\r\n", b"WHO\nWHY\n")
@@ -137,7 +89,7 @@ PLAIN = (b"WHO\n", b"WHERE\n", b"WHY\n", b"who\n", b"WHY\r\n", b"WHO\nWHY\n")
 def draw(random: Random, limit: int) -> bytes:
     """Return what a client sends in all: mostly lines, some of them at the limit, some spoilt."""
     kind = random.random()
-    if kind < 0.15:  # What the fastpath way takes, or nearly.
+    if kind < 0.15:  # What the fast path takes, or nearly.
         sent = b"".join(random.choices(PLAIN, k=int(12 * random.random()) + 1))
     elif kind < 0.2:
         sent = random.randbytes(random.randrange(3 * limit // 2))
