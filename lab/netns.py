@@ -5,7 +5,6 @@ Nobody is told of a loss, and it may be of one direction only. It takes root, an
 outside of them.
 """
 
-import ctypes
 import os
 import secrets
 import socket
@@ -18,9 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
+from lab.host import Host
 from lab.running import LIMIT, program
 
-CLONE_NEWNET = 0x40000000
 #: How long a packet is waited for that must not come. One that may come takes microseconds.
 LOST_SECONDS = 0.05
 
@@ -30,31 +29,6 @@ def unavailable(reason: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
-
-
-class Host:
-    """A namespace with an address that the other hosts know, and a loopback of its own."""
-
-    def __init__(self, name: str, address: str) -> None:
-        self.name = name
-        self.address = address
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """What this thread opens or starts in the body is on this host, and stays there."""
-        with open("/proc/thread-self/ns/net") as outside, open(f"/run/netns/{self.name}") as inside:
-            _enter(inside.fileno())
-            try:
-                yield
-            finally:
-                _enter(outside.fileno())
-
-
-def _enter(namespace: int) -> None:
-    """As os.setns, which is there from Python 3.12 on."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(namespace, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 Way = tuple[Host, Host]

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from lab.certificates import make_certificates
+from lab.host import HERE, Host
 from lab.running import LIMIT, program, until
 
 #: A failover takes three seconds, but a Sentinel that was delayed for two does nothing for the next
@@ -41,10 +42,10 @@ DEFAULTS = {
 }
 
 
-def free_port() -> int:
+def free_port(host: Host = HERE) -> int:
     """Return a port outside the system's range, so it stays free while its server is down."""
     while True:
-        with socket.socket() as probe, suppress(OSError):
+        with host.inside(), socket.socket() as probe, suppress(OSError):
             # A process that another thread starts now may inherit the probe for a moment.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # Not `random.randrange`: Hypothesis seeds it alike in processes that test side by side.
@@ -55,18 +56,18 @@ def free_port() -> int:
 class Server(ExitStack[None]):
     """A redis-server or redis-sentinel, with a folder of its own in `folder`."""
 
-    def __init__(self, kind: str, folder: Path, lines: list[str], password: str = "") -> None:
+    def __init__(
+        self, kind: str, folder: Path, lines: list[str], password: str = "", host: Host = HERE
+    ) -> None:
         super().__init__()
-        self.port = free_port()
+        self.port = free_port(host)
+        self.host = host
         self.password = password
-        self.folder = folder / f"{kind}-{self.port}"
+        self.folder = folder / f"{kind}-{host.name}{self.port}"
         self.folder.mkdir()
-        lines = [
-            f'dir "{self.folder}"',
-            "bind 127.0.0.1",
-            *lines,
-            *([f"requirepass {password}"] if password else []),
-        ]
+        lines = [f'dir "{self.folder}"', f"bind {host.listens_on}", *lines]
+        lines += [f"requirepass {password}"] if password else []
+        lines += ["protected-mode no"] if host != HERE else []
         config = self.folder / "redis.conf"
         config.write_text("\n".join(lines).replace("PORT", str(self.port)) + "\n")
         self._argv = [program(kind), str(config)]
@@ -79,7 +80,7 @@ class Server(ExitStack[None]):
         self.start()
 
     def start(self) -> None:
-        with self._log.open("ab") as log:
+        with self._log.open("ab") as log, self.host.inside():
             self.process = subprocess.Popen(
                 self._argv, stdout=log, stderr=log, start_new_session=True
             )
@@ -104,7 +105,7 @@ class Server(ExitStack[None]):
     def url_at(self, port: int) -> str:
         """Return the URL with another port: that of a Proxy."""
         login = f":{self.password}@" if self.password else ""
-        return f"{'rediss' if self.is_tls else 'redis'}://{login}127.0.0.1:{port}"
+        return f"{'rediss' if self.is_tls else 'redis'}://{login}{self.host.address}:{port}"
 
     def command(self, *words: str | int | bytes) -> Any:
         """Return the reply to a command on a new connection; raise redis-py's error."""
@@ -115,7 +116,7 @@ class Server(ExitStack[None]):
             "decode_responses": True,
             "protocol": 2,
         }
-        with redis.Redis.from_url(self.url, **options) as client:
+        with self.host.inside(), redis.Redis.from_url(self.url, **options) as client:
             return client.execute_command(*words)
 
     def is_running(self) -> bool:
@@ -145,13 +146,17 @@ class Redis(Server):
     """A Redis server, also on `unix_url`; options are its own: `maxmemory_policy="noeviction"`."""
 
     def __init__(
-        self, folder: Path, is_tls: bool = False, requirepass: str = "", **options: Any
+        self,
+        folder: Path,
+        is_tls: bool = False,
+        requirepass: str = "",
+        host: Host = HERE,
+        **options: Any,
     ) -> None:
         given = {name.replace("_", "-"): value for name, value in options.items()}
         lines = [f"{name} {value}" for name, value in {**DEFAULTS, **given}.items()]
-        super().__init__(
-            "redis-server", folder, [*(TLS if is_tls else ["port PORT"]), *lines], requirepass
-        )
+        lines = [*(TLS if is_tls else ["port PORT"]), *lines]
+        super().__init__("redis-server", folder, lines, requirepass, host)
 
     @property
     def unix_url(self) -> str:
@@ -201,43 +206,47 @@ class Redis(Server):
 
 
 class Sentinels(ExitStack[None]):
-    """A primary and two replicas, watched by three Sentinels, of which two must agree."""
+    """A primary and two replicas, watched by three Sentinels, of which two must agree.
+
+    Each host has a Redis and a Sentinel.
+    """
 
     def __init__(
-        self, folder: Path, name: str = "gserver", password: str = "", sentinel_password: str = ""
+        self,
+        folder: Path,
+        name: str = "gserver",
+        password: str = "",
+        sentinel_password: str = "",
+        hosts: Sequence[Host] = (HERE,) * 3,
     ) -> None:
         super().__init__()
         self.name = name
         self.redises: list[Redis] = []
         self.sentinels: list[Server] = []
-        login: dict[str, Any] = (
-            {"requirepass": password, "masterauth": password} if password else {}
-        )
+        login: dict[str, Any] = {"masterauth": password} if password else {}
         with ExitStack() as stack:
-            first = stack.enter_context(Redis(folder, **login))
-            copies = [
-                stack.enter_context(Redis(folder, replicaof=f"127.0.0.1 {first.port}", **login))
-                for _ in "12"
-            ]
-            self.redises += [first, *copies]
+            for host in hosts:
+                self.redises.append(
+                    stack.enter_context(Redis(folder, requirepass=password, host=host, **login))
+                )
+                first = self.redises[0]
+                login["replicaof"] = f"{first.host.address} {first.port}"
             # A Sentinel looks for replicas when it starts, then only every ten seconds.
             until(
                 lambda: first.command("INFO", "replication").get("connected_slaves") == 2,
                 "both are replicas",
             )
             rules = [
-                f"monitor {name} 127.0.0.1 {first.port} 2",
+                f"monitor {name} {first.host.address} {first.port} 2",
                 f"down-after-milliseconds {name} 500",
-            ]
-            rules += [
                 f"failover-timeout {name} 2000",
                 *([f"auth-pass {name} {password}"] if password else []),
             ]
             lines = ["port PORT", *(f"sentinel {rule}" for rule in rules)]
-            for _ in range(3):
-                sentinel = Server("redis-sentinel", folder, lines, sentinel_password)
+            for host in hosts:
+                sentinel = Server("redis-sentinel", folder, lines, sentinel_password, host)
                 self.sentinels.append(stack.enter_context(sentinel))
-            self._wait_until_settled()
+            until(self.is_whole, "the Sentinels know each other and the replicas", FAILOVER_LIMIT)
             self.push(stack.pop_all())
 
     @property
@@ -246,54 +255,66 @@ class Sentinels(ExitStack[None]):
         query = (
             f"?sentinel_password={self.sentinels[0].password}" if self.sentinels[0].password else ""
         )
-        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        hosts = ",".join(f"{each.host.address}:{each.port}" for each in self.sentinels)
         return f"redis+sentinel://{login}{hosts}/{self.name}{query}"
 
     def primary(self) -> Redis:
         """Return the Redis that all running Sentinels name, as soon as they agree."""
 
-        def named() -> set[str]:
-            ports = {port for _, port in self._ask("GET-MASTER-ADDR-BY-NAME")}
-            return ports if len(ports) == 1 else set()
+        def named() -> set[tuple[str, str]]:
+            addresses = {(host, port) for host, port in self._ask("GET-MASTER-ADDR-BY-NAME")}
+            return addresses if len(addresses) == 1 else set()
 
-        (port,) = until(named, "the Sentinels agree", FAILOVER_LIMIT)
-        return next(one for one in self.redises if one.port == int(port))
+        ((host, port),) = until(named, "the Sentinels agree", FAILOVER_LIMIT)
+        return next(
+            one for one in self.redises if (one.host.address, one.port) == (host, int(port))
+        )
 
-    def failover(self) -> Redis:
-        """Make the Sentinels replace a healthy primary; return the old one.
+    def order_failover(self) -> None:
+        """Make the Sentinels replace a healthy primary; this does not wait for it.
 
         They demote it some ten seconds later: until then two Redis servers accept writes.
         """
         self._wait_until_settled()
         running = next(sentinel for sentinel in self.sentinels if sentinel.is_running())
-        return self._replaced(lambda _: running.command("SENTINEL", "FAILOVER", self.name))
+        running.command("SENTINEL", "FAILOVER", self.name)
+
+    def failover(self) -> Redis:
+        """Order a failover; return the old primary when another has taken over."""
+        with self.replacing(lambda _: self.order_failover()) as old:
+            return old
 
     def kill_primary(self) -> Redis:
         """Kill the primary; return it when another has taken over."""
-        return self._replaced(Redis.kill)
+        with self.replacing(Redis.kill) as old:
+            return old
 
     def freeze_primary(self) -> Redis:
         """Freeze the primary; return it when another has taken over.
 
         When it is thawed, it accepts writes for some ten seconds.
         """
-        return self._replaced(Redis.freeze)
+        with self.replacing(Redis.freeze) as old:
+            return old
+
+    @contextmanager
+    def replacing(self, fault: Callable[[Redis], object]) -> Iterator[Redis]:
+        """Run the body right after a fault of the primary; after it, another has taken over."""
+        old = self.primary()
+        fault(old)
+        yield old
+        until(
+            lambda: self.primary() is not old and self.primary().role() == "master",
+            "another is primary",
+            FAILOVER_LIMIT,
+        )
 
     def rejoin(self, redis: Redis) -> None:
         """Start a killed Redis as a replica; return when the Sentinels know it."""
         redis.start()
-        redis.command("REPLICAOF", "127.0.0.1", self.primary().port)
+        primary = self.primary()
+        redis.command("REPLICAOF", primary.host.address, primary.port)
         self._wait_until_settled()
-
-    def _replaced(self, fault: Callable[[Redis], object]) -> Redis:
-        before = self.primary()
-        fault(before)
-        until(
-            lambda: self.primary() is not before and self.primary().role() == "master",
-            "another",
-            FAILOVER_LIMIT,
-        )
-        return before
 
     def _ask(self, subcommand: str) -> list[Any]:
         """Return the reply of each running Sentinel."""
@@ -303,20 +324,35 @@ class Sentinels(ExitStack[None]):
             if one.is_running()
         ]
 
+    def is_whole(self) -> bool:
+        """Whether one is primary, two follow it, and another failover is possible."""
+        if not all(each.is_running() for each in (*self.redises, *self.sentinels)):
+            return False
+        try:
+            roles = [one.command("ROLE") for one in self.redises]
+        except redis.RedisError:
+            return False
+        primaries = [one for one, role in zip(self.redises, roles, strict=True) if len(role) == 3]
+        followed = [role[1:4] for role in roles if len(role) == 5]
+        return (
+            len(primaries) == 1
+            and followed == 2 * [[primaries[0].host.address, primaries[0].port, "connected"]]
+            and self._can_fail_over()
+        )
+
+    def _can_fail_over(self) -> bool:
+        """Whether every running Sentinel knows the others, and a replica that can take over."""
+        primaries = map(_fields, self._ask("MASTER"))
+        replicas = [list(map(_fields, found)) for found in self._ask("REPLICAS")]
+        return all(
+            one["flags"] == "master" and one["num-other-sentinels"] == "2" for one in primaries
+        ) and all(
+            any(one["flags"] == "slave" and one["master-link-status"] == "ok" for one in found)
+            for found in replicas
+        )
+
     def _wait_until_settled(self) -> None:
-        """Wait until every Sentinel knows the others, and a replica that can take over."""
-
-        def is_complete() -> bool:
-            primaries = map(_fields, self._ask("MASTER"))
-            replicas = [list(map(_fields, found)) for found in self._ask("REPLICAS")]
-            return all(
-                one["flags"] == "master" and one["num-other-sentinels"] == "2" for one in primaries
-            ) and all(
-                any(one["flags"] == "slave" and one["master-link-status"] == "ok" for one in found)
-                for found in replicas
-            )
-
-        until(is_complete, "the Sentinels know each other and the replicas", FAILOVER_LIMIT)
+        until(self._can_fail_over, "the Sentinels can replace the primary", FAILOVER_LIMIT)
 
 
 def _fields(flat: list[str]) -> dict[str, str]:

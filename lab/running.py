@@ -23,6 +23,8 @@ from typing import Any, Self
 import psutil
 import pytest
 
+from lab.host import HERE, Host
+
 ROOT = Path(__file__).parent.parent
 #: All limits of waiting are multiplied by this: set it higher on a slow machine.
 PATIENCE = float(os.environ.get("GSERVER_TEST_PATIENCE", "1"))
@@ -200,6 +202,8 @@ class Client:
 class Running:
     """A gserver process; `with Running("--workers", "2") as server:` waits until it listens."""
 
+    log_type: type[list[str]] = list
+
     def __init__(
         self,
         *options: str,
@@ -208,17 +212,19 @@ class Running:
         command: list[str] | None = None,
         pass_fds: Collection[int] = (),
         wait: bool = True,
-        lines: list[str] | None = None,
+        host: Host = HERE,
     ) -> None:
-        self.process = subprocess.Popen(
-            _with_last_values([*(command or [*GSERVER, "serve", "--port", "0"]), *options]),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(**(env or {})),
-            cwd=cwd,
-            pass_fds=pass_fds,
-        )
-        self.lines: list[str] = [] if lines is None else lines
+        self.host = host
+        with host.inside():
+            self.process = subprocess.Popen(
+                _with_last_values([*(command or [*GSERVER, "serve", "--port", "0"]), *options]),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment(**(env or {})),
+                cwd=cwd,
+                pass_fds=pass_fds,
+            )
+        self.lines = self.log_type()
         self.errors: list[str] = []
         self._readers = [
             threading.Thread(target=_collect, args=(stream, into), daemon=True)
@@ -286,7 +292,8 @@ class Running:
         return port
 
     def client(self, source: str = "") -> Client:
-        return Client(self.port, source=source)
+        with self.host.inside():
+            return Client(self.port, source=source)
 
     def who(self) -> int:
         """What WHO says to a new client, which counts itself."""
@@ -299,6 +306,10 @@ class Running:
 
     def agents(self) -> list[psutil.Process]:
         return self._children("agent")
+
+    def processes(self) -> list[psutil.Process]:
+        """The supervisor, the workers and the agent."""
+        return [psutil.Process(self.pid), *self.workers(), *self.agents()]
 
     def _children(self, role: str) -> list[psutil.Process]:
         found = []

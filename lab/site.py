@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from lab.admin import status
 from lab.rows import Variant
 from lab.running import LIMIT, PATIENCE, Client, Running, until
@@ -249,10 +247,6 @@ class Site(ExitStack[None]):
                 chosen.append(stack.enter_context(client))
         return chosen
 
-    def processes(self) -> list[psutil.Process]:
-        """The supervisor, its workers and its agent."""
-        return [psutil.Process(self.server.pid), *self.server.workers(), *self.server.agents()]
-
     def resident_of_workers(self) -> int:
         """Bytes."""
         return sum(worker.memory_info().rss for worker in self.server.workers())
@@ -270,7 +264,7 @@ class Site(ExitStack[None]):
                     b"CENSUS"
                 )  # It has a greenlet now, which waits again when it asks once more.
             greenlets = sorted(int(client.ask(b"CENSUS")) for client in clients)
-            processes = self.processes()
+            processes = self.server.processes()
             descriptors = sorted(process.num_fds() for process in processes)
             return Held(
                 descriptors, greenlets, sum(process.memory_info().rss for process in processes)
@@ -285,7 +279,7 @@ class Site(ExitStack[None]):
         while (now := self.held())[:2] != self._before[:2]:
             assert time.monotonic() < deadline, f"it holds {now}, before it was {self._before}"
         grown = now.resident - self._before.resident
-        assert grown < KEPT_BYTES * len(self.processes()) * PATIENCE, (
+        assert grown < KEPT_BYTES * len(self.server.processes()) * PATIENCE, (
             f"it has grown by {grown} bytes"
         )
         bad = [event for event in self.server.events() if event["event.action"] == "process.error"]

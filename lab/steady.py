@@ -5,13 +5,14 @@ short, is seen.
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import psutil
 
+from lab.host import HERE, Host
 from lab.running import LIMIT, PATIENCE, Client, Running, until
 
 PAUSE_SECONDS = 0.005
@@ -161,6 +162,7 @@ class Cluster(ExitStack[None]):
         ttl: float,
         env: dict[str, str] | None = None,
         shares: tuple[int, ...] = (5, 3, 2),
+        hosts: Sequence[Host] = (HERE,) * 3,
     ) -> None:
         super().__init__()
         self.beat, self.ttl = beat, ttl
@@ -177,10 +179,9 @@ class Cluster(ExitStack[None]):
         with ExitStack() as stack:
             self._bystander = stack.enter_context(SteadyServer(1)).watcher
             self._bystander.may_say(1)
-            for share in shares:
-                self.members.append(
-                    stack.enter_context(SteadyServer(share, *self.options, env=env))
-                )
+            for share, host in zip(shares, hosts, strict=False):
+                member = SteadyServer(share, *self.options, env=env, host=host)
+                self.members.append(stack.enter_context(member))
             until(lambda: self.all_say(self.total), f"all say {self.total}")
             self.may_say(self.total)
             self.push(stack.pop_all())
@@ -201,8 +202,7 @@ class Cluster(ExitStack[None]):
 
     def processes(self) -> list[psutil.Process]:
         """The supervisors, the workers and the agents."""
-        servers = [member.server for member in self.members]
-        return [one for s in servers for one in (psutil.Process(s.pid), *s.workers(), *s.agents())]
+        return [each for member in self.members for each in member.server.processes()]
 
     def descriptors(self) -> list[int]:
         """How many each process keeps: the least of some looks, since an agent asks a Sentinel now

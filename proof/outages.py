@@ -3,6 +3,7 @@
 `bin/availability --measure` writes proof/results/outages.json.
 """
 
+import itertools
 import json
 import select
 import signal
@@ -14,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
-from lab.nodes import Node
-from lab.redises import FAILOVER_LIMIT
+from lab.redises import FAILOVER_LIMIT, Redis
 from lab.running import LIMIT, ROOT, Client, environment, stopped, until
 from proof.probes import LIMIT_SECONDS, PERIOD_SECONDS
 from proof.world import Member, World, machine, undisturbed
@@ -77,7 +78,7 @@ def server_killed(world: World) -> Iterator[None]:
 @contextmanager
 def host_frozen(world: World) -> Iterator[None]:
     """All processes of a server stand still, as on a paused virtual machine, and go on later."""
-    with stopped(*world.members[0].tree()):
+    with stopped(*world.members[0].server.processes()):
         _wait_for_balancer(world, "DOWN")
         yield
 
@@ -86,7 +87,7 @@ def host_frozen(world: World) -> Iterator[None]:
 def host_gone(world: World) -> Iterator[None]:
     """No packet comes from it or goes there: a machine without power, a dead switch."""
     host = world.members[0].host
-    others = [world.front_host, *(node.host for node in world.nodes)]
+    others = [world.front_host, *world.redis_hosts]
     with world.network.cut(*world.between(host, *others)):
         _wait_for_balancer(world, "DOWN")
         yield
@@ -117,24 +118,15 @@ def rolling_restart(world: World) -> Iterator[None]:
 
 
 def promotes(
-    fault: Callable[[Node], None], mend: Callable[[Node], None] = lambda _: None
+    fault: Callable[[World, Redis], None], mend: Callable[[Redis], None] = lambda _: None
 ) -> Happening:
     """The fault makes another Redis primary; the old one, mended, is its replica in the end."""
 
     @contextmanager
     def happen(world: World) -> Iterator[None]:
-        old = world.primary()
-        with old.host.inside():
-            fault(old)
-        yield
-        others = [node for node in world.nodes if node is not old]
-        until(
-            lambda: any(node.role() == "master" for node in others),
-            "another is primary",
-            FAILOVER_LIMIT,
-        )
-        with old.host.inside():
-            mend(old)
+        with world.redis.replacing(partial(fault, world)) as old:
+            yield
+        mend(old)
 
     return happen
 
@@ -142,9 +134,7 @@ def promotes(
 @contextmanager
 def wiped(world: World) -> Iterator[None]:
     """FLUSHALL."""
-    node = world.primary()
-    with node.host.inside():
-        node.redis.wipe()
+    world.redis.primary().wipe()
     yield
 
 
@@ -153,10 +143,8 @@ def cut_off(count: int) -> Happening:
 
     @contextmanager
     def happen(world: World) -> Iterator[None]:
-        nodes = [node.host for node in world.nodes]
-        with world.network.cut(
-            *(way for m in world.members[:count] for way in world.between(m.host, *nodes))
-        ):
+        cut_off = [world.between(each.host, *world.redis_hosts) for each in world.members[:count]]
+        with world.network.cut(*itertools.chain(*cut_off)):
             yield
             time.sleep(LASTING_SECONDS)
 
@@ -186,17 +174,9 @@ FAULTS = (
     Fault("host gone", host_gone, gone=True),
     Fault("rolling reload", rolling_reload, is_of_who=False),
     Fault("rolling restart", rolling_restart, is_of_who=False),
-    Fault(
-        "Redis primary killed",
-        promotes(lambda old: old.redis.kill(), lambda old: old.redis.start()),
-    ),
-    Fault(
-        "Redis primary hung", promotes(lambda old: old.redis.freeze(), lambda old: old.redis.thaw())
-    ),
-    Fault(
-        "planned failover",
-        promotes(lambda old: old.sentinel.command("SENTINEL", "FAILOVER", "gserver")),
-    ),
+    Fault("Redis primary killed", promotes(lambda _, old: old.kill(), lambda old: old.start())),
+    Fault("Redis primary hung", promotes(lambda _, old: old.freeze(), lambda old: old.thaw())),
+    Fault("planned failover", promotes(lambda world, _: world.redis.order_failover())),
     Fault("Redis wiped", wiped),
     Fault("Redis gone", cut_off(3), lasts=True),
     Fault("server cut off from Redis", cut_off(1), lasts=True),
@@ -278,8 +258,7 @@ class Watcher:
                     self.answers.append((time.monotonic(), client.who()))
 
     def _connect(self) -> Client:
-        with self._member.host.inside():
-            return self._member.server.client()
+        return self._member.server.client()
 
     def says(self, count: int) -> bool:
         """Whether its latest answer is this one, and of just now."""
@@ -309,8 +288,7 @@ class Census(ExitStack[None]):
 
     def come(self, member: Member) -> None:
         """One more."""
-        with member.host.inside():
-            client = self.enter_context(member.server.client())
+        client = self.enter_context(member.server.client())
         client.ask(b"WHY")
         self.clients[member.name].append(client)
 
@@ -382,7 +360,7 @@ def measure(rounds: int, say: Callable[[str], None], only: str = "") -> dict[str
     with undisturbed(), tempfile.TemporaryDirectory() as folder, World(Path(folder)) as world:
         for number in range(rounds):
             for fault, sort, trial in trials:
-                world.settle()
+                until(world.redis.is_whole, "Redis is whole again", FAILOVER_LIMIT)
                 found = trial(world, fault)
                 report[sort].setdefault(fault.name, []).append(
                     [round(figure, 4) for figure in found]

@@ -142,7 +142,7 @@ class Soak:
         member.excuse, load.ceiling = "", load.usual_ceiling
         self._keep(world, f"{name}, {member.name}")
         with suppress(*EXPECTED):  # The next fault of Redis waits for it, and says so.
-            eventually(world.is_redundant, "Redis has two replicas again", FAILOVER_LIMIT)
+            eventually(world.redises.is_whole, "Redis has two replicas again", FAILOVER_LIMIT)
 
     def _settle(self, world: World) -> None:
         """Until all is well, and every client is served anew."""

@@ -71,6 +71,13 @@ class Log(list[str]):
                 self.append(line)
 
 
+class LoggedServer(Running):
+    """A server whose log is judged as it comes."""
+
+    log_type = Log
+    lines: Log
+
+
 class Member:
     """One of the servers: it keeps its name and port when it is started again."""
 
@@ -96,9 +103,10 @@ class Member:
 
     def start(self) -> None:
         """Start it, out of reach of a terminal's Ctrl-C; let it have had a crowd."""
-        self.log, self.deaths = Log(), 0  #: of processes, which a fault has caused
+        self.deaths = 0  #: of processes, which a fault has caused
         command = ["setsid", *GSERVER, "serve", "--port", str(self.port), *self._options]
-        self.running = Running(command=command, cwd=self._folder, lines=self.log)
+        self.running = LoggedServer(command=command, cwd=self._folder)
+        self.log = self.running.lines
         self.running.wait_for("agent.ready")
         with ExitStack() as stack:
             for _ in range(MAX_CLIENTS):
@@ -229,13 +237,6 @@ class World(ExitStack):
     def are_well(self, ceiling: int) -> bool:
         """Whether every server is."""
         return all(member.is_well(ceiling) for member in self.members)
-
-    def is_redundant(self) -> bool:
-        """Whether Redis may lose its primary once more."""
-        roles = [each.role() for each in self.redises.redises]
-        told = self.primary.command("INFO", "replication")
-        states = [told.get(f"slave{number}", {}).get("state") for number in range(2)]
-        return sorted(roles) == ["master", "slave", "slave"] and states == ["online"] * 2
 
     def census(self, at: float) -> dict[str, Any]:
         """What is held by whom, with one client for each worker; what WHO says then."""

@@ -199,14 +199,14 @@ def failover(timeline: Timeline, seconds: float = 7) -> None:
     """The primary is killed."""
     world, recorder = timeline.world, timeline.crowd.recorder
     timeline.let_pass(seconds)
-    primary = world.primary()
+    primary = world.redis.primary()
     with recorder.fault():
         timeline.happened("primary killed")
         with timeline.regained():
-            primary.redis.kill()
-            others = [node for node in world.nodes if node is not primary]
+            primary.kill()
+            others = [each for each in world.redis.redises if each is not primary]
             until(
-                lambda: any(node.role() == "master" for node in others),
+                lambda: any(each.role() == "master" for each in others),
                 "another is primary",
                 FAILOVER_LIMIT,
             )
@@ -220,7 +220,7 @@ def partition(timeline: Timeline, seconds: float = 5) -> None:
     world, recorder = timeline.world, timeline.crowd.recorder
     first, *others = world.members
     counts = [len(member.server.events("cluster.servers")) for member in others]
-    ways = world.between(first.host, *(node.host for node in world.nodes))
+    ways = world.between(first.host, *world.redis_hosts)
     timeline.let_pass(seconds)
     with recorder.fault(first.name), timeline.regained():
         with world.network.cut(*ways) as cut:

@@ -1,6 +1,6 @@
 """Three servers, Redis with two replicas and three Sentinels, and HAProxy, on seven hosts.
 
-Hosts are network namespaces (tests/netns.py), so this needs root. All of it has priority over other
+Hosts are network namespaces (lab/netns.py), so this needs root. All of it has priority over other
 processes, so that they are not measured.
 """
 
@@ -20,10 +20,10 @@ import click
 import psutil
 
 from lab.haproxy import Front
-from lab.netns import Host, Network, Way
-from lab.nodes import Node, start_nodes
-from lab.redises import FAILOVER_LIMIT
-from lab.running import GSERVER, ROOT, Running, until
+from lab.host import Host
+from lab.netns import Network, Way
+from lab.redises import Sentinels
+from lab.running import GSERVER, ROOT, Running
 
 NAMES = "A", "B", "C"
 NICENESS = -10
@@ -41,17 +41,13 @@ class Member:
 
     def start(self) -> None:
         """Start it; it has reported to Redis, or has tried to."""
-        with self.host.inside():
-            self.server = Running(command=self._command, env={"GSERVER_ADMIN_TOKEN": "secret"})
+        env = {"GSERVER_ADMIN_TOKEN": "secret"}
+        self.server = Running(command=self._command, env=env, host=self.host)
         self.server.wait_for("agent.ready")
 
     def end(self) -> None:
         """End it."""
         self.server.kill()
-
-    def tree(self) -> list[psutil.Process]:
-        """Its processes."""
-        return [psutil.Process(self.server.pid), *self.server.workers(), *self.server.agents()]
 
 
 class World(ExitStack[None]):
@@ -63,18 +59,10 @@ class World(ExitStack[None]):
         with ExitStack() as stack:
             self.network = stack.enter_context(Network(7))
             self.front_host, *rest = self.network.hosts
-            self.nodes = start_nodes(stack, folder, rest[:3])
-            sentinels = ",".join(f"{node.host.address}:{node.sentinel.port}" for node in self.nodes)
-            url = f"redis+sentinel://{sentinels}/gserver"
-            options = [
-                "--redis-url",
-                url,
-                "--heartbeat-interval",
-                str(beat),
-                "--member-ttl",
-                str(ttl),
-                *OPTIONS,
-            ]
+            self.redis_hosts = rest[:3]
+            self.redis = stack.enter_context(Sentinels(folder, hosts=self.redis_hosts))
+            options = ["--redis-url", self.redis.url, "--heartbeat-interval", str(beat)]
+            options += ["--member-ttl", str(ttl), *OPTIONS]
             self.members = [
                 Member(name, host, options) for name, host in zip(NAMES, rest[3:], strict=True)
             ]
@@ -89,37 +77,6 @@ class World(ExitStack[None]):
     def between(self, one: Host, *others: Host) -> list[Way]:
         """Both ways between a host and others."""
         return [way for other in others for way in ((one, other), (other, one))]
-
-    def primary(self) -> Node:
-        """The Redis that takes writes."""
-        node: Node = until(self._primary, "one primary", FAILOVER_LIMIT)
-        return node
-
-    def _primary(self) -> Node | None:
-        primaries = [
-            node for node in self.nodes if node.redis.is_running() and node.role() == "master"
-        ]
-        return primaries[0] if len(primaries) == 1 else None
-
-    def settle(self) -> None:
-        """Wait until the Sentinels know all nodes and a replica can take over."""
-
-        def is_settled() -> bool:
-            primary = self._primary()
-            return primary is not None and all(
-                node.knows() == (primary.host.address, "2", "2") and self._is_linked(node, primary)
-                for node in self.nodes
-            )
-
-        until(is_settled, "Redis is whole again", FAILOVER_LIMIT)
-
-    @staticmethod
-    def _is_linked(node: Node, primary: Node) -> bool:
-        with node.host.inside():
-            return (
-                node is primary
-                or node.redis.command("INFO", "replication").get("master_link_status") == "up"
-            )
 
 
 @contextmanager

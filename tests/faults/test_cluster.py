@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 from redis import Redis as Client
 
@@ -48,7 +47,7 @@ def test_a_paused_server_is_dropped_and_comes_back(cluster: Cluster, notes: Note
     for member in others:
         member.watcher.may_say(10, 5)
     before = cluster.processes()
-    with stopped(*[process for process in before if process.pid in pids(paused)]):
+    with stopped(*paused.server.processes()):
         for member in others:
             until(partial(member.watcher.says, 5), "it is dropped", TTL + LIMIT)
             member.watcher.may_say(5)
@@ -61,11 +60,6 @@ def test_a_paused_server_is_dropped_and_comes_back(cluster: Cluster, notes: Note
     assert cluster.processes() == before, "no process was replaced"
     assert cluster.descriptors() == descriptors
     notes.happened("the others dropped it, and it logged so when it was back")
-
-
-def pids(member: SteadyServer) -> set[int]:
-    server = member.server
-    return {server.pid, *(process.pid for process in (*server.workers(), *server.agents()))}
 
 
 @row("Agents are killed just after a beat", *PLAIN)
@@ -205,8 +199,7 @@ def test_a_server_taken_for_dead_comes_back(redis: Redis, variant: Variant, note
         until(lambda: len(redis.members()) == 2, "it is a member")
         client = stack.enter_context(paused.client())
         assert client.who() > 0
-        processes = [psutil.Process(paused.pid), *paused.workers(), *paused.agents()]
-        with stopped(*processes):
+        with stopped(*paused.processes()):
             another = stack.enter_context(Running(*options, env=env))
             assert another.who() >= 1
         assert paused.exit_code() == 2

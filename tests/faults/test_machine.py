@@ -160,7 +160,7 @@ def test_workers_with_little_processor_time_do_not_count_as_hung(
     start: Start, notes: Notes
 ) -> None:
     site = start()
-    processes = site.processes()
+    processes = site.server.processes()
     with site.neighbours() as neighbours, ExitStack() as stack:
         for process in processes:
             os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
@@ -175,4 +175,4 @@ def test_workers_with_little_processor_time_do_not_count_as_hung(
         notes.happened(f"it ran for {run:.1f} s, and waited for a processor for {waited:.1f} s")
         assert waited > run
         assert neighbours.answered > before
-    assert site.processes() == processes
+    assert site.server.processes() == processes

@@ -189,13 +189,13 @@ def test_no_process_counts_as_hung_after_the_machine_was_suspended(
     start: Start, notes: Notes
 ) -> None:
     site = start("--hang-timeout", "1")
-    processes = site.processes()
+    processes = site.server.processes()
     with site.neighbours():
         began = time.monotonic()
         with stopped(*processes):
             time.sleep(2.5)
         notes.happened(f"all stood still for {time.monotonic() - began:.1f} s")
-    assert site.processes() == processes
+    assert site.server.processes() == processes
 
 
 def is_free(port: int) -> bool:
@@ -380,7 +380,7 @@ def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: N
 @row("Port closed from outside", *ALL)
 def test_a_port_that_is_closed_from_outside_is_opened_again(start: Start, notes: Notes) -> None:
     site = start("--port", str(free_port()))
-    processes, site.may_complain = site.processes(), True
+    processes, site.may_complain = site.server.processes(), True
     with site.neighbours():
         site.may_lose = True
         for number, port in enumerate((site.server.port, site.server.admin_port()), 1):
@@ -391,7 +391,7 @@ def test_a_port_that_is_closed_from_outside_is_opened_again(start: Start, notes:
                 unavailable(f"closing a socket takes root and kernel support: {killed.stderr!r}")
             notes.happened(site.server.wait_for("server.port_closed", number)["message"])
             until(lambda: get(site.server, "/readyz")[0] == 200, "both are open")
-    assert site.processes() == processes
+    assert site.server.processes() == processes
 
 
 @row("Port taken", *PLAIN, quick=None)

@@ -327,7 +327,7 @@ def test_a_disk_that_is_full_for_a_while_tears_no_count(
 
 def limit_files(site: Site, size: int) -> None:
     """Limit the size of the files that the server writes."""
-    for process in site.processes():
+    for process in site.server.processes():
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
@@ -335,7 +335,7 @@ def limit_files(site: Site, size: int) -> None:
 def test_no_stderr_is_missed_by_nobody(start: Start, notes: Notes, kind: str) -> None:
     site = start(command=read_by(kind))
     with site.neighbours():
-        for process in site.processes():
+        for process in site.server.processes():
             link = os.readlink(f"/proc/{process.pid}/fd/2")
             notes.happened(f"stderr is {link}")
             assert link == kind.removeprefix("2>").replace("&-", "/dev/null")

@@ -6,7 +6,7 @@ It loses them both ways or one way only. Clients stay connected and send WHO all
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 
-from lab.netns import Cut, Host, Network, Way
-from lab.nodes import OPEN, start_nodes
-from lab.redises import FAILOVER_LIMIT, Redis
+from lab.host import Host
+from lab.netns import Cut, Network, Way
+from lab.redises import FAILOVER_LIMIT, Redis, Sentinels
 from lab.rows import Notes
 from lab.running import LIMIT, PATIENCE, Running, until
 from lab.site import SEED
 from lab.steady import Cluster, SteadyServer
 
 SHARES = 5, 3, 2
+#: Heartbeat interval and TTL.
+QUICK, DEFAULT = (0.3, 3.0), (0.5, 5.0)
 #: Seconds until all counts are exact after a partition, and from the end of its TTL until a server
 #: that is cut off is dropped.
 HEALED = 2 * PATIENCE
@@ -30,17 +32,10 @@ DROPPED = 1 * PATIENCE
 
 
 def spread(
-    stack: ExitStack[Any], hosts: list[Host], url: str, beat: float, ttl: float, workers: int = 1
+    hosts: Sequence[Host], url: str, times: tuple[float, float] = QUICK, workers: int = 1
 ) -> Cluster:
-    """A cluster with one server on each host, when all of them report the total."""
-    cluster = stack.enter_context(Cluster(url, beat, ttl, shares=()))
-    options = *cluster.options, "--workers", str(workers)
-    for host, share in zip(hosts, SHARES, strict=True):
-        with host.inside():
-            cluster.members.append(stack.enter_context(SteadyServer(share, *options)))
-    until(lambda: cluster.all_say(cluster.total), f"all say {cluster.total}")
-    cluster.may_say(cluster.total)
-    return cluster
+    """A cluster with one server on each host."""
+    return Cluster(url, *times, {"WEB_CONCURRENCY": str(workers)}, SHARES, hosts)
 
 
 class World(ExitStack[None]):
@@ -52,10 +47,10 @@ class World(ExitStack[None]):
         with ExitStack() as stack:
             self.network = stack.enter_context(Network(1 + len(SHARES)))
             self.redis_host, *self.hosts = self.network.hosts
-            with self.redis_host.inside():
-                self.redis = stack.enter_context(Redis(folder, **OPEN))
-            url = f"redis://{self.redis_host.address}:{self.redis.port}"
-            self.cluster = spread(stack, self.hosts, url, beat, ttl, workers)
+            self.redis = stack.enter_context(Redis(folder, host=self.redis_host))
+            self.cluster = stack.enter_context(
+                spread(self.hosts, self.redis.url, (beat, ttl), workers)
+            )
             self.members = list(self.cluster.members)
             self.push(stack.pop_all())
 
@@ -89,9 +84,7 @@ class World(ExitStack[None]):
         """Connect a further client; its server counts it at once, above the given total."""
         member = self.members[number]
         member.watcher.may_say(total, total + 1)
-        with self.hosts[number].inside():
-            client = member.server.client()
-        with client:
+        with member.server.client() as client:
             assert client.who() == total + 1
             member.watcher.may_say(total + 1)
             yield
@@ -109,8 +102,7 @@ class World(ExitStack[None]):
     def last_reported_at(self, number: int) -> float:
         """Return the monotonic time of the server's last heartbeat that Redis has run."""
         name = self.members[number].clients[0].ask(b"WHERE").decode()
-        with self.redis_host.inside():
-            entry = str(self.redis.command("HGET", "{gserver:gserver}:members", name))
+        entry = str(self.redis.command("HGET", "{gserver:gserver}:members", name))
         return int(entry.split()[1]) / 1e6
 
     def wait_until_alone(self, staying: list[SteadyServer], since: float) -> None:
@@ -141,7 +133,6 @@ def world(shared_world: World) -> World:
     return shared_world
 
 
-QUICK, DEFAULT = (0.3, 3.0), (0.5, 5.0)
 #: `bin/check` runs only the first.
 WORKERS = [pytest.param(1, id="1 worker"), pytest.param(3, id="3 workers", marks=pytest.mark.long)]
 
@@ -335,6 +326,23 @@ def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(
         notes.happened("one was killed and one stopped while their packets were lost")
 
 
+@contextmanager
+def another_elected(network: Network, sentinels: Sentinels) -> Iterator[Redis]:
+    """The first Redis and its Sentinel are cut off from the others, which elect another primary.
+
+    In the end the first one follows it.
+    """
+    old, *majority = sentinels.redises
+    apart = [(one.host, old.host) for one in majority]
+    with network.cut(*apart, *((first, other) for other, first in apart)):
+        yield until(
+            lambda: [one for one in majority if one.role() == "master"],
+            "another Redis is the primary",
+            FAILOVER_LIMIT,
+        )[0]
+    until(lambda: old.role() == "slave", "the old primary has been demoted", FAILOVER_LIMIT)
+
+
 @pytest.mark.long
 @pytest.mark.fault("Primary cut off with one server; the majority elects another")
 @pytest.mark.parametrize("workers", WORKERS)
@@ -342,28 +350,18 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
     tmp_path: Path, notes: Notes, workers: int
 ) -> None:
     beat, ttl = QUICK
-    with ExitStack() as stack:
-        network = stack.enter_context(Network(len(SHARES)))
-        nodes = start_nodes(stack, tmp_path, network.hosts)
-        sentinels = ",".join(f"{node.host.address}:{node.sentinel.port}" for node in nodes)
-        cluster = spread(
-            stack, network.hosts, f"redis+sentinel://{sentinels}/gserver", beat, ttl, workers
-        )
-        old, *majority = nodes
+    with (
+        Network(len(SHARES)) as network,
+        Sentinels(tmp_path, hosts=network.hosts) as sentinels,
+        spread(network.hosts, sentinels.url, workers=workers) as cluster,
+    ):
         cluster.may_say(10, 8, 7, 5)
-        to_old = [(node.host, old.host) for node in majority]
-        with network.cut(*to_old, *((minority, other) for other, minority in to_old)):
-            until(
-                lambda: "master" in [node.role() for node in majority],
-                "another Redis is the primary",
-                FAILOVER_LIMIT,
-            )
+        with another_elected(network, sentinels):
             until(lambda: cluster.all_say(5), "each side counts its own servers", ttl + LIMIT)
-            assert old.role() == "master"
+            assert sentinels.redises[0].role() == "master"
             cluster.may_say(5)
             cluster.watch(2 * beat)
             cluster.may_say(5, 10)
-        until(lambda: old.role() == "slave", "the old primary has been demoted", FAILOVER_LIMIT)
         cluster.settle(HEALED)
         cluster.check()
         notes.happened(
@@ -375,29 +373,19 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
 @pytest.mark.fault("Primary cut off with its Sentinel; servers reach both sides")
 def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes: Notes) -> None:
     """Each knows the primary from the Sentinel that is cut off with it and still names it."""
-    beat, ttl = QUICK
     with ExitStack() as stack:
         network = stack.enter_context(Network(2 * len(SHARES)))
-        nodes = start_nodes(stack, tmp_path, network.hosts[:3])
-        sentinels = ",".join(f"{node.host.address}:{node.sentinel.port}" for node in nodes)
-        old, *majority = nodes
         servers = network.hosts[3:]
-        apart = [(server, node.host) for server in servers for node in majority]
+        sentinels = stack.enter_context(Sentinels(tmp_path, hosts=network.hosts[:3]))
+        old, *majority = sentinels.redises
+        apart = [(server, one.host) for server in servers for one in majority]
         with network.cut(*apart, *((other, server) for server, other in apart)):
-            cluster = spread(stack, servers, f"redis+sentinel://{sentinels}/gserver", beat, ttl)
-        to_old = [(node.host, old.host) for node in majority]
-        with network.cut(*to_old, *((minority, other) for other, minority in to_old)):
-            until(
-                lambda: "master" in [node.role() for node in majority],
-                "another Redis is the primary",
-                FAILOVER_LIMIT,
-            )
-            [new] = [node for node in majority if node.role() == "master"]
+            cluster = stack.enter_context(spread(servers, sentinels.url))
+        with another_elected(network, sentinels) as new:
             promoted = time.monotonic()
 
             def have_moved() -> bool:
-                with new.host.inside():
-                    entries = new.redis.command("HVALS", "{gserver:gserver}:members")
+                entries = new.command("HVALS", "{gserver:gserver}:members")
                 return len(entries) == 3 and all(
                     int(entry.split()[1]) / 1e6 > promoted for entry in entries
                 )
@@ -405,11 +393,13 @@ def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes
             cluster.may_say(*range(11))
             until(have_moved, "all report to it")
             cluster.settle(HEALED)
-            cluster.watch(ttl)
+            cluster.watch(cluster.ttl)
             assert have_moved()
             assert old.role() == "master"
-            assert old.knows()[0] == old.host.address
+            named, _ = sentinels.sentinels[0].command(
+                "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "gserver"
+            )
+            assert named == old.host.address
             notes.happened("both were primary, and the Sentinel of the old one named it")
-        until(lambda: old.role() == "slave", "the old primary has been demoted", FAILOVER_LIMIT)
         cluster.settle(HEALED)
         cluster.check()
