@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from lab.running import LIMIT, ROOT, Client, environment
 from lab.site import Site
-from lab.tls_client import TlsClient, trust
+from lab.tls_client import trust
 
 PAUSE_SECONDS = 0.001
 EVERY = 50  #: questions of which one comes on a new connection
@@ -78,9 +78,7 @@ def main() -> None:
     ports = [
         (int(port), is_tls == "1") for port, is_tls in zip(words[::2], words[1::2], strict=True)
     ]
-    clients = [
-        TlsClient(port, context) if is_tls and context else Client(port) for port, is_tls in ports
-    ]
+    clients = [Client(port, context=context if is_tls else None) for port, is_tls in ports]
     seconds: list[list[float]] = [[] for _ in clients]
     _ask(clients, [[] for _ in clients])
     sys.stdout.write("ready\n")

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -76,13 +77,19 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
-    """Return the first true value of `condition`; fail when none comes within the limit."""
+def until(
+    condition: Callable[[], Any],
+    what: str | Callable[[], str],
+    limit: float = LIMIT,
+    pause: float = 0.005,
+) -> Any:
+    """Return the first true value of `condition`; AssertionError if none comes within the limit."""
     deadline = time.monotonic() + limit
     while not (value := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {limit:.1f} s: {what}")
-        time.sleep(0.005)
+            told = what if isinstance(what, str) else what()
+            raise AssertionError(f"not within {limit:.1f} s: {told}")
+        time.sleep(pause)
     return value
 
 
@@ -148,10 +155,23 @@ def extended(folder: Path, module: str, *options: str, **more: Any) -> "Running"
 
 
 class Client:
-    """A plain socket with a line reader. It knows nothing of the protocol."""
+    """A socket with a line reader. It knows nothing of the protocol.
 
-    def __init__(self, port: int, host: str = "127.0.0.1", source: str = "") -> None:
+    With a context it speaks TLS, and takes an end without its closing alert for an error.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        host: str = "127.0.0.1",
+        source: str = "",
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         self.sock = socket.create_connection((host, port), LIMIT, (source, 0) if source else None)
+        if context:
+            self.sock = context.wrap_socket(
+                self.sock, server_hostname=host, suppress_ragged_eofs=False
+            )
         self._buffer = b""
 
     def __enter__(self) -> Self:
@@ -194,8 +214,11 @@ class Client:
         return received
 
     def end(self) -> bytes:
-        """Send the end of input, return the rest."""
-        self.sock.shutdown(socket.SHUT_WR)
+        """Send the end of input, return the rest.
+
+        It is sent by TCP alone: Python cannot say it by TLS and go on reading.
+        """
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
         return self.rest()
 
 
@@ -282,7 +305,7 @@ class Running:
             return events if len(events) >= count else []
 
         events: list[Event] = until(
-            found, f"{count} of {action} in {self.lines} {self.errors}", limit
+            found, lambda: f"{count} of {action} in {self.lines} {self.errors}", limit
         )
         return events[count - 1]
 
@@ -291,9 +314,9 @@ class Running:
         port: int = self.events("server.listening")[0]["gserver.admin_port"]
         return port
 
-    def client(self, source: str = "") -> Client:
+    def client(self, source: str = "", context: ssl.SSLContext | None = None) -> Client:
         with self.host.inside():
-            return Client(self.port, source=source)
+            return Client(self.port, source=source, context=context)
 
     def who(self) -> int:
         """What WHO says to a new client, which counts itself."""
@@ -309,7 +332,13 @@ class Running:
 
     def processes(self) -> list[psutil.Process]:
         """The supervisor, the workers and the agent."""
-        return [psutil.Process(self.pid), *self.workers(), *self.agents()]
+        return [*self.named_processes().values()]
+
+    def named_processes(self) -> dict[str, psutil.Process]:
+        """The same by role and pid."""
+        roles = {"supervisor": [psutil.Process(self.pid)], "worker": self.workers()}
+        roles |= {"agent": self.agents()}
+        return {f"{role} {each.pid}": each for role, found in roles.items() for each in found}
 
     def _children(self, role: str) -> list[psutil.Process]:
         found = []

@@ -1,8 +1,5 @@
-"""A client that speaks TLS, and what a server needs to be spoken to so: with the files of the
-fixture `pems`.
-"""
+"""What a client and a server need to speak TLS, with the files of `make_certificates`."""
 
-import socket
 import ssl
 from pathlib import Path
 
@@ -20,21 +17,6 @@ def trust(pems: Path, cert: str = "") -> ssl.SSLContext:
     if cert:
         context.load_cert_chain(pems / f"{cert}.pem", pems / f"{cert}.key")
     return context
-
-
-class TlsClient(Client):
-    """A client that speaks TLS, and takes an end without its closing alert for an error."""
-
-    def __init__(self, port: int, context: ssl.SSLContext, source: str = "") -> None:
-        super().__init__(port, source=source)
-        self.sock = context.wrap_socket(
-            self.sock, server_hostname="127.0.0.1", suppress_ragged_eofs=False
-        )
-
-    def end(self) -> bytes:
-        """Send the end of input, by TCP alone: Python cannot say it by TLS and go on reading."""
-        socket.socket.shutdown(self.sock, socket.SHUT_WR)
-        return self.rest()
 
 
 def shake_hands(

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from lab.member import Member
 from lab.redises import FAILOVER_LIMIT, Redis
 from lab.running import LIMIT, ROOT, Client, environment, stopped, until
 from proof.probes import LIMIT_SECONDS, PERIOD_SECONDS
-from proof.world import Member, World, machine, undisturbed
+from proof.world import World, machine, undisturbed
 
 FILE = ROOT / "proof/results/outages.json"
 #: Of Redis, or of one server's way to it, where a fault lasts for as long as one likes.

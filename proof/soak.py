@@ -23,12 +23,12 @@ from redis import RedisError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from lab.load import Load
 from lab.redises import FAILOVER_LIMIT
 from lab.running import ROOT
 from proof.soak_faults import FAULTS
 from proof.soak_judge import Report, complaints, render, written
-from proof.soak_load import Load
-from proof.soak_world import NAMES, World, eventually
+from proof.soak_world import CALLERS, CEILING, NAMES, World, settle
 
 #: What may go wrong in a way that is worth a line in the report.
 EXPECTED = (
@@ -78,7 +78,7 @@ class Soak:
     def run(self, folder: Path) -> None:
         """Run it to its end."""
         with World(folder, self._seed) as world:
-            self._load = Load(world.members, self._seed)
+            self._load = Load(world.members, self._seed, CALLERS, CEILING)
             self._began = time.monotonic()
             try:
                 self._go_on(world)
@@ -92,7 +92,7 @@ class Soak:
         """Run one fault after another, and a census now and then, each when it is due or later."""
         next_fault = self._pace / 2
         drawn = self._draw()
-        eventually(
+        settle(
             partial(world.are_well, 0),
             "all begin well, and nobody of the crowds is counted any more",
         )
@@ -125,7 +125,7 @@ class Soak:
         )
         member = world.members[NAMES.index(victim)]
         noted = self.report["faults"].setdefault(name, {"seconds": [], "happened": ""})
-        member.excuse, load.ceiling = fault.excuse, load.usual_ceiling + fault.crowd
+        member.excuse, load.ceiling = fault.excuse, CEILING + fault.crowd
         try:
             try:
                 noted["happened"] = fault.act(world, member)
@@ -139,21 +139,19 @@ class Soak:
         except EXPECTED as error:
             self._failed(f"{name}, {member.name}", error)
         # Not where it is interrupted: what it has brought about is still there.
-        member.excuse, load.ceiling = "", load.usual_ceiling
+        member.excuse, load.ceiling = "", CEILING
         self._keep(world, f"{name}, {member.name}")
         with suppress(*EXPECTED):  # The next fault of Redis waits for it, and says so.
-            eventually(world.redises.is_whole, "Redis has two replicas again", FAILOVER_LIMIT)
+            settle(world.redises.is_whole, "Redis has two replicas again", limit=FAILOVER_LIMIT)
 
     def _settle(self, world: World) -> None:
         """Until all is well, and every client is served anew."""
         self._load.are_served()
-        are_well = partial(world.are_well, self._load.usual_ceiling)
-        eventually(
-            are_well, lambda: f"all is well: {[member.status() for member in world.members]}"
-        )
+        are_well = partial(world.are_well, CEILING)
+        settle(are_well, lambda: f"all is well: {[member.status() for member in world.members]}")
 
     def _census(self, world: World) -> None:
-        self._load.pause()
+        self._load.park()
         try:
             census = world.census(self.elapsed)
             self.report["censuses"].append(census)

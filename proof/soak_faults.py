@@ -19,9 +19,9 @@ import psutil
 
 from lab.redises import Redis, Sentinels, Server
 from lab.running import LIMIT, Client, Running, stopped
-from proof.soak_world import MAX_CLIENTS, NAMES, Member, World, eventually
+from proof.soak_world import MAX_CLIENTS, NAMES, SoakedMember, World, settle
 
-Act = Callable[[World, Member], str]
+Act = Callable[[World, SoakedMember], str]
 CROWD = 2 * MAX_CLIENTS  # those of a server, and of one before it by that name
 #: The one that may be restarted, and those whose processes may die: the third lives on, so that its
 #: memory tells.
@@ -33,11 +33,11 @@ class Fault(NamedTuple):
 
     act: Act
     victims: tuple[str, ...] = NAMES
-    excuse: str = ""  #: see `Member.excuse`
+    excuse: str = ""  #: see `load.Target`
     crowd: int = 0  #: by how much WHO may say more
 
 
-def _told(action: str, do: Callable[[], object], *members: Member) -> str:
+def _told(action: str, do: Callable[[], object], *members: SoakedMember) -> str:
     """What this does makes each of them log that."""
     before = [member.log.actions[action] for member in members]
     do()
@@ -48,7 +48,7 @@ def _told(action: str, do: Callable[[], object], *members: Member) -> str:
             for member, count in zip(members, before, strict=True)
         ]
 
-    eventually(
+    settle(
         lambda: all(have()),
         lambda: f"{action} by all of {[member.name for member in members]}: {have()}",
     )
@@ -59,41 +59,42 @@ def _told(action: str, do: Callable[[], object], *members: Member) -> str:
 
 
 def _process(
-    role: str, do: Callable[[psutil.Process], None], action: str, world: World, member: Member
+    role: str, do: Callable[[psutil.Process], None], action: str, world: World, member: SoakedMember
 ) -> str:
     process = world.random.choice(
-        [each for name, each in member.processes().items() if name.startswith(role)]
+        [each for name, each in member.server.named_processes().items() if name.startswith(role)]
     )
     told = _told(action, lambda: do(process), member)
     member.deaths += 1
     return told
 
 
-def _held_up(world: World, member: Member) -> str:
-    with stopped(worker := world.random.choice(member.running.workers())):
+def _held_up(world: World, member: SoakedMember) -> str:
+    with stopped(worker := world.random.choice(member.server.workers())):
         time.sleep(1)
     assert worker.is_running()
     return "it stood still, and was not replaced"
 
 
-def _reload(_world: World, member: Member) -> str:
-    before = member.processes().keys()
-    _told("server.reloaded", lambda: member.running.send_signal(signal.SIGHUP), member)
-    eventually(
-        lambda: len(member.processes().keys() & before) == 1, "all but the supervisor are new"
+def _reload(_world: World, member: SoakedMember) -> str:
+    before = member.server.named_processes().keys()
+    _told("server.reloaded", lambda: member.server.send_signal(signal.SIGHUP), member)
+    settle(
+        lambda: len(member.server.named_processes().keys() & before) == 1,
+        "all but the supervisor are new",
     )
     return "all processes but the supervisor are new"
 
 
-def _ended(number: signal.Signals, code: int, _world: World, member: Member) -> str:
-    member.running.send_signal(number)
-    assert member.running.exit_code() == code, member.running.stderr
+def _ended(number: signal.Signals, code: int, _world: World, member: SoakedMember) -> str:
+    member.server.send_signal(number)
+    assert member.server.exit_code() == code, member.server.stderr
     assert not (told := member.complaints()), told
     member.start()
     return f"exit code {code}, started again"
 
 
-def _same_id(world: World, member: Member) -> str:
+def _same_id(world: World, member: SoakedMember) -> str:
     with Running(
         "--server-id", member.name, "--redis-url", world.redises.url, wait=False
     ) as second:
@@ -105,19 +106,19 @@ def _same_id(world: World, member: Member) -> str:
 
 
 def _noticed(
-    action: str, seconds: float, do: Callable[[World], object], world: World, _member: Member
+    action: str, seconds: float, do: Callable[[World], object], world: World, _member: SoakedMember
 ) -> str:
     noticed = _told(action, lambda: do(world), *world.members)
     time.sleep(seconds)
     return f"all servers {noticed}"
 
 
-def _replaced(do: Callable[[Sentinels], Redis], world: World, _member: Member) -> str:
+def _replaced(do: Callable[[Sentinels], Redis], world: World, _member: SoakedMember) -> str:
     before = do(world.redises)
     return f"the Redis at port {world.primary.port} took over from {before.port}"
 
 
-def _away(which: Callable[[World], Sequence[Server]], world: World, _member: Member) -> str:
+def _away(which: Callable[[World], Sequence[Server]], world: World, _member: SoakedMember) -> str:
     world.random.choice(which(world)).kill()
     time.sleep(2)
     return "it was killed, and away for 2 s"
@@ -128,17 +129,17 @@ def _freeze_all(world: World) -> None:
         each.freeze()
 
 
-def _scripts_forgotten(world: World, _member: Member) -> str:
+def _scripts_forgotten(world: World, _member: SoakedMember) -> str:
     primary = world.primary
     primary.forget_scripts()
-    eventually(
+    settle(
         lambda: primary.command("INFO", "memory")["number_of_cached_scripts"] > 0,
         "the script is back",
     )
     return "the script was loaded again"
 
 
-def _cut(world: World, _member: Member) -> str:
+def _cut(world: World, _member: SoakedMember) -> str:
     count = world.primary.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     assert count >= len(NAMES), count
     return "those of all servers, at least"
@@ -153,18 +154,18 @@ def _refused(
     least: int,
     attack: Callable[[list[Client]], int],
     _world: World,
-    member: Member,
+    member: SoakedMember,
 ) -> str:
     """So many connect and attack; the least that are told must be counted as refused so."""
 
     def counted() -> int:
-        return int(eventually(member.status, "the admin port answers")["error_replies"][name])
+        return int(settle(member.status, "the admin port answers")["error_replies"][name])
 
     before = counted()
     with ExitStack() as stack:
         told = attack([stack.enter_context(member.client()) for _ in range(count)])
         assert told >= least, f"{told} were told"
-        eventually(lambda: counted() - before >= told, "as many are counted")
+        settle(lambda: counted() - before >= told, "as many are counted")
     return f"{least} at least were cut off, and counted as {name}"
 
 
@@ -194,7 +195,7 @@ def _never_read(crowd: list[Client]) -> int:
     return len(crowd)
 
 
-def _silent(_world: World, member: Member) -> str:
+def _silent(_world: World, member: SoakedMember) -> str:
     with ExitStack() as stack:
         crowd = [
             stack.enter_context(socket.create_connection(("127.0.0.1", member.port), LIMIT))
@@ -205,7 +206,7 @@ def _silent(_world: World, member: Member) -> str:
     return "200 were closed"
 
 
-def _sink_gone(world: World, _member: Member) -> str:
+def _sink_gone(world: World, _member: SoakedMember) -> str:
     world.sink.close()
     time.sleep(5)
     world.open_sink()
@@ -215,13 +216,13 @@ def _sink_gone(world: World, _member: Member) -> str:
     return "nobody listened; then all sent again"
 
 
-def _reader_stalled(_world: World, member: Member) -> str:
-    assert member.running.process.stdout
-    pipe, waiting = member.running.process.stdout.fileno(), array.array("i", [0])
+def _reader_stalled(_world: World, member: SoakedMember) -> str:
+    assert member.server.process.stdout
+    pipe, waiting = member.server.process.stdout.fileno(), array.array("i", [0])
     size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
     member.log.may_read.clear()
     try:
-        eventually(
+        settle(
             lambda: fcntl.ioctl(pipe, termios.FIONREAD, waiting) or waiting[0] > size - 1000,
             "the pipe is full",
         )
@@ -231,8 +232,8 @@ def _reader_stalled(_world: World, member: Member) -> str:
     return "the pipe was full for 3 s"
 
 
-def _garbage(world: World, member: Member) -> str:
-    answers, address = 0, ("127.0.0.1", member.running.admin_port())
+def _garbage(world: World, member: SoakedMember) -> str:
+    answers, address = 0, ("127.0.0.1", member.server.admin_port())
     for number in range(60):
         with socket.create_connection(address, LIMIT) as sock, suppress(OSError):
             if number % 3:

@@ -20,9 +20,10 @@ from typing import Any
 import click
 
 from lab.history import Answer, Fact, Kind, Promise, Recorder, check
+from lab.member import Member
 from lab.redises import FAILOVER_LIMIT
 from lab.running import LIMIT, PATIENCE, ROOT, Client, until
-from proof.world import NAMES, Member, World, machine, need_root, undisturbed, write
+from proof.world import NAMES, World, machine, need_root, undisturbed, write
 
 FILE = ROOT / "proof/results/timelines.json"
 PAUSE_SECONDS = 0.01

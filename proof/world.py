@@ -21,33 +21,14 @@ import psutil
 
 from lab.haproxy import Front
 from lab.host import Host
+from lab.member import Member
 from lab.netns import Network, Way
 from lab.redises import Sentinels
-from lab.running import GSERVER, ROOT, Running
+from lab.running import ROOT
 
 NAMES = "A", "B", "C"
 NICENESS = -10
 OPTIONS = "--workers", "2", "--drain-delay", "2"
-
-
-class Member:
-    """A server, and the next one in its place."""
-
-    def __init__(self, name: str, host: Host, options: list[str]) -> None:
-        self.name, self.host = name, host
-        command = [*GSERVER, "serve", "--host", "0.0.0.0", "--port", "4242"]
-        self._command = [*command, "--admin-host", host.address, "--admin-port", "4243", *options]
-        self.start()
-
-    def start(self) -> None:
-        """Start it; it has reported to Redis, or has tried to."""
-        env = {"GSERVER_ADMIN_TOKEN": "secret"}
-        self.server = Running(command=self._command, env=env, host=self.host)
-        self.server.wait_for("agent.ready")
-
-    def end(self) -> None:
-        """End it."""
-        self.server.kill()
 
 
 class World(ExitStack[None]):
@@ -63,10 +44,12 @@ class World(ExitStack[None]):
             self.redis = stack.enter_context(Sentinels(folder, hosts=self.redis_hosts))
             options = ["--redis-url", self.redis.url, "--heartbeat-interval", str(beat)]
             options += ["--member-ttl", str(ttl), *OPTIONS]
-            self.members = [
-                Member(name, host, options) for name, host in zip(NAMES, rest[3:], strict=True)
-            ]
-            for member in self.members:
+            env = {"GSERVER_ADMIN_TOKEN": "secret"}
+            self.members: list[Member] = []
+            for name, host in zip(NAMES, rest[3:], strict=True):
+                admin = ["--admin-host", host.address, "--admin-port", "4243"]
+                member = Member(name, *admin, *options, host=host, env=env)
+                self.members.append(member)
                 stack.callback(member.end)
             with self.front_host.inside():
                 addresses = [member.host.address for member in self.members]

@@ -15,7 +15,7 @@ from gserver.boot import RESERVED_FILES
 from gserver.serve.loop import MAX_HANDSHAKES
 from lab.admin import status
 from lab.running import LIMIT, Running, limited, stopped, until
-from lab.tls_client import TlsClient, certified, trust
+from lab.tls_client import certified, trust
 
 
 def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
@@ -23,7 +23,7 @@ def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
         server = stack.enter_context(Running(*certified(pems), "--tls-handshake-timeout", "0"))
         silent = [stack.enter_context(server.client()) for _ in range(MAX_HANDSHAKES + 10)]
         assert [client.rest() for client in silent[:10]] == [b""] * 10
-        with TlsClient(server.port, trust(pems)) as good:
+        with server.client(context=trust(pems)) as good:
             assert good.who() == 1
         ended = select.poll()
         for client in silent[12:]:
@@ -36,7 +36,7 @@ def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
         bad = [stack.enter_context(server.client()) for _ in range(round(2 * LIMIT))]
         for client in bad:
             client.send(b"\x16" + b"\xff" * 9)
-        with TlsClient(server.port, trust(pems)) as good:
+        with server.client(context=trust(pems)) as good:
             assert good.who() == 1
 
 
@@ -78,7 +78,7 @@ def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
         server = stack.enter_context(Running(*more, command=limited(512)))
         for _ in range(560):
             stack.enter_context(server.client())
-        with TlsClient(server.port, trust(pems)) as good:
+        with server.client(context=trust(pems)) as good:
             assert good.who() == 1
 
 
@@ -93,10 +93,10 @@ def test_handshakes_take_no_room_from_clients_where_files_are_few(
         server = stack.enter_context(Running(*more, command=limited(RESERVED_FILES + 16)))
         for _ in range(established):
             # With TLS 1.3 a client is through with its handshake before the server is.
-            assert stack.enter_context(TlsClient(server.port, trust(pems))).ask(b"WHY") == b"42"
+            assert stack.enter_context(server.client(context=trust(pems))).ask(b"WHY") == b"42"
         for _ in range(20):
             stack.enter_context(server.client())
-        with TlsClient(server.port, trust(pems)) as good:
+        with server.client(context=trust(pems)) as good:
             assert good.who() == established + 1
 
 
@@ -123,8 +123,8 @@ def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path
         Running(
             *certified(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0"
         ) as server,
-        TlsClient(server.port, trust(pems)) as one,
-        TlsClient(server.port, trust(pems)) as other,
+        server.client(context=trust(pems)) as one,
+        server.client(context=trust(pems)) as other,
         server.client() as silent,
     ):
         assert one.ask(b"WHY") == b"42"

@@ -18,7 +18,7 @@ from gserver.serve.client import LINGER_SECONDS
 from gserver.serve.limits import AddressCounts, Limits, network
 from lab.admin import status
 from lab.running import PATIENCE, Client, Running, extended, stopped, until
-from lab.tls_client import TlsClient, certified, trust
+from lab.tls_client import certified, trust
 from tests.test_worker import MODULE, WAYS
 
 MANY, OTHER = "127.0.0.2", "127.0.0.3"
@@ -89,7 +89,7 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
     with limited(tmp_path, *more) as server:
 
         def connect(source: str = "") -> Client:
-            return TlsClient(server.port, trust(pems), source) if has_tls else server.client(source)
+            return server.client(source, trust(pems)) if has_tls else server.client(source)
 
         def go(way: Callable[[Client], bytes]) -> None:
             source = chance.choice([MANY, OTHER])
@@ -150,10 +150,10 @@ def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
     more = [*certified(pems), "--tls-handshake-timeout", str(PATIENCE), "--admin-port", "0"]
     with limited(tmp_path, *more) as server, ExitStack() as stack:
         silent = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT)]
-        assert stack.enter_context(TlsClient(server.port, trust(pems), MANY)).rest() == REJECTED
-        assert stack.enter_context(TlsClient(server.port, trust(pems), OTHER)).who() == 1
+        assert stack.enter_context(server.client(MANY, trust(pems))).rest() == REJECTED
+        assert stack.enter_context(server.client(OTHER, trust(pems))).who() == 1
         assert {client.rest() for client in silent} == {b""}
-        assert stack.enter_context(TlsClient(server.port, trust(pems), MANY)).who() == 2
+        assert stack.enter_context(server.client(MANY, trust(pems))).who() == 2
         assert status(server)["error_replies"]["too_many_from_address"] == 1
 
 

@@ -30,7 +30,7 @@ from lab.certificates import make_certificates
 from lab.netns import Network
 from lab.running import LIMIT, Client, Running, gserver, program, stopped, until
 from lab.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
-from lab.tls_client import TlsClient, certified, shake_hands, trust
+from lab.tls_client import certified, shake_hands, trust
 from lab.wire_cases import CASES, Case
 
 #: Of the servers below, in seconds.
@@ -162,7 +162,7 @@ def test_updates_without_end_are_taken_in_turn_with_what_others_say(
 ) -> None:
     with (
         RecordClient(server.port, trust(pems), tmp_path) as greedy,
-        TlsClient(server.port, trust(pems)) as good,
+        server.client(context=trust(pems)) as good,
     ):
         greedy.send(greedy.record(b"WHY\n"))
         assert (good.ask(b"WHY"), greedy.line()) == (b"42", b"42\n")
@@ -323,13 +323,13 @@ def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: 
 @pytest.mark.outer
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_wire_is_the_same(server: Running, pems: Path, case: Case) -> None:
-    with TlsClient(server.port, trust(pems)) as client:
+    with server.client(context=trust(pems)) as client:
         client.send(case.sent)
         assert client.end() == case.replies
 
 
 def test_replies_and_bursts_of_many_records(server: Running, pems: Path) -> None:
-    with TlsClient(server.port, trust(pems)) as client:
+    with server.client(context=trust(pems)) as client:
         client.send(b"WHY\n" * 20_000 + b"LARGE\n" + b"WHERE\n" * 3)
         assert [client.line() for _ in range(20_000)] == [b"42\n"] * 20_000
         assert client.line() == b"x" * 3_000_000 + b"\n"
@@ -414,7 +414,7 @@ def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: P
     count = error_replies(server)
     with server.client():
         pass
-    with TlsClient(server.port, trust(pems)) as client:
+    with server.client(context=trust(pems)) as client:
         assert client.who() == 1
     assert (count("tls_failed"), count("plain_text")) == (0, 0)
 
@@ -429,7 +429,7 @@ def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(
         for client in silent[::2]:
             client.send(b"\x16\x03\x01")
         began = time.monotonic()
-        with TlsClient(server.port, trust(pems)) as good:
+        with server.client(context=trust(pems)) as good:
             assert good.who() == 1
             assert time.monotonic() - began < HANDSHAKE_TIMEOUT, "it was held up"
             for client in silent:
@@ -442,11 +442,11 @@ def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(
 def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
     with (
         Running(*certified(pems), "--max-clients", "1") as server,
-        TlsClient(server.port, trust(pems)) as first,
+        server.client(context=trust(pems)) as first,
         server.client(),
     ):
         assert first.who() == 1
-        with TlsClient(server.port, trust(pems)) as second:
+        with server.client(context=trust(pems)) as second:
             assert second.rest() == b"ERR too many clients\n"
         assert first.who() == 1
 
@@ -466,10 +466,10 @@ def test_clients_need_a_certificate_where_there_is_a_ca_for_them(
     count = error_replies(mutual)
     # With TLS 1.3 a client hears of it only after its own end of the handshake.
     for bad in (trust(pems), trust(pems, "other-ca")):
-        with pytest.raises(ssl.SSLError, match="ALERT"), TlsClient(mutual.port, bad) as client:
+        with pytest.raises(ssl.SSLError, match="ALERT"), mutual.client(context=bad) as client:
             client.ask(b"WHO")
     until(lambda: count("tls_failed") == 2, "both are counted")
-    with TlsClient(mutual.port, trust(pems, "server")) as client:
+    with mutual.client(context=trust(pems, "server")) as client:
         assert client.who() == 1
 
 
@@ -704,7 +704,7 @@ def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Pat
         anyone.check_hostname = False
         with (
             pytest.raises(ssl.SSLCertVerificationError, match="expired"),
-            TlsClient(server.port, anyone),
+            server.client(context=anyone),
         ):
             pass
 
@@ -818,11 +818,11 @@ def test_descriptors_come_back(server: Running, pems: Path) -> None:
     def files() -> int:
         return sum(worker.num_fds() for worker in server.workers())
 
-    with TlsClient(server.port, trust(pems)) as client:
+    with server.client(context=trust(pems)) as client:
         client.who()
         before = files()
         for _ in range(20):
-            with TlsClient(server.port, trust(pems)) as other:
+            with server.client(context=trust(pems)) as other:
                 other.who()
             with server.client() as plain:
                 plain.send(b"WHO\n")
@@ -840,7 +840,7 @@ def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pe
         "# Label: F\u0151tan\u00fas\u00edtv\u00e1ny\n" + (pems / "ca.pem").read_text()
     )
     with Running(*certified(pems), "--tls-client-ca", str(tmp_path / "ca.pem")) as server:
-        with TlsClient(server.port, trust(pems, "server")) as client:
+        with server.client(context=trust(pems, "server")) as client:
             assert client.ask(b"WHY") == b"42"
         assert not server.events("worker.died")
 

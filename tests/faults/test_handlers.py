@@ -5,9 +5,10 @@ from pathlib import Path
 
 import psutil
 
+from lab.census import CENSUS
 from lab.rows import ALL, PLAIN, Notes, row
 from lab.running import is_alive, until
-from lab.site import CENSUS, Site
+from lab.site import Site
 
 Start = Callable[..., Site]
 

@@ -69,10 +69,10 @@ def test_a_process_without_descriptors_waits_and_goes_on(
             else:
                 with site.client() as client:
                     assert client.ask(b"WHY") == b"42"
-                before = neighbours.answered
+                before = neighbours.rounds
                 with socket.create_connection(("127.0.0.1", site.server.admin_port())):
                     happened = site.server.wait_for("process.error")
-                until(lambda: neighbours.answered > before + 100, "neighbours get replies")
+                until(lambda: neighbours.rounds > before + 100, "neighbours get replies")
                 assert not neighbours.lost
             share = cpu_share(process, 1)
         notes.happened(happened["message"])
@@ -167,12 +167,12 @@ def test_workers_with_little_processor_time_do_not_count_as_hung(
         for _ in range(4 * len(os.sched_getaffinity(0))):
             spin = [sys.executable, "-c", "import time\nwhile time.process_time() < 20: pass"]
             stack.callback(stack.enter_context(subprocess.Popen(spin)).kill)
-        before, (run, waited) = neighbours.answered, times(processes)
+        before, (run, waited) = neighbours.rounds, times(processes)
         time.sleep(6)
         run, waited = (
             now - then for now, then in zip(times(processes), (run, waited), strict=True)
         )
         notes.happened(f"it ran for {run:.1f} s, and waited for a processor for {waited:.1f} s")
         assert waited > run
-        assert neighbours.answered > before
+        assert neighbours.rounds > before
     assert site.server.processes() == processes

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from lab.admin import get
+from lab.census import CENSUS
 from lab.netns import unavailable
 from lab.redises import Redis, free_port
 from lab.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
@@ -30,7 +31,7 @@ from lab.running import (
     stopped,
     until,
 )
-from lab.site import CENSUS, SEED, Site
+from lab.site import SEED, Site
 
 Start = Callable[..., Site]
 Choice = Callable[[Site], list[psutil.Process]]

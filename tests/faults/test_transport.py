@@ -147,7 +147,7 @@ def test_a_flood_of_key_updates_holds_nobody_up(
     site = start()
     with site.neighbours() as neighbours:
         client = connect(site)
-        before, memory = neighbours.answered, site.resident_of_workers()
+        before, memory = neighbours.rounds, site.resident_of_workers()
         flood = b"".join(client.key_update(wants_one=True) for _ in range(60_000))
         with suppress(ConnectionError):
             client.send(flood)
@@ -159,7 +159,7 @@ def test_a_flood_of_key_updates_holds_nobody_up(
         client.sock.close()
         neighbours.are_served()
         notes.happened(
-            f"{len(flood)} bytes of them, and {neighbours.answered - before} answers meanwhile"
+            f"{len(flood)} bytes of them, and {neighbours.rounds - before} answers meanwhile"
         )
         assert site.resident_of_workers() - memory < 4_000_000 * site.variant.workers * PATIENCE
 

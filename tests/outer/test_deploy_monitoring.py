@@ -23,7 +23,7 @@ from gserver.config import OPTIONS, flag
 from lab.certificates import make_certificates
 from lab.redises import Redis, free_port
 from lab.running import LIMIT, ROOT, Running, program, until
-from lab.tls_client import TlsClient, trust
+from lab.tls_client import trust
 from tests.outer.test_deploy_machine import package
 from tests.test_docs import rows
 
@@ -182,7 +182,7 @@ class Monitored:
     def use(self) -> None:
         """Send each kind of command to each server."""
         for server in self.servers:
-            with TlsClient(server.port, self.trust) as client:
+            with server.client(context=self.trust) as client:
                 for command in (b"WHO", b"WHERE", b"WHY", b"NOPE"):
                     client.ask(command)
 
@@ -216,7 +216,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
             server.wait_for("cluster.joined")
         trusted = trust(folder)
         for server in servers:
-            stack.enter_context(TlsClient(server.port, trusted))
+            stack.enter_context(server.client(context=trusted))
         port, dead = free_port(), f"127.0.0.1:{free_port()}"
         config = configuration(
             folder, [*(f"127.0.0.1:{server.admin_port()}" for server in servers), dead]

@@ -13,7 +13,7 @@ import pytest
 from lab.admin import get
 from lab.certificates import make_certificates
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, left_over, limited, program, until
-from lab.tls_client import TlsClient, trust
+from lab.tls_client import trust
 
 MODULE = """
 import os
@@ -159,7 +159,7 @@ def test_each_process_has_only_the_secrets_that_it_needs(tmp_path: Path) -> None
         }
         for child in (worker, agent):
             assert not SECRETS.keys() & child.environ().keys()
-        with TlsClient(server.port, trust(tmp_path)) as client:
+        with server.client(context=trust(tmp_path)) as client:
             seen = client.ask(b"ENVIRONMENT").decode()
         assert "PATH=" in seen
         assert [name for name in SECRETS if name in seen] == []

@@ -11,11 +11,12 @@ from shutil import copytree
 import psutil
 import pytest
 
+from lab.census import CENSUS, clients
+from lab.load import KINDS, Load
 from lab.running import LIMIT, ROOT, environment, left_over, program, until
-from lab.site import CENSUS, SEED
+from lab.site import SEED
 from proof.soak_judge import MAX_GROWTH, Report, complaints, lives, render, written
-from proof.soak_load import KINDS, Load
-from proof.soak_world import Member
+from proof.soak_world import SoakedMember
 
 BIN = ROOT / "bin/soak"
 REPORT = ROOT / "proof/results/soak.json"
@@ -98,22 +99,22 @@ def test_a_count_that_is_wrong_at_rest_is_seen() -> None:
 def test_wrong_replies_lost_connections_and_deaths_are_seen(tmp_path: Path, pems: Path) -> None:
     folder = copytree(pems, tmp_path / "here")
     (folder / "census.py").write_text(CENSUS)
-    member = Member("here", folder)
+    member = SoakedMember("here", folder)
     load = Load([member], SEED)
     try:
-        until(lambda: {*member.clients().values()} == {0}, "its first crowd has gone")
+        until(lambda: {*clients(member.server).values()} == {0}, "its first crowd has gone")
         load.may_call.set()
         load.are_served()
         assert not load.complaints()
         assert not member.complaints()
         assert {*load.kinds} == {*KINDS}
-        for worker in member.running.workers():  # One alone may have nobody.
+        for worker in member.server.workers():  # One alone may have nobody.
             worker.kill()
         until(lambda: load.replies["lost"], "a loss is noted")
         load.are_served()
         assert any("lost: " in text for text in load.complaints()), SEED
         assert member.complaints() == ["here: 2 processes died by themselves"]
-        load.pause()
+        load.park()
         load.complaints()
         member.name = "elsewhere"
         load.may_call.set()
@@ -121,7 +122,7 @@ def test_wrong_replies_lost_connections_and_deaths_are_seen(tmp_path: Path, pems
         assert any("b'WHERE' was answered b'here'" in text for text in told), told
     finally:
         load.stop()
-        member.running.kill()
+        member.server.kill()
 
 
 def soak(*words: str, folder: Path) -> "subprocess.Popen[str]":

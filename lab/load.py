@@ -1,26 +1,52 @@
-"""Clients of every kind, each in a thread, that check each reply and keep what was wrong."""
+"""Good clients of every kind, each in a thread, that check each reply and keep what was wrong."""
 
 import random
 import socket
 import struct
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
 from itertools import groupby
+from math import inf
+from typing import Protocol
 
-from lab.running import Client
-from proof.soak_world import Member, eventually
+from lab.running import LIMIT, Client, until
 
 HTTP = b"GET / HTTP/1.1\r\nHost: here\r\n\r\nWHO\n"
 COMMANDS = b"WHO", b"WHERE", b"WHY"
 
 
+class Target(Protocol):
+    """A server under load."""
+
+    @property
+    def name(self) -> str:
+        """Its reply to WHERE."""
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether its port speaks TLS."""
+
+    @property
+    def excuse(self) -> str:
+        """What a client may suffer: "" nothing, "lost" its connection, "away" all, refusal too."""
+
+    def client(self) -> Client:
+        """A new client, of the server's kind."""
+
+    def plain_client(self) -> Client:
+        """A new client without TLS."""
+
+
 class Caller:
     """A client of one kind, again and again."""
 
-    def __init__(self, kind: str, member: Member, load: "Load", seed: str) -> None:
+    def __init__(self, kind: str, member: Target, load: "Load", seed: str) -> None:
         self.kind, self.member, self.rounds, self.is_parked = kind, member, 0, False
         self._load, self._random = load, random.Random(seed)
-        threading.Thread(target=self._run, daemon=True).start()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
         load = self._load
@@ -51,15 +77,16 @@ class Caller:
             self._load.kinds[self.kind] += 1
 
     def _rest(self) -> None:
-        self._load.is_over.wait(self._random.uniform(0.05, 0.25))
+        self._load.is_over.wait(self._load.pause * self._random.uniform(0.3, 1.7))
 
     def _draw(self, count: int = 0) -> list[bytes]:
         return self._random.choices(COMMANDS, k=count or self._random.randint(1, 4))
 
     def _ask(self, client: Client, asked: list[bytes]) -> None:
-        floor = self._floor()
+        floor, began = self._floor(), time.perf_counter()
         client.send(b"".join(command + b"\n" for command in asked))
         replies = [self._line(client) for _ in asked]
+        self._load.seconds.append(time.perf_counter() - began)
         floor = min(floor, self._floor())
         for command, reply in zip(asked, replies, strict=True):
             self._check(command, reply, floor)
@@ -151,7 +178,7 @@ class Caller:
 
     def _mistakes_the_port(self) -> None:
         """Plain text to a port with TLS, or a TLS record to one without."""
-        with Client(self.member.port) as client:
+        with self.member.plain_client() as client:
             client.send(b"WHO\n" if self.member.is_tls else b"\x16\x03\x01\x00\x05hello\n")
             self._expect(client.line(), b"ERR TLS only\n" if self.member.is_tls else b"")
 
@@ -163,9 +190,21 @@ KINDS = (
 
 
 class Load:
-    """Callers of all kinds at all servers, and what they have seen."""
+    """Callers of these kinds at all servers, and what they have seen; `may_call` lets them begin.
 
-    def __init__(self, members: list[Member], seed: int) -> None:
+    `ceiling` is what WHO says at most. `pause` is the mean time between two requests of a caller.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Target],
+        seed: int,
+        kinds: Sequence[str] = KINDS,
+        ceiling: float = inf,
+        pause: float = 0.15,
+    ) -> None:
+        self.ceiling, self.pause = ceiling, pause
+        self.seconds: deque[float] = deque(maxlen=100_000)  #: from a request to its last reply
         self.kinds: Counter[str] = Counter()  #: right replies
         self.replies = Counter(right=0, wrong=0, excused=0, lost=0)
         self.staying: Counter[str] = (
@@ -177,22 +216,38 @@ class Load:
             threading.Event(),
             threading.Event(),
         )
-        kinds = [*KINDS, "stays", "stays", "comes_and_goes"]
-        #: What WHO says at most; more while there is a crowd beside them.
-        self.usual_ceiling = self.ceiling = 3 * len(kinds) * len(members)
         self._callers = [
             Caller(kind, member, self, f"{seed} {member.name} {number}")
             for member in members
             for number, kind in enumerate(kinds)
         ]
 
-    def pause(self) -> None:
-        """Until nobody is connected."""
+    @property
+    def rounds(self) -> int:
+        """How many times all of them were served so far."""
+        return sum(caller.rounds for caller in self._callers)
+
+    @property
+    def lost(self) -> int:
+        """How many connections they have lost so far, excused or not."""
+        return self.replies["lost"] + self.replies["excused"]
+
+    def p99(self) -> float:
+        """Seconds within which 99 of 100 requests were answered."""
+        seconds = sorted(self.seconds)
+        return seconds[len(seconds) * 99 // 100]
+
+    def park(self) -> None:
+        """Wait until none is connected."""
         self.may_call.clear()
-        eventually(lambda: all(caller.is_parked for caller in self._callers), "all clients pause")
+        until(
+            lambda: all(caller.is_parked for caller in self._callers),
+            "all clients pause",
+            2 * LIMIT,
+        )
 
     def are_served(self) -> None:
-        """Until each has been served anew, from its beginning."""
+        """Wait until each has been served anew, from its beginning."""
         before = [(caller, caller.rounds) for caller in self._callers]
 
         def late() -> list[str]:
@@ -202,7 +257,7 @@ class Load:
                 if caller.rounds < rounds + 2
             ]
 
-        eventually(lambda: not late(), lambda: f"all are served anew: not {late()}")
+        until(lambda: not late(), lambda: f"all are served anew: not {late()}", 2 * LIMIT)
 
     def complaints(self) -> list[str]:
         """What was wrong since the last call, each kind of it once."""
@@ -211,6 +266,13 @@ class Load:
         return [f"{text} ({len(list(same))} times)" for text, same in groupby(found)]
 
     def stop(self) -> None:
-        """End all."""
+        """End all; `join` waits for it."""
         self.is_over.set()
         self.may_call.set()
+
+    def join(self) -> None:
+        """Wait until all have ended."""
+        for caller in self._callers:
+            caller.thread.join(LIMIT)
+        late = [caller.kind for caller in self._callers if caller.thread.is_alive()]
+        assert not late, f"no answer: {late}"
