@@ -25,9 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import capacity, goals, page, peers, plots, report
 from bench.measure import CORES, LOAD_CORE, Failed, Sample
 from bench.scenarios import FULL, QUICK, Scenario
+from lab.running import ROOT
 
-RESULTS = peers.ROOT / "bench/results.json"
-BASELINE = peers.ROOT / "bench/baseline.json"
+RESULTS = ROOT / "bench/results.json"
+BASELINE = ROOT / "bench/baseline.json"
 #: Of open files, for 15,000 clients.
 LEAST_FILES = 16_000
 NAMES = list(dict.fromkeys(scenario.name for scenario in FULL))
@@ -71,7 +72,7 @@ def main(names: tuple[str, ...], quick: bool, rounds: int | None, save: bool, re
         raise click.UsageError("choose one of NAME, --quick and --render; --save goes with --quick")
     if rounds and not names:
         raise click.UsageError("--rounds goes with NAME")
-    if save and peers.CHECKOUT != peers.ROOT:
+    if save and peers.CHECKOUT != ROOT:
         raise click.UsageError("--save is for the gserver of this folder: unset BENCH_CHECKOUT")
     if quick:
         _quick(save)
@@ -80,7 +81,7 @@ def main(names: tuple[str, ...], quick: bool, rounds: int | None, save: bool, re
         _render(_kept())
         return
     chosen = [scenario for scenario in FULL if not names or scenario.name in names]
-    if rounds or peers.CHECKOUT != peers.ROOT:
+    if rounds or peers.CHECKOUT != ROOT:
         failures = _try_out([replace(each, rounds=rounds or each.rounds) for each in chosen])
     else:
         failures = _measure(chosen, _keep)
@@ -147,7 +148,7 @@ def _quick(save: bool) -> None:
     click.echo("".join(f"\nThe baseline was made with {change}." for change in changes))
     if save and not failures:
         BASELINE.write_text(json.dumps({"machine": machine, "figures": now}, indent=1) + "\n")
-        click.echo(f"\nThis is the new {BASELINE.relative_to(peers.ROOT)}.")
+        click.echo(f"\nThis is the new {BASELINE.relative_to(ROOT)}.")
     _end(failures)
 
 

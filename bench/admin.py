@@ -9,7 +9,8 @@ import urllib.request
 from collections.abc import Iterator
 
 from bench.measure import CLIENTS, PATIENCE_SECONDS, SERVER_CORE, Sample, cpu_ns, in_role, work
-from bench.peers import HOST, free_port, running
+from bench.peers import HOST, running
+from lab.redises import free_port
 
 OFF, SCRAPED = "off", "on, scraped every second"
 #: What is fetched, one after the other.

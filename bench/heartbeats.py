@@ -10,7 +10,6 @@ import random
 import selectors
 import socket
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from gserver.cluster.heartbeat import JITTER
 from gserver.cluster.membership import Reply
 from gserver.cluster.redis_link import HEARTBEAT_SCRIPT, RedisLink, sha1_of
 from gserver.config import Config
+from lab.redises import Redis
 
 SIZES = (3, 300, 3000)
 ROUNDS = 9
@@ -34,34 +34,13 @@ KEYS = RedisLink(Config(redis_url="redis://localhost")).keys
 
 
 @contextmanager
-def running_redis(port: int = 0) -> Iterator[tuple[redis.Redis, psutil.Process, str]]:
-    """Start a Redis without persistence; yield a client, its process and the path of its socket.
-
-    A `port` other than 0 is opened as well.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/redis.sock"
-        words = [
-            "redis-server",
-            "--port",
-            str(port),
-            "--unixsocket",
-            path,
-            "--save",
-            "",
-            "--dir",
-            folder,
-        ]
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-        try:
-            client = redis.Redis(unix_socket_path=path)
-            while not Path(path).exists() or not client.ping():
-                time.sleep(0.01)
+def running_redis() -> Iterator[tuple[redis.Redis, psutil.Process, str]]:
+    """Start a Redis that knows the script; yield a client, its process and its socket's path."""
+    with tempfile.TemporaryDirectory() as folder, Redis(Path(folder)) as server:
+        path = f"{server.folder}/redis.sock"
+        with redis.Redis(unix_socket_path=path) as client:
             client.script_load(HEARTBEAT_SCRIPT)
-            yield client, psutil.Process(process.pid), path
-        finally:
-            process.terminate()
-            process.wait()
+            yield client, psutil.Process(server.process.pid), path
 
 
 def command(*words: str) -> bytes:

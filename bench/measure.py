@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -168,23 +167,3 @@ def work(
         **result,
         **more,
     }
-
-
-class Client:
-    """A client that asks and waits."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS)
-        self._replies = self._socket.makefile("r")
-
-    def __enter__(self) -> "Client":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._replies.close()
-        self._socket.close()
-
-    def ask(self, command: str) -> str:
-        """The reply to a command."""
-        self._socket.sendall(f"{command}\n".encode())
-        return self._replies.readline().strip()

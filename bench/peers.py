@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import IO
 
 from gserver.boot import RESERVED_FILES
+from lab.redises import free_port
+from lab.running import ROOT, Client, environment
 
-ROOT = Path(__file__).parent.parent
 #: The gserver that is measured.
 CHECKOUT = Path(os.environ.get("BENCH_CHECKOUT") or ROOT).resolve()
 SOURCES = ROOT / "bench" / "peers"
@@ -43,8 +44,6 @@ PROGRAMS = {
     "openssl": "openssl",
 }
 GCC = ("gcc", "-O2", "-Wall", "-Wextra", "-o")
-#: What would configure gserver from outside.
-FOREIGN = ("PORT", "WEB_CONCURRENCY", "REDIS_URL", "STATSD_HOST", "STATSD_PORT", "STATSD_PREFIX")
 
 
 @dataclass(frozen=True)
@@ -170,20 +169,11 @@ def started(
     """Run a program on these cores while the body runs; it answers on this loopback port."""
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # children inherit it
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith("GSERVER_") and key not in FOREIGN
-    }
-    environment = {
-        **kept,
-        "PYTHONPATH": f"{CHECKOUT}:{OWN_COMMANDS}",
-        "GOMAXPROCS": str(len(cores)),
-    }
+    env = environment(PYTHONPATH=f"{CHECKOUT}:{OWN_COMMANDS}", GOMAXPROCS=str(len(cores)))
     pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [*pinned, *words], stdout=log, stderr=log, env=environment, start_new_session=True
+            [*pinned, *words], stdout=log, stderr=log, env=env, start_new_session=True
         )
         server = Server(name, (process.pid,), HOST, port, tls is not None)
         try:
@@ -198,14 +188,6 @@ def started(
                 )
 
 
-def free_port() -> int:
-    """A port of loopback that nobody has."""
-    with closing(socket.socket()) as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def _said(log: IO[bytes]) -> str:
     log.seek(0)
     return log.read()[-4000:].decode(errors="replace")
@@ -216,19 +198,13 @@ def _wait_until_it_answers(
 ) -> None:
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None:
-        with suppress(OSError), _connected(server, tls) as sock:
-            sock.sendall(b"WHY\n")
-            if sock.recv(100) == b"42\n":
+        with suppress(OSError, AssertionError), Client(server.port, context=tls) as client:
+            if client.ask(b"WHY") == b"42":
                 return
         if time.monotonic() > deadline:
             raise TimeoutError(f"{server.name} does not answer; it said:\n{_said(log)}")
         time.sleep(0.01)
     raise ChildProcessError(f"{server.name} has not started")
-
-
-def _connected(server: Server, tls: ssl.SSLContext | None) -> socket.socket:
-    sock = socket.create_connection((server.host, server.port), PATIENCE)
-    return tls.wrap_socket(sock, server_hostname=server.host) if tls else sock
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

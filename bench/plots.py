@@ -13,9 +13,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.page import source
-from bench.peers import PEERS, ROOT
+from bench.peers import PEERS
 from bench.report import Figure, Results, delta_ms, figure, number, pick
 from bench.scenarios import ORDERS
+from lab.running import ROOT
 
 FOLDER = ROOT / "docs/plots"
 SPEEDS = ({"depth": 1, "order": ORDERS[0]}, *({"depth": 32, "order": order} for order in ORDERS))

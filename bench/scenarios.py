@@ -8,10 +8,12 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench import admin, heartbeats, tls
@@ -20,7 +22,6 @@ from bench.measure import (
     CORES,
     PATIENCE_SECONDS,
     SERVER_CORE,
-    Client,
     Failed,
     Sample,
     cpu_ns,
@@ -31,7 +32,9 @@ from bench.measure import (
     tree,
     work,
 )
-from bench.peers import CHECKOUT, FOREIGN, PEERS, SPELLING_PEERS, free_port, running
+from bench.peers import CHECKOUT, PEERS, SPELLING_PEERS, running
+from lab.redises import Redis, free_port
+from lab.running import Client, environment
 
 HELD_BY_ONE = 12500
 #: In which order commands come, and the load generator's word for it.
@@ -221,17 +224,15 @@ def hold(_seconds: float, processes: int) -> Iterator[Sample]:
 def start(_seconds: float, workers: int) -> Iterator[Sample]:
     """From the start of bin/gserver, which was set up before, to its first answer."""
     port = free_port()
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith("GSERVER_") and k not in FOREIGN
-    }
+    env = environment()
     if sys.prefix not in (sys.base_prefix, str(CHECKOUT / ".venv")):
-        kept["VIRTUAL_ENV"] = sys.prefix
-    subprocess.run([CHECKOUT / "bin/setup"], env=kept, check=True, stdout=subprocess.DEVNULL)
+        env["VIRTUAL_ENV"] = sys.prefix
+    subprocess.run([CHECKOUT / "bin/setup"], env=env, check=True, stdout=subprocess.DEVNULL)
     words = ["taskset", "-c", ",".join(map(str, CORES)), str(CHECKOUT / "bin/gserver")]
     words += ["--port", str(port), "--workers", str(workers)]
     begun = time.monotonic()
     with subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=kept
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
     ) as process:
         try:
             yield {"start_s": _first_answer(process, port) - begun}
@@ -244,7 +245,7 @@ def _first_answer(process: "subprocess.Popen[bytes]", port: int) -> float:
     while process.poll() is None and time.monotonic() < deadline:
         try:
             with Client(port) as client:
-                if client.ask("WHY") == "42":
+                if client.ask(b"WHY") == b"42":
                     return time.monotonic()
         except ConnectionError:
             time.sleep(0.001)
@@ -264,13 +265,11 @@ def heartbeat_load(seconds: float, servers: int) -> Iterator[Sample]:
 
 def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
     """How long until a client of one server is in the WHO of another."""
-    port = free_port()
-    redis = ("--redis-url", f"redis://127.0.0.1:{port}")
     pace = ("--heartbeat-interval", f"{interval:g}", "--member-ttl", f"{max(5, 5 * interval):g}")
-    with heartbeats.running_redis(port), ExitStack() as stack:
-        entered = [
-            running("gserver", cores=set(CORES), options=(*redis, *pace)) for _ in range(MEMBERS)
-        ]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        options = ("--redis-url", stack.enter_context(Redis(folder)).url, *pace)
+        entered = [running("gserver", cores=set(CORES), options=options) for _ in range(MEMBERS)]
         first, *others = [stack.enter_context(server) for server in entered]
         watchers = [stack.enter_context(Client(server.port)) for server in others]
         _moments(watchers, len(watchers))
@@ -290,7 +289,7 @@ def _moments(watchers: list[Client], wanted: int) -> list[float]:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(moments) < len(watchers):
         for watcher in watchers:
-            if watcher not in moments and watcher.ask("WHO") == str(wanted):
+            if watcher not in moments and watcher.who() == wanted:
                 moments[watcher] = time.monotonic()
         if time.monotonic() > deadline:
             raise Failed(f"not all servers have heard of {wanted} clients")

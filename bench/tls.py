@@ -8,8 +8,6 @@ to it that version, group, cipher and handshakes are the same.
 import atexit
 import functools
 import shutil
-import ssl
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.measure import CLIENTS, SERVER_CORE, Sample, load, own_memory, tree, work
-from bench.peers import HOST, Server, free_port, running, started
+from bench.peers import HOST, Server, running, started
+from lab.certificates import make_certificates
+from lab.redises import free_port
+from lab.tls_client import trust
 
 PLAIN, OWN = "gserver without TLS", "gserver, `--tls-cert`"
 #: That hold still while memory is measured.
@@ -79,8 +80,9 @@ def tls(seconds: float, service: str) -> Iterator[Sample]:
 @contextmanager
 def serving(service: str) -> Iterator[Server]:
     """Run one of SERVICES for the time of the body: what clients connect to."""
-    options = ("--tls-cert", str(_pem())) if service == OWN else ()
-    client = None if service == PLAIN else ssl.create_default_context(cafile=_pem())
+    pem = _folder() / "both.pem"
+    options = ("--tls-cert", str(pem)) if service == OWN else ()
+    client = None if service == PLAIN else trust(_folder())
     with running(
         "gserver", cores=SERVER_CORE, options=options, tls=client if service == OWN else None
     ) as gserver:
@@ -90,7 +92,7 @@ def serving(service: str) -> Iterator[Server]:
         words, text = PROXIES[service]
         port = free_port()
         with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
-            file.write(text.format(host=HOST, port=port, behind=gserver.port, pem=_pem()))
+            file.write(text.format(host=HOST, port=port, behind=gserver.port, pem=pem))
             file.flush()
             with started(
                 words[0], [*words, file.name], port, cores=SERVER_CORE, tls=client
@@ -99,16 +101,11 @@ def serving(service: str) -> Iterator[Server]:
 
 
 @functools.cache
-def _pem() -> Path:
-    """A file with a key and its certificate; it is deleted when this process ends."""
+def _folder() -> Path:
+    """A folder with certificates; it is deleted when this process ends."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    key, certificate, both = (folder / name for name in ("key.pem", "certificate.pem", "both.pem"))
-    made = ("-keyout", str(key), "-out", str(certificate), "-days", "2")
-    told = ("-subj", "/CN=localhost", "-addext", f"subjectAltName=IP:{HOST}")
-    kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc")
-    subprocess.run(
-        ["openssl", "req", "-x509", *kind, *made, *told], check=True, stderr=subprocess.DEVNULL
-    )
-    both.write_text(certificate.read_text() + key.read_text())
-    return both
+    make_certificates(folder)
+    both = (folder / "server.pem").read_text() + (folder / "server.key").read_text()
+    (folder / "both.pem").write_text(both)
+    return folder

@@ -1,13 +1,11 @@
 """Crowds and floods, each a process of its own: `python -m lab.attackers NAME PORT CA
 SECONDS NUMBER SOURCE`.
 
-CA is "" for plain. Each prints `begun` when it is under way, and at the end how much of it there
-was. It ends by itself, or with its stdin.
+CA is "" for plain. Each reports how much of it there was.
 """
 
 import socket
 import ssl
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from lab.running import LIMIT, ROOT, environment
+from lab.child import Child, begun, report
+from lab.running import LIMIT
 from lab.site import Site
 
 #: Bad lines that are sent before the replies to those before have come.
@@ -82,7 +81,7 @@ def dribblers(attack: Attack) -> int:
     too slow.
     """
     socks = [attack.connect() for _ in range(attack.number)]
-    _say("begun")
+    begun()
     following = cycle(socks)
 
     def dribble() -> None:
@@ -107,7 +106,7 @@ def crowd(attack: Attack) -> int:
         return sum(sock.recv(100) == b"42\n" for sock in socks)
 
     assert are_answered() == attack.number
-    _say("begun")
+    begun()
     sys.stdin.read()
     return are_answered()
 
@@ -116,7 +115,7 @@ def silent(attack: Attack) -> int:
     """Connect silent clients, again when they are cut off. Return the number of connections."""
     attack.context = None
     socks = [attack.connect() for _ in range(attack.number)]
-    _say("begun")
+    begun()
     count = len(socks)
 
     def look() -> None:
@@ -134,39 +133,14 @@ def silent(attack: Attack) -> int:
     return count
 
 
-class Attacker:
-    """One that is under way, until `result`."""
+class Attacker(Child):
+    """One that attacks a site."""
 
     def __init__(
         self, name: str, site: Site, seconds: float = 0, number: int = 0, source: str = "127.0.0.1"
     ) -> None:
-        ca = str(site.pems / "ca.pem") if site.variant.is_tls else ""
-        words = [name, str(site.server.port), ca, str(seconds), str(number), source]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lab.attackers", *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            cwd=ROOT,
-        )
-        assert self._process.stdout
-        assert self._process.stdout.readline() == "begun\n"
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def result(self) -> int:
-        """Wait for its end; how much there was."""
-        told, _ = self._process.communicate(timeout=4 * LIMIT)
-        assert self._process.returncode == 0
-        return int(told)
-
-
-def _say(text: object) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+        ca = site.pems / "ca.pem" if site.variant.is_tls else ""
+        super().__init__("lab.attackers", name, site.server.port, ca, seconds, number, source)
 
 
 def main() -> None:
@@ -175,8 +149,8 @@ def main() -> None:
     context = ssl.create_default_context(cafile=ca) if ca else None
     attack = Attack(int(port), context, float(seconds), int(number), source)
     if name in ("bad_lines", "connects"):
-        _say("begun")
-    _say(globals()[name](attack))
+        begun()
+    report(globals()[name](attack))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,15 @@ Both are asked in turn by one process of its own, so that whatever else the mach
 alike.
 """
 
-import json
 import select
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from lab.running import LIMIT, ROOT, Client, environment
+from lab.child import Child, begun, report
+from lab.running import ROOT, Client
 from lab.site import Site
 from lab.tls_client import trust
 
@@ -29,37 +28,14 @@ class Pace(NamedTuple):
     replies: int
 
 
-class Course:
-    """Asks both from now on, until `result`."""
-
-    def __init__(self, *sites: Site) -> None:
-        words = [
-            str(word) for site in sites for word in (site.server.port, int(site.variant.is_tls))
-        ]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lab.pace", str(sites[0].pems), *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        assert self._process.stdout
-        assert self._process.stdout.readline() == "ready\n"
-
-    def result(self) -> list[Pace]:
-        """End it; how each was."""
-        told, _ = self._process.communicate(timeout=LIMIT)
-        assert self._process.returncode == 0
-        return [Pace(*each) for each in json.loads(told)]
-
-
 @contextmanager
 def measured(*sites: Site) -> Iterator[list[Pace]]:
     """Measure during the body; the list is full after it."""
     paces: list[Pace] = []
-    course = Course(*sites)
+    words = [word for site in sites for word in (site.server.port, int(site.variant.is_tls))]
+    child = Child("lab.pace", sites[0].pems, *words)
     yield paces
-    paces += course.result()
+    paces += [Pace(*each) for each in child.result()]
 
 
 def _ask(clients: list[Client], seconds: list[list[float]]) -> None:
@@ -72,7 +48,7 @@ def _ask(clients: list[Client], seconds: list[list[float]]) -> None:
 
 
 def main() -> None:
-    """Ask until stdin ends; print what there is to tell as JSON."""
+    """Ask until stdin ends."""
     pems, *words = sys.argv[1:]
     context = trust(ROOT / pems) if "1" in words[1::2] else None
     ports = [
@@ -81,12 +57,10 @@ def main() -> None:
     clients = [Client(port, context=context if is_tls else None) for port, is_tls in ports]
     seconds: list[list[float]] = [[] for _ in clients]
     _ask(clients, [[] for _ in clients])
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    begun()
     while not select.select([sys.stdin], [], [], 0)[0]:
         _ask(clients, seconds)
-    results = [(sorted(times)[len(times) * 99 // 100], len(times)) for times in seconds]
-    sys.stdout.write(json.dumps(results))
+    report([(sorted(times)[len(times) * 99 // 100], len(times)) for times in seconds])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -30,28 +30,33 @@ class Answer(NamedTuple):
 
 class Watcher:
     """Asks one server WHO all the time, over one connection. It knows what may be said, and since
-    when.
+    when. `is_back` is whether it connects again when it has lost its connection.
     """
 
-    def __init__(self, server: Running) -> None:
-        self.server = server
+    def __init__(self, connect: Callable[[], Client], *, is_back: bool = False) -> None:
         self.answers: list[Answer] = []
         self._checked = 0
         self._allowed: list[tuple[float, frozenset[int]]] = []
         self._failure = ""
-        self._client = server.client()
+        self._connect, self._is_back = connect, is_back
+        self._client = connect()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._ask, daemon=True)
         self._thread.start()
 
     def _ask(self) -> None:
-        try:
-            while not self._is_over.wait(PAUSE_SECONDS):
-                asked = time.monotonic()
+        while not self._is_over.wait(PAUSE_SECONDS):
+            asked = time.monotonic()
+            try:
                 count = self._client.who()
                 self.answers.append(Answer(asked, count, time.monotonic() - asked))
-        except (OSError, ValueError, AssertionError) as error:
-            self._failure = repr(error)
+            except (OSError, ValueError, AssertionError) as error:
+                if not self._is_back:
+                    self._failure = repr(error)
+                    return
+                self._client.sock.close()
+                with suppress(OSError):
+                    self._client = self._connect()
 
     def may_say(self, *counts: int) -> None:
         """From now on, an answer is one of these, until this is called again. The first call begins
@@ -134,7 +139,7 @@ class SteadyServer(ExitStack[None]):
         self.clients: list[Client] = [
             self.enter_context(self.server.client()) for _ in range(share - 1)
         ]
-        self.watcher = Watcher(self.server)
+        self.watcher = Watcher(self.server.client)
         self.callback(self.watcher.close)
 
     def complaints(self) -> list[str]:

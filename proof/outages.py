@@ -4,14 +4,10 @@
 """
 
 import itertools
-import json
 import select
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -21,9 +17,11 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from lab.child import Child
 from lab.member import Member
 from lab.redises import FAILOVER_LIMIT, Redis
-from lab.running import LIMIT, ROOT, Client, environment, stopped, until
+from lab.running import LIMIT, ROOT, Client, stopped, until
+from lab.steady import Watcher
 from proof.probes import LIMIT_SECONDS, PERIOD_SECONDS
 from proof.world import World, machine, undisturbed
 
@@ -194,20 +192,12 @@ def probing(world: World) -> Iterator[list[tuple[float, int]]]:
     Afterwards the list has, for each request, when it was due and how many tries it took.
     """
     found: list[tuple[float, int]] = []
-    words = [sys.executable, "-P", "-m", "proof.probes", "127.0.0.1", str(world.front.port)]
-    with world.front_host.inside():
-        probes = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
+    child = Child("proof.probes", "127.0.0.1", world.front.port, host=world.front_host)
     try:
-        assert probes.stdout
-        assert probes.stdout.readline() == "ready\n"
         yield found
-        told, _ = probes.communicate("\n", timeout=LIMIT)
-        found += [(at, tries) for at, tries in json.loads(told)]
+        found += [(at, tries) for at, tries in child.result()]
     finally:
-        probes.kill()
-        probes.wait(LIMIT)
+        child.kill()
 
 
 def of_replies(world: World, fault: Fault) -> Outage:
@@ -242,54 +232,23 @@ def outage(probes: list[tuple[float, int]], began: float) -> Outage:
 # WHO
 
 
-class Watcher:
-    """Asks one server WHO all the time; when it loses its connection it comes again."""
-
-    def __init__(self, member: Member) -> None:
-        self.answers: list[tuple[float, int]] = []
-        self._member = member
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._is_over.wait(0.01):
-            with suppress(OSError, AssertionError, ValueError), self._connect() as client:
-                while not self._is_over.wait(0.005):
-                    self.answers.append((time.monotonic(), client.who()))
-
-    def _connect(self) -> Client:
-        return self._member.server.client()
-
-    def says(self, count: int) -> bool:
-        """Whether its latest answer is this one, and of just now."""
-        return (
-            bool(self.answers)
-            and self.answers[-1][1] == count
-            and self.answers[-1][0] > time.monotonic() - 0.5
-        )
-
-    def stop(self) -> None:
-        """Ask no more."""
-        self._is_over.set()
-        self._thread.join(LIMIT)
-
-
 class Census(ExitStack[None]):
     """Clients of each server, as many as one knows of, and a watcher."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
         self.clients: dict[str, list[Client]] = {member.name: [] for member in world.members}
-        self.watchers = {member.name: Watcher(member) for member in world.members}
+        self.watchers = {
+            member.name: Watcher(member.client, is_back=True) for member in world.members
+        }
         for member in world.members:
-            self.callback(self.watchers[member.name].stop)
+            self.callback(self.watchers[member.name].close)
             for _ in range(SHARE):
                 self.come(member)
 
     def come(self, member: Member) -> None:
         """One more."""
-        client = self.enter_context(member.server.client())
+        client = self.enter_context(member.client())
         client.ask(b"WHY")
         self.clients[member.name].append(client)
 
@@ -337,11 +296,8 @@ def of_who(world: World, fault: Fault) -> Outage:
             time.sleep(CALM_SECONDS)
             ended, total = time.monotonic(), census.total(without)
         heard = [w.answers for name, w in census.watchers.items() if name != without]
-        return wrong(
-            [each for answers in heard for each in answers if began <= each[0] <= ended],
-            began,
-            total,
-        )
+        told = [(each.asked, each.clients) for answers in heard for each in answers]
+        return wrong([each for each in told if began <= each[0] <= ended], began, total)
 
 
 def wrong(answers: list[tuple[float, int]], began: float, total: int) -> Outage:

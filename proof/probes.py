@@ -1,11 +1,10 @@
 """Asks at a steady pace, whatever the answers: `python -m proof.probes HOST PORT`.
 
 It ends when its stdin does. Half of the requests open a connection each, half use connections that
-stay. A request times out after one second, and is tried once more on a new connection. Prints
-`ready`, and then, as JSON, when each request was due and how many tries it took (0: both failed).
+stay. A request times out after one second, and is tried once more on a new connection. Reports when
+each request was due and how many tries it took (0: both failed).
 """
 
-import json
 import re
 import sys
 import time
@@ -14,6 +13,8 @@ import gevent
 from gevent import socket, spawn
 from gevent.lock import RLock
 from gevent.os import tp_read
+
+from lab.child import begun, report
 
 PERIOD_SECONDS = 0.01
 LIMIT_SECONDS = 1.0
@@ -105,11 +106,11 @@ def main() -> None:
     """Run until the end of stdin."""
     probes = Probes((sys.argv[1], int(sys.argv[2])))
     running = spawn(probes.run)
-    print("ready", flush=True)
+    begun()
     tp_read(0, 1)
     probes.stop()
     running.join()
-    print(json.dumps(probes.results))
+    report(probes.results)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import psutil
 
 from lab.admin import dial, get, status
 from lab.netns import unavailable
-from lab.redises import Redis
+from lab.redises import Redis, free_port
 from lab.rows import Notes, Variant, row
 from lab.running import GSERVER, LIMIT, PATIENCE, Event, Running, program, until
 from lab.site import Site
-from tests.outer.test_statsd import LINE, free_port
+from tests.outer.test_statsd import LINE
 
 Start = Callable[..., Site]
 ONE, THREE = Variant(1), Variant(3)
@@ -138,7 +138,7 @@ def test_a_flood_for_the_status_while_redis_hangs(
     values={"refused": "127.0.0.1", "no such name": "host.invalid"},
 )
 def test_a_statsd_daemon_that_is_not_there(start: Start, notes: Notes, kind: str) -> None:
-    site = start("--statsd-host", kind, "--statsd-port", str(free_port(socket.SOCK_DGRAM)))
+    site = start("--statsd-host", kind, "--statsd-port", str(free_port()))
     agents, before = site.server.agents(), unreachable()
     with site.neighbours():
         if kind == "127.0.0.1":

@@ -13,11 +13,11 @@ import pytest
 from bench import tls
 from bench.measure import SERVER_CORE, Failed, tree, work
 from bench.page import PAGE, idle_client_bytes, tables
-from bench.peers import PROGRAMS, ROOT, SPELLING_PEERS, build, running
+from bench.peers import PROGRAMS, SPELLING_PEERS, build, running
 from bench.report import TABLES, delta_ms, pick
 from bench.scenarios import FULL, MODES, SHAPES
 from gserver.config import Config
-from lab.running import LIMIT, program
+from lab.running import LIMIT, ROOT, program
 
 TEXT = PAGE.read_text()
 RESULTS = json.loads((ROOT / "bench/results.json").read_text())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lab.admin import status
+from lab.child import Child
 from lab.history import Fact, Kind
 from lab.rows import Notes
 from lab.running import LIMIT, ROOT, Running, environment, until
@@ -146,13 +147,10 @@ def test_an_outage_is_from_the_fault_to_the_last_that_failed() -> None:
 def test_a_probe_that_is_told_anything_else_has_failed() -> None:
     with Running("--max-clients", "1", "--admin-port", "0") as server, server.client() as only:
         assert only.who() == 1
-        words = [sys.executable, "-P", "-m", "proof.probes", "127.0.0.1", str(server.port)]
-        probes = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
+        probes = Child("proof.probes", "127.0.0.1", server.port)
         until(lambda: status(server)["error_replies"]["too_many_clients"] > 20, "some were refused")
-        told, _ = probes.communicate("\n", timeout=LIMIT)
-    assert {tries for _, tries in json.loads(told.removeprefix("ready\n"))} == {0}
+        told = probes.result()
+    assert {tries for _, tries in told} == {0}
 
 
 def test_who_is_wrong_until_the_last_wrong_answer_of_anybody() -> None:

@@ -18,6 +18,7 @@ from gserver.agent.statsd import COUNTERS, MAX_DATAGRAM_BYTES, RETRY_SECONDS, ch
 from gserver.protocol import ERROR_REPLIES
 from gserver.scoreboard import Scoreboard
 from lab.netns import unavailable
+from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, program, until
 
 STATSD = ROOT / ".tools/node_modules/statsd/stats.js"
@@ -37,13 +38,6 @@ def fail(service):
 Daemon = tuple[int, int]
 
 
-def free_port(kind: socket.SocketKind) -> int:
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def statsd_daemon(folder: Path, port: int = 0) -> Iterator[Daemon]:
     """The real StatsD daemon. It never flushes, so its counters add up."""
@@ -53,7 +47,7 @@ def statsd_daemon(folder: Path, port: int = 0) -> Iterator[Daemon]:
         if "CI" in os.environ:
             pytest.fail(reason)
         pytest.skip(reason)
-    port, management = port or free_port(socket.SOCK_DGRAM), free_port(socket.SOCK_STREAM)
+    port, management = port or free_port(), free_port()
     address = "127.0.0.1"
     config = {"address": address, "port": port, "mgmt_address": address, "mgmt_port": management}
     file = folder / f"{port}.js"
@@ -294,7 +288,7 @@ def test_sums_are_exact_over_all_workers_and_the_death_of_one(daemon: Daemon) ->
 
 
 def test_a_daemon_that_starts_later_gets_metrics_from_then_on(tmp_path: Path) -> None:
-    port = free_port(socket.SOCK_DGRAM)
+    port = free_port()
     with (
         Running("--statsd-host", "127.0.0.1", "--statsd-port", str(port)) as server,
         server.client() as client,
