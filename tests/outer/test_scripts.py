@@ -700,6 +700,15 @@ def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str, tmp_
         assert options <= set(re.findall(r"--[a-z-]+", done.stdout))
 
 
+def test_a_program_that_cannot_be_installed_is_named(copy: Path, tools: Path) -> None:
+    for names, code, said in (
+        (["bash", "id"], 0, ""),
+        (["bash", "redis-server"], 1, "gserver: missing: apt-get install redis-server\n"),
+    ):
+        done = _run(copy / "bin/programs", *names, env=_clean(tools))
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
 def test_a_set_up_takes_no_word_that_it_does_not_know() -> None:
     for words, code, said in (
         (["--devel"], 2, "see bin/setup --help"),
