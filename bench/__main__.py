@@ -3,10 +3,8 @@
 import json
 import os
 import platform
-import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -25,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import capacity, goals, page, peers, plots, report
 from bench.measure import CORES, LOAD_CORE, Failed, Sample
 from bench.scenarios import FULL, QUICK, Scenario
+from lab.machine import commit, processor
+from lab.machine import version as program_version
 from lab.running import ROOT
 
 RESULTS = ROOT / "bench/results.json"
@@ -244,18 +244,15 @@ def _shown(runs: list[Run]) -> Generator[Run]:
 
 def _machine() -> dict[str, str]:
     """The machine and the versions that the figures depend on, each as text to show."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    processor = model[1] if model else platform.machine()
-    memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "processor": f"{processor}, {len(CORES)} cores, {memory:.0f} GB",
-        "commit": _said_by("git", "describe", "--always", "--dirty"),
+        "processor": processor(len(CORES)),
+        "commit": f"gserver {commit('--dirty', folder=peers.CHECKOUT)}",
         "kernel": f"Linux {platform.release()}",
         "Python": f"Python {platform.python_version()}",
         **{name: f"{name} {version(name)}" for name in ("gevent", "uvloop")},
         **{
-            words[0]: _said(*words)
+            words[0]: f"{words[0]} {program_version(*words)}"
             for words in (
                 ("go", "version"),
                 ("gcc", "--version"),
@@ -266,20 +263,6 @@ def _machine() -> dict[str, str]:
             )
         },
     }
-
-
-def _said_by(*words: str) -> str:
-    done = subprocess.run(words, cwd=peers.CHECKOUT, capture_output=True, text=True, check=False)
-    return f"gserver {done.stdout.strip() or 'of no commit'}"
-
-
-def _said(*words: str) -> str:
-    """Name and version of a program."""
-    said = subprocess.run(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
-    ).stdout
-    found = re.search(r"[0-9]+\.[0-9.]+", said)
-    return f"{words[0]} {found[0] if found else 'of no version'}"
 
 
 def _write(path: Path, results: report.Results) -> None:

@@ -18,7 +18,6 @@ from lab.site import Site
 from lab.tls_client import trust
 
 PAUSE_SECONDS = 0.001
-EVERY = 50  #: questions of which one comes on a new connection
 
 
 class Pace(NamedTuple):

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lab.load import Load
+from lab.machine import commit
 from lab.redises import FAILOVER_LIMIT
-from lab.running import ROOT
 from proof.soak_faults import FAULTS
 from proof.soak_judge import Report, complaints, render, written
 from proof.soak_world import CALLERS, CEILING, NAMES, World, settle
@@ -193,16 +193,9 @@ class Soak:
 
 def _machine() -> dict[str, Any]:
     """Where it is."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "gserver": done.stdout.strip() or "of no commit",
+        "gserver": commit("--dirty"),
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "Python": platform.python_version(),

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
 from lab.haproxy import Front
 from lab.host import Host
+from lab.machine import commit, processor, version
 from lab.member import Member
 from lab.netns import Network, Way
 from lab.redises import Sentinels
-from lab.running import ROOT
 
 NAMES = "A", "B", "C"
 NICENESS = -10
@@ -82,27 +80,15 @@ def need_root() -> None:
 
 def machine() -> dict[str, str]:
     """Where and with what the figures are made."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    processor = model[1] if model else platform.machine()
-    memory = psutil.virtual_memory().total / 2**30
-    redis, haproxy = _version("redis-server", "--version"), _version("haproxy", "-v")
+    redis, haproxy = version("redis-server", "--version"), version("haproxy", "-v")
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "processor": f"{processor}, {os.cpu_count()} cores, {memory:.0f} GB",
-        "gserver": f"gserver {_said('git', '-C', str(ROOT), 'describe', '--always')}",
+        "processor": processor(os.cpu_count() or 1),
+        "gserver": f"gserver {commit()}",
         "system": f"Linux {platform.release()}, Python {platform.python_version()}",
         "redis": f"Redis {redis}, HAProxy {haproxy}",
         "load": f"load {os.getloadavg()[0]:.1f} before, nice {NICENESS}",
     }
-
-
-def _said(*words: str) -> str:
-    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _version(*words: str) -> Any:
-    found = re.search(r"[0-9]+\.[0-9.]+", _said(*words))
-    return found[0] if found else "of no version"
 
 
 def write(report: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,35 @@
+"""What the figures of a report depend on, as text: the machine, and the versions of programs."""
+
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from lab.running import ROOT
+
+
+def processor(cores: int) -> str:
+    """The processor, its cores and the memory."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{model[1] if model else platform.machine()}, {cores} cores, {memory:.0f} GB"
+
+
+def commit(*options: str, folder: Path = ROOT) -> str:
+    """The commit of a folder, by `git describe`; the options are those of git."""
+    done = _run("git", "-C", str(folder), "describe", "--always", *options)
+    return "of no commit" if done.returncode else done.stdout.strip()
+
+
+def version(*words: str) -> str:
+    """The version that a program says."""
+    found = re.search(r"[0-9]+\.[0-9.]+", _run(*words).stdout)
+    return found[0] if found else "of no version"
+
+
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
