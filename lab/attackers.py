@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 
 from lab.child import Child, begun, report
-from lab.running import LIMIT
+from lab.running import Client
 from lab.site import Site
 
 #: Bad lines that are sent before the replies to those before have come.
@@ -33,8 +33,7 @@ class Attack:
 
     def connect(self) -> socket.socket:
         """Connect, by TLS if so told."""
-        sock = socket.create_connection(("127.0.0.1", self.port), LIMIT, (self.source, 0))
-        return self.context.wrap_socket(sock, server_hostname="127.0.0.1") if self.context else sock
+        return Client(self.port, source=self.source, context=self.context).sock
 
     def until_over(self, act: Callable[[], object]) -> None:
         """Do it again and again."""

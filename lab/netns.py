@@ -34,6 +34,11 @@ def unavailable(reason: str) -> NoReturn:
 Way = tuple[Host, Host]
 
 
+def both_ways(one: Host, *others: Host) -> list[Way]:
+    """The ways between a host and others."""
+    return [way for other in others for way in ((one, other), (other, one))]
+
+
 class Cut(NamedTuple):
     """When packets began to be lost: between these two moments."""
 

@@ -309,6 +309,17 @@ class Running:
         )
         return events[count - 1]
 
+    @contextmanager
+    def telling(self, action: str, kind: str = "", limit: float = LIMIT) -> Iterator[None]:
+        """What the body does makes it log this event anew, of this kind if one is given."""
+
+        def count() -> int:
+            return sum(kind in ("", event.get("gserver.kind")) for event in self.events(action))
+
+        before = count()
+        yield
+        until(lambda: count() > before, f"{action} {kind}", limit)
+
     def admin_port(self) -> int:
         """The port of its admin server."""
         port: int = self.events("server.listening")[0]["gserver.admin_port"]

@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import psutil
 
 from lab.child import Child
 from lab.member import Member
+from lab.netns import both_ways
 from lab.redises import FAILOVER_LIMIT, Redis
 from lab.running import LIMIT, ROOT, Client, stopped, until
 from lab.steady import Watcher
@@ -56,12 +57,10 @@ def ends(role: str, how: Callable[[psutil.Process], None], sign: str = "") -> Ha
     @contextmanager
     def happen(world: World) -> Iterator[None]:
         server = world.members[0].server
-        ready, seen = len(server.events(f"{role}.ready")), len(server.events(sign))
-        how((server.workers() if role == "worker" else server.agents())[0])
-        if sign:
-            server.wait_for(sign, seen + 1, 2 * LIMIT)
-        yield
-        server.wait_for(f"{role}.ready", ready + 1, 2 * LIMIT)
+        with server.telling(f"{role}.ready", limit=2 * LIMIT):
+            with server.telling(sign, limit=2 * LIMIT) if sign else nullcontext():
+                how((server.workers() if role == "worker" else server.agents())[0])
+            yield
 
     return happen
 
@@ -87,7 +86,7 @@ def host_gone(world: World) -> Iterator[None]:
     """No packet comes from it or goes there: a machine without power, a dead switch."""
     host = world.members[0].host
     others = [world.front_host, *world.redis_hosts]
-    with world.network.cut(*world.between(host, *others)):
+    with world.network.cut(*both_ways(host, *others)):
         _wait_for_balancer(world, "DOWN")
         yield
 
@@ -100,9 +99,8 @@ def _wait_for_balancer(world: World, state: str) -> None:
 def rolling_reload(world: World) -> Iterator[None]:
     """SIGHUP to one server after another."""
     for member in world.members:
-        reloaded = len(member.server.events("server.reloaded"))
-        member.server.send_signal(signal.SIGHUP)
-        member.server.wait_for("server.reloaded", reloaded + 1)
+        with member.server.telling("server.reloaded"):
+            member.server.send_signal(signal.SIGHUP)
     yield
 
 
@@ -142,7 +140,7 @@ def cut_off(count: int) -> Happening:
 
     @contextmanager
     def happen(world: World) -> Iterator[None]:
-        cut_off = [world.between(each.host, *world.redis_hosts) for each in world.members[:count]]
+        cut_off = [both_ways(each.host, *world.redis_hosts) for each in world.members[:count]]
         with world.network.cut(*itertools.chain(*cut_off)):
             yield
             time.sleep(LASTING_SECONDS)

@@ -5,7 +5,6 @@ Each makes its fault happen and returns what showed that it did; `World.heal` en
 
 import array
 import fcntl
-import http.client
 import signal
 import socket
 import termios
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 import psutil
 
+from lab.admin import get
 from lab.redises import Redis, Sentinels, Server
 from lab.running import LIMIT, Client, Running, stopped
 from proof.soak_world import MAX_CLIENTS, NAMES, SoakedMember, World, settle
@@ -243,10 +243,7 @@ def _garbage(world: World, member: SoakedMember) -> str:
                     else b"GET /" + b"x" * 100_000
                 )
                 answers += sock.recv(100).startswith(b"HTTP/1.1 4")
-    connection = http.client.HTTPConnection(*address, timeout=LIMIT)
-    connection.request("GET", "/livez")
-    assert connection.getresponse().status == 200
-    connection.close()
+    assert get(member.server, "/livez")[0] == 200
     assert answers
     return "many of 60 connections were answered with 4xx"
 

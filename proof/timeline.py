@@ -21,6 +21,7 @@ import click
 
 from lab.history import Answer, Fact, Kind, Promise, Recorder, check
 from lab.member import Member
+from lab.netns import both_ways
 from lab.redises import FAILOVER_LIMIT
 from lab.running import LIMIT, PATIENCE, ROOT, Client, until
 from proof.world import NAMES, World, machine, need_root, undisturbed, write
@@ -221,7 +222,7 @@ def partition(timeline: Timeline, seconds: float = 5) -> None:
     world, recorder = timeline.world, timeline.crowd.recorder
     first, *others = world.members
     counts = [len(member.server.events("cluster.servers")) for member in others]
-    ways = world.between(first.host, *world.redis_hosts)
+    ways = both_ways(first.host, *world.redis_hosts)
     timeline.let_pass(seconds)
     with recorder.fault(first.name), timeline.regained():
         with world.network.cut(*ways) as cut:

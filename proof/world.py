@@ -18,10 +18,9 @@ from typing import Any
 import click
 
 from lab.haproxy import Front
-from lab.host import Host
 from lab.machine import commit, processor, version
 from lab.member import Member
-from lab.netns import Network, Way
+from lab.netns import Network
 from lab.redises import Sentinels
 
 NAMES = "A", "B", "C"
@@ -54,10 +53,6 @@ class World(ExitStack[None]):
                 servers = [member.server for member in self.members]
                 self.front = stack.enter_context(Front(folder, servers, addresses=addresses))
             self.push(stack.pop_all())
-
-    def between(self, one: Host, *others: Host) -> list[Way]:
-        """Both ways between a host and others."""
-        return [way for other in others for way in ((one, other), (other, one))]
 
 
 @contextmanager
