@@ -1,6 +1,9 @@
 """What tests, proofs and benchmarks share: real servers, clients, Redis, networks and load.
 
-Start with `running`, which starts the real program, and has the client that all of them use.
-Nothing here judges gserver but `history`, the judge of WHO, and `wire`, the oracle of the wire,
-with its table `wire_cases`. It imports neither tests, proofs nor benchmarks.
+Start with `running`, which starts the real program, waits, and has the client that all of them use.
+`redises` starts Redis and Sentinels; `host` and `netns` say on which machine. `site` is one server
+under a fault, `steady` a cluster of them, `member` a server that is started again. `load` are good
+clients, `attackers` bad ones, `census` what a server holds. Nothing here judges gserver but
+`history` and `steady`, the judges of WHO, and `wire`, the oracle of the wire, with its table
+`wire_cases`. It imports neither tests, proofs nor benchmarks.
 """

@@ -1,7 +1,6 @@
-"""Crowds and floods, each a process of its own: `python -m lab.attackers NAME PORT CA
-SECONDS NUMBER SOURCE`.
+"""Bad clients: crowds and floods, each a process of its own that reports how much of it there was.
 
-CA is "" for plain. Each reports how much of it there was.
+`python -m lab.attackers NAME PORT CA SECONDS NUMBER SOURCE`; CA is "" for plain.
 """
 
 import socket

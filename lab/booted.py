@@ -1,5 +1,4 @@
-"""systemd itself, as the first process of namespaces of its own, with the units of this repository
-and no others.
+"""systemd in namespaces of its own, with the units of this repository and no others.
 
 It takes root. The network is this machine's; mounts, processes and cgroups are private, and gone at
 the end.

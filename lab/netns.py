@@ -1,8 +1,7 @@
-"""A network that can be cut. Hosts are network namespaces of the kernel; packets are lost by the
-router between them.
+"""A network that can be cut, one way or both, without any host being told.
 
-Nobody is told of a loss, and it may be of one direction only. It takes root, and touches nothing
-outside of them.
+Hosts are network namespaces of the kernel; the router between them loses packets. It takes root,
+and touches nothing outside of them.
 """
 
 import os

@@ -1,7 +1,6 @@
-"""How soon a good client is answered by two servers that have one machine: one under a flood, the
-other in peace.
+"""How soon a good client is answered by servers of one machine, one under a flood, one in peace.
 
-Both are asked in turn by one process of its own, so that whatever else the machine does slows both
+All are asked in turn by one process of its own, so that whatever else the machine does slows all
 alike.
 """
 

@@ -1,6 +1,4 @@
-"""What a row of the matrix is: a fault by name, the variants that it is tried in, and what is noted
-of it.
-"""
+"""Rows of the fault matrix: a fault by name, the variants that it is tried in, and notes of it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar

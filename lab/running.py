@@ -1,5 +1,4 @@
-"""The real program under test: started on a free port, spoken to over real sockets, read by its
-log.
+"""The real program, started on a free port and read by its log, and a client for its sockets.
 
 Nothing here sleeps to wait for readiness and nothing is retried: `wait_for` waits for an event,
 with a limit.

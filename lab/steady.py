@@ -1,6 +1,4 @@
-"""Servers of one cluster whose clients stay, each asked WHO all the time: any wrong answer, however
-short, is seen.
-"""
+"""Servers of one cluster whose clients stay, and watchers that see any wrong reply to WHO."""
 
 import json
 import threading

@@ -1,6 +1,4 @@
-"""A client that speaks TLS 1.3 record by record, so that it can say what no library lets one say
-(RFC 8446).
-"""
+"""A client that makes its TLS 1.3 records itself (RFC 8446), to send what no library lets it."""
 
 import hashlib
 import hmac

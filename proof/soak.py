@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,16 +33,8 @@ from proof.soak_world import CALLERS, CEILING, NAMES, World, settle
 
 #: What may go wrong in a way that is worth a line in the report.
 EXPECTED = (
-    *(
-        AssertionError,
-        OSError,
-        ValueError,
-        KeyError,
-        subprocess.SubprocessError,
-        RedisError,
-        psutil.Error,
-    ),
-    *(pytest.fail.Exception, pytest.skip.Exception),
+    *(AssertionError, OSError, ValueError, KeyError, HTTPException, RedisError, psutil.Error),
+    *(subprocess.SubprocessError, pytest.fail.Exception, pytest.skip.Exception),
 )
 
 
