@@ -3,7 +3,6 @@
 import statistics
 
 from bench.page import source
-from bench.peers import ROOT
 from bench.report import (
     HEARTBEAT_CPU,
     HEARTBEATS,
@@ -16,6 +15,7 @@ from bench.report import (
 )
 from gserver.cluster.heartbeat import JITTER, MIN_PAUSE_SECONDS
 from gserver.config import Config
+from lab.running import ROOT
 
 PAGE = ROOT / "docs/cluster.md"
 BEGIN, END = "<!-- heartbeats -->", "<!-- /heartbeats -->"

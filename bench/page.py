@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from bench import tls
 from bench.goals import IDLE, goal_table
 from bench.measure import CLIENTS
-from bench.peers import ROOT
 from bench.report import IDLE_CLIENTS, ONE, TABLES, Figure, Results, figure, number, ratio
 from bench.scenarios import ORDERS
+from lab.running import ROOT
 
 PAGE = ROOT / "docs/performance.md"
 #: What names the run that a figure comes from.

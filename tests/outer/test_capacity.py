@@ -5,8 +5,8 @@ import json
 import pytest
 
 from bench import capacity
-from bench.peers import ROOT
 from bench.report import HEARTBEAT_CPU
+from lab.running import ROOT
 
 
 def test_the_cluster_page_shows_what_the_results_say() -> None:
