@@ -1,20 +1,17 @@
 """The scene of a fault: a server, good clients of it, and a record of what it held before."""
 
-import os
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from lab import seed
 from lab.census import CENSUS, Held, clients, have_crowd, held, one_each
 from lab.load import Load
 from lab.rows import Variant
 from lab.running import PATIENCE, Client, Running, until
 from lab.tls_client import certified, trust
 
-SEED = int(os.environ.get("GSERVER_FAULT_SEED", "0")) or random.SystemRandom().randrange(
-    1, 1_000_000
-)
+SEED = seed.draw("GSERVER_FAULT_SEED")
 #: Between two requests of a neighbour.
 PAUSE_SECONDS = 0.005
 #: What allocators keep of a crowd that has gone, for each process.

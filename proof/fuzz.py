@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from random import SystemRandom
 from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lab.seed import draw
 from proof import fuzz_core, fuzz_sockets
 from proof.fuzz_report import section
 
@@ -84,7 +84,7 @@ class Run:
         self, kind: str, inputs: int, seed: int, seconds: float, report: Path | None
     ) -> None:
         self.kind, self.inputs, self.seconds, self._report = kind, inputs, seconds, report
-        self.seed = seed or SystemRandom().randrange(1, 1_000_000)
+        self.seed = seed or draw()
         self.done: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.findings: list[str] = []

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from lab.load import Load
 from lab.machine import commit
 from lab.redises import FAILOVER_LIMIT
+from lab.seed import draw
 from proof.soak_faults import FAULTS
 from proof.soak_judge import Report, complaints, render, written
 from proof.soak_world import CALLERS, CEILING, NAMES, World, settle
@@ -255,7 +256,7 @@ def main(
     if path and not path.parent.is_dir():
         click.echo(f"soak: --report {path}: there is no such folder", err=True)
         sys.exit(2)
-    seed = random.SystemRandom().randrange(1, 1_000_000) if seed is None else seed
+    seed = draw() if seed is None else seed
     click.echo(f"seed {seed}", err=True)
     with _shown() as progress, tempfile.TemporaryDirectory(prefix="gserver-soak-") as folder:
         soak = Soak(hours, every, seed, list(only or FAULTS), progress)

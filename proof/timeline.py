@@ -24,6 +24,7 @@ from lab.member import Member
 from lab.netns import both_ways
 from lab.redises import FAILOVER_LIMIT
 from lab.running import LIMIT, PATIENCE, ROOT, Client, until
+from lab.seed import draw
 from proof.world import NAMES, World, machine, need_root, undisturbed, write
 
 FILE = ROOT / "proof/results/timelines.json"
@@ -272,7 +273,7 @@ def main(seed: int | None, is_kept: bool, render: bool) -> None:
     from proof import page, timeline_plots
 
     if not render:
-        seed = seed or random.SystemRandom().randrange(1, 1_000_000)
+        seed = seed or draw()
         with undisturbed(), tempfile.TemporaryDirectory() as folder:
             report: dict[str, Any] = {"machine": machine()}
             for name, scenario in SCENARIOS.items():

@@ -21,10 +21,11 @@ import pytest
 from gserver import config, logs, protocol, redis_url
 from gserver.serve import fastpath, tls
 from lab.running import LIMIT, ROOT, environment, until
+from lab.seed import draw
 from proof import fuzz_core, fuzz_sockets
 from proof.fuzz_report import section
 
-SEED = int(os.environ.get("GSERVER_FUZZ_SEED", "0")) or Random().randrange(1, 1_000_000)
+SEED = draw("GSERVER_FUZZ_SEED")
 NO_MATCH = "not found once: the code has changed, so is the fault to be put elsewhere"
 
 

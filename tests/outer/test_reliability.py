@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from lab.child import Child
 from lab.history import Fact, Kind
 from lab.rows import Notes
 from lab.running import LIMIT, ROOT, Running, environment, until
+from lab.seed import draw
 from proof import outages, page, timeline
 from proof.availability import (
     BUDGET_SECONDS,
@@ -39,7 +39,7 @@ from proof.availability import (
 from proof.outages import FAULTS, Outage, outage, wrong
 
 TEXT = "".join(path.read_text() for path in page.PAGES)
-SEED = random.SystemRandom().randrange(1, 1_000_000)
+SEED = draw()
 
 
 def test_the_page_shows_what_the_reports_say() -> None:
