@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from lab.netns import Host, unavailable
+from lab.host import Host
+from lab.netns import unavailable
 from lab.running import ROOT, Running, program
 
 #: The release of Debian that the official image of this Python is based on, too.
