@@ -119,7 +119,7 @@ def _read_instructions() -> Instructions:
         report_fd = payload.get("report_fd")
         if not isinstance(report_fd, int):
             raise UsageError(
-                "a child process is started by a `gserver serve` of the same version, not by hand"
+                "`child` is internal: only a `gserver serve` of the same version can start it"
             ) from error
         _report(report_fd, ERROR, OTHER_VERSION)
         raise UsageError(OTHER_VERSION) from error
@@ -161,7 +161,7 @@ def fatal_on_error(function: Callable[[], object]) -> Callable[[], None]:
             function()
         except Exception as error:
             raise SystemError(
-                f"{function.__qualname__} has failed: this process ends, to be replaced"
+                f"{function.__qualname__} failed: this process exits and is replaced"
             ) from error
 
     return run

@@ -192,7 +192,7 @@ class Config:
     server_id: str = _option(
         "",
         LISTENING,
-        "Reply to WHERE, unique to each server [default: a new UUID].",
+        "Reply to WHERE; must be unique [default: a new UUID].",
         parse=parse_server_id,
         metavar="ID",
     )
@@ -218,13 +218,16 @@ class Config:
         10.0, CLIENTS, "Time that a client has to read waiting replies; 0 = 2 minutes."
     )
     unterminated_after_seconds: float = _option(
-        0.1, CLIENTS, "Reply to a command without its newline after this much silence; 0 = never."
+        0.1, CLIENTS, "Reply to a command without a newline after this much silence; 0 = never."
     )
     tls_cert: str = _option(
         "", TLS, "Certificate chain (PEM); the port then speaks only TLS.", metavar="FILE"
     )
     tls_key: str = _option(
-        "", TLS, "Its private key (PEM) [default: in the --tls-cert file].", metavar="FILE"
+        "",
+        TLS,
+        "Private key of the certificate (PEM) [default: in the --tls-cert file].",
+        metavar="FILE",
     )
     tls_client_ca: str = _option(
         "", TLS, "Require client certificates signed by this CA (PEM).", metavar="FILE"
@@ -233,17 +236,15 @@ class Config:
         5.0, TLS, "Time limit for the handshake; 0 = no limit."
     )
     drain_timeout_seconds: float = _option(
-        4.0,
-        STOPPING,
-        "Time limit for a drain. After SIGUSR2, clients are first served for up to this long.",
+        4.0, STOPPING, "Time limit for a drain, and for serving connected clients after SIGUSR2."
     )
     drain_delay_seconds: float = _option(
-        0.0, STOPPING, "Keep accepting this long after SIGTERM or SIGUSR2, for load balancers."
+        0.0, STOPPING, "Keep accepting clients for this long after SIGTERM or SIGUSR2."
     )
     hang_timeout_seconds: float = _option(
         10.0,
         STOPPING,
-        "Replace a process whose heartbeat stops for this long (1 or more); 0 = never.",
+        "Replace a process whose heartbeat stops for this long (at least 1); 0 = never.",
     )
     commands: str = _option(
         "", COMMANDS, "Python module that defines more commands.", metavar="MODULE"
@@ -251,15 +252,15 @@ class Config:
     redis_url: str = _option(
         "",
         CLUSTER,
-        "Redis that the cluster shares [default: none, a single server].",
+        "URL of the cluster's Redis [default: none, a single server].",
         parse=parse_redis_url,
         metavar="URL",
     )
     redis_url_file: str = _option(
-        "", CLUSTER, "File with that URL on one line, if it holds a password.", metavar="FILE"
+        "", CLUSTER, "File that contains the URL of Redis.", metavar="FILE"
     )
     redis_ca_file: str = _option(
-        "", CLUSTER, "CA (PEM) for rediss:// [default: the system's].", metavar="FILE"
+        "", CLUSTER, "CA of Redis's certificate (PEM) [default: the system's].", metavar="FILE"
     )
     redis_tls_verify: str = _option(
         "yes", CLUSTER, "Verify Redis's certificate.", choices=("yes", "no")
@@ -272,21 +273,25 @@ class Config:
         metavar="NAME",
     )
     heartbeat_interval_seconds: float = _option(
-        0.5, CLUSTER, "Time between two reports to Redis.", minimum=0.1
+        0.5, CLUSTER, "Time between two heartbeats to Redis.", minimum=0.1
     )
     member_ttl_seconds: float = _option(
-        5.0, CLUSTER, "A server expires after this long without a report."
+        5.0, CLUSTER, "A server expires after this long without a heartbeat."
     )
     on_cluster_loss: str = _option(
         "last-known",
         CLUSTER,
-        "Reply to WHO when the other servers' count is older than --cluster-max-age: own clients"
-        " plus that count, own clients only, or an ERR line.",
+        "Reply to WHO when the count of the other servers is too old: own clients plus that count,"
+        " own clients only, or an error.",
         choices=("last-known", "local", "error"),
     )
-    cluster_max_age_seconds: float = _option(30.0, CLUSTER, "Age from which that count is too old.")
-    statsd_host: str = _option("", METRICS, "Send metrics to this StatsD daemon [default: none].")
-    statsd_port: int = _option(8125, METRICS, "Its UDP port.", minimum=1, maximum=65535)
+    cluster_max_age_seconds: float = _option(
+        30.0, CLUSTER, "Age at which the count of the other servers is too old."
+    )
+    statsd_host: str = _option("", METRICS, "Host of the StatsD daemon [default: none].")
+    statsd_port: int = _option(
+        8125, METRICS, "UDP port of the StatsD daemon.", minimum=1, maximum=65535
+    )
     statsd_prefix: str = _option(
         "gserver", METRICS, "Prefix of all metric names.", parse=parse_statsd_prefix
     )
@@ -303,14 +308,19 @@ class Config:
     admin_token: str = _option(
         "",
         ADMIN,
-        "Token required from callers; mandatory if the address is not loopback.",
+        "Token that callers must send; required unless --admin-host is loopback.",
         parse=parse_admin_token,
         metavar="TEXT",
     )
-    admin_token_file: str = _option("", ADMIN, "File with that token on one line.", metavar="FILE")
+    admin_token_file: str = _option(
+        "", ADMIN, "File that contains the admin token.", metavar="FILE"
+    )
     log_level: str = _option("info", LOGS, "Lowest level to log.", choices=LEVELS)
     log_format: str = _option(
-        "auto", LOGS, "auto = text on a terminal, json otherwise.", choices=FORMATS
+        "auto",
+        LOGS,
+        "Format of the log; auto = text on a terminal, otherwise json.",
+        choices=FORMATS,
     )
 
     @property
@@ -357,24 +367,24 @@ class Config:
     def _cluster_contradiction(self) -> str:
         interval, ttl = self.heartbeat_interval_seconds, self.member_ttl_seconds
         max_age = self.cluster_max_age_seconds
-        which = f"--heartbeat-interval, which is {interval:g}"
+        which = f"--heartbeat-interval ({interval:g})"
         if ttl < 5 * interval - 1e-9:  # The rounding error of 5 * 0.3, say.
             return f"--member-ttl {ttl:g} is too short: at least five times {which}"
         if max_age < 2 * interval:
             return f"--cluster-max-age {max_age:g} is too short: at least twice {which}"
         if self.redis_ca_file and not RedisUrl.parse(self.redis_url or "redis://-").has_tls:
-            return "--redis-ca-file is for a --redis-url with TLS: rediss://"
+            return "--redis-ca-file needs a --redis-url with TLS (rediss://)"
         return ""
 
     @property
     def _listening_contradiction(self) -> str:
         if self.admin_port >= 0 and not self.admin_token and not is_loopback(self.admin_host):
             where = f"--admin-host {self.admin_host}"
-            return f"{where} can be reached from elsewhere: give it an --admin-token too"
+            return f"{where} is not loopback: set --admin-token, too"
         if self.tls_key and not self.tls_cert:
-            return "--tls-key needs --tls-cert, too"
+            return "--tls-key needs --tls-cert"
         if self.tls_client_ca and not self.tls_cert:
-            return "--tls-client-ca needs --tls-cert, too"
+            return "--tls-client-ca needs --tls-cert"
         return ""
 
     @property
@@ -389,7 +399,7 @@ class Config:
             return ""
         return (
             f"--port and --admin-port are both {self.port}, on {self.host} and {self.admin_host}:"
-            " choose another for one of them"
+            " choose another port for one of them"
         )
 
 

@@ -6,8 +6,8 @@ Imports nothing, so that every module may raise these.
 EXIT_CLEAN = 0
 EXIT_RUNTIME = 1
 EXIT_USAGE = 2
-#: What a child says that cannot read what the supervisor has given it.
-OTHER_VERSION = "the running supervisor is of another version than this code: restart it"
+#: Reported by a child that cannot read its instructions or the scoreboard.
+OTHER_VERSION = "the running supervisor has another version than the installed code: restart it"
 
 
 class FatalError(Exception):

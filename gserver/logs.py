@@ -352,11 +352,11 @@ def report_suppressed(*, is_last: bool = False) -> None:
         if key:
             fields["gserver.suppressed_key"] = key
             name = f"{action} ({key})"
-        event(logging.WARNING, "log.suppressed", f"{number} more of {name}", fields)
+        event(logging.WARNING, "log.suppressed", f"suppressed {number} more events: {name}", fields)
     writer = _handler.writer
     if writer is not None and writer.dropped and writer.has_room:
         dropped, writer.dropped = writer.dropped, 0
-        message = f"{dropped} lines dropped: stdout did not take them"
+        message = f"dropped {dropped} log lines: stdout was full or could not be written"
         event(logging.WARNING, "log.dropped", message, {"gserver.suppressed": dropped})
 
 

@@ -44,7 +44,7 @@ class RedisUrl:
         logins |= {name: value for name, value in parameters.items() if name != "db"}
         if scheme == "unix":
             if netloc or len(path) < 2:
-                raise ValueError("the URL names no absolute path: write unix:///path/to/redis.sock")
+                raise ValueError("the URL has no absolute path: write unix:///path/to/redis.sock")
             return cls(path=unquote(path), db=_db(parameters.get("db", "0")), **logins)
         is_sentinel = scheme.endswith("+sentinel")
         default_port = SENTINEL_PORT if is_sentinel else REDIS_PORT
@@ -52,10 +52,10 @@ class RedisUrl:
         service, _, db = path[1:].partition("/") if is_sentinel else ("", "", path[1:])
         if is_sentinel and not service:
             raise ValueError(
-                "the URL names no service: write redis+sentinel://host:port,host:port/service"
+                "the URL has no service: write redis+sentinel://host:port,host:port/service"
             )
         if len(hosts) > 1 and not is_sentinel:
-            raise ValueError("the URL names several hosts: that is for redis+sentinel://")
+            raise ValueError("the URL has several hosts: only redis+sentinel:// allows that")
         return cls(
             hosts,
             unquote(service),
@@ -87,7 +87,9 @@ def _split(text: str) -> tuple[str, str, str, dict[str, str]]:
     # Not by `urlsplit`, which refuses a list of hosts that includes an IPv6 address.
     found = re.fullmatch(r"([A-Za-z+]+)://([^/?#]*)([^?#]*)(?:\?([^#]*))?", text)
     if not re.match(rf"({'|'.join(map(re.escape, SCHEMES))})://", text.lower()):
-        raise ValueError(f"a URL begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}")
+        raise ValueError(
+            f"the URL must begin with {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
+        )
     # Part of a password that is not percent-encoded would be read as a host or a path, and logged.
     if not found or "@" in found[3] or not _is_printable(found[2].rpartition("@")[2] + found[3]):
         raise ValueError(
@@ -107,9 +109,9 @@ def _parameters(query: str) -> dict[str, str]:
     try:
         parameters = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
     except ValueError:
-        raise ValueError("the URL's parameters are not name=value&name=value") from None
+        raise ValueError("the URL's parameters must be name=value&name=value") from None
     if not parameters.keys() <= set(PARAMETERS):
-        raise ValueError(f"the URL has an unknown parameter; known are {', '.join(PARAMETERS)}")
+        raise ValueError(f"the URL has an unknown parameter; allowed: {', '.join(PARAMETERS)}")
     return parameters
 
 

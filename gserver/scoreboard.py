@@ -124,7 +124,7 @@ class Scoreboard:
         if name not in names:
             if len(names) == MAX_COMMANDS:
                 raise UsageError(
-                    f"more than {MAX_COMMANDS} commands, those of earlier reloads included:"
+                    f"more than {MAX_COMMANDS} command names, including those of earlier reloads:"
                     " use fewer, or restart gserver"
                 )
             start = (slot * MAX_COMMANDS + len(names)) * MAX_NAME_BYTES

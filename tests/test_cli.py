@@ -448,7 +448,7 @@ def test_one_port_for_clients_and_the_admin_port_is_refused(host: str) -> None:
     told = _told(gserver("--host", host, "--port", port, "--admin-port", port))
     assert told == (
         f"--port and --admin-port are both {port}, on {host} and 127.0.0.1:"
-        " choose another for one of them"
+        " choose another port for one of them"
     )
 
 
@@ -685,13 +685,13 @@ def test_a_token_from_a_file_is_required_and_is_in_no_command_line(
     ("content", "reason"),
     [
         (None, "cannot be read: No such file or directory"),
-        (b"", "is empty: it must hold the secret on one line"),
-        (b"\n", "is empty: it must hold the secret on one line"),
-        (b" \n", "is empty: it must hold the secret on one line"),
-        (b"one\ntwo\n", "holds more than one line of at most 65536 bytes"),
-        (b"one\n\n", "holds more than one line of at most 65536 bytes"),
+        (b"", "is empty: it must contain the secret on one line"),
+        (b"\n", "is empty: it must contain the secret on one line"),
+        (b" \n", "is empty: it must contain the secret on one line"),
+        (b"one\ntwo\n", "is longer than one line of at most 65536 bytes"),
+        (b"one\n\n", "is longer than one line of at most 65536 bytes"),
         (b"\xff\n", "is not text in UTF-8"),
-        (b"x" * 70_000, "holds more than one line of at most 65536 bytes"),
+        (b"x" * 70_000, "is longer than one line of at most 65536 bytes"),
         ("caf\u00e9\n".encode(), ": the token has characters that are not printable ASCII"),
     ],
 )
@@ -710,14 +710,14 @@ def test_a_url_in_a_file_that_is_none_is_refused_without_its_secret(tmp_path: Pa
     file = tmp_path / "url"
     file.write_text("redis://:open-sesame@h:1,h:2")
     told = _told(gserver("--port", "0", "--redis-url-file", str(file)))
-    assert told.startswith(f"--redis-url-file {file}: the URL names several hosts")
+    assert told.startswith(f"--redis-url-file {file}: the URL has several hosts")
     assert "open-sesame" not in told
 
 
 def test_a_folder_and_no_name_are_no_file_with_a_secret(tmp_path: Path) -> None:
     for path, reason in (
         (str(tmp_path), f"{tmp_path} cannot be read: Is a directory"),
-        ("", "names no file"),
+        ("", "needs the name of a file"),
     ):
         told = _told(gserver("--port", "0", "--admin-token-file", path))
         assert told == f"--admin-token-file {reason}"
@@ -752,7 +752,7 @@ def test_a_folder_and_no_name_are_no_file_with_a_secret(tmp_path: Path) -> None:
 def test_a_secret_and_a_file_with_it_are_refused_together(
     arguments: tuple[str, ...], variables: dict[str, str], named: str
 ) -> None:
-    assert _told(gserver(*arguments, **variables)) == f"{named} are both given: give one"
+    assert _told(gserver(*arguments, **variables)) == f"{named} are both set: set only one"
 
 
 def _exposed(option: str, name: str) -> str:

@@ -214,7 +214,7 @@ def test_a_path_is_refused_with_the_name_to_use(write: Write, path: str, advice:
 @pytest.mark.parametrize("name", [".mine", "..", "."])
 def test_a_relative_name_is_refused(write: Write, name: str) -> None:
     write("mine")
-    assert error_of(name) == "it must be the full name of a module, without a dot in front"
+    assert error_of(name) == "it must be the full name of a module, without a leading dot"
 
 
 @pytest.mark.parametrize("name", ["mine", "mine.deep", "a b", "mine.", "no_such_module"])

@@ -583,7 +583,9 @@ def test_the_number_of_suppressed_warnings_is_logged(folder: Path) -> None:
             assert len(server.events("command.failed")) == 5
             assert (event["gserver.suppressed"], event["process.pid"]) == (995, failing)
             assert event["gserver.suppressed_key"] == "FAIL LookupError"
-            assert event["message"] == "995 more of command.failed (FAIL LookupError)"
+            assert (
+                event["message"] == "suppressed 995 more events: command.failed (FAIL LookupError)"
+            )
             assert event["log.level"] == "warning"
             client.ask(b"FAIL")
             server.wait_for("command.failed", 6)

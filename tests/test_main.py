@@ -15,9 +15,7 @@ import pytest
 
 from lab.running import GSERVER, LIMIT, ROOT, Client, Running, environment, gserver, until
 
-BY_HAND = (
-    "gserver: a child process is started by a `gserver serve` of the same version, not by hand\n"
-)
+BY_HAND = "gserver: `child` is internal: only a `gserver serve` of the same version can start it\n"
 
 
 def test_the_package_runs_as_a_module_from_its_own_folder() -> None:
@@ -66,7 +64,7 @@ def test_a_child_of_another_version_tells_the_supervisor_what_to_do() -> None:
     )
     os.close(theirs)
     with os.fdopen(ours) as reports:
-        reason = "the running supervisor is of another version than this code: restart it"
+        reason = "the running supervisor has another version than the installed code: restart it"
         assert reports.read() == f"error {reason}\n"
     assert (done.returncode, done.stderr) == (2, f"gserver: {reason}\n")
 

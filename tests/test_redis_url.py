@@ -84,14 +84,14 @@ FORMS: dict[str, tuple[RedisUrl, str]] = {
 }
 
 ERRORS = {
-    "": "begins with",
-    "redis": "begins with",
-    "127.0.0.1:6379": "begins with",
-    "http://127.0.0.1": "begins with",
-    "sentinel://127.0.0.1/name": "begins with",
-    "+sentinel://127.0.0.1/name": "begins with",
-    "unix+sentinel:///run/redis.sock": "begins with",
-    "redis+sentinel+sentinel://127.0.0.1/name": "begins with",
+    "": "must begin with",
+    "redis": "must begin with",
+    "127.0.0.1:6379": "must begin with",
+    "http://127.0.0.1": "must begin with",
+    "sentinel://127.0.0.1/name": "must begin with",
+    "+sentinel://127.0.0.1/name": "must begin with",
+    "unix+sentinel:///run/redis.sock": "must begin with",
+    "redis+sentinel+sentinel://127.0.0.1/name": "must begin with",
     "redis://[::1": "host or port",
     "redis://one%2Ftwo": "host or port",
     "redis://one%3A1": "host or port",

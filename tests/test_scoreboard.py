@@ -125,7 +125,7 @@ def test_each_slot_has_its_own_list_of_commands() -> None:
 def test_the_sixty_fifth_command_is_refused() -> None:
     scoreboard = Scoreboard.create(SLOTS)
     cells = [scoreboard.command_cell(f"C{number}", 0) for number in range(64)]
-    with pytest.raises(UsageError, match=r"more than 64 commands.*restart gserver"):
+    with pytest.raises(UsageError, match=r"more than 64 command names.*restart gserver"):
         scoreboard.command_cell("ONE-MORE", 0)
     assert [scoreboard.command_cell(f"C{number}", 0) for number in range(64)] == cells
     scoreboard.command_cell("ONE-MORE", 1)  # Another slot has its own room.
@@ -201,7 +201,9 @@ def test_clearing_a_dead_worker_zeroes_its_gauge_and_keeps_its_counters() -> Non
 def test_a_scoreboard_of_another_version_is_refused(difference: int) -> None:
     scoreboard = Scoreboard.create(SLOTS)
     scoreboard.cells[0] += difference
-    with pytest.raises(UsageError, match="another version than this code: restart it") as caught:
+    with pytest.raises(
+        UsageError, match="another version than the installed code: restart it"
+    ) as caught:
         attached(scoreboard)
     assert caught.value.exit_code == EXIT_USAGE
 

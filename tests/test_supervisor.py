@@ -644,7 +644,7 @@ def test_a_sighup_does_not_shorten_a_stop(tmp_path: Path) -> None:
         server.send_signal(signal.SIGTERM)
         server.wait_for("server.draining")
         server.send_signal(signal.SIGHUP)
-        assert server.wait_for("server.signal_ignored")["message"].startswith("SIGHUP: ignored")
+        assert server.wait_for("server.signal_ignored")["message"].startswith("SIGHUP ignored")
         assert hear_end(client) == b"rested\n"
         assert server.exit_code() == 0
 
@@ -698,8 +698,7 @@ def test_a_reload_that_would_leave_no_files_for_clients_leaves_the_workers_as_th
         server.send_signal(signal.SIGHUP)
         failed = server.wait_for("server.reload_failed")
         assert (
-            "a process may open too few files: raise the limit (ulimit -n, prlimit)"
-            in failed["message"]
+            "the limit of open files is too low: raise it (ulimit -n, prlimit)" in failed["message"]
         )
         assert {worker.pid for worker in server.workers()} == before
         with server.client() as client:
@@ -959,7 +958,7 @@ def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) ->
             assert server.process.wait(1 + GIVE_UP_SECONDS + LIMIT) == 1
             assert (
                 server.wait_for("server.stopped")["message"]
-                == f"stopped, forced; worker {stuck.pid} cannot be ended"
+                == f"stopped, forced; worker {stuck.pid} could not be killed"
             )
             assert len(server.events("agent.ready")) == agents
 
@@ -1019,7 +1018,7 @@ def test_a_stop_does_not_wait_for_a_worker_that_cannot_be_killed() -> None:
             server.send_signal(signal.SIGTERM)
             assert server.process.wait(LIMIT) == 1
             assert server.wait_for("server.stopped")["message"] == (
-                f"stopped; worker {stuck.pid} cannot be ended"
+                f"stopped; worker {stuck.pid} could not be killed"
             )
 
 

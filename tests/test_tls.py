@@ -550,7 +550,9 @@ def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second
             server.wait_for("worker.died")
         (tmp_path / "server.key").write_bytes(b"")
         server.send_signal(signal.SIGHUP)
-        assert "the one before it goes on: " in server.wait_for("server.reload_failed")["message"]
+        assert (
+            "the previous reload continues: " in server.wait_for("server.reload_failed")["message"]
+        )
         (tmp_path / "wait").unlink()
         server.wait_for("server.reloaded")
         assert not set(before) & set(server.workers())
@@ -587,7 +589,7 @@ def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(
         server.wait_for("server.reloading", 2)
         next_one.kill()  # One of the newest is to follow.
         message = server.wait_for("server.reload_failed")["message"]
-        assert re.search("the one before it goes on: .*out of luck", message)
+        assert re.search("the previous reload continues: .*out of luck", message)
         (tmp_path / "late.py").write_text(LATE)
         (tmp_path / "wait").unlink()
         server.wait_for("server.reloaded")
@@ -728,14 +730,14 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
     encrypted = subprocess.run(encrypt, check=True, capture_output=True, text=True).stdout
     other = (pems / "ca.key").read_text()
     for parts, words in (
-        ({"chain": ""}, "--tls-cert must hold a certificate"),
-        ({"chain": damaged}, "--tls-cert must hold a certificate"),
-        ({"chain": good["key"]}, "--tls-cert must hold a certificate"),
-        ({"key": good["chain"]}, "--tls-cert must hold a certificate"),
+        ({"chain": ""}, "--tls-cert must contain a certificate"),
+        ({"chain": damaged}, "--tls-cert must contain a certificate"),
+        ({"chain": good["key"]}, "--tls-cert must contain a certificate"),
+        ({"key": good["chain"]}, "--tls-cert must contain a certificate"),
         ({"key": other}, "--tls-key is not the key"),
         ({"key": encrypted}, "--tls-key is encrypted"),
-        ({"client_ca": "nothing"}, "--tls-client-ca holds no certificate"),
-        ({"client_ca": good["key"]}, "--tls-client-ca holds no certificate"),
+        ({"client_ca": "nothing"}, "--tls-client-ca contains no certificate"),
+        ({"client_ca": good["key"]}, "--tls-client-ca contains no certificate"),
     ):
         with pytest.raises(UsageError, match=words):
             tls.make_context(Certificates(**{**good, **parts}))
@@ -746,33 +748,33 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("", "said ERR TLS only"),
+        ("", "replied ERR TLS only"),
         (
             "--tls",
             "has a certificate that is not trusted: self-signed certificate in certificate chain",
         ),
         ("--tls-ca other-ca.pem", "has a certificate that is not trusted: self-signed"),
-        ("--tls-ca ca.pem", "came to no TLS connection: TLSV13_ALERT_CERTIFICATE_REQUIRED"),
+        ("--tls-ca ca.pem", "failed the TLS handshake: TLSV13_ALERT_CERTIFICATE_REQUIRED"),
         (
             "--tls-ca ca.pem --tls-cert other-ca.pem --tls-key other-ca.key",
-            "came to no TLS connection: TLSV1_ALERT_",
+            "failed the TLS handshake: TLSV1_ALERT_",
         ),
         (
             "--tls-ca ca.pem --tls-cert server.pem --tls-key server.key --tls-name x",
             "Hostname mismatch",
         ),
         ("--tls-ca none.pem", "--tls-ca none.pem cannot be read: No such file or directory"),
-        ("--tls-ca server.key", "server.key cannot be used: it must hold a certificate in PEM"),
+        ("--tls-ca server.key", "server.key cannot be used: it must contain a certificate in PEM"),
         (
             "--tls-cert server.pem",
-            "server.pem cannot be used: it must hold a certificate in PEM, its key with it or in",
+            "server.pem cannot be used: it must contain a certificate in PEM and, here or in",
         ),
         ("--tls-cert server.pem --tls-key ca.key", "server.pem cannot be used: "),
         (
             "--tls-cert server.pem --tls-key none.pem",
             "server.pem or --tls-key none.pem cannot be read: No such file",
         ),
-        ("--tls-key server.key", "--tls-key is that of a certificate: give --tls-cert too"),
+        ("--tls-key server.key", "--tls-key needs --tls-cert"),
     ],
 )
 def test_ask_says_why_it_has_no_answer_by_tls(

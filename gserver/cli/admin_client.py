@@ -28,11 +28,11 @@ MAX_BYTES = 1_000_000
 #: Most items of a list, and characters of a text, in the part of a status that is shown.
 MAX_ITEMS, MAX_TEXT = 1000, 128
 SLOW = f"no answer in {TIMEOUT_SECONDS:.0f} s"
-STRANGE = "it answers, but not as an admin port of gserver does"
+STRANGE = "the answer is not that of a gserver admin port"
 CLOSED = "it closed the connection without an answer"
 REASONS = {
     401: "the admin token is missing or wrong",
-    403: "without an admin token, name it by its address",
+    403: "a server without an admin token must be named by a loopback address",
 }
 
 Status = dict[str, Any]
@@ -173,7 +173,7 @@ def _parse(url: str, token: str) -> tuple[str, str]:
     except ValueError:
         is_good = False
     if not is_good:
-        raise UsageError(f"{url!r} is no admin port: name it as HOST:PORT or http://HOST:PORT")
+        raise UsageError(f"{url!r} is not an admin port: write HOST:PORT or http://HOST:PORT")
     return parts.netloc.rpartition("@")[2], parts.password or token
 
 

@@ -53,9 +53,9 @@ class TlsOptions:
                 # Without a password, OpenSSL would ask for one on the terminal.
                 context.load_cert_chain(self.cert, self.key or None, password=lambda: "")
         except ssl.SSLError as error:
-            key = ", its key with it or in --tls-key, not encrypted" if path == self.cert else ""
+            key = " and, here or in --tls-key, its unencrypted key" if path == self.cert else ""
             raise UsageError(
-                f"{option} {path} cannot be used: it must hold a certificate in PEM{key}"
+                f"{option} {path} cannot be used: it must contain a certificate in PEM{key}"
             ) from error
         except OSError as error:
             also = f" or --tls-key {self.key}" if path == self.cert and self.key else ""
@@ -78,7 +78,7 @@ def parse_address(text: str) -> tuple[str, int]:
     is_port = re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536
     if not colon or not host or "," in host or not is_port:
         raise UsageError(
-            f"{text!r} is no address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242"
+            f"{text!r} is not an address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242"
         )
     return host, int(port)
 
@@ -97,7 +97,7 @@ def ask(
     """
     for command in commands:
         if not command.strip() or not command.isprintable():
-            raise UsageError(f"{command!r} is no command: name one word, such as WHO")
+            raise UsageError(f"{command!r} is not a command: use one word, such as WHO")
     context = tls.context() if tls else None
     partial: Answer | None = None
     reasons = []
@@ -157,13 +157,13 @@ def _converse(
         if reply is None:
             raise FatalError(f"closed the connection without a reply{_to(command, commands)}")
         if not reply.isprintable() or not reply.isascii():
-            raise FatalError(f"sent what is no reply: {reply[:100]!r}")
+            raise FatalError(f"sent an invalid reply: {reply[:100]!r}")
         if reply in REJECTIONS:
-            raise FatalError(f"said {reply}")
+            raise FatalError(f"replied {reply}")
         if reply == "ERR" or reply.startswith("ERR "):
             answer.failures.append(f"{command}: {reply[:100]}")
         elif not re.fullmatch(REPLIES.get(command.strip().upper(), ".*"), reply):
-            raise FatalError(f"sent what is no reply to {command}: {reply[:100]!r}")
+            raise FatalError(f"sent an invalid reply to {command}: {reply[:100]!r}")
         else:
             answer.replies.append(reply)
 
@@ -226,5 +226,5 @@ def _reason(error: Exception) -> str:
         untrusted = getattr(error, "verify_message", "")
         if untrusted:
             return f"has a certificate that is not trusted: {untrusted} (--tls-ca, --tls-name)"
-        return f"came to no TLS connection: {getattr(error, 'reason', '') or 'it was closed'}"
+        return f"failed the TLS handshake: {getattr(error, 'reason', '') or 'connection closed'}"
     return str(error.args[-1] if error.args else error)

@@ -68,13 +68,13 @@ class _Group(click.Group):
 )
 @click.version_option(__version__, prog_name="gserver")
 def gserver() -> None:
-    """A small TCP service: a client sends WHO, WHERE or WHY and a newline, and gets one line back.
+    """A small TCP service: a client sends a line with WHO, WHERE or WHY and receives one line.
 
     WHO is the number of connected clients, WHERE is the server's id, WHY is 42. Without a command,
     gserver runs `serve`.
 
-    Each option of `serve` has a variable, too: --max-clients is GSERVER_MAX_CLIENTS. Some have a
-    second one (env var), which process runners set. A flag wins over a variable.
+    Each option of `serve` has an environment variable: --max-clients is GSERVER_MAX_CLIENTS. Some
+    have a second one, shown as `env var`, which process runners set. A flag overrides a variable.
     """
     warn_unknown_variables(gserver.commands.values())
 
@@ -101,8 +101,8 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     is_default = ctx.get_parameter_source("max_clients") is click.core.ParameterSource.DEFAULT
     if config.max_clients > room and (not is_default or room < 1):
         raise UsageError(
-            f"--max-clients {config.max_clients} is too many: a process may open {limit} files,"
-            f" which allows {room} clients: raise the limit (ulimit -n), lower --max-clients or"
+            f"--max-clients {config.max_clients} is too high: the limit of {limit} open files per"
+            f" process allows {room} clients: raise the limit (ulimit -n), lower --max-clients or"
             " raise --workers"
         )
     config = replace(config, max_clients=min(config.max_clients, room))
@@ -136,7 +136,7 @@ def _check(config: Config) -> None:
     envvar="GSERVER_SERVER",
     default=[DEFAULT_SERVER],
     show_default=True,
-    help="Server to ask; repeat it for more servers (in the variable: separated by blanks).",
+    help="Server to ask; may be repeated (in the variable: separated by spaces).",
 )
 @click.option(
     "--timeout",
@@ -149,7 +149,7 @@ def _check(config: Config) -> None:
     show_default=True,
     help="Time limit for each server.",
 )
-@click.option("--tls", is_flag=True, help="Use TLS; the options below imply it.")
+@click.option("--tls", is_flag=True, help="Use TLS; implied by the options below.")
 @click.option(
     "--tls-ca",
     "ca",
@@ -162,15 +162,21 @@ def _check(config: Config) -> None:
     "cert",
     metavar="FILE",
     default="",
-    help="Client certificate (PEM); the key may be in the same file.",
+    help="Client certificate (PEM); may contain the key.",
 )
-@click.option("--tls-key", "key", metavar="FILE", default="", help="Its private key (PEM).")
+@click.option(
+    "--tls-key",
+    "key",
+    metavar="FILE",
+    default="",
+    help="Private key of the client certificate (PEM).",
+)
 @click.option(
     "--tls-name",
     "name",
     metavar="NAME",
     default="",
-    help="Name in the server's certificate [default: HOST].",
+    help="Name expected in the server's certificate [default: HOST].",
 )
 def ask(
     commands: tuple[str, ...],
@@ -182,15 +188,15 @@ def ask(
 ) -> None:
     """Send commands to a server and print the replies; without a command, send WHO.
 
-    Several servers are tried in turn until one replies to all commands. A server that is full,
-    draining or without its cluster is passed over; an ERR reply to a command is a reply. Replies go
-    to stdout. Exits with 1 if a command failed (stderr names it) or if no server answered.
+    Several servers are tried in turn until one replies to all commands. A server that rejects the
+    client, or that has lost its cluster (`--on-cluster-loss error`), is skipped. Any other ERR line
+    is a reply. Exits with 1 if a command failed (stderr names it) or if no server answered.
     """
     from gserver.cli.ask import TlsOptions, parse_address
     from gserver.cli.ask import ask as ask_servers
 
     if tls_options["key"] and not tls_options["cert"]:
-        raise UsageError("--tls-key is that of a certificate: give --tls-cert too")
+        raise UsageError("--tls-key needs --tls-cert")
     addresses = [parse_address(server) for server in servers]
     answer = ask_servers(
         commands or ("WHO",),
@@ -205,7 +211,7 @@ def ask(
 
 
 def _admin_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say which admin ports to ask."""
+    """Give a command the options that name the admin ports."""
     options = [
         click.option(
             "--admin",
@@ -216,7 +222,7 @@ def _admin_options(command: Callable[..., Any]) -> Callable[..., Any]:
             envvar="GSERVER_ADMIN",
             default=[DEFAULT_ADMIN],
             show_default=True,
-            help="Admin port; repeat it for more servers (in the variable: separated by blanks).",
+            help="Admin port to ask; may be repeated (in the variable: separated by spaces).",
         ),
         click.option(
             "--admin-token",
@@ -230,7 +236,7 @@ def _admin_options(command: Callable[..., Any]) -> Callable[..., Any]:
             cls=ClientOption,
             envvar="GSERVER_ADMIN_TOKEN_FILE",
             metavar="FILE",
-            help="File with that token on one line.",
+            help="File that contains the token.",
         ),
     ]
     for option in reversed(options):
@@ -259,17 +265,17 @@ def _targets(ctx: click.Context) -> "list[Target]":
     metavar="SECONDS",
     default=1.0,
     show_default=True,
-    help="Time between two requests.",
+    help="Time between two snapshots.",
 )
-@click.option("--once", "is_once", is_flag=True, help="Ask twice, print once, and exit.")
-@click.option("--json", "is_json", is_flag=True, help="Print one line of JSON for each round.")
+@click.option("--once", "is_once", is_flag=True, help="Print one snapshot and exit.")
+@click.option("--json", "is_json", is_flag=True, help="Print each snapshot as one line of JSON.")
 @click.pass_context
 def top(
     ctx: click.Context, /, interval_seconds: float, *, is_once: bool, is_json: bool, **_: Any
 ) -> None:
     """Show servers live, through their admin ports, until Ctrl-C.
 
-    On a terminal this is a screen, otherwise one line per server and round.
+    On a terminal this is a screen, otherwise one line per server and snapshot.
     """
     targets = _targets(ctx)
     from gserver.cli import top as screen

@@ -173,7 +173,7 @@ def read_secret(ctx: click.Context, name: str) -> str | None:
         return cast("str | None", value)
     if value:
         raise UsageError(
-            f"{_source(ctx, name)} and {_source(ctx, f'{name}_file')} are both given: give one"
+            f"{_source(ctx, name)} and {_source(ctx, f'{name}_file')} are both set: set only one"
         )
     line = _read_line(flag(f"{name}_file"), path)
     parse = OPTIONS[name].parse
@@ -206,7 +206,7 @@ def _source(ctx: click.Context, name: str) -> str:
 
 def _read_line(option: str, path: str) -> str:
     if not path:
-        raise UsageError(f"{option} names no file")
+        raise UsageError(f"{option} needs the name of a file")
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_SECRET_BYTES + 1)
@@ -217,11 +217,11 @@ def _read_line(option: str, path: str) -> str:
     except UnicodeDecodeError as error:
         raise UsageError(f"{option} {path} is not text in UTF-8") from error
     if not line.strip():
-        raise UsageError(f"{option} {path} is empty: it must hold the secret on one line")
+        raise UsageError(f"{option} {path} is empty: it must contain the secret on one line")
     if "\n" in line or "\r" in line or len(content) > MAX_SECRET_BYTES:
         raise UsageError(
-            f"{option} {path} holds more than one line of at most {MAX_SECRET_BYTES} bytes:"
-            " it must hold the secret alone"
+            f"{option} {path} is longer than one line of at most {MAX_SECRET_BYTES} bytes:"
+            " it must contain the secret and nothing else"
         )
     return line
 

@@ -239,6 +239,6 @@ class HeartbeatSender:
         consequence = "WHO keeps the last known count of the other servers"
         if not self._is_member:
             consequence += ", and it is not known whether another server has this id"
-        message = f"Redis at {self._link} is away ({kind}); {consequence}: {reason}"
+        message = f"Redis at {self._link} is unavailable ({kind}); {consequence}: {reason}"
         fields = {"error.type": type(error).__name__, "error.message": reason, "gserver.kind": kind}
         logs.event(logging.WARNING, "cluster.lost", message, fields)

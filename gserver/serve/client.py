@@ -623,7 +623,7 @@ class Client:
     def cut_off_handshake(self) -> None:
         """End a handshake, since there are too many. If it has failed already, only close."""
         if self.state is NEW:
-            self._fail_handshake(ConnectionAbortedError("it was cut off"))
+            self._fail_handshake(ConnectionAbortedError("too many handshakes are in progress"))
         else:
             self.close()
 
@@ -632,7 +632,7 @@ class Client:
         self.loop.replies.count_error(TLS_FAILED)
         if logging.root.isEnabledFor(logging.DEBUG) and self.address:
             fields = {**address_fields(self.address), **logs.error_fields(error)}
-            message = f"no TLS with {self.address[0]}: {error}"
+            message = f"TLS handshake with {self.address[0]} failed: {error}"
             logs.event(logging.DEBUG, "client.tls_failed", message, fields)
         self.address = None
         if type(error).__module__ == "ssl":

@@ -49,7 +49,7 @@ def _unusable(module_name: str, reason: str) -> UsageError:
 def _check_name(name: str) -> None:
     """Refuse a path and a relative name. Any other name may exist: Python decides."""
     if name.startswith(".") and "/" not in name:
-        raise _unusable(name, "it must be the full name of a module, without a dot in front")
+        raise _unusable(name, "it must be the full name of a module, without a leading dot")
     if "/" in name or name.endswith(".py"):
         path = PurePath(name.removesuffix(".py"))
         advice = ".".join(path.parts)

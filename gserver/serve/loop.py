@@ -167,8 +167,8 @@ class Loop:
     def _log_rejection(self, address: Any, error: ErrorReply) -> None:
         config = self.config
         reasons = {
-            TOO_MANY_CLIENTS: f"{config.max_clients} are connected (--max-clients)",
-            TOO_MANY_FROM_ADDRESS: f"{config.max_clients_per_address} of its address are connected"
+            TOO_MANY_CLIENTS: f"{config.max_clients} clients are connected (--max-clients)",
+            TOO_MANY_FROM_ADDRESS: f"its address has {config.max_clients_per_address} clients"
             " (--max-clients-per-address)",
         }
         fields = {**address_fields(address), "gserver.reason": error.name}
@@ -264,7 +264,7 @@ class Loop:
         client.close()
 
     def _log_failure(self, error: Exception) -> None:
-        message = f"a client is closed after an internal error: {error!r}"
+        message = f"closed a client after an internal error: {error!r}"
         logs.warn_ratelimited("process.error", message, logs.error_fields(error))
 
     def enqueue(self, client: Client) -> None:

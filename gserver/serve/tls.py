@@ -47,17 +47,17 @@ def make_context(certificates: Certificates) -> ssl.SSLContext:
                 ) from error
             if "TOO_SMALL" in str(error) or "TOO_WEAK" in str(error):
                 raise UsageError(
-                    "--tls-cert is too weak for OpenSSL: have one with a longer key, and SHA-256"
+                    "--tls-cert is too weak for OpenSSL: use a longer key and SHA-256"
                 ) from error
             raise UsageError(
-                "--tls-cert must hold a certificate, --tls-key or the same file its key, in PEM"
+                "--tls-cert must contain a certificate, and it or --tls-key the key, in PEM"
             ) from error
     if certificates.client_ca:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(cadata=certificates.client_ca)
         except (ssl.SSLError, ValueError) as error:
-            raise UsageError("--tls-client-ca holds no certificate in PEM") from error
+            raise UsageError("--tls-client-ca contains no certificate in PEM") from error
     return context
 
 

@@ -139,9 +139,7 @@ class Worker:
             scoreboard.cells[scoreboard.cell(name, slot)] = value
         capacity = raise_file_limit() - RESERVED_FILES
         if capacity < 1:
-            raise UsageError(
-                "a process may open too few files: raise the limit (ulimit -n, prlimit)"
-            )
+            raise UsageError("the limit of open files is too low: raise it (ulimit -n, prlimit)")
         self._should_stop_accepting = Event()
         self._should_drain = False
         self._changed = Event()
@@ -201,7 +199,7 @@ class Worker:
         self._scoreboard.cells[cell] = expires_at
         if 0 < expires_at < time():
             day = strftime("%Y-%m-%d", gmtime(expires_at))
-            message = f"the certificate of --tls-cert expired on {day}: clients that check it fail"
+            message = f"the certificate of --tls-cert expired on {day}: clients that verify it fail"
             logs.warn_ratelimited("tls.expired", message)
         return context
 

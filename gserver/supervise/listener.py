@@ -50,13 +50,13 @@ class Listener:
         """
         if self.sock.fileno() < 0 or _is_listening(self.sock):
             return
-        message = f"{show_address(*self._address[:2])} was closed from outside"
+        message = f"{show_address(*self._address[:2])} was shut down by another process"
         fields: dict[str, str] = {}
         try:
             self._reopen()
             message += ": listening again"
         except OSError as error:
-            message += f", and cannot be opened again: {error}; tried again every second"
+            message += f" and cannot be reopened: {error}; retrying every second"
             fields = logs.error_fields(error)
         logs.warn_ratelimited("server.port_closed", message, fields)
 
@@ -114,7 +114,8 @@ def _adopt_all(config: Config, handed_over: Sequence[tuple[str, int]]) -> dict[s
         if role in adopted or role not in usable:
             wanted = " and ".join(f"one named {each}" for each in usable)
             raise UsageError(
-                f"socket {fd} ({name}) was handed over, and there is only use for {wanted}"
+                f"socket {fd} ({name}) was passed by the service manager,"
+                f" but gserver uses only {wanted}"
             )
         adopted[role] = _adopt(name, fd, config.backlog)
     return adopted
@@ -163,7 +164,7 @@ def _adopt(name: str, fd: int, backlog: int) -> socket.socket:
 
 def _unusable(name: str, fd: int, kind: str) -> UsageError:
     return UsageError(
-        f"socket {fd} ({name}) was handed over, and is {kind}:"
+        f"socket {fd} ({name}) was passed by the service manager, but is {kind}:"
         " it must be a listening TCP socket (ListenStream=)"
     )
 

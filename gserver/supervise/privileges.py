@@ -35,11 +35,13 @@ def become(user: str) -> None:
     except PermissionError as error:
         raise FatalError(f"--user {user} needs root: start it as root") from error
     if not _drop_capabilities() or _can_be_root():
-        raise FatalError(f"--user {user}: this system does not let a process give up root's rights")
+        raise FatalError(
+            f"--user {user}: this system does not allow a process to drop root privileges"
+        )
     if not os.access(sys.executable, os.X_OK) or not os.access(__file__, os.R_OK):
         raise FatalError(
-            f"--user {user} may not use {sys.executable} or {__file__}:"
-            " install both where that user may read them"
+            f"--user {user} cannot read {sys.executable} or {__file__}:"
+            " install both where that user has access"
         )
 
 
@@ -58,8 +60,8 @@ def _look_up(user: str) -> tuple[str, int, int]:
         uid = gid = 0
     if not (0 < uid < _MAX_ID and 0 <= gid < _MAX_ID):
         raise UsageError(
-            f"--user {user}: name a user and a group that exist, and not root"
-            " (for an id without a name: both)"
+            f"--user {user}: unknown user or group, or root;"
+            " a numeric id that has no name needs USER:GROUP"
         )
     return name, uid, gid
 

@@ -99,7 +99,7 @@ class Supervisor:
         was_forced = self._lifecycle.was_forced
         message = "stopped, forced" if was_forced else "stopped"
         for child in self._children:
-            message += f"; {child.role} {child.pid} cannot be ended"
+            message += f"; {child.role} {child.pid} could not be killed"
         logs.report_suppressed(is_last=True)
         logs.event(logging.INFO, "server.stopped", message)
         return EXIT_RUNTIME if was_forced or self._children else EXIT_CLEAN
@@ -190,7 +190,7 @@ class Supervisor:
         elif workforce.is_replaced(lifecycle.generation):
             lifecycle.complete_reload()
             self._scoreboard.add("reloads", 1)
-            logs.event(logging.INFO, "server.reloaded", "reloaded: every worker is a new one")
+            logs.event(logging.INFO, "server.reloaded", "reloaded: all workers were replaced")
             for child in self._staying(AGENT):
                 child.terminate(kill_at)
 
@@ -241,7 +241,7 @@ class Supervisor:
             self._start(WORKER, min(slots), now)
             return
         stuck = sum(child.is_stuck for child in self._children)
-        reason = f"{stuck} workers were killed and have not ended: no slot is left for a new one"
+        reason = f"no free slot: {stuck} workers were killed and have not ended"
         if self._lifecycle.phase is Phase.RELOADING:
             self._give_up_reload(reason)
         else:
@@ -332,11 +332,11 @@ class Supervisor:
             self._lifecycle.drain(now)
             logs.event(logging.ERROR, "server.duplicate_id", f"draining: {child.error}", fields)
         elif is_start and self._lifecycle.would_end_reload(child.generation):
-            self._give_up_reload(f"a new one did not start: {child.end_reason}", fields)
+            self._give_up_reload(f"a new worker did not start: {child.end_reason}", fields)
         else:
             message = f"{child.role} {child.pid} died ({child.end_reason})"
             if self._has_successor(child):
-                message += ", another takes its place"
+                message += ": starting another"
                 if child.role == WORKER:
                     self._scoreboard.add("worker_restarts", 1)
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
@@ -355,7 +355,9 @@ class Supervisor:
             match child.watch(now, heartbeat_at, limit):
                 case Finding.HUNG:
                     silence = child.silence(now, heartbeat_at)
-                    message = f"{child.role} {child.pid} has hung for {silence:.1f} s: killed"
+                    message = (
+                        f"{child.role} {child.pid} was killed: no heartbeat for {silence:.1f} s"
+                    )
                     fields = {
                         "gserver.child_pid": child.pid,
                         "gserver.clients": self._clients(child),
@@ -376,7 +378,7 @@ class Supervisor:
         clients = self._clients(child)
         message = f"{child.role} {child.pid} was killed ({reason})"
         if clients:
-            message += f": {clients} clients are cut off"
+            message += f"; clients cut off: {clients}"
         fields = {
             "gserver.child_pid": child.pid,
             "gserver.reason": reason,
@@ -387,8 +389,8 @@ class Supervisor:
     def _handle_stuck(self, child: Child) -> None:
         """Do without a child that the kernel does not end."""
         message = (
-            f"{child.role} {child.pid} was killed and has not ended within {STUCK_SECONDS:g} s:"
-            " it is stuck in the kernel, and is not waited for"
+            f"{child.role} {child.pid} has not ended {STUCK_SECONDS:g} s after SIGKILL:"
+            " it is stuck in the kernel, and the server goes on without it"
         )
         fields = {"gserver.child_pid": child.pid, "gserver.clients": self._clients(child)}
         logs.event(logging.ERROR, f"{child.role}.stuck", message, fields)
@@ -402,7 +404,7 @@ class Supervisor:
         if is_stop:
             self._stop(number.name, now)
         elif self._lifecycle.is_stopping:
-            message = f"{number.name}: ignored, since the server is stopping"
+            message = f"{number.name} ignored: the server is stopping"
             logs.event(logging.INFO, "server.signal_ignored", message)
         elif number == signal.SIGHUP:
             self._reload()
@@ -414,8 +416,8 @@ class Supervisor:
         delay_seconds = self._config.drain_delay_seconds
         delay = f" after {delay_seconds:g} s" if delay_seconds else ""
         message = (
-            f"SIGUSR2: no new clients{delay}, and a stop when those that are connected have left,"
-            f" or {self._config.drain_timeout_seconds:g} s later"
+            f"SIGUSR2: accepting no new clients{delay}; stopping when the last client has left,"
+            f" at most {self._config.drain_timeout_seconds:g} s later"
         )
         logs.event(logging.INFO, "server.retiring", message)
 
@@ -426,10 +428,10 @@ class Supervisor:
             delay_seconds = self._config.drain_delay_seconds
             message = f"{name}: draining"
             if self._lifecycle.phase is Phase.DELAY and delay_seconds:
-                message = f"{name}: draining after {delay_seconds:g} s, in which all goes on"
+                message = f"{name}: draining in {delay_seconds:g} s; clients are served until then"
             logs.event(logging.INFO, "server.draining", message)
         elif not was_forced:
-            logs.event(logging.WARNING, "server.forced", f"{name} again: ending now")
+            logs.event(logging.WARNING, "server.forced", f"{name} again: killing all processes")
 
     def _reload(self) -> None:
         logs.event(logging.INFO, "server.reloading", "SIGHUP: replacing the workers one by one")
@@ -456,8 +458,8 @@ class Supervisor:
         self._reload_error = reason
         self._scoreboard.add("reload_failures", 1)
         is_reloading = self._lifecycle.phase is Phase.RELOADING
-        rest = "the one before it goes on" if is_reloading else "the old workers stay"
-        message = f"reload given up, {rest}: {reason}"
+        rest = "the previous reload continues" if is_reloading else "the old workers stay"
+        message = f"reload failed, {rest}: {reason}"
         logs.event(logging.ERROR, "server.reload_failed", message, fields)
 
     # The service manager.
@@ -473,5 +475,5 @@ class Supervisor:
             where = show_address(self._config.host, self._config.port)
             status = f"listening on {where}, workers: {self._config.workers}"
             if self._reload_error:
-                status += f"; the last reload was given up: {self._reload_error}"
+                status += f"; the last reload failed: {self._reload_error}"
             self._manager.notify(systemd.READY, status)

@@ -243,7 +243,7 @@ def test_a_token_with_a_blank_inside_is_accepted() -> None:
 def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
     done = gserver("--admin-port", "0", "--admin-host", host)
     assert (done.returncode, done.stdout) == (2, "")
-    reason = f"--admin-host {host} can be reached from elsewhere: give it an --admin-token too"
+    reason = f"--admin-host {host} is not loopback: set --admin-token, too"
     assert done.stderr == f"gserver: {reason}\n"
 
 

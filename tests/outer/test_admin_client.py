@@ -335,7 +335,7 @@ def test_a_server_without_a_token_ignores_one() -> None:
     ],
 )
 def test_what_is_no_admin_port_is_refused_in_one_line(url: str) -> None:
-    with pytest.raises(UsageError, match="is no admin port"):
+    with pytest.raises(UsageError, match="is not an admin port"):
         parse_targets([url], "")
     done = gserver("top", "--once", "--admin", url)
     assert done.returncode == 2

@@ -157,11 +157,11 @@ def test_when_none_answers_one_line_tells_what_each_did(nobody: int, mute: int) 
     [
         (b"", "closed the connection without a reply"),
         (b"42", "closed the connection without a reply"),
-        (b"ERR too many clients\n", "said ERR too many clients"),
-        (b"ERR cluster unavailable\n", "said ERR cluster unavailable"),
-        (b"ERR TLS only\n", "said ERR TLS only"),
-        (b"HTTP/1.1 400 Bad Request\r\n", "sent what is no reply: 'HTTP/1.1 400 Bad Request\\r'"),
-        (b"43\n", "sent what is no reply to WHY: '43'"),
+        (b"ERR too many clients\n", "replied ERR too many clients"),
+        (b"ERR cluster unavailable\n", "replied ERR cluster unavailable"),
+        (b"ERR TLS only\n", "replied ERR TLS only"),
+        (b"HTTP/1.1 400 Bad Request\r\n", "sent an invalid reply: 'HTTP/1.1 400 Bad Request\\r'"),
+        (b"43\n", "sent an invalid reply to WHY: '43'"),
     ],
 )
 def test_a_server_that_does_not_answer_is_told_of(said: bytes, reason: str) -> None:
@@ -179,7 +179,7 @@ def test_a_server_that_does_not_answer_is_told_of(said: bytes, reason: str) -> N
             ["42"],
             "127.0.0.1:{} closed the connection without a reply (no reply to WHERE)",
         ),
-        (b"42\nERR idle\n", ["42"], "127.0.0.1:{} said ERR idle"),
+        (b"42\nERR idle\n", ["42"], "127.0.0.1:{} replied ERR idle"),
         (b"42\nERR internal\nhere\n", ["42", "here"], "NOPE: ERR internal"),
     ],
 )
@@ -255,7 +255,7 @@ def test_a_server_that_is_full_is_passed_over_and_its_word_is_told(server: Runni
         assert (done.returncode, done.stdout) == (1, "")
         assert (
             done.stderr
-            == f"gserver: no server answered: 127.0.0.1:{full.port} said ERR too many clients\n"
+            == f"gserver: no server answered: 127.0.0.1:{full.port} replied ERR too many clients\n"
         )
         done = gserver("ask", "WHY", *_options(full.port, server.port))
         assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
@@ -463,7 +463,7 @@ BAD_ADDRESSES = [
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(
         UsageError,
-        match=r"is no address: write HOST:PORT, such as 127\.0\.0\.1:4242 or \[::1\]:4242",
+        match=r"is not an address: write HOST:PORT, such as 127\.0\.0\.1:4242 or \[::1\]:4242",
     ):
         parse_address(text)
 

@@ -40,7 +40,7 @@ export PYTHONPATH=/opt/gserver LD_LIBRARY_PATH=/opt/python/lib
 cd files && exec "$@"
 """
 SERVE = ["/opt/venv/bin/python", "-P", "-m", "gserver", "serve"]
-UNKNOWN = "name a user and a group that exist, and not root (for an id without a name: both)"
+UNKNOWN = "unknown user or group, or root; a numeric id that has no name needs USER:GROUP"
 NO_CAPABILITY = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapAmb"), "0000000000000000")
 
 MODULE = """
@@ -309,5 +309,5 @@ def test_a_user_that_may_not_execute_this_python_is_refused(start: list[str]) ->
     ]
     said = run([*start, *locked])
     assert re.match(
-        r"1 --user gserver-test may not use /opt/\S+ or /opt/\S+: install both where", said
+        r"1 --user gserver-test cannot read /opt/\S+ or /opt/\S+: install both where", said
     )
