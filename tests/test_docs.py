@@ -26,6 +26,7 @@ from gserver.supervise.systemd import VARIABLES
 from lab.running import ROOT, Running, environment
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
+DEPLOYING = (ROOT / "docs/deploying.md").read_text()
 PROTOCOL = (ROOT / "docs/protocol.md").read_text()
 README = (ROOT / "README.md").read_text()
 
@@ -37,10 +38,10 @@ def section(title: str, text: str = OPERATIONS) -> str:
     return found[1]
 
 
-def rows(title: str) -> dict[str, list[str]]:
+def rows(title: str, text: str = OPERATIONS) -> dict[str, list[str]]:
     """The table of a chapter: each name in the first column, with the other columns."""
     table: dict[str, list[str]] = {}
-    for line in section(title).splitlines():
+    for line in section(title, text).splitlines():
         first, *rest = [cell.strip() for cell in line.strip("| ").split(" | ")]
         for name in re.findall(r"`([^`]+)`", first) if line.startswith("| `") else []:
             assert name not in table, f"{name} is there twice"
@@ -123,7 +124,7 @@ def test_signals_are_those_that_the_supervisor_handles() -> None:
 
 
 def test_what_a_service_manager_says_is_in_the_table_and_nothing_else() -> None:
-    assert set(rows("Deploying")) == set(VARIABLES)
+    assert set(rows("systemd", DEPLOYING)) == set(VARIABLES)
 
 
 def test_exit_codes_are_those_of_errors() -> None:
@@ -156,6 +157,18 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_links_to_chapters_for_operators_and_deployers_lead_somewhere() -> None:
+    for name, text in (("operations", OPERATIONS), ("deploying", DEPLOYING)):
+        titles = {
+            re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+            for title in re.findall(r"^##+ (.*)$", text, re.M)
+        }
+        assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= titles, name
+        for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+            linked = set(re.findall(rf"{name}\.md#([\w-]+)", page.read_text()))
+            assert linked <= titles, page.name
 
 
 def test_the_readmes_commands_work_as_printed(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from gserver.config import Config
 from lab.haproxy import CONFIG, Front
 from lab.redises import Redis
 from lab.running import LIMIT, PATIENCE, Client, Running, program, until
-from tests.test_docs import section
+from tests.test_docs import DEPLOYING, section
 
 #: As the configuration says that it has to be.
 DRAIN_DELAY = 2.0
@@ -144,7 +144,7 @@ def test_the_configuration_is_one() -> None:
 
 
 def test_the_configuration_is_as_the_page_says() -> None:
-    text, page = CONFIG.read_text(), section("Behind HAProxy")
+    text, page = CONFIG.read_text(), section("Behind HAProxy", DEPLOYING)
     for pattern, said in {
         r"balance leastconn": "least connections",
         r"hard-stop-after (\d+)s": "connections go on for up to {} s (`hard-stop-after`)",

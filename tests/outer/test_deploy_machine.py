@@ -23,7 +23,7 @@ from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
 
 DEPLOY = ROOT / "deploy"
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
+DEPLOYING = (ROOT / "docs/deploying.md").read_text()
 
 
 def unit(name: str) -> dict[str, dict[str, str]]:
@@ -140,7 +140,7 @@ def test_the_units_are_valid_and_their_score_is_the_one_that_the_page_says(tmp_p
     ).stdout
     found = re.search(r"Overall exposure level for gserver.service: ([0-9.]+) OK", score)
     assert found, score
-    assert f"`systemd-analyze security` says {found[1]}" in OPERATIONS
+    assert f"`systemd-analyze security` says {found[1]}" in DEPLOYING
 
 
 def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:

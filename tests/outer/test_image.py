@@ -138,7 +138,7 @@ def test_the_image_cannot_install_packages(python: str, engine: Engine) -> None:
 
 
 def test_gserver_adds_to_its_base_what_the_page_says(engine: Engine) -> None:
-    page = (ROOT / "docs/operations.md").read_text()
+    page = (ROOT / "docs/deploying.md").read_text()
     documented = re.search(r"gserver and its packages add (\d+) MB", page)
     assert documented
     whole, base = (engine.inspect(name)["Size"] / 1e6 for name in (IMAGE, BASE))
