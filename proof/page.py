@@ -5,6 +5,7 @@ A block is the text between a mark and its end: `<!-- name -->` and `<!-- /name 
 
 import json
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from bench.report import number, table
 from lab.running import ROOT
 from proof import availability, fuzz_report
 
+LINE_LENGTH = 125
+WRAPPING: Any = {"break_long_words": False, "break_on_hyphens": False}
 PAGES = ROOT / "docs/reliability.md", ROOT / "docs/faults.md"
 
 #: The tables of faults, and the files whose tests are in each.
@@ -162,7 +165,14 @@ def sections() -> dict[str, str]:
 
 def block(mark: str, text: str) -> str:
     """Return the block as it stands in a page."""
-    return f"<!-- {mark} -->\n\n{text}\n\n<!-- /{mark} -->"
+    return f"<!-- {mark} -->\n\n{_wrapped(text)}\n\n<!-- /{mark} -->"
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(
+        line if line.startswith("|") else textwrap.fill(line, LINE_LENGTH, **WRAPPING)
+        for line in text.splitlines()
+    )
 
 
 def render() -> None:
