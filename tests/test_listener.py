@@ -32,25 +32,6 @@ def needs_ipv6() -> None:
         pytest.skip(f"this machine has no ::1: {error}")
 
 
-@pytest.mark.parametrize(
-    ("level", "option", "value"),
-    [
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000),
-    ],
-    ids=["nodelay", "keepalive", "idle", "interval", "probes", "user timeout"],
-)
-def test_an_accepted_socket_inherits_the_option(level: int, option: int, value: int) -> None:
-    with bind("127.0.0.1", 0, 5) as listener:
-        client, accepted = accepted_by(listener)
-        with client, accepted:
-            assert accepted.getsockopt(level, option) == value
-
-
 def test_a_listener_does_not_block() -> None:
     with bind("127.0.0.1", 0, 5) as listener:
         assert os.get_blocking(listener.fileno()) is False
@@ -65,31 +46,6 @@ def test_a_port_that_clients_have_just_left_can_be_had_again() -> None:
     client.close()
     listener.close()
     bind("127.0.0.1", port, 5).close()
-
-
-def test_a_port_in_use_is_named_with_what_to_do() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(FatalError) as caught:
-            bind("127.0.0.1", port, 5)
-    assert str(caught.value) == (
-        f"cannot listen on 127.0.0.1:{port}: it is in use by another program:"
-        " stop that one, or choose another --port"
-    )
-    assert caught.value.exit_code == EXIT_RUNTIME
-
-
-def test_a_port_in_use_ends_the_program_with_one_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
-        command = [sys.executable, "-P", "-m", "gserver", "--port", port]
-        ended = subprocess.run(
-            command, check=False, capture_output=True, text=True, env=environment(), timeout=LIMIT
-        )
-    assert ended.returncode == EXIT_RUNTIME
-    assert ended.stderr.startswith(f"gserver: cannot listen on 127.0.0.1:{port}: it is in use")
-    assert ended.stderr.count("\n") == 1
-    assert ended.stdout == ""
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ from lab.running import (
     gserver,
     is_alive,
     left_over,
-    program,
     stopped,
     until,
 )
@@ -133,31 +132,6 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
 
 
 @pytest.mark.outer
-@pytest.mark.parametrize("workers", [1, 2])
-def test_each_of_ten_killed_workers_is_replaced_within_a_second(
-    tmp_path: Path, workers: int
-) -> None:
-    with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", workers)
-        stays = server.workers()[1:]
-        talkers = [client for worker in stays for client in clients_of(server, worker, 3, stack)]
-        stack.enter_context(talking(*talkers))
-        for kills in range(1, 11):
-            victim = next(worker for worker in server.workers() if worker not in stays)
-            clients_of(server, victim, 2, stack)
-            victim.kill()
-            deadline = time.monotonic() + SECOND
-            server.wait_for("worker.ready", workers + kills, SECOND)
-            until(
-                lambda: server.who() == len(talkers) + 1,
-                "WHO is exact again",
-                deadline - time.monotonic(),
-            )
-        assert [worker for worker in server.workers() if worker in stays] == stays
-        assert len(server.events("worker.died")) == 10
-
-
-@pytest.mark.outer
 def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_it_starts(
     tmp_path: Path,
 ) -> None:
@@ -232,45 +206,6 @@ def test_a_worker_that_gets_a_sigterm_drains_and_is_replaced(tmp_path: Path) -> 
 
 
 # Workers that hang.
-
-
-@pytest.mark.outer
-@pytest.mark.parametrize("how", ["stopped", "in a busy loop"])
-def test_a_worker_that_hangs_is_replaced_and_the_clients_of_others_go_on(
-    tmp_path: Path, how: str
-) -> None:
-    with (
-        start(tmp_path, "--workers", "2", "--hang-timeout", str(SECOND)) as server,
-        ExitStack() as stack,
-    ):
-        server.wait_for("worker.ready", 2)
-        victim, stays = server.workers()
-        talkers = clients_of(server, stays, 3, stack)
-        lost = clients_of(server, victim, 1, stack)[0]
-        with talking(*talkers):
-            if how == "stopped":
-                victim.suspend()
-            else:
-                lost.send(b"SPIN\n")
-            assert server.wait_for("worker.hung")["gserver.child_pid"] == victim.pid
-            server.wait_for("worker.ready", 3, SECOND)
-            until(lambda: server.who() == len(talkers) + 1, "WHO is exact again", SECOND)
-        assert stays in server.workers()
-
-
-@pytest.mark.outer
-def test_workers_do_not_count_as_hung_after_the_machine_was_suspended(tmp_path: Path) -> None:
-    with start(tmp_path, "--hang-timeout", str(SECOND)) as server:
-        supervisor, worker = psutil.Process(server.pid), server.workers()[0]
-        supervisor.suspend()
-        worker.suspend()
-        time.sleep(1.5 + SECOND)  # Longer than the hang timeout.
-        supervisor.resume()
-        time.sleep(0.3)  # The supervisor looks before the worker can beat.
-        worker.resume()
-        assert server.who() == 1
-        assert server.workers() == [worker]
-        assert not server.events("worker.hung")
 
 
 @pytest.mark.outer
@@ -461,40 +396,33 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
 
 
 @pytest.mark.outer
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once_with_1(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGINT, signal.SIGTERM),
+    ],
+)
+def test_a_second_signal_ends_it_at_once_with_1_unless_it_was_only_passed_on(
+    tmp_path: Path, first: signal.Signals, second: signal.Signals
+) -> None:
     with (
         start(tmp_path, "--workers", "2", "--drain-timeout", "60") as server,
         server.client() as client,
     ):
         client.who()
         client.send(b"SLEEP\n")
-        server.send_signal(number)
+        server.send_signal(first)
+        time.sleep(0.01)  # The kernel may merge two signals of a kind that come at once.
+        server.send_signal(second)  # Passed on by a runner that got the same Ctrl-C.
         server.wait_for("server.draining")
-        server.send_signal(number)  # Passed on by a runner that got the same Ctrl-C.
-        time.sleep(0.3)
+        time.sleep(0.7)  # After this, a signal is a request of its own.
         assert not server.events("server.forced")
-        code, seconds = timed(lambda: server.stop(number))
-        assert code == 1
-        assert seconds < SECOND
+        assert server.stop(second) == 1
         assert server.events("server.forced")
         assert server.stderr == ""
     assert left_over(tmp_path) == []
-
-
-@pytest.mark.outer
-def test_a_stop_signal_that_is_passed_on_is_no_second_request_and_a_later_one_is(
-    tmp_path: Path,
-) -> None:
-    with start(tmp_path, "--drain-timeout", "60") as server, server.client() as client:
-        client.who()
-        client.send(b"SLEEP\n")
-        server.send_signal(signal.SIGINT)
-        server.send_signal(signal.SIGTERM)  # Passed on by a runner that got the same Ctrl-C.
-        server.wait_for("server.draining")
-        time.sleep(0.7)
-        assert not server.events("server.forced")
-        assert server.stop(signal.SIGTERM) == 1
 
 
 @pytest.mark.outer
@@ -649,16 +577,6 @@ def test_a_sighup_does_not_shorten_a_stop(tmp_path: Path) -> None:
         assert server.exit_code() == 0
 
 
-BROKEN = {
-    "no module": None,
-    "no Python": "def broken(:",
-    "an error": "raise RuntimeError('out of\\nluck')",
-    "an exit": "raise SystemExit(3)",
-    "no command": "WHO = 1",
-    "a command of ours": MODULE.replace('"NAP"', '"WHO"'),
-    "two of a name": MODULE.replace('"NAP"', '"SLEEP"'),
-}
-
 #: A part of the message of a failed reload, and the module that causes it.
 BROKEN_LATER = {
     "SyntaxError": "def broken(:",
@@ -794,35 +712,6 @@ def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: 
 
 
 @pytest.mark.outer
-def test_no_client_that_connects_during_reloads_is_refused_or_gets_no_reply(tmp_path: Path) -> None:
-    with start(tmp_path, "--workers", "2") as server:
-        server.wait_for("worker.ready", 2)
-        is_over = threading.Event()
-        asked = {f"127.0.0.{thread}": 0 for thread in range(2, 10)}
-
-        def connect(source: str) -> None:
-            while not is_over.is_set():
-                with server.client(source) as client:
-                    assert 1 <= client.who() <= 50
-                asked[source] += 1
-                is_over.wait(0.001)
-
-        with ThreadPoolExecutor(8) as pool:
-            runs = [pool.submit(connect, source) for source in asked]
-            try:
-                for reloads in range(1, 11):
-                    server.send_signal(signal.SIGHUP)
-                    server.wait_for("server.reloaded", reloads)
-                until(lambda: sum(asked.values()) >= 10_000, "many clients have connected")
-            finally:
-                is_over.set()
-        for run in runs:
-            run.result()
-        until(lambda: server.who() == 1, "WHO is exact")
-        assert not server.events("worker.died")
-
-
-@pytest.mark.outer
 @pytest.mark.parametrize("moment", [0, 0.2, 0.4, 0.6])
 def test_a_stop_during_a_reload_is_a_stop(tmp_path: Path, moment: float) -> None:
     with start(tmp_path, "--workers", "2") as server:
@@ -836,51 +725,7 @@ def test_a_stop_during_a_reload_is_a_stop(tmp_path: Path, moment: float) -> None
     assert left_over(tmp_path) == []
 
 
-# First starts that fail.
-
-
-def fails(folder: Path, *options: str, code: int, command: list[str] | None = None) -> str:
-    """Start a server that cannot start; return its one line of error."""
-    with Running(
-        *options, cwd=folder, env={"MARK": str(folder)}, command=command, wait=False
-    ) as server:
-        assert server.exit_code() == code
-        assert server.events("server.listening") == []
-        assert len(server.errors) == 1
-        assert server.stderr.startswith("gserver: ")
-    assert left_over(folder) == []
-    return server.stderr
-
-
-@pytest.mark.outer
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_module_of_commands_that_is_broken_is_refused_with_2(tmp_path: Path, what: str) -> None:
-    if text := BROKEN[what]:
-        (tmp_path / "extra.py").write_text(text)
-    assert "--commands extra" in fails(tmp_path, "--workers", "2", "--commands", "extra", code=2)
-
-
-def test_a_port_that_is_taken_is_refused_with_1(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        assert "in use" in fails(tmp_path, "--port", str(other.getsockname()[1]), code=1)
-
-
-@pytest.mark.outer
-@pytest.mark.parametrize("host", ["no such host", "x" * 64, "192.0.2.1"])
-def test_a_host_that_is_not_an_address_of_this_machine_is_refused_with_1(
-    tmp_path: Path, host: str
-) -> None:
-    assert host in fails(tmp_path, "--host", host, code=1)
-
-
-@pytest.mark.outer
-def test_a_port_that_needs_a_permission_is_refused_with_1(tmp_path: Path) -> None:
-    if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 80:
-        pytest.skip("every user of this machine may use port 80")
-    # Root has the permission unless the capability is taken away.
-    become = [program("setpriv"), "--bounding-set=-net_bind_service"] if os.geteuid() == 0 else []
-    command = [*become, *GSERVER, "serve", "--port", "80"]
-    assert "no permission" in fails(tmp_path, code=1, command=command)
+# Programs of handlers.
 
 
 SPAWN = """
