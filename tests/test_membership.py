@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gserver.cluster.membership import LATE_AFTER_INTERVALS, Membership, Reply
+from gserver.cluster.membership import LATE_AFTER_INTERVALS, Heartbeat, Membership, Reply
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.scoreboard import SERVER_CELLS
 from tests.outer.test_cluster_script import INTERVAL, TTL, Model
@@ -295,16 +295,18 @@ class World:
 
     def call(self, server: Server, clients: int | str) -> Reply:
         self.sequence += 1
-        return self.script.heartbeat(
+        heartbeat = Heartbeat(
             server.name,
-            clients,
-            round(self.now * 1000),
             server.incarnation,
             self.sequence,
+            clients,
+            TTL,
+            INTERVAL,
             server.replaced_incarnation,
             server.acked_sequence,
             server.membership.last_clock,
         )
+        return self.script.apply(heartbeat, round(self.now * 1000))
 
     def heartbeat(self, server: Server) -> None:
         lag = max(one.membership.last_clock for one in self.servers) - self.script.clock

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from gserver.cluster.membership import Heartbeat, Reply
+from gserver.cluster.membership import UNKNOWN_SEQUENCE, Heartbeat, Reply
 from gserver.cluster.redis_link import HEARTBEAT_SCRIPT, RedisLink
 from gserver.config import Config
 from lab.redises import Redis, free_port
@@ -56,19 +58,12 @@ class Model:
         self.returned: list[str] = []
         self.heartbeat_at: int | None = None
 
-    def heartbeat(  # noqa: PLR0913, PLR0917 (as many as the script's)
-        self,
-        server_id: str,
-        clients: int | str,
-        now: int,
-        incarnation: str = "a1",
-        sequence: int = 0,
-        replaced_incarnation: str = "",
-        acked_sequence: int = 0,
-        last_clock: int = 0,
-        ttl: int = TTL,
-    ) -> Reply:
+    def apply(self, heartbeat: Heartbeat, now: int) -> Reply:
+        server_id, incarnation = heartbeat.server_id, heartbeat.incarnation
+        sequence, acked_sequence = heartbeat.sequence, heartbeat.acked_sequence
+        ttl, interval, last_clock = heartbeat.ttl_ms, heartbeat.interval_ms, heartbeat.last_clock
         before = self.entries.get(server_id)
+        elapsed = 0 if self.heartbeat_at is None else now - self.heartbeat_at
         is_outdated = (
             before is not None
             and before.incarnation == incarnation
@@ -81,30 +76,29 @@ class Model:
             and last_clock >= self.lost_at
             and self.clock - last_clock < ttl
         )
-        is_outdated |= (
-            is_entry_lost and self.heartbeat_at is not None and now - self.heartbeat_at > INTERVAL
-        )
-        if (
-            self.heartbeat_at is None
-            or is_outdated
-            or min(last_clock - self.clock, now - self.heartbeat_at) > 2 * INTERVAL
-        ):
+        is_outdated |= is_entry_lost and elapsed > interval
+        is_behind = min(last_clock - self.clock, elapsed) > 2 * interval
+        if self.heartbeat_at is None or is_outdated or is_behind:
             self.lose_all()
             self.clock = self.lost_at = max(last_clock + 1, now)
-            before = None
-        if self.heartbeat_at is not None:
-            self.clock += max(0, min(now - self.heartbeat_at, INTERVAL))
+            before, elapsed = None, 0
+        self.clock += max(0, min(elapsed, interval))
         self.heartbeat_at = now
         holder = before.incarnation if before else ""
         is_mine, was_missing = holder == incarnation, before is None and acked_sequence > 0
-        if not before or holder == replaced_incarnation or (is_mine and sequence > before.sequence):
-            if clients == "leave":
+        if (
+            not before
+            or holder == heartbeat.replaced_incarnation
+            or (is_mine and sequence > before.sequence)
+        ):
+            if heartbeat.clients == "leave":
                 self.entries.pop(server_id, None)
             else:
                 if was_missing:
                     self.returned.append(incarnation)
+                lease_end = self.clock + ttl
                 self.entries[server_id] = Entry(
-                    int(clients), sequence, incarnation, self.clock + ttl
+                    int(heartbeat.clients), sequence, incarnation, lease_end
                 )
                 holder = incarnation
         self.entries = {
@@ -135,32 +129,23 @@ class Cluster:
         self.run = self.redis.register_script(HEARTBEAT_SCRIPT)
         self.sequence = 0
 
-    def heartbeat(  # noqa: PLR0913, PLR0917 (as many as the script's)
-        self,
-        server_id: str,
-        clients: int | str,
-        incarnation: str = "a1",
-        sequence: int | None = None,
-        replaced_incarnation: str = "",
-        times: tuple[int, int] = (TTL, INTERVAL),
-        acked_sequence: int | None = None,
-        last_clock: int = 0,
+    def heartbeat(
+        self, server_id: str, clients: int | str, incarnation: str = "a1", **more: Any
     ) -> Reply:
-        """Send a heartbeat. Unless it is given, `acked_sequence` is 1 if `last_clock` is known."""
+        """Send a heartbeat, which has a later `sequence` than the last one.
+
+        Unless it is given, `acked_sequence` is 1 if `last_clock` is known.
+        """
         self.sequence += 1
-        sequence = self.sequence if sequence is None else sequence
-        acked_sequence = int(last_clock > 0) if acked_sequence is None else acked_sequence
-        arguments = [
-            server_id,
-            incarnation,
-            sequence,
-            clients,
-            *times,
-            replaced_incarnation,
-            acked_sequence,
-            last_clock,
-        ]
-        return Reply(*self.run(keys=KEYS, args=arguments))
+        given: dict[str, Any] = {
+            "sequence": self.sequence,
+            "acked_sequence": int(more.get("last_clock", 0) != 0),
+        }
+        given |= {"ttl_ms": TTL, "interval_ms": INTERVAL, **more}
+        return self.send(Heartbeat(server_id, incarnation, clients=clients, **given))
+
+    def send(self, heartbeat: Heartbeat) -> Reply:
+        return Reply(*self.run(keys=KEYS, args=heartbeat))
 
     def elapse(self, milliseconds: int) -> None:
         """Let time pass without heartbeats; negative if the clock of Redis is set back."""
@@ -186,13 +171,46 @@ class Cluster:
         }
 
 
+def totals(reply: Reply) -> tuple[int, int]:
+    return reply.total_clients, reply.servers
+
+
+def after_loss(cluster: Cluster, last_clock: int, total_clients: int = 1) -> Reply:
+    """The reply to the first server that reports after a loss of data: it has returned, alone."""
+    clock = clock_after_loss(cluster, last_clock)
+    return Reply(total_clients, 1, 1, clock, clock, "a1", clock + TTL, 1)
+
+
 def clock_after_loss(cluster: Cluster, last_clock: int) -> int:
     """Where the lease clock begins after a loss of data that the last heartbeat has found."""
     return max(last_clock + 1, cluster.now())
 
 
-def totals(reply: Reply) -> tuple[int, int]:
-    return reply.total_clients, reply.servers
+def restore(cluster: Cluster, contents: dict[str, bytes]) -> None:
+    cluster.redis.flushall()
+    for key, value in contents.items():
+        cluster.redis.restore(key, 0, value)
+
+
+class Member:
+    """A server that remembers the last reply, as gserver does."""
+
+    def __init__(self, cluster: Cluster, server_id: str, incarnation: str = "a1") -> None:
+        self._cluster = cluster
+        self._server_id, self._incarnation = server_id, incarnation
+        self.acked_sequence = self.last_clock = 0
+
+    def heartbeat(self, clients: int | str, *, is_reply_lost: bool = False) -> Reply:
+        reply = self._cluster.heartbeat(
+            self._server_id,
+            clients,
+            self._incarnation,
+            acked_sequence=self.acked_sequence,
+            last_clock=self.last_clock,
+        )
+        if not is_reply_lost:
+            self.acked_sequence, self.last_clock = self._cluster.sequence, reply.clock
+        return reply
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +242,26 @@ def test_the_first_heartbeat_of_the_first_server_founds_the_cluster(cluster: Clu
     assert cluster.redis.zrange(LEASES, 0, -1, withscores=True) == [("one", now + TTL)]
 
 
-def test_a_member_is_not_missing_and_its_new_count_replaces_the_old_one(cluster: Cluster) -> None:
-    cluster.heartbeat("one", 5)
-    second, third = cluster.heartbeat("one", 7), cluster.heartbeat("one", 0)
-    assert totals(second) == (7, 1)
-    assert totals(third) == (0, 1)
+#: Heartbeats: a server, its clients, and in the reply the total and the number of servers.
+STORIES = {
+    "a new count replaces the old one": "one:5=5/1 one:7=7/1 one:0=0/1",
+    "all servers are added up": "one:1=1/1 two:20=21/2 three:300=321/3 one:2=322/3",
+    "a server that leaves is gone": "one:1=1/1 two:20=21/2 two:leave=1/1 one:1=1/1 two:3=4/2",
+    "leaving without an entry changes nothing": "one:1=1/1 two:leave=1/1 one:1=1/1",
+}
+
+
+@pytest.mark.parametrize("story", STORIES.values(), ids=STORIES)
+def test_each_reply_has_the_total_and_the_number_of_servers(cluster: Cluster, story: str) -> None:
+    counts: dict[str, int] = {}
+    for server_id, clients, total_clients, servers in re.findall(r"(\w+):(\w+)=(\d+)/(\d+)", story):
+        reply = cluster.heartbeat(server_id, clients)
+        assert totals(reply) == (int(total_clients), int(servers))
+        assert (reply.lease_end == 0) == (clients == "leave")
+        counts.pop(server_id, None)
+        counts |= {server_id: int(clients)} if clients != "leave" else {}
+        assert cluster.counts() == counts
+        assert set(cluster.redis.zrange(LEASES, 0, -1)) == set(counts)
 
 
 def test_a_server_that_was_acknowledged_and_has_no_entry_is_reported_as_missing(
@@ -246,39 +279,15 @@ def test_a_server_that_was_acknowledged_and_has_no_entry_is_reported_as_missing(
     assert missing == [0, 0, 1, 0]
 
 
-def test_each_reply_has_the_total_and_the_number_of_servers(cluster: Cluster) -> None:
-    replies = [
-        cluster.heartbeat(server_id, clients)
-        for server_id, clients in (("one", 1), ("two", 20), ("three", 300), ("one", 2))
-    ]
-    assert [totals(reply) for reply in replies] == [(1, 1), (21, 2), (321, 3), (322, 3)]
-
-
-def test_a_server_that_leaves_is_removed_at_once_with_its_clients(cluster: Cluster) -> None:
-    cluster.heartbeat("one", 1)
-    cluster.heartbeat("two", 20)
-    left = cluster.heartbeat("two", "leave")
-    assert (left.total_clients, left.servers, left.lease_end) == (1, 1, 0)
-    assert cluster.counts() == {"one": 1}
-    assert cluster.redis.zrange(LEASES, 0, -1) == ["one"]
-    assert totals(cluster.heartbeat("two", 3)) == (4, 2)
-
-
 def test_a_server_whose_entry_was_deleted_by_hand_is_counted_once_when_it_is_back(
     cluster: Cluster,
 ) -> None:
+    two = Member(cluster, "two")
     cluster.heartbeat("one", 1)
-    last_clock = cluster.heartbeat("two", 20).clock
+    two.heartbeat(20)
     cluster.redis.hdel(MEMBERS, "two")
     cluster.redis.zrem(LEASES, "two")
-    assert totals(cluster.heartbeat("two", 20, acked_sequence=1, last_clock=last_clock)) == (21, 2)
-    assert totals(cluster.heartbeat("one", 1)) == (21, 2)
-
-
-def test_leaving_without_an_entry_changes_nothing(cluster: Cluster) -> None:
-    cluster.heartbeat("one", 1)
-    assert totals(cluster.heartbeat("two", "leave")) == (1, 1)
-    assert cluster.counts() == {"one": 1}
+    assert totals(two.heartbeat(20)) == totals(cluster.heartbeat("one", 1)) == (21, 2)
 
 
 def test_the_clock_goes_on_from_where_it_was_after_the_last_server_has_left(
@@ -307,10 +316,10 @@ def test_a_silent_server_is_dropped_when_its_lease_ends_and_not_before(cluster: 
 
 
 def test_a_short_ttl_ends_in_real_time(cluster: Cluster) -> None:
-    cluster.heartbeat("dead", 9, times=(200, 20))
+    cluster.heartbeat("dead", 9, ttl_ms=200, interval_ms=20)
     before = cluster.now()
     until(
-        lambda: cluster.heartbeat("one", 1, times=(200, 20)).servers == 1,
+        lambda: cluster.heartbeat("one", 1, ttl_ms=200, interval_ms=20).servers == 1,
         "the dead server is dropped",
     )
     assert cluster.now() - before >= 200
@@ -409,25 +418,20 @@ def test_a_reply_counts_the_servers_that_returned_after_a_loss_but_no_new_ones(
 def test_a_server_that_comes_later_from_the_former_primary_has_returned_too(
     cluster: Cluster,
 ) -> None:
-    last_clock = cluster.heartbeat("one", 1).clock
-    cluster.heartbeat("two", 20)
+    one, two = Member(cluster, "one"), Member(cluster, "two")
+    one.heartbeat(1)
+    two.heartbeat(20)
     cluster.redis.flushall()
-    reply = cluster.heartbeat("one", 1, last_clock=last_clock)
-    assert (
-        cluster.heartbeat(
-            "two", 20, acked_sequence=1, last_clock=reply.lost_at + 1000
-        ).returned_servers
-        == reply.returned_servers + 1
-        == 2
-    )
+    two.last_clock = one.heartbeat(1).lost_at + 1000
+    assert two.heartbeat(20).returned_servers == 2
 
 
 def test_a_return_whose_reply_was_lost_is_counted_once(cluster: Cluster) -> None:
-    last_clock = cluster.heartbeat("one", 1).clock
+    one = Member(cluster, "one")
+    one.heartbeat(1)
     cluster.redis.flushall()
-    assert [
-        cluster.heartbeat("one", 1, last_clock=last_clock).returned_servers for _ in range(3)
-    ] == [1, 1, 1]
+    replies = [one.heartbeat(1, is_reply_lost=True) for _ in range(3)]
+    assert [reply.returned_servers for reply in replies] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("jump", [TTL, 1000 * TTL])
@@ -482,71 +486,69 @@ def test_another_incarnation_sees_the_holder_renew_its_lease(cluster: Cluster) -
 def test_data_older_than_the_last_acknowledged_heartbeat_of_the_caller_are_discarded(
     cluster: Cluster,
 ) -> None:
+    one = Member(cluster, "one")
     cluster.heartbeat("two", 20)
-    last_clock = cluster.heartbeat("one", 1, sequence=10).clock
-    assert totals(
-        cluster.heartbeat("one", 2, sequence=12, acked_sequence=10, last_clock=last_clock)
-    ) == (22, 2)
-    reply = cluster.heartbeat("one", 3, sequence=14, acked_sequence=13, last_clock=last_clock)
-    clock_at_loss = clock_after_loss(cluster, last_clock)
-    assert reply == Reply(3, 1, 1, clock_at_loss, clock_at_loss, "a1", clock_at_loss + TTL, 1)
-    assert cluster.redis.hgetall(MEMBERS) == {"one": "3 14 a1"}
+    one.heartbeat(1)
+    assert totals(one.heartbeat(2)) == (22, 2)
+    one.acked_sequence += 1
+    reply, last_clock = one.heartbeat(3, is_reply_lost=True), one.last_clock
+    assert reply == after_loss(cluster, last_clock, 3)
+    assert cluster.redis.hgetall(MEMBERS) == {"one": f"3 {cluster.sequence} a1"}
 
 
 def test_a_heartbeat_whose_reply_was_lost_discards_nothing(cluster: Cluster) -> None:
+    one = Member(cluster, "one")
     cluster.heartbeat("two", 20)
-    cluster.heartbeat("one", 1, sequence=10)
-    cluster.heartbeat("one", 2, sequence=11, acked_sequence=10)
-    assert totals(cluster.heartbeat("one", 3, sequence=12, acked_sequence=10)) == (23, 2)
+    one.heartbeat(1)
+    one.heartbeat(2, is_reply_lost=True)
+    assert totals(one.heartbeat(3)) == (23, 2)
 
 
 def test_data_without_an_entry_of_the_caller_whose_lease_cannot_have_ended_are_discarded(
     cluster: Cluster,
 ) -> None:
-    old = cluster.heartbeat("two", 20)
+    one, two = Member(cluster, "one"), Member(cluster, "two")
+    old = two.heartbeat(20)
     backup = cluster.contents()
-    joined = cluster.heartbeat("one", 1, sequence=10)
+    joined = one.heartbeat(1)
     restore(cluster, backup)
     # Recent heartbeats: the caller may have joined on the other side of a split.
-    assert totals(
-        cluster.heartbeat("one", "leave", sequence=11, acked_sequence=10, last_clock=joined.clock)
-    ) == (20, 1)
+    assert totals(one.heartbeat("leave", is_reply_lost=True)) == (20, 1)
     cluster.elapse(INTERVAL + 1)
-    reply = cluster.heartbeat("one", 1, sequence=12, acked_sequence=10, last_clock=joined.clock)
+    reply = one.heartbeat(1)
     assert totals(reply) == (1, 1)
     assert reply.lost_at == clock_after_loss(cluster, joined.clock) > old.lost_at
     # The other server learns of that loss, and causes no further one.
     cluster.elapse(1000)
-    assert totals(
-        cluster.heartbeat("two", 20, sequence=13, acked_sequence=1, last_clock=old.clock)
-    ) == (21, 2)
+    assert totals(two.heartbeat(20)) == (21, 2)
 
 
 def test_a_caller_without_an_entry_because_its_lease_has_ended_discards_nothing(
     cluster: Cluster,
 ) -> None:
-    last_clock = cluster.heartbeat("one", 1, sequence=10).clock
+    one = Member(cluster, "one")
+    one.heartbeat(1)
     for _ in range(TTL_INTERVALS + 1):
         cluster.elapse(INTERVAL)
         cluster.heartbeat("two", 20)
-    assert totals(
-        cluster.heartbeat("one", 1, sequence=11, acked_sequence=10, last_clock=last_clock)
-    ) == (21, 2)
+    assert totals(one.heartbeat(1)) == (21, 2)
 
 
 def test_sequence_numbers_of_another_incarnation_say_nothing_about_the_age_of_the_data(
     cluster: Cluster,
 ) -> None:
     cluster.heartbeat("two", 20)
-    cluster.heartbeat("one", 1, incarnation="a1", sequence=10)
-    assert totals(
-        cluster.heartbeat("one", 2, incarnation="b2", sequence=99, acked_sequence=98)
-    ) == (21, 2)
-    assert totals(
-        cluster.heartbeat(
-            "one", 2, incarnation="b2", sequence=99, acked_sequence=98, replaced_incarnation="a1"
+    cluster.heartbeat("one", 1, "a1", sequence=10)
+    for replaced_incarnation, total_clients in (("", 21), ("a1", 22)):
+        reply = cluster.heartbeat(
+            "one",
+            2,
+            "b2",
+            sequence=99,
+            replaced_incarnation=replaced_incarnation,
+            acked_sequence=98,
         )
-    ) == (22, 2)
+        assert totals(reply) == (total_clients, 2)
 
 
 TWO = 2 * INTERVAL
@@ -600,8 +602,8 @@ def test_without_data_the_clock_begins_after_the_callers_last_clock_and_not_befo
 @pytest.mark.parametrize("last_clock", ["-1", "nan", "inf", str(10**15), str(10**300)])
 def test_an_impossible_clock_of_a_caller_is_ignored(cluster: Cluster, last_clock: str) -> None:
     cluster.heartbeat("two", 20)
-    arguments: list[Any] = ["one", "a1", 1, 5, TTL, INTERVAL, "", 0, last_clock]
-    assert totals(Reply(*cluster.run(keys=KEYS, args=arguments))) == (25, 2)
+    reply = cluster.heartbeat("one", 5, last_clock=last_clock, acked_sequence=0)
+    assert totals(reply) == (25, 2)
 
 
 def test_a_server_that_returns_late_with_an_older_clock_discards_nothing(cluster: Cluster) -> None:
@@ -628,54 +630,46 @@ def test_two_losses_in_a_row_have_different_moments(cluster: Cluster) -> None:
 
 
 def test_when_a_new_server_reports_first_after_a_loss_the_others_join_it(cluster: Cluster) -> None:
-    last_clock, founded = (
-        cluster.heartbeat("one", 1, sequence=10).clock,
-        int(cluster.redis.hget(STATE, "lost_at")),
-    )
-    until(lambda: cluster.heartbeat("one", 1, sequence=10).clock > last_clock, "the clock advances")
+    one, new = Member(cluster, "one"), Member(cluster, "new")
+    first = one.heartbeat(1)
+    until(lambda: cluster.heartbeat("one", 1).clock > first.clock, "the clock advances")
     cluster.redis.flushall()
-    new = cluster.heartbeat("new", 20, sequence=20)
-    assert new.clock == new.lost_at == cluster.now()
-    joined = cluster.heartbeat("one", 1, sequence=11, acked_sequence=10, last_clock=last_clock)
-    assert joined.lost_at not in (0, founded)
+    founded = new.heartbeat(20)
+    assert founded.clock == founded.lost_at == cluster.now()
+    joined = one.heartbeat(1)
+    assert joined.lost_at not in (0, first.lost_at)
     assert joined.returned_servers == 1
-    again = cluster.heartbeat("new", 20, sequence=21, acked_sequence=20, last_clock=new.clock)
+    again = new.heartbeat(20)
     assert (totals(again), again.returned_servers) == ((21, 2), 1)
-
-
-def restore(cluster: Cluster, contents: dict[str, bytes]) -> None:
-    cluster.redis.flushall()
-    for key, value in contents.items():
-        cluster.redis.restore(key, 0, value)
 
 
 def test_an_old_backup_whose_clock_is_ahead_brings_no_server_back(cluster: Cluster) -> None:
     """Its clock continued that of another server; the clock after the loss, that of this one."""
-    last_clock = cluster.heartbeat("one", 1, sequence=10).clock
-    cluster.heartbeat("dead", 20, last_clock=last_clock)
-    for _ in range(3):
+    one, dead = Member(cluster, "one"), Member(cluster, "dead")
+    one.heartbeat(1)
+    for _ in range(4):
+        ahead = dead.heartbeat(20).clock
         cluster.elapse(INTERVAL)
-        ahead = cluster.heartbeat("dead", 20).clock
     backup = cluster.contents()
     cluster.redis.flushall()
-    reply = cluster.heartbeat("one", 1, sequence=11, acked_sequence=10, last_clock=last_clock)
-    assert reply.clock + 2 * INTERVAL < ahead
+    last_clock = one.heartbeat(1).clock
+    assert last_clock + 2 * INTERVAL < ahead
     restore(cluster, backup)
-    again = cluster.heartbeat("one", 1, sequence=12, acked_sequence=11, last_clock=reply.clock)
+    again = one.heartbeat(1)
     assert totals(again) == (1, 1)
-    assert again.lost_at == clock_after_loss(cluster, reply.clock)
+    assert again.lost_at == clock_after_loss(cluster, last_clock)
 
 
 def test_an_old_backup_without_the_caller_brings_no_server_back(cluster: Cluster) -> None:
+    one = Member(cluster, "one")
     cluster.heartbeat("dead", 20)
     backup = cluster.contents()
-    cluster.heartbeat("one", 1)
-    for _ in range(3):
+    for _ in range(4):
+        last = one.heartbeat(1)
         cluster.elapse(INTERVAL)
-        last = cluster.heartbeat("one", 1, sequence=10)
     restore(cluster, backup)
     cluster.elapse(3 * INTERVAL)
-    reply = cluster.heartbeat("one", 1, sequence=11, acked_sequence=10, last_clock=last.clock)
+    reply = one.heartbeat(1)
     assert totals(reply) == (1, 1)
     assert reply.lost_at == clock_after_loss(cluster, last.clock) > last.lost_at
 
@@ -683,15 +677,14 @@ def test_an_old_backup_without_the_caller_brings_no_server_back(cluster: Cluster
 def test_a_replica_that_lagged_by_one_heartbeat_is_noticed_by_the_acknowledged_server(
     cluster: Cluster,
 ) -> None:
-    cluster.heartbeat("one", 1, sequence=10)
+    one = Member(cluster, "one")
+    one.heartbeat(1)
     cluster.heartbeat("two", 20)
     replica = cluster.contents()
-    last_clock = cluster.heartbeat("one", 1, sequence=11, acked_sequence=10).clock
+    one.heartbeat(1)
     cluster.heartbeat("new", 300)
     restore(cluster, replica)
-    assert totals(
-        cluster.heartbeat("one", 1, sequence=12, acked_sequence=11, last_clock=last_clock)
-    ) == (1, 1)
+    assert totals(one.heartbeat(1)) == (1, 1)
 
 
 @pytest.mark.parametrize(("acked_sequence", "behind"), [(11, 0), (10, 2 * INTERVAL + 1)])
@@ -705,16 +698,8 @@ def test_leaving_outdated_data_leaves_nothing_behind(
     reply = cluster.heartbeat(
         "one", "leave", sequence=12, acked_sequence=acked_sequence, last_clock=last_clock
     )
-    assert reply == Reply(
-        0,
-        0,
-        0,
-        clock_after_loss(cluster, last_clock),
-        clock_after_loss(cluster, last_clock),
-        "",
-        0,
-        int(acked_sequence > 0),
-    )
+    at_loss = clock_after_loss(cluster, last_clock)
+    assert reply == Reply(0, 0, 0, at_loss, at_loss, "", 0, int(acked_sequence > 0))
     assert cluster.keys() == [STATE]
     assert totals(cluster.heartbeat("two", 5, last_clock=clock)) == (5, 1)
 
@@ -737,18 +722,32 @@ JUNK: dict[str, Callable[[Any, str], object]] = {
 }
 
 
-@pytest.mark.parametrize("junk", JUNK)
-@pytest.mark.parametrize("key", KEYS)
-def test_keys_that_hold_values_of_another_program_are_discarded(
-    cluster: Cluster, key: str, junk: str
+def replace(key: str, junk: str, client: Any) -> None:
+    client.delete(key)
+    JUNK[junk](client, key)
+
+
+BAD_ENTRIES = ("", " ", "x", "7", "7 1", "-7 1 a1", "7 1 a1 ", "7 x a1", "1e99 1 a1", "nan", "\0")
+#: What another program, a person or an eviction may do to the keys.
+DAMAGE: dict[str, Callable[[Any], object]] = {
+    **{f"{key} holds {junk}": partial(replace, key, junk) for key in KEYS for junk in JUNK},
+    **{f"{key} is gone": methodcaller("delete", key) for key in KEYS},
+    **{
+        f"the entry of the caller is {entry!r}": methodcaller("hset", MEMBERS, "one", entry)
+        for entry in BAD_ENTRIES
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_data_are_discarded_and_the_cluster_starts_again(
+    cluster: Cluster, damage: str
 ) -> None:
     cluster.heartbeat("one", 1)
     last_clock = cluster.heartbeat("two", 20).clock
-    cluster.redis.delete(key)
-    JUNK[junk](cluster.redis, key)
+    DAMAGE[damage](cluster.redis)
     reply = cluster.heartbeat("one", 1, last_clock=last_clock)
-    clock_at_loss = clock_after_loss(cluster, last_clock)
-    assert reply == Reply(1, 1, 1, clock_at_loss, clock_at_loss, "a1", clock_at_loss + TTL, 1)
+    assert reply == after_loss(cluster, last_clock)
     assert totals(cluster.heartbeat("two", 20)) == (21, 2)
     assert cluster.counts() == {"one": 1, "two": 20}
 
@@ -761,33 +760,6 @@ def test_junk_before_the_first_heartbeat_is_discarded(
     JUNK[junk](cluster.redis, key)
     assert totals(cluster.heartbeat("one", 1)) == (1, 1)
     assert totals(cluster.heartbeat("one", 2)) == (2, 1)
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_after_the_eviction_of_one_key_the_cluster_starts_again(cluster: Cluster, key: str) -> None:
-    for server_id, clients in (("one", 1), ("two", 20), ("three", 300)):
-        cluster.heartbeat(server_id, clients)
-    last_clock = cluster.heartbeat("one", 1).clock
-    assert cluster.redis.delete(key) == 1
-    reply = cluster.heartbeat("two", 20, last_clock=last_clock)
-    clock_at_loss = clock_after_loss(cluster, last_clock)
-    assert reply == Reply(20, 1, 1, clock_at_loss, clock_at_loss, "a1", clock_at_loss + TTL, 1)
-    assert totals(cluster.heartbeat("one", 1)) == (21, 2)
-
-
-@pytest.mark.parametrize(
-    "entry", ["", " ", "x", "7", "7 1", "-7 1 a1", "7 1 a1 ", "7 x a1", "1e99 1 a1", "nan", "\0"]
-)
-def test_if_the_entry_of_the_caller_is_junk_the_cluster_starts_again(
-    cluster: Cluster, entry: str
-) -> None:
-    cluster.heartbeat("one", 1)
-    last_clock = cluster.heartbeat("two", 20).clock
-    cluster.redis.hset(MEMBERS, "one", entry)
-    reply = cluster.heartbeat("one", 1, last_clock=last_clock)
-    clock_at_loss = clock_after_loss(cluster, last_clock)
-    assert reply == Reply(1, 1, 1, clock_at_loss, clock_at_loss, "a1", clock_at_loss + TTL, 1)
-    assert totals(cluster.heartbeat("two", 20)) == (21, 2)
 
 
 @pytest.mark.parametrize("entry", ["", "x", "-7 1 a1", "nan", "\0"])
@@ -903,26 +875,35 @@ SENDERS: dict[str, tuple[str, int | str, str]] = {
 }
 
 
+#: How a Redis comes to refuse writes, how that ends, and its error.
+REFUSALS: dict[str, tuple[Callable[[Redis], None], Callable[[Redis], None], type[Exception]]] = {
+    "no memory": (Redis.out_of_memory, Redis.enough_memory, redis.OutOfMemoryError),
+    "read only": (Redis.read_only, Redis.writable, redis.ReadOnlyError),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("prepare", PREPARE)
 @pytest.mark.parametrize("sender", SENDERS)
-def test_without_memory_a_heartbeat_runs_completely_or_changes_nothing(
-    cluster: Cluster, sender: str, prepare: str
+def test_where_writes_are_refused_a_heartbeat_runs_completely_or_changes_nothing(
+    cluster: Cluster, sender: str, prepare: str, refusal: str
 ) -> None:
-    server_id, clients, incarnation = SENDERS[sender]
+    begin, end, error = REFUSALS[refusal]
     cluster.heartbeat("one", 1)
     cluster.heartbeat("two", 20)
     PREPARE[prepare](cluster.redis)
     before = cluster.contents()
-    cluster.server.out_of_memory()
+    begin(cluster.server)
     try:
-        total_clients = cluster.heartbeat(server_id, clients, incarnation).total_clients
-    except redis.OutOfMemoryError:
-        assert sender != "a server that leaves", "removing an entry needs no memory"
+        total_clients = cluster.heartbeat(*SENDERS[sender]).total_clients
+    except error:
+        assert (refusal, sender) != ("no memory", "a server that leaves"), "that needs no memory"
         assert cluster.contents() == before
     else:
+        assert refusal == "no memory"
         assert total_clients == sum(cluster.counts().values())
     finally:
-        cluster.server.enough_memory()
+        end(cluster.server)
     cluster.heartbeat("one", 1)
     assert cluster.heartbeat("two", 20).total_clients == sum(cluster.counts().values())
 
@@ -937,25 +918,21 @@ def test_without_memory_an_ordinary_heartbeat_is_refused(cluster: Cluster) -> No
         cluster.server.enough_memory()
 
 
-@pytest.mark.parametrize("prepare", PREPARE)
-@pytest.mark.parametrize("sender", SENDERS)
-def test_a_read_only_redis_changes_nothing(cluster: Cluster, sender: str, prepare: str) -> None:
-    server_id, clients, incarnation = SENDERS[sender]
-    cluster.heartbeat("one", 1)
-    cluster.heartbeat("two", 20)
-    PREPARE[prepare](cluster.redis)
-    before = cluster.contents()
-    cluster.server.read_only()
-    try:
-        with pytest.raises(redis.ReadOnlyError):
-            cluster.heartbeat(server_id, clients, incarnation)
-        assert cluster.contents() == before
-    finally:
-        cluster.server.writable()
-
-
-SERVER_ID = st.sampled_from(["one", "two", "three", "four"])
 INCARNATION = st.sampled_from(["a1", "b2"])
+HEARTBEAT = st.builds(
+    Heartbeat,
+    server_id=st.sampled_from(["one", "two", "three", "four"]),
+    incarnation=INCARNATION,
+    sequence=st.integers(1, 20),
+    clients=st.integers(0, 10**7) | st.just("leave"),
+    ttl_ms=st.sampled_from([TTL, TTL * 7 // 10]),
+    interval_ms=st.just(INTERVAL),
+    replaced_incarnation=st.just("") | INCARNATION,
+    acked_sequence=st.integers(0, 20),
+    last_clock=st.just(0),
+    last_sent_sequence=st.just(UNKNOWN_SEQUENCE),
+)
+AHEAD = [-(10**15), -TTL, 0, 2 * INTERVAL, 2 * INTERVAL + 1, 10 * TTL]
 
 
 class Machine(RuleBasedStateMachine):
@@ -969,51 +946,13 @@ class Machine(RuleBasedStateMachine):
         self.cluster.redis.flushall()
         self.keep()
 
-    @rule(
-        server_id=SERVER_ID,
-        clients=st.integers(0, 10**7) | st.just("leave"),
-        incarnation=INCARNATION,
-        sequence=st.integers(1, 20),
-        replaced_incarnation=st.just("") | INCARNATION,
-        acked_sequence=st.integers(0, 20),
-        ttl=st.sampled_from([TTL, TTL * 7 // 10]),
-        ahead=st.sampled_from([-(10**15), -TTL, 0, 2 * INTERVAL, 2 * INTERVAL + 1, 10 * TTL]),
-    )
-    def heartbeat(  # noqa: PLR0913, PLR0917 (as many as the script's)
-        self,
-        server_id: str,
-        clients: int | str,
-        incarnation: str,
-        sequence: int,
-        replaced_incarnation: str,
-        acked_sequence: int,
-        ttl: int,
-        ahead: int,
-    ) -> None:
+    @rule(heartbeat=HEARTBEAT, ahead=st.sampled_from(AHEAD))
+    def heartbeat(self, heartbeat: Heartbeat, ahead: int) -> None:
         """Send a heartbeat whose last clock is `ahead` of the clock, or 0 if that is negative."""
         last_clock = max(0, self.model.clock + ahead) if self.model.clock else 0
-        reply = self.cluster.heartbeat(
-            server_id,
-            clients,
-            incarnation,
-            sequence,
-            replaced_incarnation,
-            (ttl, INTERVAL),
-            acked_sequence,
-            last_clock,
-        )
-        now = self.cluster.now()
-        assert reply == self.model.heartbeat(
-            server_id,
-            clients,
-            now,
-            incarnation,
-            sequence,
-            replaced_incarnation,
-            acked_sequence,
-            last_clock,
-            ttl,
-        )
+        heartbeat = heartbeat._replace(last_clock=last_clock)
+        reply = self.cluster.send(heartbeat)
+        assert reply == self.model.apply(heartbeat, self.cluster.now())
 
     # No preconditions: real time decides whether an entry still exists, and Hypothesis wants runs
     # that it can repeat.
@@ -1099,7 +1038,7 @@ def test_it_runs_on_a_redis_cluster_because_all_its_keys_are_in_one_slot(tmp_pat
 
 def test_the_next_heartbeat_of_a_server_is_not_taken_for_that_of_a_copy(cluster: Cluster) -> None:
     for sequence, last_sent_sequence, holder in ((10, 9, "a1"), (11, 10, "a1"), (12, 10, "a1*")):
-        heartbeat = Heartbeat(
-            "one", "a1", sequence, 5, TTL, INTERVAL, last_sent_sequence=last_sent_sequence
+        reply = cluster.heartbeat(
+            "one", 5, sequence=sequence, last_sent_sequence=last_sent_sequence
         )
-        assert Reply(*cluster.run(keys=KEYS, args=heartbeat)).holder == holder
+        assert reply.holder == holder
