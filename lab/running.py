@@ -153,6 +153,15 @@ def extended(folder: Path, module: str, *options: str, **more: Any) -> "Running"
     return Running("--commands", "extra", *options, cwd=folder, env=env, **more)
 
 
+def is_refused(port: int) -> bool:
+    """Whether a port is closed to new clients."""
+    try:
+        with Client(port):
+            return False
+    except ConnectionRefusedError:
+        return True
+
+
 class Client:
     """A socket with a line reader. It knows nothing of the protocol.
 

@@ -155,24 +155,6 @@ def taken() -> Iterator[list[int]]:
         listener.close()
 
 
-@pytest.mark.outer
-@pytest.mark.parametrize(
-    ("variables", "has_flag", "used"),
-    [
-        ({"PORT": 0}, False, 0),
-        ({"PORT": 0, "GSERVER_PORT": 1}, False, 1),
-        ({"PORT": 0, "GSERVER_PORT": 1}, True, 2),
-        ({"PORT": 0}, True, 2),
-    ],
-)
-def test_the_flag_wins_over_gserver_port_and_that_over_port(
-    taken: list[int], variables: dict[str, int], has_flag: bool, used: int
-) -> None:
-    options = ["--port", str(taken[2])] if has_flag else []
-    done = gserver(*options, **{name: str(taken[index]) for name, index in variables.items()})
-    assert _told(done, 1).startswith(f"cannot listen on 127.0.0.1:{taken[used]}: it is in use")
-
-
 def test_a_server_can_be_configured_by_its_environment_alone() -> None:
     env = {
         "PORT": "0",
@@ -313,12 +295,6 @@ def test_the_help_of_ask_shows_its_options() -> None:
 def test_a_choice_may_be_in_upper_case(option: str, text: str, value: str) -> None:
     name = next(name for name in OPTIONS if flag(name) == option)
     assert _parsed(option, text)[name] == value
-
-
-def test_a_server_starts_with_a_level_in_upper_case() -> None:
-    with Running("--log-level", "DEBUG", env={"GSERVER_LOG_FORMAT": "JSON"}) as server:
-        assert server.who() == 1
-        assert server.wait_for("client.accepted")["log.level"] == "debug"
 
 
 # Mistakes.

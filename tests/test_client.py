@@ -62,10 +62,6 @@ def lines(service):
 @command("LARGE")
 def large(service):
     return "x" * 20_000_000
-
-@command("WHOAMI")
-def who_am_i(service):
-    return "you"
 """
 
 
@@ -226,16 +222,6 @@ def test_what_is_no_command_is_not_answered_without_its_newline(server: Running)
         assert client.line() == b"ERR unknown command\n"
 
 
-def test_a_command_that_begins_another_is_not_answered_without_its_newline(
-    napping: Running,
-) -> None:
-    with napping.client() as client:
-        client.send(b"WHO")
-        assert not is_readable(client, 0.3)
-        client.send(b"AMI")
-        assert client.line() == b"you\n"
-
-
 @pytest.mark.outer
 def test_a_line_that_goes_on_while_the_worker_is_held_up_is_one_line(here: Running) -> None:
     with here.client() as client:
@@ -325,10 +311,12 @@ def test_who_speaks_now_and_then_is_not_idle(napping: Running) -> None:
 
 
 @pytest.mark.outer
-def test_time_in_a_handler_is_not_idle_time(napping: Running) -> None:
+@pytest.mark.parametrize("sent", [b"NAP\n", b"NAP"], ids=["a line", "ended by a pause"])
+def test_time_in_a_handler_is_not_idle_time(napping: Running, sent: bytes) -> None:
     assert NAP > IDLE_TIMEOUT
     with napping.client() as client:
-        assert client.ask(b"NAP") == b"rested"
+        client.send(sent)
+        assert client.line() == b"rested\n"
         assert not is_readable(client, IDLE_TIMEOUT / 2)
         client.send(
             b"WHY"
@@ -356,34 +344,25 @@ def test_who_speaks_while_the_worker_is_held_up_is_not_idle(napping: Running) ->
 # ConnectionResetError.
 
 MUCH = b"more\n" * 200_000
+#: The server, what the client sends, whether more comes at once or after it was told, and its last
+#: lines.
+CLOSINGS = {
+    "too long": ("server", b"WHY\n" + b"x" * 2000, True, b"42\nERR line too long\n"),
+    "like HTTP": ("server", b"POST / HTTP/1.1\r\n", True, b""),
+    "too slow": ("strict", b"x", False, b"ERR too slow\n"),
+    "idle": ("napping", b"", False, b"ERR idle\n"),
+}
 
 
-def test_a_line_too_long_is_told_and_ended_cleanly_although_much_more_comes(
-    server: Running,
+@pytest.mark.parametrize(("name", "sent", "is_at_once", "told"), CLOSINGS.values(), ids=CLOSINGS)
+def test_a_client_is_told_why_and_ended_cleanly_although_much_more_comes(
+    request: pytest.FixtureRequest, name: str, sent: bytes, is_at_once: bool, told: bytes
 ) -> None:
-    with server.client() as client:
-        client.send(b"WHY\n" + b"x" * 2000 + MUCH)
-        assert client.rest() == b"42\nERR line too long\n"
-
-
-def test_a_line_too_slow_is_told_and_ended_cleanly_although_much_more_comes(
-    strict: Running,
-) -> None:
-    with strict.client() as client:
-        client.send(b"x")
-        assert is_readable(client, LIMIT)
+    with request.getfixturevalue(name).client() as client:
+        client.send(sent)
+        assert is_at_once or is_readable(client, LIMIT)
         client.send(MUCH)
-        assert client.rest() == b"ERR too slow\n"
-
-
-@pytest.mark.outer
-def test_an_idle_client_is_told_and_ended_cleanly_although_much_more_comes(
-    napping: Running,
-) -> None:
-    with napping.client() as client:
-        assert is_readable(client, LIMIT)
-        client.send(MUCH)
-        assert client.rest() == b"ERR idle\n"
+        assert client.rest() == told
 
 
 def test_a_client_too_many_is_told_and_ended_cleanly_although_much_more_comes(
@@ -397,23 +376,6 @@ def test_a_client_too_many_is_told_and_ended_cleanly_although_much_more_comes(
             client.send(MUCH)
             assert client.rest() == b"ERR too many clients\n"
         assert clients[0].who() == MAX_CLIENTS
-
-
-def test_a_request_like_http_is_ended_cleanly_although_much_more_comes(server: Running) -> None:
-    with server.client() as client:
-        client.send(b"POST / HTTP/1.1\r\n" + MUCH)
-        assert client.rest() == b""
-
-
-def test_a_line_of_10_mb_is_refused_and_not_kept(server: Running) -> None:
-    [worker] = server.workers()
-    before = most = worker.memory_info().rss
-    with server.client() as client:
-        for _ in range(40):
-            client.send(b"x" * 250_000)
-            most = max(most, worker.memory_info().rss)
-        assert client.rest() == b"ERR line too long\n"
-    assert most - before < 2_000_000
 
 
 # Clients that do not read, clients that send without end, clients that go.
@@ -665,27 +627,6 @@ def test_a_handler_that_fails_is_an_internal_error_and_the_connection_stays(
         client.send(b"BOOM")  # And at the end of input.
         assert client.end() == b"ERR internal\n"
     assert napping.workers() == [worker]
-
-
-@pytest.mark.outer
-def test_a_handler_that_sleeps_delays_its_own_client_alone_and_keeps_its_order(
-    napping: Running,
-) -> None:
-    with napping.client() as sleeper, napping.client() as other:
-        began = time.monotonic()
-        sleeper.send(b"WHY\nNAP\nWHY\nNOPE\nNAP\nWHY")
-        assert sleeper.line() == b"42\n"
-        assert time.monotonic() - began < NAP / 2  # It was not held back by the nap behind it.
-        for _ in range(20):
-            assert other.ask(b"WHY") == b"42"
-        assert not is_readable(sleeper)  # All that happened during the nap.
-        assert sleeper.line() == b"rested\n"
-        assert time.monotonic() - began >= NAP * 0.9
-        assert sleeper.line() == b"42\n"
-        assert sleeper.line() == b"ERR unknown command\n"
-        assert not is_readable(sleeper, NAP / 2)  # The second nap comes after the first.
-        assert sleeper.end() == b"rested\n42\n"
-        assert time.monotonic() - began >= NAP * 1.9
 
 
 # Everyday programs.

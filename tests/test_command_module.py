@@ -1,7 +1,6 @@
 """Loading the module of --commands: what is accepted, and what the error says about the rest."""
 
 import queue
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from gserver.commands import BUILT_IN
 from gserver.errors import UsageError
 from gserver.serve.command_module import load_commands
-from lab.running import Running, extended
+from lab.running import Running, left_over
 
 Write = Callable[..., str]
 
@@ -269,22 +268,11 @@ def test_a_start_with_a_module_that_cannot_work_exits_with_2_and_one_line(
     tmp_path: Path, option: str, file: str, text: str, error: str
 ) -> None:
     (tmp_path / file).write_text(text if text == GOOD else IMPORT + text)
-    with Running("--commands", option, cwd=tmp_path, wait=False) as server:
+    words = ["--commands", option, "--workers", "2"]
+    with Running(*words, cwd=tmp_path, env={"MARK": str(tmp_path)}, wait=False) as server:
         assert server.exit_code() == 2
         assert server.stderr.startswith(f"gserver: --commands {option}: ")
         assert error in server.stderr
         assert len(server.errors) == 1
         assert server.lines == []
-
-
-@pytest.mark.outer
-def test_a_reload_with_a_handler_that_cannot_work_keeps_the_old_workers(tmp_path: Path) -> None:
-    with extended(tmp_path, GOOD) as server, server.client() as client:
-        old = server.workers()
-        for failures, (text, error) in enumerate(HANDLER_ERRORS.values(), 1):
-            (tmp_path / "extra.py").write_text(IMPORT + text)
-            server.send_signal(signal.SIGHUP)
-            assert error in server.wait_for("server.reload_failed", failures)["message"]
-            assert client.ask(b"NAP") == b"good"
-        assert server.workers() == old
-        assert server.stderr == ""
+    assert left_over(tmp_path) == []

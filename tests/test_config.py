@@ -32,24 +32,6 @@ def test_a_flag_is_the_name_with_dashes_and_without_seconds(name: str, expected:
     assert flag(name) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("host", ["GSERVER_HOST"]),
-        ("port", ["GSERVER_PORT", "PORT"]),
-        ("workers", ["GSERVER_WORKERS", "WEB_CONCURRENCY"]),
-        ("drain_timeout_seconds", ["GSERVER_DRAIN_TIMEOUT"]),
-        ("statsd_host", ["GSERVER_STATSD_HOST", "STATSD_HOST"]),
-        ("statsd_port", ["GSERVER_STATSD_PORT", "STATSD_PORT"]),
-        ("statsd_prefix", ["GSERVER_STATSD_PREFIX", "STATSD_PREFIX"]),
-    ],
-)
-def test_the_variable_of_gserver_comes_before_that_of_a_process_runner(
-    name: str, expected: list[str]
-) -> None:
-    assert environment_names(name) == expected
-
-
 def test_no_two_options_share_a_flag_or_a_variable() -> None:
     flags = [flag(name) for name in OPTIONS]
     variables = [variable for name in OPTIONS for variable in environment_names(name)]

@@ -96,11 +96,6 @@ def _caught(service):
         logging.exception("caught it")
     return "done"
 
-@command("BAD-LOG")
-def _bad_log(service):
-    logging.warning("%d of them", "many")
-    return "done"
-
 @command("FLOOD")
 def _flood(service):
     for number in range(20_000):
@@ -336,14 +331,6 @@ def test_a_log_call_of_a_command_module_has_the_same_format(noisy: Running) -> N
     caught = until(lambda: found("caught it"), "the exception that was logged")
     assert caught["log.level"] == "error"
     assert caught["error.stack_trace"].endswith("LookupError: no\nentry")
-
-
-def test_a_log_call_with_bad_arguments_does_no_harm(noisy: Running) -> None:
-    errors = len(noisy.errors)
-    with noisy.client() as client:
-        assert client.ask(b"BAD-LOG") == b"done"
-        assert client.ask(b"WHY") == b"42"
-    assert noisy.errors[errors:] == []
 
 
 HOSTILE = {

@@ -276,17 +276,6 @@ def test_a_client_that_is_reset_while_its_handler_runs_costs_nothing(
     until(lambda: watcher.who() == 1, "it has gone")
 
 
-@pytest.mark.outer
-def test_time_in_a_handler_is_not_idle_time(folder: Path) -> None:
-    options = ("--idle-timeout", "0.4", "--commands", "greenlets")
-    with Running(*options, cwd=folder) as server, server.client() as client:
-        for sent in (b"NAP\n", b"NAP"):  # The second is ended by a pause.
-            client.send(sent)
-            assert client.line() == b"rested\n"
-            assert not select.select([client.sock], [], [], 0.2)[0]
-            assert client.ask(b"WHY") == b"42"
-
-
 @contextmanager
 def loop(**options: Any) -> Iterator[tuple[Scoreboard, Loop, socket.socket]]:
     """A loop in this process, and one client of it."""

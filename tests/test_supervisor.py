@@ -33,6 +33,7 @@ from lab.running import (
     extended,
     gserver,
     is_alive,
+    is_refused,
     left_over,
     stopped,
     until,
@@ -336,14 +337,6 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
     assert left_over(tmp_path) == []
 
 
-def is_refused(port: int) -> bool:
-    try:
-        with Client(port):
-            return False
-    except ConnectionRefusedError:
-        return True
-
-
 @pytest.mark.outer
 @pytest.mark.parametrize("workers", [1, 2])
 def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
@@ -423,25 +416,6 @@ def test_a_second_signal_ends_it_at_once_with_1_unless_it_was_only_passed_on(
         assert server.events("server.forced")
         assert server.stderr == ""
     assert left_over(tmp_path) == []
-
-
-@pytest.mark.outer
-def test_with_a_drain_delay_the_server_accepts_and_serves_after_the_signal(tmp_path: Path) -> None:
-    with start(tmp_path, "--drain-delay", "1") as server, server.client() as client:
-        assert client.who() == 1
-        began = time.monotonic()
-        server.send_signal(signal.SIGTERM)
-        server.wait_for("server.draining")
-        asked = 0
-        while time.monotonic() - began < 0.8:
-            with server.client() as other:
-                assert other.who() >= 2
-            asked += 1
-        assert client.ask(b"WHY") == b"42"
-        assert hear_end(client) == b""
-        assert server.exit_code() == 0
-        assert 1 <= time.monotonic() - began < 3 * SECOND
-        assert asked > 10
 
 
 @pytest.mark.outer

@@ -16,7 +16,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -359,18 +359,6 @@ def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path) -> None:
         assert reply == b"ERR unknown command\n"
 
 
-@pytest.mark.parametrize(
-    "said", [b"WHO\n", b"W", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x80\x2e\x01"]
-)
-def test_who_speaks_plain_text_is_told(server: Running, said: bytes) -> None:
-    count = error_replies(server)
-    with server.client() as client:
-        client.send(said)
-        assert client.rest() == b"ERR TLS only\n"
-    assert count("plain_text") == 1
-    assert count("tls_failed") == 0
-
-
 @pytest.mark.outer
 @pytest.mark.parametrize("first", [b"", b"NOPE\n"], ids=["at rest", "awake"])
 def test_a_record_that_does_not_end_is_too_slow(pems: Path, tmp_path: Path, first: bytes) -> None:
@@ -397,19 +385,6 @@ def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> N
     assert count("plain_text") + count("tls_failed") == 20
 
 
-@pytest.mark.outer
-@pytest.mark.parametrize(
-    "said", [b"\x16", b"\x16\x03\x01\x02\x00\x01garbage", b"\x16" + b"\xff" * 5000]
-)
-def test_a_handshake_that_is_none_ends_and_is_counted(server: Running, said: bytes) -> None:
-    count = error_replies(server)
-    with server.client() as client:
-        client.send(said)
-        with contextlib.suppress(ConnectionResetError):
-            client.rest()
-    until(lambda: count("tls_failed") == 1, "it is counted")
-
-
 def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: Path) -> None:
     count = error_replies(server)
     with server.client():
@@ -417,26 +392,6 @@ def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: P
     with server.client(context=trust(pems)) as client:
         assert client.who() == 1
     assert (count("tls_failed"), count("plain_text")) == (0, 0)
-
-
-@pytest.mark.outer
-def test_silent_peers_do_not_count_hold_nobody_up_and_are_let_go(
-    server: Running, pems: Path
-) -> None:
-    count = error_replies(server)
-    with ExitStack() as stack:
-        silent = [stack.enter_context(server.client()) for _ in range(50)]
-        for client in silent[::2]:
-            client.send(b"\x16\x03\x01")
-        began = time.monotonic()
-        with server.client(context=trust(pems)) as good:
-            assert good.who() == 1
-            assert time.monotonic() - began < HANDSHAKE_TIMEOUT, "it was held up"
-            for client in silent:
-                assert client.rest() == b""
-            assert time.monotonic() - began > HANDSHAKE_TIMEOUT * 0.9
-            assert good.who() == 1
-    assert count("tls_failed") == 50
 
 
 def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:

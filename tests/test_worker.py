@@ -81,12 +81,6 @@ def start(folder: Path, *options: str, command: list[str] | None = None) -> Runn
     return extended(folder, MODULE, *options, command=command)
 
 
-def test_who_counts_the_asker_and_the_others(server: Running) -> None:
-    with server.client() as one, server.client() as two:
-        assert one.who() == 2
-        assert two.who() == 2
-
-
 # Ways in which a client goes. Each returns all that it was told.
 
 
@@ -252,16 +246,6 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
             assert sums[f"error_replies.{name}"] == became[way.__name__]
 
 
-def test_who_has_connected_before_a_who_is_sent_is_in_its_answer(server: Running) -> None:
-    with server.client() as asker, ExitStack() as stack:
-        for crowd in range(1, 11):
-            with stopped(server.workers()[0]):  # So that all of this waits for it at once.
-                for _ in range(10):
-                    stack.enter_context(server.client())
-                asker.send(b"WHO\n")
-            assert asker.line() == b"%d\n" % (10 * crowd + 1)
-
-
 @pytest.mark.outer
 def test_clients_that_come_at_once_spread_over_the_workers(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server:
@@ -284,31 +268,6 @@ def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> N
             clients = [stack.enter_context(server.client()) for _ in range(200)]
             assert {int(client.ask(b"PID")) for client in clients} == {worker.pid}
             assert time.monotonic() - began < PATIENCE
-
-
-@pytest.mark.outer
-@pytest.mark.parametrize("workers", [1, 2])
-def test_exactly_max_clients_stay_and_the_others_are_told(tmp_path: Path, workers: int) -> None:
-    options = ("--workers", str(workers), "--max-clients", "30")
-    with start(tmp_path, *options) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", workers)
-        clients = []
-        for count in range(1, 31):
-            clients.append(stack.enter_context(server.client()))
-            assert clients[-1].who() == count
-        for turn in range(50):
-            with server.client() as other:
-                if turn % 2:
-                    other.send(b"WHO\n")
-                assert other.rest() == REJECTED
-            assert clients[turn % 30].who() == 30
-        for client in clients[:10]:
-            client.sock.close()
-        until(lambda: clients[10].who() == 20, "they have left")
-        for count in range(21, 31):
-            assert stack.enter_context(server.client()).who() == count
-        with server.client() as other:
-            assert other.rest() == REJECTED
 
 
 @pytest.mark.outer

@@ -165,19 +165,6 @@ def test_counters_survive_a_worker_and_the_agent() -> None:
         ]
 
 
-def test_a_server_is_unready_from_the_stop_signal_on_while_it_still_serves() -> None:
-    with Running("--admin-port", "0", "--drain-delay", "2") as server:
-        server.wait_for("agent.ready")
-        assert get(server, "/readyz")[0] == 200
-        server.send_signal(signal.SIGTERM)
-        server.wait_for("server.draining")
-        assert get(server, "/readyz")[::2] == (503, b"draining\n")
-        assert get(server, "/livez")[0] == 200
-        assert metrics(server)["gserver_ready"] == 0
-        assert server.who() == 1
-        assert server.exit_code() == 0
-
-
 def test_a_server_without_workers_is_alive_but_not_ready() -> None:
     with Running("--admin-port", "0", "--hang-timeout", "0") as server:
         server.wait_for("agent.ready")

@@ -1,22 +1,18 @@
 """SIGUSR2: the server accepts no new clients, serves the connected ones, and ends with the last."""
 
-import json
-import os
 import signal
 import threading
 import time
-import urllib.error
-import urllib.request
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from lab.admin import get, metrics, status
 from lab.redises import Proxy, Redis
-from lab.running import PATIENCE, Client, Running, extended, left_over, stopped, until
+from lab.running import PATIENCE, Client, Running, extended, is_refused, left_over, stopped, until
 
 SECOND = PATIENCE
 #: Longer than a test takes.
@@ -47,14 +43,6 @@ def start(folder: Path, *options: str) -> Running:
     return extended(folder, MODULE, *options)
 
 
-def is_refused(port: int) -> bool:
-    try:
-        with Client(port):
-            return False
-    except ConnectionRefusedError:
-        return True
-
-
 def retire(server: Running) -> None:
     """Make the server a lame duck; return when its port is closed."""
     server.send_signal(signal.SIGUSR2)
@@ -64,20 +52,6 @@ def retire(server: Running) -> None:
 
 def has_clients(client: Client, count: int) -> bool:
     return client.who() == count
-
-
-def look(server: Running, path: str) -> Any:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.admin_port()}{path}") as answer:
-        return json.load(answer)
-
-
-def readiness(server: Running) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.admin_port()}/readyz") as answer:
-            return answer.status, answer.read().decode().strip()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode().strip()
 
 
 def test_a_lame_duck_serves_connected_clients_in_full_and_ends_with_the_last(
@@ -90,8 +64,8 @@ def test_a_lame_duck_serves_connected_clients_in_full_and_ends_with_the_last(
         clients = [stack.enter_context(server.client()) for _ in range(6)]
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
         retire(server)
-        assert readiness(server) == (503, "draining")
-        assert look(server, "/status.json")["workers"]["now"] == 0
+        assert get(server, "/readyz")[::2] == (503, b"draining\n")
+        assert status(server)["workers"]["now"] == 0
         time.sleep(0.3 * SECOND)  # A drain would have closed them by then.
         for left in range(6, 0, -1):
             client = clients[left - 1]
@@ -130,26 +104,33 @@ def test_clients_in_the_accept_queue_are_served_too(tmp_path: Path) -> None:
         assert {client.ask(b"WHO") for client in clients} == {b"50"}
 
 
-def test_during_the_drain_delay_the_server_accepts_and_is_unready(tmp_path: Path) -> None:
-    with (
-        start(tmp_path, *LONG, "--drain-delay", "0.6", "--admin-port", "0") as server,
-        server.client() as first,
-    ):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_during_the_drain_delay_the_server_accepts_and_is_unready(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    words = (*LONG, "--drain-delay", "2", "--admin-port", "0")
+    with start(tmp_path, *words) as server, server.client() as first:
         server.wait_for("agent.ready")
+        assert get(server, "/readyz")[0] == 200
         first.who()
         began = time.monotonic()
-        server.send_signal(signal.SIGUSR2)
-        server.wait_for("server.retiring")
-        assert readiness(server) == (503, "draining")
+        server.send_signal(number)
+        server.wait_for("server.retiring" if number == signal.SIGUSR2 else "server.draining")
+        assert get(server, "/readyz")[::2] == (503, b"draining\n")
+        assert get(server, "/livez")[0] == 200
+        assert metrics(server)["gserver_ready"] == 0
         asked = 0
-        while time.monotonic() - began < 0.5:
+        while time.monotonic() - began < 1.5:
             with server.client() as other:
                 assert other.ask(b"WHY") == b"42"
             asked += 1
         assert asked > 10
         until(lambda: is_refused(server.port), "new clients are refused")
-        assert time.monotonic() - began >= 0.6
-        assert first.who() == 1
+        assert time.monotonic() - began >= 2
+        if number == signal.SIGUSR2:
+            assert first.who() == 1, "a lame duck still serves"
+        else:
+            assert first.rest() == b""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -238,7 +219,7 @@ def test_a_worker_of_a_lame_duck_that_dies_is_logged_and_not_replaced(tmp_path: 
         assert died["process.exit_code"] == -signal.SIGKILL
         assert died["gserver.lost"] >= 1
         assert "another" not in died["message"]
-        assert look(server, "/status.json")["server"]["worker_restarts"] == 0
+        assert status(server)["server"]["worker_restarts"] == 0
         assert by_worker[stays].ask(b"PID") == stays
         assert len(server.events("worker.ready")) == 2
         stack.close()
@@ -300,21 +281,6 @@ def test_during_a_reload_the_signal_does_not_kill_the_worker_that_starts(tmp_pat
         assert not server.events("worker.died")
         assert server.stderr == ""
     assert left_over(tmp_path) == []
-
-
-def test_a_worker_or_agent_ignores_the_signal_if_another_process_sends_it(tmp_path: Path) -> None:
-    with start(tmp_path, "--admin-port", "0") as server, server.client() as client:
-        server.wait_for("agent.ready")
-        children = [*server.workers(), *server.agents()]
-        assert client.who() == 1
-        for child in children:
-            os.kill(child.pid, signal.SIGUSR2)
-        for _ in range(20):
-            with server.client() as other:
-                assert other.who() == 2
-            until(lambda: client.who() == 1, "the client has left")
-        assert readiness(server) == (200, "ready")
-        assert [*server.workers(), *server.agents()] == children
 
 
 def test_busy_clients_are_answered_without_a_gap_when_a_server_becomes_a_lame_duck(

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -12,17 +12,12 @@ import pytest
 
 from lab.admin import get
 from lab.certificates import make_certificates
-from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, left_over, limited, program, until
+from lab.running import GSERVER, LIMIT, ROOT, Running, left_over, limited, program, until
 from lab.tls_client import trust
 
 MODULE = """
 import os
 from gserver.commands import command
-
-@command("SPIN")
-def spin(service):
-    while True:
-        pass
 
 @command("PROGRAM")
 def program(service):
@@ -42,30 +37,6 @@ def nothing_left(folder: Path, limit: float) -> Iterator[None]:
     finally:
         for process in left_over(folder):
             process.kill()
-
-
-def cpu_seconds(server: Running) -> float:
-    return sum(worker.cpu_times().user for worker in server.workers())
-
-
-def test_nothing_is_left_within_2_seconds_of_the_supervisor_being_killed(tmp_path: Path) -> None:
-    (tmp_path / "extra.py").write_text(MODULE)
-    options = ("--workers", "3", "--commands", "extra", "--statsd-host", "127.0.0.1")
-    with (
-        Running(*options, cwd=tmp_path, env={"MARK": str(tmp_path)}) as server,
-        ExitStack() as stack,
-    ):
-        server.wait_for("worker.ready", 3)
-        server.wait_for("agent.ready")
-        assert len(left_over(tmp_path)) == 5
-        server.workers()[0].suspend()
-        stack.enter_context(server.client()).send(b"SPIN\n")
-        used = cpu_seconds(server)
-        until(lambda: cpu_seconds(server) > used + 0.2, "a worker is in a busy loop")
-        with nothing_left(tmp_path, 2 * PATIENCE):
-            server.process.kill()
-        with Running("--port", str(server.port)) as next_server:
-            assert next_server.who() == 1
 
 
 def test_nothing_is_left_of_a_supervisor_killed_at_any_moment_of_its_start(tmp_path: Path) -> None:
@@ -199,18 +170,28 @@ def test_a_child_gets_no_options_by_arguments_and_leads_a_process_group(tmp_path
             assert os.getpgid(worker.pid) == worker.pid
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_for_the_supervisor_has_no_effect_on_a_worker(number: signal.Signals) -> None:
-    with Running() as server, server.client() as client:
-        client.who()
-        server.workers()[0].send_signal(number)
+FOR_THE_SUPERVISOR = [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("number", FOR_THE_SUPERVISOR)
+def test_a_signal_for_the_supervisor_has_no_effect_on_its_children(number: signal.Signals) -> None:
+    with Running("--admin-port", "0") as server, server.client() as client:
+        server.wait_for("agent.ready")
+        children = [*server.workers(), *server.agents()]
+        assert client.who() == 1
+        for child in children:
+            child.send_signal(number)
         for _ in range(20):
-            assert client.who() == 1
+            with server.client() as other:
+                assert other.who() == 2
+            until(lambda: client.who() == 1, "the client has left")
+        assert get(server, "/readyz")[0] == 200
+        assert [*server.workers(), *server.agents()] == children
         assert server.stop() == 0
         assert not server.events("worker.died")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", FOR_THE_SUPERVISOR)
 def test_a_signal_for_the_supervisor_has_no_effect_on_a_worker_that_starts(
     number: signal.Signals,
 ) -> None:

@@ -191,12 +191,6 @@ def replies_with(server: Redis, word: str) -> bool:
 # Addresses and logins
 
 
-def test_a_unix_socket_is_reached_by_its_path(server: Redis) -> None:
-    with linked(server.unix_url) as link:
-        assert send_heartbeat(link, 5).total_clients == 5
-        assert "U" in connections(server)[0]["flags"]
-
-
 def test_the_keys_are_in_the_database_that_the_url_names(server: Redis) -> None:
     for url, database in (
         (f"{server.url}/3", "db3"),
@@ -228,30 +222,6 @@ def test_a_password_or_a_user_with_few_rights_is_enough(server: Redis, kind: str
 def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
     with Redis(tmp_path_factory.mktemp("tls"), is_tls=True) as running:
         yield running
-
-
-def test_tls_with_the_right_ca_is_verified(encrypted: Redis) -> None:
-    with linked(encrypted.url, redis_ca_file=str(encrypted.ca_file)) as link:
-        assert send_heartbeat(link).servers == 1
-
-
-def test_a_certificate_by_another_ca_or_for_another_name_is_rejected(encrypted: Redis) -> None:
-    by_name = encrypted.url.replace("127.0.0.1", "localhost")
-    for url, ca_file in (
-        (encrypted.url, encrypted.other_ca_file),
-        (encrypted.url, ""),
-        (by_name, encrypted.ca_file),
-    ):
-        with linked(url, redis_ca_file=str(ca_file)) as link:
-            error = failed(link)
-            assert kind_of(error) == "tls"
-            assert "CERTIFICATE_VERIFY_FAILED" in str(error)
-
-
-def test_without_verification_any_certificate_is_accepted(encrypted: Redis) -> None:
-    for url in (encrypted.url, encrypted.url.replace("127.0.0.1", "localhost")):
-        with linked(url, redis_tls_verify="no") as link:
-            assert send_heartbeat(link).servers == 1
 
 
 def test_tls_and_plain_do_not_understand_each_other(server: Redis, encrypted: Redis) -> None:
