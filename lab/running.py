@@ -49,6 +49,11 @@ def program(name: str) -> str:
     return found
 
 
+def argv(line: str) -> list[str]:
+    """The words of a command line, as a person types it."""
+    return line.split()
+
+
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without what would configure gserver, and with `extra`."""
     theirs = (

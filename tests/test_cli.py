@@ -20,7 +20,7 @@ from gserver import __version__
 from gserver.cli import main as cli
 from gserver.config import OPTIONS, Config, environment_names, flag
 from lab.redises import free_port
-from lab.running import GSERVER, LIMIT, Running, environment, gserver
+from lab.running import GSERVER, LIMIT, Running, argv, environment, gserver
 from tests.outer.test_systemd import listening, start
 
 #: Every option: its own variable, a text for it, and the value that comes of it.
@@ -584,14 +584,7 @@ def test_ctrl_c_while_asking_ends_it_with_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         mute.settimeout(LIMIT)
         asking = subprocess.Popen(
-            [
-                *GSERVER,
-                "ask",
-                "--server",
-                f"127.0.0.1:{mute.getsockname()[1]}",
-                "--timeout",
-                str(LIMIT),
-            ],
+            [*GSERVER, *argv(f"ask --server 127.0.0.1:{mute.getsockname()[1]} --timeout {LIMIT}")],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

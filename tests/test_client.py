@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from lab import wire_cases as wire
-from lab.running import LIMIT, PATIENCE, Client, Running, program, until
+from lab.running import LIMIT, PATIENCE, Client, Running, argv, program, until
 from lab.wire_cases import CASES, Case
 
 #: Of the servers below, in seconds.
@@ -93,13 +93,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def strict(folder: Path) -> Iterator[Running]:
     """A server with short deadlines and few places, that never answers an unterminated command."""
-    timeouts = (
-        "--line-timeout",
-        str(LINE_TIMEOUT),
-        "--write-timeout",
-        str(WRITE_TIMEOUT),
-        "--unterminated-after",
-        "0",
+    timeouts = argv(
+        f"--line-timeout {LINE_TIMEOUT} --write-timeout {WRITE_TIMEOUT} --unterminated-after 0"
     )
     with Running(
         *timeouts, "--max-clients", str(MAX_CLIENTS), "--commands", "naps", cwd=folder

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gserver.commands import BUILT_IN, Command, Service, command
-from lab.running import LIMIT, PATIENCE, Running, until
+from lab.running import LIMIT, PATIENCE, Running, argv, until
 
 SERVICE = Service("an-id", lambda: 3)
 
@@ -230,18 +230,7 @@ def test_a_handler_can_count_the_clients(extended: Running) -> None:
 @pytest.mark.outer
 def test_files_named_like_packages_in_the_start_folder_harm_nobody(tmp_path: Path) -> None:
     # The last two are first imported by the command module. It must get the installed ones.
-    for name in (
-        "click",
-        "gevent",
-        "greenlet",
-        "json",
-        "socket",
-        "logging",
-        "signal",
-        "gserver",
-        "statsd",
-        "colorsys",
-    ):
+    for name in argv("click gevent greenlet json socket logging signal gserver statsd colorsys"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file was imported')\n")
     (tmp_path / "ours.py").write_text(
         "import colorsys, statsd\nfrom gserver.commands import command\n"
@@ -250,13 +239,8 @@ def test_files_named_like_packages_in_the_start_folder_harm_nobody(tmp_path: Pat
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
         daemon.settimeout(LIMIT)
-        options = (
-            "--commands",
-            "ours",
-            "--statsd-host",
-            "127.0.0.1",
-            "--statsd-port",
-            str(daemon.getsockname()[1]),
+        options = argv(
+            f"--commands ours --statsd-host 127.0.0.1 --statsd-port {daemon.getsockname()[1]}"
         )
         with Running(*options, cwd=tmp_path) as server:
             with server.client() as client:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.running import LIMIT, ROOT, environment
+from lab.running import LIMIT, ROOT, argv, environment
 
 PACKAGE = ROOT / "gserver"
 MODULES = {
@@ -127,18 +127,10 @@ def test_ask_knows_the_wire_and_nothing_of_the_server() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "protocol",
-        "config",
-        "metrics",
-        "cluster.membership",
-        "cluster.duplicate_id",
-        "supervise.phases",
-        "serve.deadlines",
-        "redis_url",
-        "redis_errors",
-        "errors",
-    ],
+    argv(
+        "protocol config metrics cluster.membership cluster.duplicate_id"
+        " supervise.phases serve.deadlines redis_url redis_errors errors"
+    ),
 )
 def test_a_pure_module_imports_neither_sockets_nor_clocks(name: str) -> None:
     theirs = {found.split(".")[0] for found in _imports(MODULES[f"gserver.{name}"])}

@@ -17,7 +17,7 @@ from gserver.scoreboard import Scoreboard
 from gserver.serve.client import LINGER_SECONDS
 from gserver.serve.limits import AddressCounts, Limits, network
 from lab.admin import status
-from lab.running import PATIENCE, Client, Running, extended, stopped, until
+from lab.running import PATIENCE, Client, Running, argv, extended, stopped, until
 from lab.tls_client import certified, trust
 from tests.test_worker import MODULE, WAYS
 
@@ -221,14 +221,7 @@ def test_ipv4_is_one_address_on_a_socket_of_ipv6_too(tmp_path: Path) -> None:
 
 
 def test_an_address_is_ipv4_in_whole_or_a_64_of_ipv6() -> None:
-    hosts = (
-        "10.0.0.1",
-        "10.0.0.2",
-        "2001:db8::1",
-        "2001:db8::ffff:0:0:1",
-        "2001:db8:0:1::1",
-        "::1",
-    )
+    hosts = argv("10.0.0.1 10.0.0.2 2001:db8::1 2001:db8::ffff:0:0:1 2001:db8:0:1::1 ::1")
     assert [len({network(host) for host in hosts[:number]}) for number in range(1, 7)] == [
         1,
         2,

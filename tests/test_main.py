@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab.running import GSERVER, LIMIT, ROOT, Client, Running, environment, gserver, until
+from lab.running import GSERVER, LIMIT, ROOT, Client, Running, argv, environment, gserver, until
 
 BY_HAND = "gserver: `child` is internal: only a `gserver serve` of the same version can start it\n"
 
@@ -99,11 +99,7 @@ def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -
         f'exec "$@" {closed}',
         "sh",
         sys.executable,
-        "-P",
-        "-m",
-        "gserver",
-        "--port",
-        "0",
+        *argv("-P -m gserver --port 0"),
     ]
     with Running(command=command, wait=False) as server:
         until(lambda: server.process.poll() is not None or _port_of(server), "it listens")
@@ -123,10 +119,7 @@ def test_what_is_wrong_ends_with_its_exit_code_even_if_nobody_can_be_told() -> N
             'exec "$@" >&- 2>&-',
             "sh",
             sys.executable,
-            "-P",
-            "-m",
-            "gserver",
-            "--port",
+            *argv("-P -m gserver --port"),
             port,
         ]
         assert (

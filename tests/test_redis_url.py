@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gserver.redis_url import RedisUrl
+from lab.running import argv
 
 HERE = (("127.0.0.1", 6379),)
 #: A URL, its parts, and how it is written in logs.
@@ -135,18 +136,7 @@ SCHEME = st.sampled_from(["redis", "rediss", "unix", "redis+sentinel", "rediss+s
 #: Texts that look like such URLs, or nearly.
 URLISH = st.lists(
     st.sampled_from(
-        [
-            *"/:@?#&=,[]%+. \n\t\0é",
-            "redis",
-            "unix",
-            "s",
-            "+sentinel",
-            "://",
-            "one",
-            "db",
-            "password",
-            "1",
-        ]
+        [*"/:@?#&=,[]%+. \n\t\0é", *argv("redis unix s +sentinel :// one db password 1")]
     )
     | st.text(max_size=3),
     max_size=12,

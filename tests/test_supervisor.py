@@ -30,6 +30,7 @@ from lab.running import (
     Client,
     Event,
     Running,
+    argv,
     extended,
     gserver,
     is_alive,
@@ -435,17 +436,7 @@ def test_a_terminal_that_stops_background_writers_stops_no_worker(tmp_path: Path
     script = (
         'import pty, sys; pty.spawn(["sh", "-c", \'stty tostop; exec "$@"\', "sh", *sys.argv[1:]])'
     )
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        *GSERVER,
-        "serve",
-        "--port",
-        "0",
-        "--log-format",
-        "json",
-    ]
+    command = [sys.executable, "-c", script, *GSERVER, *argv("serve --port 0 --log-format json")]
     with Running("--log-level", "debug", command=command, env={"MARK": str(tmp_path)}) as server:
         for _ in range(2):
             with server.client() as client:

@@ -28,7 +28,7 @@ from gserver.serve import tls
 from lab.admin import get, status
 from lab.certificates import make_certificates
 from lab.netns import Network
-from lab.running import LIMIT, Client, Running, gserver, program, stopped, until
+from lab.running import LIMIT, Client, Running, argv, gserver, program, stopped, until
 from lab.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
 from lab.tls_client import certified, shake_hands, trust
 from lab.wire_cases import CASES, Case
@@ -62,16 +62,7 @@ def late(service):
 @pytest.fixture(scope="module")
 def server(pems: Path) -> Iterator[Running]:
     """One server for the tests that leave it as it was."""
-    more = [
-        "--server-id",
-        "here",
-        "--admin-port",
-        "0",
-        "--max-clients",
-        str(MAX_CLIENTS),
-        "--commands",
-        "large",
-    ]
+    more = argv(f"--server-id here --admin-port 0 --max-clients {MAX_CLIENTS} --commands large")
     more += ["--tls-handshake-timeout", str(HANDSHAKE_TIMEOUT)]
     (pems / "large.py").write_text(LARGE)
     with Running(*certified(pems), *more, cwd=pems) as running:
@@ -569,26 +560,8 @@ def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> 
 @pytest.mark.outer
 @pytest.mark.parametrize("days", [1, 20_000])
 def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> None:
-    command = [
-        program("openssl"),
-        "req",
-        "-x509",
-        "-days",
-        str(days),
-        "-nodes",
-        "-newkey",
-        "ec",
-        "-subj",
-        "/CN=x",
-    ]
-    command += [
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-keyout",
-        "server.key",
-        "-out",
-        "server.pem",
-    ]
+    command = argv(f"{program('openssl')} req -x509 -days {days} -nodes -newkey ec -subj /CN=x")
+    command += argv("-pkeyopt ec_paramgen_curve:prime256v1 -keyout server.key -out server.pem")
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     dates = [program("openssl"), "x509", "-noout", "-enddate", "-in", "server.pem"]
     told = subprocess.run(
@@ -612,40 +585,13 @@ def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> 
 def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Path) -> None:
     # openssl req takes no dates here, so the day of expiry is set by `ca`.
     (tmp_path / "index.txt").touch()
-    lines = [
-        "[ca]",
-        "default_ca=x",
-        "[x]",
-        "database=index.txt",
-        "serial=serial",
-        "new_certs_dir=.",
-        "policy=p",
-    ]
+    lines = argv("[ca] default_ca=x [x] database=index.txt serial=serial new_certs_dir=. policy=p")
     (tmp_path / "ca.conf").write_text(
         "\n".join([*lines, "default_md=sha256", "[p]", "CN=supplied", ""])
     )
-    request = [
-        "req",
-        "-new",
-        "-nodes",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-subj",
-        "/CN=x",
-    ]
+    request = argv("req -new -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -subj /CN=x")
     request += ["-keyout", "server.key", "-out", "server.csr"]
-    sign = [
-        "ca",
-        "-batch",
-        "-config",
-        "ca.conf",
-        "-cert",
-        str(pems / "ca.pem"),
-        "-keyfile",
-        str(pems / "ca.key"),
-    ]
+    sign = argv(f"ca -batch -config ca.conf -cert {pems / 'ca.pem'} -keyfile {pems / 'ca.key'}")
     sign += ["-create_serial", "-startdate", "20200101000000Z", "-enddate", "20200202000000Z"]
     for arguments in (request, [*sign, "-in", "server.csr", "-out", "server.pem"]):
         subprocess.run(
@@ -673,15 +619,7 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
         for part, name in (("chain", "server.pem"), ("key", "server.key"))
     }
     damaged = good["chain"][:200] + "!" + good["chain"][201:]
-    encrypt = [
-        program("openssl"),
-        "pkey",
-        "-aes128",
-        "-passout",
-        "pass:x",
-        "-in",
-        str(pems / "server.key"),
-    ]
+    encrypt = argv(f"{program('openssl')} pkey -aes128 -passout pass:x -in {pems / 'server.key'}")
     encrypted = subprocess.run(encrypt, check=True, capture_output=True, text=True).stdout
     other = (pems / "ca.key").read_text()
     for parts, words in (
@@ -759,12 +697,9 @@ def test_ask_keeps_its_timeout_when_the_handshake_is_not_answered(
     mutual: Running, pems: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        servers = [
-            "--server",
-            f"127.0.0.1:{mute.getsockname()[1]}",
-            "--server",
-            f"127.0.0.1:{mutual.port}",
-        ]
+        servers = argv(
+            f"--server 127.0.0.1:{mute.getsockname()[1]} --server 127.0.0.1:{mutual.port}"
+        )
         done = gserver(
             "ask", *servers, "--timeout", "0.5", "--tls-ca", str(pems / "ca.pem"), *certified(pems)
         )
@@ -804,16 +739,7 @@ def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pe
 
 @pytest.mark.outer
 def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: Path) -> None:
-    command = [
-        program("openssl"),
-        "req",
-        "-x509",
-        "-nodes",
-        "-newkey",
-        "rsa:1024",
-        "-subj",
-        "/CN=weak",
-    ]
+    command = argv(f"{program('openssl')} req -x509 -nodes -newkey rsa:1024 -subj /CN=weak")
     command += ["-keyout", "weak.key", "-out", "weak.pem"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     done = gserver("--port", "0", *certified(tmp_path, "weak"))

@@ -15,7 +15,7 @@ from redis import Redis as Client
 
 from lab.redises import Redis
 from lab.rows import PLAIN, Notes, Variant, row
-from lab.running import LIMIT, PATIENCE, Running, environment, stopped, until
+from lab.running import LIMIT, PATIENCE, Running, argv, environment, stopped, until
 from lab.steady import Cluster, SteadyServer
 
 BEAT, TTL = 0.2, 2.0
@@ -118,10 +118,7 @@ def test_mixed_intervals_and_ttls(redis: Redis, variant: Variant, notes: Notes) 
             options = (
                 "--redis-url",
                 redis.url,
-                "--heartbeat-interval",
-                str(beat),
-                "--member-ttl",
-                str(ttl),
+                *argv(f"--heartbeat-interval {beat} --member-ttl {ttl}"),
             )
             member = SteadyServer(share, *options, "--workers", str(variant.workers))
             cluster.members.append(stack.enter_context(member))

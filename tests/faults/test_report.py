@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab.running import LIMIT, ROOT, environment, until
+from lab.running import LIMIT, ROOT, argv, environment, until
 
 ROW = """
 import signal
@@ -34,16 +34,7 @@ def faults(
     (folder / "test_row.py").write_text(ROW.replace("not CONTENT", str(not fails)))
     command = [
         sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "tests.conftest",
-        "-p",
-        "tests.faults.report",
-        "-m",
-        "fault",
-        "--timeout",
-        str(4 * LIMIT),
+        *argv(f"-m pytest -p tests.conftest -p tests.faults.report -m fault --timeout {4 * LIMIT}"),
     ]
     return subprocess.Popen(
         [
@@ -72,14 +63,7 @@ def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
 
 def test_a_report_that_is_there_makes_no_other_place_the_root_of_the_tests(tmp_path: Path) -> None:
     (there := tmp_path / "report.json").write_text("{}")
-    command = [
-        str(ROOT / "bin/faults"),
-        "--report",
-        str(there),
-        "--collect-only",
-        "-k",
-        "short_timeline",
-    ]
+    command = argv(f"{ROOT / 'bin/faults'} --report {there} --collect-only -k short_timeline")
     told = subprocess.check_output(
         command, env=environment(VIRTUAL_ENV=sys.prefix), text=True, timeout=4 * LIMIT
     )

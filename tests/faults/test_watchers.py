@@ -16,7 +16,7 @@ from lab.admin import dial, get, status
 from lab.netns import unavailable
 from lab.redises import Redis, free_port
 from lab.rows import Notes, Variant, row
-from lab.running import GSERVER, LIMIT, PATIENCE, Event, Running, program, until
+from lab.running import GSERVER, LIMIT, PATIENCE, Event, Running, argv, program, until
 from lab.site import Site
 from tests.outer.test_statsd import LINE
 
@@ -173,10 +173,7 @@ def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
         )
         mount = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
         command = [
-            program("unshare"),
-            "-m",
-            "sh",
-            "-c",
+            *argv(f"{program('unshare')} -m sh -c"),
             mount,
             "sh",
             *GSERVER,

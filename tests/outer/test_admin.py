@@ -17,7 +17,7 @@ import pytest
 
 from gserver.agent.admin_port import MAX_WAITING
 from lab.admin import dial, get, metrics, status
-from lab.running import LIMIT, PATIENCE, Running, gserver, program, stopped, until
+from lab.running import LIMIT, PATIENCE, Running, argv, gserver, program, stopped, until
 
 TOKEN = "not-a-secret"
 
@@ -235,24 +235,12 @@ def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
 
 
 def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running) -> None:
-    evil = (
-        "evil.example",
-        "evil.example:80",
-        "127.0.0.1.evil.example",
-        "[::1].evil.example",
-        "[::1]evil:80",
+    evil = argv(
+        "evil.example evil.example:80 127.0.0.1.evil.example [::1].evil.example [::1]evil:80"
     )
     for name in (*evil, "[localhost]", "", "[", "]", "[]", "localhost.evil", "localhost:80.evil"):
         assert get(here, "/status.json", Host=name)[0] in (400, 403), name
-    for name in (
-        "127.0.0.1",
-        "localhost:1",
-        "LOCALHOST",
-        "LocalHost:80",
-        "[::1]",
-        "[::1]:80",
-        "127.8.8.8",
-    ):
+    for name in argv("127.0.0.1 localhost:1 LOCALHOST LocalHost:80 [::1] [::1]:80 127.8.8.8"):
         assert get(here, "/status.json", Host=name)[0] == 200, name
 
 

@@ -30,7 +30,7 @@ from gserver.cli.top import line, render
 from gserver.config import Config
 from gserver.errors import UsageError
 from gserver.scoreboard import Scoreboard
-from lab.running import PATIENCE, Running, gserver, until
+from lab.running import PATIENCE, Running, argv, gserver, until
 
 MEMBER = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
 MEMBERS = {"servers": [MEMBER], "omitted_servers": 0, "age_seconds": 0.1, "trouble": None}
@@ -119,29 +119,10 @@ def paths(value: Any, path: str = "") -> Iterator[str]:
 
 #: What is in a status that is not shown.
 UNSEEN = {
-    *(
-        "version",
-        "host",
-        "port",
-        "limit",
-        "accepted",
-        "closed",
-        "lost",
-        "service_seconds",
-        "reads",
-        "slot",
-    ),
-    *(
-        "wanted",
-        "worker_restarts",
-        "agent_starts",
-        "reloads",
-        "reload_failures",
-        "is_held",
-        "heartbeats",
-        "heartbeat_seconds",
-        "heartbeat_errors",
-        "is_this",
+    *argv("version host port limit accepted closed lost service_seconds reads slot"),
+    *argv(
+        "wanted worker_restarts agent_starts reloads reload_failures is_held"
+        " heartbeats heartbeat_seconds heartbeat_errors is_this"
     ),
 }
 MANY = dict.fromkeys(map(str, range(2000)), 0)
@@ -324,13 +305,7 @@ def test_a_server_without_a_token_ignores_one() -> None:
     "url",
     [
         "",
-        "x",
-        "http://",
-        "https://127.0.0.1:1",
-        "127.0.0.1:x",
-        "127.0.0.1:1/x",
-        "127.0.0.1:99999",
-        "[::1:4243",
+        *argv("x http:// https://127.0.0.1:1 127.0.0.1:x 127.0.0.1:1/x 127.0.0.1:99999 [::1:4243"),
         "a b:4243",
     ],
 )

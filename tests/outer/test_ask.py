@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gserver.cli.ask import Answer, ask, parse_address
 from gserver.errors import FatalError, UsageError
-from lab.running import LIMIT, PATIENCE, Running, environment, extended, gserver, program
+from lab.running import LIMIT, PATIENCE, Running, argv, environment, extended, gserver, program
 
 NOT_IN_TIME = "did not answer in time"
 NOT_RUNNING = "refused the connection (is it running?)"
@@ -433,16 +433,10 @@ def test_an_address_is_a_host_and_a_port(text: str, address: tuple[str, int]) ->
 
 BAD_ADDRESSES = [
     "",
-    ":",
-    "4242",
-    ":4242",
-    "[]:4242",
-    "localhost",
-    "localhost:",
-    "localhost:0",
-    "localhost:65536",
-    "localhost:-1",
-    "localhost:+1",
+    *argv(
+        ": 4242 :4242 []:4242 localhost localhost: localhost:0"
+        " localhost:65536 localhost:-1 localhost:+1"
+    ),
     "localhost: 1",
     "localhost:1 ",
     "localhost:1.5",

@@ -30,7 +30,7 @@ from lab import history
 from lab.history import Answer, Fact, Kind, Promise, Verdict, check
 from lab.redises import Proxy, Redis
 from lab.rows import Notes
-from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, stopped, until
+from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, argv, stopped, until
 
 #: Processes that share one run of the tests (pytest-xdist) must name the tests alike.
 _RUN = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
@@ -43,17 +43,7 @@ SLACK = 0.35
 pytestmark = pytest.mark.timeout(300 + 2 * SECONDS)
 KEYS = [f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state")]
 #: Events that servers log only when something is wrong.
-BAD = (
-    ".hung",
-    ".error",
-    ".failed",
-    ".not_started",
-    ".reload_failed",
-    ".forced",
-    ".cut_off",
-    "worker.died",
-    ".dropped",
-)
+BAD = argv(".hung .error .failed .not_started .reload_failed .forced .cut_off worker.died .dropped")
 
 
 class Recorder(history.Recorder):

@@ -17,7 +17,7 @@ import pytest
 from gserver.config import Config
 from lab.haproxy import CONFIG, Front
 from lab.redises import Redis
-from lab.running import LIMIT, PATIENCE, Client, Running, program, until
+from lab.running import LIMIT, PATIENCE, Client, Running, argv, program, until
 from tests.test_docs import DEPLOYING, section
 
 #: As the configuration says that it has to be.
@@ -111,10 +111,7 @@ def service(folder: Path, *options: str) -> Iterator[tuple[list[Running], Front,
         common = [
             "--redis-url",
             redis.url,
-            "--admin-port",
-            "0",
-            "--drain-delay",
-            str(DRAIN_DELAY),
+            *argv(f"--admin-port 0 --drain-delay {DRAIN_DELAY}"),
             *options,
         ]
         servers = [

@@ -22,7 +22,7 @@ import pytest
 from gserver.config import OPTIONS, flag
 from lab.certificates import make_certificates
 from lab.redises import Redis, free_port
-from lab.running import LIMIT, ROOT, Running, program, until
+from lab.running import LIMIT, ROOT, Running, argv, program, until
 from lab.tls_client import trust
 from tests.outer.test_deploy_machine import package
 from tests.test_docs import rows
@@ -203,14 +203,9 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         redis = stack.enter_context(Redis(folder))
         env = {"GSERVER_ADMIN_TOKEN": TOKEN, "REDIS_URL": redis.url}
         make_certificates(folder, days=30)
-        options = [
-            "--admin-port",
-            "0",
-            "--tls-cert",
-            str(folder / "server.pem"),
-            "--tls-key",
-            str(folder / "server.key"),
-        ]
+        options = argv(
+            f"--admin-port 0 --tls-cert {folder / 'server.pem'} --tls-key {folder / 'server.key'}"
+        )
         servers = [stack.enter_context(Running(*options, env=env)) for _ in range(2)]
         for server in servers:
             server.wait_for("cluster.joined")

@@ -12,7 +12,17 @@ import pytest
 
 from lab.admin import get, metrics, status
 from lab.redises import Proxy, Redis
-from lab.running import PATIENCE, Client, Running, extended, is_refused, left_over, stopped, until
+from lab.running import (
+    PATIENCE,
+    Client,
+    Running,
+    argv,
+    extended,
+    is_refused,
+    left_over,
+    stopped,
+    until,
+)
 
 SECOND = PATIENCE
 #: Longer than a test takes.
@@ -233,11 +243,7 @@ def test_the_cluster_counts_the_clients_of_a_lame_duck_until_they_leave(tmp_path
             *LONG,
             "--redis-url",
             redis.url,
-            "--heartbeat-interval",
-            "0.1",
-            "--member-ttl",
-            "0.5",
-            "--server-id",
+            *argv("--heartbeat-interval 0.1 --member-ttl 0.5 --server-id"),
         )
         duck = stack.enter_context(start(tmp_path, *options, "duck"))
         asker = stack.enter_context(stack.enter_context(Running(*options, "other")).client())
@@ -320,14 +326,7 @@ def test_the_agent_of_a_reload_does_not_leave_the_cluster_when_a_lame_duck_follo
 ) -> None:
     """The old agent is in the middle of a report, and ends when the port is closed already."""
     words = (
-        "--heartbeat-interval",
-        "0.3",
-        "--member-ttl",
-        "5",
-        "--drain-delay",
-        "0",
-        "--server-id",
-        "here",
+        *argv("--heartbeat-interval 0.3 --member-ttl 5 --drain-delay 0 --server-id here"),
         *LONG,
     )
     with (

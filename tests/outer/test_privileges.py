@@ -17,7 +17,7 @@ import pytest
 
 from lab.booted import INSTALL, INSTALLED
 from lab.certificates import make_certificates
-from lab.running import LIMIT, Client, Running, gserver, program, until
+from lab.running import LIMIT, Client, Running, argv, gserver, program, until
 
 UID, GID, OTHER_GID, KEY_GID = 64123, 64124, 64125, 64126
 #: Runs a command in mounts of its own, with users and groups that this machine does not have and a
@@ -85,10 +85,7 @@ def start(tmp_path: Path) -> list[str]:
     files.chmod(0o755)
     tmp_path.chmod(0o711)
     return [
-        program("unshare"),
-        "--mount",
-        program("bash"),
-        "-c",
+        *argv(f"{program('unshare')} --mount {program('bash')} -c"),
         START,
         "start",
         str(tmp_path),
@@ -167,16 +164,7 @@ def test_a_key_of_root_is_read_at_the_start_and_a_reload_reads_it_as_the_user(
     make_certificates(files)
     key = files / "server.key"
     assert key.stat().st_mode & 0o777 == 0o600
-    options = [
-        "--port",
-        "0",
-        "--user",
-        "gserver-test",
-        "--tls-cert",
-        "server.pem",
-        "--tls-key",
-        "server.key",
-    ]
+    options = argv("--port 0 --user gserver-test --tls-cert server.pem --tls-key server.key")
     with Running(*options, command=[*start, *SERVE]) as server:
         assert_is_the_user(server, 2)
 
@@ -220,10 +208,7 @@ def test_the_socket_of_a_service_manager_is_taken_over_first(start: list[str]) -
     port = low_port()
     kept = [f"--setenv={name}" for name in ("PYTHONPATH", "LD_LIBRARY_PATH")]
     activate = [
-        program("systemd-socket-activate"),
-        "-l",
-        f"127.0.0.1:{port}",
-        "--fdname=gserver",
+        *argv(f"{program('systemd-socket-activate')} -l 127.0.0.1:{port} --fdname=gserver"),
         *kept,
     ]
     with Running(
@@ -255,16 +240,7 @@ def test_a_group_or_numbers_may_be_named(
 
 
 def test_an_unknown_user_and_root_are_refused(start: list[str]) -> None:
-    users = [
-        "no-such-user",
-        "root",
-        "0",
-        "0:64124",
-        "64999",
-        "gserver-test:no-such-group",
-        ":",
-        ":64124",
-    ]
+    users = argv("no-such-user root 0 0:64124 64999 gserver-test:no-such-group : :64124")
     users += ["4294967295:64124", "64123:4294967295", "99999999999:64124", "-1:64124", "9" * 5000]
     said = run([*start, SERVE[0], "-c", BECOME, *users]).splitlines()
     assert said[: len(users)] == [f"2 --user {user}: {UNKNOWN}" for user in users]

@@ -20,26 +20,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, program, until
+from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, argv, program, until
 
 #: An installation downloads, and compiles what it has got.
 INSTALL_LIMIT = 120 * PATIENCE
 SCRIPTS = [*sorted((ROOT / "bin").iterdir()), ROOT / ".ci/run"]
 #: What the scripts need beside Python.
-TOOLS = [
-    "bash",
-    "cat",
-    "cmp",
-    "cp",
-    "dirname",
-    "env",
-    "flock",
-    "id",
-    "mkdir",
-    "readlink",
-    "rm",
-    "sh",
-]
+TOOLS = argv("bash cat cmp cp dirname env flock id mkdir readlink rm sh")
 #: With these, pip finds nothing to install.
 NO_PACKAGES = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
 OWN_BIN = Path(sys.executable).parent
@@ -518,10 +505,7 @@ def test_the_package_installs_as_a_command_that_works_anywhere(
     with _serving(target / "bin/gserver", cwd=tmp_path) as server:
         asked = _run(
             target / "bin/gserver",
-            "ask",
-            "WHY",
-            "--server",
-            f"127.0.0.1:{server.port}",
+            *argv(f"ask WHY --server 127.0.0.1:{server.port}"),
             env={},
             cwd=tmp_path,
         )

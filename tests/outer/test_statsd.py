@@ -19,7 +19,7 @@ from gserver.protocol import ERROR_REPLIES
 from gserver.scoreboard import Scoreboard
 from lab.netns import unavailable
 from lab.redises import free_port
-from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, program, until
+from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, argv, program, until
 
 STATSD = ROOT / ".tools/node_modules/statsd/stats.js"
 COMMANDS = """
@@ -95,14 +95,7 @@ def becomes(read: Callable[[], Any], expected: Any) -> None:
 
 
 def to(daemon: Daemon, prefix: str) -> list[str]:
-    return [
-        "--statsd-host",
-        "127.0.0.1",
-        "--statsd-port",
-        str(daemon[0]),
-        "--statsd-prefix",
-        prefix,
-    ]
+    return [*argv(f"--statsd-host 127.0.0.1 --statsd-port {daemon[0]} --statsd-prefix"), prefix]
 
 
 @pytest.fixture(scope="module")
@@ -386,14 +379,9 @@ def sent_with(prefix: str, folder: Path) -> list[bytes]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setblocking(False)
-        options = [
-            "--statsd-host",
-            "127.0.0.1",
-            "--statsd-port",
-            str(sock.getsockname()[1]),
-            "--commands",
-            "many",
-        ]
+        options = argv(
+            f"--statsd-host 127.0.0.1 --statsd-port {sock.getsockname()[1]} --commands many"
+        )
         with Running(*options, env={"STATSD_PREFIX": prefix}, cwd=folder) as server:
             with server.client() as client:
                 client.send("".join(f"{name}\n" for name in NAMES).encode())

@@ -20,7 +20,7 @@ import pytest
 from gserver.errors import UsageError
 from gserver.supervise.systemd import VARIABLES, Manager
 from lab.redises import free_port
-from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
+from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, argv, program, until
 from lab.tls_client import certified
 
 SECOND = PATIENCE
@@ -429,10 +429,7 @@ def test_the_client_that_starts_the_server_is_served(listener: Listener) -> None
     port = free_port()
     kept = [f"--setenv=PYTHONPATH={ROOT}", f"--setenv=NOTIFY_SOCKET={listener.address}"]
     activate = [
-        program("systemd-socket-activate"),
-        "-l",
-        f"127.0.0.1:{port}",
-        "--fdname=gserver",
+        *argv(f"{program('systemd-socket-activate')} -l 127.0.0.1:{port} --fdname=gserver"),
         *kept,
     ]
     with Running(command=[*activate, *GSERVER, "--workers", "1"], wait=False) as server:
