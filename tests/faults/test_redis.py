@@ -6,7 +6,6 @@ Three servers with clients go through each of them.
 import http.server
 import os
 import random
-import shutil
 import socket
 import socketserver
 import threading
@@ -20,14 +19,15 @@ from typing import Any
 import pytest
 import redis
 
+from lab import redis_faults as faults
 from lab.netns import unavailable
 from lab.redises import Redis, Sentinels, free_port
 from lab.rows import PLAIN, Notes, Variant, row
-from lab.running import GSERVER, LIMIT, program, until
+from lab.running import GSERVER, program, until
 from lab.site import SEED
 from lab.steady import Cluster, SteadyServer
 from tests.outer.test_cluster_attacks import listener, named
-from tests.outer.test_cluster_faults import World, survive
+from tests.outer.test_cluster_faults import World, lasting, survive
 
 BEAT, TTL = 0.2, 2.0
 STATE = "{gserver:gserver}:state"
@@ -219,47 +219,17 @@ def user_disabled(world: World) -> Iterator[None]:
         admin.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"], keys=["*"])
 
 
-@contextmanager
-def cannot_save(world: World) -> Iterator[None]:
-    world.redis.command("CONFIG", "SET", "save", "3600 1")
-    shutil.rmtree(world.redis.folder)
-    with world.lost("cannot_save"):
-        world.redis.command("BGSAVE")
-    yield
-    world.redis.folder.mkdir()
-    world.redis.command("CONFIG", "SET", "save", "")
-
-
-@contextmanager
-def loading(world: World) -> Iterator[None]:
-    """Redis has much to load, and loads it slowly."""
-    server = world.redis
-    server.command("EVAL", "for i = 1, 20000 do redis.call('SET', 'key' .. i, i) end", 0)
-    server.command(
-        "CONFIG", "SET", "key-load-delay", 100, "loading-process-events-interval-bytes", 1024
-    )
-    server.command("CONFIG", "REWRITE")
-    server.command("SAVE")
-    server.kill()
-    start = threading.Thread(target=server.restart, args=[True])
-    with world.lost("loading"):
-        start.start()
-    yield
-    start.join(LIMIT)
+cannot_save = lasting("cannot_save", "cannot_save", faults.cannot_save)
+loading = lasting("loading", "loading", faults.loading)
 
 
 @contextmanager
 def maxclients_reached(world: World) -> Iterator[None]:
-    server = world.redis
-    with redis.Redis(port=server.port) as admin, ExitStack() as crowd:
-        for _ in range(5):
-            crowd.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-        admin.config_set("maxclients", 1)
+    with faults.full(world.redis):
         with world.lost("connection"):
             world.proxy.cut()
         world.cluster.watch(TTL)
         yield
-        admin.config_set("maxclients", 1000)
 
 
 @contextmanager

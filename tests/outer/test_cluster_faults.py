@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import redis
 
+from lab import redis_faults as faults
+from lab.redis_faults import RedisFault
 from lab.redises import FAILOVER_LIMIT, Proxy, Redis, Sentinels
 from lab.rows import Notes
 from lab.running import LIMIT, PATIENCE, ROOT, Running, stopped, until
@@ -61,6 +63,32 @@ Fault = Callable[[World], AbstractContextManager[None]]
 
 
 # Each begins a fault, yields when all servers have noticed it, and ends it with its `with` block.
+
+
+def lasting(name: str, kind: str, fault: RedisFault, seconds: float = 0, ttls: float = 0) -> Fault:
+    """A fault that every server notices as an error of this kind, and that lasts so long."""
+
+    @contextmanager
+    def begin(world: World) -> Iterator[None]:
+        with ExitStack() as stack:
+            with world.lost(kind):
+                stack.enter_context(fault(world.redis))
+            world.cluster.watch(seconds + ttls * world.ttl)
+            yield
+
+    begin.__name__ = name
+    return begin
+
+
+frozen_for_a_second = lasting("frozen_for_a_second", "timeout", faults.frozen, 1)
+frozen_longer_than_the_ttl = lasting(
+    "frozen_longer_than_the_ttl", "timeout", faults.frozen, ttls=1.2
+)
+read_only = lasting("read_only", "read_only", faults.read_only)
+out_of_memory = lasting("out_of_memory", "out_of_memory", faults.out_of_memory)
+too_few_replicas = lasting("too_few_replicas", "no_replicas", faults.too_few_replicas)
+busy_with_somebodys_script = lasting("busy_with_somebodys_script", "busy", faults.busy, 1)
+paused = lasting("paused", "timeout", faults.paused)
 
 
 @contextmanager
@@ -136,24 +164,6 @@ def wiped_then_the_backup_put_back(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_for_a_second(world: World) -> Iterator[None]:
-    with world.lost("timeout"):
-        world.redis.freeze()
-    world.cluster.watch(1)
-    yield
-    world.redis.thaw()
-
-
-@contextmanager
-def frozen_longer_than_the_ttl(world: World) -> Iterator[None]:
-    with world.lost("timeout"):
-        world.redis.freeze()
-    world.cluster.watch(world.ttl * 1.2)
-    yield
-    world.redis.thaw()
-
-
-@contextmanager
 def wiped(world: World) -> Iterator[None]:
     with world.reset():
         world.redis.wipe()
@@ -209,30 +219,6 @@ def junk_in_the_keys(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def read_only(world: World) -> Iterator[None]:
-    with world.lost("read_only"):
-        world.redis.read_only()
-    yield
-    world.redis.writable()
-
-
-@contextmanager
-def out_of_memory(world: World) -> Iterator[None]:
-    with world.lost("out_of_memory"):
-        world.redis.out_of_memory()
-    yield
-    world.redis.enough_memory()
-
-
-@contextmanager
-def too_few_replicas(world: World) -> Iterator[None]:
-    with world.lost("no_replicas"):
-        world.redis.command("CONFIG", "SET", "min-replicas-to-write", 5)
-    yield
-    world.redis.command("CONFIG", "SET", "min-replicas-to-write", 0)
-
-
-@contextmanager
 def scripts_forgotten(world: World) -> Iterator[None]:
     def script_runs_in_full() -> int:
         return int(world.redis.command("INFO", "commandstats")["cmdstat_eval"]["calls"])
@@ -244,33 +230,9 @@ def scripts_forgotten(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def busy_with_somebodys_script(world: World) -> Iterator[None]:
-    def run() -> None:
-        with pytest.raises(redis.ResponseError, match="Script killed"):
-            world.redis.command("EVAL", "while true do end", 0)
-
-    world.redis.command("CONFIG", "SET", "busy-reply-threshold", 50)
-    script = threading.Thread(target=run)
-    with world.lost("busy"):
-        script.start()
-    world.cluster.watch(1)
-    yield
-    world.redis.command("SCRIPT", "KILL")
-    script.join(LIMIT)
-
-
-@contextmanager
 def all_connections_killed(world: World) -> Iterator[None]:
     assert world.redis.command("CLIENT", "KILL", "TYPE", "normal") >= 3
     yield
-
-
-@contextmanager
-def paused(world: World) -> Iterator[None]:
-    with world.lost("timeout"):
-        world.redis.command("CLIENT", "PAUSE", 1000, "ALL")
-    yield
-    world.redis.command("PING")
 
 
 @contextmanager
@@ -430,13 +392,13 @@ def in_words(fault: Callable[..., object]) -> str:
 
 
 def each(
-    faults: Sequence[Callable[..., object]], *more: pytest.MarkDecorator, prefix: str = "Redis"
+    chosen: Sequence[Callable[..., object]], *more: pytest.MarkDecorator, prefix: str = "Redis"
 ) -> list[Any]:
     """Return a test parameter for each fault, as a row of the matrix."""
-    rows = [f"{prefix} {in_words(fault)}" for fault in faults]
+    rows = [f"{prefix} {in_words(fault)}" for fault in chosen]
     return [
         pytest.param(fault, id=fault.__name__, marks=[pytest.mark.fault(row), *more])
-        for fault, row in zip(faults, rows, strict=True)
+        for fault, row in zip(chosen, rows, strict=True)
     ]
 
 

@@ -19,15 +19,22 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from signal import SIGHUP
-from threading import Thread
 from typing import TypeVar
 
 import psutil
 import pytest
-from redis import ResponseError
 
 from lab import history
 from lab.history import Answer, Fact, Kind, Promise, Verdict, check
+from lab.redis_faults import (
+    RedisFault,
+    busy,
+    frozen,
+    out_of_memory,
+    paused,
+    read_only,
+    too_few_replicas,
+)
 from lab.redises import Proxy, Redis
 from lab.rows import Notes
 from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, argv, stopped, until
@@ -203,16 +210,8 @@ class World(ExitStack[None]):
 
 # Faults. Each begins, and ends with its `with` block.
 
-RedisFault = Callable[[Redis], AbstractContextManager[None]]
 LinkFault = Callable[[Proxy], AbstractContextManager[None]]
 Card = TypeVar("Card")
-
-
-@contextmanager
-def frozen(redis: Redis) -> Iterator[None]:
-    redis.freeze()
-    yield
-    redis.thaw()
 
 
 @contextmanager
@@ -228,20 +227,6 @@ def killed_and_back_with_its_data(redis: Redis) -> Iterator[None]:
     redis.kill()
     yield
     redis.restart(keep_data=True)
-
-
-@contextmanager
-def read_only(redis: Redis) -> Iterator[None]:
-    redis.read_only()
-    yield
-    redis.writable()
-
-
-@contextmanager
-def out_of_memory(redis: Redis) -> Iterator[None]:
-    redis.out_of_memory()
-    yield
-    redis.enough_memory()
 
 
 @contextmanager
@@ -277,33 +262,24 @@ def connections_killed(redis: Redis) -> Iterator[None]:
     yield
 
 
-@contextmanager
-def bytes_dropped(proxy: Proxy) -> Iterator[None]:
-    proxy.is_dropping = True
-    yield
-    proxy.is_dropping = False
+def lossy(name: str, attribute: str, value: float = True) -> LinkFault:
+    """A proxy with another value of an attribute."""
+
+    @contextmanager
+    def fault(proxy: Proxy) -> Iterator[None]:
+        setattr(proxy, attribute, value)
+        yield
+        setattr(proxy, attribute, type(value)())
+
+    fault.__name__ = name
+    return fault
 
 
-@contextmanager
-def requests_dropped(proxy: Proxy) -> Iterator[None]:
-    proxy.drop_requests = True
-    yield
-    proxy.drop_requests = False
-
-
-@contextmanager
-def replies_dropped(proxy: Proxy) -> Iterator[None]:
-    proxy.drop_replies = True
-    yield
-    proxy.drop_replies = False
-
-
-@contextmanager
-def delayed(proxy: Proxy) -> Iterator[None]:
-    """Heartbeats arrive, each after it was given up."""
-    proxy.delay_seconds = 0.6
-    yield
-    proxy.delay_seconds = 0
+bytes_dropped = lossy("bytes_dropped", "is_dropping")
+requests_dropped = lossy("requests_dropped", "drop_requests")
+replies_dropped = lossy("replies_dropped", "drop_replies")
+#: Heartbeats arrive, each after it was given up.
+delayed = lossy("delayed", "delay_seconds", 0.6)
 
 
 @contextmanager
@@ -334,42 +310,6 @@ def back_with_an_old_backup(redis: Redis) -> Iterator[None]:
     yield
     shutil.copy(backup, redis.folder / "dump.rdb")
     redis.restart(keep_data=True)
-
-
-@contextmanager
-def without_replicas(redis: Redis) -> Iterator[None]:
-    redis.command("CONFIG", "SET", "min-replicas-to-write", 5)
-    yield
-    redis.command("CONFIG", "SET", "min-replicas-to-write", 0)
-
-
-@contextmanager
-def busy(redis: Redis) -> Iterator[None]:
-    """Redis runs an endless script of another program."""
-
-    def run() -> None:
-        with suppress(ResponseError):  # That it was killed.
-            redis.command("EVAL", "while true do end", 0)
-
-    redis.command("CONFIG", "SET", "busy-reply-threshold", 50)
-    script = Thread(target=run)
-    script.start()
-    yield
-    until(lambda: _script_killed(redis), "the script has begun, and is killed")
-    script.join()
-
-
-def _script_killed(redis: Redis) -> bool:
-    with suppress(ResponseError):  # That there is no script yet.
-        return bool(redis.command("SCRIPT", "KILL"))
-    return False
-
-
-@contextmanager
-def paused(redis: Redis) -> Iterator[None]:
-    redis.command("CLIENT", "PAUSE", 1500, "ALL")
-    yield
-    redis.command("PING")
 
 
 @contextmanager
@@ -435,8 +375,8 @@ LINK_FAULTS: list[LinkFault] = [
 FAIR_SECONDS = 1.5
 SERVER_EVENTS = ["reloaded", "killed", "stopped", "agent killed"]
 if IS_LONG:
-    LASTING += [back_with_an_old_backup, without_replicas, busy]
-    REDIS_FAULTS += [back_with_an_old_backup, without_replicas, busy, paused, entries_deleted]
+    LASTING += [back_with_an_old_backup, too_few_replicas, busy]
+    REDIS_FAULTS += [back_with_an_old_backup, too_few_replicas, busy, paused, entries_deleted]
     LINK_FAULTS += [in_slices, cut_in_the_middle_of_an_answer, garbage]
     SERVER_EVENTS += ["paused", "agent paused"]
 STARTS = ["started again with its id", "started again with a new id"]

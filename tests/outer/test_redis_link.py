@@ -1,11 +1,10 @@
 """The connection to real Redis servers: requests, closing after errors, and kinds of errors."""
 
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ from gserver.cluster.redis_link import (
 from gserver.config import Config
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.redis_url import RedisUrl
+from lab import redis_faults as faults
+from lab.redis_faults import RedisFault
 from lab.redises import Proxy, Redis, Sentinels, Server, free_port
-from lab.running import LIMIT, PATIENCE, until
+from lab.running import PATIENCE, until
 
 TTL, INTERVAL = 60_000, 6000
 #: Time that a reply may take beyond the timeout.
@@ -37,14 +38,7 @@ USERS = ("bobby", "evelyn")
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    slow_to_load: dict[str, Any] = {
-        "enable_debug_command": "yes",
-        "key_load_delay": 100,
-        "loading_process_events_interval_bytes": 1024,
-    }
-    with Redis(
-        tmp_path_factory.mktemp("redis"), busy_reply_threshold=10, **slow_to_load
-    ) as running:
+    with Redis(tmp_path_factory.mktemp("redis")) as running:
         yield running
 
 
@@ -179,15 +173,6 @@ def test_clusters_of_different_names_have_different_keys(server: Redis) -> None:
         assert all(key.startswith("{gserver:blue}:") for key in blue.keys)
 
 
-def replies_with(server: Redis, word: str) -> bool:
-    """Whether Redis replies with an error that contains this word."""
-    try:
-        server.command("PING")
-    except redis.RedisError as error:
-        return word in str(error)
-    return False
-
-
 # Addresses and logins
 
 
@@ -309,17 +294,8 @@ def impossible_name(server: Redis) -> Iterator[str]:
 
 
 @contextmanager
-def frozen(server: Redis) -> Iterator[str]:
-    server.freeze()
-    try:
-        yield server.url
-    finally:
-        server.thaw()
-
-
-@contextmanager
 def frozen_before_login(server: Redis) -> Iterator[str]:
-    with frozen(server):
+    with faults.frozen(server):
         yield f"redis://bobby:hush-1@127.0.0.1:{server.port}"
 
 
@@ -353,80 +329,6 @@ def no_reply(server: Redis) -> Iterator[str]:
 
 
 @contextmanager
-def read_only(server: Redis) -> Iterator[str]:
-    server.read_only()
-    try:
-        yield server.url
-    finally:
-        server.writable()
-
-
-@contextmanager
-def out_of_memory(server: Redis) -> Iterator[str]:
-    server.out_of_memory()
-    try:
-        yield server.url
-    finally:
-        server.enough_memory()
-
-
-@contextmanager
-def loading(server: Redis) -> Iterator[str]:
-    """Redis has just started, and loads its data."""
-    server.command("DEBUG", "POPULATE", 10_000)
-    server.command("SAVE")
-    server.kill()
-    start = threading.Thread(target=server.restart, args=[True])
-    start.start()
-    try:
-        until(lambda: replies_with(server, "loading"), "it loads")
-        yield server.url
-    finally:
-        start.join(LIMIT)
-
-
-@contextmanager
-def too_few_replicas(server: Redis) -> Iterator[str]:
-    server.command("CONFIG", "SET", "min-replicas-to-write", 1)
-    try:
-        yield server.url
-    finally:
-        server.command("CONFIG", "SET", "min-replicas-to-write", 0)
-
-
-@contextmanager
-def full(server: Redis) -> Iterator[str]:
-    """Redis has reached its limit of clients."""
-    _, limit = server.command("CONFIG", "GET", "maxclients")
-    with redis.Redis(port=server.port) as admin, ExitStack() as crowd:
-        for _ in range(5):
-            crowd.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-        admin.config_set("maxclients", 1)
-        try:
-            yield server.url
-        finally:
-            admin.config_set("maxclients", limit)
-
-
-@contextmanager
-def busy(server: Redis) -> Iterator[str]:
-    """Redis runs an endless script of another program."""
-
-    def run() -> None:
-        with pytest.raises(redis.ResponseError, match="killed"):
-            server.command("EVAL", "while true do end", 0)
-
-    script = threading.Thread(target=run)
-    script.start()
-    try:
-        until(lambda: replies_with(server, "BUSY"), "it is busy")
-        yield server.url
-    finally:
-        server.command("SCRIPT", "KILL")
-        script.join(LIMIT)
-
-
-@contextmanager
 def no_sentinels(server: Redis) -> Iterator[str]:
     ports = free_port(), free_port()
     hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
@@ -442,6 +344,18 @@ def frozen_sentinel(server: Redis) -> Iterator[str]:
         )
 
 
+def at_its_url(fault: RedisFault) -> Callable[[Redis], AbstractContextManager[str]]:
+    """A fault of the Redis that the link is to reach."""
+
+    @contextmanager
+    def begin(server: Redis) -> Iterator[str]:
+        with fault(server):
+            yield server.url
+
+    begin.__name__ = fault.__name__
+    return begin
+
+
 #: Each fault, its kind, and a word of the reason that an operator would look for.
 FAULTS: list[tuple[Callable[[Redis], Any], str, str]] = [
     (refused, "connection", "refused"),
@@ -454,17 +368,17 @@ FAULTS: list[tuple[Callable[[Redis], Any], str, str]] = [
     (no_rights_in_the_script, "auth", "can't run this command|no permissions"),
     (no_name, "name", "::1%dead"),
     (impossible_name, "name", "too long"),
-    (frozen, "timeout", "Timeout"),
+    (at_its_url(faults.frozen), "timeout", "Timeout"),
     (frozen_before_login, "timeout", "Timeout"),
     (unreachable, "timeout", "Timeout"),
     (silent_tls, "timeout", "[Tt]imed? ?out"),
     (no_reply, "timeout", "Timeout"),
-    (read_only, "read_only", "read only replica"),
-    (out_of_memory, "out_of_memory", "maxmemory"),
-    (loading, "loading", "loading"),
-    (too_few_replicas, "no_replicas", "NOREPLICAS"),
-    (busy, "busy", "BUSY"),
-    (full, "connection", "reset|not ready|max number of clients"),
+    (at_its_url(faults.read_only), "read_only", "read only replica"),
+    (at_its_url(faults.out_of_memory), "out_of_memory", "maxmemory"),
+    (at_its_url(faults.loading), "loading", "loading"),
+    (at_its_url(faults.too_few_replicas), "no_replicas", "NOREPLICAS"),
+    (at_its_url(faults.busy), "busy", "BUSY"),
+    (at_its_url(faults.full), "connection", "reset|not ready|max number of clients"),
     (no_sentinels, "no_primary", "refused"),
     (frozen_sentinel, "no_primary", "Timeout"),
 ]
@@ -495,7 +409,7 @@ def test_a_fault_is_an_error_in_time_that_shows_its_kind_and_no_secret(
 
 @pytest.mark.parametrize(
     "fault",
-    [read_only, out_of_memory, too_few_replicas, busy],
+    [faults.read_only, faults.out_of_memory, faults.too_few_replicas, faults.busy],
     ids=lambda fault: str(fault.__name__),
 )
 def test_after_any_error_the_connection_is_closed_and_the_next_heartbeat_opens_another(
@@ -542,7 +456,7 @@ def test_a_late_reply_is_never_taken_for_that_of_the_next_heartbeat(server: Redi
 def test_a_late_heartbeat_to_a_frozen_redis_undoes_nothing(server: Redis) -> None:
     with linked(server.url) as link:
         send_heartbeat(link, 5)
-        with frozen(server):
+        with faults.frozen(server):
             assert kind_of(failed(link)) == "timeout"
         assert send_heartbeat(link, 7).total_clients == 7
         assert send_heartbeat(link, 8).total_clients == 8
@@ -551,8 +465,8 @@ def test_a_late_heartbeat_to_a_frozen_redis_undoes_nothing(server: Redis) -> Non
 
 def test_the_timeout_is_at_most_a_tenth_of_the_ttl(server: Redis) -> None:
     with (
-        frozen(server) as url,
-        linked(url, member_ttl_seconds=1.0, heartbeat_interval_seconds=0.1) as link,
+        faults.frozen(server),
+        linked(server.url, member_ttl_seconds=1.0, heartbeat_interval_seconds=0.1) as link,
     ):
         began = time.monotonic()
         assert kind_of(failed(link)) == "timeout"
@@ -566,19 +480,13 @@ def test_the_timeout_is_at_most_a_tenth_of_the_ttl(server: Redis) -> None:
 
 def test_a_redis_that_cannot_save_has_a_kind_of_error_of_its_own(tmp_path: Path) -> None:
     with Redis(tmp_path) as server, linked(server.url) as link:
-        server.command("CONFIG", "SET", "save", "3600 1")
         send_heartbeat(link)
-        shutil.rmtree(server.folder)
-        server.command("BGSAVE")
-        until(
-            lambda: server.command("INFO", "persistence")["rdb_last_bgsave_status"] == "err",
-            "it cannot save",
-        )
-        error = failed(link)
-        assert kind_of(error) == "cannot_save"
-        assert "MISCONF" in str(error)
-        server.command("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
-        assert send_heartbeat(link, 7).total_clients == 7
+        with faults.cannot_save(server):
+            error = failed(link)
+            assert kind_of(error) == "cannot_save"
+            assert "MISCONF" in str(error)
+            server.command("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
+            assert send_heartbeat(link, 7).total_clients == 7
 
 
 @pytest.mark.parametrize(
