@@ -4,13 +4,14 @@ import select
 import socket
 import ssl
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from lab.running import LIMIT, PATIENCE, Client, Running, extended, until
-from lab.tls_client import certified, shake_hands, trust
+from lab.running import LIMIT, PATIENCE, Running, extended, until
+from lab.tls13 import RecordClient
+from lab.tls_client import certified, trust
 
 MODULE = """
 import os
@@ -33,32 +34,6 @@ def large(service):
 """
 
 
-class TlsOnMemory(Client):
-    """A client that decides itself how the bytes of its TLS records are sent."""
-
-    def __init__(self, port: int, context: ssl.SSLContext) -> None:
-        super().__init__(port)
-        self._received, self._sent = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._received, self._sent, server_hostname="127.0.0.1")
-        shake_hands(self, self._tls, self._received, self._sent)
-        self.send(self._sent.read())
-
-    def record(self, data: bytes) -> bytes:
-        """The bytes of one record with this data."""
-        self._tls.write(data)
-        return self._sent.read()
-
-    def read(self) -> bytes:
-        """What the server sends next."""
-        while True:
-            with suppress(ssl.SSLWantReadError):
-                return self._tls.read(65536)
-            data = self.sock.recv(65536)
-            if not data:
-                return b""
-            self._received.write(data)
-
-
 @pytest.mark.outer
 def test_deadlines_are_kept_while_more_clients_are_busy_than_have_their_turn_at_once() -> None:
     with Running("--line-timeout", "1") as server, ExitStack() as stack:
@@ -78,12 +53,12 @@ def test_deadlines_are_kept_while_more_clients_are_busy_than_have_their_turn_at_
 
 @pytest.mark.outer
 def test_a_line_that_ends_in_time_is_not_too_slow_although_records_are_always_cut(
-    pems: Path,
+    pems: Path, tmp_path: Path
 ) -> None:
     options = ("--line-timeout", "1", "--unterminated-after", "0")
     with (
         Running(*certified(pems), *options) as server,
-        TlsOnMemory(server.port, trust(pems)) as client,
+        RecordClient(server.port, trust(pems), tmp_path) as client,
     ):
         record = client.record(b"WHY\n")
         client.send(record[:10])
@@ -91,23 +66,23 @@ def test_a_line_that_ends_in_time_is_not_too_slow_although_records_are_always_cu
             time.sleep(0.2)
             following = client.record(b"WHY\n")
             client.send(record[10:] + following[:10])
-            assert client.read() == b"42\n"
+            assert client.line() == b"42\n"
             record = following
 
 
 @pytest.mark.outer
-def test_a_part_of_a_record_is_the_beginning_of_its_line(pems: Path) -> None:
+def test_a_part_of_a_record_is_the_beginning_of_its_line(pems: Path, tmp_path: Path) -> None:
     options = ("--line-timeout", "2", "--unterminated-after", "0")
     with (
         Running(*certified(pems), *options) as server,
-        TlsOnMemory(server.port, trust(pems)) as client,
+        RecordClient(server.port, trust(pems), tmp_path) as client,
     ):
         record = client.record(b"W")
         began = time.monotonic()
         client.send(record[:10])
         time.sleep(1.5)
         client.send(record[10:])
-        assert client.read() == b"ERR too slow\n"
+        assert client.line() == b"ERR too slow\n"
         assert time.monotonic() - began < 3.2  # 2 s from the record's first byte, not 3.5.
 
 

@@ -171,11 +171,23 @@ def test_updates_without_end_are_taken_in_turn_with_what_others_say(
         sending.join()
 
 
+def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path, tmp_path: Path) -> None:
+    with RecordClient(server.port, trust(pems), tmp_path) as client:
+        # After WHO, which would be answered after a silence, comes part of a record: of what may be
+        # another line.
+        client.send(client.record(b"WHO"))
+        for byte in client.record(b"LE\n"):
+            client.send(bytes([byte]))
+        assert client.line() == b"ERR unknown command\n"
+
+
 @contextmanager
-def answered(pems: Path, folder: Path) -> Iterator[tuple[Running, RecordClient]]:
-    """A server that is patient in a drain, and a client that it has answered."""
+def answered(
+    pems: Path, folder: Path, options: str = "--drain-timeout 60"
+) -> Iterator[tuple[Running, RecordClient]]:
+    """A server with these options, patient in a drain, and a client that it has answered."""
     with (
-        Running(*certified(pems), "--drain-timeout", "60") as server,
+        Running(*certified(pems), *argv(options)) as server,
         RecordClient(server.port, trust(pems), folder) as client,
     ):
         client.send(client.record(b"WHY\n"))
@@ -208,11 +220,7 @@ def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(
 
 @pytest.mark.outer
 def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path: Path) -> None:
-    limits = ("--idle-timeout", "1", "--line-timeout", "3")
-    with (
-        Running(*certified(pems), *limits) as server,
-        RecordClient(server.port, trust(pems), tmp_path) as client,
-    ):
+    with answered(pems, tmp_path, "--idle-timeout 1 --line-timeout 3") as (_, client):
         record = client.record(b"WHY\n" * 500)
         for at in range(0, len(record), 300):
             client.send(record[at : at + 300])
@@ -227,13 +235,7 @@ def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path
 def test_a_part_of_a_record_that_came_while_the_worker_was_held_up_is_no_idleness(
     pems: Path, tmp_path: Path
 ) -> None:
-    limits = ("--idle-timeout", "1", "--line-timeout", "30")
-    with (
-        Running(*certified(pems), *limits) as server,
-        RecordClient(server.port, trust(pems), tmp_path) as client,
-    ):
-        client.send(client.record(b"WHY\n"))
-        assert client.line() == b"42\n"
+    with answered(pems, tmp_path, "--idle-timeout 1 --line-timeout 30") as (server, client):
         record = client.record(b"WHY\n")
         with stopped(*server.workers()):
             time.sleep(0.5)
@@ -281,11 +283,7 @@ def test_a_part_of_a_record_has_its_time_wherever_it_comes(
 def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
     pems: Path, tmp_path: Path, is_said: bool
 ) -> None:
-    limits = ("--line-timeout", "1")
-    with (
-        Running(*certified(pems), *limits) as server,
-        RecordClient(server.port, trust(pems), tmp_path) as client,
-    ):
+    with answered(pems, tmp_path, "--line-timeout 1") as (_, client):
         earlier = client.record(b"WHO") if is_said else client.key_update()
         client.send(earlier[:-1])
         time.sleep(0.2)  # So that the part is seen by itself.
@@ -325,44 +323,6 @@ def test_replies_and_bursts_of_many_records(server: Running, pems: Path) -> None
         assert [client.line() for _ in range(20_000)] == [b"42\n"] * 20_000
         assert client.line() == b"x" * 3_000_000 + b"\n"
         assert [client.line() for _ in range(3)] == [b"here\n"] * 3
-
-
-def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path) -> None:
-    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
-    inner = trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1")
-    with Client(server.port) as client:
-        shake_hands(client, inner, received, sent)
-        client.send(sent.read())
-        # After WHO, which would be answered after a silence, comes part of a record: of what may be
-        # another line.
-        inner.write(b"WHO")
-        client.send(sent.read())
-        inner.write(b"LE\n")
-        record = sent.read()
-        for byte in record:
-            client.send(bytes([byte]))
-        client.sock.settimeout(LIMIT)
-        reply = b""
-        while not reply.endswith(b"\n"):
-            received.write(client.sock.recv(65536))
-            with contextlib.suppress(ssl.SSLWantReadError):
-                reply += inner.read()
-        assert reply == b"ERR unknown command\n"
-
-
-@pytest.mark.outer
-@pytest.mark.parametrize("first", [b"", b"NOPE\n"], ids=["at rest", "awake"])
-def test_a_record_that_does_not_end_is_too_slow(pems: Path, tmp_path: Path, first: bytes) -> None:
-    options = ["--line-timeout", "0.5"]
-    with (
-        Running(*certified(pems), *options) as server,
-        RecordClient(server.port, trust(pems), tmp_path) as client,
-    ):
-        if first:
-            client.send(client.record(first))
-            assert client.line() == b"ERR unknown command\n"
-        client.send(client.record(b"WHY\n")[:-1])
-        assert client.line() == b"ERR too slow\n"
 
 
 def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> None:

@@ -138,7 +138,7 @@ def test_a_process_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choi
             event for event in site.server.events() if str(event["event.action"]).endswith(".hung")
         ]
         notes.happened(hung["message"])
-        assert hung["gserver.child_pid"] == victim.pid
+        assert (hung["log.level"], hung["gserver.child_pid"]) == ("error", victim.pid)
         assert others < {*site.processes()}
 
 

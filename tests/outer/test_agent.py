@@ -55,12 +55,6 @@ def asking(server: Running, command: bytes) -> Iterator[tuple[list[float], list[
         thread.join(LIMIT)
 
 
-def test_without_a_statsd_host_there_is_no_agent(server: Running) -> None:
-    assert server.agents() == []
-    assert len(server.workers()) == 1
-    assert server.events("agent.ready") == []
-
-
 def test_a_killed_agent_is_replaced_and_nothing_is_counted_twice(daemon: Daemon) -> None:
     with Running(*to(daemon, "killed")) as server, server.client() as client:
         server.wait_for("agent.ready")
@@ -96,25 +90,6 @@ def test_every_start_of_an_agent_is_counted(daemon: Daemon) -> None:
         assert server.stop() == 0
     becomes(lambda: received(daemon, "counters", "starts.").get("agent_starts"), 3)
     assert "worker_restarts" not in received(daemon, "counters", "starts.")
-
-
-def test_an_agent_that_hangs_is_replaced(daemon: Daemon) -> None:
-    with Running("--hang-timeout", "1", *to(daemon, "hung")) as server:
-        server.wait_for("agent.ready")
-        (first,) = server.agents()
-        with asking(server, b"WHO") as (times, clients):
-            first.suspend()
-            hung = server.wait_for("agent.hung")
-            server.wait_for("agent.ready", 2)
-        assert set(clients) == {10}
-        assert max(times) < PATIENCE
-        assert (hung["log.level"], hung["gserver.child_pid"]) == ("error", first.pid)
-        (second,) = server.agents()
-        assert second.pid != first.pid
-        with server.client() as client:
-            assert client.ask(b"WHERE")
-        assert server.stop() == 0
-    becomes(lambda: received(daemon, "counters", "hung.").get("commands.where"), 1)
 
 
 def test_a_reload_replaces_the_agent_and_sums_stay_exact(daemon: Daemon) -> None:
