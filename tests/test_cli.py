@@ -202,11 +202,8 @@ def test_each_server_has_an_id_of_its_own_if_it_is_given_none(server: Running) -
 
 def test_the_version_is_that_of_the_package() -> None:
     done = gserver("--version")
-    assert (done.returncode, done.stdout, done.stderr) == (
-        0,
-        f"gserver, version {__version__}\n",
-        "",
-    )
+    expected = (0, f"gserver, version {__version__}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 # Help.
@@ -596,11 +593,8 @@ def test_ctrl_c_while_asking_ends_it_with_one_line() -> None:
             asking.send_signal(signal.SIGINT)
             stdout, stderr = asking.communicate(timeout=LIMIT)
     # A line end first, since a terminal has shown ^C.
-    assert (asking.returncode, stdout, stderr.removeprefix("\n")) == (
-        1,
-        "",
-        "gserver: interrupted\n",
-    )
+    expected = (1, "", "gserver: interrupted\n")
+    assert (asking.returncode, stdout, stderr.removeprefix("\n")) == expected
 
 
 def test_every_option_of_serve_comes_from_the_configuration() -> None:

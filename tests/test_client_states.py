@@ -92,12 +92,8 @@ def test_a_handler_that_waits_though_it_may_not_fails_and_keeps_the_order(tmp_pa
         client.send(b"NAP\nWAIT\nWHY\n")
         until(lambda: server.events("command.failed"), "it has failed")
         client.send(b"why\n")
-        assert [client.line() for _ in range(4)] == [
-            b"napped\n",
-            b"ERR internal\n",
-            b"42\n",
-            b"42\n",
-        ]
+        expected = [b"napped\n", b"ERR internal\n", b"42\n", b"42\n"]
+        assert [client.line() for _ in range(4)] == expected
 
 
 @pytest.mark.outer

@@ -94,11 +94,8 @@ def _replying(reply: Any) -> Command:
 
 
 def test_the_built_in_commands_reply_with_values_of_the_service() -> None:
-    assert [(item.name, item.answer(SERVICE)) for item in BUILT_IN] == [
-        ("WHO", b"3\n"),
-        ("WHERE", b"an-id\n"),
-        ("WHY", b"42\n"),
-    ]
+    expected = [("WHO", b"3\n"), ("WHERE", b"an-id\n"), ("WHY", b"42\n")]
+    assert [(item.name, item.answer(SERVICE)) for item in BUILT_IN] == expected
     assert not any(item.may_block for item in BUILT_IN)
 
 

@@ -222,14 +222,8 @@ def test_ipv4_is_one_address_on_a_socket_of_ipv6_too(tmp_path: Path) -> None:
 
 def test_an_address_is_ipv4_in_whole_or_a_64_of_ipv6() -> None:
     hosts = argv("10.0.0.1 10.0.0.2 2001:db8::1 2001:db8::ffff:0:0:1 2001:db8:0:1::1 ::1")
-    assert [len({network(host) for host in hosts[:number]}) for number in range(1, 7)] == [
-        1,
-        2,
-        3,
-        3,
-        4,
-        5,
-    ]
+    expected = [1, 2, 3, 3, 4, 5]
+    assert [len({network(host) for host in hosts[:number]}) for number in range(1, 7)] == expected
     assert network("::ffff:10.0.0.1") == network("10.0.0.1")
 
 

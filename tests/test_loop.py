@@ -380,11 +380,8 @@ def test_each_read_is_counted_and_timed_whichever_way_it_is_answered() -> None:
     gevent.sleep(0.05)
     totals = scoreboard.totals()
     assert (totals["clients"], totals["clients_closed"], len(ours.clients)) == (0, 1, 0)
-    assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == {
-        "WHO": 2,
-        "WHERE": 1,
-        "WHY": 2,
-    }
+    expected = {"WHO": 2, "WHERE": 1, "WHY": 2}
+    assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == expected
 
 
 @pytest.mark.outer

@@ -86,11 +86,8 @@ def test_the_number_of_remote_clients_is_never_negative() -> None:
 def test_after_a_loss_the_last_number_is_held_until_as_many_servers_have_returned() -> None:
     membership = three_of_100()
     membership.apply(lost(5, 1, 50_001), 5)
-    assert (membership.remote_clients, membership.servers, membership.last_clock) == (
-        100,
-        3,
-        50_001,
-    )
+    expected = (100, 3, 50_001)
+    assert (membership.remote_clients, membership.servers, membership.last_clock) == expected
     membership.apply(lost(45, 2, 50_500), 5)
     assert (membership.remote_clients, membership.servers, membership.last_clock) == (
         100,
@@ -185,11 +182,8 @@ def test_an_agent_that_replaces_another_continues_from_what_that_one_knew() -> N
     )
     assert membership.remote_clients == 100
     membership.apply(lost(5, 1, 50_001), 5)
-    assert (membership.remote_clients, membership.servers, membership.hold_until) == (
-        100,
-        3,
-        56_001,
-    )
+    expected = (100, 3, 56_001)
+    assert (membership.remote_clients, membership.servers, membership.hold_until) == expected
     follower = successor(membership, TTL_MS)
     follower.apply(lost(5, 1, 55_999), 5)
     assert (follower.remote_clients, follower.hold_until) == (100, 56_001), (

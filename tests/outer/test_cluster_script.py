@@ -341,12 +341,8 @@ def test_one_heartbeat_drops_at_most_500_servers_and_the_next_ones_drop_the_rest
         cluster.heartbeat(f"dead-{number}", 1)
     cluster.redis.zadd(LEASES, {f"dead-{number}": 0 for number in range(1200)}, xx=True)
     replies = [cluster.heartbeat("one", 5) for _ in range(4)]
-    assert [(reply.servers, reply.total_clients) for reply in replies] == [
-        (701, 705),
-        (201, 205),
-        (1, 5),
-        (1, 5),
-    ]
+    expected = [(701, 705), (201, 205), (1, 5), (1, 5)]
+    assert [(reply.servers, reply.total_clients) for reply in replies] == expected
     assert cluster.counts() == {"one": 5}
 
 
@@ -404,14 +400,8 @@ def test_a_reply_counts_the_servers_that_returned_after_a_loss_but_no_new_ones(
                 server_id, 1, last_clock=replies[-1].clock if given_clock is None else given_clock
             )
         )
-    assert [(reply.servers, reply.returned_servers) for reply in replies] == [
-        (1, 1),
-        (2, 2),
-        (2, 2),
-        (3, 2),
-        (3, 2),
-        (4, 3),
-    ]
+    expected = [(1, 1), (2, 2), (2, 2), (3, 2), (3, 2), (4, 3)]
+    assert [(reply.servers, reply.returned_servers) for reply in replies] == expected
     assert len({reply.lost_at for reply in replies}) == 1
 
 
@@ -588,11 +578,8 @@ def test_without_data_the_clock_begins_after_the_callers_last_clock_and_not_befo
 ) -> None:
     reply = cluster.heartbeat("one", 1, last_clock=last_clock)
     clock_at_loss = clock_after_loss(cluster, last_clock)
-    assert (reply.clock, reply.lost_at, reply.lease_end) == (
-        clock_at_loss,
-        clock_at_loss,
-        clock_at_loss + TTL,
-    )
+    expected = (clock_at_loss, clock_at_loss, clock_at_loss + TTL)
+    assert (reply.clock, reply.lost_at, reply.lease_end) == expected
     cluster.elapse(1000)
     later = cluster.heartbeat("one", 1, last_clock=clock_at_loss)
     assert later.clock >= clock_at_loss + 1000

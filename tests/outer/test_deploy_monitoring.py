@@ -342,11 +342,8 @@ def test_every_alert_links_to_its_own_section() -> None:
 
 
 def test_the_dashboard_has_variables_and_its_panels_do_not_overlap() -> None:
-    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == [
-        "datasource",
-        "job",
-        "instance",
-    ]
+    expected = ["datasource", "job", "instance"]
+    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == expected
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         place = panel["gridPos"]

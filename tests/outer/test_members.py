@@ -183,12 +183,8 @@ def test_a_key_of_another_program_is_an_error_and_the_last_known_list_stands(
     until(lambda: members.payload()["trouble"], "it has been read again")
     known = members.payload()
     assert (ids(known), known["trouble"]) == (["here"], "other")
-    assert payload(server.url) == {
-        "servers": None,
-        "omitted_servers": 0,
-        "age_seconds": None,
-        "trouble": "other",
-    }
+    expected = {"servers": None, "omitted_servers": 0, "age_seconds": None, "trouble": "other"}
+    assert payload(server.url) == expected
 
 
 # Addresses, logins and permissions

@@ -246,11 +246,8 @@ def test_an_unknown_user_and_root_are_refused(start: list[str]) -> None:
     assert said[: len(users)] == [f"2 --user {user}: {UNKNOWN}" for user in users]
     assert fields("\n".join(said))["Uid"] == "0\t0\t0\t0", "it is still root"
     done = gserver("--port", "0", "--user", "no-such-user")
-    assert (done.returncode, done.stdout, done.stderr) == (
-        2,
-        "",
-        f"gserver: --user no-such-user: {UNKNOWN}\n",
-    )
+    expected = (2, "", f"gserver: --user no-such-user: {UNKNOWN}\n")
+    assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 def test_a_user_that_is_not_root_may_only_stay_itself(start: list[str]) -> None:

@@ -96,11 +96,8 @@ def test_sentinels_name_a_primary_and_replace_it(tmp_path: Path) -> None:
 
         first = sentinels.failover()
         second = sentinels.primary()
-        assert (first is sentinels.redises[0], first is second, second.role()) == (
-            True,
-            False,
-            "master",
-        )
+        expected = (True, False, "master")
+        assert (first is sentinels.redises[0], first is second, second.role()) == expected
 
         assert sentinels.kill_primary() is second
         third = sentinels.primary()

@@ -435,11 +435,8 @@ def test_packages_for_the_tests_come_beside_those_that_are_there(
     assert (another / ".venv/bin/honcho").exists()
     for options in ((), ("--dev",)):
         done = _run(another / "bin/setup", *options, env=_clean(tools))
-        assert (done.returncode, done.stdout, done.stderr) == (
-            0,
-            f"{another}/.venv/bin/python\n",
-            "",
-        )
+        expected = (0, f"{another}/.venv/bin/python\n", "")
+        assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(

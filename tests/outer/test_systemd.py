@@ -343,12 +343,8 @@ def test_a_socket_that_is_handed_over_gets_the_options_of_a_bound_one() -> None:
             socket.TCP_KEEPCNT,
             socket.TCP_USER_TIMEOUT,
         )
-        assert [sock.getsockopt(socket.IPPROTO_TCP, each) for each in options] == [
-            60,
-            15,
-            4,
-            120_000,
-        ]
+        expected = [60, 15, 4, 120_000]
+        assert [sock.getsockopt(socket.IPPROTO_TCP, each) for each in options] == expected
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         assert os.get_blocking(sock.fileno()) is False
 

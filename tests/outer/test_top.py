@@ -172,11 +172,8 @@ def test_the_servers_of_a_cluster_are_shown_once_whoever_is_watched(tmp_path: Pa
         for line in done.stdout.partition("servers of cluster east")[2].splitlines()
     ]
     assert table[1] == ["server", "clients", "last", "report"]
-    assert {line[0]: line[-1] == "watched" for line in table[2:5]} == {
-        hostile: True,
-        "a": True,
-        "c": False,
-    }
+    expected = {hostile: True, "a": True, "c": False}
+    assert {line[0]: line[-1] == "watched" for line in table[2:5]} == expected
 
 
 def shown(options: list[str], row: list[str]) -> subprocess.CompletedProcess[str] | None:
