@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,19 +39,6 @@ def lost(total_clients: int, returned: int, clock: int, lost_at: int = 50_001) -
     return reply(total_clients, returned + 2, clock, returned, lost_at)
 
 
-def three_of_100(clock: int = 50_000) -> Membership:
-    """A server with 5 clients that knows of two others with 100."""
-    membership = Membership(TTL_MS)
-    membership.apply(reply(105, 3, clock), 5)
-    assert (
-        membership.remote_clients,
-        membership.servers,
-        membership.last_clock,
-        membership.lost_at,
-    ) == (100, 3, clock, 1)
-    return membership
-
-
 def successor(last: Membership, ttl_ms: int) -> Membership:
     """What another agent knows that continues from the scoreboard."""
     return Membership(
@@ -65,115 +53,76 @@ def test_the_first_reply_is_taken_as_it_is_although_its_loss_is_new_to_the_serve
     assert (membership.last_clock, membership.lost_at, membership.hold_until) == (70_000, 69_999, 0)
 
 
-def test_without_faults_each_reply_is_taken_as_it_is() -> None:
-    membership = three_of_100()
-    for total_clients, servers, remote_clients in (
-        (205, 4, 200),
-        (25, 3, 20),
-        (6, 2, 1),
-        (5, 1, 0),
-    ):
-        membership.apply(reply(total_clients, servers, membership.last_clock + TTL_MS - 1), 5)
+#: What a server hears that has 5 clients and knows of two others with 100 at 50,000 on the lease
+#: clock: each reply, and the remote clients and the servers that it believes in then.
+RULES: dict[str, list[tuple[Reply, int, int]]] = {
+    "without faults each reply is taken as it is": [
+        (reply(205, 4, 55_999), 200, 4),
+        (reply(25, 3, 61_998), 20, 3),
+        (reply(6, 2, 67_997), 1, 2),
+        (reply(5, 1, 73_996), 0, 1),
+    ],
+    "the number of remote clients is never negative": [(reply(3, 3, 50_001), 0, 3)],
+    "after a loss the last number is held until as many servers have returned": [
+        (lost(5, 1, 50_001), 100, 3),
+        (lost(45, 2, 50_500), 100, 3),
+        (lost(85, 3, 51_600), 80, 5),
+        (lost(5, 1, 51_700), 0, 3),  # The hold has ended for good.
+    ],
+    "a higher number than the held one is taken": [
+        (lost(5, 1, 50_001), 100, 3),
+        (lost(155, 2, 50_500), 150, 3),
+        (lost(15, 2, 50_600), 100, 3),
+    ],
+    "a server that has not returned after a TTL is dead": [
+        (lost(5, 1, 50_001), 100, 3),
+        (lost(45, 2, 56_000), 100, 3),
+        (lost(45, 2, 56_001), 40, 4),
+    ],
+    "a server that learns of a loss late does not hold if as many servers are members": [
+        (reply(45, 3, 57_001, returned=1, lost_at=50_001), 40, 3),
+        (reply(25, 2, 57_002, returned=1, lost_at=50_001), 20, 2),
+    ],
+    "a server that alone was dropped holds for a third of the TTL": [
+        (reply(45, 2, 56_000, was_missing=1), 100, 3),
+        (reply(45, 2, 57_999), 100, 3),
+        (reply(45, 2, 58_000), 40, 2),
+    ],
+    "a server that alone was dropped does not hold if as many servers are members": [
+        (reply(45, 3, 60_000, was_missing=1), 40, 3)
+    ],
+    "a server that was away but not dropped does not hold": [(reply(45, 2, 56_000), 40, 2)],
+    "a loss during a hold restarts its time": [
+        (lost(5, 1, 50_001), 100, 3),
+        (lost(45, 2, 53_000), 100, 3),
+        (lost(5, 1, 53_001, lost_at=53_001), 100, 3),
+        (lost(5, 1, 59_000, lost_at=53_001), 100, 3),
+        (lost(5, 1, 59_001, lost_at=53_001), 0, 3),
+    ],
+    "a loss during a hold keeps a higher number that was learned since": [
+        (lost(5, 1, 50_001), 100, 3),
+        (lost(155, 2, 50_500), 150, 3),
+        (lost(5, 1, 50_501, lost_at=50_501), 150, 3),
+    ],
+    # Back at the first Redis, one of the others is dead.
+    "a hold ends in time on the lease clock of another Redis": [
+        (lost(5, 1, 900_001, lost_at=900_001), 100, 3),
+        (reply(45, 2, 50_100, returned=1), 100, 3),
+        (reply(45, 2, 50_099 + TTL_MS, returned=1), 100, 3),
+        (reply(45, 2, 50_100 + TTL_MS, returned=1), 40, 2),
+    ],
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_reply_is_believed_or_the_last_number_is_held(rule: str) -> None:
+    membership = Membership(TTL_MS)
+    membership.apply(reply(105, 3, 50_000), 5)
+    assert (membership.remote_clients, membership.servers, membership.lost_at) == (100, 3, 1)
+    for heard, remote_clients, servers in RULES[rule]:
+        membership.apply(heard, 5)
         assert (membership.remote_clients, membership.servers) == (remote_clients, servers)
-
-
-def test_the_number_of_remote_clients_is_never_negative() -> None:
-    membership = three_of_100()
-    membership.apply(reply(3, 3, 50_001), 5)
-    assert membership.remote_clients == 0
-
-
-def test_after_a_loss_the_last_number_is_held_until_as_many_servers_have_returned() -> None:
-    membership = three_of_100()
-    membership.apply(lost(5, 1, 50_001), 5)
-    expected = (100, 3, 50_001)
-    assert (membership.remote_clients, membership.servers, membership.last_clock) == expected
-    membership.apply(lost(45, 2, 50_500), 5)
-    assert (membership.remote_clients, membership.servers, membership.last_clock) == (
-        100,
-        3,
-        50_500,
-    )
-    membership.apply(lost(85, 3, 51_600), 5)
-    assert (membership.remote_clients, membership.servers) == (80, 5)
-    membership.apply(lost(5, 1, 51_700), 5)
-    assert (membership.remote_clients, membership.servers) == (0, 3), "the hold has ended for good"
-
-
-def test_a_higher_number_than_the_held_one_is_taken() -> None:
-    membership = three_of_100()
-    membership.apply(lost(5, 1, 50_001), 5)
-    membership.apply(lost(155, 2, 50_500), 5)
-    assert (membership.remote_clients, membership.servers) == (150, 3)
-    membership.apply(lost(15, 2, 50_600), 5)
-    assert membership.remote_clients == 100
-
-
-def test_a_server_that_has_not_returned_after_a_ttl_is_dead() -> None:
-    membership = three_of_100()
-    membership.apply(lost(5, 1, 50_001), 5)
-    membership.apply(lost(45, 2, 56_000), 5)
-    assert (membership.remote_clients, membership.servers) == (100, 3)
-    membership.apply(lost(45, 2, 56_001), 5)
-    assert (membership.remote_clients, membership.servers) == (40, 4)
-
-
-def test_a_server_that_learns_of_a_loss_late_does_not_hold_if_as_many_servers_are_members() -> None:
-    membership = three_of_100()
-    membership.apply(reply(45, 3, 57_001, returned=1, lost_at=50_001), 5)
-    assert (membership.remote_clients, membership.servers, membership.hold_until) == (40, 3, 0)
-
-
-def test_a_server_that_alone_was_dropped_holds_for_a_third_of_the_ttl() -> None:
-    membership = three_of_100()
-    membership.apply(reply(45, 2, 56_000, was_missing=1), 5)
-    membership.apply(reply(45, 2, 57_999), 5)
-    assert (membership.remote_clients, membership.servers) == (100, 3)
-    membership.apply(reply(45, 2, 58_000), 5)
-    assert (membership.remote_clients, membership.servers) == (40, 2)
-
-
-def test_a_server_that_was_away_but_not_dropped_does_not_hold() -> None:
-    membership = three_of_100()
-    membership.apply(reply(45, 2, 56_000), 5)
-    assert (membership.remote_clients, membership.servers) == (40, 2)
-
-
-def test_a_server_that_alone_was_dropped_holds_until_as_many_servers_are_members() -> None:
-    membership = three_of_100()
-    membership.apply(reply(45, 3, 60_000, was_missing=1), 5)
-    assert (membership.remote_clients, membership.servers) == (40, 3)
-
-
-def test_a_loss_during_a_hold_restarts_its_time() -> None:
-    membership = three_of_100()
-    membership.apply(lost(5, 1, 50_001), 5)
-    membership.apply(lost(45, 2, 53_000), 5)
-    membership.apply(lost(5, 1, 53_001, lost_at=53_001), 5)
-    membership.apply(lost(5, 1, 59_000, lost_at=53_001), 5)
-    assert (membership.remote_clients, membership.servers) == (100, 3)
-    membership.apply(lost(5, 1, 59_001, lost_at=53_001), 5)
-    assert (membership.remote_clients, membership.servers) == (0, 3)
-
-
-def test_a_loss_during_a_hold_keeps_a_higher_number_learned_since() -> None:
-    membership = three_of_100()
-    membership.apply(lost(5, 1, 50_001), 5)
-    membership.apply(lost(155, 2, 50_500), 5)
-    assert membership.remote_clients == 150
-    membership.apply(lost(5, 1, 50_501, lost_at=50_501), 5)
-    assert membership.remote_clients == 150
-
-
-def test_a_hold_ends_in_time_on_the_lease_clock_of_another_redis() -> None:
-    membership = three_of_100()
-    membership.apply(lost(5, 1, 900_001, lost_at=900_001), 5)
-    membership.apply(
-        reply(45, 2, 50_100, returned=1), 5
-    )  # Back at the first Redis; one of the others is dead.
-    assert (membership.remote_clients, membership.hold_until) == (100, 50_100 + TTL_MS)
-    membership.apply(reply(45, 2, 50_100 + TTL_MS, returned=1), 5)
-    assert (membership.remote_clients, membership.servers) == (40, 2)
+        assert (membership.last_clock, membership.lost_at) == (heard.clock, heard.lost_at)
 
 
 def test_an_agent_that_replaces_another_continues_from_what_that_one_knew() -> None:
