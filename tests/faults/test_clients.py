@@ -88,6 +88,7 @@ def test_hundreds_that_end_at_once(start: Start, notes: Notes) -> None:
 @row("Over the limit", quick=ALL[1])
 def test_who_is_too_many_reads_so_and_a_clean_end(start: Start, notes: Notes) -> None:
     site = start("--max-clients", "40")
+    until(lambda: sum(site.clients()) == 0, "the clients before have gone")
     with ExitStack() as stack:
         inside: list[Client] = []
 

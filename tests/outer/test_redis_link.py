@@ -1,10 +1,10 @@
 """The connection to real Redis servers: requests, closing after errors, and kinds of errors."""
 
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from gserver.config import Config
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.redis_url import RedisUrl
 from lab import redis_faults as faults
-from lab.redis_faults import RedisFault
+from lab.redis_faults import RedisFault, switched
 from lab.redises import Proxy, Redis, Sentinels, Server, free_port
 from lab.running import PATIENCE, until
+from tests.outer.test_cluster_attacks import listener
 
 TTL, INTERVAL = 60_000, 6000
 #: Time that a reply may take beyond the timeout.
@@ -220,86 +221,6 @@ def test_tls_and_plain_do_not_understand_each_other(server: Redis, encrypted: Re
 
 
 @contextmanager
-def refused(server: Redis) -> Iterator[str]:
-    yield f"redis://bobby:hush-1@127.0.0.1:{free_port()}"
-
-
-@contextmanager
-def no_socket(server: Redis) -> Iterator[str]:
-    yield f"unix://bobby:hush-1@{server.folder}/none.sock"
-
-
-@contextmanager
-def reset(server: Redis) -> Iterator[str]:
-    """The network lets a connection be opened, and then closes it."""
-
-    def end() -> None:
-        listener.accept()[0].close()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=end, daemon=True).start()
-        yield f"redis://bobby:hush-1@127.0.0.1:{listener.getsockname()[1]}"
-
-
-@contextmanager
-def not_redis(server: Redis) -> Iterator[str]:
-    def answer() -> None:
-        client, _ = listener.accept()
-        client.recv(100)
-        client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        client.close()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=answer, daemon=True).start()
-        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
-
-
-@contextmanager
-def wrong_password(server: Redis) -> Iterator[str]:
-    yield f"redis://bobby:hush-1@127.0.0.1:{server.port}"
-
-
-@contextmanager
-def no_password(server: Redis) -> Iterator[str]:
-    with locked(server, "hush-1"):
-        yield f"redis://127.0.0.1:{server.port}"
-
-
-@contextmanager
-def no_rights(server: Redis) -> Iterator[str]:
-    server.command("ACL", "SETUSER", "bobby", "reset", "on", ">hush-1", "~*", "+get")
-    try:
-        yield f"redis://bobby:hush-1@127.0.0.1:{server.port}"
-    finally:
-        server.command("ACL", "DELUSER", "bobby")
-
-
-@contextmanager
-def no_rights_in_the_script(server: Redis) -> Iterator[str]:
-    server.command("ACL", "SETUSER", "bobby", "reset", "on", ">hush-1", "~*", "+eval", "+evalsha")
-    try:
-        yield f"redis://bobby:hush-1@127.0.0.1:{server.port}"
-    finally:
-        server.command("ACL", "DELUSER", "bobby")
-
-
-@contextmanager
-def no_name(server: Redis) -> Iterator[str]:
-    yield "redis://bobby:hush-1@[::1%25dead]:1"
-
-
-@contextmanager
-def impossible_name(server: Redis) -> Iterator[str]:
-    yield f"redis://bobby:hush-1@{'a' * 64}:1"
-
-
-@contextmanager
-def frozen_before_login(server: Redis) -> Iterator[str]:
-    with faults.frozen(server):
-        yield f"redis://bobby:hush-1@127.0.0.1:{server.port}"
-
-
-@contextmanager
 def unreachable(server: Redis) -> Iterator[str]:
     """A connect that even the kernel does not answer: the accept queue is full."""
     with ExitStack() as stack:
@@ -310,7 +231,7 @@ def unreachable(server: Redis) -> Iterator[str]:
             client = stack.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
-        yield f"redis://bobby:hush-1@127.0.0.1:{listener.getsockname()[1]}"
+        yield f"redis://{BOBBY}@127.0.0.1:{listener.getsockname()[1]}"
 
 
 @contextmanager
@@ -328,68 +249,106 @@ def no_reply(server: Redis) -> Iterator[str]:
         yield server.url_at(proxy.port)
 
 
+BOBBY, EVELYN = "bobby:hush-1", "sentinel_username=evelyn&sentinel_password=hush-2"
+Start = Callable[[Redis], AbstractContextManager[str]]
+
+
+def at(url: Callable[[Redis], str], *around: RedisFault) -> Start:
+    """The URL that the link is given, while Redis has these faults."""
+
+    @contextmanager
+    def begin(server: Redis) -> Iterator[str]:
+        with ExitStack() as stack:
+            for fault in around:
+                stack.enter_context(fault(server))
+            yield url(server)
+
+    return begin
+
+
+def its_url(server: Redis) -> str:
+    return server.url
+
+
+def url_of_bobby(server: Redis) -> str:
+    return f"redis://{BOBBY}@127.0.0.1:{server.port}"
+
+
+def may_only(*rights: str) -> RedisFault:
+    """Bobby is a user with these rights only."""
+    return switched(
+        "may_only",
+        lambda server: server.command(
+            "ACL", "SETUSER", "bobby", "reset", "on", ">hush-1", "~*", *rights
+        ),
+        lambda server: server.command("ACL", "DELUSER", "bobby"),
+    )
+
+
 @contextmanager
-def no_sentinels(server: Redis) -> Iterator[str]:
-    ports = free_port(), free_port()
-    hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
-    yield f"redis+sentinel://bobby:hush-1@{hosts}/name?sentinel_username=evelyn&sentinel_password=hush-2"
+def another_server(says: bytes) -> Iterator[str]:
+    """What listens accepts a connection, says this and closes."""
+    with listener(lambda sock: sock.sendall(says)) as port:
+        yield f"redis://{BOBBY}@127.0.0.1:{port}"
 
 
 @contextmanager
 def frozen_sentinel(server: Redis) -> Iterator[str]:
     with unreachable(server) as url:
-        yield (
-            url.replace("redis:", "redis+sentinel:")
-            + "/name?sentinel_username=evelyn&sentinel_password=hush-2"
-        )
-
-
-def at_its_url(fault: RedisFault) -> Callable[[Redis], AbstractContextManager[str]]:
-    """A fault of the Redis that the link is to reach."""
-
-    @contextmanager
-    def begin(server: Redis) -> Iterator[str]:
-        with fault(server):
-            yield server.url
-
-    begin.__name__ = fault.__name__
-    return begin
+        yield f"{url.replace('redis:', 'redis+sentinel:')}/name?{EVELYN}"
 
 
 #: Each fault, its kind, and a word of the reason that an operator would look for.
-FAULTS: list[tuple[Callable[[Redis], Any], str, str]] = [
-    (refused, "connection", "refused"),
-    (no_socket, "connection", "none.sock"),
-    (reset, "connection", "reset|closed"),
-    (not_redis, "other", "HTTP"),
-    (wrong_password, "auth", "invalid username-password pair"),
-    (no_password, "auth", "[Aa]uthenticat"),
-    (no_rights, "auth", "permissions"),
-    (no_rights_in_the_script, "auth", "can't run this command|no permissions"),
-    (no_name, "name", "::1%dead"),
-    (impossible_name, "name", "too long"),
-    (at_its_url(faults.frozen), "timeout", "Timeout"),
-    (frozen_before_login, "timeout", "Timeout"),
-    (unreachable, "timeout", "Timeout"),
-    (silent_tls, "timeout", "[Tt]imed? ?out"),
-    (no_reply, "timeout", "Timeout"),
-    (at_its_url(faults.read_only), "read_only", "read only replica"),
-    (at_its_url(faults.out_of_memory), "out_of_memory", "maxmemory"),
-    (at_its_url(faults.loading), "loading", "loading"),
-    (at_its_url(faults.too_few_replicas), "no_replicas", "NOREPLICAS"),
-    (at_its_url(faults.busy), "busy", "BUSY"),
-    (at_its_url(faults.full), "connection", "reset|not ready|max number of clients"),
-    (no_sentinels, "no_primary", "refused"),
-    (frozen_sentinel, "no_primary", "Timeout"),
-]
-every_fault = pytest.mark.parametrize(
-    ("fault", "kind", "word"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS]
-)
+FAULTS: dict[str, tuple[Start, str, str]] = {
+    "refused": (at(lambda _: f"redis://{BOBBY}@127.0.0.1:{free_port()}"), "connection", "refused"),
+    "no socket": (
+        at(lambda server: f"unix://{BOBBY}@{server.folder}/none.sock"),
+        "connection",
+        "none.sock",
+    ),
+    "closed": (lambda _: another_server(b""), "connection", "reset|closed"),
+    "not Redis": (lambda _: another_server(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "other", "HTTP"),
+    "wrong password": (at(url_of_bobby), "auth", "invalid username-password pair"),
+    "no password": (
+        at(lambda server: f"redis://127.0.0.1:{server.port}", partial(locked, password="hush-1")),
+        "auth",
+        "[Aa]uthenticat",
+    ),
+    "no rights": (at(url_of_bobby, may_only("+get")), "auth", "permissions"),
+    "no rights in the script": (
+        at(url_of_bobby, may_only("+eval", "+evalsha")),
+        "auth",
+        "can't run this command|no permissions",
+    ),
+    "no name": (at(lambda _: f"redis://{BOBBY}@[::1%25dead]:1"), "name", "::1%dead"),
+    "impossible name": (at(lambda _: f"redis://{BOBBY}@{'a' * 64}:1"), "name", "too long"),
+    "frozen": (at(its_url, faults.frozen), "timeout", "Timeout"),
+    "frozen before the login": (at(url_of_bobby, faults.frozen), "timeout", "Timeout"),
+    "unreachable": (unreachable, "timeout", "Timeout"),
+    "silent TLS": (silent_tls, "timeout", "[Tt]imed? ?out"),
+    "no reply": (no_reply, "timeout", "Timeout"),
+    "read only": (at(its_url, faults.read_only), "read_only", "read only replica"),
+    "out of memory": (at(its_url, faults.out_of_memory), "out_of_memory", "maxmemory"),
+    "loading": (at(its_url, faults.loading), "loading", "loading"),
+    "too few replicas": (at(its_url, faults.too_few_replicas), "no_replicas", "NOREPLICAS"),
+    "busy": (at(its_url, faults.busy), "busy", "BUSY"),
+    "full": (at(its_url, faults.full), "connection", "reset|not ready|max number of clients"),
+    "no Sentinels": (
+        at(
+            lambda _: (
+                f"redis+sentinel://{BOBBY}@127.0.0.1:{free_port()},127.0.0.1:{free_port()}/name?{EVELYN}"
+            )
+        ),
+        "no_primary",
+        "refused",
+    ),
+    "unreachable Sentinel": (frozen_sentinel, "no_primary", "Timeout"),
+}
 
 
-@every_fault
+@pytest.mark.parametrize(("fault", "kind", "word"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_an_error_in_time_that_shows_its_kind_and_no_secret(
-    server: Redis, fault: Callable[[Redis], Any], kind: str, word: str
+    server: Redis, fault: Start, kind: str, word: str
 ) -> None:
     with fault(server) as url, linked(url) as link:
         began = time.monotonic()
@@ -413,7 +372,7 @@ def test_a_fault_is_an_error_in_time_that_shows_its_kind_and_no_secret(
     ids=lambda fault: str(fault.__name__),
 )
 def test_after_any_error_the_connection_is_closed_and_the_next_heartbeat_opens_another(
-    server: Redis, fault: Callable[[Redis], Any]
+    server: Redis, fault: RedisFault
 ) -> None:
     with linked(server.url) as link:
         send_heartbeat(link)
@@ -540,7 +499,9 @@ def test_errors_of_other_versions_of_redis_and_python_have_their_kinds_too(
 
 
 def test_every_kind_is_tested_here() -> None:
-    assert {kind for _, kind, _ in FAULTS} | {"tls", "cannot_save"} == set(HEARTBEAT_ERRORS)
+    assert {kind for _, kind, _ in FAULTS.values()} | {"tls", "cannot_save"} == set(
+        HEARTBEAT_ERRORS
+    )
 
 
 # Sentinels
