@@ -19,7 +19,7 @@ from gserver.serve.limits import AddressCounts, Limits, network
 from lab.admin import status
 from lab.running import PATIENCE, Client, Running, argv, extended, stopped, until
 from lab.tls_client import certified, trust
-from tests.test_worker import MODULE, WAYS
+from tests.test_worker import MODULE, WAYS, Way
 
 MANY, OTHER = "127.0.0.2", "127.0.0.3"
 LIMIT = 6
@@ -91,13 +91,13 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
         def connect(source: str = "") -> Client:
             return server.client(source, trust(pems)) if has_tls else server.client(source)
 
-        def go(way: Callable[[Client], bytes]) -> None:
+        def go(way: Way) -> None:
             source = chance.choice([MANY, OTHER])
             connection = (
                 server.client if has_tls and chance.random() < 0.2 else connect
             )  # Who speaks no TLS goes too.
             with suppress(OSError), connection(source=source) as client:
-                way(client)
+                way.go(client)
 
         server.wait_for("worker.ready", workers)
         with ExitStack() as stack:
@@ -119,7 +119,7 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
             beyond = [stack.enter_context(connect(source=MANY)) for _ in range(LIMIT + 1)]
             assert {client.rest() for client in beyond} == {b"ERR too many clients\n"}
         with ThreadPoolExecutor(30) as pool:
-            list(pool.map(go, chance.choices(list(WAYS), k=100)))
+            list(pool.map(go, chance.choices(WAYS, k=100)))
         gone(server, connect)
         with ExitStack() as stack:
             assert [len(fill(stack, connect, source)) for source in (MANY, OTHER)] == [LIMIT] * 2

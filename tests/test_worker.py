@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -81,98 +82,57 @@ def start(folder: Path, *options: str, command: list[str] | None = None) -> Runn
     return extended(folder, MODULE, *options, command=command)
 
 
-# Ways in which a client goes. Each returns all that it was told.
-
-
-def leave(client: Client) -> bytes:
-    client.send(b"WHY\n")
-    return client.line()
-
-
-def say_nothing(client: Client) -> bytes:
+def nothing(_: Client) -> bytes:
     return b""
 
 
-def half_close(client: Client) -> bytes:
-    client.send(b"WHY\nWH")
-    return client.end()
+class Way(NamedTuple):
+    """A way in which a client goes."""
+
+    name: str
+    often: int  #: of 100
+    sent: bytes
+    read: Callable[[Client], bytes]
+    told: bytes
+    is_reset: bool = False
+
+    def go(self, client: Client) -> bytes:
+        """Go in this way; return all that the client was told."""
+        client.send(self.sent)
+        told = self.read(client)
+        if self.is_reset:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return told
 
 
-def reset(client: Client) -> bytes:
-    client.send(b"WHY\n")
-    told = client.line()
-    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    return told
+WAYS = [
+    Way("leaves", 19, b"WHY\n", Client.line, b"42\n"),
+    Way("says nothing", 10, b"", nothing, b""),
+    Way("half-closes", 15, b"WHY\nWH", Client.end, b"42\nERR unknown command\n"),
+    Way("resets", 10, b"WHY\n", Client.line, b"42\n", is_reset=True),
+    Way("resets at once", 10, b"", nothing, b"", is_reset=True),
+    Way("says too much", 8, b"x" * 1100, Client.rest, b"ERR line too long\n"),
+    Way("is slow", 2, b"WHE", Client.rest, b"ERR too slow\n"),
+    Way("mistakes", 8, b"HELP\n", Client.line, b"ERR unknown command\n"),
+    Way("browses", 8, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", Client.rest, b""),
+    Way("meets a failure", 4, b"FAIL\n", Client.line, b"ERR internal\n"),
+    Way("meets an exit", 1, b"EXIT\n", Client.line, b"ERR internal\n"),
+    # It leaves many replies unread: the server's next one meets a reset.
+    Way("vanishes", 5, b"NAP\n" + b"WHY\n" * 1000, nothing, b""),
+]
+NAMES = {way.name for way in WAYS}
 
 
-def reset_at_once(client: Client) -> bytes:
-    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    return b""
-
-
-def say_too_much(client: Client) -> bytes:
-    client.send(b"x" * 1100)
-    return client.rest()
-
-
-def be_slow(client: Client) -> bytes:
-    client.send(b"WHE")
-    return client.rest()
-
-
-def mistake(client: Client) -> bytes:
-    client.send(b"HELP\n")
-    return client.line()
-
-
-def browse(client: Client) -> bytes:
-    client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    return client.rest()
-
-
-def fail(client: Client) -> bytes:
-    client.send(b"FAIL\n")
-    return client.line()
-
-
-def meet_an_exit(client: Client) -> bytes:
-    client.send(b"EXIT\n")
-    return client.line()
-
-
-def vanish(client: Client) -> bytes:
-    """Leave many replies unread: the server's next one meets a reset."""
-    client.send(b"NAP\n" + b"WHY\n" * 1000)
-    return b""
-
-
-#: The way, how often of 100, and what it is told.
-WAYS: dict[Callable[[Client], bytes], tuple[int, bytes]] = {
-    leave: (19, b"42\n"),
-    say_nothing: (10, b""),
-    half_close: (15, b"42\nERR unknown command\n"),
-    reset: (10, b"42\n"),
-    reset_at_once: (10, b""),
-    say_too_much: (8, b"ERR line too long\n"),
-    be_slow: (2, b"ERR too slow\n"),
-    mistake: (8, b"ERR unknown command\n"),
-    browse: (8, b""),
-    fail: (4, b"ERR internal\n"),
-    meet_an_exit: (1, b"ERR internal\n"),
-    vanish: (5, b""),
-}
-
-
-def go(server: Running, way: Callable[[Client], bytes], source: str) -> str:
+def go(server: Running, way: Way, source: str) -> str:
     """Connect, go in that way, and return what became of it."""
     with server.client(source) as client:
         try:
-            told = way(client)
+            told = way.go(client)
         except OSError:
             return "reset"
     if told == REJECTED:
         return "turned away"
-    return way.__name__ if told == WAYS[way][1] else f"{way.__name__}: {told!r}"
+    return way.name if told == way.told else f"{way.name}: {told!r}"
 
 
 def figures(daemon: socket.socket) -> Counter[str]:
@@ -199,7 +159,7 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")  # noqa: T201 (pytest shows it if the test fails)
     chance = random.Random(seed)
-    ways = chance.choices(list(WAYS), [often for often, _ in WAYS.values()], k=10_000)
+    ways = chance.choices(WAYS, [way.often for way in WAYS], k=10_000)
     sources = [f"127.0.0.{chance.randrange(2, 50)}" for _ in ways]
     at_once, askers = 30, 0
 
@@ -228,7 +188,7 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
             assert server.stop() == 0
         sums = figures(daemon)
 
-    known = {way.__name__ for way in WAYS} | {"turned away"}
+    known = NAMES | {"turned away"}
     assert known <= set(became)
     lost = sum(became[what] for what in became if what not in known)
     assert lost <= at_once * kills, became
@@ -238,12 +198,9 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
     seen = sums["clients_accepted"] + sums["error_replies.too_many_clients"]
     assert abs(seen - 10_000 - askers) <= kills
     if not kills:
-        for way, name in {
-            browse: "http",
-            say_too_much: "line_too_long",
-            be_slow: "too_slow",
-        }.items():
-            assert sums[f"error_replies.{name}"] == became[way.__name__]
+        reasons = {"browses": "http", "says too much": "line_too_long", "is slow": "too_slow"}
+        for way, name in reasons.items():
+            assert sums[f"error_replies.{name}"] == became[way]
 
 
 @pytest.mark.outer
@@ -344,12 +301,12 @@ def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) ->
 def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -> None:
     options = ("--max-clients", "24", "--line-timeout", "1")
     with start(tmp_path, *options) as server, server.client() as client:
-        ways = 10 * [way for way, (often, _) in WAYS.items() for _ in range(often)]
+        ways = 10 * [way for way in WAYS for _ in range(way.often)]
         with ThreadPoolExecutor(30) as pool:
             became = set(pool.map(lambda way: go(server, way, "127.0.0.2"), ways))
             before = held(client)
             became |= set(pool.map(lambda way: go(server, way, "127.0.0.3"), 2 * ways))
-        assert {way.__name__ for way in WAYS} <= became
+        assert became >= NAMES
         assert held(client) == before
 
 
