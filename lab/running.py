@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -149,13 +149,21 @@ def stopped(*workers: psutil.Process) -> Iterator[None]:
 def extended(folder: Path, module: str, *options: str, **more: Any) -> "Running":
     """A server with a module's commands, whose processes are marked with the folder.
 
-    A new text of `extra.py` there is seen by the next worker that starts.
+    All its workers are ready, unless it is not waited for. A new text of `extra.py` there is seen
+    by the next worker that starts.
     """
     (folder / "extra.py").write_text(module)
     # Two texts of one size, written within a second, would look the same to the cache of compiled
     # modules.
     env = {"PYTHONDONTWRITEBYTECODE": "1", "MARK": str(folder)}
-    return Running("--commands", "extra", *options, cwd=folder, env=env, **more)
+    server = Running("--commands", "extra", *options, cwd=folder, env=env, **more)
+    if server.port:
+        with ExitStack() as stack:
+            stack.enter_context(server)
+            workers = server.events("server.listening")[0]["gserver.workers"]
+            server.wait_for("worker.ready", workers)
+            stack.pop_all()
+    return server
 
 
 def is_refused(port: int) -> bool:

@@ -162,7 +162,6 @@ def test_workers_that_accept_a_crowd_keep_to_the_limit_and_a_killed_one_gives_it
     tmp_path: Path,
 ) -> None:
     with limited(tmp_path, "--workers", "3", limit=30) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 3)
         with stopped(*server.workers()):
             crowd = [stack.enter_context(server.client(MANY)) for _ in range(90)]
         clients = [client for client in crowd if is_let_in(client)]
@@ -198,7 +197,6 @@ def test_at_a_reload_those_of_the_old_worker_and_of_the_new_one_count_together(
 @pytest.mark.outer
 def test_a_lame_duck_takes_over_no_more_of_an_address_either(tmp_path: Path) -> None:
     with limited(tmp_path, "--workers", "2", limit=70) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 2)
         with stopped(
             *server.workers()
         ):  # Each accepts 16 when it goes on; then it takes over the others.

@@ -138,7 +138,6 @@ def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_
     tmp_path: Path,
 ) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 2)
         victim, stays = server.workers()
         client = clients_of(server, stays, 1, stack)[0]
         with talking(client):
@@ -238,7 +237,6 @@ def test_a_stop_closes_idle_clients_at_once_and_exits_with_0(
     tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", workers)
         clients = [stack.enter_context(server.client()) for _ in range(20)]
         assert {client.ask(b"WHY") for client in clients[10:]} == {b"42"}
         time.sleep(0.6)  # A drain waits only for new clients that have sent nothing.
@@ -285,7 +283,6 @@ def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_rea
 ) -> None:
     """Both the signal and the bytes wait for a stopped worker, as on a busy machine."""
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", workers)
         clients = [stack.enter_context(server.client()) for _ in range(100)]
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
         with stopped(*server.workers()):
@@ -344,7 +341,6 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
     tmp_path: Path, workers: int
 ) -> None:
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", workers)
         clients = [stack.enter_context(server.client()) for _ in range(500)]
         asked, replies, rests = (
             dict.fromkeys(clients, 0),
@@ -476,7 +472,6 @@ def test_a_reload_starts_new_workers_with_new_code_and_keeps_everything_else(
             start(tmp_path, "--workers", str(workers), *statsd) as server,
             server.client() as before,
         ):
-            server.wait_for("worker.ready", workers)
             server.wait_for("agent.ready")
             children = {*server.workers(), *server.agents()}
             where = before.ask(b"WHERE")
@@ -504,7 +499,6 @@ def test_a_reload_starts_new_workers_with_new_code_and_keeps_everything_else(
 @pytest.mark.outer
 def test_after_quick_reloads_the_last_code_runs(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 2)
         for reloads in range(1, 8):
             (tmp_path / "extra.py").write_text(
                 MODULE.replace("time.sleep(1)", f"return 'version {reloads}'")
@@ -554,7 +548,6 @@ BROKEN_LATER = {
 @pytest.mark.outer
 def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 2)
         old = server.workers()
         with talking(
             *(client for worker in old for client in clients_of(server, worker, 1, stack))
@@ -634,7 +627,6 @@ def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_
     tmp_path: Path,
 ) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 2)
         staying, missing = server.workers()
         (client,) = clients_of(server, staying, 1, stack)
         (tmp_path / "extra.py").write_text("raise RuntimeError('half a deploy')")

@@ -179,7 +179,6 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
         statsd = ("--statsd-host", "127.0.0.1", "--statsd-port", str(daemon.getsockname()[1]))
         options = ("--workers", str(workers), "--max-clients", "24", "--line-timeout", "1")
         with start(tmp_path, *options, *statsd) as server:
-            server.wait_for("worker.ready", workers)
             server.wait_for("agent.ready")
             with ThreadPoolExecutor(at_once) as pool:
                 became = Counter(pool.map(run, range(10_000)))
@@ -206,7 +205,6 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
 @pytest.mark.outer
 def test_clients_that_come_at_once_spread_over_the_workers(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server:
-        server.wait_for("worker.ready", 2)
         for count in (16, 64, 200):
             with ExitStack() as stack:
                 clients = [stack.enter_context(server.client()) for _ in range(count)]
@@ -218,7 +216,6 @@ def test_clients_that_come_at_once_spread_over_the_workers(tmp_path: Path) -> No
 @pytest.mark.outer
 def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 2)
         worker, other = server.workers()
         with stopped(other):
             began = time.monotonic()
@@ -266,7 +263,6 @@ def test_a_worker_at_its_limit_of_files_leaves_clients_to_another_and_goes_on_wh
     tmp_path: Path,
 ) -> None:
     with start(tmp_path, "--workers", "2", command=limited(100)) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 2)
         full, other = server.workers()
         with stopped(other):
             clients = [stack.enter_context(server.client()) for _ in range(60)]

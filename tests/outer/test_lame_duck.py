@@ -69,7 +69,6 @@ def test_a_lame_duck_serves_connected_clients_in_full_and_ends_with_the_last(
 ) -> None:
     options = ("--workers", "2", "--admin-port", "0")
     with start(tmp_path, *LONG, *options) as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 2)
         server.wait_for("agent.ready")
         clients = [stack.enter_context(server.client()) for _ in range(6)]
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
@@ -194,7 +193,6 @@ def test_a_stop_of_a_lame_duck_is_the_ordinary_drain_at_once(tmp_path: Path, del
 
 def test_a_lame_duck_ignores_sighup_and_sigusr2(tmp_path: Path) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server, server.client() as client:
-        server.wait_for("worker.ready", 2)
         pid = client.ask(b"PID")
         retire(server)
         for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGHUP):
@@ -278,7 +276,6 @@ def test_a_worker_that_still_starts_serves_the_accept_queue(tmp_path: Path) -> N
 
 def test_during_a_reload_the_signal_does_not_kill_the_worker_that_starts(tmp_path: Path) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server:
-        server.wait_for("worker.ready", 2)
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloading")
         time.sleep(0.2)  # The new worker is starting.
@@ -293,7 +290,6 @@ def test_busy_clients_are_answered_without_a_gap_when_a_server_becomes_a_lame_du
     tmp_path: Path,
 ) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server, ExitStack() as stack:
-        server.wait_for("worker.ready", 2)
         clients = [stack.enter_context(server.client()) for _ in range(20)]
         is_over, asked = threading.Event(), dict.fromkeys(clients, 0)
 
