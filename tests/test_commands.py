@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gserver.commands import BUILT_IN, Command, Service, command
-from lab.running import LIMIT, PATIENCE, Running, argv, until
+from lab.running import LIMIT, Running, argv, until
 
 SERVICE = Service("an-id", lambda: 3)
 
@@ -277,11 +277,11 @@ def test_other_clients_are_served_between_the_slow_commands_of_one_client(tmp_pa
         server.client() as busy,
         server.client() as other,
     ):
-        busy.send(b"WORK\n" * 400)  # Two seconds of work.
+        busy.send(b"WORK\n" * 4000)  # Twenty seconds of work.
         assert busy.line() == b"done\n"
         began = time.monotonic()
         assert other.ask(b"WHY") == b"42"
-        assert time.monotonic() - began < 1 * PATIENCE
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.outer

@@ -23,7 +23,7 @@ from tests.outer.test_statsd import LINE
 Start = Callable[..., Site]
 ONE, THREE = Variant(1), Variant(3)
 FLOOD = 30_000
-NO_END = 2.0
+NO_END = 15.0
 
 STATUS = b"GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = {

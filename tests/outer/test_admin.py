@@ -322,7 +322,7 @@ def test_unfinished_requests_are_closed_in_time_and_block_no_others(here: Runnin
         for sock, sent in zip(socks, UNFINISHED, strict=True):
             while sock.recv(65536):
                 pass
-            assert 4 < time.monotonic() - began < 5 + PATIENCE, sent
+            assert 4 < time.monotonic() - began < 5 + LIMIT, sent
     assert get(here, "/livez")[0] == 200
 
 
@@ -456,7 +456,7 @@ def test_the_time_that_a_client_takes_to_read_is_not_service_time(tmp_path: Path
         server.wait_for("agent.ready")
         client.send(b"LARGE\n")
         client.sock.recv(1)
-        time.sleep(1.0)  # The client does not read.
+        time.sleep(4.0)  # The client does not read.
         assert len(client.line()) == 20_000_000
         until(lambda: status(server)["reads"] == 1, "the read is counted")
-        assert status(server)["service_seconds"] < 0.9
+        assert status(server)["service_seconds"] < 3.5

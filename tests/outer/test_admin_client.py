@@ -247,7 +247,7 @@ def test_one_deadline_holds_for_all_of_an_answer(parts: list[bytes], pause: floa
     with answering(*parts, pause=pause) as (address, asked):
         targets, began = parse_targets([address], ""), time.monotonic()
         poll(targets)
-        assert TIMEOUT_SECONDS <= time.monotonic() - began < TIMEOUT_SECONDS + PATIENCE
+        assert TIMEOUT_SECONDS <= time.monotonic() - began < TIMEOUT_SECONDS + 5 * PATIENCE
         assert targets[0].trouble == SLOW
 
         def asked_again() -> bool:

@@ -19,12 +19,10 @@ from hypothesis import strategies as st
 
 from gserver.cli.ask import Answer, ask, parse_address
 from gserver.errors import FatalError, UsageError
-from lab.running import LIMIT, PATIENCE, Running, argv, environment, extended, gserver, program
+from lab.running import LIMIT, Running, argv, environment, extended, gserver, program
 
 NOT_IN_TIME = "did not answer in time"
 NOT_RUNNING = "refused the connection (is it running?)"
-#: What a reply in time, or a time-out, may take longer than it should, on a machine that is busy.
-SLACK = 0.5 * PATIENCE
 
 
 def _options(*ports: int) -> list[str]:
@@ -360,7 +358,7 @@ def test_a_slow_server_takes_the_timeout_and_no_longer(
         began = time.monotonic()
         with pytest.raises(FatalError, match=NOT_IN_TIME):
             ask(["WHO"], [("127.0.0.1", port)], 0.8)
-        assert 0.8 <= time.monotonic() - began < 0.8 + LIMIT
+        assert 0.8 <= time.monotonic() - began < 0.8 + 15 * PATIENCE
 
 
 def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: Path) -> None:
@@ -376,7 +374,7 @@ def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: P
 
         began = time.monotonic()
         try:
-            ask(["WHO"], [("thrice", int(sys.argv[1]))], 0.5)
+            ask(["WHO"], [("thrice", int(sys.argv[1]))], 3)
         except FatalError as failure:
             print(time.monotonic() - began, failure)
     """
@@ -404,14 +402,14 @@ def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: P
         pytest.skip(f"this root may not mount: {done.stderr}")
     taken, _, told = done.stdout.partition(" ")
     assert told == f"no server answered: thrice:{port} {NOT_IN_TIME}\n"
-    assert 0.5 <= float(taken) < 0.5 + SLACK
+    assert 3 <= float(taken) < 8
 
 
 def test_each_of_several_servers_has_the_whole_timeout(mute: int) -> None:
     began = time.monotonic()
     with pytest.raises(FatalError):
         ask(["WHO"], [("127.0.0.1", mute)] * 3, 0.2)
-    assert 0.6 <= time.monotonic() - began < 0.6 + SLACK
+    assert 0.6 <= time.monotonic() - began < 0.6 + 15 * PATIENCE
 
 
 # Addresses.

@@ -88,7 +88,7 @@ def test_a_lame_duck_serves_connected_clients_in_full_and_ends_with_the_last(
             client.sock.close()
         began = time.monotonic()
         assert server.exit_code() == 0
-        assert time.monotonic() - began < 2 * SECOND
+        assert time.monotonic() - began < 15 * SECOND
         assert not server.events("worker.died")
         assert not server.events("server.draining")
         assert server.events("server.stopped")
@@ -171,7 +171,7 @@ def test_after_the_drain_timeout_the_ordinary_drain_follows(tmp_path: Path) -> N
             assert client.ask(b"WHY") == b"42"
         client.sock.settimeout(5 * SECOND)
         assert client.rest() == b""
-        assert 1 <= (passed := time.monotonic() - began) < 1 + 2 * SECOND, passed
+        assert 1 <= (passed := time.monotonic() - began) < 1 + 15 * SECOND, passed
         client.sock.close()
         assert server.exit_code() == 0
 
