@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gserver.cli.ask import Answer, ask, parse_address
 from gserver.errors import FatalError, UsageError
-from lab.running import LIMIT, Running, argv, environment, extended, gserver, program
+from lab.running import LIMIT, PATIENCE, Running, argv, environment, extended, gserver, program
 
 NOT_IN_TIME = "did not answer in time"
 NOT_RUNNING = "refused the connection (is it running?)"

@@ -50,7 +50,9 @@ SLACK = 0.35
 pytestmark = pytest.mark.timeout(300 + 2 * SECONDS)
 KEYS = [f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state")]
 #: Events that servers log only when something is wrong.
-BAD = argv(".hung .error .failed .not_started .reload_failed .forced .cut_off worker.died .dropped")
+BAD = tuple(
+    argv(".hung .error .failed .not_started .reload_failed .forced .cut_off worker.died .dropped")
+)
 
 
 class Recorder(history.Recorder):
