@@ -313,7 +313,7 @@ def test_all_lines_sent_before_a_stop_are_answered_though_they_are_more_than_is_
 def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
     tmp_path: Path, command: bytes
 ) -> None:
-    with start(tmp_path, "--drain-timeout", "3") as server, server.client() as client:
+    with start(tmp_path, "--drain-timeout", "10") as server, server.client() as client:
         client.who()
         client.send(command)
         began = time.monotonic()
@@ -321,7 +321,7 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
         if command == b"SLEEP\n":
             until(lambda: is_refused(server.port), "new clients are refused", SECOND)
         assert server.exit_code() == 0
-        assert 2 < time.monotonic() - began < 3 + 10 * SECOND
+        assert 7 < time.monotonic() - began < 10 + 10 * SECOND
         # A worker that computes cannot log anything: it is killed, and the supervisor says so.
         cut_off = [event["gserver.clients"] for event in server.events("worker.cut_off")]
         assert cut_off == ([1] if command == b"SLEEP\n" else [])
@@ -824,7 +824,7 @@ def test_a_stop_does_not_wait_for_a_worker_that_cannot_be_killed() -> None:
 
 @pytest.mark.outer
 def test_a_worker_that_is_told_late_of_a_drain_cuts_its_clients_off_in_time(tmp_path: Path) -> None:
-    options = ("--admin-port", "0", "--drain-timeout", "4", "--hang-timeout", "0")
+    options = ("--admin-port", "0", "--drain-timeout", "12", "--hang-timeout", "0")
     with start(tmp_path, *options) as server:
         server.wait_for("agent.ready")
         with stopped(*server.agents()):  # A drain waits for the agent that a reload terminates.
