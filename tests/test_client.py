@@ -351,11 +351,14 @@ CLOSINGS = {
     "too long": ("server", b"WHY\n" + b"x" * 2000, True, b"42\nERR line too long\n"),
     "like HTTP": ("server", b"POST / HTTP/1.1\r\n", True, b""),
     "too slow": ("strict", b"x", False, b"ERR too slow\n"),
-    "idle": ("napping", b"", False, b"ERR idle\n"),
 }
+IDLE = pytest.param("napping", b"", False, b"ERR idle\n", id="idle", marks=pytest.mark.outer)
 
 
-@pytest.mark.parametrize(("name", "sent", "is_at_once", "told"), CLOSINGS.values(), ids=CLOSINGS)
+@pytest.mark.parametrize(
+    ("name", "sent", "is_at_once", "told"),
+    [*(pytest.param(*case, id=name) for name, case in CLOSINGS.items()), IDLE],
+)
 def test_a_client_is_told_why_and_ended_cleanly_although_much_more_comes(
     request: pytest.FixtureRequest, name: str, sent: bytes, is_at_once: bool, told: bytes
 ) -> None:
