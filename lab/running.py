@@ -6,6 +6,7 @@ with a limit.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -108,6 +109,13 @@ def gserver(*arguments: str, stdin: Any = None, **env: str) -> subprocess.Comple
         env=environment(**env),
         check=False,
     )
+
+
+def told(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The one line that a person is told by a command that failed, without its `gserver: `."""
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(r"gserver: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr.removeprefix("gserver: ").rstrip("\n")
 
 
 def limited(files: int) -> list[str]:

@@ -20,7 +20,7 @@ from gserver import __version__
 from gserver.cli import main as cli
 from gserver.config import OPTIONS, Config, environment_names, flag
 from lab.redises import free_port
-from lab.running import GSERVER, LIMIT, Running, argv, environment, gserver
+from lab.running import GSERVER, LIMIT, Running, argv, environment, gserver, told
 from tests.outer.test_systemd import listening, start
 
 #: Every option: its own variable, a text for it, and the value that comes of it.
@@ -74,13 +74,6 @@ RUNNERS = {
     "statsd_port": "STATSD_PORT",
     "statsd_prefix": "STATSD_PREFIX",
 }
-
-
-def _told(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """The one line that a person is told, without its `gserver: `."""
-    assert (done.returncode, done.stdout) == (code, "")
-    assert re.fullmatch(r"gserver: [^\n]+\n", done.stderr), done.stderr
-    return done.stderr.removeprefix("gserver: ").rstrip("\n")
 
 
 @pytest.fixture
@@ -334,9 +327,9 @@ def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> Non
     try:
         for text, run in zip(texts, runs, strict=True):
             stdout, stderr = run.communicate(timeout=LIMIT)
-            told = _told(subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr))
-            assert told.startswith(f"Invalid value for '{flag(name)}': "), text
-            assert told.endswith(" (see gserver serve --help)"), text
+            said = told(subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr))
+            assert said.startswith(f"Invalid value for '{flag(name)}': "), text
+            assert said.endswith(" (see gserver serve --help)"), text
     finally:
         for run in runs:
             run.terminate()  # One that took its value is a server.
@@ -357,27 +350,27 @@ def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> Non
     ],
 )
 def test_a_bad_variable_is_told_by_its_name(variables: dict[str, str], named: str) -> None:
-    told = _told(gserver(**variables))
-    assert re.search(rf"\bfrom {named}\b", told), told
+    said = told(gserver(**variables))
+    assert re.search(rf"\bfrom {named}\b", said), said
 
 
 def test_a_bad_variable_of_a_client_command_is_told_by_its_name() -> None:
-    told = _told(gserver("ask", GSERVER_TIMEOUT="soon"))
-    assert told.startswith("Invalid value for '--timeout': 'soon' ")
-    assert told.endswith("(from GSERVER_TIMEOUT) (see gserver ask --help)")
+    said = told(gserver("ask", GSERVER_TIMEOUT="soon"))
+    assert said.startswith("Invalid value for '--timeout': 'soon' ")
+    assert said.endswith("(from GSERVER_TIMEOUT) (see gserver ask --help)")
 
 
 def test_a_bad_flag_is_not_blamed_on_a_variable() -> None:
-    assert "from" not in _told(gserver("--port", "many", PORT="1", GSERVER_PORT="2"))
+    assert "from" not in told(gserver("--port", "many", PORT="1", GSERVER_PORT="2"))
 
 
 @pytest.mark.parametrize(
     ("typed", "meant"), [("serv", "serve"), ("srve", "serve"), ("aks", "ask"), ("asks", "ask")]
 )
 def test_a_mistyped_command_is_answered_with_the_nearest(typed: str, meant: str) -> None:
-    told = _told(gserver(typed))
-    assert told.startswith(f"No such command '{typed}'.")
-    assert f"'{meant}'" in told
+    said = told(gserver(typed))
+    assert said.startswith(f"No such command '{typed}'.")
+    assert f"'{meant}'" in said
 
 
 @pytest.mark.parametrize(
@@ -391,9 +384,9 @@ def test_a_mistyped_command_is_answered_with_the_nearest(typed: str, meant: str)
 def test_a_mistyped_option_is_answered_with_the_nearest(
     arguments: tuple[str, ...], word: str
 ) -> None:
-    told = _told(gserver(*arguments))
-    assert told.startswith("No such option ")
-    assert word in told.partition(".")[2]
+    said = told(gserver(*arguments))
+    assert said.startswith("No such option ")
+    assert word in said.partition(".")[2]
 
 
 @pytest.mark.parametrize(
@@ -410,16 +403,16 @@ def test_a_mistyped_option_is_answered_with_the_nearest(
 def test_an_option_with_one_value_is_refused_if_it_is_repeated(
     arguments: tuple[str, ...], option: str
 ) -> None:
-    told = _told(gserver(*arguments))
-    assert told.startswith(f"Option '{option}' is given 2 times: it takes one value. (see gserver")
+    said = told(gserver(*arguments))
+    assert said.startswith(f"Option '{option}' is given 2 times: it takes one value. (see gserver")
 
 
 @pytest.mark.outer
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "::"])
 def test_one_port_for_clients_and_the_admin_port_is_refused(host: str) -> None:
     port = str(free_port())
-    told = _told(gserver("--host", host, "--port", port, "--admin-port", port))
-    assert told == (
+    said = told(gserver("--host", host, "--port", port, "--admin-port", port))
+    assert said == (
         f"--port and --admin-port are both {port}, on {host} and 127.0.0.1:"
         " choose another port for one of them"
     )
@@ -494,7 +487,7 @@ def test_a_client_command_warns_of_an_unknown_variable_too() -> None:
     ],
 )
 def test_what_makes_no_sense_is_told_in_one_line(arguments: tuple[str, ...]) -> None:
-    assert _told(gserver(*arguments)).endswith("--help)")
+    assert told(gserver(*arguments)).endswith("--help)")
 
 
 @pytest.mark.parametrize(
@@ -504,7 +497,7 @@ def test_what_makes_no_sense_is_told_in_one_line(arguments: tuple[str, ...]) -> 
 def test_what_a_terminal_would_obey_is_told_in_one_line(
     arguments: tuple[str, ...], code: int
 ) -> None:
-    assert _told(gserver(*arguments), code).isprintable()
+    assert told(gserver(*arguments), code).isprintable()
 
 
 def test_bytes_that_are_no_text_are_told_in_one_line() -> None:
@@ -603,13 +596,10 @@ def test_every_option_of_serve_comes_from_the_configuration() -> None:
 
 
 def test_a_secret_that_http_cannot_carry_is_refused_and_not_repeated() -> None:
-    done = gserver("--admin-port", "0", "--port", "0", GSERVER_ADMIN_TOKEN="s\u00e9cret")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        "the token has characters that are not printable ASCII (from GSERVER_ADMIN_TOKEN)"
-        in done.stderr
-    )
-    assert "cret" not in done.stderr.replace("secret", "")
+    said = told(gserver("--admin-port", "0", "--port", "0", GSERVER_ADMIN_TOKEN="s\u00e9cret"))
+    reason = "the token has characters that are not printable ASCII (from GSERVER_ADMIN_TOKEN)"
+    assert reason in said
+    assert "cret" not in said.replace("secret", "")
 
 
 # Secrets.
@@ -664,17 +654,17 @@ def test_a_file_that_does_not_hold_one_secret_is_refused_in_one_line(
     file = tmp_path / "token"
     if content is not None:
         file.write_bytes(content)
-    told = _told(gserver(*command, "--admin-token-file", str(file)))
-    assert told.startswith(f"--admin-token-file {file}")
-    assert reason in told
+    said = told(gserver(*command, "--admin-token-file", str(file)))
+    assert said.startswith(f"--admin-token-file {file}")
+    assert reason in said
 
 
 def test_a_url_in_a_file_that_is_none_is_refused_without_its_secret(tmp_path: Path) -> None:
     file = tmp_path / "url"
     file.write_text("redis://:open-sesame@h:1,h:2")
-    told = _told(gserver("--port", "0", "--redis-url-file", str(file)))
-    assert told.startswith(f"--redis-url-file {file}: the URL has several hosts")
-    assert "open-sesame" not in told
+    said = told(gserver("--port", "0", "--redis-url-file", str(file)))
+    assert said.startswith(f"--redis-url-file {file}: the URL has several hosts")
+    assert "open-sesame" not in said
 
 
 def test_a_folder_and_no_name_are_no_file_with_a_secret(tmp_path: Path) -> None:
@@ -682,8 +672,8 @@ def test_a_folder_and_no_name_are_no_file_with_a_secret(tmp_path: Path) -> None:
         (str(tmp_path), f"{tmp_path} cannot be read: Is a directory"),
         ("", "needs the name of a file"),
     ):
-        told = _told(gserver("--port", "0", "--admin-token-file", path))
-        assert told == f"--admin-token-file {reason}"
+        said = told(gserver("--port", "0", "--admin-token-file", path))
+        assert said == f"--admin-token-file {reason}"
 
 
 @pytest.mark.parametrize(
@@ -715,7 +705,7 @@ def test_a_folder_and_no_name_are_no_file_with_a_secret(tmp_path: Path) -> None:
 def test_a_secret_and_a_file_with_it_are_refused_together(
     arguments: tuple[str, ...], variables: dict[str, str], named: str
 ) -> None:
-    assert _told(gserver(*arguments, **variables)) == f"{named} are both set: set only one"
+    assert told(gserver(*arguments, **variables)) == f"{named} are both set: set only one"
 
 
 def _exposed(option: str, name: str) -> str:

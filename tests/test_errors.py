@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 from gserver import errors
-from lab.running import gserver
+from lab.running import gserver, told
 
 
 def test_a_misuse_is_a_failure_with_an_exit_code_of_its_own() -> None:
@@ -21,18 +21,13 @@ def test_what_is_in_the_way_outside_ends_with_1() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = gserver("serve", "--port", str(port))
-    assert (done.returncode, done.stdout) == (1, "")
     reason = "it is in use by another program: stop that one, or choose another --port"
-    assert done.stderr == f"gserver: cannot listen on 127.0.0.1:{port}: {reason}\n"
+    assert told(done, 1) == f"cannot listen on 127.0.0.1:{port}: {reason}"
 
 
 def test_what_a_worker_finds_that_cannot_be_done_ends_with_2() -> None:
-    done = gserver("serve", "--port", "0", "--commands", "no_such_module")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(
-        "gserver: --commands no_such_module: cannot import it: ModuleNotFoundError"
-    )
-    assert done.stderr.count("\n") == 1
+    said = told(gserver("serve", "--port", "0", "--commands", "no_such_module"))
+    assert said.startswith("--commands no_such_module: cannot import it: ModuleNotFoundError")
 
 
 def test_the_module_imports_nothing_so_that_all_may_import_it() -> None:
