@@ -200,7 +200,7 @@ def test_no_process_counts_as_hung_after_the_machine_was_suspended(
         with stopped(*processes):
             time.sleep(2.5)
             processes[0].resume()
-            time.sleep(0.3)  # The supervisor looks before the others can show a heartbeat.
+            time.sleep(0.1)  # The supervisor looks before the others can show a heartbeat.
         notes.happened(f"all stood still for {time.monotonic() - began:.1f} s")
     assert site.server.processes() == processes
 
