@@ -40,9 +40,6 @@ from lab.running import (
     until,
 )
 
-#: A second of what the service promises, on a machine of usual speed.
-SECOND = PATIENCE
-
 MODULE = """
 import os, signal, time
 from pathlib import Path
@@ -202,7 +199,7 @@ def test_a_worker_that_gets_a_sigterm_drains_and_is_replaced(tmp_path: Path) -> 
         server.workers()[0].terminate()
         assert hear_end(other) == b""
         assert hear_end(client) == b"rested\n42\n"
-        assert server.wait_for("worker.died", limit=SECOND)["process.exit_code"] == 0
+        assert server.wait_for("worker.died")["process.exit_code"] == 0
         assert server.who() == 1
 
 
@@ -319,9 +316,9 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
         began = time.monotonic()
         server.send_signal(signal.SIGTERM)
         if command == b"SLEEP\n":
-            until(lambda: is_refused(server.port), "new clients are refused", SECOND)
+            until(lambda: is_refused(server.port), "new clients are refused", 5)
         assert server.exit_code() == 0
-        assert 7 < time.monotonic() - began < 10 + 10 * SECOND
+        assert 7 < time.monotonic() - began < 20 * PATIENCE
         # A worker that computes cannot log anything: it is killed, and the supervisor says so.
         cut_off = [event["gserver.clients"] for event in server.events("worker.cut_off")]
         assert cut_off == ([1] if command == b"SLEEP\n" else [])
@@ -615,7 +612,7 @@ def test_a_stop_during_a_reload_ends_in_time_though_an_old_worker_is_stuck(tmp_p
         server.wait_for("worker.ready", 2)
         code, seconds = timed(server.stop)
         assert code == 0
-        assert seconds < 2 + 10 * SECOND
+        assert seconds < 12 * PATIENCE
         assert not server.events("server.reloaded")  # An old worker ran to the end.
         assert not server.events("server.forced")
 
@@ -669,13 +666,13 @@ def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: 
 @pytest.mark.outer
 @pytest.mark.parametrize("moment", [0, 0.2, 0.4, 0.6])
 def test_a_stop_during_a_reload_is_a_stop(tmp_path: Path, moment: float) -> None:
-    with start(tmp_path, "--workers", "2") as server:
+    with start(tmp_path, "--workers", "2", "--drain-timeout", "60") as server:
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloading")
         time.sleep(moment)
         code, seconds = timed(server.stop)
         assert code == 0
-        assert seconds < 4 * SECOND  # The usual drain timeout.
+        assert seconds < 30  # It did not wait for the drain timeout.
         assert server.stderr == ""
     assert left_over(tmp_path) == []
 

@@ -221,7 +221,7 @@ def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> N
             began = time.monotonic()
             clients = [stack.enter_context(server.client()) for _ in range(200)]
             assert {int(client.ask(b"PID")) for client in clients} == {worker.pid}
-            assert time.monotonic() - began < PATIENCE
+            assert time.monotonic() - began < 10 * PATIENCE
 
 
 @pytest.mark.outer
@@ -237,9 +237,8 @@ def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(
         began = time.monotonic()
         crowd = [stack.enter_context(server.client()) for _ in range(300)]
         told = Counter(other.rest() for other in crowd)
-        assert (
-            time.monotonic() - began < 3 * PATIENCE
-        )  # Nobody waits for the second that another may take to leave.
+        # No client waits for the second that another may take to leave: that would be 9 s.
+        assert time.monotonic() - began < 6 * PATIENCE
         assert set(told) <= {b"", REJECTED}
         assert told[REJECTED] >= 32
         assert {client.who() for client in clients} == {most}
