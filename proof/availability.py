@@ -241,11 +241,11 @@ def sums_table(report: dict[str, Any]) -> str:
     stale = {name: each.worst for name, (*_, each) in costs(report, "who").items()}
     redis = sum(each for name, each in stale.items() if "Redis" in name or "failover" in name)
     lines = {
-        "single faults, measured, median": by_median,
-        "single faults, measured, worst": by_worst,
-        "single faults, worst, with a retry": retried,
+        "single faults and planned work, measured, median": by_median,
+        "single faults and planned work, measured, worst": by_worst,
+        "single faults and planned work, worst, with a retry": retried,
         "common causes, assumed": common,
-        "**single faults, worst, and common causes**": by_worst + common,
+        "**single faults and planned work, worst, and common causes**": by_worst + common,
         "the same, if replies needed Redis": by_worst + common + redis,
         "WHO not exact, worst (a separate objective)": sum(stale.values()),
     }

@@ -120,10 +120,14 @@ def soak(report: Report) -> str:
     hours = f"{report['seconds'] / 3600:.2f} hours"
     if report["is_interrupted"]:
         hours += ", then interrupted"
+    lost = (
+        f"{replies['lost'] or 'no'} {'reply was' if replies['lost'] < 2 else 'replies were'} lost "
+        "unless its own server had a fault"
+    )
     return (
         f"{hours}, {count} faults of {len(report['faults'])} kinds. "
         f"{replies['right']:,} replies were right, {replies['wrong'] or 'none'} wrong; "
-        f"{replies['lost'] or 'none'} got lost without a fault of their own server. "
+        f"{lost}. "
         f"Memory, descriptors and greenlets were measured {len(report['censuses'])} times. "
         "[The report](../proof/results/soak.md) has the figures."
     )

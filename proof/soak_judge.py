@@ -104,7 +104,7 @@ A connection may be lost only at the server that a fault takes it from.
 
 {replies}
 
-Right ones by kind of client: {kinds}.
+{kinds}
 
 ## Faults
 
@@ -152,9 +152,12 @@ def render(report: Report) -> str:
             ["right", "wrong", "connections lost to a fault of their server", "lost otherwise"],
             [[f"{replies[name]:,}" for name in ("right", "wrong", "excused", "lost")]],
         ),
-        kinds=", ".join(
-            f"{kind.replace('_', ' ')} {number:,}"
-            for kind, number in sorted(report["kinds"].items())
+        kinds=table(
+            ["kind of client", "right replies"],
+            [
+                [kind.replace("_", " "), f"{number:,}"]
+                for kind, number in sorted(report["kinds"].items())
+            ],
         ),
         faults=table(
             [

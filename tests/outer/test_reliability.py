@@ -112,7 +112,8 @@ def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
     assert f"| common causes, assumed | {common:.0f} |" in table
     lost = 18 * 30 / 365
     assert (
-        f"| single faults, measured, worst | {lost:.2f} | {100 * lost / 1296:.1f} % | 99.9999 % |"
+        f"| single faults and planned work, measured, worst | {lost:.2f} "
+        f"| {100 * lost / 1296:.1f} % | 99.9999 % |"
         in table
     )
     needing_redis = lost + common + (12 * 1801 + 24 * 10) * 30 / 365
@@ -245,7 +246,7 @@ def test_a_soak_is_told_in_a_line() -> None:
     report = {"seconds": 3600, "is_interrupted": False, "faults": faults, "censuses": [1] * 30}
     told = page.soak({**report, "replies": {"right": 12345, "wrong": 0, "lost": 2}})
     assert told.startswith(
-        "1.00 hours, 3 faults of 2 kinds. 12,345 replies were right, none wrong; 2 got lost without"
+        "1.00 hours, 3 faults of 2 kinds. 12,345 replies were right, none wrong; 2 replies were lost "
     )
 
 
