@@ -46,9 +46,7 @@ def _row(title: str, goals: list[Goal], results: Results) -> list[str]:
     met = sum(goal.is_met(figure) for goal, figure in found)
     if len(goals) == 1:
         ((goal, only),) = found
-        is_close = not met and number(only.value) == number(goal.limit)
-        shown = f"{'<' if goal.is_least else '>'} {only}" if is_close else str(only)
-        return [title, goal.wanted, shown, "yes" if met else "**no**"]
+        return [title, goal.wanted, _shown(goal, only), "yes" if met else "**no**"]
     values = [figure.value for _, figure in found]
     text = f"{met} of {len(found)}"
     return [
@@ -57,6 +55,14 @@ def _row(title: str, goals: list[Goal], results: Results) -> list[str]:
         f"{number(min(values))} to {number(max(values))}",
         text if met == len(found) else f"**{text}**",
     ]
+
+
+def _shown(goal: Goal, found: Figure) -> str:
+    """The figure, with a digit more if it misses its limit by less than the usual three show."""
+    text = str(found)
+    if not goal.is_met(found) and number(found.value) == number(goal.limit):
+        return text.replace(number(found.value), f"{found.value:.4f}", 1)
+    return text
 
 
 def goal_table(results: Results) -> str:

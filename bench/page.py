@@ -16,7 +16,7 @@ PAGE = ROOT / "docs/performance.md"
 #: What names the run that a figure comes from.
 SOURCE_KEYS = "commit", "date", "processor"
 #: The scenarios of the summary.
-SUMMARISED = {"speed", "connect", "connections", "idle", "tls", "start"}
+SUMMARISED = {"speed", "depth", "connect", "connections", "idle", "tls", "start"}
 
 
 def tables(results: Results, scenarios: Iterable[str]) -> dict[str, str]:
@@ -41,10 +41,19 @@ def summary(results: Results) -> str:
     """The main figures, as a list."""
     gserver = {"server": "gserver"}
 
-    def cost(name: str, **where: object) -> str:
+    def in_uvloops(name: str, **where: object) -> float:
+        return _found(
+            ratio(results, name, "cpu_us", {"server": "uvloop"}, **gserver, **where)
+        ).value
+
+    def cost(name: str, *others: float, **where: object) -> str:
+        """The CPU; `others` are ratios to uvloop that other tables show for the same case."""
         own = _found(figure(results, name, "cpu_us", **gserver, **where)).value
-        other = _found(ratio(results, name, "cpu_us", {"server": "uvloop"}, **gserver, **where))
-        return f"{number(own)} µs of CPU, {other.value:.2f} times that of bare uvloop"
+        found = [f"{value:.2f}" for value in sorted([in_uvloops(name, **where), *others])]
+        shown, tables = (
+            (f"{found[0]} to {found[-1]}", ", depending on the table") if others else (found[0], "")
+        )
+        return f"{number(own)} µs of CPU, {shown} times that of bare uvloop{tables}"
 
     def of_haproxy(measure: str) -> str:
         haproxy = {"service": next(iter(tls.PROXIES))}
@@ -54,10 +63,12 @@ def summary(results: Results) -> str:
     idle = _found(figure(results, "idle", "cpu_percent", **IDLE)).value
     memory = _found(figure(results, "connections", "memory_mb", **gserver, clients=CLIENTS)).value
     start = _found(figure(results, "start", "start_s", workers=1)).value
-    in_turn, shuffled = (cost("speed", depth=32, order=order) for order in ORDERS)
+    one = cost("speed", in_uvloops("depth", depth=1), in_uvloops("connections", clients=64), **ONE)
+    in_turn = cost("speed", depth=32, order=ORDERS[0])
+    shuffled = cost("speed", in_uvloops("depth", depth=32), depth=32, order=ORDERS[1])
     return "\n".join(
         [
-            f"- A command costs {cost('speed', **ONE)}.",
+            f"- A command costs {one}.",
             f"- With 32 commands in flight, in turn, it costs {in_turn}.",
             f"- With 32 in flight, shuffled, it costs {shuffled}.",
             f"- A connection costs {cost('connect')}.",

@@ -113,8 +113,7 @@ def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
     lost = 18 * 30 / 365
     assert (
         f"| single faults and planned work, measured, worst | {lost:.2f} "
-        f"| {100 * lost / 1296:.1f} % | 99.9999 % |"
-        in table
+        f"| {100 * lost / 1296:.1f} % | 99.9999 % |" in table
     )
     needing_redis = lost + common + (12 * 1801 + 24 * 10) * 30 / 365
     assert f"| the same, if replies needed Redis | {needing_redis:,.0f} |" in table
