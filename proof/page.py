@@ -97,10 +97,11 @@ def _figures(cases: list[Report]) -> str:
     for case in cases:
         for name, (value, unit) in case.get("measured", {}).items():
             values.setdefault((name, unit), []).append(value)
-    return ", ".join(
-        f"{name} {' .. '.join(dict.fromkeys(map(number, (min(each), max(each)))))} {unit}"
-        for (name, unit), each in values.items()
-    )
+    texts = []
+    for (name, unit), each in values.items():
+        ends = " to ".join(dict.fromkeys(map(number, (min(each), max(each)))))
+        texts.append(f"{name} {ends} {unit}" if unit else f"{ends} {name}")  # "5 s"; "3 replies"
+    return "; ".join(texts)
 
 
 def told(timeline: Report) -> str:

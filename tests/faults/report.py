@@ -70,7 +70,8 @@ class Matrix:
         for case, before in zip(cases, [None, *cases], strict=False):
             fault = case["fault"] if before is None or before["fault"] != case["fault"] else ""
             told = case.get("why") or ", ".join(
-                f"{name} {value:g} {unit}" for name, (value, unit) in case["measured"].items()
+                f"{name} {value:g} {unit}".strip()
+                for name, (value, unit) in case["measured"].items()
             )
             table.add_row(fault, _variant(case), case["outcome"], f"{case['seconds']:.1f}", told)
         console = Console()

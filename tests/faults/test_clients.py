@@ -117,7 +117,7 @@ def test_who_is_too_many_reads_so_and_a_clean_end(start: Start, notes: Notes) ->
     site.assert_as_before()
 
 
-@row("One address takes all", quick=None)
+@row("One address takes all places", quick=None)
 def test_one_address_does_not_take_all(start: Start, notes: Notes) -> None:
     site = start("--max-clients-per-address", "20")
     before = counted(site, "too_many_from_address")
@@ -166,7 +166,7 @@ def test_who_sends_and_does_not_read_costs_no_memory_and_is_reset(
                     sent += client.sock.send(b"N\n" * 20_000)
         grown = site.resident_of_workers() - before
         notes.happened(f"2 were reset, after {sent} bytes")
-        notes.measured("memory", grown / 1e6, "MB")
+        notes.measured("memory grows by", grown / 1e6, "MB")
         assert sent < 100_000_000
         assert grown < 4_000_000 * site.variant.workers * PATIENCE
 

@@ -62,7 +62,7 @@ def test_a_paused_server_is_dropped_and_comes_back(cluster: Cluster, notes: Note
     notes.happened("the others dropped it, and it logged so when it was back")
 
 
-@row("Agents are killed just after a beat", *PLAIN)
+@row("Agents are killed just after a heartbeat", *PLAIN)
 @pytest.mark.parametrize("ttl", [10], ids=[""])
 def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: Notes) -> None:
     """Redis has run the heartbeat, and its reply is lost. The next agent starts within the TTL."""
@@ -109,7 +109,7 @@ def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: No
             assert redis.members() == shares
 
 
-@row("Servers of one cluster have different times", *PLAIN, quick=None)
+@row("Servers of one cluster have different intervals and TTLs", *PLAIN, quick=None)
 def test_mixed_intervals_and_ttls(redis: Redis, variant: Variant, notes: Notes) -> None:
     """As during a change, one server after another. Each has a lease of its own length."""
     times = (0.2, 2.0), (0.5, 5.0), (1.0, 10.0)
@@ -146,7 +146,7 @@ HeartbeatSender(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Scoreboard
 CROWD = 50
 
 
-@pytest.mark.fault("50 servers come back to Redis at once")
+@pytest.mark.fault("50 servers return to Redis at once")
 @pytest.mark.long
 def test_stampede(redis: Redis, notes: Notes) -> None:
     """The heartbeat greenlets of 50 servers, each in a process of its own, without workers."""
@@ -175,17 +175,15 @@ def test_stampede(redis: Redis, notes: Notes) -> None:
         assert len(redis.members()) == CROWD
         peak = max(after - before for before, after in itertools.pairwise(counts))
         notes.happened(f"{connections} connections since the restart, {counts[-1]} heartbeats")
-        notes.measured("heartbeats in 0.1 s, at most", peak, "")
+        notes.measured("heartbeats in 0.1 s at most", peak, "")
         notes.measured(
-            "all were back after",
-            0.1 * next(n for n, count in enumerate(counts) if count >= CROWD),
-            "s",
+            "all back after", 0.1 * next(n for n, count in enumerate(counts) if count >= CROWD), "s"
         )
         assert connections < 2 * CROWD, "each has connected about once"
         assert peak <= 2 * CROWD
 
 
-@row("A dead server's id is taken, and the dead one wakes up", *PLAIN, quick=None)
+@row("A paused server's id is taken, and it wakes", *PLAIN, quick=None)
 def test_a_server_taken_for_dead_comes_back(redis: Redis, variant: Variant, notes: Notes) -> None:
     """It was only paused. Another server has taken its id, so it drains and is not counted."""
     env = {"WEB_CONCURRENCY": str(variant.workers)}

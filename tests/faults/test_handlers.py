@@ -134,7 +134,7 @@ def test_a_handler_that_changes_its_surroundings_harms_nobody(
 
 
 @row(
-    "Handler forks, and the child comes back",
+    "Handler forks, and the child returns",
     *PLAIN,
     values={"exits": "EXIT", "raises": "RAISE", "returns": "RETURN"},
 )
@@ -157,7 +157,7 @@ def test_a_forked_child_counts_nobody_and_answers_nobody(
 
 
 @row(
-    "Handler closes what is not its own",
+    "Handler closes descriptors of the worker",
     *ALL,
     values={"of its watch": "WATCH", "listener": "LISTENER", "clients": "CLIENTS", "all": "ALL"},
 )

@@ -67,9 +67,9 @@ def compared(site: Site, notes: Notes) -> Iterator[None]:
 def assert_as_usual(notes: Notes, usual: Pace, now: Pace) -> None:
     """Check that the 99th percentile is at most twice the usual one, or is noise."""
     assert min(usual.replies, now.replies) > 300
-    notes.measured("p99 usually", usual.p99 * 1000, "ms")
-    notes.measured("p99", now.p99 * 1000, "ms")
-    notes.measured("ratio", now.p99 / usual.p99, "times")
+    notes.measured("usual p99", usual.p99 * 1000, "ms")
+    notes.measured("p99 under attack", now.p99 * 1000, "ms")
+    notes.measured("times the usual", now.p99 / usual.p99, "")
     assert now.p99 <= max(2 * usual.p99, NOISE_SECONDS), f"{now} under attack, usually {usual}"
 
 

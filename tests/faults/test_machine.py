@@ -76,7 +76,7 @@ def test_a_process_without_descriptors_waits_and_goes_on(
                 assert not neighbours.lost
             share = cpu_share(process, 1)
         notes.happened(happened["message"])
-        notes.measured("processor", share * 100, "%")
+        notes.measured("CPU", share * 100, "%")
         assert share < 0.1 * PATIENCE
         await_others(site, children if process not in children else [])
 
@@ -103,7 +103,7 @@ def test_a_worker_without_memory_is_replaced_or_goes_on(start: Start, notes: Not
         until(lambda: len(site.server.workers()) == site.variant.workers, "all run")
 
 
-@row("Python gone for a while", *PLAIN, quick=None)
+@row("Python interpreter missing for a while", *PLAIN, quick=None)
 def test_the_supervisor_retries_while_the_interpreter_is_missing(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
@@ -125,7 +125,7 @@ def test_the_supervisor_retries_while_the_interpreter_is_missing(
 
 
 @row(
-    "Module of commands broken",
+    "Broken command module",
     *ALL,
     values={"broken": "import nonsense", "empty": "", "gone": None},
     quick=None,
@@ -155,7 +155,7 @@ def times(processes: list[psutil.Process]) -> list[float]:
     return [sum(map(int, column)) / 1e9 for column in zip(*each, strict=True)]
 
 
-@row("Processor taken by others", *ALL, quick=None)
+@row("CPU taken by other programs", *ALL, quick=None)
 def test_workers_with_little_processor_time_do_not_count_as_hung(
     start: Start, notes: Notes
 ) -> None:

@@ -143,7 +143,7 @@ def test_a_process_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choi
         assert others < {*site.server.processes()}
 
 
-@row("An agent hangs, and then there is a reload", *PLAIN, quick=ALL[0])
+@row("An agent hangs before a reload", *PLAIN, quick=ALL[0])
 def test_an_agent_that_hangs_while_it_should_end_is_replaced_as_soon(
     start: Start, notes: Notes
 ) -> None:
@@ -160,7 +160,7 @@ def test_an_agent_that_hangs_while_it_should_end_is_replaced_as_soon(
     assert site.server.events("agent.died") == []
 
 
-@row("A worker hangs while the server stops", *PLAIN, quick=ALL[0])
+@row("A worker hangs during a stop", *PLAIN, quick=ALL[0])
 def test_a_worker_that_hangs_delays_a_stop_by_the_hang_timeout_at_most(
     start: Start, notes: Notes
 ) -> None:
@@ -189,7 +189,7 @@ def test_a_worker_whose_handler_computes_for_ever_is_replaced(
         neighbours.are_served()
 
 
-@row("All processes stand still for a while", *PLAIN)
+@row("All processes stopped for a while", *PLAIN)
 def test_no_process_counts_as_hung_after_the_machine_was_suspended(
     start: Start, notes: Notes
 ) -> None:
@@ -276,7 +276,7 @@ def test_a_second_signal_ends_the_server_now(start: Start, notes: Notes, tmp_pat
 
 
 @row(
-    "SIGTERM while something else goes on",
+    "SIGTERM during a reload or a worker's restart",
     *SEVERAL,
     values={
         "a reload": lambda site: site.server.send_signal(signal.SIGHUP),
@@ -331,7 +331,7 @@ def test_a_stop_after_a_reload_leaves_the_cluster(
         notes.happened(f"told up to {number * 5} ms after the reload, with {len(agents)} agents")
 
 
-@row("Rolling restarts under connects", *ALL, quick=ALL[1])
+@row("Reloads while clients connect", *ALL, quick=ALL[1])
 def test_every_client_that_connects_during_20_reloads_gets_a_reply(
     start: Start, notes: Notes
 ) -> None:
@@ -366,7 +366,7 @@ def test_every_client_that_connects_during_20_reloads_gets_a_reply(
 
 
 @row(
-    "Signals in storms, of which all were ignored and blocked at the start",
+    "Signal storms, with all signals ignored and blocked at the start",
     Variant(3),
     Variant(3, True),
     quick=None,

@@ -91,7 +91,7 @@ ANSWERS: dict[str, Callable[[bytes], Iterable[bytes]]] = {
 }
 
 
-@row("Answers of Redis are altered", *PLAIN, quick=None, values=ANSWERS)
+@row("Redis's replies are altered", *PLAIN, quick=None, values=ANSWERS)
 def test_answers_that_are_none(
     start: Start, notes: Notes, kind: Callable[[bytes], Iterable[bytes]]
 ) -> None:
@@ -111,7 +111,7 @@ def test_answers_that_are_none(
     notes.happened("every server has noticed")
 
 
-@row("Answers of Redis come in slices", *PLAIN, quick=None)
+@row("Redis's replies arrive in pieces", *PLAIN, quick=None)
 def test_slices(start: Start, notes: Notes) -> None:
     world = start()
     world.proxy.alter = slices
@@ -135,7 +135,7 @@ OTHERS: dict[str, type[socketserver.BaseRequestHandler]] = {
 }
 
 
-@row("Another kind of server answers for Redis", *PLAIN, quick=None, values=OTHERS)
+@row("Another kind of server in place of Redis", *PLAIN, quick=None, values=OTHERS)
 def test_another_kind_of_server(
     start: Start, notes: Notes, kind: type[socketserver.BaseRequestHandler]
 ) -> None:
@@ -270,14 +270,14 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-@row("Redis refuses", *PLAIN, quick=None, values=FAULTS)
+@row("Redis rejects the agent's commands", *PLAIN, quick=None, values=FAULTS)
 def test_redis_refuses(start: Start, notes: Notes, kind: Fault) -> None:
     world = start()
     survive(world.cluster, kind(world), notes)
     notes.happened("seen in Redis, or by every server")
 
 
-@row("Redis closes who is silent for a second", *PLAIN, quick=None)
+@row("Redis closes connections that are silent for a second", *PLAIN, quick=None)
 def test_timeout_of_redis(start: Start, notes: Notes) -> None:
     """Heartbeats come every two seconds, so each finds its connection closed."""
     world = start(2, 10)
@@ -395,7 +395,7 @@ def test_the_primary_is_killed_again_and_again(
             survive(cluster, kill(), Notes([]))
             sentinels.rejoin(killed[-1])
         notes.happened(f"primaries killed: {[one.port for one in killed]}")
-        notes.measured("right answers", cluster.answers, "")
+        notes.measured("right replies", cluster.answers, "")
 
 
 @contextmanager
@@ -462,7 +462,7 @@ def test_all_sentinels_name_another(
 
 
 @row(
-    "The name of Redis is gone, then another's",
+    "Redis's host name vanishes, then names another host",
     *PLAIN,
     quick=None,
     values={"nothing listens": 0, "silent": 1},

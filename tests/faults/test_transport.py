@@ -71,7 +71,7 @@ def ends(client: Client) -> bool:
     return True
 
 
-@row("Plain text to TLS", *BY_TLS)
+@row("Plain text to a TLS port", *BY_TLS)
 def test_who_speaks_no_tls_is_told_or_let_go(start: Start, notes: Notes) -> None:
     site = start()
     plain = (
@@ -101,7 +101,7 @@ def test_who_speaks_no_tls_is_told_or_let_go(start: Start, notes: Notes) -> None
         notes.happened(f"{failed(site)} had no handshake")
 
 
-@row("TLS to plain text", *PLAIN)
+@row("TLS to a plain port", *PLAIN)
 def test_who_speaks_tls_to_a_plain_port_is_let_go(start: Start, notes: Notes, pems: Path) -> None:
     site = start()
     with site.neighbours():
@@ -113,7 +113,7 @@ def test_who_speaks_tls_to_a_plain_port_is_let_go(start: Start, notes: Notes, pe
     notes.happened(str(error.value))
 
 
-@row("Records against the rules", *BY_TLS)
+@row("Invalid TLS records", *BY_TLS)
 def test_records_that_break_the_rules_end_their_client(
     start: Start, notes: Notes, connect: Callable[[Site], RecordClient]
 ) -> None:
@@ -140,7 +140,7 @@ def test_records_that_break_the_rules_end_their_client(
         notes.happened(f"{len(WRONG) + 5} clients were let go")
 
 
-@row("KeyUpdates without end", *BY_TLS, quick=None)
+@row("Endless KeyUpdates", *BY_TLS, quick=None)
 def test_a_flood_of_key_updates_holds_nobody_up(
     start: Start, notes: Notes, connect: Callable[[Site], RecordClient]
 ) -> None:
@@ -164,7 +164,7 @@ def test_a_flood_of_key_updates_holds_nobody_up(
         assert site.resident_of_workers() - memory < 4_000_000 * site.variant.workers * PATIENCE
 
 
-@row("TLS handshake stall", *BY_TLS)
+@row("Stalled TLS handshake", *BY_TLS)
 def test_who_does_not_go_on_with_a_handshake_is_let_go_in_time(start: Start, notes: Notes) -> None:
     site = start("--tls-handshake-timeout", "2", "--max-clients", "100", crowd=30)
     with site.neighbours(), ExitStack() as stack:
@@ -175,7 +175,7 @@ def test_who_does_not_go_on_with_a_handshake_is_let_go_in_time(start: Start, not
         with site.client() as good:
             assert good.who() < 10
             assert [client.rest() for client in crowd] == [b""] * len(crowd)
-            notes.measured("let go after", time.monotonic() - began, "s")
+            notes.measured("closed after", time.monotonic() - began, "s")
             assert 0.5 < time.monotonic() - began < 2 + LIMIT
             assert good.who() < 10
         until(lambda: failed(site)[1] >= len(crowd), "all are counted")

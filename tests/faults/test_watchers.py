@@ -160,7 +160,7 @@ def unreachable() -> int:
     return sum(int(value) for name, value in zip(names, values, strict=True) if name == "OutType3")
 
 
-@row("Name servers silent", ONE, THREE)
+@row("Silent name servers", ONE, THREE)
 def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
@@ -197,7 +197,7 @@ def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
             )
         began = time.monotonic()
         assert site.server.stop() == 0
-        notes.measured("stop", time.monotonic() - began, "s")
+        notes.measured("stop takes", time.monotonic() - began, "s")
         assert time.monotonic() - began < NO_END * PATIENCE
         assert redis.members() == {}, "the server has left the cluster"
 

@@ -118,7 +118,7 @@ def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: 
                 told = client.rest()
             assert told in (b"", TOO_LONG)
         notes.happened(f"{sent} bytes of a line were sent")
-        notes.measured("memory", grown / 1e6, "MB")
+        notes.measured("memory grows by", grown / 1e6, "MB")
         assert grown < 3_000_000 * site.variant.workers * PATIENCE
         assert status(site.server)["error_replies"]["line_too_long"] == 3
 

@@ -92,7 +92,7 @@ def test_a_reply_that_the_script_cannot_give_is_an_error_like_others(name: str) 
         assert kind_of(caught.value) in ("other", "connection")
 
 
-@pytest.mark.fault("Redis answers byte by byte")
+@pytest.mark.fault("Redis replies byte by byte")
 def test_a_redis_that_replies_byte_by_byte_is_given_up_and_clients_notice_nothing(
     notes: Notes,
 ) -> None:
@@ -106,7 +106,7 @@ def test_a_redis_that_replies_byte_by_byte_is_given_up_and_clients_notice_nothin
     notes.happened("the agent gave it up")
 
 
-@pytest.mark.fault("Sentinels answer byte by byte")
+@pytest.mark.fault("Sentinels reply byte by byte")
 def test_sentinels_that_reply_byte_by_byte_are_given_up_within_one_attempt(notes: Notes) -> None:
     with listener(trickle) as one, listener(trickle) as other:
         url = f"redis+sentinel://127.0.0.1:{one},127.0.0.1:{other}/name"
@@ -163,7 +163,7 @@ def test_after_a_sentinel_with_a_malformed_reply_the_next_one_is_asked(
         link.drop()
 
 
-@pytest.mark.fault("One Sentinel of two lies")
+@pytest.mark.fault("One of two Sentinels lies")
 def test_after_a_sentinel_that_names_a_wrong_address_the_next_one_is_asked(
     tmp_path: Path, notes: Notes
 ) -> None:
@@ -213,7 +213,7 @@ def test_an_update_on_disk_that_the_agent_cannot_run_does_not_end_the_server(
         assert not server.events("server.draining")
 
 
-@pytest.mark.fault("An answer of Redis has parts without end")
+@pytest.mark.fault("A reply of Redis has endless parts")
 def test_a_reply_with_endless_elements_is_given_up_at_once(notes: Notes) -> None:
     """Otherwise the agent would do nothing else while it parses them."""
 
@@ -228,7 +228,7 @@ def test_a_reply_with_endless_elements_is_given_up_at_once(notes: Notes) -> None
     notes.happened("the agent gave it up")
 
 
-@pytest.mark.fault("An answer of Redis is without end")
+@pytest.mark.fault("A reply of Redis never ends")
 def test_an_endless_reply_is_given_up_before_it_takes_all_memory(notes: Notes) -> None:
     def pour(sock: socket.socket) -> None:
         sock.sendall(b"$9000000000\r\n")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from shutil import copytree
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import redis
@@ -87,12 +87,12 @@ frozen_longer_than_the_ttl = lasting(
 read_only = lasting("read_only", "read_only", faults.read_only)
 out_of_memory = lasting("out_of_memory", "out_of_memory", faults.out_of_memory)
 too_few_replicas = lasting("too_few_replicas", "no_replicas", faults.too_few_replicas)
-busy_with_somebodys_script = lasting("busy_with_somebodys_script", "busy", faults.busy, 1)
+busy_with_a_foreign_script = lasting("busy_with_a_foreign_script", "busy", faults.busy, 1)
 paused = lasting("paused", "timeout", faults.paused)
 
 
 @contextmanager
-def killed_and_back_empty(world: World) -> Iterator[None]:
+def killed_and_restarted_empty(world: World) -> Iterator[None]:
     with world.lost("connection"):
         world.redis.kill()
     yield
@@ -101,7 +101,7 @@ def killed_and_back_empty(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def killed_and_back_with_its_data(world: World) -> Iterator[None]:
+def killed_and_restarted_with_its_data(world: World) -> Iterator[None]:
     world.redis.command("SAVE")
     with world.lost("connection"):
         world.redis.kill()
@@ -111,7 +111,7 @@ def killed_and_back_with_its_data(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def back_with_old_data_of_when_there_were_more(world: World) -> Iterator[None]:
+def restarted_with_old_data_of_more_clients(world: World) -> Iterator[None]:
     """The data are older than the TTL, as most backups are."""
     with world.cluster.settled_guests():
         world.redis.command("SAVE")
@@ -124,7 +124,7 @@ def back_with_old_data_of_when_there_were_more(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def back_with_data_of_when_there_were_less(world: World) -> Iterator[None]:
+def restarted_with_old_data_of_fewer_clients(world: World) -> Iterator[None]:
     world.redis.command("SAVE")
     with world.cluster.settled_guests():
         with world.lost("connection"):
@@ -135,7 +135,7 @@ def back_with_data_of_when_there_were_less(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def an_old_state_of_less_put_back(world: World) -> Iterator[None]:
+def restored_to_a_state_of_fewer_clients(world: World) -> Iterator[None]:
     old = world.dump()
     with world.cluster.settled_guests(), world.reset():
         world.restore(old)
@@ -143,7 +143,7 @@ def an_old_state_of_less_put_back(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def an_old_state_of_more_put_back(world: World) -> Iterator[None]:
+def restored_to_a_state_of_more_clients(world: World) -> Iterator[None]:
     with world.cluster.settled_guests():
         old = world.dump()
     with world.reset():
@@ -152,7 +152,7 @@ def an_old_state_of_more_put_back(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def wiped_then_the_backup_put_back(world: World) -> Iterator[None]:
+def wiped_then_restored_from_a_backup(world: World) -> Iterator[None]:
     """An operator restores a backup after a mistake; its lease clock is ahead of the new one."""
     world.cluster.watch(4 * world.cluster.beat)
     old = world.dump()
@@ -180,7 +180,7 @@ def wiped_ten_times(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def wiped_while_one_server_does_not_beat(world: World) -> Iterator[None]:
+def wiped_while_one_server_sends_no_heartbeat(world: World) -> Iterator[None]:
     """The others must wait for it, although the two of them have returned."""
     with stopped(*world.cluster.members[0].server.agents()):
         world.redis.wipe()
@@ -247,7 +247,7 @@ def slow_but_in_time(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def slower_than_beats_wait(world: World) -> Iterator[None]:
+def slower_than_the_timeout(world: World) -> Iterator[None]:
     """The heartbeats arrive, but each after it was given up."""
     before = world.proxy.bytes_to_server
     with world.lost("timeout"):
@@ -297,27 +297,27 @@ def replies_lost(world: World) -> Iterator[None]:
 
 QUICK: list[Fault] = [
     wiped,
-    killed_and_back_empty,
-    killed_and_back_with_its_data,
-    back_with_old_data_of_when_there_were_more,
-    an_old_state_of_less_put_back,
+    killed_and_restarted_empty,
+    killed_and_restarted_with_its_data,
+    restarted_with_old_data_of_more_clients,
+    restored_to_a_state_of_fewer_clients,
     frozen_longer_than_the_ttl,
-    wiped_while_one_server_does_not_beat,
+    wiped_while_one_server_sends_no_heartbeat,
     one_key_after_another_deleted,
     junk_in_the_keys,
     read_only,
     out_of_memory,
     scripts_forgotten,
-    busy_with_somebodys_script,
+    busy_with_a_foreign_script,
     slow_but_in_time,
-    slower_than_beats_wait,
+    slower_than_the_timeout,
     all_cut_off_twice_as_long_as_the_ttl,
     replies_lost,
 ]
 SLOWER: list[Fault] = [
-    back_with_data_of_when_there_were_less,
-    an_old_state_of_more_put_back,
-    wiped_then_the_backup_put_back,
+    restarted_with_old_data_of_fewer_clients,
+    restored_to_a_state_of_more_clients,
+    wiped_then_restored_from_a_backup,
     frozen_for_a_second,
     wiped_ten_times,
     entries_deleted,
@@ -329,7 +329,7 @@ SLOWER: list[Fault] = [
 AS_BY_DEFAULT: list[Fault] = [
     wiped,
     frozen_longer_than_the_ttl,
-    killed_and_back_empty,
+    killed_and_restarted_empty,
     slow_but_in_time,
 ]
 
@@ -358,7 +358,7 @@ def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes)
     assert grown < KEPT_BYTES * len(descriptors) * PATIENCE, (
         f"{grown} bytes of memory more than before"
     )
-    notes.measured("right answers", cluster.answers - answers, "")
+    notes.measured("right replies", cluster.answers - answers, "")
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +386,25 @@ as_by_default = pytest.mark.parametrize(
 )
 
 
+#: Rows whose titles are not "Redis" with the fault's name in words.
+ROWS: Final = {
+    "frozen_longer_than_the_ttl": "Redis frozen for longer than the TTL",
+    "one_key_after_another_deleted": "Redis's keys deleted one by one",
+    "entries_deleted": "Entries deleted in Redis",
+    "junk_in_the_keys": "Junk in Redis's keys",
+    "read_only": "Redis read-only",
+    "too_few_replicas": "Redis with too few replicas",
+    "scripts_forgotten": "Redis forgets its scripts",
+    "busy_with_a_foreign_script": "Redis busy with a script of another program",
+    "slower_than_the_timeout": "Redis slower than the heartbeat timeout",
+    "slow_but_in_time": "Redis slow, but within the timeout",
+    "all_connections_killed": "Redis closes all connections",
+    "connections_cut_all_the_time": "Connections to Redis cut all the time",
+    "all_cut_off_twice_as_long_as_the_ttl": "No server reaches Redis for twice the TTL",
+    "replies_lost": "Redis's replies lost",
+}
+
+
 def in_words(fault: Callable[..., object]) -> str:
     """Return a fault's name in words."""
     return fault.__name__.replace("_", " ")
@@ -395,7 +414,7 @@ def each(
     chosen: Sequence[Callable[..., object]], *more: pytest.MarkDecorator, prefix: str = "Redis"
 ) -> list[Any]:
     """Return a test parameter for each fault, as a row of the matrix."""
-    rows = [f"{prefix} {in_words(fault)}" for fault in chosen]
+    rows = [ROWS.get(fault.__name__, f"{prefix} {in_words(fault)}") for fault in chosen]
     return [
         pytest.param(fault, id=fault.__name__, marks=[pytest.mark.fault(row), *more])
         for fault, row in zip(chosen, rows, strict=True)
@@ -423,7 +442,9 @@ def be_stopped(server: Running) -> None:
     ids=["killed", "stopped"],
 )
 @pytest.mark.parametrize(
-    "fault", [killed_and_back_empty, killed_and_back_with_its_data], ids=lambda f: f.__name__
+    "fault",
+    [killed_and_restarted_empty, killed_and_restarted_with_its_data],
+    ids=lambda f: f.__name__,
 )
 def test_a_server_that_ends_while_redis_is_away_expires_a_ttl_after_the_outage(
     world: World, fault: Fault, end: Callable[[Running], None]

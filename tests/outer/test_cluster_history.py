@@ -587,8 +587,8 @@ def test_no_reply_breaks_the_promise_whatever_happens(
         notes.happened(
             ", ".join(f"{what} {count} times" for what, count in run.happened.most_common())
         )
-        for name, count in {"answers": verdict.answers, "exact": verdict.exact}.items():
-            notes.measured(f"{name}, TTL {run.ttl:g} s", count, "")
+        for name, count in {"replies": verdict.answers, "exact": verdict.exact}.items():
+            notes.measured(f"{name} with a TTL of {run.ttl:g} s", count, "")
 
 
 def test_no_process_logs_an_error_or_dies_by_itself(random_runs: list[RandomRun]) -> None:
@@ -843,7 +843,7 @@ def played(scene: Scene, play: Callable[[Scene], None]) -> Verdict:
     return scene.verdict()
 
 
-@pytest.mark.fault("A bug put in on purpose")
+@pytest.mark.fault("The checker finds deliberate bugs")
 @pytest.mark.parametrize(
     "bug", [bug if bug in QUICK_BUGS else pytest.param(bug, marks=pytest.mark.long) for bug in BUGS]
 )

@@ -122,7 +122,7 @@ def test_servers_with_one_id_in_clusters_of_different_names_do_not_conflict(redi
         assert [servers_known(server) for server in servers] == [1, 1]
 
 
-@pytest.mark.fault("A server dies, and is started again with its id")
+@pytest.mark.fault("A server dies and restarts with its id")
 def test_a_server_that_died_can_start_again_with_its_id_long_before_its_ttl_ends(
     redis: Redis, notes: Notes
 ) -> None:

@@ -180,7 +180,7 @@ def test_a_server_that_is_cut_off_counts_its_own_clients_and_is_dropped_after_it
     notes.happened("packets were lost, and the others dropped it")
 
 
-@row("One server cut off: what it sends is lost")
+@row("One server cut off: its packets are lost")
 def test_a_server_whose_heartbeats_are_lost_is_dropped_like_one_that_is_cut_off(
     world: World, notes: Notes
 ) -> None:
@@ -198,7 +198,7 @@ def test_a_server_whose_heartbeats_are_lost_is_dropped_like_one_that_is_cut_off(
     notes.happened("packets were lost, and the others dropped it")
 
 
-@row("One server cut off: what it is sent is lost")
+@row("One server cut off: packets to it are lost")
 def test_a_server_that_gets_no_replies_reports_once_more_and_is_then_dropped(
     world: World, notes: Notes
 ) -> None:
@@ -251,7 +251,7 @@ def test_two_that_were_cut_off_together_come_back_without_a_dip(world: World, no
 
 
 @pytest.mark.long
-@row("A link that flaps")
+@row("A flapping link")
 def test_a_link_that_flaps(world: World, notes: Notes) -> None:
     """Each cut is shorter than the TTL, in one direction or the other, so no server is dropped."""
     rng, cluster, flaps = random.Random(SEED), world.cluster, 0
@@ -301,7 +301,7 @@ def stop_without_leaving(server: Running) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.fault("A server ends while it is cut off")
+@pytest.mark.fault("A server stops while it is cut off")
 def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(
     tmp_path: Path, notes: Notes
 ) -> None:
