@@ -115,6 +115,7 @@ class Server(ExitStack[None]):
             "retry": Retry(NoBackoff(), 0),
             "decode_responses": True,
             "protocol": 2,
+            "driver_info": None,  # From Redis 7.2 on, it would count as commands.
         }
         with self.host.inside(), redis.Redis.from_url(self.url, **options) as client:
             return client.execute_command(*words)
