@@ -69,7 +69,7 @@ def configuration(folder: Path, targets: list[str]) -> Path:
     return config
 
 
-def promtool(*arguments: str | Path) -> None:
+def promtool(*arguments: str | Path) -> str:
     done = subprocess.run(
         [program("promtool"), *map(str, arguments)],
         capture_output=True,
@@ -78,6 +78,7 @@ def promtool(*arguments: str | Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def test_promtool_accepts_the_configuration_and_the_rules(tmp_path: Path) -> None:
@@ -104,8 +105,17 @@ def test_the_service_discoveries_in_comments_are_valid(tmp_path: Path) -> None:
     promtool("check", "config", config)
 
 
-def test_the_unit_tests_of_the_rules_pass() -> None:
-    promtool("test", "rules", *UNIT_TESTS)
+def test_the_unit_tests_of_the_rules_pass(tmp_path: Path) -> None:
+    version = re.match(r"promtool, version (\d+)", promtool("--version"))
+    assert version
+    for path in FILES.glob("gserver.*.yml"):
+        text = path.read_text()
+        if int(version[1]) >= 3 and path.name == "gserver.rules.yml":
+            # It leaves out the sample at the start of a window, which the unit tests count.
+            text, count = re.subn(r"\[(\w+)\]", r"[\g<1>1ms]", text)
+            assert count > 20
+        (tmp_path / path.name).write_text(text)
+    promtool("test", "rules", *(tmp_path / path.name for path in UNIT_TESTS))
 
 
 def test_every_rule_has_a_unit_test_and_every_alert_also_one_where_it_does_not_fire() -> None:
@@ -169,7 +179,8 @@ class Monitored:
             ) as reply:
                 return json.load(reply)["data"]
         except HTTPError as error:
-            pytest.fail(f"{parameters}: {error.read().decode()}")
+            with error:
+                pytest.fail(f"{parameters}: {error.read().decode()}")
 
     def query(self, expression: str) -> list[Any]:
         """The current result of an expression."""
@@ -236,6 +247,9 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
             try:
                 with urlopen(f"{there.url}/-/ready", timeout=LIMIT) as reply:
                     return bool(reply.status == 200)
+            except HTTPError as error:
+                error.close()
+                return False
             except URLError:
                 return False
 
