@@ -113,7 +113,7 @@ def test_a_pod_has_time_for_a_lame_duck_before_it_is_killed() -> None:
 # systemd.
 
 
-def test_the_units_are_valid_and_their_score_is_the_one_that_the_page_says(tmp_path: Path) -> None:
+def test_the_units_are_valid_and_their_score_is_as_good_as_the_page_says(tmp_path: Path) -> None:
     for name in ("gserver.service", "gserver.socket"):
         text = (UNITS / name).read_text()
         (tmp_path / name).write_text(
@@ -140,7 +140,9 @@ def test_the_units_are_valid_and_their_score_is_the_one_that_the_page_says(tmp_p
     ).stdout
     found = re.search(r"Overall exposure level for gserver.service: ([0-9.]+) OK", score)
     assert found, score
-    assert f"`systemd-analyze security` says {found[1]}" in DEPLOYING
+    told = re.search(r"`systemd-analyze security` says ([0-9.]+) or less", DEPLOYING)
+    assert told
+    assert float(found[1]) <= float(told[1])
 
 
 def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:
