@@ -38,8 +38,9 @@ def define(name):
 def throw(kind):
     raise kind
 
-def recurse(*_):
-    recurse()
+# Not `*_`: Python before 3.13.8 does not end such a recursion (python/cpython#132744).
+def recurse(service):
+    recurse(service)
 
 BAD = [recurse, *(lambda service, kind=kind: throw(kind()) for kind in KINDS)]
 BAD += [lambda service, reply=reply: reply for reply in WRONG]

@@ -1,10 +1,11 @@
 """What holds between processes: lifetimes, secrets, environments, and limits of open files."""
 
+import mmap
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -90,14 +91,17 @@ def environment(service):
 
 def memory_of(process: psutil.Process) -> bytes:
     """All that a process may write to: heap, stacks, and anonymous or private mappings."""
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
     found = []
-    with open(f"/proc/{process.pid}/maps") as maps, open(f"/proc/{process.pid}/mem", "rb") as mem:
-        for line in maps:
+    with open(f"/proc/{process.pid}/mem", "rb", buffering=0) as mem:
+        for line in maps.splitlines():
             span, access, *_ = line.split()
-            if access.startswith("rw"):
-                begin, end = (int(text, 16) for text in span.split("-"))
-                mem.seek(begin)
-                found.append(mem.read(end - begin))
+            begin, end = (int(text, 16) for text in span.split("-"))
+            # From glibc 2.42 on, the guard pages of a stack are in its mapping.
+            for page in range(begin, end, mmap.PAGESIZE) if access.startswith("rw") else ():
+                mem.seek(page)
+                with suppress(OSError):
+                    found.append(mem.read(mmap.PAGESIZE))
     return b"".join(found)
 
 

@@ -22,6 +22,8 @@ from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, argv, program, until
 
 STATSD = ROOT / ".tools/node_modules/statsd/stats.js"
+#: Node 23 and newer lack a function that the daemon uses.
+START = "require('util').log ??= console.log; require(process.argv[1])"
 COMMANDS = """
 from gserver.commands import command
 
@@ -52,7 +54,7 @@ def statsd_daemon(folder: Path, port: int = 0) -> Iterator[Daemon]:
     config = {"address": address, "port": port, "mgmt_address": address, "mgmt_port": management}
     file = folder / f"{port}.js"
     file.write_text(json.dumps({**config, "backends": [], "flushInterval": 10**8, "title": False}))
-    process = subprocess.Popen([node, STATSD, file], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([node, "-e", START, STATSD, file], stdout=subprocess.DEVNULL)
     try:
         until(lambda: has_started((port, management)), "a StatsD daemon that counts")
         yield port, management
