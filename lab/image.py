@@ -129,7 +129,7 @@ class Engine:
         """Build the Dockerfile of the repository on BASE, from the files in `context`."""
         dockerfile = ROOT / "deploy/docker/Dockerfile"
         words = ["--format", "docker", "--network", "host", "--build-arg", f"BASE={BASE}"]
-        words += ["--file", str(dockerfile), "--tag", tag, *options, str(context)]
+        words += ["--file", str(dockerfile), "--tag", tag, *LIMITS, *options, str(context)]
         return self.run("build", *words, check=check)
 
     def inspect(self, image: str) -> dict[str, Any]:
