@@ -56,7 +56,7 @@ class Engine:
             *("--events-backend", "none"),
         ]
         # Health checks run when a test asks for them, not by timers of systemd.
-        self.environment = {"DISABLE_HC_SYSTEMD": "true"}
+        self.environment = {"DISABLE_HC_SYSTEMD": "true", "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
 
     def __enter__(self) -> Self:
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", self._folder], check=True)
