@@ -3,6 +3,7 @@
 import click
 import pytest
 
+from lab.running import ROOT
 from proof.matrix import (
     corrected,
     engine_of,
@@ -10,6 +11,7 @@ from proof.matrix import (
     node,
     outcomes,
     redis_tests,
+    saved,
     summary,
     versions,
 )
@@ -97,3 +99,11 @@ def test_versions_are_listed_without_their_last_number() -> None:
         {"python": "3.14.10", "engine": "Valkey", "version": "9.1.2"},
     ]
     assert versions(rows) == "Python 3.11, 3.13 and 3.14, Redis 7.0 and 8.0, Valkey 9.1"
+
+
+def test_the_readme_names_the_versions_of_the_results_in_which_nothing_failed() -> None:
+    rows = saved()
+    assert {row["engine"] for row in rows} == {"Redis", "Valkey"}
+    assert [row["failures"] for row in rows] == [[]] * len(rows)
+    text = (ROOT / "README.md").read_text()
+    assert f"`bin/matrix` has run the tests with {versions(rows)}." in text
