@@ -31,7 +31,7 @@ from gserver.logs import (
 from lab.running import GSERVER, LIMIT, Client, Event, Running, environment, program, until
 
 MAX_LINE = 4096
-DRAIN_TIMEOUT = 4.0  # the default of --drain-timeout
+DRAIN_TIMEOUT = 30.0
 
 COMMANDS = """
 import logging, threading, time
@@ -128,6 +128,7 @@ def written(statements: str, log_format: str = "json") -> list[bytes]:
     """The lines that these statements log in a new process."""
     script = (
         "import logging, sys\nfrom gserver import logs\n"
+        f"logs.LAST_LINES_SECONDS = {LIMIT}\n"  # On a busy machine, all of them take longer.
         f"logs.start('debug', {log_format!r}, 'some-id')\n{statements}\n"
     )
     ended = subprocess.run(
@@ -153,7 +154,17 @@ def piped(
     fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(write_fd, blocking)
     process = subprocess.Popen(
-        [*GSERVER, "serve", "--port", "0", "--commands", "noisy", *options],
+        [
+            *GSERVER,
+            "serve",
+            "--port",
+            "0",
+            "--commands",
+            "noisy",
+            "--drain-timeout",
+            str(DRAIN_TIMEOUT),
+            *options,
+        ],
         stdout=write_fd,
         stderr=subprocess.PIPE,
         env=environment(),

@@ -64,6 +64,12 @@ FORMS: dict[str, tuple[RedisUrl, str]] = {
         RedisUrl(path="/run/redis.sock", password="hush"),
         "unix:///run/redis.sock",
     ),
+    "redis+sentinel://one/s?db=3&username=a&password=hush&sentinel_username=c&sentinel_password=": (
+        RedisUrl(
+            (("one", 26379),), "s", db=3, username="a", password="hush", sentinel_username="c"
+        ),
+        "redis+sentinel://one:26379/s/3",
+    ),
     "redis+sentinel://one/name": (
         RedisUrl((("one", 26379),), "name"),
         "redis+sentinel://one:26379/name",
