@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,16 +38,17 @@ BUILD_SECONDS = 600
 
 
 class Engine:
-    """A podman with an empty store; `with Engine(folder) as engine:` removes the store at the end.
+    """A podman with an empty store; `with Engine() as engine:` removes the store at the end.
 
     The store is in memory, since every layer is synced to the disk, which may be busy. It takes
     less than a gigabyte. Skips, or fails where CI is set, where there can be none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         if os.geteuid() != 0:
             unavailable("a container takes root")
-        self._folder = folder
+        # The path must be short: podman refuses a `--runroot` of more than 50 characters.
+        folder = self._folder = Path(tempfile.mkdtemp(prefix="gserver-"))
         self.command = [
             program("podman"),
             *("--root", str(folder / "store")),
@@ -68,6 +70,7 @@ class Engine:
         finally:
             # With the mounts that podman has made in it.
             subprocess.run(["umount", "--recursive", "--lazy", self._folder], check=True)
+            self._folder.rmdir()
 
     def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(

@@ -161,6 +161,8 @@ def piped(
             "0",
             "--commands",
             "noisy",
+            "--hang-timeout",
+            "60",
             "--drain-timeout",
             str(DRAIN_TIMEOUT),
             *options,
