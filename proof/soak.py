@@ -158,11 +158,8 @@ class Soak:
 
     def _keep(self, world: World, during: str) -> None:
         """Bring the report up to date."""
-        for warn_ratelimited in (
-            self._load.complaints,
-            *(member.complaints for member in world.members),
-        ):
-            for text in warn_ratelimited():
+        for source in (self._load.complaints, *(member.complaints for member in world.members)):
+            for text in source():
                 self._fail(f"{during}: {text}")
         self.report |= {"seconds": round(self.elapsed, 1), "kinds": dict(self._load.kinds)}
         self.report |= {"replies": dict(self._load.replies)}

@@ -792,9 +792,9 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
         [
             (
                 "serve/limits.py",
-                "[self.clients] -= 1\n        self.cells[self.closed]",
-                "[self.clients] -= self.cells[self.closed] % 10 > 0\n"
-                "        self.cells[self.closed]",
+                "[self._clients] -= 1\n        self._cells[self._closed]",
+                "[self._clients] -= self._cells[self._closed] % 10 > 0\n"
+                "        self._cells[self._closed]",
             )
         ],
     ),
@@ -841,6 +841,12 @@ def played(scene: Scene, play: Callable[[Scene], None]) -> Verdict:
     scene.begin()
     play(scene)
     return scene.verdict()
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_every_deliberate_bug_is_put_into_the_code_as_it_is(bug: str) -> None:
+    for path, old, _ in BUGS[bug][1]:
+        assert old in (ROOT / "gserver" / path).read_text()
 
 
 @pytest.mark.fault("The checker finds deliberate bugs")
