@@ -2,7 +2,7 @@
 
 import statistics
 
-from bench.page import source
+from bench.page import put, source
 from bench.report import (
     HEARTBEAT_CPU,
     HEARTBEATS,
@@ -66,8 +66,4 @@ def _rounded_down(value: float) -> int:
 
 def render(results: Results) -> None:
     """Put the section between its marks in the page."""
-    page = PAGE.read_text()
-    head, _, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    assert end, f"{PAGE.name} has no {END}"
-    PAGE.write_text(f"{head}{BEGIN}\n\n{section(results)}\n\n{END}{tail}")
+    PAGE.write_text(put(PAGE.read_text(), f"{BEGIN}\n\n{section(results)}\n\n{END}"))

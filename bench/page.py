@@ -113,8 +113,15 @@ def render(results: Results) -> None:
     """Put the tables between their marks in the page."""
     page = PAGE.read_text()
     for name, text in tables(results, results).items():
-        start, end = f"<!-- table: {name} -->", "<!-- end -->"
-        head, _, rest = page.partition(start)
-        assert end in rest, f"{PAGE.name} has no {start}"
-        page = f"{head}{start}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+        page = put(page, f"<!-- table: {name} -->\n\n{text}\n\n<!-- end -->")
     PAGE.write_text(page)
+
+
+def put(page: str, block: str) -> str:
+    """Return a page with a new text of a block. Its first and last lines are marks of the page."""
+    start, *_, end = block.splitlines()
+    head, found, rest = page.partition(start)
+    assert found, f"the page has no {start}"
+    _, found, tail = rest.partition(end)
+    assert found, f"the page has no {end} after {start}"
+    return f"{head}{block}{tail}"

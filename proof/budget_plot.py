@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from bench.plots import FAINT, INK, STYLE, plotted
 from proof.availability import BUDGET_SECONDS, budget_parts
-from proof.timeline_plots import SOURCE_KEYS
+from proof.timeline_plots import source
 
 TITLE = f"The error budget: {BUDGET_SECONDS:,.0f} s in 30 days"
 #: The colours of the parts, in the order of their sizes.
@@ -18,9 +18,7 @@ MIN_LABEL_SECONDS = 90
 
 def draw(report: dict[str, Any]) -> None:
     """Draw the bar of the report."""
-    machine = report["machine"]
-    source = ", ".join(machine[key] for key in SOURCE_KEYS if key in machine)
-    with mpl.rc_context(STYLE), plotted("budget", TITLE, source, 2.9) as (axes,):
+    with mpl.rc_context(STYLE), plotted("budget", TITLE, source(report), 2.9) as (axes,):
         _draw(axes, budget_parts(report))
 
 

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+from bench.page import put
 from bench.report import number, table
 from lab.running import ROOT
 from proof import availability, fuzz_report
@@ -186,7 +187,5 @@ def render() -> None:
     for path in PAGES:
         page = path.read_text()
         for mark in re.findall(r"<!-- /([\w ]+) -->", page):
-            head, _, rest = page.partition(f"<!-- {mark} -->")
-            tail = rest.partition(f"<!-- /{mark} -->")[2]
-            page = f"{head}{block(mark, texts[mark])}{tail}"
+            page = put(page, block(mark, texts[mark]))
         path.write_text(page)

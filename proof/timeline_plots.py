@@ -31,10 +31,14 @@ def draw(report: dict[str, Any]) -> None:
     """Draw each timeline of the report."""
     with mpl.rc_context(STYLE):
         for name, title in TITLES.items():
-            machine = report["machine"]
-            made_of = ", ".join(machine[key] for key in SOURCE_KEYS if key in machine)
-            with plotted(f"who-{name}", title, made_of, 4.1) as (axes,):
+            with plotted(f"who-{name}", title, source(report), 4.1) as (axes,):
                 _draw(axes, report[name])
+
+
+def source(report: dict[str, Any]) -> str:
+    """Name the commit, the date and the machine of a report, as far as it has them."""
+    machine = report["machine"]
+    return ", ".join(machine[key] for key in SOURCE_KEYS if key in machine)
 
 
 def _draw(axes: Axes, timeline: dict[str, Any]) -> None:

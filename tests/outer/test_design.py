@@ -9,6 +9,7 @@ from proof import outages
 from proof.availability import (
     BUDGET_SECONDS,
     COMMON,
+    PLANNED,
     WINDOW_SECONDS,
     costs,
     needed,
@@ -17,7 +18,6 @@ from proof.availability import (
 )
 
 PAGE = (ROOT / "docs/design.md").read_text()
-PLANNED = ("rolling reload", "rolling restart")
 MAX_WORDS = 2000
 
 
