@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab.running import ROOT, Event, program, until
+from lab.running import ROOT, Event, program, unavailable, until
 
 SYSTEMD = "/lib/systemd/systemd"
 UNITS = ROOT / "deploy/systemd"
@@ -83,9 +83,7 @@ class Booted:
 
     def __init__(self, folder: Path, variables: dict[str, str], **changes: str) -> None:
         if os.geteuid() != 0 or not Path(SYSTEMD).exists():
-            pytest.skip(
-                "systemd is not here, or this is not root, who alone can boot it in namespaces"
-            )
+            unavailable("it takes root and systemd to boot systemd in namespaces")
         self._folder = folder
         self._variables = variables
         self._changes = changes

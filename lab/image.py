@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lab.host import Host
-from lab.netns import unavailable
-from lab.running import ROOT, Running, program
+from lab.running import ROOT, Running, program, unavailable
 
 #: The release of Debian that the official image of this Python is based on, too.
 SUITE = "trixie"

@@ -12,22 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
-import pytest
+from typing import Any, NamedTuple
 
 from lab.host import Host
-from lab.running import LIMIT, program
+from lab.running import LIMIT, program, unavailable
 
 #: How long a packet is waited for that must not come. One that may come takes microseconds.
 LOST_SECONDS = 0.05
-
-
-def unavailable(reason: str) -> NoReturn:
-    """Skip, or fail where CI is set."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 Way = tuple[Host, Host]

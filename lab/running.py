@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import psutil
 import pytest
@@ -37,16 +37,18 @@ GSERVER = [sys.executable, "-P", "-m", "gserver"]
 Event = dict[str, Any]
 
 
+def unavailable(reason: str) -> NoReturn:
+    """Skip the test, or fail where CI is set: CI installs what tests need."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def program(name: str) -> str:
-    """The path of a program that a test drives; without it the test is skipped, or fails where CI
-    is set.
-    """
+    """The path of a program that a test drives. Without it, the test is `unavailable`."""
     found = shutil.which(name)
     if found is None:
-        reason = f"{name} is not installed: bin/programs says how"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        unavailable(f"{name} is not installed: bin/programs says how")
     return found
 
 

@@ -13,10 +13,9 @@ import pytest
 
 from lab.admin import status
 from lab.attackers import Attacker
-from lab.netns import unavailable
 from lab.pace import Pace, measured
 from lab.rows import Notes, Variant, row
-from lab.running import until
+from lab.running import unavailable, until
 from lab.site import Site
 
 Start = Callable[..., Site]

@@ -16,7 +16,6 @@ import pytest
 
 from lab.admin import get
 from lab.census import CENSUS
-from lab.netns import unavailable
 from lab.redises import Redis, free_port
 from lab.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
 from lab.running import (
@@ -29,6 +28,7 @@ from lab.running import (
     left_over,
     program,
     stopped,
+    unavailable,
     until,
 )
 from lab.site import SEED, Site

@@ -20,10 +20,9 @@ import pytest
 import redis
 
 from lab import redis_faults as faults
-from lab.netns import unavailable
 from lab.redises import Redis, Sentinels, free_port
 from lab.rows import PLAIN, Notes, Variant, row
-from lab.running import GSERVER, program, until
+from lab.running import GSERVER, program, unavailable, until
 from lab.site import SEED
 from lab.steady import Cluster, SteadyServer
 from tests.outer.test_cluster_attacks import listener, named

@@ -13,10 +13,9 @@ from pathlib import Path
 import psutil
 
 from lab.admin import dial, get, status
-from lab.netns import unavailable
 from lab.redises import Redis, free_port
 from lab.rows import Notes, Variant, row
-from lab.running import GSERVER, LIMIT, PATIENCE, Event, Running, argv, program, until
+from lab.running import GSERVER, LIMIT, PATIENCE, Event, Running, argv, program, unavailable, until
 from lab.site import Site
 from tests.outer.test_statsd import LINE
 

@@ -29,6 +29,7 @@ from lab.running import (
     gserver,
     program,
     told,
+    unavailable,
 )
 
 NOT_IN_TIME = "did not answer in time"
@@ -365,7 +366,7 @@ def test_a_slow_server_takes_the_timeout_and_no_longer(
 def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: Path) -> None:
     unshare = program("unshare")
     if os.geteuid() != 0:
-        pytest.skip("only root can give a process an /etc/hosts of its own")
+        unavailable("only root can give a process an /etc/hosts of its own")
     (tmp_path / "hosts").write_text("127.0.0.2 thrice\n127.0.0.3 thrice\n127.0.0.4 thrice\n")
     own_hosts = 'mount --bind "$1" /etc/hosts && exec "$2" -P -c "$3" "$4"'
     code = """if True:
@@ -400,7 +401,7 @@ def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: P
             check=False,
         )
     if "mount" in done.stderr or "unshare" in done.stderr:
-        pytest.skip(f"this root may not mount: {done.stderr}")
+        unavailable(f"this root may not mount: {done.stderr}")
     taken, _, said = done.stdout.partition(" ")
     assert said == f"no server answered: thrice:{port} {NOT_IN_TIME}\n"
     assert 3 <= float(taken) < 8

@@ -20,7 +20,7 @@ from gserver.config import OPTIONS, environment_names, flag
 from lab.booted import UNITS, Booted
 from lab.certificates import make_certificates
 from lab.redises import free_port
-from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
+from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, unavailable, until
 
 DEPLOY = ROOT / "deploy"
 DEPLOYING = (ROOT / "docs/deploying.md").read_text()
@@ -59,7 +59,7 @@ FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--
 def package(name: str) -> Any:
     """A package of requirements-dev.txt, which is there wherever bin/test runs."""
     if find_spec(name) is None and not os.environ.get("CI"):
-        pytest.skip(f"{name} is not installed: bin/setup --dev does it")
+        unavailable(f"{name} is not installed: bin/setup --dev does it")
     return import_module(name)
 
 

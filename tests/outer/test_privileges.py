@@ -17,7 +17,7 @@ import pytest
 
 from lab.booted import INSTALL, INSTALLED
 from lab.certificates import make_certificates
-from lab.running import LIMIT, Client, Running, argv, gserver, program, until
+from lab.running import LIMIT, Client, Running, argv, gserver, program, unavailable, until
 
 UID, GID, OTHER_GID, KEY_GID = 64123, 64124, 64125, 64126
 #: Runs a command in mounts of its own, with users and groups that this machine does not have and a
@@ -70,7 +70,7 @@ print(open("/proc/self/status").read())
 def start(tmp_path: Path) -> list[str]:
     """The beginning of a command that runs with those users."""
     if os.geteuid() != 0:
-        pytest.skip("only root may become another user")
+        unavailable("only root may become another user")
     (tmp_path / "passwd").write_text(f"gserver-test:x:{UID}:{GID}::/:/bin/false\n")
     groups = {
         "gserver-test": (GID, ""),

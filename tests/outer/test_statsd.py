@@ -17,9 +17,8 @@ import pytest
 from gserver.agent.statsd import COUNTERS, MAX_DATAGRAM_BYTES, RETRY_SECONDS, changes
 from gserver.protocol import ERROR_REPLIES
 from gserver.scoreboard import Scoreboard
-from lab.netns import unavailable
 from lab.redises import free_port
-from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, argv, program, until
+from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, argv, program, unavailable, until
 
 STATSD = ROOT / ".tools/node_modules/statsd/stats.js"
 #: Node 23 and newer lack a function that the daemon uses.
@@ -45,10 +44,7 @@ def statsd_daemon(folder: Path, port: int = 0) -> Iterator[Daemon]:
     """The real StatsD daemon. It never flushes, so its counters add up."""
     node = program("node")
     if not STATSD.exists():
-        reason = f"{STATSD} is missing: bin/programs installs it"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
+        unavailable(f"{STATSD} is missing: bin/programs installs it")
     port, management = port or free_port(), free_port()
     address = "127.0.0.1"
     config = {"address": address, "port": port, "mgmt_address": address, "mgmt_port": management}
