@@ -90,11 +90,10 @@ def test_the_import_rule_names_every_package() -> None:
     assert folders == set(MAY_IMPORT)
 
 
-@pytest.mark.parametrize("name", MODULES)
+# Every process begins in `gserver.__main__`, which imports the role that it is asked for.
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"gserver.__main__"}))
 def test_a_module_imports_only_what_the_rule_allows(name: str) -> None:
     package = _package(name)
-    if name == "gserver.__main__":
-        return  # Where every process begins: it imports the role that it is asked for.
     allowed = {package, *MAY_IMPORT.get(package, ())}
     forbidden = {
         other

@@ -10,16 +10,23 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
-from gserver.agent.admin_port import MAX_WAITING
+from gserver.agent.admin_port import MAX_WAITING, REQUEST_SECONDS
 from lab.admin import dial, get, metrics, status
-from lab.running import LIMIT, PATIENCE, Running, argv, gserver, program, stopped, told, until
+from lab.running import LIMIT, PATIENCE, Running, argv, extended, gserver, program, told, until
 
 TOKEN = "not-a-secret"
+LARGE = """
+from gserver.commands import command
+
+@command("LARGE")
+def large(service):
+    return "x" * 20_000_000
+"""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,7 @@ def test_every_answer_closes_and_may_not_be_kept_or_framed(here: Running) -> Non
         _, headers, body = get(here, path)
         assert (headers["connection"], headers["cache-control"]) == ("close", "no-store")
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
         assert int(headers["content-length"]) == len(body)
 
 
@@ -131,8 +139,13 @@ def test_the_metrics_have_the_same_figures_in_the_format_of_prometheus(here: Run
     assert now['gserver_service_seconds_bucket{le="+Inf"}'] == now["gserver_service_seconds_count"]
     assert now["gserver_clients_limit"] == 50
     assert now["gserver_ready"] == 1
-    _, headers, body = get(here, "/metrics")
+    _, headers, _ = get(here, "/metrics")
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+@pytest.mark.outer
+def test_promtool_accepts_the_metrics(here: Running) -> None:
+    _, _, body = get(here, "/metrics")
     done = subprocess.run(
         [program("promtool"), "check", "metrics"],
         input=body,
@@ -165,16 +178,16 @@ def test_counters_survive_a_worker_and_the_agent() -> None:
         ]
 
 
-def test_a_server_without_workers_is_alive_but_not_ready() -> None:
-    with Running("--admin-port", "0", "--hang-timeout", "0") as server:
+def test_a_server_without_workers_is_alive_but_not_ready(tmp_path: Path) -> None:
+    with extended(tmp_path, LARGE, "--admin-port", "0") as server:
         server.wait_for("agent.ready")
-        with stopped(server.workers()[0]):
-            assert get(server, "/livez")[0] == 200
+        assert get(server, "/readyz")[0] == 200
+        (tmp_path / "extra.py").write_text("raise RuntimeError('half a deploy')")
         server.workers()[0].kill()
-        until(
-            lambda: get(server, "/readyz")[0] == 503 or server.events("worker.ready")[1:],
-            "the death is noticed",
-        )
+        until(lambda: get(server, "/readyz")[0] == 503, "it is not ready")
+        assert get(server, "/livez")[0] == 200
+        (tmp_path / "extra.py").write_text(LARGE)
+        until(lambda: get(server, "/readyz")[0] == 200, "it is ready again")
 
 
 @pytest.mark.parametrize(
@@ -255,6 +268,7 @@ def test_a_busy_admin_port_is_reported_in_one_line() -> None:
     assert told(done, 1) == f"cannot listen on 127.0.0.1:{port}: {reason}"
 
 
+@pytest.mark.outer
 def test_connections_are_answered_while_the_agent_is_replaced() -> None:
     with Running("--admin-port", "0") as server, ExitStack() as stack:
         is_over, counts = threading.Event(), [0] * 4
@@ -280,6 +294,7 @@ def test_connections_are_answered_while_the_agent_is_replaced() -> None:
             each.result()
 
 
+@pytest.mark.outer
 def test_an_unfinished_request_does_not_delay_the_next_agent() -> None:
     with Running("--admin-port", "0") as server, dial(server) as silent:
         silent.sendall(b"GET /re")
@@ -288,7 +303,7 @@ def test_an_unfinished_request_does_not_delay_the_next_agent() -> None:
         server.wait_for("server.reloaded")
         began = time.monotonic()
         server.wait_for("agent.ready", 2)
-        assert time.monotonic() - began < 2.5 * PATIENCE
+        assert time.monotonic() - began < REQUEST_SECONDS
         assert server.stop() == 0
         assert server.stderr == ""
         assert [
@@ -305,9 +320,11 @@ UNFINISHED = (
     b"GET /livez HTTP/1.1\r\n",
     b"GET /livez HTTP/1.1\r\nX: y\r\n",
     b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nx",
+    b"\0" * 1000,
 )
 
 
+@pytest.mark.outer
 def test_unfinished_requests_are_closed_in_time_and_block_no_others(here: Running) -> None:
     began = time.monotonic()
     with ExitStack() as stack:
@@ -323,24 +340,24 @@ def test_unfinished_requests_are_closed_in_time_and_block_no_others(here: Runnin
 
 
 @pytest.mark.parametrize(
-    "sent",
+    ("sent", "status_line"),
     [
-        b"\0" * 1000,
-        b"x" * 100_000,
-        *(b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * n for n in (200, 9**6)),
-        b"\r\n" * 50_000,
+        (b"x" * 100_000, b"HTTP/1.1 414 Request URI Too Long\r\n"),
+        (b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * 200, b"HTTP/1.1 400 Bad Request\r\n"),
+        (b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * 9**6, b"HTTP/1.1 400 Bad Request\r\n"),
+        (b"\r\n" * 50_000, b"HTTP/1.1 400 Bad Request\r\n"),
     ],
+    ids=["line", "headers", "megabytes of headers", "blank lines"],
 )
-def test_garbage_and_oversized_requests_end_the_connection(here: Running, sent: bytes) -> None:
+def test_a_request_that_is_too_large_is_refused_before_its_end(
+    here: Running, sent: bytes, status_line: bytes
+) -> None:
     [agent] = here.agents()
     before = agent.memory_info().rss
-    with dial(here) as sock:
-        try:
+    with dial(here) as sock, sock.makefile("rb") as answer:
+        with suppress(ConnectionError):  # It is closed meanwhile.
             sock.sendall(sent)
-            while sock.recv(65536):
-                pass
-        except ConnectionError:
-            pass
+        assert answer.readline() == status_line
     assert get(here, "/livez")[0] == 200
     assert here.agents() == [agent]
     assert agent.memory_info().rss - before < 4_000_000
@@ -415,7 +432,7 @@ def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_
         with here.client() as client:
             for _ in range(100):
                 assert client.ask(b"WHY") == b"42"
-        assert time.monotonic() - began < PATIENCE
+        assert time.monotonic() - began < 10 * PATIENCE
         still = [sock for sock in crowd if not select.select([sock], [], [], 0)[0]]
         assert len(still) == (0 if sent.startswith(b"POST") else MAX_WAITING - 1), (
             "the latest connections stay"
@@ -438,17 +455,9 @@ def test_no_connection_is_evicted_while_its_answer_is_made() -> None:
         assert [sock.recv(12) for sock in crowd] == [b"HTTP/1.1 200"] * len(crowd)
 
 
+@pytest.mark.outer
 def test_the_time_that_a_client_takes_to_read_is_not_service_time(tmp_path: Path) -> None:
-    (tmp_path / "large.py").write_text(
-        "from gserver.commands import command\n"
-        "@command('LARGE')\n"
-        "def large(service):\n"
-        "    return 'x' * 20_000_000\n"
-    )
-    with (
-        Running("--admin-port", "0", "--commands", "large", cwd=tmp_path) as server,
-        server.client() as client,
-    ):
+    with extended(tmp_path, LARGE, "--admin-port", "0") as server, server.client() as client:
         server.wait_for("agent.ready")
         client.send(b"LARGE\n")
         client.sock.recv(1)
