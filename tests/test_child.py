@@ -174,13 +174,24 @@ while True:
 
 
 @pytest.mark.parametrize(
-    ("code", "is_requested"), [("sys.exit(0)", True), ("sys.exit(2)", True), ("os.abort()", False)]
+    ("state", "code", "is_requested"),
+    [
+        (State.READY, "sys.exit(0)", False),
+        (State.TERMINATING, "sys.exit(0)", True),
+        (State.TERMINATING, "sys.exit(2)", True),
+        (State.TERMINATING, "os.kill(os.getpid(), 15)", True),
+        (State.TERMINATING, "os.abort()", False),
+        (State.RETIRED, "sys.exit(0)", True),
+        (State.RETIRED, "sys.exit(2)", False),
+        (State.RETIRED, "os.kill(os.getpid(), 15)", False),
+        (State.KILLED, "os.kill(os.getpid(), 9)", True),
+    ],
 )
-def test_a_worker_that_crashes_while_it_drains_has_died(code: str, is_requested: bool) -> None:
-    crashing = running(f"import os, sys; {code}")
-    crashing.state = State.TERMINATING
-    until(crashing.has_ended, "the worker has ended")
-    assert crashing.has_ended_as_requested is is_requested
+def test_which_ends_of_a_worker_were_requested(state: State, code: str, is_requested: bool) -> None:
+    ending = running(f"import os, sys; {code}")
+    ending.state = state
+    until(ending.has_ended, "the worker has ended")
+    assert ending.has_ended_as_requested is is_requested
 
 
 # Hangs.

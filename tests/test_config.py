@@ -52,7 +52,7 @@ def test_no_two_options_share_a_flag_or_a_variable() -> None:
         ("unterminated_after_seconds", 0.1),
     ],
 )
-def test_the_defaults_are_those_of_the_wire_page(name: str, expected: object) -> None:
+def test_the_defaults(name: str, expected: object) -> None:
     assert getattr(Config(), name) == expected
 
 
@@ -119,10 +119,12 @@ def test_no_prefix_can_break_a_statsd_line(text: str) -> None:
     assert not prefix.endswith(".")
 
 
-def test_an_agent_is_needed_only_where_there_is_a_statsd_host() -> None:
+def test_statsd_a_cluster_and_an_admin_port_need_an_agent() -> None:
     assert not Config().needs_agent
     assert not Config(statsd_port=1234, statsd_prefix="x").needs_agent
     assert Config(statsd_host="localhost").needs_agent
+    assert Config(redis_url="redis://localhost").needs_agent
+    assert Config(admin_port=0).needs_agent
 
 
 def test_a_configuration_cannot_be_changed() -> None:

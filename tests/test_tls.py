@@ -2,6 +2,7 @@
 nothing.
 """
 
+import _socket
 import contextlib
 import fcntl
 import re
@@ -16,8 +17,9 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,50 @@ def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path, tmp_path:
         assert client.line() == b"ERR unknown command\n"
 
 
+def test_a_header_that_no_record_can_have_is_an_end_at_once(
+    server: Running, pems: Path, tmp_path: Path
+) -> None:
+    with RecordClient(server.port, trust(pems), tmp_path) as client:
+        client.send(b"\x17\x03\x03\xff\xff" + b"x" * 10)
+        with pytest.raises(ssl.SSLError, match="RECORD_OVERFLOW"):
+            client.line()
+
+
+def test_a_client_that_does_not_read_what_tls_sends_is_cut_off(pems: Path, tmp_path: Path) -> None:
+    pem = [(pems / name).read_text() for name in ("server.pem", "server.key")]
+    context = tls.make_context(Certificates(*pem))
+
+    def receive() -> None:
+        """Be the server, until the client's end."""
+        sock = _socket.socket(fileno=listener.accept()[0].detach())
+        with contextlib.closing(sock):
+            sock.setblocking(False)
+            connection = tls.TlsSocket(sock, context)
+            while select.select([sock], [], [], LIMIT)[0]:
+                if connection.handshake(4096) is tls.Handshake.DONE:
+                    break
+            while select.select([sock], [], [], LIMIT)[0]:
+                with contextlib.suppress(BlockingIOError):
+                    if not connection.recv(4096):
+                        return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        receiving = pool.submit(receive)
+        with RecordClient(listener.getsockname()[1], trust(pems), tmp_path) as client:
+            flood = b"".join(client.key_update(wants_one=True) for _ in range(20_000))
+            with contextlib.suppress(ConnectionError):  # It is cut off before its end.
+                client.send(flood)
+            with pytest.raises(ConnectionAbortedError, match="does not read what TLS sends"):
+                receiving.result()
+
+
+def test_a_client_that_breaks_tls_reads_an_alert(server: Running) -> None:
+    with server.client() as client:
+        client.send(b"\x16\x03\x01\x00\x05hello")
+        assert client.rest().startswith(b"\x15\x03")
+
+
 @contextmanager
 def answered(
     pems: Path, folder: Path, options: str = "--drain-timeout 60"
@@ -219,15 +265,18 @@ def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(
 
 
 @pytest.mark.outer
-def test_a_record_in_pieces_is_no_idleness_but_has_its_time(pems: Path, tmp_path: Path) -> None:
+def test_a_record_in_pieces_is_no_idleness_but_must_end_in_time(pems: Path, tmp_path: Path) -> None:
     with answered(pems, tmp_path, "--idle-timeout 1 --line-timeout 3") as (_, client):
         record = client.record(b"WHY\n" * 500)
         for at in range(0, len(record), 300):
             client.send(record[at : at + 300])
             time.sleep(0.3)  # 2 s in all
         assert [client.line() for _ in range(500)] == [b"42\n"] * 500
-        client.send(client.record(b"WHY\n")[:-1])
-        assert client.line() in (b"ERR too slow\n", b"ERR idle\n")
+        for byte in client.record(b"WHY\n")[:-1]:
+            client.send(bytes([byte]))
+            if select.select([client.sock], [], [], 0.3)[0]:
+                break
+        assert client.line() == b"ERR too slow\n"
         assert client.line() == b""
 
 
@@ -515,6 +564,22 @@ def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> 
     broken = ssl.DER_cert_to_PEM_cert(der.replace(last, last[:-11] + b"99" + last[-9:]))
     assert tls.expires_at(Certificates(chain)) > time.time()
     assert tls.expires_at(Certificates(broken)) == 0
+
+
+@pytest.mark.parametrize(
+    ("last", "moment"),
+    [
+        (b"\x17\x0d500101000000Z", datetime(1950, 1, 1, tzinfo=UTC)),
+        (b"\x17\x0d991231235959Z", datetime(1999, 12, 31, 23, 59, 59, tzinfo=UTC)),
+        (b"\x17\x0d491231000000Z", datetime(2049, 12, 31, tzinfo=UTC)),
+        (b"\x18\x0f20510203040506Z", datetime(2051, 2, 3, 4, 5, 6, tzinfo=UTC)),
+    ],
+)
+def test_the_expiry_is_read_in_both_forms_of_time(last: bytes, moment: datetime) -> None:
+    validity = b"\x17\x0d490101000000Z" + last
+    der = b"\x30\x22\x30" + bytes([len(validity)]) + validity
+    chain = ssl.DER_cert_to_PEM_cert(der)
+    assert tls.expires_at(Certificates(chain)) == moment.timestamp()
 
 
 @pytest.mark.outer
