@@ -1,1 +1,1 @@
-"""The tests. `running` starts the real program; each other file tests a module or a promise."""
+"""The tests. Each file tests a module or a promise; `lab.running` starts the real program."""

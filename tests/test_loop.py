@@ -30,6 +30,7 @@ MODULE = """
 import gc
 import os
 import time
+from pathlib import Path
 from gevent.monkey import get_original
 from greenlet import greenlet
 from gserver.commands import command
@@ -48,6 +49,22 @@ def nap(service):
 def rest(service):
     time.sleep(3)
     return "rested"
+
+@command("SPIN", may_block=False)
+def spin(service):
+    Path("spinning").touch()
+    while not Path("released").exists():
+        pass
+    return "released"
+
+@command("AFTER-SPIN")
+def after_spin(service):
+    while not Path("spinning").exists():
+        time.sleep(0.01)  # It ends in the turn after that of SPIN, before events of clients.
+    Path("held").touch()
+    while Path("held").exists():
+        pass
+    return "held"
 
 @command("QUICK", may_block=False)
 def quick(service):
@@ -182,22 +199,32 @@ def test_replies_that_are_not_read_are_kept_in_order(here: Running) -> None:
     assert received[3 * lines :] in (b"", b"42\n", b"ERR unknown command\n")
 
 
-def test_who_has_connected_before_a_who_is_sent_is_in_its_answer_whoever_else_speaks(
-    here: Running,
+@pytest.mark.parametrize("crowd", [0, TURN_CLIENTS + 50], ids=["few", "more than in one turn"])
+def test_a_client_that_connected_before_a_who_was_sent_is_in_its_reply(
+    folder: Path, crowd: int
 ) -> None:
-    with ExitStack() as stack:
-        count = TURN_CLIENTS + 50  # More than have their turn at once.
-        clients = [stack.enter_context(here.client()) for _ in range(count)]
-        until(lambda: clients[0].who() == count, "all are there")
-        with stopped(here.workers()[0]):
-            for client in clients:
-                client.send(b"WHY\n")
-            more = [stack.enter_context(here.client()) for _ in range(5)]
-            for client in clients:
-                client.send(b"WHO\n")
-        assert [client.line() for client in clients] == [b"42\n"] * count
-        assert [client.line() for client in clients] == [b"%d\n" % (count + 5)] * count
-        assert more[0].who() == count + 5
+    """Both come in a turn that has begun already: the worker is held up between two polls."""
+    with Running("--commands", "greenlets", cwd=folder) as server, ExitStack() as stack:
+        spinning, holding, asking, *others = [
+            stack.enter_context(server.client()) for _ in range(3 + crowd)
+        ]
+        until(lambda: asking.who() == 3 + crowd, "all are there")
+        holding.send(b"AFTER-SPIN\n")
+        spinning.send(b"SPIN\n")
+        until((folder / "spinning").exists, "the worker is in a turn")
+        asking.send(b"W")  # So its event comes before that of the listener.
+        for client in others:
+            client.send(b"WHY\n")
+        time.sleep(0.05)
+        (folder / "released").touch()
+        until((folder / "held").exists, "the worker is in the next one")
+        stack.enter_context(server.client())
+        asking.send(b"HO\n")
+        for name in ("spinning", "released", "held"):
+            (folder / name).unlink()
+        assert asking.line() == b"%d\n" % (4 + crowd)
+        assert {client.line() for client in others} <= {b"42\n"}
+        assert (spinning.line(), holding.line()) == (b"released\n", b"held\n")
 
 
 def test_a_drain_answers_what_a_client_at_rest_has_sent_and_then_ends_it(folder: Path) -> None:

@@ -35,8 +35,7 @@ def make_context(certificates: Certificates) -> ssl.SSLContext:
     """Return the server's context; raise `UsageError`, which names the option, for a bad file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A TCP end without close_notify is a normal end: what the client has sent is answered.
-    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_IGNORE_UNEXPECTED_EOF
+    context.options |= ssl.OP_NO_RENEGOTIATION
     with _file(certificates.chain) as chain, _file(certificates.key) as key:
         try:
             context.load_cert_chain(chain, key, password=_no_password)
@@ -219,6 +218,7 @@ class TlsSocket:
             return b""
         received = self._sock.recv(size)
         if not received or self._has_sent_close:
+            # A TCP end without close_notify is a normal end: what the client has sent is answered.
             return received
         self._feed(received)
         data, self._has_ended = self._decrypt()
