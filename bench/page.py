@@ -3,6 +3,7 @@
 `bench/capacity.py` does it for docs/cluster.md.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 from bench import tls
@@ -21,8 +22,9 @@ SUMMARISED = {"speed", "depth", "connect", "connections", "idle", "tls", "start"
 
 def tables(results: Results, scenarios: Iterable[str]) -> dict[str, str]:
     """The tables of these scenarios, those of all of them, and what the samples were made on."""
+    usual = usual_source(results)
     found = {
-        name: f"{item.write(results)}\n\n*{source(results, item.scenarios)}*"
+        name: _with_source(item.write(results), source(results, item.scenarios), usual)
         for name, item in TABLES.items()
         if item.scenario in scenarios and all(each in results for each in item.scenarios)
     }
@@ -95,8 +97,22 @@ def source(results: Results, names: Iterable[str]) -> str:
     )
 
 
+def usual_source(results: Results) -> str:
+    """The source of most scenarios."""
+    found = Counter(source(results, [name]) for name in results)
+    return max(found, key=lambda text: found[text], default="")
+
+
+def _with_source(table: str, source: str, usual: str) -> str:
+    """A table, with its source below it unless that is the usual one."""
+    return table if source == usual else f"{table}\n\n*{source}*"
+
+
 def software(results: Results) -> str:
-    """Name the versions that figures depend on. What differs between scenarios is named with it."""
+    """Name the usual source, and the versions that figures depend on.
+
+    A version that differs between scenarios is named with its scenarios.
+    """
     parts = []
     keys = dict.fromkeys(key for result in results.values() for key in result["machine"])
     for key in (key for key in keys if key not in SOURCE_KEYS):
@@ -106,7 +122,10 @@ def software(results: Results) -> str:
         usual = max(found, key=lambda value: len(found[value]))
         others = [f"{text} for {' and '.join(names)}" for text, names in found.items()]
         parts.append(usual if not others[1:] else " or ".join(others))
-    return f"Versions: {', '.join(parts)}."
+    return (
+        f"Measured with {usual_source(results)}, unless a table says otherwise.\n"
+        f"Versions: {', '.join(parts)}."
+    )
 
 
 def render(results: Results) -> None:

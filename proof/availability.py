@@ -162,8 +162,8 @@ def _seconds(value: float) -> str:
 
 
 def replies_table(report: dict[str, Any]) -> str:
-    """What each fault that can be made costs replies, and their sum."""
-    found = costs(report, "replies")
+    """What faults cost replies, and the sum. Those that cost none are only in `who_table`."""
+    found = _costly(report)
     rows = [
         [name, f"{rate.per_year:g}", rate.why, *_cells(rate, trials), *map(_seconds, each)]
         for name, (rate, trials, each) in found.items()
@@ -182,16 +182,36 @@ def replies_table(report: dict[str, Any]) -> str:
     return table(head, [*rows, ["**sum**", "", "", "", "", *sums]])
 
 
+def _costly(report: dict[str, Any]) -> dict[str, tuple[Rate, list[Outage], Cost]]:
+    """The faults that cost replies."""
+    return {name: found for name, found in costs(report, "replies").items() if found[2].worst}
+
+
 def who_table(report: dict[str, Any]) -> str:
     """For how long WHO is not exact, and the sum."""
     found = costs(report, "who")
+    shown_before = _costly(report)
     rows = [
-        [name, f"{rate.per_year:g}", *_cells(rate, trials), *map(_seconds, each[:2])]
+        [
+            name,
+            f"{rate.per_year:g}",
+            "as above" if name in shown_before else rate.why,
+            *_cells(rate, trials),
+            *map(_seconds, each[:2]),
+        ]
         for name, (rate, trials, each) in found.items()
     ]
     sums = [f"**{_seconds(each)}**" for each in total(each for *_, each in found.values())[:2]]
-    head = ["fault", "a year", "wrong for, s", "answers wrong", "s in 30 days", "worst"]
-    return f"{who_verdict(report)}\n\n{table(head, [*rows, ['**sum**', '', '', '', *sums]])}"
+    head = [
+        "fault",
+        "a year",
+        "assumed because",
+        "wrong for, s",
+        "replies wrong",
+        "s in 30 days",
+        "worst",
+    ]
+    return f"{who_verdict(report)}\n\n{table(head, [*rows, ['**sum**', '', '', '', '', *sums]])}"
 
 
 def who_verdict(report: dict[str, Any]) -> str:
@@ -210,7 +230,7 @@ def who_verdict(report: dict[str, Any]) -> str:
         return verdict
     return (
         f"{verdict} **This misses 99.95 %.** "
-        "More servers do not help. It would take a Redis that all servers can reach, except for "
+        "More servers do not help. All servers would have to reach Redis at all times, except for "
         f"{left / 60:.0f} minutes in 30 days ({availability(left)})."
     )
 
