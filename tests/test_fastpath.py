@@ -10,7 +10,15 @@ from gserver.commands import BUILT_IN, Command, command
 from gserver.config import Config
 from gserver.protocol import ErrorReply, Parser
 from gserver.scoreboard import Scoreboard
-from gserver.serve.fastpath import MAX_LINES, MAX_LONG_PLANS, MAX_MISSES, MAX_SHORT_PLANS, FastPath
+from gserver.serve.fastpath import (
+    MAX_LINES,
+    MAX_LONG_PLANS,
+    MAX_MISSES,
+    MAX_SHORT_BYTES,
+    MAX_SHORT_PLANS,
+    PIECE_BYTES,
+    FastPath,
+)
 from gserver.serve.limits import Limits
 from gserver.serve.replies import Replies
 from lab.wire_cases import CASES, Case
@@ -136,12 +144,47 @@ def test_a_single_line_in_any_spelling_is_answered(
         assert check(worker, line + ending, has_spoken) in (b"3\n", b"here\n", b"42\n")
 
 
-def test_many_different_reads_are_answered_after_all_plans_were_forgotten() -> None:
+def filled(worker: Worker, pattern: bytes, count: int) -> int:
+    """Let a worker answer so many different reads; return how many are remembered then."""
+    for number in range(count):
+        assert check(worker, pattern % number) is not None
+    return len(worker.fastpath._plans)
+
+
+SHORT, LONG = b"who\nNOPE%d\n", b"who\n" * 20 + b"NOPE%d\n"
+
+
+@pytest.mark.parametrize("missed", [b"WHO\nWHY\n", b"why\nNOPE\n"], ids=["upper case", "mixed"])
+def test_all_is_forgotten_after_so_many_reads_that_are_not_remembered(missed: bytes) -> None:
     worker = Worker()
-    for number in range(MAX_SHORT_PLANS + MAX_MISSES + 10):
-        assert check(worker, b"who\nNOPE%d\n" % number) == b"3\nERR unknown command\n"
-        assert len(worker.fastpath._plans) <= MAX_SHORT_PLANS
-    assert check(worker, b"who\n") == b"3\n"
+    for _ in range(2):
+        assert filled(worker, LONG, MAX_LONG_PLANS) == MAX_LONG_PLANS
+        assert filled(worker, SHORT, MAX_SHORT_PLANS - MAX_LONG_PLANS) == MAX_SHORT_PLANS
+        for _ in range(MAX_MISSES - 1):
+            worker.fastpath.answer(missed, has_spoken=True)
+        assert len(worker.fastpath._plans) == MAX_SHORT_PLANS
+        assert check(worker, missed) is not None
+        assert len(worker.fastpath._plans) == 0
+
+
+def test_the_limits_of_reads_that_are_remembered() -> None:
+    worker = Worker()
+    short, longer = b"NOPE%59d\n", b"NOPE%60d\n"
+    assert (len(short % 0), len(longer % 0)) == (MAX_SHORT_BYTES, MAX_SHORT_BYTES + 1)
+    assert filled(worker, short, MAX_LONG_PLANS + 1) == MAX_LONG_PLANS + 1
+    assert filled(worker, longer, MAX_LONG_PLANS + 1) == 2 * MAX_LONG_PLANS + 1
+    assert filled(worker, short, MAX_LONG_PLANS + 2) == 2 * MAX_LONG_PLANS + 2
+
+
+@pytest.mark.parametrize("data", [b"WHO\n", b"WHO\n" * (PIECE_BYTES // 4)])
+def test_a_read_in_upper_case_is_remembered_where_there_is_room(data: bytes) -> None:
+    worker = Worker()
+    assert check(worker, data) is not None
+    assert set(worker.fastpath._plans) == {data}
+
+
+def test_a_first_read_may_be_an_own_command() -> None:
+    assert check(Worker(), b"QUICK\n", has_spoken=False) == b"never blocks\n"
 
 
 def test_lines_are_remembered_up_to_a_limit_and_then_forgotten() -> None:
@@ -153,13 +196,6 @@ def test_lines_are_remembered_up_to_a_limit_and_then_forgotten() -> None:
         assert len(lines) == before + number + 1
     check(worker, b"nope\n")
     assert len(lines) == 1
-
-
-def test_few_long_reads_are_remembered() -> None:
-    worker = Worker()
-    for number in range(2 * MAX_LONG_PLANS):
-        assert check(worker, b"who\n" * 20 + b"NOPE%d\n" % number) is not None
-        assert len(worker.fastpath._plans) == min(number + 1, MAX_LONG_PLANS)
 
 
 @pytest.mark.parametrize("data", [b"WHO\nWHERE\nWHY\n" * 200, b"who\n" * 128])
