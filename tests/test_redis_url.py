@@ -128,6 +128,7 @@ ERRORS = {
     "redis://127.0.0.1/-1": "not a number",
     "redis://127.0.0.1/1/2": "not a number",
     "redis://127.0.0.1/123456": "not a number",
+    "redis://127.0.0.1?timeout=": "unknown parameter",
     "redis://127.0.0.1?db=x": "not a number",
     "redis+sentinel://one/name/x": "not a number",
     "unix:///run/redis.sock?db=x": "not a number",
