@@ -57,16 +57,6 @@ def spin(service):
 '''
 
 
-def await_others(site: Site, gone: list[psutil.Process]) -> None:
-    """Wait until these have ended and others have their places."""
-
-    def have_places() -> bool:
-        now = [*site.server.workers(), *site.server.agents()]
-        return len(now) == site.variant.workers + 1 and not set(gone) & set(now)
-
-    until(have_places, "others have their places")
-
-
 @row(
     "Workers and agent killed",
     *ALL,
@@ -83,7 +73,7 @@ def test_killed_processes_are_replaced(start: Start, notes: Notes, kind: Choice)
         site.may_lose = victims != site.server.agents()
         for victim in victims:
             victim.kill()
-        await_others(site, victims)
+        site.await_others(victims)
         neighbours.are_served()
         died = [
             event for event in site.server.events() if str(event["event.action"]).endswith(".died")
@@ -108,7 +98,7 @@ def test_a_loop_of_kills_leaves_nothing_behind(start: Start, notes: Notes) -> No
                 with suppress(psutil.NoSuchProcess):  # The reload has ended it.
                     victim.kill()
             time.sleep(drawn.random() / 2)
-        await_others(site, [])
+        site.await_others()
         neighbours.are_served()
         died = len(site.server.events("worker.died")) + len(site.server.events("agent.died"))
         notes.happened(
@@ -133,7 +123,7 @@ def test_a_process_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choi
     with site.neighbours() as neighbours:
         site.may_lose = "worker" in victim.cmdline()
         victim.suspend()
-        await_others(site, [victim])
+        site.await_others([victim])
         neighbours.are_served()
         [hung] = [
             event for event in site.server.events() if str(event["event.action"]).endswith(".hung")
@@ -362,7 +352,7 @@ def test_every_client_that_connects_during_20_reloads_gets_a_reply(
         notes.happened(f"20 reloads, {sum(counts)} connects, all answered")
         assert sum(counts) >= CONNECTS
         assert not site.server.events("worker.died")
-        await_others(site, [])
+        site.await_others()
 
 
 @row(

@@ -19,11 +19,11 @@ import pytest
 from gserver.config import OPTIONS, environment_names, flag
 from lab.booted import UNITS, Booted
 from lab.certificates import make_certificates
+from lab.documents import DEPLOYING
 from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
 
 DEPLOY = ROOT / "deploy"
-DEPLOYING = (ROOT / "docs/deploying.md").read_text()
 
 
 def unit(name: str) -> dict[str, dict[str, str]]:
