@@ -19,7 +19,8 @@ from gserver.serve.limits import AddressCounts, Limits, network
 from lab.admin import status
 from lab.running import PATIENCE, Client, Running, argv, extended, stopped, until
 from lab.tls_client import certified, trust
-from tests.test_worker import MODULE, WAYS, Way
+from lab.ways import WAYS, Way
+from tests.test_worker import MODULE
 
 MANY, OTHER = "127.0.0.2", "127.0.0.3"
 LIMIT = 6

@@ -22,10 +22,10 @@ import pytest
 from gserver.config import OPTIONS, flag
 from lab.certificates import make_certificates
 from lab.documents import OPERATIONS, rows
+from lab.packages import package
 from lab.redises import Redis, free_port
 from lab.running import LIMIT, ROOT, Running, argv, program, until
 from lab.tls_client import trust
-from tests.outer.test_deploy_machine import package
 
 FILES = ROOT / "deploy/prometheus"
 RULES = (FILES / "gserver.rules.yml").read_text()
