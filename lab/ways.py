@@ -1,4 +1,7 @@
-"""The ways in which clients go, the bad ones included."""
+"""The ways in which clients go, the bad ones included.
+
+Their server needs `fail`, `end_greenlet` and `nap` of `lab.commands`.
+"""
 
 import socket
 import struct

@@ -19,33 +19,14 @@ from lab.ways import WAYS, Way
 REJECTED = b"ERR too many clients\n"
 
 MODULE = """
-import gc, os, socket, time
+import os, socket
 import gevent
-from greenlet import GreenletExit, greenlet
 from gserver.commands import command
-
-@command("PID")
-def pid(service):
-    return os.getpid()
-
-@command("FAIL")
-def fail(service):
-    raise RuntimeError("as asked")
-
-@command("EXIT")
-def exit(service):
-    raise GreenletExit
-
-@command("NAP")
-def nap(service):
-    time.sleep(0.05)
-    return "rested"
+from lab.commands import count_greenlets, end_greenlet, fail, nap, pid
 
 @command("HELD")
 def held(service):
-    gc.collect()
-    greenlets = sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
-    files = len(os.listdir("/proc/self/fd"))
+    greenlets, files = count_greenlets(), len(os.listdir("/proc/self/fd"))
     return f"{greenlets} greenlets, {files} files, {gevent.get_hub().loop.activecnt} watchers"
 
 def is_tcp(fd):

@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from lab.admin import get
-from lab.census import CENSUS
 from lab.netns import unavailable
 from lab.redises import Redis, free_port
 from lab.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
@@ -48,13 +47,6 @@ FOR_ALL = [
 FOR_SUPERVISOR = [number for number in FOR_ALL if number not in (signal.SIGINT, signal.SIGUSR2)]
 #: During 20 reloads, at least.
 CONNECTS = 10_000
-SPINNING = '''
-@command("SPIN")
-def spin(service):
-    """Compute for ever."""
-    while True:
-        pass
-'''
 
 
 @row(
@@ -165,11 +157,8 @@ def test_a_worker_that_hangs_delays_a_stop_by_the_hang_timeout_at_most(
 
 
 @row("Handler that never yields", *PLAIN, *SEVERAL[1:], quick=ALL[1])
-def test_a_worker_whose_handler_computes_for_ever_is_replaced(
-    start: Start, notes: Notes, tmp_path: Path
-) -> None:
-    (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
-    site = start("--hang-timeout", "2", "--commands", "spinning")
+def test_a_worker_whose_handler_computes_for_ever_is_replaced(start: Start, notes: Notes) -> None:
+    site = start("--hang-timeout", "2", "--commands", "lab.commands")
     before = site.server.workers()
     with site.neighbours() as neighbours, site.client() as client:
         site.may_lose = True
@@ -209,8 +198,7 @@ def is_free(port: int) -> bool:
 def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
-    (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
-    site = start("--commands", "spinning", env={"MARK": str(tmp_path)})
+    site = start("--commands", "lab.commands", env={"MARK": str(tmp_path)})
     clients = [site.client() for _ in range(20)]
     used = {worker: worker.cpu_times().user for worker in site.server.workers()}
     for client in clients[:5]:
@@ -253,8 +241,7 @@ def test_the_lines_of_a_thousand_clients_are_answered_at_a_stop(
 
 @row("Second SIGTERM", *SEVERAL, quick=None)
 def test_a_second_signal_ends_the_server_now(start: Start, notes: Notes, tmp_path: Path) -> None:
-    (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
-    site = start("--commands", "spinning", "--drain-timeout", "60", env={"MARK": str(tmp_path)})
+    site = start("--commands", "lab.commands", "--drain-timeout", "60", env={"MARK": str(tmp_path)})
     with site.client() as client:
         client.send(b"SPIN\n")
         site.server.send_signal(signal.SIGTERM)

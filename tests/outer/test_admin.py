@@ -440,10 +440,7 @@ def test_no_connection_is_evicted_while_its_answer_is_made() -> None:
 
 def test_the_time_that_a_client_takes_to_read_is_not_service_time(tmp_path: Path) -> None:
     (tmp_path / "large.py").write_text(
-        "from gserver.commands import command\n"
-        "@command('LARGE')\n"
-        "def large(service):\n"
-        "    return 'x' * 20_000_000\n"
+        "from lab.commands import replying\nlarge = replying('LARGE', 20_000_000)\n"
     )
     with (
         Running("--admin-port", "0", "--commands", "large", cwd=tmp_path) as server,

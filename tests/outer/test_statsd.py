@@ -18,17 +18,7 @@ from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, Running, argv, program, until
 from lab.statsd import LINE, Daemon, becomes, received, statsd_daemon, to
 
-COMMANDS = """
-from gserver.commands import command
-
-@command("NAP_1")
-def nap(service):
-    return "rested"
-
-@command("FAIL")
-def fail(service):
-    raise LookupError
-"""
+COMMANDS = "from lab.commands import fail, napping\nnap = napping('NAP_1', 0)\n"
 
 # What is sent, made from the totals of a scoreboard.
 
