@@ -23,30 +23,8 @@ from gserver.protocol import ERROR_REPLIES
 from gserver.serve.client import State as ClientState
 from gserver.supervise.phases import Phase
 from gserver.supervise.systemd import VARIABLES
+from lab.documents import DEPLOYING, OPERATIONS, PROTOCOL, README, rows, section
 from lab.running import ROOT, Running, environment
-
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
-DEPLOYING = (ROOT / "docs/deploying.md").read_text()
-PROTOCOL = (ROOT / "docs/protocol.md").read_text()
-README = (ROOT / "README.md").read_text()
-
-
-def section(title: str, text: str = OPERATIONS) -> str:
-    """One chapter of a page."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    assert found, f"no chapter {title}"
-    return found[1]
-
-
-def rows(title: str, text: str = OPERATIONS) -> dict[str, list[str]]:
-    """The table of a chapter: each name in the first column, with the other columns."""
-    table: dict[str, list[str]] = {}
-    for line in section(title, text).splitlines():
-        first, *rest = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        for name in re.findall(r"`([^`]+)`", first) if line.startswith("| `") else []:
-            assert name not in table, f"{name} is there twice"
-            table[name] = rest
-    return table
 
 
 def test_the_options_are_those_of_the_table_with_their_defaults_and_variables() -> None:

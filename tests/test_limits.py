@@ -19,13 +19,16 @@ from gserver.serve.limits import AddressCounts, Limits, network
 from lab.admin import status
 from lab.running import PATIENCE, Client, Running, argv, extended, stopped, until
 from lab.tls_client import certified, trust
-from tests.test_worker import MODULE, WAYS, Way
+from lab.ways import WAYS, Way
 
 MANY, OTHER = "127.0.0.2", "127.0.0.3"
 LIMIT = 6
 REJECTED = b"ERR too many clients from your address\n"
-COMMANDS = f"""{MODULE}
+COMMANDS = """
+import time
 from pathlib import Path
+from gserver.commands import command
+from lab.commands import end_greenlet, fail, nap, pid
 
 @command("STAY")
 def stay(service):
