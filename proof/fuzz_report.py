@@ -28,7 +28,8 @@ def _summary(kind: str, told: dict[str, Any]) -> str:
     findings = "1 finding" if told["findings"] == 1 else f"{told['findings'] or 'no'} findings"
     command = f"bin/fuzz {kind} --inputs {told['inputs']} --seed {told['seed']}"
     text = f"**{TITLES[kind]}** (`{command}`): {told['inputs']:,} inputs "
-    text += f"in {told['seconds']:,.0f} s, {speed:,.0f} a second; {findings}."
+    text += f"in {told['seconds']:,.0f} s, {speed:,.0f} a second; {findings}"
+    text += "".join(f"; {told[key]}" for key in ("gserver", "date") if key in told) + "."
     guided = told.get("guided")
     if isinstance(guided, dict):
         text += f" {guided['inputs']:,} more were guided by coverage."
