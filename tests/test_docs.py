@@ -63,8 +63,41 @@ def test_the_options_are_those_of_the_table_with_their_defaults_and_variables() 
             assert f"`{runner_name}`" in meaning, item.name
 
 
+def prometheus_type(name: str) -> str:
+    """The type of a metric in the table, by the sentence above it."""
+    sentence = re.search(
+        r"Names in `_total` are counters, `(\w+)` is\sa histogram, `(\w+)` is an info, "
+        r"and the others are gauges\.",
+        section("Metrics"),
+    )
+    assert sentence
+    others = {sentence[1]: "histogram", sentence[2]: "info"}
+    is_counter = name.partition("{")[0].endswith("_total")
+    return "counter" if is_counter else others.get(name, "gauge")
+
+
+def statsd_metrics() -> dict[str, str]:
+    """StatsD's metrics and their kinds in the table. REASON and KIND stand for those of theirs."""
+    members = {
+        "REASON": rows("Reasons of error replies"),
+        "KIND": rows("Kinds of heartbeat errors"),
+    }
+    table: dict[str, str] = {}
+    for prometheus, (cell, _) in rows("Metrics").items():
+        found = re.fullmatch(r"`([\w.]+)`(?: \((.+)\))?|-", cell)
+        assert found, cell
+        name, own_kind = found.groups()
+        if name:
+            prefix, _, last = name.rpartition(".")
+            names = (
+                [f"{prefix}.{member}" for member in members[last]] if last in members else [name]
+            )
+            table |= dict.fromkeys(names, own_kind or prometheus_type(prometheus))
+    return table
+
+
 def test_every_metric_is_in_the_table_and_no_other() -> None:
-    documented = {name for name in rows("Metrics") if "commands." not in name}
+    documented = {name for name in statsd_metrics() if "commands." not in name}
     assert documented == {*GAUGES, *COUNTERS, *TIMINGS}
 
 
