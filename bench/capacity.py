@@ -1,7 +1,9 @@
 """How many servers one Redis carries: the generated part of docs/cluster.md."""
 
 import statistics
+from collections.abc import Iterator, Sequence
 
+from bench.measure import Sample
 from bench.page import put, source
 from bench.report import (
     HEARTBEAT_CPU,
@@ -52,10 +54,23 @@ def section(results: Results) -> str:
         [
             f"Measured with `bin/bench {HEARTBEATS}` ({where}):",
             heartbeat_table(COLUMNS, is_turned=False).write(results),
+            *_script(samples),
             f"From its CPU time at {most:,} servers, one Redis carries:",
             table(["cluster", "heartbeats per second each", share], rows),
         ]
     )
+
+
+def _script(samples: Sequence[Sample]) -> Iterator[str]:
+    """Why the CPU of a heartbeat is not the same in each row."""
+    times = [sample["script_us"] for sample in samples if "script_us" in sample]
+    if times:
+        yield (
+            f"The script itself takes {min(times):.0f} to {max(times):.0f} µs, whatever the number "
+            "of servers. The CPU per heartbeat also\n"
+            "includes background work of Redis, which dominates with few servers, and wake-ups, "
+            "each of which probably serves several\nheartbeats when Redis is busy."
+        )
 
 
 def _rounded_down(value: float) -> int:

@@ -53,6 +53,11 @@ def free_port(host: Host = HERE) -> int:
             return int(probe.getsockname()[1])
 
 
+def keys_of(cluster: str = "gserver") -> list[str]:
+    """The keys of a cluster: its members, their leases, and its state."""
+    return [f"{{gserver:{cluster}}}:{name}" for name in ("members", "leases", "state")]
+
+
 class Server(ExitStack[None]):
     """A redis-server or redis-sentinel, with a folder of its own in `folder`."""
 
@@ -202,7 +207,7 @@ class Redis(Server):
 
     def members(self, name: str = "gserver") -> dict[str, int]:
         """Return the number of clients that each server of a cluster has reported last."""
-        found: dict[str, str] = self.command("HGETALL", f"{{gserver:{name}}}:members")
+        found: dict[str, str] = self.command("HGETALL", keys_of(name)[0])
         return {member: int(entry.split()[0]) for member, entry in found.items()}
 
 

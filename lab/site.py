@@ -1,8 +1,10 @@
 """The scene of a fault: a server, good clients of it, and a record of what it held before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import psutil
 
 from lab import seed
 from lab.census import CENSUS, Held, clients, have_crowd, held, one_each
@@ -103,6 +105,15 @@ class Site(ExitStack[None]):
         with ExitStack() as stack:
             chosen = one_each(self.server, self.client, stack)
             return sorted(held(self.server, chosen).values(), key=lambda each: each[1:])
+
+    def await_others(self, gone: Sequence[psutil.Process] = ()) -> None:
+        """Wait until these have ended and others have their places."""
+
+        def have_places() -> bool:
+            now = [*self.server.workers(), *self.server.agents()]
+            return len(now) == self.variant.workers + 1 and not set(gone) & set(now)
+
+        until(have_places, "others have their places")
 
     def assert_as_before(self) -> None:
         """WHO is exact, and descriptors, greenlets and memory are back to where they were."""

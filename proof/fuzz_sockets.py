@@ -65,14 +65,11 @@ VARIANTS: dict[str, tuple[Variant, list[str]]] = {
     "tls": (Variant(2, True), []),
 }
 COMMANDS = f"""
-import time
-from census import census
 from gserver.commands import command
+from lab.commands import census, napping, replying
 
-@command("NAP")
-def nap(service):
-    time.sleep(0.02)
-    return "rested"
+nap = napping("NAP", 0.02)
+large = replying("LARGE", {LARGE_BYTES})
 
 @command("WHYNOT", may_block=False)
 def whynot(service):
@@ -81,10 +78,6 @@ def whynot(service):
 @command("BOOM")
 def boom(service):
     raise ValueError("as it should be\\n\\x1b[2J")
-
-@command("LARGE")
-def large(service):
-    return "x" * {LARGE_BYTES}
 """
 REPLIES = dict.fromkeys((b"WHO", b"CENSUS"), b"") | {
     b"WHERE": b"here",

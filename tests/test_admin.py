@@ -20,13 +20,7 @@ from lab.admin import dial, get, metrics, status
 from lab.running import LIMIT, PATIENCE, Running, argv, extended, gserver, program, told, until
 
 TOKEN = "not-a-secret"
-LARGE = """
-from gserver.commands import command
-
-@command("LARGE")
-def large(service):
-    return "x" * 20_000_000
-"""
+LARGE = "from lab.commands import replying\nlarge = replying('LARGE', 20_000_000)\n"
 
 
 @pytest.fixture(scope="module")

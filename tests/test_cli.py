@@ -19,9 +19,9 @@ import pytest
 from gserver import __version__
 from gserver.cli import main as cli
 from gserver.config import OPTIONS, Config, environment_names, flag
+from lab.handover import listening, start
 from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, Running, argv, environment, gserver, told
-from tests.outer.test_systemd import listening, start
 
 #: Every option: its own variable, a text for it, and the value that comes of it.
 EVERY_OPTION: dict[str, tuple[str, str, Any]] = {

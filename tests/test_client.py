@@ -36,11 +36,10 @@ import sys
 import time
 import gevent
 from gserver.commands import command
+from lab.commands import napping, replying
 
-@command("NAP")
-def nap(service):
-    time.sleep({NAP})
-    return "rested"
+nap = napping("NAP", {NAP})
+large = replying("LARGE", 20_000_000)
 
 @command("BOOM")
 def boom(service):
@@ -58,10 +57,6 @@ def late(service):
 @command("LINES")
 def lines(service):
     return "one\\ntwo"
-
-@command("LARGE")
-def large(service):
-    return "x" * 20_000_000
 """
 
 

@@ -17,11 +17,7 @@ MODULE = """
 import os
 import time
 from gserver.commands import command
-
-@command("NAP")
-def nap(service):
-    time.sleep(0.05)
-    return "napped"
+from lab.commands import nap
 
 @command("WAIT", may_block=False)
 def wait(service):
@@ -92,7 +88,7 @@ def test_a_handler_that_waits_though_it_may_not_fails_and_keeps_the_order(tmp_pa
         client.send(b"NAP\nWAIT\nWHY\n")
         until(lambda: server.events("command.failed"), "it has failed")
         client.send(b"why\n")
-        expected = [b"napped\n", b"ERR internal\n", b"42\n", b"42\n"]
+        expected = [b"rested\n", b"ERR internal\n", b"42\n", b"42\n"]
         assert [client.line() for _ in range(4)] == expected
 
 

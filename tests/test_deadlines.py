@@ -54,13 +54,29 @@ def test_many_clients_with_deadlines_are_looked_through_seldom() -> None:
     assert looks_at == {MIN_ENTRIES * times for times in (1, 2, 4, 8, 16, 32)}
 
 
+def test_the_order_is_kept_when_stale_entries_are_dropped() -> None:
+    chance, deadlines, things = Random(1), Deadlines[Thing](), [Thing() for _ in range(100)]
+    for _ in range(MIN_ENTRIES):
+        deadlines.put(chance.choice(things), chance.uniform(1.0, 9.0))
+    assert deadlines.entries < MIN_ENTRIES
+    moments = []
+    for _ in range(1000):
+        moments += [thing.deadline for thing in deadlines.pop(deadlines.next_at)]
+        if deadlines.next_at == inf:
+            break
+    assert set(moments) == {thing.deadline for thing in things}
+    assert moments == sorted(moments)
+
+
 def test_the_next_moment_is_that_of_the_first_tick() -> None:
     deadlines = Deadlines[Thing]()
     assert deadlines.next_at == inf
     for at in (5.0, 3.0, 4.0):
         deadlines.put(Thing(), at)
     assert 3.0 <= deadlines.next_at <= 3.0 + 1.5 / TICKS_PER_SECOND
-    assert [thing.deadline for thing in deadlines.pop(4.5)] == [3.01, 4.01]
+    assert deadlines.pop(3.0) == []
+    assert [thing.deadline for thing in deadlines.pop(deadlines.next_at)] == [3.01]
+    assert [thing.deadline for thing in deadlines.pop(4.5)] == [4.01]
     assert deadlines.next_at >= 5.0
 
 

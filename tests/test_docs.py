@@ -23,30 +23,8 @@ from gserver.protocol import ERROR_REPLIES
 from gserver.serve.client import State as ClientState
 from gserver.supervise.phases import Phase
 from gserver.supervise.systemd import VARIABLES
+from lab.documents import DEPLOYING, OPERATIONS, PROTOCOL, README, rows, section, statsd_metrics
 from lab.running import ROOT, Running, environment
-
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
-DEPLOYING = (ROOT / "docs/deploying.md").read_text()
-PROTOCOL = (ROOT / "docs/protocol.md").read_text()
-README = (ROOT / "README.md").read_text()
-
-
-def section(title: str, text: str = OPERATIONS) -> str:
-    """One chapter of a page."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    assert found, f"no chapter {title}"
-    return found[1]
-
-
-def rows(title: str, text: str = OPERATIONS) -> dict[str, list[str]]:
-    """The table of a chapter: each name in the first column, with the other columns."""
-    table: dict[str, list[str]] = {}
-    for line in section(title, text).splitlines():
-        first, *rest = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        for name in re.findall(r"`([^`]+)`", first) if line.startswith("| `") else []:
-            assert name not in table, f"{name} is there twice"
-            table[name] = rest
-    return table
 
 
 def test_the_options_are_those_of_the_table_with_their_defaults_and_variables() -> None:
@@ -61,39 +39,6 @@ def test_the_options_are_those_of_the_table_with_their_defaults_and_variables() 
             assert default == (OPTIONS[item.name].shown_default or shown), item.name
         for runner_name in environment_names(item.name)[1:]:
             assert f"`{runner_name}`" in meaning, item.name
-
-
-def prometheus_type(name: str) -> str:
-    """The type of a metric in the table, by the sentence above it."""
-    sentence = re.search(
-        r"Names in `_total` are counters, `(\w+)` is\sa histogram, `(\w+)` is an info, "
-        r"and the others are gauges\.",
-        section("Metrics"),
-    )
-    assert sentence
-    others = {sentence[1]: "histogram", sentence[2]: "info"}
-    is_counter = name.partition("{")[0].endswith("_total")
-    return "counter" if is_counter else others.get(name, "gauge")
-
-
-def statsd_metrics() -> dict[str, str]:
-    """StatsD's metrics and their kinds in the table. REASON and KIND stand for those of theirs."""
-    members = {
-        "REASON": rows("Reasons of error replies"),
-        "KIND": rows("Kinds of heartbeat errors"),
-    }
-    table: dict[str, str] = {}
-    for prometheus, (cell, _) in rows("Metrics").items():
-        found = re.fullmatch(r"`([\w.]+)`(?: \((.+)\))?|-", cell)
-        assert found, cell
-        name, own_kind = found.groups()
-        if name:
-            prefix, _, last = name.rpartition(".")
-            names = (
-                [f"{prefix}.{member}" for member in members[last]] if last in members else [name]
-            )
-            table |= dict.fromkeys(names, own_kind or prometheus_type(prometheus))
-    return table
 
 
 def test_every_metric_is_in_the_table_and_no_other() -> None:

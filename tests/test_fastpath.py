@@ -196,6 +196,8 @@ def test_lines_are_remembered_up_to_a_limit_and_then_forgotten() -> None:
         assert len(lines) == before + number + 1
     check(worker, b"nope\n")
     assert len(lines) == 1
+    check(worker, b"x" * MAX_SHORT_BYTES + b"\n" + b"y" * (MAX_SHORT_BYTES + 1) + b"\n")
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("data", [b"WHO\nWHERE\nWHY\n" * 200, b"who\n" * 128])

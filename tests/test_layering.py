@@ -186,12 +186,13 @@ def test_what_is_no_python_is_installed_with_the_package() -> None:
     assert others == installed
 
 
-def test_neither_the_lab_nor_a_proof_needs_the_tests_and_the_program_needs_none_of_them() -> None:
+def test_nothing_imports_a_test_and_the_program_needs_neither_lab_nor_proof() -> None:
     for folder, forbidden in (
         ("gserver", {"lab", "tests", "proof", "bench"}),
         ("lab", {"tests", "proof", "bench"}),
         ("proof", {"tests"}),
         ("bench", {"tests"}),
+        ("tests", {"tests"}),
     ):
         for path in sorted((ROOT / folder).rglob("*.py")):
             names = {name.split(".")[0] for name in _imports(path)}

@@ -12,20 +12,23 @@ from pathlib import Path
 import pytest
 
 from gserver.config import Config
-from gserver.protocol import TOO_MANY_CLIENTS
+from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS
 from gserver.scoreboard import Scoreboard
 from gserver.serve.client import LINGER_SECONDS
 from gserver.serve.limits import AddressCounts, Limits, network
 from lab.admin import status
 from lab.running import PATIENCE, Client, Running, argv, extended, stopped, until
 from lab.tls_client import certified, trust
-from tests.test_worker import MODULE, WAYS, Way
+from lab.ways import WAYS, Way
 
 MANY, OTHER = "127.0.0.2", "127.0.0.3"
 LIMIT = 6
 REJECTED = b"ERR too many clients from your address\n"
-COMMANDS = f"""{MODULE}
+COMMANDS = """
+import time
 from pathlib import Path
+from gserver.commands import command
+from lab.commands import end_greenlet, fail, nap, pid
 
 @command("STAY")
 def stay(service):
@@ -272,6 +275,21 @@ def test_the_hash_is_another_one_at_each_start() -> None:
         AddressCounts(scoreboard, 0, 1).add(3, MANY)
         places.add(tuple(at for at, count in enumerate(scoreboard.addresses) if count))
     assert len(places) == 5
+
+
+@pytest.mark.parametrize("has_left", [False, True], ids=["rejected", "left"])
+def test_a_connection_counts_for_its_address_until_it_ends(has_left: bool) -> None:
+    config = Config(max_clients=1 if has_left else 0, max_clients_per_address=1)
+    limits = Limits(config, Scoreboard.create(1, 2 * 1024), 0)
+    limits.count_address(3, MANY)
+    assert limits.admit(3) is (None if has_left else TOO_MANY_CLIENTS)
+    if has_left:
+        limits.count_address(4, MANY)
+        assert limits.admit(4) is TOO_MANY_FROM_ADDRESS
+        limits.uncount()
+        limits.uncount_address(3)
+    limits.count_address(5, MANY)
+    assert limits.admit(5) is (None if has_left else TOO_MANY_CLIENTS)
 
 
 def two_workers(max_clients: int) -> tuple[Scoreboard, Limits, Limits]:

@@ -34,9 +34,12 @@ MAX_LINE = 4096
 DRAIN_TIMEOUT = 30.0
 
 COMMANDS = """
-import logging, threading, time
+import logging, threading
 import gevent
 from gserver.commands import command
+from lab.commands import napping
+
+nap = napping("NAP", 60)
 
 def fail():
     raise LookupError("no\\nentry")
@@ -101,10 +104,6 @@ def _flood(service):
     for number in range(20_000):
         logging.getLogger("flood").info("%d", number)
     return "done"
-
-@command("NAP")
-def _nap(service):
-    time.sleep(60)
 """
 FLOOD = 20_000
 

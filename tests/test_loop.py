@@ -27,28 +27,19 @@ from gserver.serve.replies import Replies
 from lab.running import LIMIT, Client, Running, extended, stopped, until
 
 MODULE = """
-import gc
 import os
 import time
 from pathlib import Path
 from gevent.monkey import get_original
-from greenlet import greenlet
 from gserver.commands import command
+from lab.commands import count_greenlets, napping
+
+nap = napping("NAP", 0.5)
+rest = napping("REST", 3)
 
 @command("GREENLETS")
 def greenlets(service):
-    gc.collect()
-    return sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
-
-@command("NAP")
-def nap(service):
-    time.sleep(0.5)
-    return "rested"
-
-@command("REST")
-def rest(service):
-    time.sleep(3)
-    return "rested"
+    return count_greenlets()
 
 @command("SPIN", may_block=False)
 def spin(service):

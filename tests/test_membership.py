@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gserver.cluster.membership import LATE_AFTER_INTERVALS, Heartbeat, Membership, Reply
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.scoreboard import SERVER_CELLS
-from tests.outer.test_cluster_script import INTERVAL, TTL, Model
+from lab.script_model import INTERVAL, TTL, Model
 
 #: Milliseconds, in the tests of single rules.
 TTL_MS = 6000

@@ -16,9 +16,9 @@ from gserver.config import Config
 from gserver.metrics import METRICS, SERVICE_BOUNDS_NS, Kind, Metric, Source, in_seconds
 from gserver.scoreboard import Scoreboard
 from gserver.serve.replies import Replies
+from lab.documents import prometheus_type as documented_type
+from lab.documents import rows, statsd_metrics
 from lab.running import ROOT
-from tests.test_docs import prometheus_type as documented_type
-from tests.test_docs import rows, statsd_metrics
 
 CONFIG = Config(server_id="here", redis_url="redis://x")
 BY_NAME = {metric.name: metric for metric in METRICS}

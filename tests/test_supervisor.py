@@ -44,28 +44,17 @@ MODULE = """
 import os, signal, time
 from pathlib import Path
 from gserver.commands import command
+from lab.commands import napping, pid, spin
 
 if Path("crash").exists():
     os.kill(os.getpid(), signal.SIGKILL)
 
-@command("PID")
-def pid(service):
-    return os.getpid()
+sleep = napping("SLEEP", 60)
 
 @command("NAP")
 def nap(service):
     time.sleep(1)
     return "rested"
-
-@command("SLEEP")
-def sleep(service):
-    time.sleep(60)
-    return "too late"
-
-@command("SPIN")
-def spin(service):
-    while True:
-        pass
 
 @command("FORK")
 def fork(service):

@@ -38,13 +38,7 @@ from lab.wire_cases import CASES, Case
 #: Of the servers below, in seconds.
 HANDSHAKE_TIMEOUT = 1.0
 MAX_CLIENTS = 1200
-LARGE = """
-from gserver.commands import command
-
-@command("LARGE")
-def large(service):
-    return "x" * 3_000_000
-"""
+LARGE = "from lab.commands import replying\nlarge = replying('LARGE', 3_000_000)\n"
 
 LATE = """
 import os

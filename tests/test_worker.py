@@ -4,50 +4,29 @@ import random
 import re
 import signal
 import socket
-import struct
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import pytest
 
 from lab.running import PATIENCE, Client, Running, extended, is_alive, limited, stopped, until
+from lab.ways import WAYS, Way
 
 REJECTED = b"ERR too many clients\n"
 
 MODULE = """
-import gc, os, socket, time
+import os, socket
 import gevent
-from greenlet import GreenletExit, greenlet
 from gserver.commands import command
-
-@command("PID")
-def pid(service):
-    return os.getpid()
-
-@command("FAIL")
-def fail(service):
-    raise RuntimeError("as asked")
-
-@command("EXIT")
-def exit(service):
-    raise GreenletExit
-
-@command("NAP")
-def nap(service):
-    time.sleep(0.05)
-    return "rested"
+from lab.commands import count_greenlets, end_greenlet, fail, nap, pid
 
 @command("HELD")
 def held(service):
-    gc.collect()
-    greenlets = sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
-    files = len(os.listdir("/proc/self/fd"))
+    greenlets, files = count_greenlets(), len(os.listdir("/proc/self/fd"))
     return f"{greenlets} greenlets, {files} files, {gevent.get_hub().loop.activecnt} watchers"
 
 def is_tcp(fd):
@@ -82,44 +61,6 @@ def start(folder: Path, *options: str, command: list[str] | None = None) -> Runn
     return extended(folder, MODULE, *options, command=command)
 
 
-def nothing(_: Client) -> bytes:
-    return b""
-
-
-class Way(NamedTuple):
-    """A way in which a client goes."""
-
-    name: str
-    often: int  #: of 100
-    sent: bytes
-    read: Callable[[Client], bytes]
-    told: bytes
-    is_reset: bool = False
-
-    def go(self, client: Client) -> bytes:
-        """Go in this way; return all that the client was told."""
-        client.send(self.sent)
-        told = self.read(client)
-        if self.is_reset:
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return told
-
-
-WAYS = [
-    Way("leaves", 19, b"WHY\n", Client.line, b"42\n"),
-    Way("says nothing", 10, b"", nothing, b""),
-    Way("half-closes", 15, b"WHY\nWH", Client.end, b"42\nERR unknown command\n"),
-    Way("resets", 10, b"WHY\n", Client.line, b"42\n", is_reset=True),
-    Way("resets at once", 10, b"", nothing, b"", is_reset=True),
-    Way("says too much", 8, b"x" * 1100, Client.rest, b"ERR line too long\n"),
-    Way("is slow", 2, b"WHE", Client.rest, b"ERR too slow\n"),
-    Way("mistakes", 8, b"HELP\n", Client.line, b"ERR unknown command\n"),
-    Way("browses", 8, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", Client.rest, b""),
-    Way("meets a failure", 4, b"FAIL\n", Client.line, b"ERR internal\n"),
-    Way("meets an exit", 1, b"EXIT\n", Client.line, b"ERR internal\n"),
-    # It leaves many replies unread: the server's next one meets a reset.
-    Way("vanishes", 5, b"NAP\n" + b"WHY\n" * 1000, nothing, b""),
-]
 NAMES = {way.name for way in WAYS}
 
 

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import psutil
 
-from lab.census import CENSUS
 from lab.rows import ALL, PLAIN, Notes, row
 from lab.running import is_alive, until
 from lab.site import Site
 
 Start = Callable[..., Site]
 
-MODULE = f"""{CENSUS}
+MODULE = """
 import asyncio, os, signal, socket, sys, threading, time
 import gevent
 from gserver.commands import command
+from lab.commands import census
 
 class Own(BaseException):
     pass
@@ -45,8 +45,8 @@ def recurse(service):
 BAD = [recurse, *(lambda service, kind=kind: throw(kind()) for kind in KINDS)]
 BAD += [lambda service, reply=reply: reply for reply in WRONG]
 for number, handler in enumerate(BAD):
-    define(f"BAD-{{number}}")(handler)
-    define(f"LATE-{{number}}")(
+    define(f"BAD-{number}")(handler)
+    define(f"LATE-{number}")(
         lambda service, handler=handler: (time.sleep(0.01), handler(service))[1]
     )
 
@@ -70,27 +70,27 @@ def surroundings(service):
 
 def descriptors(kind):
     folder = "/proc/self/fd"
-    fds = [fd for fd in os.listdir(folder) if int(fd) > 2 and os.path.exists(f"{{folder}}/{{fd}}")]
-    return sorted(int(fd) for fd in fds if kind in os.readlink(f"{{folder}}/{{fd}}"))
+    fds = [fd for fd in os.listdir(folder) if int(fd) > 2 and os.path.exists(f"{folder}/{fd}")]
+    return sorted(int(fd) for fd in fds if kind in os.readlink(f"{folder}/{fd}"))
 
 def listens(fd):
     with socket.socket(fileno=os.dup(fd)) as sock:
         return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
-for name, choose in {{
+for name, choose in {
     "WATCH": lambda: descriptors("eventpoll")[1:],
     "LISTENER": lambda: [fd for fd in descriptors("socket:") if listens(fd)],
     "CLIENTS": lambda: [fd for fd in descriptors("socket:") if not listens(fd)],
     "ALL": lambda: range(3, 1000),
-}}.items():
-    define(f"CLOSE-{{name}}")(
+}.items():
+    define(f"CLOSE-{name}")(
         lambda service, choose=choose: "closed" if [os.close(fd) for fd in choose()] else "none"
     )
 
 def leave(): sys.exit(0)
 def fail(): raise LookupError
-for name, end in {{"EXIT": leave, "RAISE": fail, "RETURN": lambda: "a child"}}.items():
-    define(f"FORK-{{name}}")(lambda service, end=end: "a parent" if os.fork() else end())
+for name, end in {"EXIT": leave, "RAISE": fail, "RETURN": lambda: "a child"}.items():
+    define(f"FORK-{name}")(lambda service, end=end: "a parent" if os.fork() else end())
 
 @command("SHORTEN")
 def shorten(service):

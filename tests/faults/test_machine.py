@@ -17,7 +17,6 @@ from lab.admin import get
 from lab.rows import ALL, PLAIN, Notes, row
 from lab.running import GSERVER, LIMIT, PATIENCE, until
 from lab.site import Site
-from tests.faults.test_processes import await_others
 
 Start = Callable[..., Site]
 Choice = Callable[[Site], psutil.Process]
@@ -78,7 +77,7 @@ def test_a_process_without_descriptors_waits_and_goes_on(
         notes.happened(happened["message"])
         notes.measured("CPU", share * 100, "%")
         assert share < 0.1 * PATIENCE
-        await_others(site, children if process not in children else [])
+        site.await_others(children if process not in children else [])
 
 
 @row("Out of memory", *ALL, quick=None)
@@ -121,7 +120,7 @@ def test_the_supervisor_retries_while_the_interpreter_is_missing(
             process.kill()
         notes.happened(site.server.wait_for("process.not_started", 3)["message"])
         python.symlink_to(there)
-        await_others(site, gone)
+        site.await_others(gone)
 
 
 @row(
@@ -146,7 +145,7 @@ def test_a_broken_module_keeps_the_old_workers(
         workers[0].kill()
         site.server.wait_for("worker.died", 2)
         module.write_text(text)
-        await_others(site, workers[:1])
+        site.await_others(workers[:1])
 
 
 def times(processes: list[psutil.Process]) -> list[float]:

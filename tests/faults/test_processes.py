@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from lab.admin import get
-from lab.census import CENSUS
 from lab.redises import Redis, free_port
 from lab.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
 from lab.running import (
@@ -48,23 +47,6 @@ FOR_ALL = [
 FOR_SUPERVISOR = [number for number in FOR_ALL if number not in (signal.SIGINT, signal.SIGUSR2)]
 #: During 20 reloads, at least.
 CONNECTS = 10_000
-SPINNING = '''
-@command("SPIN")
-def spin(service):
-    """Compute for ever."""
-    while True:
-        pass
-'''
-
-
-def await_others(site: Site, gone: list[psutil.Process]) -> None:
-    """Wait until these have ended and others have their places."""
-
-    def have_places() -> bool:
-        now = [*site.server.workers(), *site.server.agents()]
-        return len(now) == site.variant.workers + 1 and not set(gone) & set(now)
-
-    until(have_places, "others have their places")
 
 
 @row(
@@ -83,7 +65,7 @@ def test_killed_processes_are_replaced(start: Start, notes: Notes, kind: Choice)
         site.may_lose = victims != site.server.agents()
         for victim in victims:
             victim.kill()
-        await_others(site, victims)
+        site.await_others(victims)
         neighbours.are_served()
         died = [
             event for event in site.server.events() if str(event["event.action"]).endswith(".died")
@@ -108,7 +90,7 @@ def test_a_loop_of_kills_leaves_nothing_behind(start: Start, notes: Notes) -> No
                 with suppress(psutil.NoSuchProcess):  # The reload has ended it.
                     victim.kill()
             time.sleep(drawn.random() / 2)
-        await_others(site, [])
+        site.await_others()
         neighbours.are_served()
         died = len(site.server.events("worker.died")) + len(site.server.events("agent.died"))
         notes.happened(
@@ -133,7 +115,7 @@ def test_a_process_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choi
     with site.neighbours() as neighbours:
         site.may_lose = "worker" in victim.cmdline()
         victim.suspend()
-        await_others(site, [victim])
+        site.await_others([victim])
         neighbours.are_served()
         [hung] = [
             event for event in site.server.events() if str(event["event.action"]).endswith(".hung")
@@ -175,11 +157,8 @@ def test_a_worker_that_hangs_delays_a_stop_by_the_hang_timeout_at_most(
 
 
 @row("Handler that never yields", *PLAIN, *SEVERAL[1:], quick=ALL[1])
-def test_a_worker_whose_handler_computes_for_ever_is_replaced(
-    start: Start, notes: Notes, tmp_path: Path
-) -> None:
-    (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
-    site = start("--hang-timeout", "2", "--commands", "spinning")
+def test_a_worker_whose_handler_computes_for_ever_is_replaced(start: Start, notes: Notes) -> None:
+    site = start("--hang-timeout", "2", "--commands", "lab.commands")
     before = site.server.workers()
     with site.neighbours() as neighbours, site.client() as client:
         site.may_lose = True
@@ -219,8 +198,7 @@ def is_free(port: int) -> bool:
 def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
-    (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
-    site = start("--commands", "spinning", env={"MARK": str(tmp_path)})
+    site = start("--commands", "lab.commands", env={"MARK": str(tmp_path)})
     clients = [site.client() for _ in range(20)]
     used = {worker: worker.cpu_times().user for worker in site.server.workers()}
     for client in clients[:5]:
@@ -263,8 +241,7 @@ def test_the_lines_of_a_thousand_clients_are_answered_at_a_stop(
 
 @row("Second SIGTERM", *SEVERAL, quick=None)
 def test_a_second_signal_ends_the_server_now(start: Start, notes: Notes, tmp_path: Path) -> None:
-    (tmp_path / "spinning.py").write_text(CENSUS + SPINNING)
-    site = start("--commands", "spinning", "--drain-timeout", "60", env={"MARK": str(tmp_path)})
+    site = start("--commands", "lab.commands", "--drain-timeout", "60", env={"MARK": str(tmp_path)})
     with site.client() as client:
         client.send(b"SPIN\n")
         site.server.send_signal(signal.SIGTERM)
@@ -362,7 +339,7 @@ def test_every_client_that_connects_during_20_reloads_gets_a_reply(
         notes.happened(f"20 reloads, {sum(counts)} connects, all answered")
         assert sum(counts) >= CONNECTS
         assert not site.server.events("worker.died")
-        await_others(site, [])
+        site.await_others()
 
 
 @row(

@@ -20,13 +20,13 @@ import pytest
 import redis
 
 from lab import redis_faults as faults
+from lab.impostor import listener, named
 from lab.redises import Redis, Sentinels, free_port
 from lab.rows import PLAIN, Notes, Variant, row
 from lab.running import GSERVER, program, unavailable, until
 from lab.site import SEED
 from lab.steady import Cluster, SteadyServer
-from tests.outer.test_cluster_attacks import listener, named
-from tests.outer.test_cluster_faults import World, lasting, survive
+from lab.world import World, lasting, survive
 
 BEAT, TTL = 0.2, 2.0
 STATE = "{gserver:gserver}:state"

@@ -17,7 +17,7 @@ from lab.redises import Redis, free_port
 from lab.rows import Notes, Variant, row
 from lab.running import GSERVER, LIMIT, PATIENCE, Event, Running, argv, program, unavailable, until
 from lab.site import Site
-from tests.outer.test_statsd import LINE
+from lab.statsd import LINE
 
 Start = Callable[..., Site]
 ONE, THREE = Variant(1), Variant(3)

@@ -6,20 +6,11 @@ import threading
 import time
 from collections.abc import Iterator
 
-import pytest
-
 from lab.running import LIMIT, PATIENCE, Client, Running, argv, until
-from tests.outer.test_statsd import Daemon, becomes, received, statsd_daemon, to
+from lab.statsd import Daemon, becomes, received, to
 
 #: No daemon listens there, and no datagram leaves the machine.
 UNUSED_STATSD = ["--statsd-host", "127.0.0.1"]
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One daemon for all tests of the file; each test uses its own prefix."""
-    with statsd_daemon(tmp_path_factory.mktemp("statsd")) as running:
-        yield running
 
 
 @contextlib.contextmanager

@@ -127,13 +127,7 @@ def test_later_servers_are_left_alone_when_one_has_answered(server: Running) -> 
 
 
 def test_a_reply_of_a_megabyte_is_printed_whole(tmp_path: Path) -> None:
-    module = """
-from gserver.commands import command
-
-@command("LONG")
-def long(service):
-    return "x" * 1_000_000
-"""
+    module = "from lab.commands import replying\nlong = replying('LONG', 1_000_000)\n"
     with extended(tmp_path, module) as server:
         done = gserver("ask", "LONG", "WHY", *_options(server.port))
     assert (done.returncode, done.stderr) == (0, "")

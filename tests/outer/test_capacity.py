@@ -26,5 +26,13 @@ def test_the_number_of_servers_follows_from_the_cpu_of_a_heartbeat_in_the_larges
     assert "| busy | 10 | 1,200 |" in section
 
 
+def test_the_time_of_the_script_is_shown_for_all_sizes_together() -> None:
+    machine = dict.fromkeys(("commit", "processor", "redis-server", "date"), "x")
+    samples: list[dict[str, float]] = [{"servers": 3, HEARTBEAT_CPU: 500}]
+    samples += [{"servers": 3, "script_us": time} for time in (20.1, 31.9)]
+    section = capacity.section({"heartbeats": {"machine": machine, "samples": samples}})
+    assert "The script itself takes 20 to 32 µs" in section
+
+
 def test_without_results_there_are_no_figures() -> None:
     assert capacity.section({}) == "Not measured yet: `bin/bench heartbeats`."

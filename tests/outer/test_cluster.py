@@ -3,128 +3,30 @@
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from lab.clusters import (
+    FAST,
+    INTERVAL,
+    TTL,
+    all_say,
+    cluster,
+    connect,
+    servers_known,
+    started,
+    watching,
+)
 from lab.redises import Proxy, Redis
 from lab.rows import Notes
-from lab.running import LIMIT, PATIENCE, Client, Event, Running, until
+from lab.running import LIMIT, PATIENCE, Event, Running, until
 
-#: Seconds: a heartbeat interval and a TTL that keep tests of dead servers short.
-INTERVAL, TTL = 0.2, 2.0
-FAST = ["--heartbeat-interval", str(INTERVAL), "--member-ttl", str(TTL)]
 #: Seconds until a change shows on the other servers, with the default interval of 0.5 s.
 SEEN = 0.7 * PATIENCE
-
-
-@contextmanager
-def started(*servers: list[str]) -> Iterator[list[Running]]:
-    """Start servers with these options, all at the same time."""
-    with ExitStack() as stack:
-        running = [stack.enter_context(Running(*options, wait=False)) for options in servers]
-        for server in running:
-            server.port = server.wait_for("server.listening")["server.port"]
-        yield running
-
-
-@contextmanager
-def cluster(url: str, name: str, *servers: list[str]) -> Iterator[list[Running]]:
-    """Start servers as a cluster; yield them when each knows all."""
-    with started(
-        *(["--redis-url", url, "--cluster-name", name, *options] for options in servers)
-    ) as running:
-        until(
-            lambda: {servers_known(server) for server in running} == {len(servers)},
-            "each of them knows all",
-        )
-        yield running
-
-
-def servers_known(server: Running) -> int:
-    """Return the number of servers that a server has logged last."""
-    events = server.events("cluster.servers")
-    return int(events[-1]["gserver.servers"]) if events else 0
-
-
-class Watch:
-    """A further client of a server, which sends WHO all the time.
-
-    `seen` has its replies, each with its time.
-    """
-
-    def __init__(self, server: Running) -> None:
-        self.seen: list[tuple[float, bytes]] = []
-        self._client = server.client()
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._is_over.wait(0.005):
-            self.seen.append((time.monotonic(), self._client.ask(b"WHO")))
-
-    def stop(self) -> None:
-        self._is_over.set()
-        self._thread.join(LIMIT)
-        self._client.sock.close()
-
-    @property
-    def last(self) -> int:
-        return int(self.seen[-1][1]) if self.seen else -1
-
-    def replies(self, since: float = 0.0) -> set[int]:
-        return {int(reply) for at, reply in self.seen if at >= since}
-
-    def until(self, *, since: float, at_least: int = 0, at_most: int = 10**6) -> float:
-        """Return the seconds from `since` until it first saw a number in these bounds."""
-        return (
-            next(at for at, reply in self.seen if at >= since and at_least <= int(reply) <= at_most)
-            - since
-        )
-
-    @property
-    def longest_silence(self) -> float:
-        return max(later - earlier for (earlier, _), (later, _) in pairwise(self.seen))
-
-
-@contextmanager
-def watching(*servers: Running, total: int) -> Iterator[list[Watch]]:
-    """Watch WHO on each server, from the moment when all report the total, with these clients."""
-    watches: list[Watch] = []
-    try:
-        watches += (Watch(server) for server in servers)
-        all_say(watches, total)
-        for watch in watches:
-            watch.seen.clear()
-        yield watches
-    finally:
-        for watch in watches:
-            watch.stop()
-
-
-def all_say(watches: list[Watch], total: int, limit: float = LIMIT) -> None:
-    until(
-        lambda: {watch.last for watch in watches} == {total},
-        f"{total}: {[w.seen[-5:] for w in watches]}",
-        limit,
-    )
-
-
-def connect(stack: ExitStack, server: Running, count: int) -> list[Client]:
-    return [stack.enter_context(server.client()) for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """One Redis for the tests that leave it intact; each uses a cluster name of its own."""
-    with Redis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

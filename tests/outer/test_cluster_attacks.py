@@ -3,10 +3,7 @@
 import re
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink, kind_of
 from gserver.cluster.sentinel import SentinelFollower
 from gserver.config import Config
+from lab.impostor import listener, named
 from lab.redises import Redis
 from lab.rows import Notes
 from lab.running import LIMIT, PATIENCE, ROOT, Running, until
@@ -25,43 +23,12 @@ SECRETS = ("hush-hush", "qui et/")
 HEARTBEAT = Heartbeat("one", "a1", sequence=1, clients=5, ttl_ms=5000, interval_ms=500)
 
 
-@contextmanager
-def listener(reply: Callable[[socket.socket], None]) -> Iterator[int]:
-    """A port that accepts connections, and calls `reply` on each after its first request."""
-
-    def serve(sock: socket.socket) -> None:
-        try:
-            with sock:
-                sock.recv(65536)
-                reply(sock)
-        except OSError:
-            pass
-
-    def accept() -> None:
-        while True:
-            try:
-                sock, _ = server.accept()
-            except OSError:
-                return
-            threading.Thread(target=serve, args=(sock,), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=accept, daemon=True).start()
-        yield server.getsockname()[1]
-        server.shutdown(socket.SHUT_RDWR)
-
-
 def ask_first(link: RedisLink, port: int) -> SentinelFollower:
     """Make a link ask the Sentinel of this port first; return its follower of Sentinels."""
     assert link._sentinels is not None
     while link._sentinels.addresses[0][1] != port:
         link._sentinels.skip()
     return link._sentinels
-
-
-def named(port: int) -> bytes:
-    """A Sentinel's reply that names a primary."""
-    return f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(port))}\r\n{port}\r\n".encode()
 
 
 def trickle(sock: socket.socket) -> None:

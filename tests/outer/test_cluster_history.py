@@ -35,7 +35,7 @@ from lab.redis_faults import (
     read_only,
     too_few_replicas,
 )
-from lab.redises import Proxy, Redis
+from lab.redises import Proxy, Redis, keys_of
 from lab.rows import Notes
 from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, argv, stopped, until
 
@@ -48,7 +48,7 @@ IS_LONG = SECONDS >= 180
 #: cores, at loads up to 8, no run of half an hour in all needed more than 0.1 s.
 SLACK = 0.35
 pytestmark = pytest.mark.timeout(300 + 2 * SECONDS)
-KEYS = [f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state")]
+KEYS = keys_of()
 #: Events that servers log only when something is wrong.
 BAD = tuple(
     argv(".hung .error .failed .not_started .reload_failed .forced .cut_off worker.died .dropped")

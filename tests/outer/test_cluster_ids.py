@@ -18,29 +18,14 @@ import pytest
 from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
+from lab.clusters import FAST, all_say, cluster, connect, servers_known, started, watching
 from lab.redises import Redis, free_port
 from lab.rows import Notes
 from lab.running import LIMIT, PATIENCE, ROOT, Running, environment, gserver, told, until
-from tests.outer.test_cluster import (
-    FAST,
-    all_say,
-    cluster,
-    connect,
-    servers_known,
-    started,
-    watching,
-)
 
 #: Seconds that a start may take longer while Redis is away.
 START = 2.5 * PATIENCE
 SECRET = "open-sesame"
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """One Redis for the tests that leave it intact; each uses a cluster name of its own."""
-    with Redis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

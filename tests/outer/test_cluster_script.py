@@ -8,7 +8,6 @@ pass without a sleep.
 import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -25,98 +24,13 @@ from gserver.cluster.redis_link import HEARTBEAT_SCRIPT, RedisLink
 from gserver.config import Config
 from lab.redises import Redis, free_port
 from lab.running import ROOT, until
+from lab.script_model import INTERVAL, TTL, Model
 
-#: Milliseconds; long enough that no lease ends because a machine is slow.
-TTL, INTERVAL = 60_000, 6000
 TTL_INTERVALS = TTL // INTERVAL
 RECOUNT = 60_000
 MEMBERS, LEASES, STATE = KEYS = RedisLink(
     Config(redis_url="redis://127.0.0.1", cluster_name="test")
 ).keys
-
-
-@dataclass
-class Entry:
-    clients: int
-    sequence: int
-    incarnation: str
-    lease_end: int
-
-
-class Model:
-    """What the script does, in Python, with the time as an argument.
-
-    It holds for clusters whose keys no other program writes.
-    """
-
-    def __init__(self) -> None:
-        self.lose_all()
-
-    def lose_all(self) -> None:
-        self.entries: dict[str, Entry] = {}
-        self.clock = self.lost_at = 0
-        self.returned: list[str] = []
-        self.heartbeat_at: int | None = None
-
-    def apply(self, heartbeat: Heartbeat, now: int) -> Reply:
-        server_id, incarnation = heartbeat.server_id, heartbeat.incarnation
-        sequence, acked_sequence = heartbeat.sequence, heartbeat.acked_sequence
-        ttl, interval, last_clock = heartbeat.ttl_ms, heartbeat.interval_ms, heartbeat.last_clock
-        before = self.entries.get(server_id)
-        elapsed = 0 if self.heartbeat_at is None else now - self.heartbeat_at
-        is_outdated = (
-            before is not None
-            and before.incarnation == incarnation
-            and acked_sequence > before.sequence
-        )
-        # It was acknowledged so recently that its lease cannot have ended.
-        is_entry_lost = (
-            before is None
-            and acked_sequence > 0
-            and last_clock >= self.lost_at
-            and self.clock - last_clock < ttl
-        )
-        is_outdated |= is_entry_lost and elapsed > interval
-        is_behind = min(last_clock - self.clock, elapsed) > 2 * interval
-        if self.heartbeat_at is None or is_outdated or is_behind:
-            self.lose_all()
-            self.clock = self.lost_at = max(last_clock + 1, now)
-            before, elapsed = None, 0
-        self.clock += max(0, min(elapsed, interval))
-        self.heartbeat_at = now
-        holder = before.incarnation if before else ""
-        is_mine, was_missing = holder == incarnation, before is None and acked_sequence > 0
-        if (
-            not before
-            or holder == heartbeat.replaced_incarnation
-            or (is_mine and sequence > before.sequence)
-        ):
-            if heartbeat.clients == "leave":
-                self.entries.pop(server_id, None)
-            else:
-                if was_missing:
-                    self.returned.append(incarnation)
-                lease_end = self.clock + ttl
-                self.entries[server_id] = Entry(
-                    int(heartbeat.clients), sequence, incarnation, lease_end
-                )
-                holder = incarnation
-        self.entries = {
-            name: entry for name, entry in self.entries.items() if entry.lease_end > self.clock
-        }
-        total_clients = sum(entry.clients for entry in self.entries.values())
-        lease_end = self.entries[server_id].lease_end if server_id in self.entries else 0
-        holder = holder if lease_end else ""
-        return Reply(
-            total_clients,
-            len(self.entries),
-            len(self.returned),
-            self.clock,
-            self.lost_at,
-            holder,
-            lease_end,
-            int(was_missing),
-        )
 
 
 class Cluster:

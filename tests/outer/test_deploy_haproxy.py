@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from gserver.config import Config
+from lab.documents import DEPLOYING, section
 from lab.haproxy import CONFIG, Front
 from lab.redises import Redis
 from lab.running import LIMIT, PATIENCE, Client, Running, argv, program, until
-from tests.test_docs import DEPLOYING, section
 
 #: As the configuration says that it has to be.
 DRAIN_DELAY = 2.0

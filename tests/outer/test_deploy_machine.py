@@ -1,6 +1,5 @@
 """deploy/: what is there is valid, names what exists, and a server runs as it says."""
 
-import os
 import re
 import signal
 import socket
@@ -9,8 +8,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,12 @@ import pytest
 from gserver.config import OPTIONS, environment_names, flag
 from lab.booted import UNITS, Booted
 from lab.certificates import make_certificates
+from lab.documents import DEPLOYING
+from lab.packages import package
 from lab.redises import free_port
-from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, unavailable, until
+from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
 
 DEPLOY = ROOT / "deploy"
-DEPLOYING = (ROOT / "docs/deploying.md").read_text()
 
 
 def unit(name: str) -> dict[str, dict[str, str]]:
@@ -54,13 +52,6 @@ FLAGS_OF_OTHERS |= {"--build-arg", "--from", "--quiet", "--yes", "--root-user-ac
 #: Of gserver, but no option of `serve`.
 FLAGS_OF_OTHERS |= {"--version"}
 FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--from-literal"}
-
-
-def package(name: str) -> Any:
-    """A package of requirements-dev.txt, which is there wherever bin/test runs."""
-    if find_spec(name) is None and not os.environ.get("CI"):
-        unavailable(f"{name} is not installed: bin/setup --dev does it")
-    return import_module(name)
 
 
 def manifests() -> dict[str, Any]:

@@ -21,11 +21,11 @@ import pytest
 
 from gserver.config import OPTIONS, flag
 from lab.certificates import make_certificates
+from lab.documents import OPERATIONS, rows
+from lab.packages import package
 from lab.redises import Redis, free_port
 from lab.running import LIMIT, ROOT, Running, argv, program, until
 from lab.tls_client import trust
-from tests.outer.test_deploy_machine import package
-from tests.test_docs import rows
 
 FILES = ROOT / "deploy/prometheus"
 RULES = (FILES / "gserver.rules.yml").read_text()
@@ -156,9 +156,8 @@ def test_the_runbook_names_only_existing_events_options_and_sections() -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", RUNBOOK)) <= options
     anchors = {name.lower() for name in ALERTS}
     assert set(re.findall(r"\]\(#([^)]+)\)", RUNBOOK)) <= anchors
-    operations = (ROOT / "docs/operations.md").read_text()
     titles = {
-        title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", operations, re.M)
+        title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", OPERATIONS, re.M)
     }
     assert set(re.findall(r"operations\.md#([^)]+)\)", RUNBOOK)) <= titles
 

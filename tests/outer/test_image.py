@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from gserver import __version__
+from lab.documents import DEPLOYING
 from lab.image import BASE, Engine, copy_context
 from lab.netns import Network
 from lab.running import ROOT, Client, until
@@ -138,8 +139,7 @@ def test_the_image_cannot_install_packages(python: str, engine: Engine) -> None:
 
 
 def test_gserver_adds_to_its_base_what_the_page_says(engine: Engine) -> None:
-    page = (ROOT / "docs/deploying.md").read_text()
-    documented = re.search(r"gserver and its packages add (\d+) MB", " ".join(page.split()))
+    documented = re.search(r"gserver and its packages add (\d+) MB", " ".join(DEPLOYING.split()))
     assert documented
     whole, base = (engine.inspect(name)["Size"] / 1e6 for name in (IMAGE, BASE))
     assert whole - base == pytest.approx(int(documented[1]), abs=4)

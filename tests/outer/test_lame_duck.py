@@ -29,23 +29,16 @@ SECOND = PATIENCE
 LONG = ("--drain-timeout", "60")
 
 MODULE = """
-import os, time
+import time
 from pathlib import Path
-from gserver.commands import command
+from lab.commands import napping, pid
 
 if Path("slow").exists():
     Path("booting").touch()
     while Path("slow").exists():
         time.sleep(0.01)
 
-@command("PID")
-def pid(service):
-    return os.getpid()
-
-@command("NAP")
-def nap(service):
-    time.sleep(0.2)
-    return "rested"
+nap = napping("NAP", 0.2)
 """
 
 

@@ -17,12 +17,12 @@ from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from lab.admin import status
-from lab.redises import Redis, Sentinels
+from lab.clusters import cluster
+from lab.redises import Redis, Sentinels, keys_of
 from lab.running import LIMIT, PATIENCE, Running, argv, until
-from tests.outer.test_cluster import cluster
 
 TTL_MS, INTERVAL_MS = 5000, 500
-MEMBERS, LEASES, STATE = (f"{{gserver:gserver}}:{name}" for name in ("members", "leases", "state"))
+MEMBERS, LEASES, STATE = keys_of()
 RIGHTS = ["~{gserver:*}:*", *argv("+eval +evalsha +@hash +@sortedset +time +del +expire")]
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from lab.browser import Browser, browser
 from lab.certificates import make_certificates
+from lab.clusters import cluster
 from lab.redises import Redis, free_port
 from lab.running import Running, until
-from tests.outer.test_cluster import cluster
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from gserver.config import Config
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.redis_url import RedisUrl
 from lab import redis_faults as faults
+from lab.impostor import listener
 from lab.redis_faults import RedisFault, switched
 from lab.redises import Proxy, Redis, Sentinels, Server, free_port
 from lab.running import PATIENCE, until
-from tests.outer.test_cluster_attacks import listener
 
 TTL, INTERVAL = 60_000, 6000
 #: Time that a reply may take beyond the timeout.

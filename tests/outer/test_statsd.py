@@ -1,15 +1,11 @@
 """StatsD: what a real daemon counts, and the datagrams that are sent."""
 
 import contextlib
-import json
 import os
 import re
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,90 +14,10 @@ from gserver.agent.statsd import COUNTERS, MAX_DATAGRAM_BYTES, RETRY_SECONDS, ch
 from gserver.protocol import ERROR_REPLIES
 from gserver.scoreboard import Scoreboard
 from lab.redises import free_port
-from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Running, argv, program, unavailable, until
+from lab.running import GSERVER, LIMIT, PATIENCE, Running, argv, program, unavailable, until
+from lab.statsd import LINE, Daemon, becomes, received, statsd_daemon, to
 
-STATSD = ROOT / ".tools/node_modules/statsd/stats.js"
-#: Node 23 and newer lack a function that the daemon uses.
-START = "require('util').log ??= console.log; require(process.argv[1])"
-COMMANDS = """
-from gserver.commands import command
-
-@command("NAP_1")
-def nap(service):
-    return "rested"
-
-@command("FAIL")
-def fail(service):
-    raise LookupError
-"""
-
-#: A daemon's UDP port, and the TCP port of its management interface.
-Daemon = tuple[int, int]
-
-
-@contextlib.contextmanager
-def statsd_daemon(folder: Path, port: int = 0) -> Iterator[Daemon]:
-    """The real StatsD daemon. It never flushes, so its counters add up."""
-    node = program("node")
-    if not STATSD.exists():
-        unavailable(f"{STATSD} is missing: bin/programs installs it")
-    port, management = port or free_port(), free_port()
-    address = "127.0.0.1"
-    config = {"address": address, "port": port, "mgmt_address": address, "mgmt_port": management}
-    file = folder / f"{port}.js"
-    file.write_text(json.dumps({**config, "backends": [], "flushInterval": 10**8, "title": False}))
-    process = subprocess.Popen([node, "-e", START, STATSD, file], stdout=subprocess.DEVNULL)
-    try:
-        until(lambda: has_started((port, management)), "a StatsD daemon that counts")
-        yield port, management
-    finally:
-        process.kill()
-        process.wait()
-
-
-def has_started(daemon: Daemon) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.sendto(b"probe:1|c", ("127.0.0.1", daemon[0]))
-    try:
-        return "probe" in received(daemon, "counters")
-    except ConnectionRefusedError:
-        return False
-
-
-def received(daemon: Daemon, kind: str, prefix: str = "") -> dict[str, Any]:
-    """The daemon's `counters`, `gauges` or `timers` with a prefix, by name without the prefix."""
-    with socket.create_connection(("127.0.0.1", daemon[1]), LIMIT) as management:
-        management.sendall(kind.encode() + b"\n")
-        answer = b""
-        while not answer.endswith(b"END\n\n"):
-            answer += management.recv(65536)
-    # The daemon writes JavaScript, with quotes only around names that need them.
-    found = re.findall(r"'?([\w.-]+)'?: (\[[^\]]*\]|[-+.\de]+)", answer.decode())
-    return {
-        name.removeprefix(prefix): json.loads(value)
-        for name, value in found
-        if name.startswith(prefix)
-    }
-
-
-def becomes(read: Callable[[], Any], expected: Any) -> None:
-    """Wait until the value is as expected; on a timeout, fail with the difference."""
-    deadline = time.monotonic() + LIMIT
-    while read() != expected and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert read() == expected
-
-
-def to(daemon: Daemon, prefix: str) -> list[str]:
-    return [*argv(f"--statsd-host 127.0.0.1 --statsd-port {daemon[0]} --statsd-prefix"), prefix]
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One daemon for all tests of the file; each test uses its own prefix."""
-    with statsd_daemon(tmp_path_factory.mktemp("statsd")) as running:
-        yield running
-
+COMMANDS = "from lab.commands import fail, napping\nnap = napping('NAP_1', 0)\n"
 
 # What is sent, made from the totals of a scoreboard.
 
@@ -358,9 +274,6 @@ def test_a_daemon_whose_name_resolves_later_gets_all_metrics_and_this_is_logged(
 
 
 # The datagrams.
-
-LINE = re.compile(rb"[A-Za-z0-9_.-]+:-?[0-9.]+\|(c|g|ms)")
-
 
 NAMES = [f"C{number}".ljust(32, "X") for number in range(60)]
 

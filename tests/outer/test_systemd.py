@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ import pytest
 
 from gserver.errors import UsageError
 from gserver.supervise.systemd import VARIABLES, Manager
+from lab.handover import listening, port_of, start
 from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, argv, program, until
 from lab.tls_client import certified
@@ -242,30 +242,6 @@ def test_a_watchdog_without_a_time_is_ignored(text: str, monkeypatch: pytest.Mon
 # Sockets that are handed over.
 
 
-#: Gives the descriptors of its first argument the numbers from 3 on, and runs the other arguments.
-HAND_OVER = """
-import os, sys
-fds = [int(fd) for fd in sys.argv[1].split(",")]
-for number, fd in enumerate(fds):
-    os.dup2(fd, 100 + number)
-for number in range(len(fds)):
-    os.dup2(100 + number, 3 + number)
-    os.close(100 + number)
-os.environ["LISTEN_PID"] = str(os.getpid() + int(os.environ.pop("OFFSET", "0")))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def start(
-    *handed: socket.socket | int, options: tuple[str, ...] = (), cwd: str = "/", **env: str
-) -> Running:
-    """A server that these are handed over to; it may fail to start."""
-    fds = [each if isinstance(each, int) else each.fileno() for each in handed]
-    command = [sys.executable, "-S", "-c", HAND_OVER, ",".join(map(str, fds)), *GSERVER, "serve"]
-    told = {"LISTEN_FDS": str(len(fds)), **env}
-    return Running(*options, command=command, env=told, pass_fds=fds, cwd=Path(cwd), wait=False)
-
-
 def refused(*handed: socket.socket | int, options: tuple[str, ...] = (), **env: str) -> str:
     """The one line of error of a server that refuses to start with these."""
     with start(*handed, options=options, **env) as server:
@@ -274,17 +250,6 @@ def refused(*handed: socket.socket | int, options: tuple[str, ...] = (), **env: 
         assert server.stderr.startswith("gserver: ")
         assert server.lines == []
     return server.stderr
-
-
-def listening(host: str = "127.0.0.1") -> socket.socket:
-    return socket.create_server(
-        (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-    )
-
-
-def port_of(sock: socket.socket) -> int:
-    port: int = sock.getsockname()[1]
-    return port
 
 
 @pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "gserver.socket"), ("::1", "")])

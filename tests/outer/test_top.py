@@ -21,9 +21,9 @@ from gserver.cli.main import DEFAULT_ADMIN
 from gserver.cli.top import line, render
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
+from lab.clusters import cluster
 from lab.redises import Redis
 from lab.running import GSERVER, LIMIT, PATIENCE, Running, environment, gserver, until
-from tests.outer.test_cluster import cluster
 
 NOBODY = "127.0.0.1:1"
 

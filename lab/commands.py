@@ -1,0 +1,64 @@
+"""Commands that several tests want of a server: `--commands lab.commands` adds them all.
+
+A test's own module imports what it needs from here: `from lab.commands import napping, pid`.
+"""
+
+import gc
+import os
+import time
+from typing import NoReturn
+
+from greenlet import GreenletExit, greenlet
+
+from gserver.commands import Command, Service, command
+
+
+def count_greenlets() -> int:
+    """How many greenlets this worker has."""
+    gc.collect()
+    return sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
+
+
+def napping(name: str, seconds: float) -> Command:
+    """A command that blocks for so long."""
+
+    def rest(_service: Service) -> str:
+        time.sleep(seconds)
+        return "rested"
+
+    return command(name)(rest)
+
+
+def replying(name: str, size: int) -> Command:
+    """A command with a reply of so many bytes."""
+    return command(name)(lambda _service: "x" * size)
+
+
+nap = napping("NAP", 0.05)
+
+
+@command("PID")
+def pid(_service: Service) -> int:
+    return os.getpid()
+
+
+@command("CENSUS")
+def census(_service: Service) -> int:
+    return count_greenlets()
+
+
+@command("SPIN")
+def spin(_service: Service) -> NoReturn:
+    """Compute for ever."""
+    while True:
+        pass
+
+
+@command("FAIL")
+def fail(_service: Service) -> NoReturn:
+    raise RuntimeError("as asked")
+
+
+@command("EXIT")
+def end_greenlet(_service: Service) -> NoReturn:
+    raise GreenletExit
