@@ -33,7 +33,7 @@ from gserver.scoreboard import Scoreboard
 from lab.running import PATIENCE, Running, argv, gserver, until
 
 MEMBER = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
-MEMBERS = {"servers": [MEMBER], "omitted_servers": 0, "age_seconds": 0.1, "trouble": None}
+MEMBERS = {"servers": [MEMBER], "omitted_servers": 0, "age_seconds": 0.1, "error_kind": None}
 #: What a server says; `WORKER` is one of its workers.
 GOOD: dict[str, Any] = describe(
     Config(server_id="here", redis_url="redis://x"), Scoreboard.create(1), MEMBERS
@@ -87,12 +87,12 @@ def seen(body: bytes, head: bytes = HEAD) -> Target:
 
 def test_what_a_server_says_is_believed_as_it_is() -> None:
     target = seen(json.dumps(GOOD).encode())
-    assert (target.trouble, target.now, target.state) == ("", GOOD, GOOD["server"]["state"])
+    assert (target.error, target.now, target.state) == ("", GOOD, GOOD["server"]["state"])
     assert json.loads(as_json([target])) == {target.address: GOOD}
     alone = {**GOOD, "cluster": None, "news": ["of a later version"]}
     assert seen(json.dumps(alone).encode()).now == alone
     unknown = describe(Config(redis_url="redis://x"), Scoreboard.create(1), None)
-    assert seen(json.dumps(unknown).encode()).trouble == ""
+    assert seen(json.dumps(unknown).encode()).error == ""
 
 
 def changed(path: str, value: Any) -> bytes:
@@ -149,14 +149,14 @@ SEEN = [
 @pytest.mark.parametrize("path", SEEN)
 def test_with_one_thing_of_another_shape_it_is_no_status(path: str) -> None:
     for wrong in WRONG:
-        assert seen(changed(path, wrong)).trouble == STRANGE, wrong
+        assert seen(changed(path, wrong)).error == STRANGE, wrong
 
 
 @pytest.mark.parametrize("path", SEEN)
 def test_with_one_thing_missing_it_is_no_status_unless_it_is_one_of_any_number(path: str) -> None:
     way, _, last = path.rpartition(".")
     trouble = "" if last == "0" or way in ("commands", "error_replies") else STRANGE
-    assert seen(changed(path, ...)).trouble == trouble
+    assert seen(changed(path, ...)).error == trouble
 
 
 def test_whatever_fits_can_be_shown() -> None:
@@ -189,13 +189,13 @@ def test_whatever_fits_can_be_shown() -> None:
     ],
 )
 def test_what_is_no_admin_port_is_said_in_a_line(answer: bytes, trouble: str) -> None:
-    assert seen(answer, head=b"").trouble == trouble
+    assert seen(answer, head=b"").error == trouble
 
 
 def test_headers_are_no_trouble_up_to_a_limit() -> None:
     for count, trouble in ((90, ""), (200, STRANGE)):
         head = b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * count + b"\r\n"
-        assert seen(json.dumps(GOOD).encode(), head).trouble == trouble
+        assert seen(json.dumps(GOOD).encode(), head).error == trouble
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
@@ -248,7 +248,7 @@ def test_one_deadline_holds_for_all_of_an_answer(parts: list[bytes], pause: floa
         targets, began = parse_targets([address], ""), time.monotonic()
         poll(targets)
         assert TIMEOUT_SECONDS <= time.monotonic() - began < TIMEOUT_SECONDS + 5 * PATIENCE
-        assert targets[0].trouble == SLOW
+        assert targets[0].error == SLOW
 
         def asked_again() -> bool:
             poll(targets, 0.1)
@@ -261,7 +261,7 @@ def test_an_answer_without_end_is_given_up_before_the_deadline() -> None:
     with answering(HEAD, b" " * 10_000_000) as (address, _):
         targets, began = parse_targets([address], ""), time.monotonic()
         poll(targets)
-        assert targets[0].trouble == STRANGE
+        assert targets[0].error == STRANGE
         assert time.monotonic() - began < TIMEOUT_SECONDS
 
 
@@ -273,11 +273,11 @@ def test_who_is_slow_keeps_nobody_from_being_seen_and_is_heard_when_it_answers()
         targets, began = parse_targets([slow, quick], ""), time.monotonic()
         poll(targets, 0.1)
         assert time.monotonic() - began < 0.1 + 0.5 * PATIENCE
-        assert [each.trouble for each in targets] == ["no answer yet", ""]
+        assert [each.error for each in targets] == ["no answer yet", ""]
 
         def answered() -> bool:
             poll(targets, 0.1)
-            return targets[0].trouble == STRANGE
+            return targets[0].error == STRANGE
 
         until(answered, "it is heard")
         assert len(asked) == 1, "it was not asked again meanwhile"
@@ -290,7 +290,7 @@ def test_a_second_look_is_at_those_that_have_answered_the_first() -> None:
         targets = parse_targets([good, bad], "")
         poll_twice(targets, 0.01)
         assert (len(asked), len(asked_in_vain)) == (2, 1)
-        assert (targets[0].before, targets[1].trouble) == (GOOD, STRANGE)
+        assert (targets[0].before, targets[1].error) == (GOOD, STRANGE)
 
 
 def test_a_server_without_a_token_ignores_one() -> None:
@@ -298,7 +298,7 @@ def test_a_server_without_a_token_ignores_one() -> None:
         server.wait_for("agent.ready")
         targets = parse_targets([f"127.0.0.1:{server.admin_port()}"], "of another server")
         poll(targets)
-        assert targets[0].trouble == ""
+        assert targets[0].error == ""
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_what_is_no_admin_port_is_refused_in_one_line(url: str) -> None:
 def test_a_name_that_is_none_is_trouble() -> None:
     targets = parse_targets(["nowhere.invalid:1", "x" * 70 + ":1"], "")
     poll(targets)
-    assert all(each.trouble not in ("", STRANGE) for each in targets)
+    assert all(each.error not in ("", STRANGE) for each in targets)
 
 
 def status(uptime: float, who: int = 0, server_id: str = "a") -> dict[str, object]:

@@ -92,7 +92,8 @@ def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_p
         (tmp_path / "server.key").unlink()
         server.send_signal(signal.SIGHUP)
         until(
-            lambda: window.text("workers-title").endswith("0 reloads, 1 failed"), "the reload fails"
+            lambda: window.text("workers-title").endswith("0 reloads, 1 failed reload"),
+            "the reload fails",
         )
         assert not [said for said in window.complaints() if page(server) in said]
     with Running("--admin-port", "0") as server:
@@ -135,7 +136,7 @@ def test_nouns_agree_with_their_numbers(window: Browser) -> None:
             told = window.run(
                 f"{script}; return document.getElementById('workers-title').textContent"
             )
-            assert told == f"Workers: 1 of 1 accepting, 0 restarts, {words}"
+            assert told == f"Workers: 1 of 1 accepting; since start: 0 restarts, {words}"
 
 
 @pytest.mark.parametrize("path", ["", "?x=y", "#z"])

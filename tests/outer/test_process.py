@@ -243,5 +243,5 @@ def test_more_clients_than_there_may_be_files_are_refused_with_2(
         assert server.exit_code() == 2
         assert len(server.errors) == 1
         assert "--max-clients" in server.stderr
-        assert f"the limit of {files} open files" in server.stderr
+        assert f"{files} open files per process allow" in server.stderr
         assert server.lines == []

@@ -82,7 +82,7 @@ def test_top_once_shows_rates_and_json_what_the_server_says(here: Running) -> No
         assert done.returncode == 1
         told = json.loads(done.stdout)
         assert told[address(here)]["clients"]["now"] == 1
-        assert told[NOBODY]["trouble"] == "Connection refused"
+        assert told[NOBODY]["error"] == "Connection refused"
 
 
 def test_top_in_a_pipe_is_a_plain_line_for_each_look(here: Running) -> None:
@@ -171,7 +171,7 @@ def test_the_servers_of_a_cluster_are_shown_once_whoever_is_watched(tmp_path: Pa
         line.strip("│ ").split()
         for line in done.stdout.partition("servers of cluster east")[2].splitlines()
     ]
-    assert table[1] == ["server", "clients", "last", "report"]
+    assert table[1] == ["server", "clients", "last", "heartbeat"]
     expected = {hostile: True, "a": True, "c": False}
     assert {line[0]: line[-1] == "watched" for line in table[2:5]} == expected
 
@@ -198,20 +198,20 @@ def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
         "servers": [server],
         "omitted_servers": 1234,
         "age_seconds": 100.0,
-        "trouble": "timeout",
+        "error_kind": "timeout",
     }
     told = screen(members)
     assert "102.5 s ago  late" in told
-    assert "1,234 more servers, which reported more recently, not listed" in told
+    assert "1,234 more servers, with more recent heartbeats, not listed" in told
     assert "Redis cannot be read (timeout): this list is 1 min old" in told
-    told = screen(members | {"age_seconds": 2.4, "trouble": None, "omitted_servers": 0})
+    told = screen(members | {"age_seconds": 2.4, "error_kind": None, "omitted_servers": 0})
     assert "more" not in told
     assert "Redis" not in told
     assert "Redis has not answered yet: this list is 2 s old" in screen(
-        members | {"age_seconds": 2.6, "trouble": None}
+        members | {"age_seconds": 2.6, "error_kind": None}
     )
     assert "Redis has not answered yet: the servers are unknown" in screen(
-        {"servers": None, "omitted_servers": 0, "age_seconds": None, "trouble": None}
+        {"servers": None, "omitted_servers": 0, "age_seconds": None, "error_kind": None}
     )
 
 
@@ -258,7 +258,7 @@ def test_of_an_unreachable_server_no_old_figures_are_shown() -> None:
     now = describe(Config(server_id="here"), Scoreboard.create(1))
     now["server"]["uptime_seconds"], now["clients"]["now"] = 3 * 86400, 4711
     assert all(old in shown_of(Target("x", now=now)) for old in ("4,711", "3 d", "here"))
-    told = shown_of(Target("x", now=now, trouble="timed out"))
+    told = shown_of(Target("x", now=now, error="timed out"))
     assert "x: timed out" in told
     assert not any(old in told for old in ("4,711", "3 d", "here"))
 
