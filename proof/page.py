@@ -97,10 +97,11 @@ def _matrix(report: Report) -> str:
     cases = [case for case in report["cases"] if case["fault"] != CONTROL]
     passed = sum(case["outcome"] == PASSED for case in cases)
     count = len({case["fault"] for case in cases})
+    made = [machine[key] for key in ("gserver", "date") if key in machine]
+    made += [f"seed {machine['seed']}", f"{machine['system']}, Python {machine['python']}"]
     return (
         f"{count} faults in {len(cases)} cases: {passed} passed, "
-        f"in {report['seconds'] / 60:.0f} minutes (seed {machine['seed']}; "
-        f"{machine['system']}, Python {machine['python']})"
+        f"in {report['seconds'] / 60:.0f} minutes ({'; '.join(made)})"
     )
 
 

@@ -218,12 +218,12 @@ def test_a_fault_is_one_row_with_the_cases_passed_and_the_range_of_each_figure()
         case(page.CONTROL, happened=[], measured={}),
     ]
     report = {
-        "machine": {"system": "Linux", "python": "3", "seed": 5},
+        "machine": {"date": "2026", "gserver": "x", "system": "Linux", "python": "3", "seed": 5},
         "seconds": 120,
         "cases": cases,
     }
     head, title, table = page.faults(report).split("\n\n")
-    assert head == "2 faults in 4 cases: 2 passed, in 2 minutes (seed 5; Linux, Python 3)."
+    assert head == "2 faults in 4 cases: 2 passed, in 2 minutes (x; 2026; seed 5; Linux, Python 3)."
     assert title == "## What clients send"
     assert table.splitlines() == [
         "| fault | cases passed | p99, ms | replies |",
