@@ -48,6 +48,11 @@ LIMIT_SECONDS = 600
 WANTED_PERCENT = 95
 #: Survivors that change nothing that can be observed: the line as it is, the mutation, and why.
 EQUIVALENT = {
+    ("target += 1", "1 -> 2"): "the limit on running workers allows one more, too",
+    ("self.since = -math.inf", "self.since = -math.inf -> pass"): (
+        "it is read only in a stop, which sets it"
+    ),
+    ("self._last_number = 0", "0 -> 1"): "the numbers of generations are only compared",
     ('self._key = scoreboard.get("address_key").to_bytes(8)', "8 -> 9"): (
         "a leading zero makes another key, which is as random"
     ),
