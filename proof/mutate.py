@@ -52,6 +52,10 @@ EQUIVALENT = {
     ("self.since = -math.inf", "self.since = -math.inf -> pass"): (
         "it is read only in a stop, which sets it"
     ),
+    (
+        "self._phase_after_delay = Phase.DRAINING",
+        "self._phase_after_delay = Phase.DRAINING -> pass",
+    ): ("it is read only after a delay, which sets it"),
     ("self._last_number = 0", "0 -> 1"): "the numbers of generations are only compared",
     ('self._key = scoreboard.get("address_key").to_bytes(8)', "8 -> 9"): (
         "a leading zero makes another key, which is as random"
