@@ -16,12 +16,15 @@ import click
 from bench.report import table
 from proof import outages
 from proof.outages import Outage
+from proof.probes import PERIOD_SECONDS, STAYING
 from proof.world import need_root, write
 
 DAYS = 30
 WINDOW_SECONDS = DAYS * 86400
 OBJECTIVE = 0.9995
 BUDGET_SECONDS = WINDOW_SECONDS * (1 - OBJECTIVE)
+SITE = "the site or the provider fails"
+FAILOVERS = "Redis primary killed", "Redis primary hung"
 
 
 class Rate(NamedTuple):
@@ -89,7 +92,7 @@ COMMON = (
         1,
         "not staged, or the error shows late",
     ),
-    Common("the site or the provider fails", 1.2, 1800, 1, "one site"),
+    Common(SITE, 1.2, 1800, 1, "one site"),
     Common("a DNS mistake", 0.6, 3600, 1, "the length of its TTL"),
 )
 
@@ -221,7 +224,17 @@ def who_table(report: dict[str, Any]) -> str:
         "s in 30 days",
         "worst",
     ]
-    return f"{who_verdict(report)}\n\n{table(head, [*rows, ['**sum**', '', '', '', '', *sums]])}"
+    shown = table(head, [*rows, ["**sum**", "", "", "", "", *sums]])
+    return f"{who_verdict(report)}\n\n{shown}\n\n{failover_verdict(report)}"
+
+
+def failover_verdict(report: dict[str, Any]) -> str:
+    """Return how long WHO was wrong when the primary was killed or hung."""
+    seconds = [Outage(*figures).seconds for name in FAILOVERS for figures in report["who"][name]]
+    return (
+        "With `down-after-milliseconds 500`, a failover from a dead or hung primary made WHO wrong "
+        f"for {_seconds(median(seconds))} s (median; {_seconds(max(seconds))} s at worst)."
+    )
 
 
 def who_verdict(report: dict[str, Any]) -> str:
@@ -289,7 +302,8 @@ def sums_table(report: dict[str, Any]) -> str:
     ]
     title = "assumed frequencies, measured costs"
     head = [title, "s in 30 days", f"of the {BUDGET_SECONDS:,.0f} s of 99.95 %", "availability"]
-    return f"{table(head, rows)}\n\n{_spread(by_worst, common)}"
+    shown = table(head, rows)
+    return f"{shown}\n\n{_spread(by_worst, common)}\n\n{_asked_seldom(by_median, common)}"
 
 
 def budget_parts(report: dict[str, Any]) -> list[tuple[str, float]]:
@@ -312,13 +326,30 @@ def _spread(single: float, common: float) -> str:
         )
         for days in (DAYS, 365)
     )
+    site = next(each.seconds for each in COMMON if each.what == SITE)
     return (
         "These are means over many years. "
-        f"With these rates, **{100 * months:.0f} of 100 windows of 30 days miss 99.95 %, "
-        f"and so do {100 * years:.0f} of 100 years**: "
-        "one outage of the only site exceeds the budget of its 30 days. "
+        f"**Expect to miss 99.95 % in {100 * months:.0f} of 100 months, "
+        f"and in {100 * years:.0f} of 100 whole years.** "
+        f"One outage of the site ({site:,.0f} s) is enough for a month. "
         f"If common causes were {math.ceil(10 * left / common) / 10} times as frequent, "
         "the mean would miss it too."
+    )
+
+
+def _asked_seldom(by_median: float, common: float) -> str:
+    """How the cost of single faults and planned work depends on the pace of the clients.
+
+    A broken connection costs a request, however seldom it is used.
+    """
+    lost_requests = by_median / (PERIOD_SECONDS * STAYING)
+    longest = (BUDGET_SECONDS - common) / lost_requests
+    return (
+        "The first two rows are for a probe that asks on each kept connection every "
+        f"{2 * STAYING * PERIOD_SECONDS:g} s. For clients that ask every T s on connections they "
+        "keep, and do not notice a close, these rows are "
+        f"about {lost_requests:.0f} T s. "
+        f"From T = {math.ceil(longest)} s on, the mean misses 99.95 %."
     )
 
 
@@ -339,14 +370,28 @@ def missed(causes: Sequence[tuple[float, float]], budget_seconds: float) -> floa
     return 1 - sum(chances)
 
 
-def needed(servers: int, objective: float = OBJECTIVE) -> float:
-    """How available each server must be if servers fail independently and one is enough."""
-    return 1 - float((1 - objective) ** (1 / servers))
+def needed(servers: int, enough: int = 1, spent_seconds: float = 0) -> float:
+    """How available each server must be if servers fail independently, and so many are enough.
+
+    Other causes have spent some seconds of the budget. By bisection.
+    """
+    objective = 1 - (BUDGET_SECONDS - spent_seconds) / WINDOW_SECONDS
+    low, high = 0.0, 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        if together(servers, middle, enough) < objective:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
-def together(servers: int, each: float) -> float:
-    """How available so many servers are together at best."""
-    return 1 - float((1 - each) ** servers)
+def together(servers: int, each: float, enough: int = 1) -> float:
+    """How often so many of the servers are available at once, at best."""
+    return sum(
+        math.comb(servers, up) * each**up * (1 - each) ** (servers - up)
+        for up in range(enough, servers + 1)
+    )
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

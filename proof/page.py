@@ -49,6 +49,14 @@ PASSED = "survived"
 #: Figures that the pages call otherwise than the report.
 SHOWN = {"right replies": "correct replies"}
 
+#: The reports that name the machine, and what the page calls them.
+MEASURED = {
+    "timelines": "timelines",
+    "outages": "costs of faults",
+    "soak": "soak",
+    "faults": "fault matrix",
+}
+
 Report = dict[str, Any]
 #: The figures of a fault: from name and unit, the values of its cases.
 Figures = dict[tuple[str, str], list[float]]
@@ -171,6 +179,21 @@ def soak(report: Report) -> str:
     )
 
 
+def commits(reports: dict[str, Report]) -> str:
+    """Return a list item: of which commit each report of the page is."""
+    sources = {title: reports[name]["machine"] for name, title in MEASURED.items()}
+    sources["fuzzing"] = min(reports["fuzz"].values(), key=lambda told: told.get("gserver", ""))
+    found: dict[str, list[str]] = {}
+    for title, machine in sources.items():
+        found.setdefault(machine.get("gserver", "").rpartition(" ")[2], []).append(title)
+    nameless = found.pop("", [])
+    known = "; ".join(f"{', '.join(titles)}: {commit}" for commit, titles in found.items())
+    text = f"- **The newest code.** All figures are from earlier commits ({known})."
+    if nameless:
+        text += f" No commit is recorded for: {', '.join(nameless)}."
+    return f"{text} Measure again before a release."
+
+
 def _machine(report: Report) -> str:
     return "; ".join(report["machine"].values())
 
@@ -200,9 +223,10 @@ def sections() -> dict[str, str]:
     """Return the text of every block for which there is a report."""
     files = {name: ROOT / f"proof/results/{name}.json" for name, _ in SECTIONS.values()}
     reports = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
-    return {
+    texts = {
         mark: write(reports[name]) for mark, (name, write) in SECTIONS.items() if name in reports
     }
+    return texts | {"commits": commits(reports)}
 
 
 def block(mark: str, text: str) -> str:

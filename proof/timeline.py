@@ -235,8 +235,8 @@ def partition(timeline: Timeline, seconds: float = 5) -> None:
                 ago = time.time() - dropped.timestamp()
                 timeline.happened(f"{member.name} drops A", time.monotonic() - ago)
             timeline.let_pass(seconds)
-        timeline.happened("A joined again")
-    timeline.happened("A has reported")
+        timeline.happened("link of A restored")
+    timeline.happened("first heartbeat of A")
     timeline.let_pass(seconds)
 
 

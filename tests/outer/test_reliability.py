@@ -28,6 +28,7 @@ from proof.availability import (
     budget_parts,
     cost,
     costs,
+    failover_verdict,
     in_window,
     missed,
     needed,
@@ -138,9 +139,58 @@ def test_a_who_that_misses_the_objective_is_said_to() -> None:
 def test_three_servers_of_90_percent_are_not_enough() -> None:
     assert together(3, 0.9) == pytest.approx(0.999)
     assert together(4, 0.9) == pytest.approx(0.9999)
+    assert together(3, 0.9, enough=2) == pytest.approx(0.9**3 + 3 * 0.9**2 * 0.1)
     assert needed(3) == pytest.approx(0.92063, abs=1e-5)
     assert together(3, needed(3)) == pytest.approx(0.9995)
-    assert "92.06 %" in TEXT
+    assert together(3, needed(3, enough=2), enough=2) == pytest.approx(0.9995)
+
+
+def test_servers_need_what_the_other_causes_leave_of_the_budget() -> None:
+    # An eighth of the budget is left: half of the share that may be down.
+    assert needed(3, spent_seconds=1296 * 7 / 8) == pytest.approx(1 - (1 - needed(3)) / 2, abs=1e-6)
+    report = json.loads(outages.FILE.read_text())
+    spent = total(each for *_, each in costs(report, "replies").values()).median
+    spent += sum(each.cost for each in COMMON)
+    assert f"up for {100 * needed(3, spent_seconds=spent):.1f} % of the time" in TEXT
+    assert f"it takes {100 * needed(3, 2, spent):.1f} %" in TEXT
+
+
+def test_the_cost_of_broken_connections_grows_with_the_pause_between_requests() -> None:
+    # 300 requests in 30 s fail: ten of each connection that stays.
+    report = {
+        "replies": {"rolling restart": [[365 / 30 * 3 / 104, 1, 0]]},
+        "who": {"Redis gone": [[1, 1, 0]]},
+    }
+    table = sums_table(report)
+    assert "on each kept connection every 0.6 s" in table
+    assert "these rows are about 10 T s." in table
+    common = sum(each.cost for each in COMMON)
+    assert f"From T = {math.ceil((1296 - common) / 10)} s on" in table
+
+
+def test_the_time_of_a_failover_is_that_of_all_its_trials() -> None:
+    report = {
+        "who": {
+            "Redis primary killed": [[2, 1, 0], [2.5, 1, 0]],
+            "Redis primary hung": [[2.1, 1, 0], [4, 1, 0], [2.2, 1, 0]],
+        }
+    }
+    assert "wrong for 2.20 s (median; 4.00 s at worst)" in failover_verdict(report)
+
+
+def test_the_page_names_the_commits_of_its_figures_and_the_figures_without_one() -> None:
+    machines = {name: {"machine": {"gserver": f"gserver {name}"}} for name in page.MEASURED}
+    machines["outages"] = machines["timelines"]
+    machines["faults"] = {"machine": {}}
+    fuzz = {"core": {"gserver": "gserver x"}, "sockets": {}}
+    text = page.commits({**machines, "fuzz": fuzz})
+    assert "(timelines, costs of faults: timelines; soak: soak)" in text
+    assert "No commit is recorded for: fault matrix, fuzzing." in text
+    complete = page.commits(
+        {**machines, "faults": machines["soak"], "fuzz": {"core": {"gserver": "x"}}}
+    )
+    assert "soak, fault matrix: soak; fuzzing: x" in complete
+    assert "No commit" not in complete
 
 
 def test_an_outage_is_from_the_fault_to_the_last_that_failed() -> None:
