@@ -307,8 +307,31 @@ def merged(old: list[Row], new: list[Row]) -> list[Row]:
     return [rows[each] for each in sorted(rows)]
 
 
+def statement(rows: list[Row]) -> str:
+    """Return what was tested, as the README says it."""
+    every = versions([row for row in rows if row["engine"] == "Redis"])
+    _, _, some = versions([row for row in rows if row["engine"] == "Valkey"]).partition(", ")
+    text = f"`bin/matrix` ran all tests with {every}, and those that need Redis also with {some}."
+    if any(row["passed_alone"] or row.get("passed_since") for row in rows):
+        text += " Some passed only [when repeated](CONTRIBUTING.md#tests)."
+    return text
+
+
+def details(rows: list[Row]) -> str:
+    """Return the counts of a matrix, as CONTRIBUTING.md says them."""
+    since = [commit for row in rows for commit in row.get("passed_since", {}).values()]
+    counts = [f"{row['passed']:,} with {row['engine']} {row['version']}" for row in rows]
+    alone = sum(len(row["passed_alone"]) for row in rows)
+    text = f"Tests that passed: {_joined(counts)}."
+    if alone:
+        text += f" {alone} of these failed beside others and passed when repeated alone."
+    if since:
+        text += f" {len(since)} passed only with a later commit ({_joined(sorted({*since}))})."
+    return text
+
+
 def versions(rows: list[Row]) -> str:
-    """Return what was tested, as the README says it: `Python 3.11 and 3.13, Redis 7.0, ...`."""
+    """Return the versions of some rows: `Python 3.11 and 3.13, Redis 7.0, ...`."""
     found: dict[str, set[tuple[int, int]]] = {"Python": set()}
     for row in rows:
         for name, version in (("Python", row["python"]), (row["engine"], row["version"])):
@@ -318,7 +341,11 @@ def versions(rows: list[Row]) -> str:
 
 
 def _listed(numbers: set[tuple[int, int]]) -> str:
-    *others, last = [f"{major}.{minor}" for major, minor in sorted(numbers)]
+    return _joined([f"{major}.{minor}" for major, minor in sorted(numbers)])
+
+
+def _joined(words: list[str]) -> str:
+    *others, last = words
     return f"{', '.join(others)} and {last}" if others else last
 
 

@@ -4,14 +4,17 @@ import click
 import pytest
 
 from lab.documents import README
+from lab.running import ROOT
 from proof.matrix import (
     corrected,
+    details,
     engine_of,
     merged,
     node,
     outcomes,
     redis_tests,
     saved,
+    statement,
     summary,
     versions,
 )
@@ -105,4 +108,27 @@ def test_the_readme_names_the_versions_of_the_results_in_which_nothing_failed() 
     rows = saved()
     assert {row["engine"] for row in rows} == {"Redis", "Valkey"}
     assert [row["failures"] for row in rows] == [[]] * len(rows)
-    assert f"`bin/matrix` has run the tests with {versions(rows)}." in README
+    assert statement(rows) in " ".join(README.split())
+
+
+def test_the_contributing_page_has_the_counts_of_the_results() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert details(saved()) in " ".join(page.split())
+
+
+def test_repeated_tests_are_mentioned_only_if_there_are_any() -> None:
+    row = {"python": "3.13.5", "engine": "Redis", "version": "8.0.2", "passed": 1200}
+    clean = [row | {"passed_alone": []}, row | {"engine": "Valkey", "passed_alone": []}]
+    assert statement(clean) == (
+        "`bin/matrix` ran all tests with Python 3.13, Redis 8.0, "
+        "and those that need Redis also with Valkey 8.0."
+    )
+    assert (
+        details(clean) == "Tests that passed: 1,200 with Redis 8.0.2 and 1,200 with Valkey 8.0.2."
+    )
+    flaky = [row | {"passed_alone": ["a", "b"], "passed_since": {"c": "abc", "d": "abc"}}, clean[1]]
+    assert "Some passed only [when repeated]" in statement(flaky)
+    assert details(flaky).endswith(
+        "2 of these failed beside others and passed when repeated alone. "
+        "2 passed only with a later commit (abc)."
+    )
