@@ -208,10 +208,13 @@ def hold(_seconds: float, processes: int) -> Iterator[Sample]:
         for process in loads:
             process.expect(f"held {HELD_BY_ONE}")
         taken = time.monotonic() - started
-        told = [process.ask("ask").split() for process in loads]
-        if any(words[:2] != ["answered", str(HELD_BY_ONE)] for words in told):
-            raise Failed(f"not all were answered: {told}")
-        lowest, highest = min(int(words[2]) for words in told), max(int(words[3]) for words in told)
+        answers = [process.ask("ask").split() for process in loads]
+        if any(words[:2] != ["answered", str(HELD_BY_ONE)] for words in answers):
+            raise Failed(f"not all were answered: {answers}")
+        lowest, highest = (
+            min(int(words[2]) for words in answers),
+            max(int(words[3]) for words in answers),
+        )
         yield {
             "clients": clients,
             "lowest": lowest,

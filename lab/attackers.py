@@ -63,15 +63,15 @@ def connects(attack: Attack) -> int:
     """Connect, read until the end and do it again; return how many were told that there are too
     many clients.
     """
-    told = 0
+    rejected = 0
 
     def connect() -> None:
-        nonlocal told
+        nonlocal rejected
         with suppress(OSError), attack.connect() as sock:
-            told += sock.recv(100) == b"ERR too many clients\n"
+            rejected += sock.recv(100) == b"ERR too many clients\n"
 
     attack.until_over(connect)
-    return told
+    return rejected
 
 
 def dribblers(attack: Attack) -> int:

@@ -64,7 +64,7 @@ class Browser:
         """The visible text of an element, by its id."""
         return str(self.run(f"return document.getElementById('{element}').innerText"))
 
-    def complaints(self) -> list[str]:
+    def problems(self) -> list[str]:
         """The errors in the console of the browser."""
         return [
             entry["message"]

@@ -26,7 +26,7 @@ def clients(server: Running) -> dict[int, int]:
     return {worker["pid"]: worker["clients"] for worker in status(server)["workers"]["each"]}
 
 
-def have_crowd(connect: Connect, count: int) -> None:
+def connect_crowd(connect: Connect, count: int) -> None:
     """Have so many clients at once for a moment: an allocator keeps some of what they take."""
     with ExitStack() as stack:
         for _ in range(count):

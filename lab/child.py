@@ -35,9 +35,9 @@ class Child:
 
     def result(self) -> Any:
         """End its stdin, and wait for its end; what it has reported."""
-        told, _ = self._process.communicate(timeout=4 * LIMIT)
+        output, _ = self._process.communicate(timeout=4 * LIMIT)
         assert self._process.returncode == 0
-        return json.loads(told)
+        return json.loads(output)
 
     def kill(self) -> None:
         self._process.kill()

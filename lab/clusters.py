@@ -89,7 +89,7 @@ def watching(*servers: Running, total: int) -> Iterator[list[Watch]]:
     watches: list[Watch] = []
     try:
         watches += (Watch(server) for server in servers)
-        all_say(watches, total)
+        all_report(watches, total)
         for watch in watches:
             watch.seen.clear()
         yield watches
@@ -98,7 +98,7 @@ def watching(*servers: Running, total: int) -> Iterator[list[Watch]]:
             watch.stop()
 
 
-def all_say(watches: list[Watch], total: int, limit: float = LIMIT) -> None:
+def all_report(watches: list[Watch], total: int, limit: float = LIMIT) -> None:
     until(
         lambda: {watch.last for watch in watches} == {total},
         f"{total}: {[w.seen[-5:] for w in watches]}",

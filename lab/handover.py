@@ -26,8 +26,10 @@ def start(
     """A server that these are handed over to; it may fail to start."""
     fds = [each if isinstance(each, int) else each.fileno() for each in handed]
     command = [sys.executable, "-S", "-c", HAND_OVER, ",".join(map(str, fds)), *GSERVER, "serve"]
-    told = {"LISTEN_FDS": str(len(fds)), **env}
-    return Running(*options, command=command, env=told, pass_fds=fds, cwd=Path(cwd), wait=False)
+    variables = {"LISTEN_FDS": str(len(fds)), **env}
+    return Running(
+        *options, command=command, env=variables, pass_fds=fds, cwd=Path(cwd), wait=False
+    )
 
 
 def listening(host: str = "127.0.0.1") -> socket.socket:

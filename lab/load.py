@@ -101,9 +101,9 @@ class Caller:
         return line[:-1]
 
     def _check(self, command: bytes, reply: bytes, floor: int) -> None:
-        told = reply.decode("ascii", "replace")
-        right = {b"WHY": told == "42", b"WHERE": told == self.member.name}
-        right[b"WHO"] = told.isdigit() and floor <= int(told) <= self._load.ceiling
+        text = reply.decode("ascii", "replace")
+        right = {b"WHY": text == "42", b"WHERE": text == self.member.name}
+        right[b"WHO"] = text.isdigit() and floor <= int(text) <= self._load.ceiling
         assert right[command], (
             f"{command!r} was answered {reply!r}, {floor} to {self._load.ceiling} may be"
         )
@@ -259,7 +259,7 @@ class Load:
 
         until(lambda: not late(), lambda: f"all are served anew: not {late()}", 2 * LIMIT)
 
-    def complaints(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What was wrong since the last call, each kind of it once."""
         with self.lock:
             found, self.failures[:] = sorted(self.failures), []

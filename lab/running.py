@@ -94,8 +94,8 @@ def until(
     deadline = time.monotonic() + limit
     while not (value := condition()):
         if time.monotonic() > deadline:
-            told = what if isinstance(what, str) else what()
-            raise AssertionError(f"not within {limit:.1f} s: {told}")
+            awaited = what if isinstance(what, str) else what()
+            raise AssertionError(f"not within {limit:.1f} s: {awaited}")
         time.sleep(pause)
     return value
 
@@ -113,7 +113,7 @@ def gserver(*arguments: str, stdin: Any = None, **env: str) -> subprocess.Comple
     )
 
 
-def told(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+def error_line(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
     """The one line that a person is told by a command that failed, without its `gserver: `."""
     assert (done.returncode, done.stdout) == (code, "")
     assert re.fullmatch(r"gserver: [^\n]+\n", done.stderr), done.stderr
@@ -341,7 +341,7 @@ class Running:
         return events[count - 1]
 
     @contextmanager
-    def telling(self, action: str, kind: str = "", limit: float = LIMIT) -> Iterator[None]:
+    def expecting(self, action: str, kind: str = "", limit: float = LIMIT) -> Iterator[None]:
         """What the body does makes it log this event anew, of this kind if one is given."""
 
         def count() -> int:

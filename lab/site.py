@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from lab import seed
-from lab.census import CENSUS, Held, clients, have_crowd, held, one_each
+from lab.census import CENSUS, Held, clients, connect_crowd, held, one_each
 from lab.load import Load
 from lab.rows import Variant
 from lab.running import PATIENCE, Client, Running, until
@@ -23,9 +23,9 @@ KEPT_BYTES = 6_000_000
 class Site(ExitStack[None]):
     """A server in a variant, with an admin port.
 
-    `crowd` is how many clients each worker has had before the fault. `may_lose` is whether a
-    neighbour may lose its connection, as at a worker's death: it comes back then. `may_complain` is
-    whether errors may be in the log, for the same reason.
+    `crowd` is the number of clients that each worker has had before the fault. `may_lose`: a
+    neighbour may lose its connection, as when a worker dies, and then reconnects.
+    `may_log_errors`: errors may be logged, for the same reason.
     """
 
     name = "here"
@@ -40,7 +40,7 @@ class Site(ExitStack[None]):
         **more: object,
     ) -> None:
         super().__init__()
-        self.variant, self.may_lose, self.may_complain = variant, False, False
+        self.variant, self.may_lose, self.may_log_errors = variant, False, False
         self.pems = pems
         (folder / "census.py").write_text(CENSUS)
         words = ["--workers", str(variant.workers), "--server-id", self.name, "--admin-port", "0"]
@@ -50,7 +50,7 @@ class Site(ExitStack[None]):
             Running(*words, "--commands", "census", *tls, *options, cwd=folder, **more)  # type: ignore[arg-type]
         )
         self.server.wait_for("agent.ready")
-        have_crowd(self.client, crowd * variant.workers)
+        connect_crowd(self.client, crowd * variant.workers)
         self._before = self.held()
 
     @property
@@ -84,8 +84,8 @@ class Site(ExitStack[None]):
         finally:
             load.stop()
             load.join()
-            complaints = load.complaints()
-            assert not complaints, f"GSERVER_FAULT_SEED={SEED}: {complaints}"
+            problems = load.problems()
+            assert not problems, f"GSERVER_FAULT_SEED={SEED}: {problems}"
         self.assert_as_before()
 
     def clients(self) -> list[int]:
@@ -130,5 +130,5 @@ class Site(ExitStack[None]):
         grown = sum(each.resident for each in now) - sum(each.resident for each in self._before)
         assert grown < KEPT_BYTES * len(now) * PATIENCE, f"it has grown by {grown} bytes"
         bad = [event for event in self.server.events() if event["event.action"] == "process.error"]
-        assert self.may_complain or not bad, bad
-        assert self.may_complain or not self.server.stderr, self.server.stderr
+        assert self.may_log_errors or not bad, bad
+        assert self.may_log_errors or not self.server.stderr, self.server.stderr

@@ -56,7 +56,7 @@ class Watcher:
                 with suppress(OSError):
                     self._client = self._connect()
 
-    def may_say(self, *counts: int) -> None:
+    def allow(self, *counts: int) -> None:
         """From now on, an answer is one of these, until this is called again. The first call begins
         the watch.
         """
@@ -73,7 +73,7 @@ class Watcher:
         )
         return not self._failure and self.answers[-1].clients == count
 
-    def complaints(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What was wrong since the last call: an answer must have been allowed between its question
         and its arrival.
         """
@@ -97,16 +97,16 @@ class Watcher:
             list(run)
             for _, run in groupby(answers, lambda answer: (is_true(answer), answer.clients))
         ]
-        told = [
+        described = [
             (run[0], f"{run[0].clients} at {run[0].asked - answers[0].asked:.3f} s") for run in runs
         ]
         if self._failure or not answers:
             return [f"no answer: {self._failure}"]
-        if all(is_true(first) for first, _ in told):
+        if all(is_true(first) for first, _ in described):
             return []
         return [
             "it said "
-            + ", ".join(text + (" (WRONG)" * (not is_true(first))) for first, text in told)
+            + ", ".join(text + (" (WRONG)" * (not is_true(first))) for first, text in described)
         ]
 
     def stop(self) -> None:
@@ -140,7 +140,7 @@ class SteadyServer(ExitStack[None]):
         self.watcher = Watcher(self.server.client)
         self.callback(self.watcher.close)
 
-    def complaints(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What was wrong since the last call: with answers, with processes, and with what they have
         written.
         """
@@ -148,7 +148,7 @@ class SteadyServer(ExitStack[None]):
         lines, errors = server.lines[self._read :], server.errors[self._read_errors :]
         self._read += len(lines)
         self._read_errors += len(errors)
-        found = self.watcher.complaints() + errors + [line for line in lines if "Traceback" in line]
+        found = self.watcher.problems() + errors + [line for line in lines if "Traceback" in line]
         found += [line for line in lines if json.loads(line)["event.action"].endswith(self.bad)]
         return found + ["it has ended"] * (server.process.poll() is not None)
 
@@ -161,32 +161,32 @@ class Cluster(ExitStack[None]):
     def __init__(
         self,
         url: str,
-        beat: float,
+        interval: float,
         ttl: float,
         env: dict[str, str] | None = None,
         shares: tuple[int, ...] = (5, 3, 2),
         hosts: Sequence[Host] = (HERE,) * 3,
     ) -> None:
         super().__init__()
-        self.beat, self.ttl = beat, ttl
+        self.interval, self.ttl = interval, ttl
         self._env = env
         self.options = (
             "--redis-url",
             url,
             "--heartbeat-interval",
-            str(beat),
+            str(interval),
             "--member-ttl",
             str(ttl),
         )
         self.members: list[SteadyServer] = []
         with ExitStack() as stack:
             self._bystander = stack.enter_context(SteadyServer(1)).watcher
-            self._bystander.may_say(1)
+            self._bystander.allow(1)
             for share, host in zip(shares, hosts, strict=False):
                 member = SteadyServer(share, *self.options, env=env, host=host)
                 self.members.append(stack.enter_context(member))
-            until(lambda: self.all_say(self.total), f"all say {self.total}")
-            self.may_say(self.total)
+            until(lambda: self.all_report(self.total), f"all say {self.total}")
+            self.allow(self.total)
             self.push(stack.pop_all())
 
     @property
@@ -196,7 +196,7 @@ class Cluster(ExitStack[None]):
     @property
     def recovery_seconds(self) -> float:
         """Time after a fault until WHO is exact everywhere: two heartbeats of each server."""
-        return (2 * self.beat + 1) * PATIENCE
+        return (2 * self.interval + 1) * PATIENCE
 
     @property
     def answers(self) -> int:
@@ -221,11 +221,11 @@ class Cluster(ExitStack[None]):
         """Bytes of all processes."""
         return sum(process.memory_info().rss for process in self.processes())
 
-    def may_say(self, *counts: int) -> None:
+    def allow(self, *counts: int) -> None:
         for member in self.members:
-            member.watcher.may_say(*counts)
+            member.watcher.allow(*counts)
 
-    def all_say(self, count: int) -> bool:
+    def all_report(self, count: int) -> bool:
         return all(member.watcher.says(count) for member in self.members)
 
     def watch(self, seconds: float) -> None:
@@ -240,11 +240,11 @@ class Cluster(ExitStack[None]):
         ]
 
     @contextmanager
-    def telling(self, action: str, kind: str = "") -> Iterator[None]:
+    def expecting(self, action: str, kind: str = "") -> Iterator[None]:
         """What the body does makes every server log this event, each anew."""
         with ExitStack() as stack:
             for member in self.members:
-                stack.enter_context(member.server.telling(action, kind))
+                stack.enter_context(member.server.expecting(action, kind))
             yield
 
     @contextmanager
@@ -255,16 +255,16 @@ class Cluster(ExitStack[None]):
         between = range(self.total, self.total + len(hosts) + 1)
         members = [self.members[host] for host in hosts]
         with ExitStack() as stack:
-            self.may_say(*between)
+            self.allow(*between)
             for member in members:
                 stack.enter_context(member.server.client()).who()
                 member.share += 1
             if len(hosts) == 1:
-                members[0].watcher.may_say(self.total)
+                members[0].watcher.allow(self.total)
             try:
                 yield
             finally:
-                self.may_say(*between)
+                self.allow(*between)
                 for member in members:
                     member.share -= 1
 
@@ -283,9 +283,9 @@ class Cluster(ExitStack[None]):
     def one_more(self, share: int) -> Iterator[SteadyServer]:
         """A fourth server, until the body is over; the body is to end it."""
         total = self.total
-        self.may_say(*range(total, total + share + 1))
+        self.allow(*range(total, total + share + 1))
         with SteadyServer(share, *self.options, env=self._env) as member:
-            member.watcher.may_say(*range(total + share + 1))
+            member.watcher.allow(*range(total + share + 1))
             self.members.append(member)
             self.settle()
             yield member
@@ -295,34 +295,34 @@ class Cluster(ExitStack[None]):
         Redis is away.
         """
         member.watcher.stop()
-        assert not member.complaints()
+        assert not member.problems()
         how(member.server)
         self.members.remove(member)
 
     def start_over(self) -> None:
         """Whatever became of the fault before this one, it is over."""
-        self.may_say(*range(2 * self.total + 1000))
-        until(lambda: self.all_say(self.total), f"all say {self.total}")
+        self.allow(*range(2 * self.total + 1000))
+        until(lambda: self.all_report(self.total), f"all say {self.total}")
         for member in self.members:
-            member.complaints()
-        self.may_say(self.total)
+            member.problems()
+        self.allow(self.total)
 
     def settle(self, limit: float | None = None) -> None:
         """Within the limit all are exact, and stay so."""
         until(
-            lambda: self.all_say(self.total),
+            lambda: self.all_report(self.total),
             f"all say {self.total}",
             limit or self.recovery_seconds,
         )
-        self.may_say(self.total)
-        self.watch(2 * self.beat)
+        self.allow(self.total)
+        self.watch(2 * self.interval)
 
     def check(self) -> None:
         """Every answer so far was true, and no process has died, or said anything that it should
         not.
         """
-        assert not self._bystander.complaints()
-        wrong = {member.server.port: member.complaints() for member in self.members}
+        assert not self._bystander.problems()
+        wrong = {member.server.port: member.problems() for member in self.members}
         assert not any(wrong.values()), wrong
 
     def assert_as_quick_as_alone(self, since: float) -> None:

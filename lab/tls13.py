@@ -8,7 +8,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from lab.running import Client
-from lab.tls_client import shake_hands
+from lab.tls_client import run_handshake
 
 #: Types of content: 4, B.1.
 HANDSHAKE, APPLICATION_DATA = 22, 23
@@ -27,7 +27,7 @@ class RecordClient(Client):
         context.keylog_filename = str(folder / "keys")
         self._received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, sent, server_hostname="127.0.0.1")
-        shake_hands(self, self._tls, self._received, sent)
+        run_handshake(self, self._tls, self._received, sent)
         self.send(sent.read())
         lines = [line.split() for line in (folder / "keys").read_text().splitlines()]
         (secret,) = [line[2] for line in lines if line[0] == "CLIENT_TRAFFIC_SECRET_0"]

@@ -19,7 +19,7 @@ def trust(pems: Path, cert: str = "") -> ssl.SSLContext:
     return context
 
 
-def shake_hands(
+def run_handshake(
     client: Client, inner: ssl.SSLObject, received: ssl.MemoryBIO, sent: ssl.MemoryBIO
 ) -> None:
     """Do the handshake of a TLS that works on memory over a plain client; its last words stay in

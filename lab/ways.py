@@ -22,16 +22,16 @@ class Way(NamedTuple):
     often: int  #: of 100
     sent: bytes
     read: Callable[[Client], bytes]
-    told: bytes
+    replies: bytes
     is_reset: bool = False
 
     def go(self, client: Client) -> bytes:
         """Go in this way; return all that the client was told."""
         client.send(self.sent)
-        told = self.read(client)
+        received = self.read(client)
         if self.is_reset:
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return told
+        return received
 
 
 WAYS = [

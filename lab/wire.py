@@ -16,7 +16,7 @@ SILENCE = None
 Cut = Iterable[bytes | None]
 
 
-class Said(NamedTuple):
+class Expected(NamedTuple):
     """What the page says about all bytes of one client: commands by name, error replies by text."""
 
     replies: list[bytes]
@@ -24,26 +24,26 @@ class Said(NamedTuple):
     is_closed: bool
 
 
-def read(sent: bytes, commands: Collection[bytes], limit: int) -> Said:
+def read(sent: bytes, commands: Collection[bytes], limit: int) -> Expected:
     """Return what is said to a client that sends this and then ends."""
     replies: list[bytes] = []
     is_first = True
     for line in sent.split(b"\n"):
         if is_first and line[:2] == b"\x16\x03":
-            return Said(replies, True)
+            return Expected(replies, True)
         if len(line) - line.endswith(b"\r") > limit:
-            return Said([*replies, TOO_LONG], True)
+            return Expected([*replies, TOO_LONG], True)
         words = line.strip(BLANKS)
         if not words:
             continue
         if is_first and len(parts := words.split()) >= 3 and parts[-1][:5].upper() == b"HTTP/":
-            return Said(replies, True)
+            return Expected(replies, True)
         is_first = False
         if words.upper() in commands:
             replies.append(words.upper())
         else:
             replies.append(UNKNOWN if max(words) < 128 else NOT_ASCII)
-    return Said(replies, False)
+    return Expected(replies, False)
 
 
 def replies(sent: bytes, commands: Mapping[bytes, bytes], limit: int) -> bytes:
@@ -60,7 +60,7 @@ def is_ended_by_silence(sent: bytes, commands: Collection[bytes]) -> bool:
     )
 
 
-def heard(cut: Cut, commands: Collection[bytes]) -> bytes:
+def merge_pieces(cut: Cut, commands: Collection[bytes]) -> bytes:
     """Join pieces and silences: a silence that ends a line stands for a newline."""
     sent = b""
     for piece in cut:

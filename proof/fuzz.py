@@ -93,7 +93,7 @@ class Run:
         console.print(f"bin/fuzz {kind} --inputs {inputs} --seed {self.seed}")
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def expecting(self) -> Iterator[None]:
         """Report after the body. Ctrl-C and SIGTERM end it early; the report has what was found."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -152,7 +152,7 @@ class Run:
 
     def _end(self) -> None:
         """Say how it went, write the report, and exit."""
-        told = {
+        results = {
             "inputs": sum(self.done.values()),
             "seconds": round(self._elapsed(), 1),
             "seed": self.seed,
@@ -163,8 +163,8 @@ class Run:
         }
         if self._report:
             kept = json.loads(self._report.read_text()) if self._report.exists() else {}
-            self._report.write_text(json.dumps(kept | {self.kind: told}, indent=1) + "\n")
-        click.echo(section({self.kind: told}))
+            self._report.write_text(json.dumps(kept | {self.kind: results}, indent=1) + "\n")
+        click.echo(section({self.kind: results}))
         for finding in self.findings:
             click.echo(finding, err=True)
         sys.exit(bool(self.findings))
@@ -220,7 +220,7 @@ def main() -> None:
 def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
     """The pure parts: parser, fast path, URLs, options, logs, TLS records, status of others."""
     run = Run("core", inputs, **rest)
-    with run.telling():
+    with run.expecting():
         if batch >= 0:
             run.drive(iter([Job(only, batch, inputs, partial(_core, only))]), 1)
             return
@@ -260,7 +260,7 @@ def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
     """Real servers with small limits, plain and by TLS, and hundreds of clients at once."""
     run = Run("sockets", inputs, **rest)
     with (
-        run.telling(),
+        run.expecting(),
         fuzz_sockets.servers([only] if only else list(fuzz_sockets.VARIANTS)) as sites,
     ):
         work = {

@@ -102,14 +102,16 @@ class ParserTarget(Target):
                 assert not parser.feed(b"WHO\n"), f"{cut}: it goes on"
                 assert not parser.silence(), f"{cut}: it goes on"
             replies += parser.end()
-            said = wire.read(wire.heard(cut, table), table, limit)
-            told = [r.reply[:-1] if isinstance(r, self.code.ErrorReply) else r[0] for r in replies]
+            expected = wire.read(wire.merge_pieces(cut, table), table, limit)
+            given_replies = [
+                r.reply[:-1] if isinstance(r, self.code.ErrorReply) else r[0] for r in replies
+            ]
             closes = [isinstance(r, self.code.ErrorReply) and r.closes for r in replies]
-            assert [reply for reply in told if reply] == said.replies, (
-                f"{cut} gave {told}, not {said}"
+            assert [reply for reply in given_replies if reply] == expected.replies, (
+                f"{cut} gave {given_replies}, not {expected}"
             )
-            assert (any(closes), any(closes[:-1])) == (said.is_closed, False), (
-                f"{cut} gave {replies}, not {said}"
+            assert (any(closes), any(closes[:-1])) == (expected.is_closed, False), (
+                f"{cut} gave {replies}, not {expected}"
             )
 
 
@@ -149,19 +151,19 @@ class FastPathTarget(Target):
         has_spoken = self.random.random() < 0.8
         replies = self._fastpath.answer(given, has_spoken)
         counted = {name: cells[cell] - before[name] for name, cell in self._cells.items()}
-        said = wire.read(given, self._cells, self._limit)
+        expected = wire.read(given, self._cells, self._limit)
         if replies is None:
             assert not any(counted.values()), f"{counted} were counted, and nothing was said"
             return
-        is_for_it = has_spoken or (said.replies and not said.is_closed)
+        is_for_it = has_spoken or (expected.replies and not expected.is_closed)
         assert is_for_it, f"it said {replies!r} to what is not for it"
         assert given.endswith(b"\n"), f"it said {replies!r} to a line that has not ended"
-        told = {b"WHO": b"%d" % clients, b"WHERE": self._id.encode(), b"WHY": b"42"}
-        if not said.is_closed:  # Only a first line is closed for what another one may hold.
-            assert replies == b"".join(told.get(name, name) + b"\n" for name in said.replies), (
-                f"it said {replies!r}"
-            )
-            assert counted == {name: said.replies.count(name) for name in self._cells}, (
+        values = {b"WHO": b"%d" % clients, b"WHERE": self._id.encode(), b"WHY": b"42"}
+        if not expected.is_closed:  # Only a first line is closed for what another one may hold.
+            assert replies == b"".join(
+                values.get(name, name) + b"\n" for name in expected.replies
+            ), f"it said {replies!r}"
+            assert counted == {name: expected.replies.count(name) for name in self._cells}, (
                 f"it counted {counted}"
             )
 
@@ -293,9 +295,9 @@ class StatusTarget(Target):
 
     def draw(self) -> str:
         random = self.random
-        told = json.loads(self.GOOD)
+        document = json.loads(self.GOOD)
         for _ in range(random.randrange(4)):
-            where: Any = told
+            where: Any = document
             while isinstance(where, dict | list) and where:
                 key = random.choice([*where]) if isinstance(where, dict) else 0
                 if random.random() < 0.35 or not isinstance(where[key], dict | list):
@@ -305,7 +307,7 @@ class StatusTarget(Target):
                         where[key] = json.loads(random.choice(self.ODD))
                     break
                 where = where[key]
-        text = json.dumps(told)
+        text = json.dumps(document)
         return (
             text
             if random.random() < 0.9
@@ -462,22 +464,24 @@ class TlsTarget(Target):
         at = int(place * len(raw)) if fault < 0.02 else len(raw)
         is_broken = at < len(raw)
         raw = raw[:at] + (bytes((raw[at] ^ 0x41,)) + raw[at + 1 :] if is_broken else b"")
-        told, sent = b"", 0
+        output, sent = b"", 0
         try:
             for piece in filter(None, wire.pieces(self.random, raw, 8)):
                 self._sock.sendall(piece)
                 sent += len(piece)
                 for _ in range(0, len(piece), 4096):
                     data, is_part = self._received()
-                    told += data
+                    output += data
                 whole = max(i for i, end in enumerate(ends) if end <= sent)
                 if not is_broken:
-                    assert told == b"".join(said[:whole]), f"after {sent} bytes it had {len(told)}"
-                    assert is_part == self._server.has_partial_record == (ends[whole] < sent), (
-                        "a part is not told"
+                    assert output == b"".join(said[:whole]), (
+                        f"after {sent} bytes it had {len(output)}"
                     )
-            assert b"".join(said).startswith(told), "other bytes came out"
-            assert not is_broken or told != b"".join(said), "a broken record was taken"
+                    assert is_part == self._server.has_partial_record == (ends[whole] < sent), (
+                        "a partial record is not reported"
+                    )
+            assert b"".join(said).startswith(output), "other bytes came out"
+            assert not is_broken or output != b"".join(said), "a broken record was taken"
         except ssl.SSLError:
             assert is_broken, "an error without a fault"
         if is_broken:

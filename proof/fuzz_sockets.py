@@ -221,8 +221,8 @@ class Guest:
         #: How the server's side has ended: `eof`, `ragged` (by TLS, without its alert), `alert`,
         #: `reset`; "" = not yet.
         self.end = ""
-        #: What the server may have heard, by where it may have taken a pause for a silence.
-        self._heard = {b""}
+        #: What the server may have received, by where it may have taken a pause for a silence.
+        self._sent = {b""}
         #: Until it had sent all, where it stays, else until it was over: which deadlines may have
         #: passed.
         self._began = self._took = 0.0
@@ -281,20 +281,20 @@ class Guest:
         return self._sock.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 1)[0] == TCP_ESTABLISHED
 
     def _talk(self) -> None:
-        """Send the pieces, and note what the server may have heard."""
+        """Send the pieces, and note what the server may have received."""
         plan, before = self._plan, monotonic()
         for number, (piece, pause) in enumerate(zip(plan.pieces, plan.pauses, strict=True)):
             began, is_last = monotonic(), number == len(plan.pieces) - 1
             self._send(piece, is_broken=is_last and plan.ending == "broken")
             took = monotonic() - before
-            heard = {told + piece for told in self._heard}
+            possible = {sent + piece for sent in self._sent}
             if took > 0.8 * SILENCE_SECONDS:
-                heard |= {
-                    told + b"\n" + piece
-                    for told in self._heard
-                    if wire.is_ended_by_silence(told, REPLIES)
+                possible |= {
+                    sent + b"\n" + piece
+                    for sent in self._sent
+                    if wire.is_ended_by_silence(sent, REPLIES)
                 }
-            self._heard, before = heard, began
+            self._sent, before = possible, began
             if pause < 0:
                 self._hush()
             elif pause:
@@ -303,20 +303,22 @@ class Guest:
 
     def _hush(self) -> None:
         """Pause until what is due without its newline has come, if it is known what that is."""
-        (told, *others) = self._heard
+        (sent, *others) = self._sent
         if (
             others
-            or not told.rpartition(b"\n")[2].strip(wire.BLANKS)
-            or not wire.is_ended_by_silence(told, REPLIES)
+            or not sent.rpartition(b"\n")[2].strip(wire.BLANKS)
+            or not wire.is_ended_by_silence(sent, REPLIES)
         ):
             gevent.sleep(1.5 * SILENCE_SECONDS)
             return
-        said = wire.read(told, REPLIES, MAX_LINE)
+        expected = wire.read(sent, REPLIES, MAX_LINE)
         while (
-            self.received.count(b"\n") < len(said.replies) and not self.end and not said.is_closed
+            self.received.count(b"\n") < len(expected.replies)
+            and not self.end
+            and not expected.is_closed
         ):
             gevent.sleep(0.01)
-        self._heard = {told + b"\n"}
+        self._sent = {sent + b"\n"}
 
     def _send(self, data: bytes, *, is_broken: bool) -> None:
         if self._tls:
@@ -346,15 +348,15 @@ class Guest:
             with suppress(ssl.SSLWantReadError):
                 self._tls.do_handshake()
                 is_done = True
-            said = self._out.read()
+            expected = self._out.read()
             if plan.ending == "half a handshake":
                 self._tls = None
-                self._sock.sendall(said[: self._random.randrange(1, len(said))])
+                self._sock.sendall(expected[: self._random.randrange(1, len(expected))])
                 return False
             if is_done and plan.is_early:
-                self._held = said
+                self._held = expected
                 return True
-            for chunk in wire.pieces(self._random, said, 3):
+            for chunk in wire.pieces(self._random, expected, 3):
                 self._sock.sendall(chunk)
             if not is_done:
                 data = self._sock.recv(65536)
@@ -416,36 +418,38 @@ class Guest:
         if (
             lines[-1:]
             and lines[-1] in late
-            and any(_begin(said.replies, lines[:-1]) for said in self._said())
+            and any(_begin(expected.replies, lines[:-1]) for expected in self._expected())
         ):
             return lines[-1].decode()
         assert ending != "unread" or self.end == "reset", "it has not read, and was not reset"
         if ending in ROUGH:
-            assert any(_begin(said.replies, lines) for said in self._said()), (
+            assert any(_begin(expected.replies, lines) for expected in self._expected()), (
                 "that is not how its replies begin"
             )
             return ROUGH[ending]
-        for said in self._said():
-            if _begin(said.replies, lines) and len(lines) == len(said.replies) and not rest:
+        for expected in self._expected():
+            if _begin(expected.replies, lines) and len(lines) == len(expected.replies) and not rest:
                 # Who still sends a second after the server has closed is waited for no longer.
-                assert self.end == "eof" or (said.is_closed and self._took > 0.8), (
+                assert self.end == "eof" or (expected.is_closed and self._took > 0.8), (
                     "its end is not clean"
                 )
-                told = said.replies[-1].decode() if said.is_closed and said.replies else ""
+                last = (
+                    expected.replies[-1].decode() if expected.is_closed and expected.replies else ""
+                )
                 return (
-                    told
-                    if told.startswith("ERR")
+                    last
+                    if last.startswith("ERR")
                     else "HTTP, closed"
-                    if said.is_closed
+                    if expected.is_closed
                     else "answered"
                 )
-        raise AssertionError(f"none of {self._said()}")
+        raise AssertionError(f"none of {self._expected()}")
 
     def _outcome_without_tls(self) -> str:
         sent = b"".join(self._plan.pieces) if self._plan.ending == "no handshake" else b"\x16"
         if not sent.startswith(b"\x16"):
             assert (bytes(self.received), self.end) == (TLS_ONLY if sent else b"", "eof"), (
-                "it is to be told TLS only"
+                "it is to be rejected with TLS only"
             )
             return "ERR TLS only" if sent else "no handshake of TLS"
         assert bytes(self.received[:1]) in (b"", b"\x15"), (
@@ -453,26 +457,28 @@ class Guest:
         )
         return "no handshake of TLS"
 
-    def _said(self) -> list[wire.Said]:
-        """What the page says, for each thing that the server may have heard."""
+    def _expected(self) -> list[wire.Expected]:
+        """What the page says, for each thing that the server may have received."""
         return [
-            self._deadlined(told)
+            self._deadlined(sent)
             if self._plan.ending == "stay"
-            else wire.read(told, REPLIES, MAX_LINE)
-            for told in self._heard
+            else wire.read(sent, REPLIES, MAX_LINE)
+            for sent in self._sent
         ]
 
-    def _deadlined(self, told: bytes) -> wire.Said:
+    def _deadlined(self, sent: bytes) -> wire.Expected:
         """What a client that stays must read: in the end that it is idle, or too slow."""
-        if wire.is_ended_by_silence(told, REPLIES):
-            told += b"\n"
-        said = wire.read(told, REPLIES, MAX_LINE)
-        whole, newline, part = told.rpartition(b"\n")
+        if wire.is_ended_by_silence(sent, REPLIES):
+            sent += b"\n"
+        expected = wire.read(sent, REPLIES, MAX_LINE)
+        whole, newline, part = sent.rpartition(b"\n")
         before = wire.read(whole + newline, REPLIES, MAX_LINE)
-        is_tls = said.is_closed and part.startswith(TLS_BEGINNING)  # A first line: closed at once.
-        if before.is_closed or is_tls or said.replies[-1:] == [wire.TOO_LONG]:
-            return said
-        return wire.Said([*before.replies, TOO_SLOW if part else IDLE], True)
+        is_tls = expected.is_closed and part.startswith(
+            TLS_BEGINNING
+        )  # A first line: closed at once.
+        if before.is_closed or is_tls or expected.replies[-1:] == [wire.TOO_LONG]:
+            return expected
+        return wire.Expected([*before.replies, TOO_SLOW if part else IDLE], True)
 
 
 def _begin(replies: list[bytes], lines: list[bytes]) -> bool:

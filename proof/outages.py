@@ -57,8 +57,8 @@ def ends(role: str, how: Callable[[psutil.Process], None], sign: str = "") -> Ha
     @contextmanager
     def happen(world: World) -> Iterator[None]:
         server = world.members[0].server
-        with server.telling(f"{role}.ready", limit=2 * LIMIT):
-            with server.telling(sign, limit=2 * LIMIT) if sign else nullcontext():
+        with server.expecting(f"{role}.ready", limit=2 * LIMIT):
+            with server.expecting(sign, limit=2 * LIMIT) if sign else nullcontext():
                 how((server.workers() if role == "worker" else server.agents())[0])
             yield
 
@@ -99,7 +99,7 @@ def _wait_for_balancer(world: World, state: str) -> None:
 def rolling_reload(world: World) -> Iterator[None]:
     """SIGHUP to one server after another."""
     for member in world.members:
-        with member.server.telling("server.reloaded"):
+        with member.server.expecting("server.reloaded"):
             member.server.send_signal(signal.SIGHUP)
     yield
 
@@ -255,7 +255,7 @@ class Census(ExitStack[None]):
         names = [name for name in self.clients if name != without]
         return len(names) + sum(_is_open(client) for name in names for client in self.clients[name])
 
-    def all_say(self, without: str = "") -> bool:
+    def all_report(self, without: str = "") -> bool:
         """Whether the servers do, all but one."""
         total = self.total(without)
         return all(
@@ -280,22 +280,22 @@ def of_who(world: World, fault: Fault) -> Outage:
     first, _, third = world.members
     without = first.name if fault.gone else ""
     with Census(world) as census:
-        until(census.all_say, "all are exact")
+        until(census.all_report, "all are exact")
         began = time.monotonic()
         with fault.happen(world):
             census.come(third)
             if not fault.lasts:
-                until(lambda: census.all_say(without), "all are exact again", FAILOVER_LIMIT)
+                until(lambda: census.all_report(without), "all are exact again", FAILOVER_LIMIT)
                 ended, total = time.monotonic() + CALM_SECONDS, census.total(without)
                 time.sleep(CALM_SECONDS)
         if fault.lasts:
             began = time.monotonic()
-            until(lambda: census.all_say(without), "all are exact again", FAILOVER_LIMIT)
+            until(lambda: census.all_report(without), "all are exact again", FAILOVER_LIMIT)
             time.sleep(CALM_SECONDS)
             ended, total = time.monotonic(), census.total(without)
-        heard = [w.answers for name, w in census.watchers.items() if name != without]
-        told = [(each.asked, each.clients) for answers in heard for each in answers]
-        return wrong([each for each in told if began <= each[0] <= ended], began, total)
+        observed = [w.answers for name, w in census.watchers.items() if name != without]
+        replies = [(each.asked, each.clients) for answers in observed for each in answers]
+        return wrong([each for each in replies if began <= each[0] <= ended], began, total)
 
 
 def wrong(answers: list[tuple[float, int]], began: float, total: int) -> Outage:

@@ -105,7 +105,7 @@ def _figures(cases: list[Report]) -> str:
     return "; ".join(texts)
 
 
-def told(timeline: Report) -> str:
+def describe(timeline: Report) -> str:
     """Return what a timeline shows, as a paragraph."""
     events = ", ".join(f"{what} at {at:.1f} s" for at, what in timeline["events"])
     return (
@@ -140,7 +140,7 @@ def _machine(report: Report) -> str:
 
 
 def _in(name: str) -> Callable[[Report], str]:
-    return lambda report: told(report[name])
+    return lambda report: describe(report[name])
 
 
 #: The name of each block, the report that it is made from, and the function that makes it.

@@ -29,7 +29,7 @@ from lab.machine import commit
 from lab.redises import FAILOVER_LIMIT
 from lab.seed import draw
 from proof.soak_faults import FAULTS
-from proof.soak_judge import Report, complaints, render, written
+from proof.soak_judge import Report, problems, render, written
 from proof.soak_world import CALLERS, CEILING, NAMES, World, settle
 
 #: What may go wrong in a way that is worth a line in the report.
@@ -158,7 +158,7 @@ class Soak:
 
     def _keep(self, world: World, during: str) -> None:
         """Bring the report up to date."""
-        for source in (self._load.complaints, *(member.complaints for member in world.members)):
+        for source in (self._load.problems, *(member.problems for member in world.members)):
             for text in source():
                 self._fail(f"{during}: {text}")
         self.report |= {"seconds": round(self.elapsed, 1), "kinds": dict(self._load.kinds)}
@@ -270,7 +270,7 @@ def main(
         path.write_text(written(soak.report))
         path.with_suffix(".md").write_text(render(soak.report))
     click.echo(render(soak.report))
-    sys.exit(1 if list(complaints(soak.report)) else 0)
+    sys.exit(1 if list(problems(soak.report)) else 0)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Fault(NamedTuple):
     crowd: int = 0  #: by how much WHO may say more
 
 
-def _told(action: str, do: Callable[[], object], *members: SoakedMember) -> str:
+def _logged(action: str, do: Callable[[], object], *members: SoakedMember) -> str:
     """What this does makes each of them log that."""
     before = [member.log.actions[action] for member in members]
     do()
@@ -64,9 +64,9 @@ def _process(
     process = world.random.choice(
         [each for name, each in member.server.named_processes().items() if name.startswith(role)]
     )
-    told = _told(action, lambda: do(process), member)
+    event = _logged(action, lambda: do(process), member)
     member.deaths += 1
-    return told
+    return event
 
 
 def _held_up(world: World, member: SoakedMember) -> str:
@@ -78,7 +78,7 @@ def _held_up(world: World, member: SoakedMember) -> str:
 
 def _reload(_world: World, member: SoakedMember) -> str:
     before = member.server.named_processes().keys()
-    _told("server.reloaded", lambda: member.server.send_signal(signal.SIGHUP), member)
+    _logged("server.reloaded", lambda: member.server.send_signal(signal.SIGHUP), member)
     settle(
         lambda: len(member.server.named_processes().keys() & before) == 1,
         "all but the supervisor are new",
@@ -89,7 +89,7 @@ def _reload(_world: World, member: SoakedMember) -> str:
 def _ended(number: signal.Signals, code: int, _world: World, member: SoakedMember) -> str:
     member.server.send_signal(number)
     assert member.server.exit_code() == code, member.server.stderr
-    assert not (told := member.complaints()), told
+    assert not (problems := member.problems()), problems
     member.start()
     return f"exit code {code}, started again"
 
@@ -108,7 +108,7 @@ def _same_id(world: World, member: SoakedMember) -> str:
 def _noticed(
     action: str, seconds: float, do: Callable[[World], object], world: World, _member: SoakedMember
 ) -> str:
-    noticed = _told(action, lambda: do(world), *world.members)
+    noticed = _logged(action, lambda: do(world), *world.members)
     time.sleep(seconds)
     return f"all servers {noticed}"
 
@@ -163,19 +163,19 @@ def _refused(
 
     before = counted()
     with ExitStack() as stack:
-        told = attack([stack.enter_context(member.client()) for _ in range(count)])
-        assert told >= least, f"{told} were told"
-        settle(lambda: counted() - before >= told, "as many are counted")
+        rejected = attack([stack.enter_context(member.client()) for _ in range(count)])
+        assert rejected >= least, f"{rejected} got the error reply"
+        settle(lambda: counted() - before >= rejected, "as many are counted")
     return f"{least} at least were cut off, and counted as {name}"
 
 
 def _flood(crowd: list[Client]) -> int:
-    told = 0
+    rejected = 0
     for client in crowd:
         with suppress(OSError):
             client.send(b"WHY\n")
-            told += client.line() == b"ERR too many clients\n"
-    return told
+            rejected += client.line() == b"ERR too many clients\n"
+    return rejected
 
 
 def _slowloris(crowd: list[Client]) -> int:

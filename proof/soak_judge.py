@@ -56,7 +56,7 @@ def lives(report: Report) -> list[Life]:
     ]
 
 
-def complaints(report: Report) -> Iterator[str]:
+def problems(report: Report) -> Iterator[str]:
     """Yield what is wrong."""
     yield from report["failures"]
     for life in lives(report):
@@ -128,7 +128,7 @@ def render(report: Report) -> str:
     """Make the page."""
     is_judged = any(life.growth is not None for life in lives(report))
     wrong, replies, faults = (
-        list(complaints(report)),
+        list(problems(report)),
         report["replies"],
         sorted(report["faults"].items()),
     )

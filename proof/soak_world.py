@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.admin import status
-from lab.census import CENSUS, have_crowd, held, one_each
+from lab.census import CENSUS, connect_crowd, held, one_each
 from lab.certificates import make_certificates
 from lab.load import KINDS
 from lab.member import Member
@@ -91,17 +91,17 @@ class SoakedMember(Member):
         """Start it; let it have had a crowd."""
         super().start()
         self.log, self.deaths = self.server.lines, 0  #: of processes, which a fault has caused
-        have_crowd(self.client, MAX_CLIENTS)
+        connect_crowd(self.client, MAX_CLIENTS)
 
-    def complaints(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What it should never have said, since the last call."""
-        told = [
+        found = [
             each.pop(0) for each in (self.server.errors, self.log.bad) for _ in range(len(each))
         ]
         died = self.log.actions["worker.died"] + self.log.actions["agent.died"]
-        told += [f"{died - self.deaths} processes died by themselves"] * (died > self.deaths)
+        found += [f"{died - self.deaths} processes died by themselves"] * (died > self.deaths)
         self.deaths = died
-        return [f"{self.name}: {text}" for text in told]
+        return [f"{self.name}: {text}" for text in found]
 
     def client(self) -> Client:
         """A new client, of the server's kind."""
@@ -119,16 +119,16 @@ class SoakedMember(Member):
 
     def is_well(self, ceiling: float) -> bool:
         """Whether it is as it should be when nothing is wrong, as it says itself."""
-        told, processes = self.status(), self.server.named_processes()
-        if not told or not processes.keys() >= {
-            f"worker {each['pid']}" for each in told["workers"]["each"]
+        status, processes = self.status(), self.server.named_processes()
+        if not status or not processes.keys() >= {
+            f"worker {each['pid']}" for each in status["workers"]["each"]
         }:
             return False
-        cluster = told["cluster"]
+        cluster = status["cluster"]
         is_fresh = not cluster["is_held"] and (cluster["age_seconds"] or math.inf) < 1.5 * PATIENCE
-        is_whole = len(processes) == WORKERS + 2 and told["workers"]["now"] == WORKERS
+        is_whole = len(processes) == WORKERS + 2 and status["workers"]["now"] == WORKERS
         is_known = cluster["servers"] == len(NAMES) and cluster["clients"] <= ceiling
-        return told["server"]["state"] == "ready" and is_fresh and is_whole and is_known
+        return status["server"]["state"] == "ready" and is_fresh and is_whole and is_known
 
 
 class World(ExitStack):

@@ -280,7 +280,7 @@ def main(seed: int | None, is_kept: bool, render: bool) -> None:
                 click.echo(f"{name}, --seed {seed} ...", err=True)
                 (place := Path(folder) / name).mkdir()
                 report[name] = record(place, seed, scenario)
-                click.echo(page.told(report[name]))
+                click.echo(page.describe(report[name]))
         if is_kept:
             write(report, FILE)
     if is_kept or render:

@@ -31,7 +31,7 @@ OPTIONS = "--workers", "2", "--drain-delay", "2"
 class World(ExitStack[None]):
     """All of it, with the periods of the cluster."""
 
-    def __init__(self, folder: Path, beat: float = 0.5, ttl: float = 5.0) -> None:
+    def __init__(self, folder: Path, interval: float = 0.5, ttl: float = 5.0) -> None:
         super().__init__()
         self.ttl = ttl
         with ExitStack() as stack:
@@ -39,7 +39,7 @@ class World(ExitStack[None]):
             self.front_host, *rest = self.network.hosts
             self.redis_hosts = rest[:3]
             self.redis = stack.enter_context(Sentinels(folder, hosts=self.redis_hosts))
-            options = ["--redis-url", self.redis.url, "--heartbeat-interval", str(beat)]
+            options = ["--redis-url", self.redis.url, "--heartbeat-interval", str(interval)]
             options += ["--member-ttl", str(ttl), *OPTIONS]
             env = {"GSERVER_ADMIN_TOKEN": "secret"}
             self.members: list[Member] = []

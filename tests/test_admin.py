@@ -17,7 +17,17 @@ import pytest
 
 from gserver.agent.admin_port import MAX_WAITING, REQUEST_SECONDS
 from lab.admin import dial, get, metrics, status
-from lab.running import LIMIT, PATIENCE, Running, argv, extended, gserver, program, told, until
+from lab.running import (
+    LIMIT,
+    PATIENCE,
+    Running,
+    argv,
+    error_line,
+    extended,
+    gserver,
+    program,
+    until,
+)
 
 TOKEN = "not-a-secret"
 LARGE = "from lab.commands import replying\nlarge = replying('LARGE', 20_000_000)\n"
@@ -36,18 +46,18 @@ def test_there_is_no_admin_port_by_default(server: Running) -> None:
     assert server.events("server.listening")[0].get("gserver.admin_port") is None
 
 
-def test_a_server_that_serves_is_alive_and_ready(here: Running) -> None:
+def test_a_serving_server_is_alive_and_ready(here: Running) -> None:
     assert get(here, "/livez")[::2] == (200, b"alive\n")
     assert get(here, "/readyz")[::2] == (200, b"ready\n")
 
 
-def test_unknown_paths_are_not_found_and_the_answer_names_the_known_ones(here: Running) -> None:
+def test_an_unknown_path_is_not_found_and_the_known_paths_are_listed(here: Running) -> None:
     for path in ("/x", "/status", "//", "/%00", "/../etc/passwd", "/" + "x" * 2000):
         known = b"available: /, /status.json, /metrics, /livez, /readyz\n"
         assert get(here, path)[::2] == (404, known)
 
 
-def test_methods_other_than_get_and_head_are_refused_and_allow_names_those(here: Running) -> None:
+def test_only_get_and_head_are_allowed(here: Running) -> None:
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "x"):
         code, headers, body = get(here, "/livez", method)
         assert (code, headers["allow"]) == (405, "GET, HEAD")
@@ -74,7 +84,7 @@ def test_head_has_the_status_and_headers_of_get_without_a_body(here: Running, pa
     assert int(headers["content-length"]) > 0
 
 
-def test_every_answer_closes_and_may_not_be_kept_or_framed(here: Running) -> None:
+def test_every_response_closes_and_may_not_be_cached_or_framed(here: Running) -> None:
     for path in ("/", "/livez", "/metrics", "/status.json", "/x"):
         _, headers, body = get(here, path)
         assert (headers["connection"], headers["cache-control"]) == ("close", "no-store")
@@ -83,7 +93,7 @@ def test_every_answer_closes_and_may_not_be_kept_or_framed(here: Running) -> Non
         assert int(headers["content-length"]) == len(body)
 
 
-def test_the_status_has_the_figures_of_what_clients_did(here: Running) -> None:
+def test_the_status_counts_what_clients_did(here: Running) -> None:
     before = status(here)
     with ExitStack() as stack:
         clients = [stack.enter_context(here.client()) for _ in range(3)]
@@ -111,7 +121,7 @@ def test_the_status_has_the_figures_of_what_clients_did(here: Running) -> None:
     assert now["cluster"] is None
 
 
-def test_the_metrics_have_the_same_figures_in_the_format_of_prometheus(here: Running) -> None:
+def test_the_metrics_have_the_same_figures_in_prometheus_format(here: Running) -> None:
     before = metrics(here)
     with here.client() as client:
         assert client.ask(b"WHY") == b"42"
@@ -192,7 +202,7 @@ def test_a_server_without_workers_is_alive_but_not_ready(tmp_path: Path) -> None
         "Basic " + base64.b64encode(f"x:{TOKEN}".encode()).decode(),
     ],
 )
-def test_with_a_token_all_but_health_needs_it(value: str) -> None:
+def test_with_a_token_every_path_except_health_needs_it(value: str) -> None:
     with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": TOKEN}) as server:
         server.wait_for("agent.ready")
         for path in ("/", "/status.json", "/metrics"):
@@ -218,10 +228,10 @@ def test_with_a_token_all_but_health_needs_it(value: str) -> None:
 
 
 @pytest.mark.parametrize("token", ["s3cret ", " s3cret", " "])
-def test_a_token_that_http_would_change_is_refused_at_start(token: str) -> None:
+def test_a_token_that_http_cannot_carry_is_refused_at_start(token: str) -> None:
     for arguments, env in ((["--admin-token", token], {}), ([], {"GSERVER_ADMIN_TOKEN": token})):
         done = gserver("--port", "0", "--admin-port", "0", *arguments, **env)
-        assert "the token begins or ends with a blank, which HTTP removes" in told(done)
+        assert "the token begins or ends with a blank, which HTTP removes" in error_line(done)
         assert "s3cret" not in done.stderr
 
 
@@ -232,13 +242,13 @@ def test_a_token_with_a_blank_inside_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.com"])
-def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
+def test_an_address_beyond_loopback_needs_a_token(host: str) -> None:
     done = gserver("--admin-port", "0", "--admin-host", host)
     reason = f"--admin-host {host} is not loopback: set --admin-token, too"
-    assert told(done) == reason
+    assert error_line(done) == reason
 
 
-def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running) -> None:
+def test_a_request_with_a_foreign_host_name_is_refused(here: Running) -> None:
     evil = argv(
         "evil.example evil.example:80 127.0.0.1.evil.example [::1].evil.example [::1]evil:80"
     )
@@ -248,7 +258,7 @@ def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running
         assert get(here, "/status.json", Host=name)[0] == 200, name
 
 
-def test_a_server_without_a_token_ignores_a_sent_one_and_checks_the_host(here: Running) -> None:
+def test_without_a_token_a_sent_token_is_ignored_and_the_host_is_checked(here: Running) -> None:
     for value in (f"Bearer {TOKEN}", "Basic !", ""):
         assert get(here, "/status.json", Authorization=value)[0] == 200
         assert get(here, "/status.json", Authorization=value, Host="evil.example")[0] == 403
@@ -259,7 +269,7 @@ def test_a_busy_admin_port_is_reported_in_one_line() -> None:
         port = other.getsockname()[1]
         done = gserver("--port", "0", "--admin-port", str(port))
     reason = "it is in use by another program: stop that one, or choose another --admin-port"
-    assert told(done, 1) == f"cannot listen on 127.0.0.1:{port}: {reason}"
+    assert error_line(done, 1) == f"cannot listen on 127.0.0.1:{port}: {reason}"
 
 
 @pytest.mark.outer
@@ -410,7 +420,7 @@ def test_an_aborted_request_is_not_logged(here: Running, sent: bytes) -> None:
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /livez HTTP/1.1\r\nX: y", b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nx"]
 )
-def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_the_port(
+def test_many_unfinished_requests_delay_neither_clients_nor_the_admin_port(
     here: Running, sent: bytes
 ) -> None:
     with ExitStack() as stack:
@@ -436,7 +446,7 @@ def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_
     assert not here.events("agent.died")
 
 
-def test_no_connection_is_evicted_while_its_answer_is_made() -> None:
+def test_no_connection_is_evicted_while_its_response_is_prepared() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
         # Each answer waits a moment for this Redis, which never replies.
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
@@ -450,7 +460,7 @@ def test_no_connection_is_evicted_while_its_answer_is_made() -> None:
 
 
 @pytest.mark.outer
-def test_the_time_that_a_client_takes_to_read_is_not_service_time(tmp_path: Path) -> None:
+def test_time_spent_waiting_for_a_slow_reader_is_not_service_time(tmp_path: Path) -> None:
     with extended(tmp_path, LARGE, "--admin-port", "0") as server, server.client() as client:
         server.wait_for("agent.ready")
         client.send(b"LARGE\n")

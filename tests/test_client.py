@@ -123,7 +123,7 @@ def is_readable(client: Client, within: float = 0) -> bool:
 
 
 @contextmanager
-def held_up(server: Running) -> Iterator[None]:
+def stalled(server: Running) -> Iterator[None]:
     """The worker stands still, as on a machine that has no time for it."""
     [worker] = server.workers()
     worker.suspend()
@@ -140,7 +140,7 @@ short_cases = [case for case in CASES if 1 < len(case.sent) < 50][::4]
 
 
 @every_case
-def test_a_case_and_the_end_of_input_have_their_replies_and_a_clean_end(
+def test_a_case_with_end_of_input_gets_its_replies_and_a_clean_close(
     here: Running, case: Case
 ) -> None:
     with here.client() as client:
@@ -149,7 +149,7 @@ def test_a_case_and_the_end_of_input_have_their_replies_and_a_clean_end(
 
 
 @every_case
-def test_a_case_and_a_newline_have_their_replies_and_leave_the_connection_as_the_table_says(
+def test_a_case_with_a_newline_gets_its_replies_and_is_closed_or_not(
     here: Running, case: Case
 ) -> None:
     with here.client() as client:
@@ -163,7 +163,7 @@ def test_a_case_and_a_newline_have_their_replies_and_leave_the_connection_as_the
 
 
 @pytest.mark.parametrize("case", short_cases, ids=[case.name for case in short_cases])
-def test_a_case_sent_in_single_bytes_has_the_same_replies(here: Running, case: Case) -> None:
+def test_a_case_sent_byte_by_byte_gets_the_same_replies(here: Running, case: Case) -> None:
     with here.client() as client:
         client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for at in range(len(case.sent)):
@@ -171,7 +171,7 @@ def test_a_case_sent_in_single_bytes_has_the_same_replies(here: Running, case: C
         assert client.end() == case.replies
 
 
-def test_the_end_of_input_has_everything_answered_and_then_a_clean_end(server: Running) -> None:
+def test_after_end_of_input_all_is_answered_and_closed_cleanly(server: Running) -> None:
     with server.client() as client:
         client.send(b"WHY\nNOPE\n" * 10_000 + b"why")
         assert client.end() == b"42\nERR unknown command\n" * 10_000 + b"42\n"
@@ -203,14 +203,14 @@ def test_a_reply_does_not_wait_for_the_unterminated_command_behind_it(here: Runn
         assert client.line() == b"42\n"
 
 
-def test_blanks_and_a_silence_are_no_part_of_the_next_line(server: Running) -> None:
+def test_blanks_before_a_pause_are_not_part_of_the_next_line(server: Running) -> None:
     with server.client() as client:
         client.send(b" " * 10)
         assert not is_readable(client, 0.3)
         assert client.ask(b"x" * wire.LIMIT_BYTES) == b"ERR unknown command"
 
 
-def test_what_is_no_command_is_not_answered_without_its_newline(server: Running) -> None:
+def test_a_non_command_is_not_answered_before_its_newline(server: Running) -> None:
     with server.client() as client:
         client.send(b"WHOEVER")
         assert not is_readable(client, 0.3)
@@ -219,11 +219,11 @@ def test_what_is_no_command_is_not_answered_without_its_newline(server: Running)
 
 
 @pytest.mark.outer
-def test_a_line_that_goes_on_while_the_worker_is_held_up_is_one_line(here: Running) -> None:
+def test_a_line_that_continues_while_the_worker_is_stalled_is_one_line(here: Running) -> None:
     with here.client() as client:
         client.send(b"WHERE")
         assert not is_readable(client, 0.1)
-        with held_up(here):
+        with stalled(here):
             client.send(b"VER\n")
             time.sleep(UNTERMINATED_AFTER)
         assert client.line() == b"ERR unknown command\n"
@@ -251,7 +251,7 @@ def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(
 
 
 @pytest.mark.outer
-def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict: Running) -> None:
+def test_the_line_timeout_runs_from_the_first_byte_even_if_more_arrive(strict: Running) -> None:
     with strict.client() as client:
         began = time.monotonic()
         count = 0
@@ -265,7 +265,7 @@ def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict:
 
 
 @pytest.mark.outer
-def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow() -> None:
+def test_a_command_that_was_complete_before_a_stall_is_not_too_slow() -> None:
     with (
         Running("--line-timeout", "1", "--unterminated-after", "0.5") as server,
         server.client() as client,
@@ -273,13 +273,13 @@ def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow(
         assert client.ask(b"WHERE")
         client.send(b"WHY")
         assert server.who() == 2  # It has been read.
-        with held_up(server):
+        with stalled(server):
             time.sleep(1.2)
         assert client.line() == b"42\n"
 
 
 @pytest.mark.outer
-def test_each_line_has_its_own_time(strict: Running) -> None:
+def test_each_line_has_its_own_deadline(strict: Running) -> None:
     with strict.client() as client:
         for piece in (b"WH", b"Y\nWH", b"Y\n  "):
             client.send(piece)
@@ -290,7 +290,7 @@ def test_each_line_has_its_own_time(strict: Running) -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("said", [b"", b"WHY\n"], ids=["ever", "any more"])
-def test_who_says_nothing_is_idle(napping: Running, said: bytes) -> None:
+def test_a_silent_client_is_idle(napping: Running, said: bytes) -> None:
     with napping.client() as client:
         began = time.monotonic()
         client.send(said)
@@ -299,7 +299,7 @@ def test_who_says_nothing_is_idle(napping: Running, said: bytes) -> None:
 
 
 @pytest.mark.outer
-def test_who_speaks_now_and_then_is_not_idle(napping: Running) -> None:
+def test_a_client_that_sends_now_and_then_is_not_idle(napping: Running) -> None:
     with napping.client() as client:
         for _ in range(8):
             assert client.ask(b"WHY") == b"42"
@@ -322,13 +322,13 @@ def test_time_in_a_handler_is_not_idle_time(napping: Running, sent: bytes) -> No
 
 
 @pytest.mark.outer
-def test_who_speaks_while_the_worker_is_held_up_is_not_idle(napping: Running) -> None:
+def test_a_client_that_sends_while_the_worker_is_stalled_is_not_idle(napping: Running) -> None:
     with napping.client() as client:
         assert client.ask(b"WHY") == b"42"
         assert not is_readable(
             client, IDLE_TIMEOUT / 2
         )  # It has been silent for a while, though not for too long.
-        with held_up(napping):
+        with stalled(napping):
             client.send(b"WHY\n")
             time.sleep(IDLE_TIMEOUT * 1.5)
         assert client.line() == b"42\n"
@@ -351,22 +351,20 @@ IDLE = pytest.param("napping", b"", False, b"ERR idle\n", id="idle", marks=pytes
 
 
 @pytest.mark.parametrize(
-    ("name", "sent", "is_at_once", "told"),
+    ("name", "sent", "is_at_once", "last_lines"),
     [*(pytest.param(*case, id=name) for name, case in CLOSINGS.items()), IDLE],
 )
-def test_a_client_is_told_why_and_ended_cleanly_although_much_more_comes(
-    request: pytest.FixtureRequest, name: str, sent: bytes, is_at_once: bool, told: bytes
+def test_a_client_that_keeps_sending_gets_the_reason_and_a_clean_close(
+    request: pytest.FixtureRequest, name: str, sent: bytes, is_at_once: bool, last_lines: bytes
 ) -> None:
     with request.getfixturevalue(name).client() as client:
         client.send(sent)
         assert is_at_once or is_readable(client, LIMIT)
         client.send(MUCH)
-        assert client.rest() == told
+        assert client.rest() == last_lines
 
 
-def test_a_client_too_many_is_told_and_ended_cleanly_although_much_more_comes(
-    strict: Running,
-) -> None:
+def test_a_rejected_client_that_keeps_sending_gets_a_clean_close(strict: Running) -> None:
     wait_until_alone(strict)
     with ExitStack() as stack:
         clients = [stack.enter_context(strict.client()) for _ in range(MAX_CLIENTS)]
@@ -413,9 +411,7 @@ def small_window(server: Running) -> Iterator[socket.socket]:
 
 
 @pytest.mark.outer
-def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(
-    strict: Running,
-) -> None:
+def test_a_client_that_does_not_read_is_reset_and_delays_no_other(strict: Running) -> None:
     wait_until_alone(strict)
     [worker] = strict.workers()
     before = worker.memory_info().rss
@@ -434,14 +430,12 @@ def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(
 
 
 @pytest.mark.outer
-def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_no_slow_reader(
-    strict: Running,
-) -> None:
+def test_a_client_that_reads_during_a_stall_is_not_a_slow_reader(strict: Running) -> None:
     with strict.client() as client:
         client.send(b"LARGE\n")
         until(lambda: is_readable(client), "the reply begins")
         received = 0
-        with held_up(strict):
+        with stalled(strict):
             client.sock.settimeout(WRITE_TIMEOUT + 1.5)
             with suppress(TimeoutError):
                 while data := client.sock.recv(65536):
@@ -455,7 +449,7 @@ def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_n
 
 
 @pytest.mark.outer
-def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) -> None:
+def test_unread_replies_of_a_client_that_has_left_are_dropped(strict: Running) -> None:
     def kernel() -> str:
         """The connections of clients that the server has closed, and that wait for them to take the
         rest.
@@ -493,7 +487,7 @@ def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -
 
 @pytest.mark.outer
 @pytest.mark.parametrize("command", [b"WHERE", b"WHY"])
-def test_a_client_that_reads_late_but_in_time_gets_every_reply(
+def test_a_client_that_reads_late_but_within_the_timeout_gets_all_replies(
     strict: Running, command: bytes
 ) -> None:
     with strict.client() as client, small_window(strict) as sock:
@@ -547,7 +541,7 @@ print(received)
     [("WHY\n", 100_000), ("xxxx", 1000)],
     ids=["commands", "a line without end"],
 )
-def test_twenty_clients_that_send_without_end_starve_nobody(
+def test_twenty_clients_that_send_endlessly_do_not_starve_others(
     server: Running, data: str, least_received: int
 ) -> None:
     worst = 0.0
@@ -586,7 +580,9 @@ def test_twenty_clients_that_send_without_end_starve_nobody(
         "with many replies to come",
     ],
 )
-def test_a_client_that_resets_is_counted_out_and_harms_nobody(server: Running, sent: bytes) -> None:
+def test_a_client_that_resets_is_uncounted_and_does_not_affect_others(
+    server: Running, sent: bytes
+) -> None:
     wait_until_alone(server)
     [worker] = server.workers()
     with server.client() as other:
@@ -601,9 +597,7 @@ def test_a_client_that_resets_is_counted_out_and_harms_nobody(server: Running, s
     assert [event for event in server.events() if event["log.level"] in ("warning", "error")] == []
 
 
-def test_clients_that_connect_and_say_nothing_are_counted_and_in_nobodys_way(
-    server: Running,
-) -> None:
+def test_silent_clients_are_counted_and_delay_no_other(server: Running) -> None:
     wait_until_alone(server)
     with server.client() as client:
         with ExitStack() as stack:
@@ -616,9 +610,7 @@ def test_clients_that_connect_and_say_nothing_are_counted_and_in_nobodys_way(
 # Handlers.
 
 
-def test_a_handler_that_fails_is_an_internal_error_and_the_connection_stays(
-    napping: Running,
-) -> None:
+def test_a_failed_handler_replies_err_internal_and_the_connection_stays(napping: Running) -> None:
     [worker] = napping.workers()
     with napping.client() as client:
         client.send(b"WHY\nBOOM\nboom\nLINES\nLEAVE\nLATE\nNOPE\nWHY\n")
@@ -673,7 +665,7 @@ def test_lines_in_a_client_hello_are_not_run(server: Running) -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("text", [b"WHO", b"WHO\n", b"who\r\n"])
-def test_nc_that_ends_its_input_gets_the_reply_and_ends(server: Running, text: bytes) -> None:
+def test_nc_with_end_of_input_gets_the_reply_and_exits(server: Running, text: bytes) -> None:
     wait_until_alone(server)
     nc = [program("nc.openbsd"), "-N", "127.0.0.1", str(server.port)]
     done = subprocess.run(nc, check=False, input=text, capture_output=True, timeout=LIMIT)
@@ -681,7 +673,7 @@ def test_nc_that_ends_its_input_gets_the_reply_and_ends(server: Running, text: b
 
 
 @pytest.mark.outer
-def test_nc_gets_the_replies_to_what_is_typed_with_and_without_a_newline(server: Running) -> None:
+def test_nc_gets_replies_to_lines_with_and_without_a_newline(server: Running) -> None:
     wait_until_alone(server)
     nc = [program("nc.openbsd"), "-N", "127.0.0.1", str(server.port)]
     with subprocess.Popen(nc, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as typing:

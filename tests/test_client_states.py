@@ -31,7 +31,7 @@ def large(service):
 
 
 @pytest.mark.outer
-def test_deadlines_are_kept_while_more_clients_are_busy_than_have_their_turn_at_once() -> None:
+def test_deadlines_hold_with_more_busy_clients_than_fit_in_one_turn() -> None:
     with Running("--line-timeout", "1") as server, ExitStack() as stack:
         crowd = [stack.enter_context(server.client()) for _ in range(300)]
         slow = stack.enter_context(server.client())
@@ -48,7 +48,7 @@ def test_deadlines_are_kept_while_more_clients_are_busy_than_have_their_turn_at_
 
 
 @pytest.mark.outer
-def test_a_line_that_ends_in_time_is_not_too_slow_although_records_are_always_cut(
+def test_a_line_that_ends_in_time_is_not_too_slow_if_tls_records_are_split(
     pems: Path, tmp_path: Path
 ) -> None:
     options = ("--line-timeout", "1", "--unterminated-after", "0")
@@ -67,7 +67,7 @@ def test_a_line_that_ends_in_time_is_not_too_slow_although_records_are_always_cu
 
 
 @pytest.mark.outer
-def test_a_part_of_a_record_is_the_beginning_of_its_line(pems: Path, tmp_path: Path) -> None:
+def test_a_partial_tls_record_starts_the_line_timeout(pems: Path, tmp_path: Path) -> None:
     options = ("--line-timeout", "4", "--unterminated-after", "0")
     with (
         Running(*certified(pems), *options) as server,
@@ -83,7 +83,7 @@ def test_a_part_of_a_record_is_the_beginning_of_its_line(pems: Path, tmp_path: P
 
 
 @pytest.mark.outer
-def test_a_handler_that_waits_though_it_may_not_fails_and_keeps_the_order(tmp_path: Path) -> None:
+def test_a_handler_that_blocks_with_may_block_false_fails_in_order(tmp_path: Path) -> None:
     with extended(tmp_path, MODULE) as server, server.client() as client:
         client.send(b"NAP\nWAIT\nWHY\n")
         until(lambda: server.events("command.failed"), "it has failed")

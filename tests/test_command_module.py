@@ -69,9 +69,7 @@ def test_a_module_may_import_built_in_commands(write: Write) -> None:
 
 
 @pytest.mark.parametrize("name", ["mine.deep", "mine-dashed"])
-def test_a_module_may_be_in_a_package_and_have_any_name_that_python_imports(
-    write: Write, name: str
-) -> None:
+def test_a_module_may_be_in_a_package_and_have_any_importable_name(write: Write, name: str) -> None:
     assert names(write(name))[-1] == "NAP"
 
 
@@ -93,7 +91,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("text", ACCEPTED.values(), ids=ACCEPTED)
-def test_a_handler_may_be_anything_that_one_argument_calls(write: Write, text: str) -> None:
+def test_a_handler_may_be_any_callable_with_one_argument(write: Write, text: str) -> None:
     assert names(write("mine", f"{IMPORT}{text}\nx = command('X')(f)\n"))[-1] == "X"
 
 
@@ -170,7 +168,7 @@ HANDLER_ERRORS = {
 
 
 @pytest.mark.parametrize(("text", "error"), HANDLER_ERRORS.values(), ids=HANDLER_ERRORS)
-def test_a_handler_that_cannot_work_is_refused(write: Write, text: str, error: str) -> None:
+def test_an_unusable_handler_is_refused(write: Write, text: str, error: str) -> None:
     message = error_of(write("mine", IMPORT + text))
     assert message.startswith(f"cannot import it: TypeError: {error}")
     assert " (mine.py, line " in message
@@ -226,7 +224,7 @@ def test_a_module_that_does_not_exist_is_refused_with_the_folder_that_was_search
 
 
 @pytest.mark.parametrize("name", ["queue", "queue.mine", "time", "click", "tests.mine_hidden"])
-def test_a_file_that_an_installed_module_hides_is_refused_with_both_files(
+def test_a_file_hidden_by_an_installed_module_is_refused_with_both_paths(
     write: Write, tmp_path: Path, name: str
 ) -> None:
     write(name)
@@ -264,7 +262,7 @@ def test_a_hidden_file_is_named_if_the_other_module_cannot_be_imported(
         ("queue", "queue.py", GOOD, "/queue.py: rename your file\n"),
     ],
 )
-def test_a_start_with_a_module_that_cannot_work_exits_with_2_and_one_line(
+def test_a_start_with_an_unusable_module_exits_with_2_and_one_line(
     tmp_path: Path, option: str, file: str, text: str, error: str
 ) -> None:
     (tmp_path / file).write_text(text if text == GOOD else IMPORT + text)

@@ -158,7 +158,7 @@ def test_a_reply_must_be_a_str_or_an_int(reply: Any) -> None:
         _replying(reply).answer(SERVICE)
 
 
-def test_an_exception_of_a_handler_is_raised() -> None:
+def test_a_handlers_exception_is_raised() -> None:
     def broken(service: Service) -> str:
         raise LookupError("gone")
 
@@ -204,9 +204,7 @@ def test_a_custom_command_is_answered_over_the_wire(
         assert client.ask(b"WHY") == b"42"  # The client stays connected after each error.
 
 
-def test_a_command_that_is_the_beginning_of_another_one_needs_its_newline(
-    extended: Running,
-) -> None:
+def test_a_command_that_is_a_prefix_of_another_needs_its_newline(extended: Running) -> None:
     with extended.client() as client, extended.client() as other:
         client.send(b"WHO")
         other.send(b"WHERE")
@@ -225,7 +223,7 @@ def test_a_handler_can_count_the_clients(extended: Running) -> None:
 
 
 @pytest.mark.outer
-def test_files_named_like_packages_in_the_start_folder_harm_nobody(tmp_path: Path) -> None:
+def test_files_named_like_packages_in_the_start_folder_are_not_imported(tmp_path: Path) -> None:
     # The last two are first imported by the command module. It must get the installed ones.
     for name in argv("click gevent greenlet json socket logging signal gserver statsd colorsys"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file was imported')\n")

@@ -18,7 +18,7 @@ from lab.running import LIMIT, Running, limited, stopped, until
 from lab.tls_client import certified, trust
 
 
-def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
+def test_too_many_handshakes_evict_the_oldest(pems: Path) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(Running(*certified(pems), "--tls-handshake-timeout", "0"))
         silent = [stack.enter_context(server.client()) for _ in range(MAX_HANDSHAKES + 10)]
@@ -31,7 +31,7 @@ def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
         assert ended.poll(0) == []
 
 
-def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
+def test_failed_handshakes_do_not_delay_other_clients(pems: Path) -> None:
     with Running(*certified(pems)) as server, ExitStack() as stack:
         bad = [stack.enter_context(server.client()) for _ in range(100)]
         for client in bad:
@@ -41,7 +41,7 @@ def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
 
 
 @pytest.mark.outer
-def test_who_has_said_hello_while_the_worker_was_held_up_is_met(pems: Path) -> None:
+def test_a_hello_sent_while_the_worker_is_stalled_is_answered(pems: Path) -> None:
     hello, answer = ssl.MemoryBIO(), ssl.MemoryBIO()
     talk = trust(pems).wrap_bio(answer, hello, server_hostname="127.0.0.1")
     with pytest.raises(ssl.SSLWantReadError):
@@ -72,7 +72,7 @@ def test_who_has_said_hello_while_the_worker_was_held_up_is_met(pems: Path) -> N
 
 
 @pytest.mark.outer
-def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
+def test_silent_peers_do_not_block_clients_when_descriptors_are_scarce(pems: Path) -> None:
     with ExitStack() as stack:
         more = [*certified(pems), "--tls-handshake-timeout", "0"]
         server = stack.enter_context(Running(*more, command=limited(512)))
@@ -84,9 +84,7 @@ def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("established", [10, 15])
-def test_handshakes_take_no_room_from_clients_where_files_are_few(
-    pems: Path, established: int
-) -> None:
+def test_handshakes_take_no_descriptors_from_clients(pems: Path, established: int) -> None:
     with ExitStack() as stack:
         more = [*certified(pems), "--tls-handshake-timeout", "0"]
         # Room for 16 clients.
@@ -100,9 +98,7 @@ def test_handshakes_take_no_room_from_clients_where_files_are_few(
             assert good.who() == established + 1
 
 
-def test_a_client_that_spoke_plain_text_is_no_failed_handshake_when_it_makes_room(
-    pems: Path,
-) -> None:
+def test_an_evicted_plain_text_client_is_not_a_failed_handshake(pems: Path) -> None:
     with ExitStack() as stack:
         options = [*certified(pems), "--tls-handshake-timeout", "0", "--admin-port", "0"]
         # Room for four handshakes.
@@ -118,7 +114,7 @@ def test_a_client_that_spoke_plain_text_is_no_failed_handshake_when_it_makes_roo
 
 
 @pytest.mark.outer
-def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
+def test_a_drain_answers_tls_clients_and_does_not_wait_for_silent_peers(pems: Path) -> None:
     with (
         Running(
             *certified(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0"

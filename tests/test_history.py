@@ -9,9 +9,9 @@ import pytest
 from lab.history import Answer, Fact, Kind, Promise, Recorder, check
 from lab.running import Running
 
-BEAT = 0.5
+INTERVAL = 0.5
 TTL = 5.0
-PROMISE = Promise(delta=BEAT + 0.25, ttl=TTL)
+PROMISE = Promise(delta=INTERVAL + 0.25, ttl=TTL)
 # Single cases, calculated by hand. DELTA is 0.75 s, the recovery 1.5 s, the TTL 5 s.
 
 NEVER = 1e9
@@ -185,7 +185,7 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_allowed(case: str) -> None:
+def test_the_checker_allows_exactly_these_numbers(case: str) -> None:
     facts, (server, asker), expected = CASES[case]
     history: list[Fact | Answer] = [*TWO_SERVERS, *facts]
     history += [Answer(server, at, at + 0.01, -1, asker) for at in expected]

@@ -37,7 +37,7 @@ def test_a_listener_does_not_block() -> None:
         assert os.get_blocking(listener.fileno()) is False
 
 
-def test_a_port_that_clients_have_just_left_can_be_had_again() -> None:
+def test_a_port_in_time_wait_can_be_bound_again() -> None:
     listener = bind("127.0.0.1", 0, 5)
     port = listener.getsockname()[1]
     client, accepted = accepted_by(listener)
@@ -69,14 +69,14 @@ def test_a_port_that_clients_have_just_left_can_be_had_again() -> None:
     ],
     ids=["unknown", "too long", "empty label", "not of this machine"],
 )
-def test_a_host_that_cannot_be_had_is_named_with_what_to_do(host: str, text: str) -> None:
+def test_an_unusable_host_is_reported_with_advice(host: str, text: str) -> None:
     with pytest.raises(FatalError, match=text) as caught:
         bind(host, 0, 5)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == EXIT_RUNTIME
 
 
-def test_a_low_port_without_permission_is_told_with_what_to_do() -> None:
+def test_a_low_port_without_permission_is_reported_with_advice() -> None:
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
         pytest.skip("every user of this machine may listen on a low port")
     script = (
@@ -138,7 +138,7 @@ def test_clients_are_served_over_ipv6() -> None:
             assert client.sock.family == socket.AF_INET6
 
 
-def test_all_addresses_are_those_of_both_families() -> None:
+def test_a_wildcard_host_listens_on_both_address_families() -> None:
     needs_ipv6()
     with bind("::", 0, 5) as listener:
         listener.settimeout(LIMIT)
@@ -148,7 +148,7 @@ def test_all_addresses_are_those_of_both_families() -> None:
                 listener.accept()[0].close()
 
 
-def test_a_port_that_was_closed_and_is_taken_by_now_is_not_exchanged_for_another(
+def test_a_closed_port_that_is_taken_is_not_replaced_by_another_port(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The kernel chose the port, so the socket lost it when it was shut down."""

@@ -268,7 +268,7 @@ def test_the_reason_for_closing_a_client_is_logged_with_its_end(noisy: Running) 
     assert reasons == ["line_too_long"]
 
 
-def test_what_a_peer_sends_is_not_logged(noisy: Running) -> None:
+def test_bytes_from_clients_are_not_logged(noisy: Running) -> None:
     with noisy.client() as client:
         assert client.ask(b'\x1b[31m"peer\r') == b"ERR unknown command"
         assert client.ask(b"peer\xff") == b"ERR not ASCII"
@@ -307,9 +307,7 @@ def test_an_error_whose_text_cannot_be_shown_is_logged_with_its_type(noisy: Runn
 
 
 @pytest.mark.parametrize("where", ["GREENLET", "POOL", "THREAD", "FINALIZER"])
-def test_an_error_that_nothing_catches_is_one_event_and_nothing_on_stderr(
-    noisy: Running, where: str
-) -> None:
+def test_an_uncaught_error_is_one_event_and_not_on_stderr(noisy: Running, where: str) -> None:
     count, errors = len(noisy.events("process.error")), len(noisy.errors)
     with noisy.client() as client:
         assert client.ask(where.encode()) == b"done"
@@ -357,7 +355,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_text_stays_one_line_of_json(text: str) -> None:
+def test_hostile_text_stays_one_line_of_json(text: str) -> None:
     lines = written(
         f"text = {text!r}\n"
         "logs.event(logging.INFO, 'a', text, {'client.address': text})\n"
@@ -370,7 +368,7 @@ def test_a_hostile_text_stays_one_line_of_json(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_text_stays_one_line_without_control_characters_for_a_person(text: str) -> None:
+def test_hostile_text_stays_one_text_line_without_control_characters(text: str) -> None:
     lines = written(f"logs.event(logging.INFO, 'a', 'begun ' + {text!r})", "text")
     assert len(lines) == 1
     shown = lines[0].decode("ascii").removesuffix("\n")
@@ -540,9 +538,7 @@ def test_an_outage_is_logged_at_its_start_and_then_rarely() -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_warnings_that_were_suppressed_are_reported_before_a_worker_ends(
-    number: signal.Signals,
-) -> None:
+def test_suppressed_warnings_are_reported_before_a_worker_ends(number: signal.Signals) -> None:
     with Running("--max-clients", "1") as server, server.client() as client:
         client.who()
         for _ in range(30):
@@ -618,7 +614,7 @@ def test_a_command_that_often_fails_does_not_hide_other_failures(folder: Path) -
 
 
 @pytest.mark.outer
-def test_on_a_terminal_the_log_says_how_to_send_a_command_and_how_to_stop() -> None:
+def test_on_a_terminal_the_log_shows_how_to_send_a_command_and_stop() -> None:
     nc = program("nc")
     script = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     command = [sys.executable, "-c", script, *GSERVER, "--port", "0"]
@@ -672,9 +668,7 @@ def test_json_and_text_can_be_chosen_for_any_stdout() -> None:
 
 
 @pytest.mark.outer
-def test_a_stalled_reader_blocks_no_client_and_learns_how_many_lines_were_dropped(
-    folder: Path,
-) -> None:
+def test_a_stalled_reader_blocks_no_client_and_dropped_lines_are_counted(folder: Path) -> None:
     clients = 1000
     with piped("--log-level", "debug", cwd=folder) as (process, stdout, port):
         began = time.monotonic()

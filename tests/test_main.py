@@ -29,7 +29,7 @@ def test_the_package_runs_as_a_module_from_its_own_folder() -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("arguments", [("worker",), ("agent",), ("worker", "0"), ("os",), ()])
-def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(
+def test_a_child_without_instructions_reports_that_it_is_internal(
     arguments: tuple[str, ...],
 ) -> None:
     done = gserver("child", *arguments, stdin=subprocess.DEVNULL)
@@ -40,7 +40,7 @@ def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(
 @pytest.mark.parametrize(
     "junk", [b"junk\n", b"\xff", b"42", b"[]", b"{}", b'{"config": {}}', b'{"config": {"x": 1}}']
 )
-def test_a_child_that_is_given_junk_says_that_it_is_not_for_people(
+def test_a_child_with_invalid_instructions_reports_that_it_is_internal(
     junk: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "junk").write_bytes(junk)
@@ -49,7 +49,7 @@ def test_a_child_that_is_given_junk_says_that_it_is_not_for_people(
     assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
 
 
-def test_a_child_of_another_version_tells_the_supervisor_what_to_do() -> None:
+def test_a_child_of_another_version_asks_for_a_restart() -> None:
     ours, theirs = os.pipe()
     payload = json.dumps({"config": {"an_option_that_is_gone": 1}, "report_fd": theirs})
     done = subprocess.run(
@@ -69,7 +69,7 @@ def test_a_child_of_another_version_tells_the_supervisor_what_to_do() -> None:
     assert (done.returncode, done.stderr) == (2, f"gserver: {reason}\n")
 
 
-def test_a_child_at_a_terminal_does_not_wait_for_what_a_person_cannot_type() -> None:
+def test_a_child_started_at_a_terminal_does_not_wait_for_input() -> None:
     ours, theirs = pty.openpty()
     try:
         done = gserver("child", "worker", stdin=theirs)
@@ -89,7 +89,7 @@ def _port_of(server: Running) -> int:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -> None:
+def test_a_server_started_without_standard_streams_serves(closed: str) -> None:
     """As some supervisors start programs. What is opened next must not take the place of what is
     missing.
     """
@@ -110,7 +110,7 @@ def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -
         assert server.stderr == ""
 
 
-def test_what_is_wrong_ends_with_its_exit_code_even_if_nobody_can_be_told() -> None:
+def test_an_error_has_its_exit_code_even_without_standard_streams() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [

@@ -46,7 +46,7 @@ def successor(last: Membership, ttl_ms: int) -> Membership:
     )
 
 
-def test_the_first_reply_is_taken_as_it_is_although_its_loss_is_new_to_the_server() -> None:
+def test_the_first_reply_is_accepted_even_if_it_reports_a_loss() -> None:
     membership = Membership(TTL_MS)
     membership.apply(reply(30, 2, 70_000, lost_at=69_999), 10)
     assert (membership.remote_clients, membership.servers) == (20, 2)
@@ -115,7 +115,7 @@ RULES: dict[str, list[tuple[Reply, int, int]]] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_reply_is_believed_or_the_last_number_is_held(rule: str) -> None:
+def test_a_reply_is_accepted_or_the_last_number_is_held(rule: str) -> None:
     membership = Membership(TTL_MS)
     membership.apply(reply(105, 3, 50_000), 5)
     assert (membership.remote_clients, membership.servers, membership.lost_at) == (100, 3, 1)
@@ -125,7 +125,7 @@ def test_a_reply_is_believed_or_the_last_number_is_held(rule: str) -> None:
         assert (membership.last_clock, membership.lost_at) == (heard.clock, heard.lost_at)
 
 
-def test_an_agent_that_replaces_another_continues_from_what_that_one_knew() -> None:
+def test_a_new_agent_continues_from_the_state_of_the_previous_one() -> None:
     membership = Membership(
         TTL_MS, remote_clients=100, servers=3, last_clock=50_000, lost_at=1, hold_until=0
     )
@@ -458,7 +458,7 @@ PERIODS_OF_ALL = st.lists(PERIODS, min_size=2, max_size=4)
 # The same examples each time. To search for more: without derandomize, with thousands of examples.
 @settings(max_examples=600, deadline=None, derandomize=True)
 @given(periods=PERIODS_OF_ALL, faults=st.lists(FAULTS, max_size=20))
-def test_no_count_dips_or_rises_falsely_and_all_are_exact_when_the_faults_are_over(
+def test_no_count_is_falsely_low_or_high_and_all_are_exact_after_the_faults(
     periods: list[float], faults: list[tuple[Any, ...]]
 ) -> None:
     world = World(periods)

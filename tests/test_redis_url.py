@@ -172,7 +172,7 @@ def test_a_url_has_a_secret_if_it_has_a_password(text: str) -> None:
     assert RedisUrl.parse(text).has_secret == any(word in text for word in ("hush", "h:u", "h%"))
 
 
-def test_a_password_of_the_sentinels_is_a_secret_too() -> None:
+def test_the_sentinel_password_is_a_secret_too() -> None:
     assert RedisUrl.parse("redis+sentinel://one/name?sentinel_password=quiet").has_secret
     assert not RedisUrl.parse("redis+sentinel://one/name?sentinel_username=eve").has_secret
 
@@ -215,7 +215,7 @@ RAW = st.text(st.sampled_from("Zz9/:@?#&=[]%+,;~'\"\\ é℀"), min_size=1, max_s
 @example(scheme="redis+sentinel", before="9/", after="9", path="/0")
 @example(scheme="redis", before="9#", after="9", path="")
 @example(scheme="unix", before="/", after="9", path="/run/sock")
-def test_a_password_that_is_not_encoded_is_never_shown(
+def test_an_unencoded_password_is_never_shown(
     scheme: str, before: str, after: str, path: str
 ) -> None:
     try:
@@ -232,7 +232,7 @@ def test_a_password_that_is_not_encoded_is_never_shown(
 @example("redis://one%0Atwo")
 @example("redis+sentinel://one/na%0Ame")
 @example("unix:///run/re%0Adis")
-def test_any_text_is_a_url_or_an_error_and_a_log_shows_either_in_one_line(text: str) -> None:
+def test_any_text_is_a_url_or_an_error_that_fits_in_one_log_line(text: str) -> None:
     try:
         url = RedisUrl.parse(text)
     except ValueError as error:

@@ -104,7 +104,7 @@ def talking(*clients: Client) -> Iterator[None]:
     assert all(talk.result() > 0 for talk in talks)
 
 
-def hear_end(client: Client) -> bytes:
+def read_to_end(client: Client) -> bytes:
     """All that a client still receives, up to the end; it closes then, as a client does."""
     with client:
         return client.rest()
@@ -120,9 +120,7 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
 
 
 @pytest.mark.outer
-def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_it_starts(
-    tmp_path: Path,
-) -> None:
+def test_a_worker_that_crashes_at_boot_is_retried_with_growing_pauses(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         victim, stays = server.workers()
         client = clients_of(server, stays, 1, stack)[0]
@@ -146,9 +144,7 @@ def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_
 
 
 @pytest.mark.outer
-def test_a_server_whose_first_workers_crash_goes_on_trying_and_can_be_stopped(
-    tmp_path: Path,
-) -> None:
+def test_a_server_whose_first_workers_crash_retries_and_can_be_stopped(tmp_path: Path) -> None:
     (tmp_path / "crash").touch()
     with start(tmp_path, "--workers", "2", wait=False) as server:
         server.wait_for("worker.died", 4)
@@ -159,7 +155,7 @@ def test_a_server_whose_first_workers_crash_goes_on_trying_and_can_be_stopped(
 
 
 @pytest.mark.outer
-def test_a_server_whose_first_workers_crash_listens_when_they_no_longer_do(tmp_path: Path) -> None:
+def test_a_server_whose_first_workers_crash_listens_once_they_start(tmp_path: Path) -> None:
     (tmp_path / "crash").touch()
     with start(tmp_path, wait=False) as server:
         server.wait_for("worker.died", 2)
@@ -168,7 +164,7 @@ def test_a_server_whose_first_workers_crash_listens_when_they_no_longer_do(tmp_p
         assert server.who() == 1
 
 
-def test_a_worker_is_replaced_though_a_process_that_it_started_lives_on(tmp_path: Path) -> None:
+def test_a_worker_is_replaced_even_if_a_process_that_it_started_survives(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         grandchild = psutil.Process(int(client.ask(b"FORK")))
         try:
@@ -186,8 +182,8 @@ def test_a_worker_that_gets_a_sigterm_drains_and_is_replaced(tmp_path: Path) -> 
         client.send(b"NAP\nWHY\n")
         until(lambda: server.who() == 3, "the first client is in its command")
         server.workers()[0].terminate()
-        assert hear_end(other) == b""
-        assert hear_end(client) == b"rested\n42\n"
+        assert read_to_end(other) == b""
+        assert read_to_end(client) == b"rested\n42\n"
         assert server.wait_for("worker.died")["process.exit_code"] == 0
         assert server.who() == 1
 
@@ -196,9 +192,7 @@ def test_a_worker_that_gets_a_sigterm_drains_and_is_replaced(tmp_path: Path) -> 
 
 
 @pytest.mark.outer
-def test_without_a_hang_timeout_the_agent_of_a_cluster_is_watched_and_workers_are_not(
-    tmp_path: Path,
-) -> None:
+def test_without_a_hang_timeout_only_the_agent_of_a_cluster_is_watched(tmp_path: Path) -> None:
     with Redis(tmp_path) as redis:
         cluster = ("--redis-url", redis.url, "--heartbeat-interval", "0.2", "--member-ttl", "3")
         with start(tmp_path, "--hang-timeout", "0", *cluster) as server:
@@ -228,22 +222,20 @@ def test_a_stop_closes_idle_clients_at_once_and_exits_with_0(
         assert {client.ask(b"WHY") for client in clients[10:]} == {b"42"}
         time.sleep(0.6)  # A drain waits only for new clients that have sent nothing.
         server.send_signal(number)
-        assert {hear_end(client) for client in clients} == {b""}
+        assert {read_to_end(client) for client in clients} == {b""}
         assert server.exit_code() == 0  # Their end ends it, not the drain timeout.
         assert server.events("server.stopped")
         assert server.stderr == ""
     assert left_over(tmp_path) == []
 
 
-def test_a_client_that_has_just_connected_may_still_send_a_command_after_a_stop(
-    tmp_path: Path,
-) -> None:
+def test_a_newly_connected_client_may_send_a_command_after_a_stop(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         server.send_signal(signal.SIGTERM)
         server.wait_for("server.draining")
         time.sleep(0.2)  # The worker drains by now.
         assert client.ask(b"WHY") == b"42"
-        assert hear_end(client) == b""
+        assert read_to_end(client) == b""
         assert server.exit_code() == 0
 
 
@@ -252,7 +244,7 @@ def test_a_command_without_a_newline_is_answered_at_the_end_of_a_drain(tmp_path:
         client.send(b"WHY\nWHY")
         assert client.line() == b"42\n"
         server.send_signal(signal.SIGTERM)
-        assert hear_end(client) == b"42\n"
+        assert read_to_end(client) == b"42\n"
         assert server.exit_code() == 0
 
 
@@ -264,14 +256,14 @@ def test_lines_behind_a_slow_command_are_answered_after_a_stop(tmp_path: Path) -
             until(lambda: other.who() == 2, "the first client is in its command")
             client.send(b"WHO\n")
             server.send_signal(signal.SIGTERM)
-            assert hear_end(other) == b""
-        assert hear_end(client) == b"rested\n42\n1\n"
+            assert read_to_end(other) == b""
+        assert read_to_end(client) == b"rested\n42\n1\n"
         assert server.exit_code() == 0
 
 
 @pytest.mark.outer
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_read_it(
+def test_a_line_sent_before_a_stop_is_answered_even_if_read_late(
     tmp_path: Path, workers: int
 ) -> None:
     """Both the signal and the bytes wait for a stopped worker, as on a busy machine."""
@@ -284,22 +276,20 @@ def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_rea
                 client.send(b"WHY\n")
             server.send_signal(signal.SIGTERM)
             server.wait_for("server.draining")
-        replies = [hear_end(client) for client in clients]
+        replies = [read_to_end(client) for client in clients]
         assert replies[:100] == [b"42\n"] * 100, "accepted clients"
         assert replies[100:] == [b"42\n"] * 100, "clients that had only connected"
         assert server.exit_code() == 0
 
 
-def test_all_lines_sent_before_a_stop_are_answered_though_they_are_more_than_is_read_at_once(
-    tmp_path: Path,
-) -> None:
+def test_more_lines_than_one_read_takes_are_answered_after_a_stop(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         assert client.ask(b"WHY") == b"42"
         with stopped(*server.workers()):
             client.send(b"WHY\n" * 5000)
             server.send_signal(signal.SIGTERM)
             server.wait_for("server.draining")
-        assert hear_end(client).count(b"42\n") == 5000
+        assert read_to_end(client).count(b"42\n") == 5000
         assert server.exit_code() == 0
 
 
@@ -330,7 +320,7 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
 
 @pytest.mark.outer
 @pytest.mark.parametrize("workers", [1, 2])
-def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
+def test_busy_clients_get_complete_replies_and_a_clean_close_at_a_stop(
     tmp_path: Path, workers: int
 ) -> None:
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
@@ -387,7 +377,7 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
         (signal.SIGINT, signal.SIGTERM),
     ],
 )
-def test_a_second_signal_ends_it_at_once_with_1_unless_it_was_only_passed_on(
+def test_a_second_signal_forces_exit_1_unless_it_was_forwarded(
     tmp_path: Path, first: signal.Signals, second: signal.Signals
 ) -> None:
     with (
@@ -409,7 +399,7 @@ def test_a_second_signal_ends_it_at_once_with_1_unless_it_was_only_passed_on(
 
 
 @pytest.mark.outer
-def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_stop_at_any_moment_of_the_start_leaves_nothing_behind(tmp_path: Path) -> None:
     ends = set()
     for step in range(14):
         with start(tmp_path, "--workers", "2", wait=False) as server:
@@ -421,7 +411,7 @@ def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path)
     assert ends <= {-signal.SIGTERM, 0}
 
 
-def test_a_terminal_that_stops_background_writers_stops_no_worker(tmp_path: Path) -> None:
+def test_a_terminal_with_tostop_stops_no_worker(tmp_path: Path) -> None:
     script = (
         'import pty, sys; pty.spawn(["sh", "-c", \'stty tostop; exec "$@"\', "sh", *sys.argv[1:]])'
     )
@@ -444,7 +434,7 @@ def test_a_server_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
         ):
             client.who()
             server.process.kill()
-            assert hear_end(client) == b""
+            assert read_to_end(client) == b""
             until(lambda: not left_over(tmp_path), "no process is left")
     finally:
         for process in left_over(tmp_path):
@@ -455,7 +445,7 @@ def test_a_server_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_reload_starts_new_workers_with_new_code_and_keeps_everything_else(
+def test_a_reload_starts_workers_with_new_code_and_keeps_everything_else(
     tmp_path: Path, workers: int
 ) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
@@ -472,7 +462,7 @@ def test_a_reload_starts_new_workers_with_new_code_and_keeps_everything_else(
                 MODULE.replace("rested", "well rested").replace("sleep(1)", "sleep(0)")
             )
             server.send_signal(signal.SIGHUP)
-            assert hear_end(before) == b""
+            assert read_to_end(before) == b""
             server.wait_for("server.reloaded")
             server.wait_for("agent.ready", 2)
             until(
@@ -525,7 +515,7 @@ def test_a_sighup_does_not_shorten_a_stop(tmp_path: Path) -> None:
         server.wait_for("server.draining")
         server.send_signal(signal.SIGHUP)
         assert server.wait_for("server.signal_ignored")["message"].startswith("SIGHUP ignored")
-        assert hear_end(client) == b"rested\n"
+        assert read_to_end(client) == b"rested\n"
         assert server.exit_code() == 0
 
 
@@ -539,7 +529,7 @@ BROKEN_LATER = {
 
 
 @pytest.mark.outer
-def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: Path) -> None:
+def test_a_reload_with_a_broken_module_keeps_the_workers(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         old = server.workers()
         with talking(
@@ -560,7 +550,7 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
 
 
 @pytest.mark.outer
-def test_a_reload_that_would_leave_no_files_for_clients_leaves_the_workers_as_they_are() -> None:
+def test_a_reload_that_leaves_no_descriptors_for_clients_keeps_the_workers() -> None:
     with Running("--workers", "2") as server:
         before = {worker.pid for worker in server.workers()}
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (64, 64))
@@ -578,12 +568,12 @@ def test_a_system_without_threads_is_reported_in_one_line(tmp_path: Path) -> Non
     """The stack size that is asked for is larger than any memory."""
     (tmp_path / "sitecustomize.py").write_text("import threading\nthreading.stack_size(1 << 46)\n")
     done = gserver("--port", "0", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    told = "gserver: cannot start the log thread: raise the limit on processes (ulimit -u)\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+    expected = "gserver: cannot start the log thread: raise the limit on processes (ulimit -u)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
 
 
 @pytest.mark.outer
-def test_clients_that_a_reload_cuts_off_are_closed_and_not_lost(tmp_path: Path) -> None:
+def test_clients_that_a_reload_disconnects_count_as_closed_not_lost(tmp_path: Path) -> None:
     options = ("--drain-timeout", "1", "--admin-port", "0")
     with start(tmp_path, *options) as server, server.client() as client:
         server.wait_for("agent.ready")
@@ -616,9 +606,7 @@ def test_a_stop_during_a_reload_kills_an_old_worker_that_is_stuck(tmp_path: Path
 
 
 @pytest.mark.outer
-def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_ready(
-    tmp_path: Path,
-) -> None:
+def test_a_reload_with_a_missing_worker_keeps_the_others_until_one_is_ready(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         staying, missing = server.workers()
         (client,) = clients_of(server, staying, 1, stack)
@@ -641,9 +629,7 @@ def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_
 
 @pytest.mark.outer
 @pytest.mark.parametrize("text", ["\u00e9" * 5000, "\ud800"])
-def test_a_reason_of_any_length_and_script_ends_a_reload_and_not_the_server(
-    tmp_path: Path, text: str
-) -> None:
+def test_any_error_text_fails_a_reload_and_not_the_server(tmp_path: Path, text: str) -> None:
     with start(tmp_path) as server:
         (tmp_path / "extra.py").write_text(f"raise RuntimeError({text!r})")
         server.send_signal(signal.SIGHUP)
@@ -652,7 +638,7 @@ def test_a_reason_of_any_length_and_script_ends_a_reload_and_not_the_server(
 
 
 @pytest.mark.outer
-def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: Path) -> None:
+def test_a_dead_worker_is_retried_while_its_module_is_broken(tmp_path: Path) -> None:
     with start(tmp_path) as server:
         (tmp_path / "extra.py").write_text("raise RuntimeError('out of luck')")
         server.workers()[0].kill()
@@ -690,7 +676,7 @@ def spawn(service):
 
 
 @pytest.mark.outer
-def test_programs_of_handlers_end_with_a_worker_that_dies_and_not_with_a_reload(
+def test_handlers_programs_are_killed_with_a_dead_worker_but_survive_a_reload(
     tmp_path: Path,
 ) -> None:
     with extended(tmp_path, SPAWN) as server:
@@ -738,7 +724,7 @@ def frozen(process: psutil.Process) -> Iterator[None]:
 @pytest.mark.parametrize(
     "words", [("--workers", "1"), ("--workers", "2", "--admin-port", "0")], ids=["alone", "of two"]
 )
-def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) -> None:
+def test_a_stop_completes_even_if_a_worker_cannot_be_killed(words: tuple[str, ...]) -> None:
     with Running(*words, "--drain-timeout", "1") as server:
         server.wait_for("worker.ready", int(words[1]))
         if "--admin-port" in words:
@@ -759,7 +745,7 @@ def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) ->
 
 
 @pytest.mark.outer
-def test_a_worker_that_cannot_be_killed_holds_up_no_reload() -> None:
+def test_a_worker_that_cannot_be_killed_does_not_delay_a_reload() -> None:
     with Running("--workers", "2", "--drain-timeout", "1") as server:
         server.wait_for("worker.ready", 2)
         stuck = server.workers()[0]
@@ -791,7 +777,7 @@ def test_a_hung_worker_that_cannot_be_killed_is_replaced(tmp_path: Path) -> None
 
 
 @pytest.mark.outer
-def test_a_reload_without_a_free_slot_is_given_up_with_the_reason() -> None:
+def test_a_reload_without_a_free_slot_fails_with_the_reason() -> None:
     with Running("--drain-timeout", "1") as server, ExitStack() as stack:
         for reloads in (1, 2):
             stack.enter_context(frozen(server.workers()[-1]))
@@ -818,7 +804,7 @@ def test_a_stop_does_not_wait_for_a_worker_that_cannot_be_killed() -> None:
 
 
 @pytest.mark.outer
-def test_a_worker_that_is_told_late_of_a_drain_cuts_its_clients_off_in_time(tmp_path: Path) -> None:
+def test_a_worker_that_learns_late_of_a_drain_still_meets_its_deadline(tmp_path: Path) -> None:
     options = ("--admin-port", "0", "--drain-timeout", "12", "--hang-timeout", "0")
     with start(tmp_path, *options) as server:
         server.wait_for("agent.ready")
@@ -836,7 +822,7 @@ def test_a_worker_that_is_told_late_of_a_drain_cuts_its_clients_off_in_time(tmp_
 
 
 @pytest.mark.outer
-def test_a_client_that_has_had_its_last_line_is_not_cut_off() -> None:
+def test_a_client_that_has_its_last_reply_does_not_count_as_cut_off() -> None:
     with Running("--drain-timeout", "1") as server, server.client() as client:
         client.who()
         server.send_signal(signal.SIGTERM)

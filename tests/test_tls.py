@@ -32,7 +32,7 @@ from lab.certificates import make_certificates
 from lab.netns import Network
 from lab.running import LIMIT, Client, Running, argv, gserver, program, stopped, until
 from lab.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
-from lab.tls_client import certified, shake_hands, trust
+from lab.tls_client import certified, run_handshake, trust
 from lab.wire_cases import CASES, Case
 
 #: Of the servers below, in seconds.
@@ -144,7 +144,7 @@ def test_keys_may_be_updated(server: Running, pems: Path, tmp_path: Path) -> Non
         assert client.line() == b"42\n"
 
 
-def test_updates_without_end_are_taken_in_turn_with_what_others_say(
+def test_endless_key_updates_are_processed_in_turn_with_other_clients(
     server: Running, pems: Path, tmp_path: Path
 ) -> None:
     with (
@@ -167,7 +167,7 @@ def test_updates_without_end_are_taken_in_turn_with_what_others_say(
         sending.join()
 
 
-def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path, tmp_path: Path) -> None:
+def test_a_partial_record_is_not_a_pause(server: Running, pems: Path, tmp_path: Path) -> None:
     with RecordClient(server.port, trust(pems), tmp_path) as client:
         # After WHO, which would be answered after a silence, comes part of a record: of what may be
         # another line.
@@ -177,7 +177,7 @@ def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path, tmp_path:
         assert client.line() == b"ERR unknown command\n"
 
 
-def test_a_header_that_no_record_can_have_is_an_end_at_once(
+def test_an_invalid_record_header_closes_at_once(
     server: Running, pems: Path, tmp_path: Path
 ) -> None:
     with RecordClient(server.port, trust(pems), tmp_path) as client:
@@ -186,7 +186,7 @@ def test_a_header_that_no_record_can_have_is_an_end_at_once(
             client.line()
 
 
-def test_a_client_that_does_not_read_what_tls_sends_is_cut_off(pems: Path, tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_tls_output_is_closed(pems: Path, tmp_path: Path) -> None:
     pem = [(pems / name).read_text() for name in ("server.pem", "server.key")]
     context = tls.make_context(Certificates(*pem))
 
@@ -215,7 +215,7 @@ def test_a_client_that_does_not_read_what_tls_sends_is_cut_off(pems: Path, tmp_p
                 receiving.result()
 
 
-def test_a_client_that_breaks_tls_reads_an_alert(server: Running) -> None:
+def test_a_client_that_breaks_tls_gets_an_alert(server: Running) -> None:
     with server.client() as client:
         client.send(b"\x16\x03\x01\x00\x05hello")
         assert client.rest().startswith(b"\x15\x03")
@@ -245,9 +245,7 @@ def test_a_drain_answers_all_that_has_arrived_in_large_records(pems: Path, tmp_p
         assert client.line() == b""
 
 
-def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(
-    pems: Path, tmp_path: Path
-) -> None:
+def test_a_drain_waits_briefly_for_a_partial_record(pems: Path, tmp_path: Path) -> None:
     with answered(pems, tmp_path) as (server, client):
         record = client.record(b"WHY\n" * 1000)
         client.send(record[:1500])
@@ -259,7 +257,7 @@ def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(
 
 
 @pytest.mark.outer
-def test_a_record_in_pieces_is_no_idleness_but_must_end_in_time(pems: Path, tmp_path: Path) -> None:
+def test_a_partial_record_is_not_idle_but_must_end_in_time(pems: Path, tmp_path: Path) -> None:
     with answered(pems, tmp_path, "--idle-timeout 1 --line-timeout 3") as (_, client):
         record = client.record(b"WHY\n" * 500)
         for at in range(0, len(record), 300):
@@ -275,7 +273,7 @@ def test_a_record_in_pieces_is_no_idleness_but_must_end_in_time(pems: Path, tmp_
 
 
 @pytest.mark.outer
-def test_a_part_of_a_record_that_came_while_the_worker_was_held_up_is_no_idleness(
+def test_a_partial_record_that_arrives_during_a_stall_is_not_idle(
     pems: Path, tmp_path: Path
 ) -> None:
     with answered(pems, tmp_path, "--idle-timeout 1 --line-timeout 30") as (server, client):
@@ -291,14 +289,14 @@ def test_a_part_of_a_record_that_came_while_the_worker_was_held_up_is_no_idlenes
 @pytest.mark.outer
 @pytest.mark.parametrize("whole", [b"", b"WHY\n", b"NOPE\nWHY\n", b"WHY\nWHE"])
 @pytest.mark.parametrize("is_early", [True, False], ids=["with the handshake", "later"])
-def test_a_part_of_a_record_has_its_time_wherever_it_comes(
+def test_a_partial_record_has_the_line_timeout_wherever_it_arrives(
     pems: Path, whole: bytes, is_early: bool
 ) -> None:
     received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
     inner = trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1")
     limits = ("--line-timeout", "0.5")
     with Running(*certified(pems), *limits) as server, server.client() as client:
-        shake_hands(client, inner, received, sent)
+        run_handshake(client, inner, received, sent)
 
         def line() -> bytes:
             reply = b""
@@ -323,7 +321,7 @@ def test_a_part_of_a_record_has_its_time_wherever_it_comes(
 
 @pytest.mark.outer
 @pytest.mark.parametrize("is_said", [True, False], ids=["a line", "a key update"])
-def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
+def test_time_of_an_earlier_line_or_record_does_not_count_for_the_next(
     pems: Path, tmp_path: Path, is_said: bool
 ) -> None:
     with answered(pems, tmp_path, "--line-timeout 1") as (_, client):
@@ -341,7 +339,9 @@ def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
         assert client.line() == b"42\n"
 
 
-def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: Path) -> None:
+def test_half_a_tls_message_closes_the_connection(
+    server: Running, pems: Path, tmp_path: Path
+) -> None:
     count = error_replies(server)
     with RecordClient(server.port, trust(pems), tmp_path) as client:
         # The reply is due after a silence, and cannot be encrypted before the rest of the message
@@ -354,13 +354,13 @@ def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: 
 
 @pytest.mark.outer
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_wire_is_the_same(server: Running, pems: Path, case: Case) -> None:
+def test_a_case_gets_the_same_replies_over_tls(server: Running, pems: Path, case: Case) -> None:
     with server.client(context=trust(pems)) as client:
         client.send(case.sent)
         assert client.end() == case.replies
 
 
-def test_replies_and_bursts_of_many_records(server: Running, pems: Path) -> None:
+def test_batches_and_replies_may_span_many_records(server: Running, pems: Path) -> None:
     with server.client(context=trust(pems)) as client:
         client.send(b"WHY\n" * 20_000 + b"LARGE\n" + b"WHERE\n" * 3)
         assert [client.line() for _ in range(20_000)] == [b"42\n"] * 20_000
@@ -368,7 +368,7 @@ def test_replies_and_bursts_of_many_records(server: Running, pems: Path) -> None
         assert [client.line() for _ in range(3)] == [b"here\n"] * 3
 
 
-def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> None:
+def test_a_plain_text_client_that_disconnects_is_counted_once(server: Running) -> None:
     count = error_replies(server)
     for _ in range(20):
         client = server.client()
@@ -379,7 +379,7 @@ def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> N
     assert count("plain_text") + count("tls_failed") == 20
 
 
-def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: Path) -> None:
+def test_a_client_that_connects_and_leaves_is_not_an_error(server: Running, pems: Path) -> None:
     count = error_replies(server)
     with server.client():
         pass
@@ -388,7 +388,7 @@ def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: P
     assert (count("tls_failed"), count("plain_text")) == (0, 0)
 
 
-def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
+def test_rejected_clients_get_the_reason_over_tls(pems: Path) -> None:
     with (
         Running(*certified(pems), "--max-clients", "1") as server,
         server.client(context=trust(pems)) as first,
@@ -409,9 +409,7 @@ def mutual(pems: Path) -> Iterator[Running]:
         yield running
 
 
-def test_clients_need_a_certificate_where_there_is_a_ca_for_them(
-    mutual: Running, pems: Path
-) -> None:
+def test_clients_need_a_certificate_if_a_client_ca_is_set(mutual: Running, pems: Path) -> None:
     count = error_replies(mutual)
     # With TLS 1.3 a client hears of it only after its own end of the handshake.
     for bad in (trust(pems), trust(pems, "other-ca")):
@@ -430,7 +428,7 @@ def serial(server: Running) -> str:
 
 
 @pytest.mark.outer
-def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_bad(
+def test_a_reload_takes_new_certificates_and_keeps_the_old_if_they_are_bad(
     pems: Path, tmp_path: Path
 ) -> None:
     for folder in (tmp_path / "new", tmp_path / "live"):
@@ -474,7 +472,7 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
 
 @pytest.mark.outer
 @pytest.mark.parametrize("is_first_ready", [False, True])
-def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second_worker_dies(
+def test_a_reload_continues_even_if_the_next_one_finds_bad_files(
     tmp_path: Path, *, is_first_ready: bool
 ) -> None:
     make_certificates(tmp_path)
@@ -516,9 +514,7 @@ def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second
 
 
 @pytest.mark.outer
-def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(
-    tmp_path: Path,
-) -> None:
+def test_a_reload_whose_workers_fail_lets_the_previous_one_continue(tmp_path: Path) -> None:
     make_certificates(tmp_path)
     (tmp_path / "late.py").write_text(LATE)
     with Running(
@@ -549,7 +545,7 @@ def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(
         assert old not in shown
 
 
-def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> None:
+def test_a_certificate_with_an_invalid_date_is_still_served(pems: Path) -> None:
     """OpenSSL takes any digits."""
     chain = (pems / "server.pem").read_text()
     [*_, last] = re.findall(
@@ -569,7 +565,7 @@ def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> 
         (b"\x18\x0f20510203040506Z", datetime(2051, 2, 3, 4, 5, 6, tzinfo=UTC)),
     ],
 )
-def test_the_expiry_is_read_in_both_forms_of_time(last: bytes, moment: datetime) -> None:
+def test_the_expiry_is_read_in_both_time_formats(last: bytes, moment: datetime) -> None:
     validity = b"\x17\x0d490101000000Z" + last
     der = b"\x30\x22\x30" + bytes([len(validity)]) + validity
     chain = ssl.DER_cert_to_PEM_cert(der)
@@ -578,19 +574,19 @@ def test_the_expiry_is_read_in_both_forms_of_time(last: bytes, moment: datetime)
 
 @pytest.mark.outer
 @pytest.mark.parametrize("days", [1, 20_000])
-def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> None:
+def test_the_certificate_expiry_is_a_metric(tmp_path: Path, days: int) -> None:
     command = argv(f"{program('openssl')} req -x509 -days {days} -nodes -newkey ec -subj /CN=x")
     command += argv("-pkeyopt ec_paramgen_curve:prime256v1 -keyout server.key -out server.pem")
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     dates = [program("openssl"), "x509", "-noout", "-enddate", "-in", "server.pem"]
-    told = subprocess.run(
+    output = subprocess.run(
         dates, cwd=tmp_path, check=True, capture_output=True, text=True
     ).stdout.strip()
-    moment = datetime.strptime(told + "+0000", "notAfter=%b %d %H:%M:%S %Y GMT%z").timestamp()
+    moment = datetime.strptime(output + "+0000", "notAfter=%b %d %H:%M:%S %Y GMT%z").timestamp()
     with Running(*certified(tmp_path), "--admin-port", "0", "--workers", "2") as server:
         assert status(server)["server"]["tls_expires_at"] == moment
-        told = gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
-        assert re.search(r"certificate valid for (23 h|19,?999 d)", told), told
+        output = gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
+        assert re.search(r"certificate valid for (23 h|19,?999 d)", output), output
         metric = re.search(
             r"^gserver_tls_expires_timestamp_seconds (\S+)$",
             get(server, "/metrics")[2].decode(),
@@ -601,7 +597,7 @@ def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> 
 
 
 @pytest.mark.outer
-def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Path) -> None:
+def test_an_expired_certificate_is_shown_and_warned_about(tmp_path: Path, pems: Path) -> None:
     # openssl req takes no dates here, so the day of expiry is set by `ca`.
     (tmp_path / "index.txt").touch()
     lines = argv("[ca] default_ca=x [x] database=index.txt serial=serial new_certs_dir=. policy=p")
@@ -632,7 +628,7 @@ def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Pat
 
 
 @pytest.mark.outer
-def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
+def test_bad_files_fail_the_start_with_one_line(pems: Path) -> None:
     good = {
         part: (pems / name).read_text()
         for part, name in (("chain", "server.pem"), ("key", "server.key"))
@@ -658,7 +654,7 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "output"),
     [
         ("", "replied ERR TLS only"),
         (
@@ -689,18 +685,18 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
         ("--tls-key server.key", "--tls-key needs --tls-cert"),
     ],
 )
-def test_ask_says_why_it_has_no_answer_by_tls(
-    mutual: Running, pems: Path, given: str, told: str
+def test_ask_reports_why_it_has_no_reply_over_tls(
+    mutual: Running, pems: Path, given: str, output: str
 ) -> None:
     words = [str(pems / word) if "." in word else word for word in given.split()]
     done = gserver("ask", "--server", f"127.0.0.1:{mutual.port}", *words)
     assert done.stdout == ""
     assert done.returncode == (1 if "no server answered" in done.stderr else 2)
-    assert told in done.stderr.replace(f"{pems}/", "")
+    assert output in done.stderr.replace(f"{pems}/", "")
     assert done.stderr.count("\n") == 1
 
 
-def test_ask_is_answered_by_tls(mutual: Running, pems: Path) -> None:
+def test_ask_is_answered_over_tls(mutual: Running, pems: Path) -> None:
     words = ["--tls-ca", str(pems / "ca.pem"), *certified(pems)]
     assert (
         gserver("ask", "WHY", "WHO", "--server", f"127.0.0.1:{mutual.port}", *words).stdout
@@ -725,7 +721,7 @@ def test_ask_keeps_its_timeout_when_the_handshake_is_not_answered(
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 
-def test_descriptors_come_back(server: Running, pems: Path) -> None:
+def test_all_descriptors_are_released(server: Running, pems: Path) -> None:
     def files() -> int:
         return sum(worker.num_fds() for worker in server.workers())
 
@@ -746,7 +742,7 @@ def test_descriptors_come_back(server: Running, pems: Path) -> None:
 
 
 @pytest.mark.outer
-def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pems: Path) -> None:
+def test_a_client_ca_file_may_contain_non_ascii_comments(tmp_path: Path, pems: Path) -> None:
     (tmp_path / "ca.pem").write_text(
         "# Label: F\u0151tan\u00fas\u00edtv\u00e1ny\n" + (pems / "ca.pem").read_text()
     )
@@ -757,7 +753,7 @@ def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pe
 
 
 @pytest.mark.outer
-def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: Path) -> None:
+def test_a_weak_certificate_is_distinguished_from_an_invalid_one(tmp_path: Path) -> None:
     command = argv(f"{program('openssl')} req -x509 -nodes -newkey rsa:1024 -subj /CN=weak")
     command += ["-keyout", "weak.key", "-out", "weak.pem"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
@@ -770,7 +766,7 @@ def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: 
 @pytest.mark.parametrize(
     "version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"]
 )
-def test_certificates_may_be_longer_than_what_the_kernel_takes_at_once(
+def test_a_certificate_chain_may_exceed_the_socket_buffer(
     tmp_path: Path, pems: Path, version: ssl.TLSVersion
 ) -> None:
     (tmp_path / "server.key").write_bytes((pems / "server.key").read_bytes())

@@ -68,12 +68,12 @@ def go(server: Running, way: Way, source: str) -> str:
     """Connect, go in that way, and return what became of it."""
     with server.client(source) as client:
         try:
-            told = way.go(client)
+            received = way.go(client)
         except OSError:
             return "reset"
-    if told == REJECTED:
+    if received == REJECTED:
         return "turned away"
-    return way.name if told == way.told else f"{way.name}: {told!r}"
+    return way.name if received == way.replies else f"{way.name}: {received!r}"
 
 
 def figures(daemon: socket.socket) -> Counter[str]:
@@ -94,7 +94,7 @@ def figures(daemon: socket.socket) -> Counter[str]:
 
 @pytest.mark.outer
 @pytest.mark.parametrize(("workers", "kills"), [(1, 0), (2, 0), (2, 1)])
-def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
+def test_who_is_exact_after_10000_clients_that_left_in_every_way(
     tmp_path: Path, workers: int, kills: int
 ) -> None:
     seed = random.randrange(1 << 32)
@@ -144,7 +144,7 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
 
 
 @pytest.mark.outer
-def test_clients_that_come_at_once_spread_over_the_workers(tmp_path: Path) -> None:
+def test_clients_that_connect_at_once_spread_over_the_workers(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server:
         for count in (16, 64, 200):
             with ExitStack() as stack:
@@ -155,7 +155,7 @@ def test_clients_that_come_at_once_spread_over_the_workers(tmp_path: Path) -> No
 
 
 @pytest.mark.outer
-def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> None:
+def test_one_worker_accepts_all_clients_while_the_others_cannot(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         worker, other = server.workers()
         with stopped(other):
@@ -167,9 +167,7 @@ def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> N
 
 @pytest.mark.outer
 @pytest.mark.parametrize("most", [10, 36])
-def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(
-    tmp_path: Path, most: int
-) -> None:
+def test_rejected_clients_take_no_room_from_admitted_clients(tmp_path: Path, most: int) -> None:
     """With the files that this worker may open, 36 clients are as many as it can have."""
     options = ("--max-clients", str(most))
     with start(tmp_path, *options, command=limited(100)) as server, ExitStack() as stack:
@@ -177,16 +175,16 @@ def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(
         assert clients[-1].who() == most
         began = time.monotonic()
         crowd = [stack.enter_context(server.client()) for _ in range(300)]
-        told = Counter(other.rest() for other in crowd)
+        received = Counter(other.rest() for other in crowd)
         # No client waits for the second that another may take to leave: that would be 9 s.
         assert time.monotonic() - began < 6 * PATIENCE
-        assert set(told) <= {b"", REJECTED}
-        assert told[REJECTED] >= 32
+        assert set(received) <= {b"", REJECTED}
+        assert received[REJECTED] >= 32
         assert {client.who() for client in clients} == {most}
         assert not server.events("process.error")
 
 
-def test_at_the_limit_of_files_clients_are_told_that_there_are_too_many(tmp_path: Path) -> None:
+def test_at_the_descriptor_limit_clients_are_rejected_with_the_reason(tmp_path: Path) -> None:
     with start(tmp_path, command=limited(100)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(36)]
         assert [client.who() for client in clients] == [36] * 36
@@ -199,9 +197,7 @@ def test_at_the_limit_of_files_clients_are_told_that_there_are_too_many(tmp_path
             assert other.who() == 36
 
 
-def test_a_worker_at_its_limit_of_files_leaves_clients_to_another_and_goes_on_when_some_have_left(
-    tmp_path: Path,
-) -> None:
+def test_a_worker_at_its_descriptor_limit_leaves_clients_to_the_others(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2", command=limited(100)) as server, ExitStack() as stack:
         full, other = server.workers()
         with stopped(other):
@@ -218,7 +214,7 @@ def test_a_worker_at_its_limit_of_files_leaves_clients_to_another_and_goes_on_wh
 
 
 @pytest.mark.outer
-def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) -> None:
+def test_a_worker_at_its_descriptor_limit_drains_like_any_other(tmp_path: Path) -> None:
     with start(tmp_path, command=limited(80)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(16)]
         assert [client.who() for client in clients] == [16] * 16
@@ -234,7 +230,7 @@ def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) ->
 
 
 @pytest.mark.outer
-def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -> None:
+def test_2000_clients_leave_no_descriptors_or_greenlets_behind(tmp_path: Path) -> None:
     options = ("--max-clients", "24", "--line-timeout", "1")
     with start(tmp_path, *options) as server, server.client() as client:
         ways = 10 * [way for way in WAYS for _ in range(way.often)]
@@ -253,14 +249,14 @@ def held(client: Client) -> bytes:
     return client.ask(b"HELD")
 
 
-def test_accepted_sockets_find_out_a_dead_peer_and_send_at_once(tmp_path: Path) -> None:
+def test_accepted_sockets_have_keepalive_and_no_delay(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         # On, after 60 s of silence, every 15 s, 4 times; unacknowledged data for 120 s; no delay.
         assert client.ask(b"OPTIONS") == b"[(1, 60, 15, 4, 120000, 1)]"
 
 
 @pytest.mark.outer
-def test_a_listener_that_is_shut_down_does_not_make_a_worker_spin(tmp_path: Path) -> None:
+def test_a_listener_that_was_shut_down_does_not_make_a_worker_spin(tmp_path: Path) -> None:
     module = """
 import os
 import socket

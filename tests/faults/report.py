@@ -69,11 +69,11 @@ class Matrix:
         )
         for case, before in zip(cases, [None, *cases], strict=False):
             fault = case["fault"] if before is None or before["fault"] != case["fault"] else ""
-            told = case.get("why") or ", ".join(
+            details = case.get("why") or ", ".join(
                 f"{name} {value:g} {unit}" if unit else f"{value:g} {name}"
                 for name, (value, unit) in case["measured"].items()
             )
-            table.add_row(fault, _variant(case), case["outcome"], f"{case['seconds']:.1f}", told)
+            table.add_row(fault, _variant(case), case["outcome"], f"{case['seconds']:.1f}", details)
         console = Console()
         console.print(table)
         outcomes = Counter(case["outcome"] for case in cases)

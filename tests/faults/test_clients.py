@@ -47,7 +47,7 @@ def counted(site: Site, name: str) -> int:
 def test_clients_that_reset_in_every_phase(start: Start, notes: Notes) -> None:
     site, number = start("--log-level", "debug"), 0
 
-    def met() -> int:
+    def seen_clients() -> int:
         """How many of them have been clients, or nearly."""
         events = site.server.events("client.accepted") + site.server.events("client.tls_failed")
         return sum(event["client.address"] == "127.0.0.2" for event in events)
@@ -67,12 +67,12 @@ def test_clients_that_reset_in_every_phase(start: Start, notes: Notes) -> None:
                 bare.send(said)
                 reset(bare.sock)
                 number += 1
-        until(lambda: met() == 40 * len(PHASES), "the server has met them")
+        until(lambda: seen_clients() == 40 * len(PHASES), "the server has met them")
     notes.happened(f"{number} connections were reset")
 
 
 @row("Half-closes", quick=None)
-def test_hundreds_that_end_at_once(start: Start, notes: Notes) -> None:
+def test_hundreds_of_clients_end_at_once(start: Start, notes: Notes) -> None:
     site = start(crowd=400)
     with site.neighbours(), ExitStack() as stack:
         crowd = [stack.enter_context(site.client()) for _ in range(400)]
@@ -80,13 +80,15 @@ def test_hundreds_that_end_at_once(start: Start, notes: Notes) -> None:
             client.send((b"", b"WHY\nWHERE", b"WHY\n", b"W")[number % 4])
         for client in crowd:
             socket.socket.shutdown(client.sock, socket.SHUT_WR)
-        told = [client.rest() for client in crowd]
+        replies = [client.rest() for client in crowd]
         notes.happened(f"{len(crowd)} have ended, and read all up to a clean end")
-        assert told == [b"", b"42\nhere\n", b"42\n", b"ERR unknown command\n"] * 100
+        assert replies == [b"", b"42\nhere\n", b"42\n", b"ERR unknown command\n"] * 100
 
 
 @row("Over the limit", quick=ALL[1])
-def test_who_is_too_many_reads_so_and_a_clean_end(start: Start, notes: Notes) -> None:
+def test_a_client_over_the_limit_gets_the_reason_and_a_clean_close(
+    start: Start, notes: Notes
+) -> None:
     site = start("--max-clients", "40")
     until(lambda: sum(site.clients()) == 0, "the clients before have gone")
     with ExitStack() as stack:
@@ -118,7 +120,7 @@ def test_who_is_too_many_reads_so_and_a_clean_end(start: Start, notes: Notes) ->
 
 
 @row("One address takes all places", quick=None)
-def test_one_address_does_not_take_all(start: Start, notes: Notes) -> None:
+def test_one_address_does_not_take_all_places(start: Start, notes: Notes) -> None:
     site = start("--max-clients-per-address", "20")
     before = counted(site, "too_many_from_address")
     with site.neighbours(), ExitStack() as stack:
@@ -134,7 +136,9 @@ def test_one_address_does_not_take_all(start: Start, notes: Notes) -> None:
 
 
 @row("Slowloris", quick=None)
-def test_who_sends_a_byte_now_and_then_is_cut_off_in_time(start: Start, notes: Notes) -> None:
+def test_a_client_that_drips_bytes_is_closed_at_the_line_timeout(
+    start: Start, notes: Notes
+) -> None:
     site = start("--line-timeout", "2")
     with site.neighbours(), ExitStack() as stack:
         crowd = [stack.enter_context(site.client()) for _ in range(50)]
@@ -150,7 +154,7 @@ def test_who_sends_a_byte_now_and_then_is_cut_off_in_time(start: Start, notes: N
 
 
 @row("Slow reader", quick=None)
-def test_who_sends_and_does_not_read_costs_no_memory_and_is_reset(
+def test_a_client_that_does_not_read_uses_no_memory_and_is_reset(
     start: Start, notes: Notes
 ) -> None:
     site = start("--write-timeout", "1")
@@ -172,7 +176,9 @@ def test_who_sends_and_does_not_read_costs_no_memory_and_is_reset(
 
 
 @row("Dead peer", *PLAIN, quick=None)
-def test_whose_machine_vanished_counts_for_two_minutes_at_most(start: Start, notes: Notes) -> None:
+def test_a_client_on_a_vanished_machine_counts_for_two_minutes_at_most(
+    start: Start, notes: Notes
+) -> None:
     with Network(2) as network:
         here, there = network.hosts
         with here.inside():

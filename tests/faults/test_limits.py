@@ -109,7 +109,7 @@ def test_a_flood_of_connects_beyond_the_limit(start: Start, notes: Notes) -> Non
 
 
 @row("1,000 slowloris clients", Variant(1), Variant(2), Variant(1, True), quick=None)
-def test_1000_that_send_a_byte_now_and_then(start: Start, notes: Notes, variant: Variant) -> None:
+def test_1000_clients_drip_bytes(start: Start, notes: Notes, variant: Variant) -> None:
     site = start("--line-timeout", "6", crowd=1000 // variant.workers)
     with measured(site) as usual:
         time.sleep(QUIET_SECONDS)
@@ -127,7 +127,7 @@ def test_1000_that_send_a_byte_now_and_then(start: Start, notes: Notes, variant:
 
 
 @row("1,000 silent TLS peers", Variant(1, True), Variant(2, True), quick=None)
-def test_1000_that_never_begin_the_handshake(start: Start, notes: Notes) -> None:
+def test_1000_peers_never_begin_the_handshake(start: Start, notes: Notes) -> None:
     site = start("--tls-handshake-timeout", "2", "--max-clients", "20")
     with measured(site) as usual:
         time.sleep(QUIET_SECONDS)

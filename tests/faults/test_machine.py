@@ -47,12 +47,12 @@ def cpu_share(process: psutil.Process, seconds: float) -> float:
 
 
 @row("Out of descriptors", *PLAIN, values=ROLES)
-def test_a_process_without_descriptors_waits_and_goes_on(
+def test_a_process_without_descriptors_waits_and_recovers(
     start: Start, notes: Notes, kind: Choice
 ) -> None:
     site = start()
     process, children = kind(site), [*site.server.workers(), *site.server.agents()]
-    site.may_lose = site.may_complain = True
+    site.may_lose = site.may_log_errors = True
     # The descriptors that dead children free let the supervisor begin with another child, but not
     # complete it.
     limit = 3 if process in children else process.num_fds()
@@ -81,19 +81,21 @@ def test_a_process_without_descriptors_waits_and_goes_on(
 
 
 @row("Out of memory", *ALL, quick=None)
-def test_a_worker_without_memory_is_replaced_or_goes_on(start: Start, notes: Notes) -> None:
+def test_a_worker_without_memory_is_replaced_or_recovers(start: Start, notes: Notes) -> None:
     site = start()
     [victim, *_] = site.server.workers()
-    site.may_lose = site.may_complain = True
+    site.may_lose = site.may_log_errors = True
 
     def had_none() -> list[str]:
         with ExitStack() as stack, suppress(OSError):
             for client in [stack.enter_context(site.client()) for _ in range(300)]:
                 client.sock.settimeout(1)
                 client.send(b"NOPE\n" * 100)
-        told = [str(event["message"]) for event in site.server.events()]
+        messages = [str(event["message"]) for event in site.server.events()]
         return [
-            text for text in told if "MemoryError" in text or f"worker {victim.pid} died" in text
+            text
+            for text in messages
+            if "MemoryError" in text or f"worker {victim.pid} died" in text
         ]
 
     with site.neighbours():

@@ -126,7 +126,7 @@ def test_a_process_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choi
 
 
 @row("An agent hangs before a reload", *PLAIN, quick=ALL[0])
-def test_an_agent_that_hangs_while_it_should_end_is_replaced_as_soon(
+def test_an_agent_that_hangs_while_ending_is_replaced_as_quickly(
     start: Start, notes: Notes
 ) -> None:
     site = start("--hang-timeout", "2", "--drain-timeout", "120")
@@ -195,7 +195,7 @@ def is_free(port: int) -> bool:
 
 
 @row("Supervisor killed", *ALL)
-def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(
+def test_no_process_outlives_a_killed_supervisor(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
     site = start("--commands", "lab.commands", env={"MARK": str(tmp_path)})
@@ -232,9 +232,9 @@ def test_the_lines_of_a_thousand_clients_are_answered_at_a_stop(
         for client, count in zip(clients, lines, strict=True):
             client.send(b"WHY\n" * count)
         site.server.send_signal(signal.SIGTERM)
-        told = list(pool.map(Client.rest, clients))
-    assert [len(text) / len(b"42\n") for text in told] == lines
-    notes.happened(f"{len(told)} clients were told {sum(lines)} replies, then a clean end")
+        outputs = list(pool.map(Client.rest, clients))
+    assert [len(text) / len(b"42\n") for text in outputs] == lines
+    notes.happened(f"{len(outputs)} clients were outputs {sum(lines)} replies, then a clean end")
     assert site.server.exit_code() == 0
     assert not left_over(tmp_path)
 
@@ -265,7 +265,7 @@ def test_a_second_signal_ends_the_server_now(start: Start, notes: Notes, tmp_pat
     },
     quick=None,
 )
-def test_a_stop_at_any_moment_of_something_else_is_a_stop(
+def test_a_stop_during_a_reload_or_respawn_is_a_stop(
     start: Start, notes: Notes, kind: Callable[[Site], object], tmp_path: Path
 ) -> None:
     site, moment = start(env={"MARK": str(tmp_path)}), random.Random(SEED).random() / 10
@@ -302,8 +302,8 @@ def test_a_stop_after_a_reload_leaves_the_cluster(
                 agents = server.agents()
                 time.sleep(number / 200)
                 assert server.stop() == 0
-                told = [event["event.action"] for event in server.events()]
-                assert told.index("server.reloaded") < told.index("server.draining")
+                outputs = [event["event.action"] for event in server.events()]
+                assert outputs.index("server.reloaded") < outputs.index("server.draining")
                 assert redis.members() == {}, f"{number * 5} ms later"
         notes.happened(f"told up to {number * 5} ms after the reload, with {len(agents)} agents")
 
@@ -376,7 +376,7 @@ def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: N
 @row("Port closed from outside", *ALL)
 def test_a_port_that_is_closed_from_outside_is_opened_again(start: Start, notes: Notes) -> None:
     site = start("--port", str(free_port()))
-    processes, site.may_complain = site.server.processes(), True
+    processes, site.may_log_errors = site.server.processes(), True
     with site.neighbours():
         site.may_lose = True
         for number, port in enumerate((site.server.port, site.server.admin_port()), 1):

@@ -28,7 +28,7 @@ from lab.site import SEED
 from lab.steady import Cluster, SteadyServer
 from lab.world import World, lasting, survive
 
-BEAT, TTL = 0.2, 2.0
+INTERVAL, TTL = 0.2, 2.0
 STATE = "{gserver:gserver}:state"
 
 Start = Callable[..., World]
@@ -39,9 +39,9 @@ def start(variant: Variant, tmp_path: Path) -> Iterator[Start]:
     """Start three servers of the test's variant, and their Redis."""
     with ExitStack() as stack:
 
-        def begin(beat: float = BEAT, ttl: float = TTL, **env: str) -> World:
+        def begin(interval: float = INTERVAL, ttl: float = TTL, **env: str) -> World:
             return stack.enter_context(
-                World(tmp_path, beat, ttl, WEB_CONCURRENCY=str(variant.workers), **env)
+                World(tmp_path, interval, ttl, WEB_CONCURRENCY=str(variant.workers), **env)
             )
 
         yield begin
@@ -91,7 +91,7 @@ ANSWERS: dict[str, Callable[[bytes], Iterable[bytes]]] = {
 
 
 @row("Redis's replies are altered", *PLAIN, quick=None, values=ANSWERS)
-def test_answers_that_are_none(
+def test_invalid_replies_of_redis(
     start: Start, notes: Notes, kind: Callable[[bytes], Iterable[bytes]]
 ) -> None:
     world = start()
@@ -99,7 +99,7 @@ def test_answers_that_are_none(
     @contextmanager
     def altered() -> Iterator[None]:
         usual = world.proxy.alter
-        with world.cluster.telling("cluster.lost"):
+        with world.cluster.expecting("cluster.lost"):
             world.proxy.alter = kind
         world.cluster.watch(1.5 * TTL)
         yield
@@ -111,7 +111,7 @@ def test_answers_that_are_none(
 
 
 @row("Redis's replies arrive in pieces", *PLAIN, quick=None)
-def test_slices(start: Start, notes: Notes) -> None:
+def test_replies_of_redis_in_pieces(start: Start, notes: Notes) -> None:
     world = start()
     world.proxy.alter = slices
     lost, before = world.cluster.events("cluster.lost"), world.proxy.bytes_to_client
@@ -146,7 +146,7 @@ def test_another_kind_of_server(
             other.daemon_threads = True
             threading.Thread(target=other.serve_forever, daemon=True).start()
             stack.callback(other.shutdown)
-            with world.cluster.telling("cluster.lost"):
+            with world.cluster.expecting("cluster.lost"):
                 stack.enter_context(world.proxy.instead(other.server_address[1]))
             world.cluster.watch(TTL)
             yield
@@ -159,20 +159,20 @@ def test_another_kind_of_server(
 
 
 @row("FLUSHALL 100 times, 1,000 clients", *PLAIN, quick=None)
-def test_wiped_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -> None:
+def test_redis_is_wiped_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -> None:
     rng = random.Random(SEED)
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     with (
         Redis(tmp_path) as server,
-        Cluster(server.url, BEAT, TTL, env, shares=(400, 350, 250)) as cluster,
+        Cluster(server.url, INTERVAL, TTL, env, shares=(400, 350, 250)) as cluster,
     ):
 
         @contextmanager
         def wiped() -> Iterator[None]:
-            with cluster.telling("cluster.reset"):
+            with cluster.expecting("cluster.reset"):
                 for _ in range(100):
                     server.wipe()
-                    cluster.watch(rng.uniform(0, 2 * BEAT))
+                    cluster.watch(rng.uniform(0, 2 * INTERVAL))
             yield
 
         survive(cluster, wiped(), notes)
@@ -249,7 +249,7 @@ def keys_of_other_types(world: World) -> Iterator[None]:
             world.redis.command("SET", "{gserver:gserver}:members", "junk")
             world.redis.command("LPUSH", "{gserver:gserver}:other", "junk")
             world.redis.command("RENAME", "{gserver:gserver}:other", "{gserver:gserver}:leases")
-            world.cluster.watch(BEAT / 2)
+            world.cluster.watch(INTERVAL / 2)
     yield
 
 
@@ -277,7 +277,7 @@ def test_redis_refuses(start: Start, notes: Notes, kind: Fault) -> None:
 
 
 @row("Redis closes connections that are silent for a second", *PLAIN, quick=None)
-def test_timeout_of_redis(start: Start, notes: Notes) -> None:
+def test_redis_closes_silent_connections(start: Start, notes: Notes) -> None:
     """Heartbeats come every two seconds, so each finds its connection closed."""
     world = start(2, 10)
     world.redis.command("CONFIG", "SET", "timeout", 1)
@@ -336,7 +336,7 @@ def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
             notes.happened(
                 f"the clock of Redis was {jump:+} s ahead of what the heartbeat before had stored"
             )
-            world.cluster.watch(5 * BEAT)
+            world.cluster.watch(5 * INTERVAL)
         yield
 
     survive(world.cluster, jumping(), notes)
@@ -349,14 +349,14 @@ def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: No
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     with (
         Redis(tmp_path) as server,
-        Cluster(server.url, BEAT, TTL, env | with_clock(clock)) as cluster,
+        Cluster(server.url, INTERVAL, TTL, env | with_clock(clock)) as cluster,
     ):
 
         @contextmanager
         def jumping() -> Iterator[None]:
             for jump in JUMPS:
                 clock.write_text(jump)
-                with cluster.telling("cluster.reset"):
+                with cluster.expecting("cluster.reset"):
                     server.wipe()
                 said = [
                     one.server.events("cluster.reset")[-1]["@timestamp"] for one in cluster.members
@@ -366,7 +366,7 @@ def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: No
                 notes.happened(
                     f"the servers' logs are {[round(seconds) for seconds in ahead]} s ahead"
                 )
-                cluster.watch(5 * BEAT)
+                cluster.watch(5 * INTERVAL)
             yield
 
         survive(cluster, jumping(), notes)
@@ -382,11 +382,11 @@ def test_the_primary_is_killed_again_and_again(
 ) -> None:
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     killed = []
-    with Sentinels(tmp_path) as sentinels, Cluster(sentinels.url, BEAT, TTL, env) as cluster:
+    with Sentinels(tmp_path) as sentinels, Cluster(sentinels.url, INTERVAL, TTL, env) as cluster:
 
         @contextmanager
         def kill() -> Iterator[None]:
-            with cluster.telling("cluster.lost"):
+            with cluster.expecting("cluster.lost"):
                 killed.append(sentinels.kill_primary())
             yield
 
@@ -433,7 +433,7 @@ LIES = {
 
 
 @row("All Sentinels lie", *PLAIN, quick=None, values=LIES)
-def test_all_sentinels_name_another(
+def test_all_sentinels_name_a_wrong_address(
     variant: Variant, tmp_path: Path, notes: Notes, kind: Callable[..., Any]
 ) -> None:
     env = {"WEB_CONCURRENCY": str(variant.workers)}
@@ -444,13 +444,13 @@ def test_all_sentinels_name_another(
             stack.enter_context(listener(lambda sock: sock.sendall(named(said)))) for _ in "123"
         ]
         url = f"redis+sentinel://{','.join(f'127.0.0.1:{port}' for port in ports)}/name"
-        cluster = stack.enter_context(Cluster(url, BEAT, TTL, env))
+        cluster = stack.enter_context(Cluster(url, INTERVAL, TTL, env))
         wrong = stack.enter_context(kind(tmp_path, right))
 
         @contextmanager
         def lying() -> Iterator[None]:
             nonlocal said
-            with cluster.telling("cluster.reset" if kind is another_redis else "cluster.lost"):
+            with cluster.expecting("cluster.reset" if kind is another_redis else "cluster.lost"):
                 said = wrong
             cluster.watch(1.5 * TTL)
             yield
@@ -484,7 +484,7 @@ def test_the_name_of_redis_changes(
             stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)).bind(("127.0.0.77", 53))
         server = stack.enter_context(Redis(tmp_path, bind="127.0.0.1 127.0.0.2"))
         cluster = stack.enter_context(
-            Cluster(f"redis://redis.test:{server.port}", BEAT, TTL, shares=())
+            Cluster(f"redis://redis.test:{server.port}", INTERVAL, TTL, shares=())
         )
         options = *cluster.options, "--workers", str(variant.workers)
         for share in (5, 3, 2):
@@ -501,12 +501,12 @@ def test_the_name_of_redis_changes(
         @contextmanager
         def renamed() -> Iterator[None]:
             hosts.write_text("127.0.0.1 localhost\n")
-            with cluster.telling("cluster.lost", "timeout" if kind else "name"):
+            with cluster.expecting("cluster.lost", "timeout" if kind else "name"):
                 server.command("CLIENT", "KILL", "TYPE", "normal")
             cluster.watch(2 * TTL)
             yield
             hosts.write_text("127.0.0.2 redis.test\n")
-            until(lambda: cluster.all_say(cluster.total), "all servers have found it")
+            until(lambda: cluster.all_report(cluster.total), "all servers have found it")
 
         assert addresses() == {"127.0.0.1"}
         survive(cluster, renamed(), notes)

@@ -72,7 +72,9 @@ def ends(client: Client) -> bool:
 
 
 @row("Plain text to a TLS port", *BY_TLS)
-def test_who_speaks_no_tls_is_told_or_let_go(start: Start, notes: Notes) -> None:
+def test_a_plain_text_client_of_a_tls_port_gets_an_error_or_is_closed(
+    start: Start, notes: Notes
+) -> None:
     site = start()
     plain = (
         b"WHO\n",
@@ -102,7 +104,7 @@ def test_who_speaks_no_tls_is_told_or_let_go(start: Start, notes: Notes) -> None
 
 
 @row("TLS to a plain port", *PLAIN)
-def test_who_speaks_tls_to_a_plain_port_is_let_go(start: Start, notes: Notes, pems: Path) -> None:
+def test_a_tls_client_of_a_plain_port_is_closed(start: Start, notes: Notes, pems: Path) -> None:
     site = start()
     with site.neighbours():
         for _ in range(20):
@@ -141,7 +143,7 @@ def test_records_that_break_the_rules_end_their_client(
 
 
 @row("Endless KeyUpdates", *BY_TLS, quick=None)
-def test_a_flood_of_key_updates_holds_nobody_up(
+def test_endless_key_updates_do_not_delay_other_clients(
     start: Start, notes: Notes, connect: Callable[[Site], RecordClient]
 ) -> None:
     site = start()
@@ -165,7 +167,7 @@ def test_a_flood_of_key_updates_holds_nobody_up(
 
 
 @row("Stalled TLS handshake", *BY_TLS)
-def test_who_does_not_go_on_with_a_handshake_is_let_go_in_time(start: Start, notes: Notes) -> None:
+def test_a_stalled_handshake_is_closed_at_the_timeout(start: Start, notes: Notes) -> None:
     site = start("--tls-handshake-timeout", "2", "--max-clients", "100", crowd=30)
     with site.neighbours(), ExitStack() as stack:
         crowd = [stack.enter_context(site.server.client()) for _ in range(300)]

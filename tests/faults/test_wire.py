@@ -47,9 +47,7 @@ def reply(line: bytes) -> bytes:
 
 
 @row("Odd lines")
-def test_odd_lines_get_one_reply_each_and_nothing_of_them_comes_back(
-    start: Start, notes: Notes
-) -> None:
+def test_odd_lines_get_one_reply_each_and_are_never_echoed(start: Start, notes: Notes) -> None:
     site = start("--log-level", "debug")
     with site.neighbours(), site.client() as client:
         for line in ODD:
@@ -91,10 +89,10 @@ def test_input_in_pieces_of_any_size_and_its_end(start: Start, notes: Notes) -> 
 
 
 @row("Endless line")
-def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: Notes) -> None:
+def test_an_endless_line_is_closed_and_uses_no_memory(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours():
-        for size, told in {
+        for size, expected in {
             LIMIT_BYTES - 1: UNKNOWN,
             LIMIT_BYTES: UNKNOWN,
             LIMIT_BYTES + 1: TOO_LONG,
@@ -102,10 +100,10 @@ def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: 
             for ending in (b"\n", b"\r\n"):
                 with site.client() as client:
                     client.send(b"x" * size + ending + b"WHY\n")
-                    assert client.end() == told + b"42\n" * (told == UNKNOWN)
+                    assert client.end() == expected + b"42\n" * (expected == UNKNOWN)
         before = site.resident_of_workers()
         with site.client() as client:
-            sent, told = 0, b""
+            sent, received = 0, b""
             with suppress(OSError):
                 while sent < 10_000_000:
                     client.send(b"x" * 65536)
@@ -115,8 +113,8 @@ def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: 
             with suppress(
                 ConnectionError
             ):  # What came too late for the server makes the kernel reset.
-                told = client.rest()
-            assert told in (b"", TOO_LONG)
+                received = client.rest()
+            assert received in (b"", TOO_LONG)
         notes.happened(f"{sent} bytes of a line were sent")
         notes.measured("memory grows by", grown / 1e6, "MB")
         assert grown < 3_000_000 * site.variant.workers * PATIENCE
@@ -124,9 +122,7 @@ def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: 
 
 
 @row("Browser")
-def test_what_looks_like_http_gets_nothing_and_no_later_line_is_run(
-    start: Start, notes: Notes
-) -> None:
+def test_an_http_request_gets_no_reply_and_no_later_line_is_run(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours():
         for request in HTTP:
@@ -140,7 +136,7 @@ def test_what_looks_like_http_gets_nothing_and_no_later_line_is_run(
 
 
 @row("A million commands at once", quick=None)
-def test_a_million_commands_from_one_client_hold_nobody_up(start: Start, notes: Notes) -> None:
+def test_a_million_commands_from_one_client_do_not_delay_others(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours() as neighbours, site.client() as client:
         usual = neighbours.rounds
@@ -175,9 +171,7 @@ def pump(sock: socket.socket, data: bytes) -> list[bytes]:
 
 
 @row("Urgent data", *PLAIN)
-def test_urgent_bytes_are_no_part_of_a_line_and_make_nobody_spin(
-    start: Start, notes: Notes
-) -> None:
+def test_urgent_bytes_are_not_part_of_a_line_and_use_no_cpu(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours():
         for _ in range(50):

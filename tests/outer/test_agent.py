@@ -46,7 +46,7 @@ def asking(server: Running, command: bytes) -> Iterator[tuple[list[float], list[
         thread.join(LIMIT)
 
 
-def test_a_killed_agent_is_replaced_and_nothing_is_counted_twice(daemon: Daemon) -> None:
+def test_a_killed_agent_is_replaced_without_double_counting(daemon: Daemon) -> None:
     with Running(*to(daemon, "killed")) as server, server.client() as client:
         server.wait_for("agent.ready")
         (first,) = server.agents()
@@ -127,7 +127,7 @@ def test_a_server_that_stops_before_its_agent_is_ready_still_sends_its_figures(
     becomes(lambda: received(daemon, "counters", "short.").get("commands.why"), 1)
 
 
-def test_an_agent_that_ends_late_counts_nothing_twice(daemon: Daemon) -> None:
+def test_an_agent_that_ends_late_does_not_double_count(daemon: Daemon) -> None:
     with Running(*to(daemon, "late")) as server, server.client() as client:
         server.wait_for("agent.ready")
         (first,) = server.agents()

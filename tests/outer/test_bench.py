@@ -71,7 +71,7 @@ def test_every_plot_of_the_page_names_its_commit_date_and_machine() -> None:
         assert re.search(r">gserver \w+, \d{4}-\d\d-\d\d, [^<]+ cores, \d+ GB</text>", drawn), name
 
 
-def test_what_has_no_results_shows_no_figures() -> None:
+def test_a_table_without_results_shows_no_figures() -> None:
     for name in (name for name, table in TABLES.items() if table.scenario not in RESULTS):
         shown = re.search(rf"<!-- table: {name} -->(.*?)<!-- end -->", TEXT, re.S)
         assert shown
@@ -80,7 +80,7 @@ def test_what_has_no_results_shows_no_figures() -> None:
 
 @pytest.mark.usefixtures("_same_limit_of_files")
 @pytest.mark.parametrize("service", tls.SERVICES)
-def test_each_service_takes_what_the_load_generator_asks_of_tls(service: str) -> None:
+def test_each_service_accepts_the_tls_settings_of_the_load_generator(service: str) -> None:
     for name in ("haproxy", "stunnel", "openssl", "taskset"):
         program(name)
     with tls.serving(service) as server:

@@ -51,7 +51,7 @@ REPLIES = {
 
 
 @pytest.mark.parametrize("name", REPLIES)
-def test_a_reply_that_the_script_cannot_give_is_an_error_like_others(name: str) -> None:
+def test_an_impossible_script_reply_is_an_ordinary_error(name: str) -> None:
     with listener(lambda sock: sock.sendall(REPLIES[name])) as port:
         link = RedisLink(Config(redis_url=f"redis://127.0.0.1:{port}"))
         with pytest.raises((redis.RedisError, TypeError, ValueError, AttributeError)) as caught:
@@ -60,9 +60,7 @@ def test_a_reply_that_the_script_cannot_give_is_an_error_like_others(name: str) 
 
 
 @pytest.mark.fault("Redis replies byte by byte")
-def test_a_redis_that_replies_byte_by_byte_is_given_up_and_clients_notice_nothing(
-    notes: Notes,
-) -> None:
+def test_clients_do_not_notice_a_redis_that_replies_byte_by_byte(notes: Notes) -> None:
     with listener(trickle) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
         assert server.wait_for("cluster.lost")["gserver.kind"] == "timeout"
         assert server.who() == 1
@@ -74,7 +72,7 @@ def test_a_redis_that_replies_byte_by_byte_is_given_up_and_clients_notice_nothin
 
 
 @pytest.mark.fault("Sentinels reply byte by byte")
-def test_sentinels_that_reply_byte_by_byte_are_given_up_within_one_attempt(notes: Notes) -> None:
+def test_sentinels_that_reply_byte_by_byte_are_abandoned_in_one_attempt(notes: Notes) -> None:
     with listener(trickle) as one, listener(trickle) as other:
         url = f"redis+sentinel://127.0.0.1:{one},127.0.0.1:{other}/name"
         with Running("--redis-url", url) as server:
@@ -181,7 +179,7 @@ def test_an_update_on_disk_that_the_agent_cannot_run_does_not_end_the_server(
 
 
 @pytest.mark.fault("A reply of Redis has endless parts")
-def test_a_reply_with_endless_elements_is_given_up_at_once(notes: Notes) -> None:
+def test_a_reply_with_endless_elements_is_abandoned_at_once(notes: Notes) -> None:
     """Otherwise the agent would do nothing else while it parses them."""
 
     def pour(sock: socket.socket) -> None:
@@ -196,7 +194,7 @@ def test_a_reply_with_endless_elements_is_given_up_at_once(notes: Notes) -> None
 
 
 @pytest.mark.fault("A reply of Redis never ends")
-def test_an_endless_reply_is_given_up_before_it_takes_all_memory(notes: Notes) -> None:
+def test_an_endless_reply_is_abandoned_before_it_fills_the_memory(notes: Notes) -> None:
     def pour(sock: socket.socket) -> None:
         sock.sendall(b"$9000000000\r\n")
         while True:

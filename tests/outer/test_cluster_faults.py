@@ -95,7 +95,7 @@ def restored_to_a_state_of_more_clients(world: World) -> Iterator[None]:
 @contextmanager
 def wiped_then_restored_from_a_backup(world: World) -> Iterator[None]:
     """An operator restores a backup after a mistake; its lease clock is ahead of the new one."""
-    world.cluster.watch(4 * world.cluster.beat)
+    world.cluster.watch(4 * world.cluster.interval)
     old = world.dump()
     with world.reset():
         world.redis.wipe()
@@ -116,7 +116,7 @@ def wiped_ten_times(world: World) -> Iterator[None]:
     with world.reset():
         for number in range(10):
             world.redis.wipe()
-            world.cluster.watch(world.cluster.beat * (0.1 + number / 8))
+            world.cluster.watch(world.cluster.interval * (0.1 + number / 8))
     yield
 
 
@@ -126,7 +126,7 @@ def wiped_while_one_server_sends_no_heartbeat(world: World) -> Iterator[None]:
     with stopped(*world.cluster.members[0].server.agents()):
         world.redis.wipe()
         until(lambda: len(world.redis.members()) == 2, "two servers have returned")
-        world.cluster.watch(1.5 * world.cluster.beat)
+        world.cluster.watch(1.5 * world.cluster.interval)
         assert len(world.redis.members()) == 2
     yield
 
@@ -181,7 +181,7 @@ def slow_but_in_time(world: World) -> Iterator[None]:
     """A round trip takes 60 % of the timeout, which is half a second or a tenth of the TTL."""
     world.proxy.delay_seconds = 0.3 * min(0.5, world.ttl / 10)
     before = world.proxy.bytes_to_client
-    world.cluster.watch(4 * world.cluster.beat)
+    world.cluster.watch(4 * world.cluster.interval)
     assert world.proxy.bytes_to_client > before
     yield
     world.proxy.delay_seconds = 0
@@ -280,9 +280,9 @@ def world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
     """One cluster for all faults of a kind."""
-    beat, ttl, workers = request.param
+    interval, ttl, workers = request.param
     with World(
-        tmp_path_factory.mktemp("faults"), beat, ttl, WEB_CONCURRENCY=str(workers)
+        tmp_path_factory.mktemp("faults"), interval, ttl, WEB_CONCURRENCY=str(workers)
     ) as running:
         yield running
 
@@ -368,8 +368,8 @@ def test_a_server_that_ends_while_redis_is_away_expires_a_ttl_after_the_outage(
     with cluster.one_more(4) as member:
         with fault(world):
             cluster.end(member, end)
-            assert cluster.all_say(total + 4)
-            cluster.may_say(total + 4, total)
+            assert cluster.all_report(total + 4)
+            cluster.allow(total + 4, total)
         cluster.settle((world.ttl + 1) * PATIENCE)
     cluster.check()
 
@@ -377,7 +377,9 @@ def test_a_server_that_ends_while_redis_is_away_expires_a_ttl_after_the_outage(
 @pytest.mark.long
 @as_by_default
 @pytest.mark.parametrize("fault", each(AS_BY_DEFAULT))
-def test_nor_is_one_with_the_default_times(world: World, fault: Fault, notes: Notes) -> None:
+def test_no_reply_is_wrong_with_the_default_times_when_redis_is(
+    world: World, fault: Fault, notes: Notes
+) -> None:
     survive(world.cluster, fault(world), notes)
     notes.happened(f"{in_words(fault)}: seen in Redis or by every server")
 
@@ -410,7 +412,7 @@ def replaced_by_command(watched: Watched) -> Iterator[None]:
     sentinels, cluster = watched.sentinels, watched.cluster
     before = sentinels.primary()
     with ExitStack() as change_over:
-        change_over.enter_context(cluster.telling("cluster.reset"))
+        change_over.enter_context(cluster.expecting("cluster.reset"))
         sentinels.sentinels[0].command("SENTINEL", "FAILOVER", sentinels.name)
         until(
             lambda: [one.role() for one in sentinels.redises].count("master") == 2,
@@ -425,7 +427,7 @@ def replaced_by_command(watched: Watched) -> Iterator[None]:
 
 @contextmanager
 def frozen(watched: Watched) -> Iterator[None]:
-    with watched.cluster.telling("cluster.lost"):
+    with watched.cluster.expecting("cluster.lost"):
         before = watched.sentinels.freeze_primary()
     yield
     before.thaw()
@@ -433,7 +435,7 @@ def frozen(watched: Watched) -> Iterator[None]:
 
 @contextmanager
 def killed(watched: Watched) -> Iterator[None]:
-    with watched.cluster.telling("cluster.lost"):
+    with watched.cluster.expecting("cluster.lost"):
         watched.sentinels.kill_primary()
     yield
 
@@ -445,7 +447,7 @@ def killed(watched: Watched) -> Iterator[None]:
         *each([frozen], pytest.mark.long, prefix="Primary"),
     ],
 )
-def test_nor_is_one_when_the_primary_is(
+def test_no_reply_is_wrong_when_the_primary_is(
     watched: Watched, fault: Callable[[Watched], AbstractContextManager[None]], notes: Notes
 ) -> None:
     before = watched.sentinels.primary()

@@ -164,12 +164,17 @@ class World(ExitStack[None]):
     """A Redis, and places for servers."""
 
     def __init__(
-        self, folder: Path, beat: float, ttl: float, places: int, env: dict[str, str] | None = None
+        self,
+        folder: Path,
+        interval: float,
+        ttl: float,
+        places: int,
+        env: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.beat, self.ttl, self.env = beat, ttl, env
-        self.promise = Promise(beat + SLACK * PATIENCE, ttl)
-        self.options = "--heartbeat-interval", str(beat), "--member-ttl", str(ttl)
+        self.interval, self.ttl, self.env = interval, ttl, env
+        self.promise = Promise(interval + SLACK * PATIENCE, ttl)
+        self.options = "--heartbeat-interval", str(interval), "--member-ttl", str(ttl)
         self.recorder = Recorder()
         with ExitStack() as stack:
             self.redis = stack.enter_context(Redis(folder))
@@ -182,18 +187,20 @@ class World(ExitStack[None]):
 
     def history(self) -> list[Fact | Answer]:
         """Return the history; faults of a path to Redis are attributed to its servers."""
-        told = self.recorder.history
+        facts = self.recorder.history
         links = {place.link: place for place in self.places}
         ends = {
             fact.key: fact.at
-            for fact in told
+            for fact in facts
             if isinstance(fact, Fact) and fact.kind is Kind.HEALED
         }
         begins = {
-            fact.key: fact.at for fact in told if isinstance(fact, Fact) and fact.kind is Kind.FAULT
+            fact.key: fact.at
+            for fact in facts
+            if isinstance(fact, Fact) and fact.kind is Kind.FAULT
         }
         found: list[Fact | Answer] = []
-        for it in told:
+        for it in facts:
             if isinstance(it, Fact) and it.server in links:
                 lives = links[it.server].lives
                 heirs = [
@@ -392,8 +399,8 @@ class RandomRun(World):
     ends.
     """
 
-    def __init__(self, folder: Path, seed: int, beat: float, ttl: float, hand: int) -> None:
-        super().__init__(folder, beat, ttl, 4)
+    def __init__(self, folder: Path, seed: int, interval: float, ttl: float, hand: int) -> None:
+        super().__init__(folder, interval, ttl, 4)
         self._seed, self._hand = seed, hand
         self.happened: Counter[str] = Counter()
         self._round = 0  # -1 after the last one.
@@ -439,7 +446,7 @@ class RandomRun(World):
         return [self._said.get(place.link) for place in self.places] == [total] * len(self.places)
 
     def _rng(self, name: str) -> random.Random:
-        return random.Random(f"{self._seed} {self.beat} {name}")
+        return random.Random(f"{self._seed} {self.interval} {name}")
 
     def _rounds(self, name: str) -> Iterator[int]:
         """Yield each round when its faults begin."""
@@ -844,7 +851,7 @@ def played(scene: Scene, play: Callable[[Scene], None]) -> Verdict:
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_every_deliberate_bug_is_put_into_the_code_as_it_is(bug: str) -> None:
+def test_every_deliberate_bug_applies_to_the_current_code(bug: str) -> None:
     for path, old, _ in BUGS[bug][1]:
         assert old in (ROOT / "gserver" / path).read_text()
 

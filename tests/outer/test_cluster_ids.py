@@ -18,10 +18,10 @@ import pytest
 from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
-from lab.clusters import FAST, all_say, cluster, connect, servers_known, started, watching
+from lab.clusters import FAST, all_report, cluster, connect, servers_known, started, watching
 from lab.redises import Redis, free_port
 from lab.rows import Notes
-from lab.running import LIMIT, PATIENCE, ROOT, Running, environment, gserver, told, until
+from lab.running import LIMIT, PATIENCE, ROOT, Running, environment, error_line, gserver, until
 
 #: Seconds that a start may take longer while Redis is away.
 START = 2.5 * PATIENCE
@@ -61,7 +61,7 @@ def usual_start() -> float:
 
 
 @pytest.mark.fault("Two servers with one id")
-def test_a_second_server_with_a_live_id_is_refused_and_the_first_one_goes_on(
+def test_a_second_server_with_a_live_id_is_refused_and_the_first_stays(
     redis: Redis, notes: Notes
 ) -> None:
     with (
@@ -121,7 +121,7 @@ def test_a_server_that_died_can_start_again_with_its_id_long_before_its_ttl_ends
             with Running(*in_cluster(redis, "phoenix", *options)) as back, back.client() as client:
                 assert client.ask(b"WHERE") == b"phoenix"
                 assert time.monotonic() - killed <= 2 * usual + 2 * PATIENCE
-                all_say(watches, 2)
+                all_report(watches, 2)
                 assert time.monotonic() - killed <= 5 * PATIENCE, (
                     "long before the lease of the dead server ends"
                 )
@@ -302,13 +302,13 @@ def test_invalid_options_are_refused_in_one_line(options: list[str], message: st
         "0",
         *(options if "--redis-url" in options else ["--redis-url", "redis://-", *options]),
     )
-    assert message in told(done)
+    assert message in error_line(done)
     assert SECRET not in done.stderr + done.stdout
 
 
 def test_a_bad_url_of_the_environment_is_refused_without_its_secret() -> None:
     done = gserver("--port", "0", REDIS_URL=f"redis://:{SECRET}@h:1,h:2")
-    assert "the URL has several hosts" in told(done)
+    assert "the URL has several hosts" in error_line(done)
     assert "(from REDIS_URL)" in done.stderr
     assert SECRET not in done.stderr + done.stdout
 
@@ -335,7 +335,7 @@ def test_environment_variables_can_name_the_redis(redis: Redis) -> None:
         ("redis://ali:open-sesame@127.0.0.1:{}", "auth"),
     ],
 )
-def test_a_password_shows_in_no_command_line_and_no_log(
+def test_a_password_is_in_no_command_line_and_no_log(
     locked: Redis, source: str, url: str, outcome: str, tmp_path: Path
 ) -> None:
     (tmp_path / "url").write_text(url.format(locked.port) + "\n")
@@ -418,7 +418,7 @@ def test_without_a_cluster_there_is_no_agent_or_one_that_does_not_load_redis() -
     assert {"redis", "gserver.cluster.redis_link"} <= set(after)
 
 
-def test_a_server_whose_agent_cannot_start_does_not_take_its_id_for_checked(
+def test_a_server_whose_agent_cannot_start_does_not_skip_the_id_check(
     redis: Redis, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(

@@ -204,9 +204,7 @@ def test_a_server_whose_entry_was_deleted_by_hand_is_counted_once_when_it_is_bac
     assert totals(two.heartbeat(20)) == totals(cluster.heartbeat("one", 1)) == (21, 2)
 
 
-def test_the_clock_goes_on_from_where_it_was_after_the_last_server_has_left(
-    cluster: Cluster,
-) -> None:
+def test_the_lease_clock_continues_after_the_last_server_has_left(cluster: Cluster) -> None:
     cluster.heartbeat("one", 1)
     cluster.elapse(1000)
     clock = cluster.heartbeat("one", "leave").clock
@@ -352,7 +350,7 @@ def test_a_clock_of_redis_that_is_set_back_does_not_set_back_the_lease_clock(
     assert clock + 1000 <= cluster.heartbeat("one", 1).clock <= clock + INTERVAL
 
 
-def test_a_late_heartbeat_undoes_nothing(cluster: Cluster) -> None:
+def test_a_late_heartbeat_changes_nothing(cluster: Cluster) -> None:
     lease_end = cluster.heartbeat("one", 5, sequence=10).lease_end
     cluster.elapse(1000)
     for clients, sequence in ((3, 9), (3, 10), ("leave", 9), ("leave", 10)):
@@ -786,7 +784,7 @@ REFUSALS: dict[str, tuple[Callable[[Redis], None], Callable[[Redis], None], type
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("prepare", PREPARE)
 @pytest.mark.parametrize("sender", SENDERS)
-def test_where_writes_are_refused_a_heartbeat_runs_completely_or_changes_nothing(
+def test_without_writes_a_heartbeat_runs_completely_or_changes_nothing(
     cluster: Cluster, sender: str, prepare: str, refusal: str
 ) -> None:
     begin, end, error = REFUSALS[refusal]
@@ -917,7 +915,7 @@ def test_the_document_names_the_script_and_the_fields_of_its_keys(cluster: Clust
     assert (ROOT / script).read_text() == HEARTBEAT_SCRIPT
 
 
-def test_it_runs_on_a_redis_cluster_because_all_its_keys_are_in_one_slot(tmp_path: Path) -> None:
+def test_the_script_runs_on_a_redis_cluster_as_all_keys_are_in_one_slot(tmp_path: Path) -> None:
     with Redis(tmp_path, cluster_enabled="yes", cluster_port=free_port()) as server:
         server.command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         until(
@@ -937,7 +935,7 @@ def test_it_runs_on_a_redis_cluster_because_all_its_keys_are_in_one_slot(tmp_pat
         assert len({server.command("CLUSTER", "KEYSLOT", key) for key in keys}) == 1
 
 
-def test_the_next_heartbeat_of_a_server_is_not_taken_for_that_of_a_copy(cluster: Cluster) -> None:
+def test_a_servers_next_heartbeat_is_not_mistaken_for_a_copys(cluster: Cluster) -> None:
     for sequence, last_sent_sequence, holder in ((10, 9, "a1"), (11, 10, "a1"), (12, 10, "a1*")):
         reply = cluster.heartbeat(
             "one", 5, sequence=sequence, last_sent_sequence=last_sent_sequence

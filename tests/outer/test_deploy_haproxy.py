@@ -85,7 +85,7 @@ class Load:
         """How often those had been sent once more already that had to be since that moment."""
         return [tries for when, tries in self.retries if when >= since]
 
-    def goes_on(self) -> None:
+    def wait_for_replies(self) -> None:
         """Wait until every client has been answered some times more."""
         before = list(self.answered)
         until(
@@ -121,7 +121,7 @@ def service(folder: Path, *options: str) -> Iterator[tuple[list[Running], Front,
         front = stack.enter_context(Front(folder, servers))
         load = Load(front.port)
         stack.callback(load.stop)
-        load.goes_on()
+        load.wait_for_replies()
         yield servers, front, load
 
 
@@ -132,7 +132,7 @@ def accepts(port: int) -> bool:
     return False
 
 
-def test_the_configuration_is_one() -> None:
+def test_the_configuration_is_valid() -> None:
     done = subprocess.run(
         [program("haproxy"), "-c", "-f", str(CONFIG)], capture_output=True, text=True, check=False
     )
@@ -158,9 +158,7 @@ def test_the_configuration_is_as_the_page_says() -> None:
     assert 0.95 * Config().max_clients < int(most) < Config().max_clients
 
 
-def test_no_client_is_turned_away_while_others_have_room_and_one_too_many_waits(
-    tmp_path: Path,
-) -> None:
+def test_no_client_is_rejected_while_a_server_has_room_and_excess_waits(tmp_path: Path) -> None:
     sizes = [5, 20, 20]
     with ExitStack() as stack:
         common = ["--admin-port", "0", "--max-clients"]
@@ -201,27 +199,27 @@ def test_servers_drain_and_die_under_load_and_every_request_is_answered(tmp_path
         assert one.process.poll() is None
         assert load.retries == []
         assert one.exit_code() == 0
-        load.goes_on()
+        load.wait_for_replies()
         assert set(load.repeated()) <= {0}, "none had to be sent a third time"
         assert len(load.retries) <= CLIENTS
 
         # A crash: connections break, and what was under way is asked once more. While its processes
         # die, the kernel may accept for them; then nobody gets to it any more, health check or not.
         other.kill()
-        load.goes_on()
+        load.wait_for_replies()
         began = time.monotonic()
-        load.goes_on()
+        load.wait_for_replies()
         assert load.repeated(began) == []
         until(
             lambda: front.states() == {"gs1": "DOWN", "gs2": "DOWN", "gs3": "UP"},
             "HAProxy sees it gone",
         )
-        load.goes_on()
+        load.wait_for_replies()
         load.stop()
         assert load.failures == []
 
 
-def test_a_lame_duck_lets_clients_finish_and_gets_no_new_ones(tmp_path: Path) -> None:
+def test_a_lame_duck_serves_its_clients_and_gets_no_new_ones(tmp_path: Path) -> None:
     with service(tmp_path, "--drain-timeout", "60") as (servers, front, load), ExitStack() as stack:
         held: dict[str, Client] = {}
         while len(held) < 3:  # Least connections: soon every server has one of ours.
@@ -231,8 +229,8 @@ def test_a_lame_duck_lets_clients_finish_and_gets_no_new_ones(tmp_path: Path) ->
         servers[0].wait_for("server.retiring")
         until(lambda: front.states()["gs1"] == "DOWN", "HAProxy sees it retiring", DRAIN_DELAY)
         # Those of the load have all connected anew by and by; none was let go before it wanted to.
-        load.goes_on()
-        load.goes_on()
+        load.wait_for_replies()
+        load.wait_for_replies()
         assert load.retries == []
         assert held["server-1"].ask(b"WHERE") == b"server-1"
         assert servers[0].process.poll() is None

@@ -85,8 +85,11 @@ def test_every_option_and_variable_that_is_named_exists() -> None:
 
 def test_a_service_has_time_for_a_lame_duck_before_it_is_killed() -> None:
     service = unit("gserver.service")["Service"]
-    told = dict(pair.split("=") for pair in service["Environment"].split())
-    delay, timeout = float(told["GSERVER_DRAIN_DELAY"]), float(told["GSERVER_DRAIN_TIMEOUT"])
+    documented = dict(pair.split("=") for pair in service["Environment"].split())
+    delay, timeout = (
+        float(documented["GSERVER_DRAIN_DELAY"]),
+        float(documented["GSERVER_DRAIN_TIMEOUT"]),
+    )
     assert delay + 2 * timeout < float(service["TimeoutStopSec"])
 
 
@@ -104,7 +107,7 @@ def test_a_pod_has_time_for_a_lame_duck_before_it_is_killed() -> None:
 # systemd.
 
 
-def test_the_units_are_valid_and_their_score_is_as_good_as_the_page_says(tmp_path: Path) -> None:
+def test_the_units_are_valid_and_reach_the_documented_score(tmp_path: Path) -> None:
     for name in ("gserver.service", "gserver.socket"):
         text = (UNITS / name).read_text()
         (tmp_path / name).write_text(
@@ -131,12 +134,12 @@ def test_the_units_are_valid_and_their_score_is_as_good_as_the_page_says(tmp_pat
     ).stdout
     found = re.search(r"Overall exposure level for gserver.service: ([0-9.]+) OK", score)
     assert found, score
-    told = re.search(r"`systemd-analyze security` says ([0-9.]+) or less", DEPLOYING)
-    assert told
-    assert float(found[1]) <= float(told[1])
+    documented = re.search(r"`systemd-analyze security` says ([0-9.]+) or less", DEPLOYING)
+    assert documented
+    assert float(found[1]) <= float(documented[1])
 
 
-def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:
+def test_under_systemd_the_server_is_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:
     port = free_port()
     variables = {
         "GSERVER_PORT": str(port),
@@ -189,7 +192,7 @@ def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Pat
         assert machine.errors.read_text() == ""
 
 
-def test_under_systemd_a_hang_is_ended_and_a_bad_option_is_not_tried_again(tmp_path: Path) -> None:
+def test_under_systemd_a_hang_is_killed_and_a_bad_option_is_not_retried(tmp_path: Path) -> None:
     variables = {"GSERVER_PORT": str(free_port()), "GSERVER_DRAIN_DELAY": "0"}
     short = f"WatchdogSec={PATIENCE}\nTimeoutAbortSec=500ms\nRestartSec=100ms"
     with Booted(tmp_path, variables, service=short) as machine:
@@ -207,7 +210,7 @@ def test_under_systemd_a_hang_is_ended_and_a_bad_option_is_not_tried_again(tmp_p
         assert "neither a number from 1 to 256 nor auto" in machine.errors.read_text()
 
 
-def test_under_systemd_a_lame_duck_serves_on_and_its_socket_loses_nobody(tmp_path: Path) -> None:
+def test_under_systemd_a_lame_duck_serves_and_its_socket_loses_no_client(tmp_path: Path) -> None:
     port = free_port()
     listen = f"ListenStream=\nListenStream=127.0.0.1:{port}"
     with Booted(tmp_path, {"GSERVER_DRAIN_DELAY": "0"}, socket=listen) as machine:
@@ -251,9 +254,7 @@ def commented(*beginnings: str) -> str:
     return "\n".join(["[Service]", *found])
 
 
-def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload_reads_again(
-    tmp_path: Path,
-) -> None:
+def test_under_systemd_a_key_is_a_credential_or_a_group_readable_file(tmp_path: Path) -> None:
     port = free_port()
     pems = []
     for name in ("old", "new"):
@@ -361,7 +362,7 @@ def test_with_tls_the_manifest_mounts_what_the_server_reads() -> None:
     )
 
 
-def test_what_belongs_together_in_the_manifest_goes_by_the_same_names() -> None:
+def test_names_in_the_manifest_are_consistent() -> None:
     found = manifests()
     pod = found["Deployment"]["spec"]["template"]
     labels = pod["metadata"]["labels"]

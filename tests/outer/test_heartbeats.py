@@ -28,7 +28,7 @@ CHEAP = {
 }
 
 
-def test_the_script_does_as_much_with_3000_servers_as_with_3() -> None:
+def test_the_script_does_the_same_work_with_3000_servers_as_with_3() -> None:
     program("redis-server")
     calls = {}
     with running_redis() as (client, _, path), socket.socket(socket.AF_UNIX) as sock:

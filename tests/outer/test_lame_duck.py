@@ -57,9 +57,7 @@ def has_clients(client: Client, count: int) -> bool:
     return client.who() == count
 
 
-def test_a_lame_duck_serves_connected_clients_in_full_and_ends_with_the_last(
-    tmp_path: Path,
-) -> None:
+def test_a_lame_duck_serves_connected_clients_and_ends_with_the_last(tmp_path: Path) -> None:
     options = ("--workers", "2", "--admin-port", "0")
     with start(tmp_path, *LONG, *options) as server, ExitStack() as stack:
         server.wait_for("agent.ready")
@@ -143,8 +141,10 @@ def test_a_worker_that_dies_in_the_drain_delay_is_replaced(
     with start(tmp_path, "--drain-delay", str(4 * SECOND), *options) as server:
         began = time.monotonic()
         server.send_signal(number)
-        told = server.wait_for("server.retiring" if number == signal.SIGUSR2 else "server.draining")
-        assert f" {4 * SECOND:g} s;" in told["message"]
+        event = server.wait_for(
+            "server.retiring" if number == signal.SIGUSR2 else "server.draining"
+        )
+        assert f" {4 * SECOND:g} s;" in event["message"]
         server.workers()[0].kill()
         server.wait_for("worker.ready", 2)
         assert "starting another" in server.wait_for("worker.died")["message"]
@@ -170,7 +170,9 @@ def test_after_the_drain_timeout_the_ordinary_drain_follows(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("delay", ["0", "60"])
-def test_a_stop_of_a_lame_duck_is_the_ordinary_drain_at_once(tmp_path: Path, delay: str) -> None:
+def test_a_stop_of_a_lame_duck_starts_the_ordinary_drain_at_once(
+    tmp_path: Path, delay: str
+) -> None:
     with start(tmp_path, *LONG, "--drain-delay", delay) as server, server.client() as client:
         client.who()
         server.send_signal(signal.SIGUSR2)
@@ -249,7 +251,7 @@ def test_the_cluster_counts_the_clients_of_a_lame_duck_until_they_leave(tmp_path
         until(lambda: asker.who() == 1, "the clients have left")
 
 
-def test_a_worker_that_still_starts_serves_the_accept_queue(tmp_path: Path) -> None:
+def test_a_worker_that_is_still_starting_serves_the_accept_queue(tmp_path: Path) -> None:
     """The only worker has died when the signal comes; the next one gets it when it is ready."""
     with start(tmp_path, *LONG) as server:
         (tmp_path / "slow").touch()
@@ -267,7 +269,7 @@ def test_a_worker_that_still_starts_serves_the_accept_queue(tmp_path: Path) -> N
         assert len(server.events("worker.died")) == 1
 
 
-def test_during_a_reload_the_signal_does_not_kill_the_worker_that_starts(tmp_path: Path) -> None:
+def test_during_a_reload_the_signal_does_not_kill_a_starting_worker(tmp_path: Path) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server:
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloading")

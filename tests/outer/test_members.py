@@ -74,7 +74,7 @@ def test_each_server_is_listed_with_its_clients_and_its_last_report(server: Redi
     assert (members["omitted_servers"], members["trouble"]) == (0, None)
 
 
-def test_without_heartbeats_a_report_grows_older_but_by_one_interval_at_most(server: Redis) -> None:
+def test_without_heartbeats_a_report_ages_by_one_interval_at_most(server: Redis) -> None:
     report(server.url, ("here", 1))
     [one] = until(
         lambda: [one for one in payload(server.url)["servers"] if one["silent_seconds"] > 0.2],
@@ -105,7 +105,7 @@ def test_late_servers_come_first_and_all_others_are_sorted_by_id(server: Redis) 
     assert ids(payload(server.url)) == ["e", "c", "a", "b", "d", "here"]
 
 
-def test_of_many_servers_the_own_and_those_silent_for_longest_are_listed(server: Redis) -> None:
+def test_a_long_list_keeps_the_own_server_and_the_longest_silent_ones(server: Redis) -> None:
     report(server.url, *((f"server-{number:03}", number) for number in range(MAX_SERVERS + 50)))
     for number in range(20, MAX_SERVERS + 50):
         age_report(server, f"server-{number:03}", 2)
@@ -173,7 +173,7 @@ def test_an_invalid_id_is_not_listed_but_counted(server: Redis, name: bytes) -> 
 
 
 @pytest.mark.parametrize("key", [MEMBERS, LEASES, STATE])
-def test_a_key_of_another_program_is_an_error_and_the_last_known_list_stands(
+def test_a_key_of_another_program_is_an_error_and_keeps_the_last_list(
     server: Redis, key: str
 ) -> None:
     report(server.url, ("here", 5))
@@ -300,7 +300,7 @@ def unavailable(server: Redis, is_hung: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("is_hung", [True, False])
-def test_while_redis_hangs_or_is_away_the_last_known_list_is_returned_at_once_with_its_age(
+def test_without_redis_the_last_known_list_is_returned_at_once_with_its_age(
     server: Redis, is_hung: bool
 ) -> None:
     with cluster(server.url, "gserver", ["--server-id", "a", "--admin-port", "0"]) as [first]:

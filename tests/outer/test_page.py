@@ -73,7 +73,7 @@ def test_the_page_shows_the_real_figures_and_follows_changes(window: Browser) ->
         assert "clients of this server" in window.run(
             "return document.getElementById('plot-clients').ariaLabel"
         )
-        assert window.complaints() == []
+        assert window.problems() == []
 
 
 def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_p
         until(
             lambda: window.text("workers-title").endswith("0 reloads, 1 failed"), "the reload fails"
         )
-        assert not [said for said in window.complaints() if page(server) in said]
+        assert not [said for said in window.problems() if page(server) in said]
     with Running("--admin-port", "0") as server:
         window.open(page(server))
         until(lambda: "up" in window.text("side"), "the page shows the server")
@@ -132,10 +132,10 @@ def test_nouns_agree_with_their_numbers(window: Browser) -> None:
         until(lambda: window.text("state") == "ready", "the page shows the server")
         for count, words in ((0, "0 reloads"), (1, "1 reload"), (2000, "2,000 reloads")):
             script = f"show({{...last, server: {{...last.server, reloads: {count}}}}}, last)"
-            told = window.run(
+            shown = window.run(
                 f"{script}; return document.getElementById('workers-title').textContent"
             )
-            assert told == f"Workers: 1 of 1 accepting, 0 restarts, {words}"
+            assert shown == f"Workers: 1 of 1 accepting, 0 restarts, {words}"
 
 
 @pytest.mark.parametrize("path", ["", "?x=y", "#z"])
@@ -220,7 +220,7 @@ def test_the_page_lists_the_servers_of_the_cluster_and_follows_them(
             assert "here (this server)" in [row[0] for row in cells(window)]
         finally:
             store.thaw()
-        assert not [said for said in window.complaints() if page(first) in said]
+        assert not [said for said in window.problems() if page(first) in said]
 
 
 def cells(window: Browser) -> list[list[str]]:

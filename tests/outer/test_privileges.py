@@ -127,7 +127,7 @@ def assert_is_the_user(server: Running, processes: int) -> None:
             assert_is(fields(path.read_text()), UID, GID, {GID, KEY_GID})
 
 
-def test_a_low_port_is_served_by_another_user_for_good(start: list[str], tmp_path: Path) -> None:
+def test_a_low_port_is_served_by_another_user_permanently(start: list[str], tmp_path: Path) -> None:
     (tmp_path / "files/extra.py").write_text(MODULE)
     setuid = tmp_path / "files/id"
     setuid.write_bytes(Path(program("id")).read_bytes())
@@ -157,7 +157,7 @@ def test_a_low_port_is_served_by_another_user_for_good(start: list[str], tmp_pat
         assert (server.stop(), server.stderr) == (0, "")
 
 
-def test_a_key_of_root_is_read_at_the_start_and_a_reload_reads_it_as_the_user(
+def test_a_key_file_of_root_is_read_at_start_and_as_the_user_at_a_reload(
     start: list[str], tmp_path: Path
 ) -> None:
     files = tmp_path / "files"
@@ -187,7 +187,7 @@ def test_a_key_of_root_is_read_at_the_start_and_a_reload_reads_it_as_the_user(
         assert (server.stop(), server.stderr) == (0, "")
 
 
-def test_a_secret_in_a_file_of_roots_is_read_before_it_becomes_the_user(
+def test_a_secret_file_of_root_is_read_before_privileges_are_dropped(
     start: list[str], tmp_path: Path
 ) -> None:
     token = tmp_path / "files/token"
@@ -204,7 +204,7 @@ def test_a_secret_in_a_file_of_roots_is_read_before_it_becomes_the_user(
         assert (server.stop(), server.stderr) == (0, "")
 
 
-def test_the_socket_of_a_service_manager_is_taken_over_first(start: list[str]) -> None:
+def test_a_passed_socket_is_taken_before_privileges_are_dropped(start: list[str]) -> None:
     port = low_port()
     kept = [f"--setenv={name}" for name in ("PYTHONPATH", "LD_LIBRARY_PATH")]
     activate = [
@@ -250,7 +250,7 @@ def test_an_unknown_user_and_root_are_refused(start: list[str]) -> None:
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 
-def test_a_user_that_is_not_root_may_only_stay_itself(start: list[str]) -> None:
+def test_a_non_root_user_cannot_become_another_user(start: list[str]) -> None:
     as_user = [*start, program("setpriv"), f"--reuid={UID}", f"--regid={GID}", "--clear-groups"]
     said = run([*as_user, SERVE[0], "-c", BECOME, "nobody", "gserver-test"])
     assert said.startswith("1 --user nobody needs root: start it as root\n")

@@ -108,7 +108,7 @@ def test_a_reply_has_its_names_and_texts(server: Redis) -> None:
         assert reply == Reply(5, 1, 0, reply.clock, reply.clock, "a1", reply.clock + TTL, 0)
 
 
-def test_the_script_is_sent_when_redis_does_not_know_it_and_only_then(server: Redis) -> None:
+def test_the_script_is_sent_only_when_redis_does_not_know_it(server: Redis) -> None:
     with linked(server.url) as link:
         for _ in range(2):
             server.forget_scripts()
@@ -190,7 +190,7 @@ def test_the_keys_are_in_the_database_that_the_url_names(server: Redis) -> None:
 
 
 @pytest.mark.parametrize("kind", ["password", "user"])
-def test_a_password_or_a_user_with_few_rights_is_enough(server: Redis, kind: str) -> None:
+def test_a_password_or_a_user_with_few_rights_suffices(server: Redis, kind: str) -> None:
     rights = ["+eval", "+evalsha", "+time", "+expire", "+del", "+@hash", "+@sortedset"]
     server.command(
         "ACL", "SETUSER", "bobby", "reset", "on", ">hush-1", "~{gserver:gserver}:*", *rights
@@ -347,7 +347,7 @@ FAULTS: dict[str, tuple[Start, str, str]] = {
 
 
 @pytest.mark.parametrize(("fault", "kind", "word"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_an_error_in_time_that_shows_its_kind_and_no_secret(
+def test_a_fault_is_reported_in_time_with_its_kind_and_no_secret(
     server: Redis, fault: Start, kind: str, word: str
 ) -> None:
     with fault(server) as url, linked(url) as link:
@@ -386,9 +386,7 @@ def test_after_any_error_the_connection_is_closed_and_the_next_heartbeat_opens_a
         assert send_heartbeat(link, 7).total_clients == 7
 
 
-def test_if_redis_closes_the_connection_between_two_heartbeats_nothing_is_lost(
-    server: Redis,
-) -> None:
+def test_a_connection_closed_between_two_heartbeats_loses_nothing(server: Redis) -> None:
     with linked(server.url) as link:
         send_heartbeat(link)
         (before,) = connections(server)
@@ -398,7 +396,7 @@ def test_if_redis_closes_the_connection_between_two_heartbeats_nothing_is_lost(
         assert after["id"] != before["id"]
 
 
-def test_a_late_reply_is_never_taken_for_that_of_the_next_heartbeat(server: Redis) -> None:
+def test_a_late_reply_is_never_mistaken_for_the_next_one(server: Redis) -> None:
     """The network delays a reply for longer than the timeout, then delivers everything."""
     with Proxy(server.port) as proxy, linked(server.url_at(proxy.port)) as link:
         send_heartbeat(link)
@@ -412,7 +410,7 @@ def test_a_late_reply_is_never_taken_for_that_of_the_next_heartbeat(server: Redi
             assert send_heartbeat(link, 100 + clients).total_clients == 100 + clients
 
 
-def test_a_late_heartbeat_to_a_frozen_redis_undoes_nothing(server: Redis) -> None:
+def test_a_late_heartbeat_to_a_frozen_redis_changes_nothing(server: Redis) -> None:
     with linked(server.url) as link:
         send_heartbeat(link, 5)
         with faults.frozen(server):
@@ -437,7 +435,7 @@ def test_the_timeout_is_at_most_a_tenth_of_the_ttl(server: Redis) -> None:
     )
 
 
-def test_a_redis_that_cannot_save_has_a_kind_of_error_of_its_own(tmp_path: Path) -> None:
+def test_a_redis_that_cannot_save_is_a_separate_kind_of_error(tmp_path: Path) -> None:
     with Redis(tmp_path) as server, linked(server.url) as link:
         send_heartbeat(link)
         with faults.cannot_save(server):

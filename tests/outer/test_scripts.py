@@ -136,7 +136,7 @@ def _serving(
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_a_script_is_a_program_in_good_bash_that_stops_at_the_first_failure(script: Path) -> None:
+def test_a_script_is_executable_valid_bash_that_stops_at_the_first_failure(script: Path) -> None:
     text = script.read_text()
     assert os.access(script, os.X_OK)
     assert text.startswith("#!/usr/bin/env bash\n")
@@ -147,19 +147,19 @@ def test_a_script_is_a_program_in_good_bash_that_stops_at_the_first_failure(scri
 # The first start.
 
 
-def test_a_set_up_makes_a_virtualenv_and_says_so(ready: SetUp) -> None:
+def test_setup_makes_a_virtualenv_and_reports_it(ready: SetUp) -> None:
     done = ready.done
     assert (done.returncode, done.stdout) == (0, f"{ready.python}\n"), done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("gserver: ")]
+    message = [line for line in done.stderr.splitlines() if line.startswith("gserver: ")]
     venv = ready.root / ".venv"
-    assert told == [
+    assert message == [
         f"gserver: first start: making a virtualenv in {venv} ...",
         f"gserver: installing the packages of requirements.txt into {venv} ...",
         "gserver: installed",
     ]
 
 
-def test_a_set_up_installs_what_is_pinned_and_nothing_else(ready: SetUp) -> None:
+def test_setup_installs_exactly_the_pinned_packages(ready: SetUp) -> None:
     # Names are the same whatever their case, with - or _.
     freeze = (
         _run(ready.python, "-m", "pip", "freeze", env=_clean()).stdout.lower().replace("_", "-")
@@ -173,16 +173,14 @@ def test_a_set_up_installs_what_is_pinned_and_nothing_else(ready: SetUp) -> None
     ) == sorted(wanted)
 
 
-def test_a_second_set_up_says_the_same_at_once_and_needs_no_python(
-    ready: SetUp, tools: Path
-) -> None:
+def test_a_second_setup_finishes_at_once_and_needs_no_python(ready: SetUp, tools: Path) -> None:
     began = time.monotonic()
     done = _run(ready.root / "bin/setup", env=_clean(tools))
     assert time.monotonic() - began < PATIENCE
     assert (done.returncode, done.stdout, done.stderr) == (0, ready.done.stdout, "")
 
 
-def test_a_set_up_is_not_seen_by_git(ready: SetUp) -> None:
+def test_git_ignores_what_setup_creates(ready: SetUp) -> None:
     subprocess.run([program("git"), "init", "-q"], cwd=ready.root, check=True)
     untracked = subprocess.run(
         [program("git"), "ls-files", "-o", "--exclude-standard", "--directory"],
@@ -197,7 +195,7 @@ def test_a_set_up_is_not_seen_by_git(ready: SetUp) -> None:
 # bin/gserver.
 
 
-def test_a_symlink_in_another_folder_serves_as_the_process_that_was_started(
+def test_a_symlink_in_another_folder_serves_without_a_child_process(
     ready: SetUp, tmp_path: Path
 ) -> None:
     (tmp_path / "g").symlink_to(ready.root / "bin/gserver")
@@ -230,7 +228,7 @@ def test_a_relative_path_serves_with_the_options_of_the_environment(ready: SetUp
         assert server.stop(signal.SIGINT) == 0
 
 
-def test_arguments_come_through_as_they_are(ready: SetUp, tools: Path) -> None:
+def test_arguments_are_passed_through_unchanged(ready: SetUp, tools: Path) -> None:
     done = _run(ready.root / "bin/gserver", "--server-id", "two  words", env=_clean(tools))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
@@ -241,9 +239,7 @@ def test_arguments_come_through_as_they_are(ready: SetUp, tools: Path) -> None:
 # Which Python.
 
 
-def test_a_python_that_has_the_packages_is_used_without_a_virtualenv(
-    copy: Path, tools: Path
-) -> None:
+def test_a_python_with_the_packages_is_used_without_a_virtualenv(copy: Path, tools: Path) -> None:
     env = _clean(OWN_BIN, tools, **NO_PACKAGES)
     for options in ((), ("--dev",)):
         done = _run(copy / "bin/setup", *options, env=env)
@@ -261,7 +257,7 @@ def test_an_active_virtualenv_is_used(copy: Path, ready: SetUp, tools: Path) -> 
     assert not (copy / ".venv").exists()
 
 
-def test_an_active_virtualenv_that_is_gone_is_not(copy: Path, tools: Path, tmp_path: Path) -> None:
+def test_a_deleted_active_virtualenv_is_not_used(copy: Path, tools: Path, tmp_path: Path) -> None:
     done = _run(copy / "bin/setup", env=_clean(OWN_BIN, tools, VIRTUAL_ENV=str(tmp_path / "gone")))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{OWN_BIN / 'python3'}\n", "")
 
@@ -273,9 +269,13 @@ def test_packages_are_installed_into_an_active_virtualenv_that_lacks_them(
         copy / "bin/gserver", env=_clean(tools, VIRTUAL_ENV=str(bare.parent), **NO_PACKAGES)
     )
     assert (done.returncode, done.stdout) == (1, "")
-    told = done.stderr.splitlines()
-    assert told[0] == f"gserver: installing the packages of requirements.txt into {bare.parent} ..."
-    assert told[-1] == "gserver: the packages could not be installed: see above, and run this again"
+    message = done.stderr.splitlines()
+    assert (
+        message[0] == f"gserver: installing the packages of requirements.txt into {bare.parent} ..."
+    )
+    assert (
+        message[-1] == "gserver: the packages could not be installed: see above, and run this again"
+    )
     assert not (copy / ".venv").exists()
 
 
@@ -296,7 +296,7 @@ def test_a_python_with_other_versions_of_the_packages_is_not_used(
     )
 
 
-def test_a_virtualenv_whose_python_this_user_cannot_execute_is_told_of_in_one_line(
+def test_a_virtualenv_with_an_inaccessible_python_is_reported_in_one_line(
     tools: Path, tmp_path: Path
 ) -> None:
     """As when it was made with a Python in somebody's home. It is told without any other Python
@@ -316,7 +316,7 @@ def test_a_virtualenv_whose_python_this_user_cannot_execute_is_told_of_in_one_li
         )
 
 
-def test_packages_that_this_user_cannot_renew_are_told_of_in_one_line(
+def test_packages_that_this_user_cannot_update_are_reported_in_one_line(
     another: Path, tools: Path
 ) -> None:
     (another / ".venv.lock").unlink()
@@ -334,16 +334,16 @@ def test_packages_that_this_user_cannot_renew_are_told_of_in_one_line(
         )
 
 
-def test_without_a_python_one_line_says_what_to_do(copy: Path, tools: Path) -> None:
+def test_without_a_python_one_line_gives_advice(copy: Path, tools: Path) -> None:
     for name in ("bin/setup", "bin/gserver"):
         done = _run(copy / name, env=_clean(tools))
         assert (done.returncode, done.stdout) == (1, "")
-        told = "Python 3.11 or newer is needed, and none is on the PATH: apt-get install python3"
-        assert done.stderr == f"gserver: {told}\n"
+        message = "Python 3.11 or newer is needed, and none is on the PATH: apt-get install python3"
+        assert done.stderr == f"gserver: {message}\n"
     assert not (copy / ".venv").exists()
 
 
-def test_a_python3_that_is_none_is_passed_over_for_a_newer_one(
+def test_an_unusable_python3_is_skipped_for_a_newer_one(
     copy: Path, tools: Path, tmp_path: Path
 ) -> None:
     ours = program(str(OWN_BIN / f"python3.{sys.version_info.minor}"))
@@ -352,7 +352,7 @@ def test_a_python3_that_is_none_is_passed_over_for_a_newer_one(
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{ours}\n", "")
 
 
-def test_a_python_that_cannot_make_virtualenvs_is_told_of_in_one_line(
+def test_a_python_that_cannot_make_virtualenvs_is_reported_in_one_line(
     tools: Path, tmp_path: Path
 ) -> None:
     """As on Debian without python3-venv: the same Python from the same files, less ensurepip."""
@@ -368,17 +368,15 @@ def test_a_python_that_cannot_make_virtualenvs_is_told_of_in_one_line(
     env = _clean(ours / "bin", tools, LD_LIBRARY_PATH=str(Path(sys.base_prefix) / "lib"))
     done = _run(root / "bin/gserver", env=env)
     assert (done.returncode, done.stdout) == (1, "")
-    told = f"{ours}/bin/python3 cannot make a virtualenv: apt-get install python3-venv"
-    assert done.stderr == f"gserver: {told}\n"
+    message = f"{ours}/bin/python3 cannot make a virtualenv: apt-get install python3-venv"
+    assert done.stderr == f"gserver: {message}\n"
     assert not (root / ".venv").exists()
 
 
 # What is interrupted, changed, or done twice at once.
 
 
-def test_a_set_up_that_was_killed_is_repaired_by_the_next(
-    bare: Path, tools: Path, tmp_path: Path
-) -> None:
+def test_a_killed_setup_is_repaired_by_the_next(bare: Path, tools: Path, tmp_path: Path) -> None:
     root = _copy(tmp_path / "killed")
     first = subprocess.Popen(
         [root / "bin/setup"],
@@ -396,7 +394,7 @@ def test_a_set_up_that_was_killed_is_repaired_by_the_next(
     assert _run(python, "-c", "import click, gevent, statsd", env=_clean()).returncode == 0
 
 
-def test_an_installation_that_was_killed_is_repaired_by_the_next(
+def test_a_killed_installation_is_repaired_by_the_next(
     another: Path, bare: Path, tools: Path
 ) -> None:
     python = another / ".venv/bin/python"
@@ -414,7 +412,7 @@ def test_an_installation_that_was_killed_is_repaired_by_the_next(
     assert _run(another / "bin/gserver", "--version", env=_clean(tools)).returncode == 0
 
 
-def test_new_pins_are_installed_into_the_virtualenv_that_is_there(
+def test_new_pins_are_installed_into_the_existing_virtualenv(
     another: Path, bare: Path, tools: Path
 ) -> None:
     with (another / "requirements.txt").open("a") as file:
@@ -425,7 +423,7 @@ def test_new_pins_are_installed_into_the_virtualenv_that_is_there(
     assert (another / ".venv/bin/honcho").exists()
 
 
-def test_packages_for_the_tests_come_beside_those_that_are_there(
+def test_packages_for_the_tests_are_added_to_the_installed_ones(
     another: Path, bare: Path, tools: Path
 ) -> None:
     (another / "requirements-dev.txt").write_text("-r requirements.txt\nhoncho==2.0.0\n")
@@ -439,7 +437,7 @@ def test_packages_for_the_tests_come_beside_those_that_are_there(
         assert (done.returncode, done.stdout, done.stderr) == expected
 
 
-def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(
+def test_a_failed_setup_is_reported_every_time_and_not_trusted(
     another: Path, bare: Path, tools: Path
 ) -> None:
     pins = (another / "requirements.txt").read_text()
@@ -447,8 +445,8 @@ def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(
     for _ in range(2):
         done = _run(another / "bin/gserver", "--version", env=_clean(bare, tools, **NO_PACKAGES))
         assert (done.returncode, done.stdout) == (1, "")
-        told = "gserver: the packages could not be installed: see above, and run this again"
-        assert done.stderr.splitlines()[-1] == told
+        message = "gserver: the packages could not be installed: see above, and run this again"
+        assert done.stderr.splitlines()[-1] == message
     # Back to the old pins: what is there now may be half of the new ones, so it is looked through
     # again.
     (another / "requirements.txt").write_text(pins)
@@ -456,7 +454,7 @@ def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "gserver: installed")
 
 
-def test_a_set_up_for_the_tests_that_fails_leaves_the_server_its_own(
+def test_a_failed_setup_for_the_tests_does_not_affect_the_server(
     another: Path, bare: Path, tools: Path
 ) -> None:
     (another / "requirements-dev.txt").write_text("-r requirements.txt\nhoncho==2.0.0\n")
@@ -467,7 +465,7 @@ def test_a_set_up_for_the_tests_that_fails_leaves_the_server_its_own(
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{another}/.venv/bin/python\n", "")
 
 
-def test_two_that_start_at_once_on_a_fresh_clone_both_serve(
+def test_two_servers_that_start_at_once_on_a_fresh_clone_both_serve(
     bare: Path, tools: Path, tmp_path: Path
 ) -> None:
     root = _copy(tmp_path / "twice")
@@ -532,7 +530,7 @@ def honcho(ready: SetUp) -> Iterator[Running]:
         yield running
 
 
-def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(
+def test_a_process_runner_serves_on_all_addresses_and_stops_cleanly(
     honcho: Running, ready: SetUp
 ) -> None:
     def found() -> re.Match[str] | None:
@@ -588,7 +586,7 @@ def _started(
     return _run(root / name, *arguments, env=_clean(OWN_BIN, tools, **NO_PACKAGES), cwd=root.parent)
 
 
-def test_bin_test_runs_what_it_is_told_to_and_ends_as_pytest_does(
+def test_bin_test_passes_arguments_to_pytest_and_returns_its_exit_code(
     tested: Path, tools: Path
 ) -> None:
     done = _started("bin/test", tested, tools, "-q", "tests/test_one.py")
@@ -596,9 +594,7 @@ def test_bin_test_runs_what_it_is_told_to_and_ends_as_pytest_does(
     assert _started("bin/test", tested, tools, "-q", "no/such/file").returncode == 4
 
 
-def test_bin_test_runs_the_inner_ring_and_says_what_it_has_left_out(
-    tested: Path, tools: Path
-) -> None:
+def test_bin_test_runs_the_inner_ring_and_names_what_it_skips(tested: Path, tools: Path) -> None:
     (tested / "tests/test_two.py").write_text(
         "import pytest\n\n\n@pytest.mark.outer\ndef test_two() -> None:\n    pytest.fail('outer')\n"
     )
@@ -622,7 +618,7 @@ def test_bin_check_checks_and_then_tests(tested: Path, tools: Path) -> None:
     )
 
 
-def test_bin_coverage_reports_on_the_package_and_ends_as_the_tests_do(
+def test_bin_coverage_reports_on_the_package_and_returns_the_tests_result(
     tested: Path, tools: Path
 ) -> None:
     done = _started("bin/coverage", tested, tools, "-q")
@@ -636,19 +632,21 @@ def test_bin_coverage_reports_on_the_package_and_ends_as_the_tests_do(
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("    import os\n", "F401"),
         ("    assert  True\n", "would be reformatted"),
         ('    _x: int = "x"\n', "[assignment]"),
     ],
 )
-def test_bin_check_ends_at_what_is_wrong(line: str, told: str, tested: Path, tools: Path) -> None:
+def test_bin_check_stops_at_the_first_failure(
+    line: str, message: str, tested: Path, tools: Path
+) -> None:
     with (tested / "tests/test_one.py").open("a") as file:
         file.write(line)
     done = _started("bin/check", tested, tools, "-q")
     assert done.returncode != 0
-    assert told in done.stdout
+    assert message in done.stdout
     assert "1 passed" not in done.stdout
 
 
@@ -656,7 +654,7 @@ NAMES = sorted(path.name for path in (ROOT / "bin").iterdir() if path.name != "g
 
 
 @pytest.mark.parametrize("script", NAMES)
-def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str, tmp_path: Path) -> None:
+def test_each_script_has_help_that_does_nothing_else(script: str, tmp_path: Path) -> None:
     """In a copy without a virtualenv, and with no more programs than bash has by itself."""
     (tmp_path / "bin").mkdir()
     shutil.copy(ROOT / "bin" / script, tmp_path / "bin")
@@ -681,7 +679,7 @@ def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str, tmp_
         assert options <= set(re.findall(r"--[a-z-]+", done.stdout))
 
 
-def test_a_program_that_cannot_be_installed_is_named(copy: Path, tools: Path) -> None:
+def test_programs_that_cannot_be_installed_are_named(copy: Path, tools: Path) -> None:
     for names, code, said in (
         (["bash", "id"], 0, ""),
         (["bash", "redis-server"], 1, "gserver: missing: apt-get install redis-server\n"),
@@ -690,7 +688,7 @@ def test_a_program_that_cannot_be_installed_is_named(copy: Path, tools: Path) ->
         assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
 
 
-def test_a_set_up_takes_no_word_that_it_does_not_know() -> None:
+def test_setup_refuses_unknown_arguments() -> None:
     for words, code, said in (
         (["--devel"], 2, "see bin/setup --help"),
         (["--help"], 0, "Which Python: "),

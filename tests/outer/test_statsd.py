@@ -91,7 +91,7 @@ def test_service_time_is_the_mean_since_the_last_flush_in_milliseconds() -> None
 # A real daemon.
 
 
-def test_everything_is_counted_although_the_server_stops_right_after_the_last_command(
+def test_all_is_counted_even_if_the_server_stops_after_the_last_command(
     daemon: Daemon, tmp_path: Path
 ) -> None:
     (tmp_path / "own.py").write_text(COMMANDS)
@@ -223,7 +223,7 @@ def test_a_daemon_that_starts_later_gets_metrics_from_then_on(tmp_path: Path) ->
 # A daemon whose name does not resolve.
 
 
-def test_a_daemon_that_cannot_be_found_costs_clients_nothing_and_is_logged_once() -> None:
+def test_an_unresolvable_daemon_does_not_affect_clients_and_is_logged_once() -> None:
     # The wait below is longer than the hang timeout, so an agent that blocked would be replaced.
     options = ["--statsd-host", "host.invalid", "--hang-timeout", "3"]
     with Running(*options) as server, server.client() as client:
@@ -323,7 +323,7 @@ def test_every_datagram_is_small_and_every_line_is_a_metric(
     assert f"{shown}clients_accepted:1|c".encode() in lines
 
 
-def test_a_prefix_of_any_length_leaves_the_datagrams_small(tmp_path: Path) -> None:
+def test_a_long_prefix_keeps_the_datagrams_small(tmp_path: Path) -> None:
     arrived = sent_with("x" * 1000, tmp_path)
     assert arrived
     assert [len(datagram) for datagram in arrived if len(datagram) > MAX_DATAGRAM_BYTES] == []

@@ -120,7 +120,7 @@ def test_the_manager_is_sent_ready_reloading_and_stopping(
     assert set(listener.waiting()) <= {"STOPPING=1"}, "only the number of clients changes"
 
 
-def test_the_manager_is_told_of_a_reload_that_fails_at_once(
+def test_the_manager_is_sent_a_reload_that_fails_at_once(
     listener: Listener, pems: Path, tmp_path: Path
 ) -> None:
     for name in ("server.pem", "server.key"):
@@ -147,7 +147,7 @@ def test_a_server_that_is_never_ready_does_not_send_ready(
     assert listener.waiting() == ["STOPPING=1"]
 
 
-def test_heartbeats_come_at_least_twice_in_the_time_of_the_watchdog(tmp_path: Path) -> None:
+def test_heartbeats_are_sent_at_least_twice_per_watchdog_interval(tmp_path: Path) -> None:
     with Listener(str(tmp_path / "notify")) as listener:
         env = {"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "400000"}
         with Running(env=env) as server:
@@ -179,7 +179,7 @@ def test_a_watchdog_of_another_process_is_ignored(
     assert Manager().due_at > 1e9
 
 
-def test_a_message_that_does_not_arrive_is_sent_again_and_nothing_waits(
+def test_an_undelivered_message_is_sent_again_without_blocking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = str(tmp_path / "notify")
@@ -199,7 +199,7 @@ def test_a_message_that_does_not_arrive_is_sent_again_and_nothing_waits(
         assert listener.message() == ["READY=1", "STATUS=9999"]
 
 
-def test_an_abstract_socket_can_be_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_may_be_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     with Listener(f"\0gserver-test-{os.getpid()}") as listener:
         monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
         Manager().notify("READY=1", "here")
@@ -209,7 +209,7 @@ def test_an_abstract_socket_can_be_the_address(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "address", ["/no/such/folder/notify", "@nobody", "vsock:2:1234", "/" + "x" * 200, "@"]
 )
-def test_an_address_without_a_listener_is_no_error(
+def test_an_address_without_a_listener_is_not_an_error(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
@@ -220,7 +220,7 @@ def test_an_address_without_a_listener_is_no_error(
     assert manager.due_at > 100.0
 
 
-def test_a_manager_that_cannot_be_reached_costs_nothing() -> None:
+def test_an_unreachable_manager_uses_no_cpu() -> None:
     with Running(env={"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": "1000000"}) as server:
         used = sum(psutil.Process(server.pid).cpu_times()[:2])
         time.sleep(0.3)
@@ -253,7 +253,7 @@ def refused(*handed: socket.socket | int, options: tuple[str, ...] = (), **env: 
 
 
 @pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "gserver.socket"), ("::1", "")])
-def test_a_socket_that_is_handed_over_is_the_port(host: str, name: str) -> None:
+def test_a_passed_socket_is_the_port(host: str, name: str) -> None:
     with (
         listening(host) as sock,
         start(sock, options=("--port", "1"), LISTEN_FDNAMES=name) as server,
@@ -287,20 +287,20 @@ def test_named_sockets_are_the_port_and_the_admin_port() -> None:
                 assert client.who() == 1
 
 
-def test_a_socket_that_is_handed_over_gets_the_options_of_a_bound_one() -> None:
+def test_a_passed_socket_gets_the_options_of_a_bound_one() -> None:
     with (
         listening() as sock,
         start(sock, options=("--backlog", "7", "--admin-port", "0")) as server,
     ):
         admin_port = server.wait_for("server.listening")["gserver.admin_port"]
         assert admin_port not in (port_of(sock), 0), "which was not handed over, and so is bound"
-        told = subprocess.run(
+        listing = subprocess.run(
             [program("ss"), "-Hltn", f"sport = :{port_of(sock)}"],
             capture_output=True,
             text=True,
             check=True,
         )
-        assert told.stdout.split()[2] == "7"
+        assert listing.stdout.split()[2] == "7"
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         options = (
             socket.TCP_KEEPIDLE,
@@ -350,7 +350,7 @@ def test_a_descriptor_that_is_not_a_listening_tcp_socket_is_refused(tmp_path: Pa
             assert f"{said} it must be a listening TCP socket" in refused(handed)
 
 
-def test_sockets_without_a_use_are_refused() -> None:
+def test_unused_passed_sockets_are_refused() -> None:
     """Their clients would wait for ever."""
     with listening() as one, listening() as two:
         only = "was passed by the service manager, but gserver uses only one named gserver"
@@ -364,7 +364,7 @@ def test_sockets_without_a_use_are_refused() -> None:
         )
 
 
-def test_an_admin_socket_that_others_can_reach_needs_a_token() -> None:
+def test_an_admin_socket_beyond_loopback_needs_a_token() -> None:
     with listening() as port, listening("0.0.0.0") as admin:
         said = refused(port, admin, options=("--admin-port", "0"), LISTEN_FDNAMES="gserver:admin")
         assert "--admin-host 0.0.0.0 is not loopback" in said
@@ -373,7 +373,7 @@ def test_an_admin_socket_that_others_can_reach_needs_a_token() -> None:
 @pytest.mark.parametrize(
     ("fds", "names"), [("many", ""), ("-1", ""), ("", ""), ("2", "one"), ("1", "one:two")]
 )
-def test_numbers_and_names_that_do_not_go_together_are_refused(
+def test_inconsistent_socket_numbers_and_names_are_refused(
     fds: str, names: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
