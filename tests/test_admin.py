@@ -1,4 +1,4 @@
-"""The admin port: its answers, who may read them, and that no load on it slows a client."""
+"""The admin port: its responses, who may read them, and that load on it slows no client."""
 
 import base64
 import select
@@ -75,7 +75,7 @@ def test_head_has_the_status_and_headers_of_get_without_a_body(here: Running, pa
     status_line, *lines = head.decode().split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
     assert int(status_line.split()[1]) == code
-    # The figures, and so the length, change between two requests; and so does the date.
+    # The figures, the length and the date change between two requests.
     varies = {"date", "content-length"}
     assert headers.keys() == expected.keys()
     assert {name: headers[name] for name in headers.keys() - varies} == {
@@ -188,10 +188,10 @@ def test_a_server_without_workers_is_alive_but_not_ready(tmp_path: Path) -> None
         assert get(server, "/readyz")[0] == 200
         (tmp_path / "extra.py").write_text("raise RuntimeError('half a deploy')")
         server.workers()[0].kill()
-        until(lambda: get(server, "/readyz")[0] == 503, "it is not ready")
+        until(lambda: get(server, "/readyz")[0] == 503, "the server is not ready")
         assert get(server, "/livez")[0] == 200
         (tmp_path / "extra.py").write_text(LARGE)
-        until(lambda: get(server, "/readyz")[0] == 200, "it is ready again")
+        until(lambda: get(server, "/readyz")[0] == 200, "the server is ready again")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,10 @@ def test_connections_are_answered_while_the_agent_is_replaced() -> None:
         stack.callback(is_over.set)
         asking = [pool.submit(ask, number) for number in range(4)]
         for number in range(3):
-            until(lambda: all(counts) or any(each.done() for each in asking), "all are answered")
+            until(
+                lambda: all(counts) or any(each.done() for each in asking),
+                "all requests are answered",
+            )
             counts[:] = [0] * 4
             server.send_signal(signal.SIGHUP)
             server.wait_for("agent.ready", number + 2)
@@ -302,7 +305,7 @@ def test_connections_are_answered_while_the_agent_is_replaced() -> None:
 def test_an_unfinished_request_does_not_delay_the_next_agent() -> None:
     with Running("--admin-port", "0") as server, dial(server) as silent:
         silent.sendall(b"GET /re")
-        until(lambda: get(server, "/livez")[0] == 200, "the connection before it has been accepted")
+        until(lambda: get(server, "/livez")[0] == 200, "the earlier connection has been accepted")
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
         began = time.monotonic()
@@ -359,7 +362,7 @@ def test_a_request_that_is_too_large_is_refused_before_its_end(
     [agent] = here.agents()
     before = agent.memory_info().rss
     with dial(here) as sock, sock.makefile("rb") as answer:
-        with suppress(ConnectionError):  # It is closed meanwhile.
+        with suppress(ConnectionError):  # The server may close it first.
             sock.sendall(sent)
         assert answer.readline() == status_line
     assert get(here, "/livez")[0] == 200
@@ -439,7 +442,7 @@ def test_many_unfinished_requests_delay_neither_clients_nor_the_admin_port(
         assert time.monotonic() - began < 10 * PATIENCE
         still = [sock for sock in crowd if not select.select([sock], [], [], 0)[0]]
         assert len(still) == (0 if sent.startswith(b"POST") else MAX_WAITING - 1), (
-            "the latest connections stay"
+            "the newest connections stay open"
         )
         assert still == crowd[len(crowd) - len(still) :]
     assert_no_trace(here)
@@ -448,7 +451,7 @@ def test_many_unfinished_requests_delay_neither_clients_nor_the_admin_port(
 
 def test_no_connection_is_evicted_while_its_response_is_prepared() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
-        # Each answer waits a moment for this Redis, which never replies.
+        # Each response waits briefly for this Redis, which never replies.
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
         server = stack.enter_context(Running("--admin-port", "0", "--redis-url", url))
         server.wait_for("agent.ready")

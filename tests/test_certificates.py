@@ -1,4 +1,4 @@
-"""Reading the TLS files, and the errors for those that cannot be used."""
+"""Reading the TLS files, and the errors for unusable ones."""
 
 import os
 from contextlib import suppress
@@ -30,7 +30,7 @@ def test_the_key_has_its_own_file_or_is_in_the_certificate_file(tmp_path: Path) 
 def open_files() -> set[Path]:
     """The files that this process has open.
 
-    A count would include those that other tests left to the garbage collector.
+    A count would include files that other tests left to the garbage collector.
     """
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():

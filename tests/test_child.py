@@ -1,4 +1,4 @@
-"""A child as its supervisor knows it: its reports, its end, and the pauses between two tries."""
+"""A child process as the supervisor sees it: reports, exit, and the pauses between restarts."""
 
 import math
 import os
@@ -41,12 +41,12 @@ def child_of(process: subprocess.Popen[bytes], spawned_at: float = 0.0) -> Child
 
 
 def running(code: str = PAUSE) -> Child:
-    """A worker that runs this code, in a process group of its own."""
+    """A worker that runs this code in its own process group."""
     return child_of(subprocess.Popen([sys.executable, "-c", code], process_group=0))
 
 
 def reporting(text: str, *, exit_code: int = 0) -> Child:
-    """A worker that writes this to its report pipe and ends."""
+    """A worker that writes this text to its report pipe and exits."""
     report_fd, child_fd = os.pipe()
     os.set_blocking(report_fd, False)
     code = f"import os, sys; os.write({child_fd}, {text.encode()!r}); sys.exit({exit_code})"
@@ -83,7 +83,7 @@ def test_a_child_that_never_reads_its_instructions_does_not_block_the_supervisor
 def test_readiness_is_reported_once_and_then_the_end_of_the_pipe() -> None:
     started = reporting("ready\n")
     assert (started.state, started.is_accepting) == (State.STARTING, False)
-    until(started.read_report, "it is ready")
+    until(started.read_report, "the worker is ready")
     assert (started.state, started.is_accepting) == (State.READY, True)
     until(lambda: started.read_report() or started.is_pipe_closed, "the end of the pipe")
     until(started.has_ended, "the child has ended")
@@ -94,7 +94,7 @@ def test_readiness_is_reported_once_and_then_the_end_of_the_pipe() -> None:
 
 def test_reports_that_arrive_together_are_all_read() -> None:
     started = reporting("ready\nduplicate_id another has its id\n")
-    until(started.read_report, "it is ready")
+    until(started.read_report, "the worker is ready")
     assert (started.has_duplicate_id, started.error) == (True, "another has its id")
     until(started.has_ended, "the child has ended")
     os.close(started.report_fd)
@@ -124,7 +124,7 @@ def test_the_signal_that_ends_a_child_is_named(number: int, shown: str) -> None:
 def test_processes_of_a_dead_worker_are_killed_before_its_pid_is_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A group's number is that of its first process: once that is reaped, it may be another's."""
+    """A group has the pid of its first process, which may be reused once that is reaped."""
     child = running("import os, signal; os.fork() and os.abort(); signal.pause()")
     killpg, states = os.killpg, []
 
@@ -207,13 +207,13 @@ def test_a_silent_child_is_checked_twice_before_it_is_killed() -> None:
     assert silent.watch(106.0, heartbeat_at=100.0, hang_seconds=5.0) is None
     assert silent.due_at == pytest.approx(106.0 + SECOND_LOOK_SECONDS)
     assert silent.watch(106.1, heartbeat_at=106.0, hang_seconds=5.0) is None
-    assert silent.due_at == math.inf, "its heart has beaten"
+    assert silent.due_at == math.inf, "the heartbeat has advanced"
     assert silent.watch(112.0, heartbeat_at=106.0, hang_seconds=5.0) is None
     assert silent.watch(112.1, heartbeat_at=106.0, hang_seconds=5.0) is None
     assert not silent.has_ended()
     killed_at = 112.0 + SECOND_LOOK_SECONDS
     assert silent.watch(killed_at, heartbeat_at=106.0, hang_seconds=5.0) is Finding.HUNG
-    assert (silent.state, silent.is_staying) == (State.HUNG, True), "until another has its place"
+    assert (silent.state, silent.is_staying) == (State.HUNG, True), "until it is replaced"
     until(silent.has_ended, "the child has ended")
     assert silent.end_reason == "killed by SIGKILL"
     assert not silent.has_ended_as_requested
@@ -282,7 +282,7 @@ def test_orphans_are_reaped_and_known_children_are_not() -> None:
     own = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(7)"])
     orphan = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], os.environ)
     for pid in (own.pid, orphan):
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # It is dead, and not reaped.
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # The process is dead but not reaped.
     known = [child.pid for child in psutil.Process().children() if child.pid != orphan]
     reap_orphans(known)
     assert own.wait() == 7
@@ -295,7 +295,7 @@ def test_orphans_are_reaped_and_known_children_are_not() -> None:
 
 
 def dying(lived_seconds: float | None, now: float) -> Child:
-    """A worker that was started now, and was ready so long ago, or never."""
+    """A worker that has died `lived_seconds` after it was ready; None if it never was."""
     child = running("")
     child.process.wait(LIMIT)
     child.spawned_at = now

@@ -23,7 +23,7 @@ from lab.handover import listening, start
 from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, Running, argv, environment, error_line, gserver
 
-#: Every option: its own variable, a text for it, and the value that comes of it.
+#: Every option: its variable, a text for it, and the parsed value.
 EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "host": ("GSERVER_HOST", "0.0.0.0", "0.0.0.0"),
     "port": ("GSERVER_PORT", "65535", 65535),
@@ -78,16 +78,14 @@ RUNNERS = {
 
 @pytest.fixture
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """This process's environment as `environment` gives it to others: without what configures
-    gserver.
-    """
+    """This process's environment without the variables that configure gserver."""
     for name in set(os.environ) - set(environment()):
         monkeypatch.delenv(name)
     return monkeypatch
 
 
 def _parsed(*arguments: str) -> dict[str, Any]:
-    """What `serve` would be called with."""
+    """The arguments that `serve` would be called with."""
     return cli.serve.make_context("serve", list(arguments)).params
 
 
@@ -141,7 +139,7 @@ def test_a_process_runners_variable_is_used_unless_gservers_own_is_set(
 
 @pytest.fixture(scope="module")
 def taken() -> Iterator[list[int]]:
-    """Three ports that are in use, so that a server which is told to use one says so and ends."""
+    """Three ports that are in use: a server that is configured to use one reports it and exits."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
     yield [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:
@@ -291,7 +289,7 @@ def test_a_choice_may_be_in_upper_case(option: str, text: str, value: str) -> No
 
 
 def _bad_values() -> Iterator[tuple[str, str]]:
-    """Each option with texts that it cannot take, from its own limits."""
+    """Each option with invalid texts, derived from its limits."""
     for name, option in OPTIONS.items():
         default = getattr(Config(), name)
         if isinstance(default, int | float) and not option.parse:
@@ -332,7 +330,7 @@ def test_a_bad_value_is_reported_in_one_line_that_names_the_option(name: str) ->
             assert said.endswith(" (see gserver serve --help)"), text
     finally:
         for run in runs:
-            run.terminate()  # One that took its value is a server.
+            run.terminate()  # If the value was accepted, a server runs.
             run.communicate(timeout=LIMIT)
 
 
@@ -422,7 +420,7 @@ def test_the_port_option_is_ignored_if_a_socket_is_passed_in() -> None:
         assert server.wait_for("server.listening")["server.port"] == sock.getsockname()[1]
 
 
-# Variables that no option has.
+# Unknown variables.
 
 
 def test_a_warning_about_an_unknown_variable_suggests_the_nearest_one() -> None:
@@ -469,7 +467,7 @@ def test_a_client_command_warns_about_an_unknown_variable_too() -> None:
     )
 
 
-# What makes no sense.
+# Invalid command lines.
 
 
 @pytest.mark.parametrize(
@@ -583,7 +581,7 @@ def test_ctrl_c_ends_ask_with_one_line() -> None:
             select.select([sock], [], [], LIMIT)
             asking.send_signal(signal.SIGINT)
             stdout, stderr = asking.communicate(timeout=LIMIT)
-    # A line end first, since a terminal has shown ^C.
+    # The leading newline follows the ^C that a terminal shows.
     expected = (1, "", "gserver: interrupted\n")
     assert (asking.returncode, stdout, stderr.removeprefix("\n")) == expected
 

@@ -1,5 +1,5 @@
-"""The wire on real sockets: the table again, deadlines, closings, slow and greedy clients, and
-everyday programs.
+"""The protocol over real sockets: the table of cases, deadlines, closing, slow and greedy clients,
+and everyday programs.
 """
 
 import os
@@ -21,14 +21,14 @@ from lab import wire_cases as wire
 from lab.running import LIMIT, PATIENCE, Client, Running, argv, program, until
 from lab.wire_cases import CASES, Case
 
-#: Of the servers below, in seconds.
+#: Timeouts of the servers below, in seconds.
 UNTERMINATED_AFTER = 1.0
 LINE_TIMEOUT = 1.0
 WRITE_TIMEOUT = 2.0
 IDLE_TIMEOUT = 1.0
 NAP = 1.5
 MAX_CLIENTS = 8
-#: In /proc/net/tcp.
+#: States in /proc/net/tcp.
 LAST_ACK = "09"
 
 NAPS = f"""
@@ -62,15 +62,16 @@ def lines(service):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    """A server as it is without options."""
+    """A server with default options."""
     with Running() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[Running]:
-    """The server of the table. It is more patient than usual, so that no pause of this machine is a
-    silence.
+    """The server for the table of cases.
+
+    Its `--unterminated-after` is long, so a stall of this machine does not end a line.
     """
     options = ("--server-id", wire.SERVER_ID, "--unterminated-after", str(UNTERMINATED_AFTER))
     with Running(*options) as running:
@@ -87,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def strict(folder: Path) -> Iterator[Running]:
-    """A server with short deadlines and few places, that never answers an unterminated command."""
+    """A server with short deadlines and few places; it never answers an unterminated command."""
     timeouts = argv(
         f"--line-timeout {LINE_TIMEOUT} --write-timeout {WRITE_TIMEOUT} --unterminated-after 0"
     )
@@ -105,26 +106,26 @@ def napping(folder: Path) -> Iterator[Running]:
 
 
 def wait_until_alone(server: Running) -> None:
-    """Wait until the clients of earlier tests are counted out."""
+    """Wait until the clients of earlier tests are uncounted."""
 
     def is_alone() -> bool:
         with server.client() as client:
-            is_one = client.ask(b"WHO") == b"1"  # It may be one too many.
+            is_one = client.ask(b"WHO") == b"1"  # This client may be rejected.
             with suppress(OSError):
-                client.end()  # Whoever has read the end is counted out already.
+                client.end()  # A client that has read the end is already uncounted.
         return is_one
 
-    until(is_alone, "all other clients are gone")
+    until(is_alone, "all other clients have left")
 
 
 def is_readable(client: Client, within: float = 0) -> bool:
-    """Whether the server says anything, or closes, in that time."""
+    """Whether the server sends anything, or closes, within that time."""
     return bool(select.select([client.sock], [], [], within)[0])
 
 
 @contextmanager
 def stalled(server: Running) -> Iterator[None]:
-    """The worker stands still, as on a machine that has no time for it."""
+    """Stop the worker during the body, as on an overloaded machine."""
     [worker] = server.workers()
     worker.suspend()
     try:
@@ -189,7 +190,7 @@ def test_an_unterminated_command_is_answered_after_a_tenth_of_a_second(
         client.send(command)
         assert client.line() == b"42\n"
         assert 0.08 <= time.monotonic() - began < 5 * PATIENCE
-        # The newline that comes late is a blank line.
+        # The late newline is a blank line.
         client.send(b"\r\n")
         assert client.ask(b"NOPE") == b"ERR unknown command"
         assert client.end() == b""
@@ -247,7 +248,7 @@ def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(
         assert client.rest() == b""
     assert (
         sum(worker.cpu_times()[:2]) - used < LINE_TIMEOUT / 5
-    )  # The worker has waited, not asked again and again.
+    )  # The worker has waited, not polled.
 
 
 @pytest.mark.outer
@@ -272,7 +273,7 @@ def test_a_command_that_was_complete_before_a_stall_is_not_too_slow() -> None:
     ):
         assert client.ask(b"WHERE")
         client.send(b"WHY")
-        assert server.who() == 2  # It has been read.
+        assert server.who() == 2  # The command has been read.
         with stalled(server):
             time.sleep(1.2)
         assert client.line() == b"42\n"
@@ -289,7 +290,7 @@ def test_each_line_has_its_own_deadline(strict: Running) -> None:
 
 
 @pytest.mark.outer
-@pytest.mark.parametrize("said", [b"", b"WHY\n"], ids=["ever", "any more"])
+@pytest.mark.parametrize("said", [b"", b"WHY\n"], ids=["at all", "after a command"])
 def test_a_silent_client_is_idle(napping: Running, said: bytes) -> None:
     with napping.client() as client:
         began = time.monotonic()
@@ -316,7 +317,7 @@ def test_time_in_a_handler_is_not_idle_time(napping: Running, sent: bytes) -> No
         assert not is_readable(client, IDLE_TIMEOUT / 2)
         client.send(
             b"WHY"
-        )  # Without a newline, a silence ends it: it must not be taken for an idle one.
+        )  # A pause ends the unterminated command; the pause must not count as idle.
         assert client.line() == b"42\n"
         assert client.ask(b"WHY") == b"42"
 
@@ -327,16 +328,16 @@ def test_a_client_that_sends_while_the_worker_is_stalled_is_not_idle(napping: Ru
         assert client.ask(b"WHY") == b"42"
         assert not is_readable(
             client, IDLE_TIMEOUT / 2
-        )  # It has been silent for a while, though not for too long.
+        )  # The client has been silent, but for less than the timeout.
         with stalled(napping):
             client.send(b"WHY\n")
             time.sleep(IDLE_TIMEOUT * 1.5)
         assert client.line() == b"42\n"
-        client.send(b"WHY")  # Nor is the silence that ends this one an idle one.
+        client.send(b"WHY")  # The pause that ends this command is not idle time either.
         assert client.line() == b"42\n"
 
 
-# Closings: the last line is read in full, and then a clean end. A reset would raise
+# Closing: the client reads the last line in full, then a clean end. A reset would raise
 # ConnectionResetError.
 
 MUCH = b"more\n" * 200_000
@@ -375,11 +376,11 @@ def test_a_rejected_client_that_keeps_sending_gets_a_clean_close(strict: Running
         assert clients[0].who() == MAX_CLIENTS
 
 
-# Clients that do not read, clients that send without end, clients that go.
+# Clients that do not read, that send endlessly, or that leave.
 
 
 def fill(sock: socket.socket, data: bytes, most: int) -> int:
-    """Send until nothing has gone out for a while; return how many bytes went, `most` at most."""
+    """Send until the socket stays full; return the number of bytes sent, at most `most`."""
     sock.settimeout(0.3)
     sent = 0
     try:
@@ -393,7 +394,7 @@ def fill(sock: socket.socket, data: bytes, most: int) -> int:
 
 
 def read_to_the_end(sock: socket.socket) -> int:
-    """Read and drop all that comes; return how many bytes came."""
+    """Read and discard everything; return the number of bytes."""
     received = 0
     while data := sock.recv(65536):
         received += len(data)
@@ -402,7 +403,7 @@ def read_to_the_end(sock: socket.socket) -> int:
 
 @contextmanager
 def small_window(server: Running) -> Iterator[socket.socket]:
-    """A client whose kernel takes in next to nothing."""
+    """A client with a tiny receive buffer."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.settimeout(LIMIT)
@@ -417,12 +418,11 @@ def test_a_client_that_does_not_read_is_reset_and_delays_no_other(strict: Runnin
     before = worker.memory_info().rss
     with strict.client() as other, small_window(strict) as sock:
         began = time.monotonic()
-        # The server does not read on: the rest stays in the kernel's buffers, and they are full one
-        # day.
+        # The server stops reading, so the rest fills the kernel's buffers.
         assert fill(sock, b"WHERE\n" * 1000, 100_000_000) < 100_000_000
         for _ in range(20):
             assert other.who() == 2
-        until(lambda: other.who() == 1, "the client that does not read is counted out")
+        until(lambda: other.who() == 1, "the client that does not read is uncounted")
         assert WRITE_TIMEOUT * 0.9 <= time.monotonic() - began < WRITE_TIMEOUT + LIMIT
         with pytest.raises(ConnectionResetError):
             read_to_the_end(sock)
@@ -433,7 +433,7 @@ def test_a_client_that_does_not_read_is_reset_and_delays_no_other(strict: Runnin
 def test_a_client_that_reads_during_a_stall_is_not_a_slow_reader(strict: Running) -> None:
     with strict.client() as client:
         client.send(b"LARGE\n")
-        until(lambda: is_readable(client), "the reply begins")
+        until(lambda: is_readable(client), "the reply starts to arrive")
         received = 0
         with stalled(strict):
             client.sock.settimeout(WRITE_TIMEOUT + 1.5)
@@ -451,9 +451,7 @@ def test_a_client_that_reads_during_a_stall_is_not_a_slow_reader(strict: Running
 @pytest.mark.outer
 def test_unread_replies_of_a_client_that_has_left_are_dropped(strict: Running) -> None:
     def kernel() -> str:
-        """The connections of clients that the server has closed, and that wait for them to take the
-        rest.
-        """
+        """The queues of a connection in LAST_ACK; empty if there is none."""
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         return next(
             (
@@ -468,19 +466,19 @@ def test_unread_replies_of_a_client_that_has_left_are_dropped(strict: Running) -
         for _ in range(20):
             sock.sendall(b"WHERE\n" * 500)
         sock.shutdown(socket.SHUT_WR)
-        until(kernel, "it is closed")
-        until(lambda: not kernel(), "it is given up", WRITE_TIMEOUT + LIMIT)
+        until(kernel, "the connection is closed")
+        until(lambda: not kernel(), "the unread bytes are dropped", WRITE_TIMEOUT + LIMIT)
 
 
 @pytest.mark.outer
 def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -> None:
-    # Nothing that it has sent is unread, so that closing alone would be no reset: the kernel would
-    # keep the rest.
+    # The server has read all of its input, so a plain close would not reset the connection: the
+    # kernel would keep the unread reply.
     wait_until_alone(strict)
     with strict.client() as other, small_window(strict) as sock:
         sock.sendall(b"LARGE\n")
-        until(lambda: other.who() == 2, "the client has come")
-        until(lambda: other.who() == 1, "the client that does not read is counted out")
+        until(lambda: other.who() == 2, "the client is counted")
+        until(lambda: other.who() == 1, "the client that does not read is uncounted")
         with pytest.raises(ConnectionResetError):
             read_to_the_end(sock)
 
@@ -495,15 +493,14 @@ def test_a_client_that_reads_late_but_within_the_timeout_gets_all_replies(
         line = command + b"\n"
         sent = fill(sock, line * 1000, 100_000_000)
         sock.shutdown(socket.SHUT_WR)
-        # The last line may be cut: then it is the beginning of a command, or one that lacks its
-        # newline alone.
+        # The last line may be incomplete: a prefix of a command, or a command without its newline.
         last = {0: b"", len(command): reply}.get(sent % len(line), b"ERR unknown command\n")
         assert read_to_the_end(sock) == sent // len(line) * len(reply) + len(last)
 
 
-#: Plays many greedy clients for some seconds: sends without end, reads all, comes again when it is
-#: closed. Prints `ready` when all are connected, and at the end how many bytes of replies it has
-#: had.
+#: Runs many greedy clients for some seconds: each sends endlessly, reads everything, and reconnects
+#: when it is closed. Prints `ready` when all are connected, and at the end the number of reply
+#: bytes.
 GREEDY = """
 import select, socket, sys, time
 
@@ -565,15 +562,15 @@ def test_twenty_clients_that_send_endlessly_do_not_starve_others(
         finally:
             greedy.kill()
             greedy.communicate()
-    assert received > least_received  # They were greedy indeed.
-    assert worst < 3.0, f"the worst of {count} replies took {worst:.3f} s"
+    assert received > least_received  # The clients did send a lot.
+    assert worst < 3.0, f"the slowest of {count} replies took {worst:.3f} s"
 
 
 @pytest.mark.parametrize(
     "sent",
     [b"", b"WH", b"WHY\n", b"WHY\nWH", b"WHERE\n" * 100_000],
     ids=[
-        "nothing said",
+        "nothing sent",
         "in a line",
         "after a command",
         "after a command, in a line",
@@ -592,7 +589,7 @@ def test_a_client_that_resets_is_uncounted_and_does_not_affect_others(
         fill(client.sock, sent, len(sent))
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.sock.close()
-        until(lambda: other.who() == 1, "the client that has reset is counted out")
+        until(lambda: other.who() == 1, "the client that has reset is uncounted")
     assert server.workers() == [worker]
     assert [event for event in server.events() if event["log.level"] in ("warning", "error")] == []
 
@@ -604,7 +601,7 @@ def test_silent_clients_are_counted_and_delay_no_other(server: Running) -> None:
             for _ in range(50):
                 stack.enter_context(server.client())
             assert client.who() == 51
-        until(lambda: client.who() == 1, "the silent clients are counted out")
+        until(lambda: client.who() == 1, "the silent clients are uncounted")
 
 
 # Handlers.
@@ -616,10 +613,10 @@ def test_a_failed_handler_replies_err_internal_and_the_connection_stays(napping:
         client.send(b"WHY\nBOOM\nboom\nLINES\nLEAVE\nLATE\nNOPE\nWHY\n")
         refused = b"ERR internal\n" * 5 + b"ERR unknown command\n"
         assert b"".join(client.line() for _ in range(8)) == b"42\n" + refused + b"42\n"
-        client.send(b"BOOM")  # Without a newline, too.
+        client.send(b"BOOM")  # Also without a newline.
         assert client.line() == b"ERR internal\n"
         assert client.ask(b"WHY") == b"42"
-        client.send(b"BOOM")  # And at the end of input.
+        client.send(b"BOOM")  # Also at the end of input.
         assert client.end() == b"ERR internal\n"
     assert napping.workers() == [worker]
 
@@ -628,12 +625,12 @@ def test_a_failed_handler_replies_err_internal_and_the_connection_stays(napping:
 
 
 def read_until(fd: int, text: bytes) -> bytes:
-    """All that comes, up to that text."""
+    """Read up to this text."""
     received = b""
     while text not in received:
-        assert select.select([fd], [], [], LIMIT)[0], f"{text!r} has not come, only {received!r}"
+        assert select.select([fd], [], [], LIMIT)[0], f"{text!r} has not arrived, only {received!r}"
         data = os.read(fd, 4096)
-        assert data, f"{text!r} has not come before the end, only {received!r}"
+        assert data, f"{text!r} has not arrived before the end, only {received!r}"
         received += data
     return received
 
@@ -643,7 +640,7 @@ def read_until(fd: int, text: bytes) -> bytes:
     "options", [(), ("--http1.0",), ("-X", "get")], ids=["HTTP/1.1", "HTTP/1.0", "lower case"]
 )
 def test_curl_cannot_be_made_to_run_commands(server: Running, options: tuple[str, ...]) -> None:
-    # With --http0.9, curl would print whatever comes. 52 = not a byte came.
+    # With --http0.9, curl would print any bytes. 52: it received none.
     curl = [program("curl"), "--silent", "--noproxy", "*", "--max-time", str(LIMIT), "--http0.9"]
     url = f"http://127.0.0.1:{server.port}/"
     command = [*curl, *options, "-d", "x=1\nWHO\nWHERE\nWHO\n", url]
@@ -703,7 +700,7 @@ def test_telnet_on_a_terminal_gets_the_replies(server: Running) -> None:
         process = subprocess.Popen(telnet, stdin=terminal, stdout=terminal, stderr=terminal)
         try:
             read_until(keyboard, b"Escape character is '^]'.\r\n")
-            # It sends CRLF. The terminal echoes, and makes CRLF of the LF of a reply.
+            # telnet sends CRLF. The terminal echoes, and turns the LF of a reply into CRLF.
             os.write(keyboard, b"who\n")
             assert read_until(keyboard, b"1\r\n") == b"who\r\n1\r\n"
             os.write(keyboard, b"nope\n")

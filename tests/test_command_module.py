@@ -1,4 +1,4 @@
-"""Loading the module of --commands: what is accepted, and what the error says about the rest."""
+"""Loading the module of --commands: which modules are accepted, and the errors for the others."""
 
 import queue
 import sys
@@ -20,7 +20,7 @@ GOOD = f"{IMPORT}@command('NAP')\ndef nap(service): return 'good'\n"
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
-    """Write a module into the current folder. Undo afterwards what `load_commands` did."""
+    """Write a module into the current folder. Undo the effects of `load_commands` afterwards."""
     monkeypatch.chdir(tmp_path)
     path = sys.path[:]
 
@@ -41,7 +41,7 @@ def names(module_name: str) -> list[str]:
 
 
 def error_of(module_name: str) -> str:
-    """The error line for a module, without its beginning, which names the option."""
+    """The error line for a module, without the prefix that names the option."""
     with pytest.raises(UsageError) as caught:
         load_commands(module_name)
     message = str(caught.value)
@@ -101,7 +101,7 @@ IMPORT_ERRORS = {
     "a syntax error": ("def", "SyntaxError: invalid syntax (mine.py, line 2)"),
     "an error": ("1 / 0", "ZeroDivisionError: division by zero (mine.py, line 2)"),
     "an exit": ("raise SystemExit(0)", "SystemExit: 0 (mine.py, line 2)"),
-    "the end of its greenlet": (
+    "a greenlet exit": (
         "import gevent; raise gevent.GreenletExit",
         "GreenletExit (mine.py, line 2)",
     ),
@@ -142,8 +142,11 @@ NO_NAME = 'the decorator needs a name: @command("NAP")'
 HANDLER_ERRORS = {
     "no argument": ("@command('NAP')\ndef nap(): return 1", ONE_ARGUMENT),
     "two arguments": ("@command('NAP')\ndef nap(service, more): return 1", ONE_ARGUMENT),
-    "an argument by name only": ("@command('NAP')\ndef nap(service, *, x): return 1", ONE_ARGUMENT),
-    "an argument only by name": ("@command('NAP')\ndef nap(*, service): return 1", ONE_ARGUMENT),
+    "a keyword-only second argument": (
+        "@command('NAP')\ndef nap(service, *, x): return 1",
+        ONE_ARGUMENT,
+    ),
+    "a keyword-only argument": ("@command('NAP')\ndef nap(*, service): return 1", ONE_ARGUMENT),
     "async def": ("@command('NAP')\nasync def nap(service): return 1", ASYNC),
     "an async generator": ("@command('NAP')\nasync def nap(service): yield 1", ASYNC),
     "an object with an async call": (
@@ -155,7 +158,7 @@ HANDLER_ERRORS = {
         "@command('NAP')\nclass Nap:\n    def __init__(self, service): pass",
         "the handler of NAP must be a function, not a class",
     ),
-    "no function": (
+    "not a function": (
         "nap = command('NAP')('nap')",
         "the handler of NAP must be a function, not a str",
     ),

@@ -1,4 +1,4 @@
-"""The options as data: names, limits, and what their texts become. Nothing is started here."""
+"""The options as data: names, limits and parsed values. Nothing is started here."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Deadlines by ticks: none is missed, none comes early, and stale entries do not stay."""
+"""Deadlines by ticks: none is missed, none is early, and stale entries are dropped."""
 
 from dataclasses import dataclass
 from math import inf

@@ -1,6 +1,4 @@
-"""The documents say what the code does: every name that a person may meet is in them, and nothing
-that is gone.
-"""
+"""The documents match the code: they have every name that a user may see, and no outdated one."""
 
 import ast
 import re
@@ -51,7 +49,7 @@ def test_the_events_table_lists_exactly_the_events() -> None:
 
 
 def logged_events() -> dict[str, str]:
-    """Each action that the code logs: a level's name, or `warn_ratelimited`."""
+    """Each action that the code logs, with its level or `warn_ratelimited`."""
     events = {}
     for path in (ROOT / "gserver").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -226,7 +224,7 @@ def test_pins_are_exact_and_name_no_index() -> None:
 
 
 def pinned(page: str) -> set[NormalizedName]:
-    """The packages that a file pins, with those of the files that it takes in."""
+    """The packages that a file pins, with those of the files that it includes."""
     lines = (ROOT / page).read_text().splitlines()
     others = [pinned(line.removeprefix("-r ")) for line in lines if line.startswith("-r ")]
     return {

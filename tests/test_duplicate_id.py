@@ -107,7 +107,7 @@ def test_a_holder_that_returns_is_observed_from_the_beginning() -> None:
 def test_a_live_holder_is_never_replaced_and_a_dead_one_always_is(
     pauses: list[float], watches: list[float], heartbeats_left: int | None
 ) -> None:
-    """The holder sends heartbeats with these pauses, for ever or `heartbeats_left` times."""
+    """The holder sends heartbeats with these pauses, endlessly or `heartbeats_left` times."""
     heartbeats = list(accumulate(pauses))[:heartbeats_left]
     detector = new_detector()
     is_duplicate, replaceable, moment = False, "", 0.0

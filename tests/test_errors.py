@@ -1,4 +1,4 @@
-"""What a person is told when gserver cannot go on, and with which exit code."""
+"""The error line and the exit code when gserver cannot continue."""
 
 import ast
 import socket

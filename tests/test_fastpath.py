@@ -1,4 +1,4 @@
-"""The fast path gives the same replies and the same counts as the parser, or nothing at all."""
+"""The fast path gives the same replies and counts as the parser, or declines."""
 
 from dataclasses import replace
 
@@ -52,7 +52,7 @@ LINES = (
 
 
 class Worker:
-    """The parts of a worker that answer: the fast path, and the parser."""
+    """The parts of a worker that answer: the fast path and the parser."""
 
     def __init__(self, config: Config = CONFIG, clients: int = 3) -> None:
         self.scoreboard = Scoreboard.create(2)
@@ -63,7 +63,7 @@ class Worker:
         self.fastpath = FastPath(self.replies)
 
     def counts(self) -> dict[str, int]:
-        """How often each command, and each error reply, was given."""
+        """The counters of commands and error replies."""
         return {
             name: count
             for name, count in self.scoreboard.totals().items()
@@ -71,7 +71,7 @@ class Worker:
         }
 
     def parsed(self, data: bytes, has_spoken: bool) -> tuple[bytes, dict[str, int]] | None:
-        """The parser's replies, and the counts; None for a read that is not for the fast path."""
+        """The parser's replies and counts; None for a read that is not for the fast path."""
         parser: Parser[Command] = Parser(self.replies.grammar, is_first=not has_spoken)
         items = parser.feed(data)
         if parser.partial or not items:
@@ -92,7 +92,7 @@ class Worker:
 
 
 def check(worker: Worker, data: bytes, has_spoken: bool = True) -> bytes | None:
-    """Answer by the fast path; see that it is what the parser says, or that nothing was counted."""
+    """Answer on the fast path; check that the parser agrees, or that nothing was counted."""
     before = worker.counts()
     replies = worker.fastpath.answer(data, has_spoken)
     counted = {name: count - before[name] for name, count in worker.counts().items()}
@@ -118,7 +118,7 @@ def test_a_case_gets_the_replies_of_the_table_or_none(case: Case) -> None:
 def test_lines_in_any_order_get_the_parsers_replies_or_none(
     worker: Worker, data: bytes, has_spoken: bool
 ) -> None:
-    for _ in range(2):  # The second time by a plan that is remembered.
+    for _ in range(2):  # The second time from the cache.
         check(worker, data, has_spoken)
 
 
@@ -145,7 +145,7 @@ def test_a_single_line_in_any_spelling_is_answered(
 
 
 def filled(worker: Worker, pattern: bytes, count: int) -> int:
-    """Let a worker answer so many different reads; return how many are remembered then."""
+    """Let a worker answer this many different reads; return the number of cached plans."""
     for number in range(count):
         assert check(worker, pattern % number) is not None
     return len(worker.fastpath._plans)

@@ -1,4 +1,4 @@
-"""Handshakes under way: how many, for how long, and in nobody's way."""
+"""Handshakes in progress: their limit, their timeout, and that they delay no client."""
 
 import select
 import signal
@@ -52,17 +52,17 @@ def test_a_hello_sent_while_the_worker_is_stalled_is_answered(pems: Path) -> Non
         with server.client() as client:
 
             def done(step: Callable[[], Any]) -> Any:
-                """Feed a step of TLS with what arrives until it is done, and send its output."""
+                """Run a TLS step to its end: feed it received bytes, and send its output."""
                 while True:
                     try:
                         result = step()
                     except ssl.SSLWantReadError:
-                        assert answer.write(client.sock.recv(65536)), "it was met"
+                        assert answer.write(client.sock.recv(65536)), "the handshake was answered"
                     else:
                         client.send(hello.read())
                         return result
 
-            until(lambda: worker.num_fds() > files, "it is accepted")
+            until(lambda: worker.num_fds() > files, "the connection is accepted")
             with stopped(worker):
                 client.send(hello.read())
                 time.sleep(2.5)
@@ -90,7 +90,7 @@ def test_handshakes_take_no_descriptors_from_clients(pems: Path, established: in
         # Room for 16 clients.
         server = stack.enter_context(Running(*more, command=limited(RESERVED_FILES + 16)))
         for _ in range(established):
-            # With TLS 1.3 a client is through with its handshake before the server is.
+            # With TLS 1.3 the client completes its handshake before the server does.
             assert stack.enter_context(server.client(context=trust(pems))).ask(b"WHY") == b"42"
         for _ in range(20):
             stack.enter_context(server.client())

@@ -1,4 +1,4 @@
-"""The shape of the package: which module may import which, read from the source."""
+"""The structure of the package: which module may import which, read from the source."""
 
 import ast
 import json
@@ -17,8 +17,8 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-#: The import rule. A package imports itself, the packages named here, and the shared modules that
-#: lie directly in `gserver/`. Shared modules import only each other.
+#: The import rule. A package imports itself, the packages named here, and the shared modules
+#: directly in `gserver/`. Shared modules import only each other.
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"supervise"},
     "supervise": set(),
@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agent": {"cluster"},
     "cluster": set(),
 }
-#: Packages, and shared modules, that know gevent. All others are ordinary Python.
+#: Packages and shared modules that import gevent. All others are ordinary Python.
 GEVENT = {"serve", "agent", "cluster", "__main__"}
 
 
@@ -36,7 +36,7 @@ def _package(module: str) -> str:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Dotted names of everything that a file imports, at its top or later, but for annotations."""
+    """Dotted names of all that a file imports, at the top or later, except for annotations."""
     tree = ast.parse(path.read_text())
     for_annotations = {
         node
@@ -90,7 +90,7 @@ def test_the_import_rule_names_every_package() -> None:
     assert folders == set(MAY_IMPORT)
 
 
-# Every process begins in `gserver.__main__`, which imports the role that it is asked for.
+# Every process begins in `gserver.__main__`, which imports the requested role.
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"gserver.__main__"}))
 def test_a_module_imports_only_what_the_rule_allows(name: str) -> None:
     package = _package(name)
@@ -107,7 +107,7 @@ def test_there_are_no_circular_imports() -> None:
     left = {name: _own(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
     while left:
         free = {name for name, needs in left.items() if not needs & left.keys()}
-        assert free, f"a circle within {sorted(left)}"
+        assert free, f"circular imports within {sorted(left)}"
         left = {name: needs for name, needs in left.items() if name not in free}
 
 

@@ -1,4 +1,4 @@
-"""How many clients there may be, in all and of one address, over all workers."""
+"""The limits of clients, in total and per address, across all workers."""
 
 import os
 import random
@@ -46,7 +46,7 @@ def limited(folder: Path, *more: str, limit: int = LIMIT) -> Running:
 
 
 def fill(stack: ExitStack, connect: Connect, source: str = MANY) -> list[Client]:
-    """All clients that an address may have; the next ones are told that there are too many."""
+    """Connect as many clients as an address may have; check that further ones are rejected."""
     clients = []
     while (client := stack.enter_context(connect(source=source))) and is_admitted(client):
         clients.append(client)
@@ -68,13 +68,13 @@ def wait_until_alone(server: Running, connect: Connect) -> None:
             return client.who() == 1
 
     def has_connections() -> bool:
-        """Whether somebody who is counted out is waited for still: for its address, it counts."""
+        """Whether a closed client still lingers: it counts for its address."""
         return any(
             item.raddr for worker in server.workers() for item in worker.net_connections("tcp")
         )
 
-    until(is_alone, "all have gone")
-    until(lambda: not has_connections(), "and are waited for no more")
+    until(is_alone, "all clients have left")
+    until(lambda: not has_connections(), "no closed client lingers")
 
 
 @pytest.mark.outer
@@ -98,7 +98,7 @@ def test_the_limit_of_one_address_does_not_affect_other_addresses(
             source = chance.choice([MANY, OTHER])
             connection = (
                 server.client if has_tls and chance.random() < 0.2 else connect
-            )  # Who speaks no TLS goes too.
+            )  # Plain text clients of a TLS port are included.
             with suppress(OSError), connection(source=source) as client:
                 way.go(client)
 
@@ -109,12 +109,12 @@ def test_the_limit_of_one_address_does_not_affect_other_addresses(
             assert stack.enter_context(connect(source=OTHER)).who() == LIMIT + 1
             assert clients[0].who() == LIMIT + 1
             clients[1].sock.close()
-            until(lambda: clients[0].who() == LIMIT, "it has left")
+            until(lambda: clients[0].who() == LIMIT, "one client has left")
             assert len(fill(stack, connect)) == 1
         event = server.wait_for("client.rejected")
         assert (event["client.address"], event["gserver.reason"]) == (MANY, "too_many_from_address")
         wait_until_alone(server, connect)
-        with ExitStack() as stack:  # Whom there is no place for at all counts for no address.
+        with ExitStack() as stack:  # A client beyond --max-clients counts for no address.
             assert all(
                 is_admitted(stack.enter_context(connect(source=f"127.0.0.{host}")))
                 for host in range(10, 24)
@@ -136,7 +136,7 @@ def test_a_closed_client_counts_for_its_address_while_it_has_a_descriptor(tmp_pa
         began = time.monotonic()
         for client in clients:
             client.send(b"x" * 2000)
-        until(lambda: other.who() == 1, "all have been turned out")
+        until(lambda: other.who() == 1, "all clients have been closed")
         more = is_admitted(stack.enter_context(server.client(MANY)))
         assert not more or time.monotonic() - began > LINGER_SECONDS
         other.sock.close()
@@ -177,7 +177,7 @@ def test_during_a_reload_clients_of_old_and_new_workers_count_together(tmp_path:
         for client in stay:
             client.send(b"STAY\n")
         with server.client(MANY) as idle:
-            until(lambda: idle.who() == LIMIT - 1, "they are there")
+            until(lambda: idle.who() == LIMIT - 1, "the clients are counted")
             server.send_signal(signal.SIGHUP)
             assert idle.rest() == b"", "the old worker drains"
         new = fill(stack, server.client)
@@ -194,7 +194,7 @@ def test_a_lame_duck_keeps_to_the_address_limit_too(tmp_path: Path) -> None:
     with limited(tmp_path, "--workers", "2", limit=70) as server, ExitStack() as stack:
         with stopped(
             *server.workers()
-        ):  # Each accepts 16 when it goes on; then it takes over the others.
+        ):  # Each accepts 16 when it continues; then it takes over the others.
             clients = [stack.enter_context(server.client(MANY)) for _ in range(80)]
             other = stack.enter_context(server.client(OTHER))
             server.send_signal(signal.SIGUSR2)
@@ -227,7 +227,7 @@ def test_colliding_addresses_are_rejected_too_early_never_too_late() -> None:
     chance, scoreboard = (
         random.Random(seed),
         Scoreboard.create(3, 2 * 8),
-    )  # So few cells that they meet all the time.
+    )  # So few cells that addresses collide all the time.
     workers = [AddressCounts(scoreboard, slot, 5) for slot in range(3)]
     counts = dict.fromkeys((f"10.0.0.{number}" for number in range(10)), 0)
     for fd in range(2000):
@@ -317,7 +317,7 @@ def test_two_workers_never_give_the_last_place_to_two_clients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scoreboard = Scoreboard.create(2)
-    counts = iter([4, 6])  # Another worker admits two clients between the two looks.
+    counts = iter([4, 6])  # Another worker admits two clients between the two reads.
     monkeypatch.setattr(scoreboard, "clients", lambda: next(counts))
     limits = Limits(Config(server_id="here", max_clients=5), scoreboard, 0)
     assert limits.admit(7) is TOO_MANY_CLIENTS

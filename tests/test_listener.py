@@ -1,4 +1,4 @@
-"""The listening socket: its options, and the errors for an address that cannot be had."""
+"""The listening socket: its options, and the errors for an unusable address."""
 
 import os
 import socket
@@ -41,7 +41,7 @@ def test_a_port_in_time_wait_can_be_bound_again() -> None:
     listener = bind("127.0.0.1", 0, 5)
     port = listener.getsockname()[1]
     client, accepted = accepted_by(listener)
-    accepted.close()  # The server's side ends first, so it is the one that stays in TIME_WAIT.
+    accepted.close()  # The server closes first, so its side stays in TIME_WAIT.
     assert client.recv(1) == b""
     client.close()
     listener.close()
@@ -59,7 +59,7 @@ def test_a_port_in_time_wait_can_be_bound_again() -> None:
         (
             "a" * 64,
             r"the name 'a{64}' does not resolve: choose another --host",
-        ),  # no label of a name is that long
+        ),  # no label may be that long
         ("not..a.name", r"the name 'not\.\.a\.name' does not resolve"),
         (
             "192.0.2.1",
@@ -83,7 +83,7 @@ def test_a_low_port_without_permission_is_reported_with_advice() -> None:
         "import os\n"
         "from gserver.errors import FatalError\n"
         "from gserver.supervise.listener import bind\n"
-        # All that it imports is imported by then: another user may not be allowed to read it.
+        # Import everything first: the other user may not be able to read the files.
         "bind('127.0.0.1', 0, 5).close()\n"
         f"os.geteuid() or (os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY}))\n"
         "try:\n    bind('127.0.0.1', 1, 5)\nexcept FatalError as failure:\n    print(failure)\n"
@@ -99,7 +99,7 @@ def test_a_low_port_without_permission_is_reported_with_advice() -> None:
 
 def test_a_failed_bind_leaves_no_descriptor_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    # The traceback holds the socket, so nothing else closes it.
+    # The traceback keeps the socket alive, so nothing else closes it.
     with pytest.raises(FatalError) as caught:
         bind("192.0.2.1", 0, 5)
     assert len(os.listdir("/proc/self/fd")) == before, caught

@@ -145,7 +145,7 @@ def written(statements: str, log_format: str = "json") -> list[bytes]:
 def piped(
     *options: str, cwd: Path, blocking: bool = True
 ) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], int]]:
-    """The program with a small pipe as stdout, which is read up to the port and no further.
+    """The program with a small pipe as stdout, which is read only up to the port.
 
     Yields the process, the read end and the port.
     """
@@ -184,7 +184,7 @@ def piped(
 
 
 def read_all(fd: int, into: bytearray) -> threading.Thread:
-    """Start to read to the end, as a stalled reader that continues."""
+    """Start to read to the end, like a stalled reader that continues."""
 
     def read() -> None:
         while data := os.read(fd, 65536):
@@ -350,7 +350,7 @@ HOSTILE = {
     "zero": "a\x00b",
     "bytes of a peer": b"\xff\xfe caf\xe9".decode("utf-8", "surrogateescape"),
     "other line ends": "a\u2028b\u2029c\x85d\x0be\x0cf",
-    "far letters": "\u0416\u6c34\U0001f600",
+    "non-Latin letters": "\u0416\u6c34\U0001f600",
 }
 
 
@@ -381,7 +381,7 @@ LONG = {
     "escapes": "'\\x1b' * 100_000",
     "quotes": "'\"' * 100_000",
     "letters": "'x' * 100_000",
-    "far letters": "'\\U0001f600' * 100_000",
+    "non-Latin letters": "'\\U0001f600' * 100_000",
     "bytes of a peer": "'\\udcff' * 100_000",
 }
 PREPARED = """
@@ -443,12 +443,12 @@ UNFIT = {
     "object": "logging.warning(NoText())",
     "argument": "logging.warning('%s', NoText())",
     "extra": "logging.warning('here', extra={'odd': NoText()})",
-    "extra of our own name": "logging.warning('here', extra={'fields': 5})",
-    "extra of a field's name": (
+    "extra with a name of gserver": "logging.warning('here', extra={'fields': 5})",
+    "extra with the name of a field": (
         "logging.warning('here', extra={'log.level': 5, 'event.action': None, '@timestamp': 1})"
     ),
     "number": "logging.warning('here', extra={'number': 10**5000})",
-    "no number": "logging.warning('here', extra={'number': float('nan'), 'other': float('inf')})",
+    "nan": "logging.warning('here', extra={'number': float('nan'), 'other': float('inf')})",
     "keys": "logging.warning('here', extra={1: 2, (3, 4): 5})",
     "itself": "logging.warning('here', extra={'loop': loop})",
     "dictionary": "logging.warning({'message': 1, 'log.level': 2, 3: NoText()})",
@@ -463,7 +463,7 @@ loop.append(loop)
 """
 
 
-def no_number(text: str) -> None:
+def not_a_number(text: str) -> None:
     raise AssertionError(f"{text} is not valid JSON")
 
 
@@ -475,7 +475,7 @@ def test_a_bad_log_call_raises_nothing_and_is_one_line(statement: str, log_forma
     assert len(lines) == 2
     assert b"next" in lines[1]
     if log_format == "json":
-        events = [json.loads(line, parse_constant=no_number) for line in lines]
+        events = [json.loads(line, parse_constant=not_a_number) for line in lines]
         assert [event["log.level"] for event in events] == ["warning", "warning"]
         assert all(datetime.fromisoformat(event["@timestamp"]) for event in events)
 
@@ -681,7 +681,7 @@ def test_a_stalled_reader_blocks_no_client_and_dropped_lines_are_counted(folder:
             assert client.ask(b"WHY") == b"42"
         data = bytearray()
         reader = read_all(stdout.fileno(), data)
-        until(lambda: b"log.dropped" in data, "the number of dropped lines")
+        until(lambda: b"log.dropped" in data, "the number of dropped lines is logged")
         # The worker looks four times a second for dropped lines. It reports these once.
         time.sleep(0.6)
         process.terminate()

@@ -1,4 +1,4 @@
-"""The worker's loop: order, turns, deadlines, and when there is a greenlet."""
+"""The worker's loop: order, turns, deadlines, and which clients have a greenlet."""
 
 import _socket
 import gc
@@ -51,7 +51,7 @@ def spin(service):
 @command("AFTER-SPIN")
 def after_spin(service):
     while not Path("spinning").exists():
-        time.sleep(0.01)  # It ends in the turn after that of SPIN, before events of clients.
+        time.sleep(0.01)  # It ends in the turn after SPIN's, before the events of clients.
     Path("held").touch()
     while Path("held").exists():
         pass
@@ -71,7 +71,7 @@ CROWD = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the command above."""
+    """A folder with the commands above."""
     folder = tmp_path_factory.mktemp("commands")
     (folder / "greenlets.py").write_text(MODULE)
     return folder
@@ -79,16 +79,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def here(folder: Path) -> Iterator[Running]:
-    """A server that is left as it was."""
+    """A server that the tests do not change."""
     with Running("--commands", "greenlets", "--server-id", "here", cwd=folder) as running:
         yield running
 
 
 @pytest.fixture
 def watcher(here: Running) -> Iterator[Client]:
-    """A client that counts greenlets. It has one itself."""
+    """A client that counts greenlets, including its own."""
     with here.client() as client:
-        until(lambda: client.who() == 1, "it is alone")
+        until(lambda: client.who() == 1, "the watcher is the only client")
         yield client
 
 
@@ -115,7 +115,7 @@ def test_clients_with_only_built_in_commands_have_no_greenlet(
                 b"".join(client.line() for _ in range(30)) == b"%d\nhere\n42\n" % (CROWD + 1) * 10
             )
         assert greenlets(watcher) == before
-    until(lambda: watcher.who() == 1, "they are counted out")
+    until(lambda: watcher.who() == 1, "the clients are uncounted")
     assert greenlets(watcher) == before
 
 
@@ -129,11 +129,11 @@ def test_only_a_handler_that_may_block_has_a_greenlet(
     before = greenlets(watcher)
     with here.client() as client:
         client.send(sent)
-        until(lambda: watcher.who() == 2, "it is there")
+        until(lambda: watcher.who() == 2, "the client is counted")
         time.sleep(0.05)
         assert greenlets(watcher) == before
         client.send(b"\nNAP\n")
-        until(lambda: greenlets(watcher) == before + 1, "the handler has one")
+        until(lambda: greenlets(watcher) == before + 1, "the handler has a greenlet")
         while client.line() != b"rested\n":
             pass
         assert greenlets(watcher) == before
@@ -192,21 +192,21 @@ def test_unread_replies_are_kept_in_order(here: Running) -> None:
 def test_who_counts_every_client_that_connected_before_it_was_sent(
     folder: Path, crowd: int
 ) -> None:
-    """Both come in a turn that has begun already: the worker is held up between two polls."""
+    """Both arrive during a turn: the worker is stalled between two polls."""
     with Running("--commands", "greenlets", cwd=folder) as server, ExitStack() as stack:
         spinning, holding, asking, *others = [
             stack.enter_context(server.client()) for _ in range(3 + crowd)
         ]
-        until(lambda: asking.who() == 3 + crowd, "all are there")
+        until(lambda: asking.who() == 3 + crowd, "all clients are counted")
         holding.send(b"AFTER-SPIN\n")
         spinning.send(b"SPIN\n")
         until((folder / "spinning").exists, "the worker is in a turn")
-        asking.send(b"W")  # So its event comes before that of the listener.
+        asking.send(b"W")  # Its event precedes the listener's.
         for client in others:
             client.send(b"WHY\n")
         time.sleep(0.05)
         (folder / "released").touch()
-        until((folder / "held").exists, "the worker is in the next one")
+        until((folder / "held").exists, "the worker is in the next turn")
         stack.enter_context(server.client())
         asking.send(b"HO\n")
         for name in ("spinning", "released", "held"):
@@ -239,7 +239,7 @@ def test_a_client_that_keeps_sending_does_not_delay_a_drain(said: bytes) -> None
         talks = threading.Event()
 
         def talk() -> None:
-            with suppress(OSError):  # Until it is reset.
+            with suppress(OSError):  # The server resets it.
                 while True:
                     client.send(said)
                     talks.set()
@@ -261,11 +261,11 @@ def test_idle_clients_use_almost_no_cpu(here: Running, watcher: Client) -> None:
     with ExitStack() as stack:
         clients = [stack.enter_context(here.client()) for _ in range(500)]
         assert [client.ask(b"WHY") for client in clients] == [b"42"] * 500
-        until(lambda: watcher.who() == 501, "all are there")
+        until(lambda: watcher.who() == 501, "all clients are counted")
         used = sum(worker.cpu_times()[:2])
         time.sleep(3)
-        assert sum(worker.cpu_times()[:2]) - used < 0.1  # A loop that spins takes 3.
-        # Nor does one that has been awake leave something behind that keeps the loop awake.
+        assert sum(worker.cpu_times()[:2]) - used < 0.1  # A spinning loop uses 3 s.
+        # A client that was active leaves nothing behind that keeps the loop awake.
         assert clients[0].ask(b"NOPE") == b"ERR unknown command"
         time.sleep(3)
         used = sum(worker.cpu_times()[:2])
@@ -282,18 +282,18 @@ def test_a_client_that_resets_during_its_handler_uses_no_cpu(
     [worker] = here.workers()
     with here.client() as client:
         client.send(b"REST\nWHY\n")
-        until(lambda: watcher.who() == 2, "it is there")
+        until(lambda: watcher.who() == 2, "the client is counted")
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     used = sum(worker.cpu_times()[:2])
     time.sleep(1.5)
     assert watcher.who() == 2, "the handler runs"
-    assert sum(worker.cpu_times()[:2]) - used < 0.3  # A loop that spins takes 1.5.
-    until(lambda: watcher.who() == 1, "it has gone")
+    assert sum(worker.cpu_times()[:2]) - used < 0.3  # A spinning loop uses 1.5 s.
+    until(lambda: watcher.who() == 1, "the client has left")
 
 
 @contextmanager
 def loop(**options: Any) -> Iterator[tuple[Scoreboard, Loop, socket.socket]]:
-    """A loop in this process, and one client of it."""
+    """A loop in this process, with one client."""
     scoreboard = Scoreboard.create(1)
     config = Config(server_id="here", **options)
     replies = Replies(config, scoreboard, 0, (*BUILT_IN, rest, slow))
@@ -343,7 +343,7 @@ def test_time_while_replies_are_unread_is_not_idle_time() -> None:
     with loop(idle_timeout_seconds=0.5) as (scoreboard, _, client):
         client.setblocking(False)
         sent = received = blocked = 0
-        while blocked < 20:  # Until nothing is taken any more, since nothing is read.
+        while blocked < 20:  # Until the buffers are full, since nothing is read.
             try:
                 sent += client.send(b"WHY\n" * (READ_BYTES // 4))
                 blocked = 0
@@ -403,7 +403,7 @@ def test_each_read_is_counted_and_timed_on_the_fast_path_and_in_the_parser() -> 
 def test_a_line_that_continues_during_a_stall_is_not_too_slow() -> None:
     with Running("--line-timeout", "1") as server, server.client() as client:
         client.send(b"WH")
-        until(lambda: server.who() == 2, "it is there")
+        until(lambda: server.who() == 2, "the client is counted")
         with stopped(server.workers()[0]):
             client.send(b"E")
             time.sleep(2.5)
@@ -463,15 +463,15 @@ def test_expired_deadlines_leave_nothing_behind() -> None:
             longest = max(longest, ours._deadlines.entries)
             with suppress(BlockingIOError):
                 answered += client.recv(4096).count(b"\n")
-        assert 500 < longest < 1100, "it is cut back"
+        assert 500 < longest < 1100, "the list is compacted"
 
 
 @pytest.mark.outer
-@pytest.mark.parametrize("said", [b"x" * 2000, b""], ids=["a line too long", "turned away"])
+@pytest.mark.parametrize("said", [b"x" * 2000, b""], ids=["a line too long", "rejected"])
 def test_a_worker_whose_lingering_descriptor_is_closed_is_replaced(
     folder: Path, said: bytes
 ) -> None:
-    """It was not to stay half deaf: such a descriptor may be another client's by then."""
+    """It must not continue: the descriptor's number may already belong to another client."""
     options = "--commands", "greenlets", "--max-clients", "9" if said else "1"
     with Running(*options, cwd=folder) as server, server.client() as client:
         client.who()
@@ -497,7 +497,7 @@ def test_the_time_of_a_slow_read_is_counted_once() -> None:
 
 @command("SLOW", may_block=False)
 def slow(_service: object) -> str:
-    """Return how many seconds it took."""
+    """Take some time; return the seconds."""
     started = time.monotonic()
     while time.monotonic() - started < 0.2:
         pass

@@ -1,6 +1,4 @@
-"""Where every process begins: for a person, and for a child that was not meant to be started by
-one.
-"""
+"""The entry point of every process: started by a person, or as an internal child."""
 
 import json
 import os
@@ -80,7 +78,7 @@ def test_a_child_started_at_a_terminal_does_not_wait_for_input() -> None:
 
 
 def _port_of(server: Running) -> int:
-    """Where it listens, if it cannot say so."""
+    """The port of a server that cannot log it."""
     for found in psutil.Process(server.pid).net_connections("tcp"):
         if found.status == psutil.CONN_LISTEN:
             return int(found.laddr.port)
@@ -90,8 +88,8 @@ def _port_of(server: Running) -> int:
 @pytest.mark.outer
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_server_started_without_standard_streams_serves(closed: str) -> None:
-    """As some supervisors start programs. What is opened next must not take the place of what is
-    missing.
+    """Some supervisors start programs like this. The next opened file must not become a standard
+    stream.
     """
     command = [
         "sh",
@@ -102,7 +100,7 @@ def test_a_server_started_without_standard_streams_serves(closed: str) -> None:
         *argv("-P -m gserver --port 0"),
     ]
     with Running(command=command, wait=False) as server:
-        until(lambda: server.process.poll() is not None or _port_of(server), "it listens")
+        until(lambda: server.process.poll() is not None or _port_of(server), "the server listens")
         assert server.process.poll() is None, server.stderr
         with Client(_port_of(server)) as client:
             assert client.ask(b"WHO") == b"1"

@@ -1,4 +1,4 @@
-"""The results of other versions: how they are counted, and which tests need a Redis."""
+"""The results on other versions: how they are counted, and which tests need Redis."""
 
 import click
 import pytest

@@ -1,4 +1,4 @@
-"""The catalogue of metrics, and that every format, document and file keeps to it."""
+"""The catalogue of metrics, and its consistency with every format, document and file."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from lab.running import ROOT
 
 CONFIG = Config(server_id="here", redis_url="redis://x")
 BY_NAME = {metric.name: metric for metric in METRICS}
-#: The metric with the version, which is no figure of the catalogue.
+#: The metric with the version, which is not in the catalogue.
 INFO = "gserver_info"
 
 
@@ -36,7 +36,7 @@ def filled() -> Scoreboard:
 
 
 def samples(scoreboard: Scoreboard, config: Config = CONFIG) -> dict[str, float]:
-    """What /metrics holds: each sample by its name and labels."""
+    """The samples of /metrics by name and labels."""
     registry = CollectorRegistry()
     registry.register(ScoreboardCollector(config, scoreboard))
     lines = [
@@ -66,7 +66,7 @@ def test_every_figure_has_its_own_name_in_every_format() -> None:
 
 
 def noun(name: str) -> str:
-    """A name without what only a format adds to it."""
+    """A name without the parts that only one format adds."""
     name = name.replace(".", "_").removeprefix("gserver_").removeprefix("server_")
     name = name.removeprefix("cluster_").removesuffix("_now")
     return re.sub(r"_(ns|ms|timestamp_seconds|seconds|time|at)$", "", name)
@@ -190,7 +190,7 @@ def test_statsd_gets_every_metric_of_the_catalogue() -> None:
 
 # JSON.
 
-#: What /status.json has beside the figures of the catalogue.
+#: Figures of /status.json that are not in the catalogue.
 OTHER_PATHS = {
     *(f"server.{name}" for name in ("id", "version", "host", "port", "state")),
     *("workers.each", "cluster.name", "cluster.is_held", "cluster.members"),

@@ -20,7 +20,7 @@ DELAY, TIMEOUT = 10.0, 40.0
 
 
 def lifecycle(phase: Phase = Phase.SERVING) -> Lifecycle:
-    """A server that has reached a phase, at 100 if it is one of a stop."""
+    """A server that has reached a phase, at time 100 if the phase belongs to a stop."""
     made = Lifecycle(
         Certificates(),
         drain_delay_seconds=DELAY,
@@ -46,7 +46,7 @@ def lifecycle(phase: Phase = Phase.SERVING) -> Lifecycle:
 
 
 def advance(server: Lifecycle, now: float, **seen: bool) -> bool:
-    """Advance; all processes are there, and the id is not checked, unless `seen` says otherwise."""
+    """Advance; all processes run, and the id is not checked, unless `seen` says otherwise."""
     usual = {"is_id_checked": False, "has_workers": True, "has_children": True}
     return server.advance(now, **{**usual, **seen})
 
@@ -87,7 +87,9 @@ def test_a_stop_drains_after_the_delay_and_ends_with_the_last_process() -> None:
     server.stop(100.0)
     assert (server.phase, server.deadline) == (Phase.DELAY, 110.0)
     assert not advance(server, 109.9)
-    assert not advance(server, 109.9, has_workers=False, has_children=False), "one is started"
+    assert not advance(server, 109.9, has_workers=False, has_children=False), (
+        "a process is being started"
+    )
     assert advance(server, 110.0)
     assert (server.phase, server.since) == (Phase.DRAINING, 110.0)
     assert not advance(server, 111.0, has_workers=False)
@@ -221,7 +223,9 @@ def test_an_abandoned_reload_rolls_back_to_the_previous_unfinished_one() -> None
     server.give_up_reload()
     assert server.generation is one
     assert server.phase is Phase.RELOADING
-    assert not server.would_end_reload(one), "a worker of it was ready: there is no way back"
+    assert not server.would_end_reload(one), (
+        "one of its workers was ready: it cannot be rolled back"
+    )
 
 
 def test_a_proven_reload_that_cannot_continue_keeps_the_current_workers() -> None:
@@ -252,7 +256,7 @@ def test_a_reload_abandoned_during_a_stop_does_not_change_the_phase(phase: Phase
     assert (server.phase, server.deadline) == (phase, deadline)
 
 
-# Which processes there should be.
+# Which processes should run.
 
 OLD, NEW = Generation(0, Certificates()), Generation(1, Certificates())
 
@@ -264,7 +268,7 @@ class Worker:
 
 
 def workforce(*staying: Worker, ending: int = 0) -> Workforce[Worker]:
-    """Workers of which two are wanted."""
+    """Workers, of which two are wanted."""
     return Workforce(staying, len(staying) + ending, 2)
 
 

@@ -1,6 +1,4 @@
-"""The wire without a socket: the table of cases, random input against an oracle, and what a silence
-means.
-"""
+"""The protocol without a socket: the table of cases, random input against an oracle, and pauses."""
 
 import re
 from collections import Counter
@@ -23,9 +21,9 @@ from lab import wire_cases as wire
 from lab.wire import read, replies
 from lab.wire_cases import CASES, LIMIT_BYTES, REPLIES, Case
 
-#: A command is whatever the table holds for its name: here, the reply itself.
+#: A command is the table's value for its name: here, the reply itself.
 GRAMMAR = Grammar(REPLIES, LIMIT_BYTES)
-#: One with a command that begins another, and one that is a single letter.
+#: Includes a command that is a prefix of another, and one of a single letter.
 NESTED = {**REPLIES, b"WHOAMI": b"you\n", b"X": b"ex\n"}
 
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -74,14 +72,14 @@ def test_lines_after_a_case_are_answered_while_the_connection_is_open(
 
 @every_case
 def test_a_closing_error_reply_is_the_last_one(case: Case) -> None:
-    # The connection learns of a closing by this flag alone, be the reply empty or not.
+    # Only this flag tells the connection to close, whether the reply is empty or not.
     items: list[bytes | ErrorReply] = Parser(GRAMMAR).feed(case.sent + b"\n")
     closes = [isinstance(item, ErrorReply) and item.closes for item in items]
     assert (bool(closes) and closes.pop()) is not case.stays_open
     assert not any(closes)
 
 
-# Random input, against the oracle of the wire, which the table has checked.
+# Random input, against the oracle of the protocol, which the table has checked.
 
 
 @every_case
@@ -107,14 +105,14 @@ LINES = st.one_of(
 INPUTS = st.lists(
     st.tuples(LINES, st.sampled_from([b"\n", b"\r\n", b"\n\n", b""])).map(b"".join), max_size=12
 ).map(b"".join)
-#: Small limits, so that random lines come to both sides of them; and the usual one.
+#: Small limits, so that random lines fall on both sides of them; and the default.
 LIMITS = st.one_of(st.integers(1, 16), st.just(LIMIT_BYTES))
-#: Each chunk, and whether a silence follows it.
+#: Each chunk, and whether a pause follows it.
 CHUNK_SIZES = st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=40)
 
 
 def cut(data: bytes, sizes: list[tuple[int, bool]]) -> list[tuple[bytes, bool]]:
-    """The data in chunks of these sizes, what is left in one more."""
+    """The data in chunks of these sizes, and the rest in one more."""
     chunks = []
     for size, is_paused in sizes:
         chunks.append((data[:size], is_paused))
@@ -149,7 +147,13 @@ def test_a_pause_ends_only_a_complete_command_or_blanks(
         if is_paused:
             answered += replies_to(parser.silence())
             begun = meant.split(b"\n")[-1].strip().upper()
-            if begun in (b"", b"WHERE", b"WHY", b"WHOAMI", b"X"):  # Not WHO: more may come of it.
+            if begun in (
+                b"",
+                b"WHERE",
+                b"WHY",
+                b"WHOAMI",
+                b"X",
+            ):  # Not WHO: it is a prefix of WHOAMI.
                 meant += b"\n"
     assert answered + replies_to(parser.end()) == replies(meant, NESTED, limit)
 
@@ -165,7 +169,7 @@ def test_a_parser_never_holds_more_than_a_line_and_its_cr(chunks: list[bytes], l
         assert len(parser.partial) <= limit + 1
 
 
-# Silence.
+# Pauses.
 
 
 @pytest.mark.parametrize("command", [*REPLIES, b"who", b"Where", b" why", b"WHY ", b"\tWHO\r"])
@@ -198,7 +202,7 @@ def test_a_pause_drops_blanks(blanks: bytes) -> None:
     assert parser.is_complete
     assert parser.silence() == []
     assert parser.partial == b""
-    # They do not count in the line that follows.
+    # They do not count in the next line.
     assert parser.feed(b"x" * LIMIT_BYTES + b"\n") == [UNKNOWN_COMMAND]
 
 
@@ -222,7 +226,7 @@ def test_a_command_that_is_a_prefix_of_another_waits_for_its_newline() -> None:
     assert not parser.is_complete
     assert parser.silence() == []
     assert fed(parser, [b"ami"]) == b""
-    assert parser.is_complete  # Nothing longer begins with this one.
+    assert parser.is_complete  # No longer command starts with this one.
     assert replies_to(parser.silence()) == b"you\n"
     assert fed(parser, [b"WHO\n"]) == wire.WHO
 
@@ -255,7 +259,7 @@ def test_nothing_is_parsed_after_a_closing_item(last: bytes) -> None:
 def test_a_line_is_rejected_as_soon_as_it_is_too_long() -> None:
     parser = Parser(GRAMMAR)
     assert parser.feed(b"x" * LIMIT_BYTES) == []
-    assert parser.feed(b"\r") == []  # It may be half of an ending.
+    assert parser.feed(b"\r") == []  # It may be half of a line ending.
     assert parser.feed(b"x") == [LINE_TOO_LONG]
 
 
@@ -270,6 +274,4 @@ def test_every_error_reply_has_a_unique_name_and_at_most_one_err_line() -> None:
     assert len({refusal.name for refusal in ERROR_REPLIES}) == len(ERROR_REPLIES)
     for refusal in ERROR_REPLIES:
         assert re.fullmatch(rb"(ERR [A-Za-z ]+\n)?", refusal.reply)
-        assert (
-            refusal.reply or refusal.closes
-        )  # A line that stays unanswered would put the replies out of step.
+        assert refusal.reply or refusal.closes  # An unanswered line would shift all later replies.

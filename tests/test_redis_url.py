@@ -1,4 +1,4 @@
-"""The URL of Redis: every form, every error, and no secret in any text."""
+"""The Redis URL: every form, every error, and no secret in any text."""
 
 import traceback
 from urllib.parse import quote
@@ -11,7 +11,7 @@ from gserver.redis_url import RedisUrl
 from lab.running import argv
 
 HERE = (("127.0.0.1", 6379),)
-#: A URL, its parts, and how it is written in logs.
+#: A URL, its parts, and its form in logs.
 FORMS: dict[str, tuple[RedisUrl, str]] = {
     "redis://127.0.0.1": (RedisUrl(HERE), "redis://127.0.0.1:6379"),
     "redis://127.0.0.1/": (RedisUrl(HERE), "redis://127.0.0.1:6379"),
@@ -140,7 +140,7 @@ ERRORS = {
 #: A percent-encoded password may contain anything. It is long, so no text contains it by chance.
 SECRET = st.text(min_size=8).map(lambda text: f"Hush{text}")
 SCHEME = st.sampled_from(["redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"])
-#: Texts that look like such URLs, or nearly.
+#: Texts that look like such URLs, or almost.
 URLISH = st.lists(
     st.sampled_from(
         [*"/:@?#&=,[]%+. \n\t\0é", *argv("redis unix s +sentinel :// one db password 1")]
@@ -201,7 +201,7 @@ def test_any_name_and_password_can_be_percent_encoded_and_are_not_shown(
         assert secret not in str(url)
 
 
-#: Passwords as people paste them, with characters that a URL must encode.
+#: Unencoded passwords, with characters that a URL must encode.
 RAW = st.text(st.sampled_from("Zz9/:@?#&=[]%+,;~'\"\\ é℀"), min_size=1, max_size=8)
 
 

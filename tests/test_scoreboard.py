@@ -22,7 +22,7 @@ def attached(scoreboard: Scoreboard) -> Scoreboard:
 
 
 def emptied(scoreboard: Scoreboard) -> Scoreboard:
-    """Set to 0 what a new scoreboard holds already."""
+    """Set the cells to 0 that a new scoreboard has filled."""
     for name in ("incarnation", "address_key", "server_started_at"):
         assert scoreboard.get(name) > 0
         scoreboard.put(name, 0)
@@ -106,7 +106,7 @@ def test_command_names_do_not_overlap_the_cells() -> None:
 def test_a_command_keeps_its_cell_when_others_are_added() -> None:
     scoreboard = Scoreboard.create(SLOTS)
     first, second = scoreboard.command_cell("WHO", 1), scoreboard.command_cell("NAP", 1)
-    # The next worker in that slot has its commands in another order.
+    # The next worker in that slot has the commands in another order.
     follower = attached(scoreboard)
     assert follower.command_cell("NEW", 1) not in (first, second)
     assert follower.command_cell("NAP", 1) == second
@@ -128,7 +128,7 @@ def test_the_sixty_fifth_command_is_refused() -> None:
     with pytest.raises(UsageError, match=r"more than 64 command names.*restart gserver"):
         scoreboard.command_cell("ONE-MORE", 0)
     assert [scoreboard.command_cell(f"C{number}", 0) for number in range(64)] == cells
-    scoreboard.command_cell("ONE-MORE", 1)  # Another slot has its own room.
+    scoreboard.command_cell("ONE-MORE", 1)  # Another slot has room.
 
 
 def test_totals_sum_over_the_slots_and_merge_commands_by_name() -> None:

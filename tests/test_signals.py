@@ -1,6 +1,6 @@
-"""Signals are noted in order, wake a selector, and are taken once.
+"""Signals are queued in order, wake a selector, and are taken once.
 
-The test runs in a process of its own: handlers are set for a whole process.
+The test runs in its own process, since handlers are set for a whole process.
 """
 
 import subprocess

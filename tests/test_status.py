@@ -1,4 +1,4 @@
-"""The status document and the readiness of a server, made from a scoreboard."""
+"""The status document and the readiness of a server, computed from a scoreboard."""
 
 import json
 import time

@@ -74,7 +74,7 @@ def start(folder: Path, *options: str, wait: bool = True) -> Running:
 def clients_of(
     server: Running, worker: psutil.Process, count: int, stack: ExitStack
 ) -> list[Client]:
-    """Clients of that worker. The others are stopped while the clients are accepted."""
+    """Clients of this worker. The others are stopped while the clients are accepted."""
     with stopped(*(other for other in server.workers() if other != worker)):
         clients = [stack.enter_context(server.client()) for _ in range(count)]
         assert {int(client.ask(b"PID")) for client in clients} == {worker.pid}
@@ -105,7 +105,7 @@ def talking(*clients: Client) -> Iterator[None]:
 
 
 def read_to_end(client: Client) -> bytes:
-    """All that a client still receives, up to the end; it closes then, as a client does."""
+    """Read to the end, then close the client."""
     with client:
         return client.rest()
 
@@ -140,7 +140,7 @@ def test_a_worker_that_crashes_at_boot_is_retried_with_growing_pauses(tmp_path: 
         ]
         gaps = [later - earlier for earlier, later in pairwise(died)]
         assert [gap > 0.1 * 2**at for at, gap in enumerate(gaps)] == [True] * 4
-        assert used < sum(gaps) / 4, "it waits, and does not spin"
+        assert used < sum(gaps) / 4, "the supervisor waits without spinning"
 
 
 @pytest.mark.outer
@@ -223,7 +223,9 @@ def test_a_stop_closes_idle_clients_at_once_and_exits_with_0(
         time.sleep(0.6)  # A drain waits only for new clients that have sent nothing.
         server.send_signal(number)
         assert {read_to_end(client) for client in clients} == {b""}
-        assert server.exit_code() == 0  # Their end ends it, not the drain timeout.
+        assert (
+            server.exit_code() == 0
+        )  # The clients' end completes the stop, not the drain timeout.
         assert server.events("server.stopped")
         assert server.stderr == ""
     assert left_over(tmp_path) == []
@@ -233,7 +235,7 @@ def test_a_newly_connected_client_may_send_a_command_after_a_stop(tmp_path: Path
     with start(tmp_path) as server, server.client() as client:
         server.send_signal(signal.SIGTERM)
         server.wait_for("server.draining")
-        time.sleep(0.2)  # The worker drains by now.
+        time.sleep(0.2)  # The worker is draining by now.
         assert client.ask(b"WHY") == b"42"
         assert read_to_end(client) == b""
         assert server.exit_code() == 0
@@ -266,7 +268,7 @@ def test_lines_behind_a_slow_command_are_answered_after_a_stop(tmp_path: Path) -
 def test_a_line_sent_before_a_stop_is_answered_even_if_read_late(
     tmp_path: Path, workers: int
 ) -> None:
-    """Both the signal and the bytes wait for a stopped worker, as on a busy machine."""
+    """The signal and the bytes both wait for a stopped worker, as on a busy machine."""
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(100)]
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
@@ -307,7 +309,7 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
             until(lambda: is_refused(server.port), "new clients are refused", 5)
         assert server.exit_code() == 0
         assert 7 < time.monotonic() - began < 20 * PATIENCE
-        # A worker that computes cannot log anything: it is killed, and the supervisor says so.
+        # A computing worker cannot log: it is killed, and the supervisor logs it.
         cut_off = [event["gserver.clients"] for event in server.events("worker.cut_off")]
         assert cut_off == ([1] if command == b"SLEEP\n" else [])
         killed = [
@@ -357,13 +359,13 @@ def test_busy_clients_get_complete_replies_and_a_clean_close_at_a_stop(
         for client in clients:
             selector.register(client.sock, selectors.EVENT_READ, client)
             ask(client)
-        until(lambda: turn() or min(replies.values()) >= 20, "all are busy")
+        until(lambda: turn() or min(replies.values()) >= 20, "all clients are busy")
         before = dict(asked)
         server.send_signal(signal.SIGTERM)
         until(turn, "all clients have ended")
         assert set(rests.values()) == {b""}
         assert [client for client in clients if replies[client] < before[client]] == [], (
-            "sent before, not answered"
+            "a command sent before the stop was not answered"
         )
         assert server.exit_code() == 0
 
@@ -388,9 +390,9 @@ def test_a_second_signal_forces_exit_1_unless_it_was_forwarded(
         client.send(b"SLEEP\n")
         server.send_signal(first)
         time.sleep(0.01)  # The kernel may merge two signals of a kind that come at once.
-        server.send_signal(second)  # Passed on by a runner that got the same Ctrl-C.
+        server.send_signal(second)  # Forwarded by a runner that got the same Ctrl-C.
         server.wait_for("server.draining")
-        time.sleep(0.7)  # After this, a signal is a request of its own.
+        time.sleep(0.7)  # After this, a signal counts as a new request.
         assert not server.events("server.forced")
         assert server.stop(second) == 1
         assert server.events("server.forced")
@@ -403,11 +405,11 @@ def test_a_stop_at_any_moment_of_the_start_leaves_nothing_behind(tmp_path: Path)
     ends = set()
     for step in range(14):
         with start(tmp_path, "--workers", "2", wait=False) as server:
-            time.sleep(0.04 * step)  # The moment is the test.
+            time.sleep(0.04 * step)  # The test varies this moment.
             ends.add(server.stop())
             assert server.stderr == ""
         assert left_over(tmp_path) == []
-    # Before the interpreter runs the program, the signal ends it as it ends any process.
+    # Before the interpreter runs the program, the signal has its default effect.
     assert ends <= {-signal.SIGTERM, 0}
 
 
@@ -488,10 +490,10 @@ def test_after_quick_reloads_the_last_code_runs(tmp_path: Path) -> None:
             )
             server.send_signal(signal.SIGHUP)
             server.wait_for("server.reloading", reloads)
-            time.sleep(0.1)  # In the middle of the reload before.
+            time.sleep(0.1)  # During the previous reload.
         until(
             lambda: is_last(server.events(), "server.reloaded", "server.reloading"),
-            "the last reload is done",
+            "the last reload is complete",
         )
         until(lambda: len(server.workers()) == 2, "the surplus worker has ended")
         for worker in server.workers():
@@ -500,7 +502,7 @@ def test_after_quick_reloads_the_last_code_runs(tmp_path: Path) -> None:
 
 
 def is_last(events: list[Event], last: str, other: str) -> bool:
-    """Whether the last event of these two kinds is of the first one."""
+    """Whether the later of the last two events is `last`."""
     return [event["event.action"] for event in events if event["event.action"] in (last, other)][
         -1:
     ] == [last]
@@ -539,7 +541,9 @@ def test_a_reload_with_a_broken_module_keeps_the_workers(tmp_path: Path) -> None
                 (tmp_path / "extra.py").write_text(text)
                 server.send_signal(signal.SIGHUP)
                 assert reason in server.wait_for("server.reload_failed", failures)["message"]
-                time.sleep(0.5 if failures == 1 else 0)  # Another try would have started by now.
+                time.sleep(
+                    0.5 if failures == 1 else 0
+                )  # Another attempt would have started by now.
                 assert server.workers() == old
             assert not server.events("worker.died")
         (tmp_path / "extra.py").write_text(MODULE)
@@ -565,7 +569,7 @@ def test_a_reload_that_leaves_no_descriptors_for_clients_keeps_the_workers() -> 
 
 
 def test_a_system_without_threads_is_reported_in_one_line(tmp_path: Path) -> None:
-    """The stack size that is asked for is larger than any memory."""
+    """The requested stack size exceeds any memory."""
     (tmp_path / "sitecustomize.py").write_text("import threading\nthreading.stack_size(1 << 46)\n")
     done = gserver("--port", "0", PYTHONPATH=f"{tmp_path}:{ROOT}")
     expected = "gserver: cannot start the log thread: raise the limit on processes (ulimit -u)\n"
@@ -579,7 +583,7 @@ def test_clients_that_a_reload_disconnects_count_as_closed_not_lost(tmp_path: Pa
         server.wait_for("agent.ready")
         client.who()
         client.send(b"SPIN\n")
-        until(lambda: server.workers()[0].cpu_times().user > 0.5, "the worker computes")
+        until(lambda: server.workers()[0].cpu_times().user > 0.5, "the worker is computing")
         server.send_signal(signal.SIGHUP)
         killed = server.wait_for("worker.killed")
         assert (killed["gserver.clients"], killed["gserver.reason"]) == (1, "drain timeout")
@@ -595,11 +599,11 @@ def test_a_stop_during_a_reload_kills_an_old_worker_that_is_stuck(tmp_path: Path
         client.who()
         client.send(b"SPIN\n")
         (old,) = server.workers()
-        until(lambda: old.cpu_times().user > 0.5, "the worker computes")
+        until(lambda: old.cpu_times().user > 0.5, "the worker is computing")
         server.send_signal(signal.SIGHUP)
         server.wait_for("worker.ready", 2)
         assert server.stop() == 0
-        assert not server.events("server.reloaded")  # An old worker ran to the end.
+        assert not server.events("server.reloaded")  # An old worker ran until the end.
         [killed] = server.events("worker.killed")
         assert killed["gserver.child_pid"] == old.pid
         assert not server.events("server.forced")
@@ -656,7 +660,7 @@ def test_a_stop_during_a_reload_is_a_stop(tmp_path: Path, moment: float) -> None
         time.sleep(moment)
         code, seconds = timed(server.stop)
         assert code == 0
-        assert seconds < 30  # It did not wait for the drain timeout.
+        assert seconds < 30  # The stop did not wait for the drain timeout.
         assert server.stderr == ""
     assert left_over(tmp_path) == []
 
@@ -698,14 +702,14 @@ def test_handlers_programs_are_killed_with_a_dead_worker_but_survive_a_reload(
 
 @contextmanager
 def frozen(process: psutil.Process) -> Iterator[None]:
-    """Make a process one that cannot be killed, as if it waited for a disk for ever.
+    """Freeze a process so that it cannot be killed, as if it waited for a disk endlessly.
 
-    The kernel's freezer does it. At the end of the body the process goes on, so a SIGKILL that was
-    sent meanwhile ends it.
+    This uses the kernel's freezer. After the body the process is thawed, so a pending SIGKILL
+    takes effect.
     """
     group = Path(f"/sys/fs/cgroup/freezer/gserver-{process.pid}")
     if not os.access(group.parent / "cgroup.procs", os.W_OK):
-        pytest.skip("freezing a process takes root and the freezer of cgroups, version 1")
+        pytest.skip("freezing a process needs root and the freezer of cgroups, version 1")
     group.mkdir()
     state = group / "freezer.state"
     try:
@@ -735,7 +739,7 @@ def test_a_stop_completes_even_if_a_worker_cannot_be_killed(words: tuple[str, ..
             for _ in range(2):
                 server.send_signal(signal.SIGTERM)
                 server.wait_for("server.draining")
-                time.sleep(0.3)  # Sooner, the second signal would count as passed on.
+                time.sleep(0.3)  # Sooner, the second signal would count as forwarded.
             assert server.process.wait(1 + GIVE_UP_SECONDS + LIMIT) == 1
             assert (
                 server.wait_for("server.stopped")["message"]
@@ -772,7 +776,7 @@ def test_a_hung_worker_that_cannot_be_killed_is_replaced(tmp_path: Path) -> None
                 assert int(client.ask(b"PID")) != stuck.pid
         died = server.wait_for("worker.died")
         assert died["gserver.child_pid"] == stuck.pid
-        assert "another" not in died["message"], "another has taken its place already"
+        assert "another" not in died["message"], "it has already been replaced"
         assert status(server)["server"]["worker_restarts"] == 1
 
 
@@ -826,5 +830,5 @@ def test_a_client_that_has_its_last_reply_does_not_count_as_cut_off() -> None:
     with Running("--drain-timeout", "1") as server, server.client() as client:
         client.who()
         server.send_signal(signal.SIGTERM)
-        assert server.exit_code() == 0  # The client has not closed its end by then.
+        assert server.exit_code() == 0  # The client has not closed its side yet.
         assert not server.events("worker.cut_off")

@@ -1,6 +1,4 @@
-"""TLS on the port: with OpenSSL's own client and Python's, and with who speaks none, or says
-nothing.
-"""
+"""TLS on the port: OpenSSL's client, Python's, plain text clients and silent peers."""
 
 import _socket
 import contextlib
@@ -35,7 +33,7 @@ from lab.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
 from lab.tls_client import certified, run_handshake, trust
 from lab.wire_cases import CASES, Case
 
-#: Of the servers below, in seconds.
+#: Timeouts of the servers below, in seconds.
 HANDSHAKE_TIMEOUT = 1.0
 MAX_CLIENTS = 1200
 LARGE = "from lab.commands import replying\nlarge = replying('LARGE', 3_000_000)\n"
@@ -57,7 +55,7 @@ def late(service):
 
 @pytest.fixture(scope="module")
 def server(pems: Path) -> Iterator[Running]:
-    """One server for the tests that leave it as it was."""
+    """One server for the tests that do not change it."""
     more = argv(f"--server-id here --admin-port 0 --max-clients {MAX_CLIENTS} --commands large")
     more += ["--tls-handshake-timeout", str(HANDSHAKE_TIMEOUT)]
     (pems / "large.py").write_text(LARGE)
@@ -66,7 +64,7 @@ def server(pems: Path) -> Iterator[Running]:
 
 
 def error_replies(server: Running) -> Callable[[str], int]:
-    """Return a function that counts the error replies of a reason from now on."""
+    """Return a function that counts the error replies with a reason from now on."""
     before = status(server)
 
     def count(reason: str) -> int:
@@ -77,9 +75,7 @@ def error_replies(server: Running) -> Callable[[str], int]:
 
 
 def waiting(client: Client) -> int:
-    """How many bytes of what it has sent the server has not taken yet, as far as the kernel here
-    knows.
-    """
+    """The number of sent bytes that the server's kernel has not acknowledged."""
     return int.from_bytes(fcntl.ioctl(client.sock, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
 
 
@@ -100,7 +96,7 @@ def test_openssl_is_answered(server: Running, pems: Path, version: str) -> None:
     with process as client:
         assert client.stdin
         assert client.stdout
-        client.stdin.write(b"WHO\nWHERE\nWHY")  # Its input stays open: a pause ends the last line.
+        client.stdin.write(b"WHO\nWHERE\nWHY")  # The input stays open: a pause ends the last line.
         client.stdin.flush()
         assert [client.stdout.readline() for _ in range(3)] == [b"1\n", b"here\n", b"42\n"]
         client.terminate()
@@ -120,7 +116,7 @@ def test_older_versions_are_refused(server: Running) -> None:
 
 @pytest.mark.outer
 def test_renegotiation_is_refused(server: Running) -> None:
-    # A line that begins with R makes s_client ask for it.
+    # A line that begins with R makes s_client renegotiate.
     command = s_client(server, "-tls1_2")
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -157,8 +153,11 @@ def test_endless_key_updates_are_processed_in_turn_with_other_clients(
         sending = threading.Thread(target=greedy.send, args=[flood])
         with stopped(*server.workers()):
             sending.start()
-            # What fits into the kernel is there before the other one speaks.
-            until(lambda: waiting(greedy) > 100_000 or not sending.is_alive(), "it has been sent")
+            # The kernel's buffers are full before the other client sends.
+            until(
+                lambda: waiting(greedy) > 100_000 or not sending.is_alive(),
+                "the updates have been sent",
+            )
             good.send(b"WHERE\n")
         first, _, _ = select.select([good.sock, greedy.sock], [], [], LIMIT)
         assert first == [good.sock]
@@ -169,8 +168,8 @@ def test_endless_key_updates_are_processed_in_turn_with_other_clients(
 
 def test_a_partial_record_is_not_a_pause(server: Running, pems: Path, tmp_path: Path) -> None:
     with RecordClient(server.port, trust(pems), tmp_path) as client:
-        # After WHO, which would be answered after a silence, comes part of a record: of what may be
-        # another line.
+        # WHO, which a pause would end, is followed by a partial record: it may belong to another
+        # line.
         client.send(client.record(b"WHO"))
         for byte in client.record(b"LE\n"):
             client.send(bytes([byte]))
@@ -191,7 +190,7 @@ def test_a_client_that_does_not_read_tls_output_is_closed(pems: Path, tmp_path: 
     context = tls.make_context(Certificates(*pem))
 
     def receive() -> None:
-        """Be the server, until the client's end."""
+        """Act as the server until the client ends."""
         sock = _socket.socket(fileno=listener.accept()[0].detach())
         with contextlib.closing(sock):
             sock.setblocking(False)
@@ -209,7 +208,7 @@ def test_a_client_that_does_not_read_tls_output_is_closed(pems: Path, tmp_path: 
         receiving = pool.submit(receive)
         with RecordClient(listener.getsockname()[1], trust(pems), tmp_path) as client:
             flood = b"".join(client.key_update(wants_one=True) for _ in range(20_000))
-            with contextlib.suppress(ConnectionError):  # It is cut off before its end.
+            with contextlib.suppress(ConnectionError):  # The server closes first.
                 client.send(flood)
             with pytest.raises(ConnectionAbortedError, match="does not read what TLS sends"):
                 receiving.result()
@@ -225,7 +224,7 @@ def test_a_client_that_breaks_tls_gets_an_alert(server: Running) -> None:
 def answered(
     pems: Path, folder: Path, options: str = "--drain-timeout 60"
 ) -> Iterator[tuple[Running, RecordClient]]:
-    """A server with these options, patient in a drain, and a client that it has answered."""
+    """A server with these options and a long drain timeout, and a client that has a reply."""
     with (
         Running(*certified(pems), *argv(options)) as server,
         RecordClient(server.port, trust(pems), folder) as client,
@@ -327,7 +326,7 @@ def test_time_of_an_earlier_line_or_record_does_not_count_for_the_next(
     with answered(pems, tmp_path, "--line-timeout 1") as (_, client):
         earlier = client.record(b"WHO") if is_said else client.key_update()
         client.send(earlier[:-1])
-        time.sleep(0.2)  # So that the part is seen by itself.
+        time.sleep(0.2)  # So that the server reads the part alone.
         client.send(earlier[-1:])
         if is_said:
             assert client.line() == b"1\n"
@@ -344,8 +343,8 @@ def test_half_a_tls_message_closes_the_connection(
 ) -> None:
     count = error_replies(server)
     with RecordClient(server.port, trust(pems), tmp_path) as client:
-        # The reply is due after a silence, and cannot be encrypted before the rest of the message
-        # is there.
+        # The reply is due after a pause, but cannot be encrypted until the rest of the message
+        # arrives.
         client.send(client.record(b"WHO") + client.record(KEY_UPDATE, HANDSHAKE))
         with contextlib.suppress(ConnectionResetError):
             assert client.line() == b""
@@ -375,7 +374,7 @@ def test_a_plain_text_client_that_disconnects_is_counted_once(server: Running) -
         client.send(b"WHO\n")
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.sock.close()
-    until(lambda: count("plain_text") + count("tls_failed") >= 20, "all are counted")
+    until(lambda: count("plain_text") + count("tls_failed") >= 20, "all clients are counted")
     assert count("plain_text") + count("tls_failed") == 20
 
 
@@ -402,7 +401,7 @@ def test_rejected_clients_get_the_reason_over_tls(pems: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mutual(pems: Path) -> Iterator[Running]:
-    """A server that asks clients for a certificate."""
+    """A server that requires client certificates."""
     with Running(
         *certified(pems), "--tls-client-ca", str(pems / "ca.pem"), "--admin-port", "0"
     ) as running:
@@ -411,17 +410,17 @@ def mutual(pems: Path) -> Iterator[Running]:
 
 def test_clients_need_a_certificate_if_a_client_ca_is_set(mutual: Running, pems: Path) -> None:
     count = error_replies(mutual)
-    # With TLS 1.3 a client hears of it only after its own end of the handshake.
+    # With TLS 1.3 a client learns of it only after its own handshake.
     for bad in (trust(pems), trust(pems, "other-ca")):
         with pytest.raises(ssl.SSLError, match="ALERT"), mutual.client(context=bad) as client:
             client.ask(b"WHO")
-    until(lambda: count("tls_failed") == 2, "both are counted")
+    until(lambda: count("tls_failed") == 2, "both clients are counted")
     with mutual.client(context=trust(pems, "server")) as client:
         assert client.who() == 1
 
 
 def serial(server: Running) -> str:
-    """Of the certificate that the server shows."""
+    """The serial number of the server's certificate."""
     pem = ssl.get_server_certificate(("127.0.0.1", server.port), timeout=LIMIT)
     command = [program("openssl"), "x509", "-noout", "-serial"]
     return subprocess.run(command, input=pem, capture_output=True, text=True, check=True).stdout
@@ -449,13 +448,13 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_if_they_are_bad(
         (live / "server.key").unlink()
         server.send_signal(signal.SIGHUP)
         assert "--tls-key" in server.wait_for("server.reload_failed", 2)["message"]
-        # One that is just being written: TLS does not go away with it.
+        # A file that is being written: TLS stays on.
         for name in ("server.pem", "server.key"):
             (live / name).write_bytes(b"")
         server.send_signal(signal.SIGHUP)
         assert "is empty" in server.wait_for("server.reload_failed", 3)["message"]
         assert serial(server) == new
-        # Who follows one that dies has what was good.
+        # The replacement of a dead worker has the last good files.
         (worker,) = server.workers()
         worker.kill()
         server.wait_for("worker.ready", 3)
@@ -485,13 +484,13 @@ def test_a_reload_continues_even_if_the_next_one_finds_bad_files(
         make_certificates(tmp_path)
         (tmp_path / "wait").touch()
         server.send_signal(signal.SIGHUP)
-        until(lambda: len(server.workers()) == 4, "a new one starts")
+        until(lambda: len(server.workers()) == 4, "a new worker starts")
         (new,) = set(server.workers()) - set(before)
         if is_first_ready:
             (tmp_path / f"go-{new.pid}").touch()
             server.wait_for("worker.ready", 4)
             (next_one,) = until(
-                lambda: set(server.workers()) - {new, *before}, "the second one starts"
+                lambda: set(server.workers()) - {new, *before}, "the second new worker starts"
             )
             next_one.kill()
             server.wait_for("worker.died")
@@ -525,14 +524,16 @@ def test_a_reload_whose_workers_fail_lets_the_previous_one_continue(tmp_path: Pa
         make_certificates(tmp_path)
         (tmp_path / "wait").touch()
         server.send_signal(signal.SIGHUP)
-        (new,) = until(lambda: set(server.workers()) - set(before), "a new one starts")
+        (new,) = until(lambda: set(server.workers()) - set(before), "a new worker starts")
         (tmp_path / f"go-{new.pid}").touch()
-        (next_one,) = until(lambda: set(server.workers()) - {new, *before}, "the second one starts")
+        (next_one,) = until(
+            lambda: set(server.workers()) - {new, *before}, "the second new worker starts"
+        )
         (tmp_path / "late.py").write_text("raise RuntimeError('out of luck')")
         make_certificates(tmp_path)
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloading", 2)
-        next_one.kill()  # One of the newest is to follow.
+        next_one.kill()  # It is replaced by the newest generation.
         message = server.wait_for("server.reload_failed")["message"]
         assert re.search("the previous reload continues: .*out of luck", message)
         (tmp_path / "late.py").write_text(LATE)
@@ -546,7 +547,7 @@ def test_a_reload_whose_workers_fail_lets_the_previous_one_continue(tmp_path: Pa
 
 
 def test_a_certificate_with_an_invalid_date_is_still_served(pems: Path) -> None:
-    """OpenSSL takes any digits."""
+    """OpenSSL accepts any digits."""
     chain = (pems / "server.pem").read_text()
     [*_, last] = re.findall(
         rb"\d{12}Z|\d{14}Z", der := ssl.PEM_cert_to_DER_cert(chain[chain.index("-----BEGIN C") :])
@@ -598,7 +599,7 @@ def test_the_certificate_expiry_is_a_metric(tmp_path: Path, days: int) -> None:
 
 @pytest.mark.outer
 def test_an_expired_certificate_is_shown_and_warned_about(tmp_path: Path, pems: Path) -> None:
-    # openssl req takes no dates here, so the day of expiry is set by `ca`.
+    # This `openssl req` has no option for dates, so `ca` sets the expiry.
     (tmp_path / "index.txt").touch()
     lines = argv("[ca] default_ca=x [x] database=index.txt serial=serial new_certs_dir=. policy=p")
     (tmp_path / "ca.conf").write_text(
@@ -737,7 +738,7 @@ def test_all_descriptors_are_released(server: Running, pems: Path) -> None:
             with server.client() as broken:
                 broken.send(b"\x16\x03\x01\x02\x00")
                 broken.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        until(lambda: files() == before, "all are closed")
+        until(lambda: files() == before, "all descriptors are closed")
         assert client.who() == 1
 
 
