@@ -1,4 +1,4 @@
-"""Faults of the servers of a cluster themselves; clients of the others notice nothing."""
+"""Faults of servers in a cluster; clients of the other servers do not notice."""
 
 import itertools
 import subprocess
@@ -49,7 +49,7 @@ def test_a_paused_server_is_dropped_and_comes_back(cluster: Cluster, notes: Note
     before = cluster.processes()
     with stopped(*paused.server.processes()):
         for member in others:
-            until(partial(member.watcher.says, 5), "it is dropped", TTL + LIMIT)
+            until(partial(member.watcher.says, 5), "the server is dropped", TTL + LIMIT)
             member.watcher.allow(5)
         cluster.watch(TTL)
         for member in others:
@@ -59,7 +59,7 @@ def test_a_paused_server_is_dropped_and_comes_back(cluster: Cluster, notes: Note
     assert cluster.events("cluster.expired") == [expired[0] + 1, *expired[1:]]
     assert cluster.processes() == before, "no process was replaced"
     assert cluster.descriptors() == descriptors
-    notes.happened("the others dropped it, and it logged so when it was back")
+    notes.happened("the others dropped it, and it logged this when it returned")
 
 
 @row("Agents are killed just after a heartbeat", *PLAIN)
@@ -79,12 +79,14 @@ def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: 
             def has_reported(before: str = entry()) -> bool:
                 return entry() != before
 
-            until(has_reported, "a heartbeat")
+            until(has_reported, "a heartbeat is sent")
             agent.kill()
             member.server.wait_for("agent.ready", number + 2)
     cluster.settle()
     cluster.check()
-    until(lambda: cluster.descriptors() == descriptors, "as many descriptors are open as before")
+    until(
+        lambda: cluster.descriptors() == descriptors, "the number of open descriptors is as before"
+    )
     notes.happened(f"agents that died: {cluster.events('agent.died')}")
     assert cluster.events("agent.died") == [3, 3, 3]
 
@@ -101,7 +103,7 @@ def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: No
                     pool.submit(SteadyServer, share, *options, one) for one, share in shares.items()
                 ]
                 cluster.members += [stack.enter_context(start.result()) for start in starts]
-            until(lambda: cluster.all_report(10), "all say the total")
+            until(lambda: cluster.all_report(10), "all servers report the total")
             cluster.allow(10)
             cluster.watch(TTL)
             cluster.check()
@@ -111,7 +113,7 @@ def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: No
 
 @row("Servers of one cluster have different intervals and TTLs", *PLAIN, quick=None)
 def test_mixed_intervals_and_ttls(redis: Redis, variant: Variant, notes: Notes) -> None:
-    """As during a change, one server after another. Each has a lease of its own length."""
+    """As during a rolling change. Each server's lease has its own length."""
     times = (0.2, 2.0), (0.5, 5.0), (1.0, 10.0)
     with Cluster(redis.url, 1.0, 10.0, shares=()) as cluster, ExitStack() as stack:
         for (interval, ttl), share in zip(times, (5, 3, 2), strict=True):
@@ -122,7 +124,7 @@ def test_mixed_intervals_and_ttls(redis: Redis, variant: Variant, notes: Notes) 
             )
             member = SteadyServer(share, *options, "--workers", str(variant.workers))
             cluster.members.append(stack.enter_context(member))
-        until(lambda: cluster.all_report(10), "all say the total")
+        until(lambda: cluster.all_report(10), "all servers report the total")
         cluster.allow(10)
         for fault in (redis.wipe, redis.freeze):
             with cluster.expecting("cluster.reset" if fault == redis.wipe else "cluster.lost"):
@@ -156,7 +158,7 @@ def test_50_servers_reconnect_to_redis_at_once(redis: Redis, notes: Notes) -> No
             agent = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
             stack.enter_context(agent)
             stack.callback(agent.kill)
-        until(lambda: len(redis.members()) == CROWD, "all report", 4 * LIMIT)
+        until(lambda: len(redis.members()) == CROWD, "all servers report", 4 * LIMIT)
         redis.kill()
         time.sleep(5)
         redis.restart(keep_data=False)
@@ -179,26 +181,26 @@ def test_50_servers_reconnect_to_redis_at_once(redis: Redis, notes: Notes) -> No
         notes.measured(
             "all back after", 0.1 * next(n for n, count in enumerate(counts) if count >= CROWD), "s"
         )
-        assert connections < 2 * CROWD, "each has connected about once"
+        assert connections < 2 * CROWD, "each server connects about once"
         assert peak <= 2 * CROWD
 
 
 @row("A paused server's id is taken, and it wakes", *PLAIN, quick=None)
 def test_a_server_taken_for_dead_comes_back(redis: Redis, variant: Variant, notes: Notes) -> None:
-    """It was only paused. Another server has taken its id, so it drains and is not counted."""
+    """The server was only paused. Another has taken its id, so it drains and is not counted."""
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     with Cluster(redis.url, INTERVAL, TTL, env, shares=(5,)) as cluster, ExitStack() as stack:
         options = *cluster.options, "--server-id", "one"
         cluster.allow(*range(20))
         paused = stack.enter_context(Running(*options, env=env))
-        until(lambda: len(redis.members()) == 2, "it is a member")
+        until(lambda: len(redis.members()) == 2, "the server is a member")
         client = stack.enter_context(paused.client())
         assert client.who() > 0
         with stopped(*paused.processes()):
             another = stack.enter_context(Running(*options, env=env))
             assert another.who() >= 1
         assert paused.exit_code() == 2
-        assert client.rest() == b"", "it was closed in order"
+        assert client.rest() == b"", "the client is closed cleanly"
         assert "another live server" in paused.stderr
         until(
             lambda: redis.members()["one"] == 0 and cluster.all_report(5),

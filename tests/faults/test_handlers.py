@@ -1,4 +1,4 @@
-"""Faulty handlers: each harms its own command, or its own worker, and nothing else."""
+"""Faulty handlers: each affects only its own command or its own worker."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +153,7 @@ def test_a_forked_child_neither_counts_nor_answers_clients(
             return [each for each in children if is_alive(each)]
 
         until(lambda: not living(), "the forked children have ended")
-    until(lambda: sum(site.clients()) == 0, "no client is counted any more")
+    until(lambda: sum(site.clients()) == 0, "no client is counted")
     assert not site.server.events("worker.died")
 
 

@@ -40,7 +40,7 @@ def limited(process: psutil.Process, kind: int, limit: int) -> Iterator[None]:
 
 
 def cpu_share(process: psutil.Process, seconds: float) -> float:
-    """The part of a processor that a process takes, measured for so long."""
+    """The share of a core that a process uses, measured over `seconds`."""
     before, began = sum(process.cpu_times()[:2]), time.monotonic()
     time.sleep(seconds)
     return float((sum(process.cpu_times()[:2]) - before) / (time.monotonic() - began))
@@ -53,7 +53,7 @@ def test_a_process_without_descriptors_waits_and_recovers(
     site = start()
     process, children = kind(site), [*site.server.workers(), *site.server.agents()]
     site.may_lose = site.may_log_errors = True
-    # The descriptors that dead children free let the supervisor begin with another child, but not
+    # Dead children free enough descriptors for the supervisor to begin a new child, but not to
     # complete it.
     limit = 3 if process in children else process.num_fds()
     with site.neighbours() as neighbours:
@@ -100,8 +100,8 @@ def test_a_worker_without_memory_is_replaced_or_recovers(start: Start, notes: No
 
     with site.neighbours():
         with limited(victim, resource.RLIMIT_AS, victim.memory_info().vms):
-            notes.happened(until(had_none, "there is no memory", 4 * LIMIT)[0])
-        until(lambda: len(site.server.workers()) == site.variant.workers, "all run")
+            notes.happened(until(had_none, "memory runs out", 4 * LIMIT)[0])
+        until(lambda: len(site.server.workers()) == site.variant.workers, "all workers run")
 
 
 @row("Python interpreter missing for a while", *PLAIN, quick=None)
@@ -151,7 +151,7 @@ def test_a_broken_module_keeps_the_old_workers(
 
 
 def times(processes: list[psutil.Process]) -> list[float]:
-    """Seconds for which processes have run, and waited for a processor, in their first threads."""
+    """Seconds that the main threads of processes have run and have waited for a core."""
     each = [Path(f"/proc/{process.pid}/schedstat").read_text().split()[:2] for process in processes]
     return [sum(map(int, column)) / 1e9 for column in zip(*each, strict=True)]
 
@@ -173,7 +173,9 @@ def test_workers_with_little_processor_time_do_not_count_as_hung(
         run, waited = (
             now - then for now, then in zip(times(processes), (run, waited), strict=True)
         )
-        notes.happened(f"it ran for {run:.1f} s, and waited for a processor for {waited:.1f} s")
+        notes.happened(
+            f"the processes ran for {run:.1f} s, and waited for a core for {waited:.1f} s"
+        )
         assert waited > run
         assert neighbours.rounds > before
     assert site.server.processes() == processes

@@ -1,6 +1,6 @@
-"""Faults of Redis, of its Sentinels, its name and its clock; more are in test_cluster_faults.py.
+"""Faults of Redis, its Sentinels, its name and its clock; test_cluster_faults.py has more.
 
-Three servers with clients go through each of them.
+Three servers with clients go through each fault.
 """
 
 import http.server
@@ -107,7 +107,7 @@ def test_invalid_replies_of_redis(
         world.proxy.cut()
 
     survive(world.cluster, altered(), notes)
-    notes.happened("every server has noticed")
+    notes.happened("every server noticed")
 
 
 @row("Redis's replies arrive in pieces", *PLAIN, quick=None)
@@ -117,7 +117,7 @@ def test_replies_of_redis_in_pieces(start: Start, notes: Notes) -> None:
     lost, before = world.cluster.events("cluster.lost"), world.proxy.bytes_to_client
     world.cluster.watch(1)
     survive(world.cluster, nullcontext(), notes)
-    notes.happened(f"{world.proxy.bytes_to_client - before} bytes came so")
+    notes.happened(f"{world.proxy.bytes_to_client - before} bytes arrived in pieces")
     assert world.proxy.bytes_to_client > before
     assert world.cluster.events("cluster.lost") == lost
 
@@ -152,10 +152,10 @@ def test_another_kind_of_server(
             yield
 
     survive(world.cluster, replaced(), notes)
-    notes.happened("every server has noticed")
+    notes.happened("every server noticed")
 
 
-# What Redis says.
+# Errors from Redis.
 
 
 @row("FLUSHALL 100 times, 1,000 clients", *PLAIN, quick=None)
@@ -204,7 +204,7 @@ def user_without_rights(world: World) -> Iterator[None]:
 
 @contextmanager
 def user_disabled(world: World) -> Iterator[None]:
-    """The default user, that of connections without a user name, cannot log in."""
+    """The default user (for connections without a user name) cannot log in."""
     server = world.redis
     server.command("ACL", "SETUSER", "admin", "on", ">hush-hush", "~*", "&*", "+@all")
     with (
@@ -278,7 +278,7 @@ def test_redis_refuses(start: Start, notes: Notes, kind: Fault) -> None:
 
 @row("Redis closes connections that are silent for a second", *PLAIN, quick=None)
 def test_redis_closes_silent_connections(start: Start, notes: Notes) -> None:
-    """Heartbeats come every two seconds, so each finds its connection closed."""
+    """Heartbeats are sent every two seconds, so each finds its connection closed."""
     world = start(2, 10)
     world.redis.command("CONFIG", "SET", "timeout", 1)
 
@@ -288,7 +288,7 @@ def test_redis_closes_silent_connections(start: Start, notes: Notes) -> None:
     before, lost = connections(), world.cluster.events("cluster.lost")
     world.cluster.watch(8)
     assert not before & connections()
-    notes.happened("no connection is left from before")
+    notes.happened("no earlier connection is left")
     survive(world.cluster, nullcontext(), notes)
     assert world.cluster.events("cluster.lost") == lost
 
@@ -297,7 +297,7 @@ def test_redis_closes_silent_connections(start: Start, notes: Notes) -> None:
 
 
 def with_clock(file: Path) -> dict[str, str]:
-    """Return the environment of a process whose wall clock the file sets ahead: "+3600"."""
+    """Return the environment of a process whose wall clock the file shifts, such as "+3600"."""
     program("faketime")
     (library,) = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
     env = {
@@ -308,7 +308,7 @@ def with_clock(file: Path) -> dict[str, str]:
     return {**env, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
-#: Seconds ahead of the correct time, one after another: forward, back, and by more than the day
+#: Successive offsets from the correct time, in seconds: forward, back, and by more than the day
 #: after which keys expire.
 JUMPS = "+3600", "-7200", "+86000", "+400000", "-1000000000", "+0"
 
@@ -334,7 +334,7 @@ def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
 
             until(has_reported, "a heartbeat")
             notes.happened(
-                f"the clock of Redis was {jump:+} s ahead of what the heartbeat before had stored"
+                f"the clock of Redis was {jump:+} s ahead of the time stored by the last heartbeat"
             )
             world.cluster.watch(5 * INTERVAL)
         yield
@@ -363,9 +363,8 @@ def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: No
                 ]
                 ahead = [datetime.fromisoformat(text).timestamp() - time.time() for text in said]
                 assert all(abs(seconds - int(jump)) < 60 for seconds in ahead)
-                notes.happened(
-                    f"the servers' logs are {[round(seconds) for seconds in ahead]} s ahead"
-                )
+                shown = ", ".join(f"{seconds:.0f}" for seconds in ahead)
+                notes.happened(f"the servers' logs are ahead by {shown} s")
                 cluster.watch(5 * INTERVAL)
             yield
 
@@ -457,7 +456,7 @@ def test_all_sentinels_name_a_wrong_address(
             said = right.port
 
         survive(cluster, lying(), notes)
-        notes.happened("every server has noticed")
+        notes.happened("every server noticed")
 
 
 @row(
@@ -471,7 +470,7 @@ def test_the_name_of_redis_changes(
 ) -> None:
     """The name server does not reply, or does not exist."""
     if os.geteuid() != 0:
-        unavailable("a file of hosts of one's own needs root")
+        unavailable("a private hosts file needs root")
     hosts, resolver = tmp_path / "hosts", tmp_path / "resolv.conf"
     mount = (
         f'mount --bind {hosts} /etc/hosts && mount --bind {resolver} /etc/resolv.conf && exec "$@"'
@@ -506,9 +505,11 @@ def test_the_name_of_redis_changes(
             cluster.watch(2 * TTL)
             yield
             hosts.write_text("127.0.0.2 redis.test\n")
-            until(lambda: cluster.all_report(cluster.total), "all servers have found it")
+            until(
+                lambda: cluster.all_report(cluster.total), "all servers have found the new address"
+            )
 
         assert addresses() == {"127.0.0.1"}
         survive(cluster, renamed(), notes)
         assert addresses() == {"127.0.0.2"}
-        notes.happened("all are connected to its other address")
+        notes.happened("all servers are connected to the new address")

@@ -1,4 +1,4 @@
-"""What bin/faults writes, also when it is stopped, and that it leaves nothing behind."""
+"""The report of bin/faults, also after an interruption, and that nothing is left behind."""
 
 import json
 import signal
@@ -23,14 +23,14 @@ def test_it(number: int) -> None:
         with Running():
             signal.pause()
     finally:
-        assert not CONTENT, "what is under the fault is not as it was before"
+        assert not CONTENT, "the server under the fault is not as it was before"
 """
 
 
 def faults(
     folder: Path, *words: str, report: str = "report.json", fails: bool = False
 ) -> "subprocess.Popen[str]":
-    """As bin/faults runs the tests, with a matrix of one row."""
+    """Run the tests like bin/faults, with a matrix of one row."""
     (folder / "test_row.py").write_text(ROW.replace("not CONTENT", str(not fails)))
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Faults of what observes the server: the admin port, StatsD, the logs. None may affect clients."""
+"""Faults of monitoring: the admin port, StatsD, the logs. None may affect clients."""
 
 import os
 import resource
@@ -55,7 +55,7 @@ def over_and_over(act: Callable[[], object], threads: int) -> Iterator[list[int]
 
 
 def ask(site: Site, request: bytes) -> bytes:
-    """Send a request to the admin port, and return its whole answer."""
+    """Send a request to the admin port, and return the complete response."""
     with dial(site.server) as sock:
         sock.sendall(request)
         return b"".join(iter(partial(sock.recv, 65536), b""))
@@ -102,7 +102,7 @@ def test_a_flood_of_invalid_requests_at_the_admin_port(start: Start, notes: Note
         time.sleep(1.0)
         assert_healthy(site)
     answered = ", ".join(f"{sum(counts):,}" for counts in floods)
-    notes.happened(f"answers to the four kinds of garbage: {answered}")
+    notes.happened(f"responses to the four kinds of invalid requests: {answered}")
     assert sum(floods[-1]) > 20
     assert site.server.agents() == agents
 
@@ -121,7 +121,7 @@ def test_a_flood_of_status_requests_while_redis_hangs(
                 assert_healthy(site)
             redis.thaw()
             site.server.wait_for("cluster.regained")
-        notes.happened(f"{sum(counts)} answers while Redis was frozen")
+        notes.happened(f"{sum(counts)} responses while Redis was frozen")
         assert sum(counts) > 80
         assert site.server.agents() == agents
         site.close()
@@ -150,7 +150,7 @@ def test_the_statsd_daemon_is_absent(start: Start, notes: Notes, kind: str) -> N
 
 
 def unreachable() -> int:
-    """How many ICMP messages `destination unreachable` this machine has sent."""
+    """The number of ICMP `destination unreachable` messages that this machine has sent."""
     names, values = [
         line.split()
         for line in Path("/proc/net/snmp").read_text().splitlines()
@@ -267,7 +267,7 @@ def test_the_reader_of_stdout_stalls_under_load(start: Start, notes: Notes) -> N
         neighbours.are_served()
         before = len(site.server.lines)
         reader.resume()
-        missed = until(lambda: drop_events(site, before), "the loss is logged")
+        missed = until(lambda: drop_events(site, before), "the dropped lines are logged")
         notes.happened(f"{sum_of(missed)} lines were dropped, and this was logged")
     assert site.server.stop() == 0
 
