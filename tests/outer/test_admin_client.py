@@ -1,4 +1,4 @@
-"""The client of the admin port: its deadlines, and any answer that it may get."""
+"""The client of the admin port: its deadlines, and any response that it may get."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ from lab.running import PATIENCE, Running, argv, gserver, until
 
 MEMBER = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
 MEMBERS = {"servers": [MEMBER], "omitted_servers": 0, "age_seconds": 0.1, "trouble": None}
-#: What a server says; `WORKER` is one of its workers.
+#: A valid status; `WORKER` is one of its workers.
 GOOD: dict[str, Any] = describe(
     Config(server_id="here", redis_url="redis://x"), Scoreboard.create(1), MEMBERS
 )
@@ -46,8 +46,9 @@ HEAD = b"HTTP/1.0 200 OK\r\n\r\n"
 
 @contextmanager
 def answering(*parts: bytes, pause: float = 0.0) -> Iterator[tuple[str, list[bytes]]]:
-    """A server that answers anybody with these parts, so many seconds between; its address, and
-    what it has read.
+    """A server that sends these parts to each client, with a pause between them.
+
+    Yields its address and the bytes that it has read.
     """
     asked: list[bytes] = []
 
@@ -78,7 +79,7 @@ def answering(*parts: bytes, pause: float = 0.0) -> Iterator[tuple[str, list[byt
 
 
 def seen(body: bytes, head: bytes = HEAD) -> Target:
-    """What is seen of a server that answers so."""
+    """The target after a server has sent this response."""
     with answering(head, body) as (address, _):
         [target] = parse_targets([address], "")
         poll([target])
@@ -96,7 +97,7 @@ def test_a_valid_status_is_accepted() -> None:
 
 
 def changed(path: str, value: Any) -> bytes:
-    """What a server says, with one thing that is different."""
+    """A status with one changed value."""
     status = deepcopy(GOOD)
     *way, last = (int(name) if name.isdigit() else name for name in path.split("."))
     place: Any = status
@@ -110,14 +111,14 @@ def changed(path: str, value: Any) -> bytes:
 
 
 def paths(value: Any, path: str = "") -> Iterator[str]:
-    """The place of everything in a value."""
+    """The path of each part of a value."""
     for name, item in value.items() if isinstance(value, dict) else enumerate(value):
         yield f"{path}{name}"
         if isinstance(item, dict | list):
             yield from paths(item, f"{path}{name}.")
 
 
-#: What is in a status that is not shown.
+#: Parts of a status that are not shown.
 UNSEEN = {
     *argv("version host port limit accepted closed lost service_seconds reads slot"),
     *argv(
@@ -279,8 +280,8 @@ def test_a_slow_server_delays_no_other_and_is_shown_when_it_responds() -> None:
             poll(targets, 0.1)
             return targets[0].trouble == STRANGE
 
-        until(answered, "it is heard")
-        assert len(asked) == 1, "it was not asked again meanwhile"
+        until(answered, "the slow server has answered")
+        assert len(asked) == 1, "it is not polled again meanwhile"
 
 
 def test_only_servers_that_answered_are_polled_a_second_time() -> None:

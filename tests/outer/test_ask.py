@@ -1,6 +1,4 @@
-"""`gserver ask`: the replies of one server, and one line about commands that failed or servers that
-did not answer.
-"""
+"""`gserver ask`: the replies of one server, and one line for failed commands and servers."""
 
 import os
 import socket
@@ -46,7 +44,7 @@ def _port(listener: socket.socket) -> int:
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port where nobody listens, and nobody will: it is bound."""
+    """A port without a listener. It is bound, so that none can appear."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield _port(bound)
@@ -54,14 +52,14 @@ def closed_port() -> Iterator[int]:
 
 @pytest.fixture
 def mute() -> Iterator[int]:
-    """A port where the kernel takes connections and no word is ever said."""
+    """A port where the kernel accepts connections, and nothing is ever sent."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield _port(listener)
 
 
 @contextmanager
 def _server_that(act: Callable[[socket.socket], object]) -> Iterator[int]:
-    """The port of a server that does this with its one client, and then closes."""
+    """The port of a server that does this with its only client, and then closes."""
 
     def serve() -> None:
         sock, _ = listener.accept()
@@ -146,7 +144,7 @@ def test_an_ipv6_address_is_given_in_brackets() -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
 
-# None answers.
+# No server answers.
 
 
 def test_without_an_answer_one_line_reports_what_each_server_did(
@@ -214,7 +212,7 @@ def test_received_replies_are_printed_and_failures_are_named(
 def test_a_command_that_takes_too_long_is_named_and_the_others_are_printed() -> None:
     def halt(sock: socket.socket) -> None:
         sock.sendall(b"42\n")
-        sock.recv(1)  # Until the client has left.
+        sock.recv(1)  # Wait until the client leaves.
 
     with _server_that(halt) as port:
         done = gserver("ask", "WHY", "SLOW", "--timeout", "0.5", *_options(port))
@@ -322,9 +320,7 @@ def test_a_command_that_is_not_one_line_with_one_reply_is_refused(
 
 @contextmanager
 def _full_queue() -> Iterator[int]:
-    """A port, on all addresses of the loopback, where a connect waits without end: the kernel takes
-    no more of them.
-    """
+    """A port on all loopback addresses with a full accept queue: a connect never completes."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("", 0))
@@ -337,7 +333,7 @@ def _full_queue() -> Iterator[int]:
 
 
 def _say_nothing(sock: socket.socket) -> None:
-    sock.recv(1)  # Until the client has left.
+    sock.recv(1)  # Wait until the client leaves.
 
 
 def _drip(sock: socket.socket) -> None:
@@ -353,10 +349,10 @@ def _begin_late(sock: socket.socket) -> None:
 
 
 SLOW = {
-    "says nothing": lambda: _server_that(_say_nothing),
-    "says a byte now and then": lambda: _server_that(_drip),
-    "begins just before the timeout": lambda: _server_that(_begin_late),
-    "does not even accept": _full_queue,
+    "sends nothing": lambda: _server_that(_say_nothing),
+    "drips bytes": lambda: _server_that(_drip),
+    "starts just before the timeout": lambda: _server_that(_begin_late),
+    "does not accept": _full_queue,
 }
 
 
@@ -374,7 +370,7 @@ def test_a_slow_server_takes_at_most_the_timeout(
 def test_the_timeout_covers_all_addresses_of_a_name(tmp_path: Path) -> None:
     unshare = program("unshare")
     if os.geteuid() != 0:
-        unavailable("only root can give a process an /etc/hosts of its own")
+        unavailable("a private /etc/hosts needs root")
     (tmp_path / "hosts").write_text("127.0.0.2 thrice\n127.0.0.3 thrice\n127.0.0.4 thrice\n")
     own_hosts = 'mount --bind "$1" /etc/hosts && exec "$2" -P -c "$3" "$4"'
     code = """if True:
@@ -409,7 +405,7 @@ def test_the_timeout_covers_all_addresses_of_a_name(tmp_path: Path) -> None:
             check=False,
         )
     if "mount" in done.stderr or "unshare" in done.stderr:
-        unavailable(f"this root may not mount: {done.stderr}")
+        unavailable(f"mounting is not permitted here: {done.stderr}")
     taken, _, said = done.stdout.partition(" ")
     assert said == f"no server answered: thrice:{port} {NOT_IN_TIME}\n"
     assert 3 <= float(taken) < 8
@@ -498,7 +494,7 @@ def test_an_invalid_timeout_is_refused(timeout: str) -> None:
     assert said.startswith("Invalid value for '--timeout': ")
 
 
-# Output that nobody reads.
+# Output that is not read.
 
 
 def _ask_into(stdout: int, port: int) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""bin/audit, given reports: by itself it takes an installation, and PyPI."""
+"""bin/audit with given reports: a real run needs an installation and PyPI."""
 
 import json
 import os

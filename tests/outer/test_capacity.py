@@ -1,4 +1,4 @@
-"""docs/cluster.md says what the measurements of heartbeats say."""
+"""docs/cluster.md shows the measured figures of heartbeats."""
 
 import json
 

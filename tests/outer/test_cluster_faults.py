@@ -1,6 +1,6 @@
-"""Three servers with clients that stay: whatever happens to Redis, each WHO gets a correct reply.
+"""Three servers with permanent clients: whatever happens to Redis, each WHO gets a correct reply.
 
-The reply comes at once. Each fault happens to servers that have been through the faults before it.
+The reply is immediate. Each fault happens to servers that went through the earlier faults.
 """
 
 import threading
@@ -19,7 +19,7 @@ from lab.running import LIMIT, PATIENCE, ROOT, Running, stopped, until
 from lab.steady import Cluster
 from lab.world import KEYS, Fault, World, lasting, survive
 
-# Each begins a fault, yields when all servers have noticed it, and ends it with its `with` block.
+# Each starts a fault, yields when all servers have noticed it, and ends it with its `with` block.
 
 frozen_for_a_second = lasting("frozen_for_a_second", "timeout", faults.frozen, 1)
 frozen_longer_than_the_ttl = lasting(
@@ -53,7 +53,7 @@ def killed_and_restarted_with_its_data(world: World) -> Iterator[None]:
 
 @contextmanager
 def restarted_with_old_data_of_more_clients(world: World) -> Iterator[None]:
-    """The data are older than the TTL, as most backups are."""
+    """The data are older than the TTL, like most backups."""
     with world.cluster.settled_guests():
         world.redis.command("SAVE")
     world.cluster.watch(world.ttl)
@@ -166,7 +166,7 @@ def scripts_forgotten(world: World) -> Iterator[None]:
 
     before = script_runs_in_full()
     world.redis.forget_scripts()
-    until(lambda: script_runs_in_full() > before, "a server sends it again")
+    until(lambda: script_runs_in_full() > before, "a server sends the script again")
     yield
 
 
@@ -189,7 +189,7 @@ def slow_but_in_time(world: World) -> Iterator[None]:
 
 @contextmanager
 def slower_than_the_timeout(world: World) -> Iterator[None]:
-    """The heartbeats arrive, but each after it was given up."""
+    """The heartbeats arrive, but each after its timeout."""
     before = world.proxy.bytes_to_server
     with world.lost("timeout"):
         world.proxy.delay_seconds = 0.3
@@ -300,7 +300,7 @@ as_by_default = pytest.mark.parametrize(
 )
 
 
-#: Rows whose titles are not "Redis" with the fault's name in words.
+#: Rows whose titles are not "Redis" and the fault's name in words.
 ROWS: Final = {
     "frozen_longer_than_the_ttl": "Redis frozen for longer than the TTL",
     "one_key_after_another_deleted": "Redis's keys deleted one by one",
@@ -404,7 +404,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 @contextmanager
 def replaced_by_command(watched: Watched) -> Iterator[None]:
-    """For a while two Redis servers accept writes, and all gservers report to the old one.
+    """For a while two Redis servers accept writes, and all servers report to the old one.
 
     New clients connect meanwhile. When the servers move, the data of the new one are as old as the
     failover.

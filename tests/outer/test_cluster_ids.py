@@ -1,4 +1,4 @@
-"""Server ids, and joining a cluster: duplicate ids, starts without Redis, options, secrets, TLS."""
+"""Server ids and joining a cluster: duplicate ids, starts without Redis, options, secrets, TLS."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def only_line(stderr: str) -> str:
 
 
 def usual_start() -> float:
-    """Return the seconds that a start takes on this machine now."""
+    """Return the current duration of a start on this machine, in seconds."""
     began = time.monotonic()
     with Running():
         return time.monotonic() - began
@@ -80,12 +80,12 @@ def test_a_second_server_with_a_live_id_is_refused_and_the_first_stays(
             assert "another live server of cluster duplicates has the id one" in only_line(
                 duplicate.stderr
             )
-            assert not duplicate.events("server.listening"), "it has never served"
+            assert not duplicate.events("server.listening"), "the duplicate never serves"
             assert [watch.replies() for watch in watches] == [{4}, {4}]
             assert redis.members("duplicates")["one"] == 3
         assert first.process.poll() is None
         assert not [event for event in first.events() if event["log.level"] in ("warning", "error")]
-    notes.happened("the second one was refused")
+    notes.happened("the second server was refused")
 
 
 def test_servers_with_one_id_in_clusters_of_different_names_do_not_conflict(redis: Redis) -> None:
@@ -102,7 +102,7 @@ def test_servers_with_one_id_in_clusters_of_different_names_do_not_conflict(redi
             for watch in (*red, *blue):
                 watch.seen.clear()
             now = time.monotonic()
-            until(lambda: time.monotonic() > now + 1, "some heartbeats of both")
+            until(lambda: time.monotonic() > now + 1, "both send some heartbeats")
             assert [red[0].replies(), blue[0].replies()] == [{2}, {3}]
         assert [servers_known(server) for server in servers] == [1, 1]
 
@@ -125,9 +125,7 @@ def test_a_server_that_died_can_start_again_with_its_id_long_before_its_ttl_ends
                 assert time.monotonic() - killed <= 5 * PATIENCE, (
                     "long before the lease of the dead server ends"
                 )
-                until(
-                    lambda: client.who() == 2, "it does not count the dead server either", PATIENCE
-                )
+                until(lambda: client.who() == 2, "the dead server is not counted either", PATIENCE)
     notes.happened("killed with kill -9")
 
 
@@ -144,7 +142,10 @@ def test_of_two_servers_with_one_id_that_started_without_redis_one_drains(
             assert server.who() == 1
         clients = [connect(stack, server, 1)[0] for server in pair]
         redis.restart(keep_data=False)
-        until(lambda: any(server.process.poll() is not None for server in pair), "one of them ends")
+        until(
+            lambda: any(server.process.poll() is not None for server in pair),
+            "one of the servers ends",
+        )
         leaving, staying = sorted(pair, key=lambda server: server.process.poll() is None)
         assert leaving.exit_code() == 2
         assert "another live server of cluster duplicates has the id one" in only_line(
@@ -152,12 +153,12 @@ def test_of_two_servers_with_one_id_that_started_without_redis_one_drains(
         )
         (reason,) = leaving.events("server.duplicate_id")
         assert reason["log.level"] == "error"
-        assert clients[pair.index(leaving)].rest() == b"", "its client was let go in good order"
+        assert clients[pair.index(leaving)].rest() == b"", "its client was closed cleanly"
         assert staying.wait_for("cluster.joined")
-        until(lambda: redis.members("duplicates") == {"one": 1}, "the one that stays is counted")
+        until(lambda: redis.members("duplicates") == {"one": 1}, "the remaining server is counted")
         assert clients[pair.index(staying)].who() == 1
         assert staying.process.poll() is None
-    notes.happened("one of them ended when Redis came")
+    notes.happened("one of them ended when Redis was available")
 
 
 def clone(redis: Redis, ahead_us: int) -> Iterator[str]:
@@ -199,9 +200,9 @@ def test_of_a_server_and_its_clone_one_is_not_the_holder(
     with Running(*in_cluster(redis, "clones", *FAST, "--server-id", "one")) as server:
         server.wait_for("cluster.joined")
         said = list(islice(clone(redis, ahead_us), 12))
-        notes.happened(f"the clone was marked {said}")
+        notes.happened(f"the clone was marked {', '.join(map(repr, said))}")
         if ahead_us:
-            assert said == [""] * 12, "it is the holder from its first heartbeat on"
+            assert said == [""] * 12, "the clone is the holder from its first heartbeat on"
             assert server.exit_code() == 2
             assert "another live server of cluster clones has the id one" in only_line(
                 server.stderr
@@ -245,7 +246,7 @@ def test_a_server_starts_while_redis_is_away_and_joins_when_it_comes(
                 assert len(client.ask(b"WHERE")) == 36
         assert said == [b"1", b"1", b"ERR cluster unavailable"]
         now = time.monotonic()
-        until(lambda: time.monotonic() > now + 1, "some more attempts")
+        until(lambda: time.monotonic() > now + 1, "the agent makes more attempts")
         assert [len(server.events("cluster.lost")) for server in servers] == [1, 1, 1]
         if fault == "killed":
             redis.restart(keep_data=False)
@@ -266,7 +267,7 @@ def test_a_server_starts_when_the_name_of_its_redis_does_not_resolve() -> None:
         assert lost["gserver.kind"] == "name"
         assert "redis://no-such-host.invalid:6379" in lost["message"]
         now = time.monotonic()
-        until(lambda: time.monotonic() > now + 1, "some more attempts")
+        until(lambda: time.monotonic() > now + 1, "the agent makes more attempts")
         assert len(server.events("cluster.lost")) == 1
 
 

@@ -1,6 +1,6 @@
-"""Servers on hosts of their own, and a network that loses packets between them and Redis.
+"""Servers on separate hosts, and a network that loses packets between them and Redis.
 
-It loses them both ways or one way only. Clients stay connected and send WHO all the time.
+The loss is in both directions or in one. Clients stay connected and send WHO all the time.
 """
 
 import itertools
@@ -40,7 +40,7 @@ def spread(
 
 
 class World(ExitStack[None]):
-    """Three servers and a Redis, each on a host of its own."""
+    """Three servers and a Redis, each on its own host."""
 
     def __init__(self, folder: Path, interval: float, ttl: float, workers: int = 1) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class World(ExitStack[None]):
 
     @contextmanager
     def guest(self, number: int, total: int) -> Iterator[None]:
-        """Connect a further client; its server counts it at once, above the given total."""
+        """Connect another client; its server counts it at once, on top of the given total."""
         member = self.members[number]
         member.watcher.allow(total, total + 1)
         with member.server.client() as client:
@@ -97,7 +97,7 @@ class World(ExitStack[None]):
             with self.guest(number, total):
                 assert watcher.says(total + 1)
                 watcher.allow(total, total + 1)
-            until(lambda: watcher.says(total), f"{total} again", PATIENCE)
+            until(lambda: watcher.says(total), f"the server reports {total} again", PATIENCE)
             watcher.allow(total)
 
     def last_reported_at(self, number: int) -> float:
@@ -110,7 +110,7 @@ class World(ExitStack[None]):
         """Wait until the remaining servers count only themselves."""
         left = sum(member.share for member in staying)
         for watcher in [member.watcher for member in staying]:
-            until(partial(watcher.says, left), f"only {left} are left", self.ttl + LIMIT)
+            until(partial(watcher.says, left), f"only {left} clients are counted", self.ttl + LIMIT)
             watcher.allow(left)
             dropped_at = next(
                 a.asked for a in watcher.answers if a.asked > since and a.clients == left
@@ -122,14 +122,14 @@ class World(ExitStack[None]):
 def shared_world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    """One world for all tests that leave it as it was."""
+    """One world for all tests that restore it."""
     with World(tmp_path_factory.mktemp("world"), *request.param) as running:
         yield running
 
 
 @pytest.fixture
 def world(shared_world: World) -> World:
-    """The shared world without faults, even if the test before has failed."""
+    """The shared world without faults, even if the previous test failed."""
     shared_world.cluster.start_over()
     return shared_world
 
@@ -165,7 +165,9 @@ def test_a_server_that_is_cut_off_counts_its_own_clients_and_is_dropped_after_it
         world.wait_until_alone(others, cut.before)
         others[1].watcher.allow(5, 6)
         with world.guest(1, 5):
-            until(lambda: others[1].watcher.says(6), "the other server counts it", HEALED)
+            until(
+                lambda: others[1].watcher.says(6), "the other server counts the new client", HEALED
+            )
             world.come_and_go(0, 10)
             for member in world.members:
                 member.watcher.allow(10 if member is cut_off else 6, 11)
@@ -208,7 +210,7 @@ def test_a_server_that_gets_no_replies_reports_once_more_and_is_then_dropped(
         member.watcher.allow(10, 5)
     with world.cut(*world.from_redis(0)) as cut:
         last_reported_at = world.last_reported_at(0)
-        # A heartbeat is stamped when it is made. On a busy machine it leaves a little later.
+        # A heartbeat is numbered when it is created. On a busy machine it leaves a little later.
         assert last_reported_at >= cut.after - 0.25 * PATIENCE
         world.come_and_go(0, 10)
         world.wait_until_alone(others, last_reported_at)
@@ -307,7 +309,7 @@ def stop_without_leaving(server: Running) -> None:
 def test_servers_that_end_while_cut_off_leave_the_count_for_good(
     tmp_path: Path, notes: Notes
 ) -> None:
-    """Their last heartbeats must stay lost: the kernel must not send them again later."""
+    """Their last heartbeats must stay lost: the kernel must not retransmit them later."""
     with World(tmp_path, *QUICK) as world:
         cluster, (killed, stopped, third) = world.cluster, world.members
         with world.cut(*world.to_redis(0), *world.from_redis(0)):
@@ -333,7 +335,7 @@ def test_servers_that_end_while_cut_off_leave_the_count_for_good(
 def another_elected(network: Network, sentinels: Sentinels) -> Iterator[Redis]:
     """The first Redis and its Sentinel are cut off from the others, which elect another primary.
 
-    In the end the first one follows it.
+    Finally the first one follows it.
     """
     old, *majority = sentinels.redises
     with network.cut(*both_ways(old.host, *(each.host for each in majority))):
@@ -366,15 +368,13 @@ def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
             cluster.allow(5, 10)
         cluster.settle(HEALED)
         cluster.check()
-        notes.happened(
-            "two were primary at once; the one of the minority was demoted when all was well"
-        )
+        notes.happened("two were primary at once; the minority's was demoted after the partition")
 
 
 @pytest.mark.long
 @pytest.mark.fault("Primary cut off with its Sentinel; servers reach both sides")
 def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes: Notes) -> None:
-    """Each knows the primary from the Sentinel that is cut off with it and still names it."""
+    """Each knows the primary from the Sentinel that is cut off with it, which still names it."""
     with ExitStack() as stack:
         network = stack.enter_context(Network(2 * len(SHARES)))
         servers = network.hosts[3:]
@@ -393,7 +393,7 @@ def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes
                 )
 
             cluster.allow(*range(11))
-            until(have_moved, "all report to it")
+            until(have_moved, "all servers report to the new primary")
             cluster.settle(HEALED)
             cluster.watch(cluster.ttl)
             assert have_moved()

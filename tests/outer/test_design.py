@@ -1,4 +1,4 @@
-"""docs/design.md says what the reports say."""
+"""docs/design.md matches the reports."""
 
 import json
 import math

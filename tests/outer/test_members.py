@@ -1,6 +1,6 @@
 """The list of a cluster's servers, read from a real Redis.
 
-That holds valid or invalid values, hangs, or is away.
+The Redis holds valid or invalid values, hangs, or is unavailable.
 """
 
 import time
@@ -53,7 +53,7 @@ def report(url: str, *servers: tuple[str, int], **options: Any) -> None:
 
 
 def age_report(server: Redis, server_id: str, seconds: float) -> None:
-    """Make the last heartbeat of a server that much older."""
+    """Make the last heartbeat of a server this much older."""
     server.command("ZINCRBY", LEASES, round(-1000 * seconds), server_id)
 
 
@@ -83,7 +83,7 @@ def test_without_heartbeats_a_report_ages_by_one_interval_at_most(server: Redis)
     assert not one["is_late"]
     server.command(
         "HINCRBY", STATE, "heartbeat_at", -3_600_000
-    )  # The last heartbeat was an hour ago, so the lease clock stands still.
+    )  # The last heartbeat was an hour ago, so the lease clock has stopped.
     members = payload(server.url)
     [one] = members["servers"]
     assert one["silent_seconds"] - members["age_seconds"] == pytest.approx(
@@ -180,7 +180,7 @@ def test_a_key_of_another_program_is_an_error_and_keeps_the_last_list(
     members = Members(Config(redis_url=server.url, server_id="here"))
     assert ids(members.payload()) == ["here"]
     server.command("SET", key, "a poem")
-    until(lambda: members.payload()["trouble"], "it has been read again")
+    until(lambda: members.payload()["trouble"], "the list has been read again")
     known = members.payload()
     assert (ids(known), known["trouble"]) == (["here"], "other")
     expected = {"servers": None, "omitted_servers": 0, "age_seconds": None, "trouble": "other"}
@@ -264,7 +264,7 @@ def test_the_list_follows_servers_that_start_stop_and_die(server: Redis) -> None
     with cluster(server.url, "gserver", [*quick, "--server-id", "a", "--admin-port", "0"]) as [
         first
     ]:
-        until(lambda: ids(members_of(first)) == ["a"], "it is the only server")
+        until(lambda: ids(members_of(first)) == ["a"], "the first server is the only one")
         with Running(*options, "--server-id", "b") as second, second.client() as client:
             assert client.ask(b"WHERE") == b"b"
             until(
@@ -272,20 +272,20 @@ def test_the_list_follows_servers_that_start_stop_and_die(server: Redis) -> None
                 "the second server is listed",
             )
             second.stop()
-            until(lambda: ids(members_of(first)) == ["a"], "the second server has gone")
+            until(lambda: ids(members_of(first)) == ["a"], "the second server is not listed")
         with Running(*options, "--server-id", "0") as third:
             until(lambda: ids(members_of(first)) == ["0", "a"], "the third server is listed")
             third.kill()
             until(
                 lambda: [one["is_late"] for one in members_of(first)["servers"]] == [True, False],
-                "it is late",
+                "the third server is late",
             )
-            until(lambda: ids(members_of(first)) == ["a"], "it has expired")
+            until(lambda: ids(members_of(first)) == ["a"], "the third server has expired")
 
 
 @contextmanager
 def unavailable(server: Redis, is_hung: bool) -> Iterator[None]:
-    """Redis hangs, or is away."""
+    """Make Redis hang or unavailable."""
     if is_hung:
         server.freeze()
     else:
@@ -304,7 +304,7 @@ def test_without_redis_the_last_known_list_is_returned_at_once_with_its_age(
     server: Redis, is_hung: bool
 ) -> None:
     with cluster(server.url, "gserver", ["--server-id", "a", "--admin-port", "0"]) as [first]:
-        until(lambda: ids(members_of(first)) == ["a"], "it is listed")
+        until(lambda: ids(members_of(first)) == ["a"], "the server is listed")
         with unavailable(server, is_hung):
             members, ages, took = members_of(first), [], []
             silences = [members["servers"][0]["silent_seconds"] - members["age_seconds"]]
@@ -316,13 +316,13 @@ def test_without_redis_the_last_known_list_is_returned_at_once_with_its_age(
                 silences.append(members["servers"][0]["silent_seconds"] - members["age_seconds"])
                 assert ids(members) == ["a"]
             assert max(took) < 0.25 + 0.2 * PATIENCE
-            assert ages == sorted(ages), "the list grows older"
-            assert min(silences) >= 0, "so does the last report"
+            assert ages == sorted(ages), "the list ages"
+            assert min(silences) >= 0, "the last report ages too"
             assert max(silences) - min(silences) < 0.01
             assert members["trouble"] == ("timeout" if is_hung else "connection")
         until(
             lambda: members_of(first)["age_seconds"] < 1 and members_of(first)["trouble"] is None,
-            "it is read again",
+            "the list is read again",
         )
         assert not first.events("process.error")
 
@@ -333,7 +333,9 @@ def test_a_server_that_has_never_reached_redis_has_no_list(server: Redis) -> Non
         Running("--redis-url", server.url, "--admin-port", "0") as first,
     ):
         first.wait_for("agent.ready")
-        members = until(lambda: members_of(first)["trouble"] and members_of(first), "it was tried")
+        members = until(
+            lambda: members_of(first)["trouble"] and members_of(first), "the list was requested"
+        )
         assert members == {
             "servers": None,
             "omitted_servers": 0,

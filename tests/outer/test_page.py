@@ -86,7 +86,7 @@ def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_p
             "the page shows the server",
         )
         assert colour(window, "tls") == colour(window, "alarm", "backgroundColor"), (
-            "a certificate that expires soon is red"
+            "a certificate that expires soon is shown in red"
         )
         assert colour(window, "side") != colour(window, "tls")
         (tmp_path / "server.key").unlink()
@@ -153,7 +153,7 @@ def test_the_page_reports_when_the_server_stops_answering_and_when_it_is_back(
     with Running("--admin-port", str(port)) as server:
         window.open(page(server))
         until(lambda: window.text("state") == "ready", "the page shows the server")
-    until(lambda: window.text("state") == "unreachable", "the page reports it")
+    until(lambda: window.text("state") == "unreachable", "the page reports the outage")
     assert window.run("return document.getElementById('alarm').hidden") is False
     alarm = (
         r"No answer from the server since [0-9:]+ \(Failed to fetch\)\."
@@ -162,7 +162,7 @@ def test_the_page_reports_when_the_server_stops_answering_and_when_it_is_back(
     assert re.fullmatch(alarm, window.text("alarm"))
     with Running("--admin-port", str(port)) as server:
         server.wait_for("agent.ready")
-        until(lambda: window.text("state") == "ready", "it is back")
+        until(lambda: window.text("state") == "ready", "the page shows that the server is back")
         assert window.run("return document.getElementById('alarm').hidden") is True
 
 
@@ -212,11 +212,11 @@ def test_the_page_lists_the_servers_of_the_cluster_and_follows_them(
         table = "document.querySelector('#cluster .table')"
         assert window.run(f"return {table}.scrollWidth - {table}.clientWidth") <= 0
         second.kill()
-        until(lambda: cells(window)[0][2].endswith("late"), "the other is late")
+        until(lambda: cells(window)[0][2].endswith("late"), "the other server is late")
         store.freeze()
         try:
             known = r"Redis cannot be read \(timeout\): this list is \d+ s old"
-            until(lambda: re.fullmatch(known, window.text("servers-note")), "the page says so")
+            until(lambda: re.fullmatch(known, window.text("servers-note")), "the page reports it")
             assert "here (this server)" in [row[0] for row in cells(window)]
         finally:
             store.thaw()
@@ -236,11 +236,11 @@ def test_servers_are_unknown_until_redis_has_answered(window: Browser) -> None:
     with Running("--admin-port", "0", "--redis-url", f"redis://127.0.0.1:{free_port()}") as server:
         window.open(page(server))
         unknown = "Redis cannot be read (connection): the servers are unknown"
-        until(lambda: window.text("servers-note") == unknown, "the page says so")
+        until(lambda: window.text("servers-note") == unknown, "the page reports it")
         assert cells(window) == [[]]
 
 
-#: Replaces the earlier points of the page by one that is SECONDS old; returns what is drawn.
+#: Replaces the earlier points of the page with one that is SECONDS old; returns the drawn chart.
 DRAWN = """
 const now = points.at(-1);
 points.splice(0, points.length - 1, {...now, at: now.at - SECONDS * 1000, rate: 5});

@@ -1,6 +1,6 @@
 """`--user`: the ids and capabilities of every thread of every process, as /proc shows them.
 
-Takes root.
+This needs root.
 """
 
 import os
@@ -20,8 +20,8 @@ from lab.certificates import make_certificates
 from lab.running import LIMIT, Client, Running, argv, gserver, program, unavailable, until
 
 UID, GID, OTHER_GID, KEY_GID = 64123, 64124, 64125, 64126
-#: Runs a command in mounts of its own, with users and groups that this machine does not have and a
-#: Python that they may execute.
+#: Runs a command in a private mount namespace, with users and groups that this machine does not
+#: have, and a Python that they may execute.
 START = f"""
 set -eu
 folder=$1 base=$2 packages=$3 repository=$4
@@ -52,7 +52,7 @@ def id(service):
     return subprocess.run(["/opt/files/id"], capture_output=True, text=True).stdout.strip()
 """
 
-#: Tries to become each of its arguments, and prints the errors and then what it is.
+#: Tries to become each of its arguments; prints the errors, then its own status.
 BECOME = """
 import sys
 from gserver.errors import FatalError
@@ -68,7 +68,7 @@ print(open("/proc/self/status").read())
 
 @pytest.fixture
 def start(tmp_path: Path) -> list[str]:
-    """The beginning of a command that runs with those users."""
+    """The start of a command that runs with these users."""
     if os.geteuid() != 0:
         unavailable("only root may become another user")
     (tmp_path / "passwd").write_text(f"gserver-test:x:{UID}:{GID}::/:/bin/false\n")
@@ -119,7 +119,7 @@ def assert_is(status: dict[str, str], uid: int, gid: int, groups: set[int]) -> N
 
 
 def assert_is_the_user(server: Running, processes: int) -> None:
-    """Look at each thread of each process."""
+    """Check each thread of each process."""
     family = (psutil.Process(server.pid), *psutil.Process(server.pid).children())
     assert len(family) == processes
     for process in family:
@@ -139,12 +139,12 @@ def test_a_low_port_is_served_by_another_user_permanently(start: list[str], tmp_
         server.wait_for("agent.ready")
         assert_is_the_user(server, 4)
         assert Path(f"/proc/{server.pid}/mem").stat().st_uid == 0, (
-            "the supervisor has the key: only root may look"
+            "the supervisor holds the key: only root may look into it"
         )
         with server.client() as client:
             assert (server.port, client.who()) == (port, 1)
             assert re.match(rb"uid=64123\S+ gid=64124\S+ groups=", client.ask(b"ID")), (
-                "though that is root's, and setuid"
+                "although the program belongs to root and is setuid"
             )
         for child in (*server.workers(), *server.agents()):
             child.kill()
@@ -214,7 +214,7 @@ def test_a_passed_socket_is_taken_before_privileges_are_dropped(start: list[str]
     with Running(
         "--user", "gserver-test", command=[*start, *activate, *SERVE], wait=False
     ) as server:
-        until(lambda: any("Listening" in line for line in server.errors), "it listens")
+        until(lambda: any("Listening" in line for line in server.errors), "systemd listens")
         with Client(port) as client:
             assert client.who() == 1
             assert_is_the_user(server, 2)
@@ -236,7 +236,7 @@ def test_a_group_or_numbers_may_be_named(
     assert_is(fields(run([*start, SERVE[0], "-c", BECOME, user])), uid, gid, groups)
 
 
-# What is rejected.
+# Rejected users.
 
 
 def test_an_unknown_user_and_root_are_refused(start: list[str]) -> None:
@@ -244,7 +244,7 @@ def test_an_unknown_user_and_root_are_refused(start: list[str]) -> None:
     users += ["4294967295:64124", "64123:4294967295", "99999999999:64124", "-1:64124", "9" * 5000]
     said = run([*start, SERVE[0], "-c", BECOME, *users]).splitlines()
     assert said[: len(users)] == [f"2 --user {user}: {UNKNOWN}" for user in users]
-    assert fields("\n".join(said))["Uid"] == "0\t0\t0\t0", "it is still root"
+    assert fields("\n".join(said))["Uid"] == "0\t0\t0\t0", "the process is still root"
     done = gserver("--port", "0", "--user", "no-such-user")
     expected = (2, "", f"gserver: --user no-such-user: {UNKNOWN}\n")
     assert (done.returncode, done.stdout, done.stderr) == expected

@@ -1,4 +1,4 @@
-"""What holds between processes: lifetimes, secrets, environments, and limits of open files."""
+"""Relations between processes: lifetimes, secrets, environments, and limits of open files."""
 
 import mmap
 import os
@@ -30,7 +30,7 @@ def program(service):
 def nothing_left(folder: Path, limit: float) -> Iterator[None]:
     """All processes that were started for this folder end within the limit after the body.
 
-    Those that do not are killed.
+    The rest are killed.
     """
     try:
         yield
@@ -44,8 +44,8 @@ def test_no_process_outlives_a_supervisor_killed_during_its_start(tmp_path: Path
     for step in range(8):
         options = ("--workers", "2", "--statsd-host", "127.0.0.1")
         with Running(*options, env={"MARK": str(tmp_path)}, wait=False) as server:
-            time.sleep(0.05 * step)  # The moment is the test.
-            # On a busy machine a child takes a while to look for its parent.
+            time.sleep(0.05 * step)  # The test varies this moment.
+            # On a busy machine a child takes a while to check for its parent.
             with nothing_left(tmp_path, LIMIT):
                 server.process.kill()
 
@@ -90,7 +90,7 @@ def environment(service):
 
 
 def memory_of(process: psutil.Process) -> bytes:
-    """All that a process may write to: heap, stacks, and anonymous or private mappings."""
+    """All writable memory of a process: heap, stacks, and anonymous or private mappings."""
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     found = []
     with open(f"/proc/{process.pid}/mem", "rb", buffering=0) as mem:
@@ -151,7 +151,7 @@ def test_programs_of_handlers_get_the_operators_pythonpath(
     (tmp_path / "modules").mkdir()
     folder = "modules" if operators and operators.startswith("modules") else "."
     (tmp_path / folder / "extra.py").write_text(ENVIRONMENT)
-    if script is GSERVER:  # Without a script, the operator has to name the package's folder.
+    if script is GSERVER:  # Without a script, the operator must name the package's folder.
         operators = ":".join(filter(None, (str(ROOT), operators)))
     setting = ["-u", "PYTHONPATH"] if operators is None else [f"PYTHONPATH={operators}"]
     command = [program("env"), *setting, *script, "serve", "--port", "0"]

@@ -1,4 +1,4 @@
-"""docs/reliability.md says what the reports say, and its sums are right."""
+"""docs/reliability.md matches the reports, and its sums are right."""
 
 import json
 import math
@@ -44,7 +44,7 @@ SEED = draw()
 
 def test_the_page_matches_the_reports() -> None:
     for mark, text in page.sections().items():
-        assert page.block(mark, text) in TEXT, f"{mark}: bin/availability --write does it"
+        assert page.block(mark, text) in TEXT, f"{mark}: run bin/availability --write"
 
 
 def test_every_mark_of_the_page_has_an_end_and_every_section_a_mark() -> None:
@@ -72,12 +72,12 @@ def test_every_fault_has_a_rate_with_its_reason() -> None:
 
 def test_the_sums_match_a_calculation_by_hand() -> None:
     assert round(BUDGET_SECONDS) == 1296
-    # Once a month, 10 s of a third of all; the second of three takes 12 s of half of all, the third
-    # hits nobody.
+    # Once a month, 10 s for a third of all requests. The second of three trials takes 12 s for half
+    # of them, and the third affects none.
     rate = Rate(365 / 30, "")
     trials = [Outage(10, 1 / 3, 0.1), Outage(12, 1 / 2, 0), Outage(0, 0)]
     assert cost(rate, trials) == pytest.approx(Cost(10 / 3, 6, 1))
-    # What lasts a minute, and 10 s to recover from, hits all for so long.
+    # A fault of a minute with a recovery of 10 s affects all requests for that time.
     assert cost(rate, trials, 60).median == pytest.approx(70)
     assert in_window(12, 100) == pytest.approx(98.63, abs=0.01)
     assert availability(1296) == "99.95 %"
@@ -85,9 +85,9 @@ def test_the_sums_match_a_calculation_by_hand() -> None:
 
 
 def test_the_probability_of_a_missed_budget_matches_a_calculation_by_hand() -> None:
-    # One cause: more than two of them, of which one comes on average.
+    # One cause: more than two events, with a mean of one.
     assert missed([(1.0, 10)], 29) == pytest.approx(1 - math.exp(-1) * (1 + 1 + 1 / 2))
-    # Two causes: anything but none, one or two short ones, or one long one.
+    # Two causes: anything except no event, one or two short ones, or one long one.
     allowed = math.exp(-0.5) * math.exp(-0.2) * (1 + 0.5 + 0.5**2 / 2 + 0.2)
     assert missed([(0.5, 10), (0.2, 20)], 20) == pytest.approx(1 - allowed)
 
@@ -120,7 +120,7 @@ def test_the_sum_of_the_page_is_the_sum_of_its_rows() -> None:
         f"| single faults and planned work, worst | {lost:.2f} "
         f"| {100 * lost / 1296:.1f} % | 99.9999 % |" in table
     )
-    # A server that is cut off would fail a third of the requests.
+    # A cut-off server would fail a third of the requests.
     needing_redis = lost + common + (12 * 1801 + 24 * 10 + 12 * 306 / 3) * 30 / 365
     assert f"| the same, if replies needed Redis | {needing_redis:,.0f} |" in table
 
@@ -155,7 +155,10 @@ def test_a_probe_with_any_other_reply_has_failed() -> None:
     with Running("--max-clients", "1", "--admin-port", "0") as server, server.client() as only:
         assert only.who() == 1
         probes = Child("proof.probes", "127.0.0.1", server.port)
-        until(lambda: status(server)["error_replies"]["too_many_clients"] > 20, "some were refused")
+        until(
+            lambda: status(server)["error_replies"]["too_many_clients"] > 20,
+            "some requests were rejected",
+        )
         text = probes.result()
     assert {tries for _, tries in text} == {0}
 
@@ -209,10 +212,10 @@ def test_a_fault_is_one_row_with_its_survived_cases_and_figure_ranges() -> None:
     cases = [
         case(
             "Flood",
-            happened=["9 came", "all left"],
+            happened=["9 connected", "all left"],
             measured={"p99": [0.5, "ms"], "replies": [7, ""]},
         ),
-        case("Flood", happened=["8 came"], measured={"p99": [2, "ms"]}),
+        case("Flood", happened=["8 connected"], measured={"p99": [2, "ms"]}),
         case("Frost", "SKIPPED", happened=[], measured={}, why="needs root"),
         case("Flood", "FAILED", happened=[], measured={}),
     ]

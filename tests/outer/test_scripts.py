@@ -1,8 +1,7 @@
 """bin/*, the Procfile and the package: from a fresh clone to a server, on real copies of this
 repository.
 
-No copy has `.venv` at first. What installs packages is done once for the file and copied from
-there.
+A copy has no `.venv` at first. Packages are installed once for the file, and copied from there.
 """
 
 import os
@@ -22,10 +21,10 @@ import pytest
 
 from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, argv, program, until
 
-#: An installation downloads, and compiles what it has got.
+#: An installation downloads packages and compiles bytecode.
 INSTALL_LIMIT = 120 * PATIENCE
 SCRIPTS = [*sorted((ROOT / "bin").iterdir()), ROOT / ".ci/run"]
-#: What the scripts need beside Python.
+#: The programs that the scripts need besides Python.
 TOOLS = argv("bash cat cmp cp dirname env flock id mkdir readlink rm sh")
 #: With these, pip finds nothing to install.
 NO_PACKAGES = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
@@ -34,7 +33,7 @@ OWN_BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class SetUp:
-    """A copy in which bin/setup was run, and what that said."""
+    """A copy in which bin/setup was run, and its output."""
 
     root: Path
     done: subprocess.CompletedProcess[str]
@@ -45,7 +44,7 @@ class SetUp:
 
 
 def _copy(root: Path) -> Path:
-    """Copy what is in the repository or would be with the next commit, as a clone would."""
+    """Copy the files of the repository, including uncommitted ones, as a clone would."""
     listed = subprocess.run(
         [program("git"), "ls-files", "-co", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -60,7 +59,7 @@ def _copy(root: Path) -> Path:
 
 
 def _clean(*path: Path, **extra: str) -> dict[str, str]:
-    """An environment with a PATH, a home and what pip needs to reach its packages; no more."""
+    """An environment with only a PATH, a home, and the settings that pip needs."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -103,13 +102,13 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy where nothing is set up, and nothing will be."""
+    """A copy that is never set up."""
     return _copy(tmp_path_factory.mktemp("clone") / "never set up")
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory, bare: Path, tools: Path) -> SetUp:
-    """A copy that was set up, in a clean environment, in a folder with a blank in its name."""
+    """A copy that was set up in a clean environment, in a folder with a blank in its name."""
     root = _copy(tmp_path_factory.mktemp("clone") / "set up")
     return SetUp(root, _run(root / "bin/setup", env=_clean(bare, tools), cwd=root.parent))
 
@@ -125,7 +124,7 @@ def another(ready: SetUp, tmp_path: Path) -> Path:
 def _serving(
     *command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> Running:
-    """The server that a script starts; nothing of this test's own Python helps it."""
+    """The server that a script starts, without this test's own Python."""
     return Running(
         "--port",
         "0",
@@ -160,14 +159,14 @@ def test_setup_makes_a_virtualenv_and_reports_it(ready: SetUp) -> None:
 
 
 def test_setup_installs_exactly_the_pinned_packages(ready: SetUp) -> None:
-    # Names are the same whatever their case, with - or _.
+    # Names are compared without case, with - equal to _.
     freeze = (
         _run(ready.python, "-m", "pip", "freeze", env=_clean()).stdout.lower().replace("_", "-")
     )
     wanted = [
         line for line in (ROOT / "requirements.txt").read_text().splitlines() if ";" not in line
     ]
-    # A line with a marker is for some Pythons only.
+    # A line with a marker applies only to some Pythons.
     assert sorted(
         line for line in freeze.split() if not line.startswith("async-timeout")
     ) == sorted(wanted)
@@ -199,7 +198,7 @@ def test_a_symlink_in_another_folder_serves_without_a_child_process(
     ready: SetUp, tmp_path: Path
 ) -> None:
     (tmp_path / "g").symlink_to(ready.root / "bin/gserver")
-    (tmp_path / "click.py").write_text("raise SystemExit('this file is not what was meant')\n")
+    (tmp_path / "click.py").write_text("raise SystemExit('the wrong file was imported')\n")
     (tmp_path / "ours.py").write_text(
         "import gserver\nfrom gserver.commands import command\n"
         "@command('FROM')\ndef whence(service): return gserver.__file__\n"
@@ -287,7 +286,7 @@ def test_a_python_with_other_versions_of_the_packages_is_not_used(
     (root / "requirements.txt").write_text(
         re.sub(r"^click==.*$", "click==1.0", pins, flags=re.MULTILINE)
     )
-    (root / ".venv.lock").mkdir()  # So that it ends where it would begin to make a virtualenv.
+    (root / ".venv.lock").mkdir()  # Makes it stop where it would create a virtualenv.
     done = _run(root / "bin/setup", env=_clean(OWN_BIN, tools))
     assert (done.returncode, done.stdout) == (1, "")
     assert (
@@ -299,9 +298,7 @@ def test_a_python_with_other_versions_of_the_packages_is_not_used(
 def test_a_virtualenv_with_an_inaccessible_python_is_reported_in_one_line(
     tools: Path, tmp_path: Path
 ) -> None:
-    """As when it was made with a Python in somebody's home. It is told without any other Python
-    too.
-    """
+    """The virtualenv's Python is in another user's home. The report needs no other Python."""
     root = _copy(tmp_path / "copy")
     python = root / ".venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -355,7 +352,7 @@ def test_an_unusable_python3_is_skipped_for_a_newer_one(
 def test_a_python_that_cannot_make_virtualenvs_is_reported_in_one_line(
     tools: Path, tmp_path: Path
 ) -> None:
-    """As on Debian without python3-venv: the same Python from the same files, less ensurepip."""
+    """As on Debian without python3-venv: the same Python and files, without ensurepip."""
     ours, stdlib = tmp_path / "python", Path(sysconfig.get_path("stdlib"))
     library = ours / stdlib.relative_to(sys.base_prefix)
     library.mkdir(parents=True)
@@ -373,7 +370,7 @@ def test_a_python_that_cannot_make_virtualenvs_is_reported_in_one_line(
     assert not (root / ".venv").exists()
 
 
-# What is interrupted, changed, or done twice at once.
+# Interruptions, changes and simultaneous runs.
 
 
 def test_a_killed_setup_is_repaired_by_the_next(bare: Path, tools: Path, tmp_path: Path) -> None:
@@ -386,7 +383,7 @@ def test_a_killed_setup_is_repaired_by_the_next(bare: Path, tools: Path, tmp_pat
         start_new_session=True,
     )
     python = root / ".venv/bin/python"
-    until(python.exists, "the virtualenv has begun", INSTALL_LIMIT)
+    until(python.exists, "the virtualenv is being created", INSTALL_LIMIT)
     os.killpg(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     done = _run(root / "bin/setup", env=_clean(bare, tools))
@@ -405,7 +402,7 @@ def test_a_killed_installation_is_repaired_by_the_next(
     assert packages.is_relative_to(another)
     for entry in packages.glob("click*"):
         shutil.rmtree(entry)
-    for expected in ("gserver: installed", ""):  # The second time there is nothing to do.
+    for expected in ("gserver: installed", ""):  # The second run has nothing to do.
         done = _run(another / "bin/setup", env=_clean(bare, tools))
         assert (done.returncode, done.stdout) == (0, f"{python}\n"), done.stderr
         assert (done.stderr.splitlines() or [""])[-1] == expected
@@ -447,8 +444,7 @@ def test_a_failed_setup_is_reported_every_time_and_not_trusted(
         assert (done.returncode, done.stdout) == (1, "")
         message = "gserver: the packages could not be installed: see above, and run this again"
         assert done.stderr.splitlines()[-1] == message
-    # Back to the old pins: what is there now may be half of the new ones, so it is looked through
-    # again.
+    # Back to the old pins: the installed packages may be a mix, so they are checked again.
     (another / "requirements.txt").write_text(pins)
     done = _run(another / "bin/setup", env=_clean(bare, tools))
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "gserver: installed")
@@ -539,7 +535,7 @@ def test_a_process_runner_serves_on_all_addresses_and_stops_cleanly(
             "".join(honcho.lines),
         )
 
-    port = int(until(found, f"it listens: {honcho.lines} {honcho.errors}")[1])
+    port = int(until(found, f"the server listens: {honcho.lines} {honcho.errors}")[1])
     with Client(port) as one, Client(port, host="127.0.0.2") as two:
         assert one.ask(b"WHY") == two.ask(b"WHY") == b"42"
         processes = _descendants(honcho.pid)
@@ -547,7 +543,7 @@ def test_a_process_runner_serves_on_all_addresses_and_stops_cleanly(
         assert any(package in process.cmdline() for process in processes)
         honcho.send_signal(signal.SIGINT)
         assert one.rest() == two.rest() == b""
-    assert honcho.exit_code() == 130  # What honcho says of a Ctrl-C, whatever its programs say.
+    assert honcho.exit_code() == 130  # honcho's exit code for Ctrl-C, whatever its programs return.
     assert any(line.rstrip().endswith("web.1 stopped (rc=0)") for line in honcho.lines), (
         honcho.lines
     )
@@ -569,7 +565,7 @@ def test_one() -> None:
 
 @pytest.fixture
 def tested(tmp_path: Path) -> Path:
-    """A copy with one test, which passes. What imports tests goes with them."""
+    """A copy with one test, which passes. Modules that import tests are removed too."""
     root = _copy(tmp_path / "tested")
     shutil.rmtree(root / "tests")
     (root / "tests").mkdir()
@@ -655,7 +651,7 @@ NAMES = sorted(path.name for path in (ROOT / "bin").iterdir() if path.name != "g
 
 @pytest.mark.parametrize("script", NAMES)
 def test_each_script_has_help_that_does_nothing_else(script: str, tmp_path: Path) -> None:
-    """In a copy without a virtualenv, and with no more programs than bash has by itself."""
+    """In a copy without a virtualenv, and with bash builtins only."""
     (tmp_path / "bin").mkdir()
     shutil.copy(ROOT / "bin" / script, tmp_path / "bin")
     for arguments in (["--help"], ["-h"]):

@@ -1,4 +1,4 @@
-"""A soak sees what is wrong, a short one goes well, and its page is that of its report."""
+"""A soak finds what is wrong, a short one finds nothing, and its page matches its report."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ REPORT = ROOT / "proof/results/soak.json"
 
 
 def report(held: Callable[[int], list[int]], count: int = 40) -> Report:
-    """One of so many censuses, in which one process held what is said for each."""
+    """A report of `count` censuses, in which one process held `held(number)`."""
     censuses = [
         {"at": n, "clients": 6, "who": {"one": 6, "two": 6}, "held": {"one": held(n)}}
         for n in range(count)
@@ -102,15 +102,15 @@ def test_wrong_replies_lost_connections_and_deaths_are_found(tmp_path: Path, pem
     member = SoakedMember("here", folder)
     load = Load([member], SEED)
     try:
-        until(lambda: {*clients(member.server).values()} == {0}, "its first crowd has gone")
+        until(lambda: {*clients(member.server).values()} == {0}, "its first crowd has left")
         load.may_call.set()
         load.are_served()
         assert not load.problems()
         assert not member.problems()
         assert {*load.kinds} == {*KINDS}
-        for worker in member.server.workers():  # One alone may have nobody.
+        for worker in member.server.workers():  # A single worker may have no clients.
             worker.kill()
-        until(lambda: load.replies["lost"], "a loss is noted")
+        until(lambda: load.replies["lost"], "a lost connection is counted")
         load.are_served()
         assert any("lost: " in text for text in load.problems()), SEED
         assert member.problems() == ["here: 2 processes died by themselves"]
@@ -118,7 +118,7 @@ def test_wrong_replies_lost_connections_and_deaths_are_found(tmp_path: Path, pem
         load.problems()
         member.name = "elsewhere"
         load.may_call.set()
-        errors = until(load.problems, "a wrong reply is noted")
+        errors = until(load.problems, "a wrong reply is reported")
         assert any("b'WHERE' was answered b'here'" in text for text in errors), errors
     finally:
         load.stop()

@@ -46,7 +46,7 @@ def test_status_exits_with_0_only_if_all_servers_are_ready(here: Running) -> Non
     first, row, title = done.stdout.splitlines()[:3]
     assert first.split()[:3] == ["admin", "port", "state"]
     assert row.split()[:2] == [address(here), "ready"]
-    assert row.split()[4:6] == ["0", "0"], "it has looked twice: there are rates"
+    assert row.split()[4:6] == ["0", "0"], "it has polled twice: rates are known"
     assert title.split()[1:3] == [address(here), "here"]
     done = gserver("status", "--admin", address(here), "--admin", UNUSED)
     assert (done.returncode, done.stderr) == (1, "")
@@ -132,7 +132,7 @@ def test_top_on_a_terminal_is_a_full_screen_until_ctrl_c(here: Running) -> None:
             assert time.monotonic() < end
             if select.select([keyboard], [], [], 0.1)[0]:
                 seen += os.read(keyboard, 65536)
-        assert b"\x1b[?1049h" in seen  # a screen of its own
+        assert b"\x1b[?1049h" in seen  # the alternate screen
         assert b"Press Ctrl-C to quit" in seen
         process.send_signal(2)
         assert process.wait(LIMIT) == 1
@@ -141,7 +141,7 @@ def test_top_on_a_terminal_is_a_full_screen_until_ctrl_c(here: Running) -> None:
                 seen += os.read(keyboard, 65536)
             except OSError:
                 break
-        assert b"\x1b[?1049l" in seen  # and the old one is back
+        assert b"\x1b[?1049l" in seen  # the normal screen is restored
         assert b"Traceback" not in seen
     finally:
         process.kill()
@@ -163,7 +163,7 @@ def test_the_servers_of_a_cluster_are_shown_once_for_several_targets(tmp_path: P
         for server in servers:
             server.wait_for("agent.ready")
         watched = [word for server in servers[:2] for word in ("--admin", address(server))]
-        done = until(lambda: shown(watched, ["c", "1"]), "the client is told of")
+        done = until(lambda: shown(watched, ["c", "1"]), "the client is shown")
     assert done.stdout.count("servers of cluster east") == 1
     table = [
         line.strip("│ ").split()
@@ -175,7 +175,7 @@ def test_the_servers_of_a_cluster_are_shown_once_for_several_targets(tmp_path: P
 
 
 def shown(options: list[str], row: list[str]) -> subprocess.CompletedProcess[str] | None:
-    """What `status` shows, if a line of it begins with these words."""
+    """The run of `status`, if a line of its output begins with these words."""
     done = gserver("status", *options)
     return (
         done
@@ -274,13 +274,13 @@ def test_texts_from_a_server_are_not_treated_as_markup() -> None:
 
 
 def screen(members: dict[str, Any] | None) -> str:
-    """What is shown of a server that tells this of its cluster."""
+    """The screen for a server with these members of its cluster."""
     config = Config(server_id="here", redis_url="redis://x")
     return shown_of(Target("x", now=describe(config, Scoreboard.create(2), members)))
 
 
 def shown_of(watched: Target, *, colours: bool = False) -> str:
-    """What is shown of one server, on 80 columns."""
+    """The screen for one server, with 80 columns."""
     console = Console(
         width=80, file=io.StringIO(), record=True, force_terminal=True, color_system="standard"
     )
