@@ -1,4 +1,4 @@
-"""The ways in which clients go, the bad ones included.
+"""The ways in which clients leave, including bad ones.
 
 Their server needs `fail`, `end_greenlet` and `nap` of `lab.commands`.
 """
@@ -16,17 +16,17 @@ def nothing(_: Client) -> bytes:
 
 
 class Way(NamedTuple):
-    """A way in which a client goes."""
+    """A way in which a client leaves."""
 
     name: str
-    often: int  #: of 100
+    often: int  #: weight, of 100
     sent: bytes
     read: Callable[[Client], bytes]
     replies: bytes
     is_reset: bool = False
 
     def go(self, client: Client) -> bytes:
-        """Go in this way; return all that the client was told."""
+        """Leave in this way; return everything that the client received."""
         client.send(self.sent)
         received = self.read(client)
         if self.is_reset:
@@ -46,6 +46,6 @@ WAYS = [
     Way("browses", 8, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", Client.rest, b""),
     Way("meets a failure", 4, b"FAIL\n", Client.line, b"ERR internal\n"),
     Way("meets an exit", 1, b"EXIT\n", Client.line, b"ERR internal\n"),
-    # It leaves many replies unread: the server's next one meets a reset.
+    # It leaves many replies unread, so the server's next one causes a reset.
     Way("vanishes", 5, b"NAP\n" + b"WHY\n" * 1000, nothing, b""),
 ]

@@ -1,4 +1,4 @@
-"""A steady cluster with its Redis and the network between them, and how it survives a fault."""
+"""A steady cluster with its Redis and the network between them, and its test under a fault."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ Fault = Callable[[World], AbstractContextManager[None]]
 
 
 def lasting(name: str, kind: str, fault: RedisFault, seconds: float = 0, ttls: float = 0) -> Fault:
-    """A fault that every server notices as an error of this kind, and that lasts so long."""
+    """A fault of this length that every server notices as an error of this kind."""
 
     @contextmanager
     def begin(world: World) -> Iterator[None]:
@@ -71,7 +71,7 @@ def lasting(name: str, kind: str, fault: RedisFault, seconds: float = 0, ttls: f
 
 
 def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes) -> None:
-    """Go through a fault, which ensures that it happens; then count one more client."""
+    """Go through a fault, which checks that it happens; then count one more client."""
     cluster.start_over()
     began, answers, descriptors, resident = (
         time.monotonic(),
@@ -89,7 +89,9 @@ def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes)
         cluster.settle()
     cluster.assert_as_quick_as_alone(began)
     cluster.check()
-    until(lambda: cluster.descriptors() == descriptors, "as many descriptors are open as before")
+    until(
+        lambda: cluster.descriptors() == descriptors, "the number of open descriptors is as before"
+    )
     grown = cluster.resident() - resident
     assert grown < KEPT_BYTES * len(descriptors) * PATIENCE, (
         f"{grown} bytes of memory more than before"

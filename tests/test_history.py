@@ -204,7 +204,7 @@ def test_a_violation_names_the_reply_its_time_and_the_allowed_values() -> None:
     verdict = check([*TWO_SERVERS, *B_CHANGE, Answer("a", 12.05, 12.06, 9, 1)], PROMISE)
     assert str(verdict) == (
         "1 of 1 replies broke the promise; 0 had to be exact\n"
-        "a, asked 12.050..12.060 by client 1, said 9; allowed are 3..4: "
+        "a, asked 12.050..12.060 by client 1, replied 9; allowed are 3..4: "
         "a 1..1 since 12.050, b 2..3 since 11.300"
     )
 

@@ -236,7 +236,7 @@ def test_the_lines_of_a_thousand_clients_are_answered_at_a_stop(
         site.server.send_signal(signal.SIGTERM)
         outputs = list(pool.map(Client.rest, clients))
     assert [len(text) / len(b"42\n") for text in outputs] == lines
-    notes.happened(f"{len(outputs)} clients were outputs {sum(lines)} replies, then a clean end")
+    notes.happened(f"{len(outputs)} clients got {sum(lines)} replies, then a clean close")
     assert site.server.exit_code() == 0
     assert not left_over(tmp_path)
 
