@@ -281,10 +281,10 @@ def test_the_true_count_changes_in_the_middle_of_its_possible_time() -> None:
     [
         ("timeline", "This needs root: it makes network namespaces."),
         ("availability --measure", "This needs root: it makes network namespaces."),
-        ("availability --only worker", "Error: --only is for --measure, without --write"),
+        ("availability --only worker", "Error: --only needs --measure, and excludes --write"),
         (
             "availability --measure --only zzz",
-            "Error: Invalid value for --only: no fault is named so: ",
+            "Error: Invalid value for --only: no such fault; the faults are: ",
         ),
     ],
 )

@@ -42,7 +42,7 @@ def report(held: Callable[[int], list[int]], count: int = 40) -> Report:
 def test_constant_figures_are_not_a_leak() -> None:
     steady = report(lambda n: [30_000_000 + n % 7 * 4096, 12, 5])
     assert not list(problems(steady))
-    assert "All was well." in render(steady)
+    assert "Nothing was wrong." in render(steady)
 
 
 def test_growth_during_warm_up_or_in_a_new_process_is_not_a_leak() -> None:
@@ -78,7 +78,10 @@ def test_memory_may_grow_up_to_a_limit() -> None:
 
 
 def test_figures_that_were_not_judged_are_not_reported_as_good() -> None:
-    for count, verdict in ((40, "All was well."), (8, "Memory was not judged: too short.")):
+    for count, verdict in (
+        (40, "Nothing was wrong."),
+        (8, "Memory was not judged: the soak was too short."),
+    ):
         assert verdict in render(report(lambda n: [30_000_000, 12, 5], count))
 
 
@@ -93,7 +96,7 @@ def test_a_wrong_count_between_faults_is_found() -> None:
     for who in ({"one": 6, "two": 5}, {"one": 5, "two": 5}):
         wrong = report(lambda n: [30_000_000, 12, 5])
         wrong["censuses"][3]["who"] = who
-        assert list(problems(wrong)) == [f"at 3 s, with 6 clients, WHO said {who}"]
+        assert list(problems(wrong)) == [f"at 3 s, with 6 clients, WHO replied {who}"]
 
 
 def test_wrong_replies_lost_connections_and_deaths_are_found(tmp_path: Path, pems: Path) -> None:
