@@ -341,8 +341,8 @@ def test_a_client_that_sends_while_the_worker_is_stalled_is_not_idle(napping: Ru
 # ConnectionResetError.
 
 MUCH = b"more\n" * 200_000
-#: The server, what the client sends, whether more comes at once or after it was told, and its last
-#: lines.
+#: The server, the client's input, whether more follows at once or after the reply, and the last
+#: lines that the client reads.
 CLOSINGS = {
     "too long": ("server", b"WHY\n" + b"x" * 2000, True, b"42\nERR line too long\n"),
     "like HTTP": ("server", b"POST / HTTP/1.1\r\n", True, b""),

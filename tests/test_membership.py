@@ -267,8 +267,8 @@ class World:
             server.membership.remote_clients,
         )
         if reply.holder != server.incarnation:
-            # An earlier incarnation, which a backup has brought back. Here it is known at once what
-            # `DuplicateIdDetector` finds out in two intervals.
+            # An earlier incarnation from a backup. The simulation knows this at once;
+            # `DuplicateIdDetector` finds it out in two intervals.
             server.replaced_incarnation, server.acked_sequence = reply.holder, 0
             server.membership.apply_rejected(reply)
             return

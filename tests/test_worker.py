@@ -138,7 +138,11 @@ def test_who_is_exact_after_10000_clients_that_left_in_every_way(
     seen = sums["clients_accepted"] + sums["error_replies.too_many_clients"]
     assert abs(seen - 10_000 - askers) <= kills
     if not kills:
-        reasons = {"browses": "http", "says too much": "line_too_long", "is slow": "too_slow"}
+        reasons = {
+            "sends HTTP": "http",
+            "sends a long line": "line_too_long",
+            "is slow": "too_slow",
+        }
         for way, name in reasons.items():
             assert sums[f"error_replies.{name}"] == became[way]
 

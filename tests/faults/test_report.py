@@ -16,7 +16,7 @@ import signal
 import pytest
 from lab.running import Running
 
-@pytest.mark.fault("Somebody waits for ever")
+@pytest.mark.fault("A test waits endlessly")
 @pytest.mark.parametrize("number", range(2))
 def test_it(number: int) -> None:
     try:

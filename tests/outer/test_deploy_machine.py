@@ -100,7 +100,7 @@ def test_a_pod_has_time_for_a_lame_duck_before_it_is_killed() -> None:
     assert delay + 2 * timeout < pod["terminationGracePeriodSeconds"]
     readiness = container()["readinessProbe"]
     assert readiness["periodSeconds"] * readiness["failureThreshold"] < delay, (
-        "Kubernetes knows by then that it is unready"
+        "Kubernetes knows that the pod is unready before the port closes"
     )
 
 
