@@ -57,6 +57,11 @@ EQUIVALENT = {
         "self._phase_after_delay = Phase.DRAINING -> pass",
     ): ("it is read only after a delay, which sets it"),
     ("self._last_number = 0", "0 -> 1"): "the numbers of generations are only compared",
+    ("self._last_number += 1", "1 -> 2"): "the numbers of generations are only compared",
+    (
+        "if generation.number >= self._proven.number:",
+        "generation.number >= self._proven.number -> (generation.number > self._proven.number)",
+    ): "generations with the same number are the same one",
     ('self._key = scoreboard.get("address_key").to_bytes(8)', "8 -> 9"): (
         "a leading zero makes another key, which is as random"
     ),
