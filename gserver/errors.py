@@ -7,7 +7,9 @@ EXIT_CLEAN = 0
 EXIT_RUNTIME = 1
 EXIT_USAGE = 2
 #: Reported by a child that cannot read its instructions or the scoreboard.
-OTHER_VERSION = "the running supervisor has another version than the installed code: restart it"
+OTHER_VERSION = (
+    "the running supervisor has another version than the installed code: restart the server"
+)
 
 
 class FatalError(Exception):

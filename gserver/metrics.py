@@ -95,7 +95,7 @@ class Metric:
 # fmt: off
 METRICS = (
     # The server as a whole.
-    Metric("ready", Source.COMPUTED, Kind.GAUGE, "1 while new clients are accepted.",
+    Metric("ready", Source.COMPUTED, Kind.GAUGE, "1 while /readyz answers 200.",
            prometheus="gserver_ready"),
     Metric("uptime_ns", Source.COMPUTED, Kind.GAUGE, "Time since the supervisor started.", "ns",
            json="server.uptime_seconds"),

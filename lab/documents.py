@@ -26,3 +26,36 @@ def rows(title: str, text: str = OPERATIONS) -> dict[str, list[str]]:
             assert name not in table, f"{name} is listed twice"
             table[name] = rest
     return table
+
+
+def prometheus_type(name: str) -> str:
+    """The type of a metric in the table, by the sentence above it."""
+    sentence = re.search(
+        r"Names in `_total` are counters, `(\w+)` is\sa histogram, `(\w+)` is an info, "
+        r"and the others are gauges\.",
+        section("Metrics"),
+    )
+    assert sentence
+    others = {sentence[1]: "histogram", sentence[2]: "info"}
+    is_counter = name.partition("{")[0].endswith("_total")
+    return "counter" if is_counter else others.get(name, "gauge")
+
+
+def statsd_metrics() -> dict[str, str]:
+    """StatsD's metrics and their kinds in the table. REASON and KIND stand for those of theirs."""
+    members = {
+        "REASON": rows("Reasons of error replies"),
+        "KIND": rows("Kinds of heartbeat errors"),
+    }
+    table: dict[str, str] = {}
+    for prometheus, (cell, _) in rows("Metrics").items():
+        found = re.fullmatch(r"`([\w.]+)`(?: \((.+)\))?|-", cell)
+        assert found, cell
+        name, own_kind = found.groups()
+        if name:
+            prefix, _, last = name.rpartition(".")
+            names = (
+                [f"{prefix}.{member}" for member in members[last]] if last in members else [name]
+            )
+            table |= dict.fromkeys(names, own_kind or prometheus_type(prometheus))
+    return table

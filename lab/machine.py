@@ -3,6 +3,7 @@
 import platform
 import re
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,11 @@ def commit(*options: str, folder: Path = ROOT) -> str:
     """The commit of a folder, from `git describe` with these options."""
     done = _run("git", "-C", str(folder), "describe", "--always", *options)
     return "of no commit" if done.returncode else done.stdout.strip()
+
+
+def source() -> dict[str, str]:
+    """The date of today, and the commit of gserver."""
+    return {"date": datetime.now(UTC).date().isoformat(), "gserver": f"gserver {commit()}"}
 
 
 def version(*words: str) -> str:

@@ -20,6 +20,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lab.machine import source
 from lab.seed import draw
 from proof import fuzz_core, fuzz_sockets
 from proof.fuzz_report import section
@@ -156,6 +157,7 @@ class Run:
             "inputs": sum(self.done.values()),
             "seconds": round(self._elapsed(), 1),
             "seed": self.seed,
+            **source(),
             "findings": len(self.findings),
             "targets": dict(self.done),
             "outcomes": dict(sorted(self.outcomes.items())),

@@ -284,7 +284,7 @@ class StatusTarget(Target):
     )
     MEMBER = '{"id": "a", "clients": 1, "silent_seconds": 0.5, "is_late": false}'
     MEMBERS = (
-        f'{{"servers": [{MEMBER}], "omitted_servers": 0, "age_seconds": 0.1, "trouble": null}}'
+        f'{{"servers": [{MEMBER}], "omitted_servers": 0, "age_seconds": 0.1, "error_kind": null}}'
     )
     CLUSTER = (
         f'{{"name": "c", "servers": 1, "clients": 1, "age_seconds": 0.1, "members": {MEMBERS}}}'

@@ -30,7 +30,8 @@ def _summary(kind: str, results: dict[str, Any]) -> str:
     )
     command = f"bin/fuzz {kind} --inputs {results['inputs']} --seed {results['seed']}"
     text = f"**{TITLES[kind]}** (`{command}`): {results['inputs']:,} inputs "
-    text += f"in {results['seconds']:,.0f} s, {speed:,.0f} a second; {findings}."
+    text += f"in {results['seconds']:,.0f} s, {speed:,.0f} a second; {findings}"
+    text += "".join(f"; {results[key]}" for key in ("gserver", "date") if key in results) + "."
     guided = results.get("guided")
     if isinstance(guided, dict):
         text += f" {guided['inputs']:,} more were guided by coverage."

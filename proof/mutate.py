@@ -48,6 +48,25 @@ LIMIT_SECONDS = 600
 WANTED_PERCENT = 95
 #: Survivors without an observable effect: the original line, the mutation, and the reason.
 EQUIVALENT = {
+    (
+        "if others and any(kind in others for kind in lines.own):",
+        "others and any(kind in others for kind in lines.own)"
+        " -> (others or any((kind in others for kind in lines.own)))",
+    ): "calls give the same replies and counts, only slower",
+    ("target += 1", "1 -> 2"): "the limit on running workers allows one more, too",
+    ("self.since = -math.inf", "self.since = -math.inf -> pass"): (
+        "it is read only in a stop, which sets it"
+    ),
+    (
+        "self._phase_after_delay = Phase.DRAINING",
+        "self._phase_after_delay = Phase.DRAINING -> pass",
+    ): ("it is read only after a delay, which sets it"),
+    ("self._last_number = 0", "0 -> 1"): "the numbers of generations are only compared",
+    ("self._last_number += 1", "1 -> 2"): "the numbers of generations are only compared",
+    (
+        "if generation.number >= self._proven.number:",
+        "generation.number >= self._proven.number -> (generation.number > self._proven.number)",
+    ): "generations with the same number are the same one",
     ('self._key = scoreboard.get("address_key").to_bytes(8)', "8 -> 9"): (
         "a leading zero makes another key, which is as random"
     ),
@@ -57,6 +76,7 @@ EQUIVALENT = {
         "self._count_clients() < self._max_clients -> (self._count_clients() <= self._max_clients)",
     ): "the second comparison also rejects the client",
     ("acked_sequence: int = 0", "0 -> 1"): "a default for tests: the agent always passes a value",
+    ("last_clock: int = 0", "0 -> 1"): "a default for tests: the agent always passes a value",
     ("remote_clients: int = 0,", "0 -> 1"): "a default for tests: the agent always passes a value",
     ("hold_until: int = 0,", "0 -> 1"): "a default for tests: the agent always passes a value",
     ("self._renewals = 0", "0 -> 1"): "it is set with the holder, before it is read",

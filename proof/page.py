@@ -42,22 +42,49 @@ GROUPS = {
     "Many at once": ["tests/outer/test_cluster_history.py", "tests/outer/test_reliability.py"],
 }
 
+#: A row of the tables that is no fault: it shows that the checker of the histories finds bugs.
+CONTROL = "The checker finds deliberate bugs"
+#: The outcome of a case that has passed, in the report.
+PASSED = "survived"
+#: Figures that the pages call otherwise than the report.
+SHOWN = {"right replies": "correct replies"}
+
 Report = dict[str, Any]
+#: The figures of a fault: from name and unit, the values of its cases.
+Figures = dict[tuple[str, str], list[float]]
 
 
 def faults(report: Report) -> str:
-    """Return tables of the matrix: a row for each fault, with the cases survived and figures."""
+    """Return tables of the matrix: a row for each fault, with the cases passed and figures."""
     found = _by_fault(report)
     parts = [f"{_matrix(report)}."]
     for title, files in GROUPS.items():
-        rows = [
-            [fault, _outcomes(cases), _figures(cases)]
+        members = {
+            fault: cases
             for fault, cases in found.items()
             if cases[0]["test"].partition("::")[0] in files
-        ]
-        if rows:
-            parts += [f"## {title}", table(["fault", "cases survived", "measured"], rows)]
+        }
+        if members:
+            parts += [f"## {title}", _table(members)]
     return "\n\n".join(parts)
+
+
+def _table(members: dict[str, list[Report]]) -> str:
+    """Return the table of some faults. No cell has two figures: each has a column then."""
+    figures = {fault: _figures(cases) for fault, cases in members.items()}
+    names = list(dict.fromkeys(name for each in figures.values() for name in each))
+    heads = [f"{name}, {unit}" if unit else name for name, unit in names]
+    has_columns = any(len(each) > 1 for each in figures.values())
+    if not has_columns:
+        heads = ["measured"] if names else []
+    rows = []
+    for fault, cases in members.items():
+        each = figures[fault]
+        cells = [_ends(each[name]) if name in each else "" for name in names]
+        if not has_columns:
+            cells = [" ".join(_phrase(name, each[name]) for name in each)] if names else []
+        rows.append([fault, _outcomes(cases), *cells])
+    return table(["fault", "cases passed", *heads], rows)
 
 
 def matrix(report: Report) -> str:
@@ -66,12 +93,15 @@ def matrix(report: Report) -> str:
 
 
 def _matrix(report: Report) -> str:
-    cases, machine = report["cases"], report["machine"]
-    survived = sum(case["outcome"] == "survived" for case in cases)
+    machine = report["machine"]
+    cases = [case for case in report["cases"] if case["fault"] != CONTROL]
+    passed = sum(case["outcome"] == PASSED for case in cases)
+    count = len({case["fault"] for case in cases})
+    made = [machine[key] for key in ("gserver", "date") if key in machine]
+    made += [f"seed {machine['seed']}", f"{machine['system']}, Python {machine['python']}"]
     return (
-        f"{len(_by_fault(report))} faults in {len(cases)} cases: {survived} survived, "
-        f"in {report['seconds'] / 60:.0f} minutes (seed {machine['seed']}; "
-        f"{machine['system']}, Python {machine['python']})"
+        f"{count} faults in {len(cases)} cases: {passed} passed, "
+        f"in {report['seconds'] / 60:.0f} minutes ({'; '.join(made)})"
     )
 
 
@@ -83,26 +113,32 @@ def _by_fault(report: Report) -> dict[str, list[Report]]:
 
 
 def _outcomes(cases: list[Report]) -> str:
-    survived = sum(case["outcome"] == "survived" for case in cases)
+    passed = sum(case["outcome"] == PASSED for case in cases)
     others = [
         f"{case['outcome']}: {case.get('why', '')}".strip(": ")
         for case in cases
-        if case["outcome"] != "survived"
+        if case["outcome"] != PASSED
     ]
-    return "; ".join([f"{survived} of {len(cases)}", *dict.fromkeys(others)])
+    return "; ".join([f"{passed} of {len(cases)}", *dict.fromkeys(others)])
 
 
-def _figures(cases: list[Report]) -> str:
-    """Return each figure with its range over all cases."""
-    values: dict[tuple[str, str], list[float]] = {}
+def _figures(cases: list[Report]) -> Figures:
+    """Return the values of each figure in all cases."""
+    figures: Figures = {}
     for case in cases:
         for name, (value, unit) in case.get("measured", {}).items():
-            values.setdefault((name, unit), []).append(value)
-    texts = []
-    for (name, unit), each in values.items():
-        ends = " to ".join(dict.fromkeys(map(number, (min(each), max(each)))))
-        texts.append(f"{name} {ends} {unit}" if unit else f"{ends} {name}")  # "5 s"; "3 replies"
-    return "; ".join(texts)
+            figures.setdefault((SHOWN.get(name, name), unit), []).append(value)
+    return figures
+
+
+def _ends(values: list[float]) -> str:
+    """Return the least and the greatest of some values."""
+    return " to ".join(dict.fromkeys(map(number, (min(values), max(values)))))
+
+
+def _phrase(name: tuple[str, str], values: list[float]) -> str:
+    text, unit = name
+    return f"{text} {_ends(values)} {unit}" if unit else f"{_ends(values)} {text}"
 
 
 def describe(timeline: Report) -> str:

@@ -11,14 +11,13 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lab.haproxy import Front
-from lab.machine import commit, processor, version
+from lab.machine import processor, source, version
 from lab.member import Member
 from lab.netns import Network
 from lab.redises import Sentinels
@@ -77,9 +76,8 @@ def machine() -> dict[str, str]:
     """The machine and the versions behind the figures."""
     redis, haproxy = version("redis-server", "--version"), version("haproxy", "-v")
     return {
-        "date": datetime.now(UTC).date().isoformat(),
+        **source(),
         "processor": processor(os.cpu_count() or 1),
-        "gserver": f"gserver {commit()}",
         "system": f"Linux {platform.release()}, Python {platform.python_version()}",
         "redis": f"Redis {redis}, HAProxy {haproxy}",
         "load": f"load {os.getloadavg()[0]:.1f} before, nice {NICENESS}",

@@ -62,7 +62,9 @@ def test_a_child_of_another_version_asks_for_a_restart() -> None:
     )
     os.close(theirs)
     with os.fdopen(ours) as reports:
-        reason = "the running supervisor has another version than the installed code: restart it"
+        reason = (
+            "the running supervisor has another version than the installed code: restart the server"
+        )
         assert reports.read() == f"error {reason}\n"
     assert (done.returncode, done.stderr) == (2, f"gserver: {reason}\n")
 

@@ -16,7 +16,8 @@ from gserver.config import Config
 from gserver.metrics import METRICS, SERVICE_BOUNDS_NS, Kind, Metric, Source, in_seconds
 from gserver.scoreboard import Scoreboard
 from gserver.serve.replies import Replies
-from lab.documents import rows
+from lab.documents import prometheus_type as documented_type
+from lab.documents import rows, statsd_metrics
 from lab.running import ROOT
 
 CONFIG = Config(server_id="here", redis_url="redis://x")
@@ -236,11 +237,7 @@ def test_the_page_reads_only_figures_of_the_status() -> None:
 
 def metric_table() -> dict[str, str]:
     """The types of the Prometheus metrics in the table of the operator's manual, by name."""
-    return {
-        name.partition("{")[0]: cells[0]
-        for name, cells in rows("Admin port").items()
-        if name.startswith("gserver_")
-    }
+    return {name.partition("{")[0]: documented_type(name) for name in rows("Metrics")}
 
 
 def prometheus_type(metric: Metric) -> str:
@@ -263,7 +260,7 @@ def test_the_manual_lists_every_statsd_metric_with_its_kind() -> None:
     expected |= dict.fromkeys(TIMINGS, "timing, ms")
     expected["cluster.age_ms"] = "gauge, ms"
     expected["commands.NAME"] = "counter"
-    assert {name: cells[0] for name, cells in rows("Metrics").items()} == expected
+    assert statsd_metrics() == expected
 
 
 #: Names of recording rules, and a label of Prometheus that the links of alerts need.

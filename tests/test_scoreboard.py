@@ -202,7 +202,7 @@ def test_a_scoreboard_of_another_version_is_refused(difference: int) -> None:
     scoreboard = Scoreboard.create(SLOTS)
     scoreboard.cells[0] += difference
     with pytest.raises(
-        UsageError, match="another version than the installed code: restart it"
+        UsageError, match="another version than the installed code: restart the server"
     ) as caught:
         attached(scoreboard)
     assert caught.value.exit_code == EXIT_USAGE

@@ -32,7 +32,7 @@ STRANGE = "the answer is not that of a gserver admin port"
 CLOSED = "it closed the connection without an answer"
 REASONS = {
     401: "the admin token is missing or wrong",
-    403: "a server without an admin token must be named by a loopback address",
+    403: "the server has no admin token: use 127.0.0.1 or localhost",
 }
 
 Status = dict[str, Any]
@@ -45,7 +45,7 @@ MEMBERS = {
     "servers": ([MEMBER], NoneType),
     "omitted_servers": float,
     "age_seconds": MAYBE,
-    "trouble": (str, NoneType),
+    "error_kind": (str, NoneType),
 }
 CLUSTER = {
     "name": str,
@@ -76,7 +76,7 @@ class Target:
     now: Status = field(default_factory=dict)
     before: Status = field(default_factory=dict)
     #: Why there is no status; "" if there is one.
-    trouble: str = ""
+    error: str = ""
     _asked_at: float = 0.0
     _answer: "Future[Status | str] | None" = None
 
@@ -94,31 +94,31 @@ class Target:
     def wait(self, seconds: float) -> None:
         """Take the result if it arrives within `seconds`; otherwise keep the last one.
 
-        A request that is later than `TIMEOUT_SECONDS` is a trouble. It stays in progress.
+        A request that is later than `TIMEOUT_SECONDS` is an error. It stays in progress.
         """
         try:
             result = self.ask().result(seconds)
         except TimeoutError:
             if time.monotonic() >= self._asked_at + TIMEOUT_SECONDS:
-                self.trouble = SLOW
+                self.error = SLOW
             return
         self._answer = None
         if isinstance(result, str):
-            self.trouble = result
+            self.error = result
         else:
-            self.before, self.now, self.trouble = self.now, result, ""
+            self.before, self.now, self.error = self.now, result, ""
 
     @property
     def state(self) -> str:
         """The server's state, or `unreachable` if it has not answered."""
-        return "unreachable" if self.trouble else str(self.now["server"]["state"])
+        return "unreachable" if self.error else str(self.now["server"]["state"])
 
     def rate(self, *path: str) -> float | None:
         """Return the growth per second of a counter, or of the sum of a dict of counters.
 
         None if it is not known: there are no two statuses of the same run of the server.
         """
-        if self.trouble or not self.before:
+        if self.error or not self.before:
             return None
         now, before = self.now["server"], self.before["server"]
         seconds = float(now["uptime_seconds"] - before["uptime_seconds"])
@@ -132,7 +132,7 @@ def parse_targets(urls: Sequence[str], token: str) -> list[Target]:
 
     A password in a URL is used in place of `token`.
     """
-    return [Target(*_parse(url, token), trouble="no answer yet") for url in urls]
+    return [Target(*_parse(url, token), error="no answer yet") for url in urls]
 
 
 def poll(targets: Sequence[Target], seconds: float = 1.1 * TIMEOUT_SECONDS) -> None:
@@ -147,17 +147,17 @@ def poll(targets: Sequence[Target], seconds: float = 1.1 * TIMEOUT_SECONDS) -> N
 def poll_twice(targets: Sequence[Target], seconds: float) -> None:
     """Ask all targets, and after `seconds` those that answered again: rates need two results."""
     poll(targets)
-    present = [target for target in targets if not target.trouble]
+    present = [target for target in targets if not target.error]
     if present:
         time.sleep(seconds)
         poll(present)
 
 
 def as_json(targets: Sequence[Target]) -> str:
-    """Return one line of JSON: by address, the status of each target or its trouble."""
+    """Return one line of JSON: by address, the status of each target or its error."""
     return json.dumps(
         {
-            target.address: {"trouble": target.trouble} if target.trouble else target.now
+            target.address: {"error": target.error} if target.error else target.now
             for target in targets
         }
     )

@@ -101,9 +101,8 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     is_default = ctx.get_parameter_source("max_clients") is click.core.ParameterSource.DEFAULT
     if config.max_clients > room and (not is_default or room < 1):
         raise UsageError(
-            f"--max-clients {config.max_clients} is too high: the limit of {limit} open files per"
-            f" process allows {room} clients: raise the limit (ulimit -n), lower --max-clients or"
-            " raise --workers"
+            f"--max-clients {config.max_clients} is too high: {limit} open files per process allow"
+            f" {room} clients. Raise the limit (ulimit -n), lower --max-clients or raise --workers."
         )
     config = replace(config, max_clients=min(config.max_clients, room))
     server = supervisor.Supervisor(config)  # With --user, this process is another user from here.
@@ -188,9 +187,10 @@ def ask(
 ) -> None:
     """Send commands to a server and print the replies; without a command, send WHO.
 
-    Several servers are tried in turn until one replies to all commands. A server that rejects the
-    client, or that has lost its cluster (`--on-cluster-loss error`), is skipped. Any other ERR line
-    is a reply. Exits with 1 if a command failed (stderr names it) or if no server answered.
+    Several servers are tried in turn until one replies to all commands. A server that does not
+    answer is skipped, and so is one with an error of its own: too many clients, TLS only, idle, too
+    slow, cluster unavailable. Any other ERR line is a reply. Exits with 0 only if every command got
+    a reply that is not ERR; stderr names the others.
     """
     from gserver.cli.ask import TlsOptions, parse_address
     from gserver.cli.ask import ask as ask_servers

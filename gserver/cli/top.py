@@ -36,7 +36,7 @@ def show_once(targets: Sequence[Target], interval_seconds: float, *, is_json: bo
         click.echo(admin_client.as_json(targets))
     else:
         Console(highlight=False).print(render(targets))
-    return EXIT_RUNTIME if any(target.trouble for target in targets) else EXIT_CLEAN
+    return EXIT_RUNTIME if any(target.error for target in targets) else EXIT_CLEAN
 
 
 def show_status(targets: Sequence[Target]) -> int:
@@ -63,8 +63,8 @@ def show_live(targets: Sequence[Target], interval_seconds: float, *, is_json: bo
 
 def line(target: Target) -> str:
     """Return the state of a server as one plain line."""
-    if target.trouble:
-        return f"{target.address} unreachable: {target.trouble}"
+    if target.error:
+        return f"{target.address} unreachable: {target.error}"
     clients = _count(target.now["clients"]["now"], "client")
     cluster = target.now["cluster"]
     if cluster and cluster["servers"]:
@@ -83,16 +83,16 @@ def render(targets: Sequence[Target]) -> Group:
     for target in targets:
         state = Text(target.state, STYLES.get(target.state, "bold yellow"))
         table.add_row(Text(target.address), state, *_figures(target))
-    troubles = [
-        Text(f"{target.address}: {target.trouble}", "red") for target in targets if target.trouble
+    errors = [
+        Text(f"{target.address}: {target.error}", "red") for target in targets if target.error
     ]
-    present = [target for target in targets if not target.trouble]
-    return Group(table, *troubles, *(_details(target) for target in present), *_clusters(present))
+    present = [target for target in targets if not target.error]
+    return Group(table, *errors, *(_details(target) for target in present), *_clusters(present))
 
 
 def _figures(target: Target) -> list[str]:
     """Return the numbers of a server; none if it is unreachable, because they would be old."""
-    if target.trouble:
+    if target.error:
         return []
     counts = [_number(target.now["clients"][name]) for name in ("now", "peak")]
     rates = [_number(target.rate(name)) for name in ("commands", "error_replies")]
@@ -120,9 +120,10 @@ def _details(target: Target) -> Panel:
 def _counters(target: Target) -> Iterator[Text]:
     for name in target.now["commands"]:
         yield Text(f"{name} {_number(target.rate('commands', name))}/s")
-    for name, count in target.now["error_replies"].items():
-        if count:
-            yield Text(f"{name} {_number(count)}", "red")
+    counts = target.now["error_replies"].items()
+    shown = ", ".join(f"{name} {_number(count)}" for name, count in counts if count)
+    if shown:
+        yield Text(f"errors since start: {shown}", "red")
 
 
 def _certificate(status: Status) -> Iterator[Text]:
@@ -160,8 +161,8 @@ def _clusters(targets: Sequence[Target]) -> Iterator[Panel]:
 def _members(members: Status, watched: set[str]) -> Group:
     """Return the servers of a cluster, and notes on what is missing or old."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("server", "clients", "last report", ""):
-        is_number = name in ("clients", "last report")
+    for name in ("server", "clients", "last heartbeat", ""):
+        is_number = name in ("clients", "last heartbeat")
         table.add_column(name, justify="right" if is_number else "left", no_wrap=name != "server")
     for server in members["servers"] or []:
         silent, is_watched = server["silent_seconds"], server["id"] in watched
@@ -177,12 +178,12 @@ def _members(members: Status, watched: set[str]) -> Group:
 
 
 def _members_notes(members: Status) -> Iterator[str]:
-    age, trouble = members["age_seconds"], members["trouble"]
+    age, error_kind = members["age_seconds"], members["error_kind"]
     if members["omitted_servers"]:
         omitted = _count(members["omitted_servers"], "more server")
-        yield f"{omitted}, which reported more recently, not listed"
+        yield f"{omitted}, with more recent heartbeats, not listed"
     if age is None or age > OLD_SECONDS:
-        why = f"Redis cannot be read ({trouble})" if trouble else "Redis has not answered yet"
+        why = f"Redis cannot be read ({error_kind})" if error_kind else "Redis has not answered yet"
         if age is None:
             yield f"{why}: the servers are unknown"
         else:

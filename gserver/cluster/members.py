@@ -50,7 +50,7 @@ class Members:
         `servers`: the late ones first; None if Redis has never been read. Each has `id`, `clients`,
         `silent_seconds` until now, `is_late` and `is_this`; a number that Redis does not hold is
         None. `omitted_servers`: how many servers are not listed. `age_seconds`: age of the list.
-        `trouble`: a key of HEARTBEAT_ERRORS if the last reading failed, else None.
+        `error_kind`: a key of HEARTBEAT_ERRORS if the last reading failed, else None.
         """
         is_reading = self._reader is not None and not self._reader.ready()
         if not is_reading and monotonic() >= self._read_started_at + READ_INTERVAL_SECONDS:
@@ -63,7 +63,7 @@ class Members:
             "servers": None,
             "age_seconds": None,
             "omitted_servers": self._omitted_servers,
-            "trouble": self._error_kind,
+            "error_kind": self._error_kind,
         }
         if self._servers is not None:
             age_seconds = round(monotonic() - self._servers_read_at, 3)

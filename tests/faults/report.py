@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from lab.machine import source
 from lab.site import SEED
 
 OUTCOMES: Final = {"passed": "survived", "failed": "FAILED", "skipped": "SKIPPED"}
@@ -82,11 +83,12 @@ class Matrix:
         )
         if self._path:
             machine = {
+                **source(),
                 "system": platform.platform(),
                 "python": platform.python_version(),
                 "seed": SEED,
             }
-            report = {
+            report: dict[str, Any] = {
                 "machine": machine,
                 "seconds": round(time.monotonic() - self._began),
                 "cases": cases,
@@ -97,7 +99,10 @@ class Matrix:
                 report["cases"] = [
                     case for case in before["cases"] if case["test"] not in self._cases
                 ] + cases
-            self._path.write_text(json.dumps(report, indent=1) + "\n")
+            # One case a line, so that two reports can be compared.
+            lines = ",\n".join(map(json.dumps, report["cases"]))
+            head = json.dumps(report | {"cases": []}).removesuffix("[]}")
+            self._path.write_text(f"{head}[\n{lines}\n]}}\n")
             console.print(f"written to {self._path}")
 
 

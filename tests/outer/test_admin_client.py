@@ -33,7 +33,7 @@ from gserver.scoreboard import Scoreboard
 from lab.running import PATIENCE, Running, argv, gserver, until
 
 MEMBER = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
-MEMBERS = {"servers": [MEMBER], "omitted_servers": 0, "age_seconds": 0.1, "trouble": None}
+MEMBERS = {"servers": [MEMBER], "omitted_servers": 0, "age_seconds": 0.1, "error_kind": None}
 #: A valid status; `WORKER` is one of its workers.
 GOOD: dict[str, Any] = describe(
     Config(server_id="here", redis_url="redis://x"), Scoreboard.create(1), MEMBERS
@@ -88,12 +88,12 @@ def seen(body: bytes, head: bytes = HEAD) -> Target:
 
 def test_a_valid_status_is_accepted() -> None:
     target = seen(json.dumps(GOOD).encode())
-    assert (target.trouble, target.now, target.state) == ("", GOOD, GOOD["server"]["state"])
+    assert (target.error, target.now, target.state) == ("", GOOD, GOOD["server"]["state"])
     assert json.loads(as_json([target])) == {target.address: GOOD}
     alone = {**GOOD, "cluster": None, "news": ["of a later version"]}
     assert seen(json.dumps(alone).encode()).now == alone
     unknown = describe(Config(redis_url="redis://x"), Scoreboard.create(1), None)
-    assert seen(json.dumps(unknown).encode()).trouble == ""
+    assert seen(json.dumps(unknown).encode()).error == ""
 
 
 def changed(path: str, value: Any) -> bytes:
@@ -150,14 +150,14 @@ SEEN = [
 @pytest.mark.parametrize("path", SEEN)
 def test_a_status_with_a_value_of_another_type_is_rejected(path: str) -> None:
     for wrong in WRONG:
-        assert seen(changed(path, wrong)).trouble == STRANGE, wrong
+        assert seen(changed(path, wrong)).error == STRANGE, wrong
 
 
 @pytest.mark.parametrize("path", SEEN)
 def test_a_status_with_a_missing_value_is_rejected(path: str) -> None:
     way, _, last = path.rpartition(".")
     trouble = "" if last == "0" or way in ("commands", "error_replies") else STRANGE
-    assert seen(changed(path, ...)).trouble == trouble
+    assert seen(changed(path, ...)).error == trouble
 
 
 def test_every_accepted_status_can_be_shown() -> None:
@@ -190,13 +190,13 @@ def test_every_accepted_status_can_be_shown() -> None:
     ],
 )
 def test_a_response_of_another_service_is_reported_in_one_line(answer: bytes, trouble: str) -> None:
-    assert seen(answer, head=b"").trouble == trouble
+    assert seen(answer, head=b"").error == trouble
 
 
 def test_headers_are_accepted_up_to_a_limit() -> None:
     for count, trouble in ((90, ""), (200, STRANGE)):
         head = b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * count + b"\r\n"
-        assert seen(json.dumps(GOOD).encode(), head).trouble == trouble
+        assert seen(json.dumps(GOOD).encode(), head).error == trouble
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
@@ -249,7 +249,7 @@ def test_one_deadline_covers_the_whole_response(parts: list[bytes], pause: float
         targets, began = parse_targets([address], ""), time.monotonic()
         poll(targets)
         assert TIMEOUT_SECONDS <= time.monotonic() - began < TIMEOUT_SECONDS + 5 * PATIENCE
-        assert targets[0].trouble == SLOW
+        assert targets[0].error == SLOW
 
         def asked_again() -> bool:
             poll(targets, 0.1)
@@ -262,7 +262,7 @@ def test_an_endless_response_is_abandoned_before_the_deadline() -> None:
     with answering(HEAD, b" " * 10_000_000) as (address, _):
         targets, began = parse_targets([address], ""), time.monotonic()
         poll(targets)
-        assert targets[0].trouble == STRANGE
+        assert targets[0].error == STRANGE
         assert time.monotonic() - began < TIMEOUT_SECONDS
 
 
@@ -274,11 +274,11 @@ def test_a_slow_server_delays_no_other_and_is_shown_when_it_responds() -> None:
         targets, began = parse_targets([slow, quick], ""), time.monotonic()
         poll(targets, 0.1)
         assert time.monotonic() - began < 0.1 + 0.5 * PATIENCE
-        assert [each.trouble for each in targets] == ["no answer yet", ""]
+        assert [each.error for each in targets] == ["no answer yet", ""]
 
         def answered() -> bool:
             poll(targets, 0.1)
-            return targets[0].trouble == STRANGE
+            return targets[0].error == STRANGE
 
         until(answered, "the slow server has answered")
         assert len(asked) == 1, "it is not polled again meanwhile"
@@ -291,7 +291,7 @@ def test_only_servers_that_answered_are_polled_a_second_time() -> None:
         targets = parse_targets([good, bad], "")
         poll_twice(targets, 0.01)
         assert (len(asked), len(asked_in_vain)) == (2, 1)
-        assert (targets[0].before, targets[1].trouble) == (GOOD, STRANGE)
+        assert (targets[0].before, targets[1].error) == (GOOD, STRANGE)
 
 
 def test_a_server_without_a_token_ignores_a_sent_one() -> None:
@@ -299,7 +299,7 @@ def test_a_server_without_a_token_ignores_a_sent_one() -> None:
         server.wait_for("agent.ready")
         targets = parse_targets([f"127.0.0.1:{server.admin_port()}"], "of another server")
         poll(targets)
-        assert targets[0].trouble == ""
+        assert targets[0].error == ""
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_an_invalid_admin_address_is_refused_in_one_line(url: str) -> None:
 def test_an_unresolvable_name_is_reported() -> None:
     targets = parse_targets(["nowhere.invalid:1", "x" * 70 + ":1"], "")
     poll(targets)
-    assert all(each.trouble not in ("", STRANGE) for each in targets)
+    assert all(each.error not in ("", STRANGE) for each in targets)
 
 
 def status(uptime: float, who: int = 0, server_id: str = "a") -> dict[str, object]:

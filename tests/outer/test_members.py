@@ -71,7 +71,7 @@ def test_each_server_is_listed_with_its_clients_and_its_last_report(server: Redi
     assert 0 <= own.pop("silent_seconds") < PATIENCE
     assert own == {"id": "here", "clients": 5, "is_late": False, "is_this": True}
     assert 0 <= members["age_seconds"] < PATIENCE
-    assert (members["omitted_servers"], members["trouble"]) == (0, None)
+    assert (members["omitted_servers"], members["error_kind"]) == (0, None)
 
 
 def test_without_heartbeats_a_report_ages_by_one_interval_at_most(server: Redis) -> None:
@@ -93,7 +93,7 @@ def test_without_heartbeats_a_report_ages_by_one_interval_at_most(server: Redis)
 
 def test_an_empty_cluster_is_known_to_be_empty(server: Redis) -> None:
     members = payload(server.url)
-    assert (members["servers"], members["omitted_servers"], members["trouble"]) == ([], 0, None)
+    assert (members["servers"], members["omitted_servers"], members["error_kind"]) == ([], 0, None)
     assert 0 <= members["age_seconds"] < LIMIT
 
 
@@ -180,10 +180,10 @@ def test_a_key_of_another_program_is_an_error_and_keeps_the_last_list(
     members = Members(Config(redis_url=server.url, server_id="here"))
     assert ids(members.payload()) == ["here"]
     server.command("SET", key, "a poem")
-    until(lambda: members.payload()["trouble"], "the list has been read again")
+    until(lambda: members.payload()["error_kind"], "the list has been read again")
     known = members.payload()
-    assert (ids(known), known["trouble"]) == (["here"], "other")
-    expected = {"servers": None, "omitted_servers": 0, "age_seconds": None, "trouble": "other"}
+    assert (ids(known), known["error_kind"]) == (["here"], "other")
+    expected = {"servers": None, "omitted_servers": 0, "age_seconds": None, "error_kind": "other"}
     assert payload(server.url) == expected
 
 
@@ -196,7 +196,7 @@ def test_a_user_with_the_documented_rights_may_read_the_list(server: Redis) -> N
     report(url, ("here", 5))
     assert ids(payload(url)) == ["here"]
     server.command("ACL", "SETUSER", "bobby", "resetpass")
-    assert payload(url)["trouble"] == "auth"
+    assert payload(url)["error_kind"] == "auth"
     server.command("ACL", "DELUSER", "bobby")
 
 
@@ -215,7 +215,8 @@ def test_the_list_is_read_over_tls(tmp_path: Path) -> None:
         report(encrypted.url, ("here", 5), redis_ca_file=str(encrypted.ca_file))
         assert ids(payload(encrypted.url, redis_ca_file=str(encrypted.ca_file))) == ["here"]
         assert (
-            payload(encrypted.url, redis_ca_file=str(encrypted.other_ca_file))["trouble"] == "tls"
+            payload(encrypted.url, redis_ca_file=str(encrypted.other_ca_file))["error_kind"]
+            == "tls"
         )
 
 
@@ -308,7 +309,7 @@ def test_without_redis_the_last_known_list_is_returned_at_once_with_its_age(
         with unavailable(server, is_hung):
             members, ages, took = members_of(first), [], []
             silences = [members["servers"][0]["silent_seconds"] - members["age_seconds"]]
-            while members["age_seconds"] < 1.2 or members["trouble"] is None:
+            while members["age_seconds"] < 1.2 or members["error_kind"] is None:
                 began = time.monotonic()
                 members = members_of(first)
                 took.append(time.monotonic() - began)
@@ -319,9 +320,11 @@ def test_without_redis_the_last_known_list_is_returned_at_once_with_its_age(
             assert ages == sorted(ages), "the list ages"
             assert min(silences) >= 0, "the last report ages too"
             assert max(silences) - min(silences) < 0.01
-            assert members["trouble"] == ("timeout" if is_hung else "connection")
+            assert members["error_kind"] == ("timeout" if is_hung else "connection")
         until(
-            lambda: members_of(first)["age_seconds"] < 1 and members_of(first)["trouble"] is None,
+            lambda: (
+                members_of(first)["age_seconds"] < 1 and members_of(first)["error_kind"] is None
+            ),
             "the list is read again",
         )
         assert not first.events("process.error")
@@ -334,12 +337,12 @@ def test_a_server_that_has_never_reached_redis_has_no_list(server: Redis) -> Non
     ):
         first.wait_for("agent.ready")
         members = until(
-            lambda: members_of(first)["trouble"] and members_of(first), "the list was requested"
+            lambda: members_of(first)["error_kind"] and members_of(first), "the list was requested"
         )
         assert members == {
             "servers": None,
             "omitted_servers": 0,
             "age_seconds": None,
-            "trouble": "connection",
+            "error_kind": "connection",
         }
-        assert members["trouble"] in HEARTBEAT_ERRORS
+        assert members["error_kind"] in HEARTBEAT_ERRORS

@@ -92,7 +92,8 @@ def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_p
         (tmp_path / "server.key").unlink()
         server.send_signal(signal.SIGHUP)
         until(
-            lambda: window.text("workers-title").endswith("0 reloads, 1 failed"), "the reload fails"
+            lambda: window.text("workers-title").endswith("0 reloads, 1 failed reload"),
+            "the reload fails",
         )
         assert not [said for said in window.problems() if page(server) in said]
     with Running("--admin-port", "0") as server:
@@ -135,7 +136,7 @@ def test_nouns_agree_with_their_numbers(window: Browser) -> None:
             shown = window.run(
                 f"{script}; return document.getElementById('workers-title').textContent"
             )
-            assert shown == f"Workers: 1 of 1 accepting, 0 restarts, {words}"
+            assert shown == f"Workers: 1 of 1 accepting; since start: 0 restarts, {words}"
 
 
 @pytest.mark.parametrize("path", ["", "?x=y", "#z"])
@@ -216,7 +217,10 @@ def test_the_page_lists_the_servers_of_the_cluster_and_follows_them(
         store.freeze()
         try:
             known = r"Redis cannot be read \(timeout\): this list is \d+ s old"
-            until(lambda: re.fullmatch(known, window.text("servers-note")), "the page reports it")
+            until(
+                lambda: re.fullmatch(known, window.text("servers-note")),
+                "the page reports the outage",
+            )
             assert "here (this server)" in [row[0] for row in cells(window)]
         finally:
             store.thaw()
@@ -236,7 +240,7 @@ def test_servers_are_unknown_until_redis_has_answered(window: Browser) -> None:
     with Running("--admin-port", "0", "--redis-url", f"redis://127.0.0.1:{free_port()}") as server:
         window.open(page(server))
         unknown = "Redis cannot be read (connection): the servers are unknown"
-        until(lambda: window.text("servers-note") == unknown, "the page reports it")
+        until(lambda: window.text("servers-note") == unknown, "the page reports the outage")
         assert cells(window) == [[]]
 
 

@@ -241,5 +241,5 @@ def test_a_max_clients_above_the_descriptor_limit_exits_with_2(
         assert server.exit_code() == 2
         assert len(server.errors) == 1
         assert "--max-clients" in server.stderr
-        assert f"the limit of {files} open files" in server.stderr
+        assert f"{files} open files per process allow" in server.stderr
         assert server.lines == []

@@ -208,7 +208,7 @@ def test_the_report_has_exactly_the_faults_of_the_matrix() -> None:
     )
 
 
-def test_a_fault_is_one_row_with_its_survived_cases_and_figure_ranges() -> None:
+def test_a_fault_is_one_row_with_the_cases_passed_and_the_range_of_each_figure() -> None:
     cases = [
         case(
             "Flood",
@@ -218,19 +218,37 @@ def test_a_fault_is_one_row_with_its_survived_cases_and_figure_ranges() -> None:
         case("Flood", happened=["8 connected"], measured={"p99": [2, "ms"]}),
         case("Frost", "SKIPPED", happened=[], measured={}, why="needs root"),
         case("Flood", "FAILED", happened=[], measured={}),
+        case(page.CONTROL, happened=[], measured={}),
     ]
     report = {
-        "machine": {"system": "Linux", "python": "3", "seed": 5},
+        "machine": {"date": "2026", "gserver": "x", "system": "Linux", "python": "3", "seed": 5},
         "seconds": 120,
         "cases": cases,
     }
     head, title, table = page.faults(report).split("\n\n")
-    assert head == "2 faults in 4 cases: 2 survived, in 2 minutes (seed 5; Linux, Python 3)."
+    assert head == "2 faults in 4 cases: 2 passed, in 2 minutes (x; 2026; seed 5; Linux, Python 3)."
     assert title == "## What clients send"
-    assert table.splitlines()[2:] == [
-        "| Flood | 2 of 3; FAILED | p99 0.500 to 2 ms; 7 replies |",
-        "| Frost | 0 of 1; SKIPPED: needs root |  |",
+    assert table.splitlines() == [
+        "| fault | cases passed | p99, ms | replies |",
+        "| --- | --- | --- | --- |",
+        "| Flood | 2 of 3; FAILED | 0.500 to 2 | 7 |",
+        "| Frost | 0 of 1; SKIPPED: needs root |  |  |",
+        f"| {page.CONTROL} | 1 of 1 |  |  |",
     ]
+
+
+def test_a_single_figure_is_in_one_column_with_those_of_other_faults() -> None:
+    cases = [
+        case("Flood", measured={"p99": [0.5, "ms"]}),
+        case("Frost", measured={"right replies": [7, ""]}),
+    ]
+    assert page._table({each["fault"]: [each] for each in cases}).splitlines() == [
+        "| fault | cases passed | measured |",
+        "| --- | --- | --- |",
+        "| Flood | 1 of 1 | p99 0.500 ms |",
+        "| Frost | 1 of 1 | 7 correct replies |",
+    ]
+    assert "measured" not in page._table({"Frost": [case("Frost")]})
 
 
 def test_every_fault_of_the_report_is_in_exactly_one_table() -> None:

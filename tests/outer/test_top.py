@@ -80,7 +80,7 @@ def test_top_once_shows_rates_and_json_has_the_servers_status(here: Running) -> 
         assert done.returncode == 1
         output = json.loads(done.stdout)
         assert output[address(here)]["clients"]["now"] == 1
-        assert output[UNUSED]["trouble"] == "Connection refused"
+        assert output[UNUSED]["error"] == "Connection refused"
 
 
 def test_top_in_a_pipe_prints_a_plain_line_per_poll(here: Running) -> None:
@@ -169,7 +169,7 @@ def test_the_servers_of_a_cluster_are_shown_once_for_several_targets(tmp_path: P
         line.strip("│ ").split()
         for line in done.stdout.partition("servers of cluster east")[2].splitlines()
     ]
-    assert table[1] == ["server", "clients", "last", "report"]
+    assert table[1] == ["server", "clients", "last", "heartbeat"]
     expected = {hostile: True, "a": True, "c": False}
     assert {line[0]: line[-1] == "watched" for line in table[2:5]} == expected
 
@@ -196,20 +196,20 @@ def test_the_age_of_the_server_list_and_its_omissions_are_shown() -> None:
         "servers": [server],
         "omitted_servers": 1234,
         "age_seconds": 100.0,
-        "trouble": "timeout",
+        "error_kind": "timeout",
     }
     output = screen(members)
     assert "102.5 s ago  late" in output
-    assert "1,234 more servers, which reported more recently, not listed" in output
+    assert "1,234 more servers, with more recent heartbeats, not listed" in output
     assert "Redis cannot be read (timeout): this list is 1 min old" in output
-    output = screen(members | {"age_seconds": 2.4, "trouble": None, "omitted_servers": 0})
+    output = screen(members | {"age_seconds": 2.4, "error_kind": None, "omitted_servers": 0})
     assert "more" not in output
     assert "Redis" not in output
     assert "Redis has not answered yet: this list is 2 s old" in screen(
-        members | {"age_seconds": 2.6, "trouble": None}
+        members | {"age_seconds": 2.6, "error_kind": None}
     )
     assert "Redis has not answered yet: the servers are unknown" in screen(
-        {"servers": None, "omitted_servers": 0, "age_seconds": None, "trouble": None}
+        {"servers": None, "omitted_servers": 0, "age_seconds": None, "error_kind": None}
     )
 
 
@@ -256,7 +256,7 @@ def test_no_old_figures_are_shown_for_an_unreachable_server() -> None:
     now = describe(Config(server_id="here"), Scoreboard.create(1))
     now["server"]["uptime_seconds"], now["clients"]["now"] = 3 * 86400, 4711
     assert all(old in shown_of(Target("x", now=now)) for old in ("4,711", "3 d", "here"))
-    output = shown_of(Target("x", now=now, trouble="timed out"))
+    output = shown_of(Target("x", now=now, error="timed out"))
     assert "x: timed out" in output
     assert not any(old in output for old in ("4,711", "3 d", "here"))
 
