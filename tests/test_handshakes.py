@@ -117,6 +117,21 @@ def test_a_client_that_spoke_plain_text_is_no_failed_handshake_when_it_makes_roo
         assert (errors["plain_text"], errors["tls_failed"]) == (1, 0)
 
 
+def test_an_address_with_too_many_clients_does_not_end_the_handshakes_of_others(pems: Path) -> None:
+    options = [*certified(pems), "--tls-handshake-timeout", "0", "--max-clients-per-address", "2"]
+    # Room for four handshakes.
+    with (
+        Running(*options, command=limited(RESERVED_FILES + 16)) as server,
+        ExitStack() as stack,
+        server.client("127.0.0.2") as victim,
+    ):
+        crowd = [stack.enter_context(server.client("127.0.0.1")) for _ in range(20)]
+        assert [client.rest() for client in crowd[2:-1]] == [b""] * 17
+        with trust(pems).wrap_socket(victim.sock, server_hostname="127.0.0.1") as sock:
+            sock.sendall(b"WHY\n")
+            assert sock.recv(100) == b"42\n"
+
+
 @pytest.mark.outer
 def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
     with (
