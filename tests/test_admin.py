@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gserver.agent.admin_port import MAX_WAITING, REQUEST_SECONDS
+from gserver.agent.admin_port import MAX_REQUEST_BYTES, MAX_WAITING, REQUEST_SECONDS
 from lab.admin import dial, get, metrics, status
 from lab.running import (
     LIMIT,
@@ -344,6 +344,21 @@ def test_unfinished_requests_are_closed_in_time_and_block_no_others(here: Runnin
                 pass
             assert 4 < time.monotonic() - began < 5 + LIMIT, sent
     assert get(here, "/livez")[0] == 200
+
+
+def test_an_incomplete_request_is_not_taken_for_a_shorter_one(here: Running) -> None:
+    head = b"GET /status.json HTTP/1.1\r\nHost: localhost"
+    padding = b"GET /status.json HTTP/1.1\r\nX: %s\r\nHost: localhost"
+    padding %= b"x" * (MAX_REQUEST_BYTES - len(padding % b""))
+    for sent in (head, head + b"\r\n", padding + b".evil.example\r\n\r\n"):
+        with dial(here) as sock, sock.makefile("rb") as answer:
+            sock.sendall(sent)
+            sock.shutdown(socket.SHUT_WR)
+            assert answer.readline() == b"HTTP/1.1 400 Bad Request\r\n"
+    with dial(here) as sock, sock.makefile("rb") as answer:
+        sock.sendall(head + b"\r\n\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
 
 
 @pytest.mark.parametrize(

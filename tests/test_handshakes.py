@@ -113,6 +113,21 @@ def test_an_evicted_plain_text_client_is_not_a_failed_handshake(pems: Path) -> N
         assert (errors["plain_text"], errors["tls_failed"]) == (1, 0)
 
 
+def test_an_address_with_too_many_clients_does_not_end_the_handshakes_of_others(pems: Path) -> None:
+    options = [*certified(pems), "--tls-handshake-timeout", "0", "--max-clients-per-address", "2"]
+    # Room for four handshakes.
+    with (
+        Running(*options, command=limited(RESERVED_FILES + 16)) as server,
+        ExitStack() as stack,
+        server.client("127.0.0.2") as victim,
+    ):
+        crowd = [stack.enter_context(server.client("127.0.0.1")) for _ in range(20)]
+        assert [client.rest() for client in crowd[2:-1]] == [b""] * 17
+        with trust(pems).wrap_socket(victim.sock, server_hostname="127.0.0.1") as sock:
+            sock.sendall(b"WHY\n")
+            assert sock.recv(100) == b"42\n"
+
+
 @pytest.mark.outer
 def test_a_drain_answers_tls_clients_and_does_not_wait_for_silent_peers(pems: Path) -> None:
     with (

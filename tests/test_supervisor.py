@@ -241,6 +241,16 @@ def test_a_newly_connected_client_may_send_a_command_after_a_stop(tmp_path: Path
         assert server.exit_code() == 0
 
 
+def test_a_signal_after_the_stop_does_not_change_the_exit_code() -> None:
+    for _ in range(3):
+        with Running() as server:
+            server.send_signal(signal.SIGUSR2)
+            server.wait_for("server.stopped")
+            while server.process.poll() is None:
+                server.send_signal(signal.SIGTERM)
+            assert server.exit_code() == 0
+
+
 def test_a_command_without_a_newline_is_answered_at_the_end_of_a_drain(tmp_path: Path) -> None:
     with start(tmp_path, "--unterminated-after", "0") as server, server.client() as client:
         client.send(b"WHY\nWHY")
