@@ -77,8 +77,6 @@ EQUIVALENT = {
     ): "the second comparison also rejects the client",
     ("acked_sequence: int = 0", "0 -> 1"): "a default for tests: the agent always passes a value",
     ("last_clock: int = 0", "0 -> 1"): "a default for tests: the agent always passes a value",
-    ("remote_clients: int = 0,", "0 -> 1"): "a default for tests: the agent always passes a value",
-    ("hold_until: int = 0,", "0 -> 1"): "a default for tests: the agent always passes a value",
     ("self._renewals = 0", "0 -> 1"): "it is set with the holder, before it is read",
     ("and (entry_count > 0 or total == 0)", "> -> >="): (
         "a total without entries is recounted by the same heartbeat"
@@ -86,6 +84,17 @@ EQUIVALENT = {
     ("return self.servers > 0 and reply.lost_at != self.lost_at", "0 -> 1"): (
         "a server that knows only itself waits for no other: its own report ends the hold"
     ),
+    (
+        "return self.servers > 0 and reply.lost_at != self.lost_at",
+        "self.servers > 0 -> (self.servers >= 0)",
+    ): "a server that was never a member waits for no other",
+    ("return self.servers > 0 and reply.was_missing > 0", "0 -> 1"): (
+        "a server that knows only itself waits for no other: its own report ends the hold"
+    ),
+    (
+        "return self.servers > 0 and reply.was_missing > 0",
+        "self.servers > 0 -> (self.servers >= 0)",
+    ): "a server that was never a member waits for no other",
 }
 
 COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {

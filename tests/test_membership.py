@@ -42,12 +42,22 @@ def lost(total_clients: int, returned: int, clock: int, lost_at: int = 50_001) -
 def successor(last: Membership, ttl_ms: int) -> Membership:
     """The state of a new agent that continues from the scoreboard."""
     return Membership(
-        ttl_ms, last.remote_clients, last.servers, last.last_clock, last.lost_at, last.hold_until
+        ttl_ms,
+        remote_clients=last.remote_clients,
+        servers=last.servers,
+        last_clock=last.last_clock,
+        lost_at=last.lost_at,
+        hold_until=last.hold_until,
     )
 
 
+def new_member(ttl_ms: int = TTL_MS) -> Membership:
+    """The state of a server before its first heartbeat."""
+    return Membership(ttl_ms, remote_clients=0, servers=0, last_clock=0, lost_at=0, hold_until=0)
+
+
 def test_the_first_reply_is_accepted_even_if_it_reports_a_loss() -> None:
-    membership = Membership(TTL_MS)
+    membership = new_member()
     membership.apply(reply(30, 2, 70_000, lost_at=69_999), 10)
     assert (membership.remote_clients, membership.servers) == (20, 2)
     assert (membership.last_clock, membership.lost_at, membership.hold_until) == (70_000, 69_999, 0)
@@ -116,7 +126,7 @@ RULES: dict[str, list[tuple[Reply, int, int]]] = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_reply_is_accepted_or_the_last_number_is_held(rule: str) -> None:
-    membership = Membership(TTL_MS)
+    membership = new_member()
     membership.apply(reply(105, 3, 50_000), 5)
     assert (membership.remote_clients, membership.servers, membership.lost_at) == (100, 3, 1)
     for heard, remote_clients, servers in RULES[rule]:
@@ -172,7 +182,7 @@ class Server:
     next_heartbeat: float
     clients: int = 1
     replaced_incarnation: str = ""
-    membership: Membership = field(default_factory=lambda: Membership(TTL))
+    membership: Membership = field(default_factory=lambda: new_member(TTL))
     acked_sequence: int = 0
     is_cut_off: bool = False
     #: The reply to its next heartbeat is lost.
