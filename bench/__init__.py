@@ -1,1 +1,1 @@
-"""Measurements, each a command of its own: `bin/bench NAME`."""
+"""Measurements, each with its own command: `bin/bench NAME`."""

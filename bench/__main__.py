@@ -29,7 +29,7 @@ from lab.running import ROOT
 
 RESULTS = ROOT / "bench/results.json"
 BASELINE = ROOT / "bench/baseline.json"
-#: Of open files, for 15,000 clients.
+#: Limit of open files, for 15,000 clients.
 LEAST_FILES = 16_000
 NAMES = list(dict.fromkeys(scenario.name for scenario in FULL))
 
@@ -41,10 +41,10 @@ HELP = f"""Measure gserver beside its peers.
 Write bench/results.json, and from it the tables in docs/ and the plots in docs/plots.
 
 NAME is one of: {", ".join(NAMES)}. Without a NAME, all are measured, which takes half an hour.
-Nothing else should run on the machine meanwhile.
+Run nothing else on the machine meanwhile.
 
 \b
-The speed of every spelling, in a minute, for the gserver in another folder:
+The speed of every spelling of the gserver in another folder, in a minute:
     BENCH_CHECKOUT=/path/to/gserver bin/bench spellings --rounds 1
 
 With --rounds or BENCH_CHECKOUT the figures are only printed; no file is written."""
@@ -55,12 +55,12 @@ With --rounds or BENCH_CHECKOUT the figures are only printed; no file is written
 @click.option(
     "--quick",
     is_flag=True,
-    help="A short form of the main ratios, beside those of bench/baseline.json.",
+    help="A short measurement of the main ratios, compared with bench/baseline.json.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    help="Rounds of each scenario, instead of its own number; with NAME. Only prints the figures.",
+    help="With NAME: rounds of each scenario. Only prints the figures.",
 )
 @click.option("--save", is_flag=True, help="With --quick: make its figures the new baseline.")
 @click.option(
@@ -69,9 +69,9 @@ With --rounds or BENCH_CHECKOUT the figures are only printed; no file is written
 def main(names: tuple[str, ...], quick: bool, rounds: int | None, save: bool, render: bool) -> None:
     """Run the command line."""
     if sum((bool(names), quick, render)) > 1 or (save and not quick):
-        raise click.UsageError("choose one of NAME, --quick and --render; --save goes with --quick")
+        raise click.UsageError("choose one of NAME, --quick and --render; --save needs --quick")
     if rounds and not names:
-        raise click.UsageError("--rounds goes with NAME")
+        raise click.UsageError("--rounds needs NAME")
     if save and peers.CHECKOUT != ROOT:
         raise click.UsageError("--save is for the gserver of this folder: unset BENCH_CHECKOUT")
     if quick:
@@ -92,7 +92,7 @@ def main(names: tuple[str, ...], quick: bool, rounds: int | None, save: bool, re
 
 
 def _try_out(scenarios: Sequence[Scenario]) -> list[str]:
-    """Measure and show the figures, and write no file. Return what failed."""
+    """Measure and print the figures without writing a file. Return the failures."""
     results: report.Results = {}
     failures = _measure(scenarios, results.__setitem__)
     _show(results, results)
@@ -119,14 +119,14 @@ def _kept() -> report.Results:
 
 
 def _keep(name: str, result: dict[str, Any]) -> None:
-    """Write the results of a scenario in the place of its last ones."""
+    """Replace the results of a scenario."""
     new = RESULTS.with_suffix(".new")
     _write(new, _kept() | {name: result})
     new.rename(RESULTS)
 
 
 def _quick(save: bool) -> None:
-    """Measure the short form and say what has moved."""
+    """Run the short measurement and report the changes."""
     results: report.Results = {}
     failures = _measure(QUICK, results.__setitem__)
     now, machine = goals.goal_figures(results), _machine()
@@ -134,7 +134,7 @@ def _quick(save: bool) -> None:
         json.loads(BASELINE.read_text()) if BASELINE.exists() else {"machine": {}, "figures": {}}
     )
     if not was["figures"] and not save:
-        click.echo("There is no baseline yet: --save makes these figures it.")
+        click.echo("There is no baseline yet: --save makes these figures the baseline.")
     click.echo(
         goals.comparison(
             {what: report.Figure(*numbers) for what, numbers in was["figures"].items()}, now
@@ -161,10 +161,10 @@ def _end(failures: list[str]) -> None:
 def _measure(
     scenarios: Sequence[Scenario], keep: Callable[[str, dict[str, Any]], None]
 ) -> list[str]:
-    """Run scenarios, hand on the samples of each that has not failed, and return what failed."""
+    """Run scenarios, pass on the samples of each that succeeded, and return the failures."""
     peers.build(peers.PEERS)
     _warn_of_a_poor_machine()
-    os.sched_setaffinity(0, LOAD_CORE)  # Children inherit it; servers are put elsewhere.
+    os.sched_setaffinity(0, LOAD_CORE)  # Children inherit it; servers run on other cores.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     machine = _machine()
@@ -195,7 +195,7 @@ def _measure(
 
 
 def _warn_of_a_poor_machine() -> None:
-    """Name everything about this machine that spoils the figures."""
+    """Warn of everything about this machine that distorts the figures."""
     if len(CORES) < 2:
         _warn("servers and load generator share one core: the figures mean little")
     busy = os.getloadavg()[0]
@@ -217,7 +217,7 @@ def _label(scenario: Scenario, number: int, case: dict[str, Any]) -> str:
 
 
 def _shown(runs: list[Run]) -> Generator[Run]:
-    """Hand out the runs, and show how far they are: a bar on a terminal, lines elsewhere."""
+    """Yield the runs, and show the progress: a bar on a terminal, lines elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         started = time.monotonic()
@@ -243,7 +243,7 @@ def _shown(runs: list[Run]) -> Generator[Run]:
 
 
 def _machine() -> dict[str, str]:
-    """The machine and the versions that the figures depend on, each as text to show."""
+    """The machine and the versions that the figures depend on, as text."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": processor(len(CORES)),
@@ -266,7 +266,7 @@ def _machine() -> dict[str, str]:
 
 
 def _write(path: Path, results: report.Results) -> None:
-    """Write results, a sample a line, so that a change of them can be read."""
+    """Write results with one sample per line, so that diffs are readable."""
     parts = []
     for name, result in sorted(results.items()):
         samples = ",\n".join(f"  {json.dumps(_rounded(sample))}" for sample in result["samples"])

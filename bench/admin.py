@@ -1,4 +1,4 @@
-"""What the admin port costs: a scenario of `bin/bench`.
+"""The cost of the admin port: a scenario of `bin/bench`.
 
 It compares a server that is scraped every second with one that has no admin port. The scrapes run
 on the load generator's core.
@@ -13,7 +13,7 @@ from bench.peers import HOST, running
 from lab.redises import free_port
 
 OFF, SCRAPED = "off", "on, scraped every second"
-#: What is fetched, one after the other.
+#: The paths to fetch, in turn.
 PATHS = ("/metrics", "/status.json")
 
 
@@ -41,6 +41,6 @@ def admin(seconds: float, admin_port: str) -> Iterator[Sample]:
 
 
 def _fetch(port: int, path: str) -> None:
-    """An answer that is no success raises an OSError."""
+    """A response without success raises an OSError."""
     with urllib.request.urlopen(f"http://{HOST}:{port}{path}", timeout=PATIENCE_SECONDS) as answer:
         answer.read()

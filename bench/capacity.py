@@ -23,8 +23,8 @@ PAGE = ROOT / "docs/cluster.md"
 BEGIN, END = "<!-- heartbeats -->", "<!-- /heartbeats -->"
 #: The part of one core that Redis may use for heartbeats.
 CORE_SHARE = 0.5
-#: The mean time between two heartbeats of a server with the default interval: while its count does
-#: not change, and while it changes all the time.
+#: The mean time between two heartbeats of a server with the default interval: with a constant
+#: count, and with a count that changes all the time.
 SECONDS_BETWEEN = {
     "quiet": Config().heartbeat_interval_seconds * statistics.mean(JITTER),
     "busy": MIN_PAUSE_SECONDS,
@@ -62,7 +62,7 @@ def section(results: Results) -> str:
 
 
 def _script(samples: Sequence[Sample]) -> Iterator[str]:
-    """Why the CPU of a heartbeat is not the same in each row."""
+    """Explain why the CPU of a heartbeat differs between rows."""
     times = [sample["script_us"] for sample in samples if "script_us" in sample]
     if times:
         yield (
@@ -74,7 +74,7 @@ def _script(samples: Sequence[Sample]) -> Iterator[str]:
 
 
 def _rounded_down(value: float) -> int:
-    """Two digits of a number: more would claim too much."""
+    """A number with two digits: more would be false precision."""
     zeros = max(0, len(str(int(value))) - 2)
     return int(value) // int(10**zeros) * int(10**zeros)
 

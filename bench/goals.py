@@ -1,4 +1,4 @@
-"""The goals for gserver's figures, and how figures have moved since a baseline."""
+"""The goals for gserver's figures, and the changes since a baseline."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 from bench.report import IDLE_CLIENTS, ONE, Figure, Results, figure, number, ratio, table
 from bench.scenarios import LONG, ORDERS, SHAPES
 
-#: A figure that moved by less is taken for the same, however narrow its spread.
+#: A smaller change of a figure is ignored, however narrow its spread.
 LEAST_MOVE = 0.03
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure with a `limit` that it must not exceed, or must reach; `aim` is a further wish.
+    """A figure with a `limit` that it must not exceed, or must reach; `aim` is a stricter target.
 
     Goals of one `group` have the same limit, and share a row of the table.
     """
@@ -58,7 +58,7 @@ def _row(title: str, goals: list[Goal], results: Results) -> list[str]:
 
 
 def _shown(goal: Goal, found: Figure) -> str:
-    """The figure, with a digit more if it misses its limit by less than the usual three show."""
+    """The figure, with a fourth digit if three would hide that it misses its limit."""
     text = str(found)
     if not goal.is_met(found) and number(found.value) == number(goal.limit):
         return text.replace(number(found.value), f"{found.value:.4f}", 1)
@@ -110,7 +110,7 @@ SPELLING_LIMITS = {(1, False): 1.0, (1, True): 1.0, (32, False): 1.2, (32, True)
 
 
 def _spelling_group(depth: int, limit: float) -> str:
-    """The row that goals of the scenario `spellings` share."""
+    """The shared row of goals of the scenario `spellings`."""
     is_shuffled = depth > 1 and limit == SPELLING_LIMITS[depth, True]
     order = ", shuffled" if is_shuffled else ""
     return f"any spelling, {depth} in flight{order}: ratio to uvloop"
@@ -193,12 +193,12 @@ GOALS = (
 
 
 def goal_figures(results: Results) -> dict[str, Figure]:
-    """The figures of all goals that there are samples for."""
+    """The figures of all goals with samples."""
     return {goal.what: found for goal in GOALS if (found := goal.measured(results))}
 
 
 def comparison(was: dict[str, Figure], now: dict[str, Figure]) -> str:
-    """A table of two sets of figures. It marks those that moved by more than the spread."""
+    """A table of two sets of figures. It marks changes beyond the spread."""
     rows = []
     for what, new in now.items():
         old = was.get(what)

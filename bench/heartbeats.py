@@ -1,8 +1,8 @@
-"""The cost of heartbeats: of the script inside Redis, and of all of them for one Redis.
+"""The cost of heartbeats: the script's time in Redis, and the total load of one Redis.
 
-Both are measured with 3, 300 and 3,000 servers. A scenario of `bin/bench`. It starts a Redis of its
-own on a unix socket, and ends it. The script and its arguments are gserver's; only the servers are
-simulated, each with a connection of its own.
+A scenario of `bin/bench`, with 3, 300 and 3,000 servers. It starts its own Redis on a unix socket,
+and ends it. The script and its arguments are gserver's; only the servers are simulated, each with
+its own connection.
 """
 
 import heapq
@@ -73,9 +73,9 @@ def heartbeat(member: int, sequence: int, clients: int) -> bytes:
 
 
 def script_times(rounds: int = ROUNDS, heartbeats: int = HEARTBEATS) -> dict[int, list[float]]:
-    """Return the microseconds of the script inside Redis, by number of servers: one a round.
+    """Return the script's time inside Redis in microseconds, by number of servers: one per round.
 
-    The sizes take turns, so a slow minute of the machine hits all of them.
+    The sizes take turns, so a slow phase of the machine affects all of them.
     """
     times: dict[int, list[float]] = {size: [] for size in SIZES}
     with running_redis() as (client, _, path), socket.socket(socket.AF_UNIX) as sock:
@@ -126,7 +126,7 @@ def under_heartbeats(size: int, seconds: float) -> dict[str, float]:
         due = [(start + random.random() * 0.5, member) for member in range(size)]
         heapq.heapify(due)
         heartbeats = late = sent_bytes = received_bytes = 0
-        cpu, measured_from = None, start + 2  # By then all have joined.
+        cpu, measured_from = None, start + 2  # All servers have joined by then.
         while (now := time.monotonic()) < measured_from + seconds:
             if cpu is None and now >= measured_from:
                 cpu, heartbeats, late, delays = sum(process.cpu_times()[:2]), 0, 0, []

@@ -1,9 +1,9 @@
 /* The load generator: one epoll loop that checks every reply.
  *
- *   load pipeline HOST PORT CONNECTIONS DEPTH SECONDS [FROM]   DEPTH commands, their replies, and again: WHO, WHERE, WHY in turn
- *   load shuffled HOST PORT CONNECTIONS DEPTH SECONDS [FROM]   the same, each time in another order
- *   load connect  HOST PORT CONCURRENCY SECONDS [FROM]         connect, WHO, its reply, close, and again
- *   load hold     HOST PORT CONNECTIONS [FROM]                 connect, WHO, its reply, and stay
+ *   load pipeline HOST PORT CONNECTIONS DEPTH SECONDS [FROM]   repeat: send DEPTH commands (WHO, WHERE, WHY in turn), read the replies
+ *   load shuffled HOST PORT CONNECTIONS DEPTH SECONDS [FROM]   the same, in a new order each time
+ *   load connect  HOST PORT CONCURRENCY SECONDS [FROM]         repeat: connect, send WHO, read the reply, close
+ *   load hold     HOST PORT CONNECTIONS [FROM]                 connect, send WHO, read the reply, stay connected
  *
  * Two options come before the mode, in this order:
  *
@@ -37,11 +37,11 @@
 
 /* Kinds of replies. PING is the command in bench/own. */
 enum { WHO, WHERE, WHY, PING, UNKNOWN };
-/* How far a client is: a socket, then TLS if there is any, then its commands. */
+/* The state of a client: connecting, then the TLS handshake if any, then its commands. */
 enum { CONNECTED, BY_TCP, BY_TLS };
 enum { MAX_LINES = 16, MAX_LINE = 16, MAX_DEPTH = 2048, ORDER = 65535, OPENING = 256, MAX_EVENTS = 512, SLOTS = 200000 };
 
-/* A shorter measurement is also warmed up for a shorter time. */
+/* A shorter measurement also has a shorter warm-up. */
 #define WARM_SECONDS 0.5
 #define SHOWN(length) ((int)((length) < 64 ? (length) : 64))
 
@@ -49,11 +49,11 @@ typedef struct {
     int fd, connecting, next, expected, length;
     long long sent_at;
     SSL *ssl;
-    char line[128]; /* of a reply that has begun */
+    char line[128]; /* an incomplete reply */
 } Client;
 
 static const char *const NAMES[UNKNOWN] = {"WHO", "WHERE", "WHY", "PING"};
-/* The lines that are sent, as `lines` gives them. */
+/* The lines to send, from `lines`. */
 static struct {
     const char *text;
     int length, kind;
@@ -62,13 +62,13 @@ static int line_count;
 static struct sockaddr_in server, from;
 static SSL_CTX *tls; /* NULL without TLS */
 static int epoll, depth = 1, asks_who_only, closes_after, clients;
-static char id[128]; /* of the server: what WHERE answered first */
-/* All commands in their order. Each client starts at another place. */
+static char id[128]; /* of the server: its first reply to WHERE */
+/* All commands in order. Each client starts at a different position. */
 static unsigned char kinds[ORDER + MAX_DEPTH];
 static char text[(ORDER + MAX_DEPTH) * MAX_LINE];
 static int starts[ORDER + MAX_DEPTH + 1];
 static long long answers, errors, lowest, highest;
-static unsigned *latencies; /* how many took so many tenths of a microsecond; logarithmic beyond 10 ms */
+static unsigned *latencies; /* counts by tenths of a microsecond; logarithmic beyond 10 ms */
 static int measuring;
 
 static long long now_ns(void) {
@@ -110,7 +110,7 @@ static void open_client(Client *client) {
     if (epoll_ctl(epoll, EPOLL_CTL_ADD, client->fd, &event)) die("epoll_ctl");
 }
 
-/* Returns 1 when a client that was connecting may ask, 0 when it has to wait, -1 when it has failed. */
+/* Returns 1 if a connecting client may send, 0 if it must wait, -1 if it has failed. */
 static int go_on(Client *client) {
     if (client->connecting == BY_TCP) {
         int error = 0;
@@ -149,7 +149,7 @@ static ssize_t put(Client *client, const char *data, int size) {
     return tls ? SSL_write(client->ssl, data, size) : write(client->fd, data, size);
 }
 
-/* As `read`. With TLS that is one record at most: more of them stay in the socket, and epoll tells of them. */
+/* Like `read`. With TLS, one record at most: the others stay in the socket, and epoll reports them. */
 static ssize_t get(Client *client, char *data, int size) {
     if (!tls) return read(client->fd, data, size);
     int got = SSL_read(client->ssl, data, size);
@@ -166,7 +166,7 @@ static void ask(Client *client) {
     int size = asks_who_only ? 4 : starts[client->next + depth] - starts[client->next];
     client->expected = asks_who_only ? 1 : depth;
     client->sent_at = now_ns();
-    /* A batch fits into an empty socket buffer many times over, and the one before it has been answered. */
+    /* A batch is much smaller than an empty socket buffer, and the previous one has been answered. */
     if (put(client, data, size) != size) wrong("short write: %s", strerror(errno));
 }
 
@@ -221,7 +221,7 @@ static void check(Client *client, const char *line, int length) {
     }
 }
 
-/* Returns 0 when the client has gone. */
+/* Returns 0 if the client was closed. */
 static int receive(Client *client) {
     static char buffer[131072];
     memcpy(buffer, client->line, client->length);
@@ -254,7 +254,7 @@ static void report(double seconds) {
     fflush(stdout);
 }
 
-/* Runs the loop until a moment, or, when `count` is given, until so many clients have their answer. */
+/* Runs the loop until a time, or, if `count` is given, until that many clients have their reply. */
 static int run(long long until, int count, int goes_on) {
     struct epoll_event events[MAX_EVENTS];
     int answered = 0;
@@ -370,7 +370,7 @@ int main(int count, char **words) {
                         "       load shuffled HOST PORT CONNECTIONS DEPTH SECONDS [FROM]\n"
                         "       load connect HOST PORT CONCURRENCY SECONDS [FROM]\n"
                         "       load hold HOST PORT CONNECTIONS [FROM]\n"
-                        "       load tls ..., the same by TLS\n"
+                        "       load tls ..., the same over TLS\n"
                         "       load [tls] lines LINES ..., with these lines\n");
         return 2;
     }
@@ -417,6 +417,6 @@ int main(int count, char **words) {
     long long started = now_ns();
     run(started + (long long)(seconds * 1e9), 0, 1);
     report((now_ns() - started) / 1e9);
-    while (getchar() != EOF) continue; /* What it costs the server that all clients go is not to be measured. */
+    while (getchar() != EOF) continue; /* The cost of closing all clients must not be measured. */
     return 0;
 }

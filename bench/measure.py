@@ -1,4 +1,4 @@
-"""How things are measured: CPU and memory of a server's processes, and the load generator."""
+"""Measurement: CPU and memory of a server's processes, and the load generator."""
 
 import itertools
 import json
@@ -19,21 +19,21 @@ from bench.peers import LOAD, Server
 CORES = frozenset(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = {min(CORES)}, {max(CORES)}
 PATIENCE_SECONDS = 60.0
-#: Connections that work a server where their number is not what is measured.
+#: Active connections, unless their number is the measured variable.
 CLIENTS = 64
 
 _runs = itertools.count()
 
-#: What one run found out, by name.
+#: The figures of one run, by name.
 Sample = dict[str, Any]
 
 
 class Failed(Exception):
-    """A run whose figures are worth nothing; says why."""
+    """A run without valid figures; the message has the reason."""
 
 
 def tree(server: Server) -> list[int]:
-    """The processes of a server: those that were started, and all below them."""
+    """The processes of a server: the started ones and their descendants."""
     return [
         each
         for pid in server.pids
@@ -45,7 +45,7 @@ def tree(server: Server) -> list[int]:
 
 
 def in_role(server: Server, role: str) -> list[int]:
-    """Those of gserver's processes that have this role: `worker` or `agent`."""
+    """The processes of gserver with this role: `worker` or `agent`."""
     return [
         pid for pid in tree(server) if f"\0{role}\0" in Path(f"/proc/{pid}/cmdline").read_text()
     ]
@@ -60,12 +60,12 @@ def cpu_ns(pids: list[int]) -> int:
 
 
 def memory(pids: list[int]) -> int:
-    """Bytes of memory of processes, what they share counted once (PSS)."""
+    """Bytes of memory of processes, with shared memory counted once (PSS)."""
     return _memory(pids, "Pss")
 
 
 def own_memory(pids: list[int]) -> int:
-    """The same without mapped files, whose share shrinks when one more process maps them."""
+    """The same without mapped files, whose share shrinks with each process that maps them."""
     return _memory(pids, "Pss_Anon") + _memory(pids, "Pss_Shmem")
 
 
@@ -89,7 +89,7 @@ def load(
         words += ["lines", lines]
     words += [mode, server.host, str(server.port), *map(str, arguments)]
     if mode == "connect":
-        # An address of its own: the ports of the run before stay in TIME_WAIT for a minute.
+        # A new address: the ports of the previous run stay in TIME_WAIT for a minute.
         words.append(f"127.1.{next(_runs) % 250}.1")
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
@@ -122,7 +122,7 @@ class Load:
     def expect(self, wanted: str) -> None:
         """Read a line that must be this one."""
         if (line := self.line()) != wanted:
-            raise Failed(f"the load generator said {line!r}, not {wanted!r}")
+            raise Failed(f"the load generator printed {line!r}, not {wanted!r}")
 
     def ask(self, words: str) -> str:
         """Send a line and read one."""
@@ -131,13 +131,13 @@ class Load:
         return self.line()
 
     def result(self) -> Sample:
-        """Its line of JSON; an error in it makes all of it worthless."""
+        """Its line of JSON; an error in it invalidates the run."""
         result: Sample = json.loads(self.line())
         if result["errors"] or not result["answers"]:
             self._process.kill()
             assert self._process.stderr
-            told = self._process.stderr.read().strip().replace("\n", "; ")
-            raise Failed(f"{result['answers']} answers, {result['errors']} errors: {told}")
+            errors = self._process.stderr.read().strip().replace("\n", "; ")
+            raise Failed(f"{result['answers']} answers, {result['errors']} errors: {errors}")
         return result
 
 
@@ -160,7 +160,7 @@ def work(
         result = process.result()
         used = cpu_ns(pids) - before
     if tree(server) != pids:
-        raise Failed("a process of the server ended or began meanwhile")
+        raise Failed("a process of the server ended or started meanwhile")
     return {
         "cpu_us": used / 1e3 / result["answers"],
         "busy": used / 1e9 / result["seconds"],

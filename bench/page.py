@@ -1,6 +1,6 @@
 """Writes tables and figures between their marks in docs/performance.md.
 
-`bench/capacity.py` does it for docs/cluster.md.
+`bench/capacity.py` does this for docs/cluster.md.
 """
 
 from collections import Counter
@@ -14,14 +14,14 @@ from bench.scenarios import ORDERS
 from lab.running import ROOT
 
 PAGE = ROOT / "docs/performance.md"
-#: What names the run that a figure comes from.
+#: The keys that identify the run of a figure.
 SOURCE_KEYS = "commit", "date", "processor"
 #: The scenarios of the summary.
 SUMMARISED = {"speed", "depth", "connect", "connections", "idle", "tls", "start"}
 
 
 def tables(results: Results, scenarios: Iterable[str]) -> dict[str, str]:
-    """The tables of these scenarios, those of all of them, and what the samples were made on."""
+    """The tables of these scenarios, the tables of all, and the source of the samples."""
     usual = usual_source(results)
     found = {
         name: _with_source(item.write(results), source(results, item.scenarios), usual)
@@ -35,7 +35,7 @@ def tables(results: Results, scenarios: Iterable[str]) -> dict[str, str]:
 
 
 def idle_client_bytes(results: Results) -> str:
-    """The memory of one of 10,000 idle clients, as all pages give it."""
+    """The memory of one of 10,000 idle clients, as shown on all pages."""
     return number(_found(figure(results, "idle", "client_bytes", **IDLE)).value)
 
 
@@ -49,7 +49,7 @@ def summary(results: Results) -> str:
         ).value
 
     def cost(name: str, *others: float, **where: object) -> str:
-        """The CPU; `others` are ratios to uvloop that other tables show for the same case."""
+        """The CPU; `others` are ratios to uvloop in other tables for the same case."""
         own = _found(figure(results, name, "cpu_us", **gserver, **where)).value
         found = [f"{value:.2f}" for value in sorted([in_uvloops(name, **where), *others])]
         shown, tables = (
@@ -104,7 +104,7 @@ def usual_source(results: Results) -> str:
 
 
 def _with_source(table: str, source: str, usual: str) -> str:
-    """A table, with its source below it unless that is the usual one."""
+    """A table, with its source below it if that is not the usual one."""
     return table if source == usual else f"{table}\n\n*{source}*"
 
 
@@ -137,7 +137,7 @@ def render(results: Results) -> None:
 
 
 def put(page: str, block: str) -> str:
-    """Return a page with a new text of a block. Its first and last lines are marks of the page."""
+    """Return a page with a new text of a block, whose first and last lines are its marks."""
     start, *_, end = block.splitlines()
     head, found, rest = page.partition(start)
     assert found, f"the page has no {start}"

@@ -1,7 +1,7 @@
-"""The servers that are measured side by side: how each is built, started and ended.
+"""The servers that are compared: how each is built, started and ended.
 
-The sources of all but gserver are in `bench/peers/`. gserver runs with everything switched on:
-limits, deadlines, logs, metrics. `BENCH_CHECKOUT` names another folder of gserver to measure.
+The sources of all except gserver are in `bench/peers/`. gserver runs with all features on: limits,
+deadlines, logs, metrics. `BENCH_CHECKOUT` names another folder of gserver to measure.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ SOURCES = ROOT / "bench" / "peers"
 OWN_COMMANDS = ROOT / "bench" / "own"
 BUILT = ROOT / ".tools" / "bench"
 HOST = "127.0.0.1"
-#: Seconds that a server has to begin, and to end.
+#: Seconds that a server has to start, and to end.
 PATIENCE = 10.0
 PYTHON = (sys.executable, "-P")
 GSERVER = (*PYTHON, "-m", "gserver", "serve", "--port", "PORT")
-#: Programs that are run as they come, and the packages that have them.
+#: Unmodified programs, and their packages.
 PROGRAMS = {
     "redis-server": "redis-server",
     "haproxy": "haproxy",
@@ -76,7 +76,7 @@ class Server:
 
 
 def _target(source: Path) -> Path:
-    """Where the program compiled from `source` is; another text of the source has another place."""
+    """The path of the program compiled from `source`; it depends on the text of the source."""
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
     return BUILT / f"{source.stem}-{digest}"
 
@@ -112,7 +112,7 @@ ALL_PEERS = {**PEERS, **{peer.name: peer for peer in SPELLING_PEERS.values()}}
 
 
 def build(names: Iterable[str]) -> None:
-    """Compile the load generator and the named servers, unless it has been done."""
+    """Compile the load generator and the named servers, unless they are up to date."""
     for program, package in PROGRAMS.items():
         if not shutil.which(program):
             raise SystemExit(f"bench: {program} is missing: apt-get install {package}")
@@ -150,7 +150,7 @@ def running(
     """
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as statsd:
-        statsd.bind((HOST, 0))  # Never read: the kernel drops what does not fit.
+        statsd.bind((HOST, 0))  # Never read: the kernel drops the excess.
         if ALL_PEERS[name].words[: len(GSERVER)] == GSERVER:
             metrics = ("--statsd-host", HOST, "--statsd-port", str(statsd.getsockname()[1]))
             options = (*metrics, "--idle-timeout", "600", *options)
@@ -184,7 +184,7 @@ def started(
             _end(process)
             if has_died:
                 raise RuntimeError(
-                    f"{name} ended with status {process.returncode}; it said:\n{_said(log)}"
+                    f"{name} ended with status {process.returncode}; its output:\n{_said(log)}"
                 )
 
 
@@ -202,7 +202,7 @@ def _wait_until_it_answers(
             if client.ask(b"WHY") == b"42":
                 return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{server.name} does not answer; it said:\n{_said(log)}")
+            raise TimeoutError(f"{server.name} does not answer; its output:\n{_said(log)}")
         time.sleep(0.01)
     raise ChildProcessError(f"{server.name} has not started")
 
@@ -212,5 +212,5 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     with suppress(subprocess.TimeoutExpired):
         process.wait(PATIENCE)
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # gserver's children see to it themselves
+        os.killpg(process.pid, signal.SIGKILL)  # gserver's children end by themselves
     process.wait()

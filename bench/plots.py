@@ -1,4 +1,4 @@
-"""The plots in docs/plots: one idea each, to be read on light ground and on dark."""
+"""The plots in docs/plots: one idea each, readable on light and dark backgrounds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,9 +54,9 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bars(Plot):
-    """A plot with a row for each server, the least on top, and a panel for each choice.
+    """A plot with a row for each server, the smallest on top, and a panel for each choice.
 
-    A row is a bar. On a logarithmic axis, where a bar's length means nothing, it is a dot.
+    A row is a bar, or a dot on a logarithmic axis, where a bar's length has no meaning.
     """
 
     choices: tuple[dict[str, Any], ...] = ({},)
@@ -133,9 +133,9 @@ def draw(results: Results) -> None:
 def plotted(
     name: str, title: str, made_of: str, height: float, panels: int = 1
 ) -> Iterator[list[Axes]]:
-    """Axes for a plot that is written when the body is done.
+    """Axes for a plot that is written after the body.
 
-    `made_of` is written below it: the commit, the date and the machine of its figures.
+    `made_of` is the caption: the commit, the date and the machine of its figures.
     """
     picture = Picture(figsize=(7.6, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     picture.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
@@ -228,7 +228,7 @@ def _latency(results: Results) -> None:
 
 
 def _lines(results: Results, plot: Lines) -> None:
-    """Draw the lines, their quartiles about them, and the servers' names at their ends."""
+    """Draw the lines, their quartiles, and the servers' names at their ends."""
     samples = results[plot.scenario]["samples"]
     values = sorted({sample[plot.key] for sample in samples if plot.key in sample})
     lines: dict[str, dict[float, Figure]] = {}
@@ -256,7 +256,7 @@ def _lines(results: Results, plot: Lines) -> None:
 
 
 def _line(axes: Axes, server: str, line: dict[float, Figure]) -> None:
-    """Draw one server's line: medians over the values, with the quartiles about them."""
+    """Draw one server's line: medians over the values, with quartiles."""
     colour, width = _colour(server), 2.4 if server == "gserver" else 1.6
     xs = list(line)
     middles, lows, highs, _ = zip(*line.values(), strict=True)
@@ -265,7 +265,7 @@ def _line(axes: Axes, server: str, line: dict[float, Figure]) -> None:
 
 
 def _scale_y(axes: Axes, heights: list[float]) -> None:
-    """Make the vertical axis logarithmic if the values are far apart; else start it at zero."""
+    """Make the vertical axis logarithmic if the values are far apart; otherwise start at zero."""
     if _needs_log(heights):
         axes.set_yscale("log")
         _tick(axes, "y", (1, 2, 5))
@@ -278,7 +278,7 @@ def _needs_log(values: list[float]) -> bool:
 
 
 def _name_ends(axes: Axes, lines: dict[str, dict[float, Figure]]) -> None:
-    """Write the servers' names at the ends of their lines, apart where they would touch."""
+    """Write the servers' names at the ends of their lines, spread where they would overlap."""
     ends = [(*list(line.items())[-1], server) for server, line in lines.items()]
     last = -1.0
     for x, point, server in sorted(ends, key=lambda end: end[1].value):
@@ -336,7 +336,7 @@ def _propagation(results: Results) -> None:
 
 
 def _tick(axes: Axes, letter: str, steps: tuple[int, ...]) -> None:
-    """Write the numbers of a logarithmic axis in full, at these steps of each decade."""
+    """Write full numbers on a logarithmic axis, at these steps of each decade."""
     axis = axes.xaxis if letter == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(_in_full)
@@ -367,7 +367,7 @@ def _colour(server: str) -> str:
 
 
 def _sorted(results: Results, name: str, measure: str, **where: Any) -> list[str]:
-    """The servers that have a figure, the least first."""
+    """The servers that have a figure, the smallest first."""
     servers = dict.fromkeys(sample["server"] for sample in results[name]["samples"])
     found = {server: figure(results, name, measure, server=server, **where) for server in servers}
     return sorted(

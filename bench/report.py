@@ -17,12 +17,12 @@ from gserver.cluster.heartbeat import JITTER, MIN_PAUSE_SECONDS
 #: Allowed for two round trips to Redis in Δ: see `delta_ms`.
 ROUND_TRIPS_SECONDS = 0.025
 
-#: Of each scenario by name: `machine` and `samples`.
+#: By scenario: `machine` and `samples`.
 Results = dict[str, dict[str, Any]]
 
 
 class Figure(NamedTuple):
-    """A median over rounds, with the quartiles about it."""
+    """A median over rounds, with its quartiles."""
 
     value: float
     low: float
@@ -35,7 +35,7 @@ class Figure(NamedTuple):
 
     @property
     def notch(self) -> float:
-        """How far off the median may be, at 95 % confidence.
+        """The possible error of the median, at 95 % confidence.
 
         These are the notches of a box plot (McGill, Tukey, Larsen, 1978).
         """
@@ -43,7 +43,7 @@ class Figure(NamedTuple):
 
 
 def number(value: float) -> str:
-    """Three digits of a number, all of a large one."""
+    """A number with three digits, or all digits of a large one."""
     if value == int(value):
         return f"{value:,.0f}"
     for digits, least in enumerate((100, 10, 1)):
@@ -102,8 +102,8 @@ def ratio(
 def delta_ms(interval: float) -> float:
     """Δ for a `--heartbeat-interval`: how old another server's count in WHO may be.
 
-    A change is reported after `MIN_PAUSE_SECONDS` at most. The other server reads it with its own
-    next heartbeat.
+    A change is reported after `MIN_PAUSE_SECONDS` at most. The other server reads it with its next
+    heartbeat.
     """
     return 1000 * (JITTER[1] * interval + MIN_PAUSE_SECONDS + ROUND_TRIPS_SECONDS)
 
@@ -113,8 +113,8 @@ class Column:
     """A column of a table: a measure, a ratio or a percentile.
 
     `over` names the samples that the measure is divided by. `percent` takes that percentile of all
-    samples. `minus` names the samples whose median is subtracted. `scenario` and `where` are those
-    of the table, unless they are given. `has_spread` adds the quartiles.
+    samples. `minus` names the samples whose median is subtracted. `scenario` and `where`
+    default to those of the table. `has_spread` adds the quartiles.
     """
 
     measure: str
@@ -177,7 +177,7 @@ class Table:
         return list(dict.fromkeys([self.scenario, *others]))
 
     def write(self, results: Results) -> str:
-        """Write it in Markdown."""
+        """Write the table in Markdown."""
         names = [*self.keys, *([self.across] if self.across else [])]
         samples = [
             sample
@@ -218,7 +218,7 @@ class Table:
 
 
 def _order(values: tuple[Any, ...]) -> list[float]:
-    """By numbers, then by the order of commands; servers stay as they are."""
+    """Sort by numbers, then by the order of commands; servers keep their order."""
     numbers = [value for value in values if not isinstance(value, str)]
     return [*numbers, *(ORDERS.index(value) for value in values if value in ORDERS)]
 
@@ -237,13 +237,13 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 CPU, CPU_MEDIAN = Column("cpu_us"), Column("cpu_us", has_spread=False)
 ONE: dict[str, Any] = {"depth": 1, "order": ORDERS[0]}
 IDLE_CLIENTS = 10_000
-#: Rows of the tables whose plots have all values.
+#: Rows of tables whose plots show all values.
 SOME_CONNECTIONS = 64, 1000, 10_000
 SOME_DEPTHS = 1, 8, 32, 128, 1024
 SOME_INTERVALS = 0.1, 0.5, 2.0
 
 HEARTBEATS, HEARTBEAT_CPU = "heartbeats", "CPU a heartbeat, us"
-#: What the heartbeats of a cluster cost Redis: titles, and names in the results.
+#: The cost of a cluster's heartbeats for Redis: titles, and names in the results.
 HEARTBEAT_ROWS = {
     "time of the script in Redis, µs": "script_us",
     "heartbeats per second": "heartbeats a second",
@@ -258,12 +258,12 @@ HEARTBEAT_ROWS = {
 
 
 def heartbeat_table(titles: Iterable[str] = HEARTBEAT_ROWS, *, is_turned: bool = True) -> Table:
-    """The table of heartbeats with these of its rows. They are columns unless it `is_turned`."""
+    """The table of heartbeats with these rows; columns if not `is_turned`."""
     columns = {title: Column(HEARTBEAT_ROWS[title]) for title in titles}
     return Table(HEARTBEATS, {"servers": "servers"}, columns, is_turned=is_turned)
 
 
-#: Tables that stand in docs/performance.md, by the names of their marks.
+#: The tables of docs/performance.md, by the names of their marks.
 TABLES = {
     "servers": Table(
         "speed",

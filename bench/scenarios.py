@@ -1,4 +1,4 @@
-"""What is measured: a scenario is a function and the cases that it is called with.
+"""The scenarios: a scenario is a function and the cases that it is called with.
 
 The cases of a scenario take turns, round by round.
 """
@@ -37,14 +37,14 @@ from lab.redises import Redis, free_port
 from lab.running import Client, environment
 
 HELD_BY_ONE = 12500
-#: In which order commands come, and the load generator's word for it.
+#: The order of commands, and the load generator's name for it.
 MODES = {"in turn": "pipeline", "shuffled": "shuffled"}
 ORDERS = tuple(MODES)
-#: Of a cluster whose news are timed: one is told of a client, the others are watched.
+#: Servers of the cluster of `propagation`: a client connects to one, and the others are watched.
 MEMBERS, EVENTS = 4, 12
 
 
-#: Commands in a burst that is longer than 4,096 bytes.
+#: Commands in a batch that is longer than 4,096 bytes.
 LONG = 1280
 
 
@@ -80,7 +80,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """Something to measure: `run(seconds, **case)` yields a sample for each thing that it tried."""
+    """A measurement: `run(seconds, **case)` yields a sample for each variant."""
 
     name: str
     run: Callable[..., Iterator[Sample]]
@@ -101,7 +101,7 @@ def speed(seconds: float, server: str) -> Iterator[Sample]:
 
 
 def spellings(seconds: float, shape: str) -> Iterator[Sample]:
-    """Answer commands in one spelling, by gserver and by uvloop in turn, on the same core."""
+    """Answer commands in one spelling, with gserver and uvloop in turn, on the same core."""
     sent = SHAPES[shape]
     peer = SPELLING_PEERS[sent.peer].name
     with (
@@ -121,22 +121,24 @@ def spellings(seconds: float, shape: str) -> Iterator[Sample]:
 
 
 def depth(seconds: float, server: str) -> Iterator[Sample]:
-    """Answer commands, more and more of them in flight on each connection."""
+    """Answer commands, with increasing numbers in flight on each connection."""
     with running(server, cores=SERVER_CORE) as peer:
         for number in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024):
             yield {"depth": number, **work(peer, "shuffled", CLIENTS, number, seconds)}
 
 
 def connect(seconds: float, server: str) -> Iterator[Sample]:
-    """Take in clients that ask one question and go."""
+    """Accept clients that send one command and leave."""
     with running(server, cores=SERVER_CORE) as peer:
         yield work(peer, "connect", CLIENTS, seconds)
 
 
 def idle(seconds: float, server: str) -> Iterator[Sample]:
-    """Hold 1,000 clients that say nothing, then 10,000."""
+    """Hold 1,000 silent clients, then 10,000."""
     with running(server, cores=SERVER_CORE) as peer, ExitStack() as stack:
-        with load("hold", peer, 10) as first:  # What is set up for the first clients is not theirs.
+        with load(
+            "hold", peer, 10
+        ) as first:  # The setup for the first clients is not part of their cost.
             first.expect("held 10")
         pids, held = tree(peer), 0
         before = own_memory(pids)
@@ -167,15 +169,15 @@ def connections(seconds: float, server: str, clients: int) -> Iterator[Sample]:
 
 
 def workers(seconds: float, workers: int, clients: int) -> Iterator[Sample]:
-    """Answer commands by more than one process; how evenly the clients spread over them."""
+    """Answer commands with several processes; measure how evenly clients spread over them."""
     with running("gserver", cores=set(CORES), options=("--workers", str(workers))) as server:
-        time.sleep(1)  # One answers; by now the others do too.
+        time.sleep(1)  # One worker answers; by now the others do too.
         own = in_role(server, "worker")
         if len(own) != workers:
             raise Failed(f"{len(own)} workers, not {workers}")
 
         def spread() -> Sample:
-            taken = [_sockets(pid) - 1 for pid in own]  # less the one that listens
+            taken = [_sockets(pid) - 1 for pid in own]  # without the listening socket
             if sum(taken) != clients:
                 raise Failed(f"the workers hold {taken}, not {clients} clients")
             return {
@@ -193,7 +195,7 @@ def _sockets(pid: int) -> int:
 
 
 def hold(_seconds: float, processes: int) -> Iterator[Sample]:
-    """Hold more clients than one address has ports for; each asks WHO when all are connected."""
+    """Hold more clients than one address has ports; each sends WHO when all are connected."""
     clients = processes * HELD_BY_ONE
     options = ("--workers", "4", "--max-clients", "60000")
     with running("gserver", cores=set(CORES), options=options) as server, ExitStack() as stack:
@@ -208,10 +210,13 @@ def hold(_seconds: float, processes: int) -> Iterator[Sample]:
         for process in loads:
             process.expect(f"held {HELD_BY_ONE}")
         taken = time.monotonic() - started
-        told = [process.ask("ask").split() for process in loads]
-        if any(words[:2] != ["answered", str(HELD_BY_ONE)] for words in told):
-            raise Failed(f"not all were answered: {told}")
-        lowest, highest = min(int(words[2]) for words in told), max(int(words[3]) for words in told)
+        answers = [process.ask("ask").split() for process in loads]
+        if any(words[:2] != ["answered", str(HELD_BY_ONE)] for words in answers):
+            raise Failed(f"not all clients got a reply: {answers}")
+        lowest, highest = (
+            min(int(words[2]) for words in answers),
+            max(int(words[3]) for words in answers),
+        )
         yield {
             "clients": clients,
             "lowest": lowest,
@@ -222,7 +227,7 @@ def hold(_seconds: float, processes: int) -> Iterator[Sample]:
 
 
 def start(_seconds: float, workers: int) -> Iterator[Sample]:
-    """From the start of bin/gserver, which was set up before, to its first answer."""
+    """The time from the start of bin/gserver, already set up, to its first reply."""
     port = free_port()
     env = environment()
     if sys.prefix not in (sys.base_prefix, str(CHECKOUT / ".venv")):
@@ -264,7 +269,7 @@ def heartbeat_load(seconds: float, servers: int) -> Iterator[Sample]:
 
 
 def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
-    """How long until a client of one server is in the WHO of another."""
+    """The time until a client of one server is in the WHO of another."""
     pace = ("--heartbeat-interval", f"{interval:g}", "--member-ttl", f"{max(5, 5 * interval):g}")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -284,7 +289,7 @@ def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
 
 
 def _moments(watchers: list[Client], wanted: int) -> list[float]:
-    """When each of the watchers was told first that so many are connected."""
+    """The time of each watcher's first reply with this number of clients."""
     moments: dict[Client, float] = {}
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(moments) < len(watchers):
@@ -292,7 +297,7 @@ def _moments(watchers: list[Client], wanted: int) -> list[float]:
             if watcher not in moments and watcher.who() == wanted:
                 moments[watcher] = time.monotonic()
         if time.monotonic() > deadline:
-            raise Failed(f"not all servers have heard of {wanted} clients")
+            raise Failed(f"not all servers have reported {wanted} clients")
         time.sleep(0.001)
     return list(moments.values())
 
@@ -349,7 +354,7 @@ FULL = (
         seconds=heartbeats.SECONDS,
     ),
 )
-#: Enough for most of the goals, in less than four minutes.
+#: Most of the goals, in less than four minutes.
 QUICK = (
     Scenario(
         "speed", speed, _cases(server=("gserver", "uvloop", "go", "gevent")), rounds=5, seconds=0.6

@@ -1,8 +1,8 @@
-"""What TLS costs: gserver that speaks it, gserver behind a proxy that ends it, and gserver without.
+"""The cost of TLS: gserver with TLS, gserver behind a TLS proxy, and gserver without TLS.
 
-A scenario of `bin/bench`. A proxy and its gserver share one core, and the figures are those of
-both. All have one key and certificate (ECDSA, P-256), and log no clients; the load generator sees
-to it that version, group, cipher and handshakes are the same.
+A scenario of `bin/bench`. A proxy and its gserver share one core, and the figures are the sum of
+both. All use the same key and certificate (ECDSA, P-256), and log no clients; the load generator
+ensures the same version, group, cipher and handshakes.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from lab.redises import free_port
 from lab.tls_client import trust
 
 PLAIN, OWN = "gserver without TLS", "gserver, `--tls-cert`"
-#: That hold still while memory is measured.
+#: Idle clients while memory is measured.
 IDLE = 1000
 
 HAPROXY = """
@@ -48,8 +48,8 @@ accept = {host}:{port}
 connect = {host}:{behind}
 cert = {pem}
 """
-#: Of each proxy by its title: the words that start it, the file of its configuration after them,
-#: and that file.
+#: For each proxy by its title: its command, which the configuration file follows, and the text of
+#: that file.
 PROXIES = {
     "HAProxy before gserver": (("haproxy", "-db", "-f"), HAPROXY),
     "stunnel before gserver": (("stunnel",), STUNNEL),
@@ -62,7 +62,7 @@ def tls(seconds: float, service: str) -> Iterator[Sample]:
     with serving(service) as server:
         with load(
             "hold", server, 10
-        ) as first:  # What is set up for the first clients is not theirs.
+        ) as first:  # The setup for the first clients is not part of their cost.
             first.expect("held 10")
         before = own_memory(tree(server))
         with load("hold", server, IDLE) as idle:
@@ -79,7 +79,7 @@ def tls(seconds: float, service: str) -> Iterator[Sample]:
 
 @contextmanager
 def serving(service: str) -> Iterator[Server]:
-    """Run one of SERVICES for the time of the body: what clients connect to."""
+    """Run one of SERVICES during the body; yield the server that clients connect to."""
     pem = _folder() / "both.pem"
     options = ("--tls-cert", str(pem)) if service == OWN else ()
     client = None if service == PLAIN else trust(_folder())

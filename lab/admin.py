@@ -11,7 +11,7 @@ from lab.running import LIMIT, Running
 def get(
     server: Running, path: str, method: str = "GET", host: str = "127.0.0.1", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
-    """Send a request; return the status code, headers and body of the answer."""
+    """Send a request; return the status code, headers and body of the response."""
     connection = http.client.HTTPConnection(host, server.admin_port(), timeout=LIMIT)
     try:
         connection.request(method, path, headers=headers)
@@ -32,7 +32,7 @@ def status(server: Running, **headers: str) -> Any:
 
 
 def metrics(server: Running) -> dict[str, float]:
-    """The samples of /metrics, by name and labels as they are written."""
+    """The samples of /metrics, by name and labels."""
     _, _, body = get(server, "/metrics")
     lines = [line for line in body.decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}

@@ -1,4 +1,4 @@
-"""Bad clients: crowds and floods, each a process of its own that reports how much of it there was.
+"""Bad clients: crowds and floods. Each runs in its own process and reports how much it did.
 
 `python -m lab.attackers NAME PORT CA SECONDS NUMBER SOURCE`; CA is "" for plain.
 """
@@ -16,13 +16,13 @@ from lab.child import Child, begun, report
 from lab.running import Client
 from lab.site import Site
 
-#: Bad lines that are sent before the replies to those before have come.
+#: Bad lines that are sent before the earlier replies have arrived.
 UNDER_WAY = 8000
 
 
 @dataclass
 class Attack:
-    """What an attacker is told."""
+    """The parameters of an attacker."""
 
     port: int
     context: ssl.SSLContext | None
@@ -31,23 +31,21 @@ class Attack:
     source: str
 
     def connect(self) -> socket.socket:
-        """Connect, by TLS if so told."""
+        """Connect, over TLS if a CA is given."""
         return Client(self.port, source=self.source, context=self.context).sock
 
     def until_over(self, act: Callable[[], object]) -> None:
-        """Do it again and again."""
+        """Repeat `act` until the time is over."""
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             act()
 
 
 def bad_lines(attack: Attack) -> int:
-    """So many lines that are no command, as fast as they are answered; return how many replies
-    came.
-    """
+    """Send invalid lines as fast as they are answered; return the number of replies."""
     sent = replies = 0
     with attack.connect() as sock:
-        # By one thread: until Python 3.13 two that use a connection of TLS at once garble it.
+        # One thread: until Python 3.13, two threads on one TLS connection corrupt it.
         while replies < attack.number:
             if sent < attack.number and sent - replies <= UNDER_WAY:
                 sock.sendall(b"NO\n" * 1000)
@@ -60,24 +58,20 @@ def bad_lines(attack: Attack) -> int:
 
 
 def connects(attack: Attack) -> int:
-    """Connect, read until the end and do it again; return how many were told that there are too
-    many clients.
-    """
-    told = 0
+    """Connect, read to the end, and repeat; return the number of `too many clients` replies."""
+    rejected = 0
 
     def connect() -> None:
-        nonlocal told
+        nonlocal rejected
         with suppress(OSError), attack.connect() as sock:
-            told += sock.recv(100) == b"ERR too many clients\n"
+            rejected += sock.recv(100) == b"ERR too many clients\n"
 
     attack.until_over(connect)
-    return told
+    return rejected
 
 
 def dribblers(attack: Attack) -> int:
-    """So many send a byte twice a second, one after another; return how many are told that they are
-    too slow.
-    """
+    """Many clients send a byte twice a second; return the number of `too slow` replies."""
     socks = [attack.connect() for _ in range(attack.number)]
     begun()
     following = cycle(socks)
@@ -93,9 +87,7 @@ def dribblers(attack: Attack) -> int:
 
 
 def crowd(attack: Attack) -> int:
-    """So many clients that have been answered; return how many are answered again at the end of
-    stdin.
-    """
+    """Hold clients that have a reply; at the end of stdin, return how many get another."""
     socks = [attack.connect() for _ in range(attack.number)]
 
     def are_answered() -> int:
@@ -110,7 +102,7 @@ def crowd(attack: Attack) -> int:
 
 
 def silent(attack: Attack) -> int:
-    """Connect silent clients, again when they are cut off. Return the number of connections."""
+    """Connect silent clients, and reconnect closed ones. Return the number of connections."""
     attack.context = None
     socks = [attack.connect() for _ in range(attack.number)]
     begun()
@@ -132,7 +124,7 @@ def silent(attack: Attack) -> int:
 
 
 class Attacker(Child):
-    """One that attacks a site."""
+    """An attacker of a site."""
 
     def __init__(
         self, name: str, site: Site, seconds: float = 0, number: int = 0, source: str = "127.0.0.1"
@@ -142,7 +134,7 @@ class Attacker(Child):
 
 
 def main() -> None:
-    """Carry one out."""
+    """Run an attack."""
     name, port, ca, seconds, number, source = sys.argv[1:]
     context = ssl.create_default_context(cafile=ca) if ca else None
     attack = Attack(int(port), context, float(seconds), int(number), source)

@@ -1,7 +1,7 @@
-"""systemd in namespaces of its own, with the units of this repository and no others.
+"""systemd in its own namespaces, with only the units of this repository.
 
-It takes root. The network is this machine's; mounts, processes and cgroups are private, and gone at
-the end.
+This needs root. The network is this machine's; mounts, processes and cgroups are private, and
+removed at the end.
 """
 
 import json
@@ -21,7 +21,7 @@ from lab.running import ROOT, Event, program, unavailable, until
 
 SYSTEMD = "/lib/systemd/systemd"
 UNITS = ROOT / "deploy/systemd"
-#: Of systemd's own, without what they would pull in.
+#: Units of systemd itself, without their dependencies.
 TARGETS = (
     "basic",
     "default",
@@ -33,8 +33,8 @@ TARGETS = (
     "umount",
 )
 
-#: In the folder that is to be /opt: the repository, and a virtualenv that is ready. Only root may
-#: look where they are.
+#: Fills the folder for /opt: the repository, and a complete virtualenv. Only root may read the
+#: originals.
 INSTALL = """
 site=venv/lib/$(basename "$(dirname "$packages")")/site-packages
 mkdir -p gserver python venv/bin "$site"
@@ -44,11 +44,11 @@ mount --bind "$packages" "$site"
 ln -s /opt/python/bin/python3 venv/bin/python
 printf 'home = /opt/python/bin\\n' >venv/pyvenv.cfg
 """
-#: What it takes, in this order: base, packages, repository.
+#: Its arguments, in this order: base, packages, repository.
 INSTALLED = [sys.base_prefix, sysconfig.get_path("purelib"), str(ROOT)]
 
-#: Arguments: a folder for all that is made, the name of the cgroup, what is installed, systemd.
-#: What is installed may be where ProtectHome and PrivateTmp hide it.
+#: Arguments: a working folder, the name of the cgroup, the installed folders, systemd. The
+#: installed folders may be where ProtectHome and PrivateTmp hide them.
 BOOT = (
     """
 set -eu
@@ -67,7 +67,7 @@ exec unshare --cgroup sh -euc '
 mount -t tmpfs tmpfs /run
 mkdir /run/systemd
 mount -t cgroup2 none /sys/fs/cgroup
-mount --make-rshared /  # As a host has it: by that credentials are handed over.
+mount --make-rshared /  # As on a host: systemd passes credentials this way.
 exec env -i container=lxc PATH=/usr/sbin:/usr/bin:/sbin:/bin "SYSTEMD_UNIT_PATH=$1/units" \\
     '"$6"' --system --unit=basic.target --log-target=console --show-status=0' sh "$folder"
 """
@@ -75,15 +75,14 @@ exec env -i container=lxc PATH=/usr/sbin:/usr/bin:/sbin:/bin "SYSTEMD_UNIT_PATH=
 
 
 class Booted:
-    """A systemd; `with Booted(folder, variables) as machine:` for a gserver.service with these
-    variables.
+    """A systemd; `with Booted(folder, variables) as machine:` for a gserver.service with variables.
 
-    `changes` are lines for drop-ins of the two units, by what the units are called after their dot.
+    `changes` are lines for drop-ins of the two units, by the suffixes of the units.
     """
 
     def __init__(self, folder: Path, variables: dict[str, str], **changes: str) -> None:
         if os.geteuid() != 0 or not Path(SYSTEMD).exists():
-            unavailable("it takes root and systemd to boot systemd in namespaces")
+            unavailable("booting systemd in namespaces needs root and systemd")
         self._folder = folder
         self._variables = variables
         self._changes = changes
@@ -116,7 +115,7 @@ class Booted:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         try:
-            until(self._is_up, "systemd is up, or cannot be")
+            until(self._is_up, "systemd is up, or has failed")
         except BaseException:
             self.__exit__()
             raise
@@ -128,7 +127,7 @@ class Booted:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # And by --kill-child the first process, and with it all that is in its namespace.
+        # --kill-child ends the first process, and with it all others of the namespace.
         self._process.kill()
         self._process.wait()
         mounted = self._folder / "cgroups"
@@ -141,29 +140,29 @@ class Booted:
             subprocess.run(["umount", mounted], check=True)
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command there."""
+        """Run a command in the machine."""
         inside = [program("nsenter"), "-m", "-p", "-C", "-i", "-u", "-t", str(self._first())]
         return subprocess.run(
             [*inside, *command], check=check, capture_output=True, text=True, timeout=60
         )
 
     def events(self, action: str) -> list[Event]:
-        """The events of that kind that the service has logged so far."""
+        """The events of this action that the service has logged so far."""
         lines = self.output.read_text().splitlines() if self.output.exists() else []
         return [event for event in map(json.loads, lines) if event["event.action"] == action]
 
     def show(self, unit: str, name: str) -> str:
-        """A property of a unit, as systemd knows it."""
+        """A property of a unit, from systemd."""
         return self.run("systemctl", "show", "--value", f"--property={name}", unit).stdout.strip()
 
     def main_process(self) -> psutil.Process:
-        """The main process of the service, as it is seen from here."""
+        """The main process of the service, as seen from outside."""
         inside = int(self.show("gserver.service", "MainPID"))
         for process in psutil.Process(self._first()).children(recursive=True):
             status = Path(f"/proc/{process.pid}/status").read_text()
             if f"\nNSpid:\t{process.pid}\t{inside}\n" in status:
                 return process
-        raise AssertionError(f"no process is {inside}")
+        raise AssertionError(f"no process has the inner id {inside}")
 
     def _first(self) -> int:
         return psutil.Process(self._process.pid).children()[0].pid
@@ -197,7 +196,7 @@ class Booted:
 
 
 def is_removed(folder: Path) -> bool:
-    """Remove an empty folder, if it can be."""
+    """Remove an empty folder, if possible."""
     try:
         folder.rmdir()
     except OSError:

@@ -57,15 +57,15 @@ class Browser:
         self._call("/url", {"url": url})
 
     def run(self, script: str) -> Any:
-        """Run JavaScript; return what it returns."""
+        """Run JavaScript; return its result."""
         return self._call("/execute/sync", {"script": script, "args": []})
 
     def text(self, element: str) -> str:
         """The visible text of an element, by its id."""
         return str(self.run(f"return document.getElementById('{element}').innerText"))
 
-    def complaints(self) -> list[str]:
-        """The errors in the console of the browser."""
+    def problems(self) -> list[str]:
+        """The errors in the browser's console."""
         return [
             entry["message"]
             for entry in self._call("/se/log", {"type": "browser"})

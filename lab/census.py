@@ -1,4 +1,4 @@
-"""What the processes of a server hold while each worker has one client: none of it may leak."""
+"""The resources that a server's processes hold with one client per worker: none may leak."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -8,26 +8,26 @@ from typing import Any, NamedTuple
 from lab.admin import status
 from lab.running import Client, Running, until
 
-#: A documented way to look into a worker: a command of one's own, in a module `census.py`.
+#: A custom command in a module `census.py`: the documented way to look into a worker.
 CENSUS = "from lab.commands import census\n"
 Connect = Callable[[], Client]
 
 
 class Held(NamedTuple):
-    """What a process holds."""
+    """The resources of a process."""
 
     resident: int  #: bytes
     descriptors: int
-    greenlets: int  #: 0 if it is no worker
+    greenlets: int  #: 0 if the process is not a worker
 
 
 def clients(server: Running) -> dict[int, int]:
-    """How many clients each worker has, by its pid."""
+    """The number of clients of each worker, by pid."""
     return {worker["pid"]: worker["clients"] for worker in status(server)["workers"]["each"]}
 
 
-def have_crowd(connect: Connect, count: int) -> None:
-    """Have so many clients at once for a moment: an allocator keeps some of what they take."""
+def connect_crowd(connect: Connect, count: int) -> None:
+    """Connect `count` clients at once, briefly: allocators keep some of their memory."""
     with ExitStack() as stack:
         for _ in range(count):
             with suppress(OSError):
@@ -35,12 +35,12 @@ def have_crowd(connect: Connect, count: int) -> None:
 
 
 def one_each(server: Running, connect: Connect, stack: ExitStack[Any]) -> dict[int, Client]:
-    """One client for each worker, by its pid, and no other."""
+    """Exactly one client for each worker, by pid."""
 
     def have(wanted: dict[int, int]) -> bool:
         return clients(server) == wanted
 
-    until(lambda: not any(clients(server).values()), "all clients have gone")
+    until(lambda: not any(clients(server).values()), "all clients have left")
     chosen: dict[int, Client] = {}
     while len(chosen) < len(clients(server)):
         before = clients(server)
@@ -49,16 +49,16 @@ def one_each(server: Running, connect: Connect, stack: ExitStack[Any]) -> dict[i
         [pid] = [pid for pid, count in clients(server).items() if count > before[pid]]
         if pid in chosen:
             client.sock.close()
-            until(partial(have, before), "it has gone")
+            until(partial(have, before), "the surplus client has left")
         else:
             chosen[pid] = stack.enter_context(client)
     return chosen
 
 
 def held(server: Running, chosen: dict[int, Client]) -> dict[str, Held]:
-    """What each process holds, by its role and pid, with one client for each worker."""
+    """The resources of each process, by role and pid, with one client for each worker."""
     for client in chosen.values():
-        client.ask(b"CENSUS")  # It has a greenlet now, which waits again when it asks once more.
+        client.ask(b"CENSUS")  # The first call creates its greenlet, which the second call reuses.
     greenlets = {pid: int(client.ask(b"CENSUS")) for pid, client in chosen.items()}
     return {
         name: Held(process.memory_info().rss, process.num_fds(), greenlets.get(process.pid, 0))

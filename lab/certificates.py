@@ -1,4 +1,4 @@
-"""A CA, a certificate by it for 127.0.0.1, and an unrelated CA."""
+"""A CA, a certificate from it for 127.0.0.1, and an unrelated CA."""
 
 import datetime
 import ipaddress

@@ -1,7 +1,7 @@
-"""A load in a process of its own, so that what starts it does not slow it: `python -m MODULE ...`.
+"""A load in its own process, so that the parent does not slow it: `python -m MODULE ...`.
 
-The module calls `begun` when it is under way. It ends by itself, or with its stdin, and calls
-`report` with what there was.
+The module calls `begun` when it has started. It ends by itself or with its stdin, and calls
+`report` with its result.
 """
 
 import json
@@ -14,7 +14,7 @@ from lab.running import LIMIT, ROOT, environment
 
 
 class Child:
-    """One that is under way, until `result`."""
+    """A child that runs until `result`."""
 
     def __init__(self, module: str, *words: object, host: Host = HERE) -> None:
         with host.inside():
@@ -34,10 +34,10 @@ class Child:
         return self._process.pid
 
     def result(self) -> Any:
-        """End its stdin, and wait for its end; what it has reported."""
-        told, _ = self._process.communicate(timeout=4 * LIMIT)
+        """Close its stdin, wait for its end, and return its report."""
+        output, _ = self._process.communicate(timeout=4 * LIMIT)
         assert self._process.returncode == 0
-        return json.loads(told)
+        return json.loads(output)
 
     def kill(self) -> None:
         self._process.kill()
@@ -45,7 +45,7 @@ class Child:
 
 
 def begun() -> None:
-    """Say that all is ready."""
+    """Tell the parent that the load has started."""
     sys.stdout.write("begun\n")
     sys.stdout.flush()
 

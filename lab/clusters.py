@@ -25,27 +25,27 @@ def started(*servers: list[str]) -> Iterator[list[Running]]:
 
 @contextmanager
 def cluster(url: str, name: str, *servers: list[str]) -> Iterator[list[Running]]:
-    """Start servers as a cluster; yield them when each knows all."""
+    """Start servers as a cluster; yield them when each knows all of them."""
     with started(
         *(["--redis-url", url, "--cluster-name", name, *options] for options in servers)
     ) as running:
         until(
             lambda: {servers_known(server) for server in running} == {len(servers)},
-            "each of them knows all",
+            "each server knows all of them",
         )
         yield running
 
 
 def servers_known(server: Running) -> int:
-    """Return the number of servers that a server has logged last."""
+    """Return the number of servers that a server last logged."""
     events = server.events("cluster.servers")
     return int(events[-1]["gserver.servers"]) if events else 0
 
 
 class Watch:
-    """A further client of a server, which sends WHO all the time.
+    """An additional client of a server, which sends WHO all the time.
 
-    `seen` has its replies, each with its time.
+    `seen` has the replies with their times.
     """
 
     def __init__(self, server: Running) -> None:
@@ -72,7 +72,7 @@ class Watch:
         return {int(reply) for at, reply in self.seen if at >= since}
 
     def until(self, *, since: float, at_least: int = 0, at_most: int = 10**6) -> float:
-        """Return the seconds from `since` until it first saw a number in these bounds."""
+        """Return the seconds from `since` until the first reply in these bounds."""
         return (
             next(at for at, reply in self.seen if at >= since and at_least <= int(reply) <= at_most)
             - since
@@ -85,11 +85,11 @@ class Watch:
 
 @contextmanager
 def watching(*servers: Running, total: int) -> Iterator[list[Watch]]:
-    """Watch WHO on each server, from the moment when all report the total, with these clients."""
+    """Watch WHO on each server from when all report the total, which includes these clients."""
     watches: list[Watch] = []
     try:
         watches += (Watch(server) for server in servers)
-        all_say(watches, total)
+        all_report(watches, total)
         for watch in watches:
             watch.seen.clear()
         yield watches
@@ -98,7 +98,7 @@ def watching(*servers: Running, total: int) -> Iterator[list[Watch]]:
             watch.stop()
 
 
-def all_say(watches: list[Watch], total: int, limit: float = LIMIT) -> None:
+def all_report(watches: list[Watch], total: int, limit: float = LIMIT) -> None:
     until(
         lambda: {watch.last for watch in watches} == {total},
         f"{total}: {[w.seen[-5:] for w in watches]}",

@@ -1,4 +1,4 @@
-"""Commands that several tests want of a server: `--commands lab.commands` adds them all.
+"""Commands that several tests use: `--commands lab.commands` adds them all.
 
 A test's own module imports what it needs from here: `from lab.commands import napping, pid`.
 """
@@ -14,13 +14,13 @@ from gserver.commands import Command, Service, command
 
 
 def count_greenlets() -> int:
-    """How many greenlets this worker has."""
+    """The number of greenlets of this worker."""
     gc.collect()
     return sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
 
 
 def napping(name: str, seconds: float) -> Command:
-    """A command that blocks for so long."""
+    """A command that blocks for `seconds`."""
 
     def rest(_service: Service) -> str:
         time.sleep(seconds)
@@ -30,7 +30,7 @@ def napping(name: str, seconds: float) -> Command:
 
 
 def replying(name: str, size: int) -> Command:
-    """A command with a reply of so many bytes."""
+    """A command with a reply of `size` bytes."""
     return command(name)(lambda _service: "x" * size)
 
 
@@ -49,14 +49,14 @@ def census(_service: Service) -> int:
 
 @command("SPIN")
 def spin(_service: Service) -> NoReturn:
-    """Compute for ever."""
+    """Compute endlessly."""
     while True:
         pass
 
 
 @command("FAIL")
 def fail(_service: Service) -> NoReturn:
-    raise RuntimeError("as asked")
+    raise RuntimeError("failed on request")
 
 
 @command("EXIT")

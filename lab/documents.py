@@ -1,4 +1,4 @@
-"""The pages that tests hold to the code, and their chapters and tables."""
+"""The pages that tests compare with the code, and their chapters and tables."""
 
 import re
 
@@ -18,12 +18,12 @@ def section(title: str, text: str = OPERATIONS) -> str:
 
 
 def rows(title: str, text: str = OPERATIONS) -> dict[str, list[str]]:
-    """The table of a chapter: each name in the first column, with the other columns."""
+    """The table of a chapter: the other columns by the name in the first."""
     table: dict[str, list[str]] = {}
     for line in section(title, text).splitlines():
         first, *rest = [cell.strip() for cell in line.strip("| ").split(" | ")]
         for name in re.findall(r"`([^`]+)`", first) if line.startswith("| `") else []:
-            assert name not in table, f"{name} is there twice"
+            assert name not in table, f"{name} is listed twice"
             table[name] = rest
     return table
 

@@ -1,4 +1,4 @@
-"""Sockets that are handed over to a server, as a service manager does."""
+"""Sockets that are passed to a server, as a service manager does."""
 
 import socket
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lab.running import GSERVER, Running
 
-#: Gives the descriptors of its first argument the numbers from 3 on, and runs the other arguments.
+#: Renumbers the descriptors in its first argument from 3 on, and runs the other arguments.
 HAND_OVER = """
 import os, sys
 fds = [int(fd) for fd in sys.argv[1].split(",")]
@@ -23,11 +23,13 @@ os.execv(sys.argv[2], sys.argv[2:])
 def start(
     *handed: socket.socket | int, options: tuple[str, ...] = (), cwd: str = "/", **env: str
 ) -> Running:
-    """A server that these are handed over to; it may fail to start."""
+    """A server that gets these sockets; it may fail to start."""
     fds = [each if isinstance(each, int) else each.fileno() for each in handed]
     command = [sys.executable, "-S", "-c", HAND_OVER, ",".join(map(str, fds)), *GSERVER, "serve"]
-    told = {"LISTEN_FDS": str(len(fds)), **env}
-    return Running(*options, command=command, env=told, pass_fds=fds, cwd=Path(cwd), wait=False)
+    variables = {"LISTEN_FDS": str(len(fds)), **env}
+    return Running(
+        *options, command=command, env=variables, pass_fds=fds, cwd=Path(cwd), wait=False
+    )
 
 
 def listening(host: str = "127.0.0.1") -> socket.socket:

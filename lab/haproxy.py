@@ -14,7 +14,7 @@ CONFIG = ROOT / "deploy/haproxy/haproxy.cfg"
 
 
 class Front(ExitStack[None]):
-    """HAProxy with the shipped configuration, at other ports, before servers."""
+    """HAProxy with the shipped configuration, on other ports, in front of servers."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Front(ExitStack[None]):
         addresses: Sequence[str] = ("127.0.0.1",) * 3,
         **settings: list[str],
     ) -> None:
-        """`settings` are of the servers' lines: a value for each server."""
+        """`settings` extend the servers' lines: a value for each server."""
         super().__init__()
         self.port = free_port()
         text = CONFIG.read_text().replace("bind 127.0.0.1:4242", f"bind 127.0.0.1:{self.port}")
@@ -53,7 +53,7 @@ class Front(ExitStack[None]):
         self.callback(self._end)
         until(
             lambda: self._socket.exists() and [*self.states().values()] == ["UP"] * len(servers),
-            "all are up",
+            "all servers are up",
         )
 
     def _end(self) -> None:
@@ -61,7 +61,7 @@ class Front(ExitStack[None]):
         self.process.wait(LIMIT)
 
     def states(self) -> dict[str, str]:
-        """What HAProxy thinks of each server: UP, DOWN ..."""
+        """HAProxy's state of each server: UP, DOWN ..."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self._socket))
             sock.sendall(b"show stat\n")

@@ -1,11 +1,12 @@
 """Correct replies to WHO: a history of facts, a checker of replies, and a recorder of histories.
 
-The promise: the own share is exact. The share of any other server is its true count at some instant
-of the last DELTA (heartbeat interval + slack). A Redis fault, and a while after it, stretch this
-back to DELTA before the fault. The clients of a killed server count for a TTL at most. Those of a
-server that left are gone at once. A server that alone is cut off may be dropped.
+The promise: a server's own share is exact. Any other server's share is its true count at some
+instant of the last DELTA (heartbeat interval + slack). During a Redis fault, and for a while after
+it, the window reaches back to DELTA before the fault. The clients of a killed server count for a
+TTL at most. Those of a server that left are removed at once. A server that is cut off alone may be
+dropped.
 
-The shares are seen only as a sum. So a reply is judged by the sums of their least and greatest
+Only the sum of the shares is visible. So a reply is judged by the sums of their least and greatest
 values. If nothing changed in the window, the two are equal: `Verdict.exact` is the number of
 replies for which only one number was allowed.
 """
@@ -26,20 +27,20 @@ from lab.running import LIMIT, Client, Running
 
 class Kind(Enum):
     CONNECTING = "a client begins to connect"
-    COUNTED = "it has received a reply"
-    CLOSING = "it begins to close"
-    CLOSED = "the server has closed it"
+    COUNTED = "a client has received a reply"
+    CLOSING = "a client begins to close"
+    CLOSED = "the server has closed a client"
     STARTED = "a server replies"
-    RESTARTED = "it replies, with the id of a server that ran before"
-    KILLED = "it is about to be killed"
-    STOPPING = "it is about to be stopped"
-    ENDED = "its processes have ended"
+    RESTARTED = "a server replies with the id of an earlier one"
+    KILLED = "a server is about to be killed"
+    STOPPING = "a server is about to be stopped"
+    ENDED = "the processes of a server have ended"
     FAULT = "Redis, or one server's path to it, is about to fail"
-    HEALED = "it works again"
+    HEALED = "Redis, or the path, works again"
 
 
 class Fact(NamedTuple):
-    """An event at a monotonic time. Each start of a server has a name of its own."""
+    """An event at a monotonic time. Each start of a server has its own name."""
 
     at: float
     kind: Kind
@@ -60,7 +61,7 @@ class Promise(NamedTuple):
     ttl: float
 
 
-#: Its least and greatest allowed value, and the begin of the window.
+#: The least and greatest allowed value, and the start of the window.
 Share = tuple[int, int, float]
 #: The first time of each kind for a client, a server or a fault; infinity if it never happened.
 Times = defaultdict[Kind, float]
@@ -78,7 +79,7 @@ class Judgement(NamedTuple):
             f"{name} {low}..{high} since {since:.3f}"
             for name, (low, high, since) in self.shares.items()
         ]
-        asked = f"{server}, asked {sent:.3f}..{received:.3f} by client {client}, said {number}"
+        asked = f"{server}, asked {sent:.3f}..{received:.3f} by client {client}, replied {number}"
         return f"{asked}; allowed are {self.low}..{self.high}: {', '.join(shares)}"
 
 
@@ -94,7 +95,7 @@ class Verdict(NamedTuple):
 
 
 class _Steps:
-    """The number of spans of time that include an instant."""
+    """The number of time spans that include an instant."""
 
     def __init__(self, spans: Iterable[tuple[float, float]]) -> None:
         ordered = sorted(
@@ -112,7 +113,7 @@ class _Fault(NamedTuple):
     began: float
     ended: float
     server: str
-    over: float  #: Until then its effects may be seen.
+    over: float  #: The end of its visible effects.
 
 
 class _Server:
@@ -123,7 +124,10 @@ class _Server:
         self.joined = min(
             keyed[0][kind] for kind in (Kind.STARTED, Kind.RESTARTED) if kind in keyed[0]
         )
-        self.gone, self.ghost = (self.ended, 0)  # Its count from its end until Redis drops it.
+        self.gone, self.ghost = (
+            self.ended,
+            0,
+        )  # Its count between its end and its removal by Redis.
         self.least = _Steps((c[Kind.COUNTED], min(c[Kind.CLOSING], self.ending)) for c in clients)
         self.most = _Steps((c[Kind.CONNECTING], min(c[Kind.CLOSED], self.ended)) for c in clients)
 
@@ -149,7 +153,7 @@ class _Checker:
             self._leave(name, server)
             if (
                 server.times[Kind.RESTARTED] < inf
-            ):  # It first watches whether the server before it is alive.
+            ):  # It first checks whether the previous server is alive.
                 faults = [
                     fault.ended
                     for fault in self._of(name)
@@ -166,22 +170,22 @@ class _Checker:
         return [fault for fault in self.faults if fault.server in ("", *servers)]
 
     def _since(self, sent: float, received: float, faults: list[_Fault]) -> float:
-        """Return the begin of the window; faults that follow each other add up."""
+        """Return the start of the window; consecutive faults add up."""
         for fault in reversed(faults):
             if fault.began <= received and fault.over >= sent:
                 sent = min(sent, fault.began)
         return sent - self.delta
 
     def _leave(self, name: str, server: _Server) -> None:
-        """Set until when a server counts that was killed, or could not leave, without faults."""
+        """Set how long a killed server, or one that could not leave, counts without faults."""
         is_away = any(f.began <= server.ended and f.over >= server.ending for f in self._of(name))
         if server.times[Kind.KILLED] < inf or is_away:
-            server.gone += self.ttl  # The DELTA of a window is added to it.
+            server.gone += self.ttl  # The window's DELTA is added later.
             since = self._since(server.ending, server.ended, self._of(name))
             server.ghost = max(server.most.between(since, server.ended))
 
     def _is_slow(self, fault: _Fault) -> bool:
-        """Whether a server is missing then, so a hold lasts for a whole TTL."""
+        """Whether a server is missing at that time, so a hold lasts for a full TTL."""
         cut = [(other.server, other.began, other.over) for other in self.faults if other.server]
         dead = [
             (name, server.ending, server.gone + self.delta) for name, server in self.servers.items()
@@ -201,7 +205,7 @@ class _Checker:
             low + 1 if asker[Kind.COUNTED] > answer.sent else max(low, 1),
             high,
             answer.sent,
-        )  # It counts itself.
+        )  # The asking client counts itself.
 
     def _other(self, answer: Answer, name: str, server: _Server) -> Share:
         _, sent, received, *_ = answer
@@ -222,7 +226,7 @@ class _Checker:
             high = max(high, server.ghost)
         is_known = since >= max(
             server.joined, self.servers[answer.server].joined
-        )  # A server that has just started may know no other.
+        )  # A newly started server may know no other.
         return low if is_known else 0, high, since
 
     def judge(self, answer: Answer) -> Judgement:
@@ -260,7 +264,7 @@ class Recorder:
         self.history.append(Fact(time.monotonic(), kind, server, key))
 
     def connect(self, server: str, port: int, source: str = "") -> Client:
-        """Connect a client. It is certain that it is counted when it has a reply."""
+        """Connect a client. Once it has a reply, it is certainly counted."""
         key = next(self._keys)
         self.note(Kind.CONNECTING, server, key)
         client = Client(port, source=source)
@@ -268,7 +272,7 @@ class Recorder:
         return client
 
     def ask(self, client: Client) -> int:
-        """Send WHO. Do not use a client again that got no reply: a late one would confuse it."""
+        """Send WHO. Do not reuse a client that got no reply: a late one would confuse it."""
         (server, key), sent = self._clients[client], time.monotonic()
         number = client.who()
         self.history.append(Answer(server, sent, time.monotonic(), number, key))

@@ -10,14 +10,14 @@ CLONE_NEWNET = 0x40000000
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace with a loopback of its own, and an address that other hosts know."""
+    """A network namespace with its own loopback, and an address for other hosts."""
 
     name: str
     address: str
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """What this thread opens or starts in the body is on this host, and stays there."""
+        """Everything that this thread opens or starts in the body belongs to this host."""
         if self == HERE:
             yield
             return
@@ -30,16 +30,16 @@ class Host:
 
     @property
     def listens_on(self) -> str:
-        """The address for a server that the other hosts are to reach."""
+        """The listening address for a server that other hosts reach."""
         return self.address if self == HERE else "0.0.0.0"
 
 
-#: This machine, whose servers only this machine reaches.
+#: This machine. Only this machine reaches its servers.
 HERE = Host("", "127.0.0.1")
 
 
 def _enter(namespace: int) -> None:
-    """As os.setns, which is there from Python 3.12 on."""
+    """Like os.setns, which Python has from 3.12 on."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(namespace, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")

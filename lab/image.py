@@ -1,8 +1,7 @@
-"""Container images: built, started and inspected with podman and runc, which keep all they make in
-a file system in memory.
+"""Container images: built, started and inspected with podman and runc, on a file system in memory.
 
-It takes root. The base image is made from Debian's packages, so that no registry of images is
-needed. It resembles the official image of Python: that Python, with pip installed beside it.
+This needs root. The base image is made from Debian's packages, so no image registry is needed. It
+resembles the official image of Python: Debian's Python, with pip installed beside it.
 """
 
 import json
@@ -19,19 +18,19 @@ from typing import Any, Self
 from lab.host import Host
 from lab.running import ROOT, Running, program, unavailable
 
-#: The release of Debian that the official image of this Python is based on, too.
+#: The Debian release of the official image of this Python.
 SUITE = "trixie"
 BASE = "localhost/python-base"
-#: The settings of pip that a build needs, where this machine has them. Others name local files.
+#: The pip settings that a build needs, if this machine has them. Others name local files.
 PIP_SETTINGS = ("index-url", "proxy", "trusted-host", "timeout", "default-timeout", "cert")
-#: Argument: the root of the base. Debian keeps pip in a wheel, and forbids to install it from that.
+#: Argument: the root of the base. Debian has pip as a wheel, and forbids installing from it.
 INSTALL_PIP = """
 rm "$1"/usr/lib/python3*/EXTERNALLY-MANAGED
 chroot "$1" sh -euc '
 wheel=$(echo /usr/share/python-wheels/pip-*.whl)
 python3 "$wheel/pip" install --quiet --no-index --root-user-action ignore "$wheel"'
 """
-#: What root may give itself is less on some machines than what podman gives by default.
+#: On some machines root has fewer capabilities than podman grants by default.
 LIMITS = ("--ulimit", "nofile=1024:4096", "--ulimit", "nproc=1024:1024")
 BUILD_SECONDS = 600
 
@@ -39,13 +38,13 @@ BUILD_SECONDS = 600
 class Engine:
     """A podman with an empty store; `with Engine() as engine:` removes the store at the end.
 
-    The store is in memory, since every layer is synced to the disk, which may be busy. It takes
-    less than a gigabyte. Skips, or fails where CI is set, where there can be none.
+    The store is in memory, since every layer is synced to disk, which may be busy. It takes less
+    than a gigabyte. If it is impossible, the test is skipped, or fails if CI is set.
     """
 
     def __init__(self) -> None:
         if os.geteuid() != 0:
-            unavailable("a container takes root")
+            unavailable("a container needs root")
         # The path must be short: podman refuses a `--runroot` of more than 50 characters.
         folder = self._folder = Path(tempfile.mkdtemp(prefix="gserver-"))
         self.command = [
@@ -56,7 +55,7 @@ class Engine:
             *("--cgroup-manager", "cgroupfs"),
             *("--events-backend", "none"),
         ]
-        # Health checks run when a test asks for them, not by timers of systemd.
+        # Health checks run on request, not by systemd timers.
         self.environment = {"DISABLE_HC_SYSTEMD": "true", "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
 
     def __enter__(self) -> Self:
@@ -67,7 +66,7 @@ class Engine:
         try:
             self.run("rm", "--all", "--force", "--time", "0")
         finally:
-            # With the mounts that podman has made in it.
+            # Includes the mounts that podman made in it.
             subprocess.run(["umount", "--recursive", "--lazy", self._folder], check=True)
             self._folder.rmdir()
 
@@ -84,9 +83,9 @@ class Engine:
         return done
 
     def make_base(self) -> None:
-        """Make the image that is called BASE."""
+        """Make the image BASE."""
         archive = self._folder / "base.tar"
-        # An interrupted mmdebstrap leaves its children; as a namespace of processes it ends whole.
+        # An interrupted mmdebstrap leaves its children behind; a pid namespace ends them too.
         whole = [program("unshare"), "--pid", "--fork", "--kill-child", "--mount-proc"]
         command = [
             *whole,
@@ -114,9 +113,7 @@ class Engine:
         archive.unlink()
 
     def _copied_settings(self) -> list[str]:
-        """Hooks that give the base this machine's settings of pip, and the certificates they
-        name.
-        """
+        """Hooks that copy this machine's pip settings and their certificates into the base."""
         settings = _pip_settings()
         lines = [f"{name} = {value}\n" for name, value in settings.items()]
         (self._folder / "pip.conf").write_text("".join(["[global]\n", *lines]))
@@ -139,7 +136,7 @@ class Engine:
         return found[0]
 
     def inside(self, image: str, *command: str) -> str:
-        """What a command prints that runs as root in a container of its own."""
+        """The output of a command that runs as root in a new container."""
         entry, *arguments = command
         words = ["--rm", "--network", "none", *LIMITS, "--user", "0", "--entrypoint", entry]
         return self.run("run", *words, image, *arguments).stdout
@@ -157,7 +154,7 @@ class Engine:
 
 
 class Container:
-    """A container that runs, and what it says."""
+    """A running container and its output."""
 
     def __init__(self, engine: Engine, name: str, server: Running) -> None:
         self._engine = engine
@@ -165,7 +162,7 @@ class Container:
         self.server = server
 
     def first_process(self) -> int:
-        """The id of its process 1, as it is seen from here."""
+        """The pid of its process 1, as seen from outside."""
         words = ["container", "inspect", "--format", "{{.State.Pid}}", self._name]
         return int(self._engine.run(*words).stdout)
 
@@ -183,7 +180,7 @@ class Container:
 
 
 def copy_context(folder: Path) -> None:
-    """Copy the files of a build as a checkout with umask 077 has them, with what a run leaves."""
+    """Copy the files of a build as in a checkout with umask 077, with leftovers of a run."""
     for name in ("bin", "gserver"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("requirements.txt", ".dockerignore"):
@@ -208,7 +205,7 @@ def _pip_settings() -> dict[str, str]:
 
 
 def _mirrors() -> list[str]:
-    """Where this machine gets Debian's packages; nothing if it does not say so."""
+    """This machine's mirrors of Debian's packages; empty if unknown."""
     listed = subprocess.run(
         [
             program("apt-get"),

@@ -1,4 +1,4 @@
-"""A port that claims to be a Redis or a Sentinel, and says what a test wants."""
+"""A port that claims to be a Redis or a Sentinel, with the replies of a test."""
 
 import socket
 import threading

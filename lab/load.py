@@ -1,4 +1,4 @@
-"""Good clients of every kind, each in a thread, that check each reply and keep what was wrong."""
+"""Good clients of every kind, each in a thread. They check each reply and record errors."""
 
 import random
 import socket
@@ -22,7 +22,7 @@ class Target(Protocol):
 
     @property
     def name(self) -> str:
-        """Its reply to WHERE."""
+        """The reply to WHERE."""
 
     @property
     def is_tls(self) -> bool:
@@ -30,17 +30,17 @@ class Target(Protocol):
 
     @property
     def excuse(self) -> str:
-        """What a client may suffer: "" nothing, "lost" its connection, "away" all, refusal too."""
+        """Excused errors: "" none, "lost" a lost connection, "away" any, also a refusal."""
 
     def client(self) -> Client:
-        """A new client, of the server's kind."""
+        """A new client, over TLS if the server has it."""
 
     def plain_client(self) -> Client:
         """A new client without TLS."""
 
 
 class Caller:
-    """A client of one kind, again and again."""
+    """A repeated client of one kind."""
 
     def __init__(self, kind: str, member: Target, load: "Load", seed: str) -> None:
         self.kind, self.member, self.rounds, self.is_parked = kind, member, 0, False
@@ -101,16 +101,16 @@ class Caller:
         return line[:-1]
 
     def _check(self, command: bytes, reply: bytes, floor: int) -> None:
-        told = reply.decode("ascii", "replace")
-        right = {b"WHY": told == "42", b"WHERE": told == self.member.name}
-        right[b"WHO"] = told.isdigit() and floor <= int(told) <= self._load.ceiling
+        text = reply.decode("ascii", "replace")
+        right = {b"WHY": text == "42", b"WHERE": text == self.member.name}
+        right[b"WHO"] = text.isdigit() and floor <= int(text) <= self._load.ceiling
         assert right[command], (
-            f"{command!r} was answered {reply!r}, {floor} to {self._load.ceiling} may be"
+            f"{command!r} was answered {reply!r}, {floor} to {self._load.ceiling} are allowed"
         )
         self._right()
 
     def _expect(self, reply: bytes, *replies: bytes) -> None:
-        """It is one of these, or the server was away."""
+        """Check that the reply is one of these, unless the server was unavailable."""
         if self.member.excuse and reply not in replies:
             raise EOFError(f"{reply!r}")
         assert reply in replies, f"answered {reply[:200]!r}, not {replies!r}"
@@ -140,7 +140,7 @@ class Caller:
             self._ask(client, self._draw(300))
 
     def _is_slow(self) -> None:
-        """A byte at a time; the last line without its end is answered after a silence."""
+        """Send byte by byte; a pause ends the last line, which has no newline."""
         with self.member.client() as client:
             asked = self._draw(2)
             for byte in b"\n".join(asked):
@@ -177,7 +177,7 @@ class Caller:
             self._expect(client.rest(), b"")
 
     def _mistakes_the_port(self) -> None:
-        """Plain text to a port with TLS, or a TLS record to one without."""
+        """Send plain text to a TLS port, or a TLS record to a plain one."""
         with self.member.plain_client() as client:
             client.send(b"WHO\n" if self.member.is_tls else b"\x16\x03\x01\x00\x05hello\n")
             self._expect(client.line(), b"ERR TLS only\n" if self.member.is_tls else b"")
@@ -190,9 +190,9 @@ KINDS = (
 
 
 class Load:
-    """Callers of these kinds at all servers, and what they have seen; `may_call` lets them begin.
+    """Callers of these kinds at all servers, and their results; `may_call` lets them start.
 
-    `ceiling` is what WHO says at most. `pause` is the mean time between two requests of a caller.
+    `ceiling` is the largest allowed reply to WHO. `pause` is a caller's mean time between requests.
     """
 
     def __init__(
@@ -205,11 +205,11 @@ class Load:
     ) -> None:
         self.ceiling, self.pause = ceiling, pause
         self.seconds: deque[float] = deque(maxlen=100_000)  #: from a request to its last reply
-        self.kinds: Counter[str] = Counter()  #: right replies
+        self.kinds: Counter[str] = Counter()  #: correct replies
         self.replies = Counter(right=0, wrong=0, excused=0, lost=0)
         self.staying: Counter[str] = (
             Counter()
-        )  #: clients of each server, answered at least once and not leaving
+        )  #: clients of each server that have a reply and are not leaving
         self.failures: list[str] = []
         self.lock, self.may_call, self.is_over = (
             threading.Lock(),
@@ -224,12 +224,12 @@ class Load:
 
     @property
     def rounds(self) -> int:
-        """How many times all of them were served so far."""
+        """How often every caller has been served so far."""
         return sum(caller.rounds for caller in self._callers)
 
     @property
     def lost(self) -> int:
-        """How many connections they have lost so far, excused or not."""
+        """The number of lost connections so far, excused or not."""
         return self.replies["lost"] + self.replies["excused"]
 
     def p99(self) -> float:
@@ -238,7 +238,7 @@ class Load:
         return seconds[len(seconds) * 99 // 100]
 
     def park(self) -> None:
-        """Wait until none is connected."""
+        """Wait until no caller is connected."""
         self.may_call.clear()
         until(
             lambda: all(caller.is_parked for caller in self._callers),
@@ -247,7 +247,7 @@ class Load:
         )
 
     def are_served(self) -> None:
-        """Wait until each has been served anew, from its beginning."""
+        """Wait until each caller has been served once more, from its start."""
         before = [(caller, caller.rounds) for caller in self._callers]
 
         def late() -> list[str]:
@@ -257,22 +257,22 @@ class Load:
                 if caller.rounds < rounds + 2
             ]
 
-        until(lambda: not late(), lambda: f"all are served anew: not {late()}", 2 * LIMIT)
+        until(lambda: not late(), lambda: f"all callers are served again: not {late()}", 2 * LIMIT)
 
-    def complaints(self) -> list[str]:
-        """What was wrong since the last call, each kind of it once."""
+    def problems(self) -> list[str]:
+        """The errors since the last call, each kind once."""
         with self.lock:
             found, self.failures[:] = sorted(self.failures), []
         return [f"{text} ({len(list(same))} times)" for text, same in groupby(found)]
 
     def stop(self) -> None:
-        """End all; `join` waits for it."""
+        """Stop all callers; `join` waits for them."""
         self.is_over.set()
         self.may_call.set()
 
     def join(self) -> None:
-        """Wait until all have ended."""
+        """Wait until all callers have ended."""
         for caller in self._callers:
             caller.thread.join(LIMIT)
         late = [caller.kind for caller in self._callers if caller.thread.is_alive()]
-        assert not late, f"no answer: {late}"
+        assert not late, f"no reply: {late}"

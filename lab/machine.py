@@ -1,4 +1,4 @@
-"""What the figures of a report depend on, as text: the machine, and the versions of programs."""
+"""The conditions of a report's figures, as text: the machine and the versions of programs."""
 
 import platform
 import re
@@ -19,7 +19,7 @@ def processor(cores: int) -> str:
 
 
 def commit(*options: str, folder: Path = ROOT) -> str:
-    """The commit of a folder, by `git describe`; the options are those of git."""
+    """The commit of a folder, from `git describe` with these options."""
     done = _run("git", "-C", str(folder), "describe", "--always", *options)
     return "of no commit" if done.returncode else done.stdout.strip()
 
@@ -30,7 +30,7 @@ def source() -> dict[str, str]:
 
 
 def version(*words: str) -> str:
-    """The version that a program says."""
+    """The version that a program reports."""
     found = re.search(r"[0-9]+\.[0-9.]+", _run(*words).stdout)
     return found[0] if found else "of no version"
 

@@ -1,4 +1,4 @@
-"""A server with a name, and the next ones in its place: at the same port of the same host."""
+"""A named server and its successors, on the same port of the same host."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from lab.running import GSERVER, Client, Running
 
 
 class Member:
-    """One of them; it runs from its making until `end`."""
+    """A server that runs from its creation until `end`."""
 
     server_type: type[Running] = Running
-    words: tuple[str, ...] = ()  #: before those of gserver
+    words: tuple[str, ...] = ()  #: before gserver's command
 
     def __init__(self, name: str, *options: str, host: Host = HERE, **more: Any) -> None:
         self.name, self.host, self.port = name, host, free_port(host)
@@ -21,12 +21,12 @@ class Member:
         self.start()
 
     def start(self) -> None:
-        """Start it; it has reported to Redis, if it is to, or has tried."""
+        """Start the server, and wait for its agent, which has reported to Redis or tried."""
         self.server = self.server_type(command=self._command, host=self.host, **self._more)
         self.server.wait_for("agent.ready")
 
     def end(self) -> None:
-        """End the one that runs, whatever its state."""
+        """End the running server, whatever its state."""
         self.server.kill()
 
     def client(self) -> Client:

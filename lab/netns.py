@@ -1,7 +1,7 @@
-"""A network that can be cut, one way or both, without any host being told.
+"""A network that can be cut in one or both directions without notice to any host.
 
-Hosts are network namespaces of the kernel; the router between them loses packets. It takes root,
-and touches nothing outside of them.
+Hosts are network namespaces; the router between them drops packets. This needs root, and changes
+nothing outside of the namespaces.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from lab.host import Host
 from lab.running import LIMIT, program, unavailable
 
-#: How long a packet is waited for that must not come. One that may come takes microseconds.
+#: How long to wait for a packet that must not arrive. An allowed one takes microseconds.
 LOST_SECONDS = 0.05
 
 
@@ -25,19 +25,19 @@ Way = tuple[Host, Host]
 
 
 def both_ways(one: Host, *others: Host) -> list[Way]:
-    """The ways between a host and others."""
+    """The paths between a host and others, in both directions."""
     return [way for other in others for way in ((one, other), (other, one))]
 
 
 class Cut(NamedTuple):
-    """When packets began to be lost: between these two moments."""
+    """The cut began between these two times."""
 
     after: float
     before: float
 
 
 class Network(ExitStack[None]):
-    """So many hosts and their router. Skips, or fails where CI is set, where there can be none."""
+    """`count` hosts and their router. If impossible, skips the test, or fails it if CI is set."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Network(ExitStack[None]):
                 unavailable(f"no network namespaces: {' '.join(error.cmd)}: {error.stderr.strip()}")
             with self._router.inside():
                 Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-                # Else a packet is dropped whose answer would be: no one-way cut.
+                # Otherwise the kernel also drops packets whose replies would be lost.
                 for name in ("all", *(f"host{number}" for number in range(count))):
                     Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text("0")
             self.push(stack.pop_all())
@@ -111,10 +111,9 @@ class Network(ExitStack[None]):
 
     @contextmanager
     def cut(self, *ways: Way) -> Iterator[Cut]:
-        """Lose all that goes from the first to the second host of each way, from the same moment to
-        the same moment.
+        """Drop all packets from the first to the second host of each path, for the same time.
 
-        It is seen to be lost, and what goes the other way to arrive unless that is cut too.
+        Checks that they are lost, and that the other direction works unless it is cut too.
         """
         assert all(self.reaches(*way) for way in ways)
         after = time.monotonic()

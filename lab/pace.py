@@ -1,7 +1,6 @@
-"""How soon a good client is answered by servers of one machine, one under a flood, one in peace.
+"""The reply times of a good client on servers of one machine: one under attack, one not.
 
-All are asked in turn by one process of its own, so that whatever else the machine does slows all
-alike.
+A separate process asks all servers in turn, so other load of the machine slows all equally.
 """
 
 import select
@@ -20,7 +19,7 @@ PAUSE_SECONDS = 0.001
 
 
 class Pace(NamedTuple):
-    """The 99th percentile of the time to a reply, in seconds, and of how many."""
+    """The 99th percentile of the time to a reply, in seconds, and the number of replies."""
 
     p99: float
     replies: int

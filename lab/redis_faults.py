@@ -1,4 +1,4 @@
-"""Faults of a Redis: each is there when the body begins, and ends with it."""
+"""Faults of a Redis: each is in effect when the body begins, and ends with it."""
 
 import shutil
 import socket
@@ -18,7 +18,7 @@ RedisFault = Callable[[Redis], AbstractContextManager[None]]
 def switched(
     name: str, begin: Callable[[Redis], object], end: Callable[[Redis], object]
 ) -> RedisFault:
-    """A fault that one call begins and another one ends."""
+    """A fault that one call starts and another ends."""
 
     @contextmanager
     def fault(server: Redis) -> Iterator[None]:
@@ -44,7 +44,7 @@ too_few_replicas = switched("too_few_replicas", _replicas_wanted(5), _replicas_w
 
 @contextmanager
 def paused(server: Redis) -> Iterator[None]:
-    """It does nothing for a second."""
+    """Redis does nothing for a second."""
     server.command("CLIENT", "PAUSE", 1000, "ALL")
     yield
     server.command("PING")
@@ -52,7 +52,7 @@ def paused(server: Redis) -> Iterator[None]:
 
 @contextmanager
 def busy(server: Redis) -> Iterator[None]:
-    """It runs an endless script of another program."""
+    """Redis runs an endless script of another program."""
 
     def run() -> None:
         with pytest.raises(redis.ResponseError, match=r"[Ss]cript killed"):
@@ -62,7 +62,7 @@ def busy(server: Redis) -> Iterator[None]:
     script = threading.Thread(target=run)
     script.start()
     try:
-        until(lambda: replies_with(server, "BUSY"), "it is busy")
+        until(lambda: replies_with(server, "BUSY"), "Redis is busy")
         yield
     finally:
         server.command("SCRIPT", "KILL")
@@ -71,7 +71,7 @@ def busy(server: Redis) -> Iterator[None]:
 
 @contextmanager
 def loading(server: Redis) -> Iterator[None]:
-    """It has just started, has much to load, and loads it slowly."""
+    """Redis has just started, and loads much data slowly."""
     server.command("EVAL", "for i = 1, 20000 do redis.call('SET', 'key' .. i, i) end", 0)
     server.command(
         "CONFIG", "SET", "key-load-delay", 100, "loading-process-events-interval-bytes", 1024
@@ -82,7 +82,7 @@ def loading(server: Redis) -> Iterator[None]:
     start = threading.Thread(target=server.restart, args=[True])
     start.start()
     try:
-        until(lambda: replies_with(server, "loading"), "it loads")
+        until(lambda: replies_with(server, "loading"), "Redis is loading")
         yield
     finally:
         start.join(LIMIT)
@@ -90,7 +90,7 @@ def loading(server: Redis) -> Iterator[None]:
 
 @contextmanager
 def full(server: Redis) -> Iterator[None]:
-    """It has as many clients as it may have."""
+    """Redis has reached its limit of clients."""
     _, limit = server.command("CONFIG", "GET", "maxclients")
     with redis.Redis(port=server.port) as admin, ExitStack() as crowd:
         for _ in range(5):
@@ -104,13 +104,13 @@ def full(server: Redis) -> Iterator[None]:
 
 @contextmanager
 def cannot_save(server: Redis) -> Iterator[None]:
-    """It could not save its data, and accepts no more of them."""
+    """Redis could not save its data, and rejects writes."""
     server.command("CONFIG", "SET", "save", "3600 1")
     shutil.rmtree(server.folder)
     server.command("BGSAVE")
     until(
         lambda: server.command("INFO", "persistence")["rdb_last_bgsave_status"] == "err",
-        "it cannot save",
+        "Redis cannot save",
     )
     yield
     server.folder.mkdir()

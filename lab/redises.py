@@ -1,6 +1,6 @@
 """Real Redis servers, real Sentinels, and a proxy as the network, each with faults for tests.
 
-All listen on 127.0.0.1 and end with their `with` block. A method returns when its effect is there.
+All listen on 127.0.0.1 and end with their `with` block. A method returns when it has taken effect.
 """
 
 import os
@@ -32,7 +32,7 @@ from lab.running import LIMIT, program, until
 FAILOVER_LIMIT = 4 * LIMIT
 TLS = ["port 0", "tls-port PORT", "tls-auth-clients no"]
 TLS += ["tls-ca-cert-file ca.pem", "tls-cert-file server.pem", "tls-key-file server.key"]
-#: Any fault loses the data, unless a test says otherwise. Replicas are synchronised without waiting
+#: Any fault loses the data, unless a test changes this. Replicas are synchronised without waiting
 #: for more of them.
 DEFAULTS = {
     "save": '""',
@@ -43,12 +43,12 @@ DEFAULTS = {
 
 
 def free_port(host: Host = HERE) -> int:
-    """Return a port outside the system's range, so it stays free while its server is down."""
+    """Return a port outside the ephemeral range, so it stays free while its server is down."""
     while True:
         with host.inside(), socket.socket() as probe, suppress(OSError):
-            # A process that another thread starts now may inherit the probe for a moment.
+            # A process that another thread starts now may briefly inherit the probe.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Not `random.randrange`: Hypothesis seeds it alike in processes that test side by side.
+            # Not `random.randrange`: Hypothesis gives parallel test processes the same seed.
             probe.bind(("127.0.0.1", 20000 + secrets.randbelow(12768)))
             return int(probe.getsockname()[1])
 
@@ -59,7 +59,7 @@ def keys_of(cluster: str = "gserver") -> list[str]:
 
 
 class Server(ExitStack[None]):
-    """A redis-server or redis-sentinel, with a folder of its own in `folder`."""
+    """A redis-server or redis-sentinel, with its own folder in `folder`."""
 
     def __init__(
         self, kind: str, folder: Path, lines: list[str], password: str = "", host: Host = HERE
@@ -100,7 +100,7 @@ class Server(ExitStack[None]):
             pytest.fail(f"{self._argv} ended: {self._log.read_text()}")
         try:
             return bool(self.command("PING"))
-        except redis.ConnectionError:  # It does not listen yet, or it loads its data.
+        except redis.ConnectionError:  # It does not listen yet, or is loading its data.
             return False
 
     @property
@@ -126,14 +126,14 @@ class Server(ExitStack[None]):
             return client.execute_command(*words)
 
     def is_running(self) -> bool:
-        """Whether it is neither dead nor frozen."""
+        """Whether the server is neither dead nor frozen."""
         return (
             self.process.poll() is None
             and psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED
         )
 
     def kill(self) -> None:
-        """Send SIGKILL to it, frozen or not, and to its children that save data."""
+        """Send SIGKILL to the server, frozen or not, and to its children that save data."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(LIMIT)
@@ -141,11 +141,11 @@ class Server(ExitStack[None]):
     def freeze(self) -> None:
         """Stop it with SIGSTOP; the kernel still accepts connections for it."""
         self.process.send_signal(signal.SIGSTOP)
-        until(lambda: not self.is_running(), "it is frozen")
+        until(lambda: not self.is_running(), "the server is frozen")
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
-        until(self.is_running, "it runs again")
+        until(self.is_running, "the server runs again")
 
 
 class Redis(Server):
@@ -169,7 +169,7 @@ class Redis(Server):
         return f"unix://{f':{self.password}@' if self.password else ''}{self.folder}/redis.sock"
 
     def restart(self, keep_data: bool) -> None:
-        """Kill it, and start it again: empty, or as of its last SAVE or append-only write."""
+        """Kill and restart the server: empty, or as of its last SAVE or append-only write."""
         self.kill()
         dump, writes = self.folder / "dump.rdb", self.folder / "appendonlydir"
         if keep_data:
@@ -206,7 +206,7 @@ class Redis(Server):
         return ""
 
     def members(self, name: str = "gserver") -> dict[str, int]:
-        """Return the number of clients that each server of a cluster has reported last."""
+        """Return the number of clients that each server of a cluster last reported."""
         found: dict[str, str] = self.command("HGETALL", keys_of(name)[0])
         return {member: int(entry.split()[0]) for member, entry in found.items()}
 
@@ -240,7 +240,7 @@ class Sentinels(ExitStack[None]):
             # A Sentinel looks for replicas when it starts, then only every ten seconds.
             until(
                 lambda: first.command("INFO", "replication").get("connected_slaves") == 2,
-                "both are replicas",
+                "both servers are replicas",
             )
             rules = [
                 f"monitor {name} {first.host.address} {first.port} 2",
@@ -311,7 +311,7 @@ class Sentinels(ExitStack[None]):
         yield old
         until(
             lambda: self.primary() is not old and self.primary().role() == "master",
-            "another is primary",
+            "another server is primary",
             FAILOVER_LIMIT,
         )
 
@@ -331,7 +331,7 @@ class Sentinels(ExitStack[None]):
         ]
 
     def is_whole(self) -> bool:
-        """Whether one is primary, two follow it, and another failover is possible."""
+        """Whether one server is primary, two follow it, and another failover is possible."""
         if not all(each.is_running() for each in (*self.redises, *self.sentinels)):
             return False
         try:
@@ -375,7 +375,7 @@ class Proxy(ExitStack[None]):
         super().__init__()
         self.port = free_port()
         self.delay_seconds = 0.0
-        #: Turns bytes of a reply into the pieces that are sent instead.
+        #: Turns the bytes of a reply into the pieces to send instead.
         self.alter: Callable[[bytes], Iterable[bytes]] = lambda data: [data]
         self.is_dropping = self.drop_requests = self.drop_replies = False
         self.bytes_to_server = self.bytes_to_client = self.bytes_dropped = 0
@@ -391,7 +391,7 @@ class Proxy(ExitStack[None]):
 
     def refuse(self) -> None:
         """Close the port, and reset all connections."""
-        with suppress(OSError):  # It is closed already.
+        with suppress(OSError):  # The port is already closed.
             self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join(LIMIT)
         self._listener.close()
@@ -442,7 +442,7 @@ class Proxy(ExitStack[None]):
             while data:
                 data = source.recv(65536)
                 size = len(data)
-                if source not in self._sockets:  # Woken by `cut`: this is not an end of input.
+                if source not in self._sockets:  # Woken by `cut`, not by an end of input.
                     raise ConnectionResetError
                 time.sleep(self.delay_seconds)
                 if self.is_dropping or (self.drop_replies if is_reply else self.drop_requests):
@@ -460,7 +460,7 @@ class Proxy(ExitStack[None]):
 
 
 def _reset(connection: socket.socket) -> None:
-    """Close it with a reset that is sent at once, although a thread reads from it."""
+    """Reset a connection at once, although a thread reads from it."""
     with connection, suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RD)

@@ -1,4 +1,4 @@
-"""Rows of the fault matrix: a fault by name, the variants that it is tried in, and notes of it."""
+"""Rows of the fault matrix: the name of a fault, its variants, and its notes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -9,7 +9,7 @@ Test = TypeVar("Test", bound=Callable[..., Any])
 
 
 class Variant(NamedTuple):
-    """What is under a fault."""
+    """The kind of server under a fault."""
 
     workers: int = 1
     is_tls: bool = False
@@ -29,10 +29,10 @@ def row(
     quick: Variant | None = ALL[0],
     values: dict[str, Any] | None = None,
 ) -> Callable[[Test], Test]:
-    """Mark a test as one of this fault, to be tried in these variants (all, if none is named).
+    """Mark a test as one of this fault, to run in these variants (default: all).
 
-    `bin/check` tries the `quick` variant only, or no variant if `quick` is None. `values` are kinds
-    of the fault by name, for the test's argument `kind`. `bin/check` tries all kinds.
+    `bin/check` runs only the `quick` variant, or none if `quick` is None. `values` are kinds of the
+    fault by name, for the test's argument `kind`. `bin/check` runs all kinds.
     """
 
     def mark(test: Test) -> Test:
@@ -54,15 +54,16 @@ def row(
 
 
 class Notes:
-    """What a test of the matrix tells: that its fault has happened, without which it fails, and
-    what was measured.
+    """The notes of a test of the matrix: proof that its fault happened, and measurements.
+
+    Without the proof the test fails.
     """
 
     def __init__(self, properties: list[tuple[str, object]]) -> None:
         self._properties = properties
 
     def happened(self, what: str) -> None:
-        """Note what showed that the fault is there, in words."""
+        """Note in words what proved the fault."""
         self._properties.append(("happened", what))
 
     def measured(self, name: str, value: float, unit: str) -> None:

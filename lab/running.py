@@ -1,7 +1,7 @@
-"""The real program, started on a free port and read by its log, and a client for its sockets.
+"""The real program, started on a free port and observed by its log, and a client for its sockets.
 
-Nothing here sleeps to wait for readiness and nothing is retried: `wait_for` waits for an event,
-with a limit.
+Nothing here sleeps for readiness, and nothing is retried: `wait_for` waits for an event, up to a
+limit.
 """
 
 import json
@@ -27,7 +27,7 @@ import pytest
 from lab.host import HERE, Host
 
 ROOT = Path(__file__).parent.parent
-#: All limits of waiting are multiplied by this: set it higher on a slow machine.
+#: A factor for all time limits: set it higher on a slow machine.
 PATIENCE = float(os.environ.get("GSERVER_TEST_PATIENCE", "1"))
 LIMIT = 60 * PATIENCE
 
@@ -38,27 +38,27 @@ Event = dict[str, Any]
 
 
 def unavailable(reason: str) -> NoReturn:
-    """Skip the test, or fail where CI is set: CI installs what tests need."""
+    """Skip the test, or fail it if CI is set: CI installs everything that tests need."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 def program(name: str) -> str:
-    """The path of a program that a test drives. Without it, the test is `unavailable`."""
+    """The path of a program that a test drives. Without the program, the test is skipped."""
     found = shutil.which(name)
     if found is None:
-        unavailable(f"{name} is not installed: bin/programs says how")
+        unavailable(f"{name} is not installed: bin/programs installs it")
     return found
 
 
 def argv(line: str) -> list[str]:
-    """The words of a command line, as a person types it."""
+    """The words of a command line, as typed."""
     return line.split()
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without what would configure gserver, and with `extra`."""
+    """This process's environment, without variables of gserver, and with `extra`."""
     theirs = (
         "PORT",
         "WEB_CONCURRENCY",
@@ -77,7 +77,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it is there, and not only waits to be buried."""
+    """Whether a process runs and is not a zombie."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -90,12 +90,12 @@ def until(
     limit: float = LIMIT,
     pause: float = 0.005,
 ) -> Any:
-    """Return the first true value of `condition`; AssertionError if none comes within the limit."""
+    """Return the first true value of `condition`; AssertionError if there is none in time."""
     deadline = time.monotonic() + limit
     while not (value := condition()):
         if time.monotonic() > deadline:
-            told = what if isinstance(what, str) else what()
-            raise AssertionError(f"not within {limit:.1f} s: {told}")
+            awaited = what if isinstance(what, str) else what()
+            raise AssertionError(f"not within {limit:.1f} s: {awaited}")
         time.sleep(pause)
     return value
 
@@ -113,22 +113,20 @@ def gserver(*arguments: str, stdin: Any = None, **env: str) -> subprocess.Comple
     )
 
 
-def told(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """The one line that a person is told by a command that failed, without its `gserver: `."""
+def error_line(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The error line of a failed command, without `gserver: `."""
     assert (done.returncode, done.stdout) == (code, "")
     assert re.fullmatch(r"gserver: [^\n]+\n", done.stderr), done.stderr
     return done.stderr.removeprefix("gserver: ").rstrip("\n")
 
 
 def limited(files: int) -> list[str]:
-    """The command of a server that may open so many files in each process."""
+    """The command of a server whose processes may open `files` files."""
     return [program("prlimit"), f"--nofile={files}:{files}", *GSERVER, "serve", "--port", "0"]
 
 
 def left_over(folder: Path) -> list[psutil.Process]:
-    """The processes that still run of the servers started for this folder, whoever their parent is
-    by now.
-    """
+    """The running processes of servers that were started for this folder, reparented or not."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -141,13 +139,13 @@ def left_over(folder: Path) -> list[psutil.Process]:
 
 @contextmanager
 def stopped(*workers: psutil.Process) -> Iterator[None]:
-    """Hold processes up for the time of the body."""
+    """Stop processes with SIGSTOP during the body."""
     for worker in workers:
         worker.suspend()
     try:
         until(
             lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers),
-            "they are stopped",
+            "the processes are stopped",
         )
         yield
     finally:
@@ -159,12 +157,11 @@ def stopped(*workers: psutil.Process) -> Iterator[None]:
 def extended(folder: Path, module: str, *options: str, **more: Any) -> "Running":
     """A server with a module's commands, whose processes are marked with the folder.
 
-    All its workers are ready, unless it is not waited for. A new text of `extra.py` there is seen
-    by the next worker that starts.
+    All its workers are ready, unless `wait` is false. The next worker that starts sees a new text
+    of `extra.py` in the folder.
     """
     (folder / "extra.py").write_text(module)
-    # Two texts of one size, written within a second, would look the same to the cache of compiled
-    # modules.
+    # Two texts of equal size, written within a second, look the same to the bytecode cache.
     env = {"PYTHONDONTWRITEBYTECODE": "1", "MARK": str(folder)}
     server = Running("--commands", "extra", *options, cwd=folder, env=env, **more)
     if server.port:
@@ -186,9 +183,9 @@ def is_refused(port: int) -> bool:
 
 
 class Client:
-    """A socket with a line reader. It knows nothing of the protocol.
+    """A socket with a line reader. It does not know the protocol.
 
-    With a context it speaks TLS, and takes an end without its closing alert for an error.
+    With a context it speaks TLS, and an end without a closing alert is an error.
     """
 
     def __init__(
@@ -215,9 +212,7 @@ class Client:
         self.sock.sendall(data)
 
     def line(self) -> bytes:
-        """The next line, its LF included; what there is before the end of the connection, if that
-        comes first.
-        """
+        """The next line with its LF; or the rest, if the connection ends first."""
         while b"\n" not in self._buffer:
             data = self.sock.recv(65536)
             if not data:
@@ -228,7 +223,7 @@ class Client:
         return line + b"\n"
 
     def ask(self, command: bytes) -> bytes:
-        """Send a line, return the reply without its LF."""
+        """Send a line; return the reply without its LF."""
         self.send(command + b"\n")
         reply = self.line()
         assert reply.endswith(b"\n"), f"no reply to {command!r}: {reply!r}"
@@ -238,16 +233,16 @@ class Client:
         return int(self.ask(b"WHO"))
 
     def rest(self) -> bytes:
-        """All that still comes, up to a clean end; ConnectionResetError for an unclean one."""
+        """Read to a clean end; an unclean one raises ConnectionResetError."""
         received, self._buffer = self._buffer, b""
         while data := self.sock.recv(65536):
             received += data
         return received
 
     def end(self) -> bytes:
-        """Send the end of input, return the rest.
+        """Send the end of input; return the rest.
 
-        It is sent by TCP alone: Python cannot say it by TLS and go on reading.
+        It is sent by TCP only: Python cannot end a TLS stream and continue to read.
         """
         socket.socket.shutdown(self.sock, socket.SHUT_WR)
         return self.rest()
@@ -322,7 +317,7 @@ class Running:
         return [event for event in found if action is None or event.get("event.action") == action]
 
     def wait_for(self, action: str, count: int = 1, limit: float = LIMIT) -> Event:
-        """The count-th event of that action, as soon as it is there."""
+        """Wait for the count-th event of this action."""
 
         def found() -> list[Event]:
             events = self.events(action)
@@ -341,8 +336,8 @@ class Running:
         return events[count - 1]
 
     @contextmanager
-    def telling(self, action: str, kind: str = "", limit: float = LIMIT) -> Iterator[None]:
-        """What the body does makes it log this event anew, of this kind if one is given."""
+    def expecting(self, action: str, kind: str = "", limit: float = LIMIT) -> Iterator[None]:
+        """The body makes the server log another event of this action, and of this kind if given."""
 
         def count() -> int:
             return sum(kind in ("", event.get("gserver.kind")) for event in self.events(action))
@@ -352,7 +347,7 @@ class Running:
         until(lambda: count() > before, f"{action} {kind}", limit)
 
     def admin_port(self) -> int:
-        """The port of its admin server."""
+        """The admin port."""
         port: int = self.events("server.listening")[0]["gserver.admin_port"]
         return port
 
@@ -361,12 +356,12 @@ class Running:
             return Client(self.port, source=source, context=context)
 
     def who(self) -> int:
-        """What WHO says to a new client, which counts itself."""
+        """The reply to WHO of a new client, which counts itself."""
         with self.client() as client:
             return client.who()
 
     def workers(self) -> list[psutil.Process]:
-        """The worker processes that run now."""
+        """The running worker processes."""
         return self._children("worker")
 
     def agents(self) -> list[psutil.Process]:
@@ -377,7 +372,7 @@ class Running:
         return [*self.named_processes().values()]
 
     def named_processes(self) -> dict[str, psutil.Process]:
-        """The same by role and pid."""
+        """The processes by role and pid."""
         roles = {"supervisor": [psutil.Process(self.pid)], "worker": self.workers()}
         roles |= {"agent": self.agents()}
         return {f"{role} {each.pid}": each for role, found in roles.items() for each in found}
@@ -407,7 +402,7 @@ class Running:
         return self.exit_code(limit)
 
     def kill(self) -> None:
-        """End it and its children, whatever state they are in."""
+        """Kill the server and its children, whatever their state."""
         if self.process.poll() is None:
             children = psutil.Process(self.pid).children(recursive=True)
             self.process.kill()
@@ -420,10 +415,10 @@ class Running:
 
 
 def _with_last_values(words: list[str]) -> list[str]:
-    """The command without the options of gserver that are repeated later: it refuses those.
+    """The command without options that are repeated later, which gserver refuses.
 
-    So a test can replace an option that its helper has given. Words before `gserver`, such as those
-    of `prlimit`, are left alone.
+    So a test can replace an option of its helper. Words before `gserver`, such as those of
+    `prlimit`, are kept.
     """
     joined = list(zip(["", *words], words, strict=False))
     programs = [

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gserver.cluster.membership import Heartbeat, Reply
 
-#: Milliseconds; long enough that no lease ends because a machine is slow.
+#: Milliseconds; no lease ends because a machine is slow.
 TTL, INTERVAL = 60_000, 6000
 
 
@@ -17,9 +17,9 @@ class Entry:
 
 
 class Model:
-    """What the script does, in Python, with the time as an argument.
+    """The script's effects in Python, with the time as an argument.
 
-    It holds for clusters whose keys no other program writes.
+    Valid for clusters whose keys no other program writes.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Seeds of random runs: a new one each time, or the one that a variable repeats."""
+"""Seeds of random runs: a new one each time, or the one in a variable."""
 
 import os
 from random import SystemRandom

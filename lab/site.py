@@ -1,4 +1,4 @@
-"""The scene of a fault: a server, good clients of it, and a record of what it held before."""
+"""A server under a fault, its good clients, and its resources before the fault."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -7,25 +7,25 @@ from pathlib import Path
 import psutil
 
 from lab import seed
-from lab.census import CENSUS, Held, clients, have_crowd, held, one_each
+from lab.census import CENSUS, Held, clients, connect_crowd, held, one_each
 from lab.load import Load
 from lab.rows import Variant
 from lab.running import PATIENCE, Client, Running, until
 from lab.tls_client import certified, trust
 
 SEED = seed.draw("GSERVER_FAULT_SEED")
-#: Between two requests of a neighbour.
+#: Seconds between two requests of a neighbour.
 PAUSE_SECONDS = 0.005
-#: What allocators keep of a crowd that has gone, for each process.
+#: Memory that allocators keep after a crowd has left, per process.
 KEPT_BYTES = 6_000_000
 
 
 class Site(ExitStack[None]):
     """A server in a variant, with an admin port.
 
-    `crowd` is how many clients each worker has had before the fault. `may_lose` is whether a
-    neighbour may lose its connection, as at a worker's death: it comes back then. `may_complain` is
-    whether errors may be in the log, for the same reason.
+    `crowd` is the number of clients that each worker has had before the fault. `may_lose`: a
+    neighbour may lose its connection, as when a worker dies, and then reconnects.
+    `may_log_errors`: errors may be logged, for the same reason.
     """
 
     name = "here"
@@ -40,7 +40,7 @@ class Site(ExitStack[None]):
         **more: object,
     ) -> None:
         super().__init__()
-        self.variant, self.may_lose, self.may_complain = variant, False, False
+        self.variant, self.may_lose, self.may_log_errors = variant, False, False
         self.pems = pems
         (folder / "census.py").write_text(CENSUS)
         words = ["--workers", str(variant.workers), "--server-id", self.name, "--admin-port", "0"]
@@ -50,7 +50,7 @@ class Site(ExitStack[None]):
             Running(*words, "--commands", "census", *tls, *options, cwd=folder, **more)  # type: ignore[arg-type]
         )
         self.server.wait_for("agent.ready")
-        have_crowd(self.client, crowd * variant.workers)
+        connect_crowd(self.client, crowd * variant.workers)
         self._before = self.held()
 
     @property
@@ -59,11 +59,11 @@ class Site(ExitStack[None]):
 
     @property
     def excuse(self) -> str:
-        """What a neighbour may suffer: see `load.Target`."""
+        """Excused errors of a neighbour: see `load.Target`."""
         return "away" if self.may_lose else ""
 
     def client(self, source: str = "") -> Client:
-        """A new client, of the variant's kind."""
+        """A new client, over TLS if the variant has it."""
         return self.server.client(source, self._context)
 
     def plain_client(self) -> Client:
@@ -71,9 +71,7 @@ class Site(ExitStack[None]):
 
     @contextmanager
     def neighbours(self, count: int = 6) -> Iterator[Load]:
-        """Good clients beside the body. After it they were all answered, and all is as it was
-        before it.
-        """
+        """Good clients during the body. Afterwards all were answered and resources are released."""
         kinds = [("comes_and_goes", "stays", "stays")[number % 3] for number in range(count)]
         load = Load([self], SEED, kinds, pause=PAUSE_SECONDS)
         load.may_call.set()
@@ -84,12 +82,12 @@ class Site(ExitStack[None]):
         finally:
             load.stop()
             load.join()
-            complaints = load.complaints()
-            assert not complaints, f"GSERVER_FAULT_SEED={SEED}: {complaints}"
+            problems = load.problems()
+            assert not problems, f"GSERVER_FAULT_SEED={SEED}: {problems}"
         self.assert_as_before()
 
     def clients(self) -> list[int]:
-        """How many clients each worker has."""
+        """The number of clients of each worker."""
         return [*clients(self.server).values()]
 
     def resident_of_workers(self) -> int:
@@ -97,7 +95,7 @@ class Site(ExitStack[None]):
         return sum(worker.memory_info().rss for worker in self.server.workers())
 
     def held(self) -> list[Held]:
-        """What its processes hold with one client for each worker, in order of that."""
+        """The sorted resources of its processes with one client for each worker."""
         until(
             lambda: len(self.server.workers()) == len(self.clients()) == self.variant.workers,
             "all workers run",
@@ -107,28 +105,28 @@ class Site(ExitStack[None]):
             return sorted(held(self.server, chosen).values(), key=lambda each: each[1:])
 
     def await_others(self, gone: Sequence[psutil.Process] = ()) -> None:
-        """Wait until these have ended and others have their places."""
+        """Wait until these processes have ended and been replaced."""
 
         def have_places() -> bool:
             now = [*self.server.workers(), *self.server.agents()]
             return len(now) == self.variant.workers + 1 and not set(gone) & set(now)
 
-        until(have_places, "others have their places")
+        until(have_places, "the processes are replaced")
 
     def assert_as_before(self) -> None:
-        """WHO is exact, and descriptors, greenlets and memory are back to where they were."""
-        until(lambda: sum(self.clients()) == 0, "all clients have gone")
+        """WHO is exact, and descriptors, greenlets and memory are as before."""
+        until(lambda: sum(self.clients()) == 0, "all clients have left")
         with self.client() as client:
-            until(lambda: client.who() == 1, "WHO is exact: the asker alone")
+            until(lambda: client.who() == 1, "WHO counts only the asking client")
         now: list[Held] = []
 
         def holds_no_more() -> bool:
             now[:] = self.held()
             return [each[1:] for each in now] == [each[1:] for each in self._before]
 
-        until(holds_no_more, lambda: f"it holds {now}, before it was {self._before}")
+        until(holds_no_more, lambda: f"the server holds {now}; before it held {self._before}")
         grown = sum(each.resident for each in now) - sum(each.resident for each in self._before)
-        assert grown < KEPT_BYTES * len(now) * PATIENCE, f"it has grown by {grown} bytes"
+        assert grown < KEPT_BYTES * len(now) * PATIENCE, f"memory has grown by {grown} bytes"
         bad = [event for event in self.server.events() if event["event.action"] == "process.error"]
-        assert self.may_complain or not bad, bad
-        assert self.may_complain or not self.server.stderr, self.server.stderr
+        assert self.may_log_errors or not bad, bad
+        assert self.may_log_errors or not self.server.stderr, self.server.stderr

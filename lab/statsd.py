@@ -1,4 +1,4 @@
-"""The real StatsD daemon, and what it has counted."""
+"""The real StatsD daemon and its figures."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from lab.redises import free_port
 from lab.running import LIMIT, ROOT, argv, program, unavailable, until
 
 STATSD = ROOT / ".tools/node_modules/statsd/stats.js"
-#: Node 23 and newer lack a function that the daemon uses.
+#: From Node 23 on, a function that the daemon uses is missing.
 START = "require('util').log ??= console.log; require(process.argv[1])"
 #: A line of a datagram.
 LINE = re.compile(rb"[A-Za-z0-9_.-]+:-?[0-9.]+\|(c|g|ms)")

@@ -1,4 +1,4 @@
-"""Servers of one cluster whose clients stay, and watchers that see any wrong reply to WHO."""
+"""Servers of one cluster with permanent clients, and watchers that find any wrong reply to WHO."""
 
 import json
 import threading
@@ -14,12 +14,12 @@ from lab.host import HERE, Host
 from lab.running import LIMIT, PATIENCE, Client, Running, until
 
 PAUSE_SECONDS = 0.005
-#: What a busy machine may add to an answer. One that waited for Redis would take ten times that.
+#: Delay of a reply on a busy machine. A reply that waited for Redis would take ten times as long.
 NOISE_SECONDS = 0.02
 
 
 class Answer(NamedTuple):
-    """An answer to WHO, when it was asked and how long it took."""
+    """A reply to WHO, with the time of the request and the duration."""
 
     asked: float
     clients: int
@@ -27,8 +27,10 @@ class Answer(NamedTuple):
 
 
 class Watcher:
-    """Asks one server WHO all the time, over one connection. It knows what may be said, and since
-    when. `is_back` is whether it connects again when it has lost its connection.
+    """Sends WHO to one server all the time, over one connection.
+
+    It knows the allowed replies, and since when. `is_back`: it reconnects when it has lost its
+    connection.
     """
 
     def __init__(self, connect: Callable[[], Client], *, is_back: bool = False) -> None:
@@ -56,27 +58,23 @@ class Watcher:
                 with suppress(OSError):
                     self._client = self._connect()
 
-    def may_say(self, *counts: int) -> None:
-        """From now on, an answer is one of these, until this is called again. The first call begins
-        the watch.
-        """
+    def allow(self, *counts: int) -> None:
+        """Allow only these replies from now on. The first call starts the watch."""
         if not self._allowed:
-            self._checked = len(self.answers) + 1  # one may be on its way
+            self._checked = len(self.answers) + 1  # one may be in flight
         self._allowed.append((time.monotonic(), frozenset(counts)))
 
     def says(self, count: int) -> bool:
-        """Whether this is its answer to a question from now on."""
+        """Whether the reply to a request from now on is this number."""
         now, seen = time.monotonic(), len(self.answers)
         until(
             lambda: self._failure or any(answer.asked >= now for answer in self.answers[seen:]),
-            "an answer",
+            "a reply",
         )
         return not self._failure and self.answers[-1].clients == count
 
-    def complaints(self) -> list[str]:
-        """What was wrong since the last call: an answer must have been allowed between its question
-        and its arrival.
-        """
+    def problems(self) -> list[str]:
+        """The errors since the last call: a reply must be allowed while it was pending."""
         answers = self.answers[self._checked :]
         self._checked += len(answers)
         ends = [began for began, _ in self._allowed[1:]] + [float("inf")]
@@ -97,20 +95,20 @@ class Watcher:
             list(run)
             for _, run in groupby(answers, lambda answer: (is_true(answer), answer.clients))
         ]
-        told = [
+        described = [
             (run[0], f"{run[0].clients} at {run[0].asked - answers[0].asked:.3f} s") for run in runs
         ]
         if self._failure or not answers:
-            return [f"no answer: {self._failure}"]
-        if all(is_true(first) for first, _ in told):
+            return [f"no reply: {self._failure}"]
+        if all(is_true(first) for first, _ in described):
             return []
         return [
-            "it said "
-            + ", ".join(text + (" (WRONG)" * (not is_true(first))) for first, text in told)
+            "it replied "
+            + ", ".join(text + (" (WRONG)" * (not is_true(first))) for first, text in described)
         ]
 
     def stop(self) -> None:
-        """Ask no more; the client stays connected."""
+        """Stop sending; the client stays connected."""
         self._is_over.set()
         self._thread.join(LIMIT)
 
@@ -120,14 +118,14 @@ class Watcher:
 
 
 class SteadyServer(ExitStack[None]):
-    """A server with so many clients, one of which watches."""
+    """A server with `share` clients, one of which watches."""
 
     def __init__(
         self, share: int, *options: str, env: dict[str, str] | None = None, **more: Any
     ) -> None:
         super().__init__()
         self.share = share
-        #: How events end that are none of a server that is well.
+        #: Suffixes of events that a healthy server does not log.
         self.bad: tuple[str, ...] = ("died", "hung", "not_started")
         self._read = self._read_errors = 0
         self.server = self.enter_context(Running(*options, env=env, **more))
@@ -140,53 +138,49 @@ class SteadyServer(ExitStack[None]):
         self.watcher = Watcher(self.server.client)
         self.callback(self.watcher.close)
 
-    def complaints(self) -> list[str]:
-        """What was wrong since the last call: with answers, with processes, and with what they have
-        written.
-        """
+    def problems(self) -> list[str]:
+        """The errors since the last call: in replies, processes, logs and stderr."""
         server = self.server
         lines, errors = server.lines[self._read :], server.errors[self._read_errors :]
         self._read += len(lines)
         self._read_errors += len(errors)
-        found = self.watcher.complaints() + errors + [line for line in lines if "Traceback" in line]
+        found = self.watcher.problems() + errors + [line for line in lines if "Traceback" in line]
         found += [line for line in lines if json.loads(line)["event.action"].endswith(self.bad)]
-        return found + ["it has ended"] * (server.process.poll() is not None)
+        return found + ["the server has ended"] * (server.process.poll() is not None)
 
 
 class Cluster(ExitStack[None]):
-    """Such servers with one Redis, and beside them one that has none: its pace is that of the
-    machine.
-    """
+    """Such servers with one Redis, and one server without Redis for comparison."""
 
     def __init__(
         self,
         url: str,
-        beat: float,
+        interval: float,
         ttl: float,
         env: dict[str, str] | None = None,
         shares: tuple[int, ...] = (5, 3, 2),
         hosts: Sequence[Host] = (HERE,) * 3,
     ) -> None:
         super().__init__()
-        self.beat, self.ttl = beat, ttl
+        self.interval, self.ttl = interval, ttl
         self._env = env
         self.options = (
             "--redis-url",
             url,
             "--heartbeat-interval",
-            str(beat),
+            str(interval),
             "--member-ttl",
             str(ttl),
         )
         self.members: list[SteadyServer] = []
         with ExitStack() as stack:
             self._bystander = stack.enter_context(SteadyServer(1)).watcher
-            self._bystander.may_say(1)
+            self._bystander.allow(1)
             for share, host in zip(shares, hosts, strict=False):
                 member = SteadyServer(share, *self.options, env=env, host=host)
                 self.members.append(stack.enter_context(member))
-            until(lambda: self.all_say(self.total), f"all say {self.total}")
-            self.may_say(self.total)
+            until(lambda: self.all_report(self.total), f"all servers report {self.total}")
+            self.allow(self.total)
             self.push(stack.pop_all())
 
     @property
@@ -196,11 +190,11 @@ class Cluster(ExitStack[None]):
     @property
     def recovery_seconds(self) -> float:
         """Time after a fault until WHO is exact everywhere: two heartbeats of each server."""
-        return (2 * self.beat + 1) * PATIENCE
+        return (2 * self.interval + 1) * PATIENCE
 
     @property
     def answers(self) -> int:
-        """How many all have given so far."""
+        """The number of replies of all servers so far."""
         return sum(len(member.watcher.answers) for member in self.members)
 
     def processes(self) -> list[psutil.Process]:
@@ -208,9 +202,7 @@ class Cluster(ExitStack[None]):
         return [each for member in self.members for each in member.server.processes()]
 
     def descriptors(self) -> list[int]:
-        """How many each process keeps: the least of some looks, since an agent asks a Sentinel now
-        and then.
-        """
+        """The descriptors of each process: the least of some samples."""
         looks, processes = [], self.processes()
         for _ in range(4):
             looks.append([process.num_fds() for process in processes])
@@ -218,61 +210,57 @@ class Cluster(ExitStack[None]):
         return [min(each) for each in zip(*looks, strict=True)]
 
     def resident(self) -> int:
-        """Bytes of all processes."""
+        """The resident memory of all processes, in bytes."""
         return sum(process.memory_info().rss for process in self.processes())
 
-    def may_say(self, *counts: int) -> None:
+    def allow(self, *counts: int) -> None:
         for member in self.members:
-            member.watcher.may_say(*counts)
+            member.watcher.allow(*counts)
 
-    def all_say(self, count: int) -> bool:
+    def all_report(self, count: int) -> bool:
         return all(member.watcher.says(count) for member in self.members)
 
     def watch(self, seconds: float) -> None:
-        """Let time pass; what is said in it is checked later."""
+        """Let time pass; its replies are checked later."""
         time.sleep(seconds)
 
     def events(self, action: str, kind: str = "") -> list[int]:
-        """How many such events each server has logged."""
+        """The number of such events that each server has logged."""
         found = (member.server.events(action) for member in self.members)
         return [
             sum(kind in ("", event.get("gserver.kind")) for event in events) for events in found
         ]
 
     @contextmanager
-    def telling(self, action: str, kind: str = "") -> Iterator[None]:
-        """What the body does makes every server log this event, each anew."""
+    def expecting(self, action: str, kind: str = "") -> Iterator[None]:
+        """The body makes every server log another event of this action."""
         with ExitStack() as stack:
             for member in self.members:
-                stack.enter_context(member.server.telling(action, kind))
+                stack.enter_context(member.server.expecting(action, kind))
             yield
 
     @contextmanager
     def guests(self, *hosts: int) -> Iterator[None]:
-        """One more client of each of these servers, which count it at once; the others may when
-        they hear of it.
-        """
+        """One more client of each of these servers, which count it at once; the others follow."""
         between = range(self.total, self.total + len(hosts) + 1)
         members = [self.members[host] for host in hosts]
         with ExitStack() as stack:
-            self.may_say(*between)
+            self.allow(*between)
             for member in members:
                 stack.enter_context(member.server.client()).who()
                 member.share += 1
             if len(hosts) == 1:
-                members[0].watcher.may_say(self.total)
+                members[0].watcher.allow(self.total)
             try:
                 yield
             finally:
-                self.may_say(*between)
+                self.allow(*between)
                 for member in members:
                     member.share -= 1
 
     @contextmanager
     def settled_guests(self) -> Iterator[None]:
-        """One more client of every server; all is settled before the body, after it, and when they
-        have gone.
-        """
+        """One more client of every server; counts are exact before, during and after the body."""
         with self.guests(*range(len(self.members))):
             self.settle()
             yield
@@ -281,54 +269,48 @@ class Cluster(ExitStack[None]):
 
     @contextmanager
     def one_more(self, share: int) -> Iterator[SteadyServer]:
-        """A fourth server, until the body is over; the body is to end it."""
+        """A fourth server; the body must end it."""
         total = self.total
-        self.may_say(*range(total, total + share + 1))
+        self.allow(*range(total, total + share + 1))
         with SteadyServer(share, *self.options, env=self._env) as member:
-            member.watcher.may_say(*range(total + share + 1))
+            member.watcher.allow(*range(total + share + 1))
             self.members.append(member)
             self.settle()
             yield member
 
     def end(self, member: SteadyServer, how: Callable[[Running], object]) -> None:
-        """End a server whose clients stay as long as it does. Nobody else can know of it as long as
-        Redis is away.
-        """
+        """End a server and its clients. Without Redis, no other server learns of it."""
         member.watcher.stop()
-        assert not member.complaints()
+        assert not member.problems()
         how(member.server)
         self.members.remove(member)
 
     def start_over(self) -> None:
-        """Whatever became of the fault before this one, it is over."""
-        self.may_say(*range(2 * self.total + 1000))
-        until(lambda: self.all_say(self.total), f"all say {self.total}")
+        """Reset after the previous fault, whatever its outcome."""
+        self.allow(*range(2 * self.total + 1000))
+        until(lambda: self.all_report(self.total), f"all servers report {self.total}")
         for member in self.members:
-            member.complaints()
-        self.may_say(self.total)
+            member.problems()
+        self.allow(self.total)
 
     def settle(self, limit: float | None = None) -> None:
-        """Within the limit all are exact, and stay so."""
+        """Wait until all servers are exact, and check that they stay so."""
         until(
-            lambda: self.all_say(self.total),
-            f"all say {self.total}",
+            lambda: self.all_report(self.total),
+            f"all servers report {self.total}",
             limit or self.recovery_seconds,
         )
-        self.may_say(self.total)
-        self.watch(2 * self.beat)
+        self.allow(self.total)
+        self.watch(2 * self.interval)
 
     def check(self) -> None:
-        """Every answer so far was true, and no process has died, or said anything that it should
-        not.
-        """
-        assert not self._bystander.complaints()
-        wrong = {member.server.port: member.complaints() for member in self.members}
+        """Check that all replies were correct, and that no process has died or logged an error."""
+        assert not self._bystander.problems()
+        wrong = {member.server.port: member.problems() for member in self.members}
         assert not any(wrong.values()), wrong
 
     def assert_as_quick_as_alone(self, since: float) -> None:
-        """99 of 100 answers came as soon as those of the server without a Redis did, give or take
-        the noise.
-        """
+        """The p99 reply time equals that of the server without Redis, except for noise."""
         alone = _p99([self._bystander], since)
         together = _p99([member.watcher for member in self.members], since)
         assert together <= (2 * alone + NOISE_SECONDS) * PATIENCE, (

@@ -1,4 +1,4 @@
-"""A client that makes its TLS 1.3 records itself (RFC 8446), to send what no library lets it."""
+"""A client that makes its own TLS 1.3 records (RFC 8446), to send what no library allows."""
 
 import hashlib
 import hmac
@@ -8,18 +8,16 @@ from pathlib import Path
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from lab.running import Client
-from lab.tls_client import shake_hands
+from lab.tls_client import run_handshake
 
-#: Types of content: 4, B.1.
+#: Content types: 4, B.1.
 HANDSHAKE, APPLICATION_DATA = 22, 23
-#: A message: 4.6.3. Whether the other side is to update its keys too is its last byte.
+#: A KeyUpdate message: 4.6.3. Its last byte requests an update from the other side.
 KEY_UPDATE = b"\x18\x00\x00\x01"
 
 
 class RecordClient(Client):
-    """A client whose handshake is made by the ssl module, and whose records after that are made
-    here.
-    """
+    """A client that uses the ssl module for the handshake, and makes all later records here."""
 
     def __init__(self, port: int, context: ssl.SSLContext, folder: Path) -> None:
         super().__init__(port)
@@ -27,7 +25,7 @@ class RecordClient(Client):
         context.keylog_filename = str(folder / "keys")
         self._received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, sent, server_hostname="127.0.0.1")
-        shake_hands(self, self._tls, self._received, sent)
+        run_handshake(self, self._tls, self._received, sent)
         self.send(sent.read())
         lines = [line.split() for line in (folder / "keys").read_text().splitlines()]
         (secret,) = [line[2] for line in lines if line[0] == "CLIENT_TRAFFIC_SECRET_0"]
@@ -40,7 +38,7 @@ class RecordClient(Client):
         self._use(bytes.fromhex(secret))
 
     def record(self, content: bytes, kind: int = APPLICATION_DATA) -> bytes:
-        """Return a record as it goes over the wire: 5.2."""
+        """Return an encrypted record: 5.2."""
         plain = content + bytes([kind])
         header = b"\x17\x03\x03" + (len(plain) + 16).to_bytes(2, "big")
         nonce = (int.from_bytes(self._nonce, "big") ^ self._sequence).to_bytes(12, "big")
@@ -48,15 +46,13 @@ class RecordClient(Client):
         return header + AESGCM(self._key).encrypt(nonce, plain, header)
 
     def key_update(self, wants_one: bool = False) -> bytes:
-        """Return the record that says so, and use the next keys from now on: 7.2."""
+        """Return a KeyUpdate record, and use the next keys from now on: 7.2."""
         record = self.record(KEY_UPDATE + bytes([wants_one]), HANDSHAKE)
         self._use(self._expand(b"traffic upd", hashlib.new(self._digest).digest_size))
         return record
 
     def line(self) -> bytes:
-        """The next line, its LF included; what there is before the end of the connection, if that
-        comes first.
-        """
+        """The next line with its LF; or the rest, if the connection ends first."""
         line = b""
         while not line.endswith(b"\n"):
             try:

@@ -1,4 +1,4 @@
-"""What a client and a server need to speak TLS, with the files of `make_certificates`."""
+"""Options and contexts for TLS, with the files of `make_certificates`."""
 
 import ssl
 from pathlib import Path
@@ -12,18 +12,19 @@ def certified(pems: Path, name: str = "server") -> list[str]:
 
 
 def trust(pems: Path, cert: str = "") -> ssl.SSLContext:
-    """What a client trusts, and the name of the certificate that it shows, if any."""
+    """A client's context: it trusts the CA, and shows the certificate with this name, if any."""
     context = ssl.create_default_context(cafile=str(pems / "ca.pem"))
     if cert:
         context.load_cert_chain(pems / f"{cert}.pem", pems / f"{cert}.key")
     return context
 
 
-def shake_hands(
+def run_handshake(
     client: Client, inner: ssl.SSLObject, received: ssl.MemoryBIO, sent: ssl.MemoryBIO
 ) -> None:
-    """Do the handshake of a TLS that works on memory over a plain client; its last words stay in
-    `sent`.
+    """Run the handshake of an in-memory TLS object over a plain client.
+
+    Its last output stays in `sent`.
     """
     while True:
         try:

@@ -1,14 +1,14 @@
-"""The oracle of the wire, and hostile input for it, drawn from a grammar of nasty lines.
+"""The oracle of the protocol, and hostile input for it, drawn from a grammar of difficult lines.
 
-The oracle is written from docs/protocol.md and knows nothing of gserver's code: it never sees how
-bytes are cut, but reads the whole with `split`. `wire_cases` checks it.
+The oracle is written from docs/protocol.md, independently of gserver's code: it never sees how
+bytes are split, but reads all of them with `split`. `wire_cases` checks it.
 """
 
 from collections.abc import Collection, Iterable, Mapping
 from random import Random
 from typing import NamedTuple
 
-#: Of a line: docs/protocol.md, "Lines".
+#: The blanks of a line: docs/protocol.md, "Lines".
 BLANKS = b" \t\r\v\f"
 TOO_LONG, UNKNOWN, NOT_ASCII = b"ERR line too long", b"ERR unknown command", b"ERR not ASCII"
 #: A pause that is long enough for a line without its newline.
@@ -16,52 +16,52 @@ SILENCE = None
 Cut = Iterable[bytes | None]
 
 
-class Said(NamedTuple):
-    """What the page says about all bytes of one client: commands by name, error replies by text."""
+class Expected(NamedTuple):
+    """The expected outcome for all bytes of one client: commands by name, error replies by text."""
 
     replies: list[bytes]
     #: Whether the server closes before the client has ended.
     is_closed: bool
 
 
-def read(sent: bytes, commands: Collection[bytes], limit: int) -> Said:
-    """Return what is said to a client that sends this and then ends."""
+def read(sent: bytes, commands: Collection[bytes], limit: int) -> Expected:
+    """Return the expected outcome for a client that sends this and then ends."""
     replies: list[bytes] = []
     is_first = True
     for line in sent.split(b"\n"):
         if is_first and line[:2] == b"\x16\x03":
-            return Said(replies, True)
+            return Expected(replies, True)
         if len(line) - line.endswith(b"\r") > limit:
-            return Said([*replies, TOO_LONG], True)
+            return Expected([*replies, TOO_LONG], True)
         words = line.strip(BLANKS)
         if not words:
             continue
         if is_first and len(parts := words.split()) >= 3 and parts[-1][:5].upper() == b"HTTP/":
-            return Said(replies, True)
+            return Expected(replies, True)
         is_first = False
         if words.upper() in commands:
             replies.append(words.upper())
         else:
             replies.append(UNKNOWN if max(words) < 128 else NOT_ASCII)
-    return Said(replies, False)
+    return Expected(replies, False)
 
 
 def replies(sent: bytes, commands: Mapping[bytes, bytes], limit: int) -> bytes:
-    """Return all that a client reads that sends this and then ends; `commands` have the replies."""
+    """Return the replies to a client that sends this and then ends; `commands` has the values."""
     said = read(sent, commands, limit).replies
     return b"".join(commands.get(reply, reply + b"\n") for reply in said)
 
 
 def is_ended_by_silence(sent: bytes, commands: Collection[bytes]) -> bool:
-    """Whether a silence is as good as a newline now."""
+    """Whether a pause ends the current line."""
     words = sent.rpartition(b"\n")[2].strip(BLANKS).upper()
     return not words or (
         words in commands and not any(c != words and c.startswith(words) for c in commands)
     )
 
 
-def heard(cut: Cut, commands: Collection[bytes]) -> bytes:
-    """Join pieces and silences: a silence that ends a line stands for a newline."""
+def merge_pieces(cut: Cut, commands: Collection[bytes]) -> bytes:
+    """Join pieces and pauses: a pause that ends a line becomes a newline."""
     sent = b""
     for piece in cut:
         if piece is not SILENCE:
@@ -87,9 +87,9 @@ PLAIN = (b"WHO\n", b"WHERE\n", b"WHY\n", b"who\n", b"WHY\r\n", b"WHO\nWHY\n")
 
 
 def draw(random: Random, limit: int) -> bytes:
-    """Return what a client sends in all: mostly lines, some of them at the limit, some spoilt."""
+    """Return all bytes of a client: mostly lines, some at the limit, some damaged."""
     kind = random.random()
-    if kind < 0.15:  # What the fast path takes, or nearly.
+    if kind < 0.15:  # Input for the fast path, or almost.
         sent = b"".join(random.choices(PLAIN, k=int(12 * random.random()) + 1))
     elif kind < 0.2:
         sent = random.randbytes(random.randrange(3 * limit // 2))
@@ -105,7 +105,7 @@ def draw(random: Random, limit: int) -> bytes:
 
 
 def _long(random: Random, word: bytes, limit: int) -> bytes:
-    """A line of the limit, or nearly; or with much in it."""
+    """A line at or near the limit, or with many words."""
     size = max(0, limit + random.randrange(-3, 4))
     filler = random.choice((b" ", b"x", b"\0", b"\xe9", b"\r", b"WHO ", b"HTTP/ "))
     filling = (filler * (size // len(filler) + 1))[: max(0, size - len(word))]
@@ -113,7 +113,7 @@ def _long(random: Random, word: bytes, limit: int) -> bytes:
 
 
 def _spoilt(random: Random, sent: bytes) -> bytes:
-    """A byte changed, added, lost, or a part said twice."""
+    """The input with a byte changed, added or removed, or a part repeated."""
     at, to = sorted((random.randrange(len(sent) + 1), random.randrange(len(sent) + 1)))
     what = random.randrange(4)
     if what == 0:
@@ -124,6 +124,6 @@ def _spoilt(random: Random, sent: bytes) -> bytes:
 
 
 def pieces(random: Random, sent: bytes, most: int) -> list[bytes]:
-    """The same in pieces: at most so many, of random sizes."""
+    """The input in at most `most` pieces of random sizes."""
     cuts = sorted(random.randrange(len(sent) + 1) for _ in range(random.randrange(most)))
     return [sent[at:to] for at, to in zip([0, *cuts], [*cuts, len(sent)], strict=True)]

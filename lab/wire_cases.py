@@ -1,8 +1,7 @@
-"""The wire as a table: what a lone client sends to a server with the id `here`, and what it reads.
+"""The protocol as a table: input of a lone client to a server with the id `here`, and the replies.
 
-Every reply is written out here, by hand or by the rule of its family; the code under test has no
-part in it. A last line without its newline is ended by the end of input, or by a newline that comes
-later: the reply is the same.
+Every reply is written here by hand or by the rule of its group, without the code under test. A last
+line without its newline is ended by the end of input, or by a later newline: the reply is the same.
 """
 
 from itertools import product
@@ -23,9 +22,7 @@ ENDINGS = {"LF": b"\n", "CRLF": b"\r\n"}
 
 
 class Case(NamedTuple):
-    """What is sent, all that comes back, and whether the connection is still open when the last
-    line has ended.
-    """
+    """The input, all replies, and whether the connection is still open after the last line."""
 
     name: str
     sent: bytes
@@ -39,7 +36,7 @@ def closed(name: str, sent: bytes, replies: bytes = b"") -> Case:
 
 
 def alternating(word: bytes) -> bytes:
-    """The word with every second letter small: WhErE."""
+    """The word with every second letter in lower case: WhErE."""
     return bytes(byte | 0x20 if index % 2 else byte for index, byte in enumerate(word))
 
 
@@ -118,7 +115,7 @@ PIPELINED = [
     Case("a thousand refusals", b"NOPE\n" * 1000, UNKNOWN * 1000),
 ]
 
-# What is no command: words, arguments, beginnings and extensions.
+# Not commands: words, arguments, prefixes and extensions.
 
 WORDS = (
     rb"HELP~QUIT~EXIT~PING~HELLO~EHLO localhost~USER root~WHAT~WHEN~OHW~null~?~.~-~--help~0~42~-1"
@@ -143,8 +140,8 @@ UNKNOWN_WORDS = [
     ),
 ]
 
-# Control characters are no blanks, but for the five above (other notions of white space have 1C to
-# 1F too).
+# Control characters are not blanks, except the five above (other definitions of white space include
+# 1C to 1F).
 
 CONTROLS = [code for code in (*range(0x20), 0x7F) if code not in b"\t\n\v\f\r"]
 CONTROL_CHARACTERS = [
@@ -232,7 +229,7 @@ LONG = b"x" * 2000
 LENGTHS = {"limit-1": LIMIT_BYTES - 1, "limit": LIMIT_BYTES}
 LENGTHS |= {"limit+1": LIMIT_BYTES + 1, "limit+2": LIMIT_BYTES + 2}
 FILLINGS = (
-    # What fills the line, what the line ends in, and the reply to one that is not too long.
+    # The filling of the line, its end, and the reply if it is not too long.
     ("letters", b"x", b"", UNKNOWN),
     ("bytes above 127", b"\xe9", b"", NOT_ASCII),
     ("blanks", b" ", b"", b""),
@@ -280,7 +277,7 @@ LENGTH_CASES = [
     Case("short lines that are long together", b"x\n" * 2000, UNKNOWN * 2000),
 ]
 
-# A first line of the shape of an HTTP request: no reply, closed, and nothing after it is run.
+# A first line that looks like an HTTP request: no reply, closed, and nothing after it is run.
 
 HTTP_LINES = (
     *(b"GET / HTTP/1.1", b"GET / HTTP/1.0", b"HEAD / HTTP/1.1", b"POST /x HTTP/1.1"),
@@ -334,7 +331,7 @@ HTTP = [
     Case("HTTP second, unterminated", b"WHO\nGET / HTTP/1.1", WHO + UNKNOWN),
 ]
 
-# A first line that begins like TLS: the same.
+# A first line that starts like TLS: the same.
 
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 TLS = [

@@ -1,4 +1,4 @@
-"""A steady cluster with its Redis and the network between them, and how it survives a fault."""
+"""A steady cluster with its Redis and the network between them, and its test under a fault."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,24 +21,24 @@ KEYS = keys_of()
 class World(ExitStack[None]):
     """A cluster, its Redis, and the network between them."""
 
-    def __init__(self, folder: Path, beat: float, ttl: float, **env: str) -> None:
+    def __init__(self, folder: Path, interval: float, ttl: float, **env: str) -> None:
         super().__init__()
         self.ttl = ttl
         with ExitStack() as stack:
             self.redis = stack.enter_context(Redis(folder))
             self.proxy = stack.enter_context(Proxy(self.redis.port))
             self.cluster = stack.enter_context(
-                Cluster(self.redis.url_at(self.proxy.port), beat, ttl, env)
+                Cluster(self.redis.url_at(self.proxy.port), interval, ttl, env)
             )
             self.push(stack.pop_all())
 
     def lost(self, kind: str) -> AbstractContextManager[None]:
         """The body makes Redis unavailable to every server, with this kind of error."""
-        return self.cluster.telling("cluster.lost", kind)
+        return self.cluster.expecting("cluster.lost", kind)
 
     def reset(self) -> AbstractContextManager[None]:
         """The body makes Redis lose its data, which every server notices."""
-        return self.cluster.telling("cluster.reset")
+        return self.cluster.expecting("cluster.reset")
 
     def dump(self) -> list[Any]:
         """Return the keys and their values, for `restore`."""
@@ -56,7 +56,7 @@ Fault = Callable[[World], AbstractContextManager[None]]
 
 
 def lasting(name: str, kind: str, fault: RedisFault, seconds: float = 0, ttls: float = 0) -> Fault:
-    """A fault that every server notices as an error of this kind, and that lasts so long."""
+    """A fault of this length that every server notices as an error of this kind."""
 
     @contextmanager
     def begin(world: World) -> Iterator[None]:
@@ -71,7 +71,7 @@ def lasting(name: str, kind: str, fault: RedisFault, seconds: float = 0, ttls: f
 
 
 def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes) -> None:
-    """Go through a fault, which ensures that it happens; then count one more client."""
+    """Go through a fault, which checks that it happens; then count one more client."""
     cluster.start_over()
     began, answers, descriptors, resident = (
         time.monotonic(),
@@ -85,11 +85,13 @@ def survive(cluster: Cluster, fault: AbstractContextManager[None], notes: Notes)
             ongoing.close()
             ended = time.monotonic()
             cluster.settle()
-            notes.measured("exact after", time.monotonic() - ended - 2 * cluster.beat, "s")
+            notes.measured("exact after", time.monotonic() - ended - 2 * cluster.interval, "s")
         cluster.settle()
     cluster.assert_as_quick_as_alone(began)
     cluster.check()
-    until(lambda: cluster.descriptors() == descriptors, "as many descriptors are open as before")
+    until(
+        lambda: cluster.descriptors() == descriptors, "the number of open descriptors is as before"
+    )
     grown = cluster.resident() - resident
     assert grown < KEPT_BYTES * len(descriptors) * PATIENCE, (
         f"{grown} bytes of memory more than before"

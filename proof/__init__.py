@@ -1,4 +1,4 @@
 """Proofs that take longer than a test.
 
-Fuzzing, soaks, timelines through faults, and the sums of availability.
+Fuzzing, soaks, timelines through faults, and availability sums.
 """

@@ -1,8 +1,7 @@
-"""Unavailability in 30 days: how often each fault comes, times its length, times the share it hits.
+"""Unavailability in 30 days: the frequency of each fault, times its length, times its share.
 
-How often a fault comes is assumed, with the reason beside it. Its length and share are measured
-(proof/outages.py) where they can be. Faults that hit all servers at once are assumed too, and
-counted apart.
+The frequency is assumed, with a reason. Length and share are measured if possible
+(proof/outages.py). Faults that hit all servers at once are assumed too, and counted separately.
 """
 
 import json
@@ -28,10 +27,10 @@ FAILOVERS = "Redis primary killed", "Redis primary hung"
 
 
 class Rate(NamedTuple):
-    """How often a fault comes to a service of three servers, and why so often.
+    """How often a fault happens to a service of three servers, and why.
 
     `lasts_seconds` is for a fault that does not end by itself. `share` is the part of all requests
-    that would fail meanwhile if replies needed Redis.
+    that would fail during the fault if replies needed Redis.
     """
 
     per_year: float
@@ -40,7 +39,7 @@ class Rate(NamedTuple):
     share: float = 1.0
 
 
-#: Of the faults that are measured.
+#: The measured faults.
 RATES = {
     "worker killed": Rate(12, "out of memory, a bug in a library: monthly"),
     "worker hung": Rate(6, "a custom command that never ends"),
@@ -60,12 +59,12 @@ RATES = {
         12, "a firewall rule, a cable: five minutes a month", 300, share=1 / 3
     ),
 }
-#: Of these, what the operators do.
+#: The planned ones.
 PLANNED = "rolling reload", "rolling restart"
 
 
 class Common(NamedTuple):
-    """What no second server helps against, or no check sees: nothing of it is measured."""
+    """A fault that redundancy does not help against, or that checks miss. It is not measured."""
 
     what: str
     per_year: float
@@ -106,12 +105,12 @@ class Cost(NamedTuple):
 
 
 def in_window(per_year: float, seconds: float) -> float:
-    """Seconds in 30 days of what takes so many each time."""
+    """Seconds in 30 days of a fault that takes `seconds` each time."""
     return per_year * DAYS / 365 * seconds
 
 
 def cost(rate: Rate, trials: Sequence[Outage], lasts_seconds: float = 0.0) -> Cost:
-    """What a fault costs. One with a `lasts_seconds` hits all requests until it is over."""
+    """The cost of a fault. One with `lasts_seconds` hits all requests until it is over."""
     each = [
         lasts_seconds + trial.seconds * (1 if lasts_seconds else trial.share) for trial in trials
     ]
@@ -122,7 +121,7 @@ def cost(rate: Rate, trials: Sequence[Outage], lasts_seconds: float = 0.0) -> Co
 
 
 def costs(report: dict[str, Any], sort: str) -> dict[str, tuple[Rate, list[Outage], Cost]]:
-    """The measurements of each fault and what it costs; replies do not depend on Redis."""
+    """The measurements and the cost of each fault; replies do not depend on Redis."""
     found = {name: [Outage(*figures) for figures in each] for name, each in report[sort].items()}
     rates = {
         name: RATES[name] if sort == "who" else RATES[name]._replace(lasts_seconds=0.0)
@@ -140,7 +139,7 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 
 def availability(lost_seconds: float) -> str:
-    """As a percentage. Frequencies are assumed, so a loss of 0.01 % or more has two decimals."""
+    """A percentage. Frequencies are assumed, so a loss of 0.01 % or more has two decimals."""
     if lost_seconds == 0:
         return "no loss measured"
     lost = 100 * lost_seconds / WINDOW_SECONDS
@@ -149,7 +148,7 @@ def availability(lost_seconds: float) -> str:
 
 
 def _cells(rate: Rate, trials: Sequence[Outage]) -> list[str]:
-    """How long, and which part: the median, and the worst in brackets."""
+    """Length and share: the median, and the worst in brackets."""
     seconds, shares = [each.seconds for each in trials], [each.share for each in trials]
     if rate.lasts_seconds:
         return [f"{_seconds(rate.lasts_seconds)} + {_both(_seconds, seconds)}", "all"]
@@ -175,7 +174,7 @@ def _seconds(value: float) -> str:
 
 
 def replies_table(report: dict[str, Any]) -> str:
-    """What faults cost replies, and the sum. Those that cost none are only in `who_table`."""
+    """The cost of faults for replies, and the sum. Faults without cost are only in `who_table`."""
     found = _costly(report)
     rows = [
         [name, f"{rate.per_year:g}", rate.why, *_cells(rate, trials), *map(_seconds, each)]
@@ -201,7 +200,7 @@ def _costly(report: dict[str, Any]) -> dict[str, tuple[Rate, list[Outage], Cost]
 
 
 def who_table(report: dict[str, Any]) -> str:
-    """For how long WHO is not exact, and the sum."""
+    """The time in which WHO is not exact, and the sum."""
     found = costs(report, "who")
     shown_before = _costly(report)
     rows = [
@@ -238,7 +237,7 @@ def failover_verdict(report: dict[str, Any]) -> str:
 
 
 def who_verdict(report: dict[str, Any]) -> str:
-    """Return the share of answers to WHO that are exact, and whether it meets the objective."""
+    """Return the share of exact replies to WHO, and whether it meets the objective."""
     found = costs(report, "who")
     lost = total(each for *_, each in found.values()).worst
     lasting = sum(each.worst for rate, _, each in found.values() if rate.lasts_seconds)
@@ -260,7 +259,7 @@ def who_verdict(report: dict[str, Any]) -> str:
 
 
 def common_table() -> str:
-    """What hits all of it, and the sum."""
+    """The common causes, and the sum."""
     rows = [
         [
             each.what,
@@ -317,7 +316,7 @@ def budget_parts(report: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _spread(single: float, common: float) -> str:
-    """How far from their mean 30 days and a year may be."""
+    """The variation of 30 days and of a year."""
     left = BUDGET_SECONDS - single
     months, years = (
         missed(
@@ -398,26 +397,26 @@ def together(servers: int, each: float, enough: int = 1) -> float:
 @click.option(
     "--measure",
     is_flag=True,
-    help="Measure first how long each fault lasts: as root, 5 minutes a round.",
+    help="First measure how long each fault lasts: needs root, 5 minutes per round.",
 )
 @click.option("--rounds", default=5, show_default=True, help="How often each fault is measured.")
 @click.option(
-    "--only",
-    default="",
-    help="Measure only the faults whose names contain this, and add up nothing.",
+    "--only", default="", help="Measure only faults whose names contain this, without the sums."
 )
 @click.option(
     "--write",
     "is_kept",
     is_flag=True,
-    help="Write what was measured into proof/results/outages.json, and docs/reliability.md.",
+    help="Write the measurements to proof/results/outages.json, and docs/reliability.md.",
 )
 def main(measure: bool, rounds: int, only: str, is_kept: bool) -> None:
-    """Add up what faults cost of 99.95 %, by proof/results/outages.json or as measured now."""
+    """Add up the cost of faults against 99.95 %, from proof/results/outages.json or measured."""
     if only and (not measure or is_kept):
-        raise click.UsageError("--only is for --measure, without --write")
+        raise click.UsageError("--only needs --measure, and excludes --write")
     if not any(only in fault.name for fault in outages.FAULTS):
-        raise click.BadParameter(f"no fault is named so: {', '.join(RATES)}", param_hint="--only")
+        raise click.BadParameter(
+            f"no such fault; the faults are: {', '.join(RATES)}", param_hint="--only"
+        )
     if measure:
         need_root()
     from proof import page

@@ -1,4 +1,4 @@
-"""docs/plots/budget.svg: what faults cost of the error budget, as one bar."""
+"""docs/plots/budget.svg: the cost of faults against the error budget, as one bar."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from proof.availability import BUDGET_SECONDS, budget_parts
 from proof.timeline_plots import source
 
 TITLE = f"The error budget: {BUDGET_SECONDS:,.0f} s in 30 days"
-#: The colours of the parts, in the order of their sizes.
+#: The colours of the parts, by size.
 COLOURS = "#d1242f", "#e8710a", "#f2b13c", "#a371f7", "#3b82f6", "#12a18a", "#6c8ebf", "#8c6d31"
-#: A part must be this wide for its label to stand in the bar.
+#: The least width of a part with its label inside the bar.
 MIN_LABEL_SECONDS = 90
 
 

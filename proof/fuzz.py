@@ -26,14 +26,14 @@ from proof import fuzz_core, fuzz_sockets
 from proof.fuzz_report import section
 
 ROOT = Path(__file__).parent.parent
-#: More than so many findings are not waited for.
+#: The run stops after this many findings.
 ENOUGH = 5
 console = Console(stderr=True, highlight=False)
 
 
 @contextmanager
 def _killing() -> Iterator[None]:
-    """When the body is interrupted nobody waits for what others do for it."""
+    """If the body is interrupted, kill the child processes."""
     try:
         yield
     except KeyboardInterrupt:
@@ -64,7 +64,7 @@ def _batches(target: str, inputs: int, size: int, work: Callable[..., Any]) -> I
 
 
 def _in_turn(queues: list[Iterator[Job]]) -> Iterator[Job]:
-    """One of each, for as long as there are any: a run that is cut short has had some of all."""
+    """Take from each queue in turn: a shortened run has tried all targets."""
     while queues:
         for queue in list(queues):
             if (job := next(queue, None)) is None:
@@ -74,12 +74,12 @@ def _in_turn(queues: list[Iterator[Job]]) -> Iterator[Job]:
 
 
 def _leave_interrupts() -> None:
-    """Ctrl-C is for the process that has begun this one, and ends it."""
+    """Ignore Ctrl-C: the parent handles it, and ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Run:
-    """What is done by one command: its options, its findings and figures."""
+    """A run of one command: its options, findings and figures."""
 
     def __init__(
         self, kind: str, inputs: int, seed: int, seconds: float, report: Path | None
@@ -94,8 +94,8 @@ class Run:
         console.print(f"bin/fuzz {kind} --inputs {inputs} --seed {self.seed}")
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Report after the body. Ctrl-C and SIGTERM end it early; the report has what was found."""
+    def expecting(self) -> Iterator[None]:
+        """Report after the body. Ctrl-C and SIGTERM end it early, and the report is partial."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
@@ -104,7 +104,7 @@ class Run:
         self._end()
 
     def drive(self, jobs: Iterator[Job], processes: int) -> None:
-        """Do the jobs in several processes, and show how it goes."""
+        """Do the jobs in several processes, and show the progress."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -140,20 +140,20 @@ class Run:
                         )
 
     def find(self, target: str, found: str, again: str) -> None:
-        """Note what is wrong, in a file, with the command that shows it again."""
+        """Write a finding to a file, with the command that reproduces it."""
         command = f"bin/fuzz {self.kind} --seed {self.seed} {again}"
         path = Path(f"fuzz-{self.kind}-{target}-{self.seed}-{len(self.findings)}.txt")
         path.write_text(f"{command}\n{found}\n", errors="backslashreplace")
         self.findings.append(
-            f"{target}: {ascii(found)[1:500]}\n  the whole is in {path}; to see it again: {command}"
+            f"{target}: {ascii(found)[1:500]}\n  full text: {path}; to reproduce: {command}"
         )
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
 
     def _end(self) -> None:
-        """Say how it went, write the report, and exit."""
-        told = {
+        """Print the summary, write the report, and exit."""
+        results = {
             "inputs": sum(self.done.values()),
             "seconds": round(self._elapsed(), 1),
             "seed": self.seed,
@@ -165,8 +165,8 @@ class Run:
         }
         if self._report:
             kept = json.loads(self._report.read_text()) if self._report.exists() else {}
-            self._report.write_text(json.dumps(kept | {self.kind: told}, indent=1) + "\n")
-        click.echo(section({self.kind: told}))
+            self._report.write_text(json.dumps(kept | {self.kind: results}, indent=1) + "\n")
+        click.echo(section({self.kind: results}))
         for finding in self.findings:
             click.echo(finding, err=True)
         sys.exit(bool(self.findings))
@@ -180,22 +180,24 @@ def _options(inputs: int) -> Callable[[Callable[..., None]], Callable[..., None]
                 type=click.IntRange(1),
                 default=inputs,
                 show_default=True,
-                help="How many.",
+                help="Number of inputs.",
             ),
             click.option(
                 "--seed",
                 type=int,
                 default=0,
-                help="To have the same inputs again [default: a new one].",
+                help="Seed, to repeat the same inputs [default: a new one].",
             ),
-            click.option("--seconds", type=float, default=0, help="Begin no more after so long."),
+            click.option(
+                "--seconds", type=float, default=0, help="Start no batch after this time."
+            ),
             click.option(
                 "--report",
                 type=click.Path(path_type=Path),
-                help="Write the figures into this file, as JSON.",
+                help="Write the figures to this file, as JSON.",
             ),
-            click.option("--only", default="", metavar="TARGET", help="This target alone."),
-            click.option("--batch", type=int, default=-1, help="With --only: this batch alone."),
+            click.option("--only", default="", metavar="TARGET", help="Only this target."),
+            click.option("--batch", type=int, default=-1, help="With --only: only this batch."),
         ):
             command = option(command)
         return command
@@ -207,7 +209,7 @@ def _options(inputs: int) -> Callable[[Callable[..., None]], Callable[..., None]
 def main() -> None:
     """Try hostile inputs and compare the outcomes with docs/protocol.md.
 
-    A finding is exit code 1. Ctrl-C ends it early and reports what was found until then.
+    Exits with 1 if there is a finding. Ctrl-C ends the run early and reports the findings so far.
     """
 
 
@@ -217,12 +219,12 @@ def main() -> None:
     "--guided",
     type=int,
     default=-1,
-    help="Inputs that coverage guides [default: a twentieth of --inputs].",
+    help="Number of coverage-guided inputs [default: a twentieth of --inputs].",
 )
 def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
-    """The pure parts: parser, fast path, URLs, options, logs, TLS records, status of others."""
+    """Fuzz the pure modules: parser, fast path, URLs, options, logs, TLS records, status."""
     run = Run("core", inputs, **rest)
-    with run.telling():
+    with run.expecting():
         if batch >= 0:
             run.drive(iter([Job(only, batch, inputs, partial(_core, only))]), 1)
             return
@@ -240,7 +242,7 @@ def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
 
 
 def _guide(run: Run, inputs: int) -> None:
-    """Let Atheris, which is guided by what the code does with an input, have so many."""
+    """Run Atheris, which is guided by coverage, with `inputs` inputs."""
     if not inputs or run.findings:
         return
     words = [sys.executable, "-P", "-m", "proof.fuzz_guided", str(inputs), str(run.seed)]
@@ -259,10 +261,10 @@ def _guide(run: Run, inputs: int) -> None:
 @main.command()
 @_options(5_000)
 def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
-    """Real servers with small limits, plain and by TLS, and hundreds of clients at once."""
+    """Fuzz real servers with small limits, plain and over TLS, with hundreds of clients at once."""
     run = Run("sockets", inputs, **rest)
     with (
-        run.telling(),
+        run.expecting(),
         fuzz_sockets.servers([only] if only else list(fuzz_sockets.VARIANTS)) as sites,
     ):
         work = {
@@ -281,7 +283,7 @@ def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
             ]
             run.drive(_in_turn(queues), len(work))
         for name, wrong in fuzz_sockets.judge(sites, run.outcomes):
-            run.find(name, f"after it: {wrong}", f"--inputs {inputs}")
+            run.find(name, f"after the run: {wrong}", f"--inputs {inputs}")
 
 
 if __name__ == "__main__":

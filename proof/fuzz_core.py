@@ -1,7 +1,7 @@
-"""The targets of `bin/fuzz core`: the pure parts of gserver.
+"""The targets of `bin/fuzz core`: the pure modules of gserver.
 
-A target draws inputs and judges what the code does with them. It raises AssertionError for a wrong
-result, and passes on what the code raises: both are findings.
+A target draws inputs and judges the results of the code. A wrong result raises AssertionError, and
+exceptions of the code are passed on: both are findings.
 """
 
 import contextlib
@@ -34,42 +34,42 @@ from lab import wire
 from lab.certificates import make_certificates
 
 LIMITS = (1, 3, 5, 24, 64, 1024)
-#: Tables of commands: the last two have such as are the beginning of others.
+#: Tables of commands: in the last two, some commands are prefixes of others.
 TABLES = tuple(
     tuple(names.encode().split())
     for names in ("WHO WHERE WHY", "WHO WHERE WHY WHYNOT NAP", "WHO W WHOWHY WHERE 42")
 )
 SECRET = "s3cr3t"
-#: What a terminal obeys.
+#: Control characters that a terminal obeys.
 OBEYED = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 class Target:
-    """Something to be fuzzed: a new one for each batch, so that a batch can be repeated."""
+    """A fuzz target: a new one for each batch, so that a batch can be repeated."""
 
     def __init__(self, random: Random) -> None:
         self.random = random
 
     def draw(self) -> Any:
-        """Return an input, of which `repr` shows all."""
+        """Return an input whose `repr` is complete."""
         raise NotImplementedError
 
     def check(self, given: Any) -> None:
-        """Judge what is made of it."""
+        """Judge the result for an input."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of what it has."""
+        """Release its resources."""
 
 
 class ParserTarget(Target):
-    """The parser against the page, with the input whole, byte by byte, cut, and with silences."""
+    """The parser against docs/protocol.md: input whole, byte by byte, split, and with pauses."""
 
     code: ModuleType = protocol
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
-        # Not the bare names, which a parser that returns what it has read would get right.
+        # Not the bare names: a parser that echoes its input would pass.
         self._grammars = {
             (table, limit): self.code.Grammar({name: (name,) for name in table}, limit)
             for table in TABLES
@@ -99,17 +99,21 @@ class ParserTarget(Target):
             for piece in cut:
                 replies += parser.silence() if piece is wire.SILENCE else parser.feed(piece)
             if any(isinstance(reply, self.code.ErrorReply) and reply.closes for reply in replies):
-                assert not parser.feed(b"WHO\n"), f"{cut}: it goes on"
-                assert not parser.silence(), f"{cut}: it goes on"
+                assert not parser.feed(b"WHO\n"), (
+                    f"{cut}: the parser continues after a closing reply"
+                )
+                assert not parser.silence(), f"{cut}: the parser continues after a closing reply"
             replies += parser.end()
-            said = wire.read(wire.heard(cut, table), table, limit)
-            told = [r.reply[:-1] if isinstance(r, self.code.ErrorReply) else r[0] for r in replies]
+            expected = wire.read(wire.merge_pieces(cut, table), table, limit)
+            given_replies = [
+                r.reply[:-1] if isinstance(r, self.code.ErrorReply) else r[0] for r in replies
+            ]
             closes = [isinstance(r, self.code.ErrorReply) and r.closes for r in replies]
-            assert [reply for reply in told if reply] == said.replies, (
-                f"{cut} gave {told}, not {said}"
+            assert [reply for reply in given_replies if reply] == expected.replies, (
+                f"{cut} gave {given_replies}, not {expected}"
             )
-            assert (any(closes), any(closes[:-1])) == (said.is_closed, False), (
-                f"{cut} gave {replies}, not {said}"
+            assert (any(closes), any(closes[:-1])) == (expected.is_closed, False), (
+                f"{cut} gave {replies}, not {expected}"
             )
 
 
@@ -149,19 +153,19 @@ class FastPathTarget(Target):
         has_spoken = self.random.random() < 0.8
         replies = self._fastpath.answer(given, has_spoken)
         counted = {name: cells[cell] - before[name] for name, cell in self._cells.items()}
-        said = wire.read(given, self._cells, self._limit)
+        expected = wire.read(given, self._cells, self._limit)
         if replies is None:
-            assert not any(counted.values()), f"{counted} were counted, and nothing was said"
+            assert not any(counted.values()), f"{counted} were counted without a reply"
             return
-        is_for_it = has_spoken or (said.replies and not said.is_closed)
-        assert is_for_it, f"it said {replies!r} to what is not for it"
-        assert given.endswith(b"\n"), f"it said {replies!r} to a line that has not ended"
-        told = {b"WHO": b"%d" % clients, b"WHERE": self._id.encode(), b"WHY": b"42"}
-        if not said.is_closed:  # Only a first line is closed for what another one may hold.
-            assert replies == b"".join(told.get(name, name) + b"\n" for name in said.replies), (
-                f"it said {replies!r}"
-            )
-            assert counted == {name: said.replies.count(name) for name in self._cells}, (
+        is_for_it = has_spoken or (expected.replies and not expected.is_closed)
+        assert is_for_it, f"it replied {replies!r} to input that is not for the fast path"
+        assert given.endswith(b"\n"), f"it replied {replies!r} to an unfinished line"
+        values = {b"WHO": b"%d" % clients, b"WHERE": self._id.encode(), b"WHY": b"42"}
+        if not expected.is_closed:  # Only a first line may close for HTTP or TLS bytes.
+            assert replies == b"".join(
+                values.get(name, name) + b"\n" for name in expected.replies
+            ), f"it replied {replies!r}"
+            assert counted == {name: expected.replies.count(name) for name in self._cells}, (
                 f"it counted {counted}"
             )
 
@@ -214,7 +218,7 @@ class UrlTarget(Target):
             assert SECRET not in shown, f"it is shown as {shown}"
         if (
             re.fullmatch(r"[\w.:,/\[\]+=?-]*", shown) and "/" not in url.service
-        ):  # Escapes are not put back.
+        ):  # Percent-encoding is not restored.
             again = self.code.RedisUrl.parse(shown)
             bare = replace(
                 url, username="", password="", sentinel_username="", sentinel_password=""
@@ -232,7 +236,7 @@ def _is_inside(text: str, at: int) -> bool:
 
 
 class OptionTarget(Target):
-    """The texts of options: a value in its bounds, or a ValueError of one printable line."""
+    """The texts of options: a value within its limits, or a ValueError of one printable line."""
 
     code: ModuleType = config
     PARTS = ("\n", " ", "x" * 130, *"auto off 1 0 - 256 65535 é ² \x1b[2J a : | @ # . %".split(" "))
@@ -293,9 +297,9 @@ class StatusTarget(Target):
 
     def draw(self) -> str:
         random = self.random
-        told = json.loads(self.GOOD)
+        document = json.loads(self.GOOD)
         for _ in range(random.randrange(4)):
-            where: Any = told
+            where: Any = document
             while isinstance(where, dict | list) and where:
                 key = random.choice([*where]) if isinstance(where, dict) else 0
                 if random.random() < 0.35 or not isinstance(where[key], dict | list):
@@ -305,7 +309,7 @@ class StatusTarget(Target):
                         where[key] = json.loads(random.choice(self.ODD))
                     break
                 where = where[key]
-        text = json.dumps(told)
+        text = json.dumps(document)
         return (
             text
             if random.random() < 0.9
@@ -342,7 +346,7 @@ class LogTarget(Target):
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
-        ecs: Any = self.code.EcsFormatter  # From a package without types.
+        ecs: Any = self.code.EcsFormatter  # The package has no types.
         self._json = ecs(
             "%(levelname)s %(message)s",
             timestamp="@timestamp",
@@ -379,7 +383,7 @@ class LogTarget(Target):
         assert len(line) <= 4096, f"{len(line)} bytes: {line!r}"
         assert line.count(b"\n") == 1, f"{line!r}"
         assert b"\x1b" not in line, f"{line!r}"
-        event = json.loads(line, parse_constant=lambda _: 1 / 0)  # NaN is no JSON.
+        event = json.loads(line, parse_constant=lambda _: 1 / 0)  # NaN is not JSON.
         assert event["event.action"] == "x", event
         assert "message" in event, event
         shown = self._text.format(record)
@@ -408,8 +412,8 @@ class TlsTarget(Target):
         super().__init__(random)
         self._server: Any = None
 
-    def _meet(self) -> None:
-        """Begin with a new connection."""
+    def _reconnect(self) -> None:
+        """Start a new connection."""
         ours, self._sock = socket.socketpair()
         ours.setblocking(False)
         context, trust = _contexts()
@@ -430,10 +434,10 @@ class TlsTarget(Target):
                 received.write(self._sock.recv(65536, socket.MSG_DONTWAIT))
             if is_done and is_met:
                 return
-        raise AssertionError("no end of the handshake")
+        raise AssertionError("the handshake does not end")
 
     def _received(self) -> tuple[bytes, bool]:
-        """What comes of one burst, and whether it ends in a part of a record."""
+        """The output of one read, and whether it ends with a partial record."""
         try:
             data = self._server.recv(4096)
         except BlockingIOError:
@@ -452,7 +456,7 @@ class TlsTarget(Target):
 
     def check(self, given: tuple[list[bytes], float, float]) -> None:
         if self._server is None:
-            self._meet()
+            self._reconnect()
         said, fault, place = given
         ends, raw = [0], b""
         for data in said:
@@ -462,24 +466,26 @@ class TlsTarget(Target):
         at = int(place * len(raw)) if fault < 0.02 else len(raw)
         is_broken = at < len(raw)
         raw = raw[:at] + (bytes((raw[at] ^ 0x41,)) + raw[at + 1 :] if is_broken else b"")
-        told, sent = b"", 0
+        output, sent = b"", 0
         try:
             for piece in filter(None, wire.pieces(self.random, raw, 8)):
                 self._sock.sendall(piece)
                 sent += len(piece)
                 for _ in range(0, len(piece), 4096):
                     data, is_part = self._received()
-                    told += data
+                    output += data
                 whole = max(i for i, end in enumerate(ends) if end <= sent)
                 if not is_broken:
-                    assert told == b"".join(said[:whole]), f"after {sent} bytes it had {len(told)}"
-                    assert is_part == self._server.has_partial_record == (ends[whole] < sent), (
-                        "a part is not told"
+                    assert output == b"".join(said[:whole]), (
+                        f"after {sent} bytes it had {len(output)}"
                     )
-            assert b"".join(said).startswith(told), "other bytes came out"
-            assert not is_broken or told != b"".join(said), "a broken record was taken"
+                    assert is_part == self._server.has_partial_record == (ends[whole] < sent), (
+                        "a partial record is not reported"
+                    )
+            assert b"".join(said).startswith(output), "the output has other bytes"
+            assert not is_broken or output != b"".join(said), "a broken record was accepted"
         except ssl.SSLError:
-            assert is_broken, "an error without a fault"
+            assert is_broken, "an error without a broken record"
         if is_broken:
             self.close()
 
@@ -491,7 +497,7 @@ class TlsTarget(Target):
 
 
 TARGETS: dict[str, tuple[Callable[[Random], Target], int]] = {
-    # Each with its share of 1000 inputs: the wire has most.
+    # Each with its share of 1000 inputs: the protocol has most.
     "parser": (ParserTarget, 700),
     "fastpath": (FastPathTarget, 160),
     "url": (UrlTarget, 60),
@@ -505,7 +511,7 @@ TARGETS: dict[str, tuple[Callable[[Random], Target], int]] = {
 def run_batch(
     name: str, seed: int, batch: int, count: int, make: Callable[[Random], Target] | None = None
 ) -> str:
-    """Try so many inputs; return the first that was wrong, and how, or nothing."""
+    """Try `count` inputs; return the first finding, or an empty string."""
     target = (make or TARGETS[name][0])(Random(f"{seed}/{name}/{batch}"))
     with contextlib.closing(target):
         for number in range(count):

@@ -1,4 +1,4 @@
-"""The child of `bin/fuzz core` for which Atheris draws the inputs.
+"""The child of `bin/fuzz core` in which Atheris draws the inputs.
 
 `python -m proof.fuzz_guided INPUTS SEED`
 """
@@ -12,7 +12,7 @@ with atheris.instrument_imports(
     include=["gserver.protocol", "gserver.serve.fastpath", "gserver.redis_url"],
     enable_loader_override=False,
 ):
-    # Before proof.fuzz_core imports them without instruments.
+    # Before proof.fuzz_core imports them without instrumentation.
     import gserver.protocol
     import gserver.redis_url
     import gserver.serve.fastpath  # noqa: F401
@@ -24,7 +24,7 @@ URL = fuzz_core.UrlTarget(Random(1))
 
 
 def one(data: bytes) -> None:
-    """Give one input to each; its first bytes say under which limits, and how it is cut."""
+    """Give one input to each target; its first bytes select the limits and the splits."""
     if len(data) < 3:
         return
     table, limit = fuzz_core.TABLES[data[0] % 3], fuzz_core.LIMITS[data[1] % len(fuzz_core.LIMITS)]

@@ -1,10 +1,10 @@
 """The clients of `bin/fuzz sockets`: what each sends and when, how it ends, and what it must read.
 
-What it must read is in docs/protocol.md.
+docs/protocol.md defines the expected replies.
 
-A batch runs in one process, its clients in greenlets, hundreds at once. Time is the client's own:
-where a pause was so long that the server may have taken it for a silence, or so long that a
-deadline may have passed, both are right.
+A batch runs in one process, with hundreds of clients in greenlets. Time is measured by the client:
+if a pause was long enough that it may have ended a line, or that a deadline may have passed, both
+outcomes are accepted.
 """
 
 import socket as sockets
@@ -91,11 +91,11 @@ REJECTED = {
     "too_many_from_address": b"ERR too many clients from your address",
 }
 IP_BIND_ADDRESS_NO_PORT, TCP_ESTABLISHED = 24, 1
-#: How a client ends: by its side's end; by waiting for the server's deadline; without a look at
-#: what comes; by a reset; by not reading. By TLS, also: by a broken record, by what is no
-#: handshake, by half of one.
+#: How a client ends: with an end of input, by waiting for the server's deadline, without reading
+#: the rest, with a reset, or by not reading. Over TLS also: with a broken record, without a
+#: handshake, or after half of one.
 ENDINGS = {"end": 700, "stay": 20, "leave": 90, "reset": 90, "unread": 1}
-#: Those after which not all of the replies need come, and their outcomes.
+#: Endings after which some replies may be missing, and their outcomes.
 ROUGH = {
     "leave": "left",
     "reset": "reset by the client",
@@ -106,20 +106,20 @@ TLS_ENDINGS = ENDINGS | {"broken": 30, "no handshake": 30, "half a handshake": 1
 
 
 class Plan(NamedTuple):
-    """What one client does."""
+    """The actions of one client."""
 
     pieces: list[bytes]
-    #: Seconds after each piece; -1 is until what a silence answers has come.
+    #: Seconds after each piece; -1: until the reply to an unterminated command has arrived.
     pauses: list[float]
     ending: str
     reads_after: float
     source: str
-    #: Of TLS: whether the first bytes go out with the handshake's last.
+    #: TLS only: whether the first bytes are sent with the end of the handshake.
     is_early: bool
 
 
 def draw(random: Random, is_tls: bool) -> Plan:
-    """Return what one client is to do."""
+    """Return the plan of one client."""
     endings = TLS_ENDINGS if is_tls else ENDINGS
     (ending,) = random.choices([*endings], [*endings.values()])
     sent = wire.draw(random, MAX_LINE)
@@ -142,7 +142,7 @@ def draw(random: Random, is_tls: bool) -> Plan:
 
 @contextmanager
 def servers(names: list[str], **more: object) -> Iterator[dict[str, Site]]:
-    """One of each variant."""
+    """One server of each variant."""
     with ExitStack() as stack:
         sites = {}
         pems = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -158,9 +158,9 @@ def servers(names: list[str], **more: object) -> Iterator[dict[str, Site]]:
 
 
 def judge(sites: dict[str, Site], outcomes: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong at the end, as the site's name and the reason.
+    """Yield the problems at the end, as the site's name and the reason.
 
-    WHO must be exact, nothing may have leaked, each event must be a line of JSON, and stderr empty.
+    WHO must be exact, nothing may leak, each event must be a line of JSON, and stderr empty.
     """
     rejected = Counter[str]()
     for name, site in sites.items():
@@ -196,7 +196,7 @@ def run_batch(
     def run(number: int, plan: Plan, own: int) -> None:
         guest = Guest(plan, Random(own))
         try:
-            with gevent.Timeout(3 * LIMIT, TimeoutError("no end of it")):
+            with gevent.Timeout(3 * LIMIT, TimeoutError("the client does not end")):
                 guest.run(port, context)
             outcomes[guest.outcome()] += 1
         except Exception as error:  # noqa: BLE001 (any exception is a finding)
@@ -218,13 +218,13 @@ class Guest:
     def __init__(self, plan: Plan, random: Random) -> None:
         self._plan, self._random = plan, random
         self.received = bytearray()
-        #: How the server's side has ended: `eof`, `ragged` (by TLS, without its alert), `alert`,
-        #: `reset`; "" = not yet.
+        #: How the server's side has ended: `eof`, `ragged` (TLS without a closing alert), `alert`,
+        #: `reset`; "": not yet.
         self.end = ""
-        #: What the server may have heard, by where it may have taken a pause for a silence.
-        self._heard = {b""}
-        #: Until it had sent all, where it stays, else until it was over: which deadlines may have
-        #: passed.
+        #: The possible inputs of the server, as each long pause may have ended a line.
+        self._sent = {b""}
+        #: The time until everything was sent (if the client stays) or until the end: it tells which
+        #: deadlines may have passed.
         self._began = self._took = 0.0
         self._tls: Any = None
         self._out, self._incoming = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -249,8 +249,8 @@ class Guest:
             self._sock.bind((plan.source, 0))
             self._sock.connect(("127.0.0.1", port))
             reader = None
-            with suppress(OSError):  # The server has closed: what it has said before is judged.
-                if not context or self._shake_hands(context):
+            with suppress(OSError):  # The server has closed: its earlier output is judged.
+                if not context or self._run_handshake(context):
                     reader = (
                         gevent.spawn_later(plan.reads_after, self._read)
                         if plan.ending != "unread"
@@ -277,24 +277,24 @@ class Guest:
                 self._read()
 
     def _is_open(self) -> bool:
-        """Whether the server has not closed; all without reading."""
+        """Whether the server has not closed, without reading."""
         return self._sock.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 1)[0] == TCP_ESTABLISHED
 
     def _talk(self) -> None:
-        """Send the pieces, and note what the server may have heard."""
+        """Send the pieces, and note the possible inputs of the server."""
         plan, before = self._plan, monotonic()
         for number, (piece, pause) in enumerate(zip(plan.pieces, plan.pauses, strict=True)):
             began, is_last = monotonic(), number == len(plan.pieces) - 1
             self._send(piece, is_broken=is_last and plan.ending == "broken")
             took = monotonic() - before
-            heard = {told + piece for told in self._heard}
+            possible = {sent + piece for sent in self._sent}
             if took > 0.8 * SILENCE_SECONDS:
-                heard |= {
-                    told + b"\n" + piece
-                    for told in self._heard
-                    if wire.is_ended_by_silence(told, REPLIES)
+                possible |= {
+                    sent + b"\n" + piece
+                    for sent in self._sent
+                    if wire.is_ended_by_silence(sent, REPLIES)
                 }
-            self._heard, before = heard, began
+            self._sent, before = possible, began
             if pause < 0:
                 self._hush()
             elif pause:
@@ -302,21 +302,23 @@ class Guest:
         self._sock.sendall(self._held)
 
     def _hush(self) -> None:
-        """Pause until what is due without its newline has come, if it is known what that is."""
-        (told, *others) = self._heard
+        """Pause until the reply to an unterminated command has arrived, if it is known."""
+        (sent, *others) = self._sent
         if (
             others
-            or not told.rpartition(b"\n")[2].strip(wire.BLANKS)
-            or not wire.is_ended_by_silence(told, REPLIES)
+            or not sent.rpartition(b"\n")[2].strip(wire.BLANKS)
+            or not wire.is_ended_by_silence(sent, REPLIES)
         ):
             gevent.sleep(1.5 * SILENCE_SECONDS)
             return
-        said = wire.read(told, REPLIES, MAX_LINE)
+        expected = wire.read(sent, REPLIES, MAX_LINE)
         while (
-            self.received.count(b"\n") < len(said.replies) and not self.end and not said.is_closed
+            self.received.count(b"\n") < len(expected.replies)
+            and not self.end
+            and not expected.is_closed
         ):
             gevent.sleep(0.01)
-        self._heard = {told + b"\n"}
+        self._sent = {sent + b"\n"}
 
     def _send(self, data: bytes, *, is_broken: bool) -> None:
         if self._tls:
@@ -334,8 +336,8 @@ class Guest:
         else:
             self._sock.sendall(data)
 
-    def _shake_hands(self, context: ssl.SSLContext) -> bool:
-        """Begin with TLS, or with what is none; return whether there is more to say then."""
+    def _run_handshake(self, context: ssl.SSLContext) -> bool:
+        """Start TLS, or send invalid bytes; return whether there is more to send."""
         plan = self._plan
         if plan.ending == "no handshake":
             self._sock.sendall(b"".join(plan.pieces))
@@ -346,15 +348,15 @@ class Guest:
             with suppress(ssl.SSLWantReadError):
                 self._tls.do_handshake()
                 is_done = True
-            said = self._out.read()
+            expected = self._out.read()
             if plan.ending == "half a handshake":
                 self._tls = None
-                self._sock.sendall(said[: self._random.randrange(1, len(said))])
+                self._sock.sendall(expected[: self._random.randrange(1, len(expected))])
                 return False
             if is_done and plan.is_early:
-                self._held = said
+                self._held = expected
                 return True
-            for chunk in wire.pieces(self._random, said, 3):
+            for chunk in wire.pieces(self._random, expected, 3):
                 self._sock.sendall(chunk)
             if not is_done:
                 data = self._sock.recv(65536)
@@ -389,11 +391,11 @@ class Guest:
                 self._has_said_end = not part
 
     def outcome(self) -> str:
-        """Return the outcome in the page's words; raise AssertionError for one it forbids."""
+        """Return the outcome as docs/protocol.md names it; raise for a forbidden one."""
         ending, (*lines, rest) = self._plan.ending, bytes(self.received).split(b"\n")
         if lines and lines[0] in REJECTED.values():
-            assert len(lines) == 1, "it was rejected, and answered"
-            assert not rest, "it was rejected, and answered"
+            assert len(lines) == 1, "the client was rejected, and answered"
+            assert not rest, "the client was rejected, and answered"
             return lines[0].decode()
         is_silent = (
             self._is_tls
@@ -409,70 +411,74 @@ class Guest:
             return "a slow handshake of TLS, cut off"
         if ending in ("no handshake", "half a handshake"):
             return self._outcome_without_tls()
-        # On a slow machine it may have been too slow against its will.
+        # On a slow machine the client may have been too slow unintentionally.
         late = [TOO_SLOW] * (self._took > LINE_SECONDS / 2 or ending == "broken") + [IDLE] * (
             self._took > IDLE_SECONDS / 2
         )
         if (
             lines[-1:]
             and lines[-1] in late
-            and any(_begin(said.replies, lines[:-1]) for said in self._said())
+            and any(_begin(expected.replies, lines[:-1]) for expected in self._expected())
         ):
             return lines[-1].decode()
-        assert ending != "unread" or self.end == "reset", "it has not read, and was not reset"
+        assert ending != "unread" or self.end == "reset", (
+            "the client did not read, and was not reset"
+        )
         if ending in ROUGH:
-            assert any(_begin(said.replies, lines) for said in self._said()), (
-                "that is not how its replies begin"
+            assert any(_begin(expected.replies, lines) for expected in self._expected()), (
+                "the replies do not start as expected"
             )
             return ROUGH[ending]
-        for said in self._said():
-            if _begin(said.replies, lines) and len(lines) == len(said.replies) and not rest:
-                # Who still sends a second after the server has closed is waited for no longer.
-                assert self.end == "eof" or (said.is_closed and self._took > 0.8), (
-                    "its end is not clean"
+        for expected in self._expected():
+            if _begin(expected.replies, lines) and len(lines) == len(expected.replies) and not rest:
+                # The server does not wait for a client that still sends a second after the close.
+                assert self.end == "eof" or (expected.is_closed and self._took > 0.8), (
+                    "the end is not clean"
                 )
-                told = said.replies[-1].decode() if said.is_closed and said.replies else ""
+                last = (
+                    expected.replies[-1].decode() if expected.is_closed and expected.replies else ""
+                )
                 return (
-                    told
-                    if told.startswith("ERR")
+                    last
+                    if last.startswith("ERR")
                     else "HTTP, closed"
-                    if said.is_closed
+                    if expected.is_closed
                     else "answered"
                 )
-        raise AssertionError(f"none of {self._said()}")
+        raise AssertionError(f"expected one of {self._expected()}")
 
     def _outcome_without_tls(self) -> str:
         sent = b"".join(self._plan.pieces) if self._plan.ending == "no handshake" else b"\x16"
         if not sent.startswith(b"\x16"):
             assert (bytes(self.received), self.end) == (TLS_ONLY if sent else b"", "eof"), (
-                "it is to be told TLS only"
+                "the client must be rejected with TLS only"
             )
             return "ERR TLS only" if sent else "no handshake of TLS"
-        assert bytes(self.received[:1]) in (b"", b"\x15"), (
-            "nothing but an alert is for half a handshake"
-        )
+        assert bytes(self.received[:1]) in (b"", b"\x15"), "half a handshake may get only an alert"
         return "no handshake of TLS"
 
-    def _said(self) -> list[wire.Said]:
-        """What the page says, for each thing that the server may have heard."""
+    def _expected(self) -> list[wire.Expected]:
+        """The expected outcome for each possible input of the server."""
         return [
-            self._deadlined(told)
+            self._deadlined(sent)
             if self._plan.ending == "stay"
-            else wire.read(told, REPLIES, MAX_LINE)
-            for told in self._heard
+            else wire.read(sent, REPLIES, MAX_LINE)
+            for sent in self._sent
         ]
 
-    def _deadlined(self, told: bytes) -> wire.Said:
-        """What a client that stays must read: in the end that it is idle, or too slow."""
-        if wire.is_ended_by_silence(told, REPLIES):
-            told += b"\n"
-        said = wire.read(told, REPLIES, MAX_LINE)
-        whole, newline, part = told.rpartition(b"\n")
+    def _deadlined(self, sent: bytes) -> wire.Expected:
+        """The expected outcome for a client that stays: finally `idle` or `too slow`."""
+        if wire.is_ended_by_silence(sent, REPLIES):
+            sent += b"\n"
+        expected = wire.read(sent, REPLIES, MAX_LINE)
+        whole, newline, part = sent.rpartition(b"\n")
         before = wire.read(whole + newline, REPLIES, MAX_LINE)
-        is_tls = said.is_closed and part.startswith(TLS_BEGINNING)  # A first line: closed at once.
-        if before.is_closed or is_tls or said.replies[-1:] == [wire.TOO_LONG]:
-            return said
-        return wire.Said([*before.replies, TOO_SLOW if part else IDLE], True)
+        is_tls = expected.is_closed and part.startswith(
+            TLS_BEGINNING
+        )  # A first line: closed at once.
+        if before.is_closed or is_tls or expected.replies[-1:] == [wire.TOO_LONG]:
+            return expected
+        return wire.Expected([*before.replies, TOO_SLOW if part else IDLE], True)
 
 
 def _begin(replies: list[bytes], lines: list[bytes]) -> bool:

@@ -1,11 +1,11 @@
 """The tests on other versions: in releases of Debian, with the Python, Redis and Valkey of each.
 
-A release is a folder that debootstrap makes. All that runs in it has namespaces of its own: no
-mount is seen outside of them, and when their first process ends, mounts and processes are gone.
+A release is a folder that debootstrap makes. Everything in it runs in its own namespaces: mounts
+are private, and end with the first process, as all other processes do.
 
-All tests run with Redis. With Valkey run those that need a Redis: `redis_tests` finds them. A test
-that fails is repeated alone, and named if it passes then. After a fix, `--again` runs the tests
-that still fail, and the row says with which commit each has passed.
+All tests run with Redis. With Valkey, only tests that need Redis run: `redis_tests` finds them. A
+failed test is repeated alone, and named if it then passes. After a fix, `--again` runs the tests
+that still fail, and the row names the commit with which each has passed.
 """
 
 import ast
@@ -33,29 +33,29 @@ import psutil
 from lab.running import ROOT
 
 RESULTS = ROOT / "proof/results/matrix.json"
-#: The releases, and the engines that each has.
+#: The releases and their engines.
 SUITES = {"bookworm": ["redis"], "trixie": ["redis", "valkey"], "sid": ["redis", "valkey"]}
-#: What a clone needs before its own scripts install the rest.
+#: Packages that a clone needs before its own scripts install the rest.
 PACKAGES = "ca-certificates git python3 python3-venv".split()
 #: The checkout, in a release.
 CHECKOUT = "srv/gserver"
-#: What a run leaves there, and the next one may use.
+#: Leftovers of a run that the next one may use.
 KEPT = {".venv", ".tools"}
-#: Where the programs of Valkey have the names of those of Redis.
+#: A folder in which Valkey's programs have the names of Redis's.
 ALIASES = "opt/valkey"
 PROGRAMS = ("server", "sentinel", "cli", "benchmark")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-#: The environment of this machine that a release is given: how registries are reached.
+#: Variables of this machine that a release gets: access to registries.
 GIVEN = re.compile(
     r"PIP_(?!FIND_LINKS|CONSTRAINT|REQUIRE|CONFIG).*|\w+_proxy|npm_config_registry|TERM", re.I
 )
-#: Settings of pip that are handed over: those that name no file of this machine.
+#: pip settings that a release gets: those that name no file of this machine.
 PIP = {"index-url", "extra-index-url", "trusted-host", "timeout", "default-timeout", "proxy"}
 CERTIFICATES = "usr/local/share/ca-certificates"
 BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 
-#: Arguments: the release, and what runs in it. Its folder becomes the root of the file system, not
-#: only of the process, as user namespaces need it. The shell stays, and reaps orphans.
+#: Arguments: the release, and the command. Its folder becomes the root of the file system, not only
+#: of the process, since user namespaces need that. The shell stays, and reaps orphans.
 ENTER = """
 root=$1
 shift
@@ -74,10 +74,10 @@ status=0
 exit "$status"
 """
 NAMESPACES = "setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child".split()
-#: As bin/check has it: two processes share the tests, and are more patient for that.
+#: As in bin/check: two processes share the tests, with longer time limits.
 PATIENCE = "2"
 SHARED = ["-n", "2", "--dist", "loadfile"]
-#: The tests that failed, one after another.
+#: Runs failed tests, one after another.
 ALONE = ["--last-failed", "--last-failed-no-failures", "none"]
 #: Exit codes of pytest for tests that ran: passed, failed, and none that was chosen.
 RAN = (0, 1, 5)
@@ -96,7 +96,7 @@ def in_namespaces(words: list[str], **options: Any) -> int:
 
 
 def _end(unshare: subprocess.Popen[Any]) -> None:
-    """Kill the first process of the namespaces. The kernel ends all others before it is gone."""
+    """Kill the first process of the namespaces. The kernel ends all others before it exits."""
     if unshare.poll() is None:
         process = psutil.Process(unshare.pid)
         for each in process.children() or [process]:
@@ -123,7 +123,7 @@ class Release:
         }
 
     def prepare(self) -> None:
-        """Make the release if it is not there, copy the checkout, and install what tests need."""
+        """Make the release if it is missing, copy the checkout, and install what tests need."""
         if not self._root.exists():
             self._make()
         self._copy_checkout()
@@ -153,7 +153,7 @@ class Release:
         for path in Path("/", CERTIFICATES).glob("*.crt"):
             (unfinished / CERTIFICATES).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, unfinished / CERTIFICATES)
-        # It is not meant to survive a power failure.
+        # It need not survive a power failure.
         (unfinished / "etc/dpkg/dpkg.cfg.d/unsafe").write_text("force-unsafe-io\n")
         # No package starts a service: it would listen on this machine's network.
         policy = unfinished / "usr/sbin/policy-rc.d"
@@ -189,7 +189,7 @@ class Release:
             return output.read()
 
     def test(self, engine: str, arguments: list[str]) -> Row:
-        """Run tests, those that failed once more alone, and return the row of the result."""
+        """Run tests, repeat failed ones alone, and return the row of the result."""
         # The seed is in the name of a test, which must be the same when it runs alone.
         seed = {"GSERVER_HISTORY_SEED": str(random.SystemRandom().randrange(1, 1_000_000))}
         environment = self._environment | seed
@@ -198,7 +198,7 @@ class Release:
         name, version = engine_of(self._said(["redis-server", "--version"], environment))
         python = self._said([".venv/bin/python", "--version"], environment).split()[-1]
         if name.lower() != engine:
-            raise click.ClickException(f"in {self.suite}, redis-server is that of {name}")
+            raise click.ClickException(f"in {self.suite}, redis-server is {name}")
         began = time.monotonic()
         first = self._outcomes([*SHARED, *arguments], environment)
         alone = {}
@@ -235,12 +235,12 @@ def engine_of(text: str) -> tuple[str, str]:
     """Return name and version from the reply to `redis-server --version`."""
     found = re.match(r"(\w+) server v=([0-9.]+)", text)
     if not found:
-        raise click.ClickException(f"redis-server says no version: {text!r}")
+        raise click.ClickException(f"redis-server reports no version: {text!r}")
     return found[1], found[2]
 
 
 def outcomes(report: str) -> dict[str, str]:
-    """Return how each test ended: `passed`, `failed`, or `skipped: ` and why, from JUnit's XML."""
+    """Return each test's outcome from JUnit's XML: `passed`, `failed`, or `skipped: ` and why."""
     found: dict[str, str] = {}
     for case in ElementTree.fromstring(report).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
@@ -277,13 +277,13 @@ def summary(first: dict[str, str], alone: dict[str, str]) -> Row:
 
 
 def node(name: str) -> str:
-    """Return what pytest calls a test, from its name in a row."""
+    """Return the pytest id of a test, from its name in a row."""
     module, _, test = name.partition("::")
     return f"{module.replace('.', '/')}.py::{test}"
 
 
 def corrected(row: Row, again: Row) -> Row:
-    """Return a row without the failures that have passed since, which it names."""
+    """Return a row that lists failures that have passed since separately."""
     left = [name for name in row["failures"] if name in again["failures"]]
     passed = {name: again["commit"] for name in row["failures"] if name not in left}
     if again["passed"] != len(passed):
@@ -350,7 +350,7 @@ def _joined(words: list[str]) -> str:
 
 
 def redis_tests() -> list[str]:
-    """Return the files of tests that start a Redis, themselves or by what they import."""
+    """Return the test files that start a Redis, directly or by their imports."""
     folders = ("lab", "proof", "tests")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     texts = {path.relative_to(ROOT): path.read_text() for path in paths}
@@ -375,7 +375,7 @@ def _imported(text: str) -> Iterator[str]:
 
 
 def machine_environment() -> dict[str, str]:
-    """Return how this machine reaches pip's index and npm's registry, as variables."""
+    """Return variables for this machine's access to pip's index and npm's registry."""
     listed = re.findall(
         r"^[\w-]+\.([\w-]+)='(.*)'$", said(sys.executable, "-m", "pip", "config", "list"), re.M
     )
@@ -403,7 +403,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def folder_for(keep: Path | None) -> Iterator[Path]:
-    """Return the folder of the releases: one that is kept, or one that is gone after the body."""
+    """Return the folder of the releases: a permanent one, or one that is removed after the body."""
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
         yield keep.resolve()
@@ -416,18 +416,18 @@ def folder_for(keep: Path | None) -> Iterator[Path]:
 
 
 def interrupt(*_: object) -> NoReturn:
-    """Handle SIGTERM as Ctrl-C: what was made is removed."""
+    """Handle SIGTERM like Ctrl-C: created files are removed."""
     raise KeyboardInterrupt
 
 
 def saved() -> list[Row]:
-    """Return the rows that were written before."""
+    """Return the saved rows."""
     rows: list[Row] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     return rows
 
 
 def run(release: Release, engine: str, tests: list[str], is_again: bool) -> Row:
-    """Run the tests of a row: those that are named, those that failed before, or all."""
+    """Run the tests of a row: the named ones, those that failed before, or all."""
     if not is_again:
         return release.test(engine, tests or (redis_tests() if engine == "valkey" else []))
     for row in saved():
@@ -455,7 +455,7 @@ def main(
 ) -> None:
     """Run the tests in releases of Debian, with the Python, Redis and Valkey of each."""
     if os.geteuid():
-        click.echo("matrix: this needs root: it makes roots of file systems.", err=True)
+        click.echo("matrix: this needs root, to change the root of the file system.", err=True)
         sys.exit(2)
     if tests and (is_written or is_again):
         click.echo("matrix: with --write or --again, tests cannot be chosen.", err=True)

@@ -27,9 +27,9 @@ from proof.probes import LIMIT_SECONDS, PERIOD_SECONDS
 from proof.world import World, machine, undisturbed
 
 FILE = ROOT / "proof/results/outages.json"
-#: Of Redis, or of one server's way to it, where a fault lasts for as long as one likes.
+#: Length of a fault of Redis, or of one server's path to it, that has no length of its own.
 LASTING_SECONDS = 8.0
-#: After it is over nobody fails for so long.
+#: An outage is over when no request has failed for this long.
 CALM_SECONDS = 1.5
 SHARE = 5  #: clients of each server
 
@@ -45,20 +45,19 @@ class Outage(NamedTuple):
     retried: float = 0.0
 
 
-# Faults. The body begins when the fault is there for all to see; the end of `with` mends what is to
-# be mended.
+# Faults. The body begins when the fault is in effect; the end of the `with` block repairs it.
 
 Happening = Callable[[World], AbstractContextManager[None]]
 
 
 def ends(role: str, how: Callable[[psutil.Process], None], sign: str = "") -> Happening:
-    """A worker or the agent is killed, or hangs until the supervisor sees it, and is replaced."""
+    """A worker or the agent is killed, or hangs until the supervisor notices, and is replaced."""
 
     @contextmanager
     def happen(world: World) -> Iterator[None]:
         server = world.members[0].server
-        with server.telling(f"{role}.ready", limit=2 * LIMIT):
-            with server.telling(sign, limit=2 * LIMIT) if sign else nullcontext():
+        with server.expecting(f"{role}.ready", limit=2 * LIMIT):
+            with server.expecting(sign, limit=2 * LIMIT) if sign else nullcontext():
                 how((server.workers() if role == "worker" else server.agents())[0])
             yield
 
@@ -67,7 +66,7 @@ def ends(role: str, how: Callable[[psutil.Process], None], sign: str = "") -> Ha
 
 @contextmanager
 def server_killed(world: World) -> Iterator[None]:
-    """All its processes, by kill -9; it is started again later."""
+    """Kill all processes of a server with kill -9; restart it later."""
     world.members[0].server.kill()
     yield
     world.members[0].start()
@@ -75,7 +74,7 @@ def server_killed(world: World) -> Iterator[None]:
 
 @contextmanager
 def host_frozen(world: World) -> Iterator[None]:
-    """All processes of a server stand still, as on a paused virtual machine, and go on later."""
+    """Stop all processes of a server, as on a paused virtual machine; continue them later."""
     with stopped(*world.members[0].server.processes()):
         _wait_for_balancer(world, "DOWN")
         yield
@@ -83,7 +82,7 @@ def host_frozen(world: World) -> Iterator[None]:
 
 @contextmanager
 def host_gone(world: World) -> Iterator[None]:
-    """No packet comes from it or goes there: a machine without power, a dead switch."""
+    """Lose all packets from and to a server: a machine without power, a dead switch."""
     host = world.members[0].host
     others = [world.front_host, *world.redis_hosts]
     with world.network.cut(*both_ways(host, *others)):
@@ -92,32 +91,32 @@ def host_gone(world: World) -> Iterator[None]:
 
 
 def _wait_for_balancer(world: World, state: str) -> None:
-    until(lambda: world.front.states()["gs1"] == state, f"HAProxy sees it {state}")
+    until(lambda: world.front.states()["gs1"] == state, f"HAProxy sees the server {state}")
 
 
 @contextmanager
 def rolling_reload(world: World) -> Iterator[None]:
     """SIGHUP to one server after another."""
     for member in world.members:
-        with member.server.telling("server.reloaded"):
+        with member.server.expecting("server.reloaded"):
             member.server.send_signal(signal.SIGHUP)
     yield
 
 
 @contextmanager
 def rolling_restart(world: World) -> Iterator[None]:
-    """Restart the servers one after another, each once HAProxy uses the one before again."""
+    """Restart the servers one after another, each once HAProxy uses the previous one again."""
     for member in world.members:
         assert member.server.stop() == 0
         member.start()
-        until(lambda: {*world.front.states().values()} == {"UP"}, "all are up")
+        until(lambda: {*world.front.states().values()} == {"UP"}, "all servers are up")
     yield
 
 
 def promotes(
     fault: Callable[[World, Redis], None], mend: Callable[[Redis], None] = lambda _: None
 ) -> Happening:
-    """The fault makes another Redis primary; the old one, mended, is its replica in the end."""
+    """The fault makes another Redis primary; the old one is repaired and becomes its replica."""
 
     @contextmanager
     def happen(world: World) -> Iterator[None]:
@@ -136,7 +135,7 @@ def wiped(world: World) -> Iterator[None]:
 
 
 def cut_off(count: int) -> Happening:
-    """So many servers reach neither Redis nor Sentinels; their clients reach them."""
+    """`count` servers reach neither Redis nor Sentinels; clients still reach them."""
 
     @contextmanager
     def happen(world: World) -> Iterator[None]:
@@ -149,16 +148,16 @@ def cut_off(count: int) -> Happening:
 
 
 class Fault(NamedTuple):
-    """Timed from its beginning, or from its end where it lasts for as long as one likes.
+    """A fault, timed from its start, or from its end if it `lasts`.
 
-    `gone`: the first server's clients are out of reach.
+    `is_unreachable`: clients cannot reach the first server.
     """
 
     name: str
     happen: Happening
     is_of_who: bool = True
     lasts: bool = False
-    gone: bool = False
+    is_unreachable: bool = False
 
 
 FAULTS = (
@@ -166,9 +165,9 @@ FAULTS = (
     Fault("worker hung", ends("worker", psutil.Process.suspend, "worker.hung"), is_of_who=False),
     Fault("agent killed", ends("agent", psutil.Process.kill)),
     Fault("agent hung", ends("agent", psutil.Process.suspend)),
-    Fault("server killed", server_killed, gone=True),
+    Fault("server killed", server_killed, is_unreachable=True),
     Fault("host frozen", host_frozen, is_of_who=False),
-    Fault("host gone", host_gone, gone=True),
+    Fault("host gone", host_gone, is_unreachable=True),
     Fault("rolling reload", rolling_reload, is_of_who=False),
     Fault("rolling restart", rolling_restart, is_of_who=False),
     Fault("Redis primary killed", promotes(lambda _, old: old.kill(), lambda old: old.start())),
@@ -199,7 +198,7 @@ def probing(world: World) -> Iterator[list[tuple[float, int]]]:
 
 
 def of_replies(world: World, fault: Fault) -> Outage:
-    """One trial: the outage of replies, as clients of the balancer see it."""
+    """One trial: the outage of replies, as seen by clients of the balancer."""
     with probing(world) as probes:
         time.sleep(1)
         began = time.monotonic()
@@ -218,7 +217,7 @@ def of_replies(world: World, fault: Fault) -> Outage:
 
 
 def outage(probes: list[tuple[float, int]], began: float) -> Outage:
-    """What requests, some of which have failed for a fault that began then, say of it."""
+    """The outage that requests show for a fault that began at this time."""
     failed = [at for at, tries in probes if tries != 1]
     if not failed:
         return Outage(0.0, 0.0)
@@ -231,7 +230,7 @@ def outage(probes: list[tuple[float, int]], began: float) -> Outage:
 
 
 class Census(ExitStack[None]):
-    """Clients of each server, as many as one knows of, and a watcher."""
+    """A known number of clients of each server, and a watcher."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -245,18 +244,18 @@ class Census(ExitStack[None]):
                 self.come(member)
 
     def come(self, member: Member) -> None:
-        """One more."""
+        """Connect one more client."""
         client = self.enter_context(member.client())
         client.ask(b"WHY")
         self.clients[member.name].append(client)
 
     def total(self, without: str = "") -> int:
-        """How many there are, of all servers but one."""
+        """The number of clients of all servers, except one."""
         names = [name for name in self.clients if name != without]
         return len(names) + sum(_is_open(client) for name in names for client in self.clients[name])
 
-    def all_say(self, without: str = "") -> bool:
-        """Whether the servers do, all but one."""
+    def all_report(self, without: str = "") -> bool:
+        """Whether all servers report the total, except one."""
         total = self.total(without)
         return all(
             watcher.says(total) for name, watcher in self.watchers.items() if name != without
@@ -275,31 +274,35 @@ def _is_open(client: Client) -> bool:
 def of_who(world: World, fault: Fault) -> Outage:
     """One trial: a client connects right after the fault.
 
-    The outage lasts until no server that clients can reach gives a wrong number.
+    The outage lasts until no reachable server reports a wrong number.
     """
     first, _, third = world.members
-    without = first.name if fault.gone else ""
+    without = first.name if fault.is_unreachable else ""
     with Census(world) as census:
-        until(census.all_say, "all are exact")
+        until(census.all_report, "all servers are exact")
         began = time.monotonic()
         with fault.happen(world):
             census.come(third)
             if not fault.lasts:
-                until(lambda: census.all_say(without), "all are exact again", FAILOVER_LIMIT)
+                until(
+                    lambda: census.all_report(without),
+                    "all servers are exact again",
+                    FAILOVER_LIMIT,
+                )
                 ended, total = time.monotonic() + CALM_SECONDS, census.total(without)
                 time.sleep(CALM_SECONDS)
         if fault.lasts:
             began = time.monotonic()
-            until(lambda: census.all_say(without), "all are exact again", FAILOVER_LIMIT)
+            until(lambda: census.all_report(without), "all servers are exact again", FAILOVER_LIMIT)
             time.sleep(CALM_SECONDS)
             ended, total = time.monotonic(), census.total(without)
-        heard = [w.answers for name, w in census.watchers.items() if name != without]
-        told = [(each.asked, each.clients) for answers in heard for each in answers]
-        return wrong([each for each in told if began <= each[0] <= ended], began, total)
+        observed = [w.answers for name, w in census.watchers.items() if name != without]
+        replies = [(each.asked, each.clients) for answers in observed for each in answers]
+        return wrong([each for each in replies if began <= each[0] <= ended], began, total)
 
 
 def wrong(answers: list[tuple[float, int]], began: float, total: int) -> Outage:
-    """How long answers were wrong, and which part of them until then."""
+    """How long replies were wrong, and their share until then."""
     bad = [at for at, count in answers if count != total]
     if not bad:
         return Outage(0.0, 0.0)
@@ -307,7 +310,7 @@ def wrong(answers: list[tuple[float, int]], began: float, total: int) -> Outage:
 
 
 def measure(rounds: int, say: Callable[[str], None], only: str = "") -> dict[str, Any]:
-    """Every fault so many times, for replies and for WHO, in turn."""
+    """Measure every fault `rounds` times, for replies and for WHO, in turn."""
     report: dict[str, Any] = {"machine": machine(), "rounds": rounds, "replies": {}, "who": {}}
     faults = [fault for fault in FAULTS if only in fault.name]
     trials = [(fault, "replies", of_replies) for fault in faults]

@@ -18,7 +18,7 @@ LINE_LENGTH = 125
 WRAPPING: Any = {"break_long_words": False, "break_on_hyphens": False}
 PAGES = ROOT / "docs/reliability.md", ROOT / "docs/faults.md"
 
-#: The tables of faults, and the files whose tests are in each.
+#: The tables of faults, and the test files of each.
 GROUPS = {
     "What clients send": ["tests/faults/test_wire.py"],
     "What clients do": ["tests/faults/test_clients.py"],
@@ -149,8 +149,8 @@ def _phrase(name: tuple[str, str], values: list[float]) -> str:
     return f"{text} {_ends(values)} {unit}" if unit else f"{_ends(values)} {text}"
 
 
-def told(timeline: Report) -> str:
-    """Return what a timeline shows, as a paragraph."""
+def describe(timeline: Report) -> str:
+    """Return a paragraph about a timeline."""
     events = ", ".join(f"{what} at {at:.1f} s" for at, what in timeline["events"])
     return (
         f"{timeline['answers']:,} replies in {timeline['seconds']:.0f} s, the slowest after "
@@ -160,7 +160,7 @@ def told(timeline: Report) -> str:
 
 
 def soak(report: Report) -> str:
-    """Return what hours of load and faults have shown, as a paragraph."""
+    """Return a paragraph about a soak."""
     replies = report["replies"]
     count = sum(len(fault["seconds"]) for fault in report["faults"].values())
     hours = f"{report['seconds'] / 3600:.2f} hours"
@@ -199,10 +199,10 @@ def _machine(report: Report) -> str:
 
 
 def _in(name: str) -> Callable[[Report], str]:
-    return lambda report: told(report[name])
+    return lambda report: describe(report[name])
 
 
-#: The name of each block, the report that it is made from, and the function that makes it.
+#: For each block, its name, its report, and the function that makes it.
 SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "faults": ("faults", faults),
     "matrix": ("faults", matrix),
@@ -230,7 +230,7 @@ def sections() -> dict[str, str]:
 
 
 def block(mark: str, text: str) -> str:
-    """Return the block as it stands in a page."""
+    """Return the block with its marks."""
     return f"<!-- {mark} -->\n\n{_wrapped(text)}\n\n<!-- /{mark} -->"
 
 

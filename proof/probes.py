@@ -1,8 +1,8 @@
-"""Asks at a steady pace, whatever the answers: `python -m proof.probes HOST PORT`.
+"""Sends requests at a steady pace, whatever the replies: `python -m proof.probes HOST PORT`.
 
-It ends when its stdin does. Half of the requests open a connection each, half use connections that
-stay. A request times out after one second, and is tried once more on a new connection. Reports when
-each request was due and how many tries it took (0: both failed).
+It ends with its stdin. Half of the requests open a connection each, half use permanent ones. A
+request times out after one second, and is retried once on a new connection. The report has the due
+time of each request and its number of tries (0: both failed).
 """
 
 import re
@@ -23,7 +23,7 @@ REPLIES = {b"WHO": rb"[0-9]+\n", b"WHERE": rb"[0-9a-f-]{36}\n", b"WHY": rb"42\n"
 
 
 class Line:
-    """A connection, made anew when it has failed. One asks at a time."""
+    """A connection, replaced after a failure. One user at a time."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
@@ -31,7 +31,7 @@ class Line:
         self._lock = RLock()
 
     def ask(self, command: bytes) -> None:
-        """Ask; whatever goes wrong ends the connection."""
+        """Send a request; any failure ends the connection."""
         with self._lock:
             try:
                 self._sock = self._sock or socket.create_connection(self._address)
@@ -66,7 +66,7 @@ class Probes:
         self.results.append((due, tries))
 
     def run(self) -> None:
-        """Ask until told to stop, and until the last has ended."""
+        """Send requests until `stop`, and wait for the last one."""
         due, number, under_way = time.monotonic(), 0, set()
         while not self._is_over:
             greenlet = spawn(self.request, due, number)
@@ -77,7 +77,7 @@ class Probes:
         gevent.joinall([*under_way])
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Stop sending."""
         self._is_over = True
 
 

@@ -1,4 +1,4 @@
-"""Hours of load and faults, and what they have shown: see `bin/soak --help`."""
+"""Hours of load and faults, and a report: see `bin/soak --help`."""
 
 import os
 import platform
@@ -29,10 +29,10 @@ from lab.machine import commit
 from lab.redises import FAILOVER_LIMIT
 from lab.seed import draw
 from proof.soak_faults import FAULTS
-from proof.soak_judge import Report, complaints, render, written
+from proof.soak_judge import Report, problems, render, written
 from proof.soak_world import CALLERS, CEILING, NAMES, World, settle
 
-#: What may go wrong in a way that is worth a line in the report.
+#: Errors that are reported as failures.
 EXPECTED = (
     *(AssertionError, OSError, ValueError, KeyError, HTTPException, RedisError, psutil.Error),
     *(subprocess.SubprocessError, pytest.fail.Exception, pytest.skip.Exception),
@@ -40,7 +40,7 @@ EXPECTED = (
 
 
 class Soak:
-    """One of them. The report grows as it goes."""
+    """A soak. The report grows during the run."""
 
     def __init__(
         self, hours: float, pace: float, seed: int, names: list[str], progress: Progress
@@ -60,7 +60,7 @@ class Soak:
         self.report |= {"is_interrupted": False, "failures": [], "faults": {}, "censuses": []}
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """End it early: the handler of a signal."""
+        """Handle a signal: end the soak early."""
         self.report["is_interrupted"] = True
         signal.default_int_handler(number, frame)
 
@@ -70,7 +70,7 @@ class Soak:
         return time.monotonic() - self._began
 
     def run(self, folder: Path) -> None:
-        """Run it to its end."""
+        """Run the soak to its end."""
         with World(folder, self._seed) as world:
             self._load = Load(world.members, self._seed, CALLERS, CEILING)
             self._began = time.monotonic()
@@ -83,13 +83,10 @@ class Soak:
                 self._load.stop()
 
     def _go_on(self, world: World) -> None:
-        """Run one fault after another, and a census now and then, each when it is due or later."""
+        """Run faults one after another, with regular censuses, each when due or later."""
         next_fault = self._pace / 2
         drawn = self._draw()
-        settle(
-            partial(world.are_well, 0),
-            "all begin well, and nobody of the crowds is counted any more",
-        )
+        settle(partial(world.are_well, 0), "all servers are well, and the crowds are uncounted")
         self._load.may_call.set()
         self._settle(world)
         self._census(world)
@@ -104,14 +101,14 @@ class Soak:
         self._census(world)
 
     def _draw(self) -> Iterator[str]:
-        """Yield all in a new order, again and again."""
+        """Yield all faults in a new order, repeatedly."""
         while True:
             yield from self._random.sample(self._names, len(self._names))
 
     def _happen(self, world: World, name: str) -> None:
         fault, load = FAULTS[name], self._load
-        # First to the one that lives on: what each takes of memory for good is taken while the soak
-        # warms up.
+        # First on the server whose processes survive: permanent allocations then happen during the
+        # warm-up.
         victim = (
             self._random.choice(fault.victims)
             if name in self.report["faults"]
@@ -132,17 +129,20 @@ class Soak:
             self._say(f"{name}, {member.name}: {noted['happened']}; {recovery}")
         except EXPECTED as error:
             self._failed(f"{name}, {member.name}", error)
-        # Not where it is interrupted: what it has brought about is still there.
+        # Not after an interruption: the fault is still in effect.
         member.excuse, load.ceiling = "", CEILING
         self._keep(world, f"{name}, {member.name}")
-        with suppress(*EXPECTED):  # The next fault of Redis waits for it, and says so.
+        with suppress(*EXPECTED):  # The next fault of Redis waits for it and reports it.
             settle(world.redises.is_whole, "Redis has two replicas again", limit=FAILOVER_LIMIT)
 
     def _settle(self, world: World) -> None:
-        """Until all is well, and every client is served anew."""
+        """Wait until all servers are well, and every client is served again."""
         self._load.are_served()
         are_well = partial(world.are_well, CEILING)
-        settle(are_well, lambda: f"all is well: {[member.status() for member in world.members]}")
+        settle(
+            are_well,
+            lambda: f"all servers are well: {[member.status() for member in world.members]}",
+        )
 
     def _census(self, world: World) -> None:
         self._load.park()
@@ -158,14 +158,14 @@ class Soak:
 
     def _keep(self, world: World, during: str) -> None:
         """Bring the report up to date."""
-        for source in (self._load.complaints, *(member.complaints for member in world.members)):
+        for source in (self._load.problems, *(member.problems for member in world.members)):
             for text in source():
                 self._fail(f"{during}: {text}")
         self.report |= {"seconds": round(self.elapsed, 1), "kinds": dict(self._load.kinds)}
         self.report |= {"replies": dict(self._load.replies)}
 
     def _failed(self, what: str, error: BaseException) -> None:
-        if self.report["is_interrupted"]:  # Which what failed at its own end has hidden.
+        if self.report["is_interrupted"]:  # An error in a teardown has hidden the interruption.
             raise KeyboardInterrupt from error
         self._fail(f"{what}: {error!r}")
 
@@ -183,7 +183,7 @@ class Soak:
 
 
 def _machine() -> dict[str, Any]:
-    """Where it is."""
+    """The machine."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "gserver": commit("--dirty"),
@@ -195,7 +195,7 @@ def _machine() -> dict[str, Any]:
 
 @contextmanager
 def _shown() -> Iterator[Progress]:
-    """Show how far it is: a bar on a terminal, lines elsewhere."""
+    """Show the progress: a bar on a terminal, lines elsewhere."""
     console = Console(stderr=True)
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(
@@ -214,41 +214,36 @@ def _shown() -> Iterator[Progress]:
     type=click.FloatRange(0, min_open=True),
     default=1.0,
     show_default=True,
-    help="How long.",
+    help="Duration.",
 )
 @click.option(
     "--every",
     type=click.FloatRange(1),
     default=20.0,
     show_default=True,
-    help="Seconds from fault to fault; a census comes at each sixth.",
+    help="Seconds between faults; a census follows every sixth.",
 )
-@click.option(
-    "--seed",
-    type=int,
-    default=None,
-    help="What faults, when and to whom: the same for the same seed.",
-)
+@click.option("--seed", type=int, default=None, help="Seed of the faults, their times and targets.")
 @click.option(
     "--only",
     multiple=True,
     type=click.Choice(sorted(FAULTS)),
     metavar="FAULT",
-    help="Faults to have: all.",
+    help="Only these faults [default: all].",
 )
 @click.option(
     "--report",
     "path",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where to write what was found, as JSON; a page of it is written beside it.",
+    help="Write the report to this file, as JSON, and a page beside it.",
 )
 def main(
     hours: float, every: float, seed: int | None, only: tuple[str, ...], path: Path | None
 ) -> None:
-    """Have three servers, Redis and Sentinels under load and faults for hours.
+    """Run three servers, Redis and Sentinels under load and faults for hours.
 
-    Exits with 0 when nothing was wrong, 1 when something was, 2 when it could not be found out.
-    Ctrl-C ends it early, with what was found until then.
+    Exits with 0 if nothing was wrong, 1 if something was, and 2 if the soak could not run.
+    Ctrl-C ends it early and reports the findings so far.
     """
     if path and not path.parent.is_dir():
         click.echo(f"soak: --report {path}: there is no such folder", err=True)
@@ -263,14 +258,14 @@ def main(
             soak.run(Path(folder))
         except (*EXPECTED, KeyboardInterrupt) as error:
             if not soak.report["censuses"]:
-                click.echo(f"soak: {str(error) or 'interrupted before it began'}", err=True)
+                click.echo(f"soak: {str(error) or 'interrupted before it started'}", err=True)
                 sys.exit(2)
-            soak.report["failures"].append(f"it ended early: {error!r}")
+            soak.report["failures"].append(f"the soak ended early: {error!r}")
     if path:
         path.write_text(written(soak.report))
         path.with_suffix(".md").write_text(render(soak.report))
     click.echo(render(soak.report))
-    sys.exit(1 if list(complaints(soak.report)) else 0)
+    sys.exit(1 if list(problems(soak.report)) else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The faults of a soak.
 
-Each makes its fault happen and returns what showed that it did; `World.heal` ends it.
+Each causes its fault and returns the evidence; `World.heal` ends it.
 """
 
 import array
@@ -22,23 +22,23 @@ from lab.running import LIMIT, Client, Running, stopped
 from proof.soak_world import MAX_CLIENTS, NAMES, SoakedMember, World, settle
 
 Act = Callable[[World, SoakedMember], str]
-CROWD = 2 * MAX_CLIENTS  # those of a server, and of one before it by that name
-#: The one that may be restarted, and those whose processes may die: the third lives on, so that its
-#: memory tells.
+CROWD = 2 * MAX_CLIENTS  # the clients of a server and of its predecessor
+#: The server that may be restarted, and those whose processes may die. The third one's processes
+#: survive, so that their memory can be judged.
 FIRST, MORTAL = NAMES[:1], NAMES[:2]
 
 
 class Fault(NamedTuple):
-    """One kind: to whom it may happen, and what their clients may see of it."""
+    """A kind of fault, its possible targets, and the effects that their clients may see."""
 
     act: Act
     victims: tuple[str, ...] = NAMES
     excuse: str = ""  #: see `load.Target`
-    crowd: int = 0  #: by how much WHO may say more
+    crowd: int = 0  #: by how much WHO may be higher
 
 
-def _told(action: str, do: Callable[[], object], *members: SoakedMember) -> str:
-    """What this does makes each of them log that."""
+def _logged(action: str, do: Callable[[], object], *members: SoakedMember) -> str:
+    """The action makes each member log this event."""
     before = [member.log.actions[action] for member in members]
     do()
 
@@ -64,21 +64,21 @@ def _process(
     process = world.random.choice(
         [each for name, each in member.server.named_processes().items() if name.startswith(role)]
     )
-    told = _told(action, lambda: do(process), member)
+    event = _logged(action, lambda: do(process), member)
     member.deaths += 1
-    return told
+    return event
 
 
-def _held_up(world: World, member: SoakedMember) -> str:
+def _pause_worker(world: World, member: SoakedMember) -> str:
     with stopped(worker := world.random.choice(member.server.workers())):
         time.sleep(1)
     assert worker.is_running()
-    return "it stood still, and was not replaced"
+    return "it was stopped, and not replaced"
 
 
 def _reload(_world: World, member: SoakedMember) -> str:
     before = member.server.named_processes().keys()
-    _told("server.reloaded", lambda: member.server.send_signal(signal.SIGHUP), member)
+    _logged("server.reloaded", lambda: member.server.send_signal(signal.SIGHUP), member)
     settle(
         lambda: len(member.server.named_processes().keys() & before) == 1,
         "all but the supervisor are new",
@@ -89,7 +89,7 @@ def _reload(_world: World, member: SoakedMember) -> str:
 def _ended(number: signal.Signals, code: int, _world: World, member: SoakedMember) -> str:
     member.server.send_signal(number)
     assert member.server.exit_code() == code, member.server.stderr
-    assert not (told := member.complaints()), told
+    assert not (problems := member.problems()), problems
     member.start()
     return f"exit code {code}, started again"
 
@@ -99,7 +99,7 @@ def _same_id(world: World, member: SoakedMember) -> str:
         "--server-id", member.name, "--redis-url", world.redises.url, wait=False
     ) as second:
         assert second.exit_code(4 * LIMIT) == 2, second.lines
-    return "it was refused"
+    return "the second server was refused"
 
 
 # Redis and its Sentinels.
@@ -108,7 +108,7 @@ def _same_id(world: World, member: SoakedMember) -> str:
 def _noticed(
     action: str, seconds: float, do: Callable[[World], object], world: World, _member: SoakedMember
 ) -> str:
-    noticed = _told(action, lambda: do(world), *world.members)
+    noticed = _logged(action, lambda: do(world), *world.members)
     time.sleep(seconds)
     return f"all servers {noticed}"
 
@@ -121,7 +121,7 @@ def _replaced(do: Callable[[Sentinels], Redis], world: World, _member: SoakedMem
 def _away(which: Callable[[World], Sequence[Server]], world: World, _member: SoakedMember) -> str:
     world.random.choice(which(world)).kill()
     time.sleep(2)
-    return "it was killed, and away for 2 s"
+    return "it was killed, and unavailable for 2 s"
 
 
 def _freeze_all(world: World) -> None:
@@ -134,7 +134,7 @@ def _scripts_forgotten(world: World, _member: SoakedMember) -> str:
     primary.forget_scripts()
     settle(
         lambda: primary.command("INFO", "memory")["number_of_cached_scripts"] > 0,
-        "the script is back",
+        "the script is loaded again",
     )
     return "the script was loaded again"
 
@@ -142,10 +142,10 @@ def _scripts_forgotten(world: World, _member: SoakedMember) -> str:
 def _cut(world: World, _member: SoakedMember) -> str:
     count = world.primary.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     assert count >= len(NAMES), count
-    return "those of all servers, at least"
+    return "the connections of all servers were cut"
 
 
-# Clients, and what else talks to a server.
+# Clients and other peers of a server.
 
 
 def _refused(
@@ -156,26 +156,26 @@ def _refused(
     _world: World,
     member: SoakedMember,
 ) -> str:
-    """So many connect and attack; the least that are told must be counted as refused so."""
+    """Connect `count` attackers; at least `least` must get the error reply and be counted."""
 
     def counted() -> int:
         return int(settle(member.status, "the admin port answers")["error_replies"][name])
 
     before = counted()
     with ExitStack() as stack:
-        told = attack([stack.enter_context(member.client()) for _ in range(count)])
-        assert told >= least, f"{told} were told"
-        settle(lambda: counted() - before >= told, "as many are counted")
-    return f"{least} at least were cut off, and counted as {name}"
+        rejected = attack([stack.enter_context(member.client()) for _ in range(count)])
+        assert rejected >= least, f"{rejected} got the error reply"
+        settle(lambda: counted() - before >= rejected, "the rejected clients are counted")
+    return f"at least {least} were closed, and counted as {name}"
 
 
 def _flood(crowd: list[Client]) -> int:
-    told = 0
+    rejected = 0
     for client in crowd:
         with suppress(OSError):
             client.send(b"WHY\n")
-            told += client.line() == b"ERR too many clients\n"
-    return told
+            rejected += client.line() == b"ERR too many clients\n"
+    return rejected
 
 
 def _slowloris(crowd: list[Client]) -> int:
@@ -188,7 +188,7 @@ def _slowloris(crowd: list[Client]) -> int:
 
 def _never_read(crowd: list[Client]) -> int:
     for client in crowd:
-        client.sock.settimeout(4)  # A server that is but slow reads on before.
+        client.sock.settimeout(4)  # A merely slow server would continue to read before this.
         with suppress(OSError):
             while True:
                 client.send(b"WHERE\n" * 10_000)
@@ -203,17 +203,17 @@ def _silent(_world: World, member: SoakedMember) -> str:
         ]
         ends = [sock.recv(100) for sock in crowd]
     assert not any(ends), ends
-    return "200 were closed"
+    return "200 connections were closed"
 
 
-def _sink_gone(world: World, _member: SoakedMember) -> str:
+def _sink_closed(world: World, _member: SoakedMember) -> str:
     world.sink.close()
     time.sleep(5)
     world.open_sink()
     silent = {*NAMES}
     while silent:
         silent.discard(world.sink.recv(1000).partition(b".")[0].decode())
-    return "nobody listened; then all sent again"
+    return "no listener for 5 s; then all servers sent again"
 
 
 def _reader_stalled(_world: World, member: SoakedMember) -> str:
@@ -252,7 +252,7 @@ _kill, _suspend = psutil.Process.kill, psutil.Process.suspend
 FAULTS = {
     "worker killed": Fault(partial(_process, "worker", _kill, "worker.died"), MORTAL, "lost"),
     "worker hung": Fault(partial(_process, "worker", _suspend, "worker.hung"), MORTAL, "lost"),
-    "worker held up for a second": Fault(_held_up),
+    "worker held up for a second": Fault(_pause_worker),
     "agent killed": Fault(partial(_process, "agent", _kill, "agent.died"), MORTAL),
     "agent hung": Fault(partial(_process, "agent", _suspend, "agent.hung"), MORTAL),
     "reload (SIGHUP)": Fault(_reload, FIRST, "lost"),
@@ -282,7 +282,7 @@ FAULTS = {
     "slowloris": Fault(partial(_refused, "too_slow", 150, 150, _slowloris), crowd=CROWD),
     "slow readers": Fault(partial(_refused, "slow_reader", 3, 3, _never_read), crowd=CROWD),
     "silent peers before a handshake": Fault(_silent, NAMES[-1:], crowd=CROWD),
-    "StatsD daemon gone for 5 s": Fault(_sink_gone),
+    "StatsD daemon gone for 5 s": Fault(_sink_closed),
     "reader of the log stalled": Fault(_reader_stalled),
     "garbage at the admin port": Fault(_garbage),
 }

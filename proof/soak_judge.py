@@ -1,4 +1,4 @@
-"""What a soak has shown: from its report to what is wrong with it, and to a page. Pure."""
+"""The verdict of a soak: from its report to its problems and its page. Pure functions."""
 
 import json
 import re
@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 
 from bench.report import table
 
-#: What memory may have grown by from the first quarter of a process's censuses to the last.
+#: Allowed growth of memory from the first quarter of a process's censuses to the last.
 MAX_GROWTH = 0.02
-#: Whose memory is judged was there for so many censuses: before, allocators and caches still fill.
+#: Censuses that a process needs for its memory to be judged: earlier, allocators and caches fill.
 LEAST_CENSUSES = 8
 
 Report = dict[str, Any]
 
 
 class Life(NamedTuple):
-    """What a process held at each census after it was warm."""
+    """The resources of a process at each census after its warm-up."""
 
     name: str  #: server, role and pid
     resident: list[int]  #: bytes
     descriptors: list[int]
-    greenlets: list[int]  #: 0 for one that is no worker
+    greenlets: list[int]  #: 0 if the process is not a worker
 
     @property
     def growth(self) -> float | None:
@@ -56,8 +56,8 @@ def lives(report: Report) -> list[Life]:
     ]
 
 
-def complaints(report: Report) -> Iterator[str]:
-    """Yield what is wrong."""
+def problems(report: Report) -> Iterator[str]:
+    """Yield the problems."""
     yield from report["failures"]
     for life in lives(report):
         for what, counts in (("descriptors", life.descriptors), ("greenlets", life.greenlets)):
@@ -69,11 +69,11 @@ def complaints(report: Report) -> Iterator[str]:
     for census in report["censuses"]:
         who, clients = census["who"], census["clients"]
         if set(who.values()) != {clients}:
-            yield f"at {census['at']:.0f} s, with {clients} clients, WHO said {who}"
+            yield f"at {census['at']:.0f} s, with {clients} clients, WHO replied {who}"
 
 
 def written(report: Report) -> str:
-    """Make a file of it, lists of numbers on a line each."""
+    """Return the report as JSON, with each list of numbers on one line."""
     text = json.dumps(report, indent=1) + "\n"
     return re.sub(
         r"\[[\s\d.,]+\]", lambda numbers: "[" + " ".join(numbers[0][1:-1].split()) + "]", text
@@ -89,18 +89,18 @@ PAGE = """\
 
 `{command}` ({machine}).
 
-Three servers of two workers each, `three` by TLS, with a Redis, two replicas and three Sentinels,
+Three servers with two workers each (`three` with TLS), a Redis, two replicas and three Sentinels,
 under a mixed load and one fault after another. `one` may be restarted, processes of `two` may die,
-and those of `three` live all the time.
-This page is made of the report, `soak.json`.
+and those of `three` survive the whole run.
+This page is generated from the report, `soak.json`.
 
-It took {hours:.2f} hours{interrupted}: {count} faults, {censuses} censuses. {verdict}
+The soak ran for {hours:.2f} hours{interrupted}: {count} faults, {censuses} censuses. {verdict}
 
 ## Replies
 
-Each reply is checked: WHERE is the server's id, WHY is 42, WHO counts those who are surely there
-and nobody who cannot be; and at each census, when all is quiet, WHO is exact on all three servers.
-A connection may be lost only at the server that a fault takes it from.
+Each reply is checked: WHERE is the server's id, WHY is 42, and WHO counts all clients that are
+certainly connected and none that cannot be. At each census, without other clients, WHO is exact on
+all three servers. A connection may be lost only at a server whose fault breaks it.
 
 {replies}
 
@@ -108,17 +108,17 @@ A connection may be lost only at the server that a fault takes it from.
 
 ## Faults
 
-Recovered is: all workers and the agent run, the servers know of one another, what they know is
-fresh, and each client of the load has been served anew.
+A server has recovered when all its workers and its agent run, the servers know each other, their
+figures are fresh, and each client of the load has been served again.
 
 {faults}
 
-## What is held
+## Resources
 
-With one client for each worker and nobody else, at each census after the warm-up, of the processes
-that were there for two of them at least. Memory is the medians of the first and the last quarter,
-in MB. It may grow by {growth:g} %, and is judged where there are {least} censuses; descriptors and
-greenlets stay the same.
+Measured at each census after the warm-up, with exactly one client for each worker, for processes
+that were present in at least two. Memory is the median of the first and of the last quarter, in MB.
+It may grow by {growth:g} %, and is judged from {least} censuses on. Descriptors and greenlets must
+not change.
 
 {held}
 """
@@ -128,7 +128,7 @@ def render(report: Report) -> str:
     """Make the page."""
     is_judged = any(life.growth is not None for life in lives(report))
     wrong, replies, faults = (
-        list(complaints(report)),
+        list(problems(report)),
         report["replies"],
         sorted(report["faults"].items()),
     )
@@ -143,29 +143,24 @@ def render(report: Report) -> str:
             ["**Wrong:**", *(" ".join(text.split()) for text in wrong)]
             if wrong
             else [
-                "All was well."
+                "Nothing was wrong."
                 if is_judged
-                else "What was judged was well. Memory was not judged: too short."
+                else "Nothing was wrong. Memory was not judged: the soak was too short."
             ]
         ),
         replies=table(
-            ["right", "wrong", "connections lost to a fault of their server", "lost otherwise"],
+            ["correct", "wrong", "connections lost to a fault of their server", "otherwise lost"],
             [[f"{replies[name]:,}" for name in ("right", "wrong", "excused", "lost")]],
         ),
         kinds=table(
-            ["kind of client", "right replies"],
+            ["kind of client", "correct replies"],
             [
                 [kind.replace("_", " "), f"{number:,}"]
                 for kind, number in sorted(report["kinds"].items())
             ],
         ),
         faults=table(
-            [
-                "fault",
-                "times",
-                "seconds from its end until all had recovered",
-                "what showed that it happened",
-            ],
+            ["fault", "times", "seconds from its end until all servers had recovered", "evidence"],
             [
                 [name, str(len(each["seconds"])), _seconds(each["seconds"]), each["happened"]]
                 for name, each in faults

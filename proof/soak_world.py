@@ -1,4 +1,4 @@
-"""Where a soak runs: three servers, a Redis with replicas and Sentinels, a port for StatsD."""
+"""The scene of a soak: three servers, a Redis with replicas and Sentinels, a port for StatsD."""
 
 import http.client
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.admin import status
-from lab.census import CENSUS, have_crowd, held, one_each
+from lab.census import CENSUS, connect_crowd, held, one_each
 from lab.certificates import make_certificates
 from lab.load import KINDS
 from lab.member import Member
@@ -27,11 +27,11 @@ MAX_CLIENTS = 300
 NAMES = ("one", "two", "three")
 #: The kinds of clients that each server has.
 CALLERS = (*KINDS, "stays", "stays", "comes_and_goes")
-#: What WHO says at most, but for crowds beside them.
+#: The largest reply to WHO, without additional crowds.
 CEILING = 3 * len(CALLERS) * len(NAMES)
 
 
-#: Nobody is in a hurry, and a look at a server costs it something.
+#: Polling a server costs it time, and a soak is not in a hurry.
 settle = partial(until, limit=2 * LIMIT, pause=0.05)
 
 
@@ -49,7 +49,7 @@ class Log(list[str]):
         self.bad: list[str] = []
 
     def extend(self, lines: Iterable[str]) -> None:
-        """Read them to the end."""
+        """Read the lines to the end."""
         for line in lines:
             self.may_read.wait()
             try:
@@ -65,14 +65,14 @@ class Log(list[str]):
 
 
 class LoggedServer(Running):
-    """A server whose log is judged as it comes."""
+    """A server whose log is judged line by line."""
 
     log_type = Log
     lines: Log
 
 
 class SoakedMember(Member):
-    """One of the servers, out of reach of a terminal's Ctrl-C."""
+    """One of the servers, unaffected by a terminal's Ctrl-C."""
 
     server_type = LoggedServer
     server: LoggedServer
@@ -88,23 +88,23 @@ class SoakedMember(Member):
         super().__init__(name, *words, *options, cwd=folder)
 
     def start(self) -> None:
-        """Start it; let it have had a crowd."""
+        """Start the server, and connect a crowd once."""
         super().start()
-        self.log, self.deaths = self.server.lines, 0  #: of processes, which a fault has caused
-        have_crowd(self.client, MAX_CLIENTS)
+        self.log, self.deaths = self.server.lines, 0  #: deaths of processes that a fault has caused
+        connect_crowd(self.client, MAX_CLIENTS)
 
-    def complaints(self) -> list[str]:
-        """What it should never have said, since the last call."""
-        told = [
+    def problems(self) -> list[str]:
+        """The errors in its output since the last call."""
+        found = [
             each.pop(0) for each in (self.server.errors, self.log.bad) for _ in range(len(each))
         ]
         died = self.log.actions["worker.died"] + self.log.actions["agent.died"]
-        told += [f"{died - self.deaths} processes died by themselves"] * (died > self.deaths)
+        found += [f"{died - self.deaths} processes died by themselves"] * (died > self.deaths)
         self.deaths = died
-        return [f"{self.name}: {text}" for text in told]
+        return [f"{self.name}: {text}" for text in found]
 
     def client(self) -> Client:
-        """A new client, of the server's kind."""
+        """A new client, over TLS if the server has it."""
         return Client(self.port, context=self._context)
 
     def plain_client(self) -> Client:
@@ -112,27 +112,27 @@ class SoakedMember(Member):
         return Client(self.port)
 
     def status(self) -> Any:
-        """What its admin port tells; None where it tells nothing."""
+        """The status from its admin port; None if there is no response."""
         with suppress(OSError, http.client.HTTPException, AssertionError):
             return status(self.server)
         return None
 
     def is_well(self, ceiling: float) -> bool:
-        """Whether it is as it should be when nothing is wrong, as it says itself."""
-        told, processes = self.status(), self.server.named_processes()
-        if not told or not processes.keys() >= {
-            f"worker {each['pid']}" for each in told["workers"]["each"]
+        """Whether the server reports that everything is in order."""
+        status, processes = self.status(), self.server.named_processes()
+        if not status or not processes.keys() >= {
+            f"worker {each['pid']}" for each in status["workers"]["each"]
         }:
             return False
-        cluster = told["cluster"]
+        cluster = status["cluster"]
         is_fresh = not cluster["is_held"] and (cluster["age_seconds"] or math.inf) < 1.5 * PATIENCE
-        is_whole = len(processes) == WORKERS + 2 and told["workers"]["now"] == WORKERS
+        is_whole = len(processes) == WORKERS + 2 and status["workers"]["now"] == WORKERS
         is_known = cluster["servers"] == len(NAMES) and cluster["clients"] <= ceiling
-        return told["server"]["state"] == "ready" and is_fresh and is_whole and is_known
+        return status["server"]["state"] == "ready" and is_fresh and is_whole and is_known
 
 
 class World(ExitStack):
-    """All of it. It ends with its `with` block."""
+    """The whole scene. It ends with its `with` block."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class World(ExitStack):
             self.push(stack.pop_all())
 
     def open_sink(self) -> None:
-        """Have a port that gets what is sent to a StatsD daemon."""
+        """Open the port to which StatsD datagrams are sent."""
         self.sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.sink.bind(("127.0.0.1", self.sink_port))
         self.sink.settimeout(LIMIT)
@@ -176,16 +176,16 @@ class World(ExitStack):
 
     @property
     def primary(self) -> Redis:
-        """The primary, as the Sentinels say."""
+        """The primary that the Sentinels name."""
         return self.redises.primary()
 
     @property
     def replicas(self) -> list[Redis]:
-        """Those that are not."""
+        """The Redis servers that are not primary."""
         return [each for each in self.redises.redises if each.port != self.primary.port]
 
     def heal(self) -> None:
-        """End what was done to Redis and its Sentinels."""
+        """End the faults of Redis and its Sentinels."""
         for each in [*self.redises.redises, *self.redises.sentinels]:
             if each.process.poll() is not None:
                 each.start()
@@ -195,19 +195,21 @@ class World(ExitStack):
             redis.enough_memory()
 
     def are_well(self, ceiling: float) -> bool:
-        """Whether every server is."""
+        """Whether every server is well."""
         return all(member.is_well(ceiling) for member in self.members)
 
     def census(self, at: float) -> dict[str, Any]:
-        """What is held by whom, with one client for each worker; what WHO says then."""
+        """The resources of each process, and WHO, with one client for each worker."""
         with ExitStack() as stack:
             clients = {
                 member: one_each(member.server, member.client, stack) for member in self.members
             }
             count = WORKERS * len(self.members)
             asked = {member.name: next(iter(their.values())) for member, their in clients.items()}
-            with suppress(AssertionError):  # It is judged later.
-                until(lambda: {client.who() for client in asked.values()} == {count}, "it is exact")
+            with suppress(AssertionError):  # The report is judged later.
+                until(
+                    lambda: {client.who() for client in asked.values()} == {count}, "WHO is exact"
+                )
             return {
                 "at": round(at, 1),
                 "clients": count,

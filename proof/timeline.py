@@ -29,10 +29,10 @@ from proof.world import NAMES, World, machine, need_root, undisturbed, write
 
 FILE = ROOT / "proof/results/timelines.json"
 PAUSE_SECONDS = 0.01
-#: By which answers are judged: the beat interval, looks at the count, and 25 ms for round trips and
-#: the asking itself.
+#: The tolerance of the judge: the heartbeat interval, polling of the count, and 25 ms for round
+#: trips and the requests themselves.
 DELTA = 0.5 + 0.1 * PATIENCE
-#: Each server's clients: their least and greatest number.
+#: The least and greatest number of clients of each server.
 FEWEST, MOST = 4, 24
 PERIOD_SECONDS = 11.0
 
@@ -40,7 +40,7 @@ Steps = list[tuple[float, int]]
 
 
 class Crowd:
-    """Clients of each server that come and go, and one that asks WHO all the time."""
+    """Clients of each server that connect and leave, and one that sends WHO all the time."""
 
     def __init__(self, members: list[Member], seed: int) -> None:
         self.recorder = Recorder()
@@ -93,7 +93,7 @@ class Crowd:
             self.is_full = self.is_full or not came
 
     def stop(self) -> None:
-        """Ask no more, and let them go."""
+        """Stop sending, and close the clients."""
         self._is_over.set()
         for thread in self._threads:
             thread.join(LIMIT)
@@ -103,17 +103,17 @@ class Crowd:
 
 
 class Timeline:
-    """What happens when, for as long as a crowd is there."""
+    """The events and their times while a crowd is connected."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world = world
         self.crowd = Crowd(world.members, seed)
-        until(lambda: self.crowd.is_full or self.crowd.failures, "all are there")
+        until(lambda: self.crowd.is_full or self.crowd.failures, "all clients are connected")
         self.began = time.monotonic()
         self.events: list[tuple[float, str]] = []
 
     def happened(self, what: str, at: float | None = None) -> None:
-        """Note it."""
+        """Note an event."""
         self.events.append(((at or time.monotonic()) - self.began, what))
 
     def let_pass(self, seconds: float) -> None:
@@ -135,12 +135,12 @@ class Timeline:
             for s, n in zip(servers, before, strict=True)
             if len(s.events("cluster.lost")) > n["lost"]
         ]
-        assert noticed, "nobody has noticed"
+        assert noticed, "no server has noticed"
         for server, counts in noticed:
             server.wait_for("cluster.regained", counts["regained"] + 1, FAILOVER_LIMIT)
 
     def report(self) -> dict[str, Any]:
-        """End it; what there is to tell."""
+        """End the timeline; return its report."""
         self.crowd.stop()
         history, began = self.crowd.recorder.history, self.began
         verdict = check(history, Promise(DELTA, self.world.ttl))
@@ -167,9 +167,9 @@ class Timeline:
 
 
 def truth(facts: Iterable[Fact], began: float) -> Steps:
-    """How many clients there were.
+    """The number of clients over time.
 
-    Each is taken to connect and leave in the middle of the time in which it may have done so.
+    Each client counts as connecting and leaving in the middle of the possible time.
     """
     times: dict[tuple[str, int], dict[Kind, float]] = {}
     for fact in facts:
@@ -190,7 +190,7 @@ def truth(facts: Iterable[Fact], began: float) -> Steps:
 
 
 def steps(points: Iterable[tuple[float, int]]) -> Steps:
-    """Only where it changes."""
+    """The points at which the value changes."""
     found: Steps = []
     for at, count in points:
         if not found or found[-1][1] != count:
@@ -199,7 +199,7 @@ def steps(points: Iterable[tuple[float, int]]) -> Steps:
 
 
 def failover(timeline: Timeline, seconds: float = 7) -> None:
-    """The primary is killed."""
+    """Kill the primary."""
     world, recorder = timeline.world, timeline.crowd.recorder
     timeline.let_pass(seconds)
     primary = world.redis.primary()
@@ -210,7 +210,7 @@ def failover(timeline: Timeline, seconds: float = 7) -> None:
             others = [each for each in world.redis.redises if each is not primary]
             until(
                 lambda: any(each.role() == "master" for each in others),
-                "another is primary",
+                "another server is primary",
                 FAILOVER_LIMIT,
             )
             timeline.happened("a replica is primary")
@@ -219,7 +219,7 @@ def failover(timeline: Timeline, seconds: float = 7) -> None:
 
 
 def partition(timeline: Timeline, seconds: float = 5) -> None:
-    """A is cut off from Redis and the Sentinels, for longer than its lease."""
+    """Cut off A from Redis and the Sentinels, for longer than its lease."""
     world, recorder = timeline.world, timeline.crowd.recorder
     first, *others = world.members
     counts = [len(member.server.events("cluster.servers")) for member in others]
@@ -246,7 +246,7 @@ SCENARIOS: dict[str, Callable[[Timeline], None]] = {"failover": failover, "parti
 def record(
     folder: Path, seed: int, scenario: Callable[[Timeline], None], **world: float
 ) -> dict[str, Any]:
-    """Play one, on a cluster of its own."""
+    """Record one timeline, on its own cluster."""
     with World(folder, **world) as running:
         timeline = Timeline(running, seed)
         scenario(timeline)
@@ -254,7 +254,7 @@ def record(
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--seed", type=int, help="What the coming and going of clients is drawn from.")
+@click.option("--seed", type=int, help="Seed of the clients' connects and disconnects.")
 @click.option(
     "--write",
     "is_kept",
@@ -264,10 +264,10 @@ def record(
 @click.option(
     "--render",
     is_flag=True,
-    help="Record nothing: write plots and page again from proof/results/timelines.json.",
+    help="Only write plots and page again, from proof/results/timelines.json.",
 )
 def main(seed: int | None, is_kept: bool, render: bool) -> None:
-    """Record WHO through a failover and a partition, and tell of it. As root: a minute."""
+    """Record WHO through a failover and a partition, and report it. Needs root; takes a minute."""
     if not render:
         need_root()
     from proof import page, timeline_plots
@@ -280,7 +280,7 @@ def main(seed: int | None, is_kept: bool, render: bool) -> None:
                 click.echo(f"{name}, --seed {seed} ...", err=True)
                 (place := Path(folder) / name).mkdir()
                 report[name] = record(place, seed, scenario)
-                click.echo(page.told(report[name]))
+                click.echo(page.describe(report[name]))
         if is_kept:
             write(report, FILE)
     if is_kept or render:

@@ -1,6 +1,6 @@
-"""docs/plots/who-*.svg: the true WHO and each server's, readable on light and dark ground.
+"""docs/plots/who-*.svg: the true WHO and each server's, readable on light and dark backgrounds.
 
-The time of the fault is shaded, and more lightly the time of the recovery after it.
+The time of the fault is shaded, and the recovery after it more lightly.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ TITLES = {
 TRUE = "true count"
 COLOUR = {TRUE: INK, **dict(zip("ABC", COLOURS.values(), strict=False))}
 
-#: What names the run that a plot comes from, as far as the report has it.
+#: The keys that identify the run of a plot, if the report has them.
 SOURCE_KEYS = "gserver", "date", "processor"
 #: How strongly the times of the fault and of the recovery are shaded.
 SHADE, SHADES = "#d1242f", {"fault": 0.14, "recovery": 0.06}
@@ -36,7 +36,7 @@ def draw(report: dict[str, Any]) -> None:
 
 
 def source(report: dict[str, Any]) -> str:
-    """Name the commit, the date and the machine of a report, as far as it has them."""
+    """Name the commit, the date and the machine of a report, if it has them."""
     machine = report["machine"]
     return ", ".join(machine[key] for key in SOURCE_KEYS if key in machine)
 
@@ -72,7 +72,7 @@ def _draw(axes: Axes, timeline: dict[str, Any]) -> None:
 
 
 def _together(events: list[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
-    """One label for those whose lines would be taken for one."""
+    """Merge the labels of events whose lines are too close."""
     found: list[tuple[float, str]] = []
     for at, what in events:
         if found and at - found[-1][0] < gap:
@@ -83,7 +83,7 @@ def _together(events: list[tuple[float, str]], gap: float) -> list[tuple[float, 
 
 
 def _label(axes: Axes, lines: dict[str, Steps], began: float, ended: float) -> None:
-    """Name each line where they are farthest apart, on the side where more room is."""
+    """Label the lines where they are farthest apart, on the side with more room."""
     moments = [began + (ended - began) * part / 100 for part in range(101)]
     apart = [_spread([count_at(steps, moment) for steps in lines.values()]) for moment in moments]
     at = moments[max(range(6, 95), key=lambda middle: min(apart[middle - 6 : middle + 7]))]
@@ -105,11 +105,11 @@ def _label(axes: Axes, lines: dict[str, Steps], began: float, ended: float) -> N
 
 
 def _spread(counts: list[float]) -> float:
-    """How far apart numbers are that are neighbours, on the whole."""
+    """The total distance between neighbouring numbers."""
     ordered = sorted(counts)
     return sum(min(after - before, 10) for before, after in pairwise(ordered))
 
 
 def count_at(steps: Steps, moment: float) -> float:
-    """What it is then."""
+    """The value at this time."""
     return steps[max(0, bisect_right([at for at, _ in steps], moment) - 1)][1]

@@ -1,7 +1,7 @@
 """Three servers, Redis with two replicas and three Sentinels, and HAProxy, on seven hosts.
 
-Hosts are network namespaces (lab/netns.py), so this needs root. All of it has priority over other
-processes, so that they are not measured.
+Hosts are network namespaces (lab/netns.py), so this needs root. All processes have priority over
+others, which would distort the measurement.
 """
 
 import json
@@ -28,9 +28,9 @@ OPTIONS = "--workers", "2", "--drain-delay", "2"
 
 
 class World(ExitStack[None]):
-    """All of it, with the periods of the cluster."""
+    """The whole scene, with the times of the cluster."""
 
-    def __init__(self, folder: Path, beat: float = 0.5, ttl: float = 5.0) -> None:
+    def __init__(self, folder: Path, interval: float = 0.5, ttl: float = 5.0) -> None:
         super().__init__()
         self.ttl = ttl
         with ExitStack() as stack:
@@ -38,7 +38,7 @@ class World(ExitStack[None]):
             self.front_host, *rest = self.network.hosts
             self.redis_hosts = rest[:3]
             self.redis = stack.enter_context(Sentinels(folder, hosts=self.redis_hosts))
-            options = ["--redis-url", self.redis.url, "--heartbeat-interval", str(beat)]
+            options = ["--redis-url", self.redis.url, "--heartbeat-interval", str(interval)]
             options += ["--member-ttl", str(ttl), *OPTIONS]
             env = {"GSERVER_ADMIN_TOKEN": "secret"}
             self.members: list[Member] = []
@@ -56,7 +56,7 @@ class World(ExitStack[None]):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """What starts in the body, and this process, runs before others."""
+    """Give this process, and those started in the body, priority over others."""
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     os.setpriority(os.PRIO_PROCESS, 0, min(usual, NICENESS))
     try:
@@ -66,14 +66,14 @@ def undisturbed() -> Iterator[None]:
 
 
 def need_root() -> None:
-    """Exit with 2, and say why, where namespaces cannot be had."""
+    """Exit with 2 and a reason if namespaces cannot be created."""
     if os.geteuid():
         click.echo("This needs root: it makes network namespaces.", err=True)
         sys.exit(2)
 
 
 def machine() -> dict[str, str]:
-    """Where and with what the figures are made."""
+    """The machine and the versions behind the figures."""
     redis, haproxy = version("redis-server", "--version"), version("haproxy", "-v")
     return {
         **source(),
@@ -85,7 +85,7 @@ def machine() -> dict[str, str]:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Write it as JSON, a list of numbers, or of such lists, on one line."""
+    """Write a report as JSON, with each list of numbers, or of such lists, on one line."""
     text = re.sub(
         r"\[\s+([^][{}]+?)\s+\]",
         lambda found: f"[{' '.join(found[1].split())}]",

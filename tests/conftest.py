@@ -13,13 +13,13 @@ from lab.running import Running
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """SIGTERM interrupts a run as Ctrl-C does: what the tests have started ends with them.
+    """SIGTERM interrupts a run as Ctrl-C does: processes that the tests started end with it.
 
-    The run ends also where a test fails at its own end meanwhile, which hides the interruption.
+    The run also ends if a test fails in its teardown meanwhile, which hides the interruption.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        session.shouldstop = f"{signal.Signals(number).name} has come"
+        session.shouldstop = f"{signal.Signals(number).name} received"
         signal.default_int_handler(number, frame)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -28,14 +28,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    """One server for the tests of a file that leave it as it was."""
+    """One server for the tests of a file that do not change it."""
     with Running() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what `make_certificates` makes."""
+    """A folder with the files of `make_certificates`."""
     folder = tmp_path_factory.mktemp("pems")
     make_certificates(folder)
     return folder
@@ -43,13 +43,13 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def notes(request: pytest.FixtureRequest) -> Notes:
-    """What a test of the fault matrix tells."""
+    """The notes of a test of the fault matrix."""
     return Notes(request.node.user_properties)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of `tests/outer` and of the fault matrix are of the outer ring."""
+    """All tests of `tests/outer` and of the fault matrix belong to the outer ring."""
     folders = [Path(__file__).parent / name for name in ("outer", "faults")]
     for item in items:
         if any(item.path.is_relative_to(folder) for folder in folders):
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test of the fault matrix fails if it has not noted what proves that its fault happened."""
+    """A test of the fault matrix fails without a note that proves that its fault happened."""
     yield
     if item.get_closest_marker("fault") and not Notes(item.user_properties).is_proven:
-        pytest.fail("nothing shows that the fault has happened")
+        pytest.fail("no note proves that the fault happened")

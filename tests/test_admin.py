@@ -1,4 +1,4 @@
-"""The admin port: its answers, who may read them, and that no load on it slows a client."""
+"""The admin port: its responses, who may read them, and that load on it slows no client."""
 
 import base64
 import select
@@ -15,9 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from gserver.agent.admin_port import MAX_WAITING, REQUEST_SECONDS
+from gserver.agent.admin_port import MAX_REQUEST_BYTES, MAX_WAITING, REQUEST_SECONDS
 from lab.admin import dial, get, metrics, status
-from lab.running import LIMIT, PATIENCE, Running, argv, extended, gserver, program, told, until
+from lab.running import (
+    LIMIT,
+    PATIENCE,
+    Running,
+    argv,
+    error_line,
+    extended,
+    gserver,
+    program,
+    until,
+)
 
 TOKEN = "not-a-secret"
 LARGE = "from lab.commands import replying\nlarge = replying('LARGE', 20_000_000)\n"
@@ -36,18 +46,18 @@ def test_there_is_no_admin_port_by_default(server: Running) -> None:
     assert server.events("server.listening")[0].get("gserver.admin_port") is None
 
 
-def test_a_server_that_serves_is_alive_and_ready(here: Running) -> None:
+def test_a_serving_server_is_alive_and_ready(here: Running) -> None:
     assert get(here, "/livez")[::2] == (200, b"alive\n")
     assert get(here, "/readyz")[::2] == (200, b"ready\n")
 
 
-def test_unknown_paths_are_not_found_and_the_answer_names_the_known_ones(here: Running) -> None:
+def test_an_unknown_path_is_not_found_and_the_known_paths_are_listed(here: Running) -> None:
     for path in ("/x", "/status", "//", "/%00", "/../etc/passwd", "/" + "x" * 2000):
         known = b"available: /, /status.json, /metrics, /livez, /readyz\n"
         assert get(here, path)[::2] == (404, known)
 
 
-def test_methods_other_than_get_and_head_are_refused_and_allow_names_those(here: Running) -> None:
+def test_only_get_and_head_are_allowed(here: Running) -> None:
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "x"):
         code, headers, body = get(here, "/livez", method)
         assert (code, headers["allow"]) == (405, "GET, HEAD")
@@ -65,7 +75,7 @@ def test_head_has_the_status_and_headers_of_get_without_a_body(here: Running, pa
     status_line, *lines = head.decode().split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
     assert int(status_line.split()[1]) == code
-    # The figures, and so the length, change between two requests; and so does the date.
+    # The figures, the length and the date change between two requests.
     varies = {"date", "content-length"}
     assert headers.keys() == expected.keys()
     assert {name: headers[name] for name in headers.keys() - varies} == {
@@ -74,7 +84,7 @@ def test_head_has_the_status_and_headers_of_get_without_a_body(here: Running, pa
     assert int(headers["content-length"]) > 0
 
 
-def test_every_answer_closes_and_may_not_be_kept_or_framed(here: Running) -> None:
+def test_every_response_closes_and_may_not_be_cached_or_framed(here: Running) -> None:
     for path in ("/", "/livez", "/metrics", "/status.json", "/x"):
         _, headers, body = get(here, path)
         assert (headers["connection"], headers["cache-control"]) == ("close", "no-store")
@@ -83,7 +93,7 @@ def test_every_answer_closes_and_may_not_be_kept_or_framed(here: Running) -> Non
         assert int(headers["content-length"]) == len(body)
 
 
-def test_the_status_has_the_figures_of_what_clients_did(here: Running) -> None:
+def test_the_status_counts_what_clients_did(here: Running) -> None:
     before = status(here)
     with ExitStack() as stack:
         clients = [stack.enter_context(here.client()) for _ in range(3)]
@@ -111,7 +121,7 @@ def test_the_status_has_the_figures_of_what_clients_did(here: Running) -> None:
     assert now["cluster"] is None
 
 
-def test_the_metrics_have_the_same_figures_in_the_format_of_prometheus(here: Running) -> None:
+def test_the_metrics_have_the_same_figures_in_prometheus_format(here: Running) -> None:
     before = metrics(here)
     with here.client() as client:
         assert client.ask(b"WHY") == b"42"
@@ -178,10 +188,10 @@ def test_a_server_without_workers_is_alive_but_not_ready(tmp_path: Path) -> None
         assert get(server, "/readyz")[0] == 200
         (tmp_path / "extra.py").write_text("raise RuntimeError('half a deploy')")
         server.workers()[0].kill()
-        until(lambda: get(server, "/readyz")[0] == 503, "it is not ready")
+        until(lambda: get(server, "/readyz")[0] == 503, "the server is not ready")
         assert get(server, "/livez")[0] == 200
         (tmp_path / "extra.py").write_text(LARGE)
-        until(lambda: get(server, "/readyz")[0] == 200, "it is ready again")
+        until(lambda: get(server, "/readyz")[0] == 200, "the server is ready again")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +202,7 @@ def test_a_server_without_workers_is_alive_but_not_ready(tmp_path: Path) -> None
         "Basic " + base64.b64encode(f"x:{TOKEN}".encode()).decode(),
     ],
 )
-def test_with_a_token_all_but_health_needs_it(value: str) -> None:
+def test_with_a_token_every_path_except_health_needs_it(value: str) -> None:
     with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": TOKEN}) as server:
         server.wait_for("agent.ready")
         for path in ("/", "/status.json", "/metrics"):
@@ -218,10 +228,10 @@ def test_with_a_token_all_but_health_needs_it(value: str) -> None:
 
 
 @pytest.mark.parametrize("token", ["s3cret ", " s3cret", " "])
-def test_a_token_that_http_would_change_is_refused_at_start(token: str) -> None:
+def test_a_token_that_http_cannot_carry_is_refused_at_start(token: str) -> None:
     for arguments, env in ((["--admin-token", token], {}), ([], {"GSERVER_ADMIN_TOKEN": token})):
         done = gserver("--port", "0", "--admin-port", "0", *arguments, **env)
-        assert "the token begins or ends with a blank, which HTTP removes" in told(done)
+        assert "the token begins or ends with a blank, which HTTP removes" in error_line(done)
         assert "s3cret" not in done.stderr
 
 
@@ -232,13 +242,13 @@ def test_a_token_with_a_blank_inside_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.com"])
-def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
+def test_an_address_beyond_loopback_needs_a_token(host: str) -> None:
     done = gserver("--admin-port", "0", "--admin-host", host)
     reason = f"--admin-host {host} is not loopback: set --admin-token, too"
-    assert told(done) == reason
+    assert error_line(done) == reason
 
 
-def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running) -> None:
+def test_a_request_with_a_foreign_host_name_is_refused(here: Running) -> None:
     evil = argv(
         "evil.example evil.example:80 127.0.0.1.evil.example [::1].evil.example [::1]evil:80"
     )
@@ -248,7 +258,7 @@ def test_a_page_from_elsewhere_cannot_read_it_by_a_name_of_its_own(here: Running
         assert get(here, "/status.json", Host=name)[0] == 200, name
 
 
-def test_a_server_without_a_token_ignores_a_sent_one_and_checks_the_host(here: Running) -> None:
+def test_without_a_token_a_sent_token_is_ignored_and_the_host_is_checked(here: Running) -> None:
     for value in (f"Bearer {TOKEN}", "Basic !", ""):
         assert get(here, "/status.json", Authorization=value)[0] == 200
         assert get(here, "/status.json", Authorization=value, Host="evil.example")[0] == 403
@@ -259,7 +269,7 @@ def test_a_busy_admin_port_is_reported_in_one_line() -> None:
         port = other.getsockname()[1]
         done = gserver("--port", "0", "--admin-port", str(port))
     reason = "it is in use by another program: stop that one, or choose another --admin-port"
-    assert told(done, 1) == f"cannot listen on 127.0.0.1:{port}: {reason}"
+    assert error_line(done, 1) == f"cannot listen on 127.0.0.1:{port}: {reason}"
 
 
 @pytest.mark.outer
@@ -279,7 +289,10 @@ def test_connections_are_answered_while_the_agent_is_replaced() -> None:
         stack.callback(is_over.set)
         asking = [pool.submit(ask, number) for number in range(4)]
         for number in range(3):
-            until(lambda: all(counts) or any(each.done() for each in asking), "all are answered")
+            until(
+                lambda: all(counts) or any(each.done() for each in asking),
+                "all requests are answered",
+            )
             counts[:] = [0] * 4
             server.send_signal(signal.SIGHUP)
             server.wait_for("agent.ready", number + 2)
@@ -292,7 +305,7 @@ def test_connections_are_answered_while_the_agent_is_replaced() -> None:
 def test_an_unfinished_request_does_not_delay_the_next_agent() -> None:
     with Running("--admin-port", "0") as server, dial(server) as silent:
         silent.sendall(b"GET /re")
-        until(lambda: get(server, "/livez")[0] == 200, "the connection before it has been accepted")
+        until(lambda: get(server, "/livez")[0] == 200, "the earlier connection has been accepted")
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
         began = time.monotonic()
@@ -333,6 +346,21 @@ def test_unfinished_requests_are_closed_in_time_and_block_no_others(here: Runnin
     assert get(here, "/livez")[0] == 200
 
 
+def test_an_incomplete_request_is_not_taken_for_a_shorter_one(here: Running) -> None:
+    head = b"GET /status.json HTTP/1.1\r\nHost: localhost"
+    padding = b"GET /status.json HTTP/1.1\r\nX: %s\r\nHost: localhost"
+    padding %= b"x" * (MAX_REQUEST_BYTES - len(padding % b""))
+    for sent in (head, head + b"\r\n", padding + b".evil.example\r\n\r\n"):
+        with dial(here) as sock, sock.makefile("rb") as answer:
+            sock.sendall(sent)
+            sock.shutdown(socket.SHUT_WR)
+            assert answer.readline() == b"HTTP/1.1 400 Bad Request\r\n"
+    with dial(here) as sock, sock.makefile("rb") as answer:
+        sock.sendall(head + b"\r\n\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+
+
 @pytest.mark.parametrize(
     ("sent", "status_line"),
     [
@@ -349,7 +377,7 @@ def test_a_request_that_is_too_large_is_refused_before_its_end(
     [agent] = here.agents()
     before = agent.memory_info().rss
     with dial(here) as sock, sock.makefile("rb") as answer:
-        with suppress(ConnectionError):  # It is closed meanwhile.
+        with suppress(ConnectionError):  # The server may close it first.
             sock.sendall(sent)
         assert answer.readline() == status_line
     assert get(here, "/livez")[0] == 200
@@ -410,7 +438,7 @@ def test_an_aborted_request_is_not_logged(here: Running, sent: bytes) -> None:
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /livez HTTP/1.1\r\nX: y", b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nx"]
 )
-def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_the_port(
+def test_many_unfinished_requests_delay_neither_clients_nor_the_admin_port(
     here: Running, sent: bytes
 ) -> None:
     with ExitStack() as stack:
@@ -429,16 +457,16 @@ def test_a_crowd_that_does_not_finish_its_requests_holds_up_neither_clients_nor_
         assert time.monotonic() - began < 10 * PATIENCE
         still = [sock for sock in crowd if not select.select([sock], [], [], 0)[0]]
         assert len(still) == (0 if sent.startswith(b"POST") else MAX_WAITING - 1), (
-            "the latest connections stay"
+            "the newest connections stay open"
         )
         assert still == crowd[len(crowd) - len(still) :]
     assert_no_trace(here)
     assert not here.events("agent.died")
 
 
-def test_no_connection_is_evicted_while_its_answer_is_made() -> None:
+def test_no_connection_is_evicted_while_its_response_is_prepared() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
-        # Each answer waits a moment for this Redis, which never replies.
+        # Each response waits briefly for this Redis, which never replies.
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
         server = stack.enter_context(Running("--admin-port", "0", "--redis-url", url))
         server.wait_for("agent.ready")
@@ -450,7 +478,7 @@ def test_no_connection_is_evicted_while_its_answer_is_made() -> None:
 
 
 @pytest.mark.outer
-def test_the_time_that_a_client_takes_to_read_is_not_service_time(tmp_path: Path) -> None:
+def test_time_spent_waiting_for_a_slow_reader_is_not_service_time(tmp_path: Path) -> None:
     with extended(tmp_path, LARGE, "--admin-port", "0") as server, server.client() as client:
         server.wait_for("agent.ready")
         client.send(b"LARGE\n")

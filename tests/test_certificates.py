@@ -1,4 +1,4 @@
-"""Reading the TLS files, and the errors for those that cannot be used."""
+"""Reading the TLS files, and the errors for unusable ones."""
 
 import os
 from contextlib import suppress
@@ -12,11 +12,11 @@ from gserver.config import Config
 from gserver.errors import UsageError
 
 
-def test_without_the_options_there_is_nothing() -> None:
+def test_without_the_options_no_file_is_read() -> None:
     assert read(Config()) == Certificates("", "", "")
 
 
-def test_the_key_is_in_a_file_of_its_own_or_in_that_of_the_certificate(tmp_path: Path) -> None:
+def test_the_key_has_its_own_file_or_is_in_the_certificate_file(tmp_path: Path) -> None:
     chain, key = tmp_path / "chain", tmp_path / "key"
     chain.write_text("a chain")
     key.write_text("a key")
@@ -30,7 +30,7 @@ def test_the_key_is_in_a_file_of_its_own_or_in_that_of_the_certificate(tmp_path:
 def open_files() -> set[Path]:
     """The files that this process has open.
 
-    A count would include those that other tests left to the garbage collector.
+    A count would include files that other tests left to the garbage collector.
     """
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():

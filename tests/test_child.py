@@ -1,4 +1,4 @@
-"""A child as its supervisor knows it: its reports, its end, and the pauses between two tries."""
+"""A child process as the supervisor sees it: reports, exit, and the pauses between restarts."""
 
 import math
 import os
@@ -41,12 +41,12 @@ def child_of(process: subprocess.Popen[bytes], spawned_at: float = 0.0) -> Child
 
 
 def running(code: str = PAUSE) -> Child:
-    """A worker that runs this code, in a process group of its own."""
+    """A worker that runs this code in its own process group."""
     return child_of(subprocess.Popen([sys.executable, "-c", code], process_group=0))
 
 
 def reporting(text: str, *, exit_code: int = 0) -> Child:
-    """A worker that writes this to its report pipe and ends."""
+    """A worker that writes this text to its report pipe and exits."""
     report_fd, child_fd = os.pipe()
     os.set_blocking(report_fd, False)
     code = f"import os, sys; os.write({child_fd}, {text.encode()!r}); sys.exit({exit_code})"
@@ -80,10 +80,10 @@ def test_a_child_that_never_reads_its_instructions_does_not_block_the_supervisor
     os.close(started[0].report_fd)
 
 
-def test_ready_is_noted_once_and_then_the_end_of_the_pipe() -> None:
+def test_readiness_is_reported_once_and_then_the_end_of_the_pipe() -> None:
     started = reporting("ready\n")
     assert (started.state, started.is_accepting) == (State.STARTING, False)
-    until(started.read_report, "it is ready")
+    until(started.read_report, "the worker is ready")
     assert (started.state, started.is_accepting) == (State.READY, True)
     until(lambda: started.read_report() or started.is_pipe_closed, "the end of the pipe")
     until(started.has_ended, "the child has ended")
@@ -92,15 +92,15 @@ def test_ready_is_noted_once_and_then_the_end_of_the_pipe() -> None:
     os.close(started.report_fd)
 
 
-def test_reports_that_come_together_are_all_read() -> None:
+def test_reports_that_arrive_together_are_all_read() -> None:
     started = reporting("ready\nduplicate_id another has its id\n")
-    until(started.read_report, "it is ready")
+    until(started.read_report, "the worker is ready")
     assert (started.has_duplicate_id, started.error) == (True, "another has its id")
     until(started.has_ended, "the child has ended")
     os.close(started.report_fd)
 
 
-def test_an_error_is_the_reason_of_the_end_and_not_readiness() -> None:
+def test_a_reported_error_is_the_end_reason_and_not_readiness() -> None:
     failing = reporting("error it is Monday\n", exit_code=2)
     until(failing.has_ended, "the child has ended")
     assert not failing.read_report()
@@ -121,10 +121,10 @@ def test_the_signal_that_ends_a_child_is_named(number: int, shown: str) -> None:
     assert not child.has_ended_as_requested
 
 
-def test_what_a_dead_worker_has_started_is_killed_before_its_process_id_is_free(
+def test_processes_of_a_dead_worker_are_killed_before_its_pid_is_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A group's number is that of its first process: once that is reaped, it may be another's."""
+    """A group has the pid of its first process, which may be reused once that is reaped."""
     child = running("import os, signal; os.fork() and os.abort(); signal.pause()")
     killpg, states = os.killpg, []
 
@@ -146,7 +146,7 @@ def test_sending_a_signal_does_not_reap_a_child_that_has_ended() -> None:
     assert child.has_ended()
 
 
-def test_only_a_worker_that_is_ready_is_told_to_retire_and_once() -> None:
+def test_only_a_ready_worker_is_told_to_retire_and_only_once() -> None:
     code = """
 import signal, sys
 received = []
@@ -187,7 +187,9 @@ while True:
         (State.KILLED, "os.kill(os.getpid(), 9)", True),
     ],
 )
-def test_which_ends_of_a_worker_were_requested(state: State, code: str, is_requested: bool) -> None:
+def test_the_state_decides_whether_an_end_was_requested(
+    state: State, code: str, is_requested: bool
+) -> None:
     ending = running(f"import os, sys; {code}")
     ending.state = state
     until(ending.has_ended, "the worker has ended")
@@ -197,7 +199,7 @@ def test_which_ends_of_a_worker_were_requested(state: State, code: str, is_reque
 # Hangs.
 
 
-def test_a_silence_is_looked_at_twice_before_the_child_is_killed() -> None:
+def test_a_silent_child_is_checked_twice_before_it_is_killed() -> None:
     silent = running()
     silent.spawned_at = silent.ready_at = 100.0
     assert silent.watch(102.0, heartbeat_at=100.0, hang_seconds=5.0) is None
@@ -205,19 +207,19 @@ def test_a_silence_is_looked_at_twice_before_the_child_is_killed() -> None:
     assert silent.watch(106.0, heartbeat_at=100.0, hang_seconds=5.0) is None
     assert silent.due_at == pytest.approx(106.0 + SECOND_LOOK_SECONDS)
     assert silent.watch(106.1, heartbeat_at=106.0, hang_seconds=5.0) is None
-    assert silent.due_at == math.inf, "its heart has beaten"
+    assert silent.due_at == math.inf, "the heartbeat has advanced"
     assert silent.watch(112.0, heartbeat_at=106.0, hang_seconds=5.0) is None
     assert silent.watch(112.1, heartbeat_at=106.0, hang_seconds=5.0) is None
     assert not silent.has_ended()
     killed_at = 112.0 + SECOND_LOOK_SECONDS
     assert silent.watch(killed_at, heartbeat_at=106.0, hang_seconds=5.0) is Finding.HUNG
-    assert (silent.state, silent.is_staying) == (State.HUNG, True), "until another has its place"
+    assert (silent.state, silent.is_staying) == (State.HUNG, True), "until it is replaced"
     until(silent.has_ended, "the child has ended")
     assert silent.end_reason == "killed by SIGKILL"
     assert not silent.has_ended_as_requested
 
 
-def test_a_child_that_does_not_end_after_a_kill_is_found_stuck_once() -> None:
+def test_a_child_that_survives_sigkill_is_reported_as_stuck_once() -> None:
     hung = running()
     assert hung.watch(100.0, heartbeat_at=0.0, hang_seconds=5.0) is None
     assert hung.watch(101.0, heartbeat_at=0.0, hang_seconds=5.0) is Finding.HUNG
@@ -230,7 +232,7 @@ def test_a_child_that_does_not_end_after_a_kill_is_found_stuck_once() -> None:
     until(hung.has_ended, "the child has ended")
 
 
-def test_a_hung_child_that_was_killed_stays_hung_though_it_should_end_now() -> None:
+def test_a_killed_hung_child_stays_hung_even_if_asked_to_end() -> None:
     hung = running()
     assert hung.watch(100.0, heartbeat_at=0.0, hang_seconds=5.0) is None
     assert hung.watch(101.0, heartbeat_at=0.0, hang_seconds=5.0) is Finding.HUNG
@@ -255,7 +257,7 @@ def test_a_child_that_does_not_end_in_time_is_killed() -> None:
         assert late.has_ended_as_requested
 
 
-def test_a_child_that_hangs_while_it_should_end_has_ended_as_requested() -> None:
+def test_a_child_that_hangs_while_ending_has_ended_as_requested() -> None:
     child = running()
     child.state, child.kill_at = State.TERMINATING, 1e9
     assert child.watch(100.0, heartbeat_at=0.0, hang_seconds=5.0) is None
@@ -265,7 +267,7 @@ def test_a_child_that_hangs_while_it_should_end_has_ended_as_requested() -> None
     assert child.has_ended_as_requested
 
 
-def test_without_a_limit_no_silence_is_too_long() -> None:
+def test_without_a_hang_timeout_no_child_counts_as_hung() -> None:
     silent = running("")
     silent.ready_at = 0.0
     assert silent.watch(1e6, heartbeat_at=0.0, hang_seconds=0.0) is None
@@ -280,7 +282,7 @@ def test_orphans_are_reaped_and_known_children_are_not() -> None:
     own = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(7)"])
     orphan = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], os.environ)
     for pid in (own.pid, orphan):
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # It is dead, and not reaped.
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # The process is dead but not reaped.
     known = [child.pid for child in psutil.Process().children() if child.pid != orphan]
     reap_orphans(known)
     assert own.wait() == 7
@@ -293,7 +295,7 @@ def test_orphans_are_reaped_and_known_children_are_not() -> None:
 
 
 def dying(lived_seconds: float | None, now: float) -> Child:
-    """A worker that was started now, and was ready so long ago, or never."""
+    """A worker that has died `lived_seconds` after it was ready; None if it never was."""
     child = running("")
     child.process.wait(LIMIT)
     child.spawned_at = now
@@ -314,7 +316,7 @@ def test_deaths_before_a_child_is_ready_double_the_pause_up_to_a_limit() -> None
     assert backoff.spawn_at == pytest.approx(500.0 + MAX_PAUSE_SECONDS)
 
 
-def test_children_that_die_together_are_one_failure() -> None:
+def test_children_that_die_together_count_as_one_failure() -> None:
     backoff = Backoff(spawn_at=1.0)
     for child in [dying(None, 1.0) for _ in range(8)]:
         backoff.note_death(child, 2.0)
@@ -322,7 +324,7 @@ def test_children_that_die_together_are_one_failure() -> None:
 
 
 @pytest.mark.parametrize(("lived", "pause"), [(0.5, 0.2), (2.0, 0.0)])
-def test_a_child_that_was_ready_is_replaced_at_once_or_nearly(lived: float, pause: float) -> None:
+def test_a_child_that_was_ready_is_replaced_almost_at_once(lived: float, pause: float) -> None:
     backoff = Backoff()
     backoff.note_death(dying(lived, 100.0), 100.0)
     assert backoff.spawn_at == pytest.approx(100.0 + pause)

@@ -21,9 +21,9 @@ from gserver.cli import main as cli
 from gserver.config import OPTIONS, Config, environment_names, flag
 from lab.handover import listening, start
 from lab.redises import free_port
-from lab.running import GSERVER, LIMIT, Running, argv, environment, gserver, told
+from lab.running import GSERVER, LIMIT, Running, argv, environment, error_line, gserver
 
-#: Every option: its own variable, a text for it, and the value that comes of it.
+#: Every option: its variable, a text for it, and the parsed value.
 EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "host": ("GSERVER_HOST", "0.0.0.0", "0.0.0.0"),
     "port": ("GSERVER_PORT", "65535", 65535),
@@ -78,16 +78,14 @@ RUNNERS = {
 
 @pytest.fixture
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """This process's environment as `environment` gives it to others: without what configures
-    gserver.
-    """
+    """This process's environment without the variables that configure gserver."""
     for name in set(os.environ) - set(environment()):
         monkeypatch.delenv(name)
     return monkeypatch
 
 
 def _parsed(*arguments: str) -> dict[str, Any]:
-    """What `serve` would be called with."""
+    """The arguments that `serve` would be called with."""
     return cli.serve.make_context("serve", list(arguments)).params
 
 
@@ -128,7 +126,7 @@ def test_an_empty_variable_counts_as_unset(
 
 
 @pytest.mark.parametrize("name", RUNNERS)
-def test_a_process_runners_variable_is_heeded_but_that_of_gserver_wins(
+def test_a_process_runners_variable_is_used_unless_gservers_own_is_set(
     name: str, plain_environment: pytest.MonkeyPatch
 ) -> None:
     variable, text, value = EVERY_OPTION[name]
@@ -141,7 +139,7 @@ def test_a_process_runners_variable_is_heeded_but_that_of_gserver_wins(
 
 @pytest.fixture(scope="module")
 def taken() -> Iterator[list[int]]:
-    """Three ports that are in use, so that a server which is told to use one says so and ends."""
+    """Three ports that are in use: a server that is configured to use one reports it and exits."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
     yield [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:
@@ -170,7 +168,7 @@ def test_a_server_can_be_configured_by_its_environment_alone() -> None:
 
 
 @pytest.mark.outer
-def test_with_options_alone_it_serves() -> None:
+def test_a_command_line_with_only_options_serves() -> None:
     with Running(
         "--port", "0", "--workers", "auto", "--server-id", "Z-1.a", command=GSERVER
     ) as server:
@@ -184,7 +182,7 @@ def test_with_options_alone_it_serves() -> None:
 
 
 @pytest.mark.outer
-def test_each_server_has_an_id_of_its_own_if_it_is_given_none(server: Running) -> None:
+def test_each_server_without_an_id_gets_its_own(server: Running) -> None:
     with server.client() as client:
         first = client.ask(b"WHERE").decode()
     with Running() as other, other.client() as client:
@@ -221,7 +219,7 @@ def test_the_help_shows_every_option_in_its_group(arguments: tuple[str, ...]) ->
     assert [heading for heading in sections if heading in groups] == list(dict.fromkeys(groups))
 
 
-def test_the_help_of_gserver_shows_the_commands_and_that_of_serve_only_its_own() -> None:
+def test_the_top_level_help_lists_commands_and_the_help_of_serve_does_not() -> None:
     assert re.search(
         r"^  ask +.*^  serve +",
         _sections(gserver("--help").stdout)["Commands"],
@@ -291,7 +289,7 @@ def test_a_choice_may_be_in_upper_case(option: str, text: str, value: str) -> No
 
 
 def _bad_values() -> Iterator[tuple[str, str]]:
-    """Each option with texts that it cannot take, from its own limits."""
+    """Each option with invalid texts, derived from its limits."""
     for name, option in OPTIONS.items():
         default = getattr(Config(), name)
         if isinstance(default, int | float) and not option.parse:
@@ -312,7 +310,7 @@ def _bad_values() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("name", sorted({name for name, _ in _bad_values()}))
-def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> None:
+def test_a_bad_value_is_reported_in_one_line_that_names_the_option(name: str) -> None:
     texts = [text for other, text in _bad_values() if other == name]
     runs = [
         subprocess.Popen(
@@ -327,12 +325,12 @@ def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> Non
     try:
         for text, run in zip(texts, runs, strict=True):
             stdout, stderr = run.communicate(timeout=LIMIT)
-            said = told(subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr))
+            said = error_line(subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr))
             assert said.startswith(f"Invalid value for '{flag(name)}': "), text
             assert said.endswith(" (see gserver serve --help)"), text
     finally:
         for run in runs:
-            run.terminate()  # One that took its value is a server.
+            run.terminate()  # If the value was accepted, a server runs.
             run.communicate(timeout=LIMIT)
 
 
@@ -349,26 +347,26 @@ def test_a_bad_value_is_told_in_one_line_that_names_the_option(name: str) -> Non
         ({"GSERVER_LOG_LEVEL": "loud"}, "GSERVER_LOG_LEVEL"),
     ],
 )
-def test_a_bad_variable_is_told_by_its_name(variables: dict[str, str], named: str) -> None:
-    said = told(gserver(**variables))
+def test_an_error_names_the_bad_variable(variables: dict[str, str], named: str) -> None:
+    said = error_line(gserver(**variables))
     assert re.search(rf"\bfrom {named}\b", said), said
 
 
-def test_a_bad_variable_of_a_client_command_is_told_by_its_name() -> None:
-    said = told(gserver("ask", GSERVER_TIMEOUT="soon"))
+def test_an_error_of_a_client_command_names_the_bad_variable() -> None:
+    said = error_line(gserver("ask", GSERVER_TIMEOUT="soon"))
     assert said.startswith("Invalid value for '--timeout': 'soon' ")
     assert said.endswith("(from GSERVER_TIMEOUT) (see gserver ask --help)")
 
 
 def test_a_bad_flag_is_not_blamed_on_a_variable() -> None:
-    assert "from" not in told(gserver("--port", "many", PORT="1", GSERVER_PORT="2"))
+    assert "from" not in error_line(gserver("--port", "many", PORT="1", GSERVER_PORT="2"))
 
 
 @pytest.mark.parametrize(
     ("typed", "meant"), [("serv", "serve"), ("srve", "serve"), ("aks", "ask"), ("asks", "ask")]
 )
-def test_a_mistyped_command_is_answered_with_the_nearest(typed: str, meant: str) -> None:
-    said = told(gserver(typed))
+def test_a_mistyped_command_suggests_the_nearest_one(typed: str, meant: str) -> None:
+    said = error_line(gserver(typed))
     assert said.startswith(f"No such command '{typed}'.")
     assert f"'{meant}'" in said
 
@@ -381,10 +379,8 @@ def test_a_mistyped_command_is_answered_with_the_nearest(typed: str, meant: str)
         (("ask", "--sever", "127.0.0.1:1"), "'--server'"),
     ],
 )
-def test_a_mistyped_option_is_answered_with_the_nearest(
-    arguments: tuple[str, ...], word: str
-) -> None:
-    said = told(gserver(*arguments))
+def test_a_mistyped_option_suggests_the_nearest_one(arguments: tuple[str, ...], word: str) -> None:
+    said = error_line(gserver(*arguments))
     assert said.startswith("No such option ")
     assert word in said.partition(".")[2]
 
@@ -403,7 +399,7 @@ def test_a_mistyped_option_is_answered_with_the_nearest(
 def test_an_option_with_one_value_is_refused_if_it_is_repeated(
     arguments: tuple[str, ...], option: str
 ) -> None:
-    said = told(gserver(*arguments))
+    said = error_line(gserver(*arguments))
     assert said.startswith(f"Option '{option}' is given 2 times: it takes one value. (see gserver")
 
 
@@ -411,23 +407,23 @@ def test_an_option_with_one_value_is_refused_if_it_is_repeated(
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "::"])
 def test_one_port_for_clients_and_the_admin_port_is_refused(host: str) -> None:
     port = str(free_port())
-    said = told(gserver("--host", host, "--port", port, "--admin-port", port))
+    said = error_line(gserver("--host", host, "--port", port, "--admin-port", port))
     assert said == (
         f"--port and --admin-port are both {port}, on {host} and 127.0.0.1:"
         " choose another port for one of them"
     )
 
 
-def test_the_port_option_does_not_matter_if_a_socket_is_handed_over() -> None:
+def test_the_port_option_is_ignored_if_a_socket_is_passed_in() -> None:
     port = str(free_port())
     with listening() as sock, start(sock, options=("--port", port, "--admin-port", port)) as server:
         assert server.wait_for("server.listening")["server.port"] == sock.getsockname()[1]
 
 
-# Variables that no option has.
+# Unknown variables.
 
 
-def test_an_unknown_variable_is_warned_about_with_the_nearest_one() -> None:
+def test_a_warning_about_an_unknown_variable_suggests_the_nearest_one() -> None:
     with Running(env={"GSERVER_MAX_CLINETS": "5", "GSERVER_QQQQQQ": "1"}) as server:
         assert server.who() == 1
         assert server.stop() == 0
@@ -438,7 +434,7 @@ def test_an_unknown_variable_is_warned_about_with_the_nearest_one() -> None:
     ]
 
 
-def test_a_misspelt_variable_is_shown_beside_the_error_that_it_leads_to(taken: list[int]) -> None:
+def test_a_misspelt_variable_is_shown_with_the_error_that_it_causes(taken: list[int]) -> None:
     done = gserver("--port", str(taken[0]), GSERVER_PROT="0")
     assert done.returncode == 1
     first, second = done.stderr.splitlines()
@@ -463,7 +459,7 @@ def test_variables_of_other_commands_and_of_tests_are_known() -> None:
         assert server.stderr == ""
 
 
-def test_a_client_command_warns_of_an_unknown_variable_too() -> None:
+def test_a_client_command_warns_about_an_unknown_variable_too() -> None:
     done = gserver("status", GSERVER_ADMN="127.0.0.1:1", GSERVER_ADMIN="127.0.0.1:1")
     assert done.stderr == (
         "gserver: warning: the variable GSERVER_ADMN is ignored: there is no such option"
@@ -471,7 +467,7 @@ def test_a_client_command_warns_of_an_unknown_variable_too() -> None:
     )
 
 
-# What makes no sense.
+# Invalid command lines.
 
 
 @pytest.mark.parametrize(
@@ -486,21 +482,21 @@ def test_a_client_command_warns_of_an_unknown_variable_too() -> None:
         ("ask", "--timeout"),
     ],
 )
-def test_what_makes_no_sense_is_told_in_one_line(arguments: tuple[str, ...]) -> None:
-    assert told(gserver(*arguments)).endswith("--help)")
+def test_an_invalid_command_line_is_reported_in_one_line(arguments: tuple[str, ...]) -> None:
+    assert error_line(gserver(*arguments)).endswith("--help)")
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [(("serve", "now\nor never"), 2), (("--host", "no\n\x1b]0;such\a", "--port", "0"), 1)],
 )
-def test_what_a_terminal_would_obey_is_told_in_one_line(
+def test_control_characters_are_escaped_in_the_error_line(
     arguments: tuple[str, ...], code: int
 ) -> None:
-    assert told(gserver(*arguments), code).isprintable()
+    assert error_line(gserver(*arguments), code).isprintable()
 
 
-def test_bytes_that_are_no_text_are_told_in_one_line() -> None:
+def test_invalid_utf_8_is_reported_in_one_line() -> None:
     done = subprocess.run(
         [*(word.encode() for word in GSERVER), b"--server-id", b"\xff\n\x1b[31m"],
         capture_output=True,
@@ -512,7 +508,7 @@ def test_bytes_that_are_no_text_are_told_in_one_line() -> None:
     assert re.fullmatch(rb"gserver: [ -~]+\n", done.stderr)
 
 
-def test_a_help_that_cannot_be_written_is_told_in_one_line() -> None:
+def test_help_that_cannot_be_written_is_reported_in_one_line() -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [*GSERVER, "--help"],
@@ -527,7 +523,7 @@ def test_a_help_that_cannot_be_written_is_told_in_one_line() -> None:
     assert re.fullmatch(r"gserver: [^\n]*No space left on device[^\n]*\n", done.stderr)
 
 
-def test_an_error_of_our_own_is_an_event_and_ends_with_1() -> None:
+def test_an_internal_error_is_logged_and_exits_with_1() -> None:
     code = (
         "import sys; from gserver.cli import main as cli\n"
         "from gserver.supervise import supervisor; sys.argv = ['gserver', '--port', '0']\n"
@@ -542,7 +538,7 @@ def test_an_error_of_our_own_is_an_event_and_ends_with_1() -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shell_gets_its_script_for_completion(shell: str) -> None:
+def test_each_shell_has_a_completion_script(shell: str) -> None:
     done = gserver(_GSERVER_COMPLETE=f"{shell}_source")
     assert done.returncode == 0
     assert "_GSERVER_COMPLETE" in done.stdout
@@ -561,7 +557,7 @@ def test_a_shell_gets_its_script_for_completion(shell: str) -> None:
         ("gserver ask --ser", {"--server"}),
     ],
 )
-def test_what_is_being_typed_is_completed(typed: str, expected: set[str]) -> None:
+def test_a_partial_command_line_is_completed(typed: str, expected: set[str]) -> None:
     words = typed.split(" ")
     done = gserver(
         _GSERVER_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD=str(len(words) - 1)
@@ -570,7 +566,7 @@ def test_what_is_being_typed_is_completed(typed: str, expected: set[str]) -> Non
     assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
 
 
-def test_ctrl_c_while_asking_ends_it_with_one_line() -> None:
+def test_ctrl_c_ends_ask_with_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         mute.settimeout(LIMIT)
         asking = subprocess.Popen(
@@ -585,7 +581,7 @@ def test_ctrl_c_while_asking_ends_it_with_one_line() -> None:
             select.select([sock], [], [], LIMIT)
             asking.send_signal(signal.SIGINT)
             stdout, stderr = asking.communicate(timeout=LIMIT)
-    # A line end first, since a terminal has shown ^C.
+    # The leading newline follows the ^C that a terminal shows.
     expected = (1, "", "gserver: interrupted\n")
     assert (asking.returncode, stdout, stderr.removeprefix("\n")) == expected
 
@@ -595,8 +591,10 @@ def test_every_option_of_serve_comes_from_the_configuration() -> None:
     assert options == list(OPTIONS)
 
 
-def test_a_secret_that_http_cannot_carry_is_refused_and_not_repeated() -> None:
-    said = told(gserver("--admin-port", "0", "--port", "0", GSERVER_ADMIN_TOKEN="s\u00e9cret"))
+def test_a_secret_that_http_cannot_carry_is_refused_and_not_shown() -> None:
+    said = error_line(
+        gserver("--admin-port", "0", "--port", "0", GSERVER_ADMIN_TOKEN="s\u00e9cret")
+    )
     reason = "the token has characters that are not printable ASCII (from GSERVER_ADMIN_TOKEN)"
     assert reason in said
     assert "cret" not in said.replace("secret", "")
@@ -610,7 +608,7 @@ TOKEN = "a-token-of-the-test"
 @pytest.mark.outer
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
 @pytest.mark.parametrize("is_variable", [False, True])
-def test_a_token_from_a_file_is_required_and_is_in_no_command_line(
+def test_a_token_from_a_file_is_required_and_not_in_any_command_line(
     tmp_path: Path, ending: str, is_variable: bool
 ) -> None:
     file = tmp_path / "token"
@@ -654,25 +652,25 @@ def test_a_file_that_does_not_hold_one_secret_is_refused_in_one_line(
     file = tmp_path / "token"
     if content is not None:
         file.write_bytes(content)
-    said = told(gserver(*command, "--admin-token-file", str(file)))
+    said = error_line(gserver(*command, "--admin-token-file", str(file)))
     assert said.startswith(f"--admin-token-file {file}")
     assert reason in said
 
 
-def test_a_url_in_a_file_that_is_none_is_refused_without_its_secret(tmp_path: Path) -> None:
+def test_an_invalid_url_in_a_file_is_refused_without_showing_its_secret(tmp_path: Path) -> None:
     file = tmp_path / "url"
     file.write_text("redis://:open-sesame@h:1,h:2")
-    said = told(gserver("--port", "0", "--redis-url-file", str(file)))
+    said = error_line(gserver("--port", "0", "--redis-url-file", str(file)))
     assert said.startswith(f"--redis-url-file {file}: the URL has several hosts")
     assert "open-sesame" not in said
 
 
-def test_a_folder_and_no_name_are_no_file_with_a_secret(tmp_path: Path) -> None:
+def test_a_folder_or_an_empty_name_is_refused_as_a_secret_file(tmp_path: Path) -> None:
     for path, reason in (
         (str(tmp_path), f"{tmp_path} cannot be read: Is a directory"),
         ("", "needs the name of a file"),
     ):
-        said = told(gserver("--port", "0", "--admin-token-file", path))
+        said = error_line(gserver("--port", "0", "--admin-token-file", path))
         assert said == f"--admin-token-file {reason}"
 
 
@@ -702,10 +700,10 @@ def test_a_folder_and_no_name_are_no_file_with_a_secret(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_secret_and_a_file_with_it_are_refused_together(
+def test_a_secret_and_its_file_option_are_mutually_exclusive(
     arguments: tuple[str, ...], variables: dict[str, str], named: str
 ) -> None:
-    assert told(gserver(*arguments, **variables)) == f"{named} are both set: set only one"
+    assert error_line(gserver(*arguments, **variables)) == f"{named} are both set: set only one"
 
 
 def _exposed(option: str, name: str) -> str:
@@ -734,7 +732,7 @@ def test_a_secret_in_a_flag_is_warned_about_once_and_works() -> None:
 
 
 @pytest.mark.outer
-def test_a_url_without_a_password_and_a_variable_are_no_exposed_secret() -> None:
+def test_a_url_without_a_password_or_in_a_variable_is_not_warned_about() -> None:
     url = f"redis://127.0.0.1:{free_port()}"
     with Running(
         "--redis-url", url, "--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": TOKEN}

@@ -1,5 +1,5 @@
-"""The wire on real sockets: the table again, deadlines, closings, slow and greedy clients, and
-everyday programs.
+"""The protocol over real sockets: the table of cases, deadlines, closing, slow and greedy clients,
+and everyday programs.
 """
 
 import os
@@ -21,14 +21,14 @@ from lab import wire_cases as wire
 from lab.running import LIMIT, PATIENCE, Client, Running, argv, program, until
 from lab.wire_cases import CASES, Case
 
-#: Of the servers below, in seconds.
+#: Timeouts of the servers below, in seconds.
 UNTERMINATED_AFTER = 1.0
 LINE_TIMEOUT = 1.0
 WRITE_TIMEOUT = 2.0
 IDLE_TIMEOUT = 1.0
 NAP = 1.5
 MAX_CLIENTS = 8
-#: In /proc/net/tcp.
+#: States in /proc/net/tcp.
 LAST_ACK = "09"
 
 NAPS = f"""
@@ -62,15 +62,16 @@ def lines(service):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    """A server as it is without options."""
+    """A server with default options."""
     with Running() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[Running]:
-    """The server of the table. It is more patient than usual, so that no pause of this machine is a
-    silence.
+    """The server for the table of cases.
+
+    Its `--unterminated-after` is long, so a stall of this machine does not end a line.
     """
     options = ("--server-id", wire.SERVER_ID, "--unterminated-after", str(UNTERMINATED_AFTER))
     with Running(*options) as running:
@@ -87,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def strict(folder: Path) -> Iterator[Running]:
-    """A server with short deadlines and few places, that never answers an unterminated command."""
+    """A server with short deadlines and few places; it never answers an unterminated command."""
     timeouts = argv(
         f"--line-timeout {LINE_TIMEOUT} --write-timeout {WRITE_TIMEOUT} --unterminated-after 0"
     )
@@ -105,26 +106,26 @@ def napping(folder: Path) -> Iterator[Running]:
 
 
 def wait_until_alone(server: Running) -> None:
-    """Wait until the clients of earlier tests are counted out."""
+    """Wait until the clients of earlier tests are uncounted."""
 
     def is_alone() -> bool:
         with server.client() as client:
-            is_one = client.ask(b"WHO") == b"1"  # It may be one too many.
+            is_one = client.ask(b"WHO") == b"1"  # This client may be rejected.
             with suppress(OSError):
-                client.end()  # Whoever has read the end is counted out already.
+                client.end()  # A client that has read the end is already uncounted.
         return is_one
 
-    until(is_alone, "all other clients are gone")
+    until(is_alone, "all other clients have left")
 
 
 def is_readable(client: Client, within: float = 0) -> bool:
-    """Whether the server says anything, or closes, in that time."""
+    """Whether the server sends anything, or closes, within that time."""
     return bool(select.select([client.sock], [], [], within)[0])
 
 
 @contextmanager
-def held_up(server: Running) -> Iterator[None]:
-    """The worker stands still, as on a machine that has no time for it."""
+def stalled(server: Running) -> Iterator[None]:
+    """Stop the worker during the body, as on an overloaded machine."""
     [worker] = server.workers()
     worker.suspend()
     try:
@@ -140,7 +141,7 @@ short_cases = [case for case in CASES if 1 < len(case.sent) < 50][::4]
 
 
 @every_case
-def test_a_case_and_the_end_of_input_have_their_replies_and_a_clean_end(
+def test_a_case_with_end_of_input_gets_its_replies_and_a_clean_close(
     here: Running, case: Case
 ) -> None:
     with here.client() as client:
@@ -149,7 +150,7 @@ def test_a_case_and_the_end_of_input_have_their_replies_and_a_clean_end(
 
 
 @every_case
-def test_a_case_and_a_newline_have_their_replies_and_leave_the_connection_as_the_table_says(
+def test_a_case_with_a_newline_gets_its_replies_and_is_closed_or_not(
     here: Running, case: Case
 ) -> None:
     with here.client() as client:
@@ -163,7 +164,7 @@ def test_a_case_and_a_newline_have_their_replies_and_leave_the_connection_as_the
 
 
 @pytest.mark.parametrize("case", short_cases, ids=[case.name for case in short_cases])
-def test_a_case_sent_in_single_bytes_has_the_same_replies(here: Running, case: Case) -> None:
+def test_a_case_sent_byte_by_byte_gets_the_same_replies(here: Running, case: Case) -> None:
     with here.client() as client:
         client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for at in range(len(case.sent)):
@@ -171,7 +172,7 @@ def test_a_case_sent_in_single_bytes_has_the_same_replies(here: Running, case: C
         assert client.end() == case.replies
 
 
-def test_the_end_of_input_has_everything_answered_and_then_a_clean_end(server: Running) -> None:
+def test_after_end_of_input_all_is_answered_and_closed_cleanly(server: Running) -> None:
     with server.client() as client:
         client.send(b"WHY\nNOPE\n" * 10_000 + b"why")
         assert client.end() == b"42\nERR unknown command\n" * 10_000 + b"42\n"
@@ -189,7 +190,7 @@ def test_an_unterminated_command_is_answered_after_a_tenth_of_a_second(
         client.send(command)
         assert client.line() == b"42\n"
         assert 0.08 <= time.monotonic() - began < 5 * PATIENCE
-        # The newline that comes late is a blank line.
+        # The late newline is a blank line.
         client.send(b"\r\n")
         assert client.ask(b"NOPE") == b"ERR unknown command"
         assert client.end() == b""
@@ -203,14 +204,14 @@ def test_a_reply_does_not_wait_for_the_unterminated_command_behind_it(here: Runn
         assert client.line() == b"42\n"
 
 
-def test_blanks_and_a_silence_are_no_part_of_the_next_line(server: Running) -> None:
+def test_blanks_before_a_pause_are_not_part_of_the_next_line(server: Running) -> None:
     with server.client() as client:
         client.send(b" " * 10)
         assert not is_readable(client, 0.3)
         assert client.ask(b"x" * wire.LIMIT_BYTES) == b"ERR unknown command"
 
 
-def test_what_is_no_command_is_not_answered_without_its_newline(server: Running) -> None:
+def test_a_non_command_is_not_answered_before_its_newline(server: Running) -> None:
     with server.client() as client:
         client.send(b"WHOEVER")
         assert not is_readable(client, 0.3)
@@ -219,11 +220,11 @@ def test_what_is_no_command_is_not_answered_without_its_newline(server: Running)
 
 
 @pytest.mark.outer
-def test_a_line_that_goes_on_while_the_worker_is_held_up_is_one_line(here: Running) -> None:
+def test_a_line_that_continues_while_the_worker_is_stalled_is_one_line(here: Running) -> None:
     with here.client() as client:
         client.send(b"WHERE")
         assert not is_readable(client, 0.1)
-        with held_up(here):
+        with stalled(here):
             client.send(b"VER\n")
             time.sleep(UNTERMINATED_AFTER)
         assert client.line() == b"ERR unknown command\n"
@@ -247,11 +248,11 @@ def test_with_unterminated_after_0_a_command_without_its_newline_is_too_slow(
         assert client.rest() == b""
     assert (
         sum(worker.cpu_times()[:2]) - used < LINE_TIMEOUT / 5
-    )  # The worker has waited, not asked again and again.
+    )  # The worker has waited, not polled.
 
 
 @pytest.mark.outer
-def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict: Running) -> None:
+def test_the_line_timeout_runs_from_the_first_byte_even_if_more_arrive(strict: Running) -> None:
     with strict.client() as client:
         began = time.monotonic()
         count = 0
@@ -265,21 +266,21 @@ def test_a_line_is_too_slow_from_its_first_byte_although_more_bytes_come(strict:
 
 
 @pytest.mark.outer
-def test_a_command_that_was_whole_before_the_worker_was_held_up_is_not_too_slow() -> None:
+def test_a_command_that_was_complete_before_a_stall_is_not_too_slow() -> None:
     with (
         Running("--line-timeout", "1", "--unterminated-after", "0.5") as server,
         server.client() as client,
     ):
         assert client.ask(b"WHERE")
         client.send(b"WHY")
-        assert server.who() == 2  # It has been read.
-        with held_up(server):
+        assert server.who() == 2  # The command has been read.
+        with stalled(server):
             time.sleep(1.2)
         assert client.line() == b"42\n"
 
 
 @pytest.mark.outer
-def test_each_line_has_its_own_time(strict: Running) -> None:
+def test_each_line_has_its_own_deadline(strict: Running) -> None:
     with strict.client() as client:
         for piece in (b"WH", b"Y\nWH", b"Y\n  "):
             client.send(piece)
@@ -289,8 +290,8 @@ def test_each_line_has_its_own_time(strict: Running) -> None:
 
 
 @pytest.mark.outer
-@pytest.mark.parametrize("said", [b"", b"WHY\n"], ids=["ever", "any more"])
-def test_who_says_nothing_is_idle(napping: Running, said: bytes) -> None:
+@pytest.mark.parametrize("said", [b"", b"WHY\n"], ids=["at all", "after a command"])
+def test_a_silent_client_is_idle(napping: Running, said: bytes) -> None:
     with napping.client() as client:
         began = time.monotonic()
         client.send(said)
@@ -299,7 +300,7 @@ def test_who_says_nothing_is_idle(napping: Running, said: bytes) -> None:
 
 
 @pytest.mark.outer
-def test_who_speaks_now_and_then_is_not_idle(napping: Running) -> None:
+def test_a_client_that_sends_now_and_then_is_not_idle(napping: Running) -> None:
     with napping.client() as client:
         for _ in range(8):
             assert client.ask(b"WHY") == b"42"
@@ -316,32 +317,32 @@ def test_time_in_a_handler_is_not_idle_time(napping: Running, sent: bytes) -> No
         assert not is_readable(client, IDLE_TIMEOUT / 2)
         client.send(
             b"WHY"
-        )  # Without a newline, a silence ends it: it must not be taken for an idle one.
+        )  # A pause ends the unterminated command; the pause must not count as idle.
         assert client.line() == b"42\n"
         assert client.ask(b"WHY") == b"42"
 
 
 @pytest.mark.outer
-def test_who_speaks_while_the_worker_is_held_up_is_not_idle(napping: Running) -> None:
+def test_a_client_that_sends_while_the_worker_is_stalled_is_not_idle(napping: Running) -> None:
     with napping.client() as client:
         assert client.ask(b"WHY") == b"42"
         assert not is_readable(
             client, IDLE_TIMEOUT / 2
-        )  # It has been silent for a while, though not for too long.
-        with held_up(napping):
+        )  # The client has been silent, but for less than the timeout.
+        with stalled(napping):
             client.send(b"WHY\n")
             time.sleep(IDLE_TIMEOUT * 1.5)
         assert client.line() == b"42\n"
-        client.send(b"WHY")  # Nor is the silence that ends this one an idle one.
+        client.send(b"WHY")  # The pause that ends this command is not idle time either.
         assert client.line() == b"42\n"
 
 
-# Closings: the last line is read in full, and then a clean end. A reset would raise
+# Closing: the client reads the last line in full, then a clean end. A reset would raise
 # ConnectionResetError.
 
 MUCH = b"more\n" * 200_000
-#: The server, what the client sends, whether more comes at once or after it was told, and its last
-#: lines.
+#: The server, the client's input, whether more follows at once or after the reply, and the last
+#: lines that the client reads.
 CLOSINGS = {
     "too long": ("server", b"WHY\n" + b"x" * 2000, True, b"42\nERR line too long\n"),
     "like HTTP": ("server", b"POST / HTTP/1.1\r\n", True, b""),
@@ -351,22 +352,20 @@ IDLE = pytest.param("napping", b"", False, b"ERR idle\n", id="idle", marks=pytes
 
 
 @pytest.mark.parametrize(
-    ("name", "sent", "is_at_once", "told"),
+    ("name", "sent", "is_at_once", "last_lines"),
     [*(pytest.param(*case, id=name) for name, case in CLOSINGS.items()), IDLE],
 )
-def test_a_client_is_told_why_and_ended_cleanly_although_much_more_comes(
-    request: pytest.FixtureRequest, name: str, sent: bytes, is_at_once: bool, told: bytes
+def test_a_client_that_keeps_sending_gets_the_reason_and_a_clean_close(
+    request: pytest.FixtureRequest, name: str, sent: bytes, is_at_once: bool, last_lines: bytes
 ) -> None:
     with request.getfixturevalue(name).client() as client:
         client.send(sent)
         assert is_at_once or is_readable(client, LIMIT)
         client.send(MUCH)
-        assert client.rest() == told
+        assert client.rest() == last_lines
 
 
-def test_a_client_too_many_is_told_and_ended_cleanly_although_much_more_comes(
-    strict: Running,
-) -> None:
+def test_a_rejected_client_that_keeps_sending_gets_a_clean_close(strict: Running) -> None:
     wait_until_alone(strict)
     with ExitStack() as stack:
         clients = [stack.enter_context(strict.client()) for _ in range(MAX_CLIENTS)]
@@ -377,11 +376,11 @@ def test_a_client_too_many_is_told_and_ended_cleanly_although_much_more_comes(
         assert clients[0].who() == MAX_CLIENTS
 
 
-# Clients that do not read, clients that send without end, clients that go.
+# Clients that do not read, that send endlessly, or that leave.
 
 
 def fill(sock: socket.socket, data: bytes, most: int) -> int:
-    """Send until nothing has gone out for a while; return how many bytes went, `most` at most."""
+    """Send until the socket stays full; return the number of bytes sent, at most `most`."""
     sock.settimeout(0.3)
     sent = 0
     try:
@@ -395,7 +394,7 @@ def fill(sock: socket.socket, data: bytes, most: int) -> int:
 
 
 def read_to_the_end(sock: socket.socket) -> int:
-    """Read and drop all that comes; return how many bytes came."""
+    """Read and discard everything; return the number of bytes."""
     received = 0
     while data := sock.recv(65536):
         received += len(data)
@@ -404,7 +403,7 @@ def read_to_the_end(sock: socket.socket) -> int:
 
 @contextmanager
 def small_window(server: Running) -> Iterator[socket.socket]:
-    """A client whose kernel takes in next to nothing."""
+    """A client with a tiny receive buffer."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.settimeout(LIMIT)
@@ -413,20 +412,17 @@ def small_window(server: Running) -> Iterator[socket.socket]:
 
 
 @pytest.mark.outer
-def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(
-    strict: Running,
-) -> None:
+def test_a_client_that_does_not_read_is_reset_and_delays_no_other(strict: Running) -> None:
     wait_until_alone(strict)
     [worker] = strict.workers()
     before = worker.memory_info().rss
     with strict.client() as other, small_window(strict) as sock:
         began = time.monotonic()
-        # The server does not read on: the rest stays in the kernel's buffers, and they are full one
-        # day.
+        # The server stops reading, so the rest fills the kernel's buffers.
         assert fill(sock, b"WHERE\n" * 1000, 100_000_000) < 100_000_000
         for _ in range(20):
             assert other.who() == 2
-        until(lambda: other.who() == 1, "the client that does not read is counted out")
+        until(lambda: other.who() == 1, "the client that does not read is uncounted")
         assert WRITE_TIMEOUT * 0.9 <= time.monotonic() - began < WRITE_TIMEOUT + LIMIT
         with pytest.raises(ConnectionResetError):
             read_to_the_end(sock)
@@ -434,14 +430,12 @@ def test_a_client_that_does_not_read_is_reset_counted_out_and_in_nobodys_way(
 
 
 @pytest.mark.outer
-def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_no_slow_reader(
-    strict: Running,
-) -> None:
+def test_a_client_that_reads_during_a_stall_is_not_a_slow_reader(strict: Running) -> None:
     with strict.client() as client:
         client.send(b"LARGE\n")
-        until(lambda: is_readable(client), "the reply begins")
+        until(lambda: is_readable(client), "the reply starts to arrive")
         received = 0
-        with held_up(strict):
+        with stalled(strict):
             client.sock.settimeout(WRITE_TIMEOUT + 1.5)
             with suppress(TimeoutError):
                 while data := client.sock.recv(65536):
@@ -455,11 +449,9 @@ def test_a_client_that_has_read_what_there_was_while_the_worker_was_held_up_is_n
 
 
 @pytest.mark.outer
-def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) -> None:
+def test_unread_replies_of_a_client_that_has_left_are_dropped(strict: Running) -> None:
     def kernel() -> str:
-        """The connections of clients that the server has closed, and that wait for them to take the
-        rest.
-        """
+        """The queues of a connection in LAST_ACK; empty if there is none."""
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         return next(
             (
@@ -474,26 +466,26 @@ def test_what_a_client_that_has_left_does_not_read_is_given_up(strict: Running) 
         for _ in range(20):
             sock.sendall(b"WHERE\n" * 500)
         sock.shutdown(socket.SHUT_WR)
-        until(kernel, "it is closed")
-        until(lambda: not kernel(), "it is given up", WRITE_TIMEOUT + LIMIT)
+        until(kernel, "the connection is closed")
+        until(lambda: not kernel(), "the unread bytes are dropped", WRITE_TIMEOUT + LIMIT)
 
 
 @pytest.mark.outer
 def test_a_client_that_leaves_one_large_reply_unread_is_reset(strict: Running) -> None:
-    # Nothing that it has sent is unread, so that closing alone would be no reset: the kernel would
-    # keep the rest.
+    # The server has read all of its input, so a plain close would not reset the connection: the
+    # kernel would keep the unread reply.
     wait_until_alone(strict)
     with strict.client() as other, small_window(strict) as sock:
         sock.sendall(b"LARGE\n")
-        until(lambda: other.who() == 2, "the client has come")
-        until(lambda: other.who() == 1, "the client that does not read is counted out")
+        until(lambda: other.who() == 2, "the client is counted")
+        until(lambda: other.who() == 1, "the client that does not read is uncounted")
         with pytest.raises(ConnectionResetError):
             read_to_the_end(sock)
 
 
 @pytest.mark.outer
 @pytest.mark.parametrize("command", [b"WHERE", b"WHY"])
-def test_a_client_that_reads_late_but_in_time_gets_every_reply(
+def test_a_client_that_reads_late_but_within_the_timeout_gets_all_replies(
     strict: Running, command: bytes
 ) -> None:
     with strict.client() as client, small_window(strict) as sock:
@@ -501,15 +493,14 @@ def test_a_client_that_reads_late_but_in_time_gets_every_reply(
         line = command + b"\n"
         sent = fill(sock, line * 1000, 100_000_000)
         sock.shutdown(socket.SHUT_WR)
-        # The last line may be cut: then it is the beginning of a command, or one that lacks its
-        # newline alone.
+        # The last line may be incomplete: a prefix of a command, or a command without its newline.
         last = {0: b"", len(command): reply}.get(sent % len(line), b"ERR unknown command\n")
         assert read_to_the_end(sock) == sent // len(line) * len(reply) + len(last)
 
 
-#: Plays many greedy clients for some seconds: sends without end, reads all, comes again when it is
-#: closed. Prints `ready` when all are connected, and at the end how many bytes of replies it has
-#: had.
+#: Runs many greedy clients for some seconds: each sends endlessly, reads everything, and reconnects
+#: when it is closed. Prints `ready` when all are connected, and at the end the number of reply
+#: bytes.
 GREEDY = """
 import select, socket, sys, time
 
@@ -547,7 +538,7 @@ print(received)
     [("WHY\n", 100_000), ("xxxx", 1000)],
     ids=["commands", "a line without end"],
 )
-def test_twenty_clients_that_send_without_end_starve_nobody(
+def test_twenty_clients_that_send_endlessly_do_not_starve_others(
     server: Running, data: str, least_received: int
 ) -> None:
     worst = 0.0
@@ -571,22 +562,24 @@ def test_twenty_clients_that_send_without_end_starve_nobody(
         finally:
             greedy.kill()
             greedy.communicate()
-    assert received > least_received  # They were greedy indeed.
-    assert worst < 3.0, f"the worst of {count} replies took {worst:.3f} s"
+    assert received > least_received  # The clients did send a lot.
+    assert worst < 3.0, f"the slowest of {count} replies took {worst:.3f} s"
 
 
 @pytest.mark.parametrize(
     "sent",
     [b"", b"WH", b"WHY\n", b"WHY\nWH", b"WHERE\n" * 100_000],
     ids=[
-        "nothing said",
+        "nothing sent",
         "in a line",
         "after a command",
         "after a command, in a line",
         "with many replies to come",
     ],
 )
-def test_a_client_that_resets_is_counted_out_and_harms_nobody(server: Running, sent: bytes) -> None:
+def test_a_client_that_resets_is_uncounted_and_does_not_affect_others(
+    server: Running, sent: bytes
+) -> None:
     wait_until_alone(server)
     [worker] = server.workers()
     with server.client() as other:
@@ -596,38 +589,34 @@ def test_a_client_that_resets_is_counted_out_and_harms_nobody(server: Running, s
         fill(client.sock, sent, len(sent))
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.sock.close()
-        until(lambda: other.who() == 1, "the client that has reset is counted out")
+        until(lambda: other.who() == 1, "the client that has reset is uncounted")
     assert server.workers() == [worker]
     assert [event for event in server.events() if event["log.level"] in ("warning", "error")] == []
 
 
-def test_clients_that_connect_and_say_nothing_are_counted_and_in_nobodys_way(
-    server: Running,
-) -> None:
+def test_silent_clients_are_counted_and_delay_no_other(server: Running) -> None:
     wait_until_alone(server)
     with server.client() as client:
         with ExitStack() as stack:
             for _ in range(50):
                 stack.enter_context(server.client())
             assert client.who() == 51
-        until(lambda: client.who() == 1, "the silent clients are counted out")
+        until(lambda: client.who() == 1, "the silent clients are uncounted")
 
 
 # Handlers.
 
 
-def test_a_handler_that_fails_is_an_internal_error_and_the_connection_stays(
-    napping: Running,
-) -> None:
+def test_a_failed_handler_replies_err_internal_and_the_connection_stays(napping: Running) -> None:
     [worker] = napping.workers()
     with napping.client() as client:
         client.send(b"WHY\nBOOM\nboom\nLINES\nLEAVE\nLATE\nNOPE\nWHY\n")
         refused = b"ERR internal\n" * 5 + b"ERR unknown command\n"
         assert b"".join(client.line() for _ in range(8)) == b"42\n" + refused + b"42\n"
-        client.send(b"BOOM")  # Without a newline, too.
+        client.send(b"BOOM")  # Also without a newline.
         assert client.line() == b"ERR internal\n"
         assert client.ask(b"WHY") == b"42"
-        client.send(b"BOOM")  # And at the end of input.
+        client.send(b"BOOM")  # Also at the end of input.
         assert client.end() == b"ERR internal\n"
     assert napping.workers() == [worker]
 
@@ -636,12 +625,12 @@ def test_a_handler_that_fails_is_an_internal_error_and_the_connection_stays(
 
 
 def read_until(fd: int, text: bytes) -> bytes:
-    """All that comes, up to that text."""
+    """Read up to this text."""
     received = b""
     while text not in received:
-        assert select.select([fd], [], [], LIMIT)[0], f"{text!r} has not come, only {received!r}"
+        assert select.select([fd], [], [], LIMIT)[0], f"{text!r} has not arrived, only {received!r}"
         data = os.read(fd, 4096)
-        assert data, f"{text!r} has not come before the end, only {received!r}"
+        assert data, f"{text!r} has not arrived before the end, only {received!r}"
         received += data
     return received
 
@@ -651,7 +640,7 @@ def read_until(fd: int, text: bytes) -> bytes:
     "options", [(), ("--http1.0",), ("-X", "get")], ids=["HTTP/1.1", "HTTP/1.0", "lower case"]
 )
 def test_curl_cannot_be_made_to_run_commands(server: Running, options: tuple[str, ...]) -> None:
-    # With --http0.9, curl would print whatever comes. 52 = not a byte came.
+    # With --http0.9, curl would print any bytes. 52: it received none.
     curl = [program("curl"), "--silent", "--noproxy", "*", "--max-time", str(LIMIT), "--http0.9"]
     url = f"http://127.0.0.1:{server.port}/"
     command = [*curl, *options, "-d", "x=1\nWHO\nWHERE\nWHO\n", url]
@@ -673,7 +662,7 @@ def test_lines_in_a_client_hello_are_not_run(server: Running) -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("text", [b"WHO", b"WHO\n", b"who\r\n"])
-def test_nc_that_ends_its_input_gets_the_reply_and_ends(server: Running, text: bytes) -> None:
+def test_nc_with_end_of_input_gets_the_reply_and_exits(server: Running, text: bytes) -> None:
     wait_until_alone(server)
     nc = [program("nc.openbsd"), "-N", "127.0.0.1", str(server.port)]
     done = subprocess.run(nc, check=False, input=text, capture_output=True, timeout=LIMIT)
@@ -681,7 +670,7 @@ def test_nc_that_ends_its_input_gets_the_reply_and_ends(server: Running, text: b
 
 
 @pytest.mark.outer
-def test_nc_gets_the_replies_to_what_is_typed_with_and_without_a_newline(server: Running) -> None:
+def test_nc_gets_replies_to_lines_with_and_without_a_newline(server: Running) -> None:
     wait_until_alone(server)
     nc = [program("nc.openbsd"), "-N", "127.0.0.1", str(server.port)]
     with subprocess.Popen(nc, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as typing:
@@ -711,7 +700,7 @@ def test_telnet_on_a_terminal_gets_the_replies(server: Running) -> None:
         process = subprocess.Popen(telnet, stdin=terminal, stdout=terminal, stderr=terminal)
         try:
             read_until(keyboard, b"Escape character is '^]'.\r\n")
-            # It sends CRLF. The terminal echoes, and makes CRLF of the LF of a reply.
+            # telnet sends CRLF. The terminal echoes, and turns the LF of a reply into CRLF.
             os.write(keyboard, b"who\n")
             assert read_until(keyboard, b"1\r\n") == b"who\r\n1\r\n"
             os.write(keyboard, b"nope\n")

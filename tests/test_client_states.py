@@ -1,4 +1,4 @@
-"""A client's states under pressure: what others do must not change what it gets."""
+"""A client's states under load: other clients must not change its replies."""
 
 import select
 import socket
@@ -31,7 +31,7 @@ def large(service):
 
 
 @pytest.mark.outer
-def test_deadlines_are_kept_while_more_clients_are_busy_than_have_their_turn_at_once() -> None:
+def test_deadlines_hold_with_more_busy_clients_than_fit_in_one_turn() -> None:
     with Running("--line-timeout", "1") as server, ExitStack() as stack:
         crowd = [stack.enter_context(server.client()) for _ in range(300)]
         slow = stack.enter_context(server.client())
@@ -44,11 +44,11 @@ def test_deadlines_are_kept_while_more_clients_are_busy_than_have_their_turn_at_
         unterminated.send(b"WHY")
         assert unterminated.line() == b"42\n"
         assert slow.line() == b"ERR too slow\n"
-        assert time.monotonic() - began < 4 * PATIENCE  # It took as long as the load: 9 s.
+        assert time.monotonic() - began < 4 * PATIENCE  # Regression: 9 s, as long as the load.
 
 
 @pytest.mark.outer
-def test_a_line_that_ends_in_time_is_not_too_slow_although_records_are_always_cut(
+def test_a_line_that_ends_in_time_is_not_too_slow_if_tls_records_are_split(
     pems: Path, tmp_path: Path
 ) -> None:
     options = ("--line-timeout", "1", "--unterminated-after", "0")
@@ -67,7 +67,7 @@ def test_a_line_that_ends_in_time_is_not_too_slow_although_records_are_always_cu
 
 
 @pytest.mark.outer
-def test_a_part_of_a_record_is_the_beginning_of_its_line(pems: Path, tmp_path: Path) -> None:
+def test_a_partial_tls_record_starts_the_line_timeout(pems: Path, tmp_path: Path) -> None:
     options = ("--line-timeout", "4", "--unterminated-after", "0")
     with (
         Running(*certified(pems), *options) as server,
@@ -79,14 +79,14 @@ def test_a_part_of_a_record_is_the_beginning_of_its_line(pems: Path, tmp_path: P
         time.sleep(3.5)
         client.send(record[10:])
         assert client.line() == b"ERR too slow\n"
-        assert time.monotonic() - began < 7  # 4 s from the record's first byte, not 7.5.
+        assert time.monotonic() - began < 7  # 4 s from the first byte of the record, not 7.5.
 
 
 @pytest.mark.outer
-def test_a_handler_that_waits_though_it_may_not_fails_and_keeps_the_order(tmp_path: Path) -> None:
+def test_a_handler_that_blocks_with_may_block_false_fails_in_order(tmp_path: Path) -> None:
     with extended(tmp_path, MODULE) as server, server.client() as client:
         client.send(b"NAP\nWAIT\nWHY\n")
-        until(lambda: server.events("command.failed"), "it has failed")
+        until(lambda: server.events("command.failed"), "the handler has failed")
         client.send(b"why\n")
         expected = [b"rested\n", b"ERR internal\n", b"42\n", b"42\n"]
         assert [client.line() for _ in range(4)] == expected
@@ -101,12 +101,12 @@ def test_large_replies_are_not_remembered(tmp_path: Path) -> None:
         before = worker.memory_info().rss
         for _ in range(100):
             assert len(client.ask(b"LARGE")) == 400_000
-        assert worker.memory_info().rss - before < 20_000_000  # It was 40 MB.
+        assert worker.memory_info().rss - before < 20_000_000  # Regression: 40 MB.
 
 
 @pytest.mark.outer
 def test_a_large_certificate_chain_does_not_make_a_worker_spin(pems: Path, tmp_path: Path) -> None:
-    """The kernel does not take all of it at once; then the client reads it, and says nothing."""
+    """The kernel does not accept all of it at once; then the client reads it and stays silent."""
     chain = tmp_path / "chain.pem"
     chain.write_text((pems / "server.pem").read_text() * 150)
     options = ["--tls-cert", str(chain), "--tls-key", str(pems / "server.key")]
@@ -127,4 +127,4 @@ def test_a_large_certificate_chain_does_not_make_a_worker_spin(pems: Path, tmp_p
         assert total > 40_000
         used = sum(worker.cpu_times()[:2])
         time.sleep(2)
-        assert sum(worker.cpu_times()[:2]) - used < 0.5  # A loop that spins takes 2.
+        assert sum(worker.cpu_times()[:2]) - used < 0.5  # A spinning loop uses 2 s.

@@ -1,4 +1,4 @@
-"""Loading the module of --commands: what is accepted, and what the error says about the rest."""
+"""Loading the module of --commands: which modules are accepted, and the errors for the others."""
 
 import queue
 import sys
@@ -20,7 +20,7 @@ GOOD = f"{IMPORT}@command('NAP')\ndef nap(service): return 'good'\n"
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
-    """Write a module into the current folder. Undo afterwards what `load_commands` did."""
+    """Write a module into the current folder. Undo the effects of `load_commands` afterwards."""
     monkeypatch.chdir(tmp_path)
     path = sys.path[:]
 
@@ -41,7 +41,7 @@ def names(module_name: str) -> list[str]:
 
 
 def error_of(module_name: str) -> str:
-    """The error line for a module, without its beginning, which names the option."""
+    """The error line for a module, without the prefix that names the option."""
     with pytest.raises(UsageError) as caught:
         load_commands(module_name)
     message = str(caught.value)
@@ -69,9 +69,7 @@ def test_a_module_may_import_built_in_commands(write: Write) -> None:
 
 
 @pytest.mark.parametrize("name", ["mine.deep", "mine-dashed"])
-def test_a_module_may_be_in_a_package_and_have_any_name_that_python_imports(
-    write: Write, name: str
-) -> None:
+def test_a_module_may_be_in_a_package_and_have_any_importable_name(write: Write, name: str) -> None:
     assert names(write(name))[-1] == "NAP"
 
 
@@ -93,7 +91,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("text", ACCEPTED.values(), ids=ACCEPTED)
-def test_a_handler_may_be_anything_that_one_argument_calls(write: Write, text: str) -> None:
+def test_a_handler_may_be_any_callable_with_one_argument(write: Write, text: str) -> None:
     assert names(write("mine", f"{IMPORT}{text}\nx = command('X')(f)\n"))[-1] == "X"
 
 
@@ -103,7 +101,7 @@ IMPORT_ERRORS = {
     "a syntax error": ("def", "SyntaxError: invalid syntax (mine.py, line 2)"),
     "an error": ("1 / 0", "ZeroDivisionError: division by zero (mine.py, line 2)"),
     "an exit": ("raise SystemExit(0)", "SystemExit: 0 (mine.py, line 2)"),
-    "the end of its greenlet": (
+    "a greenlet exit": (
         "import gevent; raise gevent.GreenletExit",
         "GreenletExit (mine.py, line 2)",
     ),
@@ -144,8 +142,11 @@ NO_NAME = 'the decorator needs a name: @command("NAP")'
 HANDLER_ERRORS = {
     "no argument": ("@command('NAP')\ndef nap(): return 1", ONE_ARGUMENT),
     "two arguments": ("@command('NAP')\ndef nap(service, more): return 1", ONE_ARGUMENT),
-    "an argument by name only": ("@command('NAP')\ndef nap(service, *, x): return 1", ONE_ARGUMENT),
-    "an argument only by name": ("@command('NAP')\ndef nap(*, service): return 1", ONE_ARGUMENT),
+    "a keyword-only second argument": (
+        "@command('NAP')\ndef nap(service, *, x): return 1",
+        ONE_ARGUMENT,
+    ),
+    "a keyword-only argument": ("@command('NAP')\ndef nap(*, service): return 1", ONE_ARGUMENT),
     "async def": ("@command('NAP')\nasync def nap(service): return 1", ASYNC),
     "an async generator": ("@command('NAP')\nasync def nap(service): yield 1", ASYNC),
     "an object with an async call": (
@@ -157,7 +158,7 @@ HANDLER_ERRORS = {
         "@command('NAP')\nclass Nap:\n    def __init__(self, service): pass",
         "the handler of NAP must be a function, not a class",
     ),
-    "no function": (
+    "not a function": (
         "nap = command('NAP')('nap')",
         "the handler of NAP must be a function, not a str",
     ),
@@ -170,7 +171,7 @@ HANDLER_ERRORS = {
 
 
 @pytest.mark.parametrize(("text", "error"), HANDLER_ERRORS.values(), ids=HANDLER_ERRORS)
-def test_a_handler_that_cannot_work_is_refused(write: Write, text: str, error: str) -> None:
+def test_an_unusable_handler_is_refused(write: Write, text: str, error: str) -> None:
     message = error_of(write("mine", IMPORT + text))
     assert message.startswith(f"cannot import it: TypeError: {error}")
     assert " (mine.py, line " in message
@@ -226,7 +227,7 @@ def test_a_module_that_does_not_exist_is_refused_with_the_folder_that_was_search
 
 
 @pytest.mark.parametrize("name", ["queue", "queue.mine", "time", "click", "tests.mine_hidden"])
-def test_a_file_that_an_installed_module_hides_is_refused_with_both_files(
+def test_a_file_hidden_by_an_installed_module_is_refused_with_both_paths(
     write: Write, tmp_path: Path, name: str
 ) -> None:
     write(name)
@@ -264,7 +265,7 @@ def test_a_hidden_file_is_named_if_the_other_module_cannot_be_imported(
         ("queue", "queue.py", GOOD, "/queue.py: rename your file\n"),
     ],
 )
-def test_a_start_with_a_module_that_cannot_work_exits_with_2_and_one_line(
+def test_a_start_with_an_unusable_module_exits_with_2_and_one_line(
     tmp_path: Path, option: str, file: str, text: str, error: str
 ) -> None:
     (tmp_path / file).write_text(text if text == GOOD else IMPORT + text)

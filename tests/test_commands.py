@@ -1,6 +1,4 @@
-"""Commands: how they are defined, what they may reply, and that a blocking one delays only its
-own client.
-"""
+"""Commands: definition, valid replies, and that a blocking command delays only its own client."""
 
 import select
 import socket
@@ -16,7 +14,7 @@ from lab.running import LIMIT, Running, argv, until
 
 SERVICE = Service("an-id", lambda: 3)
 
-#: Typical handlers, and typical mistakes. HOLD blocks until the test creates a file.
+#: Typical handlers and typical mistakes. HOLD blocks until the test creates a file.
 MODULE = """
 import pathlib
 import socket
@@ -158,7 +156,7 @@ def test_a_reply_must_be_a_str_or_an_int(reply: Any) -> None:
         _replying(reply).answer(SERVICE)
 
 
-def test_an_exception_of_a_handler_is_raised() -> None:
+def test_a_handlers_exception_is_raised() -> None:
     def broken(service: Service) -> str:
         raise LookupError("gone")
 
@@ -172,7 +170,7 @@ def test_an_exception_of_a_handler_is_raised() -> None:
 def test_a_blocking_command_delays_only_its_own_client(extended: Running) -> None:
     with extended.client() as patient, extended.client() as other:
         patient.send(b"WHY\nHOLD\nWHY\n")
-        assert patient.line() == b"42\n"  # It is sent before HOLD has ended.
+        assert patient.line() == b"42\n"  # This arrives before HOLD has ended.
         assert other.ask(b"why") == b"42"
         assert other.ask(b"LOOKUP") == b"127.0.0.1"
         assert select.select([patient.sock], [], [], 0)[0] == []
@@ -204,9 +202,7 @@ def test_a_custom_command_is_answered_over_the_wire(
         assert client.ask(b"WHY") == b"42"  # The client stays connected after each error.
 
 
-def test_a_command_that_is_the_beginning_of_another_one_needs_its_newline(
-    extended: Running,
-) -> None:
+def test_a_command_that_is_a_prefix_of_another_needs_its_newline(extended: Running) -> None:
     with extended.client() as client, extended.client() as other:
         client.send(b"WHO")
         other.send(b"WHERE")
@@ -220,13 +216,13 @@ def test_a_command_that_is_the_beginning_of_another_one_needs_its_newline(
 
 def test_a_handler_can_count_the_clients(extended: Running) -> None:
     with extended.client() as client, extended.client():
-        until(lambda: client.who() == 2, "the clients of earlier tests are gone")
+        until(lambda: client.who() == 2, "the clients of earlier tests have left")
         assert client.ask(b"TWICE") == b"4"
 
 
 @pytest.mark.outer
-def test_files_named_like_packages_in_the_start_folder_harm_nobody(tmp_path: Path) -> None:
-    # The last two are first imported by the command module. It must get the installed ones.
+def test_files_named_like_packages_in_the_start_folder_are_not_imported(tmp_path: Path) -> None:
+    # The command module is the first to import the last two. It must get the installed ones.
     for name in argv("click gevent greenlet json socket logging signal gserver statsd colorsys"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file was imported')\n")
     (tmp_path / "ours.py").write_text(
@@ -287,7 +283,7 @@ def test_other_clients_are_served_between_the_slow_commands_of_one_client(tmp_pa
 @pytest.mark.outer
 def test_a_printed_line_appears_at_once_on_stderr(tmp_path: Path) -> None:
     (tmp_path / "extra.py").write_text(MISBEHAVING)
-    # As most servers run: Python buffers, unless this variable is set.
+    # The usual case: Python buffers stdout unless this variable is set.
     env = {"PYTHONUNBUFFERED": ""}
     with Running("--commands", "extra", cwd=tmp_path, env=env) as server, server.client() as client:
         assert client.ask(b"PRINT") == b"printed"

@@ -1,4 +1,4 @@
-"""The options as data: names, limits, and what their texts become. Nothing is started here."""
+"""The options as data: names, limits and parsed values. Nothing is started here."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def test_workers_are_a_number_or_auto(text: str, expected: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "0", "257", "-1", "+1", "1.5", " 2", "2 ", "AUTO", "two", "٣", "²", "9" * 5000]
 )
-def test_other_workers_are_refused_with_what_is_meant(text: str) -> None:
+def test_any_other_number_of_workers_is_refused_with_the_valid_values(text: str) -> None:
     with pytest.raises(ValueError, match=r"is neither a number from 1 to 256 nor auto$"):
         parse_workers(text)
 
@@ -88,7 +88,7 @@ def test_a_word_of_printable_ascii_is_a_server_id(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "a b", "a\n", "\ta", "a\0", "\x7f", "é", "x" * 129])
-def test_what_could_not_be_a_reply_on_the_wire_is_no_server_id(text: str) -> None:
+def test_a_server_id_that_could_not_be_a_reply_is_refused(text: str) -> None:
     with pytest.raises(
         ValueError, match="is not one word of at most 128 printable ASCII characters"
     ):
@@ -107,7 +107,9 @@ def test_what_could_not_be_a_reply_on_the_wire_is_no_server_id(text: str) -> Non
         ("", ""),
     ],
 )
-def test_what_would_break_a_statsd_line_becomes_an_underscore(text: str, expected: str) -> None:
+def test_characters_that_would_break_a_statsd_line_become_underscores(
+    text: str, expected: str
+) -> None:
     assert parse_statsd_prefix(text) == expected
 
 
@@ -132,7 +134,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         Config().port = 1  # type: ignore[misc]
 
 
-def test_a_configuration_survives_the_way_to_a_child_as_json() -> None:
+def test_a_configuration_survives_a_round_trip_through_json() -> None:
     config = replace(
         Config(), workers=3, server_id="x", idle_timeout_seconds=0.25, statsd_host="::1"
     )
@@ -156,7 +158,7 @@ def test_a_configuration_survives_the_way_to_a_child_as_json() -> None:
         ("a.example", "127.0.0.1", False),
     ],
 )
-def test_one_port_is_a_collision_where_the_addresses_overlap(
+def test_one_port_collides_only_if_the_addresses_overlap(
     host: str, admin_host: str, collides: bool
 ) -> None:
     config = Config(host=host, admin_host=admin_host, port=4242, admin_port=4242)

@@ -1,4 +1,4 @@
-"""Deadlines by ticks: none is missed, none comes early, and stale entries do not stay."""
+"""Deadlines by ticks: none is missed, none is early, and stale entries are dropped."""
 
 from dataclasses import dataclass
 from math import inf
@@ -12,7 +12,7 @@ class Thing:
     deadline: float = inf
 
 
-def test_all_deadlines_that_are_over_come_and_no_other() -> None:
+def test_all_expired_deadlines_are_returned_and_no_others() -> None:
     seed = Random().randrange(1 << 32)
     print(f"seed {seed}")  # noqa: T201 (pytest shows it if the test fails)
     chance, deadlines = Random(seed), Deadlines[Thing]()
@@ -37,7 +37,7 @@ def test_all_deadlines_that_are_over_come_and_no_other() -> None:
     assert set(deadlines.pop(now + 3)) == left
 
 
-def test_clients_of_one_tick_share_one_number_and_one_entry_each() -> None:
+def test_deadlines_of_one_tick_share_a_number_with_one_entry_per_client() -> None:
     deadlines, things = Deadlines[Thing](), [Thing() for _ in range(10)]
     for number, thing in enumerate(things):
         deadlines.put(thing, 5.0 + number / 10_000)
@@ -46,7 +46,7 @@ def test_clients_of_one_tick_share_one_number_and_one_entry_each() -> None:
     assert deadlines.entries == 10
 
 
-def test_many_clients_with_deadlines_are_looked_through_seldom() -> None:
+def test_many_deadlines_are_rarely_scanned() -> None:
     deadlines, looks_at = Deadlines[Thing](), set()
     for _ in range(16 * MIN_ENTRIES):
         deadlines.put(Thing(), 5.0)
@@ -68,7 +68,7 @@ def test_the_order_is_kept_when_stale_entries_are_dropped() -> None:
     assert moments == sorted(moments)
 
 
-def test_the_next_moment_is_that_of_the_first_tick() -> None:
+def test_the_next_wakeup_is_at_the_first_tick() -> None:
     deadlines = Deadlines[Thing]()
     assert deadlines.next_at == inf
     for at in (5.0, 3.0, 4.0):
@@ -80,7 +80,7 @@ def test_the_next_moment_is_that_of_the_first_tick() -> None:
     assert deadlines.next_at >= 5.0
 
 
-def test_neither_stale_entries_nor_those_of_one_tick_pile_up() -> None:
+def test_stale_entries_and_entries_of_one_tick_do_not_pile_up() -> None:
     deadlines, others = Deadlines[Thing](), [Thing() for _ in range(2000)]
     for other in others:
         deadlines.put(other, 700.0)

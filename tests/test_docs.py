@@ -1,6 +1,4 @@
-"""The documents say what the code does: every name that a person may meet is in them, and nothing
-that is gone.
-"""
+"""The documents match the code: they have every name that a user may see, and no outdated one."""
 
 import ast
 import re
@@ -27,7 +25,7 @@ from lab.documents import DEPLOYING, OPERATIONS, PROTOCOL, README, rows, section
 from lab.running import ROOT, Running, environment
 
 
-def test_the_options_are_those_of_the_table_with_their_defaults_and_variables() -> None:
+def test_the_options_table_has_all_options_defaults_and_variables() -> None:
     table = rows("Options")
     assert list(table) == [flag(name) for name in OPTIONS]
     for item in fields(Config):
@@ -41,17 +39,17 @@ def test_the_options_are_those_of_the_table_with_their_defaults_and_variables() 
             assert f"`{runner_name}`" in meaning, item.name
 
 
-def test_every_metric_is_in_the_table_and_no_other() -> None:
+def test_the_metrics_table_lists_exactly_the_metrics() -> None:
     documented = {name for name in statsd_metrics() if "commands." not in name}
     assert documented == {*GAUGES, *COUNTERS, *TIMINGS}
 
 
-def test_every_event_is_in_the_table_and_no_other() -> None:
+def test_the_events_table_lists_exactly_the_events() -> None:
     assert set(rows("Logs")) == set(logged_events())
 
 
 def logged_events() -> dict[str, str]:
-    """Each action that the code logs: a level's name, or `warn_ratelimited`."""
+    """Each action that the code logs, with its level or `warn_ratelimited`."""
     events = {}
     for path in (ROOT / "gserver").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -78,7 +76,7 @@ def logged_events() -> dict[str, str]:
     return events
 
 
-def test_the_levels_of_events_and_the_marks_of_rate_limited_ones_are_right() -> None:
+def test_the_events_table_has_the_right_levels_and_rate_limit_marks() -> None:
     table = rows("Logs")
     for action, level in logged_events().items():
         line = next(
@@ -90,7 +88,7 @@ def test_the_levels_of_events_and_the_marks_of_rate_limited_ones_are_right() -> 
         assert (" * |" in line) == (level == "warn_ratelimited"), action
 
 
-def test_signals_are_those_that_the_supervisor_handles() -> None:
+def test_the_signals_table_lists_what_the_supervisor_handles() -> None:
     handled = set(
         re.findall(
             r"signal\.(SIG(?:TERM|INT|HUP|USR1|USR2|QUIT))\b",
@@ -101,16 +99,16 @@ def test_signals_are_those_that_the_supervisor_handles() -> None:
     assert all(hasattr(signal, name) for name in handled)
 
 
-def test_what_a_service_manager_says_is_in_the_table_and_nothing_else() -> None:
+def test_the_table_of_service_manager_variables_is_complete() -> None:
     assert set(rows("systemd", DEPLOYING)) == set(VARIABLES)
 
 
-def test_exit_codes_are_those_of_errors() -> None:
+def test_the_exit_codes_table_matches_the_code() -> None:
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.M)}
     assert documented == {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
 
 
-def test_every_error_reply_is_in_the_protocol_with_what_follows() -> None:
+def test_every_error_reply_is_documented_with_its_consequence() -> None:
     documented = dict(re.findall(r"^\| `(ERR [^`]+)` \|.*\| ([a-z ]+) \|$", PROTOCOL, re.M))
     replies = {error.reply.decode().strip(): error for error in ERROR_REPLIES if error.reply}
     assert set(documented) == set(replies)
@@ -118,26 +116,26 @@ def test_every_error_reply_is_in_the_protocol_with_what_follows() -> None:
         assert follows == ("closed" if replies[reply].closes else "the connection stays"), reply
 
 
-def test_the_scripts_are_those_that_the_pages_name() -> None:
+def test_the_pages_name_every_script() -> None:
     pages = README + (ROOT / "CONTRIBUTING.md").read_text()
     assert {path.name for path in (ROOT / "bin").iterdir()} == set(
         re.findall(r"(?<!venv/)bin/([a-z]+)", pages)
     )
 
 
-def test_ci_runs_what_the_readme_names() -> None:
+def test_ci_runs_the_commands_of_the_readme() -> None:
     assert "bin/check" in (ROOT / ".ci/run").read_text()
     assert "bin/test" in (ROOT / "bin/check").read_text()
     assert "`bin/check` is what CI runs" in README
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_have_targets() -> None:
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_links_to_chapters_for_operators_and_deployers_lead_somewhere() -> None:
+def test_links_to_chapters_for_operators_and_deployers_have_targets() -> None:
     for name, text in (("operations", OPERATIONS), ("deploying", DEPLOYING)):
         titles = {
             re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
@@ -187,7 +185,7 @@ def test_the_version_has_an_entry_in_the_changelog() -> None:
     assert re.search(chapter, (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
-def test_the_security_page_names_tests_options_and_limits_as_they_are() -> None:
+def test_the_security_page_names_existing_tests_options_and_limits() -> None:
     page = (ROOT / "docs/security.md").read_text()
     there = {name for path in (ROOT / "tests").rglob("test_*.py") for name in functions(path)}
     named = set(re.findall(r"`(test_\w+)`", page))
@@ -226,7 +224,7 @@ def test_pins_are_exact_and_name_no_index() -> None:
 
 
 def pinned(page: str) -> set[NormalizedName]:
-    """The packages that a file pins, with those of the files that it takes in."""
+    """The packages that a file pins, with those of the files that it includes."""
     lines = (ROOT / page).read_text().splitlines()
     others = [pinned(line.removeprefix("-r ")) for line in lines if line.startswith("-r ")]
     return {
@@ -234,7 +232,7 @@ def pinned(page: str) -> set[NormalizedName]:
     }.union(*others)
 
 
-def test_what_pinned_packages_need_is_pinned_beside_them() -> None:
+def test_dependencies_of_pinned_packages_are_pinned_too() -> None:
     needs = {
         canonicalize_name(package.name): [Requirement(need) for need in package.requires or ()]
         for package in distributions()

@@ -23,7 +23,7 @@ def observe(detector: DuplicateIdDetector, holder: str, lease_end: int, moment: 
 
 
 @pytest.mark.parametrize("holder", ["", "mine"])
-def test_a_free_or_own_id_is_no_duplicate(holder: str) -> None:
+def test_a_free_id_or_the_servers_own_is_not_a_duplicate(holder: str) -> None:
     detector = new_detector()
     for number in range(10):
         assert not observe(detector, holder, number, number * INTERVAL)
@@ -77,7 +77,7 @@ def test_after_a_dead_server_was_replaced_no_incarnation_is_replaceable() -> Non
     assert detector.replaceable_incarnation == ""
 
 
-def test_another_holder_is_watched_from_the_beginning() -> None:
+def test_a_new_holder_is_observed_from_the_beginning() -> None:
     detector = new_detector()
     for moment, holder, lease_end in (
         (0.0, "one", 1),
@@ -92,7 +92,7 @@ def test_another_holder_is_watched_from_the_beginning() -> None:
     assert detector.replaceable_incarnation == "two"
 
 
-def test_a_holder_that_has_left_and_returned_is_watched_from_the_beginning() -> None:
+def test_a_holder_that_returns_is_observed_from_the_beginning() -> None:
     detector = new_detector()
     for lease_end, holder in ((1, "one"), (2, "one"), (0, ""), (3, "one"), (4, "one")):
         assert not observe(detector, holder, lease_end, 0.1 * lease_end)
@@ -104,10 +104,10 @@ def test_a_holder_that_has_left_and_returned_is_watched_from_the_beginning() -> 
     watches=st.lists(st.floats(0.1 * INTERVAL, 0.35 * INTERVAL), min_size=20, max_size=60),
     heartbeats_left=st.none() | st.integers(0, 1),
 )
-def test_a_live_holder_is_found_and_never_replaced_and_a_dead_one_is_replaced_and_never_found(
+def test_a_live_holder_is_never_replaced_and_a_dead_one_always_is(
     pauses: list[float], watches: list[float], heartbeats_left: int | None
 ) -> None:
-    """The holder sends heartbeats with these pauses, for ever or `heartbeats_left` times."""
+    """The holder sends heartbeats with these pauses, endlessly or `heartbeats_left` times."""
     heartbeats = list(accumulate(pauses))[:heartbeats_left]
     detector = new_detector()
     is_duplicate, replaceable, moment = False, "", 0.0

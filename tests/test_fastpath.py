@@ -1,4 +1,4 @@
-"""The fast path gives the same replies and the same counts as the parser, or nothing at all."""
+"""The fast path gives the same replies and counts as the parser, or declines."""
 
 from dataclasses import replace
 
@@ -52,7 +52,7 @@ LINES = (
 
 
 class Worker:
-    """The parts of a worker that answer: the fast path, and the parser."""
+    """The parts of a worker that answer: the fast path and the parser."""
 
     def __init__(self, config: Config = CONFIG, clients: int = 3) -> None:
         self.scoreboard = Scoreboard.create(2)
@@ -63,7 +63,7 @@ class Worker:
         self.fastpath = FastPath(self.replies)
 
     def counts(self) -> dict[str, int]:
-        """How often each command, and each error reply, was given."""
+        """The counters of commands and error replies."""
         return {
             name: count
             for name, count in self.scoreboard.totals().items()
@@ -71,7 +71,7 @@ class Worker:
         }
 
     def parsed(self, data: bytes, has_spoken: bool) -> tuple[bytes, dict[str, int]] | None:
-        """The parser's replies, and the counts; None for a read that is not for the fast path."""
+        """The parser's replies and counts; None for a read that is not for the fast path."""
         parser: Parser[Command] = Parser(self.replies.grammar, is_first=not has_spoken)
         items = parser.feed(data)
         if parser.partial or not items:
@@ -92,7 +92,7 @@ class Worker:
 
 
 def check(worker: Worker, data: bytes, has_spoken: bool = True) -> bytes | None:
-    """Answer by the fast path; see that it is what the parser says, or that nothing was counted."""
+    """Answer on the fast path; check that the parser agrees, or that nothing was counted."""
     before = worker.counts()
     replies = worker.fastpath.answer(data, has_spoken)
     counted = {name: count - before[name] for name, count in worker.counts().items()}
@@ -109,21 +109,21 @@ def worker() -> Worker:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_case_is_answered_as_the_table_says_or_not_at_all(case: Case) -> None:
+def test_a_case_gets_the_replies_of_the_table_or_none(case: Case) -> None:
     worker = Worker(clients=1)
     assert check(worker, case.sent, has_spoken=False) in (None, case.replies)
 
 
 @given(st.lists(st.sampled_from(LINES), max_size=12).map(b"".join), st.booleans())
-def test_lines_in_any_order_are_answered_as_by_the_parser_or_not_at_all(
+def test_lines_in_any_order_get_the_parsers_replies_or_none(
     worker: Worker, data: bytes, has_spoken: bool
 ) -> None:
-    for _ in range(2):  # The second time by a plan that is remembered.
+    for _ in range(2):  # The second time from the cache.
         check(worker, data, has_spoken)
 
 
 @given(st.text(alphabet="WHOERY\r\n", max_size=24), st.booleans())
-def test_what_is_nearly_a_command_is_answered_as_by_the_parser_or_not_at_all(
+def test_a_near_command_gets_the_parsers_replies_or_none(
     worker: Worker, text: str, has_spoken: bool
 ) -> None:
     check(worker, text.encode(), has_spoken)
@@ -145,7 +145,7 @@ def test_a_single_line_in_any_spelling_is_answered(
 
 
 def filled(worker: Worker, pattern: bytes, count: int) -> int:
-    """Let a worker answer so many different reads; return how many are remembered then."""
+    """Let a worker answer this many different reads; return the number of cached plans."""
     for number in range(count):
         assert check(worker, pattern % number) is not None
     return len(worker.fastpath._plans)
@@ -155,7 +155,7 @@ SHORT, LONG = b"who\nNOPE%d\n", b"who\n" * 20 + b"NOPE%d\n"
 
 
 @pytest.mark.parametrize("missed", [b"WHO\nWHY\n", b"why\nNOPE\n"], ids=["upper case", "mixed"])
-def test_all_is_forgotten_after_so_many_reads_that_are_not_remembered(missed: bytes) -> None:
+def test_the_cache_is_cleared_after_many_misses(missed: bytes) -> None:
     worker = Worker()
     for _ in range(2):
         assert filled(worker, LONG, MAX_LONG_PLANS) == MAX_LONG_PLANS
@@ -167,7 +167,7 @@ def test_all_is_forgotten_after_so_many_reads_that_are_not_remembered(missed: by
         assert len(worker.fastpath._plans) == 0
 
 
-def test_the_limits_of_reads_that_are_remembered() -> None:
+def test_the_cache_limits_the_number_and_size_of_reads() -> None:
     worker = Worker()
     short, longer = b"NOPE%59d\n", b"NOPE%60d\n"
     assert (len(short % 0), len(longer % 0)) == (MAX_SHORT_BYTES, MAX_SHORT_BYTES + 1)
@@ -177,17 +177,17 @@ def test_the_limits_of_reads_that_are_remembered() -> None:
 
 
 @pytest.mark.parametrize("data", [b"WHO\n", b"WHO\n" * (PIECE_BYTES // 4)])
-def test_a_read_in_upper_case_is_remembered_where_there_is_room(data: bytes) -> None:
+def test_a_read_in_upper_case_is_cached_if_there_is_room(data: bytes) -> None:
     worker = Worker()
     assert check(worker, data) is not None
     assert set(worker.fastpath._plans) == {data}
 
 
-def test_a_first_read_may_be_an_own_command() -> None:
+def test_the_first_read_may_be_a_custom_command() -> None:
     assert check(Worker(), b"QUICK\n", has_spoken=False) == b"never blocks\n"
 
 
-def test_lines_are_remembered_up_to_a_limit_and_then_forgotten() -> None:
+def test_lines_are_cached_up_to_a_limit_and_then_dropped() -> None:
     worker = Worker()
     lines = worker.fastpath._lines
     before = len(lines)
@@ -209,7 +209,7 @@ def test_long_reads_are_answered(worker: Worker, data: bytes) -> None:
     "data",
     [b"", b"\n", b"WHO", b"WHO\nWH", b"NAP\n", b"WHO\nNAP\n", b"who\n" * 500, b"x" * 2000 + b"\n"],
 )
-def test_all_else_is_left_to_the_parser(worker: Worker, data: bytes) -> None:
+def test_other_input_is_left_to_the_parser(worker: Worker, data: bytes) -> None:
     assert check(worker, data) is None
 
 
@@ -222,14 +222,14 @@ def test_a_first_read_with_an_unknown_command_is_left_to_the_parser(
 
 
 @pytest.mark.parametrize("server_id", ["WHO", "WHY", "WHERE", "xWHO", "WHEREWHERE", "42"])
-def test_an_id_that_is_a_command_is_answered_as_it_is(server_id: str) -> None:
+def test_a_server_id_that_is_a_command_is_still_only_a_reply(server_id: str) -> None:
     worker = Worker(replace(CONFIG, server_id=server_id))
     assert check(worker, b"WHERE\nWHO\nWHERE\nWHY\nWHERE\n") == b"ID\n3\nID\n42\nID\n".replace(
         b"ID", server_id.encode()
     )
 
 
-def test_the_number_of_clients_is_asked_for_each_time(worker: Worker) -> None:
+def test_the_number_of_clients_is_never_cached(worker: Worker) -> None:
     assert worker.limits.admit(3) is None
     assert [check(worker, b"WHO\n"), check(worker, b"WHY\nWHO\n")] == [b"4\n", b"42\n4\n"]
     worker.limits.uncount()
@@ -243,5 +243,5 @@ def test_a_who_that_cannot_be_answered_is_left_to_the_parser_uncounted(data: byt
     assert check(worker, b"WHY\nWHERE\n") == b"42\nhere\n"
 
 
-def test_a_line_that_is_too_long_is_none() -> None:
+def test_a_line_that_is_too_long_is_left_to_the_parser() -> None:
     assert check(Worker(replace(CONFIG, max_line_bytes=5)), b"WHERE\nWHO\n") == b"here\n3\n"

@@ -1,4 +1,4 @@
-"""Handshakes under way: how many, for how long, and in nobody's way."""
+"""Handshakes in progress: their limit, their timeout, and that they delay no client."""
 
 import select
 import signal
@@ -18,7 +18,7 @@ from lab.running import LIMIT, Running, limited, stopped, until
 from lab.tls_client import certified, trust
 
 
-def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
+def test_too_many_handshakes_evict_the_oldest(pems: Path) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(Running(*certified(pems), "--tls-handshake-timeout", "0"))
         silent = [stack.enter_context(server.client()) for _ in range(MAX_HANDSHAKES + 10)]
@@ -31,7 +31,7 @@ def test_when_there_are_too_many_handshakes_the_oldest_ends(pems: Path) -> None:
         assert ended.poll(0) == []
 
 
-def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
+def test_failed_handshakes_do_not_delay_other_clients(pems: Path) -> None:
     with Running(*certified(pems)) as server, ExitStack() as stack:
         bad = [stack.enter_context(server.client()) for _ in range(100)]
         for client in bad:
@@ -41,7 +41,7 @@ def test_bad_handshakes_whose_clients_stay_hold_nobody_up(pems: Path) -> None:
 
 
 @pytest.mark.outer
-def test_who_has_said_hello_while_the_worker_was_held_up_is_met(pems: Path) -> None:
+def test_a_hello_sent_while_the_worker_is_stalled_is_answered(pems: Path) -> None:
     hello, answer = ssl.MemoryBIO(), ssl.MemoryBIO()
     talk = trust(pems).wrap_bio(answer, hello, server_hostname="127.0.0.1")
     with pytest.raises(ssl.SSLWantReadError):
@@ -52,17 +52,17 @@ def test_who_has_said_hello_while_the_worker_was_held_up_is_met(pems: Path) -> N
         with server.client() as client:
 
             def done(step: Callable[[], Any]) -> Any:
-                """Feed a step of TLS with what arrives until it is done, and send its output."""
+                """Run a TLS step to its end: feed it received bytes, and send its output."""
                 while True:
                     try:
                         result = step()
                     except ssl.SSLWantReadError:
-                        assert answer.write(client.sock.recv(65536)), "it was met"
+                        assert answer.write(client.sock.recv(65536)), "the handshake was answered"
                     else:
                         client.send(hello.read())
                         return result
 
-            until(lambda: worker.num_fds() > files, "it is accepted")
+            until(lambda: worker.num_fds() > files, "the connection is accepted")
             with stopped(worker):
                 client.send(hello.read())
                 time.sleep(2.5)
@@ -72,7 +72,7 @@ def test_who_has_said_hello_while_the_worker_was_held_up_is_met(pems: Path) -> N
 
 
 @pytest.mark.outer
-def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
+def test_silent_peers_do_not_block_clients_when_descriptors_are_scarce(pems: Path) -> None:
     with ExitStack() as stack:
         more = [*certified(pems), "--tls-handshake-timeout", "0"]
         server = stack.enter_context(Running(*more, command=limited(512)))
@@ -84,15 +84,13 @@ def test_silent_peers_shut_nobody_out_where_files_are_few(pems: Path) -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("established", [10, 15])
-def test_handshakes_take_no_room_from_clients_where_files_are_few(
-    pems: Path, established: int
-) -> None:
+def test_handshakes_take_no_descriptors_from_clients(pems: Path, established: int) -> None:
     with ExitStack() as stack:
         more = [*certified(pems), "--tls-handshake-timeout", "0"]
         # Room for 16 clients.
         server = stack.enter_context(Running(*more, command=limited(RESERVED_FILES + 16)))
         for _ in range(established):
-            # With TLS 1.3 a client is through with its handshake before the server is.
+            # With TLS 1.3 the client completes its handshake before the server does.
             assert stack.enter_context(server.client(context=trust(pems))).ask(b"WHY") == b"42"
         for _ in range(20):
             stack.enter_context(server.client())
@@ -100,9 +98,7 @@ def test_handshakes_take_no_room_from_clients_where_files_are_few(
             assert good.who() == established + 1
 
 
-def test_a_client_that_spoke_plain_text_is_no_failed_handshake_when_it_makes_room(
-    pems: Path,
-) -> None:
+def test_an_evicted_plain_text_client_is_not_a_failed_handshake(pems: Path) -> None:
     with ExitStack() as stack:
         options = [*certified(pems), "--tls-handshake-timeout", "0", "--admin-port", "0"]
         # Room for four handshakes.
@@ -117,8 +113,23 @@ def test_a_client_that_spoke_plain_text_is_no_failed_handshake_when_it_makes_roo
         assert (errors["plain_text"], errors["tls_failed"]) == (1, 0)
 
 
+def test_an_address_with_too_many_clients_does_not_end_the_handshakes_of_others(pems: Path) -> None:
+    options = [*certified(pems), "--tls-handshake-timeout", "0", "--max-clients-per-address", "2"]
+    # Room for four handshakes.
+    with (
+        Running(*options, command=limited(RESERVED_FILES + 16)) as server,
+        ExitStack() as stack,
+        server.client("127.0.0.2") as victim,
+    ):
+        crowd = [stack.enter_context(server.client("127.0.0.1")) for _ in range(20)]
+        assert [client.rest() for client in crowd[2:-1]] == [b""] * 17
+        with trust(pems).wrap_socket(victim.sock, server_hostname="127.0.0.1") as sock:
+            sock.sendall(b"WHY\n")
+            assert sock.recv(100) == b"42\n"
+
+
 @pytest.mark.outer
-def test_a_drain_answers_and_ends_by_tls_and_waits_for_no_silent_peer(pems: Path) -> None:
+def test_a_drain_answers_tls_clients_and_does_not_wait_for_silent_peers(pems: Path) -> None:
     with (
         Running(
             *certified(pems), "--drain-timeout", "60", "--tls-handshake-timeout", "0"

@@ -1,7 +1,6 @@
-"""The checker of WHO's promise: what it allows, case by case, and the recorder of histories.
+"""The checker of WHO's promise, case by case, and the recorder of histories.
 
-That it accepts real servers, and finds bugs put into them on purpose, is shown in
-outer/test_cluster_history.py.
+outer/test_cluster_history.py shows that it accepts real servers and finds deliberate bugs.
 """
 
 import pytest
@@ -9,9 +8,9 @@ import pytest
 from lab.history import Answer, Fact, Kind, Promise, Recorder, check
 from lab.running import Running
 
-BEAT = 0.5
+INTERVAL = 0.5
 TTL = 5.0
-PROMISE = Promise(delta=BEAT + 0.25, ttl=TTL)
+PROMISE = Promise(delta=INTERVAL + 0.25, ttl=TTL)
 # Single cases, calculated by hand. DELTA is 0.75 s, the recovery 1.5 s, the TTL 5 s.
 
 NEVER = 1e9
@@ -38,7 +37,7 @@ def fault(begin: float, end: float, server: str = "") -> list[Fact]:
     return span(Kind.FAULT, Kind.HEALED, server, (begin, end), key=int(begin * 1000))
 
 
-#: One client of server a, which is asked, and two of server b.
+#: One client of server a, which sends WHO, and two of server b.
 TWO_SERVERS = [
     *(Fact(0, Kind.STARTED, name) for name in "ab"),
     *client("a", 1, 1),
@@ -52,10 +51,10 @@ B_STOPPED = span(Kind.STOPPING, Kind.ENDED, "b", (10, 10.5))
 C_RESTARTED = [Fact(10, Kind.RESTARTED, "c"), *client("c", 21, 10)]
 C_STARTED = [Fact(10, Kind.STARTED, "c"), *client("c", 21, 10)]
 
-#: Facts, the server and the client that ask, and by moment the least and greatest number allowed.
+#: Facts, the asking server and client, and by time the least and greatest allowed number.
 CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]]] = {
     "without changes one number is correct": ([], ("a", 1), {10: (3, 3)}),
-    "an own client counts from its first reply, and may while it connects or closes": (
+    "an own client counts from its first reply, and may count while it connects or closes": (
         A_CHANGE,
         ("a", 1),
         {11.9: (3, 3), 12.05: (3, 4), 12.2: (4, 4), 21.9: (4, 4), 22.05: (3, 4), 22.2: (3, 3)},
@@ -66,7 +65,7 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
         ("a", 1),
         {11.9: (3, 3), 12.05: (3, 4), 12.8: (3, 4), 12.9: (4, 4), 22.8: (3, 4), 22.9: (3, 3)},
     ),
-    "while Redis is away and until all have recovered the others may have their old counts": (
+    "while Redis is away, and until all have recovered, the others may have their old counts": (
         B_CHANGE + fault(10, 20),
         ("a", 1),
         {11.9: (3, 3), 12.9: (3, 4), 21.4: (3, 4), 21.6: (4, 4)},
@@ -101,7 +100,7 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
         ("a", 1),
         {13: (1, 4), 17.5: (1, 4), 17.7: (1, 1)},
     ),
-    "a stopped server is gone within DELTA": (
+    "a stopped server is dropped within DELTA": (
         B_STOPPED,
         ("a", 1),
         {9.9: (3, 3), 10.2: (1, 3), 11.2: (1, 3), 11.3: (1, 1)},
@@ -116,7 +115,7 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
         ("a", 1),
         {19: (1, 3), 31.4: (1, 3), 31.6: (1, 1)},
     ),
-    "a server stopped while it alone is cut off counts like a killed one": (
+    "a server stopped while cut off alone counts like a killed one": (
         B_STOPPED + fault(9, 10.4, "b"),
         ("a", 1),
         {16.2: (1, 3), 16.3: (1, 1)},
@@ -126,7 +125,7 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
         ("a", 1),
         {20: (3, 3), 32: (1, 3)},
     ),
-    "a server that alone is cut off may be dropped when its lease ends, until it has recovered": (
+    "a server cut off alone may be dropped when its lease ends, until it has recovered": (
         fault(10, 30, "b"),
         ("a", 1),
         {14.2: (3, 3), 14.3: (1, 3), 31.4: (1, 3), 31.6: (3, 3)},
@@ -146,7 +145,7 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
         ("b", 11),
         {11.9: (3, 3), 19: (3, 4), 21.4: (3, 4), 21.6: (4, 4)},
     ),
-    "a server that stops long after a fault is gone within DELTA": (
+    "a server that stops long after a fault is dropped within DELTA": (
         B_STOPPED + fault(2, 3),
         ("a", 1),
         {11.2: (1, 3), 11.3: (1, 1)},
@@ -166,7 +165,7 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
         ("a", 1),
         {12.9: (4, 4)},
     ),
-    "a server that has just started may know no other, and is known": (
+    "a server that has just started may know no other, and is known to them": (
         C_STARTED,
         ("c", 21),
         {10.5: (1, 4), 10.9: (4, 4)},
@@ -185,7 +184,7 @@ CASES: dict[str, tuple[list[Fact], tuple[str, int], dict[float, tuple[int, int]]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_allowed(case: str) -> None:
+def test_the_checker_allows_exactly_these_numbers(case: str) -> None:
     facts, (server, asker), expected = CASES[case]
     history: list[Fact | Answer] = [*TWO_SERVERS, *facts]
     history += [Answer(server, at, at + 0.01, -1, asker) for at in expected]
@@ -205,7 +204,7 @@ def test_a_violation_names_the_reply_its_time_and_the_allowed_values() -> None:
     verdict = check([*TWO_SERVERS, *B_CHANGE, Answer("a", 12.05, 12.06, 9, 1)], PROMISE)
     assert str(verdict) == (
         "1 of 1 replies broke the promise; 0 had to be exact\n"
-        "a, asked 12.050..12.060 by client 1, said 9; allowed are 3..4: "
+        "a, asked 12.050..12.060 by client 1, replied 9; allowed are 3..4: "
         "a 1..1 since 12.050, b 2..3 since 11.300"
     )
 

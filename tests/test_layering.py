@@ -1,4 +1,4 @@
-"""The shape of the package: which module may import which, read from the source."""
+"""The structure of the package: which module may import which, read from the source."""
 
 import ast
 import json
@@ -17,8 +17,8 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-#: The import rule. A package imports itself, the packages named here, and the shared modules that
-#: lie directly in `gserver/`. Shared modules import only each other.
+#: The import rule. A package imports itself, the packages named here, and the shared modules
+#: directly in `gserver/`. Shared modules import only each other.
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"supervise"},
     "supervise": set(),
@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agent": {"cluster"},
     "cluster": set(),
 }
-#: Packages, and shared modules, that know gevent. All others are ordinary Python.
+#: Packages and shared modules that import gevent. All others are ordinary Python.
 GEVENT = {"serve", "agent", "cluster", "__main__"}
 
 
@@ -36,7 +36,7 @@ def _package(module: str) -> str:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Dotted names of everything that a file imports, at its top or later, but for annotations."""
+    """Dotted names of all that a file imports, at the top or later, except for annotations."""
     tree = ast.parse(path.read_text())
     for_annotations = {
         node
@@ -90,7 +90,7 @@ def test_the_import_rule_names_every_package() -> None:
     assert folders == set(MAY_IMPORT)
 
 
-# Every process begins in `gserver.__main__`, which imports the role that it is asked for.
+# Every process begins in `gserver.__main__`, which imports the requested role.
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"gserver.__main__"}))
 def test_a_module_imports_only_what_the_rule_allows(name: str) -> None:
     package = _package(name)
@@ -103,11 +103,11 @@ def test_a_module_imports_only_what_the_rule_allows(name: str) -> None:
     assert forbidden == set()
 
 
-def test_modules_do_not_import_each_other_in_a_circle() -> None:
+def test_there_are_no_circular_imports() -> None:
     left = {name: _own(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
     while left:
         free = {name for name, needs in left.items() if not needs & left.keys()}
-        assert free, f"a circle within {sorted(left)}"
+        assert free, f"circular imports within {sorted(left)}"
         left = {name: needs for name, needs in left.items() if name not in free}
 
 
@@ -120,7 +120,7 @@ def test_a_package_says_what_it_owns_and_where_to_start(package: str) -> None:
     assert "Start reading in" in text
 
 
-def test_ask_knows_the_wire_and_nothing_of_the_server() -> None:
+def test_ask_imports_the_protocol_but_nothing_of_the_server() -> None:
     assert _own(PACKAGE / "cli/ask.py") == {"gserver.errors"}
 
 
@@ -137,7 +137,7 @@ def test_a_pure_module_imports_neither_sockets_nor_clocks(name: str) -> None:
     assert theirs & impure == set()
 
 
-def test_only_what_serves_clients_or_talks_to_others_knows_gevent() -> None:
+def test_only_networking_code_imports_gevent() -> None:
     users = {
         _package(name)
         for name, path in MODULES.items()
@@ -146,7 +146,7 @@ def test_only_what_serves_clients_or_talks_to_others_knows_gevent() -> None:
     assert users == GEVENT
 
 
-def test_the_supervisor_loads_nothing_that_serves_or_talks_to_a_network() -> None:
+def test_the_supervisor_loads_no_networking_code() -> None:
     loaded = _loaded_after(
         "import gserver.__main__, gserver.cli.main, gserver.supervise.supervisor"
     )
@@ -170,7 +170,7 @@ def test_ask_starts_without_loading_a_server() -> None:
     assert _packages_in(loaded) & {"agent", "serve", "cluster", "supervise"} == set()
 
 
-def test_what_is_no_python_is_installed_with_the_package() -> None:
+def test_data_files_are_installed_with_the_package() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert {ROOT / name.replace(".", "/") for name in setuptools["packages"]} == {
         path.parent for path in PACKAGE.rglob("__init__.py")
@@ -186,7 +186,7 @@ def test_what_is_no_python_is_installed_with_the_package() -> None:
     assert others == installed
 
 
-def test_nothing_imports_a_test_and_the_program_needs_neither_lab_nor_proof() -> None:
+def test_nothing_imports_tests_and_gserver_imports_neither_lab_nor_proof() -> None:
     for folder, forbidden in (
         ("gserver", {"lab", "tests", "proof", "bench"}),
         ("lab", {"tests", "proof", "bench"}),

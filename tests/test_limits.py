@@ -1,4 +1,4 @@
-"""How many clients there may be, in all and of one address, over all workers."""
+"""The limits of clients, in total and per address, across all workers."""
 
 import os
 import random
@@ -46,41 +46,41 @@ def limited(folder: Path, *more: str, limit: int = LIMIT) -> Running:
 
 
 def fill(stack: ExitStack, connect: Connect, source: str = MANY) -> list[Client]:
-    """All clients that an address may have; the next ones are told that there are too many."""
+    """Connect as many clients as an address may have; check that further ones are rejected."""
     clients = []
-    while (client := stack.enter_context(connect(source=source))) and is_let_in(client):
+    while (client := stack.enter_context(connect(source=source))) and is_admitted(client):
         clients.append(client)
     assert stack.enter_context(connect(source=source)).rest() == REJECTED
     return clients
 
 
-def is_let_in(client: Client) -> bool:
+def is_admitted(client: Client) -> bool:
     with suppress(ConnectionError):
         client.send(b"WHY\n")
-    told = client.line()
-    assert told in (b"42\n", REJECTED)
-    return told == b"42\n"
+    reply = client.line()
+    assert reply in (b"42\n", REJECTED)
+    return reply == b"42\n"
 
 
-def gone(server: Running, connect: Connect) -> None:
+def wait_until_alone(server: Running, connect: Connect) -> None:
     def is_alone() -> bool:
         with connect() as client:
             return client.who() == 1
 
     def has_connections() -> bool:
-        """Whether somebody who is counted out is waited for still: for its address, it counts."""
+        """Whether a closed client still lingers: it counts for its address."""
         return any(
             item.raddr for worker in server.workers() for item in worker.net_connections("tcp")
         )
 
-    until(is_alone, "all have gone")
-    until(lambda: not has_connections(), "and are waited for no more")
+    until(is_alone, "all clients have left")
+    until(lambda: not has_connections(), "no closed client lingers")
 
 
 @pytest.mark.outer
 @pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_one_address_has_so_many_clients_and_no_other_feels_it(
+def test_the_limit_of_one_address_does_not_affect_other_addresses(
     tmp_path: Path, pems: Path, workers: int, has_tls: bool
 ) -> None:
     seed = random.randrange(1 << 32)
@@ -98,7 +98,7 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
             source = chance.choice([MANY, OTHER])
             connection = (
                 server.client if has_tls and chance.random() < 0.2 else connect
-            )  # Who speaks no TLS goes too.
+            )  # Plain text clients of a TLS port are included.
             with suppress(OSError), connection(source=source) as client:
                 way.go(client)
 
@@ -109,47 +109,43 @@ def test_one_address_has_so_many_clients_and_no_other_feels_it(
             assert stack.enter_context(connect(source=OTHER)).who() == LIMIT + 1
             assert clients[0].who() == LIMIT + 1
             clients[1].sock.close()
-            until(lambda: clients[0].who() == LIMIT, "it has left")
+            until(lambda: clients[0].who() == LIMIT, "one client has left")
             assert len(fill(stack, connect)) == 1
         event = server.wait_for("client.rejected")
         assert (event["client.address"], event["gserver.reason"]) == (MANY, "too_many_from_address")
-        gone(server, connect)
-        with ExitStack() as stack:  # Whom there is no place for at all counts for no address.
+        wait_until_alone(server, connect)
+        with ExitStack() as stack:  # A client beyond --max-clients counts for no address.
             assert all(
-                is_let_in(stack.enter_context(connect(source=f"127.0.0.{host}")))
+                is_admitted(stack.enter_context(connect(source=f"127.0.0.{host}")))
                 for host in range(10, 24)
             )
             beyond = [stack.enter_context(connect(source=MANY)) for _ in range(LIMIT + 1)]
             assert {client.rest() for client in beyond} == {b"ERR too many clients\n"}
         with ThreadPoolExecutor(30) as pool:
             list(pool.map(go, chance.choices(WAYS, k=100)))
-        gone(server, connect)
+        wait_until_alone(server, connect)
         with ExitStack() as stack:
             assert [len(fill(stack, connect, source)) for source in (MANY, OTHER)] == [LIMIT] * 2
 
 
 @pytest.mark.outer
-def test_who_is_turned_out_counts_for_its_address_for_as_long_as_it_takes_a_descriptor(
-    tmp_path: Path,
-) -> None:
+def test_a_closed_client_counts_for_its_address_while_it_has_a_descriptor(tmp_path: Path) -> None:
     with limited(tmp_path) as server, ExitStack() as stack:
         other = stack.enter_context(server.client(OTHER))
         clients = fill(stack, server.client)
         began = time.monotonic()
         for client in clients:
             client.send(b"x" * 2000)
-        until(lambda: other.who() == 1, "all have been turned out")
-        more = is_let_in(stack.enter_context(server.client(MANY)))
+        until(lambda: other.who() == 1, "all clients have been closed")
+        more = is_admitted(stack.enter_context(server.client(MANY)))
         assert not more or time.monotonic() - began > LINGER_SECONDS
         other.sock.close()
-        gone(server, server.client)
+        wait_until_alone(server, server.client)
         assert len(fill(stack, server.client)) == LIMIT
 
 
 @pytest.mark.outer
-def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
-    tmp_path: Path, pems: Path
-) -> None:
+def test_a_handshake_counts_from_the_accept_until_it_fails(tmp_path: Path, pems: Path) -> None:
     more = [*certified(pems), "--tls-handshake-timeout", str(PATIENCE), "--admin-port", "0"]
     with limited(tmp_path, *more) as server, ExitStack() as stack:
         silent = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT)]
@@ -161,13 +157,11 @@ def test_a_handshake_counts_from_the_accept_on_and_no_longer_when_it_has_failed(
 
 
 @pytest.mark.outer
-def test_workers_that_accept_a_crowd_keep_to_the_limit_and_a_killed_one_gives_its_share_back(
-    tmp_path: Path,
-) -> None:
+def test_workers_share_the_address_limit_and_a_dead_worker_frees_its_part(tmp_path: Path) -> None:
     with limited(tmp_path, "--workers", "3", limit=30) as server, ExitStack() as stack:
         with stopped(*server.workers()):
             crowd = [stack.enter_context(server.client(MANY)) for _ in range(90)]
-        clients = [client for client in crowd if is_let_in(client)]
+        clients = [client for client in crowd if is_admitted(client)]
         assert len(clients) <= 30
         clients += fill(stack, server.client)
         assert len(clients) == 30
@@ -177,15 +171,13 @@ def test_workers_that_accept_a_crowd_keep_to_the_limit_and_a_killed_one_gives_it
 
 
 @pytest.mark.outer
-def test_at_a_reload_those_of_the_old_worker_and_of_the_new_one_count_together(
-    tmp_path: Path,
-) -> None:
+def test_during_a_reload_clients_of_old_and_new_workers_count_together(tmp_path: Path) -> None:
     with limited(tmp_path, "--drain-timeout", "60") as server, ExitStack() as stack:
         stay = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT - 2)]
         for client in stay:
             client.send(b"STAY\n")
         with server.client(MANY) as idle:
-            until(lambda: idle.who() == LIMIT - 1, "they are there")
+            until(lambda: idle.who() == LIMIT - 1, "the clients are counted")
             server.send_signal(signal.SIGHUP)
             assert idle.rest() == b"", "the old worker drains"
         new = fill(stack, server.client)
@@ -198,16 +190,16 @@ def test_at_a_reload_those_of_the_old_worker_and_of_the_new_one_count_together(
 
 
 @pytest.mark.outer
-def test_a_lame_duck_takes_over_no_more_of_an_address_either(tmp_path: Path) -> None:
+def test_a_lame_duck_keeps_to_the_address_limit_too(tmp_path: Path) -> None:
     with limited(tmp_path, "--workers", "2", limit=70) as server, ExitStack() as stack:
         with stopped(
             *server.workers()
-        ):  # Each accepts 16 when it goes on; then it takes over the others.
+        ):  # Each accepts 16 when it continues; then it takes over the others.
             clients = [stack.enter_context(server.client(MANY)) for _ in range(80)]
             other = stack.enter_context(server.client(OTHER))
             server.send_signal(signal.SIGUSR2)
             server.wait_for("server.retiring")
-        let_in = sum(is_let_in(client) for client in clients)
+        let_in = sum(is_admitted(client) for client in clients)
         assert 68 <= let_in <= 70
         assert other.who() == let_in + 1
         for client in (*clients, other):
@@ -215,27 +207,27 @@ def test_a_lame_duck_takes_over_no_more_of_an_address_either(tmp_path: Path) -> 
         assert server.exit_code() == 0
 
 
-def test_ipv4_is_one_address_on_a_socket_of_ipv6_too(tmp_path: Path) -> None:
+def test_an_ipv4_client_is_one_address_on_an_ipv6_socket_too(tmp_path: Path) -> None:
     with limited(tmp_path, "--host", "::", limit=1) as server, ExitStack() as stack:
         assert len(fill(stack, server.client)) == 1
         assert len(fill(stack, server.client, OTHER)) == 1
 
 
-def test_an_address_is_ipv4_in_whole_or_a_64_of_ipv6() -> None:
+def test_an_address_is_a_full_ipv4_address_or_an_ipv6_64_prefix() -> None:
     hosts = argv("10.0.0.1 10.0.0.2 2001:db8::1 2001:db8::ffff:0:0:1 2001:db8:0:1::1 ::1")
     expected = [1, 2, 3, 3, 4, 5]
     assert [len({network(host) for host in hosts[:number]}) for number in range(1, 7)] == expected
     assert network("::ffff:10.0.0.1") == network("10.0.0.1")
 
 
-def test_addresses_that_meet_are_refused_too_early_and_none_too_late() -> None:
+def test_colliding_addresses_are_rejected_too_early_never_too_late() -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")  # noqa: T201 (pytest shows it if the test fails)
     there: list[tuple[AddressCounts, int, str]] = []
     chance, scoreboard = (
         random.Random(seed),
         Scoreboard.create(3, 2 * 8),
-    )  # So few cells that they meet all the time.
+    )  # So few cells that addresses collide all the time.
     workers = [AddressCounts(scoreboard, slot, 5) for slot in range(3)]
     counts = dict.fromkeys((f"10.0.0.{number}" for number in range(10)), 0)
     for fd in range(2000):
@@ -255,7 +247,7 @@ def test_addresses_that_meet_are_refused_too_early_and_none_too_late() -> None:
     assert not any(scoreboard.addresses)
 
 
-def test_who_meets_others_in_one_cell_of_two_is_let_in() -> None:
+def test_an_address_that_collides_in_one_of_its_two_cells_is_admitted() -> None:
     scoreboard = Scoreboard.create(1, 2 * 1024)
     addresses = AddressCounts(scoreboard, 0, 1)
     for fd in range(256):
@@ -268,7 +260,7 @@ def test_who_meets_others_in_one_cell_of_two_is_let_in() -> None:
     assert 0.02 < refused / 4000 < 0.1  # (1 - exp(-1/4)) ** 2 = 0.05
 
 
-def test_the_hash_is_another_one_at_each_start() -> None:
+def test_each_start_uses_a_different_hash() -> None:
     places = set()
     for _ in range(5):
         scoreboard = Scoreboard.create(1, 1 << 17)
@@ -321,18 +313,18 @@ def test_the_limit_is_over_all_workers_and_a_rejected_client_is_not_counted() ->
     assert one.admit(4) is None
 
 
-def test_the_last_place_is_given_to_no_two_clients_of_two_workers(
+def test_two_workers_never_give_the_last_place_to_two_clients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scoreboard = Scoreboard.create(2)
-    counts = iter([4, 6])  # Another worker admits two clients between the two looks.
+    counts = iter([4, 6])  # Another worker admits two clients between the two reads.
     monkeypatch.setattr(scoreboard, "clients", lambda: next(counts))
     limits = Limits(Config(server_id="here", max_clients=5), scoreboard, 0)
     assert limits.admit(7) is TOO_MANY_CLIENTS
     assert (limits.clients, scoreboard.totals()["clients_accepted"]) == (0, 0)
 
 
-def test_the_peak_is_the_most_that_there_were_at_once() -> None:
+def test_the_peak_is_the_largest_number_of_clients_at_once() -> None:
     scoreboard = Scoreboard.create(2)
     limits = Limits(Config(server_id="here"), scoreboard, 0)
     for fd in range(3):

@@ -1,4 +1,4 @@
-"""The listening socket: its options, and the errors for an address that cannot be had."""
+"""The listening socket: its options, and the errors for an unusable address."""
 
 import os
 import socket
@@ -37,11 +37,11 @@ def test_a_listener_does_not_block() -> None:
         assert os.get_blocking(listener.fileno()) is False
 
 
-def test_a_port_that_clients_have_just_left_can_be_had_again() -> None:
+def test_a_port_in_time_wait_can_be_bound_again() -> None:
     listener = bind("127.0.0.1", 0, 5)
     port = listener.getsockname()[1]
     client, accepted = accepted_by(listener)
-    accepted.close()  # The server's side ends first, so it is the one that stays in TIME_WAIT.
+    accepted.close()  # The server closes first, so its side stays in TIME_WAIT.
     assert client.recv(1) == b""
     client.close()
     listener.close()
@@ -59,7 +59,7 @@ def test_a_port_that_clients_have_just_left_can_be_had_again() -> None:
         (
             "a" * 64,
             r"the name 'a{64}' does not resolve: choose another --host",
-        ),  # no label of a name is that long
+        ),  # no label may be that long
         ("not..a.name", r"the name 'not\.\.a\.name' does not resolve"),
         (
             "192.0.2.1",
@@ -69,21 +69,21 @@ def test_a_port_that_clients_have_just_left_can_be_had_again() -> None:
     ],
     ids=["unknown", "too long", "empty label", "not of this machine"],
 )
-def test_a_host_that_cannot_be_had_is_named_with_what_to_do(host: str, text: str) -> None:
+def test_an_unusable_host_is_reported_with_advice(host: str, text: str) -> None:
     with pytest.raises(FatalError, match=text) as caught:
         bind(host, 0, 5)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == EXIT_RUNTIME
 
 
-def test_a_low_port_without_permission_is_told_with_what_to_do() -> None:
+def test_a_low_port_without_permission_is_reported_with_advice() -> None:
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
         pytest.skip("every user of this machine may listen on a low port")
     script = (
         "import os\n"
         "from gserver.errors import FatalError\n"
         "from gserver.supervise.listener import bind\n"
-        # All that it imports is imported by then: another user may not be allowed to read it.
+        # Import everything first: the other user may not be able to read the files.
         "bind('127.0.0.1', 0, 5).close()\n"
         f"os.geteuid() or (os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY}))\n"
         "try:\n    bind('127.0.0.1', 1, 5)\nexcept FatalError as failure:\n    print(failure)\n"
@@ -99,7 +99,7 @@ def test_a_low_port_without_permission_is_told_with_what_to_do() -> None:
 
 def test_a_failed_bind_leaves_no_descriptor_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    # The traceback holds the socket, so nothing else closes it.
+    # The traceback keeps the socket alive, so nothing else closes it.
     with pytest.raises(FatalError) as caught:
         bind("192.0.2.1", 0, 5)
     assert len(os.listdir("/proc/self/fd")) == before, caught
@@ -138,7 +138,7 @@ def test_clients_are_served_over_ipv6() -> None:
             assert client.sock.family == socket.AF_INET6
 
 
-def test_all_addresses_are_those_of_both_families() -> None:
+def test_a_wildcard_host_listens_on_both_address_families() -> None:
     needs_ipv6()
     with bind("::", 0, 5) as listener:
         listener.settimeout(LIMIT)
@@ -148,7 +148,7 @@ def test_all_addresses_are_those_of_both_families() -> None:
                 listener.accept()[0].close()
 
 
-def test_a_port_that_was_closed_and_is_taken_by_now_is_not_exchanged_for_another(
+def test_a_closed_port_that_is_taken_is_not_replaced_by_another_port(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The kernel chose the port, so the socket lost it when it was shut down."""

@@ -145,7 +145,7 @@ def written(statements: str, log_format: str = "json") -> list[bytes]:
 def piped(
     *options: str, cwd: Path, blocking: bool = True
 ) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], int]]:
-    """The program with a small pipe as stdout, which is read up to the port and no further.
+    """The program with a small pipe as stdout, which is read only up to the port.
 
     Yields the process, the read end and the port.
     """
@@ -184,7 +184,7 @@ def piped(
 
 
 def read_all(fd: int, into: bytearray) -> threading.Thread:
-    """Start to read to the end, as a stalled reader that continues."""
+    """Start to read to the end, like a stalled reader that continues."""
 
     def read() -> None:
         while data := os.read(fd, 65536):
@@ -268,7 +268,7 @@ def test_the_reason_for_closing_a_client_is_logged_with_its_end(noisy: Running) 
     assert reasons == ["line_too_long"]
 
 
-def test_what_a_peer_sends_is_not_logged(noisy: Running) -> None:
+def test_bytes_from_clients_are_not_logged(noisy: Running) -> None:
     with noisy.client() as client:
         assert client.ask(b'\x1b[31m"peer\r') == b"ERR unknown command"
         assert client.ask(b"peer\xff") == b"ERR not ASCII"
@@ -307,9 +307,7 @@ def test_an_error_whose_text_cannot_be_shown_is_logged_with_its_type(noisy: Runn
 
 
 @pytest.mark.parametrize("where", ["GREENLET", "POOL", "THREAD", "FINALIZER"])
-def test_an_error_that_nothing_catches_is_one_event_and_nothing_on_stderr(
-    noisy: Running, where: str
-) -> None:
+def test_an_uncaught_error_is_one_event_and_not_on_stderr(noisy: Running, where: str) -> None:
     count, errors = len(noisy.events("process.error")), len(noisy.errors)
     with noisy.client() as client:
         assert client.ask(where.encode()) == b"done"
@@ -352,12 +350,12 @@ HOSTILE = {
     "zero": "a\x00b",
     "bytes of a peer": b"\xff\xfe caf\xe9".decode("utf-8", "surrogateescape"),
     "other line ends": "a\u2028b\u2029c\x85d\x0be\x0cf",
-    "far letters": "\u0416\u6c34\U0001f600",
+    "non-Latin letters": "\u0416\u6c34\U0001f600",
 }
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_text_stays_one_line_of_json(text: str) -> None:
+def test_hostile_text_stays_one_line_of_json(text: str) -> None:
     lines = written(
         f"text = {text!r}\n"
         "logs.event(logging.INFO, 'a', text, {'client.address': text})\n"
@@ -370,7 +368,7 @@ def test_a_hostile_text_stays_one_line_of_json(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_text_stays_one_line_without_control_characters_for_a_person(text: str) -> None:
+def test_hostile_text_stays_one_text_line_without_control_characters(text: str) -> None:
     lines = written(f"logs.event(logging.INFO, 'a', 'begun ' + {text!r})", "text")
     assert len(lines) == 1
     shown = lines[0].decode("ascii").removesuffix("\n")
@@ -383,7 +381,7 @@ LONG = {
     "escapes": "'\\x1b' * 100_000",
     "quotes": "'\"' * 100_000",
     "letters": "'x' * 100_000",
-    "far letters": "'\\U0001f600' * 100_000",
+    "non-Latin letters": "'\\U0001f600' * 100_000",
     "bytes of a peer": "'\\udcff' * 100_000",
 }
 PREPARED = """
@@ -445,12 +443,12 @@ UNFIT = {
     "object": "logging.warning(NoText())",
     "argument": "logging.warning('%s', NoText())",
     "extra": "logging.warning('here', extra={'odd': NoText()})",
-    "extra of our own name": "logging.warning('here', extra={'fields': 5})",
-    "extra of a field's name": (
+    "extra with a name of gserver": "logging.warning('here', extra={'fields': 5})",
+    "extra with the name of a field": (
         "logging.warning('here', extra={'log.level': 5, 'event.action': None, '@timestamp': 1})"
     ),
     "number": "logging.warning('here', extra={'number': 10**5000})",
-    "no number": "logging.warning('here', extra={'number': float('nan'), 'other': float('inf')})",
+    "nan": "logging.warning('here', extra={'number': float('nan'), 'other': float('inf')})",
     "keys": "logging.warning('here', extra={1: 2, (3, 4): 5})",
     "itself": "logging.warning('here', extra={'loop': loop})",
     "dictionary": "logging.warning({'message': 1, 'log.level': 2, 3: NoText()})",
@@ -465,7 +463,7 @@ loop.append(loop)
 """
 
 
-def no_number(text: str) -> None:
+def not_a_number(text: str) -> None:
     raise AssertionError(f"{text} is not valid JSON")
 
 
@@ -477,7 +475,7 @@ def test_a_bad_log_call_raises_nothing_and_is_one_line(statement: str, log_forma
     assert len(lines) == 2
     assert b"next" in lines[1]
     if log_format == "json":
-        events = [json.loads(line, parse_constant=no_number) for line in lines]
+        events = [json.loads(line, parse_constant=not_a_number) for line in lines]
         assert [event["log.level"] for event in events] == ["warning", "warning"]
         assert all(datetime.fromisoformat(event["@timestamp"]) for event in events)
 
@@ -540,9 +538,7 @@ def test_an_outage_is_logged_at_its_start_and_then_rarely() -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_warnings_that_were_suppressed_are_reported_before_a_worker_ends(
-    number: signal.Signals,
-) -> None:
+def test_suppressed_warnings_are_reported_before_a_worker_ends(number: signal.Signals) -> None:
     with Running("--max-clients", "1") as server, server.client() as client:
         client.who()
         for _ in range(30):
@@ -618,7 +614,7 @@ def test_a_command_that_often_fails_does_not_hide_other_failures(folder: Path) -
 
 
 @pytest.mark.outer
-def test_on_a_terminal_the_log_says_how_to_send_a_command_and_how_to_stop() -> None:
+def test_on_a_terminal_the_log_shows_how_to_send_a_command_and_stop() -> None:
     nc = program("nc")
     script = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     command = [sys.executable, "-c", script, *GSERVER, "--port", "0"]
@@ -672,9 +668,7 @@ def test_json_and_text_can_be_chosen_for_any_stdout() -> None:
 
 
 @pytest.mark.outer
-def test_a_stalled_reader_blocks_no_client_and_learns_how_many_lines_were_dropped(
-    folder: Path,
-) -> None:
+def test_a_stalled_reader_blocks_no_client_and_dropped_lines_are_counted(folder: Path) -> None:
     clients = 1000
     with piped("--log-level", "debug", cwd=folder) as (process, stdout, port):
         began = time.monotonic()
@@ -687,7 +681,7 @@ def test_a_stalled_reader_blocks_no_client_and_learns_how_many_lines_were_droppe
             assert client.ask(b"WHY") == b"42"
         data = bytearray()
         reader = read_all(stdout.fileno(), data)
-        until(lambda: b"log.dropped" in data, "the number of dropped lines")
+        until(lambda: b"log.dropped" in data, "the number of dropped lines is logged")
         # The worker looks four times a second for dropped lines. It reports these once.
         time.sleep(0.6)
         process.terminate()

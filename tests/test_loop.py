@@ -1,4 +1,4 @@
-"""The worker's loop: order, turns, deadlines, and when there is a greenlet."""
+"""The worker's loop: order, turns, deadlines, and which clients have a greenlet."""
 
 import _socket
 import gc
@@ -51,7 +51,7 @@ def spin(service):
 @command("AFTER-SPIN")
 def after_spin(service):
     while not Path("spinning").exists():
-        time.sleep(0.01)  # It ends in the turn after that of SPIN, before events of clients.
+        time.sleep(0.01)  # It ends in the turn after SPIN's, before the events of clients.
     Path("held").touch()
     while Path("held").exists():
         pass
@@ -71,7 +71,7 @@ CROWD = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the command above."""
+    """A folder with the commands above."""
     folder = tmp_path_factory.mktemp("commands")
     (folder / "greenlets.py").write_text(MODULE)
     return folder
@@ -79,16 +79,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def here(folder: Path) -> Iterator[Running]:
-    """A server that is left as it was."""
+    """A server that the tests do not change."""
     with Running("--commands", "greenlets", "--server-id", "here", cwd=folder) as running:
         yield running
 
 
 @pytest.fixture
 def watcher(here: Running) -> Iterator[Client]:
-    """A client that counts greenlets. It has one itself."""
+    """A client that counts greenlets, including its own."""
     with here.client() as client:
-        until(lambda: client.who() == 1, "it is alone")
+        until(lambda: client.who() == 1, "the watcher is the only client")
         yield client
 
 
@@ -97,7 +97,7 @@ def greenlets(client: Client) -> int:
 
 
 @pytest.mark.outer
-def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(
+def test_clients_with_only_built_in_commands_have_no_greenlet(
     here: Running, watcher: Client
 ) -> None:
     before = greenlets(watcher)
@@ -115,7 +115,7 @@ def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(
                 b"".join(client.line() for _ in range(30)) == b"%d\nhere\n42\n" % (CROWD + 1) * 10
             )
         assert greenlets(watcher) == before
-    until(lambda: watcher.who() == 1, "they are counted out")
+    until(lambda: watcher.who() == 1, "the clients are uncounted")
     assert greenlets(watcher) == before
 
 
@@ -123,23 +123,23 @@ def test_clients_that_say_nothing_but_built_in_commands_have_no_greenlet(
 @pytest.mark.parametrize(
     "sent", [b"NOPE\n", b"WHO\nWHY\nNOPE\n", b" why\n", b"\xff\n", b"\n", b"WHO\nWH", b"quick\n"]
 )
-def test_nothing_but_a_handler_that_may_block_has_a_greenlet(
+def test_only_a_handler_that_may_block_has_a_greenlet(
     here: Running, watcher: Client, sent: bytes
 ) -> None:
     before = greenlets(watcher)
     with here.client() as client:
         client.send(sent)
-        until(lambda: watcher.who() == 2, "it is there")
+        until(lambda: watcher.who() == 2, "the client is counted")
         time.sleep(0.05)
         assert greenlets(watcher) == before
         client.send(b"\nNAP\n")
-        until(lambda: greenlets(watcher) == before + 1, "the handler has one")
+        until(lambda: greenlets(watcher) == before + 1, "the handler has a greenlet")
         while client.line() != b"rested\n":
             pass
         assert greenlets(watcher) == before
 
 
-def test_a_blank_line_is_no_first_line_and_a_command_is_one(here: Running) -> None:
+def test_a_command_counts_as_the_first_line_and_a_blank_line_does_not(here: Running) -> None:
     for sent, received in (
         (b"\n", b""),
         (b"NOPE\n", b"ERR unknown command\nERR unknown command\n"),
@@ -153,16 +153,14 @@ def test_a_blank_line_is_no_first_line_and_a_command_is_one(here: Running) -> No
 
 
 @pytest.mark.outer
-def test_a_blocking_command_within_a_burst_keeps_the_order_of_replies(here: Running) -> None:
+def test_a_blocking_command_within_a_batch_keeps_the_order_of_replies(here: Running) -> None:
     with here.client() as client:
         client.send(b"WHY\nNAP\nWHERE\nnope\nNAP\nwhy\nWHY")
         expected = [b"42", b"rested", b"here", b"ERR unknown command", b"rested", b"42", b"42"]
         assert [client.line()[:-1] for _ in expected] == expected
 
 
-def test_a_burst_that_is_larger_than_what_is_taken_at_once_is_answered_in_order(
-    here: Running, watcher: Client
-) -> None:
+def test_a_batch_larger_than_one_read_is_answered_in_order(here: Running, watcher: Client) -> None:
     for count in (1, 409, 410, 682, 683, 1023, 1024, 1025, 5000):
         with here.client() as client:
             client.send(b"WHERE\n" * count + b"WHY\n" * count)
@@ -170,7 +168,7 @@ def test_a_burst_that_is_larger_than_what_is_taken_at_once_is_answered_in_order(
     assert watcher.who() == 1
 
 
-def test_replies_that_are_not_read_are_kept_in_order(here: Running) -> None:
+def test_unread_replies_are_kept_in_order(here: Running) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.settimeout(0.3)
@@ -191,24 +189,24 @@ def test_replies_that_are_not_read_are_kept_in_order(here: Running) -> None:
 
 
 @pytest.mark.parametrize("crowd", [0, TURN_CLIENTS + 50], ids=["few", "more than in one turn"])
-def test_a_client_that_connected_before_a_who_was_sent_is_in_its_reply(
+def test_who_counts_every_client_that_connected_before_it_was_sent(
     folder: Path, crowd: int
 ) -> None:
-    """Both come in a turn that has begun already: the worker is held up between two polls."""
+    """Both arrive during a turn: the worker is stalled between two polls."""
     with Running("--commands", "greenlets", cwd=folder) as server, ExitStack() as stack:
         spinning, holding, asking, *others = [
             stack.enter_context(server.client()) for _ in range(3 + crowd)
         ]
-        until(lambda: asking.who() == 3 + crowd, "all are there")
+        until(lambda: asking.who() == 3 + crowd, "all clients are counted")
         holding.send(b"AFTER-SPIN\n")
         spinning.send(b"SPIN\n")
         until((folder / "spinning").exists, "the worker is in a turn")
-        asking.send(b"W")  # So its event comes before that of the listener.
+        asking.send(b"W")  # Its event precedes the listener's.
         for client in others:
             client.send(b"WHY\n")
         time.sleep(0.05)
         (folder / "released").touch()
-        until((folder / "held").exists, "the worker is in the next one")
+        until((folder / "held").exists, "the worker is in the next turn")
         stack.enter_context(server.client())
         asking.send(b"HO\n")
         for name in ("spinning", "released", "held"):
@@ -218,7 +216,7 @@ def test_a_client_that_connected_before_a_who_was_sent_is_in_its_reply(
         assert (spinning.line(), holding.line()) == (b"released\n", b"held\n")
 
 
-def test_a_drain_answers_what_a_client_at_rest_has_sent_and_then_ends_it(folder: Path) -> None:
+def test_a_drain_answers_the_received_lines_of_an_idle_client_and_closes_it(folder: Path) -> None:
     options = ("--commands", "greenlets", "--drain-timeout", "600")
     with Running(*options, cwd=folder) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(CROWD)]
@@ -236,12 +234,12 @@ def test_a_drain_answers_what_a_client_at_rest_has_sent_and_then_ends_it(folder:
 @pytest.mark.parametrize(
     "said", [b"\n", b"W", b"WHY\nW", b"WHY\n" * 1000], ids=["blanks", "line", "lines", "flood"]
 )
-def test_a_client_that_goes_on_and_on_holds_up_no_drain(said: bytes) -> None:
+def test_a_client_that_keeps_sending_does_not_delay_a_drain(said: bytes) -> None:
     with Running("--drain-timeout", "600") as server, server.client() as client:
         talks = threading.Event()
 
         def talk() -> None:
-            with suppress(OSError):  # Until it is reset.
+            with suppress(OSError):  # The server resets it.
                 while True:
                     client.send(said)
                     talks.set()
@@ -258,16 +256,16 @@ def test_a_client_that_goes_on_and_on_holds_up_no_drain(said: bytes) -> None:
 
 
 @pytest.mark.outer
-def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> None:
+def test_idle_clients_use_almost_no_cpu(here: Running, watcher: Client) -> None:
     [worker] = here.workers()
     with ExitStack() as stack:
         clients = [stack.enter_context(here.client()) for _ in range(500)]
         assert [client.ask(b"WHY") for client in clients] == [b"42"] * 500
-        until(lambda: watcher.who() == 501, "all are there")
+        until(lambda: watcher.who() == 501, "all clients are counted")
         used = sum(worker.cpu_times()[:2])
         time.sleep(3)
-        assert sum(worker.cpu_times()[:2]) - used < 0.1  # A loop that spins takes 3.
-        # Nor does one that has been awake leave something behind that keeps the loop awake.
+        assert sum(worker.cpu_times()[:2]) - used < 0.1  # A spinning loop uses 3 s.
+        # A client that was active leaves nothing behind that keeps the loop awake.
         assert clients[0].ask(b"NOPE") == b"ERR unknown command"
         time.sleep(3)
         used = sum(worker.cpu_times()[:2])
@@ -278,24 +276,24 @@ def test_idle_clients_cost_next_to_nothing(here: Running, watcher: Client) -> No
 
 
 @pytest.mark.outer
-def test_a_client_that_is_reset_while_its_handler_runs_costs_nothing(
+def test_a_client_that_resets_during_its_handler_uses_no_cpu(
     here: Running, watcher: Client
 ) -> None:
     [worker] = here.workers()
     with here.client() as client:
         client.send(b"REST\nWHY\n")
-        until(lambda: watcher.who() == 2, "it is there")
+        until(lambda: watcher.who() == 2, "the client is counted")
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     used = sum(worker.cpu_times()[:2])
     time.sleep(1.5)
     assert watcher.who() == 2, "the handler runs"
-    assert sum(worker.cpu_times()[:2]) - used < 0.3  # A loop that spins takes 1.5.
-    until(lambda: watcher.who() == 1, "it has gone")
+    assert sum(worker.cpu_times()[:2]) - used < 0.3  # A spinning loop uses 1.5 s.
+    until(lambda: watcher.who() == 1, "the client has left")
 
 
 @contextmanager
 def loop(**options: Any) -> Iterator[tuple[Scoreboard, Loop, socket.socket]]:
-    """A loop in this process, and one client of it."""
+    """A loop in this process, with one client."""
     scoreboard = Scoreboard.create(1)
     config = Config(server_id="here", **options)
     replies = Replies(config, scoreboard, 0, (*BUILT_IN, rest, slow))
@@ -320,7 +318,7 @@ def one_more(loop: Loop) -> Iterator[socket.socket]:
         yield theirs
 
 
-def test_a_turn_that_comes_while_a_handler_runs_does_not_end_it() -> None:
+def test_a_turn_during_a_handler_does_not_end_the_handler() -> None:
     with loop() as (_, ours, client):
         client.sendall(b"REST\nWHY\n")
         gevent.sleep(0.03)
@@ -329,7 +327,7 @@ def test_a_turn_that_comes_while_a_handler_runs_does_not_end_it() -> None:
         assert client.recv(100) == b"rested\n42\n"
 
 
-def test_a_closed_client_keeps_no_buffers_though_its_deadline_is_not_over() -> None:
+def test_a_closed_client_frees_its_buffers_before_its_deadline() -> None:
     with loop(line_timeout_seconds=1000) as (_, ours, _client):
         with one_more(ours) as other:
             other.sendall(b"WHY\nWH")
@@ -341,11 +339,11 @@ def test_a_closed_client_keeps_no_buffers_though_its_deadline_is_not_over() -> N
         assert not closed.sock
 
 
-def test_time_in_which_replies_wait_to_be_read_is_not_idle_time() -> None:
+def test_time_while_replies_are_unread_is_not_idle_time() -> None:
     with loop(idle_timeout_seconds=0.5) as (scoreboard, _, client):
         client.setblocking(False)
         sent = received = blocked = 0
-        while blocked < 20:  # Until nothing is taken any more, since nothing is read.
+        while blocked < 20:  # Until the buffers are full, since nothing is read.
             try:
                 sent += client.send(b"WHY\n" * (READ_BYTES // 4))
                 blocked = 0
@@ -363,7 +361,7 @@ def test_time_in_which_replies_wait_to_be_read_is_not_idle_time() -> None:
         assert scoreboard.totals()["clients"] == 1
 
 
-def test_a_failure_of_our_own_closes_its_client_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_closes_only_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
     with loop() as (scoreboard, ours, client):
         with monkeypatch.context() as patch, one_more(ours) as other:
             patch.setattr(ours, "answer", fail)
@@ -381,7 +379,7 @@ def fail(_data: bytes, _has_spoken: bool) -> bytes:
     raise MemoryError
 
 
-def test_each_read_is_counted_and_timed_whichever_way_it_is_answered() -> None:
+def test_each_read_is_counted_and_timed_on_the_fast_path_and_in_the_parser() -> None:
     with loop() as (scoreboard, ours, client):
         reads = ((b"WHO\n", b"1\n"), (b"WHY\nWHERE\n", b"42\nhere\n"), (b"Who\nwhy", b"1\n42\n"))
         for count, (sent, received) in enumerate(reads, 1):
@@ -402,10 +400,10 @@ def test_each_read_is_counted_and_timed_whichever_way_it_is_answered() -> None:
 
 
 @pytest.mark.outer
-def test_a_client_that_sent_more_of_its_line_while_the_worker_was_held_up_is_not_too_slow() -> None:
+def test_a_line_that_continues_during_a_stall_is_not_too_slow() -> None:
     with Running("--line-timeout", "1") as server, server.client() as client:
         client.send(b"WH")
-        until(lambda: server.who() == 2, "it is there")
+        until(lambda: server.who() == 2, "the client is counted")
         with stopped(server.workers()[0]):
             client.send(b"E")
             time.sleep(2.5)
@@ -415,9 +413,7 @@ def test_a_client_that_sent_more_of_its_line_while_the_worker_was_held_up_is_not
 
 
 @pytest.mark.outer
-def test_a_handler_that_exits_its_greenlet_in_a_drain_is_a_handler_that_failed(
-    tmp_path: Path,
-) -> None:
+def test_a_handler_that_exits_its_greenlet_during_a_drain_has_failed(tmp_path: Path) -> None:
     module = """
 import time
 from greenlet import GreenletExit
@@ -455,7 +451,7 @@ def alive_greenlets() -> int:
 
 
 @pytest.mark.outer
-def test_deadlines_that_are_over_leave_nothing_behind() -> None:
+def test_expired_deadlines_leave_nothing_behind() -> None:
     """A client that sends its lines in pieces sets a new deadline with each."""
     with loop(line_timeout_seconds=1000, unterminated_after_seconds=500) as (_, ours, client):
         client.setblocking(False)
@@ -467,15 +463,15 @@ def test_deadlines_that_are_over_leave_nothing_behind() -> None:
             longest = max(longest, ours._deadlines.entries)
             with suppress(BlockingIOError):
                 answered += client.recv(4096).count(b"\n")
-        assert 500 < longest < 1100, "it is cut back"
+        assert 500 < longest < 1100, "the list is compacted"
 
 
 @pytest.mark.outer
-@pytest.mark.parametrize("said", [b"x" * 2000, b""], ids=["a line too long", "turned away"])
-def test_a_worker_whose_descriptor_somebody_closes_while_it_waits_for_a_last_end_is_replaced(
+@pytest.mark.parametrize("said", [b"x" * 2000, b""], ids=["a line too long", "rejected"])
+def test_a_worker_whose_lingering_descriptor_is_closed_is_replaced(
     folder: Path, said: bytes
 ) -> None:
-    """It was not to stay half deaf: such a descriptor may be another client's by then."""
+    """It must not continue: the descriptor's number may already belong to another client."""
     options = "--commands", "greenlets", "--max-clients", "9" if said else "1"
     with Running(*options, cwd=folder) as server, server.client() as client:
         client.who()
@@ -501,7 +497,7 @@ def test_the_time_of_a_slow_read_is_counted_once() -> None:
 
 @command("SLOW", may_block=False)
 def slow(_service: object) -> str:
-    """Return how many seconds it took."""
+    """Take some time; return the seconds."""
     started = time.monotonic()
     while time.monotonic() - started < 0.2:
         pass

@@ -1,6 +1,4 @@
-"""Where every process begins: for a person, and for a child that was not meant to be started by
-one.
-"""
+"""The entry point of every process: started by a person, or as an internal child."""
 
 import json
 import os
@@ -29,7 +27,7 @@ def test_the_package_runs_as_a_module_from_its_own_folder() -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("arguments", [("worker",), ("agent",), ("worker", "0"), ("os",), ()])
-def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(
+def test_a_child_without_instructions_reports_that_it_is_internal(
     arguments: tuple[str, ...],
 ) -> None:
     done = gserver("child", *arguments, stdin=subprocess.DEVNULL)
@@ -40,7 +38,7 @@ def test_a_child_that_is_given_nothing_says_that_it_is_not_for_people(
 @pytest.mark.parametrize(
     "junk", [b"junk\n", b"\xff", b"42", b"[]", b"{}", b'{"config": {}}', b'{"config": {"x": 1}}']
 )
-def test_a_child_that_is_given_junk_says_that_it_is_not_for_people(
+def test_a_child_with_invalid_instructions_reports_that_it_is_internal(
     junk: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "junk").write_bytes(junk)
@@ -49,7 +47,7 @@ def test_a_child_that_is_given_junk_says_that_it_is_not_for_people(
     assert (done.returncode, done.stdout, done.stderr) == (2, "", BY_HAND)
 
 
-def test_a_child_of_another_version_tells_the_supervisor_what_to_do() -> None:
+def test_a_child_of_another_version_asks_for_a_restart() -> None:
     ours, theirs = os.pipe()
     payload = json.dumps({"config": {"an_option_that_is_gone": 1}, "report_fd": theirs})
     done = subprocess.run(
@@ -71,7 +69,7 @@ def test_a_child_of_another_version_tells_the_supervisor_what_to_do() -> None:
     assert (done.returncode, done.stderr) == (2, f"gserver: {reason}\n")
 
 
-def test_a_child_at_a_terminal_does_not_wait_for_what_a_person_cannot_type() -> None:
+def test_a_child_started_at_a_terminal_does_not_wait_for_input() -> None:
     ours, theirs = pty.openpty()
     try:
         done = gserver("child", "worker", stdin=theirs)
@@ -82,7 +80,7 @@ def test_a_child_at_a_terminal_does_not_wait_for_what_a_person_cannot_type() -> 
 
 
 def _port_of(server: Running) -> int:
-    """Where it listens, if it cannot say so."""
+    """The port of a server that cannot log it."""
     for found in psutil.Process(server.pid).net_connections("tcp"):
         if found.status == psutil.CONN_LISTEN:
             return int(found.laddr.port)
@@ -91,9 +89,9 @@ def _port_of(server: Running) -> int:
 
 @pytest.mark.outer
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -> None:
-    """As some supervisors start programs. What is opened next must not take the place of what is
-    missing.
+def test_a_server_started_without_standard_streams_serves(closed: str) -> None:
+    """Some supervisors start programs like this. The next opened file must not become a standard
+    stream.
     """
     command = [
         "sh",
@@ -104,7 +102,7 @@ def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -
         *argv("-P -m gserver --port 0"),
     ]
     with Running(command=command, wait=False) as server:
-        until(lambda: server.process.poll() is not None or _port_of(server), "it listens")
+        until(lambda: server.process.poll() is not None or _port_of(server), "the server listens")
         assert server.process.poll() is None, server.stderr
         with Client(_port_of(server)) as client:
             assert client.ask(b"WHO") == b"1"
@@ -112,7 +110,7 @@ def test_a_server_that_is_started_without_standard_streams_serves(closed: str) -
         assert server.stderr == ""
 
 
-def test_what_is_wrong_ends_with_its_exit_code_even_if_nobody_can_be_told() -> None:
+def test_an_error_has_its_exit_code_even_without_standard_streams() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [

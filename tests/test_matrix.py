@@ -1,4 +1,4 @@
-"""The results of other versions: how they are counted, and which tests need a Redis."""
+"""The results on other versions: how they are counted, and which tests need Redis."""
 
 import click
 import pytest
@@ -29,7 +29,7 @@ REPORT = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def test_a_test_that_fails_at_its_own_end_has_failed() -> None:
+def test_a_test_that_fails_in_its_teardown_has_failed() -> None:
     assert outcomes(REPORT) == {
         "tests.test_a::test_one[x]": "passed",
         "tests.test_a::test_two": "failed",
@@ -64,7 +64,7 @@ def test_a_failure_that_passes_with_a_later_commit_is_named_with_it() -> None:
         corrected(row, again | {"passed": 0})
 
 
-def test_a_row_names_a_test_so_that_pytest_finds_it() -> None:
+def test_a_row_names_tests_by_their_pytest_id() -> None:
     name = "tests.outer.test_a::test_b[/a/b.c]"
     assert node(name) == "tests/outer/test_a.py::test_b[/a/b.c]"
 
@@ -81,12 +81,12 @@ def test_a_new_row_replaces_that_of_the_same_release_and_engine() -> None:
     assert [row["passed"] for row in merged(old, new)] == [4, 1, 3]
 
 
-def test_the_engine_is_what_the_program_says() -> None:
+def test_the_engine_is_read_from_the_programs_version() -> None:
     assert engine_of("Redis server v=8.0.6 sha=00000000:0 malloc=...") == ("Redis", "8.0.6")
     assert engine_of("Valkey server v=9.1.2 sha=00000000:0 malloc=...") == ("Valkey", "9.1.2")
 
 
-def test_tests_that_need_a_redis_are_found_by_what_they_import() -> None:
+def test_tests_that_need_redis_are_found_by_their_imports() -> None:
     found = redis_tests()
     assert "tests/outer/test_redis_link.py" in found
     assert "tests/outer/test_heartbeats.py" in found  # by a name, not an import
@@ -94,7 +94,7 @@ def test_tests_that_need_a_redis_are_found_by_what_they_import() -> None:
     assert "tests/test_protocol.py" not in found
 
 
-def test_versions_are_listed_without_their_last_number() -> None:
+def test_versions_are_listed_without_the_patch_number() -> None:
     rows = [
         {"python": "3.14.10", "engine": "Redis", "version": "8.0.6"},
         {"python": "3.13.5", "engine": "Redis", "version": "8.0.2"},
@@ -104,7 +104,7 @@ def test_versions_are_listed_without_their_last_number() -> None:
     assert versions(rows) == "Python 3.11, 3.13 and 3.14, Redis 7.0 and 8.0, Valkey 9.1"
 
 
-def test_the_readme_names_the_versions_of_the_results_in_which_nothing_failed() -> None:
+def test_the_readme_names_the_versions_without_failures() -> None:
     rows = saved()
     assert {row["engine"] for row in rows} == {"Redis", "Valkey"}
     assert [row["failures"] for row in rows] == [[]] * len(rows)

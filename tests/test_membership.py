@@ -1,6 +1,6 @@
-"""What replies to heartbeats mean: each rule alone, and all rules in a simulated cluster.
+"""The meaning of heartbeat replies: each rule alone, and all rules in a simulated cluster.
 
-The network of the simulation is full of faults.
+The simulated network has many faults.
 """
 
 from collections import Counter
@@ -40,23 +40,33 @@ def lost(total_clients: int, returned: int, clock: int, lost_at: int = 50_001) -
 
 
 def successor(last: Membership, ttl_ms: int) -> Membership:
-    """What another agent knows that continues from the scoreboard."""
+    """The state of a new agent that continues from the scoreboard."""
     return Membership(
-        ttl_ms, last.remote_clients, last.servers, last.last_clock, last.lost_at, last.hold_until
+        ttl_ms,
+        remote_clients=last.remote_clients,
+        servers=last.servers,
+        last_clock=last.last_clock,
+        lost_at=last.lost_at,
+        hold_until=last.hold_until,
     )
 
 
-def test_the_first_reply_is_taken_as_it_is_although_its_loss_is_new_to_the_server() -> None:
-    membership = Membership(TTL_MS)
+def new_member(ttl_ms: int = TTL_MS) -> Membership:
+    """The state of a server before its first heartbeat."""
+    return Membership(ttl_ms, remote_clients=0, servers=0, last_clock=0, lost_at=0, hold_until=0)
+
+
+def test_the_first_reply_is_accepted_even_if_it_reports_a_loss() -> None:
+    membership = new_member()
     membership.apply(reply(30, 2, 70_000, lost_at=69_999), 10)
     assert (membership.remote_clients, membership.servers) == (20, 2)
     assert (membership.last_clock, membership.lost_at, membership.hold_until) == (70_000, 69_999, 0)
 
 
-#: What a server hears that has 5 clients and knows of two others with 100 at 50,000 on the lease
-#: clock: each reply, and the remote clients and the servers that it believes in then.
+#: A server has 5 clients, and knows two others with 100 at 50,000 on the lease clock. Each entry:
+#: a reply, and the remote clients and servers that it assumes afterwards.
 RULES: dict[str, list[tuple[Reply, int, int]]] = {
-    "without faults each reply is taken as it is": [
+    "without faults each reply is accepted": [
         (reply(205, 4, 55_999), 200, 4),
         (reply(25, 3, 61_998), 20, 3),
         (reply(6, 2, 67_997), 1, 2),
@@ -67,7 +77,7 @@ RULES: dict[str, list[tuple[Reply, int, int]]] = {
         (lost(5, 1, 50_001), 100, 3),
         (lost(45, 2, 50_500), 100, 3),
         (lost(85, 3, 51_600), 80, 5),
-        (lost(5, 1, 51_700), 0, 3),  # The hold has ended for good.
+        (lost(5, 1, 51_700), 0, 3),  # The hold has ended permanently.
     ],
     "a higher number than the held one is taken": [
         (lost(5, 1, 50_001), 100, 3),
@@ -83,12 +93,12 @@ RULES: dict[str, list[tuple[Reply, int, int]]] = {
         (reply(45, 3, 57_001, returned=1, lost_at=50_001), 40, 3),
         (reply(25, 2, 57_002, returned=1, lost_at=50_001), 20, 2),
     ],
-    "a server that alone was dropped holds for a third of the TTL": [
+    "a server that was dropped alone holds for a third of the TTL": [
         (reply(45, 2, 56_000, was_missing=1), 100, 3),
         (reply(45, 2, 57_999), 100, 3),
         (reply(45, 2, 58_000), 40, 2),
     ],
-    "a server that alone was dropped does not hold if as many servers are members": [
+    "a server that was dropped alone does not hold if as many servers are members": [
         (reply(45, 3, 60_000, was_missing=1), 40, 3)
     ],
     "a server that was away but not dropped does not hold": [(reply(45, 2, 56_000), 40, 2)],
@@ -115,8 +125,8 @@ RULES: dict[str, list[tuple[Reply, int, int]]] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_reply_is_believed_or_the_last_number_is_held(rule: str) -> None:
-    membership = Membership(TTL_MS)
+def test_a_reply_is_accepted_or_the_last_number_is_held(rule: str) -> None:
+    membership = new_member()
     membership.apply(reply(105, 3, 50_000), 5)
     assert (membership.remote_clients, membership.servers, membership.lost_at) == (100, 3, 1)
     for heard, remote_clients, servers in RULES[rule]:
@@ -125,7 +135,7 @@ def test_a_reply_is_believed_or_the_last_number_is_held(rule: str) -> None:
         assert (membership.last_clock, membership.lost_at) == (heard.clock, heard.lost_at)
 
 
-def test_an_agent_that_replaces_another_continues_from_what_that_one_knew() -> None:
+def test_a_new_agent_continues_from_the_state_of_the_previous_one() -> None:
     membership = Membership(
         TTL_MS, remote_clients=100, servers=3, last_clock=50_000, lost_at=1, hold_until=0
     )
@@ -154,10 +164,10 @@ def test_every_kind_of_error_has_its_cell_on_the_scoreboard() -> None:
 TTL_S, INTERVAL_S = TTL / 1000, INTERVAL / 1000
 #: Pauses between the heartbeats of a server.
 PERIODS = st.floats(0.75 * INTERVAL_S, INTERVAL_S)
-#: Each server counts its clients in another power of it, so a sum shows whose clients it contains.
+#: Each server counts its clients in a different power of it, so a sum shows whose clients it has.
 UNIT = 1000
-#: A server that is silent for longer, while Redis is available, may be taken for dead: after a loss
-#: of data the others need not wait for it.
+#: A server that is silent for longer while Redis is available may count as dead: after a loss of
+#: data the others need not wait for it.
 PATIENCE_S = 0.3 * TTL_S
 
 
@@ -172,14 +182,14 @@ class Server:
     next_heartbeat: float
     clients: int = 1
     replaced_incarnation: str = ""
-    membership: Membership = field(default_factory=lambda: Membership(TTL))
+    membership: Membership = field(default_factory=lambda: new_member(TTL))
     acked_sequence: int = 0
     is_cut_off: bool = False
     #: The reply to its next heartbeat is lost.
     loses_reply: bool = False
-    #: Seconds since its last heartbeat, without the time in which Redis was away for all.
+    #: Seconds since its last heartbeat, without the time in which Redis was unavailable to all.
     silence: float = 0.0
-    #: The incarnations that were members when it last held nothing: it waits for them after a loss.
+    #: The incarnations that were members when it last did not hold: it waits for them after a loss.
     awaited: set[str] = field(default_factory=set)
     #: By unit, the clients that it may count: those of the last reply, and all clients since.
     may_count: Counter[int] = field(default_factory=Counter)
@@ -203,7 +213,7 @@ class World:
         self.now = 100.0
         self.sequence = 0
         self.is_judging = True
-        #: Until then an older state of Redis may go unnoticed.
+        #: Until then an older state of Redis may be unnoticed.
         self.hidden_until = 0.0
         self.units: list[int] = []
         self.servers: list[Server] = []
@@ -255,7 +265,7 @@ class World:
         lag = max(one.membership.last_clock for one in self.servers) - self.script.clock
         lost_at, reply = self.script.lost_at, self.call(server, server.reported_clients)
         if lag > 2 * INTERVAL and self.script.lost_at == lost_at:
-            # A server without newer knowledge hides it from all but those whose own entry is older.
+            # A server without newer knowledge hides it from all but servers with an older entry.
             # They report soon.
             self.hidden_until = self.now + INTERVAL_S
         server.silence = 0.0
@@ -267,8 +277,8 @@ class World:
             server.membership.remote_clients,
         )
         if reply.holder != server.incarnation:
-            # An earlier incarnation, which a backup has brought back. Here it is known at once what
-            # `DuplicateIdDetector` finds out in two intervals.
+            # An earlier incarnation from a backup. The simulation knows this at once;
+            # `DuplicateIdDetector` finds it out in two intervals.
             server.replaced_incarnation, server.acked_sequence = reply.holder, 0
             server.membership.apply_rejected(reply)
             return
@@ -293,11 +303,12 @@ class World:
         server.may_count |= Counter({other.unit: other.clients for other in self.servers})
 
     def least(self, server: Server, before: int) -> int:
-        """The least that a server must count: known clients of servers that are still there.
+        """The least that a server must count: known clients of servers that still run.
 
-        It only waits for as many servers as it knew. So an unknown one may stand in for a known one
-        that has not reported yet: one that was dropped before the loss, or a new one if no data was
-        lost.
+
+        It waits only for the number of servers that it knew. So an unknown server may stand in for
+        a known one that has not reported yet: one that was dropped before the loss, or a new one if
+        no data was lost.
         """
         script = self.script
         there_are = {entry.incarnation for entry in script.entries.values()}
@@ -333,7 +344,7 @@ class World:
         self.now = max(self.now, moment)
 
     def go_away(self, seconds: float) -> None:
-        """Redis is away for all servers. When it is back, each tries within an interval."""
+        """Redis is unavailable to all servers. When it is back, each retries within an interval."""
         self.now += seconds
         for number, server in enumerate(self.servers):
             server.next_heartbeat = max(
@@ -349,11 +360,11 @@ class World:
         self.kept = deepcopy(self.script)
 
     def restore(self) -> None:
-        """Redis comes back with the last backup, whatever was lost since."""
+        """Redis returns with the last backup."""
         self.script = deepcopy(self.kept)
 
     def fail_over(self, seconds: float, pause: float) -> None:
-        """Redis comes back after a pause as it was before the last so many seconds."""
+        """Redis returns after a pause, without the writes of the last `seconds`."""
         lagging = deepcopy(self.script)
         self.run(seconds)
         self.script = lagging
@@ -433,7 +444,7 @@ class World:
 NUMBER = st.integers(0, 9)
 MOMENT = st.floats(0, INTERVAL_S)
 PAUSE = MOMENT | st.floats(0, 2 * TTL_S)
-#: What may happen to the simulated cluster: methods of World and their arguments.
+#: The events of the simulated cluster: methods of World and their arguments.
 FAULTS = st.one_of(
     st.tuples(st.just(World.run), PAUSE),
     st.tuples(st.just(World.go_away), PAUSE | st.floats(0, 100 * TTL_S)),
@@ -458,7 +469,7 @@ PERIODS_OF_ALL = st.lists(PERIODS, min_size=2, max_size=4)
 # The same examples each time. To search for more: without derandomize, with thousands of examples.
 @settings(max_examples=600, deadline=None, derandomize=True)
 @given(periods=PERIODS_OF_ALL, faults=st.lists(FAULTS, max_size=20))
-def test_no_count_dips_or_rises_falsely_and_all_are_exact_when_the_faults_are_over(
+def test_no_count_is_falsely_low_or_high_and_all_are_exact_after_the_faults(
     periods: list[float], faults: list[tuple[Any, ...]]
 ) -> None:
     world = World(periods)

@@ -1,4 +1,4 @@
-"""The catalogue of metrics, and that every format, document and file keeps to it."""
+"""The catalogue of metrics, and its consistency with every format, document and file."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from lab.running import ROOT
 
 CONFIG = Config(server_id="here", redis_url="redis://x")
 BY_NAME = {metric.name: metric for metric in METRICS}
-#: The metric with the version, which is no figure of the catalogue.
+#: The metric with the version, which is not in the catalogue.
 INFO = "gserver_info"
 
 
@@ -37,7 +37,7 @@ def filled() -> Scoreboard:
 
 
 def samples(scoreboard: Scoreboard, config: Config = CONFIG) -> dict[str, float]:
-    """What /metrics holds: each sample by its name and labels."""
+    """The samples of /metrics by name and labels."""
     registry = CollectorRegistry()
     registry.register(ScoreboardCollector(config, scoreboard))
     lines = [
@@ -67,7 +67,7 @@ def test_every_figure_has_its_own_name_in_every_format() -> None:
 
 
 def noun(name: str) -> str:
-    """A name without what only a format adds to it."""
+    """A name without the parts that only one format adds."""
     name = name.replace(".", "_").removeprefix("gserver_").removeprefix("server_")
     name = name.removeprefix("cluster_").removesuffix("_now")
     return re.sub(r"_(ns|ms|timestamp_seconds|seconds|time|at)$", "", name)
@@ -91,7 +91,7 @@ def test_a_unit_is_part_of_the_name() -> None:
             assert metric.prometheus.endswith("_seconds")
 
 
-def test_a_timing_names_the_counter_of_what_it_timed() -> None:
+def test_a_timing_names_the_counter_of_the_timed_events() -> None:
     timings = [metric for metric in METRICS if metric.kind is Kind.TIMING]
     assert timings
     for metric in timings:
@@ -108,7 +108,7 @@ def test_moments_and_states_are_shown_only_for_each_worker() -> None:
 # Prometheus.
 
 
-def test_the_histogram_counts_in_each_bucket_what_took_at_most_its_bound() -> None:
+def test_each_histogram_bucket_counts_values_up_to_its_bound() -> None:
     scoreboard = Scoreboard.create(2)
     for number, reads in ((0, 1), (1, 1), (4, 4), (len(SERVICE_BOUNDS_NS), 1)):
         scoreboard.cells[scoreboard.cell(f"service_bucket.{number}", number % 2)] = reads
@@ -138,7 +138,7 @@ def test_a_worker_counts_reads_by_their_service_time() -> None:
     assert now["gserver_service_seconds_count"] == 7
 
 
-def test_figures_that_are_not_known_have_no_sample() -> None:
+def test_unknown_figures_have_no_sample() -> None:
     scoreboard = Scoreboard.create(2)
     assert "gserver_cluster_servers" not in samples(scoreboard)
     assert "gserver_tls_expires_timestamp_seconds" not in samples(scoreboard)
@@ -150,7 +150,7 @@ def test_figures_that_are_not_known_have_no_sample() -> None:
     assert samples(scoreboard)["gserver_cluster_age_seconds"] > 0
 
 
-def test_workers_are_shown_with_the_number_that_should_run() -> None:
+def test_workers_are_shown_with_the_configured_number() -> None:
     scoreboard = Scoreboard.create(4)
     scoreboard.put("workers", 2)
     now = samples(scoreboard, replace(CONFIG, workers=3))
@@ -171,7 +171,7 @@ def test_times_are_in_seconds() -> None:
     assert cluster["heartbeat_seconds"] == 1.5
 
 
-def test_prometheus_gets_every_metric_that_the_catalogue_has_for_it() -> None:
+def test_prometheus_gets_every_metric_of_the_catalogue() -> None:
     now = {name.partition("{")[0] for name in samples(filled())}
     assert now == {INFO}.union(*(sample_names(metric) for metric in METRICS))
 
@@ -179,7 +179,7 @@ def test_prometheus_gets_every_metric_that_the_catalogue_has_for_it() -> None:
 # StatsD.
 
 
-def test_statsd_has_a_name_for_every_metric_that_the_catalogue_has_for_it() -> None:
+def test_statsd_gets_every_metric_of_the_catalogue() -> None:
     names = {*GAUGES, *COUNTERS, *TIMINGS}
     for metric in METRICS:
         if metric.statsd and metric.name != "commands":
@@ -191,7 +191,7 @@ def test_statsd_has_a_name_for_every_metric_that_the_catalogue_has_for_it() -> N
 
 # JSON.
 
-#: What /status.json has beside the figures of the catalogue.
+#: Figures of /status.json that are not in the catalogue.
 OTHER_PATHS = {
     *(f"server.{name}" for name in ("id", "version", "host", "port", "state")),
     *("workers.each", "cluster.name", "cluster.is_held", "cluster.members"),
@@ -208,7 +208,7 @@ def paths(value: Any, path: str = "") -> Iterator[str]:
             yield f"{path}{name}"
 
 
-def test_the_status_has_every_figure_that_the_catalogue_has_for_it_and_nothing_else() -> None:
+def test_the_status_has_exactly_the_figures_of_the_catalogue() -> None:
     document = status(CONFIG, filled())
     assert set(paths(document)) == OTHER_PATHS | {metric.json for metric in METRICS if metric.json}
     [worker] = document["workers"]["each"]
@@ -216,7 +216,7 @@ def test_the_status_has_every_figure_that_the_catalogue_has_for_it_and_nothing_e
     assert set(worker) == {"slot", *named}
 
 
-def test_the_page_reads_only_what_the_status_has() -> None:
+def test_the_page_reads_only_figures_of_the_status() -> None:
     document = status(CONFIG, filled())
     script = (ROOT / "gserver/agent/page.html").read_text().partition("<script>")[2]
     of_groups = set(re.findall(r"\b(server|clients|workers|cluster)\.(\w+)", script))
@@ -280,7 +280,7 @@ def test_documents_and_deploy_files_name_only_metrics_of_the_catalogue(path: Pat
     assert named - known == set()
 
 
-def test_documents_name_only_figures_of_the_cluster_that_there_are() -> None:
+def test_documents_name_only_existing_cluster_figures() -> None:
     known = {*GAUGES, *COUNTERS, *TIMINGS, *OTHER_PATHS, *rows("Logs")}
     known |= {metric.json for metric in METRICS}
     for path in FILES:

@@ -20,7 +20,7 @@ DELAY, TIMEOUT = 10.0, 40.0
 
 
 def lifecycle(phase: Phase = Phase.SERVING) -> Lifecycle:
-    """A server that has reached a phase, at 100 if it is one of a stop."""
+    """A server that has reached a phase, at time 100 if the phase belongs to a stop."""
     made = Lifecycle(
         Certificates(),
         drain_delay_seconds=DELAY,
@@ -46,7 +46,7 @@ def lifecycle(phase: Phase = Phase.SERVING) -> Lifecycle:
 
 
 def advance(server: Lifecycle, now: float, **seen: bool) -> bool:
-    """Advance; all processes are there, and the id is not checked, unless `seen` says otherwise."""
+    """Advance; all processes run, and the id is not checked, unless `seen` says otherwise."""
     usual = {"is_id_checked": False, "has_workers": True, "has_children": True}
     return server.advance(now, **{**usual, **seen})
 
@@ -54,14 +54,14 @@ def advance(server: Lifecycle, now: float, **seen: bool) -> bool:
 # Starts.
 
 
-def test_a_server_alone_starts_workers_at_once_and_serves_when_one_is_ready() -> None:
+def test_without_a_cluster_workers_start_at_once_and_the_first_one_serves() -> None:
     server = lifecycle(Phase.STARTING)
     assert not advance(server, 1e9)
     server.note_ready(server.generation)
     assert (server.phase, server.deadline) == (Phase.SERVING, math.inf)
 
 
-def test_in_a_cluster_workers_wait_for_the_check_of_the_id_but_not_for_ever() -> None:
+def test_in_a_cluster_workers_wait_a_limited_time_for_the_id_check() -> None:
     for seen, now in (({"is_id_checked": True}, 1.0), ({}, 5.0)):
         server = lifecycle(Phase.CHECKING_ID)
         assert not NEEDS[server.phase].has_workers
@@ -70,7 +70,7 @@ def test_in_a_cluster_workers_wait_for_the_check_of_the_id_but_not_for_ever() ->
         assert (server.phase, server.deadline) == (Phase.STARTING, math.inf)
 
 
-def test_a_reload_during_the_check_of_the_id_does_not_end_the_check() -> None:
+def test_a_reload_does_not_end_the_id_check() -> None:
     server = lifecycle(Phase.CHECKING_ID)
     server.begin_reload(Certificates())
     assert not advance(server, 4.9)
@@ -82,12 +82,14 @@ def test_a_reload_during_the_check_of_the_id_does_not_end_the_check() -> None:
 # Stops.
 
 
-def test_a_stop_drains_after_the_delay_and_is_over_when_the_processes_have_ended() -> None:
+def test_a_stop_drains_after_the_delay_and_ends_with_the_last_process() -> None:
     server = lifecycle()
     server.stop(100.0)
     assert (server.phase, server.deadline) == (Phase.DELAY, 110.0)
     assert not advance(server, 109.9)
-    assert not advance(server, 109.9, has_workers=False, has_children=False), "one is started"
+    assert not advance(server, 109.9, has_workers=False, has_children=False), (
+        "a process is being started"
+    )
     assert advance(server, 110.0)
     assert (server.phase, server.since) == (Phase.DRAINING, 110.0)
     assert not advance(server, 111.0, has_workers=False)
@@ -95,7 +97,7 @@ def test_a_stop_drains_after_the_delay_and_is_over_when_the_processes_have_ended
     assert (server.phase, server.was_forced) == (Phase.OVER, False)
 
 
-def test_a_stop_during_the_check_of_the_id_has_no_delay() -> None:
+def test_a_stop_during_the_id_check_has_no_delay() -> None:
     for stop in (Lifecycle.stop, Lifecycle.retire):
         server = lifecycle(Phase.CHECKING_ID)
         stop(server, 1.0)
@@ -103,9 +105,7 @@ def test_a_stop_during_the_check_of_the_id_has_no_delay() -> None:
 
 
 @pytest.mark.parametrize("phase", [Phase.DRAINING, Phase.FORCED])
-def test_a_stop_is_over_some_time_after_its_deadline_though_processes_are_left(
-    phase: Phase,
-) -> None:
+def test_a_stop_ends_after_its_deadline_even_if_processes_remain(phase: Phase) -> None:
     server = lifecycle(phase)
     limit = GIVE_UP_SECONDS + (TIMEOUT if phase is Phase.DRAINING else 0.0)
     assert server.deadline == 100.0 + limit
@@ -114,7 +114,7 @@ def test_a_stop_is_over_some_time_after_its_deadline_though_processes_are_left(
     assert server.phase is Phase.OVER
 
 
-def test_a_second_stop_signal_forces_the_end_and_prolongs_nothing() -> None:
+def test_a_second_stop_signal_forces_the_end_and_extends_no_deadline() -> None:
     for first in (Phase.DELAY, Phase.DRAINING):
         server = lifecycle()
         server.stop(100.0)
@@ -160,14 +160,14 @@ def test_a_stop_signal_makes_a_lame_duck_drain_at_once(moment: float) -> None:
     assert server.phase is Phase.FORCED
 
 
-def test_a_stop_after_which_a_lame_duck_is_asked_for_stays_a_stop() -> None:
+def test_a_lame_duck_request_does_not_change_a_stop() -> None:
     server = lifecycle(Phase.DELAY)
     server.retire(101.0)
     advance(server, 110.0)
     assert server.phase is Phase.DRAINING
 
 
-def test_the_first_stop_signal_in_a_drain_without_one_forces_nothing() -> None:
+def test_the_first_stop_signal_during_another_drain_forces_nothing() -> None:
     server = lifecycle(Phase.DRAINING)
     server.stop(101.0)
     assert (server.phase, server.since) == (Phase.DRAINING, 100.0)
@@ -175,7 +175,7 @@ def test_the_first_stop_signal_in_a_drain_without_one_forces_nothing() -> None:
     assert server.phase is Phase.FORCED
 
 
-def test_a_drain_never_begins_again() -> None:
+def test_a_drain_never_restarts() -> None:
     for phase in (Phase.DRAINING, Phase.FORCED):
         server = lifecycle(phase)
         deadline = server.deadline
@@ -186,7 +186,7 @@ def test_a_drain_never_begins_again() -> None:
 # Reloads.
 
 
-def test_a_reload_brings_a_new_generation_and_ends_when_it_is_complete() -> None:
+def test_a_reload_starts_a_new_generation_and_ends_when_it_is_complete() -> None:
     server = lifecycle()
     first = server.generation
     server.begin_reload(Certificates("new"))
@@ -198,7 +198,7 @@ def test_a_reload_brings_a_new_generation_and_ends_when_it_is_complete() -> None
     assert NEEDS[server.phase].treatment is Treatment.KEEP
 
 
-def test_a_reload_that_is_given_up_goes_back_and_its_number_is_not_used_again() -> None:
+def test_an_abandoned_reload_rolls_back_and_its_number_is_not_reused() -> None:
     server = lifecycle()
     first = server.generation
     numbers = {first.number}
@@ -213,7 +213,7 @@ def test_a_reload_that_is_given_up_goes_back_and_its_number_is_not_used_again() 
         assert server.generation is first
 
 
-def test_a_reload_that_is_given_up_goes_back_to_the_one_under_way_before_it() -> None:
+def test_an_abandoned_reload_rolls_back_to_the_previous_unfinished_one() -> None:
     server = lifecycle()
     server.begin_reload(Certificates("one"))
     one = server.generation
@@ -223,10 +223,12 @@ def test_a_reload_that_is_given_up_goes_back_to_the_one_under_way_before_it() ->
     server.give_up_reload()
     assert server.generation is one
     assert server.phase is Phase.RELOADING
-    assert not server.would_end_reload(one), "a worker of it was ready: there is no way back"
+    assert not server.would_end_reload(one), (
+        "one of its workers was ready: it cannot be rolled back"
+    )
 
 
-def test_a_proven_reload_that_cannot_go_on_leaves_the_workers_that_there_are() -> None:
+def test_a_proven_reload_that_cannot_continue_keeps_the_current_workers() -> None:
     server = lifecycle(Phase.RELOADING)
     new = server.generation
     server.note_ready(new)
@@ -234,7 +236,7 @@ def test_a_proven_reload_that_cannot_go_on_leaves_the_workers_that_there_are() -
     assert (server.phase, server.generation) == (Phase.SERVING, new)
 
 
-def test_a_reload_before_any_worker_was_ready_can_be_given_up_too() -> None:
+def test_a_reload_before_any_worker_is_ready_can_be_abandoned_too() -> None:
     server = lifecycle(Phase.STARTING)
     server.begin_reload(Certificates())
     server.give_up_reload()
@@ -242,7 +244,7 @@ def test_a_reload_before_any_worker_was_ready_can_be_given_up_too() -> None:
 
 
 @pytest.mark.parametrize("phase", [Phase.DELAY, Phase.RETIRING, Phase.DRAINING])
-def test_a_reload_that_is_given_up_during_a_stop_changes_no_phase(phase: Phase) -> None:
+def test_a_reload_abandoned_during_a_stop_does_not_change_the_phase(phase: Phase) -> None:
     server = lifecycle(Phase.RELOADING)
     server.retire(0.0)
     if phase is not Phase.DELAY:
@@ -254,7 +256,7 @@ def test_a_reload_that_is_given_up_during_a_stop_changes_no_phase(phase: Phase) 
     assert (server.phase, server.deadline) == (phase, deadline)
 
 
-# Which processes there should be.
+# Which processes should run.
 
 OLD, NEW = Generation(0, Certificates()), Generation(1, Certificates())
 
@@ -266,7 +268,7 @@ class Worker:
 
 
 def workforce(*staying: Worker, ending: int = 0) -> Workforce[Worker]:
-    """Workers of which two are wanted."""
+    """Workers, of which two are wanted."""
     return Workforce(staying, len(staying) + ending, 2)
 
 
@@ -281,7 +283,7 @@ def test_missing_workers_are_started_until_the_port_is_closed(phase: Phase) -> N
     assert workforce(READY_OLD, READY_OLD).missing(phase, OLD) == 0
 
 
-def test_every_phase_says_what_it_needs() -> None:
+def test_every_phase_declares_its_processes() -> None:
     assert set(NEEDS) == set(Phase)
     replacing = {phase for phase in Phase if NEEDS[phase].treatment is Treatment.REPLACE}
     assert replacing == {Phase.RELOADING}, "a stop ends a reload"

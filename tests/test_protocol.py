@@ -1,6 +1,4 @@
-"""The wire without a socket: the table of cases, random input against an oracle, and what a silence
-means.
-"""
+"""The protocol without a socket: the table of cases, random input against an oracle, and pauses."""
 
 import re
 from collections import Counter
@@ -23,9 +21,9 @@ from lab import wire_cases as wire
 from lab.wire import read, replies
 from lab.wire_cases import CASES, LIMIT_BYTES, REPLIES, Case
 
-#: A command is whatever the table holds for its name: here, the reply itself.
+#: A command is the table's value for its name: here, the reply itself.
 GRAMMAR = Grammar(REPLIES, LIMIT_BYTES)
-#: One with a command that begins another, and one that is a single letter.
+#: Includes a command that is a prefix of another, and one of a single letter.
 NESTED = {**REPLIES, b"WHOAMI": b"you\n", b"X": b"ex\n"}
 
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -43,13 +41,13 @@ def bytewise(data: bytes) -> list[bytes]:
     return [data[at : at + 1] for at in range(len(data))]
 
 
-def test_no_two_cases_of_the_table_have_the_same_name_or_are_too_few() -> None:
+def test_the_table_has_enough_cases_with_unique_names() -> None:
     assert max(Counter(case.name for case in CASES).values()) == 1
     assert len(CASES) >= 300
 
 
 @every_case
-def test_a_case_sent_whole_has_its_replies(case: Case) -> None:
+def test_a_case_sent_at_once_gets_its_replies(case: Case) -> None:
     parser = Parser(GRAMMAR)
     assert fed(parser, [case.sent]) + replies_to(parser.end()) == case.replies
 
@@ -62,7 +60,7 @@ def test_a_case_sent_byte_by_byte_has_the_same_replies(case: Case) -> None:
 
 @every_case
 @pytest.mark.parametrize("is_whole", [True, False], ids=["in one piece", "in a second piece"])
-def test_what_follows_a_case_is_answered_while_the_connection_is_open(
+def test_lines_after_a_case_are_answered_while_the_connection_is_open(
     case: Case, is_whole: bool
 ) -> None:
     parser = Parser(GRAMMAR)
@@ -73,19 +71,19 @@ def test_what_follows_a_case_is_answered_while_the_connection_is_open(
 
 
 @every_case
-def test_only_a_refusal_that_closes_comes_last_and_closes(case: Case) -> None:
-    # The connection learns of a closing by this flag alone, be the reply empty or not.
+def test_a_closing_error_reply_is_the_last_one(case: Case) -> None:
+    # Only this flag tells the connection to close, whether the reply is empty or not.
     items: list[bytes | ErrorReply] = Parser(GRAMMAR).feed(case.sent + b"\n")
     closes = [isinstance(item, ErrorReply) and item.closes for item in items]
     assert (bool(closes) and closes.pop()) is not case.stays_open
     assert not any(closes)
 
 
-# Random input, against the oracle of the wire, which the table has checked.
+# Random input, against the oracle of the protocol, which the table has checked.
 
 
 @every_case
-def test_the_oracle_says_what_the_table_says(case: Case) -> None:
+def test_the_oracle_agrees_with_the_table(case: Case) -> None:
     assert replies(case.sent, REPLIES, LIMIT_BYTES) == case.replies
     is_closed = read(case.sent, REPLIES, LIMIT_BYTES).is_closed
     assert is_closed != case.stays_open or not case.sent.endswith(b"\n")
@@ -107,14 +105,14 @@ LINES = st.one_of(
 INPUTS = st.lists(
     st.tuples(LINES, st.sampled_from([b"\n", b"\r\n", b"\n\n", b""])).map(b"".join), max_size=12
 ).map(b"".join)
-#: Small limits, so that random lines come to both sides of them; and the usual one.
+#: Small limits, so that random lines fall on both sides of them; and the default.
 LIMITS = st.one_of(st.integers(1, 16), st.just(LIMIT_BYTES))
-#: Each chunk, and whether a silence follows it.
+#: Each chunk, and whether a pause follows it.
 CHUNK_SIZES = st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=40)
 
 
 def cut(data: bytes, sizes: list[tuple[int, bool]]) -> list[tuple[bytes, bool]]:
-    """The data in chunks of these sizes, what is left in one more."""
+    """The data in chunks of these sizes, and the rest in one more."""
     chunks = []
     for size, is_paused in sizes:
         chunks.append((data[:size], is_paused))
@@ -126,7 +124,7 @@ def cut(data: bytes, sizes: list[tuple[int, bool]]) -> list[tuple[bytes, bool]]:
 @given(data=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
 @example(data=b"WHO\n", sizes=[], limit=2)
 @example(data=b"GET / HTTP/1.1\nWHO\n", sizes=[(3, False)], limit=LIMIT_BYTES)
-def test_however_random_bytes_are_cut_the_replies_are_those_of_the_oracle(
+def test_random_bytes_however_split_get_the_replies_of_the_oracle(
     data: bytes, sizes: list[tuple[int, bool]], limit: int
 ) -> None:
     parser = Parser(Grammar(NESTED, limit))
@@ -138,7 +136,7 @@ def test_however_random_bytes_are_cut_the_replies_are_those_of_the_oracle(
 @given(data=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
 @example(data=b"WHOAMI\n", sizes=[(3, True)], limit=LIMIT_BYTES)
 @example(data=b" \r\n  WHY", sizes=[(1, True), (3, True)], limit=LIMIT_BYTES)
-def test_a_silence_is_a_newline_after_a_whole_command_or_blanks_and_else_nothing(
+def test_a_pause_ends_only_a_complete_command_or_blanks(
     data: bytes, sizes: list[tuple[int, bool]], limit: int
 ) -> None:
     parser = Parser(Grammar(NESTED, limit))
@@ -149,7 +147,13 @@ def test_a_silence_is_a_newline_after_a_whole_command_or_blanks_and_else_nothing
         if is_paused:
             answered += replies_to(parser.silence())
             begun = meant.split(b"\n")[-1].strip().upper()
-            if begun in (b"", b"WHERE", b"WHY", b"WHOAMI", b"X"):  # Not WHO: more may come of it.
+            if begun in (
+                b"",
+                b"WHERE",
+                b"WHY",
+                b"WHOAMI",
+                b"X",
+            ):  # Not WHO: it is a prefix of WHOAMI.
                 meant += b"\n"
     assert answered + replies_to(parser.end()) == replies(meant, NESTED, limit)
 
@@ -165,11 +169,11 @@ def test_a_parser_never_holds_more_than_a_line_and_its_cr(chunks: list[bytes], l
         assert len(parser.partial) <= limit + 1
 
 
-# Silence.
+# Pauses.
 
 
 @pytest.mark.parametrize("command", [*REPLIES, b"who", b"Where", b" why", b"WHY ", b"\tWHO\r"])
-def test_a_silence_answers_a_whole_command_once(command: bytes) -> None:
+def test_a_pause_answers_a_complete_command_once(command: bytes) -> None:
     parser = Parser(GRAMMAR)
     assert parser.feed(command) == []
     assert parser.is_complete
@@ -183,7 +187,7 @@ def test_a_silence_answers_a_whole_command_once(command: bytes) -> None:
     "begun",
     [b"W", b"WH", b"WHOA", b"WHO x", b"WHO\0", b"NOPE", b"\xff", b"GET / HTTP/1.1", b"x" * 1024],
 )
-def test_a_silence_leaves_alone_what_is_no_command(begun: bytes) -> None:
+def test_a_pause_does_not_answer_a_non_command(begun: bytes) -> None:
     parser = Parser(GRAMMAR)
     parser.feed(begun)
     assert not parser.is_complete
@@ -192,42 +196,42 @@ def test_a_silence_leaves_alone_what_is_no_command(begun: bytes) -> None:
 
 
 @pytest.mark.parametrize("blanks", [b"", b" ", b"\r", b" \t\r\v\f", b" " * LIMIT_BYTES])
-def test_a_silence_drops_blanks(blanks: bytes) -> None:
+def test_a_pause_drops_blanks(blanks: bytes) -> None:
     parser = Parser(GRAMMAR)
     parser.feed(blanks)
     assert parser.is_complete
     assert parser.silence() == []
     assert parser.partial == b""
-    # They do not count in the line that follows.
+    # They do not count in the next line.
     assert parser.feed(b"x" * LIMIT_BYTES + b"\n") == [UNKNOWN_COMMAND]
 
 
-def test_blanks_and_a_silence_are_no_first_line() -> None:
+def test_blanks_ended_by_a_pause_do_not_count_as_the_first_line() -> None:
     parser = Parser(GRAMMAR)
     parser.feed(b"  ")
     parser.silence()
     assert fed(parser, [b"GET / HTTP/1.1\nWHO\n"]) == b""
 
 
-def test_a_command_answered_by_a_silence_is_a_first_line() -> None:
+def test_a_command_ended_by_a_pause_counts_as_the_first_line() -> None:
     parser = Parser(GRAMMAR)
     parser.feed(b"WHY")
     parser.silence()
     assert parser.feed(b"\nGET / HTTP/1.1\n") == [UNKNOWN_COMMAND]
 
 
-def test_a_command_that_begins_another_waits_for_its_newline() -> None:
+def test_a_command_that_is_a_prefix_of_another_waits_for_its_newline() -> None:
     parser = Parser(Grammar(NESTED, LIMIT_BYTES))
     parser.feed(b"who")
     assert not parser.is_complete
     assert parser.silence() == []
     assert fed(parser, [b"ami"]) == b""
-    assert parser.is_complete  # Nothing longer begins with this one.
+    assert parser.is_complete  # No longer command starts with this one.
     assert replies_to(parser.silence()) == b"you\n"
     assert fed(parser, [b"WHO\n"]) == wire.WHO
 
 
-def test_a_command_inside_another_but_not_at_its_beginning_does_not_wait() -> None:
+def test_a_command_inside_another_but_not_a_prefix_does_not_wait() -> None:
     parser = Parser(Grammar({b"HO": b"ho\n", b"WHO": b"1\n"}, LIMIT_BYTES))
     parser.feed(b"HO")
     assert replies_to(parser.silence()) == b"ho\n"
@@ -239,7 +243,7 @@ def test_a_command_inside_another_but_not_at_its_beginning_does_not_wait() -> No
 @pytest.mark.parametrize(
     "last", [b"x" * 1025, b"x" * 1025 + b"\n", b"GET / HTTP/1.1\n", b"\x16\x03"]
 )
-def test_after_an_item_that_closes_nothing_comes_out(last: bytes) -> None:
+def test_nothing_is_parsed_after_a_closing_item(last: bytes) -> None:
     parser = Parser(GRAMMAR)
     [item] = parser.feed(last)
     assert isinstance(item, ErrorReply)
@@ -252,24 +256,22 @@ def test_after_an_item_that_closes_nothing_comes_out(last: bytes) -> None:
     assert parser.end() == []
 
 
-def test_a_line_too_long_is_refused_as_soon_as_it_is_too_long() -> None:
+def test_a_line_is_rejected_as_soon_as_it_is_too_long() -> None:
     parser = Parser(GRAMMAR)
     assert parser.feed(b"x" * LIMIT_BYTES) == []
-    assert parser.feed(b"\r") == []  # It may be half of an ending.
+    assert parser.feed(b"\r") == []  # It may be half of a line ending.
     assert parser.feed(b"x") == [LINE_TOO_LONG]
 
 
-def test_the_end_of_input_answers_what_is_left_once() -> None:
+def test_the_end_of_input_answers_the_rest_once() -> None:
     parser = Parser(GRAMMAR)
     parser.feed(b"WHY\nWHO\xff")
     assert parser.end() == [NOT_ASCII]
     assert parser.end() == []
 
 
-def test_every_refusal_has_a_name_of_its_own_and_says_nothing_or_one_err_line() -> None:
+def test_every_error_reply_has_a_unique_name_and_at_most_one_err_line() -> None:
     assert len({refusal.name for refusal in ERROR_REPLIES}) == len(ERROR_REPLIES)
     for refusal in ERROR_REPLIES:
         assert re.fullmatch(rb"(ERR [A-Za-z ]+\n)?", refusal.reply)
-        assert (
-            refusal.reply or refusal.closes
-        )  # A line that stays unanswered would put the replies out of step.
+        assert refusal.reply or refusal.closes  # An unanswered line would shift all later replies.

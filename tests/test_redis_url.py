@@ -1,4 +1,4 @@
-"""The URL of Redis: every form, every error, and no secret in any text."""
+"""The Redis URL: every form, every error, and no secret in any text."""
 
 import traceback
 from urllib.parse import quote
@@ -11,7 +11,7 @@ from gserver.redis_url import RedisUrl
 from lab.running import argv
 
 HERE = (("127.0.0.1", 6379),)
-#: A URL, its parts, and how it is written in logs.
+#: A URL, its parts, and its form in logs.
 FORMS: dict[str, tuple[RedisUrl, str]] = {
     "redis://127.0.0.1": (RedisUrl(HERE), "redis://127.0.0.1:6379"),
     "redis://127.0.0.1/": (RedisUrl(HERE), "redis://127.0.0.1:6379"),
@@ -140,7 +140,7 @@ ERRORS = {
 #: A percent-encoded password may contain anything. It is long, so no text contains it by chance.
 SECRET = st.text(min_size=8).map(lambda text: f"Hush{text}")
 SCHEME = st.sampled_from(["redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"])
-#: Texts that look like such URLs, or nearly.
+#: Texts that look like such URLs, or almost.
 URLISH = st.lists(
     st.sampled_from(
         [*"/:@?#&=,[]%+. \n\t\0é", *argv("redis unix s +sentinel :// one db password 1")]
@@ -172,7 +172,7 @@ def test_a_url_has_a_secret_if_it_has_a_password(text: str) -> None:
     assert RedisUrl.parse(text).has_secret == any(word in text for word in ("hush", "h:u", "h%"))
 
 
-def test_a_password_of_the_sentinels_is_a_secret_too() -> None:
+def test_the_sentinel_password_is_a_secret_too() -> None:
     assert RedisUrl.parse("redis+sentinel://one/name?sentinel_password=quiet").has_secret
     assert not RedisUrl.parse("redis+sentinel://one/name?sentinel_username=eve").has_secret
 
@@ -201,7 +201,7 @@ def test_any_name_and_password_can_be_percent_encoded_and_are_not_shown(
         assert secret not in str(url)
 
 
-#: Passwords as people paste them, with characters that a URL must encode.
+#: Unencoded passwords, with characters that a URL must encode.
 RAW = st.text(st.sampled_from("Zz9/:@?#&=[]%+,;~'\"\\ é℀"), min_size=1, max_size=8)
 
 
@@ -215,7 +215,7 @@ RAW = st.text(st.sampled_from("Zz9/:@?#&=[]%+,;~'\"\\ é℀"), min_size=1, max_s
 @example(scheme="redis+sentinel", before="9/", after="9", path="/0")
 @example(scheme="redis", before="9#", after="9", path="")
 @example(scheme="unix", before="/", after="9", path="/run/sock")
-def test_a_password_that_is_not_encoded_is_never_shown(
+def test_an_unencoded_password_is_never_shown(
     scheme: str, before: str, after: str, path: str
 ) -> None:
     try:
@@ -232,7 +232,7 @@ def test_a_password_that_is_not_encoded_is_never_shown(
 @example("redis://one%0Atwo")
 @example("redis+sentinel://one/na%0Ame")
 @example("unix:///run/re%0Adis")
-def test_any_text_is_a_url_or_an_error_and_a_log_shows_either_in_one_line(text: str) -> None:
+def test_any_text_is_a_url_or_an_error_that_fits_in_one_log_line(text: str) -> None:
     try:
         url = RedisUrl.parse(text)
     except ValueError as error:

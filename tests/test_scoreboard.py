@@ -22,7 +22,7 @@ def attached(scoreboard: Scoreboard) -> Scoreboard:
 
 
 def emptied(scoreboard: Scoreboard) -> Scoreboard:
-    """Set to 0 what a new scoreboard holds already."""
+    """Set the cells to 0 that a new scoreboard has filled."""
     for name in ("incarnation", "address_key", "server_started_at"):
         assert scoreboard.get(name) > 0
         scoreboard.put(name, 0)
@@ -37,7 +37,7 @@ def test_a_new_scoreboard_is_all_zero() -> None:
     assert not any(name.startswith("commands.") for name in scoreboard.totals())
 
 
-def test_two_mappings_see_each_others_writes() -> None:
+def test_two_mappings_share_their_writes() -> None:
     one = Scoreboard.create(SLOTS)
     two = attached(one)
     one.cells[one.cell("clients", 1)] = 5
@@ -54,7 +54,7 @@ def test_two_scoreboards_are_two_tables() -> None:
     assert two.clients() == 0
 
 
-def test_a_second_process_sees_and_writes() -> None:
+def test_a_second_process_reads_and_writes() -> None:
     scoreboard = Scoreboard.create(SLOTS)
     scoreboard.cells[scoreboard.cell("clients_accepted", 0)] = 2**62
     script = (
@@ -72,7 +72,7 @@ def test_a_second_process_sees_and_writes() -> None:
     assert scoreboard.totals()["commands.NAP"] == 4
 
 
-def test_every_cell_has_a_name_of_its_own() -> None:
+def test_every_cell_has_a_unique_name() -> None:
     names = [*WORKER_CELLS, *SERVER_CELLS]
     assert sorted(set(names)) == sorted(names)
 
@@ -106,7 +106,7 @@ def test_command_names_do_not_overlap_the_cells() -> None:
 def test_a_command_keeps_its_cell_when_others_are_added() -> None:
     scoreboard = Scoreboard.create(SLOTS)
     first, second = scoreboard.command_cell("WHO", 1), scoreboard.command_cell("NAP", 1)
-    # The next worker in that slot has its commands in another order.
+    # The next worker in that slot has the commands in another order.
     follower = attached(scoreboard)
     assert follower.command_cell("NEW", 1) not in (first, second)
     assert follower.command_cell("NAP", 1) == second
@@ -128,7 +128,7 @@ def test_the_sixty_fifth_command_is_refused() -> None:
     with pytest.raises(UsageError, match=r"more than 64 command names.*restart gserver"):
         scoreboard.command_cell("ONE-MORE", 0)
     assert [scoreboard.command_cell(f"C{number}", 0) for number in range(64)] == cells
-    scoreboard.command_cell("ONE-MORE", 1)  # Another slot has its own room.
+    scoreboard.command_cell("ONE-MORE", 1)  # Another slot has room.
 
 
 def test_totals_sum_over_the_slots_and_merge_commands_by_name() -> None:
@@ -146,7 +146,7 @@ def test_totals_sum_over_the_slots_and_merge_commands_by_name() -> None:
     assert (totals["commands.WHO"], totals["commands.NAP"]) == (111, 11)
 
 
-def test_moments_are_not_among_the_totals() -> None:
+def test_timestamps_are_not_in_the_totals() -> None:
     scoreboard = Scoreboard.create(SLOTS)
     scoreboard.cells[scoreboard.cell("heartbeat", 1)] = 11
     scoreboard.cells[scoreboard.server_cell("agent_heartbeat")] = 12
@@ -160,7 +160,7 @@ def test_moments_are_not_among_the_totals() -> None:
     assert moments & scoreboard.totals().keys() == set()
 
 
-def test_the_peak_of_a_server_is_the_largest_and_its_certificate_the_first_to_expire() -> None:
+def test_totals_have_the_largest_peak_and_the_earliest_expiry() -> None:
     scoreboard = Scoreboard.create(SLOTS)
     assert "tls_expires_at" not in scoreboard.totals()
     for slot, (peak, expires_at) in enumerate(((7, 0), (9, 2_000), (8, 1_000))):
@@ -170,7 +170,7 @@ def test_the_peak_of_a_server_is_the_largest_and_its_certificate_the_first_to_ex
     assert (totals["clients_peak"], totals["tls_expires_at"]) == (9, 1_000)
 
 
-def test_figures_of_the_cluster_are_totals_once_they_are_known() -> None:
+def test_cluster_figures_are_in_the_totals_once_known() -> None:
     scoreboard = Scoreboard.create(SLOTS)
     scoreboard.put("remote_clients", 7)
     assert not {"cluster_servers", "cluster_clients", "cluster_age_ms"} & scoreboard.totals().keys()

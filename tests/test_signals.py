@@ -1,6 +1,6 @@
-"""Signals are noted in order, wake a selector, and are taken once.
+"""Signals are queued in order, wake a selector, and are taken once.
 
-The test runs in a process of its own: handlers are set for a whole process.
+The test runs in its own process, since handlers are set for a whole process.
 """
 
 import subprocess
@@ -51,7 +51,7 @@ assert pending.take() == [(signal.SIGHUP, True)]
 
 
 @pytest.mark.parametrize("program", [PROGRAM, HANGUP], ids=["in order", "a closed terminal"])
-def test_signals_are_noted_and_a_closed_terminal_is_one_request_to_stop(program: str) -> None:
+def test_signals_are_queued_and_a_closed_terminal_is_one_stop_request(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The status document and the readiness of a server, made from a scoreboard."""
+"""The status document and the readiness of a server, computed from a scoreboard."""
 
 import json
 import time
@@ -19,7 +19,7 @@ CONFIG = Config(server_id="here", workers=2)
     ("workers", "stopping", "expected"),
     [(0, 0, "starting"), (1, 0, "ready"), (2, 1, "draining"), (0, 1, "draining")],
 )
-def test_a_server_is_ready_from_its_first_worker_to_the_signal_that_ends_it(
+def test_a_server_is_ready_from_its_first_worker_to_its_stop_signal(
     workers: int, stopping: int, expected: str
 ) -> None:
     scoreboard = Scoreboard.create(2)
@@ -62,7 +62,7 @@ def test_counters_of_the_server_are_under_server() -> None:
     assert status(CONFIG, scoreboard)["server"]["tls_expires_at"] is None
 
 
-def test_the_figures_of_a_cluster_are_none_until_they_are_known() -> None:
+def test_cluster_figures_are_null_until_known() -> None:
     config = replace(CONFIG, redis_url="redis://x", cluster_name="east")
     scoreboard = Scoreboard.create(2)
     unknown = status(config, scoreboard)["cluster"]

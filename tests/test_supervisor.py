@@ -74,7 +74,7 @@ def start(folder: Path, *options: str, wait: bool = True) -> Running:
 def clients_of(
     server: Running, worker: psutil.Process, count: int, stack: ExitStack
 ) -> list[Client]:
-    """Clients of that worker. The others are stopped while the clients are accepted."""
+    """Clients of this worker. The others are stopped while the clients are accepted."""
     with stopped(*(other for other in server.workers() if other != worker)):
         clients = [stack.enter_context(server.client()) for _ in range(count)]
         assert {int(client.ask(b"PID")) for client in clients} == {worker.pid}
@@ -104,8 +104,8 @@ def talking(*clients: Client) -> Iterator[None]:
     assert all(talk.result() > 0 for talk in talks)
 
 
-def hear_end(client: Client) -> bytes:
-    """All that a client still receives, up to the end; it closes then, as a client does."""
+def read_to_end(client: Client) -> bytes:
+    """Read to the end, then close the client."""
     with client:
         return client.rest()
 
@@ -120,9 +120,7 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
 
 
 @pytest.mark.outer
-def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_it_starts(
-    tmp_path: Path,
-) -> None:
+def test_a_worker_that_crashes_at_boot_is_retried_with_growing_pauses(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         victim, stays = server.workers()
         client = clients_of(server, stays, 1, stack)[0]
@@ -142,13 +140,11 @@ def test_a_worker_that_crashes_at_boot_is_tried_again_with_growing_pauses_until_
         ]
         gaps = [later - earlier for earlier, later in pairwise(died)]
         assert [gap > 0.1 * 2**at for at, gap in enumerate(gaps)] == [True] * 4
-        assert used < sum(gaps) / 4, "it waits, and does not spin"
+        assert used < sum(gaps) / 4, "the supervisor waits without spinning"
 
 
 @pytest.mark.outer
-def test_a_server_whose_first_workers_crash_goes_on_trying_and_can_be_stopped(
-    tmp_path: Path,
-) -> None:
+def test_a_server_whose_first_workers_crash_retries_and_can_be_stopped(tmp_path: Path) -> None:
     (tmp_path / "crash").touch()
     with start(tmp_path, "--workers", "2", wait=False) as server:
         server.wait_for("worker.died", 4)
@@ -159,7 +155,7 @@ def test_a_server_whose_first_workers_crash_goes_on_trying_and_can_be_stopped(
 
 
 @pytest.mark.outer
-def test_a_server_whose_first_workers_crash_listens_when_they_no_longer_do(tmp_path: Path) -> None:
+def test_a_server_whose_first_workers_crash_listens_once_they_start(tmp_path: Path) -> None:
     (tmp_path / "crash").touch()
     with start(tmp_path, wait=False) as server:
         server.wait_for("worker.died", 2)
@@ -168,7 +164,7 @@ def test_a_server_whose_first_workers_crash_listens_when_they_no_longer_do(tmp_p
         assert server.who() == 1
 
 
-def test_a_worker_is_replaced_though_a_process_that_it_started_lives_on(tmp_path: Path) -> None:
+def test_a_worker_is_replaced_even_if_a_process_that_it_started_survives(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         grandchild = psutil.Process(int(client.ask(b"FORK")))
         try:
@@ -186,8 +182,8 @@ def test_a_worker_that_gets_a_sigterm_drains_and_is_replaced(tmp_path: Path) -> 
         client.send(b"NAP\nWHY\n")
         until(lambda: server.who() == 3, "the first client is in its command")
         server.workers()[0].terminate()
-        assert hear_end(other) == b""
-        assert hear_end(client) == b"rested\n42\n"
+        assert read_to_end(other) == b""
+        assert read_to_end(client) == b"rested\n42\n"
         assert server.wait_for("worker.died")["process.exit_code"] == 0
         assert server.who() == 1
 
@@ -196,9 +192,7 @@ def test_a_worker_that_gets_a_sigterm_drains_and_is_replaced(tmp_path: Path) -> 
 
 
 @pytest.mark.outer
-def test_without_a_hang_timeout_the_agent_of_a_cluster_is_watched_and_workers_are_not(
-    tmp_path: Path,
-) -> None:
+def test_without_a_hang_timeout_only_the_agent_of_a_cluster_is_watched(tmp_path: Path) -> None:
     with Redis(tmp_path) as redis:
         cluster = ("--redis-url", redis.url, "--heartbeat-interval", "0.2", "--member-ttl", "3")
         with start(tmp_path, "--hang-timeout", "0", *cluster) as server:
@@ -228,23 +222,33 @@ def test_a_stop_closes_idle_clients_at_once_and_exits_with_0(
         assert {client.ask(b"WHY") for client in clients[10:]} == {b"42"}
         time.sleep(0.6)  # A drain waits only for new clients that have sent nothing.
         server.send_signal(number)
-        assert {hear_end(client) for client in clients} == {b""}
-        assert server.exit_code() == 0  # Their end ends it, not the drain timeout.
+        assert {read_to_end(client) for client in clients} == {b""}
+        assert (
+            server.exit_code() == 0
+        )  # The clients' end completes the stop, not the drain timeout.
         assert server.events("server.stopped")
         assert server.stderr == ""
     assert left_over(tmp_path) == []
 
 
-def test_a_client_that_has_just_connected_may_still_send_a_command_after_a_stop(
-    tmp_path: Path,
-) -> None:
+def test_a_newly_connected_client_may_send_a_command_after_a_stop(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         server.send_signal(signal.SIGTERM)
         server.wait_for("server.draining")
-        time.sleep(0.2)  # The worker drains by now.
+        time.sleep(0.2)  # The worker is draining by now.
         assert client.ask(b"WHY") == b"42"
-        assert hear_end(client) == b""
+        assert read_to_end(client) == b""
         assert server.exit_code() == 0
+
+
+def test_a_signal_after_the_stop_does_not_change_the_exit_code() -> None:
+    for _ in range(3):
+        with Running() as server:
+            server.send_signal(signal.SIGUSR2)
+            server.wait_for("server.stopped")
+            while server.process.poll() is None:
+                server.send_signal(signal.SIGTERM)
+            assert server.exit_code() == 0
 
 
 def test_a_command_without_a_newline_is_answered_at_the_end_of_a_drain(tmp_path: Path) -> None:
@@ -252,7 +256,7 @@ def test_a_command_without_a_newline_is_answered_at_the_end_of_a_drain(tmp_path:
         client.send(b"WHY\nWHY")
         assert client.line() == b"42\n"
         server.send_signal(signal.SIGTERM)
-        assert hear_end(client) == b"42\n"
+        assert read_to_end(client) == b"42\n"
         assert server.exit_code() == 0
 
 
@@ -264,17 +268,17 @@ def test_lines_behind_a_slow_command_are_answered_after_a_stop(tmp_path: Path) -
             until(lambda: other.who() == 2, "the first client is in its command")
             client.send(b"WHO\n")
             server.send_signal(signal.SIGTERM)
-            assert hear_end(other) == b""
-        assert hear_end(client) == b"rested\n42\n1\n"
+            assert read_to_end(other) == b""
+        assert read_to_end(client) == b"rested\n42\n1\n"
         assert server.exit_code() == 0
 
 
 @pytest.mark.outer
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_read_it(
+def test_a_line_sent_before_a_stop_is_answered_even_if_read_late(
     tmp_path: Path, workers: int
 ) -> None:
-    """Both the signal and the bytes wait for a stopped worker, as on a busy machine."""
+    """The signal and the bytes both wait for a stopped worker, as on a busy machine."""
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(100)]
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
@@ -284,22 +288,20 @@ def test_a_line_sent_before_a_stop_is_answered_though_the_worker_was_late_to_rea
                 client.send(b"WHY\n")
             server.send_signal(signal.SIGTERM)
             server.wait_for("server.draining")
-        replies = [hear_end(client) for client in clients]
+        replies = [read_to_end(client) for client in clients]
         assert replies[:100] == [b"42\n"] * 100, "accepted clients"
         assert replies[100:] == [b"42\n"] * 100, "clients that had only connected"
         assert server.exit_code() == 0
 
 
-def test_all_lines_sent_before_a_stop_are_answered_though_they_are_more_than_is_read_at_once(
-    tmp_path: Path,
-) -> None:
+def test_more_lines_than_one_read_takes_are_answered_after_a_stop(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
         assert client.ask(b"WHY") == b"42"
         with stopped(*server.workers()):
             client.send(b"WHY\n" * 5000)
             server.send_signal(signal.SIGTERM)
             server.wait_for("server.draining")
-        assert hear_end(client).count(b"42\n") == 5000
+        assert read_to_end(client).count(b"42\n") == 5000
         assert server.exit_code() == 0
 
 
@@ -317,7 +319,7 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
             until(lambda: is_refused(server.port), "new clients are refused", 5)
         assert server.exit_code() == 0
         assert 7 < time.monotonic() - began < 20 * PATIENCE
-        # A worker that computes cannot log anything: it is killed, and the supervisor says so.
+        # A computing worker cannot log: it is killed, and the supervisor logs it.
         cut_off = [event["gserver.clients"] for event in server.events("worker.cut_off")]
         assert cut_off == ([1] if command == b"SLEEP\n" else [])
         killed = [
@@ -330,7 +332,7 @@ def test_a_command_that_does_not_end_is_cut_off_at_the_drain_timeout(
 
 @pytest.mark.outer
 @pytest.mark.parametrize("workers", [1, 2])
-def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
+def test_busy_clients_get_complete_replies_and_a_clean_close_at_a_stop(
     tmp_path: Path, workers: int
 ) -> None:
     with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
@@ -367,13 +369,13 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
         for client in clients:
             selector.register(client.sock, selectors.EVENT_READ, client)
             ask(client)
-        until(lambda: turn() or min(replies.values()) >= 20, "all are busy")
+        until(lambda: turn() or min(replies.values()) >= 20, "all clients are busy")
         before = dict(asked)
         server.send_signal(signal.SIGTERM)
         until(turn, "all clients have ended")
         assert set(rests.values()) == {b""}
         assert [client for client in clients if replies[client] < before[client]] == [], (
-            "sent before, not answered"
+            "a command sent before the stop was not answered"
         )
         assert server.exit_code() == 0
 
@@ -387,7 +389,7 @@ def test_busy_clients_see_whole_replies_and_a_clean_end_at_a_stop(
         (signal.SIGINT, signal.SIGTERM),
     ],
 )
-def test_a_second_signal_ends_it_at_once_with_1_unless_it_was_only_passed_on(
+def test_a_second_signal_forces_exit_1_unless_it_was_forwarded(
     tmp_path: Path, first: signal.Signals, second: signal.Signals
 ) -> None:
     with (
@@ -398,9 +400,9 @@ def test_a_second_signal_ends_it_at_once_with_1_unless_it_was_only_passed_on(
         client.send(b"SLEEP\n")
         server.send_signal(first)
         time.sleep(0.01)  # The kernel may merge two signals of a kind that come at once.
-        server.send_signal(second)  # Passed on by a runner that got the same Ctrl-C.
+        server.send_signal(second)  # Forwarded by a runner that got the same Ctrl-C.
         server.wait_for("server.draining")
-        time.sleep(0.7)  # After this, a signal is a request of its own.
+        time.sleep(0.7)  # After this, a signal counts as a new request.
         assert not server.events("server.forced")
         assert server.stop(second) == 1
         assert server.events("server.forced")
@@ -409,19 +411,19 @@ def test_a_second_signal_ends_it_at_once_with_1_unless_it_was_only_passed_on(
 
 
 @pytest.mark.outer
-def test_a_stop_at_any_moment_of_its_start_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_stop_at_any_moment_of_the_start_leaves_nothing_behind(tmp_path: Path) -> None:
     ends = set()
     for step in range(14):
         with start(tmp_path, "--workers", "2", wait=False) as server:
-            time.sleep(0.04 * step)  # The moment is the test.
+            time.sleep(0.04 * step)  # The test varies this moment.
             ends.add(server.stop())
             assert server.stderr == ""
         assert left_over(tmp_path) == []
-    # Before the interpreter runs the program, the signal ends it as it ends any process.
+    # Before the interpreter runs the program, the signal has its default effect.
     assert ends <= {-signal.SIGTERM, 0}
 
 
-def test_a_terminal_that_stops_background_writers_stops_no_worker(tmp_path: Path) -> None:
+def test_a_terminal_with_tostop_stops_no_worker(tmp_path: Path) -> None:
     script = (
         'import pty, sys; pty.spawn(["sh", "-c", \'stty tostop; exec "$@"\', "sh", *sys.argv[1:]])'
     )
@@ -444,7 +446,7 @@ def test_a_server_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
         ):
             client.who()
             server.process.kill()
-            assert hear_end(client) == b""
+            assert read_to_end(client) == b""
             until(lambda: not left_over(tmp_path), "no process is left")
     finally:
         for process in left_over(tmp_path):
@@ -455,7 +457,7 @@ def test_a_server_stops_when_its_terminal_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_reload_starts_new_workers_with_new_code_and_keeps_everything_else(
+def test_a_reload_starts_workers_with_new_code_and_keeps_everything_else(
     tmp_path: Path, workers: int
 ) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
@@ -472,7 +474,7 @@ def test_a_reload_starts_new_workers_with_new_code_and_keeps_everything_else(
                 MODULE.replace("rested", "well rested").replace("sleep(1)", "sleep(0)")
             )
             server.send_signal(signal.SIGHUP)
-            assert hear_end(before) == b""
+            assert read_to_end(before) == b""
             server.wait_for("server.reloaded")
             server.wait_for("agent.ready", 2)
             until(
@@ -498,10 +500,10 @@ def test_after_quick_reloads_the_last_code_runs(tmp_path: Path) -> None:
             )
             server.send_signal(signal.SIGHUP)
             server.wait_for("server.reloading", reloads)
-            time.sleep(0.1)  # In the middle of the reload before.
+            time.sleep(0.1)  # During the previous reload.
         until(
             lambda: is_last(server.events(), "server.reloaded", "server.reloading"),
-            "the last reload is done",
+            "the last reload is complete",
         )
         until(lambda: len(server.workers()) == 2, "the surplus worker has ended")
         for worker in server.workers():
@@ -510,7 +512,7 @@ def test_after_quick_reloads_the_last_code_runs(tmp_path: Path) -> None:
 
 
 def is_last(events: list[Event], last: str, other: str) -> bool:
-    """Whether the last event of these two kinds is of the first one."""
+    """Whether the later of the last two events is `last`."""
     return [event["event.action"] for event in events if event["event.action"] in (last, other)][
         -1:
     ] == [last]
@@ -525,7 +527,7 @@ def test_a_sighup_does_not_shorten_a_stop(tmp_path: Path) -> None:
         server.wait_for("server.draining")
         server.send_signal(signal.SIGHUP)
         assert server.wait_for("server.signal_ignored")["message"].startswith("SIGHUP ignored")
-        assert hear_end(client) == b"rested\n"
+        assert read_to_end(client) == b"rested\n"
         assert server.exit_code() == 0
 
 
@@ -539,7 +541,7 @@ BROKEN_LATER = {
 
 
 @pytest.mark.outer
-def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: Path) -> None:
+def test_a_reload_with_a_broken_module_keeps_the_workers(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         old = server.workers()
         with talking(
@@ -549,7 +551,9 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
                 (tmp_path / "extra.py").write_text(text)
                 server.send_signal(signal.SIGHUP)
                 assert reason in server.wait_for("server.reload_failed", failures)["message"]
-                time.sleep(0.5 if failures == 1 else 0)  # Another try would have started by now.
+                time.sleep(
+                    0.5 if failures == 1 else 0
+                )  # Another attempt would have started by now.
                 assert server.workers() == old
             assert not server.events("worker.died")
         (tmp_path / "extra.py").write_text(MODULE)
@@ -560,7 +564,7 @@ def test_a_reload_with_a_broken_module_leaves_the_workers_as_they_are(tmp_path: 
 
 
 @pytest.mark.outer
-def test_a_reload_that_would_leave_no_files_for_clients_leaves_the_workers_as_they_are() -> None:
+def test_a_reload_that_leaves_no_descriptors_for_clients_keeps_the_workers() -> None:
     with Running("--workers", "2") as server:
         before = {worker.pid for worker in server.workers()}
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (64, 64))
@@ -575,21 +579,21 @@ def test_a_reload_that_would_leave_no_files_for_clients_leaves_the_workers_as_th
 
 
 def test_a_system_without_threads_is_reported_in_one_line(tmp_path: Path) -> None:
-    """The stack size that is asked for is larger than any memory."""
+    """The requested stack size exceeds any memory."""
     (tmp_path / "sitecustomize.py").write_text("import threading\nthreading.stack_size(1 << 46)\n")
     done = gserver("--port", "0", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    told = "gserver: cannot start the log thread: raise the limit on processes (ulimit -u)\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+    expected = "gserver: cannot start the log thread: raise the limit on processes (ulimit -u)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
 
 
 @pytest.mark.outer
-def test_clients_that_a_reload_cuts_off_are_closed_and_not_lost(tmp_path: Path) -> None:
+def test_clients_that_a_reload_disconnects_count_as_closed_not_lost(tmp_path: Path) -> None:
     options = ("--drain-timeout", "1", "--admin-port", "0")
     with start(tmp_path, *options) as server, server.client() as client:
         server.wait_for("agent.ready")
         client.who()
         client.send(b"SPIN\n")
-        until(lambda: server.workers()[0].cpu_times().user > 0.5, "the worker computes")
+        until(lambda: server.workers()[0].cpu_times().user > 0.5, "the worker is computing")
         server.send_signal(signal.SIGHUP)
         killed = server.wait_for("worker.killed")
         assert (killed["gserver.clients"], killed["gserver.reason"]) == (1, "drain timeout")
@@ -605,20 +609,18 @@ def test_a_stop_during_a_reload_kills_an_old_worker_that_is_stuck(tmp_path: Path
         client.who()
         client.send(b"SPIN\n")
         (old,) = server.workers()
-        until(lambda: old.cpu_times().user > 0.5, "the worker computes")
+        until(lambda: old.cpu_times().user > 0.5, "the worker is computing")
         server.send_signal(signal.SIGHUP)
         server.wait_for("worker.ready", 2)
         assert server.stop() == 0
-        assert not server.events("server.reloaded")  # An old worker ran to the end.
+        assert not server.events("server.reloaded")  # An old worker ran until the end.
         [killed] = server.events("worker.killed")
         assert killed["gserver.child_pid"] == old.pid
         assert not server.events("server.forced")
 
 
 @pytest.mark.outer
-def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_ready(
-    tmp_path: Path,
-) -> None:
+def test_a_reload_with_a_missing_worker_keeps_the_others_until_one_is_ready(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         staying, missing = server.workers()
         (client,) = clients_of(server, staying, 1, stack)
@@ -641,9 +643,7 @@ def test_a_reload_while_a_worker_is_missing_keeps_the_others_until_a_new_one_is_
 
 @pytest.mark.outer
 @pytest.mark.parametrize("text", ["\u00e9" * 5000, "\ud800"])
-def test_a_reason_of_any_length_and_script_ends_a_reload_and_not_the_server(
-    tmp_path: Path, text: str
-) -> None:
+def test_any_error_text_fails_a_reload_and_not_the_server(tmp_path: Path, text: str) -> None:
     with start(tmp_path) as server:
         (tmp_path / "extra.py").write_text(f"raise RuntimeError({text!r})")
         server.send_signal(signal.SIGHUP)
@@ -652,7 +652,7 @@ def test_a_reason_of_any_length_and_script_ends_a_reload_and_not_the_server(
 
 
 @pytest.mark.outer
-def test_a_worker_that_dies_is_tried_again_while_its_module_is_broken(tmp_path: Path) -> None:
+def test_a_dead_worker_is_retried_while_its_module_is_broken(tmp_path: Path) -> None:
     with start(tmp_path) as server:
         (tmp_path / "extra.py").write_text("raise RuntimeError('out of luck')")
         server.workers()[0].kill()
@@ -670,7 +670,7 @@ def test_a_stop_during_a_reload_is_a_stop(tmp_path: Path, moment: float) -> None
         time.sleep(moment)
         code, seconds = timed(server.stop)
         assert code == 0
-        assert seconds < 30  # It did not wait for the drain timeout.
+        assert seconds < 30  # The stop did not wait for the drain timeout.
         assert server.stderr == ""
     assert left_over(tmp_path) == []
 
@@ -690,7 +690,7 @@ def spawn(service):
 
 
 @pytest.mark.outer
-def test_programs_of_handlers_end_with_a_worker_that_dies_and_not_with_a_reload(
+def test_handlers_programs_are_killed_with_a_dead_worker_but_survive_a_reload(
     tmp_path: Path,
 ) -> None:
     with extended(tmp_path, SPAWN) as server:
@@ -712,14 +712,14 @@ def test_programs_of_handlers_end_with_a_worker_that_dies_and_not_with_a_reload(
 
 @contextmanager
 def frozen(process: psutil.Process) -> Iterator[None]:
-    """Make a process one that cannot be killed, as if it waited for a disk for ever.
+    """Freeze a process so that it cannot be killed, as if it waited for a disk endlessly.
 
-    The kernel's freezer does it. At the end of the body the process goes on, so a SIGKILL that was
-    sent meanwhile ends it.
+    This uses the kernel's freezer. After the body the process is thawed, so a pending SIGKILL
+    takes effect.
     """
     group = Path(f"/sys/fs/cgroup/freezer/gserver-{process.pid}")
     if not os.access(group.parent / "cgroup.procs", os.W_OK):
-        pytest.skip("freezing a process takes root and the freezer of cgroups, version 1")
+        pytest.skip("freezing a process needs root and the freezer of cgroups, version 1")
     group.mkdir()
     state = group / "freezer.state"
     try:
@@ -738,7 +738,7 @@ def frozen(process: psutil.Process) -> Iterator[None]:
 @pytest.mark.parametrize(
     "words", [("--workers", "1"), ("--workers", "2", "--admin-port", "0")], ids=["alone", "of two"]
 )
-def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) -> None:
+def test_a_stop_completes_even_if_a_worker_cannot_be_killed(words: tuple[str, ...]) -> None:
     with Running(*words, "--drain-timeout", "1") as server:
         server.wait_for("worker.ready", int(words[1]))
         if "--admin-port" in words:
@@ -749,7 +749,7 @@ def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) ->
             for _ in range(2):
                 server.send_signal(signal.SIGTERM)
                 server.wait_for("server.draining")
-                time.sleep(0.3)  # Sooner, the second signal would count as passed on.
+                time.sleep(0.3)  # Sooner, the second signal would count as forwarded.
             assert server.process.wait(1 + GIVE_UP_SECONDS + LIMIT) == 1
             assert (
                 server.wait_for("server.stopped")["message"]
@@ -759,7 +759,7 @@ def test_a_stop_ends_though_a_worker_cannot_be_killed(words: tuple[str, ...]) ->
 
 
 @pytest.mark.outer
-def test_a_worker_that_cannot_be_killed_holds_up_no_reload() -> None:
+def test_a_worker_that_cannot_be_killed_does_not_delay_a_reload() -> None:
     with Running("--workers", "2", "--drain-timeout", "1") as server:
         server.wait_for("worker.ready", 2)
         stuck = server.workers()[0]
@@ -786,12 +786,12 @@ def test_a_hung_worker_that_cannot_be_killed_is_replaced(tmp_path: Path) -> None
                 assert int(client.ask(b"PID")) != stuck.pid
         died = server.wait_for("worker.died")
         assert died["gserver.child_pid"] == stuck.pid
-        assert "another" not in died["message"], "another has taken its place already"
+        assert "another" not in died["message"], "it has already been replaced"
         assert status(server)["server"]["worker_restarts"] == 1
 
 
 @pytest.mark.outer
-def test_a_reload_without_a_free_slot_is_given_up_with_the_reason() -> None:
+def test_a_reload_without_a_free_slot_fails_with_the_reason() -> None:
     with Running("--drain-timeout", "1") as server, ExitStack() as stack:
         for reloads in (1, 2):
             stack.enter_context(frozen(server.workers()[-1]))
@@ -818,7 +818,7 @@ def test_a_stop_does_not_wait_for_a_worker_that_cannot_be_killed() -> None:
 
 
 @pytest.mark.outer
-def test_a_worker_that_is_told_late_of_a_drain_cuts_its_clients_off_in_time(tmp_path: Path) -> None:
+def test_a_worker_that_learns_late_of_a_drain_still_meets_its_deadline(tmp_path: Path) -> None:
     options = ("--admin-port", "0", "--drain-timeout", "12", "--hang-timeout", "0")
     with start(tmp_path, *options) as server:
         server.wait_for("agent.ready")
@@ -836,9 +836,9 @@ def test_a_worker_that_is_told_late_of_a_drain_cuts_its_clients_off_in_time(tmp_
 
 
 @pytest.mark.outer
-def test_a_client_that_has_had_its_last_line_is_not_cut_off() -> None:
+def test_a_client_that_has_its_last_reply_does_not_count_as_cut_off() -> None:
     with Running("--drain-timeout", "1") as server, server.client() as client:
         client.who()
         server.send_signal(signal.SIGTERM)
-        assert server.exit_code() == 0  # The client has not closed its end by then.
+        assert server.exit_code() == 0  # The client has not closed its side yet.
         assert not server.events("worker.cut_off")

@@ -1,6 +1,4 @@
-"""TLS on the port: with OpenSSL's own client and Python's, and with who speaks none, or says
-nothing.
-"""
+"""TLS on the port: OpenSSL's client, Python's, plain text clients and silent peers."""
 
 import _socket
 import contextlib
@@ -32,10 +30,10 @@ from lab.certificates import make_certificates
 from lab.netns import Network
 from lab.running import LIMIT, Client, Running, argv, gserver, program, stopped, until
 from lab.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
-from lab.tls_client import certified, shake_hands, trust
+from lab.tls_client import certified, run_handshake, trust
 from lab.wire_cases import CASES, Case
 
-#: Of the servers below, in seconds.
+#: Timeouts of the servers below, in seconds.
 HANDSHAKE_TIMEOUT = 1.0
 MAX_CLIENTS = 1200
 LARGE = "from lab.commands import replying\nlarge = replying('LARGE', 3_000_000)\n"
@@ -57,7 +55,7 @@ def late(service):
 
 @pytest.fixture(scope="module")
 def server(pems: Path) -> Iterator[Running]:
-    """One server for the tests that leave it as it was."""
+    """One server for the tests that do not change it."""
     more = argv(f"--server-id here --admin-port 0 --max-clients {MAX_CLIENTS} --commands large")
     more += ["--tls-handshake-timeout", str(HANDSHAKE_TIMEOUT)]
     (pems / "large.py").write_text(LARGE)
@@ -66,7 +64,7 @@ def server(pems: Path) -> Iterator[Running]:
 
 
 def error_replies(server: Running) -> Callable[[str], int]:
-    """Return a function that counts the error replies of a reason from now on."""
+    """Return a function that counts the error replies with a reason from now on."""
     before = status(server)
 
     def count(reason: str) -> int:
@@ -77,9 +75,7 @@ def error_replies(server: Running) -> Callable[[str], int]:
 
 
 def waiting(client: Client) -> int:
-    """How many bytes of what it has sent the server has not taken yet, as far as the kernel here
-    knows.
-    """
+    """The number of sent bytes that the server's kernel has not acknowledged."""
     return int.from_bytes(fcntl.ioctl(client.sock, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
 
 
@@ -100,7 +96,7 @@ def test_openssl_is_answered(server: Running, pems: Path, version: str) -> None:
     with process as client:
         assert client.stdin
         assert client.stdout
-        client.stdin.write(b"WHO\nWHERE\nWHY")  # Its input stays open: a pause ends the last line.
+        client.stdin.write(b"WHO\nWHERE\nWHY")  # The input stays open: a pause ends the last line.
         client.stdin.flush()
         assert [client.stdout.readline() for _ in range(3)] == [b"1\n", b"here\n", b"42\n"]
         client.terminate()
@@ -120,7 +116,7 @@ def test_older_versions_are_refused(server: Running) -> None:
 
 @pytest.mark.outer
 def test_renegotiation_is_refused(server: Running) -> None:
-    # A line that begins with R makes s_client ask for it.
+    # A line that begins with R makes s_client renegotiate.
     command = s_client(server, "-tls1_2")
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -144,7 +140,7 @@ def test_keys_may_be_updated(server: Running, pems: Path, tmp_path: Path) -> Non
         assert client.line() == b"42\n"
 
 
-def test_updates_without_end_are_taken_in_turn_with_what_others_say(
+def test_endless_key_updates_are_processed_in_turn_with_other_clients(
     server: Running, pems: Path, tmp_path: Path
 ) -> None:
     with (
@@ -157,8 +153,11 @@ def test_updates_without_end_are_taken_in_turn_with_what_others_say(
         sending = threading.Thread(target=greedy.send, args=[flood])
         with stopped(*server.workers()):
             sending.start()
-            # What fits into the kernel is there before the other one speaks.
-            until(lambda: waiting(greedy) > 100_000 or not sending.is_alive(), "it has been sent")
+            # The kernel's buffers are full before the other client sends.
+            until(
+                lambda: waiting(greedy) > 100_000 or not sending.is_alive(),
+                "the updates have been sent",
+            )
             good.send(b"WHERE\n")
         first, _, _ = select.select([good.sock, greedy.sock], [], [], LIMIT)
         assert first == [good.sock]
@@ -167,17 +166,17 @@ def test_updates_without_end_are_taken_in_turn_with_what_others_say(
         sending.join()
 
 
-def test_a_record_in_pieces_is_no_silence(server: Running, pems: Path, tmp_path: Path) -> None:
+def test_a_partial_record_is_not_a_pause(server: Running, pems: Path, tmp_path: Path) -> None:
     with RecordClient(server.port, trust(pems), tmp_path) as client:
-        # After WHO, which would be answered after a silence, comes part of a record: of what may be
-        # another line.
+        # WHO, which a pause would end, is followed by a partial record: it may belong to another
+        # line.
         client.send(client.record(b"WHO"))
         for byte in client.record(b"LE\n"):
             client.send(bytes([byte]))
         assert client.line() == b"ERR unknown command\n"
 
 
-def test_a_header_that_no_record_can_have_is_an_end_at_once(
+def test_an_invalid_record_header_closes_at_once(
     server: Running, pems: Path, tmp_path: Path
 ) -> None:
     with RecordClient(server.port, trust(pems), tmp_path) as client:
@@ -186,12 +185,12 @@ def test_a_header_that_no_record_can_have_is_an_end_at_once(
             client.line()
 
 
-def test_a_client_that_does_not_read_what_tls_sends_is_cut_off(pems: Path, tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_tls_output_is_closed(pems: Path, tmp_path: Path) -> None:
     pem = [(pems / name).read_text() for name in ("server.pem", "server.key")]
     context = tls.make_context(Certificates(*pem))
 
     def receive() -> None:
-        """Be the server, until the client's end."""
+        """Act as the server until the client ends."""
         sock = _socket.socket(fileno=listener.accept()[0].detach())
         with contextlib.closing(sock):
             sock.setblocking(False)
@@ -209,13 +208,13 @@ def test_a_client_that_does_not_read_what_tls_sends_is_cut_off(pems: Path, tmp_p
         receiving = pool.submit(receive)
         with RecordClient(listener.getsockname()[1], trust(pems), tmp_path) as client:
             flood = b"".join(client.key_update(wants_one=True) for _ in range(20_000))
-            with contextlib.suppress(ConnectionError):  # It is cut off before its end.
+            with contextlib.suppress(ConnectionError):  # The server closes first.
                 client.send(flood)
             with pytest.raises(ConnectionAbortedError, match="does not read what TLS sends"):
                 receiving.result()
 
 
-def test_a_client_that_breaks_tls_reads_an_alert(server: Running) -> None:
+def test_a_client_that_breaks_tls_gets_an_alert(server: Running) -> None:
     with server.client() as client:
         client.send(b"\x16\x03\x01\x00\x05hello")
         assert client.rest().startswith(b"\x15\x03")
@@ -225,7 +224,7 @@ def test_a_client_that_breaks_tls_reads_an_alert(server: Running) -> None:
 def answered(
     pems: Path, folder: Path, options: str = "--drain-timeout 60"
 ) -> Iterator[tuple[Running, RecordClient]]:
-    """A server with these options, patient in a drain, and a client that it has answered."""
+    """A server with these options and a long drain timeout, and a client that has a reply."""
     with (
         Running(*certified(pems), *argv(options)) as server,
         RecordClient(server.port, trust(pems), folder) as client,
@@ -245,9 +244,7 @@ def test_a_drain_answers_all_that_has_arrived_in_large_records(pems: Path, tmp_p
         assert client.line() == b""
 
 
-def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(
-    pems: Path, tmp_path: Path
-) -> None:
+def test_a_drain_waits_briefly_for_a_partial_record(pems: Path, tmp_path: Path) -> None:
     with answered(pems, tmp_path) as (server, client):
         record = client.record(b"WHY\n" * 1000)
         client.send(record[:1500])
@@ -259,7 +256,7 @@ def test_a_record_that_has_begun_is_waited_for_a_little_in_a_drain(
 
 
 @pytest.mark.outer
-def test_a_record_in_pieces_is_no_idleness_but_must_end_in_time(pems: Path, tmp_path: Path) -> None:
+def test_a_partial_record_is_not_idle_but_must_end_in_time(pems: Path, tmp_path: Path) -> None:
     with answered(pems, tmp_path, "--idle-timeout 1 --line-timeout 3") as (_, client):
         record = client.record(b"WHY\n" * 500)
         for at in range(0, len(record), 300):
@@ -275,7 +272,7 @@ def test_a_record_in_pieces_is_no_idleness_but_must_end_in_time(pems: Path, tmp_
 
 
 @pytest.mark.outer
-def test_a_part_of_a_record_that_came_while_the_worker_was_held_up_is_no_idleness(
+def test_a_partial_record_that_arrives_during_a_stall_is_not_idle(
     pems: Path, tmp_path: Path
 ) -> None:
     with answered(pems, tmp_path, "--idle-timeout 1 --line-timeout 30") as (server, client):
@@ -291,14 +288,14 @@ def test_a_part_of_a_record_that_came_while_the_worker_was_held_up_is_no_idlenes
 @pytest.mark.outer
 @pytest.mark.parametrize("whole", [b"", b"WHY\n", b"NOPE\nWHY\n", b"WHY\nWHE"])
 @pytest.mark.parametrize("is_early", [True, False], ids=["with the handshake", "later"])
-def test_a_part_of_a_record_has_its_time_wherever_it_comes(
+def test_a_partial_record_has_the_line_timeout_wherever_it_arrives(
     pems: Path, whole: bytes, is_early: bool
 ) -> None:
     received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
     inner = trust(pems).wrap_bio(received, sent, server_hostname="127.0.0.1")
     limits = ("--line-timeout", "0.5")
     with Running(*certified(pems), *limits) as server, server.client() as client:
-        shake_hands(client, inner, received, sent)
+        run_handshake(client, inner, received, sent)
 
         def line() -> bytes:
             reply = b""
@@ -323,13 +320,13 @@ def test_a_part_of_a_record_has_its_time_wherever_it_comes(
 
 @pytest.mark.outer
 @pytest.mark.parametrize("is_said", [True, False], ids=["a line", "a key update"])
-def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
+def test_time_of_an_earlier_line_or_record_does_not_count_for_the_next(
     pems: Path, tmp_path: Path, is_said: bool
 ) -> None:
     with answered(pems, tmp_path, "--line-timeout 1") as (_, client):
         earlier = client.record(b"WHO") if is_said else client.key_update()
         client.send(earlier[:-1])
-        time.sleep(0.2)  # So that the part is seen by itself.
+        time.sleep(0.2)  # So that the server reads the part alone.
         client.send(earlier[-1:])
         if is_said:
             assert client.line() == b"1\n"
@@ -341,11 +338,13 @@ def test_what_an_earlier_line_or_record_took_is_not_the_time_of_the_next(
         assert client.line() == b"42\n"
 
 
-def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: Path) -> None:
+def test_half_a_tls_message_closes_the_connection(
+    server: Running, pems: Path, tmp_path: Path
+) -> None:
     count = error_replies(server)
     with RecordClient(server.port, trust(pems), tmp_path) as client:
-        # The reply is due after a silence, and cannot be encrypted before the rest of the message
-        # is there.
+        # The reply is due after a pause, but cannot be encrypted until the rest of the message
+        # arrives.
         client.send(client.record(b"WHO") + client.record(KEY_UPDATE, HANDSHAKE))
         with contextlib.suppress(ConnectionResetError):
             assert client.line() == b""
@@ -354,13 +353,13 @@ def test_half_a_message_of_tls_is_an_end(server: Running, pems: Path, tmp_path: 
 
 @pytest.mark.outer
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_wire_is_the_same(server: Running, pems: Path, case: Case) -> None:
+def test_a_case_gets_the_same_replies_over_tls(server: Running, pems: Path, case: Case) -> None:
     with server.client(context=trust(pems)) as client:
         client.send(case.sent)
         assert client.end() == case.replies
 
 
-def test_replies_and_bursts_of_many_records(server: Running, pems: Path) -> None:
+def test_batches_and_replies_may_span_many_records(server: Running, pems: Path) -> None:
     with server.client(context=trust(pems)) as client:
         client.send(b"WHY\n" * 20_000 + b"LARGE\n" + b"WHERE\n" * 3)
         assert [client.line() for _ in range(20_000)] == [b"42\n"] * 20_000
@@ -368,18 +367,18 @@ def test_replies_and_bursts_of_many_records(server: Running, pems: Path) -> None
         assert [client.line() for _ in range(3)] == [b"here\n"] * 3
 
 
-def test_who_speaks_plain_text_and_is_gone_is_counted_once(server: Running) -> None:
+def test_a_plain_text_client_that_disconnects_is_counted_once(server: Running) -> None:
     count = error_replies(server)
     for _ in range(20):
         client = server.client()
         client.send(b"WHO\n")
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.sock.close()
-    until(lambda: count("plain_text") + count("tls_failed") >= 20, "all are counted")
+    until(lambda: count("plain_text") + count("tls_failed") >= 20, "all clients are counted")
     assert count("plain_text") + count("tls_failed") == 20
 
 
-def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: Path) -> None:
+def test_a_client_that_connects_and_leaves_is_not_an_error(server: Running, pems: Path) -> None:
     count = error_replies(server)
     with server.client():
         pass
@@ -388,7 +387,7 @@ def test_who_connects_and_leaves_is_nothing_to_speak_of(server: Running, pems: P
     assert (count("tls_failed"), count("plain_text")) == (0, 0)
 
 
-def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
+def test_rejected_clients_get_the_reason_over_tls(pems: Path) -> None:
     with (
         Running(*certified(pems), "--max-clients", "1") as server,
         server.client(context=trust(pems)) as first,
@@ -402,35 +401,33 @@ def test_too_many_clients_are_told_so_by_tls(pems: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mutual(pems: Path) -> Iterator[Running]:
-    """A server that asks clients for a certificate."""
+    """A server that requires client certificates."""
     with Running(
         *certified(pems), "--tls-client-ca", str(pems / "ca.pem"), "--admin-port", "0"
     ) as running:
         yield running
 
 
-def test_clients_need_a_certificate_where_there_is_a_ca_for_them(
-    mutual: Running, pems: Path
-) -> None:
+def test_clients_need_a_certificate_if_a_client_ca_is_set(mutual: Running, pems: Path) -> None:
     count = error_replies(mutual)
-    # With TLS 1.3 a client hears of it only after its own end of the handshake.
+    # With TLS 1.3 a client learns of it only after its own handshake.
     for bad in (trust(pems), trust(pems, "other-ca")):
         with pytest.raises(ssl.SSLError, match="ALERT"), mutual.client(context=bad) as client:
             client.ask(b"WHO")
-    until(lambda: count("tls_failed") == 2, "both are counted")
+    until(lambda: count("tls_failed") == 2, "both clients are counted")
     with mutual.client(context=trust(pems, "server")) as client:
         assert client.who() == 1
 
 
 def serial(server: Running) -> str:
-    """Of the certificate that the server shows."""
+    """The serial number of the server's certificate."""
     pem = ssl.get_server_certificate(("127.0.0.1", server.port), timeout=LIMIT)
     command = [program("openssl"), "x509", "-noout", "-serial"]
     return subprocess.run(command, input=pem, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.outer
-def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_bad(
+def test_a_reload_takes_new_certificates_and_keeps_the_old_if_they_are_bad(
     pems: Path, tmp_path: Path
 ) -> None:
     for folder in (tmp_path / "new", tmp_path / "live"):
@@ -451,13 +448,13 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
         (live / "server.key").unlink()
         server.send_signal(signal.SIGHUP)
         assert "--tls-key" in server.wait_for("server.reload_failed", 2)["message"]
-        # One that is just being written: TLS does not go away with it.
+        # A file that is being written: TLS stays on.
         for name in ("server.pem", "server.key"):
             (live / name).write_bytes(b"")
         server.send_signal(signal.SIGHUP)
         assert "is empty" in server.wait_for("server.reload_failed", 3)["message"]
         assert serial(server) == new
-        # Who follows one that dies has what was good.
+        # The replacement of a dead worker has the last good files.
         (worker,) = server.workers()
         worker.kill()
         server.wait_for("worker.ready", 3)
@@ -474,7 +471,7 @@ def test_a_reload_takes_new_certificates_and_keeps_the_old_ones_when_they_are_ba
 
 @pytest.mark.outer
 @pytest.mark.parametrize("is_first_ready", [False, True])
-def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second_worker_dies(
+def test_a_reload_continues_even_if_the_next_one_finds_bad_files(
     tmp_path: Path, *, is_first_ready: bool
 ) -> None:
     make_certificates(tmp_path)
@@ -487,13 +484,13 @@ def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second
         make_certificates(tmp_path)
         (tmp_path / "wait").touch()
         server.send_signal(signal.SIGHUP)
-        until(lambda: len(server.workers()) == 4, "a new one starts")
+        until(lambda: len(server.workers()) == 4, "a new worker starts")
         (new,) = set(server.workers()) - set(before)
         if is_first_ready:
             (tmp_path / f"go-{new.pid}").touch()
             server.wait_for("worker.ready", 4)
             (next_one,) = until(
-                lambda: set(server.workers()) - {new, *before}, "the second one starts"
+                lambda: set(server.workers()) - {new, *before}, "the second new worker starts"
             )
             next_one.kill()
             server.wait_for("worker.died")
@@ -516,9 +513,7 @@ def test_a_reload_goes_on_though_the_files_are_bad_at_the_next_one_or_its_second
 
 
 @pytest.mark.outer
-def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(
-    tmp_path: Path,
-) -> None:
+def test_a_reload_whose_workers_fail_lets_the_previous_one_continue(tmp_path: Path) -> None:
     make_certificates(tmp_path)
     (tmp_path / "late.py").write_text(LATE)
     with Running(
@@ -529,14 +524,16 @@ def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(
         make_certificates(tmp_path)
         (tmp_path / "wait").touch()
         server.send_signal(signal.SIGHUP)
-        (new,) = until(lambda: set(server.workers()) - set(before), "a new one starts")
+        (new,) = until(lambda: set(server.workers()) - set(before), "a new worker starts")
         (tmp_path / f"go-{new.pid}").touch()
-        (next_one,) = until(lambda: set(server.workers()) - {new, *before}, "the second one starts")
+        (next_one,) = until(
+            lambda: set(server.workers()) - {new, *before}, "the second new worker starts"
+        )
         (tmp_path / "late.py").write_text("raise RuntimeError('out of luck')")
         make_certificates(tmp_path)
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloading", 2)
-        next_one.kill()  # One of the newest is to follow.
+        next_one.kill()  # It is replaced by the newest generation.
         message = server.wait_for("server.reload_failed")["message"]
         assert re.search("the previous reload continues: .*out of luck", message)
         (tmp_path / "late.py").write_text(LATE)
@@ -549,8 +546,8 @@ def test_a_reload_whose_workers_do_not_start_leaves_the_one_before_it_to_go_on(
         assert old not in shown
 
 
-def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> None:
-    """OpenSSL takes any digits."""
+def test_a_certificate_with_an_invalid_date_is_still_served(pems: Path) -> None:
+    """OpenSSL accepts any digits."""
     chain = (pems / "server.pem").read_text()
     [*_, last] = re.findall(
         rb"\d{12}Z|\d{14}Z", der := ssl.PEM_cert_to_DER_cert(chain[chain.index("-----BEGIN C") :])
@@ -569,7 +566,7 @@ def test_a_certificate_whose_date_is_none_is_served_all_the_same(pems: Path) -> 
         (b"\x18\x0f20510203040506Z", datetime(2051, 2, 3, 4, 5, 6, tzinfo=UTC)),
     ],
 )
-def test_the_expiry_is_read_in_both_forms_of_time(last: bytes, moment: datetime) -> None:
+def test_the_expiry_is_read_in_both_time_formats(last: bytes, moment: datetime) -> None:
     validity = b"\x17\x0d490101000000Z" + last
     der = b"\x30\x22\x30" + bytes([len(validity)]) + validity
     chain = ssl.DER_cert_to_PEM_cert(der)
@@ -578,19 +575,19 @@ def test_the_expiry_is_read_in_both_forms_of_time(last: bytes, moment: datetime)
 
 @pytest.mark.outer
 @pytest.mark.parametrize("days", [1, 20_000])
-def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> None:
+def test_the_certificate_expiry_is_a_metric(tmp_path: Path, days: int) -> None:
     command = argv(f"{program('openssl')} req -x509 -days {days} -nodes -newkey ec -subj /CN=x")
     command += argv("-pkeyopt ec_paramgen_curve:prime256v1 -keyout server.key -out server.pem")
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     dates = [program("openssl"), "x509", "-noout", "-enddate", "-in", "server.pem"]
-    told = subprocess.run(
+    output = subprocess.run(
         dates, cwd=tmp_path, check=True, capture_output=True, text=True
     ).stdout.strip()
-    moment = datetime.strptime(told + "+0000", "notAfter=%b %d %H:%M:%S %Y GMT%z").timestamp()
+    moment = datetime.strptime(output + "+0000", "notAfter=%b %d %H:%M:%S %Y GMT%z").timestamp()
     with Running(*certified(tmp_path), "--admin-port", "0", "--workers", "2") as server:
         assert status(server)["server"]["tls_expires_at"] == moment
-        told = gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
-        assert re.search(r"certificate valid for (23 h|19,?999 d)", told), told
+        output = gserver("status", "--admin", f"127.0.0.1:{server.admin_port()}").stdout
+        assert re.search(r"certificate valid for (23 h|19,?999 d)", output), output
         metric = re.search(
             r"^gserver_tls_expires_timestamp_seconds (\S+)$",
             get(server, "/metrics")[2].decode(),
@@ -601,8 +598,8 @@ def test_when_the_certificate_expires_is_a_metric(tmp_path: Path, days: int) -> 
 
 
 @pytest.mark.outer
-def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Path) -> None:
-    # openssl req takes no dates here, so the day of expiry is set by `ca`.
+def test_an_expired_certificate_is_shown_and_warned_about(tmp_path: Path, pems: Path) -> None:
+    # This `openssl req` has no option for dates, so `ca` sets the expiry.
     (tmp_path / "index.txt").touch()
     lines = argv("[ca] default_ca=x [x] database=index.txt serial=serial new_certs_dir=. policy=p")
     (tmp_path / "ca.conf").write_text(
@@ -632,7 +629,7 @@ def test_an_expired_certificate_is_shown_and_warned_of(tmp_path: Path, pems: Pat
 
 
 @pytest.mark.outer
-def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
+def test_bad_files_fail_the_start_with_one_line(pems: Path) -> None:
     good = {
         part: (pems / name).read_text()
         for part, name in (("chain", "server.pem"), ("key", "server.key"))
@@ -658,7 +655,7 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
 
 @pytest.mark.outer
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "output"),
     [
         ("", "replied ERR TLS only"),
         (
@@ -689,18 +686,18 @@ def test_bad_files_end_the_start_with_one_line(pems: Path) -> None:
         ("--tls-key server.key", "--tls-key needs --tls-cert"),
     ],
 )
-def test_ask_says_why_it_has_no_answer_by_tls(
-    mutual: Running, pems: Path, given: str, told: str
+def test_ask_reports_why_it_has_no_reply_over_tls(
+    mutual: Running, pems: Path, given: str, output: str
 ) -> None:
     words = [str(pems / word) if "." in word else word for word in given.split()]
     done = gserver("ask", "--server", f"127.0.0.1:{mutual.port}", *words)
     assert done.stdout == ""
     assert done.returncode == (1 if "no server answered" in done.stderr else 2)
-    assert told in done.stderr.replace(f"{pems}/", "")
+    assert output in done.stderr.replace(f"{pems}/", "")
     assert done.stderr.count("\n") == 1
 
 
-def test_ask_is_answered_by_tls(mutual: Running, pems: Path) -> None:
+def test_ask_is_answered_over_tls(mutual: Running, pems: Path) -> None:
     words = ["--tls-ca", str(pems / "ca.pem"), *certified(pems)]
     assert (
         gserver("ask", "WHY", "WHO", "--server", f"127.0.0.1:{mutual.port}", *words).stdout
@@ -725,7 +722,7 @@ def test_ask_keeps_its_timeout_when_the_handshake_is_not_answered(
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 
-def test_descriptors_come_back(server: Running, pems: Path) -> None:
+def test_all_descriptors_are_released(server: Running, pems: Path) -> None:
     def files() -> int:
         return sum(worker.num_fds() for worker in server.workers())
 
@@ -741,12 +738,12 @@ def test_descriptors_come_back(server: Running, pems: Path) -> None:
             with server.client() as broken:
                 broken.send(b"\x16\x03\x01\x02\x00")
                 broken.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        until(lambda: files() == before, "all are closed")
+        until(lambda: files() == before, "all descriptors are closed")
         assert client.who() == 1
 
 
 @pytest.mark.outer
-def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pems: Path) -> None:
+def test_a_client_ca_file_may_contain_non_ascii_comments(tmp_path: Path, pems: Path) -> None:
     (tmp_path / "ca.pem").write_text(
         "# Label: F\u0151tan\u00fas\u00edtv\u00e1ny\n" + (pems / "ca.pem").read_text()
     )
@@ -757,7 +754,7 @@ def test_a_client_ca_may_have_a_name_in_any_letters_beside_it(tmp_path: Path, pe
 
 
 @pytest.mark.outer
-def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: Path) -> None:
+def test_a_weak_certificate_is_distinguished_from_an_invalid_one(tmp_path: Path) -> None:
     command = argv(f"{program('openssl')} req -x509 -nodes -newkey rsa:1024 -subj /CN=weak")
     command += ["-keyout", "weak.key", "-out", "weak.pem"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
@@ -770,7 +767,7 @@ def test_a_certificate_that_is_too_weak_is_told_from_one_that_is_none(tmp_path: 
 @pytest.mark.parametrize(
     "version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"]
 )
-def test_certificates_may_be_longer_than_what_the_kernel_takes_at_once(
+def test_a_certificate_chain_may_exceed_the_socket_buffer(
     tmp_path: Path, pems: Path, version: ssl.TLSVersion
 ) -> None:
     (tmp_path / "server.key").write_bytes((pems / "server.key").read_bytes())

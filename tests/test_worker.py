@@ -1,4 +1,4 @@
-"""The worker: clients are counted once in and once out, whatever becomes of them."""
+"""The worker: each client is counted once and uncounted once, however it leaves."""
 
 import random
 import re
@@ -65,19 +65,19 @@ NAMES = {way.name for way in WAYS}
 
 
 def go(server: Running, way: Way, source: str) -> str:
-    """Connect, go in that way, and return what became of it."""
+    """Connect, leave in this way, and return the outcome."""
     with server.client(source) as client:
         try:
-            told = way.go(client)
+            received = way.go(client)
         except OSError:
             return "reset"
-    if told == REJECTED:
-        return "turned away"
-    return way.name if told == way.told else f"{way.name}: {told!r}"
+    if received == REJECTED:
+        return "rejected"
+    return way.name if received == way.replies else f"{way.name}: {received!r}"
 
 
 def figures(daemon: socket.socket) -> Counter[str]:
-    """The sums of all counters that a StatsD daemon has been sent."""
+    """The sums of all counters that were sent to a StatsD daemon."""
     daemon.setblocking(False)
     sums: Counter[str] = Counter()
     while True:
@@ -94,7 +94,7 @@ def figures(daemon: socket.socket) -> Counter[str]:
 
 @pytest.mark.outer
 @pytest.mark.parametrize(("workers", "kills"), [(1, 0), (2, 0), (2, 1)])
-def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
+def test_who_is_exact_after_10000_clients_that_left_in_every_way(
     tmp_path: Path, workers: int, kills: int
 ) -> None:
     seed = random.randrange(1 << 32)
@@ -124,38 +124,42 @@ def test_who_is_exact_after_10000_clients_that_went_in_all_ways(
             with ThreadPoolExecutor(at_once) as pool:
                 became = Counter(pool.map(run, range(10_000)))
             server.wait_for("worker.ready", workers + kills)
-            until(is_alone, "the asker is alone")
+            until(is_alone, "the asking client is alone")
             assert server.stop() == 0
         sums = figures(daemon)
 
-    known = NAMES | {"turned away"}
+    known = NAMES | {"rejected"}
     assert known <= set(became)
     lost = sum(became[what] for what in became if what not in known)
     assert lost <= at_once * kills, became
     assert sums["worker_restarts"] == kills
-    # A worker can be killed between its counting of a client here and there.
+    # A worker may be killed between its two counts of a client.
     assert abs(sums["clients_accepted"] - sums["clients_closed"] - sums["clients_lost"]) <= kills
     seen = sums["clients_accepted"] + sums["error_replies.too_many_clients"]
     assert abs(seen - 10_000 - askers) <= kills
     if not kills:
-        reasons = {"browses": "http", "says too much": "line_too_long", "is slow": "too_slow"}
+        reasons = {
+            "sends HTTP": "http",
+            "sends a long line": "line_too_long",
+            "is slow": "too_slow",
+        }
         for way, name in reasons.items():
             assert sums[f"error_replies.{name}"] == became[way]
 
 
 @pytest.mark.outer
-def test_clients_that_come_at_once_spread_over_the_workers(tmp_path: Path) -> None:
+def test_clients_that_connect_at_once_spread_over_the_workers(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server:
         for count in (16, 64, 200):
             with ExitStack() as stack:
                 clients = [stack.enter_context(server.client()) for _ in range(count)]
                 shares = Counter(client.ask(b"PID") for client in clients)
                 assert max(shares.values()) <= 0.55 * count + 3
-            until(lambda: server.who() == 1, "they are gone")
+            until(lambda: server.who() == 1, "the clients have left")
 
 
 @pytest.mark.outer
-def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> None:
+def test_one_worker_accepts_all_clients_while_the_others_cannot(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         worker, other = server.workers()
         with stopped(other):
@@ -167,26 +171,24 @@ def test_a_worker_takes_all_clients_while_the_others_cannot(tmp_path: Path) -> N
 
 @pytest.mark.outer
 @pytest.mark.parametrize("most", [10, 36])
-def test_a_crowd_that_is_turned_away_takes_no_room_from_the_clients(
-    tmp_path: Path, most: int
-) -> None:
-    """With the files that this worker may open, 36 clients are as many as it can have."""
+def test_rejected_clients_take_no_room_from_admitted_clients(tmp_path: Path, most: int) -> None:
+    """The descriptor limit of this worker allows 36 clients."""
     options = ("--max-clients", str(most))
     with start(tmp_path, *options, command=limited(100)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(most)]
         assert clients[-1].who() == most
         began = time.monotonic()
         crowd = [stack.enter_context(server.client()) for _ in range(300)]
-        told = Counter(other.rest() for other in crowd)
-        # No client waits for the second that another may take to leave: that would be 9 s.
+        received = Counter(other.rest() for other in crowd)
+        # No client waits while another lingers, which takes up to a second: 9 s in all.
         assert time.monotonic() - began < 6 * PATIENCE
-        assert set(told) <= {b"", REJECTED}
-        assert told[REJECTED] >= 32
+        assert set(received) <= {b"", REJECTED}
+        assert received[REJECTED] >= 32
         assert {client.who() for client in clients} == {most}
         assert not server.events("process.error")
 
 
-def test_at_the_limit_of_files_clients_are_told_that_there_are_too_many(tmp_path: Path) -> None:
+def test_at_the_descriptor_limit_clients_are_rejected_with_the_reason(tmp_path: Path) -> None:
     with start(tmp_path, command=limited(100)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(36)]
         assert [client.who() for client in clients] == [36] * 36
@@ -194,14 +196,12 @@ def test_at_the_limit_of_files_clients_are_told_that_there_are_too_many(tmp_path
             with server.client() as other:
                 assert other.rest() == REJECTED
         clients[0].sock.close()
-        until(lambda: clients[1].who() == 35, "it has left")
+        until(lambda: clients[1].who() == 35, "one client has left")
         with server.client() as other:
             assert other.who() == 36
 
 
-def test_a_worker_at_its_limit_of_files_leaves_clients_to_another_and_goes_on_when_some_have_left(
-    tmp_path: Path,
-) -> None:
+def test_a_worker_at_its_descriptor_limit_leaves_clients_to_the_others(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2", command=limited(100)) as server, ExitStack() as stack:
         full, other = server.workers()
         with stopped(other):
@@ -211,18 +211,18 @@ def test_a_worker_at_its_limit_of_files_leaves_clients_to_another_and_goes_on_wh
         assert clients[0].who() == 60
         for client in clients[:30]:
             client.sock.close()
-        until(lambda: clients[30].who() == 30, "they have left")
+        until(lambda: clients[30].who() == 30, "the clients have left")
         with stopped(other), server.client() as client:
             assert int(client.ask(b"PID")) == full.pid
         assert not server.events("process.error")
 
 
 @pytest.mark.outer
-def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) -> None:
+def test_a_worker_at_its_descriptor_limit_drains_like_any_other(tmp_path: Path) -> None:
     with start(tmp_path, command=limited(80)) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(16)]
         assert [client.who() for client in clients] == [16] * 16
-        for _ in range(100):  # More than even the reserve has room for.
+        for _ in range(100):  # More than even the reserve allows.
             stack.enter_context(server.client())
         server.send_signal(signal.SIGTERM)
         for client in clients:
@@ -234,7 +234,7 @@ def test_a_worker_at_its_limit_of_files_drains_like_any_other(tmp_path: Path) ->
 
 
 @pytest.mark.outer
-def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -> None:
+def test_2000_clients_leave_no_descriptors_or_greenlets_behind(tmp_path: Path) -> None:
     options = ("--max-clients", "24", "--line-timeout", "1")
     with start(tmp_path, *options) as server, server.client() as client:
         ways = 10 * [way for way in WAYS for _ in range(way.often)]
@@ -247,20 +247,20 @@ def test_2000_clients_leave_neither_files_nor_greenlets_behind(tmp_path: Path) -
 
 
 def held(client: Client) -> bytes:
-    """What the worker holds for this client when it is alone."""
-    until(lambda: client.who() == 1, "the others are gone")
-    client.ask(b"HELD")  # It has a greenlet now, which waits again when it asks once more.
+    """What the worker holds while this client is alone."""
+    until(lambda: client.who() == 1, "the other clients have left")
+    client.ask(b"HELD")  # The first call creates its greenlet, which the second call reuses.
     return client.ask(b"HELD")
 
 
-def test_accepted_sockets_find_out_a_dead_peer_and_send_at_once(tmp_path: Path) -> None:
+def test_accepted_sockets_have_keepalive_and_no_delay(tmp_path: Path) -> None:
     with start(tmp_path) as server, server.client() as client:
-        # On, after 60 s of silence, every 15 s, 4 times; unacknowledged data for 120 s; no delay.
+        # Keepalive on: after 60 s, every 15 s, 4 times; unacknowledged data for 120 s; no delay.
         assert client.ask(b"OPTIONS") == b"[(1, 60, 15, 4, 120000, 1)]"
 
 
 @pytest.mark.outer
-def test_a_listener_that_is_shut_down_does_not_make_a_worker_spin(tmp_path: Path) -> None:
+def test_a_listener_that_was_shut_down_does_not_make_a_worker_spin(tmp_path: Path) -> None:
     module = """
 import os
 import socket
@@ -303,17 +303,17 @@ def test_a_reload_leaves_the_queue_of_new_clients_to_the_other_workers() -> None
             with stopped(*(each for each in server.workers() if each not in old)):
                 clients = [stack.enter_context(server.client()) for _ in range(60)]
                 leaving.resume()
-                until(lambda: not is_alive(leaving), "it has drained")
+                until(lambda: not is_alive(leaving), "the worker has drained")
             old.remove(leaving)
             old[0].resume()
             for client in clients:
                 client.send(b"WHY\n")
             replies = [client.line() for client in clients]
-    # It accepts 16 at a time, and may have done so before it saw the signal.
+    # It accepts 16 at a time, and may have done so before the signal.
     assert replies.count(b"42\n") >= 60 - 2 * 16
 
 
 def is_terminated(worker: psutil.Process) -> bool:
-    """Whether SIGTERM is pending for a process that is stopped."""
+    """Whether SIGTERM is pending for a stopped process."""
     pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text(), re.M)
     return pending is not None and bool(int(pending[1], 16) >> (signal.SIGTERM - 1) & 1)

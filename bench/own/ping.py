@@ -1,7 +1,7 @@
-"""A command of one's own that cannot block: `gserver serve --commands ping`.
+"""A custom command that cannot block: `gserver serve --commands ping`.
 
-This folder is on the import path of every gserver that is measured. It holds nothing else, so that
-no name of it can hide another module.
+This folder is on the import path of every measured gserver. It contains nothing else, so it cannot
+hide another module.
 """
 
 from gserver.commands import Service, command

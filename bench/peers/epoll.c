@@ -1,4 +1,4 @@
-/* One thread, one level-triggered epoll loop: about as little as the kernel lets such a service cost.
+/* One thread, one level-triggered epoll loop: close to the lowest possible cost of such a service.
  *
  * What one read brings is answered by one send. While replies of a client wait to be sent, nothing more is read from it.
  */
@@ -18,19 +18,19 @@
 
 struct client {
     int fd;
-    char *rest;    /* the line that has begun and not ended */
+    char *rest;    /* the unfinished line */
     size_t rest_size;
-    char *pending; /* replies that the kernel had no room for */
+    char *pending; /* replies that did not fit into the kernel's buffer */
     size_t pending_size;
 };
 
 static int epoll;
 static long clients;
-unsigned long commands; /* nobody reads it here; not static, so that the compiler leaves it */
+unsigned long commands; /* never read here; not static, so that the compiler keeps it */
 static char who[24], where[40];
 static size_t who_size;
 static char received[READ_SIZE];
-/* A line of one byte makes the longest reply for what it takes, 20 bytes; the line begun before may make WHERE of it. */
+/* A line of one byte has the longest reply for its size, 20 bytes; an unfinished line may complete WHERE. */
 static char replies[READ_SIZE * (sizeof UNKNOWN - 1) + sizeof where];
 
 static void die(const char *what) {
@@ -87,7 +87,7 @@ static void keep(struct client *client, const char *data, size_t size) {
     client->rest_size += size;
 }
 
-/* Send what the kernel takes, and keep what is left for when it has room. */
+/* Send what the kernel accepts, and keep the rest. */
 static void send_or_keep(struct client *client, const char *data, size_t size) {
     ssize_t sent = send(client->fd, data, size, MSG_NOSIGNAL);
     if (sent < 0 && errno != EAGAIN && errno != EINTR) return let_go(client);

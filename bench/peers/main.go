@@ -1,4 +1,4 @@
-// A goroutine for each client, reading by bufio. Small buffers, no bufio.Writer: as fast, at a third of the memory.
+// A goroutine for each client, reading with bufio. Small buffers, no bufio.Writer: as fast, at a third of the memory.
 package main
 
 import (
@@ -18,7 +18,7 @@ var (
 	where             []byte
 )
 
-// client sends its replies so far before it waits for more: one write for all the lines that one read brought.
+// client sends its replies before it waits for more input: one write for all the lines of one read.
 type client struct {
 	net.Conn
 	replies []byte
@@ -41,7 +41,7 @@ func (c *client) serve() {
 	isLong := false
 	for {
 		line, err := lines.ReadSlice('\n')
-		if err == bufio.ErrBufferFull { // no command is as long: let the line pass
+		if err == bufio.ErrBufferFull { // no command is as long: skip the line
 			isLong = true
 			continue
 		}

@@ -1,4 +1,4 @@
-"""gevent as it is usually written, a patched socket used as a file: `makefile.py PORT`."""
+"""Typical gevent code, with a patched socket used as a file: `makefile.py PORT`."""
 
 from gevent import monkey
 
@@ -25,12 +25,12 @@ class Service:
         self.replies = {b"WHERE\n": b"%b\n" % str(uuid.uuid4()).encode(), b"WHY\n": b"42\n"}
 
     def count(self, change: int) -> None:
-        """A client has come or gone."""
+        """Add `change` to the number of clients."""
         self.clients += change
         self.replies[b"WHO\n"] = b"%d\n" % self.clients
 
     def serve(self, sock: socket.socket, _address: object) -> None:
-        """Answer one client to its end."""
+        """Answer one client until it ends."""
         self.count(1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:

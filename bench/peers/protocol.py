@@ -1,6 +1,6 @@
 """A callback protocol, the fastest that asyncio offers: `protocol.py PORT uvloop|asyncio [LINES]`.
 
-LINES says how a line is understood:
+LINES is how a line is parsed:
 
 - `exact` (the default): only WHO, WHERE and WHY in capitals, without blanks, ended by LF.
 - `any-spelling`: each line is stripped, upper-cased and looked up.
@@ -27,7 +27,7 @@ class Service:
         self.clients = 0
         self.commands = 0
         self.replies = {b"WHERE": b"%b\n" % str(uuid.uuid4()).encode(), b"WHY": b"42\n"}
-        # Most reads bring exactly one line: one look-up, its LF included.
+        # Most reads contain exactly one line: one look-up, including its LF.
         self.whole = {line + b"\n": reply for line, reply in self.replies.items()}
 
     def count(self, change: int) -> None:
@@ -49,12 +49,12 @@ class Client(asyncio.Protocol):
         self.rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Count it."""
+        """Count the client."""
         self.transport = cast("asyncio.Transport", transport)
         service.count(1)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (the interface)
-        """Uncount it."""
+        """Uncount the client."""
         service.count(-1)
 
     def data_received(self, data: bytes) -> None:
@@ -78,7 +78,7 @@ class Client(asyncio.Protocol):
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """Read on when the client has caught up."""
         self.transport.resume_reading()
 
 
@@ -106,7 +106,7 @@ def ping() -> str:
 
 
 class FunctionsClient(Client):
-    """The same, with commands of its own: functions that are called for each line."""
+    """The same with custom commands: functions that are called for each line."""
 
     __slots__ = ()
     functions: ClassVar[dict[bytes, Callable[[], str]]] = {b"PING": ping}

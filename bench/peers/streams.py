@@ -20,12 +20,12 @@ class Service:
         self.replies = {b"WHERE\n": b"%b\n" % str(uuid.uuid4()).encode(), b"WHY\n": b"42\n"}
 
     def count(self, change: int) -> None:
-        """A client has come or gone."""
+        """Add `change` to the number of clients."""
         self.clients += change
         self.replies[b"WHO\n"] = b"%d\n" % self.clients
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one client to its end."""
+        """Answer one client until it ends."""
         self.count(1)
         try:
             while line := await reader.readline():
@@ -40,7 +40,7 @@ class Service:
 
 
 async def main(port: int) -> None:
-    """Serve for ever."""
+    """Serve until the process is killed."""
     server = await asyncio.start_server(Service().serve, "127.0.0.1", port, backlog=1024)
     print("ready", flush=True)
     await server.serve_forever()

@@ -1,4 +1,4 @@
-"""The standard library's blocking way, a thread for each client: `threads.py PORT`."""
+"""The standard library's blocking server, with a thread for each client: `threads.py PORT`."""
 
 import socketserver
 import sys
@@ -10,7 +10,7 @@ REPLIES = {b"WHERE": b"%b\n" % str(uuid.uuid4()).encode(), b"WHY": b"42\n"}
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Ends without waiting for its threads."""
+    """A server that ends without waiting for its threads."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -23,7 +23,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.commands = 0
 
     def count(self, *, clients: int = 0, commands: int = 0) -> None:
-        """Add to the numbers; what WHO says is made anew when it changes."""
+        """Add to the counters; rebuild the reply to WHO when it changes."""
         with self.lock:
             self.commands += commands
             if clients:
@@ -38,7 +38,7 @@ class Handler(socketserver.StreamRequestHandler):
     server: Server
 
     def handle(self) -> None:
-        """Answer all the lines that are whole by one write."""
+        """Answer all complete lines with one write."""
         self.server.count(clients=1)
         rest = b""
         try:

@@ -201,7 +201,8 @@ class _Handler(WSGIHandler):
         super().__init__(sock, address, server)
         self._sock = sock
         self.rfile.close()
-        self.rfile = io.BufferedReader(_Limited(sock))
+        self._limited = _Limited(sock)
+        self.rfile = io.BufferedReader(self._limited)
 
     def handle(self) -> None:
         # The socket is shut down rather than the greenlet interrupted: pywsgi then sees an end of
@@ -220,6 +221,8 @@ class _Handler(WSGIHandler):
             super().read_request(raw_requestline)
         except Exception as error:  # For all but a ValueError, pywsgi would print a traceback.
             raise ValueError(str(error)) from error
+        if self._limited.has_ended:  # Python takes that for the end of the headers.
+            raise ValueError("the request is too large, or not complete")
         # No request here needs a body, and pywsgi fails at some malformed chunks.
         return "transfer-encoding" not in self.headers
 
@@ -250,6 +253,8 @@ class _Limited(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._left = MAX_REQUEST_BYTES
+        #: Whether more was asked for than the limit, or than the peer has sent.
+        self.has_ended = False
 
     def readable(self) -> bool:
         return True
@@ -257,6 +262,7 @@ class _Limited(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count = self._sock.recv_into(buffer, min(len(buffer), self._left)) if self._left else 0
         self._left -= count
+        self.has_ended = not count
         return count
 
 

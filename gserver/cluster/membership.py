@@ -54,11 +54,12 @@ class Membership:
     def __init__(
         self,
         ttl_ms: int,
-        remote_clients: int = 0,
-        servers: int = 0,
-        last_clock: int = 0,
-        lost_at: int = 0,
-        hold_until: int = 0,
+        *,
+        remote_clients: int,
+        servers: int,
+        last_clock: int,
+        lost_at: int,
+        hold_until: int,
     ) -> None:
         self._ttl_ms = ttl_ms
         self.remote_clients = self._held_clients = remote_clients

@@ -38,9 +38,13 @@ class Limits:
         if self._addresses:
             self._addresses.remove(fd)
 
+    def is_over_address_limit(self, fd: int) -> bool:
+        """Whether the address of a connection had as many as it may have."""
+        return self._addresses is not None and fd not in self._addresses
+
     def admit(self, fd: int) -> ErrorReply | None:
         """Count a client, or return why it is rejected."""
-        if self._addresses and fd not in self._addresses:
+        if self.is_over_address_limit(fd):
             return TOO_MANY_FROM_ADDRESS
         cells = self._cells
         if self._count_clients() < self._max_clients:

@@ -73,6 +73,8 @@ class Loop:
         self.clients: dict[int, Client] = {}
         #: Clients with a handshake in progress, the oldest first.
         self.handshakes: dict[Client, None] = {}
+        #: Those that will be rejected, since their addresses have too many clients already.
+        self.surplus_handshakes: dict[Client, None] = {}
         #: Clients that wait for their turn, in its order.
         self.queue: dict[Client, None] = {}
         #: Rejected clients that are still open, and those rejected since the last turn.
@@ -131,17 +133,27 @@ class Loop:
             self.guard(client, self.admit, client, now)
 
     def _begin_handshake(self, client: Client, now: float) -> None:
-        """Wait for the client's handshake. If there is no room for it, the oldest one ends."""
+        """Wait for the client's handshake. If there is no room for it, the oldest one ends.
+
+        One that is going to be rejected ends first, so that one address does not end the handshakes
+        of others.
+        """
         is_full = len(self.clients) > self.capacity
         if self.handshakes and (is_full or len(self.handshakes) >= self._max_handshakes):
-            oldest = next(iter(self.handshakes))
+            oldest = next(iter(self.surplus_handshakes or self.handshakes))
             self.guard(oldest, oldest.cut_off_handshake)
         self.handshakes[client] = None
+        if self.limits.is_over_address_limit(client.sock.fileno()):
+            self.surplus_handshakes[client] = None
         self.set_deadline(client, now + (self.config.tls_handshake_timeout_seconds or inf))
+
+    def _end_handshake(self, client: Client) -> None:
+        self.handshakes.pop(client, None)
+        self.surplus_handshakes.pop(client, None)
 
     def admit(self, client: Client, now: float) -> None:
         """Count a client, or reject it. Its handshake is over, if there was one."""
-        self.handshakes.pop(client, None)
+        self._end_handshake(client)
         error = self.limits.admit(client.sock.fileno())
         if error:
             self.rejected += 1
@@ -343,7 +355,7 @@ class Loop:
         """Forget a client, and close its socket. Raises SystemError if other code has closed it."""
         fd = client.sock.fileno()
         self.queue.pop(client, None)
-        self.handshakes.pop(client, None)
+        self._end_handshake(client)
         if was_rejected:
             self.rejected -= 1
         client.deadline = inf

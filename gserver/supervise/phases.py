@@ -304,7 +304,5 @@ class Lifecycle:
                 limit = now + GIVE_UP_SECONDS
                 self.deadline = min(self.deadline, limit) if is_draining else limit
                 self.was_forced = True
-            case _:
-                self.deadline = math.inf
         self.phase = phase
         self.since = now

@@ -36,6 +36,7 @@ class PendingSignals:
         self._pending: list[PendingSignal] = []
         self._first_stop: tuple[signal.Signals, float] | None = None
         self._had_terminal = os.isatty(0)
+        self._numbers = numbers
         for number in numbers:
             signal.signal(number, lambda number, _frame: self._note(signal.Signals(number)))
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
@@ -46,6 +47,11 @@ class PendingSignals:
             os.read(self.fd, 4096)
         pending, self._pending = self._pending, []
         return pending
+
+    def ignore(self) -> None:
+        """Ignore signals from now on: at its exit, Python would let them end the process."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: signal.Signals) -> None:
         # A terminal that is closed sends SIGHUP, more than once. It is no terminal any more then.

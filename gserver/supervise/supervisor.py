@@ -91,6 +91,7 @@ class Supervisor:
         finally:
             for child in self._children:
                 child.kill(monotonic())
+            self._signals.ignore()
         if self._failure:
             raise self._failure
         return self._report_end()

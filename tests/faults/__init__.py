@@ -1,6 +1,7 @@
-"""The fault matrix: each fault against one worker and several, plain and by TLS. `bin/faults` runs
-all of it.
+"""The fault matrix: each fault against one worker and several, plain and over TLS.
 
-`bin/check` runs each row once, the quickest way; the rest is marked `long`. Tests elsewhere that
-are about a fault of the matrix have its mark too, and are part of it.
+`bin/faults` runs all of it.
+
+`bin/check` runs each row once, in its quickest variant; the rest is marked `long`. Other tests that
+cover a fault of the matrix have its mark too, and belong to it.
 """

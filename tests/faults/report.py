@@ -1,6 +1,4 @@
-"""A pytest plugin that tells what the fault matrix has shown: a table at the end, and a file. See
-bin/faults.
-"""
+"""A pytest plugin that reports the fault matrix: a table at the end, and a file. See bin/faults."""
 
 import json
 import platform
@@ -22,7 +20,7 @@ Case = dict[str, Any]
 
 
 class Matrix:
-    """The cases of a run, as they end."""
+    """The cases of a run, in the order in which they end."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -36,7 +34,7 @@ class Matrix:
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         if mark := item.get_closest_marker("fault"):
             self._faults[item.nodeid] = mark.args[0]
-            item.extra_keyword_matches.add(mark.args[0])  # So that -k finds a fault by its name.
+            item.extra_keyword_matches.add(mark.args[0])  # Makes -k find a fault by its name.
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.nodeid not in self._faults:
@@ -48,7 +46,7 @@ class Matrix:
                 "outcome": "not ended",
                 "happened": [],
                 "measured": {},
-            },  # as it stays when the run is interrupted
+            },  # the outcome if the run is interrupted
         )
         case["seconds"] = round(case["seconds"] + report.duration, 1)
         if (report.when == "call" or report.outcome != "passed") and not self._session.shouldstop:
@@ -70,11 +68,11 @@ class Matrix:
         )
         for case, before in zip(cases, [None, *cases], strict=False):
             fault = case["fault"] if before is None or before["fault"] != case["fault"] else ""
-            told = case.get("why") or ", ".join(
+            details = case.get("why") or ", ".join(
                 f"{name} {value:g} {unit}" if unit else f"{value:g} {name}"
                 for name, (value, unit) in case["measured"].items()
             )
-            table.add_row(fault, _variant(case), case["outcome"], f"{case['seconds']:.1f}", told)
+            table.add_row(fault, _variant(case), case["outcome"], f"{case['seconds']:.1f}", details)
         console = Console()
         console.print(table)
         outcomes = Counter(case["outcome"] for case in cases)
@@ -95,7 +93,7 @@ class Matrix:
                 "seconds": round(time.monotonic() - self._began),
                 "cases": cases,
             }
-            if self._path.exists():  # Of other parts of the matrix, or of these before.
+            if self._path.exists():  # From other parts of the matrix, or an earlier run.
                 before = json.loads(self._path.read_text())
                 report["seconds"] += before["seconds"]
                 report["cases"] = [
@@ -113,7 +111,7 @@ def _measured(properties: list[tuple[str, Any]]) -> list[tuple[str, float, str]]
 
 
 def _variant(case: Case) -> str:
-    """What is in a test's brackets, or its name."""
+    """The part of a test's name in brackets, or the name."""
     name = case["test"].rpartition("::")[2]
     return str(
         name.partition("[")[2].removesuffix("]") or name.removeprefix("test_").replace("_", " ")

@@ -1,4 +1,4 @@
-"""Bad clients: too many, too slow, deaf, dead or gone, in every phase of what they do."""
+"""Bad clients: too many, too slow, not reading, dead or disconnected, in every phase."""
 
 import socket
 import struct
@@ -14,8 +14,7 @@ from lab.site import Site
 
 Start = Callable[..., Site]
 
-#: What was said when it went, plain or by TLS; and what is said where TLS has not begun, or never
-#: does.
+#: Bytes sent before the client leaves, plain or over TLS; and bytes sent without a TLS handshake.
 PHASES = (
     b"",
     b"WH",
@@ -28,18 +27,18 @@ PHASES = (
     b"WHY\nNOPE\n" * 500,
 )
 BARE_PHASES = b"", b"\x16", b"\x16\x03\x01\x02\x00\x01", b"WHO\n"
-#: From when a client's machine vanishes, with what listener.py says of keepalive.
+#: Seconds from the loss of a client's machine, by the keepalive settings of listener.py.
 DEAD_SECONDS = 120
 
 
 def reset(sock: socket.socket) -> None:
-    """Leave in the rudest way."""
+    """Close with a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
 
 def counted(site: Site, name: str) -> int:
-    """How many were turned out or away for that."""
+    """The number of error replies of this kind."""
     return int(status(site.server)["error_replies"][name])
 
 
@@ -47,8 +46,8 @@ def counted(site: Site, name: str) -> int:
 def test_clients_that_reset_in_every_phase(start: Start, notes: Notes) -> None:
     site, number = start("--log-level", "debug"), 0
 
-    def met() -> int:
-        """How many of them have been clients, or nearly."""
+    def seen_clients() -> int:
+        """The number of connections that were counted, as clients or as rejected handshakes."""
         events = site.server.events("client.accepted") + site.server.events("client.tls_failed")
         return sum(event["client.address"] == "127.0.0.2" for event in events)
 
@@ -67,12 +66,12 @@ def test_clients_that_reset_in_every_phase(start: Start, notes: Notes) -> None:
                 bare.send(said)
                 reset(bare.sock)
                 number += 1
-        until(lambda: met() == 40 * len(PHASES), "the server has met them")
+        until(lambda: seen_clients() == 40 * len(PHASES), "the server has counted all of them")
     notes.happened(f"{number} connections were reset")
 
 
 @row("Half-closes", quick=None)
-def test_hundreds_that_end_at_once(start: Start, notes: Notes) -> None:
+def test_hundreds_of_clients_end_at_once(start: Start, notes: Notes) -> None:
     site = start(crowd=400)
     with site.neighbours(), ExitStack() as stack:
         crowd = [stack.enter_context(site.client()) for _ in range(400)]
@@ -80,15 +79,17 @@ def test_hundreds_that_end_at_once(start: Start, notes: Notes) -> None:
             client.send((b"", b"WHY\nWHERE", b"WHY\n", b"W")[number % 4])
         for client in crowd:
             socket.socket.shutdown(client.sock, socket.SHUT_WR)
-        told = [client.rest() for client in crowd]
-        notes.happened(f"{len(crowd)} have ended, and read all up to a clean end")
-        assert told == [b"", b"42\nhere\n", b"42\n", b"ERR unknown command\n"] * 100
+        replies = [client.rest() for client in crowd]
+        notes.happened(f"{len(crowd)} clients ended, and read everything up to a clean close")
+        assert replies == [b"", b"42\nhere\n", b"42\n", b"ERR unknown command\n"] * 100
 
 
 @row("Over the limit", quick=ALL[1])
-def test_who_is_too_many_reads_so_and_a_clean_end(start: Start, notes: Notes) -> None:
+def test_a_client_over_the_limit_gets_the_reason_and_a_clean_close(
+    start: Start, notes: Notes
+) -> None:
     site = start("--max-clients", "40")
-    until(lambda: sum(site.clients()) == 0, "the clients before have gone")
+    until(lambda: sum(site.clients()) == 0, "the earlier clients have left")
     with ExitStack() as stack:
         inside: list[Client] = []
 
@@ -108,17 +109,17 @@ def test_who_is_too_many_reads_so_and_a_clean_end(start: Start, notes: Notes) ->
         for client in inside[:10]:
             client.sock.close()
         del inside[:10]
-        until(lambda: inside[0].who() == 30, "ten have left")
+        until(lambda: inside[0].who() == 30, "ten clients have left")
         fill()
         with site.client() as late:
             assert late.rest() == b"ERR too many clients\n"
-        notes.happened(f"{counted(site, 'too_many_clients')} were turned away")
+        notes.happened(f"{counted(site, 'too_many_clients')} were rejected")
         assert counted(site, "too_many_clients") >= 50
     site.assert_as_before()
 
 
 @row("One address takes all places", quick=None)
-def test_one_address_does_not_take_all(start: Start, notes: Notes) -> None:
+def test_one_address_does_not_take_all_places(start: Start, notes: Notes) -> None:
     site = start("--max-clients-per-address", "20")
     before = counted(site, "too_many_from_address")
     with site.neighbours(), ExitStack() as stack:
@@ -129,12 +130,14 @@ def test_one_address_does_not_take_all(start: Start, notes: Notes) -> None:
                 assert late.rest() == b"ERR too many clients from your address\n"
         assert {client.ask(b"WHY") for client in greedy} == {b"42"}
         number = counted(site, "too_many_from_address") - before
-        notes.happened(f"{number} were turned away")
+        notes.happened(f"{number} were rejected")
         assert number == 50
 
 
 @row("Slowloris", quick=None)
-def test_who_sends_a_byte_now_and_then_is_cut_off_in_time(start: Start, notes: Notes) -> None:
+def test_a_client_that_drips_bytes_is_closed_at_the_line_timeout(
+    start: Start, notes: Notes
+) -> None:
     site = start("--line-timeout", "2")
     with site.neighbours(), ExitStack() as stack:
         crowd = [stack.enter_context(site.client()) for _ in range(50)]
@@ -146,11 +149,11 @@ def test_who_sends_a_byte_now_and_then_is_cut_off_in_time(start: Start, notes: N
             time.sleep(0.1)
             assert time.monotonic() - began < 2 + LIMIT
         notes.measured("cut off after", time.monotonic() - began, "s")
-        notes.happened("50 were cut off")
+        notes.happened("50 clients were closed")
 
 
 @row("Slow reader", quick=None)
-def test_who_sends_and_does_not_read_costs_no_memory_and_is_reset(
+def test_a_client_that_does_not_read_uses_no_memory_and_is_reset(
     start: Start, notes: Notes
 ) -> None:
     site = start("--write-timeout", "1")
@@ -165,14 +168,16 @@ def test_who_sends_and_does_not_read_costs_no_memory_and_is_reset(
                 with suppress(OSError):
                     sent += client.sock.send(b"N\n" * 20_000)
         grown = site.resident_of_workers() - before
-        notes.happened(f"2 were reset, after {sent} bytes")
+        notes.happened(f"2 clients were reset, after {sent} bytes")
         notes.measured("memory grows by", grown / 1e6, "MB")
         assert sent < 100_000_000
         assert grown < 4_000_000 * site.variant.workers * PATIENCE
 
 
 @row("Dead peer", *PLAIN, quick=None)
-def test_whose_machine_vanished_counts_for_two_minutes_at_most(start: Start, notes: Notes) -> None:
+def test_a_client_on_a_vanished_machine_counts_for_two_minutes_at_most(
+    start: Start, notes: Notes
+) -> None:
     with Network(2) as network:
         here, there = network.hosts
         with here.inside():
@@ -180,17 +185,17 @@ def test_whose_machine_vanished_counts_for_two_minutes_at_most(start: Start, not
             with site.neighbours(), there.inside():
                 dead = [Client(site.server.port, here.address) for _ in range(10)]
                 for number, client in enumerate(dead):
-                    client.send((b"WHY\n", b"NOPE\n")[number % 2])  # One rests, one has a greenlet.
+                    client.send(
+                        (b"WHY\n", b"NOPE\n")[number % 2]
+                    )  # One is idle, one has a greenlet.
                     assert client.line()
                 with here.inside():
-                    until(lambda: sum(site.clients()) >= 10, "they are counted")
+                    until(lambda: sum(site.clients()) >= 10, "the clients are counted")
                 with network.cut((here, there), (there, here)) as cut:
                     for client in dead:
-                        client.sock.close()  # Of which the server hears nothing.
+                        client.sock.close()  # The server does not learn of it.
                     with here.inside(), site.client() as one:
-                        until(
-                            lambda: one.who() < 10, "they have left the count", DEAD_SECONDS + LIMIT
-                        )
-                    notes.happened("10 vanished without a word")
+                        until(lambda: one.who() < 10, "they are uncounted", DEAD_SECONDS + LIMIT)
+                    notes.happened("the machine of 10 clients vanished")
                     notes.measured("counted for", time.monotonic() - cut.after, "s")
                     assert time.monotonic() - cut.after > DEAD_SECONDS / 2

@@ -1,4 +1,4 @@
-"""Faults of the servers of a cluster themselves; clients of the others notice nothing."""
+"""Faults of servers in a cluster; clients of the other servers do not notice."""
 
 import itertools
 import subprocess
@@ -18,7 +18,7 @@ from lab.rows import PLAIN, Notes, Variant, row
 from lab.running import LIMIT, PATIENCE, Running, argv, environment, stopped, until
 from lab.steady import Cluster, SteadyServer
 
-BEAT, TTL = 0.2, 2.0
+INTERVAL, TTL = 0.2, 2.0
 MEMBERS = "{gserver:gserver}:members"
 
 
@@ -36,7 +36,7 @@ def ttl() -> float:
 @pytest.fixture
 def cluster(redis: Redis, variant: Variant, ttl: float) -> Iterator[Cluster]:
     """Three servers of the test's variant."""
-    with Cluster(redis.url, BEAT, ttl, {"WEB_CONCURRENCY": str(variant.workers)}) as running:
+    with Cluster(redis.url, INTERVAL, ttl, {"WEB_CONCURRENCY": str(variant.workers)}) as running:
         yield running
 
 
@@ -45,21 +45,21 @@ def test_a_paused_server_is_dropped_and_comes_back(cluster: Cluster, notes: Note
     paused, *others = cluster.members
     expired, descriptors = cluster.events("cluster.expired"), cluster.descriptors()
     for member in others:
-        member.watcher.may_say(10, 5)
+        member.watcher.allow(10, 5)
     before = cluster.processes()
     with stopped(*paused.server.processes()):
         for member in others:
-            until(partial(member.watcher.says, 5), "it is dropped", TTL + LIMIT)
-            member.watcher.may_say(5)
+            until(partial(member.watcher.says, 5), "the server is dropped", TTL + LIMIT)
+            member.watcher.allow(5)
         cluster.watch(TTL)
         for member in others:
-            member.watcher.may_say(5, 10)
+            member.watcher.allow(5, 10)
     cluster.settle()
     cluster.check()
     assert cluster.events("cluster.expired") == [expired[0] + 1, *expired[1:]]
     assert cluster.processes() == before, "no process was replaced"
     assert cluster.descriptors() == descriptors
-    notes.happened("the others dropped it, and it logged so when it was back")
+    notes.happened("the others dropped it, and it logged this when it returned")
 
 
 @row("Agents are killed just after a heartbeat", *PLAIN)
@@ -79,12 +79,14 @@ def test_agents_killed_at_the_worst_time(cluster: Cluster, redis: Redis, notes: 
             def has_reported(before: str = entry()) -> bool:
                 return entry() != before
 
-            until(has_reported, "a heartbeat")
+            until(has_reported, "a heartbeat is sent")
             agent.kill()
             member.server.wait_for("agent.ready", number + 2)
     cluster.settle()
     cluster.check()
-    until(lambda: cluster.descriptors() == descriptors, "as many descriptors are open as before")
+    until(
+        lambda: cluster.descriptors() == descriptors, "the number of open descriptors is as before"
+    )
     notes.happened(f"agents that died: {cluster.events('agent.died')}")
     assert cluster.events("agent.died") == [3, 3, 3]
 
@@ -94,15 +96,15 @@ def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: No
     """By kill -9, twice, with fixed ids: the new servers replace the old ones in the count."""
     shares = {"one": 5, "two": 3, "three": 2}
     for life in range(3):
-        with Cluster(redis.url, BEAT, TTL, shares=()) as cluster, ExitStack() as stack:
+        with Cluster(redis.url, INTERVAL, TTL, shares=()) as cluster, ExitStack() as stack:
             options = *cluster.options, "--workers", str(variant.workers), "--server-id"
             with ThreadPoolExecutor() as pool:
                 starts = [
                     pool.submit(SteadyServer, share, *options, one) for one, share in shares.items()
                 ]
                 cluster.members += [stack.enter_context(start.result()) for start in starts]
-            until(lambda: cluster.all_say(10), "all say the total")
-            cluster.may_say(10)
+            until(lambda: cluster.all_report(10), "all servers report the total")
+            cluster.allow(10)
             cluster.watch(TTL)
             cluster.check()
             notes.happened(f"life {life}: {redis.members()}")
@@ -111,21 +113,21 @@ def test_all_servers_restarted_at_once(redis: Redis, variant: Variant, notes: No
 
 @row("Servers of one cluster have different intervals and TTLs", *PLAIN, quick=None)
 def test_mixed_intervals_and_ttls(redis: Redis, variant: Variant, notes: Notes) -> None:
-    """As during a change, one server after another. Each has a lease of its own length."""
+    """As during a rolling change. Each server's lease has its own length."""
     times = (0.2, 2.0), (0.5, 5.0), (1.0, 10.0)
     with Cluster(redis.url, 1.0, 10.0, shares=()) as cluster, ExitStack() as stack:
-        for (beat, ttl), share in zip(times, (5, 3, 2), strict=True):
+        for (interval, ttl), share in zip(times, (5, 3, 2), strict=True):
             options = (
                 "--redis-url",
                 redis.url,
-                *argv(f"--heartbeat-interval {beat} --member-ttl {ttl}"),
+                *argv(f"--heartbeat-interval {interval} --member-ttl {ttl}"),
             )
             member = SteadyServer(share, *options, "--workers", str(variant.workers))
             cluster.members.append(stack.enter_context(member))
-        until(lambda: cluster.all_say(10), "all say the total")
-        cluster.may_say(10)
+        until(lambda: cluster.all_report(10), "all servers report the total")
+        cluster.allow(10)
         for fault in (redis.wipe, redis.freeze):
-            with cluster.telling("cluster.reset" if fault == redis.wipe else "cluster.lost"):
+            with cluster.expecting("cluster.reset" if fault == redis.wipe else "cluster.lost"):
                 fault()
             cluster.watch(12 if fault == redis.freeze else 5)
         redis.thaw()
@@ -148,7 +150,7 @@ CROWD = 50
 
 @pytest.mark.fault("50 servers return to Redis at once")
 @pytest.mark.long
-def test_stampede(redis: Redis, notes: Notes) -> None:
+def test_50_servers_reconnect_to_redis_at_once(redis: Redis, notes: Notes) -> None:
     """The heartbeat greenlets of 50 servers, each in a process of its own, without workers."""
     with ExitStack() as stack:
         for number in range(CROWD):
@@ -156,7 +158,7 @@ def test_stampede(redis: Redis, notes: Notes) -> None:
             agent = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
             stack.enter_context(agent)
             stack.callback(agent.kill)
-        until(lambda: len(redis.members()) == CROWD, "all report", 4 * LIMIT)
+        until(lambda: len(redis.members()) == CROWD, "all servers report", 4 * LIMIT)
         redis.kill()
         time.sleep(5)
         redis.restart(keep_data=False)
@@ -179,29 +181,29 @@ def test_stampede(redis: Redis, notes: Notes) -> None:
         notes.measured(
             "all back after", 0.1 * next(n for n, count in enumerate(counts) if count >= CROWD), "s"
         )
-        assert connections < 2 * CROWD, "each has connected about once"
+        assert connections < 2 * CROWD, "each server connects about once"
         assert peak <= 2 * CROWD
 
 
 @row("A paused server's id is taken, and it wakes", *PLAIN, quick=None)
 def test_a_server_taken_for_dead_comes_back(redis: Redis, variant: Variant, notes: Notes) -> None:
-    """It was only paused. Another server has taken its id, so it drains and is not counted."""
+    """The server was only paused. Another has taken its id, so it drains and is not counted."""
     env = {"WEB_CONCURRENCY": str(variant.workers)}
-    with Cluster(redis.url, BEAT, TTL, env, shares=(5,)) as cluster, ExitStack() as stack:
+    with Cluster(redis.url, INTERVAL, TTL, env, shares=(5,)) as cluster, ExitStack() as stack:
         options = *cluster.options, "--server-id", "one"
-        cluster.may_say(*range(20))
+        cluster.allow(*range(20))
         paused = stack.enter_context(Running(*options, env=env))
-        until(lambda: len(redis.members()) == 2, "it is a member")
+        until(lambda: len(redis.members()) == 2, "the server is a member")
         client = stack.enter_context(paused.client())
         assert client.who() > 0
         with stopped(*paused.processes()):
             another = stack.enter_context(Running(*options, env=env))
             assert another.who() >= 1
         assert paused.exit_code() == 2
-        assert client.rest() == b"", "it was closed in order"
+        assert client.rest() == b"", "the client is closed cleanly"
         assert "another live server" in paused.stderr
         until(
-            lambda: redis.members()["one"] == 0 and cluster.all_say(5),
+            lambda: redis.members()["one"] == 0 and cluster.all_report(5),
             "the server that stays is counted correctly",
         )
         notes.happened(paused.stderr)

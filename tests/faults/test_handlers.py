@@ -1,4 +1,4 @@
-"""Faulty handlers: each harms its own command, or its own worker, and nothing else."""
+"""Faulty handlers: each affects only its own command or its own worker."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_whatever_a_handler_raises_or_returns_costs_its_command_alone(
 
 
 @row("Handler changes its process", *PLAIN)
-def test_a_handler_that_changes_its_surroundings_harms_nobody(
+def test_a_handler_that_changes_its_process_does_not_affect_clients(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
     site = begin(start, tmp_path)
@@ -139,7 +139,7 @@ def test_a_handler_that_changes_its_surroundings_harms_nobody(
     *PLAIN,
     values={"exits": "EXIT", "raises": "RAISE", "returns": "RETURN"},
 )
-def test_a_forked_child_counts_nobody_and_answers_nobody(
+def test_a_forked_child_neither_counts_nor_answers_clients(
     start: Start, notes: Notes, kind: str, tmp_path: Path
 ) -> None:
     site = begin(start, tmp_path)
@@ -153,7 +153,7 @@ def test_a_forked_child_counts_nobody_and_answers_nobody(
             return [each for each in children if is_alive(each)]
 
         until(lambda: not living(), "the forked children have ended")
-    until(lambda: sum(site.clients()) == 0, "no client is counted any more")
+    until(lambda: sum(site.clients()) == 0, "no client is counted")
     assert not site.server.events("worker.died")
 
 
@@ -167,7 +167,7 @@ def test_a_worker_whose_descriptors_a_handler_closes_is_replaced(
 ) -> None:
     site = begin(start, tmp_path)
     before = site.server.workers()
-    site.may_lose = site.may_complain = True
+    site.may_lose = site.may_log_errors = True
     with site.neighbours(), site.client() as client:
         client.send(f"CLOSE-{kind}\n".encode())
         until(lambda: site.server.events("worker.died"), "the worker has ended")

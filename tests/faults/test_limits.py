@@ -1,4 +1,4 @@
-"""Crowds and floods: a good client is still answered within twice its usual time.
+"""Crowds and floods: a good client still gets replies within twice the usual time.
 
 The server and the good client run at a higher real-time priority than the attackers. Real attackers
 have CPUs of their own, so theirs must not compete with the server's. This needs root.
@@ -103,38 +103,40 @@ def test_a_flood_of_connects_beyond_the_limit(start: Start, notes: Notes) -> Non
             replies = sum(flood.result() for flood in floods)
             rejected = status(site.server)["error_replies"]["too_many_clients"] - rejected
             assert last.who() == 10
-        notes.happened(f"{replies} got the error reply, {rejected} were counted")
+        notes.happened(f"{replies} clients got the error reply, {rejected} were counted")
         assert rejected >= replies > 1000
     site.assert_as_before()
 
 
 @row("1,000 slowloris clients", Variant(1), Variant(2), Variant(1, True), quick=None)
-def test_1000_that_send_a_byte_now_and_then(start: Start, notes: Notes, variant: Variant) -> None:
+def test_1000_clients_drip_bytes(start: Start, notes: Notes, variant: Variant) -> None:
     site = start("--line-timeout", "6", crowd=1000 // variant.workers)
     with measured(site) as usual:
         time.sleep(QUIET_SECONDS)
     flood = attack("dribblers", site, 8, 1000)
-    until(lambda: sum(site.clients()) == 1000, "all are connected")
+    until(lambda: sum(site.clients()) == 1000, "all clients are connected")
     with measured(site) as paces:
         time.sleep(QUIET_SECONDS)
         dribbling = status(site.server)["clients"]["now"]
     assert flood.result() == 1000
-    until(lambda: status(site.server)["error_replies"]["too_slow"] == 1000, "all are closed")
-    notes.happened(f"{dribbling - 1} clients at once sent a byte every 0.5 s, and were closed")
+    until(
+        lambda: status(site.server)["error_replies"]["too_slow"] == 1000, "all clients are closed"
+    )
+    notes.happened(f"{dribbling - 1} clients sent a byte every 0.5 s at once, and were closed")
     assert dribbling == 1001
     assert_as_usual(notes, *usual, *paces)
     site.assert_as_before()
 
 
 @row("1,000 silent TLS peers", Variant(1, True), Variant(2, True), quick=None)
-def test_1000_that_never_begin_the_handshake(start: Start, notes: Notes) -> None:
+def test_1000_peers_never_begin_the_handshake(start: Start, notes: Notes) -> None:
     site = start("--tls-handshake-timeout", "2", "--max-clients", "20")
     with measured(site) as usual:
         time.sleep(QUIET_SECONDS)
     flood = attack("silent", site, 6, 1000)
     until(
         lambda: sum(worker.num_fds() for worker in site.server.workers()) > 1000,
-        "all are connected",
+        "all clients are connected",
     )
     with measured(site) as paces:
         time.sleep(QUIET_SECONDS)
@@ -165,6 +167,6 @@ def test_a_million_bad_lines_from_one_or_four(start: Start, notes: Notes, kind: 
     assert replies == 1_000_000
     until(
         lambda: status(site.server)["error_replies"]["unknown_command"] >= replies,
-        "all are counted",
+        "all lines are counted",
     )
     site.assert_as_before()

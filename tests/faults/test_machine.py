@@ -40,20 +40,20 @@ def limited(process: psutil.Process, kind: int, limit: int) -> Iterator[None]:
 
 
 def cpu_share(process: psutil.Process, seconds: float) -> float:
-    """The part of a processor that a process takes, measured for so long."""
+    """The share of a core that a process uses, measured over `seconds`."""
     before, began = sum(process.cpu_times()[:2]), time.monotonic()
     time.sleep(seconds)
     return float((sum(process.cpu_times()[:2]) - before) / (time.monotonic() - began))
 
 
 @row("Out of descriptors", *PLAIN, values=ROLES)
-def test_a_process_without_descriptors_waits_and_goes_on(
+def test_a_process_without_descriptors_waits_and_recovers(
     start: Start, notes: Notes, kind: Choice
 ) -> None:
     site = start()
     process, children = kind(site), [*site.server.workers(), *site.server.agents()]
-    site.may_lose = site.may_complain = True
-    # The descriptors that dead children free let the supervisor begin with another child, but not
+    site.may_lose = site.may_log_errors = True
+    # Dead children free enough descriptors for the supervisor to begin a new child, but not to
     # complete it.
     limit = 3 if process in children else process.num_fds()
     with site.neighbours() as neighbours:
@@ -81,25 +81,27 @@ def test_a_process_without_descriptors_waits_and_goes_on(
 
 
 @row("Out of memory", *ALL, quick=None)
-def test_a_worker_without_memory_is_replaced_or_goes_on(start: Start, notes: Notes) -> None:
+def test_a_worker_without_memory_is_replaced_or_recovers(start: Start, notes: Notes) -> None:
     site = start()
     [victim, *_] = site.server.workers()
-    site.may_lose = site.may_complain = True
+    site.may_lose = site.may_log_errors = True
 
     def had_none() -> list[str]:
         with ExitStack() as stack, suppress(OSError):
             for client in [stack.enter_context(site.client()) for _ in range(300)]:
                 client.sock.settimeout(1)
                 client.send(b"NOPE\n" * 100)
-        told = [str(event["message"]) for event in site.server.events()]
+        messages = [str(event["message"]) for event in site.server.events()]
         return [
-            text for text in told if "MemoryError" in text or f"worker {victim.pid} died" in text
+            text
+            for text in messages
+            if "MemoryError" in text or f"worker {victim.pid} died" in text
         ]
 
     with site.neighbours():
         with limited(victim, resource.RLIMIT_AS, victim.memory_info().vms):
-            notes.happened(until(had_none, "there is no memory", 4 * LIMIT)[0])
-        until(lambda: len(site.server.workers()) == site.variant.workers, "all run")
+            notes.happened(until(had_none, "memory runs out", 4 * LIMIT)[0])
+        until(lambda: len(site.server.workers()) == site.variant.workers, "all workers run")
 
 
 @row("Python interpreter missing for a while", *PLAIN, quick=None)
@@ -149,7 +151,7 @@ def test_a_broken_module_keeps_the_old_workers(
 
 
 def times(processes: list[psutil.Process]) -> list[float]:
-    """Seconds for which processes have run, and waited for a processor, in their first threads."""
+    """Seconds that the main threads of processes have run and have waited for a core."""
     each = [Path(f"/proc/{process.pid}/schedstat").read_text().split()[:2] for process in processes]
     return [sum(map(int, column)) / 1e9 for column in zip(*each, strict=True)]
 
@@ -171,7 +173,9 @@ def test_workers_with_little_processor_time_do_not_count_as_hung(
         run, waited = (
             now - then for now, then in zip(times(processes), (run, waited), strict=True)
         )
-        notes.happened(f"it ran for {run:.1f} s, and waited for a processor for {waited:.1f} s")
+        notes.happened(
+            f"the processes ran for {run:.1f} s, and waited for a core for {waited:.1f} s"
+        )
         assert waited > run
         assert neighbours.rounds > before
     assert site.server.processes() == processes

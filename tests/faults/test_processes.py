@@ -1,4 +1,4 @@
-"""Processes that die, hang or get signals: other clients notice nothing, nothing is left."""
+"""Processes that die, hang or get signals: other clients do not notice, and nothing remains."""
 
 import random
 import signal
@@ -87,14 +87,14 @@ def test_a_loop_of_kills_leaves_nothing_behind(start: Start, notes: Notes) -> No
                 site.server.send_signal(signal.SIGHUP)
             running = site.server.workers() + site.server.agents()
             for victim in drawn.sample(running, min(len(running), drawn.randint(1, 3))):
-                with suppress(psutil.NoSuchProcess):  # The reload has ended it.
+                with suppress(psutil.NoSuchProcess):  # A reload may have ended it.
                     victim.kill()
             time.sleep(drawn.random() / 2)
         site.await_others()
         neighbours.are_served()
         died = len(site.server.events("worker.died")) + len(site.server.events("agent.died"))
         notes.happened(
-            f"{died} died, {len(site.server.events('server.reload_failed'))} reloads were given up"
+            f"{died} died, {len(site.server.events('server.reload_failed'))} reloads failed"
         )
         assert died
 
@@ -126,7 +126,7 @@ def test_a_process_that_hangs_is_replaced(start: Start, notes: Notes, kind: Choi
 
 
 @row("An agent hangs before a reload", *PLAIN, quick=ALL[0])
-def test_an_agent_that_hangs_while_it_should_end_is_replaced_as_soon(
+def test_an_agent_that_hangs_while_ending_is_replaced_as_quickly(
     start: Start, notes: Notes
 ) -> None:
     site = start("--hang-timeout", "2", "--drain-timeout", "120")
@@ -164,7 +164,7 @@ def test_a_worker_whose_handler_computes_for_ever_is_replaced(start: Start, note
         site.may_lose = True
         client.send(b"SPIN\n")
         notes.happened(site.server.wait_for("worker.hung")["message"])
-        until(lambda: len(set(site.server.workers()) - set(before)) == 1, "another has its place")
+        until(lambda: len(set(site.server.workers()) - set(before)) == 1, "the worker is replaced")
         neighbours.are_served()
 
 
@@ -176,14 +176,16 @@ def test_no_process_counts_as_hung_after_the_machine_was_suspended(
     processes = site.server.processes()
     for process in processes:
         with suppress(psutil.AccessDenied):
-            process.nice(-15)  # Else they might wait for a busy machine as long as for this test.
+            process.nice(
+                -15
+            )  # Otherwise a busy machine might delay them as long as this test does.
     with site.neighbours():
         began = time.monotonic()
         with stopped(*processes):
             time.sleep(2.5)
             processes[0].resume()
-            time.sleep(0.1)  # The supervisor looks before the others can show a heartbeat.
-        notes.happened(f"all stood still for {time.monotonic() - began:.1f} s")
+            time.sleep(0.1)  # The supervisor checks before the others can update their heartbeats.
+        notes.happened(f"all processes were stopped for {time.monotonic() - began:.1f} s")
     assert site.server.processes() == processes
 
 
@@ -195,7 +197,7 @@ def is_free(port: int) -> bool:
 
 
 @row("Supervisor killed", *ALL)
-def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(
+def test_no_process_outlives_a_killed_supervisor(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
     site = start("--commands", "lab.commands", env={"MARK": str(tmp_path)})
@@ -205,7 +207,7 @@ def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(
         client.send(b"SPIN\n")
     until(
         lambda: any(worker.cpu_times().user > used[worker] + 0.3 for worker in used),
-        "a worker computes",
+        "a worker is computing",
     )
     for process in site.server.agents() + site.server.workers()[1:]:
         process.suspend()
@@ -215,7 +217,7 @@ def test_nothing_is_left_of_a_server_whose_supervisor_is_killed(
         "no process is left",
         2 * PATIENCE,
     )
-    notes.happened("all are gone, and the port can be another's")
+    notes.happened("all processes ended, and the port is free")
     for client in clients:
         client.sock.close()
 
@@ -232,9 +234,9 @@ def test_the_lines_of_a_thousand_clients_are_answered_at_a_stop(
         for client, count in zip(clients, lines, strict=True):
             client.send(b"WHY\n" * count)
         site.server.send_signal(signal.SIGTERM)
-        told = list(pool.map(Client.rest, clients))
-    assert [len(text) / len(b"42\n") for text in told] == lines
-    notes.happened(f"{len(told)} clients were told {sum(lines)} replies, then a clean end")
+        outputs = list(pool.map(Client.rest, clients))
+    assert [len(text) / len(b"42\n") for text in outputs] == lines
+    notes.happened(f"{len(outputs)} clients got {sum(lines)} replies, then a clean close")
     assert site.server.exit_code() == 0
     assert not left_over(tmp_path)
 
@@ -246,7 +248,7 @@ def test_a_second_signal_ends_the_server_now(start: Start, notes: Notes, tmp_pat
         client.send(b"SPIN\n")
         site.server.send_signal(signal.SIGTERM)
         site.server.wait_for("server.draining")
-        time.sleep(0.2)  # Sooner, it would count as passed on.
+        time.sleep(0.2)  # Sooner, it would count as forwarded.
         assert site.server.stop() == 1
     notes.happened(site.server.events("server.forced")[0]["message"])
     assert not left_over(tmp_path)
@@ -265,7 +267,7 @@ def test_a_second_signal_ends_the_server_now(start: Start, notes: Notes, tmp_pat
     },
     quick=None,
 )
-def test_a_stop_at_any_moment_of_something_else_is_a_stop(
+def test_a_stop_during_a_reload_or_respawn_is_a_stop(
     start: Start, notes: Notes, kind: Callable[[Site], object], tmp_path: Path
 ) -> None:
     site, moment = start(env={"MARK": str(tmp_path)}), random.Random(SEED).random() / 10
@@ -274,7 +276,7 @@ def test_a_stop_at_any_moment_of_something_else_is_a_stop(
     kind(site)
     until(
         lambda: site.server.events("server.reloading") + site.server.events("worker.died"),
-        "the other thing goes on",
+        "the reload or respawn is in progress",
     )
     time.sleep(moment)
     assert site.server.stop() == 0
@@ -292,7 +294,7 @@ def test_a_stop_at_any_moment_of_something_else_is_a_stop(
 def test_a_stop_after_a_reload_leaves_the_cluster(
     tmp_path: Path, notes: Notes, variant: Variant
 ) -> None:
-    """The agent that the reload has told to end knows of no stop, and ends while workers drain."""
+    """The agent that the reload ends does not know of the stop, and ends while workers drain."""
     with Redis(tmp_path) as redis:
         for number in range(6):
             with Running("--redis-url", redis.url, "--workers", str(variant.workers)) as server:
@@ -302,10 +304,10 @@ def test_a_stop_after_a_reload_leaves_the_cluster(
                 agents = server.agents()
                 time.sleep(number / 200)
                 assert server.stop() == 0
-                told = [event["event.action"] for event in server.events()]
-                assert told.index("server.reloaded") < told.index("server.draining")
+                outputs = [event["event.action"] for event in server.events()]
+                assert outputs.index("server.reloaded") < outputs.index("server.draining")
                 assert redis.members() == {}, f"{number * 5} ms later"
-        notes.happened(f"told up to {number * 5} ms after the reload, with {len(agents)} agents")
+        notes.happened(f"stopped up to {number * 5} ms after the reload, with {len(agents)} agents")
 
 
 @row("Reloads while clients connect", *ALL, quick=ALL[1])
@@ -330,13 +332,13 @@ def test_every_client_that_connects_during_20_reloads_gets_a_reply(
             site.server.wait_for("server.reloaded", number)
         until(
             lambda: sum(counts) >= CONNECTS or any(each.done() for each in connecting),
-            "many connect",
+            "many clients have connected",
             20 * LIMIT,
         )
         is_over.set()
         for each in connecting:
             each.result()
-        notes.happened(f"20 reloads, {sum(counts)} connects, all answered")
+        notes.happened(f"20 reloads, {sum(counts)} connections, all answered")
         assert sum(counts) >= CONNECTS
         assert not site.server.events("worker.died")
         site.await_others()
@@ -357,7 +359,7 @@ def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: N
         end = time.monotonic() + 3
         while time.monotonic() < end:
             for process in site.server.workers() + site.server.agents():
-                with suppress(psutil.NoSuchProcess):  # A reload has ended it.
+                with suppress(psutil.NoSuchProcess):  # A reload may have ended it.
                     process.send_signal(drawn.choice(FOR_ALL))
             site.server.send_signal(drawn.choice(FOR_SUPERVISOR))
             count += site.variant.workers + 2
@@ -376,7 +378,7 @@ def test_signals_in_any_order_to_any_process_are_survived(start: Start, notes: N
 @row("Port closed from outside", *ALL)
 def test_a_port_that_is_closed_from_outside_is_opened_again(start: Start, notes: Notes) -> None:
     site = start("--port", str(free_port()))
-    processes, site.may_complain = site.server.processes(), True
+    processes, site.may_log_errors = site.server.processes(), True
     with site.neighbours():
         site.may_lose = True
         for number, port in enumerate((site.server.port, site.server.admin_port()), 1):
@@ -386,7 +388,7 @@ def test_a_port_that_is_closed_from_outside_is_opened_again(start: Start, notes:
             if b"LISTEN" not in killed.stdout:
                 unavailable(f"closing a socket takes root and kernel support: {killed.stderr!r}")
             notes.happened(site.server.wait_for("server.port_closed", number)["message"])
-            until(lambda: get(site.server, "/readyz")[0] == 200, "both are open")
+            until(lambda: get(site.server, "/readyz")[0] == 200, "both ports are open")
     assert site.server.processes() == processes
 
 

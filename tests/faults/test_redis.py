@@ -1,6 +1,6 @@
-"""Faults of Redis, of its Sentinels, its name and its clock; more are in test_cluster_faults.py.
+"""Faults of Redis, its Sentinels, its name and its clock; test_cluster_faults.py has more.
 
-Three servers with clients go through each of them.
+Three servers with clients go through each fault.
 """
 
 import http.server
@@ -28,7 +28,7 @@ from lab.site import SEED
 from lab.steady import Cluster, SteadyServer
 from lab.world import World, lasting, survive
 
-BEAT, TTL = 0.2, 2.0
+INTERVAL, TTL = 0.2, 2.0
 STATE = "{gserver:gserver}:state"
 
 Start = Callable[..., World]
@@ -39,9 +39,9 @@ def start(variant: Variant, tmp_path: Path) -> Iterator[Start]:
     """Start three servers of the test's variant, and their Redis."""
     with ExitStack() as stack:
 
-        def begin(beat: float = BEAT, ttl: float = TTL, **env: str) -> World:
+        def begin(interval: float = INTERVAL, ttl: float = TTL, **env: str) -> World:
             return stack.enter_context(
-                World(tmp_path, beat, ttl, WEB_CONCURRENCY=str(variant.workers), **env)
+                World(tmp_path, interval, ttl, WEB_CONCURRENCY=str(variant.workers), **env)
             )
 
         yield begin
@@ -91,7 +91,7 @@ ANSWERS: dict[str, Callable[[bytes], Iterable[bytes]]] = {
 
 
 @row("Redis's replies are altered", *PLAIN, quick=None, values=ANSWERS)
-def test_answers_that_are_none(
+def test_invalid_replies_of_redis(
     start: Start, notes: Notes, kind: Callable[[bytes], Iterable[bytes]]
 ) -> None:
     world = start()
@@ -99,7 +99,7 @@ def test_answers_that_are_none(
     @contextmanager
     def altered() -> Iterator[None]:
         usual = world.proxy.alter
-        with world.cluster.telling("cluster.lost"):
+        with world.cluster.expecting("cluster.lost"):
             world.proxy.alter = kind
         world.cluster.watch(1.5 * TTL)
         yield
@@ -107,17 +107,17 @@ def test_answers_that_are_none(
         world.proxy.cut()
 
     survive(world.cluster, altered(), notes)
-    notes.happened("every server has noticed")
+    notes.happened("every server noticed")
 
 
 @row("Redis's replies arrive in pieces", *PLAIN, quick=None)
-def test_slices(start: Start, notes: Notes) -> None:
+def test_replies_of_redis_in_pieces(start: Start, notes: Notes) -> None:
     world = start()
     world.proxy.alter = slices
     lost, before = world.cluster.events("cluster.lost"), world.proxy.bytes_to_client
     world.cluster.watch(1)
     survive(world.cluster, nullcontext(), notes)
-    notes.happened(f"{world.proxy.bytes_to_client - before} bytes came so")
+    notes.happened(f"{world.proxy.bytes_to_client - before} bytes arrived in pieces")
     assert world.proxy.bytes_to_client > before
     assert world.cluster.events("cluster.lost") == lost
 
@@ -146,33 +146,33 @@ def test_another_kind_of_server(
             other.daemon_threads = True
             threading.Thread(target=other.serve_forever, daemon=True).start()
             stack.callback(other.shutdown)
-            with world.cluster.telling("cluster.lost"):
+            with world.cluster.expecting("cluster.lost"):
                 stack.enter_context(world.proxy.instead(other.server_address[1]))
             world.cluster.watch(TTL)
             yield
 
     survive(world.cluster, replaced(), notes)
-    notes.happened("every server has noticed")
+    notes.happened("every server noticed")
 
 
-# What Redis says.
+# Errors from Redis.
 
 
 @row("FLUSHALL 100 times, 1,000 clients", *PLAIN, quick=None)
-def test_wiped_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -> None:
+def test_redis_is_wiped_again_and_again(variant: Variant, tmp_path: Path, notes: Notes) -> None:
     rng = random.Random(SEED)
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     with (
         Redis(tmp_path) as server,
-        Cluster(server.url, BEAT, TTL, env, shares=(400, 350, 250)) as cluster,
+        Cluster(server.url, INTERVAL, TTL, env, shares=(400, 350, 250)) as cluster,
     ):
 
         @contextmanager
         def wiped() -> Iterator[None]:
-            with cluster.telling("cluster.reset"):
+            with cluster.expecting("cluster.reset"):
                 for _ in range(100):
                     server.wipe()
-                    cluster.watch(rng.uniform(0, 2 * BEAT))
+                    cluster.watch(rng.uniform(0, 2 * INTERVAL))
             yield
 
         survive(cluster, wiped(), notes)
@@ -204,7 +204,7 @@ def user_without_rights(world: World) -> Iterator[None]:
 
 @contextmanager
 def user_disabled(world: World) -> Iterator[None]:
-    """The default user, that of connections without a user name, cannot log in."""
+    """The default user (for connections without a user name) cannot log in."""
     server = world.redis
     server.command("ACL", "SETUSER", "admin", "on", ">hush-hush", "~*", "&*", "+@all")
     with (
@@ -249,7 +249,7 @@ def keys_of_other_types(world: World) -> Iterator[None]:
             world.redis.command("SET", "{gserver:gserver}:members", "junk")
             world.redis.command("LPUSH", "{gserver:gserver}:other", "junk")
             world.redis.command("RENAME", "{gserver:gserver}:other", "{gserver:gserver}:leases")
-            world.cluster.watch(BEAT / 2)
+            world.cluster.watch(INTERVAL / 2)
     yield
 
 
@@ -277,8 +277,8 @@ def test_redis_refuses(start: Start, notes: Notes, kind: Fault) -> None:
 
 
 @row("Redis closes connections that are silent for a second", *PLAIN, quick=None)
-def test_timeout_of_redis(start: Start, notes: Notes) -> None:
-    """Heartbeats come every two seconds, so each finds its connection closed."""
+def test_redis_closes_silent_connections(start: Start, notes: Notes) -> None:
+    """Heartbeats are sent every two seconds, so each finds its connection closed."""
     world = start(2, 10)
     world.redis.command("CONFIG", "SET", "timeout", 1)
 
@@ -288,7 +288,7 @@ def test_timeout_of_redis(start: Start, notes: Notes) -> None:
     before, lost = connections(), world.cluster.events("cluster.lost")
     world.cluster.watch(8)
     assert not before & connections()
-    notes.happened("no connection is left from before")
+    notes.happened("no earlier connection is left")
     survive(world.cluster, nullcontext(), notes)
     assert world.cluster.events("cluster.lost") == lost
 
@@ -297,7 +297,7 @@ def test_timeout_of_redis(start: Start, notes: Notes) -> None:
 
 
 def with_clock(file: Path) -> dict[str, str]:
-    """Return the environment of a process whose wall clock the file sets ahead: "+3600"."""
+    """Return the environment of a process whose wall clock the file shifts, such as "+3600"."""
     program("faketime")
     (library,) = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
     env = {
@@ -308,7 +308,7 @@ def with_clock(file: Path) -> dict[str, str]:
     return {**env, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
-#: Seconds ahead of the correct time, one after another: forward, back, and by more than the day
+#: Successive offsets from the correct time, in seconds: forward, back, and by more than the day
 #: after which keys expire.
 JUMPS = "+3600", "-7200", "+86000", "+400000", "-1000000000", "+0"
 
@@ -334,9 +334,9 @@ def test_the_clock_of_redis_jumps(start: Start, notes: Notes) -> None:
 
             until(has_reported, "a heartbeat")
             notes.happened(
-                f"the clock of Redis was {jump:+} s ahead of what the heartbeat before had stored"
+                f"the clock of Redis was {jump:+} s ahead of the time stored by the last heartbeat"
             )
-            world.cluster.watch(5 * BEAT)
+            world.cluster.watch(5 * INTERVAL)
         yield
 
     survive(world.cluster, jumping(), notes)
@@ -349,24 +349,23 @@ def test_the_clock_of_a_server_jumps(variant: Variant, tmp_path: Path, notes: No
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     with (
         Redis(tmp_path) as server,
-        Cluster(server.url, BEAT, TTL, env | with_clock(clock)) as cluster,
+        Cluster(server.url, INTERVAL, TTL, env | with_clock(clock)) as cluster,
     ):
 
         @contextmanager
         def jumping() -> Iterator[None]:
             for jump in JUMPS:
                 clock.write_text(jump)
-                with cluster.telling("cluster.reset"):
+                with cluster.expecting("cluster.reset"):
                     server.wipe()
                 said = [
                     one.server.events("cluster.reset")[-1]["@timestamp"] for one in cluster.members
                 ]
                 ahead = [datetime.fromisoformat(text).timestamp() - time.time() for text in said]
                 assert all(abs(seconds - int(jump)) < 60 for seconds in ahead)
-                notes.happened(
-                    f"the servers' logs are {[round(seconds) for seconds in ahead]} s ahead"
-                )
-                cluster.watch(5 * BEAT)
+                shown = ", ".join(f"{seconds:.0f}" for seconds in ahead)
+                notes.happened(f"the servers' logs are ahead by {shown} s")
+                cluster.watch(5 * INTERVAL)
             yield
 
         survive(cluster, jumping(), notes)
@@ -382,11 +381,11 @@ def test_the_primary_is_killed_again_and_again(
 ) -> None:
     env = {"WEB_CONCURRENCY": str(variant.workers)}
     killed = []
-    with Sentinels(tmp_path) as sentinels, Cluster(sentinels.url, BEAT, TTL, env) as cluster:
+    with Sentinels(tmp_path) as sentinels, Cluster(sentinels.url, INTERVAL, TTL, env) as cluster:
 
         @contextmanager
         def kill() -> Iterator[None]:
-            with cluster.telling("cluster.lost"):
+            with cluster.expecting("cluster.lost"):
                 killed.append(sentinels.kill_primary())
             yield
 
@@ -433,7 +432,7 @@ LIES = {
 
 
 @row("All Sentinels lie", *PLAIN, quick=None, values=LIES)
-def test_all_sentinels_name_another(
+def test_all_sentinels_name_a_wrong_address(
     variant: Variant, tmp_path: Path, notes: Notes, kind: Callable[..., Any]
 ) -> None:
     env = {"WEB_CONCURRENCY": str(variant.workers)}
@@ -444,20 +443,20 @@ def test_all_sentinels_name_another(
             stack.enter_context(listener(lambda sock: sock.sendall(named(said)))) for _ in "123"
         ]
         url = f"redis+sentinel://{','.join(f'127.0.0.1:{port}' for port in ports)}/name"
-        cluster = stack.enter_context(Cluster(url, BEAT, TTL, env))
+        cluster = stack.enter_context(Cluster(url, INTERVAL, TTL, env))
         wrong = stack.enter_context(kind(tmp_path, right))
 
         @contextmanager
         def lying() -> Iterator[None]:
             nonlocal said
-            with cluster.telling("cluster.reset" if kind is another_redis else "cluster.lost"):
+            with cluster.expecting("cluster.reset" if kind is another_redis else "cluster.lost"):
                 said = wrong
             cluster.watch(1.5 * TTL)
             yield
             said = right.port
 
         survive(cluster, lying(), notes)
-        notes.happened("every server has noticed")
+        notes.happened("every server noticed")
 
 
 @row(
@@ -471,7 +470,7 @@ def test_the_name_of_redis_changes(
 ) -> None:
     """The name server does not reply, or does not exist."""
     if os.geteuid() != 0:
-        unavailable("a file of hosts of one's own needs root")
+        unavailable("a private hosts file needs root")
     hosts, resolver = tmp_path / "hosts", tmp_path / "resolv.conf"
     mount = (
         f'mount --bind {hosts} /etc/hosts && mount --bind {resolver} /etc/resolv.conf && exec "$@"'
@@ -484,7 +483,7 @@ def test_the_name_of_redis_changes(
             stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)).bind(("127.0.0.77", 53))
         server = stack.enter_context(Redis(tmp_path, bind="127.0.0.1 127.0.0.2"))
         cluster = stack.enter_context(
-            Cluster(f"redis://redis.test:{server.port}", BEAT, TTL, shares=())
+            Cluster(f"redis://redis.test:{server.port}", INTERVAL, TTL, shares=())
         )
         options = *cluster.options, "--workers", str(variant.workers)
         for share in (5, 3, 2):
@@ -501,14 +500,16 @@ def test_the_name_of_redis_changes(
         @contextmanager
         def renamed() -> Iterator[None]:
             hosts.write_text("127.0.0.1 localhost\n")
-            with cluster.telling("cluster.lost", "timeout" if kind else "name"):
+            with cluster.expecting("cluster.lost", "timeout" if kind else "name"):
                 server.command("CLIENT", "KILL", "TYPE", "normal")
             cluster.watch(2 * TTL)
             yield
             hosts.write_text("127.0.0.2 redis.test\n")
-            until(lambda: cluster.all_say(cluster.total), "all servers have found it")
+            until(
+                lambda: cluster.all_report(cluster.total), "all servers have found the new address"
+            )
 
         assert addresses() == {"127.0.0.1"}
         survive(cluster, renamed(), notes)
         assert addresses() == {"127.0.0.2"}
-        notes.happened("all are connected to its other address")
+        notes.happened("all servers are connected to the new address")

@@ -1,4 +1,4 @@
-"""What bin/faults writes, also when it is stopped, and that it leaves nothing behind."""
+"""The report of bin/faults, also after an interruption, and that nothing is left behind."""
 
 import json
 import signal
@@ -16,21 +16,21 @@ import signal
 import pytest
 from lab.running import Running
 
-@pytest.mark.fault("Somebody waits for ever")
+@pytest.mark.fault("A test waits endlessly")
 @pytest.mark.parametrize("number", range(2))
 def test_it(number: int) -> None:
     try:
         with Running():
             signal.pause()
     finally:
-        assert not CONTENT, "what is under the fault is not as it was before"
+        assert not CONTENT, "the server under the fault is not as it was before"
 """
 
 
 def faults(
     folder: Path, *words: str, report: str = "report.json", fails: bool = False
 ) -> "subprocess.Popen[str]":
-    """As bin/faults runs the tests, with a matrix of one row."""
+    """Run the tests like bin/faults, with a matrix of one row."""
     (folder / "test_row.py").write_text(ROW.replace("not CONTENT", str(not fails)))
     command = [
         sys.executable,
@@ -56,32 +56,34 @@ def faults(
 
 def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     process = faults(tmp_path, report="none/report.json")
-    told, _ = process.communicate(timeout=4 * LIMIT)
-    assert process.returncode == 4, told
-    assert told == f"ERROR: --report {tmp_path}/none/report.json: no file can be written there\n\n"
+    output, _ = process.communicate(timeout=4 * LIMIT)
+    assert process.returncode == 4, output
+    assert (
+        output == f"ERROR: --report {tmp_path}/none/report.json: no file can be written there\n\n"
+    )
 
 
-def test_a_report_that_is_there_makes_no_other_place_the_root_of_the_tests(tmp_path: Path) -> None:
+def test_an_existing_report_does_not_change_the_root_of_the_tests(tmp_path: Path) -> None:
     (there := tmp_path / "report.json").write_text("{}")
     command = argv(f"{ROOT / 'bin/faults'} --report {there} --collect-only -k short_timeline")
-    told = subprocess.check_output(
+    output = subprocess.check_output(
         command, env=environment(VIRTUAL_ENV=sys.prefix), text=True, timeout=4 * LIMIT
     )
-    assert f"\nrootdir: {ROOT}\nconfigfile: pyproject.toml\n" in told
+    assert f"\nrootdir: {ROOT}\nconfigfile: pyproject.toml\n" in output
     assert there.read_text() == "{}"
 
 
-def test_no_case_writes_nothing(tmp_path: Path) -> None:
+def test_a_run_without_cases_writes_no_report(tmp_path: Path) -> None:
     process = faults(tmp_path, "-k", "zzz")
-    told, _ = process.communicate(timeout=4 * LIMIT)
-    assert process.returncode == 5, told
-    assert "Faults" not in told
+    output, _ = process.communicate(timeout=4 * LIMIT)
+    assert process.returncode == 5, output
+    assert "Faults" not in output
     assert not (tmp_path / "report.json").exists()
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["ends well", "fails when it ends"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_that_is_stopped_ends_all_and_tells_what_has_not_ended(
+def test_an_interrupted_run_ends_all_processes_and_reports_open_cases(
     tmp_path: Path, number: signal.Signals, *, fails: bool
 ) -> None:
     process = faults(tmp_path, fails=fails)
@@ -94,9 +96,9 @@ def test_one_that_is_stopped_ends_all_and_tells_what_has_not_ended(
 
     until(are_there, "a server runs", 4 * LIMIT)
     process.send_signal(number)
-    told, _ = process.communicate(timeout=4 * LIMIT)
-    assert process.returncode == 2, told
-    assert "1 fault, 1 case: 1 not ended" in told
+    output, _ = process.communicate(timeout=4 * LIMIT)
+    assert process.returncode == 2, output
+    assert "1 fault, 1 case: 1 not ended" in output
     (case,) = json.loads((tmp_path / "report.json").read_text())["cases"]
     assert case["outcome"] == "not ended"
     assert not psutil.wait_procs(started, LIMIT)[1]

@@ -1,6 +1,4 @@
-"""What can be done to TLS: by who speaks none, who breaks its rules, who says nothing, and by its
-own files.
-"""
+"""Faults of TLS: plain text clients, invalid records, silent peers, and bad certificate files."""
 
 import shutil
 import signal
@@ -24,7 +22,7 @@ Start = Callable[..., Site]
 
 BY_TLS = Variant(1, True), Variant(3, True)
 CCS, ALERT, HEARTBEAT = 20, 21, 24
-#: Content and its kind (RFC 8446, B.1) of a record that is well encrypted and yet wrong.
+#: Content and type (RFC 8446, B.1) of records that are encrypted correctly but invalid.
 WRONG = {
     "a second ClientHello": (b"\x01\0\0\x04abcd", HANDSHAKE),
     "a ticket": (b"\x04\0\0\x01a", HANDSHAKE),
@@ -42,7 +40,7 @@ WRONG = {
 
 @pytest.fixture
 def connect(tmp_path: Path, pems: Path) -> Iterator[Callable[[Site], RecordClient]]:
-    """Connect a client that makes its records itself, and has been answered."""
+    """Connect a client that makes its own records, and has a reply."""
     with ExitStack() as stack:
 
         def connected(site: Site) -> RecordClient:
@@ -57,22 +55,22 @@ def connect(tmp_path: Path, pems: Path) -> Iterator[Callable[[Site], RecordClien
 
 
 def failed(site: Site) -> tuple[int, int]:
-    """How many spoke plain text, and how many handshakes have failed."""
+    """The numbers of plain text clients and of failed handshakes."""
     rejected = status(site.server)["error_replies"]
     return rejected["plain_text"], rejected["tls_failed"]
 
 
 def ends(client: Client) -> bool:
-    """Whether nothing more comes but the end, however rude; before it, at most, that it took too
-    long.
-    """
+    """Whether only the end follows, clean or not, after at most a `too slow` reply."""
     with suppress(OSError):
         return client.line() in (b"", b"ERR too slow\n")
     return True
 
 
 @row("Plain text to a TLS port", *BY_TLS)
-def test_who_speaks_no_tls_is_told_or_let_go(start: Start, notes: Notes) -> None:
+def test_a_plain_text_client_of_a_tls_port_gets_an_error_or_is_closed(
+    start: Start, notes: Notes
+) -> None:
     site = start()
     plain = (
         b"WHO\n",
@@ -97,12 +95,12 @@ def test_who_speaks_no_tls_is_told_or_let_go(start: Start, notes: Notes) -> None
             with site.server.client() as client, suppress(OSError):
                 client.send(said)
                 client.end()
-        until(lambda: failed(site) == (len(plain), len(broken)), "all are counted, once")
-        notes.happened(f"{failed(site)} had no handshake")
+        until(lambda: failed(site) == (len(plain), len(broken)), "all clients are counted once")
+        notes.happened(f"{len(plain)} plain text clients, {len(broken)} failed handshakes")
 
 
 @row("TLS to a plain port", *PLAIN)
-def test_who_speaks_tls_to_a_plain_port_is_let_go(start: Start, notes: Notes, pems: Path) -> None:
+def test_a_tls_client_of_a_plain_port_is_closed(start: Start, notes: Notes, pems: Path) -> None:
     site = start()
     with site.neighbours():
         for _ in range(20):
@@ -137,11 +135,11 @@ def test_records_that_break_the_rules_end_their_client(
         with suppress(ConnectionError):
             client.send(b"".join(client.record(b"") for _ in range(1000)))
         assert ends(client)
-        notes.happened(f"{len(WRONG) + 5} clients were let go")
+        notes.happened(f"{len(WRONG) + 5} clients were closed")
 
 
 @row("Endless KeyUpdates", *BY_TLS, quick=None)
-def test_a_flood_of_key_updates_holds_nobody_up(
+def test_endless_key_updates_do_not_delay_other_clients(
     start: Start, notes: Notes, connect: Callable[[Site], RecordClient]
 ) -> None:
     site = start()
@@ -159,13 +157,14 @@ def test_a_flood_of_key_updates_holds_nobody_up(
         client.sock.close()
         neighbours.are_served()
         notes.happened(
-            f"{len(flood)} bytes of them, and {neighbours.rounds - before} answers meanwhile"
+            f"{len(flood)} bytes of KeyUpdates; neighbours were served"
+            f" {neighbours.rounds - before} times meanwhile"
         )
         assert site.resident_of_workers() - memory < 4_000_000 * site.variant.workers * PATIENCE
 
 
 @row("Stalled TLS handshake", *BY_TLS)
-def test_who_does_not_go_on_with_a_handshake_is_let_go_in_time(start: Start, notes: Notes) -> None:
+def test_a_stalled_handshake_is_closed_at_the_timeout(start: Start, notes: Notes) -> None:
     site = start("--tls-handshake-timeout", "2", "--max-clients", "100", crowd=30)
     with site.neighbours(), ExitStack() as stack:
         crowd = [stack.enter_context(site.server.client()) for _ in range(300)]
@@ -178,8 +177,8 @@ def test_who_does_not_go_on_with_a_handshake_is_let_go_in_time(start: Start, not
             notes.measured("closed after", time.monotonic() - began, "s")
             assert 0.5 < time.monotonic() - began < 2 + LIMIT
             assert good.who() < 10
-        until(lambda: failed(site)[1] >= len(crowd), "all are counted")
-        notes.happened(f"{len(crowd)} were let go")
+        until(lambda: failed(site)[1] >= len(crowd), "all clients are counted")
+        notes.happened(f"{len(crowd)} clients were closed")
 
 
 @row("Bad certificates at a reload", *BY_TLS, quick=None)

@@ -1,4 +1,4 @@
-"""Faults of what observes the server: the admin port, StatsD, the logs. None may affect clients."""
+"""Faults of monitoring: the admin port, StatsD, the logs. None may affect clients."""
 
 import os
 import resource
@@ -55,7 +55,7 @@ def over_and_over(act: Callable[[], object], threads: int) -> Iterator[list[int]
 
 
 def ask(site: Site, request: bytes) -> bytes:
-    """Send a request to the admin port, and return its whole answer."""
+    """Send a request to the admin port, and return the complete response."""
     with dial(site.server) as sock:
         sock.sendall(request)
         return b"".join(iter(partial(sock.recv, 65536), b""))
@@ -70,7 +70,7 @@ def assert_healthy(site: Site) -> None:
 
 
 @row("Admin port: slowloris", ONE, THREE, values=HALF, quick=None)
-def test_300_that_do_not_finish_what_they_ask(start: Start, notes: Notes, kind: bytes) -> None:
+def test_300_unfinished_admin_requests(start: Start, notes: Notes, kind: bytes) -> None:
     site = start()
     agents = site.server.agents()
     with site.neighbours(), ExitStack() as stack:
@@ -86,7 +86,7 @@ def test_300_that_do_not_finish_what_they_ask(start: Start, notes: Notes, kind: 
 
 
 @row("Admin port: flood", ONE, THREE, quick=None)
-def test_a_flood_of_rubbish_at_the_admin_port(start: Start, notes: Notes) -> None:
+def test_a_flood_of_invalid_requests_at_the_admin_port(start: Start, notes: Notes) -> None:
     site = start()
     agents = site.server.agents()
     rubbish = (
@@ -102,13 +102,13 @@ def test_a_flood_of_rubbish_at_the_admin_port(start: Start, notes: Notes) -> Non
         time.sleep(1.0)
         assert_healthy(site)
     answered = ", ".join(f"{sum(counts):,}" for counts in floods)
-    notes.happened(f"answers to the four kinds of garbage: {answered}")
+    notes.happened(f"responses to the four kinds of invalid requests: {answered}")
     assert sum(floods[-1]) > 20
     assert site.server.agents() == agents
 
 
 @row("Admin port while Redis hangs", ONE, THREE)
-def test_a_flood_for_the_status_while_redis_hangs(
+def test_a_flood_of_status_requests_while_redis_hangs(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
     with Redis(tmp_path) as redis:
@@ -121,7 +121,7 @@ def test_a_flood_for_the_status_while_redis_hangs(
                 assert_healthy(site)
             redis.thaw()
             site.server.wait_for("cluster.regained")
-        notes.happened(f"{sum(counts)} answers while Redis was frozen")
+        notes.happened(f"{sum(counts)} responses while Redis was frozen")
         assert sum(counts) > 80
         assert site.server.agents() == agents
         site.close()
@@ -136,7 +136,7 @@ def test_a_flood_for_the_status_while_redis_hangs(
     THREE,
     values={"refused": "127.0.0.1", "no such name": "host.invalid"},
 )
-def test_a_statsd_daemon_that_is_not_there(start: Start, notes: Notes, kind: str) -> None:
+def test_the_statsd_daemon_is_absent(start: Start, notes: Notes, kind: str) -> None:
     site = start("--statsd-host", kind, "--statsd-port", str(free_port()))
     agents, before = site.server.agents(), unreachable()
     with site.neighbours():
@@ -150,7 +150,7 @@ def test_a_statsd_daemon_that_is_not_there(start: Start, notes: Notes, kind: str
 
 
 def unreachable() -> int:
-    """How many ICMP messages `destination unreachable` this machine has sent."""
+    """The number of ICMP `destination unreachable` messages that this machine has sent."""
     names, values = [
         line.split()
         for line in Path("/proc/net/snmp").read_text().splitlines()
@@ -160,7 +160,7 @@ def unreachable() -> int:
 
 
 @row("Silent name servers", ONE, THREE)
-def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
+def test_silent_name_servers_delay_neither_clients_nor_the_stop(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
     if os.geteuid() != 0:
@@ -202,7 +202,7 @@ def test_name_servers_that_say_nothing_delay_neither_clients_nor_the_end(
 
 
 @row("StatsD names", ONE, THREE, quick=None)
-def test_what_peers_say_makes_no_metric(start: Start, notes: Notes) -> None:
+def test_input_from_clients_creates_no_metric(start: Start, notes: Notes) -> None:
     evil = b"x:1|c\n", b"clients_accepted:9|c|#a\n", b"\x1b[2J\n", b"\0\xff|@:\n", b"WHO:7|c\nWHY\n"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
@@ -243,7 +243,7 @@ def flood(site: Site, count: int) -> None:
             client.ask(b"WHY")
 
 
-def told(site: Site, after: int) -> list[Event]:
+def drop_events(site: Site, after: int) -> list[Event]:
     """The `log.dropped` events after the first `after` lines."""
     return [
         event for event in site.server.events()[after:] if event["event.action"] == "log.dropped"
@@ -258,7 +258,7 @@ PIPE = read_by("> >(exec cat)")
 
 
 @row("stdout reader stalled", quick=None)
-def test_a_reader_of_stdout_that_stalls_under_load(start: Start, notes: Notes) -> None:
+def test_the_reader_of_stdout_stalls_under_load(start: Start, notes: Notes) -> None:
     site = start("--log-level", "debug", command=PIPE)
     reader = reader_of(site)
     with site.neighbours() as neighbours:
@@ -267,13 +267,13 @@ def test_a_reader_of_stdout_that_stalls_under_load(start: Start, notes: Notes) -
         neighbours.are_served()
         before = len(site.server.lines)
         reader.resume()
-        missed = until(lambda: told(site, before), "the loss is logged")
+        missed = until(lambda: drop_events(site, before), "the dropped lines are logged")
         notes.happened(f"{sum_of(missed)} lines were dropped, and this was logged")
     assert site.server.stop() == 0
 
 
 @row("stdout reader gone", quick=None)
-def test_a_reader_of_stdout_that_goes_away(start: Start, notes: Notes) -> None:
+def test_the_reader_of_stdout_exits(start: Start, notes: Notes) -> None:
     site = start("--log-level", "debug", command=PIPE)
     with site.neighbours():
         reader = reader_of(site)
@@ -287,7 +287,7 @@ def test_a_reader_of_stdout_that_goes_away(start: Start, notes: Notes) -> None:
 
 
 @row("Disk full", ONE, THREE, Variant(1, True))
-def test_a_disk_that_is_full_for_a_while_tears_no_count(
+def test_a_full_disk_does_not_corrupt_the_count_of_dropped_lines(
     start: Start, notes: Notes, tmp_path: Path
 ) -> None:
     command = read_by(">> log")
@@ -310,15 +310,17 @@ def test_a_disk_that_is_full_for_a_while_tears_no_count(
             server.lines.remove(line)
     notes.happened(f"the file was full at {size} bytes")
 
-    def all_is_told() -> bool:
+    def every_line_is_accounted_for() -> bool:
         counts, there = (
             status(server)["clients"],
             server.events("client.accepted") + server.events("client.closed"),
         )
-        return bool(len(there) + sum_of(told(site, 0)) == counts["accepted"] + counts["closed"])
+        return bool(
+            len(there) + sum_of(drop_events(site, 0)) == counts["accepted"] + counts["closed"]
+        )
 
-    until(all_is_told, "each line was written or counted as dropped")
-    assert sum_of(told(site, 0)) > 900
+    until(every_line_is_accounted_for, "each line was written or counted as dropped")
+    assert sum_of(drop_events(site, 0)) > 900
 
 
 def limit_files(site: Site, size: int) -> None:
@@ -328,7 +330,7 @@ def limit_files(site: Site, size: int) -> None:
 
 
 @row("stderr closed", ONE, THREE, values={"closed": "2>&-", "full": "2>/dev/full"}, quick=None)
-def test_no_stderr_is_missed_by_nobody(start: Start, notes: Notes, kind: str) -> None:
+def test_a_closed_stderr_does_not_matter(start: Start, notes: Notes, kind: str) -> None:
     site = start(command=read_by(kind))
     with site.neighbours():
         for process in site.server.processes():

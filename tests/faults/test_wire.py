@@ -1,4 +1,4 @@
-"""Bad input: what a client may send, however much of it and however it is cut."""
+"""Bad input: any bytes, in any amount, split in any way."""
 
 import random
 import socket
@@ -42,14 +42,12 @@ HTTP = (
 
 
 def reply(line: bytes) -> bytes:
-    """What is said to a line that is not the first."""
+    """The reply to a line that is not the first."""
     return replies(b"WHY\n" + line, REPLIES, LIMIT_BYTES).removeprefix(REPLIES[b"WHY"])
 
 
 @row("Odd lines")
-def test_odd_lines_get_one_reply_each_and_nothing_of_them_comes_back(
-    start: Start, notes: Notes
-) -> None:
+def test_odd_lines_get_one_reply_each_and_are_never_echoed(start: Start, notes: Notes) -> None:
     site = start("--log-level", "debug")
     with site.neighbours(), site.client() as client:
         for line in ODD:
@@ -60,9 +58,7 @@ def test_odd_lines_get_one_reply_each_and_nothing_of_them_comes_back(
         notes.happened(f"{counts}")
         assert counts["not_ascii"] == sum(reply(line) == NOT_ASCII for line in ODD)
         assert client.ask(b"WHY") == b"42"
-        logged = "".join(
-            site.server.lines
-        )  # Each of which is an event: the neighbours have that checked.
+        logged = "".join(site.server.lines)  # `neighbours` checks each line.
         assert "2J" not in logged
         assert "\x1b" not in logged
 
@@ -91,10 +87,10 @@ def test_input_in_pieces_of_any_size_and_its_end(start: Start, notes: Notes) -> 
 
 
 @row("Endless line")
-def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: Notes) -> None:
+def test_an_endless_line_is_closed_and_uses_no_memory(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours():
-        for size, told in {
+        for size, expected in {
             LIMIT_BYTES - 1: UNKNOWN,
             LIMIT_BYTES: UNKNOWN,
             LIMIT_BYTES + 1: TOO_LONG,
@@ -102,21 +98,19 @@ def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: 
             for ending in (b"\n", b"\r\n"):
                 with site.client() as client:
                     client.send(b"x" * size + ending + b"WHY\n")
-                    assert client.end() == told + b"42\n" * (told == UNKNOWN)
+                    assert client.end() == expected + b"42\n" * (expected == UNKNOWN)
         before = site.resident_of_workers()
         with site.client() as client:
-            sent, told = 0, b""
+            sent, received = 0, b""
             with suppress(OSError):
                 while sent < 10_000_000:
                     client.send(b"x" * 65536)
                     sent += 65536
                 client.send(b"\nWHY\n")
             grown = site.resident_of_workers() - before
-            with suppress(
-                ConnectionError
-            ):  # What came too late for the server makes the kernel reset.
-                told = client.rest()
-            assert told in (b"", TOO_LONG)
+            with suppress(ConnectionError):  # Bytes that arrive too late make the kernel reset.
+                received = client.rest()
+            assert received in (b"", TOO_LONG)
         notes.happened(f"{sent} bytes of a line were sent")
         notes.measured("memory grows by", grown / 1e6, "MB")
         assert grown < 3_000_000 * site.variant.workers * PATIENCE
@@ -124,9 +118,7 @@ def test_a_line_without_end_is_cut_off_and_costs_no_memory(start: Start, notes: 
 
 
 @row("Browser")
-def test_what_looks_like_http_gets_nothing_and_no_later_line_is_run(
-    start: Start, notes: Notes
-) -> None:
+def test_an_http_request_gets_no_reply_and_no_later_line_is_run(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours():
         for request in HTTP:
@@ -135,12 +127,12 @@ def test_what_looks_like_http_gets_nothing_and_no_later_line_is_run(
                     client.send(request + ending + b"Host: x" + ending * 2 + b"WHO\nWHY\nWHERE\n")
                     assert client.rest() == b""
         closed = status(site.server)["error_replies"]["http"]
-        notes.happened(f"{closed} were closed")
+        notes.happened(f"{closed} clients were closed")
         assert closed == 2 * len(HTTP)
 
 
 @row("A million commands at once", quick=None)
-def test_a_million_commands_from_one_client_hold_nobody_up(start: Start, notes: Notes) -> None:
+def test_a_million_commands_from_one_client_do_not_delay_others(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours() as neighbours, site.client() as client:
         usual = neighbours.rounds
@@ -150,13 +142,15 @@ def test_a_million_commands_from_one_client_hold_nobody_up(start: Start, notes: 
         assert got == b"42\n" * 1_000_000
         assert client.who() > 0
         answered = neighbours.rounds - usual
-        notes.happened(f"a million were answered, and the neighbours {answered} times meanwhile")
+        notes.happened(
+            f"a million commands were answered; neighbours were served {answered} times meanwhile"
+        )
         notes.measured("p99", neighbours.p99() * 1000, "ms")
         assert neighbours.rounds > usual + 10
 
 
 def pump(sock: socket.socket, data: bytes) -> list[bytes]:
-    """Send it all and then the end, reading what comes meanwhile; return that."""
+    """Send all data and the end of input; return everything received meanwhile."""
     rest, is_sent = memoryview(data), False
     got: list[bytes] = []
     sock.settimeout(0.01)
@@ -175,9 +169,7 @@ def pump(sock: socket.socket, data: bytes) -> list[bytes]:
 
 
 @row("Urgent data", *PLAIN)
-def test_urgent_bytes_are_no_part_of_a_line_and_make_nobody_spin(
-    start: Start, notes: Notes
-) -> None:
+def test_urgent_bytes_are_not_part_of_a_line_and_use_no_cpu(start: Start, notes: Notes) -> None:
     site = start()
     with site.neighbours():
         for _ in range(50):
@@ -189,7 +181,7 @@ def test_urgent_bytes_are_no_part_of_a_line_and_make_nobody_spin(
                 assert [client.line(), client.line()] == [b"42\n", b"here\n"]
                 client.sock.send(b"!", socket.MSG_OOB)
                 assert client.end() == b""
-        notes.happened("150 bytes were sent as urgent ones")
+        notes.happened("150 urgent bytes were sent")
         with site.client() as client:
             client.sock.send(b"!", socket.MSG_OOB)
             assert client.ask(b"WHY") == b"42"

@@ -10,7 +10,7 @@ from lab.statsd import Daemon, statsd_daemon
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """One Redis for the tests that leave it intact; each uses a cluster name of its own."""
+    """One Redis for the tests that leave it intact; each uses its own cluster name."""
     with Redis(tmp_path_factory.mktemp("redis")) as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""The client of the admin port: its deadlines, and any answer that it may get."""
+"""The client of the admin port: its deadlines, and any response that it may get."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ from lab.running import PATIENCE, Running, argv, gserver, until
 
 MEMBER = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
 MEMBERS = {"servers": [MEMBER], "omitted_servers": 0, "age_seconds": 0.1, "error_kind": None}
-#: What a server says; `WORKER` is one of its workers.
+#: A valid status; `WORKER` is one of its workers.
 GOOD: dict[str, Any] = describe(
     Config(server_id="here", redis_url="redis://x"), Scoreboard.create(1), MEMBERS
 )
@@ -46,8 +46,9 @@ HEAD = b"HTTP/1.0 200 OK\r\n\r\n"
 
 @contextmanager
 def answering(*parts: bytes, pause: float = 0.0) -> Iterator[tuple[str, list[bytes]]]:
-    """A server that answers anybody with these parts, so many seconds between; its address, and
-    what it has read.
+    """A server that sends these parts to each client, with a pause between them.
+
+    Yields its address and the bytes that it has read.
     """
     asked: list[bytes] = []
 
@@ -78,14 +79,14 @@ def answering(*parts: bytes, pause: float = 0.0) -> Iterator[tuple[str, list[byt
 
 
 def seen(body: bytes, head: bytes = HEAD) -> Target:
-    """What is seen of a server that answers so."""
+    """The target after a server has sent this response."""
     with answering(head, body) as (address, _):
         [target] = parse_targets([address], "")
         poll([target])
         return target
 
 
-def test_what_a_server_says_is_believed_as_it_is() -> None:
+def test_a_valid_status_is_accepted() -> None:
     target = seen(json.dumps(GOOD).encode())
     assert (target.error, target.now, target.state) == ("", GOOD, GOOD["server"]["state"])
     assert json.loads(as_json([target])) == {target.address: GOOD}
@@ -96,7 +97,7 @@ def test_what_a_server_says_is_believed_as_it_is() -> None:
 
 
 def changed(path: str, value: Any) -> bytes:
-    """What a server says, with one thing that is different."""
+    """A status with one changed value."""
     status = deepcopy(GOOD)
     *way, last = (int(name) if name.isdigit() else name for name in path.split("."))
     place: Any = status
@@ -110,14 +111,14 @@ def changed(path: str, value: Any) -> bytes:
 
 
 def paths(value: Any, path: str = "") -> Iterator[str]:
-    """The place of everything in a value."""
+    """The path of each part of a value."""
     for name, item in value.items() if isinstance(value, dict) else enumerate(value):
         yield f"{path}{name}"
         if isinstance(item, dict | list):
             yield from paths(item, f"{path}{name}.")
 
 
-#: What is in a status that is not shown.
+#: Parts of a status that are not shown.
 UNSEEN = {
     *argv("version host port limit accepted closed lost service_seconds reads slot"),
     *argv(
@@ -147,19 +148,19 @@ SEEN = [
 
 
 @pytest.mark.parametrize("path", SEEN)
-def test_with_one_thing_of_another_shape_it_is_no_status(path: str) -> None:
+def test_a_status_with_a_value_of_another_type_is_rejected(path: str) -> None:
     for wrong in WRONG:
         assert seen(changed(path, wrong)).error == STRANGE, wrong
 
 
 @pytest.mark.parametrize("path", SEEN)
-def test_with_one_thing_missing_it_is_no_status_unless_it_is_one_of_any_number(path: str) -> None:
+def test_a_status_with_a_missing_value_is_rejected(path: str) -> None:
     way, _, last = path.rpartition(".")
     trouble = "" if last == "0" or way in ("commands", "error_replies") else STRANGE
     assert seen(changed(path, ...)).error == trouble
 
 
-def test_whatever_fits_can_be_shown() -> None:
+def test_every_accepted_status_can_be_shown() -> None:
     for path in SEEN:
         values: list[Any] = [None, True, 0, -1.5, 2**62, "x", "[/red]", {}, []]
         for value in values:
@@ -188,11 +189,11 @@ def test_whatever_fits_can_be_shown() -> None:
         (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n", "HTTP 302"),
     ],
 )
-def test_what_is_no_admin_port_is_said_in_a_line(answer: bytes, trouble: str) -> None:
+def test_a_response_of_another_service_is_reported_in_one_line(answer: bytes, trouble: str) -> None:
     assert seen(answer, head=b"").error == trouble
 
 
-def test_headers_are_no_trouble_up_to_a_limit() -> None:
+def test_headers_are_accepted_up_to_a_limit() -> None:
     for count, trouble in ((90, ""), (200, STRANGE)):
         head = b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * count + b"\r\n"
         assert seen(json.dumps(GOOD).encode(), head).error == trouble
@@ -209,7 +210,7 @@ def test_a_body_with_a_length_or_in_chunks_is_read(framing: str) -> None:
     assert seen(body, head).now == GOOD
 
 
-def test_nothing_that_a_terminal_would_obey_is_left_in_texts() -> None:
+def test_terminal_sequences_are_removed_from_texts() -> None:
     foul = "\x1b]0;P\x07\x1b[2J\x9b\x7f\u202e\ud800é\n"
     target = seen(changed("server.id", foul).replace(b'"WHO"', json.dumps(foul).encode()))
     plain = r"\x1b]0;P\x07\x1b[2J\x9b\x7f\u202e\ud800\xe9\n"
@@ -219,7 +220,7 @@ def test_nothing_that_a_terminal_would_obey_is_left_in_texts() -> None:
     assert target.now["cluster"]["members"]["servers"][0]["id"] == plain
 
 
-def test_a_token_goes_to_the_server_that_is_asked_and_nowhere_else() -> None:
+def test_a_token_is_sent_only_to_the_named_server() -> None:
     token = "täglich \n neu"
     with answering(b"") as (elsewhere, stolen):
         location = f"HTTP/1.0 302 Found\r\nLocation: http://{elsewhere}/\r\n\r\n".encode()
@@ -243,7 +244,7 @@ def test_a_token_goes_to_the_server_that_is_asked_and_nowhere_else() -> None:
         ([HEAD, *[b'"' * 10_000] * 100], 0.03),
     ],
 )
-def test_one_deadline_holds_for_all_of_an_answer(parts: list[bytes], pause: float) -> None:
+def test_one_deadline_covers_the_whole_response(parts: list[bytes], pause: float) -> None:
     with answering(*parts, pause=pause) as (address, asked):
         targets, began = parse_targets([address], ""), time.monotonic()
         poll(targets)
@@ -257,7 +258,7 @@ def test_one_deadline_holds_for_all_of_an_answer(parts: list[bytes], pause: floa
         until(asked_again, "the late request has ended", 2 * PATIENCE)
 
 
-def test_an_answer_without_end_is_given_up_before_the_deadline() -> None:
+def test_an_endless_response_is_abandoned_before_the_deadline() -> None:
     with answering(HEAD, b" " * 10_000_000) as (address, _):
         targets, began = parse_targets([address], ""), time.monotonic()
         poll(targets)
@@ -265,7 +266,7 @@ def test_an_answer_without_end_is_given_up_before_the_deadline() -> None:
         assert time.monotonic() - began < TIMEOUT_SECONDS
 
 
-def test_who_is_slow_keeps_nobody_from_being_seen_and_is_heard_when_it_answers() -> None:
+def test_a_slow_server_delays_no_other_and_is_shown_when_it_responds() -> None:
     with (
         answering(HEAD, json.dumps(GOOD).encode()) as (quick, _),
         answering(HEAD, b" ", b"{}", pause=0.5) as (slow, asked),
@@ -279,11 +280,11 @@ def test_who_is_slow_keeps_nobody_from_being_seen_and_is_heard_when_it_answers()
             poll(targets, 0.1)
             return targets[0].error == STRANGE
 
-        until(answered, "it is heard")
-        assert len(asked) == 1, "it was not asked again meanwhile"
+        until(answered, "the slow server has answered")
+        assert len(asked) == 1, "it is not polled again meanwhile"
 
 
-def test_a_second_look_is_at_those_that_have_answered_the_first() -> None:
+def test_only_servers_that_answered_are_polled_a_second_time() -> None:
     with ExitStack() as stack:
         good, asked = stack.enter_context(answering(HEAD, json.dumps(GOOD).encode()))
         bad, asked_in_vain = stack.enter_context(answering(b"x"))
@@ -293,7 +294,7 @@ def test_a_second_look_is_at_those_that_have_answered_the_first() -> None:
         assert (targets[0].before, targets[1].error) == (GOOD, STRANGE)
 
 
-def test_a_server_without_a_token_ignores_one() -> None:
+def test_a_server_without_a_token_ignores_a_sent_one() -> None:
     with Running("--admin-port", "0") as server:
         server.wait_for("agent.ready")
         targets = parse_targets([f"127.0.0.1:{server.admin_port()}"], "of another server")
@@ -309,7 +310,7 @@ def test_a_server_without_a_token_ignores_one() -> None:
         "a b:4243",
     ],
 )
-def test_what_is_no_admin_port_is_refused_in_one_line(url: str) -> None:
+def test_an_invalid_admin_address_is_refused_in_one_line(url: str) -> None:
     with pytest.raises(UsageError, match="is not an admin port"):
         parse_targets([url], "")
     done = gserver("top", "--once", "--admin", url)
@@ -317,7 +318,7 @@ def test_what_is_no_admin_port_is_refused_in_one_line(url: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_name_that_is_none_is_trouble() -> None:
+def test_an_unresolvable_name_is_reported() -> None:
     targets = parse_targets(["nowhere.invalid:1", "x" * 70 + ":1"], "")
     poll(targets)
     assert all(each.error not in ("", STRANGE) for each in targets)
@@ -330,7 +331,7 @@ def status(uptime: float, who: int = 0, server_id: str = "a") -> dict[str, objec
     }
 
 
-def test_a_rate_is_by_the_servers_own_clock_and_none_is_made_up() -> None:
+def test_a_rate_uses_the_servers_clock_and_is_never_invented() -> None:
     target = Target("x")
     target.now = status(10, 100)
     assert target.rate("commands") is None

@@ -1,4 +1,4 @@
-"""The agent: when it dies, hangs or is replaced, no client notices and every count stays exact."""
+"""The agent: if it dies, hangs or is replaced, no client notices and every count stays exact."""
 
 import contextlib
 import signal
@@ -18,7 +18,7 @@ def asking(server: Running, command: bytes) -> Iterator[tuple[list[float], list[
     """During the body, clients connect one after another, send ten commands each and disconnect.
 
     Yields the time of each reply in seconds, and the number of replies of each client: ten, unless
-    it was closed before.
+    it was closed early.
     """
     times: list[float] = []
     clients: list[int] = []
@@ -46,7 +46,7 @@ def asking(server: Running, command: bytes) -> Iterator[tuple[list[float], list[
         thread.join(LIMIT)
 
 
-def test_a_killed_agent_is_replaced_and_nothing_is_counted_twice(daemon: Daemon) -> None:
+def test_a_killed_agent_is_replaced_without_double_counting(daemon: Daemon) -> None:
     with Running(*to(daemon, "killed")) as server, server.client() as client:
         server.wait_for("agent.ready")
         (first,) = server.agents()
@@ -116,7 +116,7 @@ def test_a_server_that_stops_before_its_agent_is_ready_still_sends_its_figures(
 ) -> None:
     with Running(*to(daemon, "short"), wait=False) as server:
         (agent,) = until(server.agents, "an agent")
-        agent.suspend()  # It is still starting, which takes a tenth of a second or more.
+        agent.suspend()  # It is still starting, which takes at least a tenth of a second.
         with Client(server.wait_for("server.listening")["server.port"]) as client:
             assert client.ask(b"WHY") == b"42"
         assert server.events("agent.ready") == []
@@ -127,7 +127,7 @@ def test_a_server_that_stops_before_its_agent_is_ready_still_sends_its_figures(
     becomes(lambda: received(daemon, "counters", "short.").get("commands.why"), 1)
 
 
-def test_an_agent_that_ends_late_counts_nothing_twice(daemon: Daemon) -> None:
+def test_an_agent_that_ends_late_does_not_double_count(daemon: Daemon) -> None:
     with Running(*to(daemon, "late")) as server, server.client() as client:
         server.wait_for("agent.ready")
         (first,) = server.agents()
@@ -138,7 +138,7 @@ def test_an_agent_that_ends_late_counts_nothing_twice(daemon: Daemon) -> None:
             assert client.ask(b"WHY") == b"42"
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
-        if len(server.agents()) > 1:  # The next agent has started already and sends first.
+        if len(server.agents()) > 1:  # The next agent has already started and sends first.
             becomes(lambda: received(daemon, "counters", "late.").get("commands.why"), 5)
         first.resume()
         until(lambda: first not in server.agents(), "the end of the first agent")

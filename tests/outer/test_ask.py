@@ -1,6 +1,4 @@
-"""`gserver ask`: the replies of one server, and one line about commands that failed or servers that
-did not answer.
-"""
+"""`gserver ask`: the replies of one server, and one line for failed commands and servers."""
 
 import os
 import socket
@@ -25,10 +23,10 @@ from lab.running import (
     Running,
     argv,
     environment,
+    error_line,
     extended,
     gserver,
     program,
-    told,
     unavailable,
 )
 
@@ -45,8 +43,8 @@ def _port(listener: socket.socket) -> int:
 
 
 @pytest.fixture
-def nobody() -> Iterator[int]:
-    """A port where nobody listens, and nobody will: it is bound."""
+def closed_port() -> Iterator[int]:
+    """A port without a listener. It is bound, so that none can appear."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield _port(bound)
@@ -54,14 +52,14 @@ def nobody() -> Iterator[int]:
 
 @pytest.fixture
 def mute() -> Iterator[int]:
-    """A port where the kernel takes connections and no word is ever said."""
+    """A port where the kernel accepts connections, and nothing is ever sent."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield _port(listener)
 
 
 @contextmanager
 def _server_that(act: Callable[[socket.socket], object]) -> Iterator[int]:
-    """The port of a server that does this with its one client, and then closes."""
+    """The port of a server that does this with its only client, and then closes."""
 
     def serve() -> None:
         sock, _ = listener.accept()
@@ -109,15 +107,19 @@ def test_replies_that_come_in_pieces_over_one_connection_are_put_together() -> N
     assert answer == Answer(["one", "two", "three"])
 
 
-def test_the_first_server_that_answers_is_the_one(server: Running, nobody: int, mute: int) -> None:
-    done = gserver("ask", "WHY", "WHERE", "--timeout", "0.3", *_options(nobody, mute, server.port))
+def test_the_first_server_that_answers_is_used(
+    server: Running, closed_port: int, mute: int
+) -> None:
+    done = gserver(
+        "ask", "WHY", "WHERE", "--timeout", "0.3", *_options(closed_port, mute, server.port)
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert (
         done.stdout == "42\n" + server.events("server.listening")[0]["service.instance.id"] + "\n"
     )
 
 
-def test_later_servers_are_left_alone_when_one_has_answered(server: Running) -> None:
+def test_no_further_server_is_asked_after_one_has_answered(server: Running) -> None:
     with socket.create_server(("127.0.0.1", 0)) as later:
         servers = [("127.0.0.1", server.port), ("127.0.0.1", _port(later))]
         assert ask(["WHY", "NOPE"], servers, LIMIT) == Answer(["42"], ["NOPE: ERR unknown command"])
@@ -134,7 +136,7 @@ def test_a_reply_of_a_megabyte_is_printed_whole(tmp_path: Path) -> None:
     assert done.stdout == "x" * 1_000_000 + "\n42\n"
 
 
-def test_an_ipv6_server_is_asked_in_brackets() -> None:
+def test_an_ipv6_address_is_given_in_brackets() -> None:
     if not Path("/proc/net/if_inet6").exists():
         pytest.skip("this machine has no IPv6")
     with Running("--host", "::1") as server:
@@ -142,17 +144,27 @@ def test_an_ipv6_server_is_asked_in_brackets() -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
 
-# None answers.
+# No server answers.
 
 
-def test_when_none_answers_one_line_tells_what_each_did(nobody: int, mute: int) -> None:
+def test_without_an_answer_one_line_reports_what_each_server_did(
+    closed_port: int, mute: int
+) -> None:
     done = gserver(
-        "ask", "--timeout", "0.2", "--server", "no-such-host.invalid:42", *_options(nobody, mute)
+        "ask",
+        "--timeout",
+        "0.2",
+        "--server",
+        "no-such-host.invalid:42",
+        *_options(closed_port, mute),
     )
     assert (done.returncode, done.stdout) == (1, "")
     said = done.stderr.removeprefix("gserver: no server answered: ").split("; ")
     assert said[0].startswith("no-such-host.invalid:42 ")
-    assert said[1:] == [f"127.0.0.1:{nobody} {NOT_RUNNING}", f"127.0.0.1:{mute} {NOT_IN_TIME}\n"]
+    assert said[1:] == [
+        f"127.0.0.1:{closed_port} {NOT_RUNNING}",
+        f"127.0.0.1:{mute} {NOT_IN_TIME}\n",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +179,7 @@ def test_when_none_answers_one_line_tells_what_each_did(nobody: int, mute: int) 
         (b"43\n", "sent an invalid reply to WHY: '43'"),
     ],
 )
-def test_a_server_that_does_not_answer_is_told_of(said: bytes, reason: str) -> None:
+def test_a_server_that_does_not_answer_is_reported(said: bytes, reason: str) -> None:
     with _server_that(lambda sock: sock.sendall(said)) as port, pytest.raises(FatalError) as caught:
         ask(["WHY"], [("127.0.0.1", port)], LIMIT)
     assert str(caught.value) == f"no server answered: 127.0.0.1:{port} {reason}"
@@ -186,7 +198,7 @@ def test_a_server_that_does_not_answer_is_told_of(said: bytes, reason: str) -> N
         (b"42\nERR internal\nhere\n", ["42", "here"], "NOPE: ERR internal"),
     ],
 )
-def test_the_replies_that_came_are_printed_and_what_failed_is_named(
+def test_received_replies_are_printed_and_failures_are_named(
     said: bytes, replies: list[str], failures: str
 ) -> None:
     commands = ["WHY", "NOPE", "WHERE"] if b"internal" in said else ["WHY", "WHERE"]
@@ -200,7 +212,7 @@ def test_the_replies_that_came_are_printed_and_what_failed_is_named(
 def test_a_command_that_takes_too_long_is_named_and_the_others_are_printed() -> None:
     def halt(sock: socket.socket) -> None:
         sock.sendall(b"42\n")
-        sock.recv(1)  # Until the client has left.
+        sock.recv(1)  # Wait until the client leaves.
 
     with _server_that(halt) as port:
         done = gserver("ask", "WHY", "SLOW", "--timeout", "0.5", *_options(port))
@@ -208,9 +220,7 @@ def test_a_command_that_takes_too_long_is_named_and_the_others_are_printed() -> 
     assert done.stderr == f"gserver: 127.0.0.1:{port} {NOT_IN_TIME} (no reply to SLOW)\n"
 
 
-def test_a_server_that_breaks_off_is_passed_over_for_one_that_replies_to_all(
-    server: Running,
-) -> None:
+def test_a_server_that_disconnects_is_skipped_for_one_that_answers_fully(server: Running) -> None:
     with _server_that(lambda sock: sock.sendall(b"7\n")) as port:
         done = gserver("ask", "WHO", "WHY", *_options(port, server.port))
     who, why = done.stdout.splitlines()
@@ -218,7 +228,7 @@ def test_a_server_that_breaks_off_is_passed_over_for_one_that_replies_to_all(
     assert who != "7"
 
 
-def test_a_server_that_resets_the_connection_is_told_of() -> None:
+def test_a_connection_reset_is_reported() -> None:
     def reset(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -232,7 +242,7 @@ def test_a_server_that_resets_the_connection_is_told_of() -> None:
 @pytest.mark.parametrize(
     "garbage", [b"\x1b[31mred\n", b"\x07\n", b"a\tb\n", b"caf\xe9\n", b"\xff\xfe\n", b"a\rb\n"]
 )
-def test_what_is_no_printable_ascii_is_not_taken_for_a_reply(garbage: bytes) -> None:
+def test_bytes_that_are_not_printable_ascii_are_not_a_reply(garbage: bytes) -> None:
     with (
         _server_that(lambda sock: sock.sendall(garbage)) as port,
         pytest.raises(FatalError) as caught,
@@ -241,7 +251,7 @@ def test_what_is_no_printable_ascii_is_not_taken_for_a_reply(garbage: bytes) -> 
     assert str(caught.value).isprintable()
 
 
-def test_a_server_that_talks_without_end_is_given_up_before_the_timeout() -> None:
+def test_an_endless_reply_is_abandoned_before_the_timeout() -> None:
     def talk(sock: socket.socket) -> None:
         while True:
             sock.sendall(b"x" * 65536)
@@ -251,12 +261,12 @@ def test_a_server_that_talks_without_end_is_given_up_before_the_timeout() -> Non
     assert NOT_IN_TIME not in str(caught.value)
 
 
-def test_a_server_that_is_full_is_passed_over_and_its_word_is_told(server: Running) -> None:
+def test_a_full_server_is_skipped_and_its_error_reply_is_reported(server: Running) -> None:
     with Running("--max-clients", "1") as full, full.client() as only:
         only.ask(b"WHY")
         done = gserver("ask", "WHO", "WHY", *_options(full.port))
         word = f"no server answered: 127.0.0.1:{full.port} replied ERR too many clients"
-        assert told(done, 1) == word
+        assert error_line(done, 1) == word
         done = gserver("ask", "WHY", *_options(full.port, server.port))
         assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
@@ -280,9 +290,9 @@ def test_a_reply_that_only_begins_like_an_error_is_a_reply(text: str) -> None:
 # TLS.
 
 
-def test_tls_to_a_plain_port_is_told_in_one_clear_line(server: Running) -> None:
+def test_tls_to_a_plain_port_is_reported_in_one_line(server: Running) -> None:
     done = gserver("ask", "WHY", "--tls", *_options(server.port))
-    assert told(done, 1) == (
+    assert error_line(done, 1) == (
         f"no server answered: 127.0.0.1:{server.port} closed the connection in the TLS"
         " handshake: it does not speak TLS, or is stopping"
     )
@@ -291,16 +301,18 @@ def test_tls_to_a_plain_port_is_told_in_one_clear_line(server: Running) -> None:
 @pytest.mark.parametrize(
     "said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"220 mail\r\n"]
 )
-def test_tls_to_another_service_is_told_in_one_clear_line(said: bytes) -> None:
+def test_tls_to_another_service_is_reported_in_one_line(said: bytes) -> None:
     with _server_that(lambda sock: sock.sendall(said)) as port:
         done = gserver("ask", "WHY", "--tls", *_options(port))
     reason = f"127.0.0.1:{port} does not speak TLS: ask without --tls"
-    assert told(done, 1) == f"no server answered: {reason}"
+    assert error_line(done, 1) == f"no server answered: {reason}"
 
 
 @pytest.mark.parametrize("word", ["", " ", "WHO\nWHY", "WHY\n"])
-def test_what_is_not_one_line_with_one_reply_is_not_asked(server: Running, word: str) -> None:
-    assert told(gserver("ask", word, "WHY", "--timeout", "0.5", *_options(server.port)))
+def test_a_command_that_is_not_one_line_with_one_reply_is_refused(
+    server: Running, word: str
+) -> None:
+    assert error_line(gserver("ask", word, "WHY", "--timeout", "0.5", *_options(server.port)))
 
 
 # Time.
@@ -308,9 +320,7 @@ def test_what_is_not_one_line_with_one_reply_is_not_asked(server: Running, word:
 
 @contextmanager
 def _full_queue() -> Iterator[int]:
-    """A port, on all addresses of the loopback, where a connect waits without end: the kernel takes
-    no more of them.
-    """
+    """A port on all loopback addresses with a full accept queue: a connect never completes."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("", 0))
@@ -323,7 +333,7 @@ def _full_queue() -> Iterator[int]:
 
 
 def _say_nothing(sock: socket.socket) -> None:
-    sock.recv(1)  # Until the client has left.
+    sock.recv(1)  # Wait until the client leaves.
 
 
 def _drip(sock: socket.socket) -> None:
@@ -339,15 +349,15 @@ def _begin_late(sock: socket.socket) -> None:
 
 
 SLOW = {
-    "says nothing": lambda: _server_that(_say_nothing),
-    "says a byte now and then": lambda: _server_that(_drip),
-    "begins just before the timeout": lambda: _server_that(_begin_late),
-    "does not even accept": _full_queue,
+    "sends nothing": lambda: _server_that(_say_nothing),
+    "drips bytes": lambda: _server_that(_drip),
+    "starts just before the timeout": lambda: _server_that(_begin_late),
+    "does not accept": _full_queue,
 }
 
 
 @pytest.mark.parametrize("slow", SLOW.values(), ids=SLOW)
-def test_a_slow_server_takes_the_timeout_and_no_longer(
+def test_a_slow_server_takes_at_most_the_timeout(
     slow: Callable[[], AbstractContextManager[int]],
 ) -> None:
     with slow() as port:
@@ -357,10 +367,10 @@ def test_a_slow_server_takes_the_timeout_and_no_longer(
         assert 0.8 <= time.monotonic() - began < 0.8 + 15 * PATIENCE
 
 
-def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: Path) -> None:
+def test_the_timeout_covers_all_addresses_of_a_name(tmp_path: Path) -> None:
     unshare = program("unshare")
     if os.geteuid() != 0:
-        unavailable("only root can give a process an /etc/hosts of its own")
+        unavailable("a private /etc/hosts needs root")
     (tmp_path / "hosts").write_text("127.0.0.2 thrice\n127.0.0.3 thrice\n127.0.0.4 thrice\n")
     own_hosts = 'mount --bind "$1" /etc/hosts && exec "$2" -P -c "$3" "$4"'
     code = """if True:
@@ -395,7 +405,7 @@ def test_the_timeout_is_for_a_name_and_not_for_each_of_its_addresses(tmp_path: P
             check=False,
         )
     if "mount" in done.stderr or "unshare" in done.stderr:
-        unavailable(f"this root may not mount: {done.stderr}")
+        unavailable(f"mounting is not permitted here: {done.stderr}")
     taken, _, said = done.stdout.partition(" ")
     assert said == f"no server answered: thrice:{port} {NOT_IN_TIME}\n"
     assert 3 <= float(taken) < 8
@@ -442,7 +452,7 @@ BAD_ADDRESSES = [
 
 
 @pytest.mark.parametrize("text", BAD_ADDRESSES)
-def test_what_is_no_address_is_refused(text: str) -> None:
+def test_an_invalid_address_is_refused(text: str) -> None:
     with pytest.raises(
         UsageError,
         match=r"is not an address: write HOST:PORT, such as 127\.0\.0\.1:4242 or \[::1\]:4242",
@@ -451,7 +461,7 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 
 
 @given(st.text(max_size=30))
-def test_no_text_can_break_the_reading_of_addresses(text: str) -> None:
+def test_any_text_is_an_address_or_refused(text: str) -> None:
     try:
         host, port = parse_address(text)
     except UsageError:
@@ -461,17 +471,15 @@ def test_no_text_can_break_the_reading_of_addresses(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["4242", "localhost:" + "9" * 5000])
-def test_a_bad_address_is_told_in_one_line_before_anybody_is_asked(
-    server: Running, text: str
-) -> None:
+def test_a_bad_address_is_reported_before_any_server_is_asked(server: Running, text: str) -> None:
     done = gserver("ask", *_options(server.port), "--server", text)
-    assert told(done).startswith(f"{text[:20]!r}"[:-1])
+    assert error_line(done).startswith(f"{text[:20]!r}"[:-1])
 
 
 @pytest.mark.parametrize(
     "host", ["no-such-host.invalid", "a..b", "x" * 64, "x" * 300, " ", "a b", "http://localhost"]
 )
-def test_a_name_that_does_not_resolve_is_told_of(host: str) -> None:
+def test_a_name_that_does_not_resolve_is_reported(host: str) -> None:
     with pytest.raises(FatalError) as caught:
         ask(["WHO"], [(host, 1)], LIMIT)
     said = str(caught.value)
@@ -481,12 +489,12 @@ def test_a_name_that_does_not_resolve_is_told_of(host: str) -> None:
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon"])
-def test_a_timeout_that_is_none_is_refused(timeout: str) -> None:
-    said = told(gserver("ask", "--timeout", timeout))
+def test_an_invalid_timeout_is_refused(timeout: str) -> None:
+    said = error_line(gserver("ask", "--timeout", timeout))
     assert said.startswith("Invalid value for '--timeout': ")
 
 
-# Output that nobody reads.
+# Output that is not read.
 
 
 def _ask_into(stdout: int, port: int) -> tuple[int, str]:
@@ -502,7 +510,7 @@ def _ask_into(stdout: int, port: int) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_output_into_a_closed_pipe_ends_it_without_a_word(server: Running) -> None:
+def test_a_closed_output_pipe_ends_the_command_silently(server: Running) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
     try:
@@ -511,7 +519,7 @@ def test_output_into_a_closed_pipe_ends_it_without_a_word(server: Running) -> No
         os.close(theirs)
 
 
-def test_output_onto_a_full_disk_is_told_of_in_one_line(server: Running) -> None:
+def test_output_to_a_full_disk_is_reported_in_one_line(server: Running) -> None:
     with Path("/dev/full").open("wb") as full:
         code, said = _ask_into(full.fileno(), server.port)
     assert code == 1

@@ -1,4 +1,4 @@
-"""bin/audit, given reports: by itself it takes an installation, and PyPI."""
+"""bin/audit with given reports: a real run needs an installation and PyPI."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from lab.running import ROOT
 
 
-def test_an_audit_tells_vulnerabilities_from_what_is_not_known(tmp_path: Path) -> None:
+def test_an_audit_distinguishes_vulnerable_from_unknown_packages(tmp_path: Path) -> None:
     good = {"name": "click", "version": "8.5.1", "vulns": []}
     flaw = {
         "id": "PYSEC-2021-66",

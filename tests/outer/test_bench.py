@@ -1,4 +1,4 @@
-"""The page shows what the measurements have found, and TLS is measured as it says."""
+"""The page shows the measured figures, and TLS is measured as documented."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ RESULTS = json.loads((ROOT / "bench/results.json").read_text())
 
 @pytest.fixture
 def _same_limit_of_files() -> Iterator[None]:
-    """A scenario raises this process's, for its children."""
+    """Restore the descriptor limit, which a scenario raises for its children."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -71,7 +71,7 @@ def test_every_plot_of_the_page_names_its_commit_date_and_machine() -> None:
         assert re.search(r">gserver \w+, \d{4}-\d\d-\d\d, [^<]+ cores, \d+ GB</text>", drawn), name
 
 
-def test_what_has_no_results_shows_no_figures() -> None:
+def test_a_table_without_results_shows_no_figures() -> None:
     for name in (name for name, table in TABLES.items() if table.scenario not in RESULTS):
         shown = re.search(rf"<!-- table: {name} -->(.*?)<!-- end -->", TEXT, re.S)
         assert shown
@@ -80,11 +80,11 @@ def test_what_has_no_results_shows_no_figures() -> None:
 
 @pytest.mark.usefixtures("_same_limit_of_files")
 @pytest.mark.parametrize("service", tls.SERVICES)
-def test_each_service_takes_what_the_load_generator_asks_of_tls(service: str) -> None:
+def test_each_service_accepts_the_tls_settings_of_the_load_generator(service: str) -> None:
     for name in ("haproxy", "stunnel", "openssl", "taskset"):
         program(name)
     with tls.serving(service) as server:
-        # The proxy; gserver's supervisor, worker and agent.
+        # The proxy, and gserver's supervisor, worker and agent.
         assert len(tree(server)) == (service in tls.PROXIES) + 3
         words = ["openssl", "s_client", "-connect", f"{server.host}:{server.port}", "-tls1_3"]
         words += ["-groups", "X25519", "-ciphersuites", "TLS_AES_256_GCM_SHA384"]
@@ -97,7 +97,7 @@ def test_each_service_takes_what_the_load_generator_asks_of_tls(service: str) ->
 
 @pytest.fixture
 def _built(_same_limit_of_files: None) -> None:
-    """The load generator. The test is skipped without what only `bin/bench` installs."""
+    """Build the load generator. Skip the test without the programs of `bin/bench`."""
     missing = [name for name in (*PROGRAMS, "gcc") if not shutil.which(name)]
     if missing or not importlib.util.find_spec("uvloop"):
         pytest.skip(f"bin/bench installs: {', '.join([*missing, 'uvloop'])}")
@@ -122,7 +122,7 @@ def test_every_shape_of_commands_is_answered_by_gserver_and_by_its_peer() -> Non
 
 @pytest.mark.usefixtures("_built")
 def test_a_wrong_reply_fails_the_measurement() -> None:
-    # This peer knows only the exact spelling.
+    # This peer understands only the exact spelling.
     with (
         running("uvloop", cores=SERVER_CORE) as server,
         pytest.raises(Failed, match="WHO: ERR unknown command"),

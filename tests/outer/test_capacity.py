@@ -1,4 +1,4 @@
-"""docs/cluster.md says what the measurements of heartbeats say."""
+"""docs/cluster.md shows the measured figures of heartbeats."""
 
 import json
 
@@ -9,7 +9,7 @@ from bench.report import HEARTBEAT_CPU
 from lab.running import ROOT
 
 
-def test_the_cluster_page_shows_what_the_results_say() -> None:
+def test_the_cluster_page_matches_the_results() -> None:
     results = json.loads((ROOT / "bench/results.json").read_text())
     section = f"{capacity.BEGIN}\n\n{capacity.section(results)}\n\n{capacity.END}"
     assert section in capacity.PAGE.read_text(), "bin/bench --render"
@@ -26,7 +26,7 @@ def test_the_number_of_servers_follows_from_the_cpu_of_a_heartbeat_in_the_larges
     assert "| busy | 10 | 1,200 |" in section
 
 
-def test_the_time_of_the_script_is_shown_for_all_sizes_together() -> None:
+def test_the_script_time_is_shown_as_one_range_for_all_sizes() -> None:
     machine = dict.fromkeys(("commit", "processor", "redis-server", "date"), "x")
     samples: list[dict[str, float]] = [{"servers": 3, HEARTBEAT_CPU: 500}]
     samples += [{"servers": 3, "script_us": time} for time in (20.1, 31.9)]

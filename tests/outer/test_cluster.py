@@ -1,4 +1,4 @@
-"""The cluster with real servers and a real Redis: WHO over several servers, and during faults."""
+"""A cluster of real servers with a real Redis: WHO across servers, and during faults."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from lab.clusters import (
     FAST,
     INTERVAL,
     TTL,
-    all_say,
+    all_report,
     cluster,
     connect,
     servers_known,
@@ -25,19 +25,19 @@ from lab.redises import Proxy, Redis
 from lab.rows import Notes
 from lab.running import LIMIT, PATIENCE, Event, Running, until
 
-#: Seconds until a change shows on the other servers, with the default interval of 0.5 s.
+#: Seconds until a change reaches the other servers, with the default interval of 0.5 s.
 SEEN = 0.7 * PATIENCE
 
 
 @pytest.fixture(scope="module")
 def three(redis: Redis) -> Iterator[list[Running]]:
-    """Three servers with default times; the tests leave them alive and without clients."""
+    """Three servers with default times; the tests leave them running and without clients."""
     with cluster(redis.url, "three", *[["--workers", "2"]] * 3) as servers:
         yield servers
 
 
 class IdleAgents:
-    """The agents of servers without clients, and the CPU time that they had used before."""
+    """The agents of servers without clients, and their CPU time at the start."""
 
     def __init__(self, servers: list[Running]) -> None:
         self._agents = [agent for server in servers for agent in server.agents()]
@@ -50,7 +50,7 @@ class IdleAgents:
 
 @pytest.fixture(scope="module", autouse=True)
 def idle_agents(redis: Redis) -> Iterator[IdleAgents]:
-    """A cluster with default times that is left alone while the tests run."""
+    """A cluster with default times that stays idle while the tests run."""
     with cluster(redis.url, "resting", [], []) as servers:
         yield IdleAgents(servers)
 
@@ -66,10 +66,10 @@ def test_who_is_the_total_on_every_server_and_counts_its_own_clients_at_once(
             connect(stack, server, count)
         with watching(*three, total=6):
             assert three[0].who() == 7
-            assert three[2].who() in (7, 8), "this client, and perhaps still the one before"
+            assert three[2].who() in (7, 8), "this client, and perhaps still the previous one"
 
 
-def test_a_change_shows_on_the_others_within_a_heartbeat_and_all_are_exact_after_two_seconds(
+def test_a_change_reaches_all_servers_within_a_heartbeat_and_stays_exact(
     three: list[Running],
 ) -> None:
     changing, *others = three
@@ -79,18 +79,18 @@ def test_a_change_shows_on_the_others_within_a_heartbeat_and_all_are_exact_after
             time.sleep(0.05 + 0.1 * (number * 0.618 % 1))  # All phases of an interval.
             connect(stack, changing, 1)
             moments.append(time.monotonic())
-        all_say(watches, 66)
+        all_report(watches, 66)
         came = [w.until(since=at, at_least=n) for w in watches for n, at in enumerate(moments, 3)]
         assert sorted(came)[int(len(came) * 0.99)] <= SEEN, came
         left = time.monotonic()
         stack.close()
-        all_say(watches, 2)
+        all_report(watches, 2)
         gone = [watch.until(since=left, at_most=2) for watch in watches]
         assert max(gone) <= SEEN, gone
         connect(stack, changing, 5)
         connect(stack, others[0], 5)
         quiet = time.monotonic() + 2 * PATIENCE
-        until(lambda: time.monotonic() > quiet + 0.3, "some replies after the quiet")
+        until(lambda: time.monotonic() > quiet + 0.3, "some replies after the quiet period")
         assert [watch.replies(since=quiet) for watch in watches] == [{12}, {12}]
         assert changing.who() == 13
 
@@ -126,7 +126,7 @@ def test_clients_that_die_with_their_worker_are_not_counted_elsewhere(three: lis
     server, *others = three
     with ExitStack() as stack, watching(*others, total=2) as watches:
         connect(stack, server, 20)
-        all_say(watches, 22)
+        all_report(watches, 22)
         deaths, starts, left = (
             len(server.events("worker.died")),
             len(server.events("worker.ready")),
@@ -135,7 +135,7 @@ def test_clients_that_die_with_their_worker_are_not_counted_elsewhere(three: lis
         for number, worker in enumerate(server.workers(), 1):
             worker.kill()
             left -= server.wait_for("worker.died", deaths + number)["gserver.lost"]
-            all_say(watches, 2 + left)
+            all_report(watches, 2 + left)
             server.wait_for("worker.ready", starts + number)
         assert left == 0
 
@@ -187,7 +187,7 @@ def test_a_reload_does_not_leave_the_cluster(redis: Redis, three: list[Running])
 
         until(is_over, "all processes have been replaced")
         assert [watch.replies() for watch in watches] == [{2}, {2}]
-        assert server.who() == 3, "the new workers know of the others"
+        assert server.who() == 3, "the new workers know the other servers"
         assert [len(other.events("cluster.servers")) for other in three] == changes
 
 
@@ -200,19 +200,17 @@ def test_a_killed_server_is_counted_for_its_ttl_and_no_longer(redis: Redis, note
         connect(stack, server, 3)
         with watching(*others, total=5) as watches:
             now = time.monotonic()
-            until(lambda: time.monotonic() > now + TTL / 2, "its lease has its full length")
+            until(lambda: time.monotonic() > now + TTL / 2, "the lease has its full length")
             killed = time.monotonic()
             os.kill(server.pid, signal.SIGKILL)
-            all_say(watches, 2)
+            all_report(watches, 2)
             gone = [watch.until(since=killed, at_most=4) for watch in watches]
             assert all(TTL - INTERVAL <= seconds <= TTL + PATIENCE for seconds in gone), gone
             assert [watch.replies() for watch in watches] == [{5, 2}, {5, 2}]
     notes.happened("killed with kill -9")
 
 
-def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_it_is_back(
-    redis: Redis,
-) -> None:
+def test_a_stopped_server_leaves_at_exit_and_counts_again_when_it_returns(redis: Redis) -> None:
     ttl = 2.5
     theirs = [["--server-id", name, "--member-ttl", str(ttl)] for name in ("stopping", "staying")]
     with cluster(redis.url, "stopped", *theirs) as (server, other), ExitStack() as stack:
@@ -220,10 +218,14 @@ def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_i
         with watching(other, total=4) as watches:
             assert server.stop() == 0
             exited = time.monotonic()
-            until(lambda: servers_known(other) == 1 and watches[0].last == 1, "it is gone", SEEN)
+            until(
+                lambda: servers_known(other) == 1 and watches[0].last == 1,
+                "the server is dropped",
+                SEEN,
+            )
             while time.monotonic() < exited + ttl:
                 assert set(redis.members("stopped")) == {"staying"}, (
-                    "a late heartbeat has brought it back"
+                    "a late heartbeat has brought the server back"
                 )
                 time.sleep(0.01)
             assert not server.events("cluster.not_left")
@@ -232,7 +234,7 @@ def test_a_stopped_server_is_gone_at_its_exit_for_good_and_counts_at_once_when_i
                 back.client(),
             ):
                 connected = time.monotonic()
-                all_say(watches, 2)
+                all_report(watches, 2)
                 assert watches[0].until(since=connected, at_least=2) <= SEEN
 
 
@@ -262,14 +264,17 @@ def test_each_policy_replies_as_documented_while_redis_is_away(tmp_path: Path) -
                 fresh = [said for at, said in watch.seen if away < at < away + age - 2 * INTERVAL]
                 stale = [said for at, said in watch.seen if at > away + age + 0.5]
                 assert fresh
-                assert set(fresh) == {b"6"}, "the last known number stands for a while"
+                assert set(fresh) == {b"6"}, "the last known number is kept for a while"
                 assert set(stale) == {reply}
             failing = stack.enter_context(servers[2].client())
             expected = [policies["error"], b"42", policies["error"]]
             assert [failing.ask(word) for word in (b"WHO", b"WHY", b"WHO")] == expected
             assert len(failing.ask(b"WHERE")) == 36
             redis.restart(keep_data=False)
-            until(lambda: {watch.seen[-1][1] for watch in watches} == {b"7"}, "exact again")
+            until(
+                lambda: {watch.seen[-1][1] for watch in watches} == {b"7"},
+                "the count is exact again",
+            )
             assert failing.who() == 7
 
 
@@ -288,26 +293,32 @@ def test_events_of_the_cluster_are_logged(tmp_path: Path) -> None:
         cut, other = stack.enter_context(started(*urls))
         connect(stack, other, 2)
         assert logged(cut, "cluster.joined")["gserver.servers"] in (1, 2)
-        until(lambda: [servers_known(cut), servers_known(other)] == [2, 2], "they know each other")
+        until(
+            lambda: [servers_known(cut), servers_known(other)] == [2, 2],
+            "the servers know each other",
+        )
         assert logged(cut, "cluster.servers")["gserver.remote_clients"] in (0, 2)
         proxy.refuse()
         lost = logged(cut, "cluster.lost")
         assert (lost["gserver.kind"], lost["error.type"]) == ("connection", "ConnectionError")
         assert lost["error.message"]
-        until(lambda: servers_known(other) == 1, "it is dropped after its TTL")
-        assert len(cut.events("cluster.lost")) == 1, "it is logged once that Redis is away"
+        until(lambda: servers_known(other) == 1, "the server is dropped after its TTL")
+        assert len(cut.events("cluster.lost")) == 1, "the loss of Redis is logged once"
         proxy.is_dropping = True
         proxy.accept()
         assert logged(cut, "cluster.lost", 2)["gserver.kind"] == "timeout"
         proxy.is_dropping = False
         logged(cut, "cluster.regained")
         logged(cut, "cluster.expired")
-        until(lambda: [servers_known(cut), servers_known(other)] == [2, 2], "all is as before")
+        until(
+            lambda: [servers_known(cut), servers_known(other)] == [2, 2],
+            "the cluster has recovered",
+        )
         with watching(cut, other, total=4) as watches:
             redis.wipe()
             logged(cut, "cluster.reset")
             logged(other, "cluster.reset")
-            until(lambda: len(redis.members()) == 2, "both have reported since")
+            until(lambda: len(redis.members()) == 2, "both servers have reported since")
             assert [watch.replies() for watch in watches] == [{4}, {4}]
         counts = {
             action: len(cut.events(f"cluster.{action}"))
@@ -350,12 +361,12 @@ def test_metrics_of_the_cluster_arrive_at_statsd(tmp_path: Path) -> None:
         assert not any("heartbeat_errors" in name for name in sent)
         redis.kill()
         until(lambda: last("heartbeat_errors.connection|c") >= 1, f"errors: {sent}")
-        until(lambda: last("age_ms|g") >= 1500, f"an age that grows: {sent}")
+        until(lambda: last("age_ms|g") >= 1500, f"a growing age: {sent}")
         assert last("clients|g") == 2
 
 
 def test_the_agent_of_an_idle_server_uses_almost_no_cpu(idle_agents: IdleAgents) -> None:
-    until(lambda: time.monotonic() > idle_agents.began + 10, "the time of the measurement is over")
+    until(lambda: time.monotonic() > idle_agents.began + 10, "the measurement is complete")
     seconds = time.monotonic() - idle_agents.began
     used = [
         after - before

@@ -1,4 +1,4 @@
-"""What a misbehaving Redis, Sentinel or update on disk can do to a server of a cluster."""
+"""The effects of a misbehaving Redis, Sentinel or update on disk on a server of a cluster."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ HEARTBEAT = Heartbeat("one", "a1", sequence=1, clients=5, ttl_ms=5000, interval_
 
 
 def ask_first(link: RedisLink, port: int) -> SentinelFollower:
-    """Make a link ask the Sentinel of this port first; return its follower of Sentinels."""
+    """Make a link ask the Sentinel at this port first; return its follower of Sentinels."""
     assert link._sentinels is not None
     while link._sentinels.addresses[0][1] != port:
         link._sentinels.skip()
@@ -51,7 +51,7 @@ REPLIES = {
 
 
 @pytest.mark.parametrize("name", REPLIES)
-def test_a_reply_that_the_script_cannot_give_is_an_error_like_others(name: str) -> None:
+def test_an_impossible_script_reply_is_an_ordinary_error(name: str) -> None:
     with listener(lambda sock: sock.sendall(REPLIES[name])) as port:
         link = RedisLink(Config(redis_url=f"redis://127.0.0.1:{port}"))
         with pytest.raises((redis.RedisError, TypeError, ValueError, AttributeError)) as caught:
@@ -60,9 +60,7 @@ def test_a_reply_that_the_script_cannot_give_is_an_error_like_others(name: str) 
 
 
 @pytest.mark.fault("Redis replies byte by byte")
-def test_a_redis_that_replies_byte_by_byte_is_given_up_and_clients_notice_nothing(
-    notes: Notes,
-) -> None:
+def test_clients_do_not_notice_a_redis_that_replies_byte_by_byte(notes: Notes) -> None:
     with listener(trickle) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
         assert server.wait_for("cluster.lost")["gserver.kind"] == "timeout"
         assert server.who() == 1
@@ -70,16 +68,16 @@ def test_a_redis_that_replies_byte_by_byte_is_given_up_and_clients_notice_nothin
         time.sleep(3)
         assert server.agents() == agent
         assert not server.events("agent.hung")
-    notes.happened("the agent gave it up")
+    notes.happened("the agent abandoned it")
 
 
 @pytest.mark.fault("Sentinels reply byte by byte")
-def test_sentinels_that_reply_byte_by_byte_are_given_up_within_one_attempt(notes: Notes) -> None:
+def test_sentinels_that_reply_byte_by_byte_are_abandoned_in_one_attempt(notes: Notes) -> None:
     with listener(trickle) as one, listener(trickle) as other:
         url = f"redis+sentinel://127.0.0.1:{one},127.0.0.1:{other}/name"
         with Running("--redis-url", url) as server:
             assert server.wait_for("cluster.lost")["gserver.kind"] == "timeout"
-    notes.happened("the agent gave all of them up")
+    notes.happened("the agent abandoned all of them")
 
 
 def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
@@ -155,7 +153,7 @@ def test_after_a_sentinel_that_names_a_wrong_address_the_next_one_is_asked(
         assert not is_acknowledged()
         assert is_acknowledged()
         link.drop()
-    notes.happened("it was asked first")
+    notes.happened("the wrong Sentinel was asked first")
 
 
 def test_an_update_on_disk_that_the_agent_cannot_run_does_not_end_the_server(
@@ -173,7 +171,7 @@ def test_an_update_on_disk_that_the_agent_cannot_run_does_not_end_the_server(
         agent.kill()
         until(
             lambda: len(server.events("agent.died")) >= 2,
-            "the next one does not start either",
+            "the next agent does not start either",
             2 * LIMIT,
         )
         assert client.who() == 1
@@ -181,7 +179,7 @@ def test_an_update_on_disk_that_the_agent_cannot_run_does_not_end_the_server(
 
 
 @pytest.mark.fault("A reply of Redis has endless parts")
-def test_a_reply_with_endless_elements_is_given_up_at_once(notes: Notes) -> None:
+def test_a_reply_with_endless_elements_is_abandoned_at_once(notes: Notes) -> None:
     """Otherwise the agent would do nothing else while it parses them."""
 
     def pour(sock: socket.socket) -> None:
@@ -192,18 +190,18 @@ def test_a_reply_with_endless_elements_is_given_up_at_once(notes: Notes) -> None
     with listener(pour) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
         assert server.wait_for("cluster.lost", limit=4 * PATIENCE)["gserver.kind"] == "other"
         assert server.who() == 1
-    notes.happened("the agent gave it up")
+    notes.happened("the agent abandoned it")
 
 
 @pytest.mark.fault("A reply of Redis never ends")
-def test_an_endless_reply_is_given_up_before_it_takes_all_memory(notes: Notes) -> None:
+def test_an_endless_reply_is_abandoned_before_it_fills_the_memory(notes: Notes) -> None:
     def pour(sock: socket.socket) -> None:
         sock.sendall(b"$9000000000\r\n")
         while True:
             sock.sendall(bytes(1_000_000))
 
     with listener(pour) as port, Running("--redis-url", f"redis://127.0.0.1:{port}") as server:
-        until(lambda: server.events("cluster.lost"), "it is given up")
+        until(lambda: server.events("cluster.lost"), "the reply is abandoned")
         (agent,) = server.agents()
         said = (
             Path(f"/proc/{agent.pid}/status").read_text()
@@ -212,7 +210,7 @@ def test_an_endless_reply_is_given_up_before_it_takes_all_memory(notes: Notes) -
         found = re.search(rf"VmHWM:\s+(\d+) kB.*\nMax data size +{MAX_DATA_BYTES} ", said, re.S)
         assert found, said
         assert 50_000 < int(found[1]) < MAX_DATA_BYTES / 1000, (
-            "it has received much, and kept no more than its limit"
+            "the agent has received much, and kept no more than its limit"
         )
         assert server.who() == 1
-    notes.happened("the agent gave it up")
+    notes.happened("the agent abandoned it")

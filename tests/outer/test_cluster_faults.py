@@ -1,6 +1,6 @@
-"""Three servers with clients that stay: whatever happens to Redis, each WHO gets a correct reply.
+"""Three servers with permanent clients: whatever happens to Redis, each WHO gets a correct reply.
 
-The reply comes at once. Each fault happens to servers that have been through the faults before it.
+The reply is immediate. Each fault happens to servers that went through the earlier faults.
 """
 
 import threading
@@ -19,7 +19,7 @@ from lab.running import LIMIT, PATIENCE, ROOT, Running, stopped, until
 from lab.steady import Cluster
 from lab.world import KEYS, Fault, World, lasting, survive
 
-# Each begins a fault, yields when all servers have noticed it, and ends it with its `with` block.
+# Each starts a fault, yields when all servers have noticed it, and ends it with its `with` block.
 
 frozen_for_a_second = lasting("frozen_for_a_second", "timeout", faults.frozen, 1)
 frozen_longer_than_the_ttl = lasting(
@@ -53,7 +53,7 @@ def killed_and_restarted_with_its_data(world: World) -> Iterator[None]:
 
 @contextmanager
 def restarted_with_old_data_of_more_clients(world: World) -> Iterator[None]:
-    """The data are older than the TTL, as most backups are."""
+    """The data are older than the TTL, like most backups."""
     with world.cluster.settled_guests():
         world.redis.command("SAVE")
     world.cluster.watch(world.ttl)
@@ -95,7 +95,7 @@ def restored_to_a_state_of_more_clients(world: World) -> Iterator[None]:
 @contextmanager
 def wiped_then_restored_from_a_backup(world: World) -> Iterator[None]:
     """An operator restores a backup after a mistake; its lease clock is ahead of the new one."""
-    world.cluster.watch(4 * world.cluster.beat)
+    world.cluster.watch(4 * world.cluster.interval)
     old = world.dump()
     with world.reset():
         world.redis.wipe()
@@ -116,7 +116,7 @@ def wiped_ten_times(world: World) -> Iterator[None]:
     with world.reset():
         for number in range(10):
             world.redis.wipe()
-            world.cluster.watch(world.cluster.beat * (0.1 + number / 8))
+            world.cluster.watch(world.cluster.interval * (0.1 + number / 8))
     yield
 
 
@@ -126,7 +126,7 @@ def wiped_while_one_server_sends_no_heartbeat(world: World) -> Iterator[None]:
     with stopped(*world.cluster.members[0].server.agents()):
         world.redis.wipe()
         until(lambda: len(world.redis.members()) == 2, "two servers have returned")
-        world.cluster.watch(1.5 * world.cluster.beat)
+        world.cluster.watch(1.5 * world.cluster.interval)
         assert len(world.redis.members()) == 2
     yield
 
@@ -166,7 +166,7 @@ def scripts_forgotten(world: World) -> Iterator[None]:
 
     before = script_runs_in_full()
     world.redis.forget_scripts()
-    until(lambda: script_runs_in_full() > before, "a server sends it again")
+    until(lambda: script_runs_in_full() > before, "a server sends the script again")
     yield
 
 
@@ -181,7 +181,7 @@ def slow_but_in_time(world: World) -> Iterator[None]:
     """A round trip takes 60 % of the timeout, which is half a second or a tenth of the TTL."""
     world.proxy.delay_seconds = 0.3 * min(0.5, world.ttl / 10)
     before = world.proxy.bytes_to_client
-    world.cluster.watch(4 * world.cluster.beat)
+    world.cluster.watch(4 * world.cluster.interval)
     assert world.proxy.bytes_to_client > before
     yield
     world.proxy.delay_seconds = 0
@@ -189,7 +189,7 @@ def slow_but_in_time(world: World) -> Iterator[None]:
 
 @contextmanager
 def slower_than_the_timeout(world: World) -> Iterator[None]:
-    """The heartbeats arrive, but each after it was given up."""
+    """The heartbeats arrive, but each after its timeout."""
     before = world.proxy.bytes_to_server
     with world.lost("timeout"):
         world.proxy.delay_seconds = 0.3
@@ -280,9 +280,9 @@ def world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
     """One cluster for all faults of a kind."""
-    beat, ttl, workers = request.param
+    interval, ttl, workers = request.param
     with World(
-        tmp_path_factory.mktemp("faults"), beat, ttl, WEB_CONCURRENCY=str(workers)
+        tmp_path_factory.mktemp("faults"), interval, ttl, WEB_CONCURRENCY=str(workers)
     ) as running:
         yield running
 
@@ -300,7 +300,7 @@ as_by_default = pytest.mark.parametrize(
 )
 
 
-#: Rows whose titles are not "Redis" with the fault's name in words.
+#: Rows whose titles are not "Redis" and the fault's name in words.
 ROWS: Final = {
     "frozen_longer_than_the_ttl": "Redis frozen for longer than the TTL",
     "one_key_after_another_deleted": "Redis's keys deleted one by one",
@@ -368,8 +368,8 @@ def test_a_server_that_ends_while_redis_is_away_expires_a_ttl_after_the_outage(
     with cluster.one_more(4) as member:
         with fault(world):
             cluster.end(member, end)
-            assert cluster.all_say(total + 4)
-            cluster.may_say(total + 4, total)
+            assert cluster.all_report(total + 4)
+            cluster.allow(total + 4, total)
         cluster.settle((world.ttl + 1) * PATIENCE)
     cluster.check()
 
@@ -377,7 +377,9 @@ def test_a_server_that_ends_while_redis_is_away_expires_a_ttl_after_the_outage(
 @pytest.mark.long
 @as_by_default
 @pytest.mark.parametrize("fault", each(AS_BY_DEFAULT))
-def test_nor_is_one_with_the_default_times(world: World, fault: Fault, notes: Notes) -> None:
+def test_no_reply_is_wrong_with_the_default_times_when_redis_is(
+    world: World, fault: Fault, notes: Notes
+) -> None:
     survive(world.cluster, fault(world), notes)
     notes.happened(f"{in_words(fault)}: seen in Redis or by every server")
 
@@ -402,7 +404,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 @contextmanager
 def replaced_by_command(watched: Watched) -> Iterator[None]:
-    """For a while two Redis servers accept writes, and all gservers report to the old one.
+    """For a while two Redis servers accept writes, and all servers report to the old one.
 
     New clients connect meanwhile. When the servers move, the data of the new one are as old as the
     failover.
@@ -410,7 +412,7 @@ def replaced_by_command(watched: Watched) -> Iterator[None]:
     sentinels, cluster = watched.sentinels, watched.cluster
     before = sentinels.primary()
     with ExitStack() as change_over:
-        change_over.enter_context(cluster.telling("cluster.reset"))
+        change_over.enter_context(cluster.expecting("cluster.reset"))
         sentinels.sentinels[0].command("SENTINEL", "FAILOVER", sentinels.name)
         until(
             lambda: [one.role() for one in sentinels.redises].count("master") == 2,
@@ -425,7 +427,7 @@ def replaced_by_command(watched: Watched) -> Iterator[None]:
 
 @contextmanager
 def frozen(watched: Watched) -> Iterator[None]:
-    with watched.cluster.telling("cluster.lost"):
+    with watched.cluster.expecting("cluster.lost"):
         before = watched.sentinels.freeze_primary()
     yield
     before.thaw()
@@ -433,7 +435,7 @@ def frozen(watched: Watched) -> Iterator[None]:
 
 @contextmanager
 def killed(watched: Watched) -> Iterator[None]:
-    with watched.cluster.telling("cluster.lost"):
+    with watched.cluster.expecting("cluster.lost"):
         watched.sentinels.kill_primary()
     yield
 
@@ -445,7 +447,7 @@ def killed(watched: Watched) -> Iterator[None]:
         *each([frozen], pytest.mark.long, prefix="Primary"),
     ],
 )
-def test_nor_is_one_when_the_primary_is(
+def test_no_reply_is_wrong_when_the_primary_is(
     watched: Watched, fault: Callable[[Watched], AbstractContextManager[None]], notes: Notes
 ) -> None:
     before = watched.sentinels.primary()

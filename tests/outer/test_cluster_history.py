@@ -1,9 +1,9 @@
 """Random runs of real servers and a real Redis, checked by lab/history.py; and deliberate bugs.
 
-Each place in a cluster has a thread of its own: it starts and ends servers, connects and closes
+Each place in a cluster has its own thread: it starts and ends servers, connects and closes
 clients, and sends WHO at any time. Two more threads break Redis, and the path of one place to it.
-All is drawn from one seed, but the times depend on the machine: the same seed gives the same
-faults, not the same moments. To repeat a failure, set GSERVER_HISTORY_SEED, which is in the tests'
+Everything is drawn from one seed, but the times depend on the machine: a seed repeats the faults,
+not their exact times. To repeat a failure, set GSERVER_HISTORY_SEED, which is in the tests'
 names, and GSERVER_HISTORY_SECONDS for more rounds.
 """
 
@@ -39,7 +39,7 @@ from lab.redises import Proxy, Redis, keys_of
 from lab.rows import Notes
 from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, argv, stopped, until
 
-#: Processes that share one run of the tests (pytest-xdist) must name the tests alike.
+#: Processes that share a test run (pytest-xdist) must give the tests the same names.
 _RUN = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
 SEED = int(os.environ.get("GSERVER_HISTORY_SEED", "0")) or _RUN.randrange(1, 1_000_000)
 SECONDS = float(os.environ.get("GSERVER_HISTORY_SECONDS", "25"))
@@ -67,7 +67,7 @@ class Recorder(history.Recorder):
 
 @dataclass
 class Life:
-    """One server, from before its start until after its end; `name` is the recorder's."""
+    """One run of a server, from start to end; `name` is the one in the recorder."""
 
     name: str
     born: float
@@ -75,7 +75,7 @@ class Life:
 
 
 class Place:
-    """A series of servers, often with the same id, with a path to Redis of their own."""
+    """A series of servers, often with the same id, with their own path to Redis."""
 
     def __init__(self, world: "World", proxy: Proxy, number: int) -> None:
         self.number, self.recorder = number, world.recorder
@@ -118,7 +118,7 @@ class Place:
 
     @contextmanager
     def next_agent(self, meanwhile: Callable[[], object]) -> Iterator[None]:
-        """The body causes a new agent; then call `meanwhile` until that one is ready."""
+        """The body causes a new agent; then call `meanwhile` until it is ready."""
         agents, deadline = len(self.server.events("agent.ready")), time.monotonic() + LIMIT
         yield
         while len(self.server.events("agent.ready")) == agents:
@@ -150,7 +150,7 @@ class Place:
             ] + server.errors
             died += len([event for event in events if event["event.action"] == "agent.died"])
         if self.server not in self.ended and self.server.process.poll() is not None:
-            found.append("it has ended")
+            found.append("the server has ended")
         if died > self.agents_killed:
             found.append(f"{died} agents died, {self.agents_killed} were killed")
         return found
@@ -164,12 +164,17 @@ class World(ExitStack[None]):
     """A Redis, and places for servers."""
 
     def __init__(
-        self, folder: Path, beat: float, ttl: float, places: int, env: dict[str, str] | None = None
+        self,
+        folder: Path,
+        interval: float,
+        ttl: float,
+        places: int,
+        env: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.beat, self.ttl, self.env = beat, ttl, env
-        self.promise = Promise(beat + SLACK * PATIENCE, ttl)
-        self.options = "--heartbeat-interval", str(beat), "--member-ttl", str(ttl)
+        self.interval, self.ttl, self.env = interval, ttl, env
+        self.promise = Promise(interval + SLACK * PATIENCE, ttl)
+        self.options = "--heartbeat-interval", str(interval), "--member-ttl", str(ttl)
         self.recorder = Recorder()
         with ExitStack() as stack:
             self.redis = stack.enter_context(Redis(folder))
@@ -182,18 +187,20 @@ class World(ExitStack[None]):
 
     def history(self) -> list[Fact | Answer]:
         """Return the history; faults of a path to Redis are attributed to its servers."""
-        told = self.recorder.history
+        facts = self.recorder.history
         links = {place.link: place for place in self.places}
         ends = {
             fact.key: fact.at
-            for fact in told
+            for fact in facts
             if isinstance(fact, Fact) and fact.kind is Kind.HEALED
         }
         begins = {
-            fact.key: fact.at for fact in told if isinstance(fact, Fact) and fact.kind is Kind.FAULT
+            fact.key: fact.at
+            for fact in facts
+            if isinstance(fact, Fact) and fact.kind is Kind.FAULT
         }
         found: list[Fact | Answer] = []
-        for it in told:
+        for it in facts:
             if isinstance(it, Fact) and it.server in links:
                 lives = links[it.server].lives
                 heirs = [
@@ -280,7 +287,7 @@ def lossy(name: str, attribute: str, value: float = True) -> LinkFault:
 bytes_dropped = lossy("bytes_dropped", "is_dropping")
 requests_dropped = lossy("requests_dropped", "drop_requests")
 replies_dropped = lossy("replies_dropped", "drop_replies")
-#: Heartbeats arrive, each after it was given up.
+#: Heartbeats arrive, each after its timeout.
 delayed = lossy("delayed", "delay_seconds", 0.6)
 
 
@@ -303,7 +310,7 @@ def cut(proxy: Proxy) -> Iterator[None]:
 
 @contextmanager
 def back_with_an_old_backup(redis: Redis) -> Iterator[None]:
-    """The first time, the backup is made then."""
+    """The first call makes the backup."""
     backup = redis.folder / "backup.rdb"
     if not backup.exists():
         redis.command("SAVE")
@@ -392,8 +399,8 @@ class RandomRun(World):
     ends.
     """
 
-    def __init__(self, folder: Path, seed: int, beat: float, ttl: float, hand: int) -> None:
-        super().__init__(folder, beat, ttl, 4)
+    def __init__(self, folder: Path, seed: int, interval: float, ttl: float, hand: int) -> None:
+        super().__init__(folder, interval, ttl, 4)
         self._seed, self._hand = seed, hand
         self.happened: Counter[str] = Counter()
         self._round = 0  # -1 after the last one.
@@ -439,7 +446,7 @@ class RandomRun(World):
         return [self._said.get(place.link) for place in self.places] == [total] * len(self.places)
 
     def _rng(self, name: str) -> random.Random:
-        return random.Random(f"{self._seed} {self.beat} {name}")
+        return random.Random(f"{self._seed} {self.interval} {name}")
 
     def _rounds(self, name: str) -> Iterator[int]:
         """Yield each round when its faults begin."""
@@ -455,7 +462,7 @@ class RandomRun(World):
     # The thread of a place.
 
     def _live(self, place: Place) -> None:
-        """Change its clients; in each round end or reload its server, or kill its agent."""
+        """Connect and close clients; in each round end or reload the server, or kill its agent."""
         rng, last = self._rng(place.link), 0
         events = SERVER_EVENTS if place.number else ["agent killed", "reloaded"]
         while self._round >= 0:
@@ -509,7 +516,7 @@ class RandomRun(World):
         self.happened[event] += 1
 
     def _reload(self, place: Place) -> None:
-        """Reload, which closes all its clients; new ones send WHO once and close meanwhile."""
+        """Reload, which closes all clients; meanwhile, new ones send WHO once and close."""
         reloads = len(place.server.events("server.reloaded"))
 
         def visit() -> None:
@@ -527,7 +534,7 @@ class RandomRun(World):
     # The threads that cause faults.
 
     def _seconds(self, fault: RedisFault | LinkFault, rng: random.Random) -> float:
-        """Return a length of a fault: below or above the TTL; after the first, perhaps tiny."""
+        """Return the length of a fault: below or above the TTL; after the first, perhaps tiny."""
         lengths = [rng.uniform(1, 0.9 * self.ttl), 1.3 * self.ttl, rng.uniform(0, 0.3)]
         return rng.choice(lengths if self.happened[fault.__name__] else lengths[:2])
 
@@ -550,7 +557,7 @@ class RandomRun(World):
                 self.happened[fault.__name__] += 1
 
     def _break_links(self, places: list[Place]) -> None:
-        """Break the path of one of these places each time."""
+        """Break the path of one of these places at a time."""
         rng = self._rng(name := f"links {places[0].number}")
         hands = self._deal(rng, LINK_FAULTS, self._hand // 2)
         for _ in self._rounds(name):
@@ -582,7 +589,7 @@ def test_no_reply_breaks_the_promise_whatever_happens(
 ) -> None:
     for run in random_runs:
         verdict = run.verdict()
-        assert not verdict.violations, f"{verdict}\nload of the machine: {os.getloadavg()}"
+        assert not verdict.violations, f"{verdict}\nload average: {os.getloadavg()}"
         assert verdict.exact > verdict.answers / 10, f"{verdict}"
         notes.happened(
             ", ".join(f"{what} {count} times" for what, count in run.happened.most_common())
@@ -844,7 +851,7 @@ def played(scene: Scene, play: Callable[[Scene], None]) -> Verdict:
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_every_deliberate_bug_is_put_into_the_code_as_it_is(bug: str) -> None:
+def test_every_deliberate_bug_applies_to_the_current_code(bug: str) -> None:
     for path, old, _ in BUGS[bug][1]:
         assert old in (ROOT / "gserver" / path).read_text()
 

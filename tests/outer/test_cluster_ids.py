@@ -1,4 +1,4 @@
-"""Server ids, and joining a cluster: duplicate ids, starts without Redis, options, secrets, TLS."""
+"""Server ids and joining a cluster: duplicate ids, starts without Redis, options, secrets, TLS."""
 
 import json
 import os
@@ -18,10 +18,10 @@ import pytest
 from gserver.cluster.membership import Heartbeat
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
-from lab.clusters import FAST, all_say, cluster, connect, servers_known, started, watching
+from lab.clusters import FAST, all_report, cluster, connect, servers_known, started, watching
 from lab.redises import Redis, free_port
 from lab.rows import Notes
-from lab.running import LIMIT, PATIENCE, ROOT, Running, environment, gserver, told, until
+from lab.running import LIMIT, PATIENCE, ROOT, Running, environment, error_line, gserver, until
 
 #: Seconds that a start may take longer while Redis is away.
 START = 2.5 * PATIENCE
@@ -51,7 +51,7 @@ def only_line(stderr: str) -> str:
 
 
 def usual_start() -> float:
-    """Return the seconds that a start takes on this machine now."""
+    """Return the current duration of a start on this machine, in seconds."""
     began = time.monotonic()
     with Running():
         return time.monotonic() - began
@@ -61,7 +61,7 @@ def usual_start() -> float:
 
 
 @pytest.mark.fault("Two servers with one id")
-def test_a_second_server_with_a_live_id_is_refused_and_the_first_one_goes_on(
+def test_a_second_server_with_a_live_id_is_refused_and_the_first_stays(
     redis: Redis, notes: Notes
 ) -> None:
     with (
@@ -80,12 +80,12 @@ def test_a_second_server_with_a_live_id_is_refused_and_the_first_one_goes_on(
             assert "another live server of cluster duplicates has the id one" in only_line(
                 duplicate.stderr
             )
-            assert not duplicate.events("server.listening"), "it has never served"
+            assert not duplicate.events("server.listening"), "the duplicate never serves"
             assert [watch.replies() for watch in watches] == [{4}, {4}]
             assert redis.members("duplicates")["one"] == 3
         assert first.process.poll() is None
         assert not [event for event in first.events() if event["log.level"] in ("warning", "error")]
-    notes.happened("the second one was refused")
+    notes.happened("the second server was refused")
 
 
 def test_servers_with_one_id_in_clusters_of_different_names_do_not_conflict(redis: Redis) -> None:
@@ -102,7 +102,7 @@ def test_servers_with_one_id_in_clusters_of_different_names_do_not_conflict(redi
             for watch in (*red, *blue):
                 watch.seen.clear()
             now = time.monotonic()
-            until(lambda: time.monotonic() > now + 1, "some heartbeats of both")
+            until(lambda: time.monotonic() > now + 1, "both send some heartbeats")
             assert [red[0].replies(), blue[0].replies()] == [{2}, {3}]
         assert [servers_known(server) for server in servers] == [1, 1]
 
@@ -121,13 +121,11 @@ def test_a_server_that_died_can_start_again_with_its_id_long_before_its_ttl_ends
             with Running(*in_cluster(redis, "phoenix", *options)) as back, back.client() as client:
                 assert client.ask(b"WHERE") == b"phoenix"
                 assert time.monotonic() - killed <= 2 * usual + 2 * PATIENCE
-                all_say(watches, 2)
+                all_report(watches, 2)
                 assert time.monotonic() - killed <= 5 * PATIENCE, (
                     "long before the lease of the dead server ends"
                 )
-                until(
-                    lambda: client.who() == 2, "it does not count the dead server either", PATIENCE
-                )
+                until(lambda: client.who() == 2, "the dead server is not counted either", PATIENCE)
     notes.happened("killed with kill -9")
 
 
@@ -144,7 +142,10 @@ def test_of_two_servers_with_one_id_that_started_without_redis_one_drains(
             assert server.who() == 1
         clients = [connect(stack, server, 1)[0] for server in pair]
         redis.restart(keep_data=False)
-        until(lambda: any(server.process.poll() is not None for server in pair), "one of them ends")
+        until(
+            lambda: any(server.process.poll() is not None for server in pair),
+            "one of the servers ends",
+        )
         leaving, staying = sorted(pair, key=lambda server: server.process.poll() is None)
         assert leaving.exit_code() == 2
         assert "another live server of cluster duplicates has the id one" in only_line(
@@ -152,12 +153,12 @@ def test_of_two_servers_with_one_id_that_started_without_redis_one_drains(
         )
         (reason,) = leaving.events("server.duplicate_id")
         assert reason["log.level"] == "error"
-        assert clients[pair.index(leaving)].rest() == b"", "its client was let go in good order"
+        assert clients[pair.index(leaving)].rest() == b"", "its client was closed cleanly"
         assert staying.wait_for("cluster.joined")
-        until(lambda: redis.members("duplicates") == {"one": 1}, "the one that stays is counted")
+        until(lambda: redis.members("duplicates") == {"one": 1}, "the remaining server is counted")
         assert clients[pair.index(staying)].who() == 1
         assert staying.process.poll() is None
-    notes.happened("one of them ended when Redis came")
+    notes.happened("one of them ended when Redis was available")
 
 
 def clone(redis: Redis, ahead_us: int) -> Iterator[str]:
@@ -199,9 +200,9 @@ def test_of_a_server_and_its_clone_one_is_not_the_holder(
     with Running(*in_cluster(redis, "clones", *FAST, "--server-id", "one")) as server:
         server.wait_for("cluster.joined")
         said = list(islice(clone(redis, ahead_us), 12))
-        notes.happened(f"the clone was marked {said}")
+        notes.happened(f"the clone was marked {', '.join(map(repr, said))}")
         if ahead_us:
-            assert said == [""] * 12, "it is the holder from its first heartbeat on"
+            assert said == [""] * 12, "the clone is the holder from its first heartbeat on"
             assert server.exit_code() == 2
             assert "another live server of cluster clones has the id one" in only_line(
                 server.stderr
@@ -245,7 +246,7 @@ def test_a_server_starts_while_redis_is_away_and_joins_when_it_comes(
                 assert len(client.ask(b"WHERE")) == 36
         assert said == [b"1", b"1", b"ERR cluster unavailable"]
         now = time.monotonic()
-        until(lambda: time.monotonic() > now + 1, "some more attempts")
+        until(lambda: time.monotonic() > now + 1, "the agent makes more attempts")
         assert [len(server.events("cluster.lost")) for server in servers] == [1, 1, 1]
         if fault == "killed":
             redis.restart(keep_data=False)
@@ -266,7 +267,7 @@ def test_a_server_starts_when_the_name_of_its_redis_does_not_resolve() -> None:
         assert lost["gserver.kind"] == "name"
         assert "redis://no-such-host.invalid:6379" in lost["message"]
         now = time.monotonic()
-        until(lambda: time.monotonic() > now + 1, "some more attempts")
+        until(lambda: time.monotonic() > now + 1, "the agent makes more attempts")
         assert len(server.events("cluster.lost")) == 1
 
 
@@ -302,13 +303,13 @@ def test_invalid_options_are_refused_in_one_line(options: list[str], message: st
         "0",
         *(options if "--redis-url" in options else ["--redis-url", "redis://-", *options]),
     )
-    assert message in told(done)
+    assert message in error_line(done)
     assert SECRET not in done.stderr + done.stdout
 
 
 def test_a_bad_url_of_the_environment_is_refused_without_its_secret() -> None:
     done = gserver("--port", "0", REDIS_URL=f"redis://:{SECRET}@h:1,h:2")
-    assert "the URL has several hosts" in told(done)
+    assert "the URL has several hosts" in error_line(done)
     assert "(from REDIS_URL)" in done.stderr
     assert SECRET not in done.stderr + done.stdout
 
@@ -335,7 +336,7 @@ def test_environment_variables_can_name_the_redis(redis: Redis) -> None:
         ("redis://ali:open-sesame@127.0.0.1:{}", "auth"),
     ],
 )
-def test_a_password_shows_in_no_command_line_and_no_log(
+def test_a_password_is_in_no_command_line_and_no_log(
     locked: Redis, source: str, url: str, outcome: str, tmp_path: Path
 ) -> None:
     (tmp_path / "url").write_text(url.format(locked.port) + "\n")
@@ -418,7 +419,7 @@ def test_without_a_cluster_there_is_no_agent_or_one_that_does_not_load_redis() -
     assert {"redis", "gserver.cluster.redis_link"} <= set(after)
 
 
-def test_a_server_whose_agent_cannot_start_does_not_take_its_id_for_checked(
+def test_a_server_whose_agent_cannot_start_does_not_skip_the_id_check(
     redis: Redis, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(

@@ -1,6 +1,6 @@
-"""Servers on hosts of their own, and a network that loses packets between them and Redis.
+"""Servers on separate hosts, and a network that loses packets between them and Redis.
 
-It loses them both ways or one way only. Clients stay connected and send WHO all the time.
+The loss is in both directions or in one. Clients stay connected and send WHO all the time.
 """
 
 import itertools
@@ -40,9 +40,9 @@ def spread(
 
 
 class World(ExitStack[None]):
-    """Three servers and a Redis, each on a host of its own."""
+    """Three servers and a Redis, each on its own host."""
 
-    def __init__(self, folder: Path, beat: float, ttl: float, workers: int = 1) -> None:
+    def __init__(self, folder: Path, interval: float, ttl: float, workers: int = 1) -> None:
         super().__init__()
         self.ttl = ttl
         with ExitStack() as stack:
@@ -50,7 +50,7 @@ class World(ExitStack[None]):
             self.redis_host, *self.hosts = self.network.hosts
             self.redis = stack.enter_context(Redis(folder, host=self.redis_host))
             self.cluster = stack.enter_context(
-                spread(self.hosts, self.redis.url, (beat, ttl), workers)
+                spread(self.hosts, self.redis.url, (interval, ttl), workers)
             )
             self.members = list(self.cluster.members)
             self.push(stack.pop_all())
@@ -71,7 +71,7 @@ class World(ExitStack[None]):
         ]
         with ExitStack() as ongoing:
             for member in concerned:
-                ongoing.enter_context(member.server.telling("cluster.lost", "timeout"))
+                ongoing.enter_context(member.server.expecting("cluster.lost", "timeout"))
             with self.network.cut(*ways) as cut:
                 ongoing.close()
                 counts = [len(member.server.events("cluster.regained")) for member in concerned]
@@ -82,12 +82,12 @@ class World(ExitStack[None]):
 
     @contextmanager
     def guest(self, number: int, total: int) -> Iterator[None]:
-        """Connect a further client; its server counts it at once, above the given total."""
+        """Connect another client; its server counts it at once, on top of the given total."""
         member = self.members[number]
-        member.watcher.may_say(total, total + 1)
+        member.watcher.allow(total, total + 1)
         with member.server.client() as client:
             assert client.who() == total + 1
-            member.watcher.may_say(total + 1)
+            member.watcher.allow(total + 1)
             yield
 
     def come_and_go(self, number: int, total: int) -> None:
@@ -96,9 +96,9 @@ class World(ExitStack[None]):
         for _ in range(5):
             with self.guest(number, total):
                 assert watcher.says(total + 1)
-                watcher.may_say(total, total + 1)
-            until(lambda: watcher.says(total), f"{total} again", PATIENCE)
-            watcher.may_say(total)
+                watcher.allow(total, total + 1)
+            until(lambda: watcher.says(total), f"the server reports {total} again", PATIENCE)
+            watcher.allow(total)
 
     def last_reported_at(self, number: int) -> float:
         """Return the monotonic time of the server's last heartbeat that Redis has run."""
@@ -110,8 +110,8 @@ class World(ExitStack[None]):
         """Wait until the remaining servers count only themselves."""
         left = sum(member.share for member in staying)
         for watcher in [member.watcher for member in staying]:
-            until(partial(watcher.says, left), f"only {left} are left", self.ttl + LIMIT)
-            watcher.may_say(left)
+            until(partial(watcher.says, left), f"only {left} clients are counted", self.ttl + LIMIT)
+            watcher.allow(left)
             dropped_at = next(
                 a.asked for a in watcher.answers if a.asked > since and a.clients == left
             )
@@ -122,14 +122,14 @@ class World(ExitStack[None]):
 def shared_world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    """One world for all tests that leave it as it was."""
+    """One world for all tests that restore it."""
     with World(tmp_path_factory.mktemp("world"), *request.param) as running:
         yield running
 
 
 @pytest.fixture
 def world(shared_world: World) -> World:
-    """The shared world without faults, even if the test before has failed."""
+    """The shared world without faults, even if the previous test failed."""
     shared_world.cluster.start_over()
     return shared_world
 
@@ -159,21 +159,23 @@ def test_a_server_that_is_cut_off_counts_its_own_clients_and_is_dropped_after_it
     cluster, (cut_off, *others), began = world.cluster, world.members, time.monotonic()
     with ExitStack() as ongoing:
         for member in others:
-            member.watcher.may_say(10, 5)
+            member.watcher.allow(10, 5)
         cut = ongoing.enter_context(world.cut(*world.to_redis(0), *world.from_redis(0)))
         world.come_and_go(0, 10)
         world.wait_until_alone(others, cut.before)
-        others[1].watcher.may_say(5, 6)
+        others[1].watcher.allow(5, 6)
         with world.guest(1, 5):
-            until(lambda: others[1].watcher.says(6), "the other server counts it", HEALED)
+            until(
+                lambda: others[1].watcher.says(6), "the other server counts the new client", HEALED
+            )
             world.come_and_go(0, 10)
             for member in world.members:
-                member.watcher.may_say(10 if member is cut_off else 6, 11)
+                member.watcher.allow(10 if member is cut_off else 6, 11)
             others[0].share += 1
             ongoing.close()
             cluster.settle(HEALED)
             others[0].share -= 1
-            cluster.may_say(10, 11)
+            cluster.allow(10, 11)
     cluster.settle(HEALED)
     cluster.assert_as_quick_as_alone(began)
     cluster.check()
@@ -186,13 +188,13 @@ def test_a_server_whose_heartbeats_are_lost_is_dropped_like_one_that_is_cut_off(
 ) -> None:
     cluster, others = world.cluster, world.members[1:]
     for member in others:
-        member.watcher.may_say(10, 5)
+        member.watcher.allow(10, 5)
     with world.cut(*world.to_redis(0)) as cut:
         assert world.last_reported_at(0) <= cut.before
         world.come_and_go(0, 10)
         world.wait_until_alone(others, cut.before)
         for member in others:
-            member.watcher.may_say(5, 10)
+            member.watcher.allow(5, 10)
     cluster.settle(HEALED)
     cluster.check()
     notes.happened("packets were lost, and the others dropped it")
@@ -205,15 +207,15 @@ def test_a_server_that_gets_no_replies_reports_once_more_and_is_then_dropped(
     """A heartbeat without a reply ends its connection, and a new one needs both directions."""
     cluster, others = world.cluster, world.members[1:]
     for member in others:
-        member.watcher.may_say(10, 5)
+        member.watcher.allow(10, 5)
     with world.cut(*world.from_redis(0)) as cut:
         last_reported_at = world.last_reported_at(0)
-        # A heartbeat is stamped when it is made. On a busy machine it leaves a little later.
+        # A heartbeat is numbered when it is created. On a busy machine it leaves a little later.
         assert last_reported_at >= cut.after - 0.25 * PATIENCE
         world.come_and_go(0, 10)
         world.wait_until_alone(others, last_reported_at)
         for member in others:
-            member.watcher.may_say(5, 10)
+            member.watcher.allow(5, 10)
     cluster.settle(HEALED)
     cluster.check()
     notes.happened("packets were lost, and the others dropped it")
@@ -236,14 +238,16 @@ def test_no_server_is_dropped_while_all_are_cut_off_nor_when_they_are_back(
 
 @pytest.mark.long
 @row("Two servers cut off")
-def test_two_that_were_cut_off_together_come_back_without_a_dip(world: World, notes: Notes) -> None:
+def test_two_servers_that_were_cut_off_together_return_without_a_dip(
+    world: World, notes: Notes
+) -> None:
     cluster, third = world.cluster, world.members[2]
     expired = cluster.events("cluster.expired")
-    third.watcher.may_say(10, 7, 5, 2)
+    third.watcher.allow(10, 7, 5, 2)
     with world.cut(*world.to_redis(0, 1), *world.from_redis(0, 1)) as cut:
         world.wait_until_alone([third], cut.before)
         cluster.watch(world.ttl / 2)
-        third.watcher.may_say(2, 5, 7, 10)
+        third.watcher.allow(2, 5, 7, 10)
     cluster.settle(HEALED)
     assert cluster.events("cluster.expired") == [expired[0] + 1, expired[1] + 1, expired[2]]
     cluster.check()
@@ -274,15 +278,15 @@ def test_a_link_that_flaps(world: World, notes: Notes) -> None:
 def test_two_partitions_in_a_row(world: World, notes: Notes) -> None:
     """The second begins when the servers of the first have reported again; it cuts off others."""
     cluster, (first, second, third) = world.cluster, world.members
-    cluster.may_say(10, 5, 8, 7, 2, 3)
+    cluster.allow(10, 5, 8, 7, 2, 3)
     with world.cut(*world.to_redis(0), *world.from_redis(0)) as cut:
-        first.watcher.may_say(10)
+        first.watcher.allow(10)
         for member in (second, third):
             until(partial(member.watcher.says, 5), "the first server is dropped", world.ttl + LIMIT)
-    cluster.may_say(*range(2, 11))
+    cluster.allow(*range(2, 11))
     with world.cut(*world.to_redis(1, 2), *world.from_redis(1, 2)):
         until(partial(first.watcher.says, 5), "the others are dropped", world.ttl + LIMIT)
-        first.watcher.may_say(5, 7, 8, 10)
+        first.watcher.allow(5, 7, 8, 10)
     cluster.settle(HEALED)
     cluster.check()
     notes.happened(
@@ -302,16 +306,16 @@ def stop_without_leaving(server: Running) -> None:
 
 @pytest.mark.long
 @pytest.mark.fault("A server stops while it is cut off")
-def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(
+def test_servers_that_end_while_cut_off_leave_the_count_for_good(
     tmp_path: Path, notes: Notes
 ) -> None:
-    """Their last heartbeats must stay lost: the kernel must not send them again later."""
+    """Their last heartbeats must stay lost: the kernel must not retransmit them later."""
     with World(tmp_path, *QUICK) as world:
         cluster, (killed, stopped, third) = world.cluster, world.members
         with world.cut(*world.to_redis(0), *world.from_redis(0)):
             cluster.end(killed, kill)
             assert third.watcher.says(10), "the network is repaired before it is dropped"
-        third.watcher.may_say(10, 7, 5, 2)
+        third.watcher.allow(10, 7, 5, 2)
         with world.cut(*world.to_redis(1), *world.from_redis(1)) as cut:
             cluster.end(stopped, stop_without_leaving)
             world.wait_until_alone([third], cut.before)
@@ -331,7 +335,7 @@ def test_servers_that_end_while_they_are_cut_off_leave_the_count_for_good(
 def another_elected(network: Network, sentinels: Sentinels) -> Iterator[Redis]:
     """The first Redis and its Sentinel are cut off from the others, which elect another primary.
 
-    In the end the first one follows it.
+    Finally the first one follows it.
     """
     old, *majority = sentinels.redises
     with network.cut(*both_ways(old.host, *(each.host for each in majority))):
@@ -349,30 +353,28 @@ def another_elected(network: Network, sentinels: Sentinels) -> Iterator[Redis]:
 def test_each_side_counts_its_own_when_the_majority_elects_another_primary(
     tmp_path: Path, notes: Notes, workers: int
 ) -> None:
-    beat, ttl = QUICK
+    interval, ttl = QUICK
     with (
         Network(len(SHARES)) as network,
         Sentinels(tmp_path, hosts=network.hosts) as sentinels,
         spread(network.hosts, sentinels.url, workers=workers) as cluster,
     ):
-        cluster.may_say(10, 8, 7, 5)
+        cluster.allow(10, 8, 7, 5)
         with another_elected(network, sentinels):
-            until(lambda: cluster.all_say(5), "each side counts its own servers", ttl + LIMIT)
+            until(lambda: cluster.all_report(5), "each side counts its own servers", ttl + LIMIT)
             assert sentinels.redises[0].role() == "master"
-            cluster.may_say(5)
-            cluster.watch(2 * beat)
-            cluster.may_say(5, 10)
+            cluster.allow(5)
+            cluster.watch(2 * interval)
+            cluster.allow(5, 10)
         cluster.settle(HEALED)
         cluster.check()
-        notes.happened(
-            "two were primary at once; the one of the minority was demoted when all was well"
-        )
+        notes.happened("two were primary at once; the minority's was demoted after the partition")
 
 
 @pytest.mark.long
 @pytest.mark.fault("Primary cut off with its Sentinel; servers reach both sides")
 def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes: Notes) -> None:
-    """Each knows the primary from the Sentinel that is cut off with it and still names it."""
+    """Each knows the primary from the Sentinel that is cut off with it, which still names it."""
     with ExitStack() as stack:
         network = stack.enter_context(Network(2 * len(SHARES)))
         servers = network.hosts[3:]
@@ -390,8 +392,8 @@ def test_servers_that_reach_both_sides_follow_the_majority(tmp_path: Path, notes
                     int(entry.split()[1]) / 1e6 > promoted for entry in entries
                 )
 
-            cluster.may_say(*range(11))
-            until(have_moved, "all report to it")
+            cluster.allow(*range(11))
+            until(have_moved, "all servers report to the new primary")
             cluster.settle(HEALED)
             cluster.watch(cluster.ttl)
             assert have_moved()

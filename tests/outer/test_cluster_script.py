@@ -1,8 +1,8 @@
 """The heartbeat script on a real Redis: each promise of its header, and a model of it in Python.
 
 The script reads the clock of Redis, which the tests cannot set. But it only uses the time since the
-last heartbeat, and stores the time of that in `heartbeat_at`. By moving that, the tests let time
-pass without a sleep.
+last heartbeat, which it stores in `heartbeat_at`. The tests move that to let time pass without a
+sleep.
 """
 
 import re
@@ -34,7 +34,7 @@ MEMBERS, LEASES, STATE = KEYS = RedisLink(
 
 
 class Cluster:
-    """The script on a Redis that is otherwise empty."""
+    """The script on an otherwise empty Redis."""
 
     def __init__(self, server: Redis) -> None:
         self.server = server
@@ -66,7 +66,7 @@ class Cluster:
         self.redis.hincrby(STATE, "heartbeat_at", -milliseconds)
 
     def now(self) -> int:
-        """The time of Redis at the last heartbeat."""
+        """Redis's time at the last heartbeat."""
         return int(self.redis.hget(STATE, "heartbeat_at"))
 
     def counts(self) -> dict[str, int]:
@@ -96,7 +96,7 @@ def after_loss(cluster: Cluster, last_clock: int, total_clients: int = 1) -> Rep
 
 
 def clock_after_loss(cluster: Cluster, last_clock: int) -> int:
-    """Where the lease clock begins after a loss of data that the last heartbeat has found."""
+    """The start of the lease clock after a loss of data that the last heartbeat found."""
     return max(last_clock + 1, cluster.now())
 
 
@@ -159,8 +159,8 @@ def test_the_first_heartbeat_of_the_first_server_founds_the_cluster(cluster: Clu
 #: Heartbeats: a server, its clients, and in the reply the total and the number of servers.
 STORIES = {
     "a new count replaces the old one": "one:5=5/1 one:7=7/1 one:0=0/1",
-    "all servers are added up": "one:1=1/1 two:20=21/2 three:300=321/3 one:2=322/3",
-    "a server that leaves is gone": "one:1=1/1 two:20=21/2 two:leave=1/1 one:1=1/1 two:3=4/2",
+    "the total is the sum over all servers": "one:1=1/1 two:20=21/2 three:300=321/3 one:2=322/3",
+    "a server that leaves is removed": "one:1=1/1 two:20=21/2 two:leave=1/1 one:1=1/1 two:3=4/2",
     "leaving without an entry changes nothing": "one:1=1/1 two:leave=1/1 one:1=1/1",
 }
 
@@ -204,9 +204,7 @@ def test_a_server_whose_entry_was_deleted_by_hand_is_counted_once_when_it_is_bac
     assert totals(two.heartbeat(20)) == totals(cluster.heartbeat("one", 1)) == (21, 2)
 
 
-def test_the_clock_goes_on_from_where_it_was_after_the_last_server_has_left(
-    cluster: Cluster,
-) -> None:
+def test_the_lease_clock_continues_after_the_last_server_has_left(cluster: Cluster) -> None:
     cluster.heartbeat("one", 1)
     cluster.elapse(1000)
     clock = cluster.heartbeat("one", "leave").clock
@@ -347,12 +345,12 @@ def test_a_clock_of_redis_that_is_set_back_does_not_set_back_the_lease_clock(
     clock, before = cluster.heartbeat("one", 1).clock, cluster.now()
     cluster.elapse(-jump)
     assert cluster.heartbeat("one", 1).clock == clock
-    assert cluster.now() < before + jump, "the time of Redis is stored as it is"
+    assert cluster.now() < before + jump, "the time of Redis is stored unchanged"
     cluster.elapse(1000)
     assert clock + 1000 <= cluster.heartbeat("one", 1).clock <= clock + INTERVAL
 
 
-def test_a_late_heartbeat_undoes_nothing(cluster: Cluster) -> None:
+def test_a_late_heartbeat_changes_nothing(cluster: Cluster) -> None:
     lease_end = cluster.heartbeat("one", 5, sequence=10).lease_end
     cluster.elapse(1000)
     for clients, sequence in ((3, 9), (3, 10), ("leave", 9), ("leave", 10)):
@@ -497,7 +495,7 @@ def test_without_data_the_clock_begins_after_the_callers_last_clock_and_not_befo
     cluster.elapse(1000)
     later = cluster.heartbeat("one", 1, last_clock=clock_at_loss)
     assert later.clock >= clock_at_loss + 1000
-    assert later.lost_at == clock_at_loss, "the moment stands until the next loss"
+    assert later.lost_at == clock_at_loss, "the time of the loss stays until the next loss"
 
 
 @pytest.mark.parametrize("last_clock", ["-1", "nan", "inf", str(10**15), str(10**300)])
@@ -513,7 +511,7 @@ def test_a_server_that_returns_late_with_an_older_clock_discards_nothing(cluster
         cluster.elapse(INTERVAL)
         last = cluster.heartbeat("one", 1)
     assert last.servers == 1
-    cluster.elapse(TTL)  # Without any heartbeat.
+    cluster.elapse(TTL)  # Without a heartbeat.
     reply = cluster.heartbeat("late", 300, acked_sequence=1, last_clock=late.clock)
     assert totals(reply) == (301, 2)
     assert reply.lost_at == late.lost_at
@@ -545,7 +543,7 @@ def test_when_a_new_server_reports_first_after_a_loss_the_others_join_it(cluster
 
 
 def test_an_old_backup_whose_clock_is_ahead_brings_no_server_back(cluster: Cluster) -> None:
-    """Its clock continued that of another server; the clock after the loss, that of this one."""
+    """The backup's clock continues another server's; the new clock continues this one's."""
     one, dead = Member(cluster, "one"), Member(cluster, "dead")
     one.heartbeat(1)
     for _ in range(4):
@@ -629,10 +627,10 @@ def replace(key: str, junk: str, client: Any) -> None:
 
 
 BAD_ENTRIES = ("", " ", "x", "7", "7 1", "-7 1 a1", "7 1 a1 ", "7 x a1", "1e99 1 a1", "nan", "\0")
-#: What another program, a person or an eviction may do to the keys.
+#: Damage to the keys by another program, a person or an eviction.
 DAMAGE: dict[str, Callable[[Any], object]] = {
     **{f"{key} holds {junk}": partial(replace, key, junk) for key in KEYS for junk in JUNK},
-    **{f"{key} is gone": methodcaller("delete", key) for key in KEYS},
+    **{f"{key} is missing": methodcaller("delete", key) for key in KEYS},
     **{
         f"the entry of the caller is {entry!r}": methodcaller("hset", MEMBERS, "one", entry)
         for entry in BAD_ENTRIES
@@ -710,7 +708,7 @@ def test_a_wrong_total_is_corrected_by_a_recount_after_a_minute(
     assert cluster.heartbeat("one", 3).total_clients == 23
     assert int(cluster.redis.hget(STATE, "recount_at")) == cluster.now()
     cluster.redis.hset(STATE, "total", 999)
-    assert cluster.heartbeat("one", 3).total_clients == 999, "only once a minute"
+    assert cluster.heartbeat("one", 3).total_clients == 999, "a recount runs only once a minute"
 
 
 @pytest.mark.parametrize("junk", ["x", "nan", "inf", "-inf", "1e999"])
@@ -776,7 +774,7 @@ SENDERS: dict[str, tuple[str, int | str, str]] = {
 }
 
 
-#: How a Redis comes to refuse writes, how that ends, and its error.
+#: How Redis is made to refuse writes, how to undo it, and its error.
 REFUSALS: dict[str, tuple[Callable[[Redis], None], Callable[[Redis], None], type[Exception]]] = {
     "no memory": (Redis.out_of_memory, Redis.enough_memory, redis.OutOfMemoryError),
     "read only": (Redis.read_only, Redis.writable, redis.ReadOnlyError),
@@ -786,7 +784,7 @@ REFUSALS: dict[str, tuple[Callable[[Redis], None], Callable[[Redis], None], type
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("prepare", PREPARE)
 @pytest.mark.parametrize("sender", SENDERS)
-def test_where_writes_are_refused_a_heartbeat_runs_completely_or_changes_nothing(
+def test_without_writes_a_heartbeat_runs_completely_or_changes_nothing(
     cluster: Cluster, sender: str, prepare: str, refusal: str
 ) -> None:
     begin, end, error = REFUSALS[refusal]
@@ -798,7 +796,7 @@ def test_where_writes_are_refused_a_heartbeat_runs_completely_or_changes_nothing
     try:
         total_clients = cluster.heartbeat(*SENDERS[sender]).total_clients
     except error:
-        assert (refusal, sender) != ("no memory", "a server that leaves"), "that needs no memory"
+        assert (refusal, sender) != ("no memory", "a server that leaves"), "leaving needs no memory"
         assert cluster.contents() == before
     else:
         assert refusal == "no memory"
@@ -855,8 +853,8 @@ class Machine(RuleBasedStateMachine):
         reply = self.cluster.send(heartbeat)
         assert reply == self.model.apply(heartbeat, self.cluster.now())
 
-    # No preconditions: real time decides whether an entry still exists, and Hypothesis wants runs
-    # that it can repeat.
+    # No preconditions: real time decides whether an entry still exists, and Hypothesis needs
+    # repeatable runs.
     @rule(milliseconds=st.sampled_from([-TTL, -1, 1, INTERVAL // 2, INTERVAL, 10 * TTL]))
     def elapse(self, milliseconds: int) -> None:
         if self.model.heartbeat_at is not None:
@@ -917,7 +915,7 @@ def test_the_document_names_the_script_and_the_fields_of_its_keys(cluster: Clust
     assert (ROOT / script).read_text() == HEARTBEAT_SCRIPT
 
 
-def test_it_runs_on_a_redis_cluster_because_all_its_keys_are_in_one_slot(tmp_path: Path) -> None:
+def test_the_script_runs_on_a_redis_cluster_as_all_keys_are_in_one_slot(tmp_path: Path) -> None:
     with Redis(tmp_path, cluster_enabled="yes", cluster_port=free_port()) as server:
         server.command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         until(
@@ -937,7 +935,7 @@ def test_it_runs_on_a_redis_cluster_because_all_its_keys_are_in_one_slot(tmp_pat
         assert len({server.command("CLUSTER", "KEYSLOT", key) for key in keys}) == 1
 
 
-def test_the_next_heartbeat_of_a_server_is_not_taken_for_that_of_a_copy(cluster: Cluster) -> None:
+def test_a_servers_next_heartbeat_is_not_mistaken_for_a_copys(cluster: Cluster) -> None:
     for sequence, last_sent_sequence, holder in ((10, 9, "a1"), (11, 10, "a1"), (12, 10, "a1*")):
         reply = cluster.heartbeat(
             "one", 5, sequence=sequence, last_sent_sequence=last_sent_sequence

@@ -1,5 +1,6 @@
-"""The shipped HAProxy configuration before three servers of a cluster under load: one drains, one
-dies, one retires.
+"""The shipped HAProxy configuration in front of a cluster of three servers under load.
+
+One server drains, one dies, one retires.
 """
 
 import re
@@ -20,15 +21,15 @@ from lab.haproxy import CONFIG, Front
 from lab.redises import Redis
 from lab.running import LIMIT, PATIENCE, Client, Running, argv, program, until
 
-#: As the configuration says that it has to be.
+#: The drain delay that the configuration requires.
 DRAIN_DELAY = 2.0
 CLIENTS = 12
-#: How a reply looks to each command that the load sends.
+#: The form of the reply to each command that the load sends.
 REPLIES = {b"WHO": rb"[0-9]+", b"WHERE": rb"server-[0-9]", b"WHY": rb"42"}
 
 
 class Load:
-    """Clients that ask all the time; they reconnect now and then, and when they are closed."""
+    """Clients that send requests all the time; they reconnect now and then, and when closed."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -38,8 +39,7 @@ class Load:
             for number in range(CLIENTS)
         ]
         self.answered = [0] * CLIENTS
-        #: Of each request that was not answered and had to be sent once more: when, and how often
-        #: it had been already.
+        #: For each request that had to be repeated: the time, and the number of earlier repeats.
         self.retries: list[tuple[float, int]] = []
         self.failures: list[str] = []
         for thread in self._threads:
@@ -74,7 +74,7 @@ class Load:
 
     @staticmethod
     def _ask(client: Client, command: bytes) -> bytes:
-        """The reply; nothing when the connection has ended without one."""
+        """The reply; empty if the connection ended without one."""
         try:
             client.send(command + b"\n")
             return client.line()
@@ -82,11 +82,11 @@ class Load:
             return b""
 
     def repeated(self, since: float = 0.0) -> list[int]:
-        """How often those had been sent once more already that had to be since that moment."""
+        """The numbers of earlier repeats of the requests that were repeated since that time."""
         return [tries for when, tries in self.retries if when >= since]
 
-    def goes_on(self) -> None:
-        """Wait until every client has been answered some times more."""
+    def wait_for_replies(self) -> None:
+        """Wait until every client has some more replies."""
         before = list(self.answered)
         until(
             lambda: (
@@ -105,7 +105,7 @@ class Load:
 
 @contextmanager
 def service(folder: Path, *options: str) -> Iterator[tuple[list[Running], Front, Load]]:
-    """Three servers, HAProxy before them, and clients that ask."""
+    """Three servers, HAProxy in front of them, and clients that send requests."""
     with ExitStack() as stack:
         redis = stack.enter_context(Redis(folder))
         common = [
@@ -121,18 +121,18 @@ def service(folder: Path, *options: str) -> Iterator[tuple[list[Running], Front,
         front = stack.enter_context(Front(folder, servers))
         load = Load(front.port)
         stack.callback(load.stop)
-        load.goes_on()
+        load.wait_for_replies()
         yield servers, front, load
 
 
 def accepts(port: int) -> bool:
-    """Whether there is anybody."""
+    """Whether the port accepts connections."""
     with suppress(ConnectionRefusedError), Client(port):
         return True
     return False
 
 
-def test_the_configuration_is_one() -> None:
+def test_the_configuration_is_valid() -> None:
     done = subprocess.run(
         [program("haproxy"), "-c", "-f", str(CONFIG)], capture_output=True, text=True, check=False
     )
@@ -152,15 +152,13 @@ def test_the_configuration_is_as_the_page_says() -> None:
         found = re.search(rf"^ +(?:default-server .*)?{pattern}$", text, re.M)
         assert found, pattern
         assert said.format(*found.groups()) in page, pattern
-    # HAProxy hears of the end of a connection before the server has counted it out, so it needs a
+    # HAProxy sees the end of a connection before the server has uncounted it, so it needs a
     # margin.
     [most] = re.findall(r"default-server .*maxconn (\d+)", text)
     assert 0.95 * Config().max_clients < int(most) < Config().max_clients
 
 
-def test_no_client_is_turned_away_while_others_have_room_and_one_too_many_waits(
-    tmp_path: Path,
-) -> None:
+def test_no_client_is_rejected_while_a_server_has_room_and_excess_waits(tmp_path: Path) -> None:
     sizes = [5, 20, 20]
     with ExitStack() as stack:
         common = ["--admin-port", "0", "--max-clients"]
@@ -182,7 +180,7 @@ def test_no_client_is_turned_away_while_others_have_room_and_one_too_many_waits(
                 late.line()
             with suppress(ConnectionResetError), Client(front.port) as more:
                 more.sock.settimeout(PATIENCE)
-                assert more.rest() == b"", "so many of one address are let in, and no more"
+                assert more.rest() == b"", "one address gets exactly this many places"
             late.sock.settimeout(LIMIT)
             clients[0].sock.close()
             assert late.line() == b"42\n"
@@ -192,47 +190,51 @@ def test_servers_drain_and_die_under_load_and_every_request_is_answered(tmp_path
     with service(tmp_path) as (servers, front, load):
         one, other, _ = servers
         assert load.retries == []
-        # Checks are no clients: WHO is the load's, and the one that asks.
+        # Health checks do not count: WHO is the load's clients and the asking one.
 
-        # A drain: HAProxy notices while the server still accepts, so only connections that are
-        # there are let go.
+        # A drain: HAProxy notices while the server still accepts, so only existing connections are
+        # closed.
         one.send_signal(signal.SIGTERM)
-        until(lambda: front.states()["gs1"] == "DOWN", "HAProxy sees it draining", DRAIN_DELAY)
+        until(
+            lambda: front.states()["gs1"] == "DOWN", "HAProxy sees the server draining", DRAIN_DELAY
+        )
         assert one.process.poll() is None
         assert load.retries == []
         assert one.exit_code() == 0
-        load.goes_on()
-        assert set(load.repeated()) <= {0}, "none had to be sent a third time"
+        load.wait_for_replies()
+        assert set(load.repeated()) <= {0}, "no request had to be sent a third time"
         assert len(load.retries) <= CLIENTS
 
-        # A crash: connections break, and what was under way is asked once more. While its processes
-        # die, the kernel may accept for them; then nobody gets to it any more, health check or not.
+        # A crash: connections break, and requests in progress are repeated. While the processes
+        # die, the kernel may still accept; after that HAProxy cannot connect, check or not.
         other.kill()
-        load.goes_on()
+        load.wait_for_replies()
         began = time.monotonic()
-        load.goes_on()
+        load.wait_for_replies()
         assert load.repeated(began) == []
         until(
             lambda: front.states() == {"gs1": "DOWN", "gs2": "DOWN", "gs3": "UP"},
-            "HAProxy sees it gone",
+            "HAProxy sees that the server is down",
         )
-        load.goes_on()
+        load.wait_for_replies()
         load.stop()
         assert load.failures == []
 
 
-def test_a_lame_duck_lets_clients_finish_and_gets_no_new_ones(tmp_path: Path) -> None:
+def test_a_lame_duck_serves_its_clients_and_gets_no_new_ones(tmp_path: Path) -> None:
     with service(tmp_path, "--drain-timeout", "60") as (servers, front, load), ExitStack() as stack:
         held: dict[str, Client] = {}
-        while len(held) < 3:  # Least connections: soon every server has one of ours.
+        while len(held) < 3:  # Least connections: soon every server has one of these clients.
             client = stack.enter_context(Client(front.port))
             held.setdefault(client.ask(b"WHERE").decode(), client)
         servers[0].send_signal(signal.SIGUSR2)
         servers[0].wait_for("server.retiring")
-        until(lambda: front.states()["gs1"] == "DOWN", "HAProxy sees it retiring", DRAIN_DELAY)
-        # Those of the load have all connected anew by and by; none was let go before it wanted to.
-        load.goes_on()
-        load.goes_on()
+        until(
+            lambda: front.states()["gs1"] == "DOWN", "HAProxy sees the server retiring", DRAIN_DELAY
+        )
+        # All clients of the load have reconnected over time; none was closed early.
+        load.wait_for_replies()
+        load.wait_for_replies()
         assert load.retries == []
         assert held["server-1"].ask(b"WHERE") == b"server-1"
         assert servers[0].process.poll() is None
@@ -247,8 +249,8 @@ def test_a_lame_duck_lets_clients_finish_and_gets_no_new_ones(tmp_path: Path) ->
         assert time.monotonic() - began < LIMIT
         load.stop()
         assert (load.failures, load.retries) == ([], [])
-        with Client(front.port) as client:  # The checks are no clients.
-            until(lambda: client.who() == 1, "only the one that asks is in WHO")
+        with Client(front.port) as client:  # Health checks do not count.
+            until(lambda: client.who() == 1, "WHO counts only the asking client")
 
 
 def test_haproxy_itself_stops_without_breaking_a_connection(tmp_path: Path) -> None:
@@ -257,6 +259,6 @@ def test_haproxy_itself_stops_without_breaking_a_connection(tmp_path: Path) -> N
         with Client(front.port) as client:
             assert client.ask(b"WHY") == b"42"
             front.process.send_signal(signal.SIGUSR1)
-            until(lambda: not accepts(front.port), "it accepts no more")
+            until(lambda: not accepts(front.port), "HAProxy no longer accepts")
             assert client.ask(b"WHY") == b"42"
         assert front.process.wait(LIMIT) == 0

@@ -1,4 +1,4 @@
-"""deploy/: what is there is valid, names what exists, and a server runs as it says."""
+"""deploy/: its files are valid and consistent with the code, and a server runs with them."""
 
 import re
 import signal
@@ -25,7 +25,7 @@ DEPLOY = ROOT / "deploy"
 
 
 def unit(name: str) -> dict[str, dict[str, str]]:
-    """A unit's sections and settings; the lines of one that is there more than once are joined."""
+    """A unit's sections and settings; repeated settings are joined."""
     found: dict[str, dict[str, str]] = {}
     for line in (UNITS / name).read_text().splitlines():
         if line.startswith("["):
@@ -36,7 +36,7 @@ def unit(name: str) -> dict[str, dict[str, str]]:
     return found
 
 
-#: Of systemctl, groupadd, docker, pip and kubectl.
+#: Flags of systemctl, groupadd, docker, pip and kubectl.
 FLAGS_OF_OTHERS = {
     "--now",
     "--kill-who",
@@ -49,13 +49,13 @@ FLAGS_OF_OTHERS = {
 }
 FLAGS_OF_OTHERS |= {"--cert", "--key"}
 FLAGS_OF_OTHERS |= {"--build-arg", "--from", "--quiet", "--yes", "--root-user-action"}
-#: Of gserver, but no option of `serve`.
+#: Variables of gserver that are not options of `serve`.
 FLAGS_OF_OTHERS |= {"--version"}
 FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--from-literal"}
 
 
 def manifests() -> dict[str, Any]:
-    """What is in the manifest, by its kind."""
+    """The objects of the manifest by kind."""
     with (DEPLOY / "kubernetes/gserver.yaml").open() as stream:
         return {each["kind"]: each for each in package("yaml").safe_load_all(stream)}
 
@@ -85,8 +85,11 @@ def test_every_option_and_variable_that_is_named_exists() -> None:
 
 def test_a_service_has_time_for_a_lame_duck_before_it_is_killed() -> None:
     service = unit("gserver.service")["Service"]
-    told = dict(pair.split("=") for pair in service["Environment"].split())
-    delay, timeout = float(told["GSERVER_DRAIN_DELAY"]), float(told["GSERVER_DRAIN_TIMEOUT"])
+    documented = dict(pair.split("=") for pair in service["Environment"].split())
+    delay, timeout = (
+        float(documented["GSERVER_DRAIN_DELAY"]),
+        float(documented["GSERVER_DRAIN_TIMEOUT"]),
+    )
     assert delay + 2 * timeout < float(service["TimeoutStopSec"])
 
 
@@ -97,19 +100,19 @@ def test_a_pod_has_time_for_a_lame_duck_before_it_is_killed() -> None:
     assert delay + 2 * timeout < pod["terminationGracePeriodSeconds"]
     readiness = container()["readinessProbe"]
     assert readiness["periodSeconds"] * readiness["failureThreshold"] < delay, (
-        "it is known to be unready by then"
+        "Kubernetes knows that the pod is unready before the port closes"
     )
 
 
 # systemd.
 
 
-def test_the_units_are_valid_and_their_score_is_as_good_as_the_page_says(tmp_path: Path) -> None:
+def test_the_units_are_valid_and_reach_the_documented_score(tmp_path: Path) -> None:
     for name in ("gserver.service", "gserver.socket"):
         text = (UNITS / name).read_text()
         (tmp_path / name).write_text(
             text.replace("/opt/gserver", str(ROOT))
-        )  # It looks for the program.
+        )  # systemd-analyze checks that the program exists.
     verified = subprocess.run(
         [program("systemd-analyze"), "verify", "--man=no", *map(str, sorted(tmp_path.iterdir()))],
         capture_output=True,
@@ -131,12 +134,12 @@ def test_the_units_are_valid_and_their_score_is_as_good_as_the_page_says(tmp_pat
     ).stdout
     found = re.search(r"Overall exposure level for gserver.service: ([0-9.]+) OK", score)
     assert found, score
-    told = re.search(r"`systemd-analyze security` says ([0-9.]+) or less", DEPLOYING)
-    assert told
-    assert float(found[1]) <= float(told[1])
+    documented = re.search(r"`systemd-analyze security` says ([0-9.]+) or less", DEPLOYING)
+    assert documented
+    assert float(found[1]) <= float(documented[1])
 
 
-def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:
+def test_under_systemd_the_server_is_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:
     port = free_port()
     variables = {
         "GSERVER_PORT": str(port),
@@ -170,33 +173,45 @@ def test_under_systemd_it_runs_confined_reloads_restarts_and_stops(tmp_path: Pat
             assert client.who() == 1
             machine.run("systemctl", "reload", "gserver.service")
             assert client.rest() == b""
-        until(lambda: machine.events("server.reloaded"), "it has reloaded")
+        until(lambda: machine.events("server.reloaded"), "the server has reloaded")
         until(
             lambda: machine.show("gserver.service", "ActiveState") == "active",
-            "systemd knows of it",
+            "systemd knows of the reload",
         )
 
         main.kill()
-        until(lambda: machine.show("gserver.service", "NRestarts") == "1", "it is started again")
-        until(lambda: machine.show("gserver.service", "ActiveState") == "active", "and is ready")
+        until(
+            lambda: machine.show("gserver.service", "NRestarts") == "1",
+            "systemd has restarted the server",
+        )
+        until(
+            lambda: machine.show("gserver.service", "ActiveState") == "active",
+            "the server is ready",
+        )
         with Client(port) as client:
             assert client.who() == 1
             machine.run("systemctl", "stop", "gserver.service")
             assert client.rest() == b""
         assert machine.show("gserver.service", "Result") == "success"
         assert len(machine.events("server.stopped")) == 1
-        assert machine.events("worker.died") == [], "the signal is for the supervisor alone"
+        assert machine.events("worker.died") == [], "the signal affects only the supervisor"
         assert machine.errors.read_text() == ""
 
 
-def test_under_systemd_a_hang_is_ended_and_a_bad_option_is_not_tried_again(tmp_path: Path) -> None:
+def test_under_systemd_a_hang_is_killed_and_a_bad_option_is_not_retried(tmp_path: Path) -> None:
     variables = {"GSERVER_PORT": str(free_port()), "GSERVER_DRAIN_DELAY": "0"}
     short = f"WatchdogSec={PATIENCE}\nTimeoutAbortSec=500ms\nRestartSec=100ms"
     with Booted(tmp_path, variables, service=short) as machine:
         machine.run("systemctl", "start", "gserver.service")
         machine.main_process().suspend()
-        until(lambda: machine.show("gserver.service", "NRestarts") == "1", "it is started again")
-        until(lambda: machine.show("gserver.service", "ActiveState") == "active", "and is ready")
+        until(
+            lambda: machine.show("gserver.service", "NRestarts") == "1",
+            "systemd has restarted the server",
+        )
+        until(
+            lambda: machine.show("gserver.service", "ActiveState") == "active",
+            "the server is ready",
+        )
         (tmp_path / "units/gserver.service.d/bad.conf").write_text(
             "[Service]\nEnvironment='GSERVER_WORKERS=a few'\n"
         )
@@ -207,7 +222,7 @@ def test_under_systemd_a_hang_is_ended_and_a_bad_option_is_not_tried_again(tmp_p
         assert "neither a number from 1 to 256 nor auto" in machine.errors.read_text()
 
 
-def test_under_systemd_a_lame_duck_serves_on_and_its_socket_loses_nobody(tmp_path: Path) -> None:
+def test_under_systemd_a_lame_duck_serves_and_its_socket_loses_no_client(tmp_path: Path) -> None:
     port = free_port()
     listen = f"ListenStream=\nListenStream=127.0.0.1:{port}"
     with Booted(tmp_path, {"GSERVER_DRAIN_DELAY": "0"}, socket=listen) as machine:
@@ -217,30 +232,30 @@ def test_under_systemd_a_lame_duck_serves_on_and_its_socket_loses_nobody(tmp_pat
             assert client.who() == 1
             until(
                 lambda: machine.show("gserver.service", "ActiveState") == "active",
-                "it has been started",
+                "the server has been started",
             )
             machine.run(
                 "systemctl", "kill", "--kill-who=main", "--signal=SIGUSR2", "gserver.service"
             )
             until(
                 lambda: machine.show("gserver.service", "ActiveState") == "deactivating",
-                "it is a lame duck",
+                "the server is a lame duck",
             )
-            until(lambda: machine.events("server.retiring"), "it says so")
+            until(lambda: machine.events("server.retiring"), "the server logs that it retires")
             with socket.create_connection(("127.0.0.1", port), LIMIT) as late:
                 late.sendall(b"WHO\n")
-                until(client.who, "the first is served still")
+                until(client.who, "the first client is still served")
                 client.sock.close()
                 assert late.recv(100) == b"1\n"
         until(
             lambda: len(machine.events("server.listening")) == 2,
-            "the late one had it started again",
+            "the late client made systemd start it again",
         )
         assert len(machine.events("server.stopped")) == 1
 
 
 def commented(*beginnings: str) -> str:
-    """Lines of the unit that are comments there, as a drop-in."""
+    """Commented lines of the unit, uncommented, as a drop-in."""
     lines = [
         line[1:]
         for line in (UNITS / "gserver.service").read_text().splitlines()
@@ -251,9 +266,7 @@ def commented(*beginnings: str) -> str:
     return "\n".join(["[Service]", *found])
 
 
-def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload_reads_again(
-    tmp_path: Path,
-) -> None:
+def test_under_systemd_a_key_is_a_credential_or_a_group_readable_file(tmp_path: Path) -> None:
     port = free_port()
     pems = []
     for name in ("old", "new"):
@@ -269,9 +282,7 @@ def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload
     with Booted(tmp_path, {"GSERVER_PORT": str(port), "GSERVER_DRAIN_DELAY": "0"}) as machine:
 
         def put(pem: str, *options: str) -> None:
-            """As root, where DynamicUser= and PrivateTmp= let the service see it if the file's mode
-            does.
-            """
+            """Install a file as root, where DynamicUser= and PrivateTmp= let the service look."""
             (tmp_path / "pem").write_text(pem)
             machine.run("install", *options, str(tmp_path / "pem"), "/opt/gserver.pem")
 
@@ -286,14 +297,16 @@ def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload
         def reload() -> None:
             before = len(machine.events("server.reloaded"))
             machine.run("systemctl", "reload", "gserver.service")
-            until(lambda: len(machine.events("server.reloaded")) > before, "it has reloaded")
+            until(
+                lambda: len(machine.events("server.reloaded")) > before, "the server has reloaded"
+            )
 
         put(pems[0], "-m", "600")
         start_with(commented("LoadCredential=", "Environment=GSERVER_TLS_CERT=%d/"))
         assert is_served(pems[0])
         put(pems[1], "-m", "600")
         reload()
-        assert is_served(pems[0]), "what systemd has copied stays until the next start"
+        assert is_served(pems[0]), "the copy made by systemd stays until the next start"
         machine.run("systemctl", "restart", "gserver.service")
         assert is_served(pems[1])
 
@@ -305,9 +318,7 @@ def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload
         assert is_served(pems[1])
         put("no certificate", "-m", "640", "-g", "adm")
         machine.run("systemctl", "reload", "gserver.service")
-        until(
-            lambda: machine.events("server.reload_failed"), "only the log says that it has failed"
-        )
+        until(lambda: machine.events("server.reload_failed"), "the failure is only in the log")
         assert is_served(pems[1])
 
 
@@ -315,7 +326,7 @@ def test_under_systemd_a_key_is_a_credential_or_a_file_of_a_group_which_a_reload
 
 
 def uncommented(lines: str) -> str:
-    """YAML with what is commented out in it: lines that begin with a # and no blank."""
+    """The YAML with its commented-out settings: lines that begin with # and no blank."""
     return re.sub(
         r"(?m)^( *)#(?=[^ #])(.*(?:\n\1#  .*)*)", lambda found: found[0].replace("#", ""), lines
     )
@@ -361,7 +372,7 @@ def test_with_tls_the_manifest_mounts_what_the_server_reads() -> None:
     )
 
 
-def test_what_belongs_together_in_the_manifest_goes_by_the_same_names() -> None:
+def test_names_in_the_manifest_are_consistent() -> None:
     found = manifests()
     pod = found["Deployment"]["spec"]["template"]
     labels = pod["metadata"]["labels"]
@@ -369,7 +380,7 @@ def test_what_belongs_together_in_the_manifest_goes_by_the_same_names() -> None:
     assert found["Service"]["spec"]["selector"] == labels
     assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
     assert found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
-    # Else the Service's name makes a variable GSERVER_PORT of its own.
+    # Otherwise Kubernetes sets a GSERVER_PORT variable from the Service's name.
     assert pod["spec"]["enableServiceLinks"] is False
     ports = {each["name"] for each in container()["ports"]}
     probes = [

@@ -37,20 +37,20 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 ALERTS = re.findall(r"- alert: (\w+)", RULES)
 RECORDS = set(re.findall(r"- record: (\S+)", RULES))
 TOKEN = "not-a-secret"
-#: Instead of 15 s, and of the first minute of a job, to make the tests quick.
+#: In place of 15 s, and of the first minute of a job, to keep the tests short.
 INTERVAL, NEW = "250ms", "3s"
 RATE = "10s"
 
 
 def replaced(pattern: str, by: str, text: str) -> str:
-    """The text with the one match of a pattern replaced."""
+    """The text with the only match of a pattern replaced."""
     text, count = re.subn(pattern, by, text)
     assert count == 1, pattern
     return text
 
 
 def configuration(folder: Path, targets: list[str]) -> Path:
-    """Copy the files to a folder and give them other targets, a token and short times."""
+    """Copy the files to a folder, with other targets, a token and short times."""
     for path in FILES.glob("*.yml"):
         shutil.copy(path, folder)
     rules = folder / "gserver.rules.yml"
@@ -97,7 +97,7 @@ def test_the_service_discoveries_in_comments_are_valid(tmp_path: Path) -> None:
     [kubernetes] = package("yaml").safe_load(found.pop("kubernetes_sd_configs").replace("#", ""))
     assert (
         kubernetes["role"] == "pod"
-    )  # No more is checked: Debian's Prometheus has no Kubernetes discovery.
+    )  # This is not checked further: Debian's Prometheus has no Kubernetes discovery.
     lines = "".join(
         f"    {name}:{value}\n".replace("    #   - ", "      - ") for name, value in found.items()
     )
@@ -111,7 +111,7 @@ def test_the_unit_tests_of_the_rules_pass(tmp_path: Path) -> None:
     for path in FILES.glob("gserver.*.yml"):
         text = path.read_text()
         if int(version[1]) >= 3 and path.name == "gserver.rules.yml":
-            # It leaves out the sample at the start of a window, which the unit tests count.
+            # It omits the sample at the start of a window, which the unit tests count.
             text, count = re.subn(r"\[(\w+)\]", r"[\g<1>1ms]", text)
             assert count > 20
         (tmp_path / path.name).write_text(text)
@@ -172,7 +172,7 @@ class Monitored:
     url: str
 
     def api(self, path: str, **parameters: str) -> Any:
-        """The data of an answer of Prometheus; an error fails the test."""
+        """The data of a response of Prometheus; an error fails the test."""
         try:
             with urlopen(
                 f"{self.url}/api/v1/{path}?{urlencode(parameters)}", timeout=LIMIT
@@ -288,7 +288,7 @@ def test_every_query_of_the_dashboard_has_data_once_the_servers_are_used(
         monitored.use()
         return {expression for expression in expressions() if not monitored.query(expression)}
 
-    until(lambda: without() <= empty, "there are data", 2 * LIMIT)
+    until(lambda: without() <= empty, "every query has data", 2 * LIMIT)
     assert [expression for expression in empty if monitored.query(expression)] == []
 
 
@@ -302,7 +302,7 @@ def test_the_dashboard_shows_the_real_figures(monitored: Monitored) -> None:
         return found
 
     until(lambda: shown("Servers") == [2, 3], "two of three servers are ready")
-    until(lambda: shown("Clients") == [2], "a client at each")
+    until(lambda: shown("Clients") == [2], "each server has a client")
 
 
 def test_the_rules_are_evaluated_without_error(monitored: Monitored) -> None:
@@ -321,7 +321,7 @@ def test_the_rules_are_evaluated_without_error(monitored: Monitored) -> None:
         lambda: all(
             monitored.query(rule["query"]) for rule in rules if rule["type"] == "recording"
         ),
-        "all rules record",
+        "all rules have results",
     )
 
 
@@ -340,7 +340,7 @@ def test_a_firing_alert_links_to_its_section_of_the_runbook(monitored: Monitored
             if alert["labels"]["alertname"] == "GserverDown"
         ]
 
-    [alert] = until(down, "the server that does not run is noticed")
+    [alert] = until(down, "the missing server is noticed")
     assert alert["labels"]["instance"] == monitored.dead
     page, _, anchor = alert["annotations"]["runbook_url"].partition("#")
     assert page.endswith("/docs/runbook.md")

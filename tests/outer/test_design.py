@@ -1,4 +1,4 @@
-"""docs/design.md says what the reports say."""
+"""docs/design.md matches the reports."""
 
 import json
 import math
@@ -21,7 +21,7 @@ PAGE = (ROOT / "docs/design.md").read_text()
 MAX_WORDS = 2000
 
 
-def test_the_budget_is_that_of_the_reliability_page() -> None:
+def test_the_budget_matches_the_reliability_page() -> None:
     report = json.loads(outages.FILE.read_text())
     seconds = {fault: cost.median for fault, (*_, cost) in costs(report, "replies").items()}
     planned = sum(seconds[fault] for fault in PLANNED)
@@ -37,7 +37,7 @@ def test_the_budget_is_that_of_the_reliability_page() -> None:
     assert f"Common causes are {common / sum_seconds:.0%}".replace("%", " %") in PAGE
 
 
-def test_its_other_figures_follow_from_the_reports() -> None:
+def test_the_other_figures_follow_from_the_reports() -> None:
     report = json.loads(outages.FILE.read_text())
     months = re.search(r"miss 99.95 % in (\d+ of 100) months", sums_table(report))
     assert months
@@ -59,5 +59,5 @@ def test_its_other_figures_follow_from_the_reports() -> None:
     assert f"{WINDOW_SECONDS * 1e-6:.1f} s a month" in PAGE
 
 
-def test_a_reviewer_can_read_it_in_twenty_minutes() -> None:
+def test_a_reviewer_can_read_the_page_in_twenty_minutes() -> None:
     assert len(PAGE.split()) <= MAX_WORDS

@@ -1,6 +1,4 @@
-"""The fuzzers: a few thousand inputs each way find nothing, and a fault put into the code on
-purpose is found.
-"""
+"""The fuzzers: a few thousand inputs find nothing, and a deliberate bug is found."""
 
 import json
 import os
@@ -26,17 +24,17 @@ from proof import fuzz_core, fuzz_sockets
 from proof.fuzz_report import section
 
 SEED = draw("GSERVER_FUZZ_SEED")
-NO_MATCH = "not found once: the code has changed, so is the fault to be put elsewhere"
+NO_MATCH = "not found exactly once: the code has changed, so move the bug"
 
 
 @pytest.mark.parametrize("name", fuzz_core.TARGETS)
-def test_the_pure_parts_take_anything(name: str) -> None:
+def test_the_pure_modules_accept_any_input(name: str) -> None:
     count = {"status": 50, "tls": 500, "parser": 3000}.get(name, 1000)
     assert fuzz_core.run_batch(name, SEED, 0, count) == "", f"GSERVER_FUZZ_SEED={SEED}"
 
 
 def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
-    """The module with a fault."""
+    """The module with a bug."""
     text = Path(str(module.__file__)).read_text()
     assert text.count(old) == 1, NO_MATCH
     mutant = ModuleType(module.__name__)
@@ -87,16 +85,16 @@ def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
         ("tls", tls, "parts.append(part)", "parts[:] = [part]"),
     ],
 )
-def test_a_fault_in_the_pure_parts_is_found(
+def test_a_bug_in_a_pure_module_is_found(
     target: str, module: ModuleType, old: str, new: str
 ) -> None:
     kind: Callable[[Random], fuzz_core.Target] = fuzz_core.TARGETS[target][0]
     mutant = type("Mutant", (kind,), {"code": _mutant(module, old, new)})  # type: ignore[arg-type]
-    assert fuzz_core.run_batch(target, 1, 0, 4000, mutant), "it was not found"
+    assert fuzz_core.run_batch(target, 1, 0, 4000, mutant), "the bug was not found"
 
 
 def _broken(folder: Path, module: str, old: str, new: str) -> dict[str, str]:
-    """The environment of a gserver with a fault."""
+    """The environment of a gserver with a bug."""
     shutil.copytree(
         ROOT / "gserver", folder / "gserver", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -107,7 +105,7 @@ def _broken(folder: Path, module: str, old: str, new: str) -> dict[str, str]:
 
 
 def _fuzz(name: str, count: int, env: dict[str, str] | None = None) -> str:
-    """What clients find that are drawn for one server."""
+    """The findings of random clients of one server."""
     with fuzz_sockets.servers([name], env=env) as sites:
         found, outcomes = fuzz_sockets.run_batch(
             name, sites[name].server.port, str(sites[name].pems), SEED, 0, count
@@ -116,7 +114,7 @@ def _fuzz(name: str, count: int, env: dict[str, str] | None = None) -> str:
 
 
 @pytest.mark.parametrize("name", ["plain", "tls"])
-def test_servers_take_anything(name: str) -> None:
+def test_servers_accept_any_input(name: str) -> None:
     assert _fuzz(name, 250) == "", f"GSERVER_FUZZ_SEED={SEED}"
 
 
@@ -127,11 +125,11 @@ def test_servers_take_anything(name: str) -> None:
         ("serve/client.py", "work.items.extend(work.parser.end())", "pass"),
     ],
 )
-def test_a_fault_in_a_server_is_found(tmp_path: Path, module: str, old: str, new: str) -> None:
-    assert _fuzz("plain", 150, _broken(tmp_path, module, old, new)), "it was not found"
+def test_a_bug_in_a_server_is_found(tmp_path: Path, module: str, old: str, new: str) -> None:
+    assert _fuzz("plain", 150, _broken(tmp_path, module, old, new)), "the bug was not found"
 
 
-def test_the_command_finds_reports_and_shows_again(tmp_path: Path) -> None:
+def test_the_command_finds_reports_and_reproduces(tmp_path: Path) -> None:
     def run(words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-m", "proof.fuzz", *words.split()]
         return subprocess.run(
@@ -147,10 +145,10 @@ def test_the_command_finds_reports_and_shows_again(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     done = run(f"core --inputs 2000 --seed 3 --only parser --report {report}", {})
     assert done.returncode == 0, done.stderr
-    told = json.loads(report.read_text())
-    assert told["core"]["targets"] == {"parser": 2000}
-    assert "guided" in told["core"]
-    assert done.stdout.strip() == section(told)
+    results = json.loads(report.read_text())
+    assert results["core"]["targets"] == {"parser": 2000}
+    assert "guided" in results["core"]
+    assert done.stdout.strip() == section(results)
     broken = _broken(tmp_path, "protocol.py", "len(parts) > 2", "len(parts) > 1")
     done = run("core --inputs 2000 --seed 3 --only parser", broken)
     assert done.returncode == 1, done.stderr
@@ -163,10 +161,10 @@ def test_the_command_finds_reports_and_shows_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["core", "sockets"])
-def test_one_that_is_interrupted_tells_what_it_has_found_and_leaves_nothing(
+def test_an_interrupted_run_reports_its_findings_and_leaves_nothing_behind(
     tmp_path: Path, kind: str
 ) -> None:
-    """Ctrl-C at a terminal is for all of its processes."""
+    """Ctrl-C at a terminal goes to all processes."""
     command = [
         sys.executable,
         "-P",
@@ -203,11 +201,11 @@ def test_one_that_is_interrupted_tells_what_it_has_found_and_leaves_nothing(
             )
         return False
 
-    until(are_at_work, "it is at work", 4 * LIMIT)
+    until(are_at_work, "all processes are working", 4 * LIMIT)
     os.killpg(process.pid, signal.SIGINT)
-    page, told = process.communicate(timeout=4 * LIMIT)
-    assert process.returncode == 0, told
+    page, results = process.communicate(timeout=4 * LIMIT)
+    assert process.returncode == 0, results
     assert "It was interrupted." in page
-    assert "Traceback" not in told
+    assert "Traceback" not in results
     assert json.loads((tmp_path / "report.json").read_text())[kind]["note"]
     assert not psutil.wait_procs(started, LIMIT)[1]

@@ -12,8 +12,8 @@ from bench.heartbeats import KEYS, SIZES, heartbeat, run, running_redis
 from gserver.cluster.redis_link import HEARTBEAT_SCRIPT
 from lab.running import program
 
-#: What one heartbeat may call in Redis. With the arguments that the script gives, each of them
-#: takes as long with many servers as with few, or a logarithm longer.
+#: The commands that one heartbeat may call in Redis. With the script's arguments, the time of each
+#: is constant or logarithmic in the number of servers.
 CHEAP = {
     "evalsha",
     "time",
@@ -28,7 +28,7 @@ CHEAP = {
 }
 
 
-def test_the_script_does_as_much_with_3000_servers_as_with_3() -> None:
+def test_the_script_does_the_same_work_with_3000_servers_as_with_3() -> None:
     program("redis-server")
     calls = {}
     with running_redis() as (client, _, path), socket.socket(socket.AF_UNIX) as sock:

@@ -1,4 +1,4 @@
-"""The container image is built from deploy/docker/Dockerfile, and started as an operator does."""
+"""The container image, built from deploy/docker/Dockerfile and started like an operator does."""
 
 import re
 import tomllib
@@ -21,7 +21,7 @@ INSTALLERS = ["pip", "setuptools", "wheel", "ensurepip"]
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """It has the image."""
+    """An engine that has the image."""
     with Engine() as running:
         running.make_base()
         running.build(context(tmp_path_factory), IMAGE)
@@ -58,7 +58,7 @@ def test_a_container_serves_read_only_as_process_1_and_drains(engine: Engine) ->
         assert len(orphans) == 2
         for orphan in orphans:
             orphan.kill()
-        until(lambda: not any(each.is_running() for each in orphans), "they are reaped")
+        until(lambda: not any(each.is_running() for each in orphans), "the orphans are reaped")
 
         assert container.stop() == 0
         assert server.events("server.stopped")

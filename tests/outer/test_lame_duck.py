@@ -57,9 +57,7 @@ def has_clients(client: Client, count: int) -> bool:
     return client.who() == count
 
 
-def test_a_lame_duck_serves_connected_clients_in_full_and_ends_with_the_last(
-    tmp_path: Path,
-) -> None:
+def test_a_lame_duck_serves_connected_clients_and_ends_with_the_last(tmp_path: Path) -> None:
     options = ("--workers", "2", "--admin-port", "0")
     with start(tmp_path, *LONG, *options) as server, ExitStack() as stack:
         server.wait_for("agent.ready")
@@ -68,13 +66,13 @@ def test_a_lame_duck_serves_connected_clients_in_full_and_ends_with_the_last(
         retire(server)
         assert get(server, "/readyz")[::2] == (503, b"draining\n")
         assert status(server)["workers"]["now"] == 0
-        time.sleep(0.3 * SECOND)  # A drain would have closed them by then.
+        time.sleep(0.3 * SECOND)  # A drain would have closed the clients by now.
         for left in range(6, 0, -1):
             client = clients[left - 1]
             assert client.ask(b"NAP" if left == 3 else b"WHY") == (
                 b"rested" if left == 3 else b"42"
             )
-            until(partial(has_clients, client, left), f"{left} are left")
+            until(partial(has_clients, client, left), f"{left} clients are left")
             client.send(b"no command\n")
             assert client.line().startswith(b"ERR ")
             assert server.process.poll() is None
@@ -143,8 +141,10 @@ def test_a_worker_that_dies_in_the_drain_delay_is_replaced(
     with start(tmp_path, "--drain-delay", str(4 * SECOND), *options) as server:
         began = time.monotonic()
         server.send_signal(number)
-        told = server.wait_for("server.retiring" if number == signal.SIGUSR2 else "server.draining")
-        assert f" {4 * SECOND:g} s;" in told["message"]
+        event = server.wait_for(
+            "server.retiring" if number == signal.SIGUSR2 else "server.draining"
+        )
+        assert f" {4 * SECOND:g} s;" in event["message"]
         server.workers()[0].kill()
         server.wait_for("worker.ready", 2)
         assert "starting another" in server.wait_for("worker.died")["message"]
@@ -170,7 +170,9 @@ def test_after_the_drain_timeout_the_ordinary_drain_follows(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("delay", ["0", "60"])
-def test_a_stop_of_a_lame_duck_is_the_ordinary_drain_at_once(tmp_path: Path, delay: str) -> None:
+def test_a_stop_of_a_lame_duck_starts_the_ordinary_drain_at_once(
+    tmp_path: Path, delay: str
+) -> None:
     with start(tmp_path, *LONG, "--drain-delay", delay) as server, server.client() as client:
         client.who()
         server.send_signal(signal.SIGUSR2)
@@ -241,7 +243,7 @@ def test_the_cluster_counts_the_clients_of_a_lame_duck_until_they_leave(tmp_path
         client = stack.enter_context(duck.client())
         until(lambda: asker.who() == client.who() == 2, "each server counts both")
         retire(duck)
-        time.sleep(1)  # Twice the TTL of a server that reports no more.
+        time.sleep(1)  # Twice the TTL: a silent server would have been dropped.
         assert asker.who() == client.who() == 2
         client.sock.close()
         assert duck.exit_code() == 0
@@ -249,8 +251,8 @@ def test_the_cluster_counts_the_clients_of_a_lame_duck_until_they_leave(tmp_path
         until(lambda: asker.who() == 1, "the clients have left")
 
 
-def test_a_worker_that_still_starts_serves_the_accept_queue(tmp_path: Path) -> None:
-    """The only worker has died when the signal comes; the next one gets it when it is ready."""
+def test_a_worker_that_is_still_starting_serves_the_accept_queue(tmp_path: Path) -> None:
+    """The only worker is dead when the signal arrives; the next one gets it when it is ready."""
     with start(tmp_path, *LONG) as server:
         (tmp_path / "slow").touch()
         server.workers()[0].kill()
@@ -258,7 +260,7 @@ def test_a_worker_that_still_starts_serves_the_accept_queue(tmp_path: Path) -> N
         with server.client() as client:
             server.send_signal(signal.SIGUSR2)
             server.wait_for("server.retiring")
-            time.sleep(0.2)  # A SIGUSR2 that the supervisor sent by now would be lost.
+            time.sleep(0.2)  # If the supervisor sent SIGUSR2 now, it would be lost.
             (tmp_path / "slow").unlink()
             assert client.who() == 1
             until(lambda: is_refused(server.port), "new clients are refused")
@@ -267,7 +269,7 @@ def test_a_worker_that_still_starts_serves_the_accept_queue(tmp_path: Path) -> N
         assert len(server.events("worker.died")) == 1
 
 
-def test_during_a_reload_the_signal_does_not_kill_the_worker_that_starts(tmp_path: Path) -> None:
+def test_during_a_reload_the_signal_does_not_kill_a_starting_worker(tmp_path: Path) -> None:
     with start(tmp_path, *LONG, "--workers", "2") as server:
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloading")
@@ -313,7 +315,7 @@ def test_busy_clients_are_answered_without_a_gap_when_a_server_becomes_a_lame_du
 def test_the_agent_of_a_reload_does_not_leave_the_cluster_when_a_lame_duck_follows(
     tmp_path: Path,
 ) -> None:
-    """The old agent is in the middle of a report, and ends when the port is closed already."""
+    """The old agent is sending a report, and ends after the port has been closed."""
     words = (
         *argv("--heartbeat-interval 0.3 --member-ttl 5 --drain-delay 0 --server-id here"),
         *LONG,
@@ -327,7 +329,7 @@ def test_the_agent_of_a_reload_does_not_leave_the_cluster_when_a_lame_duck_follo
         until(redis.members, "the server reports to Redis")
         stack.enter_context(server.client()).send(
             b"WH"
-        )  # The old worker waits a moment for the rest of the line.
+        )  # The old worker waits briefly for the rest of the line.
         server.send_signal(signal.SIGHUP)
         server.wait_for("worker.ready", 2)
         new = str(server.events("worker.ready")[1]["gserver.child_pid"]).encode()

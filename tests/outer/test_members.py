@@ -1,6 +1,6 @@
 """The list of a cluster's servers, read from a real Redis.
 
-That holds valid or invalid values, hangs, or is away.
+The Redis holds valid or invalid values, hangs, or is unavailable.
 """
 
 import time
@@ -53,7 +53,7 @@ def report(url: str, *servers: tuple[str, int], **options: Any) -> None:
 
 
 def age_report(server: Redis, server_id: str, seconds: float) -> None:
-    """Make the last heartbeat of a server that much older."""
+    """Make the last heartbeat of a server this much older."""
     server.command("ZINCRBY", LEASES, round(-1000 * seconds), server_id)
 
 
@@ -74,7 +74,7 @@ def test_each_server_is_listed_with_its_clients_and_its_last_report(server: Redi
     assert (members["omitted_servers"], members["error_kind"]) == (0, None)
 
 
-def test_without_heartbeats_a_report_grows_older_but_by_one_interval_at_most(server: Redis) -> None:
+def test_without_heartbeats_a_report_ages_by_one_interval_at_most(server: Redis) -> None:
     report(server.url, ("here", 1))
     [one] = until(
         lambda: [one for one in payload(server.url)["servers"] if one["silent_seconds"] > 0.2],
@@ -83,7 +83,7 @@ def test_without_heartbeats_a_report_grows_older_but_by_one_interval_at_most(ser
     assert not one["is_late"]
     server.command(
         "HINCRBY", STATE, "heartbeat_at", -3_600_000
-    )  # The last heartbeat was an hour ago, so the lease clock stands still.
+    )  # The last heartbeat was an hour ago, so the lease clock has stopped.
     members = payload(server.url)
     [one] = members["servers"]
     assert one["silent_seconds"] - members["age_seconds"] == pytest.approx(
@@ -105,7 +105,7 @@ def test_late_servers_come_first_and_all_others_are_sorted_by_id(server: Redis) 
     assert ids(payload(server.url)) == ["e", "c", "a", "b", "d", "here"]
 
 
-def test_of_many_servers_the_own_and_those_silent_for_longest_are_listed(server: Redis) -> None:
+def test_a_long_list_keeps_the_own_server_and_the_longest_silent_ones(server: Redis) -> None:
     report(server.url, *((f"server-{number:03}", number) for number in range(MAX_SERVERS + 50)))
     for number in range(20, MAX_SERVERS + 50):
         age_report(server, f"server-{number:03}", 2)
@@ -173,14 +173,14 @@ def test_an_invalid_id_is_not_listed_but_counted(server: Redis, name: bytes) -> 
 
 
 @pytest.mark.parametrize("key", [MEMBERS, LEASES, STATE])
-def test_a_key_of_another_program_is_an_error_and_the_last_known_list_stands(
+def test_a_key_of_another_program_is_an_error_and_keeps_the_last_list(
     server: Redis, key: str
 ) -> None:
     report(server.url, ("here", 5))
     members = Members(Config(redis_url=server.url, server_id="here"))
     assert ids(members.payload()) == ["here"]
     server.command("SET", key, "a poem")
-    until(lambda: members.payload()["error_kind"], "it has been read again")
+    until(lambda: members.payload()["error_kind"], "the list has been read again")
     known = members.payload()
     assert (ids(known), known["error_kind"]) == (["here"], "other")
     expected = {"servers": None, "omitted_servers": 0, "age_seconds": None, "error_kind": "other"}
@@ -265,7 +265,7 @@ def test_the_list_follows_servers_that_start_stop_and_die(server: Redis) -> None
     with cluster(server.url, "gserver", [*quick, "--server-id", "a", "--admin-port", "0"]) as [
         first
     ]:
-        until(lambda: ids(members_of(first)) == ["a"], "it is the only server")
+        until(lambda: ids(members_of(first)) == ["a"], "the first server is the only one")
         with Running(*options, "--server-id", "b") as second, second.client() as client:
             assert client.ask(b"WHERE") == b"b"
             until(
@@ -273,20 +273,20 @@ def test_the_list_follows_servers_that_start_stop_and_die(server: Redis) -> None
                 "the second server is listed",
             )
             second.stop()
-            until(lambda: ids(members_of(first)) == ["a"], "the second server has gone")
+            until(lambda: ids(members_of(first)) == ["a"], "the second server is not listed")
         with Running(*options, "--server-id", "0") as third:
             until(lambda: ids(members_of(first)) == ["0", "a"], "the third server is listed")
             third.kill()
             until(
                 lambda: [one["is_late"] for one in members_of(first)["servers"]] == [True, False],
-                "it is late",
+                "the third server is late",
             )
-            until(lambda: ids(members_of(first)) == ["a"], "it has expired")
+            until(lambda: ids(members_of(first)) == ["a"], "the third server has expired")
 
 
 @contextmanager
 def unavailable(server: Redis, is_hung: bool) -> Iterator[None]:
-    """Redis hangs, or is away."""
+    """Make Redis hang or unavailable."""
     if is_hung:
         server.freeze()
     else:
@@ -301,11 +301,11 @@ def unavailable(server: Redis, is_hung: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("is_hung", [True, False])
-def test_while_redis_hangs_or_is_away_the_last_known_list_is_returned_at_once_with_its_age(
+def test_without_redis_the_last_known_list_is_returned_at_once_with_its_age(
     server: Redis, is_hung: bool
 ) -> None:
     with cluster(server.url, "gserver", ["--server-id", "a", "--admin-port", "0"]) as [first]:
-        until(lambda: ids(members_of(first)) == ["a"], "it is listed")
+        until(lambda: ids(members_of(first)) == ["a"], "the server is listed")
         with unavailable(server, is_hung):
             members, ages, took = members_of(first), [], []
             silences = [members["servers"][0]["silent_seconds"] - members["age_seconds"]]
@@ -317,15 +317,15 @@ def test_while_redis_hangs_or_is_away_the_last_known_list_is_returned_at_once_wi
                 silences.append(members["servers"][0]["silent_seconds"] - members["age_seconds"])
                 assert ids(members) == ["a"]
             assert max(took) < 0.25 + 0.2 * PATIENCE
-            assert ages == sorted(ages), "the list grows older"
-            assert min(silences) >= 0, "so does the last report"
+            assert ages == sorted(ages), "the list ages"
+            assert min(silences) >= 0, "the last report ages too"
             assert max(silences) - min(silences) < 0.01
             assert members["error_kind"] == ("timeout" if is_hung else "connection")
         until(
             lambda: (
                 members_of(first)["age_seconds"] < 1 and members_of(first)["error_kind"] is None
             ),
-            "it is read again",
+            "the list is read again",
         )
         assert not first.events("process.error")
 
@@ -337,7 +337,7 @@ def test_a_server_that_has_never_reached_redis_has_no_list(server: Redis) -> Non
     ):
         first.wait_for("agent.ready")
         members = until(
-            lambda: members_of(first)["error_kind"] and members_of(first), "it was tried"
+            lambda: members_of(first)["error_kind"] and members_of(first), "the list was requested"
         )
         assert members == {
             "servers": None,

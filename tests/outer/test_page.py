@@ -73,7 +73,7 @@ def test_the_page_shows_the_real_figures_and_follows_changes(window: Browser) ->
         assert "clients of this server" in window.run(
             "return document.getElementById('plot-clients').ariaLabel"
         )
-        assert window.complaints() == []
+        assert window.problems() == []
 
 
 def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_p
             "the page shows the server",
         )
         assert colour(window, "tls") == colour(window, "alarm", "backgroundColor"), (
-            "a certificate that expires soon is red"
+            "a certificate that expires soon is shown in red"
         )
         assert colour(window, "side") != colour(window, "tls")
         (tmp_path / "server.key").unlink()
@@ -95,7 +95,7 @@ def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_p
             lambda: window.text("workers-title").endswith("0 reloads, 1 failed reload"),
             "the reload fails",
         )
-        assert not [said for said in window.complaints() if page(server) in said]
+        assert not [said for said in window.problems() if page(server) in said]
     with Running("--admin-port", "0") as server:
         window.open(page(server))
         until(lambda: "up" in window.text("side"), "the page shows the server")
@@ -133,10 +133,10 @@ def test_nouns_agree_with_their_numbers(window: Browser) -> None:
         until(lambda: window.text("state") == "ready", "the page shows the server")
         for count, words in ((0, "0 reloads"), (1, "1 reload"), (2000, "2,000 reloads")):
             script = f"show({{...last, server: {{...last.server, reloads: {count}}}}}, last)"
-            told = window.run(
+            shown = window.run(
                 f"{script}; return document.getElementById('workers-title').textContent"
             )
-            assert told == f"Workers: 1 of 1 accepting; since start: 0 restarts, {words}"
+            assert shown == f"Workers: 1 of 1 accepting; since start: 0 restarts, {words}"
 
 
 @pytest.mark.parametrize("path", ["", "?x=y", "#z"])
@@ -154,7 +154,7 @@ def test_the_page_reports_when_the_server_stops_answering_and_when_it_is_back(
     with Running("--admin-port", str(port)) as server:
         window.open(page(server))
         until(lambda: window.text("state") == "ready", "the page shows the server")
-    until(lambda: window.text("state") == "unreachable", "the page reports it")
+    until(lambda: window.text("state") == "unreachable", "the page reports the outage")
     assert window.run("return document.getElementById('alarm').hidden") is False
     alarm = (
         r"No answer from the server since [0-9:]+ \(Failed to fetch\)\."
@@ -163,7 +163,7 @@ def test_the_page_reports_when_the_server_stops_answering_and_when_it_is_back(
     assert re.fullmatch(alarm, window.text("alarm"))
     with Running("--admin-port", str(port)) as server:
         server.wait_for("agent.ready")
-        until(lambda: window.text("state") == "ready", "it is back")
+        until(lambda: window.text("state") == "ready", "the page shows that the server is back")
         assert window.run("return document.getElementById('alarm').hidden") is True
 
 
@@ -213,15 +213,18 @@ def test_the_page_lists_the_servers_of_the_cluster_and_follows_them(
         table = "document.querySelector('#cluster .table')"
         assert window.run(f"return {table}.scrollWidth - {table}.clientWidth") <= 0
         second.kill()
-        until(lambda: cells(window)[0][2].endswith("late"), "the other is late")
+        until(lambda: cells(window)[0][2].endswith("late"), "the other server is late")
         store.freeze()
         try:
             known = r"Redis cannot be read \(timeout\): this list is \d+ s old"
-            until(lambda: re.fullmatch(known, window.text("servers-note")), "the page says so")
+            until(
+                lambda: re.fullmatch(known, window.text("servers-note")),
+                "the page reports the outage",
+            )
             assert "here (this server)" in [row[0] for row in cells(window)]
         finally:
             store.thaw()
-        assert not [said for said in window.complaints() if page(first) in said]
+        assert not [said for said in window.problems() if page(first) in said]
 
 
 def cells(window: Browser) -> list[list[str]]:
@@ -237,11 +240,11 @@ def test_servers_are_unknown_until_redis_has_answered(window: Browser) -> None:
     with Running("--admin-port", "0", "--redis-url", f"redis://127.0.0.1:{free_port()}") as server:
         window.open(page(server))
         unknown = "Redis cannot be read (connection): the servers are unknown"
-        until(lambda: window.text("servers-note") == unknown, "the page says so")
+        until(lambda: window.text("servers-note") == unknown, "the page reports the outage")
         assert cells(window) == [[]]
 
 
-#: Replaces the earlier points of the page by one that is SECONDS old; returns what is drawn.
+#: Replaces the earlier points of the page with one that is SECONDS old; returns the drawn chart.
 DRAWN = """
 const now = points.at(-1);
 points.splice(0, points.length - 1, {...now, at: now.at - SECONDS * 1000, rate: 5});

@@ -1,6 +1,6 @@
 """`--user`: the ids and capabilities of every thread of every process, as /proc shows them.
 
-Takes root.
+This needs root.
 """
 
 import os
@@ -20,8 +20,8 @@ from lab.certificates import make_certificates
 from lab.running import LIMIT, Client, Running, argv, gserver, program, unavailable, until
 
 UID, GID, OTHER_GID, KEY_GID = 64123, 64124, 64125, 64126
-#: Runs a command in mounts of its own, with users and groups that this machine does not have and a
-#: Python that they may execute.
+#: Runs a command in a private mount namespace, with users and groups that this machine does not
+#: have, and a Python that they may execute.
 START = f"""
 set -eu
 folder=$1 base=$2 packages=$3 repository=$4
@@ -52,7 +52,7 @@ def id(service):
     return subprocess.run(["/opt/files/id"], capture_output=True, text=True).stdout.strip()
 """
 
-#: Tries to become each of its arguments, and prints the errors and then what it is.
+#: Tries to become each of its arguments; prints the errors, then its own status.
 BECOME = """
 import sys
 from gserver.errors import FatalError
@@ -68,7 +68,7 @@ print(open("/proc/self/status").read())
 
 @pytest.fixture
 def start(tmp_path: Path) -> list[str]:
-    """The beginning of a command that runs with those users."""
+    """The start of a command that runs with these users."""
     if os.geteuid() != 0:
         unavailable("only root may become another user")
     (tmp_path / "passwd").write_text(f"gserver-test:x:{UID}:{GID}::/:/bin/false\n")
@@ -119,7 +119,7 @@ def assert_is(status: dict[str, str], uid: int, gid: int, groups: set[int]) -> N
 
 
 def assert_is_the_user(server: Running, processes: int) -> None:
-    """Look at each thread of each process."""
+    """Check each thread of each process."""
     family = (psutil.Process(server.pid), *psutil.Process(server.pid).children())
     assert len(family) == processes
     for process in family:
@@ -127,7 +127,7 @@ def assert_is_the_user(server: Running, processes: int) -> None:
             assert_is(fields(path.read_text()), UID, GID, {GID, KEY_GID})
 
 
-def test_a_low_port_is_served_by_another_user_for_good(start: list[str], tmp_path: Path) -> None:
+def test_a_low_port_is_served_by_another_user_permanently(start: list[str], tmp_path: Path) -> None:
     (tmp_path / "files/extra.py").write_text(MODULE)
     setuid = tmp_path / "files/id"
     setuid.write_bytes(Path(program("id")).read_bytes())
@@ -139,12 +139,12 @@ def test_a_low_port_is_served_by_another_user_for_good(start: list[str], tmp_pat
         server.wait_for("agent.ready")
         assert_is_the_user(server, 4)
         assert Path(f"/proc/{server.pid}/mem").stat().st_uid == 0, (
-            "the supervisor has the key: only root may look"
+            "the supervisor holds the key: only root may look into it"
         )
         with server.client() as client:
             assert (server.port, client.who()) == (port, 1)
             assert re.match(rb"uid=64123\S+ gid=64124\S+ groups=", client.ask(b"ID")), (
-                "though that is root's, and setuid"
+                "although the program belongs to root and is setuid"
             )
         for child in (*server.workers(), *server.agents()):
             child.kill()
@@ -157,7 +157,7 @@ def test_a_low_port_is_served_by_another_user_for_good(start: list[str], tmp_pat
         assert (server.stop(), server.stderr) == (0, "")
 
 
-def test_a_key_of_root_is_read_at_the_start_and_a_reload_reads_it_as_the_user(
+def test_a_key_file_of_root_is_read_at_start_and_as_the_user_at_a_reload(
     start: list[str], tmp_path: Path
 ) -> None:
     files = tmp_path / "files"
@@ -187,7 +187,7 @@ def test_a_key_of_root_is_read_at_the_start_and_a_reload_reads_it_as_the_user(
         assert (server.stop(), server.stderr) == (0, "")
 
 
-def test_a_secret_in_a_file_of_roots_is_read_before_it_becomes_the_user(
+def test_a_secret_file_of_root_is_read_before_privileges_are_dropped(
     start: list[str], tmp_path: Path
 ) -> None:
     token = tmp_path / "files/token"
@@ -204,7 +204,7 @@ def test_a_secret_in_a_file_of_roots_is_read_before_it_becomes_the_user(
         assert (server.stop(), server.stderr) == (0, "")
 
 
-def test_the_socket_of_a_service_manager_is_taken_over_first(start: list[str]) -> None:
+def test_a_passed_socket_is_taken_before_privileges_are_dropped(start: list[str]) -> None:
     port = low_port()
     kept = [f"--setenv={name}" for name in ("PYTHONPATH", "LD_LIBRARY_PATH")]
     activate = [
@@ -214,7 +214,7 @@ def test_the_socket_of_a_service_manager_is_taken_over_first(start: list[str]) -
     with Running(
         "--user", "gserver-test", command=[*start, *activate, *SERVE], wait=False
     ) as server:
-        until(lambda: any("Listening" in line for line in server.errors), "it listens")
+        until(lambda: any("Listening" in line for line in server.errors), "systemd listens")
         with Client(port) as client:
             assert client.who() == 1
             assert_is_the_user(server, 2)
@@ -236,7 +236,7 @@ def test_a_group_or_numbers_may_be_named(
     assert_is(fields(run([*start, SERVE[0], "-c", BECOME, user])), uid, gid, groups)
 
 
-# What is rejected.
+# Rejected users.
 
 
 def test_an_unknown_user_and_root_are_refused(start: list[str]) -> None:
@@ -244,13 +244,13 @@ def test_an_unknown_user_and_root_are_refused(start: list[str]) -> None:
     users += ["4294967295:64124", "64123:4294967295", "99999999999:64124", "-1:64124", "9" * 5000]
     said = run([*start, SERVE[0], "-c", BECOME, *users]).splitlines()
     assert said[: len(users)] == [f"2 --user {user}: {UNKNOWN}" for user in users]
-    assert fields("\n".join(said))["Uid"] == "0\t0\t0\t0", "it is still root"
+    assert fields("\n".join(said))["Uid"] == "0\t0\t0\t0", "the process is still root"
     done = gserver("--port", "0", "--user", "no-such-user")
     expected = (2, "", f"gserver: --user no-such-user: {UNKNOWN}\n")
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 
-def test_a_user_that_is_not_root_may_only_stay_itself(start: list[str]) -> None:
+def test_a_non_root_user_cannot_become_another_user(start: list[str]) -> None:
     as_user = [*start, program("setpriv"), f"--reuid={UID}", f"--regid={GID}", "--clear-groups"]
     said = run([*as_user, SERVE[0], "-c", BECOME, "nobody", "gserver-test"])
     assert said.startswith("1 --user nobody needs root: start it as root\n")

@@ -1,4 +1,4 @@
-"""What holds between processes: lifetimes, secrets, environments, and limits of open files."""
+"""Relations between processes: lifetimes, secrets, environments, and limits of open files."""
 
 import mmap
 import os
@@ -30,7 +30,7 @@ def program(service):
 def nothing_left(folder: Path, limit: float) -> Iterator[None]:
     """All processes that were started for this folder end within the limit after the body.
 
-    Those that do not are killed.
+    The rest are killed.
     """
     try:
         yield
@@ -40,17 +40,17 @@ def nothing_left(folder: Path, limit: float) -> Iterator[None]:
             process.kill()
 
 
-def test_nothing_is_left_of_a_supervisor_killed_at_any_moment_of_its_start(tmp_path: Path) -> None:
+def test_no_process_outlives_a_supervisor_killed_during_its_start(tmp_path: Path) -> None:
     for step in range(8):
         options = ("--workers", "2", "--statsd-host", "127.0.0.1")
         with Running(*options, env={"MARK": str(tmp_path)}, wait=False) as server:
-            time.sleep(0.05 * step)  # The moment is the test.
-            # On a busy machine a child takes a while to look for its parent.
+            time.sleep(0.05 * step)  # The test varies this moment.
+            # On a busy machine a child takes a while to check for its parent.
             with nothing_left(tmp_path, LIMIT):
                 server.process.kill()
 
 
-def test_a_program_that_a_command_has_started_keeps_no_port(tmp_path: Path) -> None:
+def test_a_program_started_by_a_command_does_not_keep_the_port(tmp_path: Path) -> None:
     (tmp_path / "extra.py").write_text(MODULE)
     with Running("--commands", "extra", cwd=tmp_path) as server, server.client() as client:
         other = psutil.Process(int(client.ask(b"PROGRAM")))
@@ -63,7 +63,7 @@ def test_a_program_that_a_command_has_started_keeps_no_port(tmp_path: Path) -> N
             other.kill()
 
 
-def test_a_program_that_a_command_has_started_cannot_read_the_instructions(tmp_path: Path) -> None:
+def test_a_program_started_by_a_command_cannot_read_the_instructions(tmp_path: Path) -> None:
     (tmp_path / "spy.py").write_text(
         "import subprocess\nfrom gserver.commands import command\n"
         "@command('SPY')\ndef spy(service):\n"
@@ -90,7 +90,7 @@ def environment(service):
 
 
 def memory_of(process: psutil.Process) -> bytes:
-    """All that a process may write to: heap, stacks, and anonymous or private mappings."""
+    """All writable memory of a process: heap, stacks, and anonymous or private mappings."""
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     found = []
     with open(f"/proc/{process.pid}/mem", "rb", buffering=0) as mem:
@@ -145,13 +145,13 @@ def test_each_process_has_only_the_secrets_that_it_needs(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("operators", [None, "", "modules", "modules:/no/such/folder"])
 @pytest.mark.parametrize("script", [[str(ROOT / "bin/gserver")], GSERVER])
-def test_programs_of_handlers_have_the_pythonpath_of_the_operator(
+def test_programs_of_handlers_get_the_operators_pythonpath(
     tmp_path: Path, script: list[str], operators: str | None
 ) -> None:
     (tmp_path / "modules").mkdir()
     folder = "modules" if operators and operators.startswith("modules") else "."
     (tmp_path / folder / "extra.py").write_text(ENVIRONMENT)
-    if script is GSERVER:  # Without a script, the operator has to name the package's folder.
+    if script is GSERVER:  # Without a script, the operator must name the package's folder.
         operators = ":".join(filter(None, (str(ROOT), operators)))
     setting = ["-u", "PYTHONPATH"] if operators is None else [f"PYTHONPATH={operators}"]
     command = [program("env"), *setting, *script, "serve", "--port", "0"]
@@ -164,7 +164,7 @@ def test_programs_of_handlers_have_the_pythonpath_of_the_operator(
         assert found == ([] if operators is None else [f"PYTHONPATH={operators}"])
 
 
-def test_a_child_gets_no_options_by_arguments_and_leads_a_process_group(tmp_path: Path) -> None:
+def test_a_child_has_no_option_arguments_and_leads_a_process_group(tmp_path: Path) -> None:
     with Running("--server-id", "an-id-to-look-for", "--workers", "2") as server:
         server.wait_for("worker.ready", 2)
         for slot, worker in enumerate(server.workers()):
@@ -196,7 +196,7 @@ def test_a_signal_for_the_supervisor_has_no_effect_on_its_children(number: signa
 
 
 @pytest.mark.parametrize("number", FOR_THE_SUPERVISOR)
-def test_a_signal_for_the_supervisor_has_no_effect_on_a_worker_that_starts(
+def test_a_signal_for_the_supervisor_has_no_effect_on_a_starting_worker(
     number: signal.Signals,
 ) -> None:
     with Running() as server:
@@ -214,21 +214,19 @@ def test_a_signal_for_the_supervisor_has_no_effect_on_a_worker_that_starts(
         assert server.stderr == ""
 
 
-def test_a_worker_may_open_as_many_files_as_the_hard_limit_says() -> None:
+def test_a_worker_raises_its_descriptor_limit_to_the_hard_limit() -> None:
     command = [program("prlimit"), "--nofile=100:500", *limited(0)[2:]]
     with Running(command=command) as server:
         assert server.workers()[0].rlimit(psutil.RLIMIT_NOFILE) == (500, 500)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_usual_max_clients_is_lowered_to_what_fits_into_the_limit_of_files(
-    workers: int,
-) -> None:
+def test_the_default_max_clients_is_lowered_to_fit_the_descriptor_limit(workers: int) -> None:
     with Running("--workers", str(workers), command=limited(100)) as server:
         assert server.events("server.listening")[0]["gserver.max_clients"] == workers * 36
 
 
-def test_a_given_max_clients_that_just_fits_is_used() -> None:
+def test_an_explicit_max_clients_that_just_fits_is_used() -> None:
     with Running("--max-clients", "36", command=limited(100)) as server:
         assert server.events("server.listening")[0]["gserver.max_clients"] == 36
 
@@ -236,7 +234,7 @@ def test_a_given_max_clients_that_just_fits_is_used() -> None:
 @pytest.mark.parametrize(
     ("options", "files"), [(("--max-clients", "37"), 100), (("--workers", "2"), 64)]
 )
-def test_more_clients_than_there_may_be_files_are_refused_with_2(
+def test_a_max_clients_above_the_descriptor_limit_exits_with_2(
     options: tuple[str, ...], files: int
 ) -> None:
     with Running(*options, command=limited(files), wait=False) as server:

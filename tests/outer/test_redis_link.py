@@ -31,8 +31,8 @@ from lab.running import PATIENCE, until
 TTL, INTERVAL = 60_000, 6000
 #: Time that a reply may take beyond the timeout.
 SLACK = 1.5 * PATIENCE
-#: Passwords, which no error may repeat. An address is shown without the names of users, too;
-#: Redis 8 names the user in its errors.
+#: Passwords, which no error may contain. An address is shown without user names, too, but Redis 8
+#: names the user in its errors.
 SECRETS = ("hush-1", "hush-2")
 USERS = ("bobby", "evelyn")
 
@@ -108,7 +108,7 @@ def test_a_reply_has_its_names_and_texts(server: Redis) -> None:
         assert reply == Reply(5, 1, 0, reply.clock, reply.clock, "a1", reply.clock + TTL, 0)
 
 
-def test_the_script_is_sent_when_redis_does_not_know_it_and_only_then(server: Redis) -> None:
+def test_the_script_is_sent_only_when_redis_does_not_know_it(server: Redis) -> None:
     with linked(server.url) as link:
         for _ in range(2):
             server.forget_scripts()
@@ -129,7 +129,7 @@ def test_there_is_one_connection_which_is_opened_for_the_first_heartbeat(server:
         (second,) = connections(server)
         assert first["id"] == second["id"]
         link.drop()
-        until(lambda: not connections(server), "it is closed")
+        until(lambda: not connections(server), "the connection is closed")
         link.drop()
         assert send_heartbeat(link).total_clients == 1
 
@@ -153,9 +153,7 @@ def test_an_ordinary_heartbeat_is_one_request_and_a_connect_needs_no_other(serve
         first, second = errors(server), errors(server)
         link.drop()
         send_heartbeat(link)
-        assert errors(server) - second == second - first, (
-            "no command that an old Redis does not know"
-        )
+        assert errors(server) - second == second - first, "every command is known to an old Redis"
         assert (
             set(calls(server))
             & {"hello", "client|setinfo", "client|setname", "ping", "select", "auth"}
@@ -190,7 +188,7 @@ def test_the_keys_are_in_the_database_that_the_url_names(server: Redis) -> None:
 
 
 @pytest.mark.parametrize("kind", ["password", "user"])
-def test_a_password_or_a_user_with_few_rights_is_enough(server: Redis, kind: str) -> None:
+def test_a_password_or_a_user_with_few_rights_suffices(server: Redis, kind: str) -> None:
     rights = ["+eval", "+evalsha", "+time", "+expire", "+del", "+@hash", "+@sortedset"]
     server.command(
         "ACL", "SETUSER", "bobby", "reset", "on", ">hush-1", "~{gserver:gserver}:*", *rights
@@ -222,7 +220,7 @@ def test_tls_and_plain_do_not_understand_each_other(server: Redis, encrypted: Re
 
 @contextmanager
 def unreachable(server: Redis) -> Iterator[str]:
-    """A connect that even the kernel does not answer: the accept queue is full."""
+    """A connect that the kernel does not answer: the accept queue is full."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -236,7 +234,7 @@ def unreachable(server: Redis) -> Iterator[str]:
 
 @contextmanager
 def silent_tls(server: Redis) -> Iterator[str]:
-    """No reply to the first message of TLS."""
+    """No reply to the ClientHello."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"rediss://bobby:hush-1@127.0.0.1:{listener.getsockname()[1]}"
 
@@ -254,7 +252,7 @@ Start = Callable[[Redis], AbstractContextManager[str]]
 
 
 def at(url: Callable[[Redis], str], *around: RedisFault) -> Start:
-    """The URL that the link is given, while Redis has these faults."""
+    """The URL of the link while Redis has these faults."""
 
     @contextmanager
     def begin(server: Redis) -> Iterator[str]:
@@ -287,7 +285,7 @@ def may_only(*rights: str) -> RedisFault:
 
 @contextmanager
 def another_server(says: bytes) -> Iterator[str]:
-    """What listens accepts a connection, says this and closes."""
+    """A server that accepts a connection, sends this and closes."""
     with listener(lambda sock: sock.sendall(says)) as port:
         yield f"redis://{BOBBY}@127.0.0.1:{port}"
 
@@ -298,7 +296,7 @@ def frozen_sentinel(server: Redis) -> Iterator[str]:
         yield f"{url.replace('redis:', 'redis+sentinel:')}/name?{EVELYN}"
 
 
-#: Each fault, its kind, and a word of the reason that an operator would look for.
+#: Each fault, its kind, and a word of the reason that an operator would search for.
 FAULTS: dict[str, tuple[Start, str, str]] = {
     "refused": (at(lambda _: f"redis://{BOBBY}@127.0.0.1:{free_port()}"), "connection", "refused"),
     "no socket": (
@@ -347,7 +345,7 @@ FAULTS: dict[str, tuple[Start, str, str]] = {
 
 
 @pytest.mark.parametrize(("fault", "kind", "word"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_an_error_in_time_that_shows_its_kind_and_no_secret(
+def test_a_fault_is_reported_in_time_with_its_kind_and_no_secret(
     server: Redis, fault: Start, kind: str, word: str
 ) -> None:
     with fault(server) as url, linked(url) as link:
@@ -381,14 +379,12 @@ def test_after_any_error_the_connection_is_closed_and_the_next_heartbeat_opens_a
             failed(link)
         until(
             lambda: all(client["id"] != before["id"] for client in connections(server)),
-            "it is closed",
+            "the connection is closed",
         )
         assert send_heartbeat(link, 7).total_clients == 7
 
 
-def test_if_redis_closes_the_connection_between_two_heartbeats_nothing_is_lost(
-    server: Redis,
-) -> None:
+def test_a_connection_closed_between_two_heartbeats_loses_nothing(server: Redis) -> None:
     with linked(server.url) as link:
         send_heartbeat(link)
         (before,) = connections(server)
@@ -398,7 +394,7 @@ def test_if_redis_closes_the_connection_between_two_heartbeats_nothing_is_lost(
         assert after["id"] != before["id"]
 
 
-def test_a_late_reply_is_never_taken_for_that_of_the_next_heartbeat(server: Redis) -> None:
+def test_a_late_reply_is_never_mistaken_for_the_next_one(server: Redis) -> None:
     """The network delays a reply for longer than the timeout, then delivers everything."""
     with Proxy(server.port) as proxy, linked(server.url_at(proxy.port)) as link:
         send_heartbeat(link)
@@ -412,7 +408,7 @@ def test_a_late_reply_is_never_taken_for_that_of_the_next_heartbeat(server: Redi
             assert send_heartbeat(link, 100 + clients).total_clients == 100 + clients
 
 
-def test_a_late_heartbeat_to_a_frozen_redis_undoes_nothing(server: Redis) -> None:
+def test_a_late_heartbeat_to_a_frozen_redis_changes_nothing(server: Redis) -> None:
     with linked(server.url) as link:
         send_heartbeat(link, 5)
         with faults.frozen(server):
@@ -437,7 +433,7 @@ def test_the_timeout_is_at_most_a_tenth_of_the_ttl(server: Redis) -> None:
     )
 
 
-def test_a_redis_that_cannot_save_has_a_kind_of_error_of_its_own(tmp_path: Path) -> None:
+def test_a_redis_that_cannot_save_is_a_separate_kind_of_error(tmp_path: Path) -> None:
     with Redis(tmp_path) as server, linked(server.url) as link:
         send_heartbeat(link)
         with faults.cannot_save(server):
@@ -573,7 +569,7 @@ def test_the_url_of_a_link_is_written_without_secrets() -> None:
 
 
 def test_a_server_follows_sentinels_that_were_all_set_up_again(tmp_path: Path) -> None:
-    """They count failovers from 0 again, like a Sentinel that has missed the last failover."""
+    """They count failovers from 0 again, like a Sentinel that missed the last failover."""
     with Sentinels(tmp_path) as sentinels:
         sentinels.failover()
         link = RedisLink(
@@ -593,5 +589,5 @@ def test_a_server_follows_sentinels_that_were_all_set_up_again(tmp_path: Path) -
         other.wipe()
         for sentinel in sentinels.sentinels:
             sentinel.command("SENTINEL", "MONITOR", sentinels.name, "127.0.0.1", other.port, 2)
-        until(lambda: reports_to(other), "it follows all of them")
+        until(lambda: reports_to(other), "the server follows the new Sentinels")
         link.drop()

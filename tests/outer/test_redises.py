@@ -1,4 +1,4 @@
-"""The faults that other tests rely on, where those do not see the fault and its end themselves."""
+"""The faults that other tests rely on without observing the fault and its end themselves."""
 
 import socket
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def ping(client: socket.socket) -> bytes:
 
 
 def by(url: str, *words: Any, **options: Any) -> Any:
-    """Send a command through a URL, as a user of it does."""
+    """Send a command through a URL, like its users do."""
     options |= {"retry": Retry(NoBackoff(), 0), "socket_timeout": LIMIT}
     with redis.Redis.from_url(url, decode_responses=True, **options) as client:
         return client.execute_command(*words)

@@ -1,4 +1,4 @@
-"""docs/reliability.md says what the reports say, and its sums are right."""
+"""docs/reliability.md matches the reports, and its sums are right."""
 
 import json
 import math
@@ -43,18 +43,18 @@ TEXT = "".join(path.read_text() for path in page.PAGES)
 SEED = draw()
 
 
-def test_the_page_shows_what_the_reports_say() -> None:
+def test_the_page_matches_the_reports() -> None:
     for mark, text in page.sections().items():
-        assert page.block(mark, text) in TEXT, f"{mark}: bin/availability --write does it"
+        assert page.block(mark, text) in TEXT, f"{mark}: run bin/availability --write"
 
 
-def test_every_mark_of_the_page_has_its_end_and_every_section_its_place() -> None:
+def test_every_mark_of_the_page_has_an_end_and_every_section_a_mark() -> None:
     marks = re.findall(r"<!-- ([\w ]+) -->", TEXT)
     assert marks == re.findall(r"<!-- /([\w ]+) -->", TEXT)
     assert set(page.SECTIONS) <= set(marks)
 
 
-def test_the_plots_are_there_and_name_every_line() -> None:
+def test_the_plots_exist_and_name_every_line() -> None:
     for name in timeline.SCENARIOS:
         assert f"(plots/who-{name}.svg)" in TEXT
         drawn = (ROOT / f"docs/plots/who-{name}.svg").read_text()
@@ -71,24 +71,24 @@ def test_every_fault_has_a_rate_with_its_reason() -> None:
     }
 
 
-def test_the_sums_are_those_that_one_makes_by_hand() -> None:
+def test_the_sums_match_a_calculation_by_hand() -> None:
     assert round(BUDGET_SECONDS) == 1296
-    # Once a month, 10 s of a third of all; the second of three takes 12 s of half of all, the third
-    # hits nobody.
+    # Once a month, 10 s for a third of all requests. The second of three trials takes 12 s for half
+    # of them, and the third affects none.
     rate = Rate(365 / 30, "")
     trials = [Outage(10, 1 / 3, 0.1), Outage(12, 1 / 2, 0), Outage(0, 0)]
     assert cost(rate, trials) == pytest.approx(Cost(10 / 3, 6, 1))
-    # What lasts a minute, and 10 s to recover from, hits all for so long.
+    # A fault of a minute with a recovery of 10 s affects all requests for that time.
     assert cost(rate, trials, 60).median == pytest.approx(70)
     assert in_window(12, 100) == pytest.approx(98.63, abs=0.01)
     assert availability(1296) == "99.95 %"
     assert availability(5) == "99.9998 %"
 
 
-def test_how_likely_a_budget_is_missed_is_what_one_works_out_by_hand() -> None:
-    # One cause: more than two of them, of which one comes on average.
+def test_the_probability_of_a_missed_budget_matches_a_calculation_by_hand() -> None:
+    # One cause: more than two events, with a mean of one.
     assert missed([(1.0, 10)], 29) == pytest.approx(1 - math.exp(-1) * (1 + 1 + 1 / 2))
-    # Two causes: anything but none, one or two short ones, or one long one.
+    # Two causes: anything except no event, one or two short ones, or one long one.
     allowed = math.exp(-0.5) * math.exp(-0.2) * (1 + 0.5 + 0.5**2 / 2 + 0.2)
     assert missed([(0.5, 10), (0.2, 20)], 20) == pytest.approx(1 - allowed)
 
@@ -104,7 +104,7 @@ def test_no_fault_of_redis_or_an_agent_costs_a_reply() -> None:
     assert not any(figure for trials in quiet.values() for trial in trials for figure in trial)
 
 
-def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
+def test_the_sum_of_the_page_is_the_sum_of_its_rows() -> None:
     report = {
         "replies": {"server killed": [[2, 0.5, 0]]},
         "who": {
@@ -121,18 +121,18 @@ def test_the_sum_of_the_page_is_that_of_its_rows() -> None:
         f"| single faults and planned work, worst | {lost:.2f} "
         f"| {100 * lost / 1296:.1f} % | 99.9999 % |" in table
     )
-    # A server that is cut off would fail a third of the requests.
+    # A cut-off server would fail a third of the requests.
     needing_redis = lost + common + (12 * 1801 + 24 * 10 + 12 * 306 / 3) * 30 / 365
     assert f"| the same, if replies needed Redis | {needing_redis:,.0f} |" in table
 
 
-def test_a_who_that_misses_the_objective_is_said_to() -> None:
+def test_a_who_that_misses_the_objective_is_reported() -> None:
     report = {"who": {"Redis gone": [[1, 1, 0]], "worker killed": [[2, 0.5, 0]]}}
-    told = who_verdict(report)
-    assert f"fall in {12 * 1802 * 30 / 365:,.0f} s" in told
-    assert "**This misses 99.95 %.**" in told
+    text = who_verdict(report)
+    assert f"fall in {12 * 1802 * 30 / 365:,.0f} s" in text
+    assert "**This misses 99.95 %.**" in text
     # 1,295 s of the budget are left: 21.6 minutes, rounded down.
-    assert "must not exceed 21 minutes" in told
+    assert "must not exceed 21 minutes" in text
     assert "misses" not in who_verdict({"who": {"worker killed": [[2, 0.5, 0]]}})
 
 
@@ -193,7 +193,7 @@ def test_the_page_names_the_commits_of_its_figures_and_the_figures_without_one()
     assert "No commit" not in complete
 
 
-def test_an_outage_is_from_the_fault_to_the_last_that_failed() -> None:
+def test_an_outage_lasts_from_the_fault_to_the_last_failed_probe() -> None:
     probes = [(at / 100, 1) for at in range(1000)]
     assert outage(probes, 2) == Outage(0, 0)
     for number, tries in ((210, 2), (240, 0), (299, 2)):
@@ -201,16 +201,19 @@ def test_an_outage_is_from_the_fault_to_the_last_that_failed() -> None:
     assert outage(probes, 2) == pytest.approx(Outage(1, 0.03, 0.01))
 
 
-def test_a_probe_that_is_told_anything_else_has_failed() -> None:
+def test_a_probe_with_any_other_reply_has_failed() -> None:
     with Running("--max-clients", "1", "--admin-port", "0") as server, server.client() as only:
         assert only.who() == 1
         probes = Child("proof.probes", "127.0.0.1", server.port)
-        until(lambda: status(server)["error_replies"]["too_many_clients"] > 20, "some were refused")
-        told = probes.result()
-    assert {tries for _, tries in told} == {0}
+        until(
+            lambda: status(server)["error_replies"]["too_many_clients"] > 20,
+            "some requests were rejected",
+        )
+        text = probes.result()
+    assert {tries for _, tries in text} == {0}
 
 
-def test_who_is_wrong_until_the_last_wrong_answer_of_anybody() -> None:
+def test_who_is_wrong_until_the_last_wrong_reply_of_any_server() -> None:
     right, late = (
         [(at / 10, 7) for at in range(100)],
         [(at / 10, 6 if at <= 40 else 7) for at in range(100)],
@@ -244,13 +247,13 @@ print("faults:", *names.faults, sep="\\n")
 """
 
 
-def test_the_report_has_every_fault_of_the_matrix_and_no_other() -> None:
+def test_the_report_has_exactly_the_faults_of_the_matrix() -> None:
     words = [sys.executable, "-c", COLLECT]
-    told = subprocess.check_output(
+    text = subprocess.check_output(
         words, cwd=ROOT, env=environment(), text=True, timeout=4 * LIMIT
     ).split("faults:\n")
     cases = json.loads((ROOT / "proof/results/faults.json").read_text())["cases"]
-    assert told[-1].splitlines() == sorted({case["fault"] for case in cases}), (
+    assert text[-1].splitlines() == sorted({case["fault"] for case in cases}), (
         "bin/faults --report proof/results/faults.json"
     )
 
@@ -259,10 +262,10 @@ def test_a_fault_is_one_row_with_the_cases_passed_and_the_range_of_each_figure()
     cases = [
         case(
             "Flood",
-            happened=["9 came", "all left"],
+            happened=["9 connected", "all left"],
             measured={"p99": [0.5, "ms"], "replies": [7, ""]},
         ),
-        case("Flood", happened=["8 came"], measured={"p99": [2, "ms"]}),
+        case("Flood", happened=["8 connected"], measured={"p99": [2, "ms"]}),
         case("Frost", "SKIPPED", happened=[], measured={}, why="needs root"),
         case("Flood", "FAILED", happened=[], measured={}),
         case(page.CONTROL, happened=[], measured={}),
@@ -298,7 +301,7 @@ def test_a_single_figure_is_in_one_column_with_those_of_other_faults() -> None:
     assert "measured" not in page._table({"Frost": [case("Frost")]})
 
 
-def test_every_fault_of_the_report_is_in_one_table() -> None:
+def test_every_fault_of_the_report_is_in_exactly_one_table() -> None:
     report = json.loads((ROOT / "proof/results/faults.json").read_text())
     rows = [line for line in page.faults(report).splitlines() if line.startswith("| ")]
     heads = [line for line in rows if line.startswith(("| fault |", "| --- |"))]
@@ -319,17 +322,17 @@ def test_the_bar_of_the_error_budget_has_every_part_of_the_sum() -> None:
         assert f">{name}: {shown} s</text>" in drawn, "bin/availability --write does it"
 
 
-def test_a_soak_is_told_in_a_line() -> None:
+def test_a_soak_is_summarised_in_one_line() -> None:
     faults = {"a": {"seconds": [1, 2]}, "b": {"seconds": [3]}}
     report = {"seconds": 3600, "is_interrupted": False, "faults": faults, "censuses": [1] * 30}
-    told = page.soak({**report, "replies": {"right": 12345, "wrong": 0, "lost": 2}})
-    assert told.startswith(
+    text = page.soak({**report, "replies": {"right": 12345, "wrong": 0, "lost": 2}})
+    assert text.startswith(
         "1.00 hours, 3 faults of 2 kinds. 12,345 replies were right, none wrong; "
         "2 replies were lost unless"
     )
 
 
-def test_the_true_count_changes_in_the_middle_of_the_time_in_which_it_may() -> None:
+def test_the_true_count_changes_in_the_middle_of_its_possible_time() -> None:
     facts = [
         *(
             Fact(at, kind, "A", 1)
@@ -346,14 +349,14 @@ def test_the_true_count_changes_in_the_middle_of_the_time_in_which_it_may() -> N
     [
         ("timeline", "This needs root: it makes network namespaces."),
         ("availability --measure", "This needs root: it makes network namespaces."),
-        ("availability --only worker", "Error: --only is for --measure, without --write"),
+        ("availability --only worker", "Error: --only needs --measure, and excludes --write"),
         (
             "availability --measure --only zzz",
-            "Error: Invalid value for --only: no fault is named so: ",
+            "Error: Invalid value for --only: no such fault; the faults are: ",
         ),
     ],
 )
-def test_what_a_command_cannot_do_is_said_in_a_line(words: str, line: str) -> None:
+def test_a_command_that_cannot_run_reports_it_in_one_line(words: str, line: str) -> None:
     module, *options = words.split()
     code = (
         f"import os; from proof import {module}; os.geteuid() or os.seteuid(65534); {module}.main()"

@@ -1,8 +1,7 @@
 """bin/*, the Procfile and the package: from a fresh clone to a server, on real copies of this
 repository.
 
-No copy has `.venv` at first. What installs packages is done once for the file and copied from
-there.
+A copy has no `.venv` at first. Packages are installed once for the file, and copied from there.
 """
 
 import os
@@ -22,10 +21,10 @@ import pytest
 
 from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, argv, program, until
 
-#: An installation downloads, and compiles what it has got.
+#: An installation downloads packages and compiles bytecode.
 INSTALL_LIMIT = 120 * PATIENCE
 SCRIPTS = [*sorted((ROOT / "bin").iterdir()), ROOT / ".ci/run"]
-#: What the scripts need beside Python.
+#: The programs that the scripts need besides Python.
 TOOLS = argv("bash cat cmp cp dirname env flock id mkdir readlink rm sh")
 #: With these, pip finds nothing to install.
 NO_PACKAGES = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
@@ -34,7 +33,7 @@ OWN_BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class SetUp:
-    """A copy in which bin/setup was run, and what that said."""
+    """A copy in which bin/setup was run, and its output."""
 
     root: Path
     done: subprocess.CompletedProcess[str]
@@ -45,7 +44,7 @@ class SetUp:
 
 
 def _copy(root: Path) -> Path:
-    """Copy what is in the repository or would be with the next commit, as a clone would."""
+    """Copy the files of the repository, including uncommitted ones, as a clone would."""
     listed = subprocess.run(
         [program("git"), "ls-files", "-co", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -60,7 +59,7 @@ def _copy(root: Path) -> Path:
 
 
 def _clean(*path: Path, **extra: str) -> dict[str, str]:
-    """An environment with a PATH, a home and what pip needs to reach its packages; no more."""
+    """An environment with only a PATH, a home, and the settings that pip needs."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -103,13 +102,13 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy where nothing is set up, and nothing will be."""
+    """A copy that is never set up."""
     return _copy(tmp_path_factory.mktemp("clone") / "never set up")
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory, bare: Path, tools: Path) -> SetUp:
-    """A copy that was set up, in a clean environment, in a folder with a blank in its name."""
+    """A copy that was set up in a clean environment, in a folder with a blank in its name."""
     root = _copy(tmp_path_factory.mktemp("clone") / "set up")
     return SetUp(root, _run(root / "bin/setup", env=_clean(bare, tools), cwd=root.parent))
 
@@ -125,7 +124,7 @@ def another(ready: SetUp, tmp_path: Path) -> Path:
 def _serving(
     *command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> Running:
-    """The server that a script starts; nothing of this test's own Python helps it."""
+    """The server that a script starts, without this test's own Python."""
     return Running(
         "--port",
         "0",
@@ -136,7 +135,7 @@ def _serving(
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_a_script_is_a_program_in_good_bash_that_stops_at_the_first_failure(script: Path) -> None:
+def test_a_script_is_executable_valid_bash_that_stops_at_the_first_failure(script: Path) -> None:
     text = script.read_text()
     assert os.access(script, os.X_OK)
     assert text.startswith("#!/usr/bin/env bash\n")
@@ -147,42 +146,40 @@ def test_a_script_is_a_program_in_good_bash_that_stops_at_the_first_failure(scri
 # The first start.
 
 
-def test_a_set_up_makes_a_virtualenv_and_says_so(ready: SetUp) -> None:
+def test_setup_makes_a_virtualenv_and_reports_it(ready: SetUp) -> None:
     done = ready.done
     assert (done.returncode, done.stdout) == (0, f"{ready.python}\n"), done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("gserver: ")]
+    message = [line for line in done.stderr.splitlines() if line.startswith("gserver: ")]
     venv = ready.root / ".venv"
-    assert told == [
+    assert message == [
         f"gserver: first start: making a virtualenv in {venv} ...",
         f"gserver: installing the packages of requirements.txt into {venv} ...",
         "gserver: installed",
     ]
 
 
-def test_a_set_up_installs_what_is_pinned_and_nothing_else(ready: SetUp) -> None:
-    # Names are the same whatever their case, with - or _.
+def test_setup_installs_exactly_the_pinned_packages(ready: SetUp) -> None:
+    # Names are compared without case, with - equal to _.
     freeze = (
         _run(ready.python, "-m", "pip", "freeze", env=_clean()).stdout.lower().replace("_", "-")
     )
     wanted = [
         line for line in (ROOT / "requirements.txt").read_text().splitlines() if ";" not in line
     ]
-    # A line with a marker is for some Pythons only.
+    # A line with a marker applies only to some Pythons.
     assert sorted(
         line for line in freeze.split() if not line.startswith("async-timeout")
     ) == sorted(wanted)
 
 
-def test_a_second_set_up_says_the_same_at_once_and_needs_no_python(
-    ready: SetUp, tools: Path
-) -> None:
+def test_a_second_setup_finishes_at_once_and_needs_no_python(ready: SetUp, tools: Path) -> None:
     began = time.monotonic()
     done = _run(ready.root / "bin/setup", env=_clean(tools))
     assert time.monotonic() - began < PATIENCE
     assert (done.returncode, done.stdout, done.stderr) == (0, ready.done.stdout, "")
 
 
-def test_a_set_up_is_not_seen_by_git(ready: SetUp) -> None:
+def test_git_ignores_what_setup_creates(ready: SetUp) -> None:
     subprocess.run([program("git"), "init", "-q"], cwd=ready.root, check=True)
     untracked = subprocess.run(
         [program("git"), "ls-files", "-o", "--exclude-standard", "--directory"],
@@ -197,11 +194,11 @@ def test_a_set_up_is_not_seen_by_git(ready: SetUp) -> None:
 # bin/gserver.
 
 
-def test_a_symlink_in_another_folder_serves_as_the_process_that_was_started(
+def test_a_symlink_in_another_folder_serves_without_a_child_process(
     ready: SetUp, tmp_path: Path
 ) -> None:
     (tmp_path / "g").symlink_to(ready.root / "bin/gserver")
-    (tmp_path / "click.py").write_text("raise SystemExit('this file is not what was meant')\n")
+    (tmp_path / "click.py").write_text("raise SystemExit('the wrong file was imported')\n")
     (tmp_path / "ours.py").write_text(
         "import gserver\nfrom gserver.commands import command\n"
         "@command('FROM')\ndef whence(service): return gserver.__file__\n"
@@ -230,7 +227,7 @@ def test_a_relative_path_serves_with_the_options_of_the_environment(ready: SetUp
         assert server.stop(signal.SIGINT) == 0
 
 
-def test_arguments_come_through_as_they_are(ready: SetUp, tools: Path) -> None:
+def test_arguments_are_passed_through_unchanged(ready: SetUp, tools: Path) -> None:
     done = _run(ready.root / "bin/gserver", "--server-id", "two  words", env=_clean(tools))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
@@ -241,9 +238,7 @@ def test_arguments_come_through_as_they_are(ready: SetUp, tools: Path) -> None:
 # Which Python.
 
 
-def test_a_python_that_has_the_packages_is_used_without_a_virtualenv(
-    copy: Path, tools: Path
-) -> None:
+def test_a_python_with_the_packages_is_used_without_a_virtualenv(copy: Path, tools: Path) -> None:
     env = _clean(OWN_BIN, tools, **NO_PACKAGES)
     for options in ((), ("--dev",)):
         done = _run(copy / "bin/setup", *options, env=env)
@@ -261,7 +256,7 @@ def test_an_active_virtualenv_is_used(copy: Path, ready: SetUp, tools: Path) -> 
     assert not (copy / ".venv").exists()
 
 
-def test_an_active_virtualenv_that_is_gone_is_not(copy: Path, tools: Path, tmp_path: Path) -> None:
+def test_a_deleted_active_virtualenv_is_not_used(copy: Path, tools: Path, tmp_path: Path) -> None:
     done = _run(copy / "bin/setup", env=_clean(OWN_BIN, tools, VIRTUAL_ENV=str(tmp_path / "gone")))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{OWN_BIN / 'python3'}\n", "")
 
@@ -273,9 +268,13 @@ def test_packages_are_installed_into_an_active_virtualenv_that_lacks_them(
         copy / "bin/gserver", env=_clean(tools, VIRTUAL_ENV=str(bare.parent), **NO_PACKAGES)
     )
     assert (done.returncode, done.stdout) == (1, "")
-    told = done.stderr.splitlines()
-    assert told[0] == f"gserver: installing the packages of requirements.txt into {bare.parent} ..."
-    assert told[-1] == "gserver: the packages could not be installed: see above, and run this again"
+    message = done.stderr.splitlines()
+    assert (
+        message[0] == f"gserver: installing the packages of requirements.txt into {bare.parent} ..."
+    )
+    assert (
+        message[-1] == "gserver: the packages could not be installed: see above, and run this again"
+    )
     assert not (copy / ".venv").exists()
 
 
@@ -287,7 +286,7 @@ def test_a_python_with_other_versions_of_the_packages_is_not_used(
     (root / "requirements.txt").write_text(
         re.sub(r"^click==.*$", "click==1.0", pins, flags=re.MULTILINE)
     )
-    (root / ".venv.lock").mkdir()  # So that it ends where it would begin to make a virtualenv.
+    (root / ".venv.lock").mkdir()  # Makes it stop where it would create a virtualenv.
     done = _run(root / "bin/setup", env=_clean(OWN_BIN, tools))
     assert (done.returncode, done.stdout) == (1, "")
     assert (
@@ -296,12 +295,10 @@ def test_a_python_with_other_versions_of_the_packages_is_not_used(
     )
 
 
-def test_a_virtualenv_whose_python_this_user_cannot_execute_is_told_of_in_one_line(
+def test_a_virtualenv_with_an_inaccessible_python_is_reported_in_one_line(
     tools: Path, tmp_path: Path
 ) -> None:
-    """As when it was made with a Python in somebody's home. It is told without any other Python
-    too.
-    """
+    """The virtualenv's Python is in another user's home. The report needs no other Python."""
     root = _copy(tmp_path / "copy")
     python = root / ".venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -316,7 +313,7 @@ def test_a_virtualenv_whose_python_this_user_cannot_execute_is_told_of_in_one_li
         )
 
 
-def test_packages_that_this_user_cannot_renew_are_told_of_in_one_line(
+def test_packages_that_this_user_cannot_update_are_reported_in_one_line(
     another: Path, tools: Path
 ) -> None:
     (another / ".venv.lock").unlink()
@@ -334,16 +331,16 @@ def test_packages_that_this_user_cannot_renew_are_told_of_in_one_line(
         )
 
 
-def test_without_a_python_one_line_says_what_to_do(copy: Path, tools: Path) -> None:
+def test_without_a_python_one_line_gives_advice(copy: Path, tools: Path) -> None:
     for name in ("bin/setup", "bin/gserver"):
         done = _run(copy / name, env=_clean(tools))
         assert (done.returncode, done.stdout) == (1, "")
-        told = "Python 3.11 or newer is needed, and none is on the PATH: apt-get install python3"
-        assert done.stderr == f"gserver: {told}\n"
+        message = "Python 3.11 or newer is needed, and none is on the PATH: apt-get install python3"
+        assert done.stderr == f"gserver: {message}\n"
     assert not (copy / ".venv").exists()
 
 
-def test_a_python3_that_is_none_is_passed_over_for_a_newer_one(
+def test_an_unusable_python3_is_skipped_for_a_newer_one(
     copy: Path, tools: Path, tmp_path: Path
 ) -> None:
     ours = program(str(OWN_BIN / f"python3.{sys.version_info.minor}"))
@@ -352,10 +349,10 @@ def test_a_python3_that_is_none_is_passed_over_for_a_newer_one(
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{ours}\n", "")
 
 
-def test_a_python_that_cannot_make_virtualenvs_is_told_of_in_one_line(
+def test_a_python_that_cannot_make_virtualenvs_is_reported_in_one_line(
     tools: Path, tmp_path: Path
 ) -> None:
-    """As on Debian without python3-venv: the same Python from the same files, less ensurepip."""
+    """As on Debian without python3-venv: the same Python and files, without ensurepip."""
     ours, stdlib = tmp_path / "python", Path(sysconfig.get_path("stdlib"))
     library = ours / stdlib.relative_to(sys.base_prefix)
     library.mkdir(parents=True)
@@ -368,17 +365,15 @@ def test_a_python_that_cannot_make_virtualenvs_is_told_of_in_one_line(
     env = _clean(ours / "bin", tools, LD_LIBRARY_PATH=str(Path(sys.base_prefix) / "lib"))
     done = _run(root / "bin/gserver", env=env)
     assert (done.returncode, done.stdout) == (1, "")
-    told = f"{ours}/bin/python3 cannot make a virtualenv: apt-get install python3-venv"
-    assert done.stderr == f"gserver: {told}\n"
+    message = f"{ours}/bin/python3 cannot make a virtualenv: apt-get install python3-venv"
+    assert done.stderr == f"gserver: {message}\n"
     assert not (root / ".venv").exists()
 
 
-# What is interrupted, changed, or done twice at once.
+# Interruptions, changes and simultaneous runs.
 
 
-def test_a_set_up_that_was_killed_is_repaired_by_the_next(
-    bare: Path, tools: Path, tmp_path: Path
-) -> None:
+def test_a_killed_setup_is_repaired_by_the_next(bare: Path, tools: Path, tmp_path: Path) -> None:
     root = _copy(tmp_path / "killed")
     first = subprocess.Popen(
         [root / "bin/setup"],
@@ -388,7 +383,7 @@ def test_a_set_up_that_was_killed_is_repaired_by_the_next(
         start_new_session=True,
     )
     python = root / ".venv/bin/python"
-    until(python.exists, "the virtualenv has begun", INSTALL_LIMIT)
+    until(python.exists, "the virtualenv is being created", INSTALL_LIMIT)
     os.killpg(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     done = _run(root / "bin/setup", env=_clean(bare, tools))
@@ -396,7 +391,7 @@ def test_a_set_up_that_was_killed_is_repaired_by_the_next(
     assert _run(python, "-c", "import click, gevent, statsd", env=_clean()).returncode == 0
 
 
-def test_an_installation_that_was_killed_is_repaired_by_the_next(
+def test_a_killed_installation_is_repaired_by_the_next(
     another: Path, bare: Path, tools: Path
 ) -> None:
     python = another / ".venv/bin/python"
@@ -407,14 +402,14 @@ def test_an_installation_that_was_killed_is_repaired_by_the_next(
     assert packages.is_relative_to(another)
     for entry in packages.glob("click*"):
         shutil.rmtree(entry)
-    for expected in ("gserver: installed", ""):  # The second time there is nothing to do.
+    for expected in ("gserver: installed", ""):  # The second run has nothing to do.
         done = _run(another / "bin/setup", env=_clean(bare, tools))
         assert (done.returncode, done.stdout) == (0, f"{python}\n"), done.stderr
         assert (done.stderr.splitlines() or [""])[-1] == expected
     assert _run(another / "bin/gserver", "--version", env=_clean(tools)).returncode == 0
 
 
-def test_new_pins_are_installed_into_the_virtualenv_that_is_there(
+def test_new_pins_are_installed_into_the_existing_virtualenv(
     another: Path, bare: Path, tools: Path
 ) -> None:
     with (another / "requirements.txt").open("a") as file:
@@ -425,7 +420,7 @@ def test_new_pins_are_installed_into_the_virtualenv_that_is_there(
     assert (another / ".venv/bin/honcho").exists()
 
 
-def test_packages_for_the_tests_come_beside_those_that_are_there(
+def test_packages_for_the_tests_are_added_to_the_installed_ones(
     another: Path, bare: Path, tools: Path
 ) -> None:
     (another / "requirements-dev.txt").write_text("-r requirements.txt\nhoncho==2.0.0\n")
@@ -439,7 +434,7 @@ def test_packages_for_the_tests_come_beside_those_that_are_there(
         assert (done.returncode, done.stdout, done.stderr) == expected
 
 
-def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(
+def test_a_failed_setup_is_reported_every_time_and_not_trusted(
     another: Path, bare: Path, tools: Path
 ) -> None:
     pins = (another / "requirements.txt").read_text()
@@ -447,16 +442,15 @@ def test_a_set_up_that_fails_says_so_every_time_and_is_not_trusted(
     for _ in range(2):
         done = _run(another / "bin/gserver", "--version", env=_clean(bare, tools, **NO_PACKAGES))
         assert (done.returncode, done.stdout) == (1, "")
-        told = "gserver: the packages could not be installed: see above, and run this again"
-        assert done.stderr.splitlines()[-1] == told
-    # Back to the old pins: what is there now may be half of the new ones, so it is looked through
-    # again.
+        message = "gserver: the packages could not be installed: see above, and run this again"
+        assert done.stderr.splitlines()[-1] == message
+    # Back to the old pins: the installed packages may be a mix, so they are checked again.
     (another / "requirements.txt").write_text(pins)
     done = _run(another / "bin/setup", env=_clean(bare, tools))
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "gserver: installed")
 
 
-def test_a_set_up_for_the_tests_that_fails_leaves_the_server_its_own(
+def test_a_failed_setup_for_the_tests_does_not_affect_the_server(
     another: Path, bare: Path, tools: Path
 ) -> None:
     (another / "requirements-dev.txt").write_text("-r requirements.txt\nhoncho==2.0.0\n")
@@ -467,7 +461,7 @@ def test_a_set_up_for_the_tests_that_fails_leaves_the_server_its_own(
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{another}/.venv/bin/python\n", "")
 
 
-def test_two_that_start_at_once_on_a_fresh_clone_both_serve(
+def test_two_servers_that_start_at_once_on_a_fresh_clone_both_serve(
     bare: Path, tools: Path, tmp_path: Path
 ) -> None:
     root = _copy(tmp_path / "twice")
@@ -532,7 +526,7 @@ def honcho(ready: SetUp) -> Iterator[Running]:
         yield running
 
 
-def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(
+def test_a_process_runner_serves_on_all_addresses_and_stops_cleanly(
     honcho: Running, ready: SetUp
 ) -> None:
     def found() -> re.Match[str] | None:
@@ -541,7 +535,7 @@ def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(
             "".join(honcho.lines),
         )
 
-    port = int(until(found, f"it listens: {honcho.lines} {honcho.errors}")[1])
+    port = int(until(found, f"the server listens: {honcho.lines} {honcho.errors}")[1])
     with Client(port) as one, Client(port, host="127.0.0.2") as two:
         assert one.ask(b"WHY") == two.ask(b"WHY") == b"42"
         processes = _descendants(honcho.pid)
@@ -549,7 +543,7 @@ def test_a_process_runner_serves_on_all_addresses_and_its_end_is_clean(
         assert any(package in process.cmdline() for process in processes)
         honcho.send_signal(signal.SIGINT)
         assert one.rest() == two.rest() == b""
-    assert honcho.exit_code() == 130  # What honcho says of a Ctrl-C, whatever its programs say.
+    assert honcho.exit_code() == 130  # honcho's exit code for Ctrl-C, whatever its programs return.
     assert any(line.rstrip().endswith("web.1 stopped (rc=0)") for line in honcho.lines), (
         honcho.lines
     )
@@ -571,7 +565,7 @@ def test_one() -> None:
 
 @pytest.fixture
 def tested(tmp_path: Path) -> Path:
-    """A copy with one test, which passes. What imports tests goes with them."""
+    """A copy with one test, which passes. Modules that import tests are removed too."""
     root = _copy(tmp_path / "tested")
     shutil.rmtree(root / "tests")
     (root / "tests").mkdir()
@@ -588,7 +582,7 @@ def _started(
     return _run(root / name, *arguments, env=_clean(OWN_BIN, tools, **NO_PACKAGES), cwd=root.parent)
 
 
-def test_bin_test_runs_what_it_is_told_to_and_ends_as_pytest_does(
+def test_bin_test_passes_arguments_to_pytest_and_returns_its_exit_code(
     tested: Path, tools: Path
 ) -> None:
     done = _started("bin/test", tested, tools, "-q", "tests/test_one.py")
@@ -596,9 +590,7 @@ def test_bin_test_runs_what_it_is_told_to_and_ends_as_pytest_does(
     assert _started("bin/test", tested, tools, "-q", "no/such/file").returncode == 4
 
 
-def test_bin_test_runs_the_inner_ring_and_says_what_it_has_left_out(
-    tested: Path, tools: Path
-) -> None:
+def test_bin_test_runs_the_inner_ring_and_names_what_it_skips(tested: Path, tools: Path) -> None:
     (tested / "tests/test_two.py").write_text(
         "import pytest\n\n\n@pytest.mark.outer\ndef test_two() -> None:\n    pytest.fail('outer')\n"
     )
@@ -622,7 +614,7 @@ def test_bin_check_checks_and_then_tests(tested: Path, tools: Path) -> None:
     )
 
 
-def test_bin_coverage_reports_on_the_package_and_ends_as_the_tests_do(
+def test_bin_coverage_reports_on_the_package_and_returns_the_tests_result(
     tested: Path, tools: Path
 ) -> None:
     done = _started("bin/coverage", tested, tools, "-q")
@@ -636,19 +628,21 @@ def test_bin_coverage_reports_on_the_package_and_ends_as_the_tests_do(
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("    import os\n", "F401"),
         ("    assert  True\n", "would be reformatted"),
         ('    _x: int = "x"\n', "[assignment]"),
     ],
 )
-def test_bin_check_ends_at_what_is_wrong(line: str, told: str, tested: Path, tools: Path) -> None:
+def test_bin_check_stops_at_the_first_failure(
+    line: str, message: str, tested: Path, tools: Path
+) -> None:
     with (tested / "tests/test_one.py").open("a") as file:
         file.write(line)
     done = _started("bin/check", tested, tools, "-q")
     assert done.returncode != 0
-    assert told in done.stdout
+    assert message in done.stdout
     assert "1 passed" not in done.stdout
 
 
@@ -656,8 +650,8 @@ NAMES = sorted(path.name for path in (ROOT / "bin").iterdir() if path.name != "g
 
 
 @pytest.mark.parametrize("script", NAMES)
-def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str, tmp_path: Path) -> None:
-    """In a copy without a virtualenv, and with no more programs than bash has by itself."""
+def test_each_script_has_help_that_does_nothing_else(script: str, tmp_path: Path) -> None:
+    """In a copy without a virtualenv, and with bash builtins only."""
     (tmp_path / "bin").mkdir()
     shutil.copy(ROOT / "bin" / script, tmp_path / "bin")
     for arguments in (["--help"], ["-h"]):
@@ -681,7 +675,7 @@ def test_each_script_says_what_it_is_for_and_does_nothing_else(script: str, tmp_
         assert options <= set(re.findall(r"--[a-z-]+", done.stdout))
 
 
-def test_a_program_that_cannot_be_installed_is_named(copy: Path, tools: Path) -> None:
+def test_programs_that_cannot_be_installed_are_named(copy: Path, tools: Path) -> None:
     for names, code, said in (
         (["bash", "id"], 0, ""),
         (["bash", "redis-server"], 1, "gserver: missing: apt-get install redis-server\n"),
@@ -690,7 +684,7 @@ def test_a_program_that_cannot_be_installed_is_named(copy: Path, tools: Path) ->
         assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
 
 
-def test_a_set_up_takes_no_word_that_it_does_not_know() -> None:
+def test_setup_refuses_unknown_arguments() -> None:
     for words, code, said in (
         (["--devel"], 2, "see bin/setup --help"),
         (["--help"], 0, "Which Python: "),

@@ -1,4 +1,4 @@
-"""StatsD: what a real daemon counts, and the datagrams that are sent."""
+"""StatsD: the figures of a real daemon, and the datagrams that are sent."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from lab.statsd import LINE, Daemon, becomes, received, statsd_daemon, to
 
 COMMANDS = "from lab.commands import fail, napping\nnap = napping('NAP_1', 0)\n"
 
-# What is sent, made from the totals of a scoreboard.
+# The figures that are sent, from the totals of a scoreboard.
 
 
 def zero() -> dict[str, int]:
@@ -91,7 +91,7 @@ def test_service_time_is_the_mean_since_the_last_flush_in_milliseconds() -> None
 # A real daemon.
 
 
-def test_everything_is_counted_although_the_server_stops_right_after_the_last_command(
+def test_all_is_counted_even_if_the_server_stops_after_the_last_command(
     daemon: Daemon, tmp_path: Path
 ) -> None:
     (tmp_path / "own.py").write_text(COMMANDS)
@@ -126,7 +126,7 @@ def test_everything_is_counted_although_the_server_stops_right_after_the_last_co
         with server.client() as client:
             client.send(b"WHY\n" * 100)
             assert [client.line() for _ in range(100)] == [b"42\n"] * 100
-            client.end()  # Else the stop would take long enough for a flush in between.
+            client.end()  # Otherwise the stop would take long enough for a flush.
         assert server.stop() == 0
     expected = {
         "clients_accepted": 8,
@@ -212,7 +212,7 @@ def test_a_daemon_that_starts_later_gets_metrics_from_then_on(tmp_path: Path) ->
                 lambda: (
                     received(late, "counters", "gserver.").get("commands.why", 0) == counted + 1
                 ),
-                "one more",
+                "one more flush",
             )
         assert server.agents() == [agent]
         assert [
@@ -223,8 +223,8 @@ def test_a_daemon_that_starts_later_gets_metrics_from_then_on(tmp_path: Path) ->
 # A daemon whose name does not resolve.
 
 
-def test_a_daemon_that_cannot_be_found_costs_clients_nothing_and_is_logged_once() -> None:
-    # The wait below is longer than the hang timeout, so an agent that blocked would be replaced.
+def test_an_unresolvable_daemon_does_not_affect_clients_and_is_logged_once() -> None:
+    # The wait below exceeds the hang timeout, so a blocked agent would be replaced.
     options = ["--statsd-host", "host.invalid", "--hang-timeout", "3"]
     with Running(*options) as server, server.client() as client:
         first = server.wait_for("statsd.unresolved")
@@ -249,7 +249,7 @@ def test_a_daemon_whose_name_resolves_later_gets_all_metrics_and_this_is_logged(
     tmp_path: Path,
 ) -> None:
     if os.geteuid() != 0:
-        unavailable("a hosts file of its own needs root")
+        unavailable("a private hosts file needs root")
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 localhost\n")
     mount = f'mount --bind {hosts} /etc/hosts && exec "$@"'
@@ -279,7 +279,7 @@ NAMES = [f"C{number}".ljust(32, "X") for number in range(60)]
 
 
 def sent_with(prefix: str, folder: Path) -> list[bytes]:
-    """The datagrams of a server with many commands, each of which was sent once."""
+    """The datagrams of a server with many commands, each sent once."""
     (folder / "many.py").write_text(
         "from gserver.commands import command\n"
         + "".join(
@@ -323,7 +323,7 @@ def test_every_datagram_is_small_and_every_line_is_a_metric(
     assert f"{shown}clients_accepted:1|c".encode() in lines
 
 
-def test_a_prefix_of_any_length_leaves_the_datagrams_small(tmp_path: Path) -> None:
+def test_a_long_prefix_keeps_the_datagrams_small(tmp_path: Path) -> None:
     arrived = sent_with("x" * 1000, tmp_path)
     assert arrived
     assert [len(datagram) for datagram in arrived if len(datagram) > MAX_DATAGRAM_BYTES] == []

@@ -1,6 +1,6 @@
-"""States that a service manager is sent, and sockets that it hands over.
+"""States that a service manager is sent, and sockets that it passes.
 
-With real sockets, and with systemd-socket-activate.
+Tested with real sockets and with systemd-socket-activate.
 """
 
 import os
@@ -58,7 +58,7 @@ class Listener:
         return lines
 
     def waiting(self) -> list[str]:
-        """The first lines of all messages that have come."""
+        """The first lines of all messages that have arrived."""
         found = []
         self._socket.setblocking(False)
         try:
@@ -115,12 +115,12 @@ def test_the_manager_is_sent_ready_reloading_and_stopping(
             client.who()
             server.send_signal(signal.SIGUSR2)
             assert listener.message() == ["STOPPING=1", "STATUS=stopping, clients: 1"]
-            assert client.who() == 1, "the lame duck serves"
+            assert client.who() == 1, "the lame duck still serves"
         assert server.exit_code() == 0
     assert set(listener.waiting()) <= {"STOPPING=1"}, "only the number of clients changes"
 
 
-def test_the_manager_is_told_of_a_reload_that_fails_at_once(
+def test_the_manager_is_sent_a_reload_that_fails_at_once(
     listener: Listener, pems: Path, tmp_path: Path
 ) -> None:
     for name in ("server.pem", "server.key"):
@@ -147,7 +147,7 @@ def test_a_server_that_is_never_ready_does_not_send_ready(
     assert listener.waiting() == ["STOPPING=1"]
 
 
-def test_heartbeats_come_at_least_twice_in_the_time_of_the_watchdog(tmp_path: Path) -> None:
+def test_heartbeats_are_sent_at_least_twice_per_watchdog_interval(tmp_path: Path) -> None:
     with Listener(str(tmp_path / "notify")) as listener:
         env = {"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "400000"}
         with Running(env=env) as server:
@@ -158,12 +158,12 @@ def test_heartbeats_come_at_least_twice_in_the_time_of_the_watchdog(tmp_path: Pa
                 assert listener.message("READY=1") == ["WATCHDOG=1"]
                 moments.append(time.monotonic())
             assert moments[-1] - moments[0] < 4 * 0.2 * SECOND + 0.2
-            assert moments[-1] - moments[0] > 0.5, "no more often than that"
+            assert moments[-1] - moments[0] > 0.5, "heartbeats are not more frequent"
             assert sum(supervisor.cpu_times()[:2]) - used < 0.5
             supervisor.suspend()
             listener.waiting()
             time.sleep(0.5)
-            assert listener.waiting() == [], "a supervisor that hangs sends none"
+            assert listener.waiting() == [], "a hung supervisor sends no heartbeat"
             supervisor.resume()
             assert listener.message() == ["WATCHDOG=1"]
 
@@ -179,27 +179,27 @@ def test_a_watchdog_of_another_process_is_ignored(
     assert Manager().due_at > 1e9
 
 
-def test_a_message_that_does_not_arrive_is_sent_again_and_nothing_waits(
+def test_an_undelivered_message_is_sent_again_without_blocking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     monkeypatch.setenv("WATCHDOG_USEC", "10000000")
     manager = Manager()
-    manager.notify("READY=1", "nobody listens")
+    manager.notify("READY=1", "no listener")
     manager.keep_heartbeat(100.0)
     assert manager.due_at == pytest.approx(100.1)
     with Listener(address) as listener:
-        manager.notify("READY=1", "nobody listens")
-        assert listener.message() == ["READY=1", "STATUS=nobody listens"]
-        for number in range(10_000):  # Without a reader the queue is full long before that.
+        manager.notify("READY=1", "no listener")
+        assert listener.message() == ["READY=1", "STATUS=no listener"]
+        for number in range(10_000):  # Without a reader the queue fills long before that.
             manager.notify("READY=1", str(number))
         assert 0 < len(listener.waiting()) < 10_000
         manager.notify("READY=1", "9999")
         assert listener.message() == ["READY=1", "STATUS=9999"]
 
 
-def test_an_abstract_socket_can_be_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_may_be_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     with Listener(f"\0gserver-test-{os.getpid()}") as listener:
         monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
         Manager().notify("READY=1", "here")
@@ -209,7 +209,7 @@ def test_an_abstract_socket_can_be_the_address(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "address", ["/no/such/folder/notify", "@nobody", "vsock:2:1234", "/" + "x" * 200, "@"]
 )
-def test_an_address_without_a_listener_is_no_error(
+def test_an_address_without_a_listener_is_not_an_error(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
@@ -220,7 +220,7 @@ def test_an_address_without_a_listener_is_no_error(
     assert manager.due_at > 100.0
 
 
-def test_a_manager_that_cannot_be_reached_costs_nothing() -> None:
+def test_an_unreachable_manager_uses_no_cpu() -> None:
     with Running(env={"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": "1000000"}) as server:
         used = sum(psutil.Process(server.pid).cpu_times()[:2])
         time.sleep(0.3)
@@ -239,11 +239,11 @@ def test_a_watchdog_without_a_time_is_ignored(text: str, monkeypatch: pytest.Mon
     assert "WATCHDOG_USEC" not in os.environ
 
 
-# Sockets that are handed over.
+# Passed sockets.
 
 
 def refused(*handed: socket.socket | int, options: tuple[str, ...] = (), **env: str) -> str:
-    """The one line of error of a server that refuses to start with these."""
+    """The error line of a server that refuses to start with these sockets."""
     with start(*handed, options=options, **env) as server:
         assert server.exit_code() == 2, server.lines
         assert len(server.errors) == 1
@@ -253,7 +253,7 @@ def refused(*handed: socket.socket | int, options: tuple[str, ...] = (), **env: 
 
 
 @pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "gserver.socket"), ("::1", "")])
-def test_a_socket_that_is_handed_over_is_the_port(host: str, name: str) -> None:
+def test_a_passed_socket_is_the_port(host: str, name: str) -> None:
     with (
         listening(host) as sock,
         start(sock, options=("--port", "1"), LISTEN_FDNAMES=name) as server,
@@ -264,7 +264,7 @@ def test_a_socket_that_is_handed_over_is_the_port(host: str, name: str) -> None:
             assert client.who() == 1
         assert server.stop() == 0
         with socket.create_connection((host, port_of(sock)), LIMIT):
-            pass  # It stays open for the next server.
+            pass  # The socket stays open for the next server.
 
 
 def test_named_sockets_are_the_port_and_the_admin_port() -> None:
@@ -287,20 +287,20 @@ def test_named_sockets_are_the_port_and_the_admin_port() -> None:
                 assert client.who() == 1
 
 
-def test_a_socket_that_is_handed_over_gets_the_options_of_a_bound_one() -> None:
+def test_a_passed_socket_gets_the_options_of_a_bound_one() -> None:
     with (
         listening() as sock,
         start(sock, options=("--backlog", "7", "--admin-port", "0")) as server,
     ):
         admin_port = server.wait_for("server.listening")["gserver.admin_port"]
-        assert admin_port not in (port_of(sock), 0), "which was not handed over, and so is bound"
-        told = subprocess.run(
+        assert admin_port not in (port_of(sock), 0), "the admin port was not passed, so it is bound"
+        listing = subprocess.run(
             [program("ss"), "-Hltn", f"sport = :{port_of(sock)}"],
             capture_output=True,
             text=True,
             check=True,
         )
-        assert told.stdout.split()[2] == "7"
+        assert listing.stdout.split()[2] == "7"
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         options = (
             socket.TCP_KEEPIDLE,
@@ -350,8 +350,8 @@ def test_a_descriptor_that_is_not_a_listening_tcp_socket_is_refused(tmp_path: Pa
             assert f"{said} it must be a listening TCP socket" in refused(handed)
 
 
-def test_sockets_without_a_use_are_refused() -> None:
-    """Their clients would wait for ever."""
+def test_unused_passed_sockets_are_refused() -> None:
+    """Their clients would wait endlessly."""
     with listening() as one, listening() as two:
         only = "was passed by the service manager, but gserver uses only one named gserver"
         assert f"socket 4 (unknown) {only}\n" in refused(one, two)
@@ -364,7 +364,7 @@ def test_sockets_without_a_use_are_refused() -> None:
         )
 
 
-def test_an_admin_socket_that_others_can_reach_needs_a_token() -> None:
+def test_an_admin_socket_beyond_loopback_needs_a_token() -> None:
     with listening() as port, listening("0.0.0.0") as admin:
         said = refused(port, admin, options=("--admin-port", "0"), LISTEN_FDNAMES="gserver:admin")
         assert "--admin-host 0.0.0.0 is not loopback" in said
@@ -373,7 +373,7 @@ def test_an_admin_socket_that_others_can_reach_needs_a_token() -> None:
 @pytest.mark.parametrize(
     ("fds", "names"), [("many", ""), ("-1", ""), ("", ""), ("2", "one"), ("1", "one:two")]
 )
-def test_numbers_and_names_that_do_not_go_together_are_refused(
+def test_inconsistent_socket_numbers_and_names_are_refused(
     fds: str, names: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
@@ -394,7 +394,7 @@ def test_the_client_that_starts_the_server_is_served(listener: Listener) -> None
         *kept,
     ]
     with Running(command=[*activate, *GSERVER, "--workers", "1"], wait=False) as server:
-        until(lambda: any("Listening" in line for line in server.errors), "it listens")
+        until(lambda: any("Listening" in line for line in server.errors), "systemd listens")
         with Client(port) as client:
             assert client.who() == 1
             assert listener.message() == [
@@ -417,7 +417,7 @@ def test_a_datagram_socket_of_systemd_is_refused() -> None:
     with Running(
         command=[*listen, f"--setenv=PYTHONPATH={ROOT}", *GSERVER, "serve"], wait=False
     ) as server:
-        until(lambda: any("Listening" in line for line in server.errors), "it listens")
+        until(lambda: any("Listening" in line for line in server.errors), "systemd listens")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"WHO\n", address)
             assert server.exit_code() == 2

@@ -25,7 +25,7 @@ from lab.clusters import cluster
 from lab.redises import Redis
 from lab.running import GSERVER, LIMIT, PATIENCE, Running, environment, gserver, until
 
-NOBODY = "127.0.0.1:1"
+UNUSED = "127.0.0.1:1"
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +40,21 @@ def address(server: Running) -> str:
     return f"127.0.0.1:{server.admin_port()}"
 
 
-def test_status_is_0_when_all_are_ready_and_1_when_not(here: Running) -> None:
+def test_status_exits_with_0_only_if_all_servers_are_ready(here: Running) -> None:
     done = gserver("status", "--admin", address(here))
     assert (done.returncode, done.stderr) == (0, "")
     first, row, title = done.stdout.splitlines()[:3]
     assert first.split()[:3] == ["admin", "port", "state"]
     assert row.split()[:2] == [address(here), "ready"]
-    assert row.split()[4:6] == ["0", "0"], "it has looked twice: there are rates"
+    assert row.split()[4:6] == ["0", "0"], "it has polled twice: rates are known"
     assert title.split()[1:3] == [address(here), "here"]
-    done = gserver("status", "--admin", address(here), "--admin", NOBODY)
+    done = gserver("status", "--admin", address(here), "--admin", UNUSED)
     assert (done.returncode, done.stderr) == (1, "")
     assert "Connection refused" in done.stdout
     assert gserver("status", GSERVER_ADMIN=address(here)).returncode == 0
 
 
-def test_status_is_1_for_a_token_that_is_wrong_and_for_something_else_that_listens(
-    here: Running,
-) -> None:
+def test_status_exits_with_1_for_a_wrong_token_or_another_service(here: Running) -> None:
     with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": "right"}) as server:
         server.wait_for("agent.ready")
         assert (
@@ -71,21 +69,21 @@ def test_status_is_1_for_a_token_that_is_wrong_and_for_something_else_that_liste
     assert gserver("status", "--admin", f"127.0.0.1:{here.port}").returncode == 1
 
 
-def test_top_once_shows_rates_and_json_what_the_server_says(here: Running) -> None:
+def test_top_once_shows_rates_and_json_has_the_servers_status(here: Running) -> None:
     with here.client() as client:
         assert client.ask(b"WHY") == b"42"
         done = gserver("top", "--once", "--admin", address(here))
         assert done.returncode == 0
         for worker in here.workers():
             assert str(worker.pid) in done.stdout
-        done = gserver("top", "--once", "--json", "--admin", address(here), "--admin", NOBODY)
+        done = gserver("top", "--once", "--json", "--admin", address(here), "--admin", UNUSED)
         assert done.returncode == 1
-        told = json.loads(done.stdout)
-        assert told[address(here)]["clients"]["now"] == 1
-        assert told[NOBODY]["error"] == "Connection refused"
+        output = json.loads(done.stdout)
+        assert output[address(here)]["clients"]["now"] == 1
+        assert output[UNUSED]["error"] == "Connection refused"
 
 
-def test_top_in_a_pipe_is_a_plain_line_for_each_look(here: Running) -> None:
+def test_top_in_a_pipe_prints_a_plain_line_per_poll(here: Running) -> None:
     words = [*GSERVER, "top", "--interval", "0.2", "--admin", address(here)]
     with (
         subprocess.Popen(words, stdout=subprocess.PIPE, env=environment(), text=True) as process,
@@ -102,7 +100,7 @@ def test_top_in_a_pipe_is_a_plain_line_for_each_look(here: Running) -> None:
             process.kill()
 
 
-def test_a_server_that_does_not_answer_holds_up_no_other(here: Running) -> None:
+def test_an_unresponsive_server_delays_no_other(here: Running) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         mute = f"127.0.0.1:{silent.getsockname()[1]}"
         words = [*GSERVER, "top", "--interval", "0.2", "--admin", mute, "--admin", address(here)]
@@ -120,7 +118,7 @@ def test_a_server_that_does_not_answer_holds_up_no_other(here: Running) -> None:
     assert f"{mute} unreachable: no answer in 2 s\n" in lines
 
 
-def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
+def test_top_on_a_terminal_is_a_full_screen_until_ctrl_c(here: Running) -> None:
     keyboard, terminal = pty.openpty()
     env = environment(TERM="xterm", COLUMNS="120", LINES="40")
     words = [*GSERVER, "top", "--interval", "0.2", "--admin", address(here)]
@@ -134,7 +132,7 @@ def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
             assert time.monotonic() < end
             if select.select([keyboard], [], [], 0.1)[0]:
                 seen += os.read(keyboard, 65536)
-        assert b"\x1b[?1049h" in seen  # a screen of its own
+        assert b"\x1b[?1049h" in seen  # the alternate screen
         assert b"Press Ctrl-C to quit" in seen
         process.send_signal(2)
         assert process.wait(LIMIT) == 1
@@ -143,7 +141,7 @@ def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
                 seen += os.read(keyboard, 65536)
             except OSError:
                 break
-        assert b"\x1b[?1049l" in seen  # and the old one is back
+        assert b"\x1b[?1049l" in seen  # the normal screen is restored
         assert b"Traceback" not in seen
     finally:
         process.kill()
@@ -151,7 +149,7 @@ def test_top_on_a_terminal_is_a_screen_that_ctrl_c_ends(here: Running) -> None:
         os.close(keyboard)
 
 
-def test_the_servers_of_a_cluster_are_shown_once_whoever_is_watched(tmp_path: Path) -> None:
+def test_the_servers_of_a_cluster_are_shown_once_for_several_targets(tmp_path: Path) -> None:
     options = ["--admin-port", "0", "--server-id"]
     hostile = "[red]<x>[/y]"
     with (
@@ -165,7 +163,7 @@ def test_the_servers_of_a_cluster_are_shown_once_whoever_is_watched(tmp_path: Pa
         for server in servers:
             server.wait_for("agent.ready")
         watched = [word for server in servers[:2] for word in ("--admin", address(server))]
-        done = until(lambda: shown(watched, ["c", "1"]), "the client is told of")
+        done = until(lambda: shown(watched, ["c", "1"]), "the client is shown")
     assert done.stdout.count("servers of cluster east") == 1
     table = [
         line.strip("│ ").split()
@@ -177,7 +175,7 @@ def test_the_servers_of_a_cluster_are_shown_once_whoever_is_watched(tmp_path: Pa
 
 
 def shown(options: list[str], row: list[str]) -> subprocess.CompletedProcess[str] | None:
-    """What `status` shows, if a line of it begins with these words."""
+    """The run of `status`, if a line of its output begins with these words."""
     done = gserver("status", *options)
     return (
         done
@@ -186,7 +184,7 @@ def shown(options: list[str], row: list[str]) -> subprocess.CompletedProcess[str
     )
 
 
-def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
+def test_the_age_of_the_server_list_and_its_omissions_are_shown() -> None:
     server = {
         "id": "a",
         "clients": None,
@@ -200,13 +198,13 @@ def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
         "age_seconds": 100.0,
         "error_kind": "timeout",
     }
-    told = screen(members)
-    assert "102.5 s ago  late" in told
-    assert "1,234 more servers, with more recent heartbeats, not listed" in told
-    assert "Redis cannot be read (timeout): this list is 1 min old" in told
-    told = screen(members | {"age_seconds": 2.4, "error_kind": None, "omitted_servers": 0})
-    assert "more" not in told
-    assert "Redis" not in told
+    output = screen(members)
+    assert "102.5 s ago  late" in output
+    assert "1,234 more servers, with more recent heartbeats, not listed" in output
+    assert "Redis cannot be read (timeout): this list is 1 min old" in output
+    output = screen(members | {"age_seconds": 2.4, "error_kind": None, "omitted_servers": 0})
+    assert "more" not in output
+    assert "Redis" not in output
     assert "Redis has not answered yet: this list is 2 s old" in screen(
         members | {"age_seconds": 2.6, "error_kind": None}
     )
@@ -215,8 +213,8 @@ def test_how_old_the_list_of_servers_is_and_who_is_not_on_it_is_said() -> None:
     )
 
 
-def test_a_cluster_is_told_of_in_words_that_fit() -> None:
-    def told(servers: int, clients: int) -> tuple[str, str]:
+def test_the_cluster_line_fits_its_numbers_and_the_width() -> None:
+    def described(servers: int, clients: int) -> tuple[str, str]:
         scoreboard = Scoreboard.create(2)
         for name, value in (
             ("cluster_servers", servers),
@@ -234,13 +232,13 @@ def test_a_cluster_is_told_of_in_words_that_fit() -> None:
         (3, 1, "1 client of 3 servers", "0 clients of 1 in 3 servers "),
         (2000, 1500, "1,500 clients of 2,000 servers", "0 clients of 1,500 in 2,000 servers "),
     ):
-        long, short = told(servers, clients)
+        long, short = described(servers, clients)
         assert f"cluster gserver: {words}, updated 0.0 s ago" in long
         assert brief in short
     assert "cluster gserver: not known yet" in screen(None)
 
 
-def test_for_how_long_a_certificate_is_valid_is_never_said_too_long() -> None:
+def test_the_validity_of_a_certificate_is_never_overstated() -> None:
     for days, words, is_soon in (
         (4.99, "4 d", True),
         (13.99, "13 d", True),
@@ -249,40 +247,40 @@ def test_for_how_long_a_certificate_is_valid_is_never_said_too_long() -> None:
     ):
         now = describe(Config(), Scoreboard.create(1))
         now["server"]["tls_expires_at"] = time.time() + days * 86400 + 5
-        told = shown_of(Target("x", now=now), colours=True)
-        assert f"certificate valid for {words}" in told
-        assert (f"\x1b[31mcertificate valid for {words}" in told) is is_soon
+        output = shown_of(Target("x", now=now), colours=True)
+        assert f"certificate valid for {words}" in output
+        assert (f"\x1b[31mcertificate valid for {words}" in output) is is_soon
 
 
-def test_of_an_unreachable_server_no_old_figures_are_shown() -> None:
+def test_no_old_figures_are_shown_for_an_unreachable_server() -> None:
     now = describe(Config(server_id="here"), Scoreboard.create(1))
     now["server"]["uptime_seconds"], now["clients"]["now"] = 3 * 86400, 4711
     assert all(old in shown_of(Target("x", now=now)) for old in ("4,711", "3 d", "here"))
-    told = shown_of(Target("x", now=now, error="timed out"))
-    assert "x: timed out" in told
-    assert not any(old in told for old in ("4,711", "3 d", "here"))
+    output = shown_of(Target("x", now=now, error="timed out"))
+    assert "x: timed out" in output
+    assert not any(old in output for old in ("4,711", "3 d", "here"))
 
 
-def test_texts_of_a_server_are_no_markup() -> None:
+def test_texts_from_a_server_are_not_treated_as_markup() -> None:
     now = describe(Config(server_id="[/]", redis_url="redis://x"), Scoreboard.create(1))
     now |= {"commands": {"[/red]": 1}, "error_replies": {"[link=http://x]y[/link]": 7}}
     now["cluster"] |= {"name": "[bold]"}
     now["server"]["state"] = "[blink]"
-    told = shown_of(Target("[red]", now=now, before=now))
+    output = shown_of(Target("[red]", now=now, before=now))
     assert all(
-        text in told
+        text in output
         for text in ("[/]", "[/red] -/s", "[link=http://x]y[/link] 7", "[bold]", "[blink]", "[red]")
     )
 
 
 def screen(members: dict[str, Any] | None) -> str:
-    """What is shown of a server that tells this of its cluster."""
+    """The screen for a server with these members of its cluster."""
     config = Config(server_id="here", redis_url="redis://x")
     return shown_of(Target("x", now=describe(config, Scoreboard.create(2), members)))
 
 
 def shown_of(watched: Target, *, colours: bool = False) -> str:
-    """What is shown of one server, on 80 columns."""
+    """The screen for one server, with 80 columns."""
     console = Console(
         width=80, file=io.StringIO(), record=True, force_terminal=True, color_system="standard"
     )
@@ -301,7 +299,7 @@ def test_the_help_shows_the_options_of_the_admin_port(command: str) -> None:
         assert word in text
 
 
-def test_a_bad_option_is_one_line_and_exit_code_2() -> None:
+def test_a_bad_option_is_reported_in_one_line_and_exits_with_2() -> None:
     for arguments in (("top", "--interval", "0"), ("status", "--once"), ("top", "x")):
         done = gserver(*arguments)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
