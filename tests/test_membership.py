@@ -63,6 +63,16 @@ def test_the_first_reply_is_accepted_even_if_it_reports_a_loss() -> None:
     assert (membership.last_clock, membership.lost_at, membership.hold_until) == (70_000, 69_999, 0)
 
 
+def test_the_reply_to_a_rejected_heartbeat_counts_only_until_the_server_was_a_member() -> None:
+    membership = new_member()
+    membership.apply_rejected(reply(30, 2, 50_000))
+    assert (membership.remote_clients, membership.servers) == (30, 0)
+    membership.apply(reply(30, 1, 50_500), 10)
+    assert membership.remote_clients == 20
+    membership.apply_rejected(reply(99, 2, 51_000))
+    assert membership.remote_clients == 20
+
+
 #: A server has 5 clients, and knows two others with 100 at 50,000 on the lease clock. Each entry:
 #: a reply, and the remote clients and servers that it assumes afterwards.
 RULES: dict[str, list[tuple[Reply, int, int]]] = {
