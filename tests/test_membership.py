@@ -100,7 +100,7 @@ RULES: dict[str, list[tuple[Reply, int, int]]] = {
         (lost(45, 2, 56_001), 40, 4),
     ],
     "a server that learns of a loss late does not hold if as many servers are members": [
-        (reply(45, 3, 57_001, returned=1, lost_at=50_001), 40, 3),
+        (reply(45, 3, 56_001, returned=1, lost_at=50_001), 40, 3),
         (reply(25, 2, 57_002, returned=1, lost_at=50_001), 20, 2),
     ],
     "a server that was dropped alone holds for a third of the TTL": [
