@@ -78,6 +78,17 @@ EQUIVALENT = {
     ): "the second comparison also rejects the client",
     ("acked_sequence: int = 0", "0 -> 1"): "a default for tests: the agent always passes a value",
     ("last_clock: int = 0", "0 -> 1"): "a default for tests: the agent always passes a value",
+    ("self._lease_end = 0", "0 -> 1"): "it is set with the holder, before it is read",
+    ("self._lease_end = 0", "self._lease_end = 0 -> pass"): (
+        "it is set with the holder, before it is read"
+    ),
+    ("self._renewed_at = 0", "0 -> 1"): "it is set with the holder, before it is read",
+    ("self._renewed_at = 0", "self._renewed_at = 0 -> pass"): (
+        "it is set with the holder, before it is read"
+    ),
+    ("self._renewals = 0", "self._renewals = 0 -> pass"): (
+        "it is set with the holder, before it is read"
+    ),
     ("self._renewals = 0", "0 -> 1"): "it is set with the holder, before it is read",
     ("and (entry_count > 0 or total == 0)", "> -> >="): (
         "a total without entries is recounted by the same heartbeat"

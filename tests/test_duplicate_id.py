@@ -25,6 +25,7 @@ def observe(detector: DuplicateIdDetector, holder: str, lease_end: int, moment: 
 @pytest.mark.parametrize("holder", ["", "mine"])
 def test_a_free_id_or_the_servers_own_is_not_a_duplicate(holder: str) -> None:
     detector = new_detector()
+    assert detector.replaceable_incarnation == ""
     for number in range(10):
         assert not observe(detector, holder, number, number * INTERVAL)
         assert detector.replaceable_incarnation == ""
