@@ -477,7 +477,7 @@ PERIODS_OF_ALL = st.lists(PERIODS, min_size=2, max_size=4)
 
 
 # The same examples each time. To search for more: without derandomize, with thousands of examples.
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=600, derandomize=True)
 @given(periods=PERIODS_OF_ALL, faults=st.lists(FAULTS, max_size=20))
 def test_no_count_is_falsely_low_or_high_and_all_are_exact_after_the_faults(
     periods: list[float], faults: list[tuple[Any, ...]]

@@ -120,7 +120,7 @@ def cut(data: bytes, sizes: list[tuple[int, bool]]) -> list[tuple[bytes, bool]]:
     return [*chunks, (data, False)]
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(data=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
 @example(data=b"WHO\n", sizes=[], limit=2)
 @example(data=b"GET / HTTP/1.1\nWHO\n", sizes=[(3, False)], limit=LIMIT_BYTES)
@@ -132,7 +132,7 @@ def test_random_bytes_however_split_get_the_replies_of_the_oracle(
     assert answered == replies(data, NESTED, limit)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(data=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
 @example(data=b"WHOAMI\n", sizes=[(3, True)], limit=LIMIT_BYTES)
 @example(data=b" \r\n  WHY", sizes=[(1, True), (3, True)], limit=LIMIT_BYTES)
@@ -158,7 +158,7 @@ def test_a_pause_ends_only_a_complete_command_or_blanks(
     assert answered + replies_to(parser.end()) == replies(meant, NESTED, limit)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(chunks=st.lists(st.one_of(st.binary(max_size=3000), LINES), max_size=20), limit=LIMITS)
 @example(chunks=[b"\r" * 20, b"\r"], limit=16)
 @example(chunks=[b"x" * 5000], limit=LIMIT_BYTES)

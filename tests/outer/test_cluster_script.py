@@ -900,7 +900,7 @@ def test_after_any_sequence_the_total_is_the_sum_of_the_members(cluster: Cluster
 
     ThisMachine.cluster = cluster
     run_state_machine_as_test(
-        ThisMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
+        ThisMachine, settings=settings(max_examples=60, stateful_step_count=40)
     )
 
 
