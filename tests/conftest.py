@@ -12,7 +12,6 @@ from lab.certificates import make_certificates
 from lab.rows import Notes
 from lab.running import Running
 
-
 # A busy machine may take long for one example, or to draw it.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
