@@ -90,6 +90,32 @@ EQUIVALENT = {
         "it is set with the holder, before it is read"
     ),
     ("self._renewals = 0", "0 -> 1"): "it is set with the holder, before it is read",
+    (
+        "local function is_valid(number) return number and number >= 0 and number < 1e15 end",
+        "< -> <=",
+    ): "no clock and no count comes near the limit",
+    (
+        'if not (math.abs(now - recount_at) < 60000) then -- "not <": recount_at may be NaN.',
+        "< -> <=",
+    ): "a recount one millisecond later",
+    ("local is_entry_lost = not holder and acked_sequence > 0", "> -> >="): (
+        "a server without an acknowledged heartbeat sends the lease clock 0, before any loss"
+    ),
+    ("local is_outdated = (is_entry_lost and elapsed > interval)", "> -> >="): (
+        "the interval is approximate: one millisecond decides nothing"
+    ),
+    (
+        "local recount_at = entry_count > 0 and not is_entry_lost and tonumber(stored[6]) or 0",
+        "> -> >=",
+    ): "a recount of no entries is not needed",
+    ("if not is_valid(last_clock) then last_clock = 0 end", "0 -> 7"): "7 is before any loss, too",
+    (
+        "if entry_count ~= 0 or lease_count ~= 0 or stored.err or stored[2] then",
+        "0 -> 7",
+    ): "the deletion of keys that do not exist does nothing",
+    ("entry_count, elapsed = 0, 0", "0 -> 7"): (
+        "a recount of no entries is not needed, and the clock after a loss may be any later one"
+    ),
     ("and (entry_count > 0 or total == 0)", "> -> >="): (
         "a total without entries is recounted by the same heartbeat"
     ),

@@ -80,7 +80,8 @@ if not is_consistent or is_outdated then
   -- The clock never goes back, and each loss has a moment of its own.
   clock = math.max(last_clock + 1, now)
   lost_at = clock
-  entry_count, total, elapsed, returned, old_clients, holder = 0, 0, 0, 0, nil, nil
+  entry_count, elapsed = 0, 0
+  total, returned, old_clients, holder = 0, 0, nil, nil
 end
 
 clock = clock + math.max(0, math.min(elapsed, interval))
@@ -124,7 +125,7 @@ if not (math.abs(now - recount_at) < 60000) then -- "not <": recount_at may be N
   total, recount_at = 0, now
   -- Remove leases that no server can have. The entries that they leave behind make the data
   -- inconsistent, so the next heartbeat discards them.
-  redis.call('ZREMRANGEBYSCORE', leases, clock + ttl + 86400000, 'inf')
+  redis.call('ZREMRANGEBYSCORE', leases, clock + (ttl + 86400000), 'inf')
   for _, counted in ipairs(redis.call('HVALS', members)) do
     total = total + leading_number(counted)
   end

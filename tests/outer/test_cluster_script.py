@@ -279,6 +279,16 @@ def test_the_lease_clock_advances_by_the_time_between_heartbeats(cluster: Cluste
     assert [reply.clock for reply in replies] == sorted(reply.clock for reply in replies)
 
 
+def test_the_moment_of_a_heartbeat_is_the_time_of_redis(cluster: Cluster) -> None:
+    def now() -> int:
+        seconds, microseconds = cluster.redis.time()
+        return int(seconds * 1000 + microseconds // 1000)
+
+    before = now()
+    cluster.heartbeat("one", 1)
+    assert before <= cluster.now() <= now()
+
+
 @pytest.mark.parametrize("pause", [INTERVAL, INTERVAL + 1, TTL, 1000 * TTL])
 def test_after_a_pause_the_lease_clock_advances_by_one_interval(
     cluster: Cluster, pause: int
@@ -425,14 +435,16 @@ def test_data_without_an_entry_of_the_caller_whose_lease_cannot_have_ended_are_d
     assert totals(two.heartbeat(20)) == (21, 2)
 
 
+@pytest.mark.parametrize("intervals", [TTL_INTERVALS, TTL_INTERVALS + 1])
 def test_a_caller_without_an_entry_because_its_lease_has_ended_discards_nothing(
-    cluster: Cluster,
+    cluster: Cluster, intervals: int
 ) -> None:
     one = Member(cluster, "one")
     one.heartbeat(1)
-    for _ in range(TTL_INTERVALS + 1):
+    for _ in range(intervals):
         cluster.elapse(INTERVAL)
         cluster.heartbeat("two", 20)
+    cluster.elapse(INTERVAL + 1)
     assert totals(one.heartbeat(1)) == (21, 2)
 
 
