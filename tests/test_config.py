@@ -129,6 +129,13 @@ def test_statsd_a_cluster_and_an_admin_port_need_an_agent() -> None:
     assert Config(admin_port=0).needs_agent
 
 
+def test_a_worker_gets_no_secret() -> None:
+    config = Config(redis_url="redis://bob:hush@redis.example", admin_token="quiet", workers=3)
+    expected = replace(config, redis_url="redis://redis.example:6379", admin_token="")
+    assert config.for_worker() == expected
+    assert replace(config, redis_url="").for_worker().redis_url == ""
+
+
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         Config().port = 1  # type: ignore[misc]
