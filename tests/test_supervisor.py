@@ -62,6 +62,8 @@ def fork(service):
     if child == 0:
         os.setsid()  # The supervisor kills the group of a worker that dies.
         signal.pause()
+    while os.getsid(child) != child:
+        time.sleep(0.001)
     return child
 """
 
