@@ -139,6 +139,12 @@ def test_the_units_are_valid_and_reach_the_documented_score(tmp_path: Path) -> N
     assert float(found[1]) <= float(documented[1])
 
 
+def await_restart(machine: Booted) -> None:
+    """Wait until systemd has restarted the server once, and takes it for ready."""
+    until(lambda: machine.show("gserver.service", "NRestarts") == "1", "it has been restarted")
+    until(lambda: machine.show("gserver.service", "ActiveState") == "active", "it is ready")
+
+
 def test_under_systemd_the_server_is_confined_reloads_restarts_and_stops(tmp_path: Path) -> None:
     port = free_port()
     variables = {
@@ -180,14 +186,7 @@ def test_under_systemd_the_server_is_confined_reloads_restarts_and_stops(tmp_pat
         )
 
         main.kill()
-        until(
-            lambda: machine.show("gserver.service", "NRestarts") == "1",
-            "systemd has restarted the server",
-        )
-        until(
-            lambda: machine.show("gserver.service", "ActiveState") == "active",
-            "the server is ready",
-        )
+        await_restart(machine)
         with Client(port) as client:
             assert client.who() == 1
             machine.run("systemctl", "stop", "gserver.service")
@@ -204,14 +203,7 @@ def test_under_systemd_a_hang_is_killed_and_a_bad_option_is_not_retried(tmp_path
     with Booted(tmp_path, variables, service=short) as machine:
         machine.run("systemctl", "start", "gserver.service")
         machine.main_process().suspend()
-        until(
-            lambda: machine.show("gserver.service", "NRestarts") == "1",
-            "systemd has restarted the server",
-        )
-        until(
-            lambda: machine.show("gserver.service", "ActiveState") == "active",
-            "the server is ready",
-        )
+        await_restart(machine)
         (tmp_path / "units/gserver.service.d/bad.conf").write_text(
             "[Service]\nEnvironment='GSERVER_WORKERS=a few'\n"
         )
