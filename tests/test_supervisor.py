@@ -253,6 +253,20 @@ def test_a_signal_after_the_stop_does_not_change_the_exit_code() -> None:
             assert server.exit_code() == 0
 
 
+def test_a_lame_duck_serves_clients_in_the_accept_queue(tmp_path: Path) -> None:
+    with (
+        start(tmp_path, "--workers", "2", "--drain-timeout", "600") as server,
+        ExitStack() as stack,
+    ):
+        with stopped(*server.workers()):
+            clients = [stack.enter_context(server.client()) for _ in range(50)]
+            server.send_signal(signal.SIGUSR2)
+            server.wait_for("server.retiring")
+        time.sleep(0.6)  # A drain would have given them half a second.
+        until(lambda: clients[0].who() == 50, "both workers have accepted their clients")
+        assert {client.ask(b"WHO") for client in clients} == {b"50"}
+
+
 def test_a_command_without_a_newline_is_answered_at_the_end_of_a_drain(tmp_path: Path) -> None:
     with start(tmp_path, "--unterminated-after", "0") as server, server.client() as client:
         client.send(b"WHY\nWHY")
@@ -643,7 +657,6 @@ def test_a_reload_with_a_missing_worker_keeps_the_others_until_one_is_ready(tmp_
         )
 
 
-@pytest.mark.outer
 @pytest.mark.parametrize("text", ["\u00e9" * 5000, "\ud800"])
 def test_any_error_text_fails_a_reload_and_not_the_server(tmp_path: Path, text: str) -> None:
     with start(tmp_path) as server:

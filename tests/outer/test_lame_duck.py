@@ -12,17 +12,7 @@ import pytest
 
 from lab.admin import get, metrics, status
 from lab.redises import Proxy, Redis
-from lab.running import (
-    PATIENCE,
-    Client,
-    Running,
-    argv,
-    extended,
-    is_refused,
-    left_over,
-    stopped,
-    until,
-)
+from lab.running import PATIENCE, Client, Running, argv, extended, is_refused, left_over, until
 
 SECOND = PATIENCE
 #: Longer than a test takes.
@@ -92,16 +82,6 @@ def test_a_lame_duck_without_clients_ends_at_once(tmp_path: Path) -> None:
         server.send_signal(signal.SIGUSR2)
         assert server.exit_code(5 * SECOND) == 0
         assert not server.events("worker.died")
-
-
-def test_clients_in_the_accept_queue_are_served_too(tmp_path: Path) -> None:
-    with start(tmp_path, *LONG) as server, ExitStack() as stack:
-        with stopped(*server.workers()):
-            clients = [stack.enter_context(server.client()) for _ in range(50)]
-            server.send_signal(signal.SIGUSR2)
-            server.wait_for("server.retiring")
-        time.sleep(0.6 * SECOND)  # A drain would have given them half a second.
-        assert {client.ask(b"WHO") for client in clients} == {b"50"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
