@@ -147,7 +147,7 @@ def test_the_configuration_is_as_the_page_says() -> None:
         r"hard-stop-after (\d+)s": "connections go on for up to {} s (`hard-stop-after`)",
         r"timeout client (\d+)h\n +timeout server \1h": "silent for {} h",
         r"tcp-ut (\d+)s": "vanishes end after {} s",
-        r"timeout queue (\d+)s": "waits for a place for {} s",
+        r"timeout queue (\d+)s": "lets a new client wait for {} s (`timeout queue`)",
     }.items():
         found = re.search(rf"^ +(?:default-server .*)?{pattern}$", text, re.M)
         assert found, pattern
