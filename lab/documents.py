@@ -42,7 +42,7 @@ def prometheus_type(name: str) -> str:
 
 
 def statsd_metrics() -> dict[str, str]:
-    """StatsD's metrics and their kinds in the table. REASON and KIND stand for those of theirs."""
+    """StatsD's metrics and their kinds. REASON and KIND stand for the names in their own tables."""
     members = {
         "REASON": rows("Reasons of error replies"),
         "KIND": rows("Kinds of heartbeat errors"),

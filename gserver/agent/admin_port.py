@@ -221,7 +221,7 @@ class _Handler(WSGIHandler):
             super().read_request(raw_requestline)
         except Exception as error:  # For all but a ValueError, pywsgi would print a traceback.
             raise ValueError(str(error)) from error
-        if self._limited.has_ended:  # Python takes that for the end of the headers.
+        if self._limited.has_ended:  # http.client takes that for the end of the headers.
             raise ValueError("the request is too large, or not complete")
         # No request here needs a body, and pywsgi fails at some malformed chunks.
         return "transfer-encoding" not in self.headers
@@ -253,7 +253,7 @@ class _Limited(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._left = MAX_REQUEST_BYTES
-        #: Whether more was asked for than the limit, or than the peer has sent.
+        #: Whether a read came after the last byte: of the peer, or of the limit.
         self.has_ended = False
 
     def readable(self) -> bool:

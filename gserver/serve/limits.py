@@ -39,7 +39,7 @@ class Limits:
             self._addresses.remove(fd)
 
     def is_over_address_limit(self, fd: int) -> bool:
-        """Whether the address of a connection had as many as it may have."""
+        """Whether a connection is not counted, because its address was at the limit."""
         return self._addresses is not None and fd not in self._addresses
 
     def admit(self, fd: int) -> ErrorReply | None:

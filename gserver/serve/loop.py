@@ -73,7 +73,7 @@ class Loop:
         self.clients: dict[int, Client] = {}
         #: Clients with a handshake in progress, the oldest first.
         self.handshakes: dict[Client, None] = {}
-        #: Those that will be rejected, since their addresses have too many clients already.
+        #: Those of them that will be rejected, because their address was at its limit.
         self.surplus_handshakes: dict[Client, None] = {}
         #: Clients that wait for their turn, in its order.
         self.queue: dict[Client, None] = {}
@@ -135,8 +135,8 @@ class Loop:
     def _begin_handshake(self, client: Client, now: float) -> None:
         """Wait for the client's handshake. If there is no room for it, the oldest one ends.
 
-        One that is going to be rejected ends first, so that one address does not end the handshakes
-        of others.
+        A client that will be rejected anyway goes first, so that one address cannot end the
+        handshakes of others.
         """
         is_full = len(self.clients) > self.capacity
         if self.handshakes and (is_full or len(self.handshakes) >= self._max_handshakes):
