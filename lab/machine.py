@@ -3,8 +3,10 @@
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,6 +29,11 @@ def commit(*options: str, folder: Path = ROOT) -> str:
 def source() -> dict[str, str]:
     """The date of today, and the commit of gserver."""
     return {"date": datetime.now(UTC).date().isoformat(), "gserver": f"gserver {commit()}"}
+
+
+def shown_source(report: Mapping[str, Any]) -> list[str]:
+    """The commit and the date of a report, if it has them: older reports do not."""
+    return [report[key] for key in ("gserver", "date") if key in report]
 
 
 def version(*words: str) -> str:

@@ -94,7 +94,7 @@ class Run:
         console.print(f"bin/fuzz {kind} --inputs {inputs} --seed {self.seed}")
 
     @contextmanager
-    def expecting(self) -> Iterator[None]:
+    def reporting(self) -> Iterator[None]:
         """Report after the body. Ctrl-C and SIGTERM end it early, and the report is partial."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -224,7 +224,7 @@ def main() -> None:
 def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
     """Fuzz the pure modules: parser, fast path, URLs, options, logs, TLS records, status."""
     run = Run("core", inputs, **rest)
-    with run.expecting():
+    with run.reporting():
         if batch >= 0:
             run.drive(iter([Job(only, batch, inputs, partial(_core, only))]), 1)
             return
@@ -264,7 +264,7 @@ def sockets(inputs: int, only: str, batch: int, **rest: Any) -> None:
     """Fuzz real servers with small limits, plain and over TLS, with hundreds of clients at once."""
     run = Run("sockets", inputs, **rest)
     with (
-        run.expecting(),
+        run.reporting(),
         fuzz_sockets.servers([only] if only else list(fuzz_sockets.VARIANTS)) as sites,
     ):
         work = {

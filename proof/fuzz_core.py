@@ -412,7 +412,7 @@ class TlsTarget(Target):
         super().__init__(random)
         self._server: Any = None
 
-    def _reconnect(self) -> None:
+    def _connect(self) -> None:
         """Start a new connection."""
         ours, self._sock = socket.socketpair()
         ours.setblocking(False)
@@ -456,7 +456,7 @@ class TlsTarget(Target):
 
     def check(self, given: tuple[list[bytes], float, float]) -> None:
         if self._server is None:
-            self._reconnect()
+            self._connect()
         said, fault, place = given
         ends, raw = [0], b""
         for data in said:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from lab.machine import shown_source
+
 TITLES = {"core": "The pure core", "sockets": "Real sockets"}
 Report = dict[str, dict[str, Any]]
 
@@ -30,8 +32,8 @@ def _summary(kind: str, results: dict[str, Any]) -> str:
     )
     command = f"bin/fuzz {kind} --inputs {results['inputs']} --seed {results['seed']}"
     text = f"**{TITLES[kind]}** (`{command}`): {results['inputs']:,} inputs "
-    text += f"in {results['seconds']:,.0f} s, {speed:,.0f} a second; {findings}"
-    text += "".join(f"; {results[key]}" for key in ("gserver", "date") if key in results) + "."
+    text += f"in {results['seconds']:,.0f} s, {speed:,.0f} a second; "
+    text += "; ".join([findings, *shown_source(results)]) + "."
     guided = results.get("guided")
     if isinstance(guided, dict):
         text += f" {guided['inputs']:,} more were guided by coverage."

@@ -222,7 +222,7 @@ class Guest:
         #: `reset`; "": not yet.
         self.end = ""
         #: The possible inputs of the server, as each long pause may have ended a line.
-        self._sent = {b""}
+        self._inputs = {b""}
         #: The time until everything was sent (if the client stays) or until the end: it tells which
         #: deadlines may have passed.
         self._began = self._took = 0.0
@@ -287,14 +287,14 @@ class Guest:
             began, is_last = monotonic(), number == len(plan.pieces) - 1
             self._send(piece, is_broken=is_last and plan.ending == "broken")
             took = monotonic() - before
-            possible = {sent + piece for sent in self._sent}
+            possible = {sent + piece for sent in self._inputs}
             if took > 0.8 * SILENCE_SECONDS:
                 possible |= {
                     sent + b"\n" + piece
-                    for sent in self._sent
+                    for sent in self._inputs
                     if wire.is_ended_by_silence(sent, REPLIES)
                 }
-            self._sent, before = possible, began
+            self._inputs, before = possible, began
             if pause < 0:
                 self._hush()
             elif pause:
@@ -303,7 +303,7 @@ class Guest:
 
     def _hush(self) -> None:
         """Pause until the reply to an unterminated command has arrived, if it is known."""
-        (sent, *others) = self._sent
+        (sent, *others) = self._inputs
         if (
             others
             or not sent.rpartition(b"\n")[2].strip(wire.BLANKS)
@@ -318,7 +318,7 @@ class Guest:
             and not expected.is_closed
         ):
             gevent.sleep(0.01)
-        self._sent = {sent + b"\n"}
+        self._inputs = {sent + b"\n"}
 
     def _send(self, data: bytes, *, is_broken: bool) -> None:
         if self._tls:
@@ -348,15 +348,15 @@ class Guest:
             with suppress(ssl.SSLWantReadError):
                 self._tls.do_handshake()
                 is_done = True
-            expected = self._out.read()
+            data = self._out.read()
             if plan.ending == "half a handshake":
                 self._tls = None
-                self._sock.sendall(expected[: self._random.randrange(1, len(expected))])
+                self._sock.sendall(data[: self._random.randrange(1, len(data))])
                 return False
             if is_done and plan.is_early:
-                self._held = expected
+                self._held = data
                 return True
-            for chunk in wire.pieces(self._random, expected, 3):
+            for chunk in wire.pieces(self._random, data, 3):
                 self._sock.sendall(chunk)
             if not is_done:
                 data = self._sock.recv(65536)
@@ -463,7 +463,7 @@ class Guest:
             self._deadlined(sent)
             if self._plan.ending == "stay"
             else wire.read(sent, REPLIES, MAX_LINE)
-            for sent in self._sent
+            for sent in self._inputs
         ]
 
     def _deadlined(self, sent: bytes) -> wire.Expected:

@@ -30,6 +30,7 @@ from xml.etree import ElementTree
 import click
 import psutil
 
+from lab.machine import commit
 from lab.running import ROOT
 
 RESULTS = ROOT / "proof/results/matrix.json"
@@ -162,7 +163,7 @@ class Release:
         unfinished.rename(self._root)
 
     def _copy_checkout(self) -> None:
-        self._commit = said("git", "-C", str(ROOT), "describe", "--always", "--dirty").strip()
+        self._commit = commit("--dirty")
         checkout = self._root / CHECKOUT
         checkout.mkdir(parents=True, exist_ok=True)
         for path in checkout.iterdir():
@@ -319,7 +320,7 @@ def statement(rows: list[Row]) -> str:
 
 def details(rows: list[Row]) -> str:
     """Return the counts of a matrix, as CONTRIBUTING.md says them."""
-    since = [commit for row in rows for commit in row.get("passed_since", {}).values()]
+    since = [each for row in rows for each in row.get("passed_since", {}).values()]
     counts = [f"{row['passed']:,} with {row['engine']} {row['version']}" for row in rows]
     alone = sum(len(row["passed_alone"]) for row in rows)
     text = f"Tests that passed: {_joined(counts)}."

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.page import put
 from bench.report import number, table
+from lab.machine import shown_source
 from lab.running import ROOT
 from proof import availability, fuzz_report
 
@@ -105,8 +106,8 @@ def _matrix(report: Report) -> str:
     cases = [case for case in report["cases"] if case["fault"] != CONTROL]
     passed = sum(case["outcome"] == PASSED for case in cases)
     count = len({case["fault"] for case in cases})
-    made = [machine[key] for key in ("gserver", "date") if key in machine]
-    made += [f"seed {machine['seed']}", f"{machine['system']}, Python {machine['python']}"]
+    made = [*shown_source(machine), f"seed {machine['seed']}"]
+    made.append(f"{machine['system']}, Python {machine['python']}")
     return (
         f"{count} faults in {len(cases)} cases: {passed} passed, "
         f"in {report['seconds'] / 60:.0f} minutes ({'; '.join(made)})"
