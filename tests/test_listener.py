@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from gserver.config import show_address
-from gserver.errors import EXIT_RUNTIME, FatalError
+from gserver.errors import EXIT_RUNTIME, EXIT_USAGE, FatalError
 from gserver.supervise.listener import Listener, bind
+from lab.handover import listening, start
 from lab.running import LIMIT, Client, Running, environment
 
 #: The user and group `nobody`.
@@ -164,3 +165,15 @@ def test_a_closed_port_that_is_taken_is_not_replaced_by_another_port(
         assert listener.getsockname() == address
         with socket.create_connection(address, LIMIT):
             assert "listening again" in caplog.text
+
+
+def test_an_admin_socket_from_a_service_manager_needs_a_token_beyond_loopback() -> None:
+    options = ("--admin-port", "0")
+    with (
+        listening() as port,
+        listening("0.0.0.0") as admin,
+        start(port, admin, options=options, LISTEN_FDNAMES="gserver:admin") as server,
+    ):
+        assert server.exit_code() == EXIT_USAGE
+        reason = "--admin-host 0.0.0.0 is not loopback: set --admin-token, too"
+        assert server.stderr == f"gserver: {reason}\n"

@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -325,6 +325,41 @@ def test_a_turn_during_a_handler_does_not_end_the_handler() -> None:
         ours.enqueue(next(iter(ours.clients.values())))
         gevent.sleep(0.3)
         assert client.recv(100) == b"rested\n42\n"
+
+
+def test_data_that_waits_for_a_second_handler_takes_no_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with loop() as (_, ours, client):
+        client.sendall(b"REST\nREST\n")
+        gevent.sleep(0.03)
+        client.sendall(b"WHY\n")
+        turns = 0
+        poll = ours._poll
+
+        def counted_poll() -> list[tuple[int, int]] | None:
+            nonlocal turns
+            turns += 1
+            return poll()
+
+        monkeypatch.setattr(ours, "_poll", counted_poll)
+        gevent.sleep(0.4)
+        assert client.recv(100) == b"rested\nrested\n42\n"
+        assert turns < 20  # A spinning loop has thousands.
+
+
+def test_a_drain_closes_a_client_that_has_never_sent_anything() -> None:
+    with loop() as (scoreboard, ours, client):
+        ours.drain()
+        until_idle(lambda: not scoreboard.clients())
+        assert client.recv(1) == b""
+
+
+def until_idle(condition: Callable[[], object]) -> None:
+    """Let the loop run until this is true."""
+    with gevent.Timeout(LIMIT):
+        while not condition():
+            gevent.sleep(0.01)
 
 
 def test_a_closed_client_frees_its_buffers_before_its_deadline() -> None:

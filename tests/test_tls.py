@@ -367,6 +367,21 @@ def test_batches_and_replies_may_span_many_records(server: Running, pems: Path) 
         assert [client.line() for _ in range(3)] == [b"here\n"] * 3
 
 
+def test_a_client_that_reads_late_gets_every_reply_once(pems: Path) -> None:
+    server_id = "x" * 20  # The replies to one read fit in one record, and are sent at once.
+    with (
+        Running(*certified(pems), "--server-id", server_id) as server,
+        server.client(context=trust(pems)) as client,
+    ):
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        for _ in range(3000):
+            client.send(b"WHERE\n" * 100)
+        time.sleep(0.5)  # By now the kernel takes no more, in the middle of a record.
+        lines = {client.line() for _ in range(300_000)}
+        assert lines == {server_id.encode() + b"\n"}
+        assert client.ask(b"WHY") == b"42"
+
+
 def test_a_plain_text_client_that_disconnects_is_counted_once(server: Running) -> None:
     count = error_replies(server)
     for _ in range(20):

@@ -7,13 +7,29 @@ import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from pathlib import Path
 
 import psutil
 import pytest
 
-from lab.running import PATIENCE, Client, Running, extended, is_alive, limited, stopped, until
+from gserver.boot import Instructions
+from gserver.certificates import Certificates
+from gserver.config import Config
+from gserver.scoreboard import Scoreboard
+from gserver.supervise.child import WORKER, Child
+from gserver.supervise.phases import Generation
+from lab.running import (
+    LIMIT,
+    PATIENCE,
+    Client,
+    Running,
+    extended,
+    is_alive,
+    limited,
+    stopped,
+    until,
+)
 from lab.ways import WAYS, Way
 
 REJECTED = b"ERR too many clients\n"
@@ -292,6 +308,27 @@ def shut(service):
 
 
 @pytest.mark.outer
+def test_a_drain_keeps_the_deadline_of_the_server(tmp_path: Path) -> None:
+    """The supervisor may have waited before it tells a worker to drain."""
+    (tmp_path / "naps.py").write_text(
+        "from lab.commands import napping\nnap = napping('NAP', 60)\n"
+    )
+    scoreboard = Scoreboard.create(1)
+    config = Config(drain_timeout_seconds=60, commands="naps")
+    with socket.create_server(("127.0.0.1", 0)) as listener, chdir(tmp_path):
+        instructions = Instructions(config, Certificates(), 0, 1, scoreboard.fd, listener.fileno())
+        worker = Child.start(WORKER, Generation(0, Certificates()), instructions)
+        with worker.control, Client(listener.getsockname()[1]) as client:
+            until(worker.read_report, "the worker is ready")
+            client.send(b"NAP\n")
+            until(lambda: scoreboard.clients() == 1, "the client is counted")
+            scoreboard.put("drain_started_at", time.monotonic_ns() - 50 * 10**9)
+            began = time.monotonic()
+            worker.terminate(began + LIMIT)
+            until(worker.has_ended, "the worker has ended")
+            assert time.monotonic() - began < 30  # 45 s from the signal on, which it does not have.
+
+
 def test_a_reload_leaves_the_queue_of_new_clients_to_the_other_workers() -> None:
     with Running("--workers", "2") as server, ExitStack() as stack:
         server.wait_for("worker.ready", 2)
