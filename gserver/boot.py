@@ -2,8 +2,10 @@
 
 A child is a new interpreter (`python -P gserver/ child ROLE SLOT`), not a fork: gevent starts clean
 in it, and a reload brings new code. Its instructions come as JSON on its stdin, so neither
-arguments nor environment carry them. It reports through a pipe, in lines: `ready`;
-`error REASON` if it cannot go on; or `duplicate_id REASON` if the whole server cannot.
+arguments nor environment carry them. It reports through a socket, in lines: `ready`;
+`error REASON` if it cannot go on; `duplicate_id REASON` if the whole server cannot; or
+`kept REASON` if it could not hand its clients over. Through the same socket, a worker gets its end
+of a pair with another worker: to `hand_over` its clients, or to `take_over` those of the other one.
 """
 
 import ctypes
@@ -33,8 +35,10 @@ from gserver.errors import (
 from gserver.scoreboard import Scoreboard
 
 #: First words of a report.
-READY, ERROR, DUPLICATE_ID = "ready", "error", "duplicate_id"
-#: A report is cut to this: a write of up to 4,096 bytes to a pipe is not mixed with others.
+READY, ERROR, DUPLICATE_ID, KEPT = "ready", "error", "duplicate_id", "kept"
+#: What the supervisor sends to a worker, with a descriptor.
+HAND_OVER, TAKE_OVER = "hand_over", "take_over"
+#: A report is cut to this: it is written as a whole.
 MAX_REPORT_BYTES = 4000
 #: Descriptors that a process needs beside those of its clients: standard streams, scoreboard,
 #: listener, event loop, logs, name look-ups, and clients that are being rejected.
@@ -60,7 +64,7 @@ class Instructions:
     scoreboard_fd: int
     listener_fd: int
     supervisor_pid: int = -1
-    report_fd: int = -1
+    control_fd: int = -1
 
     def scoreboard(self) -> Scoreboard:
         """Map the shared scoreboard."""
@@ -78,8 +82,8 @@ class Instructions:
             yield file
 
     def report(self, kind: str, text: str = "") -> None:
-        """Send the supervisor one line: READY, or ERROR or DUPLICATE_ID with the reason."""
-        _report(self.report_fd, kind, text)
+        """Send the supervisor one line: READY, or one of the others with the reason."""
+        _report(self.control_fd, kind, text)
 
 
 def begin() -> Instructions:
@@ -97,7 +101,7 @@ def begin() -> Instructions:
     for number in SUPERVISOR_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for fd in (instructions.scoreboard_fd, instructions.listener_fd, instructions.report_fd):
+    for fd in (instructions.scoreboard_fd, instructions.listener_fd, instructions.control_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)  # A program that a handler starts must not hold the port.
     config = instructions.config
@@ -116,18 +120,18 @@ def _read_instructions() -> Instructions:
         config, certificates = Config(**payload["config"]), Certificates(**payload["certificates"])
         return Instructions(**payload | {"config": config, "certificates": certificates})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        report_fd = payload.get("report_fd")
-        if not isinstance(report_fd, int):
+        control_fd = payload.get("control_fd")
+        if not isinstance(control_fd, int):
             raise UsageError(
                 "`child` is internal: only a `gserver serve` of the same version can start it"
             ) from error
-        _report(report_fd, ERROR, OTHER_VERSION)
+        _report(control_fd, ERROR, OTHER_VERSION)
         raise UsageError(OTHER_VERSION) from error
 
 
-def _report(report_fd: int, kind: str, text: str) -> None:
+def _report(control_fd: int, kind: str, text: str) -> None:
     line = " ".join([kind, *text.split()]).encode("ascii", "backslashreplace")
-    os.write(report_fd, line[:MAX_REPORT_BYTES] + b"\n")
+    os.write(control_fd, line[:MAX_REPORT_BYTES] + b"\n")
 
 
 def exit_if_orphaned(instructions: Instructions) -> None:
@@ -149,16 +153,16 @@ def keep_heartbeat(instructions: Instructions, scoreboard: Scoreboard) -> None:
         time.sleep(HEARTBEAT_SECONDS)
 
 
-def fatal_on_error(function: Callable[[], object]) -> Callable[[], None]:
+def fatal_on_error(function: Callable[..., object]) -> Callable[..., None]:
     """Wrap a callback whose failure must end the process, so that another takes its place.
 
     gevent would log the error and go on, and the process would look well. A SystemError is raised
     in `main` and ends it.
     """
 
-    def run() -> None:
+    def run(*arguments: Any) -> None:
         try:
-            function()
+            function(*arguments)
         except Exception as error:
             raise SystemError(
                 f"{function.__qualname__} failed: this process exits and is replaced"

@@ -116,6 +116,8 @@ METRICS = (
     # Clients.
     Metric("clients", Source.WORKER, Kind.GAUGE, "Connected clients.", statsd="clients",
            prometheus="gserver_clients", json="clients.now", worker_json="clients"),
+    Metric("clients_arriving", Source.WORKER, Kind.STATE,
+           "Clients of a handover that two workers count for a moment."),
     Metric("clients_peak", Source.WORKER, Kind.GAUGE,
            "Most clients connected at once, over all workers.", combine=Combine.MAX,
            prometheus="gserver_clients_peak", json="clients.peak"),
@@ -128,6 +130,19 @@ METRICS = (
            statsd="clients_closed", prometheus="gserver_clients_closed", json="clients.closed"),
     Metric("clients_lost", Source.SERVER, Kind.COUNTER, "Clients of workers that died.",
            statsd="clients_lost", prometheus="gserver_clients_lost", json="clients.lost"),
+    Metric("clients_handed_over", Source.WORKER, Kind.COUNTER,
+           "Clients that a reload has handed over to a new worker.", statsd="clients_handed_over",
+           prometheus="gserver_clients_handed_over", json="clients.handed_over"),
+    Metric("clients_left_behind", Source.WORKER, Kind.COUNTER,
+           "Clients that a reload could not hand over: closed after the drain timeout.",
+           statsd="clients_left_behind", prometheus="gserver_clients_left_behind",
+           json="clients.left_behind"),
+    Metric("handovers", Source.WORKER, Kind.COUNTER,
+           "Old workers that have handed over the clients that they could.",
+           json="server.handovers"),
+    Metric("handover_ns", Source.WORKER, Kind.TIMING, "Time that these handovers took.", "ns",
+           statsd="handover_time", prometheus="gserver_handover_seconds",
+           json="server.handover_seconds", count="handovers"),
 
     # Commands. The cells of `commands` get their names at run time.
     Metric("commands", Source.COMPUTED, Kind.COUNTER, "Commands answered.", statsd="commands",

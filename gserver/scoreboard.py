@@ -4,7 +4,7 @@ It is a memfd that every process maps. Its figures are int64 cells, which `gserv
 Beside them are command names, client counts by address, and the agent's last StatsD values. Each
 cell has one writer, and readers take no lock. A worker writes the cells of its slot, the supervisor
 and the agent those of the server. When a worker has died, the supervisor clears its `clients`,
-`pid`, `tls_expires_at` and addresses, and counts its clients as lost or closed.
+`clients_arriving`, `pid`, `tls_expires_at` and addresses, and counts its clients as lost or closed.
 """
 
 import fcntl
@@ -53,6 +53,8 @@ class Scoreboard:
         # WHO reads these for every command, so the clients of all slots lie side by side.
         clients = self.cell("clients", 0)
         self._clients = self.cells[clients : clients + slots]
+        arriving = self.cell("clients_arriving", 0)
+        self._arriving = self.cells[arriving : arriving + slots]
         self._remote_clients = self.server_cell("remote_clients")
 
     @classmethod
@@ -89,6 +91,13 @@ class Scoreboard:
     def clients(self) -> int:
         """Return the number of clients that are connected to this server."""
         return sum(self._clients)
+
+    def settled_clients(self) -> int:
+        """Return the same without the clients of a handover that two workers count.
+
+        For the agent: the cluster must not hear of a handover.
+        """
+        return sum(self._clients) - sum(self._arriving)
 
     def cluster_clients(self) -> int:
         """Return the clients of the cluster: of this server now, of the others as last known."""
@@ -141,8 +150,10 @@ class Scoreboard:
 
         They are lost if the worker died by itself, and closed if the supervisor ended it.
         """
+        # Clients that were arriving are still those of the worker that hands them over.
         clients = self.cells[self.cell("clients", slot)]
-        for name in ("clients", "pid", "tls_expires_at"):
+        clients -= self.cells[self.cell("clients_arriving", slot)]
+        for name in ("clients", "clients_arriving", "pid", "tls_expires_at"):
             self.cells[self.cell(name, slot)] = 0
         addresses = self.addresses_of(slot)
         addresses[:] = memoryview(bytes(addresses.nbytes)).cast("i")

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,9 @@ PAUSE = "import signal; signal.pause()"
 
 
 def child_of(process: subprocess.Popen[bytes], spawned_at: float = 0.0) -> Child:
-    """A worker without a report pipe."""
-    return Child(WORKER, 0, GENERATION, process, -1, spawned_at)
+    """A worker without reports."""
+    with socket.socket() as control:
+        return Child(WORKER, 0, GENERATION, process, control, spawned_at)
 
 
 def running(code: str = PAUSE) -> Child:
@@ -46,13 +48,15 @@ def running(code: str = PAUSE) -> Child:
 
 
 def reporting(text: str, *, exit_code: int = 0) -> Child:
-    """A worker that writes this text to its report pipe and exits."""
-    report_fd, child_fd = os.pipe()
-    os.set_blocking(report_fd, False)
-    code = f"import os, sys; os.write({child_fd}, {text.encode()!r}); sys.exit({exit_code})"
-    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[child_fd])
-    os.close(child_fd)
-    return Child(WORKER, 0, GENERATION, process, report_fd, monotonic())
+    """A worker that reports this text and exits."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with theirs:
+        code = (
+            f"import os, sys; os.write({theirs.fileno()}, {text.encode()!r}); sys.exit({exit_code})"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+    return Child(WORKER, 0, GENERATION, process, ours, monotonic())
 
 
 # Starts and reports.
@@ -77,19 +81,19 @@ def test_a_child_that_never_reads_its_instructions_does_not_block_the_supervisor
     assert len(started) == 1
     started[0].kill(0.0)
     until(started[0].has_ended, "the child has ended")
-    os.close(started[0].report_fd)
+    started[0].control.close()
 
 
-def test_readiness_is_reported_once_and_then_the_end_of_the_pipe() -> None:
+def test_readiness_is_reported_once_and_then_their_end() -> None:
     started = reporting("ready\n")
     assert (started.state, started.is_accepting) == (State.STARTING, False)
     until(started.read_report, "the worker is ready")
     assert (started.state, started.is_accepting) == (State.READY, True)
-    until(lambda: started.read_report() or started.is_pipe_closed, "the end of the pipe")
+    until(lambda: started.read_report() or started.is_control_closed, "the end of the reports")
     until(started.has_ended, "the child has ended")
     assert started.end_reason == "exit code 0"
     assert not started.has_ended_as_requested
-    os.close(started.report_fd)
+    started.control.close()
 
 
 def test_reports_that_arrive_together_are_all_read() -> None:
@@ -97,7 +101,7 @@ def test_reports_that_arrive_together_are_all_read() -> None:
     until(started.read_report, "the worker is ready")
     assert (started.has_duplicate_id, started.error) == (True, "another has its id")
     until(started.has_ended, "the child has ended")
-    os.close(started.report_fd)
+    started.control.close()
 
 
 def test_a_reported_error_is_the_end_reason_and_not_readiness() -> None:
@@ -106,7 +110,7 @@ def test_a_reported_error_is_the_end_reason_and_not_readiness() -> None:
     assert not failing.read_report()
     assert not failing.has_been_ready
     assert failing.end_reason == "it is Monday"
-    os.close(failing.report_fd)
+    failing.control.close()
 
 
 # Ends.

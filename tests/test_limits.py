@@ -179,14 +179,16 @@ def test_during_a_reload_clients_of_old_and_new_workers_count_together(tmp_path:
         with server.client(MANY) as idle:
             until(lambda: idle.who() == LIMIT - 1, "the clients are counted")
             server.send_signal(signal.SIGHUP)
-            assert idle.rest() == b"", "the old worker drains"
+            server.wait_for("worker.handed_over")
+            assert idle.who() == LIMIT - 1
+        until(lambda: server.who() == LIMIT - 1, "one of them has left")
         new = fill(stack, server.client)
         assert len(new) == 2
         (tmp_path / "done").touch()
-        assert {client.rest() for client in stay} == {b"done\n"}
+        assert {client.line() for client in stay} == {b"done\n"}
         server.wait_for("server.reloaded")
-        assert new[0].who() == 2
-        assert len(fill(stack, server.client)) == LIMIT - 2
+        assert {client.who() for client in (*stay, *new)} == {LIMIT}
+        assert not fill(stack, server.client)
 
 
 @pytest.mark.outer

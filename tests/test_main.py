@@ -49,7 +49,7 @@ def test_a_child_with_invalid_instructions_reports_that_it_is_internal(
 
 def test_a_child_of_another_version_asks_for_a_restart() -> None:
     ours, theirs = os.pipe()
-    payload = json.dumps({"config": {"an_option_that_is_gone": 1}, "report_fd": theirs})
+    payload = json.dumps({"config": {"an_option_that_is_gone": 1}, "control_fd": theirs})
     done = subprocess.run(
         [*GSERVER, "child", "worker"],
         input=payload,

@@ -223,15 +223,28 @@ def test_an_abandoned_reload_rolls_back_to_the_previous_unfinished_one() -> None
     server.give_up_reload()
     assert server.generation is one
     assert server.phase is Phase.RELOADING
-    assert not server.would_end_reload(one), (
-        "one of its workers was ready: it cannot be rolled back"
-    )
+    server.note_replaced(one)
+    assert not server.would_end_reload(one), "it cannot be rolled back any more"
+
+
+def test_a_reload_rolls_back_until_a_new_worker_has_the_place_of_an_old_one() -> None:
+    server = lifecycle()
+    first = server.generation
+    server.begin_reload(Certificates("new"))
+    server.note_ready(server.generation)
+    assert server.would_end_reload(server.generation)
+    server.give_up_reload()
+    assert (server.phase, server.generation) == (Phase.SERVING, first)
+    server.begin_reload(Certificates("newer"))
+    server.note_ready(server.generation)
+    assert server.would_end_reload(server.generation)
 
 
 def test_a_proven_reload_that_cannot_continue_keeps_the_current_workers() -> None:
     server = lifecycle(Phase.RELOADING)
     new = server.generation
     server.note_ready(new)
+    server.note_replaced(new)
     server.give_up_reload()
     assert (server.phase, server.generation) == (Phase.SERVING, new)
 

@@ -81,11 +81,11 @@ class HeartbeatSender:
         """
         while not (self.should_stop.is_set() or self.has_duplicate_id):
             started_at = monotonic()
-            own_clients = self._scoreboard.clients()
+            own_clients = self._scoreboard.settled_clients()
             self._report(own_clients)
             self._pause(started_at, own_clients)
         # Not at a reload. And a server that drains counts until its last client has gone.
-        if self._scoreboard.get("port_closed") and not self._scoreboard.clients():
+        if self._scoreboard.get("port_closed") and not self._scoreboard.settled_clients():
             self._leave()
         self._link.drop()
 
@@ -150,7 +150,7 @@ class HeartbeatSender:
         while (remaining := end - monotonic()) > 0:
             if self.should_stop.wait(min(remaining, COUNT_CHECK_SECONDS)):
                 return
-            has_changed = self._scoreboard.clients() != own_clients
+            has_changed = self._scoreboard.settled_clients() != own_clients
             if has_changed and not self._failures and monotonic() >= earliest:
                 return
 

@@ -50,7 +50,7 @@ READ, WRITE, MUTED = EPOLLIN, EPOLLOUT, EPOLLET
 
 
 class State(Enum):
-    """The state of a client. In IDLE, READING, BUSY and BLOCKED it counts in WHO."""
+    """The state of a client. From IDLE to MOVING it counts in WHO."""
 
     #: Accepted, but not admitted yet. With TLS, the handshake is in progress.
     NEW = "new"
@@ -62,6 +62,8 @@ class State(Enum):
     BUSY = "busy"
     #: The client does not take its replies. Nothing is read meanwhile.
     BLOCKED = "blocked"
+    #: It is about to be handed over to another worker. Nothing is done for it meanwhile.
+    MOVING = "moving"
     #: The last line has been sent. The server waits for the client's end.
     CLOSING = "closing"
     #: The same for a client that was rejected by a limit.
@@ -70,15 +72,16 @@ class State(Enum):
     CLOSED = "closed"
 
 
-NEW, IDLE, READING, BUSY, BLOCKED = (
+NEW, IDLE, READING, BUSY, BLOCKED, MOVING = (
     State.NEW,
     State.IDLE,
     State.READING,
     State.BUSY,
     State.BLOCKED,
+    State.MOVING,
 )
 CLOSING, REJECTED, CLOSED = State.CLOSING, State.REJECTED, State.CLOSED
-COUNTED = IDLE, READING, BUSY, BLOCKED
+COUNTED = IDLE, READING, BUSY, BLOCKED, MOVING
 
 
 class Work:
@@ -96,6 +99,7 @@ class Work:
         "started_at",
         "unread",
         "unsent",
+        "write_deadline",
     )
 
     def __init__(self) -> None:
@@ -113,6 +117,8 @@ class Work:
         self.reply: bytes | None = None
         #: Replies that the kernel has not taken yet. A view, since they may be large.
         self.unsent = memoryview(b"")
+        #: When the client must have read them.
+        self.write_deadline = inf
         #: The error reply after which the client is closed.
         self.closing_error: ErrorReply | None = None
         #: Data has arrived while a handler runs, so the socket is not watched.
@@ -121,6 +127,11 @@ class Work:
         self.has_input_ended = False
         #: Bytes still answered after the grace of a drain; None before that.
         self.drain_bytes_left: int | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether there is something to do although nothing more arrives."""
+        return bool(self.unread or self.items or self.has_input_ended or self.closing_error)
 
 
 class Client:
@@ -180,7 +191,7 @@ class Client:
             if self.work and self.work.reply is not None:
                 self._end_handler(self.work, self.work.reply, now)
         elif self.state is IDLE or self.state is READING:
-            if self.work and self.work.unread:
+            if self.work and self.work.is_pending:
                 self._proceed(now)
             else:
                 self._read(now)
@@ -394,7 +405,7 @@ class Client:
         if is_last:
             self.loop.note_read(work.started_at)
         if may_go_on:
-            self._proceed(now)
+            self._proceed_or_move(now)
 
     def _send(self, data: bytes, now: float) -> bool:
         """Send; return False if the client must read before anything else is done for it."""
@@ -411,10 +422,12 @@ class Client:
 
     def block(self, unsent: memoryview, now: float) -> None:
         """Wait for the client to read, up to the write timeout; read nothing from it meanwhile."""
-        self._ensure_work().unsent = unsent
+        work = self._ensure_work()
+        work.unsent = unsent
+        work.write_deadline = now + (self.loop.config.write_timeout_seconds or inf)
         self.state = BLOCKED
         self.loop.watch(self, WRITE)
-        self.loop.set_deadline(self, now + (self.loop.config.write_timeout_seconds or inf))
+        self.loop.set_deadline(self, work.write_deadline)
 
     def _unblock(self, now: float) -> None:
         work = self._ensure_work()
@@ -424,7 +437,35 @@ class Client:
             return
         self.state, self.quiet_since, work.started_at = READING, now, now
         self.loop.watch(self, READ)
-        self._proceed(now)
+        self._proceed_or_move(now)
+
+    # Handovers
+
+    @property
+    def may_move(self) -> bool:
+        """Whether it can be handed over now."""
+        return self.state in (IDLE, READING, BLOCKED)
+
+    def _proceed_or_move(self, now: float) -> None:
+        """Continue after a wait; in a handover, leave that to the next worker."""
+        if self.loop.is_handing_over:
+            self.loop.park(self)
+        else:
+            self._proceed(now)
+
+    def resume(self) -> None:
+        """Continue where it was parked: in another worker, or here if the handover has failed."""
+        work = self.work
+        if work and work.unsent:
+            self.state = BLOCKED
+            self.loop.watch(self, WRITE)
+            self.loop.set_deadline(self, work.write_deadline)
+            return
+        is_pending = work is not None and work.is_pending
+        self.state = READING if is_pending or self._has_part else IDLE
+        self.loop.set_deadline(self, self._silence_ends_at())
+        if is_pending or self.loop.is_draining:
+            self.loop.enqueue(self)
 
     # Silence
 

@@ -2,7 +2,8 @@
 
 `admit` counts a client and `uncount` takes it out again; `count_address` and `uncount_address` do
 the same for its address, from the accept to the close of its socket. A caller of the first must
-also call the second.
+also call the second. `take_over` and `hand_over` do all of that for clients that pass from one
+worker to another.
 """
 
 import socket
@@ -13,18 +14,24 @@ from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
 from gserver.scoreboard import Scoreboard
 
+#: The two cells in which a connection's address is counted.
+Places = tuple[int, int]
+
 
 class Limits:
     """Admission to one worker: `--max-clients` and `--max-clients-per-address`."""
 
     def __init__(self, config: Config, scoreboard: Scoreboard, slot: int) -> None:
         self._max_clients = config.max_clients
+        self._scoreboard = scoreboard
         self._cells = scoreboard.cells
         self._count_clients = scoreboard.clients
         self._clients = scoreboard.cell("clients", slot)
         self._accepted = scoreboard.cell("clients_accepted", slot)
         self._closed = scoreboard.cell("clients_closed", slot)
         self._peak = scoreboard.cell("clients_peak", slot)
+        self._arriving = scoreboard.cell("clients_arriving", slot)
+        self._handed_over = scoreboard.cell("clients_handed_over", slot)
         limit = config.max_clients_per_address
         self._addresses = AddressCounts(scoreboard, slot, limit) if limit else None
 
@@ -64,6 +71,34 @@ class Limits:
         self._cells[self._clients] -= 1
         self._cells[self._closed] += 1
 
+    # Handovers. A batch counts in both workers for a moment. `clients_arriving` tells the agent, so
+    # that the cluster hears nothing of it. The two workers write that cell in turn.
+
+    def take_over(self, clients: int) -> None:
+        """Count a batch of clients from another worker, which still counts them."""
+        self._cells[self._arriving] = clients
+        self._cells[self._clients] += clients
+
+    def end_arrival(self) -> None:
+        """Note that the other worker counts nothing any more that this one counts."""
+        self._cells[self._arriving] = 0
+
+    def hand_over(self, clients: int, slot: int) -> None:
+        """Take a batch out of the count, which the worker in `slot` counts by now."""
+        cells = self._cells
+        cells[self._clients] -= clients
+        cells[self._scoreboard.cell("clients_arriving", slot)] = 0
+        cells[self._handed_over] += clients
+
+    def places(self, fd: int) -> Places | None:
+        """Return where the address of a connection is counted, for `take_over_address`."""
+        return self._addresses.places.get(fd) if self._addresses else None
+
+    def take_over_address(self, fd: int, places: Places | None) -> None:
+        """Count a connection's address where another worker has counted it."""
+        if self._addresses and places:
+            self._addresses.add_at(fd, places)
+
     @property
     def clients(self) -> int:
         """Clients of this worker."""
@@ -89,27 +124,32 @@ class AddressCounts:
         self._cells = scoreboard.addresses
         self._own = scoreboard.addresses_of(slot)
         #: The cells in which the connection of each descriptor is counted.
-        self._places: dict[int, tuple[int, int]] = {}
+        self.places: dict[int, Places] = {}
 
     def add(self, fd: int, host: str) -> None:
         """Count a connection, unless its address is at its limit."""
         row = len(self._own) // 2
         digest = blake2b(network(host), digest_size=8, key=self._key).digest()
         first, second = unpack("II", digest)
-        self._places[fd] = places = first % row, row + second % row
-        for place in places:
-            self._own[place] += 1
+        places = first % row, row + second % row
+        self.add_at(fd, places)
         # Compared after counting: two workers must not both give away the last place.
         if min(sum(self._cells[place :: len(self._own)]) for place in places) > self._limit:
             self.remove(fd)
 
+    def add_at(self, fd: int, places: Places) -> None:
+        """Count a connection in these cells."""
+        self.places[fd] = places
+        for place in places:
+            self._own[place] += 1
+
     def __contains__(self, fd: int) -> bool:
         """Whether the connection is counted."""
-        return fd in self._places
+        return fd in self.places
 
     def remove(self, fd: int) -> None:
         """Take a connection out, if it is counted."""
-        for place in self._places.pop(fd, ()):
+        for place in self.places.pop(fd, ()):
             self._own[place] -= 1
 
 

@@ -7,7 +7,8 @@ each client would take a sixth more CPU. It would call the latest clients first,
 
 import errno
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from math import inf
 from time import monotonic
@@ -20,7 +21,7 @@ from gserver import logs
 from gserver.boot import RESERVED_FILES, fatal_on_error
 from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
-from gserver.serve.client import IDLE, NEW, READ, READ_BYTES, Client, address_fields
+from gserver.serve.client import CLOSED, IDLE, MOVING, NEW, READ, READ_BYTES, Client, address_fields
 from gserver.serve.deadlines import Deadlines
 from gserver.serve.fastpath import FastPath
 from gserver.serve.limits import Limits
@@ -80,6 +81,9 @@ class Loop:
         #: Rejected clients that are still open, and those rejected since the last turn.
         self.rejected = self.rejected_now = 0
         self.drain_started_at = inf
+        #: In a handover, the clients that are ready for it: nothing is done for them here.
+        self.parked: deque[Client] = deque()
+        self.is_handing_over = False
         hub = gevent.get_hub()
         self._epoll = get_original("select", "epoll")()
         #: The listener's descriptor while new clients are accepted.
@@ -99,6 +103,11 @@ class Loop:
     def is_draining(self) -> bool:
         """Whether clients are closed once what they have sent is answered."""
         return self.drain_started_at < inf
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether clients speak TLS."""
+        return self._tls_context is not None
 
     # New clients
 
@@ -120,17 +129,24 @@ class Loop:
         if self._tls_context:
             sock = TlsSocket(sock, self._tls_context)
         client = Client(self, sock, address, now)
+        if not self._attach(client):
+            return
+        if self._tls_context:
+            self._begin_handshake(client, now)
+        else:
+            self.guard(client, self.admit, client, now)
+
+    def _attach(self, client: Client) -> bool:
+        """Watch a client's socket; return False if that failed, and the client is closed."""
+        fd = client.sock.fileno()
         if self.clients.setdefault(fd, client) is not client:
             raise SystemError(f"descriptor {fd} of a client was closed by other code, and reused")
         try:
             self._epoll.register(fd, READ)
         except OSError as error:
             self._fail(client, _fatal_unless_out_of_memory(error))
-            return
-        if self._tls_context:
-            self._begin_handshake(client, now)
-        else:
-            self.guard(client, self.admit, client, now)
+            return False
+        return True
 
     def _begin_handshake(self, client: Client, now: float) -> None:
         """Wait for the client's handshake. If there is no room for it, the oldest one ends.
@@ -186,6 +202,32 @@ class Loop:
         fields = {**address_fields(address), "gserver.reason": error.name}
         message = f"{address[0]} was rejected: {reasons[error]}"
         logs.warn_ratelimited("client.rejected", message, fields)
+
+    # Handovers
+
+    def park(self, client: Client) -> None:
+        """Do nothing more for a client, which is about to be handed over."""
+        client.state = MOVING
+        self.queue.pop(client, None)
+        with suppress(OSError):  # Its descriptor was closed by other code: `release` finds that.
+            self._epoll.unregister(client.sock.fileno())
+        self.parked.append(client)
+
+    def adopt(self, client: Client) -> None:
+        """Continue to serve a client that another worker, or a failed handover, has parked here."""
+        if self._attach(client):
+            self.guard(client, client.resume)
+
+    def take_back(self, clients: Iterable[Client]) -> None:
+        """Continue to serve clients that were parked."""
+        for client in clients:
+            del self.clients[client.sock.fileno()]
+            self.adopt(client)
+
+    def release(self, client: Client) -> None:
+        """Forget a client that another worker serves by now. It is uncounted by the caller."""
+        client.state = CLOSED
+        self._forget(client)
 
     # Turns
 
@@ -353,24 +395,27 @@ class Loop:
 
     def remove(self, client: Client, *, was_rejected: bool) -> None:
         """Forget a client, and close its socket. Raises SystemError if other code has closed it."""
-        fd = client.sock.fileno()
         self.queue.pop(client, None)
         self._end_handshake(client)
         if was_rejected:
             self.rejected -= 1
+        else:
+            log_client("client.closed", "closed", client)
+        # A forked child that also has the socket would keep it in the epoll.
+        with suppress(OSError):
+            self._epoll.unregister(client.sock.fileno())
+        self._forget(client)
+
+    def _forget(self, client: Client) -> None:
+        fd = client.sock.fileno()
         client.deadline = inf
         if self.clients.get(fd) is client:
             del self.clients[fd]
             self.limits.uncount_address(fd)
-        # A forked child that also has the socket would keep it in the epoll.
-        with suppress(OSError):
-            self._epoll.unregister(fd)
         try:
             client.sock.close()
         except OSError as error:
             raise SystemError("a client's descriptor was closed by other code") from error
-        if not was_rejected:
-            log_client("client.closed", "closed", client)
         # A stale deadline may refer to the client for a while: its buffers must not stay.
         client.work, client.sock = None, cast(Any, None)
         self._on_close()

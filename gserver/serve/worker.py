@@ -4,9 +4,9 @@ gevent's StreamServer accepts. Sockets are served by callbacks in `loop`. A hand
 is an ordinary blocking function in a greenlet of its own (`Client._run_handler`), made
 cooperative by `patch_all` in `gserver/__main__.py`.
 
-There are `--workers` of them with the same duties. A worker writes its own slot of the scoreboard;
-to the supervisor, it reports only that it is ready. What it needs to know of others, it reads from
-the scoreboard.
+There are `--workers` of them with the same duties. A worker writes its own slot of the scoreboard.
+What it needs to know of others, it reads from the scoreboard. In a reload, the supervisor makes it
+hand its clients over to a new worker (`handover`).
 """
 
 import _socket
@@ -26,9 +26,12 @@ from gevent.server import StreamServer
 from gserver import logs
 from gserver.boot import (
     FATAL_ACCEPT_ERRORS,
+    HAND_OVER,
+    KEPT,
     READY,
     RESERVED_FILES,
     Instructions,
+    fatal_on_error,
     keep_heartbeat,
     raise_file_limit,
 )
@@ -37,6 +40,7 @@ from gserver.config import CLIENTS_SHARE
 from gserver.errors import UsageError
 from gserver.serve import tls
 from gserver.serve.command_module import load_commands
+from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, SuccessorDiedError, receive
 from gserver.serve.limits import Limits
 from gserver.serve.loop import MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
@@ -142,6 +146,8 @@ class Worker:
             raise UsageError("the limit of open files is too low: raise it (ulimit -n, prlimit)")
         self._should_stop_accepting = Event()
         self._should_drain = False
+        #: Hands the clients over, while that is being done.
+        self._sender: Sender | None = None
         self._changed = Event()
         self.limits = Limits(config, scoreboard, slot)
         replies = Replies(config, scoreboard, slot, load_commands(config.commands))
@@ -165,6 +171,7 @@ class Worker:
         hub = cast(Any, gevent.get_hub())
         hub.SYSTEM_ERROR = (*hub.SYSTEM_ERROR, MemoryError)
         gevent.spawn_raw(keep_heartbeat, self._instructions, self._scoreboard)
+        gevent.spawn_raw(fatal_on_error(self._obey))
         self._server.start()
         self._instructions.report(READY)
         self._should_stop_accepting.wait()
@@ -176,6 +183,8 @@ class Worker:
     def is_full(self) -> bool:
         """Whether new clients are left to other workers, or to the kernel's queue."""
         loop = self.loop
+        if self._sender:
+            return True
         if len(loop.clients) > loop.capacity + MAX_REJECTED:
             return True
         # A handshake can be ended to make room. Other workers may have room. If none has, a new
@@ -220,6 +229,77 @@ class Worker:
         # A signal that does not come from the supervisor would leave the port without a worker.
         if self._scoreboard.get("port_closed"):
             self._should_stop_accepting.set()
+
+    # Handovers
+
+    def _obey(self) -> None:
+        """Do what the supervisor sends, one after the other."""
+        control = socket.socket(fileno=self._instructions.control_fd)
+        while True:
+            order, fds, _, _ = socket.recv_fds(control, 64, 1, socket.MSG_CMSG_CLOEXEC)
+            if not fds:
+                return  # The supervisor has died: the heartbeat's greenlet ends the process.
+            pair = socket.socket(fileno=fds[0])
+            if order == HAND_OVER.encode():
+                self._hand_over(pair)
+            else:
+                slot = self._instructions.slot
+                gevent.spawn_raw(fatal_on_error(receive), self.loop, slot, pair)
+
+    def _hand_over(self, pair: socket.socket) -> None:
+        """Hand all clients over and end; if that fails, accept and serve as before.
+
+        Clients that cannot be handed over, or not yet, are served up to the drain timeout.
+        """
+        self._sender = sender = Sender(self.loop, pair)
+        self._server.stop_accepting()
+        try:
+            self._send_all(sender)
+        except HandoverError as error:
+            sender.close()
+            self._sender = None
+            self._server.resume()
+            if self._scoreboard.get("port_closed"):
+                self._should_stop_accepting.set()
+            if not isinstance(error, SuccessorDiedError):
+                self._instructions.report(KEPT, str(error))
+        else:
+            self._handle_stop()
+            sender.close()
+
+    def _send_all(self, sender: Sender) -> None:
+        """Hand over; return when no client is left, in a drain, or at the drain timeout."""
+        loop, started_at = self.loop, monotonic()
+        can_move = sender.greet()
+        if can_move:
+            sender.send_ready()
+        self._note_handover(sender.clients, monotonic() - started_at, can_move=can_move)
+        until = monotonic() + self._config.drain_timeout_seconds
+        while loop.clients and not loop.is_draining:
+            if monotonic() >= until:
+                self._add("clients_left_behind", self.limits.clients)
+                return
+            sender.wait(LOOK_SECONDS)
+            if can_move:
+                sender.send_ready()
+
+    def _note_handover(self, clients: int, seconds: float, *, can_move: bool) -> None:
+        """Count and log what was handed over at once. Busy clients may follow."""
+        self._add("handovers", 1)
+        self._add("handover_ns", round(seconds * 1e9))
+        staying = self.limits.clients
+        message = f"handed over {clients} clients in {seconds:.2f} s"
+        if staying:
+            reason = "they are busy, or do not read their replies"
+            if not can_move:
+                reason = "TLS" if self.loop.has_tls else "the new worker is of another version"
+            limit = self._config.drain_timeout_seconds
+            message += f"; {staying} stay for up to {limit:g} s ({reason})"
+        fields = {"gserver.clients": clients, "gserver.staying": staying}
+        logs.event(logging.INFO, "worker.handed_over", message, fields)
+
+    def _add(self, name: str, increase: int) -> None:
+        self._scoreboard.cells[self._scoreboard.cell(name, self._instructions.slot)] += increase
 
     def _close_port(self) -> None:
         """Stop accepting. Take what is in the kernel's queue if no other worker will."""

@@ -6,6 +6,7 @@ import math
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Collection
@@ -15,7 +16,15 @@ from pathlib import Path
 from time import monotonic
 
 from gserver import logs
-from gserver.boot import DUPLICATE_ID, READY, SUPERVISOR_SIGNALS, Instructions
+from gserver.boot import (
+    DUPLICATE_ID,
+    HAND_OVER,
+    KEPT,
+    READY,
+    SUPERVISOR_SIGNALS,
+    TAKE_OVER,
+    Instructions,
+)
 from gserver.config import SECRETS, environment_names
 from gserver.supervise.phases import Generation
 
@@ -47,6 +56,8 @@ class State(Enum):
 
     STARTING = "starting"
     READY = "ready"
+    # It accepts no more, and ends once another worker has its clients
+    HANDING_OVER = "handing over"
     RETIRED = "retired"  # SIGUSR2 was sent: it accepts no more, and ends after its last client
     TERMINATING = "terminating"  # SIGTERM was sent
     HUNG = "hung"  # killed because its heartbeat stopped
@@ -72,7 +83,8 @@ class Child:
     slot: int
     generation: Generation
     process: subprocess.Popen[bytes]
-    report_fd: int
+    #: Its reports, and orders for it. Closed once it has closed its end.
+    control: socket.socket
     spawned_at: float
     state: State = State.STARTING
     ready_at: float | None = None
@@ -84,19 +96,23 @@ class Child:
     #: The error that it has reported; "" for none.
     error: str = ""
     has_duplicate_id: bool = False
-    #: It has closed its end of the report pipe.
-    is_pipe_closed: bool = False
+    #: It has closed its end of `control`.
+    is_control_closed: bool = False
+    #: Why it has kept its clients, which it should have handed over; "" if it has not.
+    kept: str = ""
+    #: The worker that it hands its clients over to.
+    successor: "Child | None" = None
 
     @classmethod
     def start(cls, role: str, generation: Generation, instructions: Instructions) -> "Child":
         """Start a process; raise OSError if the system cannot.
 
-        The supervisor's process id and the report pipe are added to the instructions.
+        The supervisor's process id and the control socket are added to the instructions.
         """
-        report_fd, child_fd = os.pipe()
+        ours, theirs = socket.socketpair()
         signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISOR_SIGNALS)
-        payload = replace(instructions, supervisor_pid=os.getpid(), report_fd=child_fd)
-        inherited = (instructions.scoreboard_fd, instructions.listener_fd, child_fd)
+        payload = replace(instructions, supervisor_pid=os.getpid(), control_fd=theirs.fileno())
+        inherited = (instructions.scoreboard_fd, instructions.listener_fd, theirs.fileno())
         try:
             with payload.as_file() as stdin:
                 process = subprocess.Popen(  # noqa: S603 - the arguments are ours
@@ -109,13 +125,13 @@ class Child:
                     env=_environment(),
                 )
         except OSError:
-            os.close(report_fd)
+            ours.close()
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)
-            os.close(child_fd)
-        os.set_blocking(report_fd, False)
-        return cls(role, instructions.slot, generation, process, report_fd, monotonic())
+            theirs.close()
+        ours.setblocking(False)
+        return cls(role, instructions.slot, generation, process, ours, monotonic())
 
     @property
     def pid(self) -> int:
@@ -133,9 +149,14 @@ class Child:
         return self.state is State.READY
 
     @property
+    def is_handing_over(self) -> bool:
+        """Whether a worker hands its clients over to another one."""
+        return self.state is State.HANDING_OVER
+
+    @property
     def should_end(self) -> bool:
         """Whether the supervisor wants it to end."""
-        return self.state in (State.TERMINATING, State.KILLED)
+        return self.state in (State.HANDING_OVER, State.TERMINATING, State.KILLED)
 
     @property
     def is_staying(self) -> bool:
@@ -164,7 +185,7 @@ class Child:
                 return True
             case State.TERMINATING:
                 return code >= 0 or code == -signal.SIGTERM
-            case State.RETIRED:
+            case State.RETIRED | State.HANDING_OVER:
                 return bool(code == 0)
         return False
 
@@ -188,18 +209,22 @@ class Child:
 
     def read_report(self) -> bool:
         """Take in what it reports; return whether it has become ready by that."""
-        if self.report_fd < 0:
+        if self.control.fileno() < 0:
             return False
         try:
-            report = os.read(self.report_fd, 8192).decode("ascii", "replace")
+            report = self.control.recv(8192).decode("ascii", "replace")
         except BlockingIOError:
             return False
-        self.is_pipe_closed = not report
+        except ConnectionResetError:  # It has died with an order unread.
+            report = ""
+        self.is_control_closed = not report
         was_ready = self.has_been_ready
         for line in report.splitlines():
             kind, _, reason = line.partition(" ")
             if kind == READY:
                 self._note_ready()
+            elif kind == KEPT:
+                self.kept = reason
             else:
                 self.error = reason
                 self.has_duplicate_id = kind == DUPLICATE_ID
@@ -213,12 +238,11 @@ class Child:
         fields = {"gserver.child_pid": self.pid}
         logs.event(logging.INFO, f"{self.role}.ready", message, fields)
 
-    def close_pipe(self, selector: selectors.BaseSelector) -> None:
+    def close_control(self, selector: selectors.BaseSelector) -> None:
         """Stop reading its reports."""
-        if self.report_fd >= 0:
-            selector.unregister(self.report_fd)
-            os.close(self.report_fd)
-            self.report_fd = -1
+        if self.control.fileno() >= 0:
+            selector.unregister(self.control)
+            self.control.close()
 
     @property
     def due_at(self) -> float:
@@ -271,6 +295,22 @@ class Child:
         if self.state is State.READY:
             self.state = State.RETIRED
             self._send(signal.SIGUSR2)
+
+    def hand_over(self, successor: "Child", kill_at: float) -> None:
+        """Make a worker hand its clients over, and end. It is killed if it has not ended by then.
+
+        Raises OSError if the system has no socket pair, or if one of the two cannot be told.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            socket.send_fds(successor.control, [TAKE_OVER.encode()], [theirs.fileno()])
+            socket.send_fds(self.control, [HAND_OVER.encode()], [ours.fileno()])
+        self.state, self.successor, self.kill_at = State.HANDING_OVER, successor, kill_at
+
+    def keep(self) -> None:
+        """Note that a worker has kept its clients, and accepts again: its successor failed."""
+        self.state, self.successor, self.kill_at = State.READY, None, None
+        self.kept = ""
 
     def terminate(self, kill_at: float) -> None:
         """Send SIGTERM, and note when it is killed if it has not ended."""

@@ -85,6 +85,8 @@ class Generation:
     certificates: Certificates
     #: A worker of it has been ready.
     is_proven: bool = False
+    #: What to go back to if it fails. None once one of its workers has the place of an old one.
+    previous: "Generation | None" = None
     #: All workers were of it at one moment, or its reload was given up half way.
     is_complete: bool = False
 
@@ -128,7 +130,7 @@ class Workforce(Generic[AnyWorker]):
         return max(0, min(target - len(self.staying), self.wanted + 1 - self.running))
 
     def to_replace(self, generation: Generation) -> AnyWorker | None:
-        """Return the worker that a reload terminates now: one for which a new one is ready."""
+        """Return the worker that hands over now: an old one for which a new one is ready."""
         old = self._old(generation)
         has_spare = len(self.staying) > self.wanted
         if old and has_spare and all(worker.has_been_ready for worker in self.staying):
@@ -207,10 +209,15 @@ class Lifecycle:
     def note_ready(self, generation: Generation) -> None:
         """Take a generation for proven: a worker of it is ready."""
         generation.is_proven = True
-        if generation.number >= self._proven.number:
+        if generation.number > self._proven.number:
+            generation.previous = self._proven if self._proven.is_proven else None
             self._proven = generation
         if self.phase is Phase.STARTING:
             self._enter_running_phase()
+
+    def note_replaced(self, generation: Generation) -> None:
+        """Note that a worker of this generation has taken the place of an old one."""
+        generation.previous = None
 
     # Reloads.
 
@@ -222,14 +229,17 @@ class Lifecycle:
             self._enter_running_phase()
 
     def would_end_reload(self, generation: Generation) -> bool:
-        """Return whether a reload ends if a worker of this generation cannot start."""
-        return generation is self.generation and generation is not self._proven
+        """Return whether a reload ends if a worker of this generation fails now."""
+        is_tried = generation is self._proven and generation.previous is None
+        return generation is self.generation and not is_tried
 
     def give_up_reload(self) -> None:
         """Go back to the newest proven generation. Its own reload goes on if it is not complete.
 
-        If the generation is that one, workers that were not replaced stay.
+        If the generation is that one, and has replaced some workers, the others stay.
         """
+        if self.generation is self._proven and self.generation.previous:
+            self._proven = self.generation.previous
         if self.generation is self._proven:
             self.generation.is_complete = True
         self.generation = self._proven
@@ -238,6 +248,7 @@ class Lifecycle:
 
     def complete_reload(self) -> None:
         """End the reload: every worker is a new one."""
+        self.note_replaced(self.generation)
         self.generation.is_complete = True
         self._enter_running_phase()
 

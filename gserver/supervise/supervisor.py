@@ -38,6 +38,9 @@ START_RETRY_SECONDS = 1.0
 #: Slots of the scoreboard beyond `--workers`. A reload starts a new worker before it ends an old
 #: one, and a worker that cannot be killed keeps its slot.
 SPARE_SLOTS = 2
+#: A worker has twice the drain timeout to end in a handover: for clients that stay with it, and for
+#: its own drain. It has so much longer to hand over the others.
+HANDOVER_SECONDS = 10.0
 #: What the service manager shows during a reload.
 RELOADING_STATUS = "replacing the workers one by one"
 
@@ -187,13 +190,20 @@ class Supervisor:
         lifecycle, workforce = self._lifecycle, self._workforce()
         kill_at = now + self._config.drain_timeout_seconds
         if old := workforce.to_replace(lifecycle.generation):
-            old.terminate(kill_at)
+            self._hand_over(old, workforce.staying[-1], now)
         elif workforce.is_replaced(lifecycle.generation):
             lifecycle.complete_reload()
             self._scoreboard.add("reloads", 1)
             logs.event(logging.INFO, "server.reloaded", "reloaded: all workers were replaced")
             for child in self._staying(AGENT):
                 child.terminate(kill_at)
+
+    def _hand_over(self, old: Child, successor: Child, now: float) -> None:
+        kill_at = now + 2 * self._config.drain_timeout_seconds + HANDOVER_SECONDS
+        try:
+            old.hand_over(successor, kill_at)
+        except OSError as error:
+            self._give_up_reload(f"the clients cannot be handed over: {error}")
 
     def _retire_workers(self) -> None:
         for child in self._staying(WORKER):
@@ -213,8 +223,9 @@ class Supervisor:
         # it is started only while there are workers.
         has_old_agent = len(self._staying(AGENT)) < len(self._not_stuck(AGENT))
         if not has_old_agent or now >= began_at + timeout_seconds * OLD_AGENT_SHARE:
-            for child in self._staying(WORKER):
-                child.terminate(kill_at)
+            for child in self._not_stuck(WORKER):
+                if child.is_staying or child.is_handing_over:
+                    child.terminate(kill_at)
 
     def _end_agent(self, now: float) -> None:
         kill_at = self._lifecycle.since + self._config.drain_timeout_seconds * AGENT_SHARE
@@ -272,7 +283,7 @@ class Supervisor:
         if role == AGENT:
             self._scoreboard.add("agent_starts", 1)
         self._children.append(child)
-        self._selector.register(child.report_fd, selectors.EVENT_READ, child)
+        self._selector.register(child.control, selectors.EVENT_READ, child)
 
     # What happens to them.
 
@@ -292,8 +303,12 @@ class Supervisor:
             self._backoff[child.role].failures = 0
             if child.role == WORKER:
                 self._note_ready(child)
-        if child.is_pipe_closed:
-            child.close_pipe(self._selector)
+        if child.kept:
+            reason = child.kept
+            child.keep()
+            self._give_up_reload(reason)
+        if child.is_control_closed:
+            child.close_control(self._selector)
 
     def _note_ready(self, worker: Child) -> None:
         if worker.is_staying:
@@ -305,9 +320,10 @@ class Supervisor:
     def _reap(self, now: float) -> None:
         for child in [child for child in self._children if child.has_ended()]:
             self._read_report(child)  # Its last report may be unread.
-            child.close_pipe(self._selector)
+            child.close_control(self._selector)
             self._children.remove(child)
             has_died = not child.has_ended_as_requested
+            self._end_handover(child)
             lost = 0
             if child.role == WORKER:
                 lost = self._scoreboard.clear_dead_worker(child.slot, has_died=has_died)
@@ -317,6 +333,14 @@ class Supervisor:
                 self._handle_death(child, lost, now)
         reap_orphans([child.pid for child in self._children])
 
+    def _end_handover(self, ended: Child) -> None:
+        """Note what the end of one of two workers means for a handover between them."""
+        if ended.is_handing_over and ended.successor in self._children:
+            self._lifecycle.note_replaced(ended.successor.generation)
+        for child in self._children:
+            if child.successor is ended and child.is_handing_over:
+                child.keep()
+
     def _handle_death(self, child: Child, lost: int, now: float) -> None:
         """Act on the unexpected end of a child."""
         fields = {
@@ -324,7 +348,7 @@ class Supervisor:
             "process.exit_code": child.process.returncode,
             "gserver.lost": lost,
         }
-        is_start = child.role == WORKER and not child.has_been_ready
+        is_worker = child.role == WORKER
         if child.error and not self._is_announced:
             self._failure = UsageError(child.error)
             self._lifecycle.force(now)
@@ -332,8 +356,9 @@ class Supervisor:
             self._failure = UsageError(child.error)
             self._lifecycle.drain(now)
             logs.event(logging.ERROR, "server.duplicate_id", f"draining: {child.error}", fields)
-        elif is_start and self._lifecycle.would_end_reload(child.generation):
-            self._give_up_reload(f"a new worker did not start: {child.end_reason}", fields)
+        elif is_worker and self._lifecycle.would_end_reload(child.generation):
+            problem = "ended early" if child.has_been_ready else "did not start"
+            self._give_up_reload(f"a new worker {problem}: {child.end_reason}", fields)
         else:
             message = f"{child.role} {child.pid} died ({child.end_reason})"
             if self._has_successor(child):
@@ -345,7 +370,7 @@ class Supervisor:
     def _has_successor(self, child: Child) -> bool:
         """Return whether another process is started because this one ended, or cannot end."""
         needs = NEEDS[self._lifecycle.phase]
-        if child.is_stuck:  # Another was started when that was found.
+        if child.is_stuck or child.should_end:  # There is one already.
             return False
         return needs.has_workers if child.role == WORKER else needs.has_agent
 
@@ -450,8 +475,9 @@ class Supervisor:
     def _give_up_reload(self, reason: str, fields: dict[str, object] | None = None) -> None:
         self._lifecycle.give_up_reload()
         kill_at = monotonic() + self._config.drain_timeout_seconds
-        for worker in self._staying(WORKER):
-            if worker.generation.number > self._lifecycle.generation.number:
+        for place, worker in enumerate(self._staying(WORKER)):
+            is_newer = worker.generation.number > self._lifecycle.generation.number
+            if is_newer or place >= self._config.workers:
                 worker.terminate(kill_at)
         self._log_failed_reload(reason, fields)
 

@@ -1,0 +1,231 @@
+"""Handovers of real servers that are killed, stopped or reloaded again at each step."""
+
+import os
+import signal
+import time
+from collections import Counter
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lab.running import Client, Running, extended, is_alive, until
+from lab.tls_client import certified, trust
+
+#: Clients of the old worker: three batches.
+CLIENTS = 600
+BATCH = 250
+
+#: Kills its process before, or after, the call with this number of a function.
+FAULT = """
+import os, signal, time
+from gserver.serve import handover, limits, loop
+from gserver.commands import command
+from lab.commands import napping, pid
+
+nap = napping("NAP", 3)
+
+def act_at(owner, name, number, act, after=False):
+    original, calls = getattr(owner, name), 0
+    def wrapped(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            act()
+        result = original(*arguments, **named)
+        if calls == number and after:
+            act()
+        return result
+    setattr(owner, name, wrapped)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+#: Where the successor dies: the call, and which clients are lost with it, at most.
+IN_SUCCESSOR = {
+    "before its greeting": ("handover.Greeting, 'encode', 1, die", 0),
+    "with the first batch unread": ("handover.socket, 'recv_fds', 2, die", 0),
+    "before it counts the second batch": ("limits.Limits, 'take_over', 2, die", BATCH),
+    "before it answers the second batch": ("limits.Limits, 'take_over', 2, die, True", BATCH),
+    "before it serves the second batch": ("loop.Loop, 'adopt', 251, die", 2 * BATCH),
+    "in the second batch": ("loop.Loop, 'adopt', 300, die", 2 * BATCH),
+    "after the last batch": ("limits.Limits, 'end_arrival', 1, die", CLIENTS),
+}
+#: The same for the old worker.
+IN_OLD_WORKER = {
+    "before the greeting": ("handover.Sender, 'greet', 1, die", CLIENTS),
+    "before the first batch": ("handover.Sender, '_send', 1, die", CLIENTS),
+    "with the second batch unanswered": ("handover.Sender, '_receive', 3, die", CLIENTS - BATCH),
+    "before it uncounts the second batch": ("limits.Limits, 'hand_over', 2, die", CLIENTS - BATCH),
+    "after it uncounts it": ("limits.Limits, 'hand_over', 2, die, True", CLIENTS - 2 * BATCH),
+    "in the middle of closing it": ("loop.Loop, 'release', 300, die", CLIENTS - 2 * BATCH),
+    "after the last batch": ("handover.Sender, 'close', 1, die", 0),
+}
+
+
+def survivors(clients: list[Client]) -> list[Client]:
+    """The clients that are still connected. Each of them is asked, and gets its one reply."""
+    found = []
+    for client in clients:
+        reply = b""
+        with suppress(OSError):
+            client.send(b"WHY\n")
+            reply = client.line()
+        assert reply in (b"42\n", b"")
+        if reply:
+            found.append(client)
+    return found
+
+
+def crowd(server: Running, stack: ExitStack) -> list[Client]:
+    clients = [stack.enter_context(server.client()) for _ in range(CLIENTS)]
+    until(lambda: clients[0].who() == CLIENTS, "the clients are counted")
+    return clients
+
+
+@pytest.mark.parametrize("step", IN_SUCCESSOR)
+def test_if_the_successor_dies_only_its_own_clients_are_lost(tmp_path: Path, step: str) -> None:
+    call, most_lost = IN_SUCCESSOR[step]
+    with extended(tmp_path, FAULT) as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        [old] = server.workers()
+        (tmp_path / "extra.py").write_text(f"{FAULT}\nact_at({call})\n")
+        server.send_signal(signal.SIGHUP)
+        failed = server.wait_for("server.reload_failed")
+        assert "a new worker ended early: killed by SIGKILL" in failed["message"]
+        alive = survivors(clients)
+        assert CLIENTS - most_lost <= len(alive)
+        assert alive or most_lost == CLIENTS
+        until(lambda: server.who() == len(alive) + 1, "WHO is right")
+        assert is_alive(old) or most_lost == CLIENTS, "the old worker stays"
+        (tmp_path / "extra.py").write_text(FAULT)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        assert len(survivors(alive)) == len(alive)
+        assert server.who() in (len(alive) + 1, len(alive) + 2)
+
+
+@pytest.mark.parametrize("step", IN_OLD_WORKER)
+def test_if_the_old_worker_dies_only_its_own_clients_are_lost(tmp_path: Path, step: str) -> None:
+    call, most_lost = IN_OLD_WORKER[step]
+    with extended(tmp_path, f"{FAULT}\nact_at({call})\n") as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        (tmp_path / "extra.py").write_text(FAULT)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        assert len(server.events("worker.died")) == 1
+        alive = survivors(clients)
+        assert CLIENTS - most_lost <= len(alive)
+        until(lambda: server.who() == len(alive) + 1, "WHO is right")
+
+
+def test_if_the_supervisor_dies_all_processes_end(tmp_path: Path) -> None:
+    slow = f"{FAULT}\nact_at(handover.Sender, '_send', 2, lambda: time.sleep(60))\n"
+    with extended(tmp_path, slow) as server, ExitStack() as stack:
+        crowd(server, stack)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.ready", 2)
+        workers = server.workers()
+        server.kill()
+        until(lambda: not any(is_alive(worker) for worker in workers), "all workers have ended")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_signal_in_the_middle_has_its_usual_effect(
+    tmp_path: Path, number: signal.Signals, batch: int
+) -> None:
+    pause = f"{FAULT}\nact_at(handover.Sender, '_send', {batch}, lambda: time.sleep(0.5))\n"
+    with extended(tmp_path, pause, "--drain-timeout", "60") as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.ready", 2)
+        time.sleep(0.2)
+        server.send_signal(number)
+        if number == signal.SIGTERM:
+            assert server.exit_code() == 0
+            assert {client.rest() for client in clients} == {b""}
+        elif number == signal.SIGUSR2:
+            server.wait_for("server.retiring")
+            time.sleep(1)
+            assert len(survivors(clients)) == CLIENTS
+            for client in clients:
+                client.sock.close()
+            assert server.exit_code() == 0
+        else:
+            until(lambda: len(server.events("server.reloading")) == 2, "the second reload")
+            server.wait_for("server.reloaded")
+            assert len(survivors(clients)) == CLIENTS
+            assert server.who() == CLIENTS + 1
+        assert not server.events("worker.died")
+        assert not server.events("worker.cut_off")
+
+
+def test_a_worker_without_enough_descriptors_takes_no_clients(tmp_path: Path) -> None:
+    """The limit was lowered after the start: the new worker has room for fewer clients."""
+    with extended(tmp_path, FAULT, "--max-clients", "800") as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (500, 500))
+        server.send_signal(signal.SIGHUP)
+        assert "descriptors for 436 clients" in server.wait_for("server.reload_failed")["message"]
+        assert len(survivors(clients)) == CLIENTS
+        assert server.who() == CLIENTS + 1
+        until(lambda: len(server.workers()) == 1, "the new worker has ended")
+
+
+def test_tls_clients_stay_with_their_worker_for_the_drain_timeout(
+    pems: Path, tmp_path: Path
+) -> None:
+    options = (*certified(pems), "--drain-timeout", "3")
+    with extended(tmp_path, FAULT, *options) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.client(context=trust(pems))) for _ in range(10)]
+        old = {client.ask(b"PID") for client in clients}
+        server.send_signal(signal.SIGHUP)
+        moved = server.wait_for("worker.handed_over")
+        assert (moved["gserver.clients"], moved["gserver.staying"]) == (0, 10)
+        assert "10 stay for up to 3 s (TLS)" in moved["message"]
+        with server.client(context=trust(pems)) as new:
+            assert new.ask(b"PID") not in old
+        assert {client.ask(b"PID") for client in clients} == old
+        began = time.monotonic()
+        assert {client.end() for client in clients} == {b""}
+        server.wait_for("server.reloaded")
+        assert time.monotonic() - began < 30
+
+
+@pytest.mark.long
+def test_100_reloads_leave_nothing_behind(tmp_path: Path) -> None:
+    with (
+        extended(tmp_path, FAULT, "--workers", "2", "--admin-port", "0") as server,
+        ExitStack() as stack,
+    ):
+        clients = crowd(server, stack)
+        supervisor = psutil.Process(server.pid)
+
+        def held() -> Counter[str]:
+            children = supervisor.children()
+            files = sum(len(os.listdir(f"/proc/{each.pid}/fd")) for each in children)
+            return Counter(
+                supervisor_files=supervisor.num_fds(),
+                files=files,
+                processes=len(children),
+                kilobytes=supervisor.memory_info().rss // 1024,
+            )
+
+        def reload(number: int) -> None:
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("server.reloaded", number)
+            server.wait_for("agent.ready", number + 1)
+
+        for number in range(1, 4):
+            reload(number)
+        before = held()
+        for number in range(4, 104):
+            reload(number)
+        after = held()
+        assert after["kilobytes"] - before["kilobytes"] < 2000
+        del before["kilobytes"], after["kilobytes"]
+        assert after == before
+        assert len(survivors(clients)) == CLIENTS

@@ -1,0 +1,481 @@
+"""Handovers: two loops in this process, and reloads of real servers."""
+
+import _socket
+import gc
+import json
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.socket
+import pytest
+
+from gserver.commands import BUILT_IN, Command, command
+from gserver.config import Config
+from gserver.scoreboard import Scoreboard
+from gserver.serve import handover
+from gserver.serve.client import BLOCKED, BUSY
+from gserver.serve.handover import (
+    BATCH_CLIENTS,
+    Greeting,
+    HandoverError,
+    Sender,
+    SuccessorDiedError,
+    receive,
+)
+from gserver.serve.limits import Limits
+from gserver.serve.loop import Loop
+from gserver.serve.replies import Replies
+from lab.running import LIMIT, extended, until
+
+GONE = command("GONE", may_block=False)(lambda _service: "gone")
+
+
+@command("REST")
+def rest(_service: object) -> str:
+    gevent.sleep(0.1)
+    return "rested"
+
+
+@command("LARGE", may_block=False)
+def large(_service: object) -> str:
+    return "x" * 2_000_000
+
+
+@dataclass
+class Pair:
+    """The loops of an old worker, in slot 0, and of its successor, in slot 1."""
+
+    scoreboard: Scoreboard
+    old: Loop
+    new: Loop
+    ours: socket.socket
+    theirs: socket.socket
+    stack: ExitStack
+
+    def connect(self, host: str = "127.0.0.1") -> socket.socket:
+        """Connect a client to the old worker."""
+        ours, theirs = socket.socketpair()
+        bare = _socket.socket(ours.family, ours.type, 0, ours.detach())
+        bare.setblocking(False)
+        self.old.add(bare, (host, 1))
+        theirs.settimeout(LIMIT)
+        return self.stack.enter_context(theirs)
+
+    def hand_over(self) -> Sender:
+        """Hand everything over that is ready."""
+        receiver = gevent.spawn(receive, self.new, 1, self.theirs)
+        sender = Sender(self.old, self.ours)
+        try:
+            if sender.greet():
+                sender.send_ready()
+        finally:
+            sender.close()
+            receiver.join(LIMIT)
+        return sender
+
+    def figures(self) -> tuple[int, int, int]:
+        """Clients of the old worker, of the new one, and of the cluster's view."""
+        clients = self.scoreboard.by_slot("clients")
+        return clients[0], clients[1], self.scoreboard.settled_clients()
+
+
+@contextmanager
+def pair(commands: tuple[Command, ...] = (), **options: Any) -> Iterator[Pair]:
+    config = Config(server_id="here", **options)
+    scoreboard = Scoreboard.create(2, config.address_cells)
+
+    def loop(slot: int, *commands: Command) -> Loop:
+        replies = Replies(config, scoreboard, slot, (*BUILT_IN, rest, large, *commands))
+        return Loop(config, Limits(config, scoreboard, slot), replies, capacity=1000)
+
+    with ExitStack() as stack:
+        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = (stack.enter_context(gevent_socket(end)) for end in ends)
+        yield Pair(scoreboard, loop(0, *commands), loop(1), ours, theirs, stack)
+
+
+def gevent_socket(sock: socket.socket) -> Any:
+    """The same socket, as a worker has it: it makes only its greenlet wait."""
+    return gevent.socket.socket(fileno=sock.detach())
+
+
+def settle(condition: Callable[[], object] = lambda: False, seconds: float = LIMIT) -> None:
+    """Let the loops run until the condition is true."""
+    with gevent.Timeout(seconds):
+        while not condition():
+            gevent.sleep(0.005)
+
+
+def ask(client: socket.socket, line: bytes = b"WHY\n") -> bytes:
+    client.sendall(line)
+    return read(client)
+
+
+def read(client: socket.socket) -> bytes:
+    """What the client receives next; the loops run meanwhile."""
+    client.setblocking(False)
+    received = b""
+
+    def has_line() -> bool:
+        nonlocal received
+        with suppress(BlockingIOError):
+            received += client.recv(100_000_000)
+        return received.endswith(b"\n")
+
+    settle(has_line)
+    return received
+
+
+# What a client was doing.
+
+
+def test_idle_clients_are_served_by_the_new_worker() -> None:
+    with pair() as both:
+        clients = [both.connect() for _ in range(2 * BATCH_CLIENTS + 1)]
+        assert ask(clients[0], b"WHO\n") == b"501\n"
+        sender = both.hand_over()
+        assert sender.clients == 501
+        assert both.figures() == (0, 501, 501)
+        assert not both.old.clients
+        assert {ask(client, b"WHO\n") for client in clients} == {b"501\n"}
+        totals = both.scoreboard.totals()
+        assert totals["clients_handed_over"] == 501
+        assert (totals["clients_accepted"], totals["clients_closed"]) == (501, 0)
+
+
+def test_a_partial_line_moves_with_its_client_and_its_deadline() -> None:
+    with pair(line_timeout_seconds=1000, unterminated_after_seconds=0) as both:
+        client = both.connect()
+        client.sendall(b"WHY\nWHE")
+        assert read(client) == b"42\n"
+        [before] = both.old.clients.values()
+        deadline = before.deadline
+        both.hand_over()
+        [after] = both.new.clients.values()
+        assert after.deadline == deadline < time.monotonic() + 1001
+        assert ask(client, b"RE\nWHY\n") == b"here\n42\n"
+
+
+def test_the_idle_time_goes_on() -> None:
+    with pair(idle_timeout_seconds=1000) as both:
+        both.connect()
+        gevent.sleep(0.1)
+        [before] = both.old.clients.values()
+        quiet_since, deadline = before.quiet_since, before.deadline
+        both.hand_over()
+        [after] = both.new.clients.values()
+        assert (after.quiet_since, after.deadline) == (quiet_since, deadline)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "replies"),
+    [
+        (b"", b"GET / HTTP/1.1\n", b""),
+        (b"WHY\n", b"GET / HTTP/1.1\n", b"42\nERR unknown command\n"),
+        (b"\n", b"GET / HTTP/1.1\n", b""),
+        (b"GET / HTTP", b"/1.1\n", b""),
+    ],
+)
+def test_the_first_line_is_the_first_one_only_once(
+    before: bytes, after: bytes, replies: bytes
+) -> None:
+    with pair() as both:
+        client = both.connect()
+        client.sendall(before)
+        gevent.sleep(0.05)
+        both.hand_over()
+        client.sendall(after)
+        client.shutdown(socket.SHUT_WR)
+        settle(lambda: not both.new.clients)
+        received = b""
+        with suppress(ConnectionResetError):
+            while data := client.recv(1000):
+                received += data
+        assert received == replies
+
+
+def test_a_client_in_a_handler_follows_when_the_handler_has_answered() -> None:
+    with pair() as both:
+        client = both.connect()
+        client.sendall(b"REST\nREST\nWHO\nWHAT\nWHERE")
+        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
+        receiver = gevent.spawn(receive, both.new, 1, both.theirs)
+        sender = Sender(both.old, both.ours)
+        assert sender.greet()
+        sender.send_ready()
+        assert both.figures() == (1, 0, 1), "the handler runs"
+        settle(lambda: both.old.parked)
+        sender.send_ready()
+        sender.close()
+        receiver.join(LIMIT)
+        assert both.figures() == (0, 1, 1), "the second handler runs in the new worker"
+        client.sendall(b"\n")
+        settle(lambda: both.scoreboard.totals()["commands.WHERE"])
+        assert read(client) == b"rested\nrested\n1\nERR unknown command\nhere\n"
+        [commands] = [both.scoreboard.totals()["commands.REST"]]
+        assert commands == 2
+
+
+def test_a_command_that_the_new_worker_does_not_have_is_unknown() -> None:
+    with pair((GONE,)) as both:
+        client = both.connect()
+        client.sendall(b"REST\nGONE\nWHY\n")
+        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
+        both.old.is_handing_over = True
+        settle(lambda: both.old.parked)
+        both.hand_over()
+        settle(lambda: both.scoreboard.totals()["commands.WHY"])
+        assert read(client) == b"rested\nERR unknown command\n42\n"
+
+
+def test_unsent_replies_move_with_their_clients_and_stay_in_order() -> None:
+    with pair() as both:
+        clients = [both.connect() for _ in range(3)]
+        for number, client in enumerate(clients):
+            client.sendall(b"WHY\n" * number + b"LARGE\nWHERE\n")
+        settle(lambda: {each.state for each in both.old.clients.values()} == {BLOCKED})
+        both.hand_over()
+        assert both.figures() == (0, 3, 3)
+        for number, client in enumerate(clients):
+            received = b""
+            while not received.endswith(b"here\n"):
+                received += read(client)
+            assert received == b"42\n" * number + b"x" * 2_000_000 + b"\nhere\n"
+
+
+def test_the_time_to_read_goes_on_in_the_new_worker() -> None:
+    with pair(write_timeout_seconds=1000) as both:
+        client = both.connect()
+        client.sendall(b"LARGE\n")
+        settle(lambda: next(iter(both.old.clients.values())).state is BLOCKED)
+        [blocked] = both.old.clients.values()
+        deadline = blocked.deadline
+        both.hand_over()
+        [after] = both.new.clients.values()
+        assert (after.state, after.deadline) == (BLOCKED, deadline)
+
+
+def test_a_client_that_has_ended_its_input_gets_its_replies_and_the_end() -> None:
+    with pair() as both:
+        client = both.connect()
+        client.sendall(b"REST\nWHY")
+        client.shutdown(socket.SHUT_WR)
+        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
+        both.old.is_handing_over = True
+        settle(lambda: both.old.parked)
+        both.hand_over()
+        settle(lambda: not both.new.clients)
+        assert read(client) == b"rested\n42\n"
+        assert client.recv(1) == b""
+
+
+def test_a_client_over_its_address_limit_is_rejected_after_a_handover_too() -> None:
+    with pair(max_clients_per_address=2) as both:
+        first = [both.connect("10.0.0.1") for _ in range(2)]
+        both.hand_over()
+        assert read(both.connect("10.0.0.1")) == b"ERR too many clients from your address\n"
+        for client in first:
+            client.close()
+        settle(lambda: not both.new.clients)
+        assert ask(both.connect("10.0.0.1")) == b"42\n"
+
+
+def test_clients_that_arrive_in_a_drain_are_drained() -> None:
+    with pair() as both:
+        client = both.connect()
+        ask(client)
+        both.new.drain()
+        both.hand_over()
+        settle(lambda: not both.new.clients)
+        assert client.recv(1) == b""
+
+
+# What WHO says meanwhile.
+
+
+def test_who_is_never_too_low_and_too_high_by_a_batch_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, int]] = []
+    with pair() as both:
+        for _ in range(1000):
+            both.connect()
+
+        def note(*_: object) -> None:
+            seen.append((both.scoreboard.clients(), both.scoreboard.settled_clients()))
+
+        for name in ("take_over", "hand_over", "end_arrival", "places", "take_over_address"):
+            method = getattr(Limits, name)
+
+            def watched(self: Limits, *values: Any, method: Any = method) -> Any:
+                note()
+                result = method(self, *values)
+                note()
+                return result
+
+            monkeypatch.setattr(Limits, name, watched)
+        both.hand_over()
+    assert {settled for _, settled in seen} == {1000}
+    clients = [clients for clients, _ in seen]
+    assert (min(clients), max(clients)) == (1000, 1000 + BATCH_CLIENTS)
+
+
+# Failures.
+
+
+def test_a_successor_of_another_format_gets_no_clients() -> None:
+    with pair() as both:
+        client = both.connect()
+        greeting = {"format": handover.FORMAT + 1, "anything": "else"}
+        both.theirs.send(json.dumps(greeting).encode())
+        sender = Sender(both.old, both.ours)
+        assert not sender.greet()
+        sender.close()
+        assert ask(client) == b"42\n"
+        assert both.figures() == (1, 0, 1)
+
+
+@pytest.mark.parametrize("has_tls", [True, False])
+def test_a_successor_with_tls_gets_no_clients(has_tls: bool) -> None:
+    with pair() as both:
+        both.theirs.send(Greeting(1, 100, has_tls).encode())
+        assert Sender(both.old, both.ours).greet() is not has_tls
+
+
+def test_a_successor_that_says_nothing_gets_no_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "GREETING_SECONDS", 0.1)
+    with pair() as both:
+        assert not Sender(both.old, both.ours).greet()
+
+
+def test_a_successor_without_enough_descriptors_is_an_error() -> None:
+    with pair() as both:
+        for _ in range(3):
+            both.connect()
+        both.theirs.send(Greeting(1, 2, has_tls=False).encode())
+        with pytest.raises(HandoverError, match="descriptors for 2 clients, and 3 are connected"):
+            Sender(both.old, both.ours).greet()
+
+
+def test_a_batch_that_finds_no_descriptors_stays_with_the_old_worker() -> None:
+    with pair() as both:
+        clients = [both.connect() for _ in range(5)]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        gc.collect()  # What earlier tests have left would free descriptors later.
+        with open("/dev/null") as probe:  # The next two descriptors are free.
+            limit = probe.fileno() + 2
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        try:
+            assert both.hand_over().clients == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert both.figures() == (5, 0, 5)
+        assert {ask(client, b"WHO\n") for client in clients} == {b"5\n"}
+
+
+def test_if_the_successor_dies_before_its_answer_the_batch_is_served_as_before() -> None:
+    with pair() as both:
+        clients = [both.connect() for _ in range(5)]
+        clients[1].sendall(b"WH")
+        gevent.sleep(0.05)
+        sender = Sender(both.old, both.ours)
+        both.theirs.send(Greeting(1, 100, has_tls=False).encode())
+        assert sender.greet()
+
+        def die() -> None:
+            _, fds, *_ = socket.recv_fds(both.theirs, 100_000, 10)
+            for fd in fds:
+                _socket.close(fd)
+            both.theirs.close()
+
+        successor = gevent.spawn(die)
+        for client in clients[2:]:
+            client.sendall(b"WHO\n")
+        with pytest.raises(SuccessorDiedError):
+            sender.send_ready()
+        successor.join(LIMIT)
+        sender.close()
+        assert [read(client) for client in clients[2:]] == [b"5\n"] * 3
+        assert ask(clients[1], b"Y\n") == b"42\n"
+        assert ask(clients[0]) == b"42\n"
+        assert both.figures() == (5, 0, 5)
+
+
+def test_if_the_old_worker_dies_the_successor_keeps_what_it_has_received() -> None:
+    with pair() as both:
+        client = both.connect()
+        receiver = gevent.spawn(receive, both.new, 1, both.theirs)
+        sender = Sender(both.old, both.ours)
+        assert sender.greet()
+        batch = sender._next_batch()
+        assert batch
+        [moving], texts = batch
+        with handover._unsent([moving]) as unsent:
+            fds = [moving.sock.fileno(), unsent.fileno()]
+            socket.send_fds(both.ours, [f"[{texts[0]}]".encode()], fds)
+        both.ours.close()
+        receiver.join(LIMIT)
+        both.scoreboard.clear_dead_worker(0)
+        assert both.figures() == (0, 1, 1)
+        assert ask(client, b"WHO\n") == b"1\n"
+
+
+def test_clients_that_were_arriving_are_not_lost_with_the_successor() -> None:
+    scoreboard = Scoreboard.create(2)
+    limits = [Limits(Config(), scoreboard, slot) for slot in range(2)]
+    for number in range(30):
+        assert not limits[0].admit(number)
+    limits[1].take_over(20)
+    limits[0].hand_over(20, 1)
+    limits[1].take_over(10)
+    assert scoreboard.clear_dead_worker(1) == 20
+    assert scoreboard.clients() == scoreboard.settled_clients() == 10
+
+
+# Reloads of a server.
+
+MODULE = """
+import time
+from gserver.commands import command
+from lab.commands import napping, pid, replying
+
+nap = napping("NAP", 1)
+large = replying("LARGE", 20_000_000)
+"""
+
+
+def test_a_reload_keeps_every_client_whatever_it_does(tmp_path: Path) -> None:
+    with (
+        extended(tmp_path, MODULE, "--workers", "2", "--admin-port", "0") as server,
+        ExitStack() as stack,
+    ):
+        idle, partial, busy, slow, asking = clients = [
+            stack.enter_context(server.client()) for _ in range(5)
+        ]
+        until(lambda: asking.who() == 5, "the clients are counted")
+        partial.send(b"WHY\nWH")
+        assert partial.line() == b"42\n"
+        busy.send(b"NAP\nWHY\nNAP\nWHERE\n")
+        slow.send(b"LARGE\nWHY\n")
+        server.send_signal(signal.SIGHUP)
+        while not server.events("server.reloaded"):
+            assert 5 <= asking.who() <= 10  # A batch counts twice for a moment.
+            assert asking.ask(b"WHY") == b"42"
+        partial.send(b"Y\n")
+        assert partial.line() == b"42\n"
+        assert [busy.line() for _ in range(3)] == [b"rested\n", b"42\n", b"rested\n"]
+        assert len(slow.line()) == 20_000_001
+        assert slow.line() == b"42\n"
+        assert {client.who() for client in (idle, asking)} == {5}
+        assert not server.events("worker.cut_off")
+        handed_over = server.events("worker.handed_over")
+        assert len(handed_over) == 2
+        assert len(clients) == 5
