@@ -1,14 +1,22 @@
-"""Every process begins here: `gserver` from a shell, `child ROLE SLOT` from the supervisor."""
+"""Every process begins here: `gserver` from a shell, `child ROLE SLOT` from the supervisor.
+
+`child trial` tries whether this version could take over from a running supervisor.
+"""
 
 import os
 import sys
 from typing import Any
+
+#: The modules of the roles of a child.
+MODULES = {"worker": "gserver.serve.worker", "agent": "gserver.agent.agent"}
 
 
 def main() -> None:
     """Run the command line, or the role that a supervisor has asked for."""
     find_package()
     open_standard_streams()
+    if sys.argv[1:3] == ["child", "trial"]:
+        sys.exit(run_trial())
     if sys.argv[1:2] == ["child"]:
         sys.exit(run_child("agent" if sys.argv[2:3] == ["agent"] else "worker"))
     from gserver.cli import main as command_line
@@ -41,6 +49,26 @@ def open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(fd, mode, closefd=False))
 
 
+def run_trial() -> int:
+    """Import everything, and try the state of a running supervisor; return the exit code."""
+    from gevent import monkey
+
+    monkey.patch_all()
+    from importlib import import_module
+
+    for module in MODULES.values():
+        import_module(module)
+    from gserver.errors import FatalError
+    from gserver.supervise import supervisor
+
+    try:
+        supervisor.try_state(sys.stdin.read())
+    except FatalError as problem:
+        sys.stdout.write(f"{problem}\n")
+        return problem.exit_code
+    return 0
+
+
 def run_child(role: str) -> int:
     """Run a worker or the agent; return the exit code.
 
@@ -57,8 +85,7 @@ def run_child(role: str) -> int:
 
     hub: Any = gevent.get_hub()
     hub.print_exception = logs.unhandled
-    module = {"worker": "gserver.serve.worker", "agent": "gserver.agent.agent"}[role]
-    return boot.run_role(import_module(module).run)
+    return boot.run_role(import_module(MODULES[role]).run)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ RUNNER_VARIABLES = {
     "statsd_port": "STATSD_PORT",
     "statsd_prefix": "STATSD_PREFIX",
 }
+#: Set by a supervisor that replaces its own program, for the new one. It is no option.
+UPGRADE_VARIABLE = "GSERVER_UPGRADE_FD"
 #: Options whose value may be a secret. The option `<name>_file` names a file with the value.
 SECRETS = ("redis_url", "admin_token")
 

@@ -322,6 +322,13 @@ def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
     )
 
 
+def stop() -> None:
+    """Stop logging in this process, after a moment for the queued lines."""
+    if _handler.writer:
+        atexit.unregister(_handler.writer.close)
+        _handler.writer.close(LAST_LINES_SECONDS)
+
+
 def event(level: int, action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
     """Log one event. `action` is its name in docs/operations.md; `fields` have ECS names."""
     if _logger.isEnabledFor(level):

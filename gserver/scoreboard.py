@@ -1,19 +1,23 @@
 """The scoreboard: a table of integers in shared memory, through which the processes share state.
 
 It is a memfd that every process maps. Its figures are int64 cells, which `gserver.metrics` names.
-Beside them are command names, client counts by address, and the agent's last StatsD values. Each
+Beside them are command names, client counts by address, and the agent's last StatsD values. A
+directory in it says which cell has which name. So processes of two versions can share it: a new
+version enters the names that are missing, and cells that it does not know stay as they are. Each
 cell has one writer, and readers take no lock. A worker writes the cells of its slot, the supervisor
 and the agent those of the server. When a worker has died, the supervisor clears its `clients`,
 `clients_arriving`, `pid`, `tls_expires_at` and addresses, and counts its clients as lost or closed.
 """
 
 import fcntl
+import json
 import mmap
 import os
 import secrets
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 
 from gserver.errors import OTHER_VERSION, UsageError
 from gserver.metrics import METRICS, Combine, Metric, Source, cell_names, is_shown
@@ -27,29 +31,42 @@ MAX_COMMANDS = 64
 _CELL_BYTES = 8
 _ADDRESS_BYTES = 4
 _FIRST = 1  # Cell 0 holds the fingerprint of the layout.
-_FINGERPRINT = zlib.crc32(repr((WORKER_CELLS, SERVER_CELLS, MAX_COMMANDS, MAX_NAME_BYTES)).encode())
-_WORKER_INDEX = {name: index for index, name in enumerate(WORKER_CELLS)}
+#: Cells that each slot, and the server, have: more than there are names, for those of later
+#: versions.
+WORKER_ROOM, SERVER_ROOM = 96, 64
+_DIRECTORY_BYTES = 16_384
+_FINGERPRINT = zlib.crc32(
+    repr((WORKER_ROOM, SERVER_ROOM, MAX_COMMANDS, MAX_NAME_BYTES, _DIRECTORY_BYTES)).encode()
+)
+
+
+class MissingCellsError(UsageError):
+    """The scoreboard lacks cells of this version. The supervisor can add them."""
 
 
 class Scoreboard:
     """All cells, mapped by one process. The value of a cell is `scoreboard.cells[index]`."""
 
-    def __init__(self, fd: int, slots: int, address_cells: int = 0) -> None:
+    def __init__(
+        self, fd: int, slots: int, address_cells: int = 0, *, may_extend: bool = False
+    ) -> None:
         self.fd = fd
         self.slots = slots
-        server = _FIRST + slots * (len(WORKER_CELLS) + MAX_COMMANDS)
-        self._server_cells = {name: server + index for index, name in enumerate(SERVER_CELLS)}
-        end = (server + len(SERVER_CELLS)) * _CELL_BYTES
-        size = 2 * end + slots * MAX_COMMANDS * MAX_NAME_BYTES
+        self._first_server_cell = _FIRST + slots * (WORKER_ROOM + MAX_COMMANDS)
+        end = (self._first_server_cell + SERVER_ROOM) * _CELL_BYTES
+        directory = 2 * end + slots * MAX_COMMANDS * MAX_NAME_BYTES
+        size = directory + _DIRECTORY_BYTES
         if os.fstat(fd).st_size == 0:
             os.ftruncate(fd, size + slots * address_cells * _ADDRESS_BYTES)
         memory = memoryview(mmap.mmap(fd, 0))
         self.cells = memory[:end].cast("q")
         #: The agent's copy of all cells at its last StatsD flush. The next agent continues from it.
         self.sent = memory[end : 2 * end].cast("q")
-        self._names = memory[2 * end : size]
+        self._names = memory[2 * end : directory]
+        self._directory = memory[directory:size]
         #: Clients by hashed address, one slot after the other; empty if addresses have no limit.
         self.addresses = memory[size:].cast("i")
+        self._worker_index, self._server_index = self._read_directory(may_extend=may_extend)
         # WHO reads these for every command, so the clients of all slots lie side by side.
         clients = self.cell("clients", 0)
         self._clients = self.cells[clients : clients + slots]
@@ -60,17 +77,11 @@ class Scoreboard:
     @classmethod
     def create(cls, slots: int, address_cells: int = 0) -> "Scoreboard":
         """Make an empty scoreboard with this many slots, and address cells in each slot."""
-        scoreboard = cls(
-            os.memfd_create("gserver-scoreboard", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING),
-            slots,
-            address_cells,
-        )
+        fd = os.memfd_create("gserver-scoreboard", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        scoreboard = cls(fd, slots, address_cells, may_extend=True)
         # A process that shortened the file would end all others: their next access is a SIGBUS.
-        fcntl.fcntl(
-            scoreboard.fd,
-            fcntl.F_ADD_SEALS,
-            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
-        )
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         scoreboard.cells[0] = _FINGERPRINT
         scoreboard.put("incarnation", secrets.randbits(62))
         scoreboard.put("address_key", secrets.randbits(62))
@@ -78,15 +89,42 @@ class Scoreboard:
         return scoreboard
 
     @classmethod
-    def attach(cls, fd: int, slots: int) -> "Scoreboard":
+    def attach(cls, fd: int, slots: int, *, may_extend: bool = False) -> "Scoreboard":
         """Map the supervisor's scoreboard.
 
-        Raises `UsageError` if its layout is not that of this code: another version made it.
+        `may_extend`: enter the names of this version that are missing, which only the supervisor
+        may do. Raises `UsageError` if the layout is not that of this code: another version made it.
         """
         fingerprint = os.pread(fd, _CELL_BYTES, 0)
         if int.from_bytes(fingerprint, "little") != _FINGERPRINT:
             raise UsageError(OTHER_VERSION)
-        return cls(fd, slots)
+        return cls(fd, slots, may_extend=may_extend)
+
+    @classmethod
+    def check(cls, fd: int, slots: int) -> None:
+        """Raise `UsageError` if `attach` with `may_extend` would."""
+        with suppress(MissingCellsError):
+            cls.attach(fd, slots)
+
+    def _read_directory(self, *, may_extend: bool) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the places of the names of workers' cells, and of the server's.
+
+        Raises `UsageError` if names of this version are missing and cannot be entered.
+        """
+        text = bytes(self._directory).rstrip(b"\0")
+        known = json.loads(text) if text else [[], []]
+        wanted = WORKER_CELLS, SERVER_CELLS
+        names = [list(dict.fromkeys([*old, *new])) for old, new in zip(known, wanted, strict=True)]
+        if names != known:
+            text = json.dumps(names).encode()
+            has_room = len(names[0]) <= WORKER_ROOM and len(names[1]) <= SERVER_ROOM
+            if not has_room or len(text) > _DIRECTORY_BYTES:
+                raise UsageError(OTHER_VERSION)
+            if not may_extend:
+                raise MissingCellsError(OTHER_VERSION)
+            self._directory[: len(text)] = text
+        worker, server = ({name: place for place, name in enumerate(each)} for each in names)
+        return worker, server
 
     def clients(self) -> int:
         """Return the number of clients that are connected to this server."""
@@ -105,23 +143,23 @@ class Scoreboard:
 
     def get(self, name: str) -> int:
         """Return the value of a cell of the server."""
-        return self.cells[self._server_cells[name]]
+        return self.cells[self.server_cell(name)]
 
     def put(self, name: str, value: int) -> None:
         """Set a cell of the server."""
-        self.cells[self._server_cells[name]] = value
+        self.cells[self.server_cell(name)] = value
 
     def add(self, name: str, amount: int) -> None:
         """Add to a cell of the server."""
-        self.cells[self._server_cells[name]] += amount
+        self.cells[self.server_cell(name)] += amount
 
     def server_cell(self, name: str) -> int:
         """Return the index of a cell of the server."""
-        return self._server_cells[name]
+        return self._first_server_cell + self._server_index[name]
 
     def cell(self, name: str, slot: int) -> int:
         """Return the index of a cell of the worker in a slot."""
-        return _FIRST + _WORKER_INDEX[name] * self.slots + slot
+        return _FIRST + self._worker_index[name] * self.slots + slot
 
     def command_cell(self, name: str, slot: int) -> int:
         """Return the index of the cell that counts a command in a slot; enter a new name.
@@ -209,7 +247,7 @@ class Scoreboard:
         return {name: sum(each) for name, each in values.items()}
 
     def _first_command(self, slot: int) -> int:
-        return _FIRST + self.slots * len(WORKER_CELLS) + slot * MAX_COMMANDS
+        return _FIRST + self.slots * WORKER_ROOM + slot * MAX_COMMANDS
 
     def _command_names(self, slot: int) -> list[str]:
         size = MAX_COMMANDS * MAX_NAME_BYTES

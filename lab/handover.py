@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lab.running import GSERVER, Running
@@ -21,11 +22,15 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def start(
-    *handed: socket.socket | int, options: tuple[str, ...] = (), cwd: str = "/", **env: str
+    *handed: socket.socket | int,
+    options: tuple[str, ...] = (),
+    cwd: str = "/",
+    program: Sequence[str] = (*GSERVER, "serve"),
+    **env: str,
 ) -> Running:
     """A server that gets these sockets; it may fail to start."""
     fds = [each if isinstance(each, int) else each.fileno() for each in handed]
-    command = [sys.executable, "-S", "-c", HAND_OVER, ",".join(map(str, fds)), *GSERVER, "serve"]
+    command = [sys.executable, "-S", "-c", HAND_OVER, ",".join(map(str, fds)), *program]
     variables = {"LISTEN_FDS": str(len(fds)), **env}
     return Running(
         *options, command=command, env=variables, pass_fds=fds, cwd=Path(cwd), wait=False

@@ -119,7 +119,7 @@ def test_a_reported_error_is_the_end_reason_and_not_readiness() -> None:
 @pytest.mark.parametrize(("number", "shown"), [(signal.SIGKILL, "SIGKILL"), (40, "signal 40")])
 def test_the_signal_that_ends_a_child_is_named(number: int, shown: str) -> None:
     child = running()
-    child.process.send_signal(number)
+    os.kill(child.pid, number)
     until(child.has_ended, "the child has ended")
     assert child.end_reason == f"killed by {shown}"
     assert not child.has_ended_as_requested
@@ -301,7 +301,7 @@ def test_orphans_are_reaped_and_known_children_are_not() -> None:
 def dying(lived_seconds: float | None, now: float) -> Child:
     """A worker that has died `lived_seconds` after it was ready; None if it never was."""
     child = running("")
-    child.process.wait(LIMIT)
+    child.process.wait()
     child.spawned_at = now
     child.ready_at = None if lived_seconds is None else now - lived_seconds
     return child

@@ -26,7 +26,7 @@ from gserver.cli.options import (
     warn_exposed,
     warn_unknown_variables,
 )
-from gserver.config import SECRETS, Config
+from gserver.config import SECRETS, UPGRADE_VARIABLE, Config
 from gserver.errors import EXIT_RUNTIME, FatalError, UsageError
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
             f" {room} clients. Raise the limit (ulimit -n), lower --max-clients or raise --workers."
         )
     config = replace(config, max_clients=min(config.max_clients, room))
-    server = supervisor.Supervisor(config)  # With --user, this process is another user from here.
+    # With --user, this process is another user from here.
+    server = supervisor.Supervisor.start(config)
     if config.redis_ca_file and not os.access(config.redis_ca_file, os.R_OK):
         raise UsageError(
             f"--redis-ca-file {config.redis_ca_file} cannot be read: name a file of certificates"
@@ -113,6 +114,16 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
         )
     logs.start(config.log_level, config.log_format, config.server_id)
     ctx.exit(server.run())
+
+
+def _resume() -> int:
+    """Go on as the supervisor whose program this one replaces; return the exit code."""
+    from gserver.supervise import supervisor, upgrade
+
+    state = upgrade.read_state()
+    config = state.config
+    logs.start(config.log_level, config.log_format, config.server_id)
+    return supervisor.Supervisor.resume(state).run()
 
 
 def _check(config: Config) -> None:
@@ -302,7 +313,10 @@ def status(ctx: click.Context, /, **_: Any) -> None:
 def main() -> None:
     """Run the command line. Errors become one line on stderr and an exit code."""
     try:
-        code = gserver.main(prog_name="gserver", standalone_mode=False)
+        if UPGRADE_VARIABLE in os.environ:
+            code = _resume()
+        else:
+            code = gserver.main(prog_name="gserver", standalone_mode=False)
     except click.ClickException as error:
         _fail(_describe(error), error.exit_code)
     except FatalError as error:

@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from gserver import logs
 from gserver.boot import (
@@ -72,6 +73,19 @@ class Finding(Enum):
     STUCK = "stuck"  # it did not end after SIGKILL
 
 
+@dataclass
+class Inherited:
+    """A process that this one has started before it replaced its own program. Like a Popen."""
+
+    pid: int
+    returncode: int | None = None
+
+    def wait(self) -> None:
+        """Reap it; block until it has ended."""
+        _, status = os.waitpid(self.pid, 0)
+        self.returncode = os.waitstatus_to_exitcode(status)
+
+
 @dataclass(eq=False)
 class Child:
     """One child. Times are monotonic seconds.
@@ -82,7 +96,7 @@ class Child:
     role: str
     slot: int
     generation: Generation
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Inherited
     #: Its reports, and orders for it. Closed once it has closed its end.
     control: socket.socket
     spawned_at: float
@@ -122,7 +136,7 @@ class Child:
                     stdin=stdin,
                     pass_fds=[fd for fd in inherited if fd >= 0],
                     process_group=0,  # A terminal's Ctrl-C must reach the supervisor only.
-                    env=_environment(),
+                    env=child_environment(),
                 )
         except OSError:
             ours.close()
@@ -132,6 +146,20 @@ class Child:
             theirs.close()
         ours.setblocking(False)
         return cls(role, instructions.slot, generation, process, ours, monotonic())
+
+    def save(self) -> dict[str, Any]:
+        """Return what `resume_children` needs, as JSON."""
+        own = {"generation", "process", "control", "state", "successor"}
+        names = {each.name for each in fields(self)} - own
+        rest = {name: getattr(self, name) for name in names}
+        return {
+            **rest,
+            "generation": self.generation.number,
+            "pid": self.pid,
+            "control_fd": self.control.fileno(),
+            "state": self.state.value,
+            "successor_pid": self.successor.pid if self.successor else -1,
+        }
 
     @property
     def pid(self) -> int:
@@ -168,7 +196,7 @@ class Child:
         """Why it ended: the error that it reported, or its signal or exit code."""
         if self.error:
             return self.error
-        code = self.process.returncode
+        code = self._exit_code
         if code >= 0:
             return f"exit code {code}"
         try:
@@ -177,9 +205,14 @@ class Child:
             return f"killed by signal {-code}"
 
     @property
+    def _exit_code(self) -> int:
+        """Its exit code, or its signal as a negative number, once it has ended."""
+        return self.process.returncode or 0
+
+    @property
     def has_ended_as_requested(self) -> bool:
         """Whether it has ended in the way that the supervisor's signal requests."""
-        code = self.process.returncode
+        code = self._exit_code
         match self.state:
             case State.KILLED:
                 return True
@@ -337,10 +370,43 @@ class Child:
             os.kill(self.pid, number)
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Return this process's environment without secrets, which programs of handlers would see."""
     secret = {name for option in SECRETS for name in environment_names(option)}
     return {name: value for name, value in os.environ.items() if name not in secret}
+
+
+def resume_children(
+    saved: Iterable[dict[str, Any]], generations: Mapping[int, Generation]
+) -> list[Child]:
+    """Return the children that a supervisor has saved before it replaced its own program."""
+    found: dict[int, Child] = {}
+    successors: dict[int, int] = {}
+    for each in saved:
+        pid, control_fd = each.pop("pid"), each.pop("control_fd")
+        successors[pid] = each.pop("successor_pid")
+        # A process that has closed its end has no socket any more.
+        control = socket.socket(fileno=control_fd) if control_fd >= 0 else _closed_socket()
+        control.setblocking(False)
+        control.set_inheritable(False)
+        found[pid] = Child(
+            **each
+            | {
+                "generation": generations[each["generation"]],
+                "state": State(each["state"]),
+                "process": Inherited(pid),
+                "control": control,
+            }
+        )
+    for pid, successor_pid in successors.items():
+        found[pid].successor = found.get(successor_pid)
+    return list(found.values())
+
+
+def _closed_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.close()
+    return sock
 
 
 def reap_orphans(known: Collection[int]) -> None:

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from gserver import logs
 from gserver.config import Config, show_address
@@ -76,16 +77,20 @@ class Listener:
         self.sock.listen(self._backlog)
 
 
-def open_ports(
-    config: Config, handed_over: Sequence[tuple[str, int]]
-) -> tuple[Config, Listener, Listener | None]:
+class Ports(NamedTuple):
+    """The listeners of the port, and of the admin port or None."""
+
+    port: Listener
+    admin_port: Listener | None
+
+
+def open_ports(config: Config, handed_over: Sequence[tuple[str, int]]) -> tuple[Config, Ports]:
     """Open the port and the admin port.
 
     `handed_over` are the names and descriptors from a service manager; a socket that is not among
-    them is bound. Returns the configuration with the real addresses, the listener of the port, and
-    that of the admin port or None. Raises `FatalError` if an address cannot be had, and
-    `UsageError` for a socket that was handed over and cannot be used: its clients would wait for
-    ever.
+    them is bound. Returns the configuration with the real addresses, and the listeners. Raises
+    `FatalError` if an address cannot be had, and `UsageError` for a socket that was handed over and
+    cannot be used: its clients would wait for ever.
     """
     adopted = _adopt_all(config, handed_over)
     port = adopted.get(PORT) or bind(config.host, config.port, config.backlog)
@@ -93,14 +98,14 @@ def open_ports(
     if PORT in adopted:
         config = replace(config, host=port.getsockname()[0])
     if config.admin_port < 0:
-        return config, Listener(port, config.backlog), None
+        return config, Ports(Listener(port, config.backlog), None)
     admin = adopted.get(ADMIN_PORT) or bind(config.admin_host, config.admin_port, prefix="--admin-")
     config = replace(config, admin_port=admin.getsockname()[1])
     if ADMIN_PORT in adopted:
         config = replace(config, admin_host=admin.getsockname()[0])
     if config.contradiction:  # The address may not be the one of the options.
         raise UsageError(config.contradiction)
-    return config, Listener(port, config.backlog), Listener(admin, ADMIN_BACKLOG)
+    return config, Ports(Listener(port, config.backlog), Listener(admin, ADMIN_BACKLOG))
 
 
 def _adopt_all(config: Config, handed_over: Sequence[tuple[str, int]]) -> dict[str, socket.socket]:
@@ -119,6 +124,14 @@ def _adopt_all(config: Config, handed_over: Sequence[tuple[str, int]]) -> dict[s
             )
         adopted[role] = _adopt(name, fd, config.backlog)
     return adopted
+
+
+def inherit(port_fd: int, admin_port_fd: int, backlog: int) -> Ports:
+    """Return the ports of the program that this one has replaced; -1 is no admin port."""
+    port = Listener(socket.socket(fileno=port_fd), backlog)
+    if admin_port_fd < 0:
+        return Ports(port, None)
+    return Ports(port, Listener(socket.socket(fileno=admin_port_fd), ADMIN_BACKLOG))
 
 
 def bind(host: str, port: int, backlog: int = ADMIN_BACKLOG, prefix: str = "--") -> socket.socket:

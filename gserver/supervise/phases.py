@@ -12,7 +12,7 @@ times are monotonic seconds.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
@@ -175,6 +175,41 @@ class Lifecycle:
         self._has_stop_signal = False
         #: The end was forced by a second signal, or by a start that failed.
         self.was_forced = False
+
+    @classmethod
+    def resume(
+        cls,
+        generations: Mapping[int, Generation],
+        *,
+        current: int,
+        proven: int,
+        last_number: int,
+        drain_delay_seconds: float,
+        drain_timeout_seconds: float,
+    ) -> "Lifecycle":
+        """Return the life cycle of a running server, which another program has begun."""
+        made = cls(
+            Certificates(),
+            drain_delay_seconds=drain_delay_seconds,
+            drain_timeout_seconds=drain_timeout_seconds,
+        )
+        made.generation, made._proven = generations[current], generations[proven]
+        made._last_number = last_number
+        made._enter_running_phase()
+        return made
+
+    def state(self) -> dict[str, int]:
+        """Return what `resume` needs beside the generations. Only before a stop."""
+        return {
+            "current": self.generation.number,
+            "proven": self._proven.number,
+            "last_number": self._last_number,
+        }
+
+    @property
+    def generations(self) -> tuple[Generation, Generation]:
+        """The generation that new workers belong to, and the newest one that is proven."""
+        return self.generation, self._proven
 
     @property
     def is_stopping(self) -> bool:

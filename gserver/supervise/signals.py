@@ -31,7 +31,6 @@ class PendingSignals:
         self.fd, write_fd = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(write_fd, False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])  # The parent may have blocked some.
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         self._pending: list[PendingSignal] = []
         self._first_stop: tuple[signal.Signals, float] | None = None
@@ -40,6 +39,15 @@ class PendingSignals:
         for number in numbers:
             signal.signal(number, lambda number, _frame: self._note(signal.Signals(number)))
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        self.unblock()
+
+    def block(self) -> None:
+        """Let signals wait, also for a program that takes the place of this one."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [*self._numbers, signal.SIGCHLD])
+
+    def unblock(self) -> None:
+        """Take signals again. The parent may have blocked some, too."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
     def take(self) -> list[PendingSignal]:
         """Return the signals since the last call, in order, without those that were passed on."""

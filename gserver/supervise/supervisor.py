@@ -8,14 +8,15 @@ monotonic seconds.
 import logging
 import selectors
 import signal
+from collections.abc import Sequence
 from time import monotonic
 
-from gserver import certificates, logs
+from gserver import __version__, certificates, logs
 from gserver.boot import Instructions
 from gserver.config import AGENT_SHARE, OLD_AGENT_SHARE, WORKERS_SHARE, Config, show_address
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError, UsageError
 from gserver.scoreboard import Scoreboard
-from gserver.supervise import listener, privileges, systemd
+from gserver.supervise import listener, privileges, systemd, upgrade
 from gserver.supervise.child import (
     AGENT,
     STUCK_SECONDS,
@@ -24,7 +25,9 @@ from gserver.supervise.child import (
     Backoff,
     Child,
     Finding,
+    child_environment,
     reap_orphans,
+    resume_children,
 )
 from gserver.supervise.phases import NEEDS, Lifecycle, Phase, Treatment, Workforce
 from gserver.supervise.signals import PendingSignals
@@ -48,27 +51,28 @@ RELOADING_STATUS = "replacing the workers one by one"
 class Supervisor:
     """One server, from bind to exit."""
 
-    def __init__(self, config: Config) -> None:
-        pems = certificates.read(config)
-        self._manager = systemd.Manager()
-        # The admin port is opened here too, so that it stays open while agents are replaced.
-        config, self._port, self._admin_port = listener.open_ports(config, self._manager.sockets)
-        privileges.become(config.user)
+    def __init__(
+        self,
+        config: Config,
+        manager: systemd.Manager,
+        ports: listener.Ports,
+        scoreboard: Scoreboard,
+        lifecycle: Lifecycle,
+        children: Sequence[Child] = (),
+    ) -> None:
         self._config = config
-        self._scoreboard = Scoreboard.create(config.workers + SPARE_SLOTS, config.address_cells)
-        id_check_until = None
-        if config.redis_url:
-            id_check_until = monotonic() + config.settle_seconds + ID_CHECK_SECONDS
-        self._lifecycle = Lifecycle(
-            pems,
-            drain_delay_seconds=config.drain_delay_seconds,
-            drain_timeout_seconds=config.drain_timeout_seconds,
-            id_check_until=id_check_until,
-        )
-        self._children: list[Child] = []
+        self._manager = manager
+        self._port, self._admin_port = ports
+        self._scoreboard = scoreboard
+        self._lifecycle = lifecycle
+        self._children = list(children)
         self._backoff = {WORKER: Backoff(), AGENT: Backoff()}
         #: A worker has been ready, so the server's address was announced.
-        self._is_announced = False
+        self._is_announced = bool(children)
+        #: The files of the package when this program was started.
+        self._code_version = upgrade.code_version()
+        #: The trial of a new version, while it runs.
+        self._trial: upgrade.Trial | None = None
         #: Why the last reload was given up; "" if it was not.
         self._reload_error = ""
         #: Why the server ends, if that is an error.
@@ -78,6 +82,52 @@ class Supervisor:
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._signals.fd, selectors.EVENT_READ, None)
+        for child in self._children:
+            if child.control.fileno() >= 0:
+                self._selector.register(child.control, selectors.EVENT_READ, child)
+
+    @classmethod
+    def start(cls, config: Config) -> "Supervisor":
+        """Open the ports, and become the user of `--user`. Raises `FatalError` if that fails."""
+        pems = certificates.read(config)
+        manager = systemd.Manager.from_environment()
+        # The admin port is opened here too, so that it stays open while agents are replaced.
+        config, ports = listener.open_ports(config, manager.sockets)
+        privileges.become(config.user)
+        scoreboard = Scoreboard.create(config.workers + SPARE_SLOTS, config.address_cells)
+        id_check_until = None
+        if config.redis_url:
+            id_check_until = monotonic() + config.settle_seconds + ID_CHECK_SECONDS
+        lifecycle = Lifecycle(
+            pems,
+            drain_delay_seconds=config.drain_delay_seconds,
+            drain_timeout_seconds=config.drain_timeout_seconds,
+            id_check_until=id_check_until,
+        )
+        return cls(config, manager, ports, scoreboard, lifecycle)
+
+    @classmethod
+    def resume(cls, state: upgrade.State) -> "Supervisor":
+        """Take over from the program that this one has replaced, and reload."""
+        config = state.config
+        supervisor = cls(
+            config,
+            systemd.Manager(**state.manager),
+            listener.inherit(state.port_fd, state.admin_port_fd, config.backlog),
+            Scoreboard.attach(state.scoreboard_fd, state.slots, may_extend=True),
+            Lifecycle.resume(
+                state.generations,
+                **state.lifecycle,
+                drain_delay_seconds=config.drain_delay_seconds,
+                drain_timeout_seconds=config.drain_timeout_seconds,
+            ),
+            resume_children(state.children, state.generations),
+        )
+        supervisor._code_version = state.code_version
+        message = f"upgraded: {upgrade.describe_versions(state.version)}"
+        logs.event(logging.INFO, "server.upgraded", message)
+        supervisor._begin_reload()
+        return supervisor
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit code.
@@ -92,6 +142,7 @@ class Supervisor:
                     self._wait()
                     self._take_in(monotonic())
         finally:
+            self._end_trial()
             for child in self._children:
                 child.kill(monotonic())
             self._signals.ignore()
@@ -115,6 +166,7 @@ class Supervisor:
             self._handle_signal(number, now, is_stop=is_stop)
         self._reap(now)
         self._watch(now)
+        self._check_trial(now)
         self._port.reopen_if_closed()
         if self._admin_port:
             self._admin_port.reopen_if_closed()
@@ -291,6 +343,8 @@ class Supervisor:
         """Wait for a report, a signal, or the next moment at which something is due."""
         now = monotonic()
         due = [now + WATCH_SECONDS, self._manager.due_at]
+        if self._trial:
+            due.append(self._trial.give_up_at)
         due += [child.due_at for child in self._children]
         later = [self._lifecycle.deadline, *(each.spawn_at for each in self._backoff.values())]
         due += [at for at in later if at > now]
@@ -331,7 +385,8 @@ class Supervisor:
                 if not child.is_stuck:
                     self._backoff[child.role].note_death(child, now)
                 self._handle_death(child, lost, now)
-        reap_orphans([child.pid for child in self._children])
+        trial = [self._trial.pid] if self._trial else []
+        reap_orphans([*trial, *(child.pid for child in self._children)])
 
     def _end_handover(self, ended: Child) -> None:
         """Note what the end of one of two workers means for a handover between them."""
@@ -467,10 +522,78 @@ class Supervisor:
         # The cause of earlier failures may be fixed: no pause.
         self._backoff = {WORKER: Backoff(), AGENT: Backoff()}
         self._reload_error = ""
+        self._end_trial()
+        is_running = self._lifecycle.phase in (Phase.SERVING, Phase.RELOADING)
+        if is_running and upgrade.code_version() != self._code_version:
+            self._try_upgrade()
+        else:
+            self._begin_reload()
+
+    def _begin_reload(self) -> None:
         try:
             self._lifecycle.begin_reload(certificates.read(self._config))
         except UsageError as error:
             self._log_failed_reload(str(error))
+
+    # Upgrades.
+
+    def _try_upgrade(self) -> None:
+        """Start the installed version, to see whether it could take over."""
+        try:
+            self._trial = upgrade.Trial(self._state(), child_environment())
+        except OSError as error:
+            self._log_failed_reload(f"the new version cannot be started: {error}")
+
+    def _check_trial(self, now: float) -> None:
+        """Let the new version take over if its trial has succeeded."""
+        problem = self._trial.result(now) if self._trial else None
+        if problem is None:
+            return
+        self._end_trial()
+        if self._lifecycle.phase not in (Phase.SERVING, Phase.RELOADING):
+            return  # The server is stopping by now.
+        if problem:
+            self._log_failed_reload(f"the new version cannot run: {problem}")
+        else:
+            self._upgrade()
+
+    def _end_trial(self) -> None:
+        if self._trial:
+            self._trial.end()
+            self._trial = None
+
+    def _upgrade(self) -> None:
+        """Replace this program by the new version."""
+        logs.report_suppressed(is_last=True)
+        state = self._state()
+        self._signals.block()
+        logs.stop()
+        try:
+            upgrade.execute(upgrade.write(state.encode()), state.fds)
+        except OSError as error:
+            config = self._config
+            logs.start(config.log_level, config.log_format, config.server_id)
+            self._log_failed_reload(f"the new version cannot be started: {error}")
+            self._signals.unblock()
+
+    def _state(self) -> upgrade.State:
+        """Return all that the new program must know."""
+        generations = [*self._lifecycle.generations]
+        generations += [child.generation for child in self._children]
+        generations += [each.previous for each in generations if each.previous]
+        return upgrade.State(
+            config=self._config,
+            version=__version__,
+            code_version=upgrade.code_version(),
+            slots=self._scoreboard.slots,
+            scoreboard_fd=self._scoreboard.fd,
+            port_fd=self._port.sock.fileno(),
+            admin_port_fd=self._admin_port.sock.fileno() if self._admin_port else -1,
+            manager=self._manager.state(),
+            generations={each.number: each for each in generations},
+            lifecycle=self._lifecycle.state(),
+            children=[child.save() for child in self._children],
+        )
 
     def _give_up_reload(self, reason: str, fields: dict[str, object] | None = None) -> None:
         self._lifecycle.give_up_reload()
@@ -496,7 +619,7 @@ class Supervisor:
         if self._lifecycle.is_stopping:
             clients = self._scoreboard.clients()
             self._manager.notify(systemd.STOPPING, f"stopping, clients: {clients}")
-        elif self._lifecycle.phase is Phase.RELOADING:
+        elif self._lifecycle.phase is Phase.RELOADING or self._trial:
             self._manager.notify(systemd.RELOADING, RELOADING_STATUS)
         elif self._lifecycle.phase is Phase.SERVING:
             where = show_address(self._config.host, self._config.port)
@@ -504,3 +627,9 @@ class Supervisor:
             if self._reload_error:
                 status += f"; the last reload failed: {self._reload_error}"
             self._manager.notify(systemd.READY, status)
+
+
+def try_state(text: str) -> None:
+    """Raise `UsageError` if this version cannot take over from a supervisor with this state."""
+    state = upgrade.State.decode(text)
+    Scoreboard.check(state.scoreboard_fd, state.slots)

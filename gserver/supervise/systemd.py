@@ -8,7 +8,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gserver.errors import UsageError
 
@@ -37,19 +38,30 @@ class Manager:
     Never blocks, and raises nothing after its construction.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, address: str, heartbeat_seconds: float, sockets: Sequence[tuple[str, int]] = ()
+    ) -> None:
+        """`address` is where it listens, "" for nowhere; it wants heartbeats that often."""
+        #: Names and descriptors of the sockets that it has handed over.
+        self.sockets = sockets
+        self._address = address
+        self._sent: tuple[str, str] | None = None
+        self._heartbeat_seconds = heartbeat_seconds
+        #: When the next heartbeat is due, in monotonic seconds; infinity if the manager wants none.
+        self.due_at = math.inf if heartbeat_seconds == math.inf else -math.inf
+
+    @classmethod
+    def from_environment(cls) -> "Manager":
         """Read the manager's variables; raise `UsageError` if they make no sense."""
         variables = {name: os.environ.pop(name, "") for name in VARIABLES}
-        #: Names and descriptors of the sockets that it has handed over.
-        self.sockets = _handed_over(variables)
-        self._address = variables["NOTIFY_SOCKET"]
-        if self._address.startswith("@"):
-            self._address = "\0" + self._address[1:]
-        self._sent: tuple[str, str] | None = None
-        limit_seconds = _watchdog_seconds(variables)
-        self._heartbeat_seconds = limit_seconds / 2
-        #: When the next heartbeat is due, in monotonic seconds; infinity if the manager wants none.
-        self.due_at = math.inf if limit_seconds == math.inf else -math.inf
+        address = variables["NOTIFY_SOCKET"]
+        if address.startswith("@"):
+            address = "\0" + address[1:]
+        return cls(address, _watchdog_seconds(variables) / 2, _handed_over(variables))
+
+    def state(self) -> dict[str, Any]:
+        """Return the arguments for the same manager in another program."""
+        return {"address": self._address, "heartbeat_seconds": self._heartbeat_seconds}
 
     def notify(self, state: str, status: str) -> None:
         """Send a state (one of the above) and a status text for people.

@@ -18,7 +18,9 @@ import pytest
 
 from gserver.errors import UsageError
 from gserver.supervise.systemd import VARIABLES, Manager
+from lab.admin import status
 from lab.handover import listening, port_of, start
+from lab.installed import Installed
 from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, argv, program, until
 from lab.tls_client import certified
@@ -135,6 +137,37 @@ def test_the_manager_is_sent_a_reload_that_fails_at_once(
         assert "the last reload failed: --tls-cert " in status
 
 
+def test_an_upgrade_keeps_the_manager_and_its_sockets(listener: Listener, tmp_path: Path) -> None:
+    installed = Installed(tmp_path)
+    with (
+        listening() as port,
+        listening() as admin,
+        start(
+            port,
+            admin,
+            options=("--admin-port", "0"),
+            program=installed.program,
+            NOTIFY_SOCKET=listener.address,
+            LISTEN_FDNAMES="gserver:admin",
+            WATCHDOG_USEC="500000",
+            PYTHONDONTWRITEBYTECODE="1",
+        ) as server,
+        Client(port_of(port)) as client,
+    ):
+        assert listener.message("WATCHDOG=1")[0] == "READY=1"
+        installed.set_version("1.0.1")
+        server.send_signal(signal.SIGHUP)
+        assert listener.message("WATCHDOG=1")[0] == "RELOADING=1"
+        server.wait_for("server.reloaded")
+        assert listener.message("WATCHDOG=1", "RELOADING=1")[0] == "READY=1"
+        assert listener.message()[0] == "WATCHDOG=1"
+        assert client.who() == 1
+        with Client(port_of(port)) as other:
+            assert other.who() == 2
+        server.wait_for("agent.ready", 2)
+        assert status(server)["server"]["version"] == "1.0.1"
+
+
 def test_a_server_that_is_never_ready_does_not_send_ready(
     listener: Listener, tmp_path: Path
 ) -> None:
@@ -173,10 +206,10 @@ def test_a_watchdog_of_another_process_is_ignored(
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "600000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-    assert Manager().due_at < 0
+    assert Manager.from_environment().due_at < 0
     monkeypatch.setenv("WATCHDOG_USEC", "600000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getppid()))
-    assert Manager().due_at > 1e9
+    assert Manager.from_environment().due_at > 1e9
 
 
 def test_an_undelivered_message_is_sent_again_without_blocking(
@@ -185,7 +218,7 @@ def test_an_undelivered_message_is_sent_again_without_blocking(
     address = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     monkeypatch.setenv("WATCHDOG_USEC", "10000000")
-    manager = Manager()
+    manager = Manager.from_environment()
     manager.notify("READY=1", "no listener")
     manager.keep_heartbeat(100.0)
     assert manager.due_at == pytest.approx(100.1)
@@ -202,7 +235,7 @@ def test_an_undelivered_message_is_sent_again_without_blocking(
 def test_the_address_may_be_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     with Listener(f"\0gserver-test-{os.getpid()}") as listener:
         monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
-        Manager().notify("READY=1", "here")
+        Manager.from_environment().notify("READY=1", "here")
         assert listener.message() == ["READY=1", "STATUS=here"]
 
 
@@ -214,7 +247,7 @@ def test_an_address_without_a_listener_is_not_an_error(
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     monkeypatch.setenv("WATCHDOG_USEC", "1000000")
-    manager = Manager()
+    manager = Manager.from_environment()
     manager.notify("READY=1", "here")
     manager.keep_heartbeat(100.0)
     assert manager.due_at > 100.0
@@ -235,7 +268,7 @@ def test_an_unreachable_manager_uses_no_cpu() -> None:
 @pytest.mark.parametrize("text", ["", "0", "soon", "-1", "1.5"])
 def test_a_watchdog_without_a_time_is_ignored(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", text)
-    assert Manager().due_at > 1e9
+    assert Manager.from_environment().due_at > 1e9
     assert "WATCHDOG_USEC" not in os.environ
 
 
@@ -364,12 +397,6 @@ def test_unused_passed_sockets_are_refused() -> None:
         )
 
 
-def test_an_admin_socket_beyond_loopback_needs_a_token() -> None:
-    with listening() as port, listening("0.0.0.0") as admin:
-        said = refused(port, admin, options=("--admin-port", "0"), LISTEN_FDNAMES="gserver:admin")
-        assert "--admin-host 0.0.0.0 is not loopback" in said
-
-
 @pytest.mark.parametrize(
     ("fds", "names"), [("many", ""), ("-1", ""), ("", ""), ("2", "one"), ("1", "one:two")]
 )
@@ -380,7 +407,7 @@ def test_inconsistent_socket_numbers_and_names_are_refused(
     monkeypatch.setenv("LISTEN_FDS", fds)
     monkeypatch.setenv("LISTEN_FDNAMES", names)
     with pytest.raises(UsageError, match="see sd_listen_fds"):
-        Manager()
+        Manager.from_environment()
 
 
 # systemd-socket-activate waits for a client before it starts the server.
@@ -402,10 +429,8 @@ def test_the_client_that_starts_the_server_is_served(listener: Listener) -> None
                 f"STATUS=listening on 127.0.0.1:{port}, workers: 1",
             ]
             server.send_signal(signal.SIGHUP)
-            assert client.rest() == b""
-        assert [listener.message()[0] for _ in range(2)] == ["RELOADING=1", "READY=1"]
-        server.wait_for("server.reloaded")
-        with Client(port) as client:
+            assert [listener.message()[0] for _ in range(2)] == ["RELOADING=1", "READY=1"]
+            server.wait_for("server.reloaded")
             assert client.who() == 1
         assert server.stop() == 0
         assert listener.message()[0] == "STOPPING=1"
