@@ -1,8 +1,9 @@
-"""The sender of heartbeats, without a Redis."""
+"""The sender of heartbeats and its link, without a Redis."""
 
 import gevent
 
 from gserver.cluster.heartbeat import HeartbeatSender
+from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
 from lab.running import LIMIT
@@ -18,3 +19,10 @@ def test_the_id_counts_as_checked_when_redis_is_away() -> None:
     sender.should_stop.set()
     running.join(LIMIT)
     assert running.ready()
+
+
+def test_an_error_is_explained_without_the_passwords_in_it() -> None:
+    url = "redis+sentinel://me:se%20cret@a,b/main?sentinel_password=pass%2Fword"
+    link = RedisLink(Config(redis_url=url))
+    error = OSError("sent AUTH se cret, se%20cret, pass/word and pass%2Fword as me")
+    assert link.explain(error) == "sent AUTH ***, ***, *** and *** as me"

@@ -20,7 +20,7 @@ from greenlet import greenlet
 from gserver.commands import BUILT_IN, command
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
-from gserver.serve.client import READ_BYTES
+from gserver.serve.client import BLOCKED, READ_BYTES
 from gserver.serve.limits import Limits
 from gserver.serve.loop import TURN_CLIENTS, Loop
 from gserver.serve.replies import Replies
@@ -334,18 +334,46 @@ def test_data_that_waits_for_a_second_handler_takes_no_turns(
         client.sendall(b"REST\nREST\n")
         gevent.sleep(0.03)
         client.sendall(b"WHY\n")
-        turns = 0
-        poll = ours._poll
-
-        def counted_poll() -> list[tuple[int, int]] | None:
-            nonlocal turns
-            turns += 1
-            return poll()
-
-        monkeypatch.setattr(ours, "_poll", counted_poll)
-        gevent.sleep(0.4)
+        with counted_turns(ours, monkeypatch) as turns:
+            gevent.sleep(0.4)
         assert client.recv(100) == b"rested\nrested\n42\n"
-        assert turns < 20  # A spinning loop has thousands.
+        assert len(turns) < 20  # A spinning loop has thousands.
+
+
+@contextmanager
+def counted_turns(ours: Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A list that grows with each turn of the loop."""
+    turns: list[int] = []
+    poll = ours._poll
+
+    def counted_poll() -> list[tuple[int, int]] | None:
+        turns.append(len(turns))
+        return poll()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "_poll", counted_poll)
+        yield turns
+
+
+def test_a_client_that_has_read_its_replies_takes_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    with loop() as (_, ours, client):
+        client.setblocking(False)
+        lines = 100_000
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * lines)
+        client.sendall(b"WHY\n" * lines)
+        until_idle(lambda: next(iter(ours.clients.values())).state is BLOCKED)
+        received = 0
+
+        def has_all() -> bool:
+            nonlocal received
+            with suppress(BlockingIOError):
+                received += len(client.recv(1 << 20))
+            return received == 3 * lines
+
+        until_idle(has_all)
+        with counted_turns(ours, monkeypatch) as turns:
+            gevent.sleep(0.2)
+        assert len(turns) < 20  # A spinning loop has thousands.
 
 
 def test_a_drain_closes_a_client_that_has_never_sent_anything() -> None:

@@ -152,7 +152,6 @@ def test_who_is_exact_after_10000_clients_that_left_in_every_way(
             assert sums[f"error_replies.{name}"] == became[way]
 
 
-@pytest.mark.outer
 def test_clients_that_connect_at_once_spread_over_the_workers(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server:
         for count in (16, 64, 200):

@@ -367,6 +367,7 @@ def test_a_slow_server_takes_at_most_the_timeout(
         assert 0.8 <= time.monotonic() - began < 0.8 + 15 * PATIENCE
 
 
+@pytest.mark.outer
 def test_the_timeout_covers_all_addresses_of_a_name(tmp_path: Path) -> None:
     unshare = program("unshare")
     if os.geteuid() != 0:
