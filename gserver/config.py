@@ -243,6 +243,9 @@ class Config:
     drain_delay_seconds: float = _option(
         0.0, STOPPING, "Keep accepting clients for this long after SIGTERM or SIGUSR2."
     )
+    drain_spread_seconds: float = _option(
+        0.0, STOPPING, "Close the clients of a drain evenly over this time; 0 = at once."
+    )
     hang_timeout_seconds: float = _option(
         10.0,
         STOPPING,
@@ -363,7 +366,11 @@ class Config:
     @property
     def contradiction(self) -> str:
         """The first contradiction between options, as one line; "" if there is none."""
-        return self._cluster_contradiction or self._listening_contradiction
+        return (
+            self._cluster_contradiction
+            or self._listening_contradiction
+            or self._stopping_contradiction
+        )
 
     @property
     def _cluster_contradiction(self) -> str:
@@ -376,6 +383,14 @@ class Config:
             return f"--cluster-max-age {max_age:g} is too short: at least twice {which}"
         if self.redis_ca_file and not RedisUrl.parse(self.redis_url or "redis://-").has_tls:
             return "--redis-ca-file needs a --redis-url with TLS (rediss://)"
+        return ""
+
+    @property
+    def _stopping_contradiction(self) -> str:
+        spread, timeout = self.drain_spread_seconds, self.drain_timeout_seconds
+        if spread > timeout / 2:
+            limit = f"at most half of --drain-timeout ({timeout:g})"
+            return f"--drain-spread {spread:g} is too long: {limit}"
         return ""
 
     @property

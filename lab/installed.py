@@ -21,7 +21,7 @@ class Installed:
     @property
     def program(self) -> list[str]:
         """The command that starts a server with this copy."""
-        return [sys.executable, "-P", str(self.package), "serve"]
+        return [sys.executable, "-P", str(self.package), "serve", "--port", "0"]
 
     def start(self, *options: str, **more: Any) -> Running:
         """A server that runs this copy."""

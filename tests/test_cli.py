@@ -44,6 +44,7 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "tls_handshake_timeout_seconds": ("GSERVER_TLS_HANDSHAKE_TIMEOUT", "2", 2.0),
     "drain_timeout_seconds": ("GSERVER_DRAIN_TIMEOUT", "3", 3.0),
     "drain_delay_seconds": ("GSERVER_DRAIN_DELAY", "1", 1.0),
+    "drain_spread_seconds": ("GSERVER_DRAIN_SPREAD", "0.5", 0.5),
     "hang_timeout_seconds": ("GSERVER_HANG_TIMEOUT", "0", 0.0),
     "commands": ("GSERVER_COMMANDS", "my.module", "my.module"),
     "redis_url": ("GSERVER_REDIS_URL", "redis://h:1/2", "redis://h:1/2"),

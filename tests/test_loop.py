@@ -24,7 +24,7 @@ from gserver.serve.client import BLOCKED, READ_BYTES
 from gserver.serve.limits import Limits
 from gserver.serve.loop import TURN_CLIENTS, Loop
 from gserver.serve.replies import Replies
-from lab.running import LIMIT, Client, Running, extended, stopped, until
+from lab.running import LIMIT, PATIENCE, Client, Running, extended, stopped, until
 
 MODULE = """
 import os
@@ -381,6 +381,29 @@ def test_a_drain_closes_a_client_that_has_never_sent_anything() -> None:
         ours.drain()
         until_idle(lambda: not scoreboard.clients())
         assert client.recv(1) == b""
+
+
+def test_a_drain_closes_clients_evenly_over_the_spread_and_serves_them_until_then() -> None:
+    with (
+        loop(drain_spread_seconds=2, drain_timeout_seconds=8) as (scoreboard, ours, _),
+        ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(one_more(ours)) for _ in range(99)]
+        for client in clients:
+            client.sendall(b"WHY\n")
+        gevent.sleep(0.1)
+        ours.drain()
+        began = time.monotonic()
+        left = {}
+        while scoreboard.clients():
+            for client in clients:
+                with suppress(OSError):
+                    client.sendall(b"\n")
+            gevent.sleep(0.1)
+            left[round(time.monotonic() - began, 1)] = scoreboard.clients()
+        for after, count in left.items():
+            assert abs(count - 100 * (1 - after / 2)) < 30 * PATIENCE, left
+        assert 1.5 < time.monotonic() - began < 2 + PATIENCE
 
 
 def until_idle(condition: Callable[[], object]) -> None:

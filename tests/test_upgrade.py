@@ -45,10 +45,7 @@ def reload(server: Running, number: int = 1) -> None:
 
 
 def test_an_upgrade_keeps_the_process_the_ports_and_every_client(installed: Installed) -> None:
-    with (
-        installed.start("--port", "0", "--admin-port", "0", "--workers", "2") as server,
-        ExitStack() as stack,
-    ):
+    with installed.start("--admin-port", "0", "--workers", "2") as server, ExitStack() as stack:
         clients = connected(server, stack, 20)
         where = clients[0].ask(b"WHERE")
         old = {*server.workers(), *server.agents()}

@@ -124,6 +124,19 @@ def _counters(target: Target) -> Iterator[Text]:
     shown = ", ".join(f"{name} {_number(count)}" for name, count in counts if count)
     if shown:
         yield Text(f"errors since start: {shown}", "red")
+    yield from _handovers(target.now)
+
+
+def _handovers(status: Status) -> Iterator[Text]:
+    clients, server = status["clients"], status["server"]
+    if server.get("handovers"):  # An older version does not hand clients over.
+        mean = server["handover_seconds"] / server["handovers"]
+        text = (
+            f"handed over by reloads: {_number(clients['handed_over'])} ({mean:.2f} s per worker)"
+        )
+        if clients["left_behind"]:
+            text += f", left behind: {_number(clients['left_behind'])}"
+        yield Text(text)
 
 
 def _certificate(status: Status) -> Iterator[Text]:

@@ -257,7 +257,7 @@ class Client:
 
     def _note_part(self, now: float) -> None:
         """Part of a TLS record has arrived: the client is not silent. That prolongs no drain."""
-        if not self.loop.is_draining:
+        if now < self._drains_at:
             self.quiet_since = now
 
     def take(self, data: bytes, now: float, *, is_tried: bool = False) -> None:
@@ -272,9 +272,9 @@ class Client:
         self.state = READING
         if data:
             work.unread += data
-            if not self.loop.is_draining:  # Blank lines do not prolong a drain.
+            if now < self._drains_at:  # Blank lines do not prolong a drain.
                 self.quiet_since = now
-            elif now >= self.loop.drain_started_at + DRAIN_GRACE_SECONDS:
+            elif now >= self._drains_at + DRAIN_GRACE_SECONDS:
                 self._count_drain_bytes(work, len(data))
         else:
             work.has_input_ended = True
@@ -486,7 +486,7 @@ class Client:
             seconds = self.loop.config.line_timeout_seconds
             if work.line_deadline == inf and seconds:
                 work.line_deadline = now + seconds
-        elif work and not self.loop.is_draining:  # In a drain it keeps `drain_bytes_left`.
+        elif work and now < self._drains_at:  # In a drain it keeps `drain_bytes_left`.
             self.work = None
         elif work:
             work.line_deadline = inf
@@ -514,11 +514,15 @@ class Client:
 
     def _leaves_at(self) -> float:
         """When a drain closes this client if it sends nothing more; infinity without a drain."""
-        if not self.loop.is_draining:
-            return inf
+        at = self._drains_at
         if self._has_part:
-            return self.loop.drain_started_at + DRAIN_GRACE_SECONDS
-        return 0.0 if self.has_spoken else self.quiet_since + DRAIN_GRACE_SECONDS
+            return at + DRAIN_GRACE_SECONDS
+        return at if self.has_spoken else max(at, self.quiet_since + DRAIN_GRACE_SECONDS)
+
+    @property
+    def _drains_at(self) -> float:
+        """When its part of a drain begins; infinity without a drain. Until then it is served."""
+        return self.loop.drains_at(self.sock.fileno())
 
     def _end_silence(self, now: float) -> None:
         work, idle_seconds = self._ensure_work(), self.loop.config.idle_timeout_seconds

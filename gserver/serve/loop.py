@@ -42,6 +42,7 @@ PRIORITY = -2
 LATE_SECONDS = 1.0
 #: Rejected clients that may linger at the same time; others are closed at once.
 MAX_REJECTED = RESERVED_FILES // 2
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 #: Limit on TLS handshakes in progress in one worker; at most a quarter of its open files. One more
 #: ends the oldest, since an honest handshake takes milliseconds.
 MAX_HANDSHAKES = 1024
@@ -108,6 +109,17 @@ class Loop:
     def has_tls(self) -> bool:
         """Whether clients speak TLS."""
         return self._tls_context is not None
+
+    def drains_at(self, fd: int) -> float:
+        """Return when the drain reaches a client: at once, or spread by `--drain-spread`.
+
+        Infinity if there is no drain. The multiples of the golden ratio spread consecutive
+        descriptors evenly.
+        """
+        if not self.is_draining:
+            return inf
+        spread_seconds = self.config.drain_spread_seconds
+        return self.drain_started_at + spread_seconds * (fd * GOLDEN_RATIO % 1.0)
 
     # New clients
 

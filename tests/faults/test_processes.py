@@ -14,7 +14,10 @@ from threading import Event
 import psutil
 import pytest
 
+from lab import reload_load
 from lab.admin import get
+from lab.child import Child
+from lab.installed import Installed
 from lab.redises import Redis, free_port
 from lab.rows import ALL, PLAIN, SEVERAL, Notes, Variant, row
 from lab.running import (
@@ -325,7 +328,7 @@ def test_every_client_that_connects_during_20_reloads_gets_a_reply(
 
     with site.neighbours(), ThreadPoolExecutor(4) as pool, ExitStack() as stack:
         stack.callback(is_over.set)
-        site.may_lose = True
+        site.may_lose = site.variant.is_tls
         connecting = [pool.submit(connect, number) for number in range(4)]
         for number in range(1, 21):
             site.server.send_signal(signal.SIGHUP)
@@ -342,6 +345,43 @@ def test_every_client_that_connects_during_20_reloads_gets_a_reply(
         assert sum(counts) >= CONNECTS
         assert not site.server.events("worker.died")
         site.await_others()
+
+
+#: Of 10,000 clients, how many do what.
+CROWD = {"pipelined": 1000, "partial": 300, "busy": 200, "slow": 100, "idle": 8399, "watcher": 1}
+BATCH = 250
+
+
+@row("Reloads and upgrades with 10,000 clients", Variant(1), Variant(2), quick=None)
+def test_20_reloads_and_5_upgrades_lose_no_client_and_no_reply(
+    variant: Variant, tmp_path: Path, notes: Notes
+) -> None:
+    (tmp_path / "extra.py").write_text(reload_load.MODULE)
+    installed = Installed(tmp_path)
+    options = ("--server-id", "here", "--commands", "extra", "--max-clients", "15000")
+    workers = ("--workers", str(variant.workers))
+    with installed.start(*options, *workers, cwd=tmp_path) as server:
+        crowd = [f"{kind}={number}" for kind, number in CROWD.items()]
+        load = Child("lab.reload_load", server.port, "here", *crowd)
+        for number in range(1, 26):
+            if number % 5 == 0:
+                installed.set_version(f"1.0.{number}")
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("server.reloaded", number, 5 * LIMIT)
+        figures = load.result()
+        upgrades = len(server.events("server.upgraded"))
+        moved = sum(each["gserver.clients"] for each in server.events("worker.handed_over"))
+        notes.happened(
+            f"20 reloads, {upgrades} upgrades, {moved} handovers of clients at once,"
+            f" {figures['replies']} replies"
+        )
+        assert upgrades == 5
+        assert (figures["lost"], figures["wrong"], figures["missing"]) == (0, 0, 0)
+        assert figures["who_least"] == 10_000
+        assert figures["who_most"] <= 10_000 + BATCH
+        assert moved > 20 * 10_000
+        assert not server.events("worker.died") + server.events("worker.cut_off")
+        notes.measured("most by which WHO was too high", figures["who_most"] - 10_000, "clients")
 
 
 @row(
