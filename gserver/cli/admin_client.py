@@ -55,8 +55,13 @@ CLUSTER = {
     "members": (MEMBERS, NoneType),
 }
 SHAPE = {
-    "server": {"id": str, "state": str, "uptime_seconds": float, "tls_expires_at": MAYBE},
-    "clients": {"now": float, "peak": float},
+    "server": {
+        "id": str,
+        "state": str,
+        "tls_expires_at": MAYBE,
+        **dict.fromkeys(("uptime_seconds", "handovers", "handover_seconds"), float),
+    },
+    "clients": dict.fromkeys(("now", "peak", "handed_over", "left_behind"), float),
     "commands": TOTALS,
     "error_replies": TOTALS,
     "workers": {

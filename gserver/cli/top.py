@@ -129,11 +129,10 @@ def _counters(target: Target) -> Iterator[Text]:
 
 def _handovers(status: Status) -> Iterator[Text]:
     clients, server = status["clients"], status["server"]
-    if server.get("handovers"):  # An older version does not hand clients over.
+    if server["handovers"]:
         mean = server["handover_seconds"] / server["handovers"]
-        text = (
-            f"handed over by reloads: {_number(clients['handed_over'])} ({mean:.2f} s per worker)"
-        )
+        moved = _number(clients["handed_over"])
+        text = f"handed over by reloads: {moved} ({mean:.2f} s per worker)"
         if clients["left_behind"]:
             text += f", left behind: {_number(clients['left_behind'])}"
         yield Text(text)
