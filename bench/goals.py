@@ -189,6 +189,8 @@ GOALS = (
     ),
     Goal("clients at once", 50000, "", _of("hold", "lowest"), is_least=True),
     Goal("start to first reply", 0.5, "s", _of("start", "start_s", workers=1)),
+    Goal("handover of 10,000 clients", 2, "s", _of("handover", "handover_s", clients=10000)),
+    Goal("p99 of replies meanwhile", 50, "ms", _of("handover", "p99_ms", clients=10000)),
 )
 
 

@@ -329,6 +329,17 @@ TABLES = {
             "seconds to connect all": Column("taken_s"),
         },
     ),
+    "handover": Table(
+        "handover",
+        {"clients": "idle clients"},
+        {
+            "handover, s": Column("handover_s"),
+            "p99 of replies, ms": Column("p99_ms"),
+            "longest reply, ms": Column("longest_ms"),
+            "most by which WHO was too high": Column("over", percent=100),
+            "lost, wrong or missing": Column("failed", percent=100),
+        },
+    ),
     "start": Table("start", {"workers": "workers"}, {"first reply, s": Column("start_s")}),
     "propagation": Table(
         "propagation",

@@ -6,6 +6,7 @@ The cases of a scenario take turns, round by round.
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,9 @@ from bench.measure import (
     work,
 )
 from bench.peers import CHECKOUT, PEERS, SPELLING_PEERS, running
+from lab.child import Child
 from lab.redises import Redis, free_port
-from lab.running import Client, environment
+from lab.running import Client, Running, environment, until
 
 HELD_BY_ONE = 12500
 #: The order of commands, and the load generator's name for it.
@@ -42,6 +44,8 @@ MODES = {"in turn": "pipeline", "shuffled": "shuffled"}
 ORDERS = tuple(MODES)
 #: Servers of the cluster of `propagation`: a client connects to one, and the others are watched.
 MEMBERS, EVENTS = 4, 12
+#: Reloads in a round of `handover`.
+HANDOVERS = 3
 
 
 #: Commands in a batch that is longer than 4,096 bytes.
@@ -257,6 +261,26 @@ def _first_answer(process: "subprocess.Popen[bytes]", port: int) -> float:
     raise Failed("bin/gserver did not answer")
 
 
+def handover(_seconds: float, clients: int) -> Iterator[Sample]:
+    """Reloads with idle clients, some of which ask now and then. One more asks WHO all the time."""
+    options = ("--server-id", "here", "--max-clients", str(clients + 100))
+    with Running(*options) as server:
+        for number in range(1, HANDOVERS + 1):
+            load = Child("lab.reload_load", server.port, "here", f"idle={clients}", "watcher=1")
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("server.reloaded", number)
+            found = load.result()
+            handed_over = server.events("worker.handed_over")[-1]
+            yield {
+                "handover_s": handed_over["gserver.seconds"],
+                "p99_ms": found["p99_ms"],
+                "longest_ms": found["longest_ms"],
+                "over": found["who_most"] - found["clients"],
+                "failed": found["lost"] + found["wrong"] + found["missing"],
+            }
+            until(lambda: server.who() == 1, "the clients have left")
+
+
 def heartbeat_script(_seconds: float, heartbeats_a_round: int) -> Iterator[Sample]:
     """The cost of a heartbeat inside Redis."""
     for size, times in heartbeats.script_times(heartbeats=heartbeats_a_round).items():
@@ -339,6 +363,7 @@ FULL = (
     ),
     Scenario("hold", hold, _cases(processes=(4,)), rounds=2),
     Scenario("start", start, _cases(workers=(1, 4)), rounds=11),
+    Scenario("handover", handover, _cases(clients=(1000, 10000)), rounds=3),
     Scenario("propagation", propagation, _cases(interval=(0.1, 0.2, 0.5, 1.0, 2.0)), rounds=1),
     Scenario(
         "heartbeats",

@@ -55,9 +55,13 @@ def run_trial() -> int:
 
     monkey.patch_all()
     from importlib import import_module
+    from pkgutil import walk_packages
 
-    for module in MODULES.values():
-        import_module(module)
+    import gserver
+
+    for module in walk_packages(gserver.__path__, "gserver."):
+        if module.name != "gserver.__main__":
+            import_module(module.name)
     from gserver.errors import FatalError
     from gserver.supervise import supervisor
 

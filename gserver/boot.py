@@ -4,8 +4,9 @@ A child is a new interpreter (`python -P gserver/ child ROLE SLOT`), not a fork:
 in it, and a reload brings new code. Its instructions come as JSON on its stdin, so neither
 arguments nor environment carry them. It reports through a socket, in lines: `ready`;
 `error REASON` if it cannot go on; `duplicate_id REASON` if the whole server cannot; or
-`kept REASON` if it could not hand its clients over. Through the same socket, a worker gets its end
-of a pair with another worker: to `hand_over` its clients, or to `take_over` those of the other one.
+`kept [REASON]` if a handover has failed, and it serves on; or `leaving` if it drains at the end of
+one. Through the same socket come orders for workers, in lines: `hand_over` and `take_over`, each
+with one end of a socket pair between two workers, or `keep` if the other worker is dead.
 """
 
 import ctypes
@@ -35,9 +36,10 @@ from gserver.errors import (
 from gserver.scoreboard import Scoreboard
 
 #: First words of a report.
-READY, ERROR, DUPLICATE_ID, KEPT = "ready", "error", "duplicate_id", "kept"
-#: What the supervisor sends to a worker, with a descriptor.
-HAND_OVER, TAKE_OVER = "hand_over", "take_over"
+READY, ERROR, DUPLICATE_ID = "ready", "error", "duplicate_id"
+KEPT, LEAVING = "kept", "leaving"
+#: Orders.
+HAND_OVER, TAKE_OVER, KEEP = "hand_over", "take_over", "keep"
 #: A report is cut to this: it is written as a whole.
 MAX_REPORT_BYTES = 4000
 #: Descriptors that a process needs beside those of its clients: standard streams, scoreboard,

@@ -133,7 +133,7 @@ class Scoreboard:
     def settled_clients(self) -> int:
         """Return the same without the clients of a handover that two workers count.
 
-        For the agent: the cluster must not hear of a handover.
+        For the agent, and for limits. Two cells change at a batch: between them, this is wrong.
         """
         return sum(self._clients) - sum(self._arriving)
 
@@ -190,7 +190,7 @@ class Scoreboard:
         """
         # Clients that were arriving are still those of the worker that hands them over.
         clients = self.cells[self.cell("clients", slot)]
-        clients -= self.cells[self.cell("clients_arriving", slot)]
+        clients = max(0, clients - self.cells[self.cell("clients_arriving", slot)])
         for name in ("clients", "clients_arriving", "pid", "tls_expires_at"):
             self.cells[self.cell(name, slot)] = 0
         addresses = self.addresses_of(slot)

@@ -21,13 +21,13 @@ class Installed:
     @property
     def program(self) -> list[str]:
         """The command that starts a server with this copy."""
-        return [sys.executable, "-P", str(self.package), "serve", "--port", "0"]
+        return [sys.executable, "-P", str(self.package), "serve"]
 
     def start(self, *options: str, **more: Any) -> Running:
         """A server that runs this copy."""
         # Two texts of equal size, written within a second, look the same to the bytecode cache.
         env = {"PYTHONDONTWRITEBYTECODE": "1", **more.pop("env", {})}
-        return Running(*options, command=self.program, env=env, **more)
+        return Running("--port", "0", *options, command=self.program, env=env, **more)
 
     def set_version(self, version: str) -> None:
         self.change("__init__.py", '__version__ = "', f'__version__ = "{version}" # ')
@@ -44,5 +44,7 @@ class Installed:
         """Replace the text during the body."""
         before = (self.package / module).read_text()
         self.change(module, old, new)
-        yield
-        (self.package / module).write_text(before)
+        try:
+            yield
+        finally:
+            (self.package / module).write_text(before)

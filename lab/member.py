@@ -1,5 +1,6 @@
 """A named server and its successors, on the same port of the same host."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lab.host import HERE, Host
@@ -11,12 +12,19 @@ class Member:
     """A server that runs from its creation until `end`."""
 
     server_type: type[Running] = Running
-    words: tuple[str, ...] = ()  #: before gserver's command
+    words: tuple[str, ...] = ()  #: before the program
 
-    def __init__(self, name: str, *options: str, host: Host = HERE, **more: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        *options: str,
+        host: Host = HERE,
+        program: Sequence[str] = (*GSERVER, "serve"),
+        **more: Any,
+    ) -> None:
         self.name, self.host, self.port = name, host, free_port(host)
         address = ["--host", host.listens_on, "--port", str(self.port)]
-        self._command = [*self.words, *GSERVER, "serve", *address, *options]
+        self._command = [*self.words, *program, *address, *options]
         self._more = more
         self.start()
 

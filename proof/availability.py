@@ -49,7 +49,8 @@ RATES = {
     "host frozen": Rate(12, "a VM is moved or paused: four times a year each"),
     "host gone": Rate(18, "power, hardware, a switch: every two months each"),
     "rolling reload": Rate(26, "certificates, custom commands: every two weeks"),
-    "rolling restart": Rate(104, "two releases a week"),
+    "rolling upgrade": Rate(104, "two releases a week"),
+    "rolling restart": Rate(12, "other options, a new kernel: once a month"),
     "Redis primary killed": Rate(6, "every two months"),
     "Redis primary hung": Rate(6, "a slow disk, a slow command: every two months"),
     "planned failover": Rate(24, "upgrades: twice a month"),
@@ -60,7 +61,7 @@ RATES = {
     ),
 }
 #: The planned ones.
-PLANNED = "rolling reload", "rolling restart"
+PLANNED = "rolling reload", "rolling upgrade", "rolling restart"
 
 
 class Common(NamedTuple):
@@ -196,7 +197,11 @@ def replies_table(report: dict[str, Any]) -> str:
 
 def _costly(report: dict[str, Any]) -> dict[str, tuple[Rate, list[Outage], Cost]]:
     """The faults that cost replies."""
-    return {name: found for name, found in costs(report, "replies").items() if found[2].worst}
+    return {
+        name: found
+        for name, found in costs(report, "replies").items()
+        if found[2].worst or name in PLANNED
+    }
 
 
 def who_table(report: dict[str, Any]) -> str:
@@ -311,7 +316,7 @@ def budget_parts(report: dict[str, Any]) -> list[tuple[str, float]]:
     planned = total(found[name][2] for name in PLANNED).median
     single = total(each for *_, each in found.values()).median - planned
     parts = [(each.what, each.cost) for each in COMMON]
-    parts += [("planned reloads and restarts", planned), ("single faults", single)]
+    parts += [("planned reloads, upgrades and restarts", planned), ("single faults", single)]
     return sorted(parts, key=lambda part: -part[1])
 
 

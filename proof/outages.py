@@ -104,10 +104,23 @@ def rolling_reload(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def rolling_restart(world: World) -> Iterator[None]:
-    """Restart the servers one after another, each once HAProxy uses the previous one again."""
+def rolling_upgrade(world: World) -> Iterator[None]:
+    """Install another version, and send SIGHUP to one server after another."""
+    world.installed.set_version(f"1.0.{time.time_ns()}")
     for member in world.members:
-        assert member.server.stop() == 0
+        with member.server.expecting("server.upgraded"), member.server.expecting("server.reloaded"):
+            member.server.send_signal(signal.SIGHUP)
+    yield
+
+
+@contextmanager
+def rolling_restart(world: World) -> Iterator[None]:
+    """Restart the servers one after another, each once HAProxy uses the previous one again.
+
+    Before it stops, each is a lame duck, and its clients are closed one by one.
+    """
+    for member in world.members:
+        assert member.server.stop(signal.SIGUSR2) == 0
         member.start()
         until(lambda: {*world.front.states().values()} == {"UP"}, "all servers are up")
     yield
@@ -169,6 +182,7 @@ FAULTS = (
     Fault("host frozen", host_frozen, is_of_who=False),
     Fault("host gone", host_gone, is_unreachable=True),
     Fault("rolling reload", rolling_reload, is_of_who=False),
+    Fault("rolling upgrade", rolling_upgrade, is_of_who=False),
     Fault("rolling restart", rolling_restart, is_of_who=False),
     Fault("Redis primary killed", promotes(lambda _, old: old.kill(), lambda old: old.start())),
     Fault("Redis primary hung", promotes(lambda _, old: old.freeze(), lambda old: old.thaw())),

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from lab.haproxy import Front
+from lab.installed import Installed
 from lab.machine import processor, source, version
 from lab.member import Member
 from lab.netns import Network
@@ -24,7 +25,7 @@ from lab.redises import Sentinels
 
 NAMES = "A", "B", "C"
 NICENESS = -10
-OPTIONS = "--workers", "2", "--drain-delay", "2"
+OPTIONS = "--workers", "2", "--drain-delay", "2", "--drain-spread", "2"
 
 
 class World(ExitStack[None]):
@@ -41,10 +42,13 @@ class World(ExitStack[None]):
             options = ["--redis-url", self.redis.url, "--heartbeat-interval", str(interval)]
             options += ["--member-ttl", str(ttl), *OPTIONS]
             env = {"GSERVER_ADMIN_TOKEN": "secret"}
+            #: The code that all servers run.
+            self.installed = Installed(folder)
             self.members: list[Member] = []
             for name, host in zip(NAMES, rest[3:], strict=True):
                 admin = ["--admin-host", host.address, "--admin-port", "4243"]
-                member = Member(name, *admin, *options, host=host, env=env)
+                program = self.installed.program
+                member = Member(name, *admin, *options, host=host, program=program, env=env)
                 self.members.append(member)
                 stack.callback(member.end)
             with self.front_host.inside():

@@ -288,14 +288,15 @@ def test_a_client_over_its_address_limit_is_rejected_after_a_handover_too() -> N
         assert ask(both.connect("10.0.0.1")) == b"42\n"
 
 
-def test_clients_that_arrive_in_a_drain_are_drained() -> None:
+def test_a_worker_that_drains_takes_no_clients() -> None:
     with pair() as both:
         client = both.connect()
         ask(client)
         both.new.drain()
-        both.hand_over()
-        settle(lambda: not both.new.clients)
-        assert client.recv(1) == b""
+        with pytest.raises(SuccessorDiedError):
+            both.hand_over()
+        assert both.figures() == (1, 0, 1)
+        assert ask(client) == b"42\n"
 
 
 # What WHO says meanwhile.
@@ -350,10 +351,56 @@ def test_a_successor_with_tls_gets_no_clients(has_tls: bool) -> None:
         assert Sender(both.old, both.ours).greet() is not has_tls
 
 
-def test_a_successor_that_says_nothing_gets_no_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_successor_that_says_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "GREETING_SECONDS", 0.1)
+    with pair() as both, pytest.raises(HandoverError, match="the new worker does not begin"):
+        Sender(both.old, both.ours).greet()
+
+
+def test_a_successor_that_cannot_read_a_batch_leaves_it_to_the_old_worker() -> None:
     with pair() as both:
-        assert not Sender(both.old, both.ours).greet()
+        client = both.connect()
+        receiver = gevent.spawn(receive, both.new, 1, both.theirs)
+        sender = Sender(both.old, both.ours)
+        assert sender.greet()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(handover, "describe", lambda *_: {"of": "another shape"})
+            with pytest.raises(SuccessorDiedError):
+                sender.send_ready()
+        sender.close()
+        receiver.join(LIMIT)
+        assert isinstance(receiver.exception, KeyError), "which ends the worker"
+        assert both.figures() == (1, 0, 1)
+        assert ask(client) == b"42\n"
+
+
+def test_an_error_reply_with_another_name_is_an_internal_error() -> None:
+    with pair() as both:
+        client = both.connect()
+        client.sendall(b"REST\nWHAT\n\xff\n")
+        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
+        both.old.is_handing_over = True
+        settle(lambda: both.old.parked)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(handover._ERRORS, "unknown_command")
+            both.hand_over()
+        settle(lambda: both.scoreboard.totals()["error_replies.not_ascii"])
+        assert read(client) == b"rested\nERR internal\nERR not ASCII\n"
+
+
+def test_a_handover_is_given_up_although_another_process_has_the_successors_end() -> None:
+    with pair() as both:
+        client = both.connect()
+        both.theirs.send(Greeting(1, 100, has_tls=False).encode())
+        sender = Sender(both.old, both.ours)
+        assert sender.greet()
+        sending = gevent.spawn(sender.send_ready)
+        gevent.sleep(0.05)
+        sender.give_up()
+        sending.join(LIMIT)
+        assert isinstance(sending.exception, SuccessorDiedError)
+        sender.close()
+        assert ask(client) == b"42\n"
 
 
 def test_a_successor_without_enough_descriptors_is_an_error() -> None:
@@ -369,7 +416,9 @@ def test_a_batch_that_finds_no_descriptors_stays_with_the_old_worker() -> None:
     with pair() as both:
         clients = [both.connect() for _ in range(5)]
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        gc.collect()  # What earlier tests have left would free descriptors later.
+        for _ in range(3):  # What earlier tests have left would free descriptors later.
+            gc.collect()
+            gevent.sleep(0.02)
         with open("/dev/null") as probe:  # The next two descriptors are free.
             limit = probe.fileno() + 2
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

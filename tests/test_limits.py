@@ -320,10 +320,22 @@ def test_two_workers_never_give_the_last_place_to_two_clients(
 ) -> None:
     scoreboard = Scoreboard.create(2)
     counts = iter([4, 6])  # Another worker admits two clients between the two reads.
-    monkeypatch.setattr(scoreboard, "clients", lambda: next(counts))
+    monkeypatch.setattr(scoreboard, "settled_clients", lambda: next(counts))
     limits = Limits(Config(server_id="here", max_clients=5), scoreboard, 0)
     assert limits.admit(7) is TOO_MANY_CLIENTS
     assert (limits.clients, scoreboard.totals()["clients_accepted"]) == (0, 0)
+
+
+def test_nobody_is_rejected_because_a_handover_counts_twice() -> None:
+    scoreboard = Scoreboard.create(2)
+    old, new = (Limits(Config(max_clients=10), scoreboard, slot) for slot in range(2))
+    assert [old.admit(fd) for fd in range(8)] == [None] * 8
+    new.take_over(5)
+    assert scoreboard.clients() == 13
+    assert [new.admit(fd) for fd in range(3)] == [None, None, TOO_MANY_CLIENTS]
+    old.hand_over(5, 1)
+    assert scoreboard.clients() == 10
+    assert scoreboard.totals()["clients_peak"] == 10
 
 
 def test_the_peak_is_the_largest_number_of_clients_at_once() -> None:

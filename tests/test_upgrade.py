@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +16,7 @@ from gserver.certificates import Certificates
 from gserver.config import UPGRADE_VARIABLE, Config
 from gserver.errors import EXIT_USAGE, UsageError
 from gserver.scoreboard import SERVER_ROOM, WORKER_CELLS, Scoreboard
+from gserver.supervise.child import WORKER, Child, Inherited, resume_children
 from gserver.supervise.phases import Generation
 from gserver.supervise.upgrade import State
 from lab.admin import status
@@ -34,6 +36,11 @@ def installed(tmp_path: Path) -> Installed:
 
 
 def connected(server: Running, stack: ExitStack, count: int) -> list[Client]:
+    """This many clients of a server whose processes have started, with the code of the start."""
+    listening = server.wait_for("server.listening")
+    server.wait_for("worker.ready", listening["gserver.workers"])
+    if listening["gserver.admin_port"] is not None:
+        server.wait_for("agent.ready")
     clients = [stack.enter_context(server.client()) for _ in range(count)]
     until(lambda: clients[0].who() == count, "the clients are counted")
     return clients
@@ -86,6 +93,20 @@ def test_without_changed_files_the_supervisor_stays_as_it_is(installed: Installe
             "class Lifecycle:",
             "class Lifecycle",
             "SyntaxError",
+            marks=pytest.mark.outer,
+        ),
+        pytest.param(
+            "cli/main.py",
+            "def main() -> None:",
+            "def main() -> None",
+            "SyntaxError",
+            marks=pytest.mark.outer,
+        ),
+        pytest.param(
+            "supervise/child.py",
+            "    suspected_at: float | None = None\n",
+            "    suspicious_since: float | None = None\n",
+            "unexpected keyword argument 'suspected_at'",
             marks=pytest.mark.outer,
         ),
         (
@@ -156,9 +177,6 @@ def test_a_new_version_whose_workers_fail_keeps_the_old_workers(installed: Insta
     with installed.start() as server, ExitStack() as stack:
         clients = connected(server, stack, 5)
         [old] = server.workers()
-        broken = "def run(instructions: Instructions) -> None:\n    raise SystemError('broken')\n"
-        with installed.changed("serve/worker.py", "def run(instructions", f"{broken}def was("):
-            pass
         with installed.changed(
             "serve/worker.py",
             "    Worker(instructions).run()\n",
@@ -203,7 +221,8 @@ def test_reloads_during_an_upgrade_end_with_the_last_version(installed: Installe
             time.sleep(0.17 * (number % 4))
 
         def is_last() -> bool:
-            return server.events()[-1]["event.action"] in ("agent.ready", "server.reloaded")
+            actions = [event["event.action"] for event in server.events()]
+            return "server.reloaded" in actions[actions.index("server.upgraded") :][-4:]
 
         until(
             lambda: (
@@ -259,7 +278,61 @@ def test_20_upgrades_leave_nothing_behind(installed: Installed) -> None:
         assert {client.who() for client in clients} == {100}
 
 
+@pytest.mark.outer
+def test_a_signal_just_before_the_new_program_starts_is_not_lost(installed: Installed) -> None:
+    installed.change(
+        "supervise/upgrade.py",
+        "        os.execve(",
+        "        os.kill(os.getpid(), 15)\n        os.execve(",
+    )
+    with installed.start() as server:
+        installed.set_version("1.0.1")
+        server.send_signal(signal.SIGHUP)
+        assert server.exit_code() == 0
+        assert server.events("server.upgraded")
+        assert server.events("server.draining")
+
+
+@pytest.mark.outer
+def test_a_signal_that_this_program_has_noted_is_taken_before_an_upgrade(
+    installed: Installed,
+) -> None:
+    installed.change(
+        "supervise/supervisor.py",
+        "        if not self._signals.try_block():\n",
+        "        import os; os.kill(os.getpid(), 15)\n        if not self._signals.try_block():\n",
+    )
+    with installed.start() as server:
+        installed.set_version("1.0.1")
+        server.send_signal(signal.SIGHUP)
+        assert server.exit_code() == 0
+        assert not server.events("server.upgraded")
+        assert server.events("server.draining")
+
+
+@pytest.mark.outer
+def test_files_that_change_during_a_trial_are_tried_again(installed: Installed) -> None:
+    pause = "    import time; time.sleep(1)\n    state = upgrade.State.decode(text)\n"
+    with installed.start() as server, server.client() as client:
+        installed.change(
+            "supervise/supervisor.py", "    state = upgrade.State.decode(text)\n", pause
+        )
+        server.send_signal(signal.SIGHUP)
+        time.sleep(0.7)
+        with installed.changed("cli/main.py", "def main() -> None:", "def main() -> None"):
+            failed = server.wait_for("server.reload_failed")
+        assert "SyntaxError" in failed["message"]
+        assert client.who() == 1
+
+
 # The state.
+
+
+def test_a_child_without_a_control_socket_is_resumed() -> None:
+    saved = Child(WORKER, 0, Generation(7, Certificates()), Inherited(1), socket.socket(), 0.0)
+    saved.control.close()
+    [resumed] = resume_children([saved.save()], {7: saved.generation})
+    assert (resumed.pid, resumed.control.fileno(), resumed.state) == (1, -1, saved.state)
 
 
 def state(**changes: object) -> State:

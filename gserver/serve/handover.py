@@ -4,7 +4,7 @@ The supervisor gives each of the two one end of a socket pair. A message on it i
 JSON. The successor begins with a greeting. Then the old worker sends its clients in batches, with
 their descriptors beside them (SCM_RIGHTS), and the successor answers each batch. It counts the
 clients before it answers, and the old worker takes them out of its count after that. So WHO is too
-high by a batch for a moment, and never too low. Replies that clients have not read may be large:
+high by a batch for a moment, rather than too low. Replies that clients have not read may be large:
 they are passed as a file in memory, whose descriptor is the last one.
 
 Until a batch is answered, it is the old worker's: if the successor dies, the old worker continues
@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import gevent
 
 from gserver.commands import Command
-from gserver.protocol import ERROR_REPLIES, UNKNOWN_COMMAND, ErrorReply, Parser
+from gserver.protocol import ERROR_REPLIES, INTERNAL, UNKNOWN_COMMAND, ErrorReply, Parser
 from gserver.serve.client import MOVING, Client, Work
 from gserver.serve.limits import Limits
 from gserver.serve.loop import Loop
@@ -37,10 +37,12 @@ from gserver.serve.loop import Loop
 FORMAT = 1
 #: Clients in a batch. The kernel passes at most 253 descriptors with a message.
 BATCH_CLIENTS = 250
-#: A batch whose JSON has more bytes than this is sent. One client has 100 KB at most, and a packet
-#: may have 200 KB.
+#: A batch whose JSON has more bytes than this is sent. One client has 100 KB at most. The kernel's
+#: usual limit for a packet is 208 KB.
 BATCH_BYTES = 32_768
 MAX_PACKET_BYTES = 262_144
+#: Bytes in the file that count as one of JSON.
+UNSENT_WEIGHT = 100
 #: How long an old worker waits for the greeting.
 GREETING_SECONDS = 5.0
 #: How often an old worker looks for clients that can be handed over by now.
@@ -58,7 +60,7 @@ class HandoverError(Exception):
 
 
 class SuccessorDiedError(HandoverError):
-    """The successor has closed its end of the pair."""
+    """The successor has closed its end of the pair. The supervisor knows why: there is no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +116,12 @@ def describe(client: Client, limits: Limits) -> dict[str, Any]:
     return fields
 
 
-def restore(loop: Loop, sock: _socket.socket, fields: dict[str, Any], unsent: BinaryIO) -> Client:
+def restore(loop: Loop, fd: int, fields: dict[str, Any], unsent: BinaryIO) -> Client:
     """Return the client that these fields describe. Its unsent bytes are read from the file."""
-    address = fields["address"]
-    client = Client(loop, sock, tuple(address) if address else None, fields["quiet_since"])
+    address, quiet_since = fields["address"], fields["quiet_since"]
+    sock = _socket.socket(fileno=fd)
+    sock.setblocking(False)
+    client = Client(loop, sock, tuple(address) if address else None, quiet_since)
     client.state = MOVING
     client.has_spoken = fields["spoken"]
     if work := fields.get("work"):
@@ -135,18 +139,23 @@ def _restore_work(loop: Loop, client: Client, fields: dict[str, Any], unsent: Bi
     for kind, name in fields["items"]:
         # The new worker may not have this command any more.
         command = grammar.commands.get(name.encode(), UNKNOWN_COMMAND)
-        work.items.append(command if kind == "command" else _ERRORS[name])
+        work.items.append(command if kind == "command" else _error(name))
     if fields["partial"] is not None:
         work.parser = Parser(grammar, is_first=not (client.has_spoken or work.items))
         work.parser.partial = _bytes(fields["partial"])
     if fields["closing_error"]:
-        work.closing_error = _ERRORS[fields["closing_error"]]
+        work.closing_error = _error(fields["closing_error"])
     work.has_input_ended = fields["has_input_ended"]
     work.started_at = monotonic()
     return work
 
 
 _ERRORS = {error.name: error for error in ERROR_REPLIES}
+
+
+def _error(name: str) -> ErrorReply:
+    """Return an error reply. Another version may have renamed it."""
+    return _ERRORS.get(name, INTERNAL)
 
 
 def _name(item: Command | ErrorReply) -> tuple[str, str]:
@@ -172,6 +181,7 @@ class Sender:
         self._pair = pair
         #: The successor's slot of the scoreboard.
         self._slot = -1
+        self._is_given_up = False
         #: Clients that have been handed over.
         self.clients = 0
 
@@ -182,11 +192,11 @@ class Sender:
         """
         try:
             greeting = Greeting.parse(self._receive(GREETING_SECONDS))
-        except TimeoutError:  # It may be of a version that hands no clients over.
-            return False
+        except TimeoutError as error:
+            raise HandoverError("the new worker does not begin") from error
         if not greeting or greeting.has_tls or self._loop.has_tls:
             return False
-        clients = len(self._loop.clients)
+        clients = self._loop.limits.clients
         if greeting.room < clients:
             raise HandoverError(
                 f"the new worker has descriptors for {greeting.room} clients, and {clients} are"
@@ -211,6 +221,12 @@ class Sender:
         with suppress(TimeoutError):
             self._receive(seconds)
 
+    def give_up(self) -> None:
+        """Let what is waited for fail: the successor is dead, though its end may still be open."""
+        self._is_given_up = True
+        with suppress(OSError):
+            self._pair.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """End the handover. Clients that are parked stay with this worker."""
         with suppress(OSError):
@@ -231,9 +247,12 @@ class Sender:
         texts: list[str] = []
         size = 0
         while loop.parked and len(clients) < BATCH_CLIENTS and size <= BATCH_BYTES:
-            clients.append(loop.parked.popleft())
-            texts.append(json.dumps(describe(clients[-1], loop.limits)))
+            client = loop.parked.popleft()
+            clients.append(client)
+            texts.append(json.dumps(describe(client, loop.limits)))
             size += len(texts[-1])
+            if client.work:  # A file of many large replies would stop both workers for a while.
+                size += len(client.work.unsent) // UNSENT_WEIGHT
         return (clients, texts) if clients else None
 
     def _send(self, clients: list[Client], texts: list[str]) -> bool:
@@ -249,7 +268,7 @@ class Sender:
             loop.take_back(clients)
             if isinstance(error, OSError) and error.errno == ETOOMANYREFS:
                 return False  # The user has too many descriptors on their way.
-            if isinstance(error, BrokenPipeError | ConnectionResetError):
+            if self._is_given_up or isinstance(error, BrokenPipeError | ConnectionResetError):
                 raise SuccessorDiedError from error
             if isinstance(error, OSError):
                 raise HandoverError(f"a batch could not be sent: {error}") from error
@@ -268,8 +287,10 @@ class Sender:
         self._pair.settimeout(wait_seconds)
         try:
             packet = self._pair.recv(MAX_PACKET_BYTES)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise SuccessorDiedError from error
+        except OSError as error:
+            if self._is_given_up or isinstance(error, BrokenPipeError | ConnectionResetError):
+                raise SuccessorDiedError from error
+            raise
         finally:
             self._pair.settimeout(None)
         if not packet:
@@ -288,7 +309,7 @@ def _unsent(clients: Iterable[Client]) -> BinaryIO:
 
 
 def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
-    """Be the successor: take over clients until the old worker has ended."""
+    """Be the successor: take over clients until the old worker has ended, or until a drain."""
     limits = loop.limits
     greeting = Greeting(slot, loop.capacity - len(loop.clients), loop.has_tls)
     with suppress(BrokenPipeError, ConnectionResetError), pair:
@@ -297,25 +318,29 @@ def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
             packet, fds, _, _ = socket.recv_fds(
                 pair, MAX_PACKET_BYTES, BATCH_CLIENTS + 1, socket.MSG_CMSG_CLOEXEC
             )
-            if packet in (b"", END):
+            # In a drain, the old worker takes back what gets no answer: it may serve on.
+            if packet in (b"", END) or loop.is_draining:
+                _close_all(fds)
                 break
             batch = json.loads(packet)
             if len(fds) <= len(batch):  # The kernel has passed those for which there was room.
-                for fd in fds:
-                    os.close(fd)
+                _close_all(fds)
                 pair.send(REFUSED)
                 continue
-            limits.take_over(len(batch))
+            with open(fds.pop(), "rb") as unsent:
+                clients = [
+                    restore(loop, fd, fields, unsent) for fd, fields in zip(fds, batch, strict=True)
+                ]
+            limits.take_over(len(clients))
             with suppress(BrokenPipeError):  # The old worker has died: its clients live on here.
                 pair.send(TAKEN)
-            with open(fds.pop(), "rb") as unsent:
-                for fd, fields in zip(fds, batch, strict=True):
-                    _adopt(loop, fd, fields, unsent)
+            for client, fields in zip(clients, batch, strict=True):
+                places = fields["places"]
+                limits.take_over_address(client.sock.fileno(), places and tuple(places))
+                loop.adopt(client)
     limits.end_arrival()
 
 
-def _adopt(loop: Loop, fd: int, fields: dict[str, Any], unsent: BinaryIO) -> None:
-    sock = _socket.socket(fileno=fd)
-    sock.setblocking(False)
-    loop.limits.take_over_address(fd, fields["places"] and tuple(fields["places"]))
-    loop.adopt(restore(loop, sock, fields, unsent))
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -25,7 +25,8 @@ class Limits:
         self._max_clients = config.max_clients
         self._scoreboard = scoreboard
         self._cells = scoreboard.cells
-        self._count_clients = scoreboard.clients
+        # Without those of a handover that count twice: nobody may be rejected because of them.
+        self._count_clients = scoreboard.settled_clients
         self._clients = scoreboard.cell("clients", slot)
         self._accepted = scoreboard.cell("clients_accepted", slot)
         self._closed = scoreboard.cell("clients_closed", slot)

@@ -82,6 +82,7 @@ class Loop:
         #: Rejected clients that are still open, and those rejected since the last turn.
         self.rejected = self.rejected_now = 0
         self.drain_started_at = inf
+        self._spread_seconds = 0.0
         #: In a handover, the clients that are ready for it: nothing is done for them here.
         self.parked: deque[Client] = deque()
         self.is_handing_over = False
@@ -118,8 +119,7 @@ class Loop:
         """
         if not self.is_draining:
             return inf
-        spread_seconds = self.config.drain_spread_seconds
-        return self.drain_started_at + spread_seconds * (fd * GOLDEN_RATIO % 1.0)
+        return self.drain_started_at + self._spread_seconds * (fd * GOLDEN_RATIO % 1.0)
 
     # New clients
 
@@ -399,9 +399,10 @@ class Loop:
 
     # Ends
 
-    def drain(self) -> None:
-        """Close every client as soon as what it has sent is answered."""
+    def drain(self, longest_spread_seconds: float = inf) -> None:
+        """Close every client once what it has sent is answered, evenly over `--drain-spread`."""
         self.drain_started_at = now = monotonic()
+        self._spread_seconds = min(self.config.drain_spread_seconds, longest_spread_seconds)
         for client in list(self.clients.values()):
             self.guard(client, client.drain, now)
 

@@ -27,9 +27,12 @@ from gserver import logs
 from gserver.boot import (
     FATAL_ACCEPT_ERRORS,
     HAND_OVER,
+    KEEP,
     KEPT,
+    LEAVING,
     READY,
     RESERVED_FILES,
+    TAKE_OVER,
     Instructions,
     fatal_on_error,
     keep_heartbeat,
@@ -39,8 +42,9 @@ from gserver.certificates import Certificates
 from gserver.config import CLIENTS_SHARE
 from gserver.errors import UsageError
 from gserver.serve import tls
+from gserver.serve.client import DRAIN_GRACE_SECONDS
 from gserver.serve.command_module import load_commands
-from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, SuccessorDiedError, receive
+from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, receive
 from gserver.serve.limits import Limits
 from gserver.serve.loop import MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
@@ -233,18 +237,23 @@ class Worker:
     # Handovers
 
     def _obey(self) -> None:
-        """Do what the supervisor sends, one after the other."""
+        """Do what the supervisor orders. An order that lacks its descriptor has found no room."""
         control = socket.socket(fileno=self._instructions.control_fd)
         while True:
-            order, fds, _, _ = socket.recv_fds(control, 64, 1, socket.MSG_CMSG_CLOEXEC)
-            if not fds:
+            orders, fds, _, _ = socket.recv_fds(control, 64, 1, socket.MSG_CMSG_CLOEXEC)
+            if not orders:
                 return  # The supervisor has died: the heartbeat's greenlet ends the process.
-            pair = socket.socket(fileno=fds[0])
-            if order == HAND_OVER.encode():
-                self._hand_over(pair)
-            else:
-                slot = self._instructions.slot
-                gevent.spawn_raw(fatal_on_error(receive), self.loop, slot, pair)
+            pair = socket.socket(fileno=fds[0]) if fds else None
+            for order in orders.decode().split():
+                if order == KEEP and self._sender:
+                    self._sender.give_up()
+                elif order == HAND_OVER and pair:
+                    gevent.spawn_raw(fatal_on_error(self._hand_over), pair)
+                elif order == HAND_OVER:
+                    self._instructions.report(KEPT, "the old worker has no free descriptor")
+                elif order == TAKE_OVER and pair:
+                    slot = self._instructions.slot
+                    gevent.spawn_raw(fatal_on_error(receive), self.loop, slot, pair)
 
     def _hand_over(self, pair: socket.socket) -> None:
         """Hand all clients over and end; if that fails, accept and serve as before.
@@ -253,19 +262,21 @@ class Worker:
         """
         self._sender = sender = Sender(self.loop, pair)
         self._server.stop_accepting()
+        problem: HandoverError | None = None
         try:
             self._send_all(sender)
         except HandoverError as error:
-            sender.close()
-            self._sender = None
-            self._server.resume()
-            if self._scoreboard.get("port_closed"):
-                self._should_stop_accepting.set()
-            if not isinstance(error, SuccessorDiedError):
-                self._instructions.report(KEPT, str(error))
-        else:
+            problem = error
+        sender.close()
+        if problem is None or self._should_drain:
+            self._instructions.report(LEAVING)
             self._handle_stop()
-            sender.close()
+            return
+        self._sender = None
+        self._server.resume()
+        if self._scoreboard.get("port_closed"):
+            self._should_stop_accepting.set()
+        self._instructions.report(KEPT, str(problem))
 
     def _send_all(self, sender: Sender) -> None:
         """Hand over; return when no client is left, in a drain, or at the drain timeout."""
@@ -292,10 +303,14 @@ class Worker:
         if staying:
             reason = "they are busy, or do not read their replies"
             if not can_move:
-                reason = "TLS" if self.loop.has_tls else "the new worker is of another version"
+                reason = "TLS" if self.loop.has_tls else "the new worker has another format"
             limit = self._config.drain_timeout_seconds
             message += f"; {staying} stay for up to {limit:g} s ({reason})"
-        fields = {"gserver.clients": clients, "gserver.staying": staying}
+        fields = {
+            "gserver.clients": clients,
+            "gserver.staying": staying,
+            "gserver.seconds": round(seconds, 3),
+        }
         logs.event(logging.INFO, "worker.handed_over", message, fields)
 
     def _add(self, name: str, increase: int) -> None:
@@ -317,7 +332,8 @@ class Worker:
         # The supervisor may have waited before its SIGTERM. A worker that drains alone begins now.
         started_at = self._scoreboard.get("drain_started_at") / 1e9 or monotonic()
         deadline = started_at + self._config.drain_timeout_seconds * CLIENTS_SHARE
-        self.loop.drain()
+        # A client has its grace after its part of the spread.
+        self.loop.drain(max(0.0, deadline - monotonic() - 2 * DRAIN_GRACE_SECONDS))
         while self.loop.clients and (left := deadline - monotonic()) > 0:
             self._wait_for_change(left)
         self.loop.replies.is_exiting = True

@@ -20,7 +20,9 @@ from gserver import logs
 from gserver.boot import (
     DUPLICATE_ID,
     HAND_OVER,
+    KEEP,
     KEPT,
+    LEAVING,
     READY,
     SUPERVISOR_SIGNALS,
     TAKE_OVER,
@@ -112,10 +114,12 @@ class Child:
     has_duplicate_id: bool = False
     #: It has closed its end of `control`.
     is_control_closed: bool = False
-    #: Why it has kept its clients, which it should have handed over; "" if it has not.
-    kept: str = ""
+    #: Why it could not hand its clients over, if the reason is not the death of the successor.
+    kept_because: str = ""
     #: The worker that it hands its clients over to.
     successor: "Child | None" = None
+    #: That one is gone. It serves on, and reports that, unless it drains already.
+    is_orphaned: bool = False
 
     @classmethod
     def start(cls, role: str, generation: Generation, instructions: Instructions) -> "Child":
@@ -189,7 +193,8 @@ class Child:
     @property
     def is_staying(self) -> bool:
         """Whether it keeps its place: it should not end, and is not stuck."""
-        return not (self.should_end or self.is_stuck)
+        is_ending = self.should_end and not (self.is_handing_over and self.is_orphaned)
+        return not (is_ending or self.is_stuck)
 
     @property
     def end_reason(self) -> str:
@@ -256,8 +261,11 @@ class Child:
             kind, _, reason = line.partition(" ")
             if kind == READY:
                 self._note_ready()
-            elif kind == KEPT:
-                self.kept = reason
+            elif kind == KEPT and self.is_handing_over:
+                self._keep()
+                self.kept_because = reason
+            elif kind == LEAVING and self.is_handing_over:
+                self.state = State.TERMINATING
             else:
                 self.error = reason
                 self.has_duplicate_id = kind == DUPLICATE_ID
@@ -336,14 +344,23 @@ class Child:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
-            socket.send_fds(successor.control, [TAKE_OVER.encode()], [theirs.fileno()])
-            socket.send_fds(self.control, [HAND_OVER.encode()], [ours.fileno()])
+            socket.send_fds(successor.control, [f"{TAKE_OVER}\n".encode()], [theirs.fileno()])
+            socket.send_fds(self.control, [f"{HAND_OVER}\n".encode()], [ours.fileno()])
         self.state, self.successor, self.kill_at = State.HANDING_OVER, successor, kill_at
+        self.is_orphaned = False
 
-    def keep(self) -> None:
-        """Note that a worker has kept its clients, and accepts again: its successor failed."""
+    def _keep(self) -> None:
+        """Note that a worker serves and accepts again: it could not hand its clients over."""
         self.state, self.successor, self.kill_at = State.READY, None, None
-        self.kept = ""
+
+    def note_successor_gone(self) -> None:
+        """Tell a worker that its successor is dead, or stuck in the kernel for ever.
+
+        It usually knows; but another process may hold the successor's end of the pair.
+        """
+        self.is_orphaned = True
+        with contextlib.suppress(OSError):
+            self.control.send(f"{KEEP}\n".encode())
 
     def terminate(self, kill_at: float) -> None:
         """Send SIGTERM, and note when it is killed if it has not ended."""
@@ -355,6 +372,10 @@ class Child:
     def kill(self, now: float) -> None:
         """End it now."""
         self._kill(State.KILLED, now)
+
+    def kill_hung(self, now: float) -> None:
+        """End it now, because its heartbeat has stopped."""
+        self._kill(State.HUNG, now)
 
     def _kill(self, state: State, now: float) -> None:
         self.state = state
@@ -387,8 +408,9 @@ def resume_children(
         successors[pid] = each.pop("successor_pid")
         # A process that has closed its end has no socket any more.
         control = socket.socket(fileno=control_fd) if control_fd >= 0 else _closed_socket()
-        control.setblocking(False)
-        control.set_inheritable(False)
+        if control_fd >= 0:
+            control.setblocking(False)
+            control.set_inheritable(False)
         found[pid] = Child(
             **each
             | {

@@ -41,9 +41,15 @@ class PendingSignals:
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         self.unblock()
 
-    def block(self) -> None:
-        """Let signals wait, also for a program that takes the place of this one."""
+    def try_block(self) -> bool:
+        """Let signals wait, also for a program that takes the place of this one.
+
+        Returns False, and blocks nothing, if one has come that was not taken yet.
+        """
         signal.pthread_sigmask(signal.SIG_BLOCK, [*self._numbers, signal.SIGCHLD])
+        if self._pending:
+            self.unblock()
+        return not self._pending
 
     def unblock(self) -> None:
         """Take signals again. The parent may have blocked some, too."""

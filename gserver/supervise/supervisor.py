@@ -41,8 +41,8 @@ START_RETRY_SECONDS = 1.0
 #: Slots of the scoreboard beyond `--workers`. A reload starts a new worker before it ends an old
 #: one, and a worker that cannot be killed keeps its slot.
 SPARE_SLOTS = 2
-#: A worker has twice the drain timeout to end in a handover: for clients that stay with it, and for
-#: its own drain. It has so much longer to hand over the others.
+#: Time for a handover itself. Beside it, a worker has the drain timeout twice: for clients that
+#: stay with it, and for its drain.
 HANDOVER_SECONDS = 10.0
 #: What the service manager shows during a reload.
 RELOADING_STATUS = "replacing the workers one by one"
@@ -115,12 +115,7 @@ class Supervisor:
             systemd.Manager(**state.manager),
             listener.inherit(state.port_fd, state.admin_port_fd, config.backlog),
             Scoreboard.attach(state.scoreboard_fd, state.slots, may_extend=True),
-            Lifecycle.resume(
-                state.generations,
-                **state.lifecycle,
-                drain_delay_seconds=config.drain_delay_seconds,
-                drain_timeout_seconds=config.drain_timeout_seconds,
-            ),
+            _resume_lifecycle(state),
             resume_children(state.children, state.generations),
         )
         supervisor._code_version = state.code_version
@@ -251,9 +246,13 @@ class Supervisor:
                 child.terminate(kill_at)
 
     def _hand_over(self, old: Child, successor: Child, now: float) -> None:
+        if old.is_handing_over:
+            return  # It will report soon what it has kept of its last one.
         kill_at = now + 2 * self._config.drain_timeout_seconds + HANDOVER_SECONDS
         try:
             old.hand_over(successor, kill_at)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # One of the two has just died, which will be noticed.
         except OSError as error:
             self._give_up_reload(f"the clients cannot be handed over: {error}")
 
@@ -357,9 +356,8 @@ class Supervisor:
             self._backoff[child.role].failures = 0
             if child.role == WORKER:
                 self._note_ready(child)
-        if child.kept:
-            reason = child.kept
-            child.keep()
+        if child.kept_because:
+            reason, child.kept_because = child.kept_because, ""
             self._give_up_reload(reason)
         if child.is_control_closed:
             child.close_control(self._selector)
@@ -390,11 +388,14 @@ class Supervisor:
 
     def _end_handover(self, ended: Child) -> None:
         """Note what the end of one of two workers means for a handover between them."""
-        if ended.is_handing_over and ended.successor in self._children:
+        if ended.successor in self._children:
             self._lifecycle.note_replaced(ended.successor.generation)
+        self._orphan(ended)
+
+    def _orphan(self, gone: Child) -> None:
         for child in self._children:
-            if child.successor is ended and child.is_handing_over:
-                child.keep()
+            if child.successor is gone and child.is_handing_over:
+                child.note_successor_gone()
 
     def _handle_death(self, child: Child, lost: int, now: float) -> None:
         """Act on the unexpected end of a child."""
@@ -416,13 +417,13 @@ class Supervisor:
             self._give_up_reload(f"a new worker {problem}: {child.end_reason}", fields)
         else:
             message = f"{child.role} {child.pid} died ({child.end_reason})"
-            if self._has_successor(child):
+            if self._is_replaced(child):
                 message += ": starting another"
                 if child.role == WORKER:
                     self._scoreboard.add("worker_restarts", 1)
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
 
-    def _has_successor(self, child: Child) -> bool:
+    def _is_replaced(self, child: Child) -> bool:
         """Return whether another process is started because this one ended, or cannot end."""
         needs = NEEDS[self._lifecycle.phase]
         if child.is_stuck or child.should_end:  # There is one already.
@@ -431,29 +432,43 @@ class Supervisor:
 
     def _watch(self, now: float) -> None:
         for child in self._children:
-            heartbeat_at = self._scoreboard.cells[self._scoreboard.heartbeat_cell(child.slot)] / 1e9
+            heartbeat_at = self._heartbeat_at(child)
             limit = self._config.hang_seconds(is_agent=child.role == AGENT)
+            self._spare_old_worker(child, now)
             match child.watch(now, heartbeat_at, limit):
                 case Finding.HUNG:
-                    silence = child.silence(now, heartbeat_at)
-                    message = (
-                        f"{child.role} {child.pid} was killed: no heartbeat for {silence:.1f} s"
-                    )
-                    fields = {
-                        "gserver.child_pid": child.pid,
-                        "gserver.clients": self._clients(child),
-                    }
-                    logs.event(logging.ERROR, f"{child.role}.hung", message, fields)
+                    self._log_hung(child, child.silence(now, heartbeat_at))
                 case Finding.LATE:
                     self._log_killed(child, "drain timeout")
                 case Finding.STUCK:
+                    self._orphan(child)
                     self._handle_stuck(child)
+
+    def _heartbeat_at(self, child: Child) -> float:
+        return self._scoreboard.cells[self._scoreboard.heartbeat_cell(child.slot)] / 1e9
+
+    def _spare_old_worker(self, child: Child, now: float) -> None:
+        """If a handover takes too long because the successor hangs, kill that one first."""
+        successor = child.successor
+        is_late = child.is_handing_over and child.kill_at is not None and now >= child.kill_at
+        if not is_late or successor is None or successor.killed_at is not None:
+            return
+        silence = successor.silence(now, self._heartbeat_at(successor))
+        if silence > WATCH_SECONDS:
+            child.kill_at = now + 2 * STUCK_SECONDS
+            successor.kill_hung(now)
+            self._log_hung(successor, silence)
 
     def _clients(self, child: Child) -> int:
         """Return how many clients a worker has; 0 for the agent."""
         if child.role == AGENT:
             return 0
         return self._scoreboard.cells[self._scoreboard.cell("clients", child.slot)]
+
+    def _log_hung(self, child: Child, silence: float) -> None:
+        message = f"{child.role} {child.pid} was killed: no heartbeat for {silence:.1f} s"
+        fields = {"gserver.child_pid": child.pid, "gserver.clients": self._clients(child)}
+        logs.event(logging.ERROR, f"{child.role}.hung", message, fields)
 
     def _log_killed(self, child: Child, reason: str) -> None:
         clients = self._clients(child)
@@ -546,16 +561,22 @@ class Supervisor:
 
     def _check_trial(self, now: float) -> None:
         """Let the new version take over if its trial has succeeded."""
-        problem = self._trial.result(now) if self._trial else None
-        if problem is None:
+        trial = self._trial
+        problem = trial.result(now) if trial else None
+        if trial is None or problem is None:
             return
+        if not self._signals.try_block():
+            return  # A signal that this program knows of would be lost.
         self._end_trial()
         if self._lifecycle.phase not in (Phase.SERVING, Phase.RELOADING):
-            return  # The server is stopping by now.
-        if problem:
+            pass  # The server is stopping by now.
+        elif problem:
             self._log_failed_reload(f"the new version cannot run: {problem}")
+        elif trial.code_version != upgrade.code_version():
+            self._try_upgrade()  # The files have changed again.
         else:
             self._upgrade()
+        self._signals.unblock()
 
     def _end_trial(self) -> None:
         if self._trial:
@@ -566,7 +587,6 @@ class Supervisor:
         """Replace this program by the new version."""
         logs.report_suppressed(is_last=True)
         state = self._state()
-        self._signals.block()
         logs.stop()
         try:
             upgrade.execute(upgrade.write(state.encode()), state.fds)
@@ -574,7 +594,6 @@ class Supervisor:
             config = self._config
             logs.start(config.log_level, config.log_format, config.server_id)
             self._log_failed_reload(f"the new version cannot be started: {error}")
-            self._signals.unblock()
 
     def _state(self) -> upgrade.State:
         """Return all that the new program must know."""
@@ -633,3 +652,17 @@ def try_state(text: str) -> None:
     """Raise `UsageError` if this version cannot take over from a supervisor with this state."""
     state = upgrade.State.decode(text)
     Scoreboard.check(state.scoreboard_fd, state.slots)
+    systemd.Manager(**state.manager)
+    _resume_lifecycle(state)
+    # Their sockets are not passed to a trial.
+    children = [{**child, "control_fd": -1} for child in state.children]
+    resume_children(children, state.generations)
+
+
+def _resume_lifecycle(state: upgrade.State) -> Lifecycle:
+    return Lifecycle.resume(
+        state.generations,
+        **state.lifecycle,
+        drain_delay_seconds=state.config.drain_delay_seconds,
+        drain_timeout_seconds=state.config.drain_timeout_seconds,
+    )

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -142,10 +142,9 @@ def read_state() -> State:
         raise UsageError(f"{UPGRADE_VARIABLE} is internal: unset it") from error
 
 
-def execute(state_fd: int, fds: Iterable[int]) -> None:
+def execute(state_fd: int, fds: Collection[int]) -> None:
     """Replace this program by the installed one. Returns only by raising OSError."""
-    inherited = [state_fd, *fds]
-    for fd in inherited:
+    for fd in (state_fd, *fds):
         os.set_inheritable(fd, True)
     try:
         # With the same options, although they are not read again, so that `ps` shows them.
@@ -153,17 +152,19 @@ def execute(state_fd: int, fds: Iterable[int]) -> None:
         environment = {**os.environ, UPGRADE_VARIABLE: str(state_fd)}
         os.execve(sys.executable, words, environment)  # noqa: S606 - the arguments are ours
     finally:
-        for fd in inherited:
+        os.close(state_fd)
+        for fd in fds:
             os.set_inheritable(fd, False)
 
 
 def code_version() -> str:
     """Return a value that changes when the files of the installed package change."""
     digest = hashlib.blake2b()
-    for path in sorted(PACKAGE.rglob("*")):
-        if path.suffix in (".py", ".lua", ".html"):
-            stat = path.stat()
-            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
+    with suppress(OSError):  # Files are being replaced at this moment.
+        for path in sorted(PACKAGE.rglob("*")):
+            if path.suffix in (".py", ".lua", ".html"):
+                stat = path.stat()
+                digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
     return digest.hexdigest()
 
 
@@ -172,9 +173,11 @@ class Trial:
 
     def __init__(self, state: State, environment: dict[str, str]) -> None:
         """Start it; raise OSError if the system cannot."""
-        state_fd = write(state.encode())
+        #: Of the files that are tried.
+        self.code_version = code_version()
         self._output_fd, theirs = os.pipe()
         os.set_blocking(self._output_fd, False)
+        state_fd = write(state.encode())
         try:
             self._process = subprocess.Popen(  # noqa: S603 - the arguments are ours
                 [sys.executable, "-P", str(PACKAGE), "child", "trial"],
@@ -217,9 +220,9 @@ class Trial:
         return next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
 
     def end(self) -> None:
-        """End it, whether it runs or not."""
+        """End it, whether it runs or not. It is not waited for: a disk may hold it up."""
         self._process.kill()
-        self._process.wait()
+        self._process.poll()
         os.close(self._output_fd)
 
 

@@ -95,7 +95,9 @@ def test_a_reload_replaces_the_agent_and_sums_stay_exact(daemon: Daemon) -> None
         assert server.events("agent.died") == []
         assert server.stop() == 0
     becomes(lambda: received(daemon, "gauges", "reload."), {"clients": 0, "workers": 0})
-    assert received(daemon, "counters", "reload.") == {
+    counters = received(daemon, "counters", "reload.")
+    assert counters.pop("clients_handed_over", 0) <= 2 * 4  # Each of them asks once per connection.
+    assert counters == {
         "clients_accepted": len(clients),
         "clients_closed": len(clients),
         "commands.why": len(times),

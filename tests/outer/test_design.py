@@ -34,7 +34,7 @@ def test_the_budget_matches_the_reliability_page() -> None:
     assert rows["common causes: release, site, DNS, balancer, overload"] == f"{common:.0f}"
     sum_seconds = single + planned + common
     assert rows["**sum**"] == f"**{sum_seconds:.0f} of {BUDGET_SECONDS:,.0f}**"
-    assert f"Common causes are {common / sum_seconds:.0%}".replace("%", " %") in PAGE
+    assert f"Common causes are {common / sum_seconds:.1%}".replace("%", " %") in PAGE
 
 
 def test_the_other_figures_follow_from_the_reports() -> None:

@@ -175,6 +175,79 @@ def test_a_worker_without_enough_descriptors_takes_no_clients(tmp_path: Path) ->
         until(lambda: len(server.workers()) == 1, "the new worker has ended")
 
 
+def test_an_old_worker_without_a_free_descriptor_keeps_its_clients(tmp_path: Path) -> None:
+    with extended(tmp_path, FAULT) as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        [old] = server.workers()
+        old.rlimit(psutil.RLIMIT_NOFILE, (10, 20_000))
+        server.send_signal(signal.SIGHUP)
+        failed = server.wait_for("server.reload_failed")
+        assert "the old worker has no free descriptor" in failed["message"]
+        assert len(survivors(clients)) == CLIENTS
+        old.rlimit(psutil.RLIMIT_NOFILE, (20_000, 20_000))
+        assert server.who() == CLIENTS + 1
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        assert len(survivors(clients)) == CLIENTS
+
+
+@pytest.mark.parametrize("call", ["handover.Greeting, 'encode'", "limits.Limits, 'take_over'"])
+def test_a_successor_that_hangs_is_killed_before_the_old_worker(tmp_path: Path, call: str) -> None:
+    options = ("--drain-timeout", "0", "--hang-timeout", "0")
+    with extended(tmp_path, FAULT, *options) as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        [old] = server.workers()
+        stop = "lambda: os.kill(os.getpid(), signal.SIGSTOP)"
+        (tmp_path / "extra.py").write_text(f"{FAULT}\nact_at({call}, 1, {stop})\n")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reload_failed")
+        assert is_alive(old)
+        assert len(survivors(clients)) == CLIENTS
+        until(lambda: server.who() == CLIENTS + 1, "WHO is right")
+        until(lambda: len(server.workers()) == 1, "the new worker has ended")
+
+
+@pytest.mark.parametrize("role", ["old", "new"])
+def test_one_worker_that_is_told_to_end_loses_only_its_own_clients(
+    tmp_path: Path, role: str
+) -> None:
+    pause = f"{FAULT}\nact_at(handover.Sender, '_send', 2, lambda: time.sleep(0.5))\n"
+    with extended(tmp_path, pause) as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        [old] = server.workers()
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.ready", 2)
+        time.sleep(0.2)
+        [new] = [worker for worker in server.workers() if worker.pid != old.pid]
+        (old if role == "old" else new).terminate()
+        until(
+            lambda: server.events("server.reloaded") or server.events("server.reload_failed"),
+            "the reload has ended",
+        )
+        alive = survivors(clients)
+        # The old worker may still send the batch at which it was stopped.
+        assert len(alive) in ((BATCH, 2 * BATCH) if role == "old" else (CLIENTS - BATCH,))
+        until(lambda: server.who() == len(alive) + 1, "WHO is right")
+
+
+def test_if_the_successor_dies_while_the_old_worker_drains_another_one_starts(
+    pems: Path, tmp_path: Path
+) -> None:
+    options = (*certified(pems), "--drain-timeout", "1")
+    with extended(tmp_path, FAULT, *options) as server, server.client(context=trust(pems)) as busy:
+        busy.send(b"NAP\n")
+        time.sleep(0.2)
+        [old] = server.workers()
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.handed_over")
+        time.sleep(1.2)  # It drains by now, for 0.75 s.
+        [new] = [worker for worker in server.workers() if worker.pid != old.pid]
+        new.kill()
+        server.wait_for("worker.ready", 3)
+        with server.client(context=trust(pems)) as other:
+            assert other.ask(b"WHY") == b"42"
+
+
 def test_tls_clients_stay_with_their_worker_for_the_drain_timeout(
     pems: Path, tmp_path: Path
 ) -> None:

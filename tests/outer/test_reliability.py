@@ -158,7 +158,7 @@ def test_servers_need_what_the_other_causes_leave_of_the_budget() -> None:
 def test_the_cost_of_broken_connections_grows_with_the_pause_between_requests() -> None:
     # 300 requests in 30 s fail: ten of each connection that stays.
     report = {
-        "replies": {"rolling restart": [[365 / 30 * 3 / 104, 1, 0]]},
+        "replies": {"rolling restart": [[365 / 30 * 3 / 12, 1, 0]]},
         "who": {"Redis gone": [[1, 1, 0]]},
     }
     table = sums_table(report)
