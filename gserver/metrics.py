@@ -206,6 +206,8 @@ METRICS = (
     Metric("incarnation", Source.SERVER, Kind.STATE,
            "Random number that tells this run of the server from its others."),
     Metric("address_key", Source.SERVER, Kind.STATE, "Secret key of the hash of addresses."),
+    Metric("transfers", Source.SERVER, Kind.STATE,
+           "Changes of counts in handovers: odd during one. The two workers write it in turn."),
     Metric("remote_clients", Source.SERVER, Kind.STATE,
            "Clients of the other servers, as last known."),
     Metric("cluster_updated_at", Source.SERVER, Kind.MOMENT,

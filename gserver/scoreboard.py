@@ -16,8 +16,8 @@ import os
 import secrets
 import time
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from gserver.errors import OTHER_VERSION, UsageError
 from gserver.metrics import METRICS, Combine, Metric, Source, cell_names, is_shown
@@ -34,6 +34,8 @@ _FIRST = 1  # Cell 0 holds the fingerprint of the layout.
 #: Cells that each slot, and the server, have: more than there are names, for those of later
 #: versions.
 WORKER_ROOM, SERVER_ROOM = 96, 64
+#: `settled_clients` looks so often for a moment at which no count changes.
+MAX_LOOKS = 100
 _DIRECTORY_BYTES = 16_384
 _FINGERPRINT = zlib.crc32(
     repr((WORKER_ROOM, SERVER_ROOM, MAX_COMMANDS, MAX_NAME_BYTES, _DIRECTORY_BYTES)).encode()
@@ -72,6 +74,8 @@ class Scoreboard:
         self._clients = self.cells[clients : clients + slots]
         arriving = self.cell("clients_arriving", 0)
         self._arriving = self.cells[arriving : arriving + slots]
+        self._transfers = self.server_cell("transfers")
+        self._seen_transfers = self.cells[self._transfers]
         self._remote_clients = self.server_cell("remote_clients")
 
     @classmethod
@@ -127,19 +131,40 @@ class Scoreboard:
         return worker, server
 
     def clients(self) -> int:
-        """Return the number of clients that are connected to this server."""
-        return sum(self._clients)
+        """Return the number of clients that are connected to this server.
+
+        During a handover it is too high by a batch for a moment, and never too low. Without a
+        second look, the old worker's cell could be read after a batch has left it, and the new
+        worker's before it has arrived there.
+        """
+        total = sum(self._clients)
+        while self.cells[self._transfers] != self._seen_transfers:
+            self._seen_transfers = self.cells[self._transfers]
+            total = sum(self._clients)
+        return total
 
     def settled_clients(self) -> int:
         """Return the same without the clients of a handover that two workers count.
 
-        For the agent, and for limits. Two cells change at a batch: between them, this is wrong.
+        For the agent, since the cluster must not hear of a handover, and for limits.
         """
-        return sum(self._clients) - sum(self._arriving)
+        for _ in range(MAX_LOOKS):
+            before = self.cells[self._transfers]
+            settled = sum(self._clients) - sum(self._arriving)
+            if before % 2 == 0 and self.cells[self._transfers] == before:
+                break
+        return settled
+
+    @contextmanager
+    def transfer(self) -> Iterator[None]:
+        """Change counts of a handover in the body. Two workers do so in turn."""
+        self.cells[self._transfers] += 1
+        yield
+        self.cells[self._transfers] += 1
 
     def cluster_clients(self) -> int:
         """Return the clients of the cluster: of this server now, of the others as last known."""
-        return sum(self._clients) + self.cells[self._remote_clients]
+        return self.clients() + self.cells[self._remote_clients]
 
     def get(self, name: str) -> int:
         """Return the value of a cell of the server."""
@@ -193,6 +218,8 @@ class Scoreboard:
         clients = max(0, clients - self.cells[self.cell("clients_arriving", slot)])
         for name in ("clients", "clients_arriving", "pid", "tls_expires_at"):
             self.cells[self.cell(name, slot)] = 0
+        if self.cells[self._transfers] % 2:  # It has died in the middle of one.
+            self.cells[self._transfers] += 1
         addresses = self.addresses_of(slot)
         addresses[:] = memoryview(bytes(addresses.nbytes)).cast("i")
         if not has_died:

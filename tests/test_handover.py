@@ -329,6 +329,29 @@ def test_who_is_never_too_low_and_too_high_by_a_batch_at_most(
     assert (min(clients), max(clients)) == (1000, 1000 + BATCH_CLIENTS)
 
 
+def test_who_is_not_too_low_if_its_worker_is_interrupted_while_it_adds_up() -> None:
+    """It reads the new worker's cell, and then the old one's: a batch passes between the two."""
+    scoreboard = Scoreboard.create(2)
+    new, old = (Limits(Config(), scoreboard, slot) for slot in range(2))
+    for fd in range(10):
+        assert not old.admit(fd)
+    reader = Scoreboard.attach(scoreboard.fd, 2)
+
+    class Interrupted:
+        """The cells of the clients. A batch passes when the first one has been read."""
+
+        def __iter__(self) -> Iterator[int]:
+            cells = scoreboard.by_slot("clients")
+            yield cells[0]
+            if old.clients == 10:
+                new.take_over(10)
+                old.hand_over(10, 0)
+            yield scoreboard.by_slot("clients")[1]
+
+    reader._clients = Interrupted()  # type: ignore[assignment]
+    assert reader.clients() == 10
+
+
 # Failures.
 
 

@@ -4,7 +4,7 @@ The supervisor gives each of the two one end of a socket pair. A message on it i
 JSON. The successor begins with a greeting. Then the old worker sends its clients in batches, with
 their descriptors beside them (SCM_RIGHTS), and the successor answers each batch. It counts the
 clients before it answers, and the old worker takes them out of its count after that. So WHO is too
-high by a batch for a moment, rather than too low. Replies that clients have not read may be large:
+high by a batch for a moment, and never too low. Replies that clients have not read may be large:
 they are passed as a file in memory, whose descriptor is the last one.
 
 Until a batch is answered, it is the old worker's: if the successor dies, the old worker continues

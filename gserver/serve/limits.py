@@ -72,13 +72,14 @@ class Limits:
         self._cells[self._clients] -= 1
         self._cells[self._closed] += 1
 
-    # Handovers. A batch counts in both workers for a moment. `clients_arriving` tells the agent, so
-    # that the cluster hears nothing of it. The two workers write that cell in turn.
+    # Handovers. A batch counts in both workers for a moment: those are in `clients_arriving`, which
+    # the two workers write in turn.
 
     def take_over(self, clients: int) -> None:
         """Count a batch of clients from another worker, which still counts them."""
-        self._cells[self._arriving] = clients
-        self._cells[self._clients] += clients
+        with self._scoreboard.transfer():
+            self._cells[self._arriving] = clients
+            self._cells[self._clients] += clients
 
     def end_arrival(self) -> None:
         """Note that the other worker counts nothing any more that this one counts."""
@@ -87,8 +88,9 @@ class Limits:
     def hand_over(self, clients: int, slot: int) -> None:
         """Take a batch out of the count, which the worker in `slot` counts by now."""
         cells = self._cells
-        cells[self._clients] -= clients
-        cells[self._scoreboard.cell("clients_arriving", slot)] = 0
+        with self._scoreboard.transfer():
+            cells[self._clients] -= clients
+            cells[self._scoreboard.cell("clients_arriving", slot)] = 0
         cells[self._handed_over] += clients
 
     def places(self, fd: int) -> Places | None:
