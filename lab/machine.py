@@ -28,7 +28,7 @@ def commit(*options: str, folder: Path = ROOT) -> str:
 
 def source() -> dict[str, str]:
     """The date of today, and the commit of gserver."""
-    return {"date": datetime.now(UTC).date().isoformat(), "gserver": f"gserver {commit()}"}
+    return {"date": datetime.now(UTC).date().isoformat(), "gserver": f"gserver {commit('--dirty')}"}
 
 
 def shown_source(report: Mapping[str, Any]) -> list[str]:

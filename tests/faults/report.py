@@ -96,9 +96,10 @@ class Matrix:
             if self._path.exists():  # From other parts of the matrix, or an earlier run.
                 before = json.loads(self._path.read_text())
                 report["seconds"] += before["seconds"]
-                report["cases"] = [
-                    case for case in before["cases"] if case["test"] not in self._cases
-                ] + cases
+                others = [case for case in before["cases"] if case["test"] not in self._cases]
+                report["cases"] = others + cases
+                if others and before["machine"].get("gserver") != machine["gserver"]:
+                    machine["gserver"] += f", {len(others)} cases with earlier commits"
             # One case a line, so that two reports can be compared.
             lines = ",\n".join(map(json.dumps, report["cases"]))
             head = json.dumps(report | {"cases": []}).removesuffix("[]}")

@@ -780,7 +780,7 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
             ),
             (
                 "scoreboard.py",
-                "return sum(self._clients) + self.cells[self._remote_clients]",
+                "return self.clients() + self.cells[self._remote_clients]",
                 "return self.get('reported') + self.cells[self._remote_clients]",
             ),
             (
