@@ -99,7 +99,7 @@ class Matrix:
                 others = [case for case in before["cases"] if case["test"] not in self._cases]
                 report["cases"] = others + cases
                 if others and before["machine"].get("gserver") != machine["gserver"]:
-                    machine["gserver"] += f", {len(others)} cases with earlier commits"
+                    machine["gserver"] = f"{machine['gserver']}, some rows with earlier commits"
             # One case a line, so that two reports can be compared.
             lines = ",\n".join(map(json.dumps, report["cases"]))
             head = json.dumps(report | {"cases": []}).removesuffix("[]}")
