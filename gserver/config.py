@@ -244,7 +244,10 @@ class Config:
         0.0, STOPPING, "Keep accepting clients for this long after SIGTERM or SIGUSR2."
     )
     drain_spread_seconds: float = _option(
-        0.0, STOPPING, "Close the clients of a drain evenly over this time; 0 = at once."
+        0.0,
+        STOPPING,
+        "Close the clients of a drain evenly over this time, half of --drain-timeout at most;"
+        " 0 = at once.",
     )
     hang_timeout_seconds: float = _option(
         10.0,

@@ -301,7 +301,7 @@ class Worker:
         staying = self.limits.clients
         message = f"handed over {clients} clients in {seconds:.2f} s"
         if staying:
-            reason = "they are busy, or do not read their replies"
+            reason = "their commands still run, or descriptors are short"
             if not can_move:
                 reason = "TLS" if self.loop.has_tls else "the new worker has another format"
             limit = self._config.drain_timeout_seconds
