@@ -247,7 +247,9 @@ class Supervisor:
 
     def _hand_over(self, old: Child, successor: Child, now: float) -> None:
         if old.is_handing_over:
-            return  # It will report soon what it has kept of its last one.
+            return  # It will report soon that its last handover has failed.
+        if old.is_control_closed or successor.is_control_closed:
+            return  # One of the two has died, and is reaped soon.
         kill_at = now + 2 * self._config.drain_timeout_seconds + HANDOVER_SECONDS
         try:
             old.hand_over(successor, kill_at)
