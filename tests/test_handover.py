@@ -145,7 +145,10 @@ def test_idle_clients_are_served_by_the_new_worker() -> None:
         assert sender.clients == 501
         assert both.figures() == (0, 501, 501)
         assert not both.old.clients
-        assert {ask(client, b"WHO\n") for client in clients} == {b"501\n"}
+        for client in clients:
+            client.sendall(b"WHO\n")
+        settle(lambda: both.scoreboard.totals()["commands.WHO"] == 502)
+        assert {client.recv(10) for client in clients} == {b"501\n"}
         totals = both.scoreboard.totals()
         assert totals["clients_handed_over"] == 501
         assert (totals["clients_accepted"], totals["clients_closed"]) == (501, 0)
@@ -519,7 +522,7 @@ import time
 from gserver.commands import command
 from lab.commands import napping, pid, replying
 
-nap = napping("NAP", 1)
+nap = napping("NAP", 0.4)
 large = replying("LARGE", 20_000_000)
 """
 
