@@ -31,8 +31,8 @@ def row(
 ) -> Callable[[Test], Test]:
     """Mark a test as one of this fault, to run in these variants (default: all).
 
-    `bin/check` runs only the `quick` variant. If that is None, it skips the fault. `values` are
-    kinds of the fault by name, for the test's argument `kind`. `bin/check` runs all kinds.
+    `bin/check` runs only the variant `quick`, and skips a fault that has none. `values` are kinds
+    of the fault by name, for the test's argument `kind`. `bin/check` runs all kinds.
     """
 
     def mark(test: Test) -> Test:

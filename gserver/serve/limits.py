@@ -2,8 +2,8 @@
 
 `admit` counts a client and `uncount` takes it out again; `count_address` and `uncount_address` do
 the same for its address, from the accept to the close of its socket. A caller of the first must
-also call the second. `take_over` and `hand_over` do all of that for clients that pass from one
-worker to another.
+also call the second. For clients that pass from one worker to another, the new worker calls
+`take_over` and `take_over_address`, and the old one `hand_over` and `uncount_address`.
 """
 
 import socket
@@ -25,7 +25,7 @@ class Limits:
         self._max_clients = config.max_clients
         self._scoreboard = scoreboard
         self._cells = scoreboard.cells
-        # Without those of a handover that count twice: nobody may be rejected because of them.
+        # In a handover some clients count twice. No client may be rejected because of that.
         self._count_clients = scoreboard.settled_clients
         self._clients = scoreboard.cell("clients", slot)
         self._accepted = scoreboard.cell("clients_accepted", slot)
@@ -72,8 +72,8 @@ class Limits:
         self._cells[self._clients] -= 1
         self._cells[self._closed] += 1
 
-    # Handovers. A batch counts in both workers for a moment: those are in `clients_arriving`, which
-    # the two workers write in turn.
+    # Handovers. For a moment, both workers count the clients of a batch. `clients_arriving` is
+    # their number. The two workers write it in turn.
 
     def take_over(self, clients: int) -> None:
         """Count a batch of clients from another worker, which still counts them."""
@@ -82,7 +82,7 @@ class Limits:
             self._cells[self._clients] += clients
 
     def end_arrival(self) -> None:
-        """Note that the other worker counts nothing any more that this one counts."""
+        """Note that no client counts in two workers any more."""
         self._cells[self._arriving] = 0
 
     def hand_over(self, clients: int, slot: int) -> None:
