@@ -16,8 +16,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from errno import EBADF, ENOTSOCK
 from typing import Any, TextIO
@@ -72,20 +71,24 @@ class Instructions:
         """Map the shared scoreboard."""
         return Scoreboard.attach(self.scoreboard_fd, self.slots)
 
-    @contextmanager
-    def as_file(self) -> Iterator[TextIO]:
-        """Yield a file in memory from which `_read_instructions` reads these instructions.
+    def as_file(self) -> TextIO:
+        """Return a file in memory from which `_read_instructions` reads these instructions.
 
         A pipe holds 64 KB, and a child that never reads would block the supervisor.
         """
-        with open(os.memfd_create("gserver-instructions"), "w+") as file:
-            json.dump(asdict(self), file)
-            file.seek(0)
-            yield file
+        return file_in_memory("gserver-instructions", json.dumps(asdict(self)))
 
     def report(self, kind: str, text: str = "") -> None:
         """Send the supervisor one line: READY, or one of the others with the reason."""
         _report(self.control_fd, kind, text)
+
+
+def file_in_memory(name: str, text: str) -> TextIO:
+    """Return an open file with this text, at its beginning. It is gone once it is closed."""
+    file = open(os.memfd_create(name), "w+")  # noqa: SIM115 - the caller closes it
+    file.write(text)
+    file.seek(0)
+    return file
 
 
 def begin() -> Instructions:

@@ -18,7 +18,7 @@ from gserver.errors import EXIT_USAGE, UsageError
 from gserver.scoreboard import SERVER_ROOM, WORKER_CELLS, Scoreboard
 from gserver.supervise.child import WORKER, Child, Inherited, resume_children
 from gserver.supervise.phases import Generation
-from gserver.supervise.upgrade import State
+from gserver.supervise.upgrade import State, with_previous
 from lab.admin import status
 from lab.installed import Installed
 from lab.running import Client, Running, gserver, is_alive, until
@@ -279,34 +279,26 @@ def test_20_upgrades_leave_nothing_behind(installed: Installed) -> None:
 
 
 @pytest.mark.outer
-def test_a_signal_just_before_the_new_program_starts_is_not_lost(installed: Installed) -> None:
-    installed.change(
-        "supervise/upgrade.py",
-        "        os.execve(",
-        "        os.kill(os.getpid(), 15)\n        os.execve(",
-    )
-    with installed.start() as server:
-        installed.set_version("1.0.1")
-        server.send_signal(signal.SIGHUP)
-        assert server.exit_code() == 0
-        assert server.events("server.upgraded")
-        assert server.events("server.draining")
-
-
-@pytest.mark.outer
-def test_a_signal_that_this_program_has_noted_is_taken_before_an_upgrade(
-    installed: Installed,
+@pytest.mark.parametrize(
+    ("module", "line", "is_upgraded"),
+    [
+        # The old program has blocked signals: the new one takes it.
+        ("supervise/upgrade.py", "            os.execve(", True),
+        # The old program has noted it, and takes it before it goes on.
+        ("supervise/supervisor.py", "        if not self._signals.try_block():", False),
+    ],
+)
+def test_a_signal_just_before_the_new_program_starts_is_not_lost(
+    installed: Installed, module: str, line: str, is_upgraded: bool
 ) -> None:
-    installed.change(
-        "supervise/supervisor.py",
-        "        if not self._signals.try_block():\n",
-        "        import os; os.kill(os.getpid(), 15)\n        if not self._signals.try_block():\n",
-    )
+    indent = line[: len(line) - len(line.lstrip())]
+    stop = "__import__('signal').raise_signal(15)"
+    installed.change(module, line, f"{indent}{stop}\n{line}")
     with installed.start() as server:
         installed.set_version("1.0.1")
         server.send_signal(signal.SIGHUP)
         assert server.exit_code() == 0
-        assert not server.events("server.upgraded")
+        assert bool(server.events("server.upgraded")) is is_upgraded
         assert server.events("server.draining")
 
 
@@ -362,6 +354,15 @@ def test_a_state_survives_its_encoding() -> None:
     first, second = after.generations[0], after.generations[3]
     assert second.previous is first
     assert (second.certificates.chain, second.is_proven, first.is_complete) == ("b", False, True)
+
+
+def test_a_state_has_all_generations_that_may_be_gone_back_to() -> None:
+    first = Generation(0, Certificates())
+    second = Generation(1, Certificates(), previous=first)
+    third = Generation(2, Certificates(), previous=second)
+    after = State.decode(state(generations=with_previous([third])).encode())
+    assert sorted(after.generations) == [0, 1, 2]
+    assert after.generations[2].previous is after.generations[1]
 
 
 def test_an_option_that_is_gone_matters_only_if_it_was_set() -> None:

@@ -425,6 +425,9 @@ class Client:
         work = self._ensure_work()
         work.unsent = unsent
         work.write_deadline = now + (self.loop.config.write_timeout_seconds or inf)
+        self._await_reader(work)
+
+    def _await_reader(self, work: Work) -> None:
         self.state = BLOCKED
         self.loop.watch(self, WRITE)
         self.loop.set_deadline(self, work.write_deadline)
@@ -453,19 +456,16 @@ class Client:
         else:
             self._proceed(now)
 
-    def resume(self) -> None:
+    def resume(self, now: float) -> None:
         """Continue where it was parked: in another worker, or here if the handover has failed."""
         work = self.work
         if work and work.unsent:
-            self.state = BLOCKED
-            self.loop.watch(self, WRITE)
-            self.loop.set_deadline(self, work.write_deadline)
-            return
-        is_pending = work is not None and work.is_pending
-        self.state = READING if is_pending or self._has_part else IDLE
-        self.loop.set_deadline(self, self._silence_ends_at())
-        if is_pending or self.loop.is_draining:
+            self._await_reader(work)
+        elif work and work.is_pending:
+            self.state = READING
             self.loop.enqueue(self)
+        else:
+            self.await_input(now)
 
     # Silence
 
@@ -522,7 +522,8 @@ class Client:
     @property
     def _drains_at(self) -> float:
         """When its part of a drain begins; infinity without a drain. Until then it is served."""
-        return self.loop.drains_at(self.sock.fileno())
+        loop = self.loop
+        return loop.drains_at(self.sock.fileno()) if loop.is_draining else inf
 
     def _end_silence(self, now: float) -> None:
         work, idle_seconds = self._ensure_work(), self.loop.config.idle_timeout_seconds

@@ -17,8 +17,8 @@ import os
 import socket
 from base64 import b64decode, b64encode
 from collections import deque
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from errno import ETOOMANYREFS
 from itertools import islice
@@ -261,18 +261,16 @@ class Sender:
         packet = f"[{','.join(texts)}]".encode()
         fds = [client.sock.fileno() for client in clients]
         try:
-            with _unsent(clients) as file:
+            with self._noticing_death(), _unsent(clients) as file:
                 socket.send_fds(self._pair, [packet], [*fds, file.fileno()])
             answer = self._receive(None)
         except (OSError, HandoverError) as error:
             loop.take_back(clients)
-            if isinstance(error, OSError) and error.errno == ETOOMANYREFS:
+            if isinstance(error, HandoverError):
+                raise
+            if error.errno == ETOOMANYREFS:
                 return False  # The user has too many descriptors on their way.
-            if self._is_given_up or isinstance(error, BrokenPipeError | ConnectionResetError):
-                raise SuccessorDiedError from error
-            if isinstance(error, OSError):
-                raise HandoverError(f"a batch could not be sent: {error}") from error
-            raise
+            raise HandoverError(f"a batch could not be sent: {error}") from error
         if answer != TAKEN:
             loop.take_back(clients)
             return False
@@ -282,15 +280,22 @@ class Sender:
             loop.release(client)
         return True
 
-    def _receive(self, wait_seconds: float | None) -> bytes:
-        """Return the next packet. Raises TimeoutError, and `SuccessorDiedError` at the end."""
-        self._pair.settimeout(wait_seconds)
+    @contextmanager
+    def _noticing_death(self) -> Iterator[None]:
+        """Raise `SuccessorDiedError` for an error that means that the successor is dead."""
         try:
-            packet = self._pair.recv(MAX_PACKET_BYTES)
+            yield
         except OSError as error:
             if self._is_given_up or isinstance(error, BrokenPipeError | ConnectionResetError):
                 raise SuccessorDiedError from error
             raise
+
+    def _receive(self, wait_seconds: float | None) -> bytes:
+        """Return the next packet. Raises TimeoutError, and `SuccessorDiedError` at the end."""
+        self._pair.settimeout(wait_seconds)
+        try:
+            with self._noticing_death():
+                packet = self._pair.recv(MAX_PACKET_BYTES)
         finally:
             self._pair.settimeout(None)
         if not packet:

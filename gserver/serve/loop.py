@@ -112,13 +112,10 @@ class Loop:
         return self._tls_context is not None
 
     def drains_at(self, fd: int) -> float:
-        """Return when the drain reaches a client: at once, or spread by `--drain-spread`.
+        """Return when a drain reaches a client: at once, or spread by `--drain-spread`.
 
-        Infinity if there is no drain. The multiples of the golden ratio spread consecutive
-        descriptors evenly.
+        Multiples of the golden ratio spread consecutive descriptors evenly.
         """
-        if not self.is_draining:
-            return inf
         return self.drain_started_at + self._spread_seconds * (fd * GOLDEN_RATIO % 1.0)
 
     # New clients
@@ -228,7 +225,7 @@ class Loop:
     def adopt(self, client: Client) -> None:
         """Continue to serve a client that another worker, or a failed handover, has parked here."""
         if self._attach(client):
-            self.guard(client, client.resume)
+            self.guard(client, client.resume, monotonic())
 
     def take_back(self, clients: Iterable[Client]) -> None:
         """Continue to serve clients that were parked."""

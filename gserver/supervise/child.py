@@ -118,8 +118,6 @@ class Child:
     kept_because: str = ""
     #: The worker that it hands its clients over to.
     successor: "Child | None" = None
-    #: That one is gone. It serves on, and reports that, unless it drains already.
-    is_orphaned: bool = False
 
     @classmethod
     def start(cls, role: str, generation: Generation, instructions: Instructions) -> "Child":
@@ -186,6 +184,16 @@ class Child:
         return self.state is State.HANDING_OVER
 
     @property
+    def is_orphaned(self) -> bool:
+        """Whether a worker has lost its successor during a handover.
+
+        It serves on and reports KEPT, unless it drains already.
+        """
+        other = self.successor
+        is_lost = other is None or other.is_stuck or other.process.returncode is not None
+        return self.is_handing_over and is_lost
+
+    @property
     def should_end(self) -> bool:
         """Whether the supervisor wants it to end."""
         return self.state in (State.HANDING_OVER, State.TERMINATING, State.KILLED)
@@ -193,7 +201,7 @@ class Child:
     @property
     def is_staying(self) -> bool:
         """Whether it keeps its place: it should not end, and is not stuck."""
-        is_ending = self.should_end and not (self.is_handing_over and self.is_orphaned)
+        is_ending = self.should_end and not self.is_orphaned
         return not (is_ending or self.is_stuck)
 
     @property
@@ -347,7 +355,6 @@ class Child:
             socket.send_fds(successor.control, [f"{TAKE_OVER}\n".encode()], [theirs.fileno()])
             socket.send_fds(self.control, [f"{HAND_OVER}\n".encode()], [ours.fileno()])
         self.state, self.successor, self.kill_at = State.HANDING_OVER, successor, kill_at
-        self.is_orphaned = False
 
     def _keep(self) -> None:
         """Note that a worker serves and accepts again: it could not hand its clients over."""
@@ -358,7 +365,6 @@ class Child:
 
         It usually knows; but another process may hold the successor's end of the pair.
         """
-        self.is_orphaned = True
         with contextlib.suppress(OSError):
             self.control.send(f"{KEEP}\n".encode())
 

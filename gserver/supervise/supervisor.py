@@ -25,7 +25,6 @@ from gserver.supervise.child import (
     Backoff,
     Child,
     Finding,
-    child_environment,
     reap_orphans,
     resume_children,
 )
@@ -557,7 +556,7 @@ class Supervisor:
     def _try_upgrade(self) -> None:
         """Start the installed version, to see whether it could take over."""
         try:
-            self._trial = upgrade.Trial(self._state(), child_environment())
+            self._trial = upgrade.Trial(self._state())
         except OSError as error:
             self._log_failed_reload(f"the new version cannot be started: {error}")
 
@@ -591,7 +590,7 @@ class Supervisor:
         state = self._state()
         logs.stop()
         try:
-            upgrade.execute(upgrade.write(state.encode()), state.fds)
+            upgrade.execute(state)
         except OSError as error:
             config = self._config
             logs.start(config.log_level, config.log_format, config.server_id)
@@ -599,9 +598,7 @@ class Supervisor:
 
     def _state(self) -> upgrade.State:
         """Return all that the new program must know."""
-        generations = [*self._lifecycle.generations]
-        generations += [child.generation for child in self._children]
-        generations += [each.previous for each in generations if each.previous]
+        generations = [*self._lifecycle.generations, *(each.generation for each in self._children)]
         return upgrade.State(
             config=self._config,
             version=__version__,
@@ -611,7 +608,7 @@ class Supervisor:
             port_fd=self._port.sock.fileno(),
             admin_port_fd=self._admin_port.sock.fileno() if self._admin_port else -1,
             manager=self._manager.state(),
-            generations={each.number: each for each in generations},
+            generations=upgrade.with_previous(generations),
             lifecycle=self._lifecycle.state(),
             children=[child.save() for child in self._children],
         )

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,14 +19,15 @@ from time import monotonic
 from typing import Any
 
 from gserver import __version__
+from gserver.boot import file_in_memory
 from gserver.certificates import Certificates
 from gserver.config import UPGRADE_VARIABLE, Config, flag
 from gserver.errors import UsageError
+from gserver.supervise.child import PACKAGE, child_environment
 from gserver.supervise.phases import Generation
 
 #: Version of the state. A change that an older or newer program cannot read gets another one.
 FORMAT = 1
-PACKAGE = Path(__file__).parents[1]
 #: How long the trial of a new version may take.
 TRIAL_SECONDS = 30.0
 MAX_REASON_BYTES = 65_536
@@ -87,6 +88,17 @@ class State:
         return cls(config=config, generations=generations, **saved)
 
 
+def with_previous(generations: Iterable[Generation]) -> dict[int, Generation]:
+    """Return these generations, and all that they may go back to, by their numbers."""
+    found: dict[int, Generation] = {}
+    for generation in generations:
+        each: Generation | None = generation
+        while each:
+            found[each.number] = each
+            each = each.previous
+    return found
+
+
 def _encode_generation(generation: Generation) -> dict[str, Any]:
     previous = generation.previous
     return {
@@ -121,14 +133,6 @@ def _decode_config(options: Mapping[str, Any]) -> Config:
     return config
 
 
-def write(text: str) -> int:
-    """Return a memfd with this text, at its beginning."""
-    fd = os.memfd_create("gserver-upgrade")
-    os.write(fd, text.encode())
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
 def read_state() -> State:
     """Return the state that the program has written which this one replaces.
 
@@ -142,26 +146,27 @@ def read_state() -> State:
         raise UsageError(f"{UPGRADE_VARIABLE} is internal: unset it") from error
 
 
-def execute(state_fd: int, fds: Collection[int]) -> None:
+def execute(state: State) -> None:
     """Replace this program by the installed one. Returns only by raising OSError."""
-    for fd in (state_fd, *fds):
-        os.set_inheritable(fd, True)
-    try:
-        # With the same options, although they are not read again, so that `ps` shows them.
-        words = [sys.executable, "-P", str(PACKAGE), *sys.argv[1:]]
-        environment = {**os.environ, UPGRADE_VARIABLE: str(state_fd)}
-        os.execve(sys.executable, words, environment)  # noqa: S606 - the arguments are ours
-    finally:
-        os.close(state_fd)
-        for fd in fds:
-            os.set_inheritable(fd, False)
+    with file_in_memory("gserver-upgrade", state.encode()) as file:
+        inherited = [file.fileno(), *state.fds]
+        for fd in inherited:
+            os.set_inheritable(fd, True)
+        try:
+            # With the same options, although they are not read again, so that `ps` shows them.
+            words = [sys.executable, "-P", PACKAGE, *sys.argv[1:]]
+            environment = {**os.environ, UPGRADE_VARIABLE: str(file.fileno())}
+            os.execve(sys.executable, words, environment)  # noqa: S606 - the arguments are ours
+        finally:
+            for fd in inherited:
+                os.set_inheritable(fd, False)
 
 
 def code_version() -> str:
     """Return a value that changes when the files of the installed package change."""
     digest = hashlib.blake2b()
     with suppress(OSError):  # Files are being replaced at this moment.
-        for path in sorted(PACKAGE.rglob("*")):
+        for path in sorted(Path(PACKAGE).rglob("*")):
             if path.suffix in (".py", ".lua", ".html"):
                 stat = path.stat()
                 digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
@@ -171,28 +176,27 @@ def code_version() -> str:
 class Trial:
     """The installed version, started to see whether it could take over."""
 
-    def __init__(self, state: State, environment: dict[str, str]) -> None:
+    def __init__(self, state: State) -> None:
         """Start it; raise OSError if the system cannot."""
         #: Of the files that are tried.
         self.code_version = code_version()
         self._output_fd, theirs = os.pipe()
         os.set_blocking(self._output_fd, False)
-        state_fd = write(state.encode())
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - the arguments are ours
-                [sys.executable, "-P", str(PACKAGE), "child", "trial"],
-                stdin=state_fd,
-                stdout=theirs,
-                stderr=subprocess.STDOUT,
-                pass_fds=[state.scoreboard_fd],
-                process_group=0,
-                env=environment,
-            )
+            with file_in_memory("gserver-upgrade", state.encode()) as stdin:
+                self._process = subprocess.Popen(  # noqa: S603 - the arguments are ours
+                    [sys.executable, "-P", PACKAGE, "child", "trial"],
+                    stdin=stdin,
+                    stdout=theirs,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[state.scoreboard_fd],
+                    process_group=0,
+                    env=child_environment(),
+                )
         except OSError:
             os.close(self._output_fd)
             raise
         finally:
-            os.close(state_fd)
             os.close(theirs)
         self._said = b""
         self.give_up_at = monotonic() + TRIAL_SECONDS
