@@ -3,9 +3,11 @@
 It is a memfd that every process maps. Its figures are int64 cells, which `gserver.metrics` names.
 Beside them are command names, client counts by address, and the agent's last StatsD values. A
 directory in it says which cell has which name. So processes of two versions can share it: a new
-version enters the names that are missing, and cells that it does not know stay as they are. Each
-cell has one writer, and readers take no lock. A worker writes the cells of its slot, the supervisor
-and the agent those of the server. When a worker has died, the supervisor clears its `clients`,
+version enters the names that are missing, and cells that it does not know stay as they are.
+
+Each cell has one writer at a time, and readers take no lock. A worker writes the cells of its slot,
+the supervisor and the agent those of the server. The two workers of a handover write `transfers`
+and `clients_arriving` in turn. When a worker has died, the supervisor clears its `clients`,
 `clients_arriving`, `pid`, `tls_expires_at` and addresses, and counts its clients as lost or closed.
 """
 
@@ -208,7 +210,9 @@ class Scoreboard:
         """Return the index of the heartbeat of the worker in a slot, or of the agent (slot -1)."""
         return self.server_cell("agent_heartbeat") if slot < 0 else self.cell("heartbeat", slot)
 
-    def clear_dead_worker(self, slot: int, *, has_died: bool = True) -> int:
+    def clear_dead_worker(
+        self, slot: int, *, has_died: bool = True, was_in_handover: bool = False
+    ) -> int:
         """Clear what is current of a dead worker; count its clients, return how many are lost.
 
         They are lost if the worker died by itself, and closed if the supervisor ended it.
@@ -218,7 +222,8 @@ class Scoreboard:
         clients = max(0, clients - self.cells[self.cell("clients_arriving", slot)])
         for name in ("clients", "clients_arriving", "pid", "tls_expires_at"):
             self.cells[self.cell(name, slot)] = 0
-        if self.cells[self._transfers] % 2:  # It has died in the middle of one.
+        # It has died in the middle of a transfer. One of two other workers ends by itself.
+        if was_in_handover and self.cells[self._transfers] % 2:
             self.cells[self._transfers] += 1
         addresses = self.addresses_of(slot)
         addresses[:] = memoryview(bytes(addresses.nbytes)).cast("i")

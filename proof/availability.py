@@ -237,7 +237,7 @@ def failover_verdict(report: dict[str, Any]) -> str:
     seconds = [Outage(*figures).seconds for name in FAILOVERS for figures in report["who"][name]]
     return (
         "With `down-after-milliseconds 500`, a failover from a dead or hung primary made WHO wrong "
-        f"for {_seconds(median(seconds))} s (median; {_seconds(max(seconds))} s at worst)."
+        f"for {_seconds(max(seconds))} s at most."
     )
 
 
@@ -333,8 +333,8 @@ def _spread(single: float, common: float) -> str:
     site = next(each.seconds for each in COMMON if each.what == SITE)
     return (
         "These are means over many years. "
-        f"**Expect to miss 99.95 % in {100 * months:.0f} of 100 months, "
-        f"and in {100 * years:.0f} of 100 whole years.** "
+        f"**Expect to miss 99.95 % in about one month in {1 / months:.0f}, "
+        f"and in one whole year in {1 / years:.0f}.** "
         f"One outage of the site ({site:,.0f} s) is enough for a month. "
         f"If common causes were {math.ceil(10 * left / common) / 10} times as frequent, "
         "the mean would miss it too."
@@ -352,7 +352,7 @@ def _asked_seldom(by_median: float, common: float) -> str:
         "The first two rows are for a probe that asks on each kept connection every "
         f"{2 * STAYING * PERIOD_SECONDS:g} s. For clients that ask every T s on connections they "
         "keep, and do not notice a close, these rows are "
-        f"about {lost_requests:.0f} T s. "
+        f"about {lost_requests:.1f} T s. "
         f"From T = {math.ceil(longest)} s on, the mean misses 99.95 %."
     )
 

@@ -186,7 +186,8 @@ def commits(reports: dict[str, Report]) -> str:
     sources["fuzzing"] = min(reports["fuzz"].values(), key=lambda told: told.get("gserver", ""))
     found: dict[str, list[str]] = {}
     for title, machine in sources.items():
-        found.setdefault(machine.get("gserver", "").rpartition(" ")[2], []).append(title)
+        commit = machine.get("gserver", "").removeprefix("gserver ")
+        found.setdefault(commit, []).append(title)
     nameless = found.pop("", [])
     known = "; ".join(f"{', '.join(titles)}: {commit}" for commit, titles in found.items())
     text = f"- **The newest code.** All figures are from earlier commits ({known})."

@@ -511,8 +511,17 @@ def test_clients_that_were_arriving_are_not_lost_with_the_successor() -> None:
     limits[1].take_over(20)
     limits[0].hand_over(20, 1)
     limits[1].take_over(10)
-    assert scoreboard.clear_dead_worker(1) == 20
+    assert scoreboard.clear_dead_worker(1, was_in_handover=True) == 20
     assert scoreboard.clients() == scoreboard.settled_clients() == 10
+
+
+def test_a_worker_that_dies_in_a_transfer_ends_it_and_another_worker_does_not() -> None:
+    scoreboard = Scoreboard.create(3)
+    with scoreboard.transfer():
+        scoreboard.clear_dead_worker(2)
+        assert scoreboard.get("transfers") == 1
+        scoreboard.clear_dead_worker(1, was_in_handover=True)
+        assert scoreboard.get("transfers") == 2
 
 
 # Reloads of a server.

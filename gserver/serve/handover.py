@@ -2,10 +2,10 @@
 
 The supervisor gives each of the two one end of a socket pair. A message on it is one packet of
 JSON. The successor begins with a greeting. Then the old worker sends its clients in batches, with
-their descriptors beside them (SCM_RIGHTS), and the successor answers each batch. It counts the
-clients before it answers, and the old worker takes them out of its count after that. So WHO is too
-high by a batch for a moment, and never too low. Replies that clients have not read may be large:
-they are passed as a file in memory, whose descriptor is the last one.
+their descriptors beside them (SCM_RIGHTS), and the successor answers each batch. The successor
+counts the clients before it answers, and the old worker takes them out of its count after that. So
+WHO is too high by a batch for a moment, and never too low. Replies that clients have not read may
+be large: they are passed as a file in memory, whose descriptor is the last one.
 
 Until a batch is answered, it is the old worker's: if the successor dies, the old worker continues
 to serve its clients. Bytes that arrive meanwhile stay in the kernel.
@@ -41,7 +41,7 @@ BATCH_CLIENTS = 250
 #: usual limit for a packet is 208 KB.
 BATCH_BYTES = 32_768
 MAX_PACKET_BYTES = 262_144
-#: Bytes in the file that count as one of JSON.
+#: So many bytes of unread replies count as one byte of JSON.
 UNSENT_WEIGHT = 100
 #: How long an old worker waits for the greeting.
 GREETING_SECONDS = 5.0
@@ -222,7 +222,7 @@ class Sender:
             self._receive(seconds)
 
     def give_up(self) -> None:
-        """Let what is waited for fail: the successor is dead, though its end may still be open."""
+        """Make pending receives fail: the successor is dead, though its end may still be open."""
         self._is_given_up = True
         with suppress(OSError):
             self._pair.shutdown(socket.SHUT_RDWR)

@@ -85,7 +85,7 @@ class Generation:
     certificates: Certificates
     #: A worker of it has been ready.
     is_proven: bool = False
-    #: What to go back to if it fails. None once one of its workers has the place of an old one.
+    #: What to go back to if it fails. None after the first old worker has been replaced.
     previous: "Generation | None" = None
     #: All workers were of it at one moment, or its reload was given up half way.
     is_complete: bool = False

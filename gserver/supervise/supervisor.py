@@ -379,13 +379,19 @@ class Supervisor:
             self._end_handover(child)
             lost = 0
             if child.role == WORKER:
-                lost = self._scoreboard.clear_dead_worker(child.slot, has_died=has_died)
+                was_in_handover = bool(child.successor) or self._is_successor(child)
+                lost = self._scoreboard.clear_dead_worker(
+                    child.slot, has_died=has_died, was_in_handover=was_in_handover
+                )
             if has_died:
                 if not child.is_stuck:
                     self._backoff[child.role].note_death(child, now)
                 self._handle_death(child, lost, now)
         trial = [self._trial.pid] if self._trial else []
         reap_orphans([*trial, *(child.pid for child in self._children)])
+
+    def _is_successor(self, worker: Child) -> bool:
+        return any(child.successor is worker for child in self._children)
 
     def _end_handover(self, ended: Child) -> None:
         """Note what the end of one of two workers means for a handover between them."""

