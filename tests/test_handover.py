@@ -33,7 +33,7 @@ from gserver.serve.handover import (
 from gserver.serve.limits import Limits
 from gserver.serve.loop import Loop
 from gserver.serve.replies import Replies
-from lab.running import LIMIT, extended, until
+from lab.running import LIMIT, argv, extended, until
 
 GONE = command("GONE", may_block=False)(lambda _service: "gone")
 
@@ -537,10 +537,9 @@ large = replying("LARGE", 20_000_000)
 
 
 def test_a_reload_keeps_every_client_whatever_it_does(tmp_path: Path) -> None:
-    with (
-        extended(tmp_path, MODULE, "--workers", "2", "--admin-port", "0") as server,
-        ExitStack() as stack,
-    ):
+    # Half a line must not be too slow, even if the machine is.
+    options = argv("--workers 2 --admin-port 0 --line-timeout 0 --write-timeout 0")
+    with extended(tmp_path, MODULE, *options) as server, ExitStack() as stack:
         idle, partial, busy, slow, asking = clients = [
             stack.enter_context(server.client()) for _ in range(5)
         ]

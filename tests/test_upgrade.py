@@ -21,7 +21,7 @@ from gserver.supervise.phases import Generation
 from gserver.supervise.upgrade import State, with_previous
 from lab.admin import status
 from lab.installed import Installed
-from lab.running import Client, Running, gserver, is_alive, until
+from lab.running import Client, Running, argv, gserver, is_alive, until
 
 NEW_METRIC = (
     '    Metric("clients", Source.WORKER',
@@ -52,7 +52,9 @@ def reload(server: Running, number: int = 1) -> None:
 
 
 def test_an_upgrade_keeps_the_process_the_ports_and_every_client(installed: Installed) -> None:
-    with installed.start("--admin-port", "0", "--workers", "2") as server, ExitStack() as stack:
+    # Half a line must not be too slow, even if the machine is.
+    options = argv("--admin-port 0 --workers 2 --line-timeout 0")
+    with installed.start(*options) as server, ExitStack() as stack:
         clients = connected(server, stack, 20)
         where = clients[0].ask(b"WHERE")
         old = {*server.workers(), *server.agents()}
