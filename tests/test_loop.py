@@ -461,6 +461,30 @@ def test_an_internal_error_closes_only_its_client(monkeypatch: pytest.MonkeyPatc
         assert (totals["clients"], totals["clients_closed"], len(ours.clients)) == (1, 1, 1)
 
 
+def test_the_idle_time_begins_again_with_what_a_client_sends() -> None:
+    with loop(idle_timeout_seconds=1000) as (_, ours, client):
+        [ours_of_it] = ours.clients.values()
+        for sent in (b"WHO\n", b"WHY\nwhere\n", b"nope\n", b"\n"):
+            ours_of_it.quiet_since -= 2000
+            client.sendall(sent)
+            gevent.sleep(0.05)
+            assert time.monotonic() - ours_of_it.quiet_since < 1000
+
+
+def test_each_line_has_the_line_timeout_even_if_reads_cut_the_lines() -> None:
+    with loop(line_timeout_seconds=1000, unterminated_after_seconds=0) as (_, ours, client):
+        [ours_of_it] = ours.clients.values()
+        client.sendall(b"WH")
+        gevent.sleep(0.05)
+        for _ in range(2):
+            assert ours_of_it.work
+            ours_of_it.work.line_deadline -= 600
+            client.sendall(b"O\nWH")
+            gevent.sleep(0.05)
+            assert client.recv(100) == b"1\n"
+            assert ours_of_it.work.line_deadline > time.monotonic() + 900
+
+
 def fail(_data: bytes, _has_spoken: bool) -> bytes:
     raise MemoryError
 
