@@ -15,6 +15,7 @@ from typing import Any
 
 import gevent
 import gevent.socket
+import psutil
 import pytest
 
 from gserver.commands import BUILT_IN, Command, command
@@ -562,3 +563,18 @@ def test_a_reload_keeps_every_client_whatever_it_does(tmp_path: Path) -> None:
         handed_over = server.events("worker.handed_over")
         assert len(handed_over) == 2
         assert len(clients) == 5
+
+
+def test_after_a_handover_that_fails_the_old_worker_serves_and_accepts(tmp_path: Path) -> None:
+    with extended(tmp_path, MODULE) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in range(10)]
+        until(lambda: clients[0].who() == 10, "the clients are counted")
+        [old] = server.workers()
+        # The new worker has room for five clients.
+        psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (69, 69))
+        server.send_signal(signal.SIGHUP)
+        assert "descriptors for 5 clients" in server.wait_for("server.reload_failed")["message"]
+        until(lambda: server.workers() == [old], "the new worker has ended")
+        with server.client() as new:
+            assert new.who() == 11
+        assert {client.who() for client in clients} <= {10, 11}
