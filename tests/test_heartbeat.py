@@ -26,3 +26,19 @@ def test_an_error_is_explained_without_the_passwords_in_it() -> None:
     link = RedisLink(Config(redis_url=url))
     error = OSError("sent AUTH se cret, se%20cret, pass/word and pass%2Fword as me")
     assert link.explain(error) == "sent AUTH ***, ***, *** and *** as me"
+
+
+def test_the_next_agent_continues_with_all_that_this_one_has_published() -> None:
+    scoreboard = Scoreboard.create(1)
+    config = Config(redis_url="redis://127.0.0.1:1", server_id="here")
+    sender = HeartbeatSender(config, scoreboard)
+    known = {"remote_clients": 11, "servers": 3, "last_clock": 13, "lost_at": 12, "hold_until": 14}
+    for name, value in known.items():
+        assert getattr(sender._membership, name) == 0
+        setattr(sender._membership, name, value)
+    sender._acked_sequence = 15
+    sender._publish()
+    successor = HeartbeatSender(config, scoreboard)
+    assert {name: getattr(successor._membership, name) for name in known} == known
+    assert successor._acked_sequence == 15
+    assert successor._is_member
