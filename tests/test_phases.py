@@ -324,3 +324,36 @@ def test_a_reload_replaces_one_worker_at_a_time(
     assert workers.missing(Phase.RELOADING, NEW) == starts
     assert workers.to_replace(NEW) is replaced
     assert workers.is_replaced(NEW) is is_complete
+
+
+# Upgrades.
+
+
+def resumed(server: Lifecycle) -> Lifecycle:
+    """The same life cycle in a program that has taken over."""
+    return Lifecycle.resume(
+        {each.number: each for each in server.generations},
+        **server.state(),
+        drain_delay_seconds=DELAY,
+        drain_timeout_seconds=TIMEOUT,
+    )
+
+
+def test_a_program_that_takes_over_goes_on_in_the_same_phase() -> None:
+    serving = resumed(lifecycle(Phase.SERVING))
+    assert serving.phase is Phase.SERVING
+    reloading = resumed(lifecycle(Phase.RELOADING))
+    assert reloading.phase is Phase.RELOADING
+    reloading.stop(100.0)
+    assert (reloading.phase, reloading.deadline) == (Phase.DELAY, 100.0 + DELAY)
+
+
+def test_no_two_generations_of_a_server_have_the_same_number() -> None:
+    server, numbers = lifecycle(Phase.SERVING), [0]
+    for _ in range(3):
+        server.begin_reload(Certificates())
+        numbers.append(server.generation.number)
+        server.note_ready(server.generation)
+        server.complete_reload()
+        server = resumed(server)
+    assert len(set(numbers)) == len(numbers)
