@@ -1,6 +1,7 @@
 """Every process begins here: `gserver` from a shell, `child ROLE SLOT` from the supervisor.
 
-`child trial` tries whether this version could take over from a running supervisor.
+`child trial` tries whether this version could take over from a running supervisor, `child check`
+whether a worker could start.
 """
 
 import os
@@ -17,6 +18,8 @@ def main() -> None:
     open_standard_streams()
     if sys.argv[1:3] == ["child", "trial"]:
         sys.exit(run_trial())
+    if sys.argv[1:3] == ["child", "check"]:
+        sys.exit(run_check())
     if sys.argv[1:2] == ["child"]:
         sys.exit(run_child("agent" if sys.argv[2:3] == ["agent"] else "worker"))
     from gserver.cli import main as command_line
@@ -71,6 +74,16 @@ def run_trial() -> int:
         sys.stdout.write(f"{problem}\n")
         return problem.exit_code
     return 0
+
+
+def run_check() -> int:
+    """Try to load what a worker loads; return the exit code."""
+    from gevent import monkey
+
+    monkey.patch_all()
+    from gserver.serve import check
+
+    return check.run()
 
 
 def run_child(role: str) -> int:

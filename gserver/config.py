@@ -257,6 +257,15 @@ class Config:
     commands: str = _option(
         "", COMMANDS, "Python module that defines more commands.", metavar="MODULE"
     )
+    command_timeout_seconds: float = _option(
+        30.0, COMMANDS, "Interrupt a custom command that runs for this long; 0 = never."
+    )
+    command_at_once: int = _option(
+        1000, COMMANDS, "Runs of one custom command at the same time in a worker; 0 = no limit."
+    )
+    slow_command_seconds: float = _option(
+        1.0, COMMANDS, "Log a custom command that takes this long; 0 = never."
+    )
     redis_url: str = _option(
         "",
         CLUSTER,

@@ -5,7 +5,7 @@ it. Tests hold the page, the documents, the alert rules and the dashboard to it.
 
 A figure has one noun in every format. Only these conventions differ:
 
-- Scoreboard cell: a unit is part of the name (`service_ns`), a label follows a dot
+- Scoreboard cell: a unit is part of the name (`command_ns`), a label follows a dot
   (`error_replies.idle`).
 - StatsD: figures of the cluster begin with `cluster.`, a label follows a dot. A mean time is in
   milliseconds and its name ends in `_time`.
@@ -15,15 +15,15 @@ A figure has one noun in every format. Only these conventions differ:
   a group is `now`. Times are in seconds. Figures of no other group are in `server`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from gserver.protocol import ERROR_REPLIES
 from gserver.redis_errors import HEARTBEAT_ERRORS
 
-#: Upper bounds of the histogram of service times. One more bucket holds what is longer.
-SERVICE_BOUNDS_NS = tuple(
+#: Upper bounds of the histograms of durations. One more bucket holds what is longer.
+DURATION_BOUNDS_NS = tuple(
     round(us * 1000) for us in (5, 10, 20, 50, 100, 200, 500, 1e3, 5e3, 2e4, 1e5, 1e6, 1e7)
 )
 
@@ -58,7 +58,7 @@ class Combine(Enum):
 class Metric:
     """One figure. An empty name means that the format does not have it.
 
-    A figure with `label` is a family: one counter for each of `members`. Its names in the
+    A figure with `label` is a family: one figure for each of `members`. Its names in the
     scoreboard and in StatsD are `NAME.MEMBER`, its JSON value is an object.
     """
 
@@ -74,10 +74,10 @@ class Metric:
     json: str = ""
     #: Name in the items of `workers.each` in /status.json. Of a moment: the time since then.
     worker_json: str = ""
-    #: Of a family: its label in Prometheus. The family `commands` has members only at run time.
+    #: Of a family: its label in Prometheus. Those of commands have members only at run time.
     label: str = ""
     members: tuple[str, ...] = ()
-    #: Of a timing: the counter of what was timed, and the family that counts it by duration.
+    #: Of a timing: the counter of what was timed, and the name of the buckets by duration.
     count: str = ""
     buckets: str = ""
     #: Known only to a server that belongs to a cluster.
@@ -144,9 +144,14 @@ METRICS = (
            statsd="handover_time", prometheus="gserver_handover_seconds",
            json="server.handover_seconds", count="handovers"),
 
-    # Commands. The cells of `commands` get their names at run time.
+    # Commands. Each gets its cells at run time: its count, its time, and the buckets of this time.
     Metric("commands", Source.COMPUTED, Kind.COUNTER, "Commands answered.", statsd="commands",
            prometheus="gserver_commands", json="commands", label="command"),
+    Metric("command_ns", Source.COMPUTED, Kind.TIMING,
+           "Time that commands took: from the read with which a command came until its reply was"
+           " handed to the kernel, or in a handler that may block.", "ns",
+           statsd="command_time", prometheus="gserver_command_seconds", json="command_seconds",
+           label="command", count="commands", buckets="command_buckets"),
     Metric("error_replies", Source.WORKER, Kind.COUNTER,
            "ERR replies, and connections closed for a reason that has no reply.",
            statsd="error_replies", prometheus="gserver_error_replies", json="error_replies",
@@ -154,13 +159,6 @@ METRICS = (
     Metric("reads", Source.WORKER, Kind.COUNTER,
            "Reads from clients that have been answered; a long one counts in several parts.",
            json="reads", worker_json="reads"),
-    Metric("service_ns", Source.WORKER, Kind.TIMING,
-           "Time from a read until its replies are handed to the kernel.", "ns",
-           statsd="service_time", prometheus="gserver_service_seconds", json="service_seconds",
-           count="reads", buckets="service_bucket"),
-    Metric("service_bucket", Source.WORKER, Kind.COUNTER,
-           "Reads by service time: a bucket for each of SERVICE_BOUNDS_NS, and one more.",
-           label="le", members=tuple(str(n) for n in range(len(SERVICE_BOUNDS_NS) + 1))),
 
     # Workers.
     Metric("workers", Source.SERVER, Kind.GAUGE, "Workers that accept clients.", statsd="workers",
@@ -246,3 +244,22 @@ def members_of(family: str, figures: Mapping[str, int]) -> dict[str, int]:
 def in_seconds(metric: Metric, value: float) -> float:
     """Convert a stored time to seconds; return a count as it is."""
     return value / {"ns": 1e9, "ms": 1e3}.get(metric.unit, 1)
+
+
+def percentile(buckets: Sequence[int], percent: float) -> float | None:
+    """Return the duration below which so many percent are, in seconds; None if all are 0.
+
+    `buckets` counts durations by `DURATION_BOUNDS_NS`. Inside a bucket they are taken as evenly
+    spread; of the last one, which has no end, its beginning is returned.
+    """
+    total = sum(buckets)
+    if not total:
+        return None
+    rank, below = total * percent / 100, 0
+    for number, count in enumerate(buckets[:-1]):
+        if below + count >= rank and count:
+            low = DURATION_BOUNDS_NS[number - 1] if number else 0
+            inside = (rank - below) / count
+            return (low + (DURATION_BOUNDS_NS[number] - low) * inside) / 1e9
+        below += count
+    return DURATION_BOUNDS_NS[-1] / 1e9

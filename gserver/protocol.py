@@ -6,7 +6,7 @@ are cut into pieces, the same items come out in the same order. docs/protocol.md
 text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 C = TypeVar("C")
@@ -28,7 +28,11 @@ class ErrorReply(NamedTuple):
 ERROR_REPLIES = (
     UNKNOWN_COMMAND := ErrorReply("unknown_command", b"ERR unknown command\n", closes=False),
     NOT_ASCII := ErrorReply("not_ascii", b"ERR not ASCII\n", closes=False),
+    # A command has its own: see `usage_error`.
+    USAGE := ErrorReply("usage", b"ERR usage\n", closes=False),
     INTERNAL := ErrorReply("internal", b"ERR internal\n", closes=False),
+    TIMEOUT := ErrorReply("timeout", b"ERR timeout\n", closes=False),
+    TOO_MANY_AT_ONCE := ErrorReply("busy", b"ERR busy\n", closes=False),
     CLUSTER_UNAVAILABLE := ErrorReply(
         "cluster_unavailable", b"ERR cluster unavailable\n", closes=False
     ),
@@ -51,16 +55,33 @@ ERROR_REPLIES = (
 )
 
 
-class Grammar(Generic[C]):
-    """What can be said: the commands by their upper-case names, and the longest line in bytes."""
+def usage_error(usage: str) -> ErrorReply:
+    """Return the reply to a command with wrong words. The usage is ASCII."""
+    return USAGE._replace(reply=f"ERR usage: {usage}\n".encode("ascii"))
 
-    def __init__(self, commands: Mapping[bytes, C], max_line_bytes: int) -> None:
+
+class Grammar(Generic[C]):
+    """What can be said: the commands by their upper-case names, and the longest line in bytes.
+
+    `with_words` has the commands that words may follow. Its functions take these words, and return
+    the command with its arguments, or an error reply.
+    """
+
+    def __init__(
+        self,
+        commands: Mapping[bytes, C],
+        max_line_bytes: int,
+        with_words: Mapping[bytes, Callable[[Sequence[str]], C | ErrorReply]] | None = None,
+    ) -> None:
         self.commands = dict(commands)
+        self._with_words = dict(with_words or {})
         self._max_line_bytes = max_line_bytes
-        #: Commands that are answered without their newline: no other name begins with theirs.
+        #: Commands that are nothing but their name.
+        self._bare = {name: self.commands[name] for name in commands.keys() - self._with_words}
+        #: Those of them that are answered without their newline: no other name begins with theirs.
         self.complete = {
             name
-            for name in commands
+            for name in self._bare
             if not any(other != name and other.startswith(name) for other in commands)
         }
 
@@ -78,10 +99,18 @@ class Grammar(Generic[C]):
             return None
         if is_first and _is_http(words):
             return HTTP
-        command = self.commands.get(words.upper())
+        command = self._bare.get(words.upper())
         if command is not None:
             return command
-        return UNKNOWN_COMMAND if words.isascii() else NOT_ASCII
+        return self._read_words(words) if words.isascii() else NOT_ASCII
+
+    def _read_words(self, line: bytes) -> C | ErrorReply:
+        """Return what a line means that is not the name of a bare command."""
+        name, *words = line.split()
+        name = name.upper()
+        if name in self._with_words:
+            return self._with_words[name]([word.decode("ascii") for word in words])
+        return usage_error(name.decode("ascii")) if name in self._bare else UNKNOWN_COMMAND
 
     def is_too_long(self, line: bytes) -> bool:
         """Whether a line, or the part of it that has arrived, is too long without its CR."""

@@ -22,13 +22,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from gserver.errors import OTHER_VERSION, UsageError
-from gserver.metrics import METRICS, Combine, Metric, Source, cell_names, is_shown
+from gserver.metrics import (
+    DURATION_BOUNDS_NS,
+    METRICS,
+    Combine,
+    Metric,
+    Source,
+    cell_names,
+    is_shown,
+)
 from gserver.protocol import MAX_NAME_BYTES
 
 WORKER_CELLS = cell_names(Source.WORKER)
 SERVER_CELLS = cell_names(Source.SERVER)
 #: Command names that a slot can hold, over all reloads.
 MAX_COMMANDS = 64
+#: In the cells of a command in a slot, after its count: its time, and the buckets of this time.
+TIME_OFFSET, BUCKETS_OFFSET = 1, 2
+BUCKETS = len(DURATION_BOUNDS_NS) + 1
+COMMAND_CELLS = BUCKETS_OFFSET + BUCKETS
 
 _CELL_BYTES = 8
 _ADDRESS_BYTES = 4
@@ -40,7 +52,16 @@ WORKER_ROOM, SERVER_ROOM = 96, 64
 MAX_LOOKS = 100
 _DIRECTORY_BYTES = 16_384
 _FINGERPRINT = zlib.crc32(
-    repr((WORKER_ROOM, SERVER_ROOM, MAX_COMMANDS, MAX_NAME_BYTES, _DIRECTORY_BYTES)).encode()
+    repr(
+        (
+            WORKER_ROOM,
+            SERVER_ROOM,
+            MAX_COMMANDS,
+            MAX_NAME_BYTES,
+            DURATION_BOUNDS_NS,
+            _DIRECTORY_BYTES,
+        )
+    ).encode()
 )
 
 
@@ -56,7 +77,7 @@ class Scoreboard:
     ) -> None:
         self.fd = fd
         self.slots = slots
-        self._first_server_cell = _FIRST + slots * (WORKER_ROOM + MAX_COMMANDS)
+        self._first_server_cell = _FIRST + slots * (WORKER_ROOM + MAX_COMMANDS * COMMAND_CELLS)
         end = (self._first_server_cell + SERVER_ROOM) * _CELL_BYTES
         directory = 2 * end + slots * MAX_COMMANDS * MAX_NAME_BYTES
         size = directory + _DIRECTORY_BYTES
@@ -191,8 +212,9 @@ class Scoreboard:
     def command_cell(self, name: str, slot: int) -> int:
         """Return the index of the cell that counts a command in a slot; enter a new name.
 
-        Names stay, so the next worker in the slot continues the count. Raises `UsageError` if the
-        slot has `MAX_COMMANDS` other names.
+        After it come the cell of its time (TIME_OFFSET) and the buckets of this time
+        (BUCKETS_OFFSET). Names stay, so the next worker in the slot continues the count. Raises
+        `UsageError` if the slot has `MAX_COMMANDS` other names.
         """
         names = self._command_names(slot)
         if name not in names:
@@ -204,7 +226,7 @@ class Scoreboard:
             start = (slot * MAX_COMMANDS + len(names)) * MAX_NAME_BYTES
             self._names[start : start + MAX_NAME_BYTES] = name.encode().ljust(MAX_NAME_BYTES, b"\0")
             names.append(name)
-        return self._first_command(slot) + names.index(name)
+        return self._first_command(slot) + names.index(name) * COMMAND_CELLS
 
     def heartbeat_cell(self, slot: int) -> int:
         """Return the index of the heartbeat of the worker in a slot, or of the agent (slot -1)."""
@@ -246,18 +268,16 @@ class Scoreboard:
     def totals(self, cells: Sequence[int] | None = None) -> dict[str, int]:
         """Return the figures of the catalogue that the cells hold, by name.
 
-        Cells of workers are combined over all slots. A command is `commands.NAME`. The figures of
-        the cluster are included once it is known. `cells` are those of another time, like `sent`.
+        Cells of workers are combined over all slots. The count of a command is `commands.NAME`, its
+        time `command_ns.NAME`, and bucket 0 of it `command_buckets.NAME.0`. The figures of the
+        cluster are included once it is known. `cells` are those of another time, like `sent`.
         """
         cells = self.cells if cells is None else cells
         totals: dict[str, int] = {}
         for metric in METRICS:
             if is_shown(metric):
                 totals.update(self._figures(metric, cells))
-        for slot in range(self.slots):
-            for offset, name in enumerate(self._command_names(slot)):
-                key = f"commands.{name}"
-                totals[key] = totals.get(key, 0) + cells[self._first_command(slot) + offset]
+        self._add_commands(totals, cells)
         updated_at = cells[self.server_cell("cluster_updated_at")]
         if updated_at:
             totals["cluster_clients"] = totals["clients"] + cells[self._remote_clients]
@@ -265,6 +285,20 @@ class Scoreboard:
         else:
             del totals["cluster_servers"]
         return totals
+
+    def _add_commands(self, totals: dict[str, int], cells: Sequence[int]) -> None:
+        """Add what each command has in the cells of all slots."""
+        for slot in range(self.slots):
+            first = self._first_command(slot)
+            for name in self._command_names(slot):
+                keys = [f"commands.{name}", f"command_ns.{name}"]
+                keys += [
+                    f"command_buckets.{name}.{number}"
+                    for number in range(COMMAND_CELLS - BUCKETS_OFFSET)
+                ]
+                for offset, key in enumerate(keys):
+                    totals[key] = totals.get(key, 0) + cells[first + offset]
+                first += COMMAND_CELLS
 
     def _figures(self, metric: Metric, cells: Sequence[int]) -> dict[str, int]:
         if metric.source is Source.SERVER:
@@ -279,7 +313,7 @@ class Scoreboard:
         return {name: sum(each) for name, each in values.items()}
 
     def _first_command(self, slot: int) -> int:
-        return _FIRST + self.slots * WORKER_ROOM + slot * MAX_COMMANDS
+        return _FIRST + self.slots * WORKER_ROOM + slot * MAX_COMMANDS * COMMAND_CELLS
 
     def _command_names(self, slot: int) -> list[str]:
         size = MAX_COMMANDS * MAX_NAME_BYTES

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from greenlet import GreenletExit, greenlet
 
-from gserver.commands import Command, Service, command
+from gserver.commands import Command, Request, command
 
 
 def count_greenlets() -> int:
@@ -22,7 +22,7 @@ def count_greenlets() -> int:
 def napping(name: str, seconds: float) -> Command:
     """A command that blocks for `seconds`."""
 
-    def rest(_service: Service) -> str:
+    def rest(_request: Request) -> str:
         time.sleep(seconds)
         return "rested"
 
@@ -31,34 +31,34 @@ def napping(name: str, seconds: float) -> Command:
 
 def replying(name: str, size: int) -> Command:
     """A command with a reply of `size` bytes."""
-    return command(name)(lambda _service: "x" * size)
+    return command(name)(lambda _request: "x" * size)
 
 
 nap = napping("NAP", 0.05)
 
 
 @command("PID")
-def pid(_service: Service) -> int:
+def pid(_request: Request) -> int:
     return os.getpid()
 
 
 @command("CENSUS")
-def census(_service: Service) -> int:
+def census(_request: Request) -> int:
     return count_greenlets()
 
 
 @command("SPIN")
-def spin(_service: Service) -> NoReturn:
+def spin(_request: Request) -> NoReturn:
     """Compute endlessly."""
     while True:
         pass
 
 
 @command("FAIL")
-def fail(_service: Service) -> NoReturn:
+def fail(_request: Request) -> NoReturn:
     raise RuntimeError("failed on request")
 
 
 @command("EXIT")
-def end_greenlet(_service: Service) -> NoReturn:
+def end_greenlet(_request: Request) -> NoReturn:
     raise GreenletExit

@@ -37,8 +37,8 @@ def prometheus_type(name: str) -> str:
     )
     assert sentence
     others = {sentence[1]: "histogram", sentence[2]: "info"}
-    is_counter = name.partition("{")[0].endswith("_total")
-    return "counter" if is_counter else others.get(name, "gauge")
+    name = name.partition("{")[0]
+    return "counter" if name.endswith("_total") else others.get(name, "gauge")
 
 
 def statsd_metrics() -> dict[str, str]:

@@ -4,16 +4,25 @@ The oracle is written from docs/protocol.md, independently of gserver's code: it
 bytes are split, but reads all of them with `split`. `wire_cases` checks it.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from random import Random
 from typing import NamedTuple
 
 #: The blanks of a line: docs/protocol.md, "Lines".
 BLANKS = b" \t\r\v\f"
 TOO_LONG, UNKNOWN, NOT_ASCII = b"ERR line too long", b"ERR unknown command", b"ERR not ASCII"
+USAGE = b"ERR usage: "
 #: A pause that is long enough for a line without its newline.
 SILENCE = None
 Cut = Iterable[bytes | None]
+
+
+class Words(NamedTuple):
+    """The words that may follow a command: at least `least`, at most `most`, as `usage` says."""
+
+    least: int
+    most: int
+    usage: bytes
 
 
 class Expected(NamedTuple):
@@ -24,8 +33,33 @@ class Expected(NamedTuple):
     is_closed: bool
 
 
-def read(sent: bytes, commands: Collection[bytes], limit: int) -> Expected:
-    """Return the expected outcome for a client that sends this and then ends."""
+NO_WORDS: Mapping[bytes, Words] = {}
+#: Two commands with words, for tests.
+WITH_WORDS = {
+    b"ECHO": Words(0, 1000, b"ECHO [words ...]"),
+    b"PAIR": Words(1, 2, b"PAIR first [second]"),
+}
+
+
+def say(name: bytes, words: Sequence[str]) -> bytes | None:
+    """Return what one of them replies to words, without the newline; None if it takes others."""
+    form = WITH_WORDS[name]
+    if form.least <= len(words) <= form.most and all(word.isprintable() for word in words):
+        return b" ".join([name, *(word.encode() for word in words)])
+    return None
+
+
+def read(
+    sent: bytes,
+    commands: Collection[bytes],
+    limit: int,
+    with_words: Mapping[bytes, Words] = NO_WORDS,
+) -> Expected:
+    """Return the expected outcome for a client that sends this and then ends.
+
+    Words may follow the commands in `with_words`. The reply to one of them is its name in upper
+    case, and its words.
+    """
     replies: list[bytes] = []
     is_first = True
     for line in sent.split(b"\n"):
@@ -39,34 +73,56 @@ def read(sent: bytes, commands: Collection[bytes], limit: int) -> Expected:
         if is_first and len(parts := words.split()) >= 3 and parts[-1][:5].upper() == b"HTTP/":
             return Expected(replies, True)
         is_first = False
-        if words.upper() in commands:
-            replies.append(words.upper())
-        else:
-            replies.append(UNKNOWN if max(words) < 128 else NOT_ASCII)
+        replies.append(_reply(words, commands, with_words))
     return Expected(replies, False)
 
 
-def replies(sent: bytes, commands: Mapping[bytes, bytes], limit: int) -> bytes:
+def _reply(line: bytes, commands: Collection[bytes], with_words: Mapping[bytes, Words]) -> bytes:
+    if max(line) > 127:
+        return NOT_ASCII
+    name, *words = line.split()
+    name = name.upper()
+    if name not in commands:
+        return UNKNOWN
+    form = with_words.get(name, Words(0, 0, name))
+    is_printable = all(32 < byte < 127 for word in words for byte in word)
+    if not is_printable or not form.least <= len(words) <= form.most:
+        return USAGE + form.usage
+    return b" ".join([name, *words])
+
+
+def replies(
+    sent: bytes,
+    commands: Mapping[bytes, bytes],
+    limit: int,
+    with_words: Mapping[bytes, Words] = NO_WORDS,
+) -> bytes:
     """Return the replies to a client that sends this and then ends; `commands` has the values."""
-    said = read(sent, commands, limit).replies
+    said = read(sent, commands, limit, with_words).replies
+    commands = {name: reply for name, reply in commands.items() if name not in with_words}
     return b"".join(commands.get(reply, reply + b"\n") for reply in said)
 
 
-def is_ended_by_silence(sent: bytes, commands: Collection[bytes]) -> bool:
+def is_ended_by_silence(
+    sent: bytes, commands: Collection[bytes], with_words: Collection[bytes] = ()
+) -> bool:
     """Whether a pause ends the current line."""
     words = sent.rpartition(b"\n")[2].strip(BLANKS).upper()
-    return not words or (
-        words in commands and not any(c != words and c.startswith(words) for c in commands)
-    )
+    if not words:
+        return True
+    is_bare = words in commands and words not in with_words
+    return is_bare and not any(c != words and c.startswith(words) for c in commands)
 
 
-def merge_pieces(cut: Cut, commands: Collection[bytes]) -> bytes:
+def merge_pieces(
+    cut: Cut, commands: Collection[bytes], with_words: Collection[bytes] = ()
+) -> bytes:
     """Join pieces and pauses: a pause that ends a line becomes a newline."""
     sent = b""
     for piece in cut:
         if piece is not SILENCE:
             sent += piece
-        elif is_ended_by_silence(sent, commands):
+        elif is_ended_by_silence(sent, commands, with_words):
             sent += b"\n"
     return sent
 
@@ -76,7 +132,8 @@ WORDS = (
     *(b"WHO WHY", b"WHO x", b"*1\r\n$3\r\nWHO\r\n", b"\0", b"WHO\0", b"\x1b[2J", b"\x1c"),
     *(b"\x85", b"\xff", b"\xc3\xa9", b"\xa0WHO", b"WHO\xe2\x80\xa8", b"\x16\x03\x01\x02\x00\x01"),
     *(b"GET / HTTP/1.1", b"post /x http/1.0", b"a b c HTTP/", b"GET HTTP/1.1", b"GET / HTTPS/1"),
-    *(b"GET /\0HTTP/1", b"x y z", b"'\"`$(id)"),
+    *(b"GET /\0HTTP/1", b"x y z", b"'\"`$(id)", b"ECHO", b"echo a", b"ECHO a  b", b"Echo a b c"),
+    *(b"ECHO \0", b"ECHO a\x1c", b"ECHO \xff", b"ECHO a HTTP/", b"WHY not"),
 )
 ENDS = (
     *(b"\n", b"\n", b"\n", b"\r\n", b"\r\n", b"\n\n", b"", b"\r", b" \n", b"\t\r\n", b"\v\f\n"),

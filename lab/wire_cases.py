@@ -18,6 +18,7 @@ UNKNOWN, NOT_ASCII, TOO_LONG = (
 )
 
 REPLIES = {b"WHO": WHO, b"WHERE": WHERE, b"WHY": WHY}
+USAGES = {command: wire.USAGE + command + b"\n" for command in REPLIES}
 ENDINGS = {"LF": b"\n", "CRLF": b"\r\n"}
 
 
@@ -115,7 +116,7 @@ PIPELINED = [
     Case("a thousand refusals", b"NOPE\n" * 1000, UNKNOWN * 1000),
 ]
 
-# Not commands: words, arguments, prefixes and extensions.
+# Not commands: words, prefixes and extensions. Commands with words that they do not take.
 
 WORDS = (
     rb"HELP~QUIT~EXIT~PING~HELLO~EHLO localhost~USER root~WHAT~WHEN~OHW~null~?~.~-~--help~0~42~-1"
@@ -129,9 +130,12 @@ EXTENSIONS = (b"x", b"S", b"0", b"_", b"-", *REPLIES)
 UNKNOWN_WORDS = [
     *(Case(f"the word {word.decode()}", word + b"\n", UNKNOWN) for word in WORDS),
     *(
-        Case(f"{command.decode()} and then {more.decode()!r}", command + more + b"\n", UNKNOWN)
+        Case(f"{command.decode()} and then {more.decode()!r}", command + more + b"\n", reply)
         for command in REPLIES
-        for more in (*ARGUMENTS, *EXTENSIONS)
+        for more, reply in {
+            **dict.fromkeys(ARGUMENTS, USAGES[command]),
+            **dict.fromkeys(EXTENSIONS, UNKNOWN),
+        }.items()
     ),
     *(
         Case(f"only {part.decode()} of {command.decode()}", part + b"\n", UNKNOWN)
@@ -158,13 +162,14 @@ CONTROL_CHARACTERS = [
         for code in CONTROLS
     ),
     Case("NUL inside a command", b"W\0HO\n", UNKNOWN),
-    Case("NUL after CR", b"WHO\r\0\n", UNKNOWN),
+    Case("NUL after CR", b"WHO\r\0\n", USAGES[b"WHO"]),
     Case("many NULs", b"\0" * 500 + b"\nWHY\n", UNKNOWN + WHY),
     Case("backspace", b"WHX\bO\n", UNKNOWN),
     Case("LF CR", b"WHO\n\rWHY\n\r", WHO + WHY),
-    Case("CR alone ends no line", b"WHO\rWHY\n", UNKNOWN),
-    Case("VT ends no line", b"WHO\vWHY\n", UNKNOWN),
-    Case("FF ends no line", b"WHO\fWHY\n", UNKNOWN),
+    Case("CR alone ends no line", b"WHO\rWHY\n", USAGES[b"WHO"]),
+    Case("VT ends no line", b"WHO\vWHY\n", USAGES[b"WHO"]),
+    Case("FF ends no line", b"WHO\fWHY\n", USAGES[b"WHO"]),
+    Case("NUL after a blank", b"WHY \0\n", USAGES[b"WHY"]),
     Case("1E ends no line", b"WHO\x1eWHY\n", UNKNOWN),
     Case("ANSI colour", b"\x1b[31mWHO\x1b[0m\n", UNKNOWN),
     Case("ANSI colour after", b"WHO\x1b[0m\n", UNKNOWN),
@@ -288,7 +293,7 @@ HTTP_LINES = (
     *(b"WHO WHO HTTP/1.1", b"GET /\xc3 HTTP/1.1"),
 )
 NO_HTTP_LINES = (
-    *(b"GET", b"GET /", b"GET /index.html", b"HTTP/1.1", b"GET HTTP/1.1", b"WHO HTTP/1.1"),
+    *(b"GET", b"GET /", b"GET /index.html", b"HTTP/1.1", b"GET HTTP/1.1"),
     *(b"GET / HTTP", b"GET / HTTPS/1", b"GET / XHTTP/1.1", b"GET /HTTP/1.1", b"GET /\0HTTP/1.1"),
     *(b"HTTP/1.1 200 OK", b"GET / HTTP/1.1 x", b"GET HTTP/1.1 /"),
 )
@@ -317,6 +322,7 @@ HTTP = [
         Case(f"no HTTP, {line.decode()}", line + b"\r\nWHY\n", UNKNOWN + WHY)
         for line in NO_HTTP_LINES
     ),
+    Case("no HTTP, but a command with a word", b"WHO HTTP/1.1\r\nWHY\n", USAGES[b"WHO"] + WHY),
     *(
         Case(
             f"HTTP second, after {line.decode('latin1')}",
@@ -364,7 +370,7 @@ UNTERMINATED = [
     Case("unterminated who", b"who", WHO),
     Case("unterminated WH", b"WH", UNKNOWN),
     Case("unterminated WHOA", b"WHOA", UNKNOWN),
-    Case("unterminated argument", b"WHO x", UNKNOWN),
+    Case("unterminated argument", b"WHO x", USAGES[b"WHO"]),
     Case("unterminated NUL", b"WHO\0", UNKNOWN),
     Case("unterminated byte above 127", b"WHY\nWHO\xff", WHY + NOT_ASCII),
     Case("unterminated blanks", b"WHO\n \t", WHO),

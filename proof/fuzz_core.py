@@ -10,9 +10,9 @@ import logging
 import re
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from random import Random
@@ -37,7 +37,11 @@ LIMITS = (1, 3, 5, 24, 64, 1024)
 #: Tables of commands: in the last two, some commands are prefixes of others.
 TABLES = tuple(
     tuple(names.encode().split())
-    for names in ("WHO WHERE WHY", "WHO WHERE WHY WHYNOT NAP", "WHO W WHOWHY WHERE 42")
+    for names in (
+        "WHO WHERE WHY",
+        "WHO WHERE WHY WHYNOT NAP ECHO PAIR",
+        "WHO W WHOWHY WHERE 42 ECHO",
+    )
 )
 SECRET = "s3cr3t"
 #: Control characters that a terminal obeys.
@@ -71,10 +75,21 @@ class ParserTarget(Target):
         super().__init__(random)
         # Not the bare names: a parser that echoes its input would pass.
         self._grammars = {
-            (table, limit): self.code.Grammar({name: (name,) for name in table}, limit)
+            (table, limit): self.code.Grammar(
+                {name: (name,) for name in table}, limit, self._with_words(table)
+            )
             for table in TABLES
             for limit in LIMITS
         }
+
+    def _with_words(self, table: Collection[bytes]) -> dict[bytes, Any]:
+        return {name: partial(self._bind, name) for name in wire.WITH_WORDS if name in table}
+
+    def _bind(self, name: bytes, words: Sequence[str]) -> Any:
+        reply = wire.say(name, words)
+        if reply is None:
+            return self.code.usage_error(wire.WITH_WORDS[name].usage.decode())
+        return (reply,)
 
     def draw(self) -> tuple[tuple[bytes, ...], int, list[list[bytes | None]]]:
         random = self.random
@@ -104,7 +119,8 @@ class ParserTarget(Target):
                 )
                 assert not parser.silence(), f"{cut}: the parser continues after a closing reply"
             replies += parser.end()
-            expected = wire.read(wire.merge_pieces(cut, table), table, limit)
+            sent = wire.merge_pieces(cut, table, wire.WITH_WORDS)
+            expected = wire.read(sent, table, limit, wire.WITH_WORDS)
             given_replies = [
                 r.reply[:-1] if isinstance(r, self.code.ErrorReply) else r[0] for r in replies
             ]
@@ -131,7 +147,7 @@ class FastPathTarget(Target):
         self._limit, self._clients = limit, scoreboard.cell("clients", 0)
         self._replies = Replies(config, scoreboard, 0, BUILT_IN)
         self._fastpath = self.code.FastPath(self._replies)
-        self._cells = {name: item.cell for name, item in self._replies.grammar.commands.items()}
+        self._cells = {name.encode(): cell for name, cell in self._replies.command_cells.items()}
         self._earlier = [b"WHO\n"]
 
     def draw(self) -> bytes:

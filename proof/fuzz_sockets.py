@@ -72,18 +72,27 @@ nap = napping("NAP", 0.02)
 large = replying("LARGE", {LARGE_BYTES})
 
 @command("WHYNOT", may_block=False)
-def whynot(service):
+def whynot(request):
     return "because"
 
 @command("BOOM")
-def boom(service):
+def boom(request):
     raise ValueError("as it should be\\n\\x1b[2J")
+
+@command("ECHO")
+def echo(request, *words):
+    return " ".join(["ECHO", *words])
+
+@command("PAIR", may_block=False)
+def pair(request, first, second=""):
+    return f"PAIR {{first}} {{second}}".rstrip()
 """
 REPLIES = dict.fromkeys((b"WHO", b"CENSUS"), b"") | {
     b"WHERE": b"here",
     b"WHY": b"42",
     b"NAP": b"rested",
 }
+REPLIES |= dict.fromkeys(wire.WITH_WORDS, b"")
 REPLIES |= {b"WHYNOT": b"because", b"BOOM": b"ERR internal", b"LARGE": b"x" * LARGE_BYTES}
 TOO_SLOW, IDLE, TLS_ONLY = b"ERR too slow", b"ERR idle", b"ERR TLS only\n"
 REJECTED = {
@@ -292,7 +301,7 @@ class Guest:
                 possible |= {
                     sent + b"\n" + piece
                     for sent in self._inputs
-                    if wire.is_ended_by_silence(sent, REPLIES)
+                    if wire.is_ended_by_silence(sent, REPLIES, wire.WITH_WORDS)
                 }
             self._inputs, before = possible, began
             if pause < 0:
@@ -307,11 +316,11 @@ class Guest:
         if (
             others
             or not sent.rpartition(b"\n")[2].strip(wire.BLANKS)
-            or not wire.is_ended_by_silence(sent, REPLIES)
+            or not wire.is_ended_by_silence(sent, REPLIES, wire.WITH_WORDS)
         ):
             gevent.sleep(1.5 * SILENCE_SECONDS)
             return
-        expected = wire.read(sent, REPLIES, MAX_LINE)
+        expected = _read(sent)
         while (
             self.received.count(b"\n") < len(expected.replies)
             and not self.end
@@ -460,25 +469,27 @@ class Guest:
     def _expected(self) -> list[wire.Expected]:
         """The expected outcome for each possible input of the server."""
         return [
-            self._deadlined(sent)
-            if self._plan.ending == "stay"
-            else wire.read(sent, REPLIES, MAX_LINE)
+            self._deadlined(sent) if self._plan.ending == "stay" else _read(sent)
             for sent in self._inputs
         ]
 
     def _deadlined(self, sent: bytes) -> wire.Expected:
         """The expected outcome for a client that stays: finally `idle` or `too slow`."""
-        if wire.is_ended_by_silence(sent, REPLIES):
+        if wire.is_ended_by_silence(sent, REPLIES, wire.WITH_WORDS):
             sent += b"\n"
-        expected = wire.read(sent, REPLIES, MAX_LINE)
+        expected = _read(sent)
         whole, newline, part = sent.rpartition(b"\n")
-        before = wire.read(whole + newline, REPLIES, MAX_LINE)
+        before = _read(whole + newline)
         is_tls = expected.is_closed and part.startswith(
             TLS_BEGINNING
         )  # A first line: closed at once.
         if before.is_closed or is_tls or expected.replies[-1:] == [wire.TOO_LONG]:
             return expected
         return wire.Expected([*before.replies, TOO_SLOW if part else IDLE], True)
+
+
+def _read(sent: bytes) -> wire.Expected:
+    return wire.read(sent, REPLIES, MAX_LINE, wire.WITH_WORDS)
 
 
 def _begin(replies: list[bytes], lines: list[bytes]) -> bool:
@@ -489,6 +500,6 @@ def _begin(replies: list[bytes], lines: list[bytes]) -> bool:
         if reply == b"WHO":
             if not (line.isdigit() and 1 <= int(line) <= MAX_CLIENTS):
                 return False
-        elif line != REPLIES.get(reply, reply):
+        elif line != (REPLIES.get(reply) or reply):
             return False
     return True

@@ -47,6 +47,9 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "drain_spread_seconds": ("GSERVER_DRAIN_SPREAD", "0.5", 0.5),
     "hang_timeout_seconds": ("GSERVER_HANG_TIMEOUT", "0", 0.0),
     "commands": ("GSERVER_COMMANDS", "my.module", "my.module"),
+    "command_timeout_seconds": ("GSERVER_COMMAND_TIMEOUT", "2.5", 2.5),
+    "command_at_once": ("GSERVER_COMMAND_AT_ONCE", "8", 8),
+    "slow_command_seconds": ("GSERVER_SLOW_COMMAND", "0.5", 0.5),
     "redis_url": ("GSERVER_REDIS_URL", "redis://h:1/2", "redis://h:1/2"),
     "redis_url_file": ("GSERVER_REDIS_URL_FILE", "url.txt", "url.txt"),
     "redis_ca_file": ("GSERVER_REDIS_CA_FILE", "ca.pem", "ca.pem"),
@@ -550,7 +553,7 @@ def test_each_shell_has_a_completion_script(shell: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("gserver ", {"ask", "serve", "status", "top"}),
+        ("gserver ", {"check", "ask", "serve", "status", "top"}),
         ("gserver as", {"ask"}),
         ("gserver --po", {"--port"}),
         ("gserver --port 0 --log-l", {"--log-level"}),

@@ -42,20 +42,20 @@ nap = napping("NAP", {NAP})
 large = replying("LARGE", 20_000_000)
 
 @command("BOOM")
-def boom(service):
+def boom(request):
     raise RuntimeError("no secret of mine")
 
 @command("LEAVE")
-def leave(service):
+def leave(request):
     sys.exit(3)
 
 @command("LATE")
-def late(service):
+def late(request):
     with gevent.Timeout(0.01):
         time.sleep(60)
 
 @command("LINES")
-def lines(service):
+def lines(request):
     return "one\\ntwo"
 """
 

@@ -20,12 +20,12 @@ from gserver.commands import command
 from lab.commands import nap
 
 @command("WAIT", may_block=False)
-def wait(service):
+def wait(request):
     time.sleep(0.3)
     return "waited"
 
 @command("LARGE")
-def large(service):
+def large(request):
     return os.urandom(200_000).hex()
 """
 

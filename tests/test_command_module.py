@@ -15,7 +15,7 @@ from lab.running import Running, left_over
 Write = Callable[..., str]
 
 IMPORT = "from gserver.commands import command\n"
-GOOD = f"{IMPORT}@command('NAP')\ndef nap(service): return 'good'\n"
+GOOD = f"{IMPORT}@command('NAP')\ndef nap(request): return 'good'\n"
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_without_a_module_there_are_the_built_in_commands() -> None:
 
 
 def test_a_module_adds_its_commands_in_the_order_of_their_definition(write: Write) -> None:
-    text = "@command('B')\ndef b(service): return 'b'\n@command('a')\ndef a(service): return 'a'\n"
+    text = "@command('B')\ndef b(request): return 'b'\n@command('a')\ndef a(request): return 'a'\n"
     assert names(write("mine", f"{IMPORT}{text}again = b\n")) == ["WHO", "WHERE", "WHY", "B", "A"]
 
 
@@ -74,18 +74,18 @@ def test_a_module_may_be_in_a_package_and_have_any_importable_name(write: Write,
 
 
 ACCEPTED = {
-    "a default": "def f(service, more=1): return 1",
+    "a default": "def f(request, more=1): return 1",
     "any arguments": "def f(*arguments): return 1",
-    "a partial": "import functools\ndef g(service, x): return 1\nf = functools.partial(g, x=1)",
-    "a method": "class C:\n    def m(self, service): return 1\nf = C().m",
-    "a callable object": "class C:\n    def __call__(self, service): return 1\nf = C()",
+    "a partial": "import functools\ndef g(request, x): return 1\nf = functools.partial(g, x=1)",
+    "a method": "class C:\n    def m(self, request): return 1\nf = C().m",
+    "a callable object": "class C:\n    def __call__(self, request): return 1\nf = C()",
     "a decorator that adds an argument": (
-        "import functools\ndef g(service, extra): return 1\n"
-        "@functools.wraps(g)\ndef f(service): return g(service, 1)"
+        "import functools\ndef g(request, extra): return 1\n"
+        "@functools.wraps(g)\ndef f(request): return g(request, 1)"
     ),
     "a wrapped async function": (
-        "import asyncio, functools\nasync def g(service): return 1\n"
-        "@functools.wraps(g)\ndef f(service): return asyncio.run(g(service))"
+        "import asyncio, functools\nasync def g(request): return 1\n"
+        "@functools.wraps(g)\ndef f(request): return asyncio.run(g(request))"
     ),
 }
 
@@ -127,6 +127,24 @@ IMPORT_ERRORS = {
         "ValueError: '1' is not a command name: use letters, digits, - and _, a letter first, at"
         " most 32 (mine.py, line 2)",
     ),
+    "a bad timeout": (
+        "command('NAP', timeout=-1)",
+        "ValueError: the timeout of NAP must be a number of seconds, or 0 for no limit (mine.py,"
+        " line 2)",
+    ),
+    "a timeout without end": (
+        "command('NAP', timeout=float('inf'))",
+        "ValueError: the timeout of NAP must be a number of seconds, or 0 for no limit (mine.py,"
+        " line 2)",
+    ),
+    "a bad at_once": (
+        "command('NAP', at_once=1.5)",
+        "ValueError: at_once of NAP must be a whole number, or 0 for no limit (mine.py, line 2)",
+    ),
+    "at_once that is a truth value": (
+        "command('NAP', at_once=True)",
+        "ValueError: at_once of NAP must be a whole number, or 0 for no limit (mine.py, line 2)",
+    ),
 }
 
 
@@ -135,27 +153,43 @@ def test_an_error_on_import_is_reported_with_its_line(write: Write, text: str, e
     assert error_of(write("mine", IMPORT + text)) == f"cannot import it: {error}"
 
 
-ONE_ARGUMENT = "the handler of NAP must take exactly one argument, the service"
+NO_REQUEST = "the handler of NAP must take the request first, as in def handler(request)"
 ASYNC = "the handler of NAP is an async function: use def, and calls that block"
 GENERATOR = "the handler of NAP is a generator: use return, not yield"
 NO_NAME = 'the decorator needs a name: @command("NAP")'
 HANDLER_ERRORS = {
-    "no argument": ("@command('NAP')\ndef nap(): return 1", ONE_ARGUMENT),
-    "two arguments": ("@command('NAP')\ndef nap(service, more): return 1", ONE_ARGUMENT),
+    "no argument": ("@command('NAP')\ndef nap(): return 1", NO_REQUEST),
+    "only keyword arguments": ("@command('NAP')\ndef nap(**more): return 1", NO_REQUEST),
+    "a keyword-only argument": ("@command('NAP')\ndef nap(*, request): return 1", NO_REQUEST),
     "a keyword-only second argument": (
-        "@command('NAP')\ndef nap(service, *, x): return 1",
-        ONE_ARGUMENT,
+        "@command('NAP')\ndef nap(request, *, x): return 1",
+        "the handler of NAP has the keyword-only parameter x: no word can set it",
     ),
-    "a keyword-only argument": ("@command('NAP')\ndef nap(*, service): return 1", ONE_ARGUMENT),
-    "async def": ("@command('NAP')\nasync def nap(service): return 1", ASYNC),
-    "an async generator": ("@command('NAP')\nasync def nap(service): yield 1", ASYNC),
+    "a type that no word can have": (
+        "@command('NAP')\ndef nap(request, names: list): return 1",
+        "the handler of NAP has the parameter names of the type list: use str, int or float",
+    ),
+    "a union": (
+        "@command('NAP')\ndef nap(request, port: int | None = None): return 1",
+        "the handler of NAP has the parameter port of the type int | None: use str, int or float",
+    ),
+    "a parameter that clients cannot read": (
+        "@command('NAP')\ndef nap(request, größe): return 1",
+        "the handler of NAP has the parameter größe: use ASCII, since clients read it",
+    ),
+    "limits without blocking": (
+        "@command('NAP', may_block=False, timeout=1)\ndef nap(request): return 1",
+        "NAP cannot have timeout or at_once with may_block=False",
+    ),
+    "async def": ("@command('NAP')\nasync def nap(request): return 1", ASYNC),
+    "an async generator": ("@command('NAP')\nasync def nap(request): yield 1", ASYNC),
     "an object with an async call": (
-        "class C:\n    async def __call__(self, service): return 1\nnap = command('NAP')(C())",
+        "class C:\n    async def __call__(self, request): return 1\nnap = command('NAP')(C())",
         ASYNC,
     ),
-    "a generator": ("@command('NAP')\ndef nap(service): yield 1", GENERATOR),
+    "a generator": ("@command('NAP')\ndef nap(request): yield 1", GENERATOR),
     "a class": (
-        "@command('NAP')\nclass Nap:\n    def __init__(self, service): pass",
+        "@command('NAP')\nclass Nap:\n    def __init__(self, request): pass",
         "the handler of NAP must be a function, not a class",
     ),
     "not a function": (
@@ -163,10 +197,10 @@ HANDLER_ERRORS = {
         "the handler of NAP must be a function, not a str",
     ),
     "two decorators": (
-        "@command('NAP')\n@command('REST')\ndef nap(service): return 1",
+        "@command('NAP')\n@command('REST')\ndef nap(request): return 1",
         "the handler of NAP must be a function, not a Command",
     ),
-    "a decorator without parentheses": ("@command\ndef nap(service): return 1", NO_NAME),
+    "a decorator without parentheses": ("@command\ndef nap(request): return 1", NO_NAME),
 }
 
 
@@ -179,7 +213,7 @@ def test_an_unusable_handler_is_refused(write: Write, text: str, error: str) -> 
 
 def test_a_module_without_commands_is_refused_with_its_file(write: Write, tmp_path: Path) -> None:
     advice = 'defines no command: decorate a function with @command("NAME")'
-    assert error_of(write("mine", "def nap(service): return 1")) == f"{tmp_path}/mine.py {advice}"
+    assert error_of(write("mine", "def nap(request): return 1")) == f"{tmp_path}/mine.py {advice}"
     assert error_of("queue") == f"{queue.__file__} {advice}"
     assert error_of("time") == f"Python's built-in module time {advice}"
     (tmp_path / "mine_folder").mkdir()
@@ -187,10 +221,10 @@ def test_a_module_without_commands_is_refused_with_its_file(write: Write, tmp_pa
 
 
 def test_a_command_name_may_be_used_once(write: Write) -> None:
-    one = "@command('a')\ndef f(service): return 1\n"
-    other = "@command('A')\ndef g(service): return 2\n"
+    one = "@command('a')\ndef f(request): return 1\n"
+    other = "@command('A')\ndef g(request): return 2\n"
     assert error_of(write("mine_two", IMPORT + one + other)) == "the command A is defined twice"
-    who = "@command('who')\ndef f(service): return 1\n"
+    who = "@command('who')\ndef f(request): return 1\n"
     reason = "the command WHO is built in: choose another name"
     assert error_of(write("mine_who", IMPORT + who)) == reason
 
@@ -258,7 +292,7 @@ def test_a_hidden_file_is_named_if_the_other_module_cannot_be_imported(
 @pytest.mark.parametrize(
     ("option", "file", "text", "error"),
     [
-        ("extra", "extra.py", HANDLER_ERRORS["two arguments"][0], "exactly one argument"),
+        ("extra", "extra.py", HANDLER_ERRORS["no argument"][0], "must take the request first"),
         ("extra", "extra.py", HANDLER_ERRORS["async def"][0], "async function"),
         ("extra.py", "extra.py", GOOD, "use --commands extra\n"),
         ("./extra.py", "extra.py", GOOD, "use --commands extra\n"),

@@ -4,71 +4,127 @@ import select
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gserver.commands import BUILT_IN, Command, Service, command
+from gserver.commands import BUILT_IN, Command, Request, command
 from lab.running import LIMIT, Running, argv, until
 
-SERVICE = Service("an-id", lambda: 3)
+REQUEST = Request("an-id", lambda: 3)
 
 #: Typical handlers and typical mistakes. HOLD blocks until the test creates a file.
 MODULE = """
 import pathlib
 import socket
 import time
+from math import inf
+
+import gevent
 
 from gserver.commands import command, who as imported_who
 
 
 @command("hold")
-def hold(service):
+def hold(request):
     while not pathlib.Path("released").exists():
         time.sleep(0.01)
     return "held"
 
 
 @command("LOOKUP")
-def lookup(service):
+def lookup(request):
     return socket.getaddrinfo("localhost", 80, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
 
 
 @command("NAP")
-def nap(service):
+def nap(request):
     time.sleep(0.05)
-    return "rested at " + service.server_id
+    return "rested at " + request.server_id
 
 
 @command("TWICE")
-def twice(service):
-    return 2 * service.clients()
+def twice(request):
+    return 2 * request.clients()
 
 
 @command("WHOM")
-def whom(service):
+def whom(request):
     return "nobody"
 
 
 @command("TWO-LINES")
-def two_lines(service):
+def two_lines(request):
     return "one\\ntwo"
 
 
 @command("ACCENT")
-def accent(service):
+def accent(request):
     return "caf\\u00e9"
 
 
 @command("NOTHING")
-def nothing(service):
+def nothing(request):
     pass
 
 
 @command("BROKEN")
-def broken(service):
+def broken(request):
     raise OSError("the database is away")
+
+
+@command("ADD")
+def add(request, first: int, second: float = 0.5, *others: int):
+    return str(first + second + sum(others))
+
+
+@command("JOIN", may_block=False)
+def join(request, *words):
+    return "-".join(words)
+
+
+@command("SLEEP", timeout=0.3)
+def sleep(request, seconds: float):
+    left = request.deadline - time.monotonic()
+    try:
+        time.sleep(seconds)
+    finally:
+        pathlib.Path("cleaned up").touch()
+    return f"slept, {0 < left <= 0.3}"
+
+
+@command("STUBBORN", timeout=0.1)
+def stubborn(request):
+    try:
+        time.sleep(60)
+    except BaseException:
+        return "interrupted"
+
+
+@command("OWN-TIMEOUT")
+def own_timeout(request):
+    with gevent.Timeout(0.01):
+        time.sleep(60)
+
+
+@command("FEW", at_once=2)
+def few(request):
+    while not pathlib.Path("let go").exists():
+        time.sleep(0.01)
+    return "ended"
+
+
+@command("FROM")
+def from_(request):
+    time.sleep(0.2)  # Until the client may have gone.
+    return f"{request.address} {request.port} {request.tls_name!r} {request.deadline == inf}"
+
+
+@command("QUICK-FROM", may_block=False)
+def quick_from(request):
+    return f"{request.address} {request.port}"
 
 
 also_hold = hold
@@ -80,38 +136,39 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server with MODULE, started in the folder of that module."""
     folder = tmp_path_factory.mktemp("extended")
     (folder / "our_commands.py").write_text(MODULE)
-    with Running("--commands", "our_commands", "--server-id", "here", cwd=folder) as running:
+    options = "--commands", "our_commands", "--server-id", "here", "--command-timeout", "0"
+    with Running(*options, cwd=folder) as running:
         yield running
 
 
 def _replying(reply: Any) -> Command:
-    return Command("X", lambda service: reply)
+    return Command("X", lambda request: reply)
 
 
 # The decorator.
 
 
-def test_the_built_in_commands_reply_with_values_of_the_service() -> None:
+def test_the_built_in_commands_reply_with_values_of_the_request() -> None:
     expected = [("WHO", b"3\n"), ("WHERE", b"an-id\n"), ("WHY", b"42\n")]
-    assert [(item.name, item.answer(SERVICE)) for item in BUILT_IN] == expected
+    assert [(item.name, item.answer(REQUEST)) for item in BUILT_IN] == expected
     assert not any(item.may_block for item in BUILT_IN)
 
 
 def test_a_decorated_function_is_a_command_that_may_block() -> None:
     @command("nap-2_x")
-    def nap(service: Service) -> str:
-        return service.server_id
+    def nap(request: Request) -> str:
+        return request.server_id
 
-    assert (nap.name, nap.may_block, nap.answer(SERVICE)) == ("NAP-2_X", True, b"an-id\n")
+    assert (nap.name, nap.may_block, nap.answer(REQUEST)) == ("NAP-2_X", True, b"an-id\n")
 
 
 def test_a_command_can_be_declared_as_one_that_never_blocks() -> None:
-    assert not command("QUICK", may_block=False)(lambda service: "x").may_block
+    assert not command("QUICK", may_block=False)(lambda request: "x").may_block
 
 
 @pytest.mark.parametrize("name", ["A", "a", "Z9", "A-B_C", "X" * 32])
 def test_a_command_name_is_stored_in_upper_case(name: str) -> None:
-    assert command(name)(lambda service: "x").name == name.upper()
+    assert command(name)(lambda request: "x").name == name.upper()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +196,7 @@ def test_a_bad_command_name_is_refused(name: str) -> None:
     ],
 )
 def test_a_printable_line_is_a_valid_reply(reply: str | int, line: bytes) -> None:
-    assert _replying(reply).answer(SERVICE) == line
+    assert _replying(reply).answer(REQUEST) == line
 
 
 @pytest.mark.parametrize(
@@ -147,21 +204,21 @@ def test_a_printable_line_is_a_valid_reply(reply: str | int, line: bytes) -> Non
 )
 def test_a_reply_must_be_one_line_of_printable_ascii(reply: str) -> None:
     with pytest.raises(ValueError, match=r"a reply must be one line of printable ASCII"):
-        _replying(reply).answer(SERVICE)
+        _replying(reply).answer(REQUEST)
 
 
 @pytest.mark.parametrize("reply", [None, b"bytes", 1.5, ["a"], ("a", "b"), {"a": 1}, object])
 def test_a_reply_must_be_a_str_or_an_int(reply: Any) -> None:
     with pytest.raises((ValueError, TypeError)):
-        _replying(reply).answer(SERVICE)
+        _replying(reply).answer(REQUEST)
 
 
 def test_a_handlers_exception_is_raised() -> None:
-    def broken(service: Service) -> str:
+    def broken(request: Request) -> str:
         raise LookupError("gone")
 
     with pytest.raises(LookupError, match="gone"):
-        Command("X", broken).answer(SERVICE)
+        Command("X", broken).answer(REQUEST)
 
 
 # The real program.
@@ -192,6 +249,22 @@ def test_a_blocking_command_delays_only_its_own_client(extended: Running) -> Non
         (b"NOTHING", b"ERR internal"),
         (b"BROKEN", b"ERR internal"),
         (b"imported_who", b"ERR unknown command"),
+        (b"ADD 1", b"1.5"),
+        (b" add\t-1  1e1 ", b"9.0"),
+        (b"ADD 1 2 3 4", b"10.0"),
+        (b"ADD", b"ERR usage: ADD first [second] [others ...]"),
+        (b"ADD x", b"ERR usage: ADD first [second] [others ...]"),
+        (b"ADD 1 2 3.5", b"ERR usage: ADD first [second] [others ...]"),
+        (b"ADD \xc3\xa9", b"ERR not ASCII"),
+        (b"JOIN", b""),
+        (b"JOIN a  b\tc", b"a-b-c"),
+        (b"JOIN a\0", b"ERR usage: JOIN [words ...]"),
+        (b"WHOM else", b"ERR usage: WHOM"),
+        (b"WHO else", b"ERR usage: WHO"),
+        (b"SLEEP 0.001", b"slept, True"),
+        (b"SLEEP 60", b"ERR timeout"),
+        (b"STUBBORN", b"interrupted"),
+        (b"OWN-TIMEOUT", b"ERR internal"),
     ],
 )
 def test_a_custom_command_is_answered_over_the_wire(
@@ -200,6 +273,77 @@ def test_a_custom_command_is_answered_over_the_wire(
     with extended.client() as client:
         assert client.ask(sent) == reply
         assert client.ask(b"WHY") == b"42"  # The client stays connected after each error.
+
+
+def test_an_interrupted_handler_cleans_up_and_is_logged(extended: Running) -> None:
+    file = Path(f"/proc/{extended.pid}/cwd").resolve() / "cleaned up"
+    file.unlink(missing_ok=True)
+    with extended.client() as client:
+        assert client.ask(b"SLEEP 60") == b"ERR timeout"
+        assert client.ask(b"WHY") == b"42"
+    assert file.exists()
+    messages = [event["message"] for event in extended.events("command.failed")]
+    assert "the handler of SLEEP was interrupted after 0.3 s" in messages
+
+
+def test_more_runs_at_once_than_allowed_get_an_error(extended: Running) -> None:
+    folder = Path(f"/proc/{extended.pid}/cwd").resolve()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(extended.client()) for _ in range(3)]
+        for client in clients[:2]:
+            client.send(b"FEW\n")
+        until(lambda: clients[2].ask(b"FEW") == b"ERR busy", "both runs have begun")
+        # Others are not affected, nor is what this client sends later.
+        assert clients[2].ask(b"WHY\nFEW\nADD 1") == b"42"
+        assert [clients[2].line(), clients[2].line()] == [b"ERR busy\n", b"1.5\n"]
+        (folder / "let go").touch()
+        assert [client.line() for client in clients[:2]] == [b"ended\n"] * 2
+        assert clients[2].ask(b"FEW") == b"ended"
+
+
+def test_a_handler_knows_its_client(extended: Running) -> None:
+    with extended.client() as client:
+        host, port = client.sock.getsockname()
+        assert client.ask(b"FROM") == f"{host} {port} '' True".encode()
+        assert client.ask(b"QUICK-FROM") == f"{host} {port}".encode()
+
+
+def test_the_options_limit_commands_without_limits_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "extra.py").write_text(
+        "import time\nfrom gserver.commands import command\n"
+        "@command('NAP')\ndef nap(request, seconds: float):\n    time.sleep(seconds)\n"
+        "    return 'rested'\n"
+        "unlimited = command('REST', timeout=0, at_once=0)(nap.handler)\n"
+    )
+    options = argv("--command-timeout 0.5 --command-at-once 1 --slow-command 0.2")
+    with (
+        Running("--commands", "extra", *options, cwd=tmp_path) as server,
+        server.client() as one,
+        server.client() as other,
+    ):
+        one.send(b"NAP 60\n")
+        until(lambda: other.ask(b"NAP 0") == b"ERR busy", "the nap has begun")
+        assert one.line() == b"ERR timeout\n"
+        assert other.ask(b"NAP 0") == b"rested"
+        one.send(b"REST 1\n")
+        other.send(b"REST 1\n")
+        assert one.line() == other.line() == b"rested\n"
+        server.wait_for("command.slow", 3)
+        slow = server.events("command.slow")
+    assert {event["gserver.command"] for event in slow} == {"NAP", "REST"}
+    assert all(0.2 <= event["gserver.seconds"] < 60 for event in slow)
+    assert {event["client.address"] for event in slow} == {"127.0.0.1"}
+
+
+def test_a_command_with_words_needs_its_newline(extended: Running) -> None:
+    with extended.client() as client:
+        client.send(b"JOIN a")
+        assert select.select([client.sock], [], [], 0.3)[0] == []
+        client.send(b"b\nJOIN")
+        assert client.line() == b"ab\n"
+        assert select.select([client.sock], [], [], 0.3)[0] == []
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.line() == b"\n"
 
 
 def test_a_command_that_is_a_prefix_of_another_needs_its_newline(extended: Running) -> None:
@@ -227,7 +371,7 @@ def test_files_named_like_packages_in_the_start_folder_are_not_imported(tmp_path
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file was imported')\n")
     (tmp_path / "ours.py").write_text(
         "import colorsys, statsd\nfrom gserver.commands import command\n"
-        "@command('COLOR')\ndef color(service): return int(colorsys.rgb_to_hsv(0, 0, 7)[2])\n"
+        "@command('COLOR')\ndef color(request): return int(colorsys.rgb_to_hsv(0, 0, 7)[2])\n"
     )
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
@@ -248,19 +392,19 @@ import time
 from gserver.commands import command
 
 @command("WORK")
-def work(service):
+def work(request):
     until = time.perf_counter() + 0.005
     while time.perf_counter() < until:
         pass
     return "done"
 
 @command("PRINT")
-def print_a_line(service):
+def print_a_line(request):
     print("a line")
     return "printed"
 
 @command("PRINT-PART")
-def print_part_of_a_line(service):
+def print_part_of_a_line(request):
     print("half a line", end="", flush=True)
     return "printed"
 """

@@ -40,7 +40,7 @@ def test_the_options_table_has_all_options_defaults_and_variables() -> None:
 
 
 def test_the_metrics_table_lists_exactly_the_metrics() -> None:
-    documented = {name for name in statsd_metrics() if "commands." not in name}
+    documented = {name for name in statsd_metrics() if not name.endswith(".NAME")}
     assert documented == {*GAUGES, *COUNTERS, *TIMINGS}
 
 
@@ -109,7 +109,9 @@ def test_the_exit_codes_table_matches_the_code() -> None:
 
 
 def test_every_error_reply_is_documented_with_its_consequence() -> None:
-    documented = dict(re.findall(r"^\| `(ERR [^`]+)` \|.*\| ([a-z ]+) \|$", PROTOCOL, re.M))
+    documented = dict(
+        re.findall(r"^\| `(ERR [^`:]+)(?:: [^`]+)?` \|.*\| ([a-z ]+) \|$", PROTOCOL, re.M)
+    )
     replies = {error.reply.decode().strip(): error for error in ERROR_REPLIES if error.reply}
     assert set(documented) == set(replies)
     for reply, follows in documented.items():
@@ -152,8 +154,9 @@ def test_the_readmes_commands_work_as_printed(tmp_path: Path) -> None:
     assert code
     (tmp_path / "tools.py").write_text(code[1])
     with Running("--commands", "tools", cwd=tmp_path) as server, server.client() as client:
-        assert client.ask(b"RESOLVE") == b"127.0.0.1"
-        assert client.ask(b"NAP") == b"rested among 1"
+        assert client.ask(b"RESOLVE localhost") == b"127.0.0.1"
+        assert client.ask(b"RESOLVE") == b"ERR usage: RESOLVE name"
+        assert client.ask(b"NAP 0.01") == b"rested among 1"
 
 
 @pytest.mark.parametrize(

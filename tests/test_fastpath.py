@@ -25,12 +25,12 @@ from lab.wire_cases import CASES, Case
 
 
 @command("QUICK", may_block=False)
-def quick(_service: object) -> str:
+def quick(_request: object) -> str:
     return "never blocks"
 
 
 @command("NAP")
-def nap(_service: object) -> str:
+def nap(_request: object) -> str:
     return "may block"
 
 
@@ -86,7 +86,7 @@ class Worker:
             else:
                 if item.may_block:
                     return None
-                replies += item.answer(self.replies.service)
+                replies += item.answer(self.replies.request(None))
                 counts[f"commands.{item.name}"] += 1
         return replies, counts
 

@@ -36,17 +36,22 @@ from gserver.serve.loop import Loop
 from gserver.serve.replies import Replies
 from lab.running import LIMIT, argv, extended, until
 
-GONE = command("GONE", may_block=False)(lambda _service: "gone")
+GONE = command("GONE", may_block=False)(lambda _request: "gone")
 
 
 @command("REST")
-def rest(_service: object) -> str:
+def rest(_request: object) -> str:
     gevent.sleep(0.1)
     return "rested"
 
 
+@command("PAIR", may_block=False)
+def pair_of(_request: object, first: str, second: int = 2) -> str:
+    return f"{first} {second + 1}"
+
+
 @command("LARGE", may_block=False)
-def large(_service: object) -> str:
+def large(_request: object) -> str:
     return "x" * 2_000_000
 
 
@@ -94,7 +99,7 @@ def pair(commands: tuple[Command, ...] = (), **options: Any) -> Iterator[Pair]:
     scoreboard = Scoreboard.create(2, config.address_cells)
 
     def loop(slot: int, *commands: Command) -> Loop:
-        replies = Replies(config, scoreboard, slot, (*BUILT_IN, rest, large, *commands))
+        replies = Replies(config, scoreboard, slot, (*BUILT_IN, rest, large, pair_of, *commands))
         return Loop(config, Limits(config, scoreboard, slot), replies, capacity=1000)
 
     with ExitStack() as stack:
@@ -226,6 +231,20 @@ def test_a_client_in_a_handler_follows_when_the_handler_has_answered() -> None:
         assert read(client) == b"rested\nrested\n1\nERR unknown command\nhere\n"
         [commands] = [both.scoreboard.totals()["commands.REST"]]
         assert commands == 2
+
+
+def test_words_move_with_their_commands() -> None:
+    with pair() as both:
+        client = both.connect()
+        client.sendall(b"REST\nPAIR a 4\nPAIR\nPAIR b\nPAIR c")
+        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
+        both.old.is_handing_over = True
+        settle(lambda: both.old.parked)
+        both.hand_over()
+        client.sendall(b" 5\n")
+        settle(lambda: both.scoreboard.totals()["commands.PAIR"] == 3)
+        expected = b"rested\na 5\nERR usage: PAIR first [second]\nb 3\nc 6\n"
+        assert read(client) == expected
 
 
 def test_a_command_that_the_new_worker_does_not_have_is_unknown() -> None:

@@ -31,7 +31,7 @@ from gserver.commands import command
 from lab.commands import end_greenlet, fail, nap, pid
 
 @command("STAY")
-def stay(service):
+def stay(request):
     while not Path("done").exists():
         time.sleep(0.01)
     return "done"

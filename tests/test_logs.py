@@ -53,46 +53,46 @@ class NoText(Exception):
         fail()
 
 @command("FAIL")
-def _(service):
+def _(request):
     fail()
 
 ERRORS = iter([KeyError("one"), OSError("other")])
 
 @command("FAIL-IN-TURN")
-def _fail_in_turn(service):
+def _fail_in_turn(request):
     raise next(ERRORS)
 
 @command("NO-TEXT")
-def _no_text(service):
+def _no_text(request):
     raise NoText
 
 @command("GREENLET")
-def _greenlet(service):
+def _greenlet(request):
     gevent.spawn(fail)
     return "done"
 
 @command("THREAD")
-def _thread(service):
+def _thread(request):
     threading.Thread(target=fail).start()
     return "done"
 
 @command("POOL")
-def _pool(service):
+def _pool(request):
     gevent.get_hub().threadpool.spawn(fail)
     return "done"
 
 @command("FINALIZER")
-def _finalizer(service):
+def _finalizer(request):
     Fails()
     return "done"
 
 @command("LOG")
-def _log(service):
+def _log(request):
     logging.getLogger("my.module").warning("taken %d of %s", 3, "five", extra={"order.id": 7})
     return "done"
 
 @command("CAUGHT")
-def _caught(service):
+def _caught(request):
     try:
         fail()
     except LookupError:
@@ -100,7 +100,7 @@ def _caught(service):
     return "done"
 
 @command("FLOOD")
-def _flood(service):
+def _flood(request):
     for number in range(20_000):
         logging.getLogger("flood").info("%d", number)
     return "done"

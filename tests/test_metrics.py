@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from gserver.agent.prometheus import ScoreboardCollector
 from gserver.agent.statsd import COUNTERS, GAUGES, TIMINGS
 from gserver.agent.status import status
+from gserver.commands import BUILT_IN, where, who, why
 from gserver.config import Config
-from gserver.metrics import METRICS, SERVICE_BOUNDS_NS, Kind, Metric, Source, in_seconds
-from gserver.scoreboard import Scoreboard
+from gserver.metrics import DURATION_BOUNDS_NS, METRICS, Kind, Metric, in_seconds, percentile
+from gserver.scoreboard import BUCKETS_OFFSET, TIME_OFFSET, Scoreboard
 from gserver.serve.replies import Replies
 from lab.documents import prometheus_type as documented_type
 from lab.documents import rows, statsd_metrics
@@ -96,7 +98,7 @@ def test_a_timing_names_the_counter_of_the_timed_events() -> None:
     assert timings
     for metric in timings:
         assert BY_NAME[metric.count].kind is Kind.COUNTER
-        assert not metric.buckets or BY_NAME[metric.buckets].source is Source.WORKER
+        assert not metric.buckets or BY_NAME[metric.count].label == metric.label
 
 
 def test_moments_and_states_are_shown_only_for_each_worker() -> None:
@@ -110,32 +112,54 @@ def test_moments_and_states_are_shown_only_for_each_worker() -> None:
 
 def test_each_histogram_bucket_counts_values_up_to_its_bound() -> None:
     scoreboard = Scoreboard.create(2)
-    for number, reads in ((0, 1), (1, 1), (4, 4), (len(SERVICE_BOUNDS_NS), 1)):
-        scoreboard.cells[scoreboard.cell(f"service_bucket.{number}", number % 2)] = reads
-    scoreboard.cells[scoreboard.cell("service_ns", 1)] = 1_000_000_250_001
+    for number, runs in ((0, 1), (1, 1), (4, 4), (len(DURATION_BOUNDS_NS), 1)):
+        first = scoreboard.command_cell("NAP", number % 2)
+        scoreboard.cells[first + BUCKETS_OFFSET + number] = runs
+    scoreboard.cells[scoreboard.command_cell("NAP", 1) + TIME_OFFSET] = 1_000_000_250_001
     now = samples(scoreboard)
     counts = [
-        now[f'gserver_service_seconds_bucket{{le="{bound / 1e9:g}"}}']
-        for bound in SERVICE_BOUNDS_NS
+        now[f'gserver_command_seconds_bucket{{command="NAP",le="{bound / 1e9:g}"}}']
+        for bound in DURATION_BOUNDS_NS
     ]
     assert counts[:6] == [1, 2, 2, 2, 6, 6]
     assert counts == sorted(counts)
     assert counts[-1] == 6
-    assert now['gserver_service_seconds_bucket{le="+Inf"}'] == 7
-    assert now["gserver_service_seconds_count"] == 7
-    assert now["gserver_service_seconds_sum"] == pytest.approx(1000.00025, rel=1e-6)
+    assert now['gserver_command_seconds_bucket{command="NAP",le="+Inf"}'] == 7
+    assert now['gserver_command_seconds_count{command="NAP"}'] == 7
+    seconds = now['gserver_command_seconds_sum{command="NAP"}']
+    assert seconds == pytest.approx(1000.00025, rel=1e-6)
 
 
-def test_a_worker_counts_reads_by_their_service_time() -> None:
+def test_quick_commands_take_as_long_as_the_reads_with_which_they_came() -> None:
     scoreboard = Scoreboard.create(2)
-    replies = Replies(CONFIG, scoreboard, 1, ())
-    for reads, nanoseconds in ((1, 5_000), (1, 5_001), (4, 4 * 60_000), (1, 10**12)):
+    replies = Replies(CONFIG, scoreboard, 1, BUILT_IN)
+    ask = partial(replies.reply_to, sock=None)
+    for commands, reads, nanoseconds in (
+        ((who,), 1, 5_000),
+        ((why, who, who), 2, 2 * 5_001),
+        ((), 4, 4 * 60_000),
+        ((where,), 1, 10**12),
+    ):
+        for command in commands:
+            ask(command)
         replies.count_reads(reads, nanoseconds)
-    now = samples(scoreboard)
-    assert now['gserver_service_seconds_bucket{le="5e-06"}'] == 1
-    assert now['gserver_service_seconds_bucket{le="1e-05"}'] == 2
-    assert now['gserver_service_seconds_bucket{le="0.0001"}'] == 6
-    assert now["gserver_service_seconds_count"] == 7
+    seconds = status(CONFIG, scoreboard)["command_seconds"]
+    assert status(CONFIG, scoreboard)["reads"] == 8
+    assert seconds["WHO"]["buckets"] == [1, 2, *[0] * 12]
+    assert seconds["WHY"]["buckets"] == [0, 1, *[0] * 12]
+    assert seconds["WHERE"]["buckets"] == [*[0] * 13, 1]
+    assert seconds["WHO"]["seconds"] == pytest.approx(15_002e-9, abs=1e-6)
+
+
+def test_percentiles_are_read_from_the_buckets() -> None:
+    none = [0] * (len(DURATION_BOUNDS_NS) + 1)
+    assert percentile(none, 50) is None
+    # Bounds of 5, 10, 20 us: half of ten are below 5 us.
+    assert percentile([5, 0, 5, *none[3:]], 50) == pytest.approx(5e-6)
+    assert percentile([5, 0, 5, *none[3:]], 75) == pytest.approx(15e-6)
+    assert percentile([5, 0, 5, *none[3:]], 100) == pytest.approx(20e-6)
+    assert percentile([10, *none[1:]], 50) == pytest.approx(2.5e-6)
+    assert percentile([*none[:-1], 1], 99) == DURATION_BOUNDS_NS[-1] / 1e9
 
 
 def test_unknown_figures_have_no_sample() -> None:
@@ -182,7 +206,7 @@ def test_prometheus_gets_every_metric_of_the_catalogue() -> None:
 def test_statsd_gets_every_metric_of_the_catalogue() -> None:
     names = {*GAUGES, *COUNTERS, *TIMINGS}
     for metric in METRICS:
-        if metric.statsd and metric.name != "commands":
+        if metric.statsd and metric.label != "command":
             for name in metric.names:
                 assert name.replace(metric.name, metric.statsd, 1) in names
                 names.remove(name.replace(metric.name, metric.statsd, 1))
@@ -194,7 +218,13 @@ def test_statsd_gets_every_metric_of_the_catalogue() -> None:
 #: Figures of /status.json that are not in the catalogue.
 OTHER_PATHS = {
     *(f"server.{name}" for name in ("id", "version", "host", "port", "state")),
-    *("workers.each", "cluster.name", "cluster.is_held", "cluster.members"),
+    *(
+        "latency_bounds_seconds",
+        "workers.each",
+        "cluster.name",
+        "cluster.is_held",
+        "cluster.members",
+    ),
 }
 
 
@@ -227,7 +257,7 @@ def test_the_page_reads_only_figures_of_the_status() -> None:
     of_all = set(re.findall(r"\bnow\.(\w+)", script)) | set(
         re.findall(r"per\(s => .*?s\.(\w+)", script)
     )
-    assert {"commands", "error_replies", "reads", "service_seconds"} <= of_all <= document.keys()
+    assert {"commands", "error_replies", "command_seconds"} <= of_all <= document.keys()
     of_worker = set(re.findall(r"\bw\.(\w+)", script))
     assert {"pid", "reads"} <= of_worker <= document["workers"]["each"][0].keys()
 
@@ -259,7 +289,7 @@ def test_the_manual_lists_every_statsd_metric_with_its_kind() -> None:
     expected = dict.fromkeys(GAUGES, "gauge") | dict.fromkeys(COUNTERS, "counter")
     expected |= dict.fromkeys(TIMINGS, "timing, ms")
     expected["cluster.age_ms"] = "gauge, ms"
-    expected["commands.NAME"] = "counter"
+    expected |= {"commands.NAME": "counter", "command_time.NAME": "timing, ms"}
     assert statsd_metrics() == expected
 
 

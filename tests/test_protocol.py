@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import pytest
 from hypothesis import example, given, settings
@@ -16,15 +17,26 @@ from gserver.protocol import (
     ErrorReply,
     Grammar,
     Parser,
+    usage_error,
 )
 from lab import wire_cases as wire
-from lab.wire import read, replies
+from lab.wire import WITH_WORDS, read, replies, say
 from lab.wire_cases import CASES, LIMIT_BYTES, REPLIES, Case
 
 #: A command is the table's value for its name: here, the reply itself.
 GRAMMAR = Grammar(REPLIES, LIMIT_BYTES)
-#: Includes a command that is a prefix of another, and one of a single letter.
-NESTED = {**REPLIES, b"WHOAMI": b"you\n", b"X": b"ex\n"}
+#: Includes a command that is a prefix of another, one of a single letter, and two with words.
+NESTED = {**REPLIES, b"WHOAMI": b"you\n", b"X": b"ex\n", **dict.fromkeys(WITH_WORDS, b"")}
+
+
+def bind(name: bytes, words: Sequence[str]) -> bytes | ErrorReply:
+    reply = say(name, words)
+    return usage_error(WITH_WORDS[name].usage.decode()) if reply is None else reply + b"\n"
+
+
+def nested(limit: int) -> Grammar[bytes]:
+    return Grammar(NESTED, limit, {name: partial(bind, name) for name in WITH_WORDS})
+
 
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
@@ -93,6 +105,7 @@ WORDS = st.sampled_from(
     [
         *b"WHO who WHERE Where WHY why WHOAMI X WH WHOA NOPE HTTP/1.1 \0 \x16\x03 \xff".split(b" "),
         *(b"", b"GET / HTTP/1.1", b"get / http/1.0", b"GET /", b"\xc3\xa9"),
+        *(b"ECHO", b"echo a  b", b"Echo \0", b"PAIR", b"pair 1", b"PAIR 1\t2", b"PAIR 1 2 3"),
     ]
 )
 BLANKS = st.text(" \t\r\v\f", max_size=2).map(str.encode)
@@ -123,13 +136,14 @@ def cut(data: bytes, sizes: list[tuple[int, bool]]) -> list[tuple[bytes, bool]]:
 @settings(max_examples=500)
 @given(data=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
 @example(data=b"WHO\n", sizes=[], limit=2)
+@example(data=b"echo a b\nPAIR x\nPAIR\nWHO x\n", sizes=[], limit=LIMIT_BYTES)
 @example(data=b"GET / HTTP/1.1\nWHO\n", sizes=[(3, False)], limit=LIMIT_BYTES)
 def test_random_bytes_however_split_get_the_replies_of_the_oracle(
     data: bytes, sizes: list[tuple[int, bool]], limit: int
 ) -> None:
-    parser = Parser(Grammar(NESTED, limit))
+    parser = Parser(nested(limit))
     answered = fed(parser, [chunk for chunk, _ in cut(data, sizes)]) + replies_to(parser.end())
-    assert answered == replies(data, NESTED, limit)
+    assert answered == replies(data, NESTED, limit, WITH_WORDS)
 
 
 @settings(max_examples=500)
@@ -139,7 +153,7 @@ def test_random_bytes_however_split_get_the_replies_of_the_oracle(
 def test_a_pause_ends_only_a_complete_command_or_blanks(
     data: bytes, sizes: list[tuple[int, bool]], limit: int
 ) -> None:
-    parser = Parser(Grammar(NESTED, limit))
+    parser = Parser(nested(limit))
     answered = meant = b""
     for chunk, is_paused in cut(data, sizes):
         answered += fed(parser, [chunk])
@@ -155,7 +169,7 @@ def test_a_pause_ends_only_a_complete_command_or_blanks(
                 b"X",
             ):  # Not WHO: it is a prefix of WHOAMI.
                 meant += b"\n"
-    assert answered + replies_to(parser.end()) == replies(meant, NESTED, limit)
+    assert answered + replies_to(parser.end()) == replies(meant, NESTED, limit, WITH_WORDS)
 
 
 @settings(max_examples=200)
@@ -163,7 +177,7 @@ def test_a_pause_ends_only_a_complete_command_or_blanks(
 @example(chunks=[b"\r" * 20, b"\r"], limit=16)
 @example(chunks=[b"x" * 5000], limit=LIMIT_BYTES)
 def test_a_parser_never_holds_more_than_a_line_and_its_cr(chunks: list[bytes], limit: int) -> None:
-    parser = Parser(Grammar(NESTED, limit))
+    parser = Parser(nested(limit))
     for chunk in chunks:
         parser.feed(chunk)
         assert len(parser.partial) <= limit + 1
@@ -221,7 +235,7 @@ def test_a_command_ended_by_a_pause_counts_as_the_first_line() -> None:
 
 
 def test_a_command_that_is_a_prefix_of_another_waits_for_its_newline() -> None:
-    parser = Parser(Grammar(NESTED, LIMIT_BYTES))
+    parser = Parser(nested(LIMIT_BYTES))
     parser.feed(b"who")
     assert not parser.is_complete
     assert parser.silence() == []

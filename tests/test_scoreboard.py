@@ -10,7 +10,7 @@ import pytest
 from gserver.errors import EXIT_USAGE, UsageError
 from gserver.metrics import METRICS, Kind
 from gserver.protocol import MAX_NAME_BYTES
-from gserver.scoreboard import MAX_COMMANDS, SERVER_CELLS, WORKER_CELLS, Scoreboard
+from gserver.scoreboard import COMMAND_CELLS, MAX_COMMANDS, SERVER_CELLS, WORKER_CELLS, Scoreboard
 from lab.running import environment
 
 SLOTS = 3
@@ -119,7 +119,7 @@ def test_each_slot_has_its_own_list_of_commands() -> None:
     cells = {scoreboard.command_cell("NAP", slot) for slot in range(SLOTS)}
     assert len(cells) == SLOTS
     scoreboard.command_cell("ONLY-HERE", 0)
-    assert scoreboard.command_cell("ELSE", 1) == scoreboard.command_cell("NAP", 1) + 1
+    assert scoreboard.command_cell("ELSE", 1) == scoreboard.command_cell("NAP", 1) + COMMAND_CELLS
 
 
 def test_the_sixty_fifth_command_is_refused() -> None:

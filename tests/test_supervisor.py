@@ -52,12 +52,12 @@ if Path("crash").exists():
 sleep = napping("SLEEP", 60)
 
 @command("NAP")
-def nap(service):
+def nap(request):
     time.sleep(1)
     return "rested"
 
 @command("FORK")
-def fork(service):
+def fork(request):
     child = os.fork()
     if child == 0:
         os.setsid()  # The supervisor kills the group of a worker that dies.
@@ -698,7 +698,7 @@ import subprocess
 from gserver.commands import command
 
 @command("SPAWN")
-def spawn(service):
+def spawn(request):
     unused = subprocess.DEVNULL
     return subprocess.Popen(["sleep", "600"], stdout=unused, stderr=unused).pid
 """

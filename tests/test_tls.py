@@ -48,7 +48,7 @@ while Path("wait").exists() and not Path(f"go-{os.getpid()}").exists():
     time.sleep(0.01)
 
 @command("LATE")
-def late(service):
+def late(request):
     return 1
 """
 
@@ -417,9 +417,13 @@ def test_rejected_clients_get_the_reason_over_tls(pems: Path) -> None:
 @pytest.fixture(scope="module")
 def mutual(pems: Path) -> Iterator[Running]:
     """A server that requires client certificates."""
-    with Running(
-        *certified(pems), "--tls-client-ca", str(pems / "ca.pem"), "--admin-port", "0"
-    ) as running:
+    (pems / "names.py").write_text(
+        "from gserver.commands import command\n"
+        "def name(request): return f'{request.tls_name} {request.address}'\n"
+        "name_1 = command('NAME')(name)\nname_2 = command('QUICK', may_block=False)(name)\n"
+    )
+    options = argv(f"--tls-client-ca {pems}/ca.pem --admin-port 0 --commands names")
+    with Running(*certified(pems), *options, cwd=pems) as running:
         yield running
 
 
@@ -432,6 +436,14 @@ def test_clients_need_a_certificate_if_a_client_ca_is_set(mutual: Running, pems:
     until(lambda: count("tls_failed") == 2, "both clients are counted")
     with mutual.client(context=trust(pems, "server")) as client:
         assert client.who() == 1
+
+
+def test_a_handler_knows_the_name_in_the_certificate_of_its_client(
+    mutual: Running, pems: Path
+) -> None:
+    with mutual.client(context=trust(pems, "server")) as client:
+        assert client.ask(b"NAME") == b"server 127.0.0.1"
+        assert client.ask(b"QUICK") == b"server 127.0.0.1"
 
 
 def serial(server: Running) -> str:

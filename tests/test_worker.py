@@ -30,7 +30,7 @@ from gserver.commands import command
 from lab.commands import count_greenlets, end_greenlet, fail, nap, pid
 
 @command("HELD")
-def held(service):
+def held(request):
     greenlets, files = count_greenlets(), len(os.listdir("/proc/self/fd"))
     return f"{greenlets} greenlets, {files} files, {gevent.get_hub().loop.activecnt} watchers"
 
@@ -42,7 +42,7 @@ def is_tcp(fd):
         return False
 
 @command("OPTIONS")
-def options(service):
+def options(request):
     fds = [int(fd) for fd in os.listdir("/proc/self/fd") if is_tcp(int(fd))]
     socks = [socket.socket(fileno=os.dup(fd)) for fd in fds]
     tcp = [
@@ -271,7 +271,7 @@ import socket
 from gserver.commands import command
 
 @command("SHUT")
-def shut(service):
+def shut(request):
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
             sock = socket.socket(fileno=os.dup(fd))

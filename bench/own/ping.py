@@ -4,10 +4,10 @@ This folder is on the import path of every measured gserver. It contains nothing
 hide another module.
 """
 
-from gserver.commands import Service, command
+from gserver.commands import Request, command
 
 
 @command("PING", may_block=False)
-def ping(_service: Service) -> str:
+def ping(_request: Request) -> str:
     """Answer PONG."""
     return "PONG"

@@ -6,6 +6,7 @@ restart when a worker is replaced.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -18,7 +19,7 @@ from prometheus_client.core import Metric as Family
 from gserver import __version__
 from gserver.agent.status import figures
 from gserver.config import Config
-from gserver.metrics import METRICS, SERVICE_BOUNDS_NS, Kind, Metric, in_seconds, members_of
+from gserver.metrics import DURATION_BOUNDS_NS, METRICS, Kind, Metric, in_seconds, members_of
 from gserver.scoreboard import Scoreboard
 
 
@@ -41,26 +42,25 @@ class ScoreboardCollector:
 
 
 def _family(metric: Metric, values: Mapping[str, int]) -> Family:
+    if metric.buckets:
+        return _histograms(metric, values)
     if metric.label:
         counters = CounterMetricFamily(metric.prometheus, metric.help, labels=[metric.label])
         for member, count in members_of(metric.name, values).items():
             counters.add_metric([member], count)
         return counters
-    if metric.buckets:
-        return _histogram(metric, values)
     family = GaugeMetricFamily if metric.kind is Kind.GAUGE else CounterMetricFamily
     return family(metric.prometheus, metric.help, in_seconds(metric, values[metric.name]))
 
 
-def _histogram(metric: Metric, values: Mapping[str, int]) -> Family:
-    """Return the histogram of a timing; each bucket includes those before it."""
-    bounds = [f"{bound / 1e9:g}" for bound in SERVICE_BOUNDS_NS]
-    buckets, count = [], 0
-    for bound, timed in zip(
-        [*bounds, "+Inf"], members_of(metric.buckets, values).values(), strict=True
-    ):
-        count += timed
-        buckets.append((bound, float(count)))
-    family = HistogramMetricFamily(metric.prometheus, metric.help)
-    family.add_metric([], buckets, in_seconds(metric, values[metric.name]))
+def _histograms(metric: Metric, values: Mapping[str, int]) -> Family:
+    """Return a histogram for each member of a timing; each bucket includes those before it."""
+    bounds = [*(f"{bound / 1e9:g}" for bound in DURATION_BOUNDS_NS), "+Inf"]
+    family = HistogramMetricFamily(metric.prometheus, metric.help, labels=[metric.label])
+    for member, timed in members_of(metric.name, values).items():
+        counts = members_of(f"{metric.buckets}.{member}", values).values()
+        buckets = [
+            (bound, float(count)) for bound, count in zip(bounds, accumulate(counts), strict=True)
+        ]
+        family.add_metric([member], buckets, in_seconds(metric, timed))
     return family

@@ -13,7 +13,7 @@ import statsd
 
 from gserver import logs
 from gserver.config import Config, show_address
-from gserver.metrics import METRICS, Kind
+from gserver.metrics import METRICS, Kind, members_of
 from gserver.scoreboard import Scoreboard
 
 FLUSH_SECONDS = 1.0
@@ -39,10 +39,11 @@ COUNTERS = {
     for name in metric.names
 }
 #: Mean times since the last flush, in milliseconds: their number, and their sum in nanoseconds.
+#: Those of commands are added at run time.
 TIMINGS = {
     metric.statsd: (metric.count, metric.name)
     for metric in METRICS
-    if metric.statsd and metric.kind is Kind.TIMING
+    if metric.statsd and metric.kind is Kind.TIMING and not metric.label
 }
 
 Sample = tuple[str, str, float]
@@ -57,15 +58,29 @@ def changes(before: Totals, now: Totals) -> Iterator[Sample]:
     for name, total in GAUGES.items():
         if total in now:
             yield "gauge", name, now[total]
-    commands = {key.lower(): key for key in now if key.startswith("commands.")}
-    for name, total in {**COUNTERS, **commands}.items():
+    commands = members_of("commands", now)
+    counters = {f"commands.{name.lower()}": f"commands.{name}" for name in commands}
+    for name, total in {**COUNTERS, **counters}.items():
         increase = now[total] - before.get(total, 0)
         if increase:
             yield "incr", name, increase
     for name, (count, sum_ns) in TIMINGS.items():
-        increase = now[count] - before.get(count, 0)
-        if increase:
-            yield "timing", name, (now[sum_ns] - before.get(sum_ns, 0)) / increase / 1e6
+        yield from _mean(name, now[count] - before.get(count, 0), sum_ns, before, now)
+    for command in commands:
+        runs = _runs(command, now) - _runs(command, before)
+        yield from _mean(
+            f"command_time.{command.lower()}", runs, f"command_ns.{command}", before, now
+        )
+
+
+def _mean(name: str, increase: int, sum_ns: str, before: Totals, now: Totals) -> Iterator[Sample]:
+    if increase:
+        yield "timing", name, (now[sum_ns] - before.get(sum_ns, 0)) / increase / 1e6
+
+
+def _runs(command: str, totals: Totals) -> int:
+    """Return how many runs of a command were timed: failed ones too, which its count leaves out."""
+    return sum(members_of(f"command_buckets.{command}", totals).values())
 
 
 class StatsdClient:

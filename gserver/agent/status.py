@@ -9,7 +9,15 @@ from typing import Any
 
 from gserver import __version__
 from gserver.config import Config
-from gserver.metrics import METRICS, Kind, Metric, in_seconds, members_of
+from gserver.metrics import (
+    DURATION_BOUNDS_NS,
+    METRICS,
+    Kind,
+    Metric,
+    in_seconds,
+    members_of,
+    percentile,
+)
 from gserver.scoreboard import Scoreboard
 
 
@@ -63,6 +71,7 @@ def status(
     for metric in METRICS:
         if metric.json and (config.redis_url or not metric.needs_cluster):
             _put(document, metric.json.split("."), _json_value(metric, values))
+    document["latency_bounds_seconds"] = [bound / 1e9 for bound in DURATION_BOUNDS_NS]
     document["workers"]["each"] = _workers(scoreboard)
     document["cluster"] = document.get("cluster")
     if config.redis_url:
@@ -80,6 +89,11 @@ def _put(document: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _json_value(metric: Metric, values: Mapping[str, int]) -> Any:
+    if metric.buckets:
+        return {
+            member: _duration(metric, timed, members_of(f"{metric.buckets}.{member}", values))
+            for member, timed in members_of(metric.name, values).items()
+        }
     if metric.label:
         return members_of(metric.name, values)
     if metric.name not in values:
@@ -87,6 +101,18 @@ def _json_value(metric: Metric, values: Mapping[str, int]) -> Any:
     value = values[metric.name]
     is_converted = metric.unit in ("ns", "ms")
     return round(in_seconds(metric, value), 6) if is_converted else value
+
+
+def _duration(metric: Metric, timed: int, buckets: Mapping[str, int]) -> dict[str, Any]:
+    """Return what is known of the durations of a command."""
+    counts = list(buckets.values())
+    return {
+        "count": sum(counts),
+        "seconds": round(in_seconds(metric, timed), 6),
+        "p50_seconds": percentile(counts, 50),
+        "p99_seconds": percentile(counts, 99),
+        "buckets": counts,
+    }
 
 
 def _workers(scoreboard: Scoreboard) -> list[dict[str, Any]]:

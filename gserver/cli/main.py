@@ -1,4 +1,4 @@
-"""The command line: `gserver [serve] [OPTIONS]`, `ask`, `status` and `top`.
+"""The command line: `gserver [serve] [OPTIONS]`, `check`, `ask`, `status` and `top`.
 
 Declares the commands and hands each to the module that does the work. Every mistake of the user
 ends in `main` as one line on stderr and an exit code.
@@ -79,12 +79,9 @@ def gserver() -> None:
     warn_unknown_variables(gserver.commands.values())
 
 
-@gserver.command(cls=ConfigCommand, params=config_options())
-@click.pass_context
-def serve(ctx: click.Context, /, **options: Any) -> None:
-    """Serve clients (the default command)."""
+def _configuration(ctx: click.Context, options: dict[str, Any]) -> Config:
+    """Return the configuration of a server. Raises `UsageError` if it cannot be served."""
     from gserver import boot
-    from gserver.supervise import supervisor
 
     options |= {name: read_secret(ctx, name) for name in SECRETS}
     config = Config(**{name: value for name, value in options.items() if value is not None})
@@ -104,16 +101,47 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
             f"--max-clients {config.max_clients} is too high: {limit} open files per process allow"
             f" {room} clients. Raise the limit (ulimit -n), lower --max-clients or raise --workers."
         )
-    config = replace(config, max_clients=min(config.max_clients, room))
+    return replace(config, max_clients=min(config.max_clients, room))
+
+
+@gserver.command(cls=ConfigCommand, params=config_options())
+@click.pass_context
+def serve(ctx: click.Context, /, **options: Any) -> None:
+    """Serve clients (the default command)."""
+    from gserver.supervise import supervisor
+
+    config = _configuration(ctx, options)
     # With --user, this process is another user from here.
     server = supervisor.Supervisor.start(config)
+    _check_redis_ca(config)
+    logs.start(config.log_level, config.log_format, config.server_id)
+    ctx.exit(server.run())
+
+
+@gserver.command(cls=ConfigCommand, params=config_options())
+@click.pass_context
+def check(ctx: click.Context, /, **options: Any) -> None:
+    """Say whether a server would start with these options, without starting it.
+
+    Prints every option with its value and where the value comes from, and the commands. Takes the
+    options of `serve`. Ports, Redis and StatsD are not tried. Exits with 0 if the server would
+    start, with 2 if not.
+    """
+    from gserver.cli import check as report
+    from gserver.supervise import rehearsal
+
+    config = _configuration(ctx, options)
+    _check_redis_ca(config)
+    commands = rehearsal.rehearse(config)
+    click.echo(report.describe(ctx, config, commands))
+
+
+def _check_redis_ca(config: Config) -> None:
     if config.redis_ca_file and not os.access(config.redis_ca_file, os.R_OK):
         raise UsageError(
             f"--redis-ca-file {config.redis_ca_file} cannot be read: name a file of certificates"
             " (PEM)"
         )
-    logs.start(config.log_level, config.log_format, config.server_id)
-    ctx.exit(server.run())
 
 
 def _resume() -> int:

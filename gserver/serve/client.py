@@ -28,6 +28,7 @@ from gserver.protocol import (
     SLOW_READER,
     TLS_FAILED,
     TOO_IDLE,
+    TOO_MANY_AT_ONCE,
     TOO_SLOW,
     ErrorReply,
     Parser,
@@ -323,13 +324,16 @@ class Client:
         """Return what the fast path replies to whole lines; None if they need the parser."""
         data = work.unread
         end = data.rfind(b"\n") + 1
-        replies = self.loop.answer(data[:end], self.has_spoken) if end else None
+        replies = self._fast_replies(data[:end])
         if replies is None and end > PIECE_BYTES:
             end = data.rfind(b"\n", 0, PIECE_BYTES) + 1
-            replies = self.loop.answer(data[:end], self.has_spoken) if end else None
+            replies = self._fast_replies(data[:end])
         if replies is not None:
             work.unread = data[end:]
         return replies
+
+    def _fast_replies(self, lines: bytes) -> bytes | None:
+        return self.loop.answer(lines, self.has_spoken, self.sock) if lines else None
 
     def _parse(self, work: Work) -> None:
         """Parse the next piece, up to the end of a line if there is one in it."""
@@ -358,11 +362,13 @@ class Client:
             if isinstance(item, Command) and item.may_block:
                 if replies:  # A reply that is ready does not wait for a handler.
                     return self._send(b"".join(replies), now)
-                work.items.popleft()
-                self._start_handler(item)
-                return False
+                if self.loop.replies.begin(item):
+                    work.items.popleft()
+                    self._start_handler(item)
+                    return False
+                item = TOO_MANY_AT_ONCE
             work.items.popleft()
-            replies.append(self.loop.replies.reply_to(item))
+            replies.append(self.loop.replies.reply_to(item, self.sock))
             if isinstance(item, ErrorReply) and item.closes:
                 work.closing_error = item
                 work.items.clear()
@@ -391,7 +397,7 @@ class Client:
 
         Everything else is done in the loop, where nothing may wait, in this client's next turn.
         """
-        reply = self.loop.replies.reply_to(command)
+        reply = self.loop.replies.run(command, self.sock)
         if self.state is BUSY:
             self._ensure_work().reply = reply
             self.loop.enqueue(self)
@@ -400,10 +406,10 @@ class Client:
         work.reply = None
         self.state, self.quiet_since, work.is_muted = READING, now, False
         self.loop.watch(self, READ)
-        is_last = not work.items
         may_go_on = self._send(reply, now)
-        if is_last:
-            self.loop.note_read(work.started_at)
+        if not work.items:
+            self.loop.note_read(now)
+        work.started_at = now  # The time of a handler is its own.
         if may_go_on:
             self._proceed_or_move(now)
 

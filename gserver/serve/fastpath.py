@@ -9,9 +9,9 @@ For example, `WHO LF why LF` has the kinds of WHO and WHY, 2 and 4. Its plan is 
 `b"LF 42 LF"`, between which the number goes, and the counts for the cells of the three commands.
 """
 
-from gserver.commands import BUILT_IN, Command, who
+from gserver.commands import BUILT_IN, Command, Peer, who
 from gserver.errors import ClusterUnavailable
-from gserver.protocol import ErrorReply
+from gserver.protocol import ERROR_REPLIES, ErrorReply
 from gserver.serve.replies import Call, Replies, encode
 
 #: Longest read that is split into lines at once. It bounds how long one client can keep others
@@ -43,21 +43,21 @@ class FastPath:
     def __init__(self, replies: Replies) -> None:
         self._replies = replies
         self._cells = replies.cells
-        self._count_clients = replies.service.clients
+        self._count_clients = replies.count_clients
         self._plans: dict[bytes, Plan] = {}
         self._misses = self._long_plans = 0
         self._lines = _Lines(replies)
-        table = replies.grammar.commands
-        commands = [table[item.name.encode()] for item in BUILT_IN]
-        self._who_cell, self._where_cell, self._why_cell = (item.cell for item in commands)
-        self._where_line, self._why_line = (item.answer(replies.service) for item in commands[1:])
+        cells = [replies.command_cells[item.name] for item in BUILT_IN]
+        self._who_cell, self._where_cell, self._why_cell = cells
+        request = replies.request(None)
+        self._where_line, self._why_line = (item.answer(request) for item in BUILT_IN[1:])
 
-    def answer(self, data: bytes, has_spoken: bool) -> bytes | None:
+    def answer(self, data: bytes, has_spoken: bool, sock: Peer | None = None) -> bytes | None:
         """Return the replies to a read, counted; or None, with nothing counted.
 
         None means that there is something that needs the parser: a line that is not whole, a
         command that may block, an error that closes, a first line that may be HTTP, no reply.
-        `has_spoken`: the client has sent a line before.
+        `has_spoken`: the client has sent a line before. Handlers may ask for its `sock`.
         """
         plan = self._plans.get(data)
         if plan is None:
@@ -74,7 +74,7 @@ class FastPath:
         if has_errors and not has_spoken:
             return None
         if calls:
-            return self._replies.reply_to_calls(calls)
+            return self._replies.reply_to_calls(calls, self._replies.request(sock))
         replies = pieces[0]
         if len(pieces) > 1:
             try:
@@ -174,14 +174,16 @@ class _Lines(dict[bytes, int]):
         self.errors: list[int] = []
         names = {item.name for item in BUILT_IN}
         for command in replies.grammar.commands.values():
-            if command.may_block:
+            cell = replies.command_cells[command.name]
+            if command.may_block or command.parameters.takes_words:
                 self._kinds[command] = _SLOW
             elif command.name not in names:
-                self.own.append(self._add(command, b"", command.cell, replies))
+                self.own.append(self._add(command, b"", cell, replies))
             else:
-                reply = _WHO if command.name == who.name else command.answer(replies.service)
-                self._add(command, reply, command.cell, replies)
-        for error, cell in replies.error_cells.items():
+                reply = _WHO if command.name == who.name else command.answer(replies.request(None))
+                self._add(command, reply, cell, replies)
+        for error in ERROR_REPLIES:
+            cell = replies.error_cells[error.name]
             if error.closes:
                 self._kinds[error] = _SLOW
             else:
@@ -200,7 +202,8 @@ class _Lines(dict[bytes, int]):
 
     def __missing__(self, line: bytes) -> int:
         item = self._grammar.read(line)
-        kind = _BLANK if item is None else self._kinds[item]
+        # With words, a command is another object, and a usage error another text: not quick.
+        kind = _BLANK if item is None else self._kinds.get(item, _SLOW)
         if len(line) <= MAX_SHORT_BYTES:
             if len(self) == MAX_LINES:
                 self.clear()

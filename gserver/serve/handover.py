@@ -28,13 +28,13 @@ from typing import Any, BinaryIO
 import gevent
 
 from gserver.commands import Command
-from gserver.protocol import ERROR_REPLIES, INTERNAL, UNKNOWN_COMMAND, ErrorReply, Parser
+from gserver.protocol import ERROR_REPLIES, INTERNAL, UNKNOWN_COMMAND, USAGE, ErrorReply, Parser
 from gserver.serve.client import MOVING, Client, Work
 from gserver.serve.limits import Limits
 from gserver.serve.loop import Loop
 
 #: Version of the messages. To a successor with another one, no client is handed over.
-FORMAT = 1
+FORMAT = 2
 #: Clients in a batch. The kernel passes at most 253 descriptors with a message.
 BATCH_CLIENTS = 250
 #: A batch whose JSON has more bytes than this is sent. One client has 100 KB at most. The kernel's
@@ -107,7 +107,7 @@ def describe(client: Client, limits: Limits) -> dict[str, Any]:
             "partial": _text(work.parser.partial) if work.parser else None,
             "line_deadline": work.line_deadline,
             "unread": _text(work.unread),
-            "items": [_name(item) for item in work.items],
+            "items": [_describe_item(item) for item in work.items],
             "unsent_bytes": len(work.unsent),
             "write_deadline": work.write_deadline,
             "closing_error": work.closing_error.name if work.closing_error else None,
@@ -136,10 +136,7 @@ def _restore_work(loop: Loop, client: Client, fields: dict[str, Any], unsent: Bi
         _bytes(fields["unread"]),
         memoryview(unsent.read(fields["unsent_bytes"])),
     )
-    for kind, name in fields["items"]:
-        # The new worker may not have this command any more.
-        command = grammar.commands.get(name.encode(), UNKNOWN_COMMAND)
-        work.items.append(command if kind == "command" else _error(name))
+    work.items.extend(_restore_item(loop, *item) for item in fields["items"])
     if fields["partial"] is not None:
         work.parser = Parser(grammar, is_first=not (client.has_spoken or work.items))
         work.parser.partial = _bytes(fields["partial"])
@@ -158,8 +155,22 @@ def _error(name: str) -> ErrorReply:
     return _ERRORS.get(name, INTERNAL)
 
 
-def _name(item: Command | ErrorReply) -> tuple[str, str]:
-    return ("command" if isinstance(item, Command) else "error"), item.name
+def _describe_item(item: Command | ErrorReply) -> tuple[str, list[str] | None, str]:
+    """Return the name, the words of a command, and the reply line of an error."""
+    if isinstance(item, Command):
+        return item.name, list(item.words), ""
+    return item.name, None, item.reply.decode()
+
+
+def _restore_item(
+    loop: Loop, name: str, words: list[str] | None, reply: str
+) -> Command | ErrorReply:
+    if words is None:
+        error = _error(name)
+        return error._replace(reply=reply.encode()) if error is USAGE else error
+    # The new worker may not have this command any more, or it may take other words.
+    command = loop.replies.grammar.commands.get(name.encode())
+    return command.bind(words) if command else UNKNOWN_COMMAND
 
 
 def _text(data: bytes) -> str:

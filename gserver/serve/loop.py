@@ -268,8 +268,8 @@ class Loop:
     def _serve(self, events: list[tuple[int, int]]) -> None:
         """Tell clients of their events. Idle clients, which most are, are answered right here."""
         started, reads, has_tls = monotonic(), 0, self._tls_context is not None
-        # Time of clients that count their reads themselves.
-        counted_seconds = 0.0
+        # When the first of `reads` began. Clients that are not answered here count theirs.
+        since = started
         clients, answer, is_draining = self.clients, self.answer, self.is_draining
         for fd, _ in events:
             client = clients.get(fd)
@@ -277,16 +277,18 @@ class Loop:
                 continue  # The listener, or a client that was closed in this turn.
             if client.state is not IDLE or is_draining:
                 if client not in self.queue:  # Else its turn is to come.
-                    counted_seconds += self._take_step(client, client.on_event, started)
+                    self._count_reads(reads, since)
+                    self.guard(client, client.on_event, started)
+                    reads, since = 0, monotonic()
                 continue
             replies = None
             try:
                 data = client.sock.recv(READ_BYTES)
-                replies = answer(data, client.has_spoken)
+                replies = answer(data, client.has_spoken, client.sock)
                 if replies is None:
-                    counted_seconds += self._take_step(
-                        client, client.take, data, started, is_tried=True
-                    )
+                    self._count_reads(reads, since)
+                    self.guard(client, client.take, data, started, is_tried=True)
+                    reads, since = 0, monotonic()
                     continue
                 reads += 1
                 client.quiet_since, client.has_spoken = started, True
@@ -297,17 +299,12 @@ class Loop:
                 self.guard(client, client.after_block, replies, started)
             except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
                 self._fail(client, error)
-        if reads:
-            seconds = monotonic() - started - counted_seconds
-            self.replies.count_reads(reads, round(seconds * 1e9))
+        self._count_reads(reads, since)
 
-    def _take_step(
-        self, client: Client, step: Callable[..., object], *arguments: Any, **named: Any
-    ) -> float:
-        """Take a step with a client, as `guard` does; return how long it took, in seconds."""
-        started = monotonic()
-        self.guard(client, step, *arguments, **named)
-        return monotonic() - started
+    def _count_reads(self, reads: int, since: float) -> None:
+        """Count reads that have been answered together since then."""
+        if reads:
+            self.replies.count_reads(reads, round((monotonic() - since) * 1e9))
 
     def guard(
         self, client: Client, step: Callable[..., object], *arguments: Any, **named: Any
@@ -349,7 +346,7 @@ class Loop:
 
     def note_read(self, started_at: float) -> None:
         """Count a read whose answering began then."""
-        self.replies.count_reads(1, round((monotonic() - started_at) * 1e9))
+        self._count_reads(1, started_at)
 
     def watch(self, client: Client, events: int) -> None:
         """Report these events of the client's socket from now on."""

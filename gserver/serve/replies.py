@@ -6,27 +6,36 @@ and nothing else.
 
 import os
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import lru_cache
-from time import monotonic_ns
+from functools import lru_cache, partial
+from math import inf
+from time import monotonic, monotonic_ns
 
 import gevent
 
 from gserver import logs
-from gserver.commands import Command, Handler, Service, encode_reply
+from gserver.commands import Command, Peer, Request, encode_reply
 from gserver.config import Config
 from gserver.errors import EXIT_RUNTIME, ClusterUnavailable
-from gserver.metrics import SERVICE_BOUNDS_NS
-from gserver.protocol import CLUSTER_UNAVAILABLE, ERROR_REPLIES, INTERNAL, ErrorReply, Grammar
-from gserver.scoreboard import Scoreboard
+from gserver.metrics import DURATION_BOUNDS_NS
+from gserver.protocol import (
+    CLUSTER_UNAVAILABLE,
+    ERROR_REPLIES,
+    INTERNAL,
+    TIMEOUT,
+    ErrorReply,
+    Grammar,
+)
+from gserver.scoreboard import BUCKETS_OFFSET, TIME_OFFSET, Scoreboard
 
 #: Longest reply that is remembered, and how many are.
 MAX_SHORT_REPLY, MAX_SHORT_REPLIES = 64, 1024
 _short_line = lru_cache(maxsize=MAX_SHORT_REPLIES)(encode_reply)
 
-#: A handler, the cell of the scoreboard that counts its replies, and the command's name.
-Call = tuple[Handler, int, str]
+
+#: What makes a reply, the cell of the scoreboard that counts it, and the command's name.
+Call = tuple[Callable[[Request], str | int], int, str]
 
 
 class Replies:
@@ -35,81 +44,172 @@ class Replies:
     def __init__(
         self, config: Config, scoreboard: Scoreboard, slot: int, commands: Iterable[Command]
     ) -> None:
-        self.service = Service(config.server_id, _client_counter(config, scoreboard))
-        table = {
-            command.name.encode(): replace(
-                command, cell=scoreboard.command_cell(command.name, slot)
-            )
-            for command in commands
+        self._config = config
+        #: What WHO replies. It may raise `ClusterUnavailable`.
+        self.count_clients = _client_counter(config, scoreboard)
+        table = {command.name.encode(): command for command in commands}
+        with_words = {
+            name: command.bind for name, command in table.items() if command.parameters.takes_words
         }
-        self.grammar = Grammar(table, config.max_line_bytes)
+        self.grammar = Grammar(table, config.max_line_bytes, with_words)
         self.cells = scoreboard.cells
+        #: The cell that counts each command.
+        self.command_cells = {
+            command.name: scoreboard.command_cell(command.name, slot) for command in table.values()
+        }
         self.error_cells = {
-            error: scoreboard.cell(f"error_replies.{error.name}", slot) for error in ERROR_REPLIES
+            error.name: scoreboard.cell(f"error_replies.{error.name}", slot)
+            for error in ERROR_REPLIES
         }
         #: The worker exits, so handlers that still run are killed.
         self.is_exiting = False
+        #: How many handlers that may block run, by command.
+        self._running: Counter[str] = Counter()
         self._reads = scoreboard.cell("reads", slot)
-        self._service_ns = scoreboard.cell("service_ns", slot)
-        self._buckets = [
-            scoreboard.cell(f"service_bucket.{number}", slot)
-            for number in range(len(SERVICE_BOUNDS_NS) + 1)
+        #: Commands whose time is that of the read which they came with, and their counts so far.
+        self._quick = [
+            self.command_cells[command.name] for command in table.values() if not command.may_block
         ]
+        self._timed = [self.cells[cell] for cell in self._quick]
 
-    def reply_to(self, item: Command | ErrorReply) -> bytes:
+    def request(self, sock: Peer | None, deadline: float = inf) -> Request:
+        """Return what the handler of a command from this connection is given."""
+        return Request(self._config.server_id, self.count_clients, sock, deadline)
+
+    # Commands that cannot block
+
+    def reply_to(self, item: Command | ErrorReply, sock: Peer | None) -> bytes:
         """Return the reply line to a command or an error, and count it. Runs the handler."""
         if isinstance(item, ErrorReply):
             self.count_error(item)
             return item.reply
-        return self.reply_to_calls([self.call_for(item)])
+        return self.reply_to_calls([self.call_for(item)], self.request(sock))
 
     def call_for(self, item: Command | ErrorReply) -> Call:
         """Return what `reply_to_calls` needs for a command or an error."""
-        if isinstance(item, Command):
-            return item.handler, item.cell, item.name
-        text = item.reply.decode().removesuffix("\n")
-        return lambda _: text, self.error_cells[item], item.name
+        if isinstance(item, ErrorReply):
+            text = item.reply.decode().removesuffix("\n")
+            return lambda _: text, self.error_cells[item.name], item.name
+        cell = self.command_cells[item.name]
+        if item.arguments:
+            return partial(_call, item), cell, item.name
+        return item.handler, cell, item.name
 
-    def reply_to_calls(self, calls: Iterable[Call]) -> bytes:
-        """Return the reply lines to several in order, and count them. Runs the handlers."""
-        replies, service, cells = [], self.service, self.cells
+    def reply_to_calls(
+        self, calls: Iterable[Call], request: Request, timer: gevent.Timeout | None = None
+    ) -> bytes:
+        """Return the reply lines to several in order, and count them. Runs the handlers.
+
+        `timer` may interrupt them.
+        """
+        replies, cells = [], self.cells
         for handler, cell, name in calls:
             try:
-                replies.append(encode(handler(service)))
+                replies.append(encode(handler(request)))
             except BaseException as error:  # noqa: BLE001 (a handler ends its command, no more)
-                replies.append(self._reply_failure(name, error))
+                replies.append(self._reply_failure(name, error, timer))
             else:
                 if _was_forked:
                     _exit()
                 cells[cell] += 1
         return b"".join(replies)
 
+    # Commands that may block
+
+    def begin(self, command: Command) -> bool:
+        """Note that a handler which may block is about to run; return False if too many do."""
+        limit = self._config.command_at_once if command.at_once is None else command.at_once
+        if limit and self._running[command.name] >= limit:
+            return False
+        self._running[command.name] += 1
+        return True
+
+    def run(self, command: Command, sock: Peer) -> bytes:
+        """Run a handler that may block, and that has begun; return its reply line.
+
+        It runs in the greenlet of the caller, which is interrupted at the command's timeout.
+        """
+        seconds = command.timeout
+        if seconds is None:
+            seconds = self._config.command_timeout_seconds
+        request = self.request(sock, monotonic() + seconds if seconds else inf)
+        request.remember_client()
+        started_at = monotonic_ns()
+        timer = gevent.Timeout.start_new(seconds or None)
+        try:
+            return self.reply_to_calls([self.call_for(command)], request, timer)
+        finally:
+            timer.close()
+            self._running[command.name] -= 1
+            self._note_run(command.name, request, monotonic_ns() - started_at)
+
+    def _note_run(self, name: str, request: Request, nanoseconds: int) -> None:
+        self._count_runs(self.command_cells[name], 1, nanoseconds)
+        limit, seconds = self._config.slow_command_seconds, nanoseconds / 1e9
+        if limit and seconds >= limit:
+            fields = {
+                "gserver.command": name,
+                "gserver.seconds": round(seconds, 3),
+                "client.address": request.address,
+                "client.port": request.port,
+            }
+            message = f"{name} took {seconds:.1f} s for {request.address}"
+            logs.warn_ratelimited("command.slow", message, fields, key=name)
+
+    # Counting
+
     def count_error(self, error: ErrorReply) -> None:
         """Count an error reply, or a close without one."""
-        self.cells[self.error_cells[error]] += 1
+        self.cells[self.error_cells[error.name]] += 1
 
     def count_reads(self, reads: int, nanoseconds: int) -> None:
-        """Count reads that were answered within this time together."""
-        self.cells[self._reads] += reads
-        self.cells[self._service_ns] += nanoseconds
-        bucket = bisect_left(SERVICE_BOUNDS_NS, nanoseconds // reads)
-        self.cells[self._buckets[bucket]] += reads
+        """Count reads that were answered within this time together.
 
-    def _reply_failure(self, name: str, error: BaseException) -> bytes:
+        A quick command takes as long as the read with which it came. To time each would cost more
+        than to answer it. So the commands that were counted since the last call get the mean.
+        """
+        cells, timed = self.cells, self._timed
+        cells[self._reads] += reads
+        for number, cell in enumerate(self._quick):
+            count = cells[cell]
+            if count != timed[number]:
+                self._count_runs(cell, count - timed[number], nanoseconds // reads)
+                timed[number] = count
+
+    def _count_runs(self, cell: int, runs: int, nanoseconds: int) -> None:
+        """Count runs that took this long each, of the command that is counted in a cell."""
+        cells = self.cells
+        cells[cell + TIME_OFFSET] += runs * nanoseconds
+        bucket = bisect_left(DURATION_BOUNDS_NS, nanoseconds)
+        cells[cell + BUCKETS_OFFSET + bucket] += runs
+
+    def _reply_failure(
+        self, name: str, error: BaseException, timer: gevent.Timeout | None
+    ) -> bytes:
         if _was_forked:
             _exit()
         if isinstance(error, gevent.GreenletExit) and self.is_exiting:
             raise error
-        reply = CLUSTER_UNAVAILABLE
-        if not isinstance(error, ClusterUnavailable):
+        if isinstance(error, ClusterUnavailable):
+            reply = CLUSTER_UNAVAILABLE
+        elif timer and error is timer:
+            reply = TIMEOUT
+            self._log_failure(name, f"was interrupted after {timer.seconds:g} s", error)
+        else:
             reply = INTERNAL
-            message = f"the handler of {name} raised {type(error).__name__}"
-            fields = {"gserver.command": name, **logs.error_fields(error)}
-            logs.warn_ratelimited(
-                "command.failed", message, fields, key=f"{name} {type(error).__name__}"
-            )
+            self._log_failure(name, f"raised {type(error).__name__}", error)
         self.count_error(reply)
         return reply.reply
+
+    def _log_failure(self, name: str, failure: str, error: BaseException) -> None:
+        fields = {"gserver.command": name, **logs.error_fields(error)}
+        message = f"the handler of {name} {failure}"
+        key = f"{name} {type(error).__name__}"
+        logs.warn_ratelimited("command.failed", message, fields, key=key)
+
+
+def _call(command: Command, request: Request) -> str | int:
+    return command.handler(request, *command.arguments)
 
 
 def encode(reply: str | int) -> bytes:

@@ -133,6 +133,7 @@ class TlsSocket:
         "_unread",
         "_unsent",
         "fileno",
+        "getpeername",
         "setsockopt",
     )
 
@@ -150,6 +151,7 @@ class TlsSocket:
         #: Whether the handshake has begun, and whether it is over.
         self._has_begun = self._is_established = False
         self.fileno, self.setsockopt = sock.fileno, sock.setsockopt
+        self.getpeername = sock.getpeername
 
     # The handshake
 
@@ -193,6 +195,18 @@ class TlsSocket:
         with contextlib.suppress(BlockingIOError):
             self._flush()
         return not self._unsent
+
+    @property
+    def peer_certificate_name(self) -> str:
+        """The common name in the client's certificate, or else its first other name; "" for none.
+
+        Only a certificate that was verified counts.
+        """
+        certificate: dict[str, Any] = self._tls.getpeercert() or {}
+        subject = [pair for names in certificate.get("subject", ()) for pair in names]
+        names = [value for kind, value in subject if kind == "commonName"]
+        names += [str(value) for _, value in certificate.get("subjectAltName", ())]
+        return names[0] if names else ""
 
     # Data
 

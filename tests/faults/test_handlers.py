@@ -39,7 +39,7 @@ def throw(kind):
     raise kind
 
 # Not `*_`: Python before 3.13.8 does not end such a recursion (python/cpython#132744).
-def recurse(service):
+def recurse(request):
     recurse(service)
 
 BAD = [recurse, *(lambda service, kind=kind: throw(kind()) for kind in KINDS)]
@@ -51,7 +51,7 @@ for number, handler in enumerate(BAD):
     )
 
 @command("THREADS")
-def threads(service):
+def threads(request):
     kinds = SystemExit, Own, gevent.Timeout
     each = [threading.Thread(target=throw, args=(kind,)) for kind in kinds]
     [thread.start() for thread in each]
@@ -59,7 +59,7 @@ def threads(service):
     return "done"
 
 @command("SURROUNDINGS")
-def surroundings(service):
+def surroundings(request):
     os.chdir("/proc")
     os.umask(0o777)
     os.environ.clear()
@@ -93,7 +93,7 @@ for name, end in {"EXIT": leave, "RAISE": fail, "RETURN": lambda: "a child"}.ite
     define(f"FORK-{name}")(lambda service, end=end: "a parent" if os.fork() else end())
 
 @command("SHORTEN")
-def shorten(service):
+def shorten(request):
     for fd in descriptors("gserver-scoreboard"):
         os.ftruncate(fd, 0)
 """

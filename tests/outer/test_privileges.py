@@ -48,7 +48,7 @@ import subprocess
 from gserver.commands import command
 
 @command("ID")
-def id(service):
+def id(request):
     return subprocess.run(["/opt/files/id"], capture_output=True, text=True).stdout.strip()
 """
 

@@ -21,7 +21,7 @@ import os
 from gserver.commands import command
 
 @command("PROGRAM")
-def program(service):
+def program(request):
     return os.spawnlp(os.P_NOWAIT, "sh", "sh", "-c", "exec sleep 60 >/dev/null 2>&1")
 """
 
@@ -66,7 +66,7 @@ def test_a_program_started_by_a_command_does_not_keep_the_port(tmp_path: Path) -
 def test_a_program_started_by_a_command_cannot_read_the_instructions(tmp_path: Path) -> None:
     (tmp_path / "spy.py").write_text(
         "import subprocess\nfrom gserver.commands import command\n"
-        "@command('SPY')\ndef spy(service):\n"
+        "@command('SPY')\ndef spy(request):\n"
         "    return len(subprocess.check_output(['cat', '/proc/self/fd/0']))\n"
     )
     with Running("--commands", "spy", cwd=tmp_path) as server, server.client() as client:
@@ -84,7 +84,7 @@ import subprocess
 from gserver.commands import command
 
 @command("ENVIRONMENT")
-def environment(service):
+def environment(request):
     return ascii(subprocess.check_output(["env", "-0"]).decode())
 """
 

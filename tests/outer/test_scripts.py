@@ -201,7 +201,7 @@ def test_a_symlink_in_another_folder_serves_without_a_child_process(
     (tmp_path / "click.py").write_text("raise SystemExit('the wrong file was imported')\n")
     (tmp_path / "ours.py").write_text(
         "import gserver\nfrom gserver.commands import command\n"
-        "@command('FROM')\ndef whence(service): return gserver.__file__\n"
+        "@command('FROM')\ndef whence(request): return gserver.__file__\n"
     )
     with _serving(tmp_path / "g", "--commands", "ours", cwd=tmp_path) as server:
         assert server.wait_for("server.listening")["process.pid"] == server.pid

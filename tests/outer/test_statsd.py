@@ -32,8 +32,8 @@ def test_gauges_are_always_sent_and_counters_only_when_they_have_changed() -> No
         "clients": 9,
         "clients_accepted": 5,
         "commands.WHO": 3,
-        "reads": 2,
-        "service_ns": 10,
+        "command_ns.WHO": 10,
+        "command_buckets.WHO.0": 3,
     }
     now = {**before, "clients": 7, "workers": 2}
     assert list(changes(before, now)) == [("gauge", "clients", 7), ("gauge", "workers", 2)]
@@ -54,15 +54,15 @@ def test_the_first_flush_sends_everything() -> None:
                 **zero(),
                 "clients_accepted": 4,
                 "commands.WHO": 2,
-                "reads": 1,
-                "service_ns": 3_000_000,
+                "command_ns.WHO": 6_000_000,
+                "command_buckets.WHO.8": 2,
             },
         )
     )
     assert [metric for metric in sent if metric[0] != "gauge"] == [
         ("incr", "clients_accepted", 4),
         ("incr", "commands.who", 2),
-        ("timing", "service_time", 3.0),
+        ("timing", "command_time.who", 3.0),
     ]
 
 
@@ -82,10 +82,16 @@ def test_a_command_is_counted_under_its_name_in_lower_case() -> None:
     assert sorted(sent) == [("incr", "commands.my-nap_2", 5), ("incr", "commands.who", 2)]
 
 
-def test_service_time_is_the_mean_since_the_last_flush_in_milliseconds() -> None:
-    before = {**zero(), "reads": 100, "service_ns": 10**12}
-    now = {**zero(), "reads": 104, "service_ns": 10**12 + 10_000_000}
-    assert list(changes(before, now))[2:] == [("timing", "service_time", 2.5)]
+def test_the_time_of_a_command_is_the_mean_since_the_last_flush_in_milliseconds() -> None:
+    before = {
+        **zero(),
+        "commands.MY-NAP_2": 7,
+        "command_ns.MY-NAP_2": 10**12,
+        "command_buckets.MY-NAP_2.3": 100,
+    }
+    # None of the four runs had a reply: it is their time that counts.
+    now = before | {"command_ns.MY-NAP_2": 10**12 + 10_000_000, "command_buckets.MY-NAP_2.3": 104}
+    assert list(changes(before, now))[2:] == [("timing", "command_time.my-nap_2", 2.5)]
 
 
 # A real daemon.
@@ -146,7 +152,7 @@ def test_all_is_counted_even_if_the_server_stops_after_the_last_command(
     }
     becomes(lambda: received(daemon, "counters", "all."), expected)
     assert received(daemon, "gauges", "all.") == {"clients": 0, "workers": 0}
-    times = received(daemon, "timers", "all.")["service_time"]
+    times = received(daemon, "timers", "all.")["command_time.why"]
     assert times
     assert all(0 < milliseconds < 1000 * LIMIT for milliseconds in times)
     assert received(daemon, "counters")["statsd.bad_lines_seen"] == 0

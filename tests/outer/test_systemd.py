@@ -32,7 +32,7 @@ import os
 from gserver.commands import command
 
 @command("VARIABLES")
-def variables(service):
+def variables(request):
     theirs = ("LISTEN_", "NOTIFY_", "WATCHDOG_")
     return " ".join(sorted(name for name in os.environ if name.startswith(theirs))) or "-"
 """
