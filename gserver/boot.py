@@ -10,6 +10,7 @@ with one end of a socket pair between two workers, or `keep` if the other worker
 """
 
 import ctypes
+import faulthandler
 import json
 import os
 import resource
@@ -51,6 +52,8 @@ FATAL_ACCEPT_ERRORS = EBADF, ENOTSOCK
 #: child is started, then ignored by it. SIGTTOU would stop a child that writes to a terminal with
 #: `stty tostop`.
 SUPERVISOR_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1, signal.SIGTTOU)
+#: Makes a child write its Python stack, for the log of a hang. Nothing else sends it.
+STACK_SIGNAL = signal.SIGRTMIN
 _PR_SET_PDEATHSIG = 1
 
 
@@ -66,6 +69,13 @@ class Instructions:
     listener_fd: int
     supervisor_pid: int = -1
     control_fd: int = -1
+    #: A file in memory, into which the child writes where it is when it gets STACK_SIGNAL.
+    stack_fd: int = -1
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """All descriptors; -1 = none."""
+        return self.scoreboard_fd, self.listener_fd, self.control_fd, self.stack_fd
 
     def scoreboard(self) -> Scoreboard:
         """Map the shared scoreboard."""
@@ -106,7 +116,10 @@ def begin() -> Instructions:
     for number in SUPERVISOR_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for fd in (instructions.scoreboard_fd, instructions.listener_fd, instructions.control_fd):
+    if instructions.stack_fd >= 0:
+        # Written by the signal handler itself, so it works in a loop and in C code.
+        faulthandler.register(STACK_SIGNAL, instructions.stack_fd, all_threads=False)
+    for fd in instructions.fds:
         if fd >= 0:
             os.set_inheritable(fd, False)  # A program that a handler starts must not hold the port.
     config = instructions.config
@@ -148,12 +161,13 @@ def exit_if_orphaned(instructions: Instructions) -> None:
 def keep_heartbeat(instructions: Instructions, scoreboard: Scoreboard) -> None:
     """Write this process's heartbeat until the supervisor has gone. Runs in a greenlet of its own.
 
-    It also logs how many warnings were suppressed.
+    It also logs how many warnings were suppressed, and logs at debug level while that is wanted.
     """
     heartbeat = scoreboard.heartbeat_cell(instructions.slot)
     while True:
         exit_if_orphaned(instructions)
-        scoreboard.cells[heartbeat] = time.monotonic_ns()
+        now_ns = scoreboard.cells[heartbeat] = time.monotonic_ns()
+        logs.log_debug(is_on=scoreboard.get("debug_until") > now_ns)
         logs.report_suppressed()
         time.sleep(HEARTBEAT_SECONDS)
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import socket
 import stat
 import sys
 import threading
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 from pythonjsonlogger.json import JsonFormatter
 
+from gserver import __version__
 from gserver.errors import FatalError
 
 MAX_QUEUED_LINES = 10_000
@@ -45,6 +47,13 @@ OTHER_KEYS = "other"
 REMINDER_SECONDS = 60.0
 #: How often to try again if stdout is full and must not block (O_NONBLOCK).
 RETRY_SECONDS = 0.05
+#: The names of fields are those of this version of the Elastic Common Schema.
+ECS_VERSION = "8.11.0"
+#: Priorities of the journal (syslog(3)).
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+#: How a terminal shows the level of a line: yellow, red; and how that ends (ECMA-48, SGR).
+COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m"}
+PLAIN = "\x1b[0m"
 #: How long an ending process waits until its last lines are written.
 LAST_LINES_SECONDS = 0.2
 
@@ -143,6 +152,14 @@ class LineWriter:
 class EcsFormatter(JsonFormatter):
     """Formats an event as one JSON object. Long fields are cut; the last ones may be omitted."""
 
+    #: stdout is the journal, so a line begins with its priority. The journal takes it off.
+    has_priority = False
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line = super().format(record)
+        return f"<{PRIORITIES.get(record.levelno, 6)}>{line}" if self.has_priority else line
+
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
         """Return the fields, the most important ones first, cut to what fits into a line."""
         fields = log_data.pop("fields", {})
@@ -169,17 +186,27 @@ def _is_plain(value: object) -> bool:
 
 
 class TextFormatter(logging.Formatter):
-    """Formats an event for a terminal. Control characters, which a peer may send, are escaped."""
+    """Formats an event for a terminal. Control characters, which a peer may send, are escaped.
+
+    `is_coloured`: levels from warning up have a colour.
+    """
+
+    def __init__(self, *, is_coloured: bool = False) -> None:
+        super().__init__()
+        self._is_coloured = is_coloured
 
     def format(self, record: logging.LogRecord) -> str:
         """Return `time level message`. The stack trace of an error follows on indented lines."""
         local_time = time.strftime("%H:%M:%S", time.localtime(record.created))
+        colour = COLOURS.get(record.levelno, "") if self._is_coloured else ""
         trace = getattr(record, "fields", {}).get(STACK, "")
         if not trace and record.exc_info:
             trace = self.formatException(record.exc_info)
         message = cut("message", record.getMessage())
-        rows = [f"{local_time} {record.levelname:<7} {message}", *cut(STACK, trace).splitlines()]
-        return "\n    ".join(printable(row) for row in rows)
+        level = f"{colour}{record.levelname:<7}{PLAIN if colour else ''}"
+        rows = [f"{local_time} {level} {printable(message)}"]
+        rows += [printable(row) for row in cut(STACK, trace).splitlines()]
+        return "\n    ".join(rows)
 
 
 def cut(key: str, text: str) -> str:
@@ -199,6 +226,7 @@ class LineHandler(logging.Handler):
 
     #: Set by `start`.
     writer: LineWriter | None = None
+    usual_level = "INFO"
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the record as one line. A record that cannot be formatted is reported as such."""
@@ -283,6 +311,15 @@ class Outage:
         return None if started_at is None else now - started_at
 
 
+def is_journal(fd: int) -> bool:
+    """Whether a descriptor is the stream of the journal that systemd has opened (sd-daemon(3))."""
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
 _logger = logging.getLogger("gserver")
 _handler = LineHandler()
 _limiter = RateLimiter()
@@ -295,23 +332,28 @@ def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
     atexit.register(writer.close, LAST_LINES_SECONDS)
     _handler.writer = writer
     if format_name == "text":
-        _handler.setFormatter(TextFormatter())
+        is_coloured = os.isatty(fd) and not os.environ.get("NO_COLOR")
+        _handler.setFormatter(TextFormatter(is_coloured=is_coloured))
     else:
-        _handler.setFormatter(
-            EcsFormatter(
-                "%(levelname)s %(message)s",
-                timestamp="@timestamp",
-                rename_fields={"levelname": "log.level", "exc_info": STACK},
-                static_fields={
-                    "service.name": "gserver",
-                    "service.instance.id": server_id,
-                    "process.pid": os.getpid(),
-                },
-            )
+        formatter = EcsFormatter(
+            "%(levelname)s %(message)s",
+            timestamp="@timestamp",
+            rename_fields={"levelname": "log.level", "exc_info": STACK},
+            static_fields={
+                "ecs.version": ECS_VERSION,
+                "service.name": "gserver",
+                "service.version": __version__,
+                "service.instance.id": server_id,
+                "host.name": socket.gethostname(),
+                "process.pid": os.getpid(),
+            },
         )
+        formatter.has_priority = is_journal(fd)
+        _handler.setFormatter(formatter)
     # On the root logger, so that the log calls of command modules have the same format.
     logging.root.handlers[:] = [_handler]
-    logging.root.setLevel(level.upper())
+    _handler.usual_level = level.upper()
+    logging.root.setLevel(_handler.usual_level)
     # An error that nothing catches is one event, not a traceback on stderr.
     sys.excepthook = lambda kind, error, trace: unhandled("main", kind, error, trace)
     sys.unraisablehook = lambda args: unhandled(
@@ -320,6 +362,13 @@ def start(level: str, format_name: str, server_id: str, fd: int = 1) -> None:
     threading.excepthook = lambda args: unhandled(
         args.thread, args.exc_type, args.exc_value, args.exc_traceback
     )
+
+
+def log_debug(*, is_on: bool) -> None:
+    """Log events of the level debug, too, or go back to the level of `start`."""
+    level = "DEBUG" if is_on else _handler.usual_level
+    if logging.getLevelName(logging.root.level) != level:
+        logging.root.setLevel(level)
 
 
 def stop() -> None:

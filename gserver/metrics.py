@@ -199,6 +199,8 @@ METRICS = (
     Metric("server_started_at", Source.SERVER, Kind.MOMENT, "When the supervisor started.", "ns"),
     Metric("stopping", Source.SERVER, Kind.STATE, "1 from the signal on that ends the server."),
     Metric("port_closed", Source.SERVER, Kind.STATE, "1 once no client is accepted any more."),
+    Metric("debug_until", Source.SERVER, Kind.MOMENT,
+           "Until when events of the level debug are logged after SIGUSR1.", "ns"),
     Metric("drain_started_at", Source.SERVER, Kind.MOMENT,
            "When the drain of the whole server began; 0 = it has not.", "ns"),
     Metric("incarnation", Source.SERVER, Kind.STATE,

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import IO, cast
 import psutil
 import pytest
 
+from gserver import __version__
 from gserver.logs import (
     MAX_QUEUED_LINES,
     MAX_WINDOWS,
@@ -222,6 +224,9 @@ def test_start_and_stop_are_logged_at_info_with_the_fields_of_ecs() -> None:
             assert event["log.level"] == "info"
             assert event["service.name"] == "gserver"
             assert event["service.instance.id"] == "here"
+            assert event["service.version"] == __version__
+            assert event["host.name"] == socket.gethostname()
+            assert event["ecs.version"].startswith("8.")
             assert event["process.pid"] == server.pid
             assert event["message"]
             assert re.fullmatch(
@@ -250,6 +255,43 @@ def test_a_client_is_logged_at_debug_with_its_address(noisy: Running) -> None:
         assert event["log.level"] == "debug"
         assert event["process.pid"] == noisy.workers()[0].pid
         assert "gserver.reason" not in event
+    assert 0 < event["event.duration"] < LIMIT * 1e9
+    assert event["gserver.replies"] == 1
+
+
+def test_the_replies_to_a_client_are_counted_in_the_loop_and_in_the_parser(noisy: Running) -> None:
+    with noisy.client() as client:
+        port = client.sock.getsockname()[1]
+        client.send(b"WHY\nWHY\n")
+        assert client.line() == client.line() == b"42\n"
+        client.send(b"WHY\nLOG\nnope\nWH")
+        assert [client.line() for _ in range(3)] == [b"42\n", b"done\n", b"ERR unknown command\n"]
+        assert client.ask(b"Y") == b"42"
+
+    def found() -> list[Event]:
+        return [event for event in noisy.events("client.closed") if event["client.port"] == port]
+
+    [event] = until(found, "its end")
+    assert event["gserver.replies"] == 6
+
+
+def test_sigusr1_makes_all_processes_log_at_debug_level() -> None:
+    with Running("--workers", "2", "--admin-port", "0") as server:
+        server.wait_for("worker.ready", 2)
+        with server.client() as client:
+            client.who()
+        assert not server.events("client.accepted")
+        server.send_signal(signal.SIGUSR1)
+        server.wait_for("server.debug_logging")
+
+        def has_logged() -> bool:
+            with server.client() as client:
+                client.who()
+            pids = {event["process.pid"] for event in server.events("client.closed")}
+            return pids == {worker.pid for worker in server.workers()}
+
+        until(has_logged, "both workers log their clients")
+        assert server.stop() == 0
 
 
 def test_the_reason_for_closing_a_client_is_logged_with_its_end(noisy: Running) -> None:
@@ -610,7 +652,56 @@ def test_a_command_that_often_fails_does_not_hide_other_failures(folder: Path) -
         until(lambda: failures() == expected, "all kinds of failures")
 
 
-# Terminals.
+# Terminals and the journal.
+
+
+def test_on_a_terminal_the_level_of_warnings_and_errors_has_a_colour() -> None:
+    def shown(**env: str) -> bytes:
+        lines = (
+            "logs.event(30, 'a', 'one'); logs.event(40, 'a', '\\x1b[2J'); logs.event(20, 'a', 'x')"
+        )
+        code = f"from gserver import logs\nlogs.start('info', 'text', 'some-id')\n{lines}"
+        script = "import pty, sys; pty.spawn(sys.argv[1:])"
+        command = [sys.executable, "-c", script, sys.executable, "-P", "-c", code]
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment(**env),
+            timeout=LIMIT,
+            check=True,
+        )
+        return done.stdout
+
+    coloured = shown(NO_COLOR="")
+    assert b" \x1b[33mWARNING\x1b[0m one" in coloured
+    assert b" \x1b[31mERROR  \x1b[0m \\x1b[2J" in coloured
+    assert b" INFO    x" in coloured
+    assert b"\x1b" not in shown(NO_COLOR="1")
+
+
+def test_lines_for_the_journal_begin_with_their_priority(tmp_path: Path) -> None:
+    with (tmp_path / "journal").open("w+b") as stream:
+        found = os.fstat(stream.fileno())
+        for name, is_prefixed in ((f"{found.st_dev}:{found.st_ino}", True), ("1:1", False)):
+            stream.truncate(0)
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-P",
+                    "-c",
+                    "import logging\nfrom gserver import logs\n"
+                    "logs.start('debug', 'json', 'some-id')\n"
+                    "for level in (10, 20, 30, 40): logs.event(level, 'a', 'text')",
+                ],
+                stdout=stream,
+                env=environment(JOURNAL_STREAM=name),
+                timeout=LIMIT,
+                check=True,
+            )
+            lines = (tmp_path / "journal").read_bytes().lstrip(b"\0").splitlines()
+            starts = [line.partition(b"{")[0] for line in lines]
+            assert starts == ([b"<7>", b"<6>", b"<4>", b"<3>"] if is_prefixed else [b""] * 4)
 
 
 @pytest.mark.outer
@@ -670,7 +761,7 @@ def test_json_and_text_can_be_chosen_for_any_stdout() -> None:
 @pytest.mark.outer
 def test_a_stalled_reader_blocks_no_client_and_dropped_lines_are_counted(folder: Path) -> None:
     clients = 1000
-    with piped("--log-level", "debug", cwd=folder) as (process, stdout, port):
+    with piped("--log-level", "debug", "--slow-command", "0", cwd=folder) as (process, stdout, port):
         began = time.monotonic()
         for _ in range(clients):
             with Client(port) as client:

@@ -1,6 +1,7 @@
 """The supervisor: workers that die, hang or fail to start, reloads and stops."""
 
 import os
+import re
 import resource
 import selectors
 import signal
@@ -191,6 +192,28 @@ def test_a_worker_that_gets_a_sigterm_drains_and_is_replaced(tmp_path: Path) -> 
 
 
 # Workers that hang.
+
+
+def test_the_log_of_a_hang_says_where_the_worker_was(tmp_path: Path) -> None:
+    with extended(tmp_path, SPINNING, "--hang-timeout", "1") as server, server.client() as client:
+        client.send(b"SPIN\n")
+        hung = server.wait_for("worker.hung")
+        assert re.search(r"; it was in inner \(\S+\.py, line 7\)$", hung["message"])
+        functions = re.findall(r" in (\w+)$", hung["error.stack_trace"], re.M)
+        assert functions[-3:] == ["spin", "outer", "inner"]
+
+
+SPINNING = """
+from gserver.commands import command
+def outer():
+    inner()
+def inner():
+    while True:
+        pass
+@command("SPIN")
+def spin(request):
+    outer()
+"""
 
 
 @pytest.mark.outer

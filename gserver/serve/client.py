@@ -417,6 +417,8 @@ class Client:
         """Send; return False if the client must read before anything else is done for it."""
         if not data:
             return True
+        if self.loop.reply_counts:
+            self.loop.note_replies(self, data)
         try:
             sent = self.sock.send(data)
         except BlockingIOError:

@@ -99,6 +99,8 @@ def describe(client: Client, limits: Limits) -> dict[str, Any]:
         "spoken": client.has_spoken,
         "quiet_since": client.quiet_since,
         "address": client.address,
+        "accepted_ns": client.loop.accepted_ns[client.sock.fileno()],
+        "replies": client.loop.reply_counts.get(client),
         "places": limits.places(client.sock.fileno()),
     }
     work = client.work
@@ -124,6 +126,8 @@ def restore(loop: Loop, fd: int, fields: dict[str, Any], unsent: BinaryIO) -> Cl
     client = Client(loop, sock, tuple(address) if address else None, quiet_since)
     client.state = MOVING
     client.has_spoken = fields["spoken"]
+    if fields["replies"] is not None:
+        loop.reply_counts[client] = fields["replies"]
     if work := fields.get("work"):
         client.work = _restore_work(loop, client, work, unsent)
     return client
@@ -353,7 +357,7 @@ def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
             for client, fields in zip(clients, batch, strict=True):
                 places = fields["places"]
                 limits.take_over_address(client.sock.fileno(), places and tuple(places))
-                loop.adopt(client)
+                loop.adopt(client, fields["accepted_ns"])
     limits.end_arrival()
 
 

@@ -7,11 +7,12 @@ each client would take a sixth more CPU. It would call the latest clients first,
 
 import errno
 import logging
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from math import inf
-from time import monotonic
+from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any, cast
 
 import gevent
@@ -77,6 +78,11 @@ class Loop:
         self.handshakes: dict[Client, None] = {}
         #: Those of them that will be rejected, because their address was at its limit.
         self.surplus_handshakes: dict[Client, None] = {}
+        #: When each client was accepted, in monotonic nanoseconds, by descriptor. An array, since a
+        #: number in each client would take four times the memory.
+        self.accepted_ns = array("q")
+        #: How many replies a client was sent, if its end is going to be logged.
+        self.reply_counts: dict[Client, int] = {}
         #: Clients that wait for their turn, in its order.
         self.queue: dict[Client, None] = {}
         #: Rejected clients that are still open, and those rejected since the last turn.
@@ -138,16 +144,20 @@ class Loop:
         if self._tls_context:
             sock = TlsSocket(sock, self._tls_context)
         client = Client(self, sock, address, now)
-        if not self._attach(client):
+        if not self._attach(client, monotonic_ns()):
             return
         if self._tls_context:
             self._begin_handshake(client, now)
         else:
             self.guard(client, self.admit, client, now)
 
-    def _attach(self, client: Client) -> bool:
+    def _attach(self, client: Client, accepted_ns: int) -> bool:
         """Watch a client's socket; return False if that failed, and the client is closed."""
         fd = client.sock.fileno()
+        missing = fd + 1 - len(self.accepted_ns)
+        if missing > 0:
+            self.accepted_ns.extend([0] * missing)
+        self.accepted_ns[fd] = accepted_ns
         if self.clients.setdefault(fd, client) is not client:
             raise SystemError(f"descriptor {fd} of a client was closed by other code, and reused")
         try:
@@ -190,6 +200,7 @@ class Loop:
         client.quiet_since = now
         if logging.root.isEnabledFor(logging.DEBUG):
             log_client("client.accepted", "accepted", client)
+            self.reply_counts[client] = 0
         else:
             client.address = None
         if self._tls_context or self.is_draining:
@@ -222,16 +233,17 @@ class Loop:
             self._epoll.unregister(client.sock.fileno())
         self.parked.append(client)
 
-    def adopt(self, client: Client) -> None:
+    def adopt(self, client: Client, accepted_ns: int) -> None:
         """Continue to serve a client that another worker, or a failed handover, has parked here."""
-        if self._attach(client):
+        if self._attach(client, accepted_ns):
             self.guard(client, client.resume, monotonic())
 
     def take_back(self, clients: Iterable[Client]) -> None:
         """Continue to serve clients that were parked."""
         for client in clients:
-            del self.clients[client.sock.fileno()]
-            self.adopt(client)
+            fd = client.sock.fileno()
+            del self.clients[fd]
+            self.adopt(client, self.accepted_ns[fd])
 
     def release(self, client: Client) -> None:
         """Forget a client that another worker serves by now. It is uncounted by the caller."""
@@ -271,6 +283,7 @@ class Loop:
         # When the first of `reads` began. Clients that are not answered here count theirs.
         since = started
         clients, answer, is_draining = self.clients, self.answer, self.is_draining
+        counts = self.reply_counts
         for fd, _ in events:
             client = clients.get(fd)
             if client is None:
@@ -292,6 +305,8 @@ class Loop:
                     continue
                 reads += 1
                 client.quiet_since, client.has_spoken = started, True
+                if counts:
+                    self.note_replies(client, replies)
                 sent = client.sock.send(replies)
                 if has_tls or sent < len(replies):
                     self.guard(client, client.after_send, memoryview(replies)[sent:], started)
@@ -300,6 +315,11 @@ class Loop:
             except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
                 self._fail(client, error)
         self._count_reads(reads, since)
+
+    def note_replies(self, client: Client, replies: bytes) -> None:
+        """Count the replies to a client whose end is going to be logged."""
+        if client in self.reply_counts:
+            self.reply_counts[client] += replies.count(b"\n")
 
     def _count_reads(self, reads: int, since: float) -> None:
         """Count reads that have been answered together since then."""
@@ -407,13 +427,29 @@ class Loop:
         if was_rejected:
             self.rejected -= 1
         else:
-            log_client("client.closed", "closed", client)
+            self._log_end(client)
         # A forked child that also has the socket would keep it in the epoll.
         with suppress(OSError):
             self._epoll.unregister(client.sock.fileno())
         self._forget(client)
 
+    def _log_end(self, client: Client) -> None:
+        """Log the end of a client at debug level, if it was admitted."""
+        if not logging.root.isEnabledFor(logging.DEBUG):
+            return
+        fd = client.sock.fileno()
+        fields: dict[str, object] = {}
+        if 0 <= fd < len(self.accepted_ns):
+            fields["event.duration"] = monotonic_ns() - self.accepted_ns[fd]
+        if client in self.reply_counts:
+            fields["gserver.replies"] = self.reply_counts[client]
+        ending = client.work.closing_error if client.work else None
+        if ending:
+            fields["gserver.reason"] = ending.name
+        log_client("client.closed", "closed", client, fields)
+
     def _forget(self, client: Client) -> None:
+        self.reply_counts.pop(client, None)
         fd = client.sock.fileno()
         client.deadline = inf
         if self.clients.get(fd) is client:
@@ -435,12 +471,11 @@ def _fatal_unless_out_of_memory(error: OSError) -> Exception:
     return SystemError("a descriptor of the worker was closed by other code")
 
 
-def log_client(action: str, verb: str, client: Client) -> None:
+def log_client(
+    action: str, verb: str, client: Client, more: Mapping[str, object] | None = None
+) -> None:
     """Log an event of a client at debug level, if its address was kept for that."""
     if client.address is not None:
         host, port = client.address[:2]
-        fields = address_fields(client.address)
-        ending = client.work.closing_error if client.work else None
-        if ending:
-            fields["gserver.reason"] = ending.name
+        fields = {**address_fields(client.address), **(more or {})}
         logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", fields)

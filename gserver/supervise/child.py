@@ -24,6 +24,7 @@ from gserver.boot import (
     KEPT,
     LEAVING,
     READY,
+    STACK_SIGNAL,
     SUPERVISOR_SIGNALS,
     TAKE_OVER,
     Instructions,
@@ -45,6 +46,8 @@ WATCH_SECONDS = 1.0
 #: A process that looks hung is checked once more before SIGKILL: the machine may have been
 #: suspended.
 SECOND_LOOK_SECONDS = 0.4
+#: Most bytes that are read of the stack of a process that hangs.
+MAX_STACK_BYTES = 65_536
 #: A child that is not ready after this time counts as hung.
 BOOT_SECONDS = 30.0
 #: A child that has not ended by then after SIGKILL is stuck in the kernel: it is not waited for.
@@ -118,6 +121,8 @@ class Child:
     kept_because: str = ""
     #: The worker that it hands its clients over to.
     successor: "Child | None" = None
+    #: A file in memory, into which it writes its Python stack when it looks hung; -1 = none.
+    stack_fd: int = -1
 
     @classmethod
     def start(cls, role: str, generation: Generation, instructions: Instructions) -> "Child":
@@ -125,10 +130,12 @@ class Child:
 
         The supervisor's process id and the control socket are added to the instructions.
         """
+        stack_fd = os.memfd_create("gserver-stack")
         ours, theirs = socket.socketpair()
         signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISOR_SIGNALS)
-        payload = replace(instructions, supervisor_pid=os.getpid(), control_fd=theirs.fileno())
-        inherited = (instructions.scoreboard_fd, instructions.listener_fd, theirs.fileno())
+        payload = replace(
+            instructions, supervisor_pid=os.getpid(), control_fd=theirs.fileno(), stack_fd=stack_fd
+        )
         try:
             with payload.as_file() as stdin:
                 process = subprocess.Popen(  # noqa: S603 - the arguments are ours
@@ -136,18 +143,21 @@ class Child:
                     # that handlers start would inherit that.
                     [sys.executable, "-P", PACKAGE, "child", role, str(instructions.slot)],
                     stdin=stdin,
-                    pass_fds=[fd for fd in inherited if fd >= 0],
+                    pass_fds=[fd for fd in payload.fds if fd >= 0],
                     process_group=0,  # A terminal's Ctrl-C must reach the supervisor only.
                     env=child_environment(),
                 )
         except OSError:
             ours.close()
+            os.close(stack_fd)
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)
             theirs.close()
         ours.setblocking(False)
-        return cls(role, instructions.slot, generation, process, ours, monotonic())
+        return cls(
+            role, instructions.slot, generation, process, ours, monotonic(), stack_fd=stack_fd
+        )
 
     def save(self) -> dict[str, Any]:
         """Return what `resume_children` needs, as JSON."""
@@ -293,6 +303,26 @@ class Child:
             selector.unregister(self.control)
             self.control.close()
 
+    def release(self) -> None:
+        """Close what is left of it, once it has ended."""
+        if self.stack_fd >= 0:
+            os.close(self.stack_fd)
+            self.stack_fd = -1
+
+    def stack(self) -> list[str]:
+        """Return the lines of the stack that it has written, the innermost call last."""
+        if self.stack_fd < 0:
+            return []
+        text = os.pread(self.stack_fd, MAX_STACK_BYTES, 0).decode("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines() if line.startswith("  File ")]
+        return lines[::-1]
+
+    def _ask_for_stack(self) -> None:
+        if self.stack_fd >= 0 and self.has_been_ready:  # Before that, the signal would end it.
+            os.ftruncate(self.stack_fd, 0)
+            os.lseek(self.stack_fd, 0, os.SEEK_SET)
+            self._send(STACK_SIGNAL)
+
     @property
     def due_at(self) -> float:
         """When `watch` has something to do, if nothing happens before; infinity for never."""
@@ -334,6 +364,7 @@ class Child:
             return False
         if self.suspected_at is None:
             self.suspected_at = now
+            self._ask_for_stack()
         return now - self.suspected_at >= SECOND_LOOK_SECONDS
 
     def retire(self) -> None:
@@ -417,6 +448,8 @@ def resume_children(
         if control_fd >= 0:
             control.setblocking(False)
             control.set_inheritable(False)
+        if each.get("stack_fd", -1) >= 0:
+            os.set_inheritable(each["stack_fd"], False)
         found[pid] = Child(
             **each
             | {

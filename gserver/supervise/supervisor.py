@@ -6,6 +6,7 @@ monotonic seconds.
 """
 
 import logging
+import re
 import selectors
 import signal
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ SPARE_SLOTS = 2
 #: Time for a handover itself. Beside it, a worker has the drain timeout twice: for clients that
 #: stay with it, and for its drain.
 HANDOVER_SECONDS = 10.0
+#: How long events of the level debug are logged after SIGUSR1.
+DEBUG_SECONDS = 600.0
 #: What the service manager shows during a reload.
 RELOADING_STATUS = "replacing the workers one by one"
 
@@ -165,6 +168,7 @@ class Supervisor:
         if self._admin_port:
             self._admin_port.reopen_if_closed()
         logs.report_suppressed()
+        logs.log_debug(is_on=self._scoreboard.get("debug_until") > now * 1e9)
         self._notify_manager(now)
 
     def _publish(self) -> None:
@@ -374,6 +378,7 @@ class Supervisor:
         for child in [child for child in self._children if child.has_ended()]:
             self._read_report(child)  # Its last report may be unread.
             child.close_control(self._selector)
+            child.release()
             self._children.remove(child)
             has_died = not child.has_ended_as_requested
             self._end_handover(child)
@@ -474,7 +479,12 @@ class Supervisor:
 
     def _log_hung(self, child: Child, silence: float) -> None:
         message = f"{child.role} {child.pid} was killed: no heartbeat for {silence:.1f} s"
-        fields = {"gserver.child_pid": child.pid, "gserver.clients": self._clients(child)}
+        fields: dict[str, object] = {"gserver.child_pid": child.pid}
+        fields["gserver.clients"] = self._clients(child)
+        if stack := child.stack():
+            place = re.sub(r'File "(.+)", line (\d+) in (.+)', r"\3 (\1, line \2)", stack[-1])
+            message += f"; it was in {place}"
+            fields[logs.STACK] = "\n".join(stack)
         logs.event(logging.ERROR, f"{child.role}.hung", message, fields)
 
     def _log_killed(self, child: Child, reason: str) -> None:
@@ -513,6 +523,15 @@ class Supervisor:
             self._reload()
         elif number == signal.SIGUSR2:
             self._retire(now)
+        elif number == signal.SIGUSR1:
+            self._log_debug(now)
+
+    def _log_debug(self, now: float) -> None:
+        """Make all processes log at debug level for a while."""
+        self._scoreboard.put("debug_until", round((now + DEBUG_SECONDS) * 1e9))
+        logs.log_debug(is_on=True)
+        message = f"SIGUSR1: logging at debug level for {DEBUG_SECONDS / 60:.0f} minutes"
+        logs.event(logging.INFO, "server.debug_logging", message)
 
     def _retire(self, now: float) -> None:
         self._lifecycle.retire(now)
@@ -659,8 +678,8 @@ def try_state(text: str) -> None:
     Scoreboard.check(state.scoreboard_fd, state.slots)
     systemd.Manager(**state.manager)
     _resume_lifecycle(state)
-    # Their sockets are not passed to a trial.
-    children = [{**child, "control_fd": -1} for child in state.children]
+    # Their descriptors are not passed to a trial.
+    children = [{**child, "control_fd": -1, "stack_fd": -1} for child in state.children]
     resume_children(children, state.generations)
 
 

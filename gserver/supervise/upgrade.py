@@ -54,7 +54,8 @@ class State:
     def fds(self) -> list[int]:
         """All descriptors that the new program needs."""
         found = [self.scoreboard_fd, self.port_fd, self.admin_port_fd]
-        found += [child["control_fd"] for child in self.children]
+        for child in self.children:
+            found += [child["control_fd"], child.get("stack_fd", -1)]
         return [fd for fd in found if fd >= 0]
 
     def encode(self) -> str:
