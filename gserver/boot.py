@@ -167,8 +167,11 @@ def keep_heartbeat(instructions: Instructions, scoreboard: Scoreboard) -> None:
     while True:
         exit_if_orphaned(instructions)
         now_ns = scoreboard.cells[heartbeat] = time.monotonic_ns()
-        logs.log_debug(is_on=scoreboard.get("debug_until") > now_ns)
-        logs.report_suppressed()
+        logs.log_debug(is_on=scoreboard.get("debug_ends_at") > now_ns)
+        dropped = logs.report_suppressed()
+        if dropped and instructions.slot >= 0:
+            cell = scoreboard.cell("log_lines_dropped", instructions.slot)
+            scoreboard.cells[cell] += dropped
         time.sleep(HEARTBEAT_SECONDS)
 
 

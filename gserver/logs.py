@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -227,6 +227,9 @@ class LineHandler(logging.Handler):
     #: Set by `start`.
     writer: LineWriter | None = None
     usual_level = "INFO"
+    #: Set by `keep_events`.
+    kept_actions: frozenset[str] = frozenset()
+    keep: Callable[[str], None] = staticmethod(lambda _text: None)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the record as one line. A record that cannot be formatted is reported as such."""
@@ -378,8 +381,26 @@ def stop() -> None:
         _handler.writer.close(LAST_LINES_SECONDS)
 
 
+def keep_events(actions: Collection[str], keep: Callable[[str], None]) -> None:
+    """Call `keep` with each event of these actions, as JSON, whatever the level of the log."""
+    _handler.kept_actions, _handler.keep = frozenset(actions), keep
+
+
+def as_kept(level: int, action: str, message: str) -> str:
+    """Return an event of now as JSON, without its fields."""
+    event = {
+        "at": round(time.time(), 3),
+        "level": logging.getLevelName(level).lower(),
+        "action": action,
+        "message": cut("kept", message),
+    }
+    return json.dumps(event)
+
+
 def event(level: int, action: str, message: str, fields: Mapping[str, Any] | None = None) -> None:
     """Log one event. `action` is its name in docs/operations.md; `fields` have ECS names."""
+    if action in _handler.kept_actions:
+        _handler.keep(as_kept(level, action, message))
     if _logger.isEnabledFor(level):
         _logger.log(level, message, extra={"fields": {"event.action": action, **(fields or {})}})
 
@@ -396,8 +417,8 @@ def warn_ratelimited(
         event(logging.WARNING, action, message, fields)
 
 
-def report_suppressed(*, is_last: bool = False) -> None:
-    """Log how many warnings were suppressed and lines dropped.
+def report_suppressed(*, is_last: bool = False) -> int:
+    """Log how many warnings were suppressed and lines dropped; return the latter.
 
     Call this at least once a second; calling it more often is harmless. `is_last`: this process
     ends, so windows that are not over are reported as well.
@@ -414,6 +435,8 @@ def report_suppressed(*, is_last: bool = False) -> None:
         dropped, writer.dropped = writer.dropped, 0
         message = f"dropped {dropped} log lines: stdout was full or could not be written"
         event(logging.WARNING, "log.dropped", message, {"gserver.suppressed": dropped})
+        return dropped
+    return 0
 
 
 def text_of(error: BaseException) -> str:

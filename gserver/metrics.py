@@ -28,6 +28,38 @@ DURATION_BOUNDS_NS = tuple(
 )
 
 
+#: What can be wrong with a server that runs: see `gserver.agent.verdict`.
+REASONS = (
+    "full",
+    "rejecting",
+    "worker_silent",
+    "workers_missing",
+    "failing",
+    "redis_away",
+    "server_late",
+    "certificate",
+    "reload_failed",
+    "log_dropped",
+)
+
+
+#: The cells of a row of the history. Counts are those of its second, or its ten seconds. -1 stands
+#: for no figure. Mistakes are error replies, and closes without one, for which a client is to
+#: blame; failures are those for which the service is, and some of these have rejected a client.
+HISTORY_COLUMNS = (
+    "at_ms",  # Unix time of its end
+    "clients",
+    "cluster_clients",
+    "commands",
+    "mistakes",
+    "failures",
+    "rejected",
+    "p50_us",
+    "p99_us",
+    "age_ms",  # of the figures of the cluster
+)
+
+
 class Source(Enum):
     """Where a figure comes from."""
 
@@ -112,6 +144,15 @@ METRICS = (
     Metric("reload_failures", Source.SERVER, Kind.COUNTER,
            "Failed reloads, after which the old workers stay.", statsd="reload_failures",
            prometheus="gserver_reload_failures", json="server.reload_failures"),
+
+    Metric("healthy", Source.COMPUTED, Kind.GAUGE,
+           "1 while the server is ready and nothing is wrong with it.",
+           prometheus="gserver_healthy"),
+    Metric("degraded", Source.COMPUTED, Kind.GAUGE, "1 for each thing that is wrong now.",
+           prometheus="gserver_degraded", label="reason", members=REASONS),
+    Metric("log_lines_dropped", Source.WORKER, Kind.COUNTER,
+           "Log lines of workers that could not be written.", statsd="log_lines_dropped",
+           prometheus="gserver_log_lines_dropped", json="server.log_lines_dropped"),
 
     # Clients.
     Metric("clients", Source.WORKER, Kind.GAUGE, "Connected clients.", statsd="clients",
@@ -199,7 +240,11 @@ METRICS = (
     Metric("server_started_at", Source.SERVER, Kind.MOMENT, "When the supervisor started.", "ns"),
     Metric("stopping", Source.SERVER, Kind.STATE, "1 from the signal on that ends the server."),
     Metric("port_closed", Source.SERVER, Kind.STATE, "1 once no client is accepted any more."),
-    Metric("debug_until", Source.SERVER, Kind.MOMENT,
+    Metric("supervisor_events", Source.SERVER, Kind.STATE, "Events that the supervisor has kept."),
+    Metric("agent_events", Source.SERVER, Kind.STATE, "Events that the agent has kept."),
+    Metric("reload_failed_at", Source.SERVER, Kind.MOMENT,
+           "When the last reload failed; 0 = it did not.", "ns"),
+    Metric("debug_ends_at", Source.SERVER, Kind.MOMENT,
            "Until when events of the level debug are logged after SIGUSR1.", "ns"),
     Metric("drain_started_at", Source.SERVER, Kind.MOMENT,
            "When the drain of the whole server began; 0 = it has not.", "ns"),

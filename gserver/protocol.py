@@ -55,6 +55,10 @@ ERROR_REPLIES = (
 )
 
 
+#: Those for which the service is to blame. All others are mistakes of a client, or its absence.
+FAILURES = (INTERNAL, TIMEOUT, TOO_MANY_AT_ONCE, CLUSTER_UNAVAILABLE, TOO_MANY_CLIENTS)
+
+
 def usage_error(usage: str) -> ErrorReply:
     """Return the reply to a command with wrong words. The usage is ASCII."""
     return USAGE._replace(reply=f"ERR usage: {usage}\n".encode("ascii"))

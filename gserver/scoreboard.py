@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from gserver.errors import OTHER_VERSION, UsageError
 from gserver.metrics import (
     DURATION_BOUNDS_NS,
+    HISTORY_COLUMNS,
     METRICS,
     Combine,
     Metric,
@@ -48,6 +49,11 @@ _FIRST = 1  # Cell 0 holds the fingerprint of the layout.
 #: Cells that each slot, and the server, have: more than there are names, for those of later
 #: versions.
 WORKER_ROOM, SERVER_ROOM = 96, 64
+#: Rows of the history: a second for five minutes, ten seconds for the hour. The agent writes them.
+HISTORY_SECONDS, HISTORY_TENS = 300, 360
+HISTORY_CELLS = len(HISTORY_COLUMNS)
+#: Recent events that the supervisor and the agent keep, each, and their size as JSON.
+MAX_EVENTS, EVENT_BYTES = 64, 512
 #: `settled_clients` looks so often for a moment at which no count changes.
 MAX_LOOKS = 100
 _DIRECTORY_BYTES = 16_384
@@ -59,6 +65,8 @@ _FINGERPRINT = zlib.crc32(
             MAX_COMMANDS,
             MAX_NAME_BYTES,
             DURATION_BOUNDS_NS,
+            HISTORY_COLUMNS,
+            EVENT_BYTES,
             _DIRECTORY_BYTES,
         )
     ).encode()
@@ -80,7 +88,9 @@ class Scoreboard:
         self._first_server_cell = _FIRST + slots * (WORKER_ROOM + MAX_COMMANDS * COMMAND_CELLS)
         end = (self._first_server_cell + SERVER_ROOM) * _CELL_BYTES
         directory = 2 * end + slots * MAX_COMMANDS * MAX_NAME_BYTES
-        size = directory + _DIRECTORY_BYTES
+        history = directory + _DIRECTORY_BYTES
+        events = history + (HISTORY_SECONDS + HISTORY_TENS) * HISTORY_CELLS * _CELL_BYTES
+        size = events + 2 * MAX_EVENTS * EVENT_BYTES
         if os.fstat(fd).st_size == 0:
             os.ftruncate(fd, size + slots * address_cells * _ADDRESS_BYTES)
         memory = memoryview(mmap.mmap(fd, 0))
@@ -88,7 +98,10 @@ class Scoreboard:
         #: The agent's copy of all cells at its last StatsD flush. The next agent continues from it.
         self.sent = memory[end : 2 * end].cast("q")
         self._names = memory[2 * end : directory]
-        self._directory = memory[directory:size]
+        self._directory = memory[directory:history]
+        #: The figures of the last hour, for charts.
+        self.history = memory[history:events].cast("q")
+        self._events = memory[events:size]
         #: Clients by hashed address, one slot after the other; empty if addresses have no limit.
         self.addresses = memory[size:].cast("i")
         self._worker_index, self._server_index = self._read_directory(may_extend=may_extend)
@@ -188,6 +201,26 @@ class Scoreboard:
     def cluster_clients(self) -> int:
         """Return the clients of the cluster: of this server now, of the others as last known."""
         return self.clients() + self.cells[self._remote_clients]
+
+    def keep_event(self, text: str, *, is_agent: bool) -> None:
+        """Keep an event, as JSON, in place of the oldest one. One that is too long is left out.
+
+        The supervisor and the agent have places of their own.
+        """
+        data = text.encode("ascii")
+        if len(data) < EVENT_BYTES:
+            name = "agent_events" if is_agent else "supervisor_events"
+            number = self.get(name)
+            start = (number % MAX_EVENTS + is_agent * MAX_EVENTS) * EVENT_BYTES
+            self._events[start : start + EVENT_BYTES] = data.ljust(EVENT_BYTES, b"\0")
+            self.put(name, number + 1)
+
+    def events(self) -> list[str]:
+        """Return the events that are kept, as JSON, in no order."""
+        texts = bytes(self._events)
+        places = range(0, len(texts), EVENT_BYTES)
+        found = (texts[at : at + EVENT_BYTES].rstrip(b"\0").decode("ascii") for at in places)
+        return [text for text in found if text]
 
     def get(self, name: str) -> int:
         """Return the value of a cell of the server."""

@@ -761,7 +761,11 @@ def test_json_and_text_can_be_chosen_for_any_stdout() -> None:
 @pytest.mark.outer
 def test_a_stalled_reader_blocks_no_client_and_dropped_lines_are_counted(folder: Path) -> None:
     clients = 1000
-    with piped("--log-level", "debug", "--slow-command", "0", cwd=folder) as (process, stdout, port):
+    with piped("--log-level", "debug", "--slow-command", "0", cwd=folder) as (
+        process,
+        stdout,
+        port,
+    ):
         began = time.monotonic()
         for _ in range(clients):
             with Client(port) as client:

@@ -217,6 +217,8 @@ def test_statsd_gets_every_metric_of_the_catalogue() -> None:
 
 #: Figures of /status.json that are not in the catalogue.
 OTHER_PATHS = {
+    *("verdict", "reasons", "events", "last_second", "server.now"),
+    *(f"last_minute.{name}" for name in ("mistakes", "failures", "rejected")),
     *(f"server.{name}" for name in ("id", "version", "host", "port", "state")),
     *(
         "latency_bounds_seconds",

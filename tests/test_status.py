@@ -83,5 +83,6 @@ def test_cluster_figures_are_null_until_known() -> None:
     assert cluster["heartbeat_errors"] == {**dict.fromkeys(HEARTBEAT_ERRORS, 0), "tls": 2}
     assert 5 <= cluster["age_seconds"] < 60
     assert cluster["members"] is None
-    members = {"servers": [{"id": "a"}]}
+    server = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
+    members = {"servers": [server], "error_kind": None}
     assert status(config, scoreboard, members)["cluster"]["members"] == members

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import socket
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,6 +23,7 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 from prometheus_client import CollectorRegistry, generate_latest
 
 from gserver import logs
+from gserver.agent.history import History
 from gserver.agent.prometheus import ScoreboardCollector
 from gserver.agent.status import state, status
 from gserver.boot import FATAL_ACCEPT_ERRORS
@@ -88,10 +90,11 @@ class _Admin:
 
             self._members = Members(config)
         self._registry = CollectorRegistry()
-        self._registry.register(ScoreboardCollector(config, scoreboard))
+        self._registry.register(ScoreboardCollector(config, scoreboard, self._list_members))
         self._routes = {
             "/": self._page,
             "/status.json": self._status,
+            "/history.json": self._history,
             "/metrics": self._metrics,
             "/livez": self._live,
             "/readyz": self._ready,
@@ -164,11 +167,16 @@ class _Admin:
         return Answer("200 OK", HTML, PAGE.read_bytes())
 
     def _status(self) -> Answer:
-        members = None
-        if self._members is not None:
-            members = self._members.payload()  # Waits for Redis a moment at most.
-        document = json.dumps(status(self._config, self._scoreboard, members), indent=1)
-        return Answer("200 OK", JSON, document.encode() + b"\n")
+        document = status(self._config, self._scoreboard, self._list_members())
+        return Answer("200 OK", JSON, json.dumps(document, indent=1).encode() + b"\n")
+
+    def _history(self) -> Answer:
+        document = History(self._scoreboard).document(time.time())
+        return Answer("200 OK", JSON, json.dumps(document).encode() + b"\n")
+
+    def _list_members(self) -> dict[str, Any] | None:
+        """Return the servers of the cluster. Waits for Redis a moment at most."""
+        return None if self._members is None else self._members.payload()
 
     def _metrics(self) -> Answer:
         return Answer("200 OK", METRICS, generate_latest(self._registry))

@@ -5,15 +5,19 @@ another, which continues from the scoreboard.
 """
 
 import contextlib
+import logging
 import resource
 import signal
 import socket
-from time import monotonic
+from functools import partial
+from time import monotonic, time
 from typing import TYPE_CHECKING
 
 import gevent
 from gevent.event import Event
 
+from gserver import logs
+from gserver.agent.history import History
 from gserver.agent.statsd import FLUSH_SECONDS, StatsdClient
 from gserver.boot import READY, Instructions, keep_heartbeat
 from gserver.config import Config
@@ -23,6 +27,11 @@ from gserver.scoreboard import Scoreboard
 if TYPE_CHECKING:
     from gevent.pywsgi import WSGIServer
 
+#: What the admin port shows as recent events.
+KEPT_EVENTS = (
+    *("cluster.joined", "cluster.servers", "cluster.lost", "cluster.regained"),
+    *("cluster.expired", "cluster.reset", "server.duplicate_id", "log.dropped"),
+)
 #: How long a stop waits until this server has left the cluster.
 LEAVE_SECONDS = 1.5
 #: Grace period for admin requests in progress; queued connections go to the next agent.
@@ -46,9 +55,11 @@ def run(instructions: Instructions) -> None:
     client = StatsdClient(config, scoreboard) if config.statsd_host else None
     server = _serve_admin_port(instructions, scoreboard) if config.admin_port >= 0 else None
     heartbeats = _Heartbeats(config, scoreboard) if config.redis_url else None
+    watcher = _Watcher(scoreboard)
     is_ready = False
     while True:
         flush_at = monotonic() + FLUSH_SECONDS
+        watcher.note()
         if heartbeats is not None:
             heartbeats.check_id()
         if not is_ready:
@@ -78,6 +89,28 @@ def _serve_admin_port(instructions: Instructions, scoreboard: Scoreboard) -> "WS
 
     listener = socket.socket(fileno=instructions.listener_fd)
     return admin_port.serve(instructions.config, scoreboard, listener)
+
+
+class _Watcher:
+    """Keeps what the admin port shows of the past: figures of each second, and recent events."""
+
+    def __init__(self, scoreboard: Scoreboard) -> None:
+        self._scoreboard = scoreboard
+        self._history = History(scoreboard)
+        self._keep = partial(scoreboard.keep_event, is_agent=True)
+        self._dropped: int | None = None
+        logs.keep_events(KEPT_EVENTS, self._keep)
+
+    def note(self) -> None:
+        """Do what is done once a second."""
+        totals = self._scoreboard.totals()
+        self._history.note(totals, time())
+        dropped = totals["log_lines_dropped"]
+        increase = dropped - (dropped if self._dropped is None else self._dropped)
+        self._dropped = dropped
+        if increase:  # The workers log that, and keep no events.
+            message = f"dropped {increase} log lines: stdout was full or could not be written"
+            self._keep(logs.as_kept(logging.WARNING, "log.dropped", message))
 
 
 class _Heartbeats:

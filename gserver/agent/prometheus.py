@@ -5,8 +5,9 @@ https://prometheus.io/docs/practices/naming/. Counters are those of the whole se
 restart when a worker is replaced.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -26,15 +27,22 @@ from gserver.scoreboard import Scoreboard
 class ScoreboardCollector:
     """A `prometheus_client` collector for one server."""
 
-    def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
+    def __init__(
+        self,
+        config: Config,
+        scoreboard: Scoreboard,
+        members: Callable[[], Mapping[str, Any] | None] = lambda: None,
+    ) -> None:
+        """`members` returns the servers of the cluster, as /status.json has them."""
         self._config = config
         self._scoreboard = scoreboard
+        self._members = members
 
     def collect(self) -> Iterator[Family]:
         """Yield every metric that is known now."""
         labels = {"version": __version__, "server_id": self._config.server_id}
         yield InfoMetricFamily("gserver", "Version and id of the server.", labels)  # gserver_info
-        values = figures(self._config, self._scoreboard)
+        values = figures(self._config, self._scoreboard, self._members())
         for metric in METRICS:
             is_wanted = bool(self._config.redis_url) or not metric.needs_cluster
             if metric.prometheus and is_wanted and (metric.label or metric.name in values):
@@ -44,12 +52,12 @@ class ScoreboardCollector:
 def _family(metric: Metric, values: Mapping[str, int]) -> Family:
     if metric.buckets:
         return _histograms(metric, values)
-    if metric.label:
-        counters = CounterMetricFamily(metric.prometheus, metric.help, labels=[metric.label])
-        for member, count in members_of(metric.name, values).items():
-            counters.add_metric([member], count)
-        return counters
     family = GaugeMetricFamily if metric.kind is Kind.GAUGE else CounterMetricFamily
+    if metric.label:
+        labelled = family(metric.prometheus, metric.help, labels=[metric.label])
+        for member, count in members_of(metric.name, values).items():
+            labelled.add_metric([member], count)
+        return labelled
     return family(metric.prometheus, metric.help, in_seconds(metric, values[metric.name]))
 
 

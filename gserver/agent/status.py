@@ -3,15 +3,20 @@
 The names and the places of the figures are those of `gserver.metrics`.
 """
 
+import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from gserver import __version__
+from gserver.agent.history import History
+from gserver.agent.verdict import HEALTHY, Facts, judge
 from gserver.config import Config
 from gserver.metrics import (
     DURATION_BOUNDS_NS,
     METRICS,
+    REASONS,
     Kind,
     Metric,
     in_seconds,
@@ -19,6 +24,9 @@ from gserver.metrics import (
     percentile,
 )
 from gserver.scoreboard import Scoreboard
+
+#: Errors of this time are shown, and count for the verdict.
+MINUTE_SECONDS = 60.0
 
 
 def state(scoreboard: Scoreboard) -> str:
@@ -31,12 +39,51 @@ def state(scoreboard: Scoreboard) -> str:
     return "ready" if scoreboard.get("workers") else "starting"
 
 
-def figures(config: Config, scoreboard: Scoreboard) -> dict[str, int]:
+def figures(
+    config: Config, scoreboard: Scoreboard, members: Mapping[str, Any] | None = None
+) -> dict[str, int]:
     """Return every figure that is known now, by its name in the catalogue, in its stored unit.
 
-    Those of the scoreboard, and those computed from the configuration and the clock. A server
-    without a cluster has no figures of one.
+    Those of the scoreboard, and those computed from the configuration, the clock, and the list of
+    the cluster's servers. A server without a cluster has no figures of one.
     """
+    values = _figures(config, scoreboard)
+    found = judge(config, _facts(config, scoreboard, values, members))
+    values["healthy"] = int(found.word == HEALTHY)
+    for name in REASONS:
+        values[f"degraded.{name}"] = int(name in {reason.name for reason in found.reasons})
+    return values
+
+
+def _facts(
+    config: Config,
+    scoreboard: Scoreboard,
+    values: Mapping[str, int],
+    members: Mapping[str, Any] | None,
+) -> Facts:
+    unix_seconds = time.time()
+    return Facts(
+        state=state(scoreboard),
+        figures=values,
+        workers=_workers(scoreboard),
+        members=members if config.redis_url else None,
+        minute=History(scoreboard).sums(MINUTE_SECONDS, unix_seconds),
+        events=_events(scoreboard),
+        unix_seconds=unix_seconds,
+        has_failed_reload=bool(scoreboard.get("reload_failed_at")),
+    )
+
+
+def _events(scoreboard: Scoreboard) -> list[dict[str, Any]]:
+    """Return the recent events, the latest first. One that is being replaced is left out."""
+    events = []
+    for text in scoreboard.events():
+        with suppress(ValueError):
+            events.append(json.loads(text))
+    return sorted(events, key=lambda event: -event["at"])
+
+
+def _figures(config: Config, scoreboard: Scoreboard) -> dict[str, int]:
     values = scoreboard.totals()
     values["ready"] = int(state(scoreboard) == "ready")
     values["uptime_ns"] = time.monotonic_ns() - scoreboard.get("server_started_at")
@@ -58,15 +105,21 @@ def status(
     Counters grow for as long as the server lives. Times are seconds. A figure that is not known is
     None. `members` lists the servers of the cluster, which the scoreboard does not know one by one.
     """
-    values = figures(config, scoreboard)
+    values = _figures(config, scoreboard)
+    facts = _facts(config, scoreboard, values, members)
     document: dict[str, Any] = {
+        **judge(config, facts).as_json(),
+        "last_minute": facts.minute,
+        "last_second": History(scoreboard).last(facts.unix_seconds),
+        "events": facts.events,
         "server": {
             "id": config.server_id,
             "version": __version__,
             "host": config.host,
             "port": config.port,
             "state": state(scoreboard),
-        }
+            "now": round(facts.unix_seconds, 3),
+        },
     }
     for metric in METRICS:
         if metric.json and (config.redis_url or not metric.needs_cluster):

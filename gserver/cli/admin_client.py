@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, RemoteDisconnected
 from threading import Thread, Timer
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from gserver.errors import FatalError, UsageError
+from gserver.metrics import DURATION_BOUNDS_NS, percentile
 
 #: Time limit of a request, from the look-up of the name to the end of the response.
 TIMEOUT_SECONDS = 2.0
@@ -37,9 +38,16 @@ REASONS = {
 
 Status = dict[str, Any]
 
+
+class EachOf(NamedTuple):
+    """A dict with values of one shape, under any names."""
+
+    shape: Any
+
+
 # The shape of a status, as `_fits` reads it. A status may hold more; this is what is shown.
 MAYBE = (float, NoneType)
-TOTALS = {str: float}
+TOTALS = EachOf(float)
 MEMBER = {"id": str, "clients": MAYBE, "silent_seconds": MAYBE, "is_late": bool}
 MEMBERS = {
     "servers": ([MEMBER], NoneType),
@@ -54,7 +62,13 @@ CLUSTER = {
     "age_seconds": MAYBE,
     "members": (MEMBERS, NoneType),
 }
+REASON = {"name": str, "text": str}
+DURATION = {"count": float, "seconds": float, "buckets": [float]}
 SHAPE = {
+    "verdict": str,
+    "reasons": [REASON],
+    "last_minute": dict.fromkeys(("mistakes", "failures"), float),
+    "command_seconds": EachOf(DURATION),
     "server": {
         "id": str,
         "state": str,
@@ -114,9 +128,23 @@ class Target:
             self.before, self.now, self.error = self.now, result, ""
 
     @property
-    def state(self) -> str:
-        """The server's state, or `unreachable` if it has not answered."""
-        return "unreachable" if self.error else str(self.now["server"]["state"])
+    def verdict(self) -> str:
+        """The server's verdict on itself, or `unreachable` if it has not answered."""
+        return "unreachable" if self.error else str(self.now["verdict"])
+
+    def percentile(self, percent: float, command: str = "") -> float | None:
+        """Return the duration of a command, or of all, since the last status but one, in seconds.
+
+        If none has run since then, that since the start; None if none has run at all.
+        """
+        if self.error:
+            return None
+        now = _buckets(self.now, command)
+        if self.rate("commands") is not None:
+            before = _buckets(self.before, command)
+            recent = [max(0, late - early) for late, early in zip(now, before, strict=False)]
+            now = recent if sum(recent) else now
+        return percentile(now, percent)
 
     def rate(self, *path: str) -> float | None:
         """Return the growth per second of a counter, or of the sum of a dict of counters.
@@ -249,15 +277,15 @@ def _fits(value: Any, shape: Any) -> bool:
     """Whether a value has a shape.
 
     A shape is a type; a tuple of shapes, of which one must fit; a list with the shape of every
-    item; `TOTALS`, a dict of numbers under any names; or a dict with the shapes of some names.
+    item; `EachOf`; or a dict with the shapes of some names.
     """
+    if isinstance(shape, EachOf):
+        is_dict = isinstance(value, dict)
+        return is_dict and _is_list([*value], str) and _is_list([*value.values()], shape.shape)
     if isinstance(shape, tuple):
         return any(_fits(value, one) for one in shape)
     if isinstance(shape, list):
         return _is_list(value, shape[0])
-    if shape is TOTALS:
-        is_dict = isinstance(value, dict)
-        return is_dict and _is_list([*value], str) and _is_list([*value.values()], float)
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(
             name in value and _fits(value[name], shape[name]) for name in shape
@@ -290,6 +318,17 @@ def _printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {_printable(name): _printable(item) for name, item in value.items()}
     return value
+
+
+def _buckets(status: Status, command: str) -> list[int]:
+    """Return the buckets of a command, or of all commands together."""
+    commands = status["command_seconds"]
+    chosen = [commands[command]] if command in commands else list(commands.values())
+    sums = [0] * (len(DURATION_BOUNDS_NS) + 1)
+    for each in chosen:
+        for number, count in enumerate(each["buckets"][: len(sums)]):
+            sums[number] += int(count)
+    return sums
 
 
 def _total(status: Status, path: Sequence[str]) -> float:

@@ -312,7 +312,7 @@ def _targets(ctx: click.Context) -> "list[Target]":
 def top(
     ctx: click.Context, /, interval_seconds: float, *, is_once: bool, is_json: bool, **_: Any
 ) -> None:
-    """Show servers live, through their admin ports, until Ctrl-C.
+    """Show servers live, through their admin ports, until `q` or Ctrl-C.
 
     On a terminal this is a screen, otherwise one line per server and snapshot.
     """
@@ -330,7 +330,7 @@ def top(
 def status(ctx: click.Context, /, **_: Any) -> None:
     """Show the state of servers, through their admin ports.
 
-    Exits with 0 if all are ready, otherwise with 1.
+    Exits with 0 if all are healthy, otherwise with 1.
     """
     targets = _targets(ctx)
     from gserver.cli import top as screen

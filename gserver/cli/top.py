@@ -3,14 +3,21 @@
 All texts come from servers, so none is read as rich's markup: they are printed as `Text`.
 """
 
+import os
+import select
 import sys
+import termios
 import time
-from collections.abc import Iterator, Sequence
+import tty
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import click
-from rich.console import Console, Group
+from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
 from rich.panel import Panel
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -26,7 +33,25 @@ GRACE_SECONDS = 0.5
 EXPIRES_SOON_SECONDS = 14 * 86400
 #: A list of the cluster's servers that is older than this has not just been read from Redis.
 OLD_SECONDS = 2.5
-STYLES = {"ready": "bold green", "unreachable": "bold red"}
+#: A worker that has given no heartbeat for this long is marked.
+SILENT_SECONDS = 2.0
+#: Red and amber are for what is wrong now.
+STYLES = {"healthy": "bold green", "degraded": "bold yellow"}
+WRONG = "bold red"
+UNREACHABLE = "unreachable"
+KEYS = "q quit  s sort  e details  ↑↓ scroll  ? help"
+HELP = """\
+q, Ctrl-C   quit
+s           sort by the next column
+e           show or hide the details of each server
+↑ ↓ k j     scroll by a line; PgUp and PgDn by a page
+?           show or hide this help
+
+Rates and percentiles are those since the last snapshot.
+p50, p99    half of the commands, and 99 of 100, took less
+mistakes    errors for which a client is to blame; failures: those of the service"""
+#: What the arrow keys and their like send.
+ESCAPES = {b"\x1b[A": "k", b"\x1b[B": "j", b"\x1b[5~": "page up", b"\x1b[6~": "page down"}
 
 
 def show_once(targets: Sequence[Target], interval_seconds: float, *, is_json: bool) -> int:
@@ -40,25 +65,110 @@ def show_once(targets: Sequence[Target], interval_seconds: float, *, is_json: bo
 
 
 def show_status(targets: Sequence[Target]) -> int:
-    """Ask twice and print once; return the exit code: 0 if all servers are ready."""
+    """Ask twice and print once; return the exit code: 0 if all servers are healthy."""
     admin_client.poll_twice(targets, PAUSE_SECONDS)
     Console(highlight=False).print(render(targets))
-    is_ready = all(target.state == "ready" for target in targets)
-    return EXIT_CLEAN if is_ready else EXIT_RUNTIME
+    is_healthy = all(target.verdict == "healthy" for target in targets)
+    return EXIT_CLEAN if is_healthy else EXIT_RUNTIME
 
 
 def show_live(targets: Sequence[Target], interval_seconds: float, *, is_json: bool) -> None:
-    """Ask and print until Ctrl-C: a screen on a terminal, otherwise lines."""
+    """Ask and print until `q` or Ctrl-C: a screen on a terminal, otherwise lines."""
     if sys.stdout.isatty() and not is_json:
-        with Live(console=Console(highlight=False), screen=True, auto_refresh=False) as screen:
-            while True:
-                admin_client.poll(targets, GRACE_SECONDS)
-                screen.update(Group("[dim]Press Ctrl-C to quit[/]", render(targets)), refresh=True)
-                time.sleep(interval_seconds)
+        _show_screen(targets, interval_seconds)
+        return
     while True:
         admin_client.poll(targets, GRACE_SECONDS)
         click.echo(admin_client.as_json(targets) if is_json else "\n".join(map(line, targets)))
         time.sleep(interval_seconds)
+
+
+# The screen
+
+
+@dataclass
+class View:
+    """What the person at the terminal has chosen."""
+
+    sorted_by: int = 0
+    is_expanded: bool = True
+    is_help: bool = False
+    is_over: bool = False
+    #: The first line that is shown below the head.
+    first: int = 0
+
+    def press(self, key: str, page: int) -> None:
+        """Act on a key. A page has so many lines."""
+        match key:
+            case "q":
+                self.is_over = True
+            case "s":
+                self.sorted_by = (self.sorted_by + 1) % len(COLUMNS)
+            case "e":
+                self.is_expanded = not self.is_expanded
+            case "?" | "h":
+                self.is_help = not self.is_help
+            case _:
+                steps = {"j": 1, "k": -1, "page down": page, "page up": -page}
+                self.first = max(0, self.first + steps.get(key, 0))
+
+
+def _show_screen(targets: Sequence[Target], interval_seconds: float) -> None:
+    console, view = Console(highlight=False), View()
+    with _keyboard() as read_keys, Live(console=console, screen=True, auto_refresh=False) as live:
+        while not view.is_over:
+            admin_client.poll(targets, GRACE_SECONDS)
+            until = time.monotonic() + interval_seconds
+            keys = [""]
+            while keys and not view.is_over:  # Drawn again after each key, and when time is over.
+                live.update(frame(targets, view, console), refresh=True)
+                keys = read_keys(max(0.0, until - time.monotonic()))
+                for key in keys:
+                    view.press(key, max(1, console.height - 3))
+
+
+def _no_keys(seconds: float) -> list[str]:
+    time.sleep(seconds)
+    return []
+
+
+@contextmanager
+def _keyboard() -> Iterator[Callable[[float], list[str]]]:
+    """Yield a function that waits so long for keys; it returns none when the time is over."""
+    fd = sys.stdin.fileno()
+    if not os.isatty(fd):
+        yield _no_keys
+        return
+    before = termios.tcgetattr(fd)
+
+    def read_keys(seconds: float) -> list[str]:
+        if not select.select([fd], [], [], seconds)[0]:
+            return []
+        data = os.read(fd, 64)
+        return [ESCAPES[data]] if data in ESCAPES else list(data.decode("ascii", "replace"))
+
+    try:
+        tty.setcbreak(fd)
+        yield read_keys
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def frame(targets: Sequence[Target], view: View, console: Console) -> Segments:
+    """Return a screen of lines: what fits, and what is hidden."""
+    body = Text(HELP) if view.is_help else render(targets, view)
+    lines = console.render_lines(body, pad=False)
+    room = max(1, console.height - 1)
+    view.first = min(view.first, max(0, len(lines) - room))
+    hidden = len(lines) - room - view.first
+    foot = KEYS if hidden <= 0 else f"{KEYS}   {_count(hidden, 'more line')} below"
+    if view.first:
+        foot += f", {view.first} above"
+    shown = lines[view.first : view.first + room]
+    shown += [[]] * (room - len(shown))
+    segments = [segment for each in shown for segment in (*each, Segment.line())]
+    foot_line = console.render_lines(Text(foot[: console.width - 1], "dim"), pad=False)[0]
+    return Segments([*segments, *foot_line])
 
 
 def line(target: Target) -> str:
@@ -69,61 +179,123 @@ def line(target: Target) -> str:
     cluster = target.now["cluster"]
     if cluster and cluster["servers"]:
         clients += f" of {_number(cluster['clients'])} in {_servers(cluster)}"
-    commands, errors = (_number(target.rate(name)) for name in ("commands", "error_replies"))
-    server = f"{target.address} {target.now['server']['id']} {target.state}"
-    return f"{server} {clients} {commands} commands/s {errors} errors/s"
+    figures = f"{_number(target.rate('commands'))} commands/s p99 {_time(target.percentile(99))}"
+    reasons = "; ".join(reason["text"] for reason in target.now["reasons"])
+    server = f"{target.address} {target.now['server']['id']} {target.verdict}"
+    return f"{server} {clients} {figures}{reasons and ': ' + reasons}"
 
 
-def render(targets: Sequence[Target]) -> Group:
+#: The columns of the table of servers. The first is text.
+COLUMNS = ("admin port", "verdict", "clients", "commands/s", "p50", "p99", "errors/s", "uptime")
+
+
+def render(targets: Sequence[Target], view: View | None = None) -> Group:
     """Return a table of all servers, the details of each, and the servers of their clusters."""
+    view = view or View()
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-    for name in ("admin port", "state", "clients", "peak", "commands/s", "errors/s", "uptime"):
-        is_text = name in ("admin port", "state")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "admin port")
-    for target in targets:
-        state = Text(target.state, STYLES.get(target.state, "bold yellow"))
-        table.add_row(Text(target.address), state, *_figures(target))
+    for number, name in enumerate(COLUMNS):
+        mark = " ▾" if number == view.sorted_by and len(targets) > 1 else ""
+        justify: JustifyMethod = "left" if number < 2 else "right"
+        table.add_column(name + mark, justify=justify, no_wrap=number > 0, overflow="fold")
+    ordered = sorted(targets, key=lambda target: _rank(target, view.sorted_by))
+    for target in ordered:
+        style = STYLES.get(target.verdict, WRONG)
+        table.add_row(Text(target.address), Text(target.verdict, style), *_figures(target))
+    if len(targets) > 1:
+        table.add_row(Text("all", "bold"), "", *_totals(targets))
     errors = [
-        Text(f"{target.address}: {target.error}", "red") for target in targets if target.error
+        Text(f"{target.address}: {target.error}", "red") for target in ordered if target.error
     ]
-    present = [target for target in targets if not target.error]
+    present = [target for target in ordered if not target.error]
+    if not view.is_expanded:
+        reasons = [text for target in present for text in _reasons(target, f"{target.address}: ")]
+        return Group(table, *errors, *reasons)
     return Group(table, *errors, *(_details(target) for target in present), *_clusters(present))
+
+
+def _rank(target: Target, column: int) -> tuple[bool, float, str]:
+    """Return what to sort by: a name as it is, numbers the largest first."""
+    if column < 2:
+        return False, 0.0, target.address if column == 0 else f"{target.verdict} {target.address}"
+    value = None if target.error else _values(target)[column - 2]
+    return value is None, -(value or 0.0), target.address
+
+
+def _values(target: Target) -> list[float | None]:
+    """Return the numbers of a server, in the order of the columns."""
+    return [
+        target.now["clients"]["now"],
+        target.rate("commands"),
+        target.percentile(50),
+        target.percentile(99),
+        target.rate("error_replies"),
+        target.now["server"]["uptime_seconds"],
+    ]
 
 
 def _figures(target: Target) -> list[str]:
     """Return the numbers of a server; none if it is unreachable, because they would be old."""
     if target.error:
         return []
-    counts = [_number(target.now["clients"][name]) for name in ("now", "peak")]
-    rates = [_number(target.rate(name)) for name in ("commands", "error_replies")]
-    return [*counts, *rates, _duration(target.now["server"]["uptime_seconds"])]
+    clients, commands, p50, p99, errors, uptime = _values(target)
+    return [
+        _number(clients),
+        _number(commands),
+        _time(p50),
+        _time(p99),
+        _number(errors),
+        _duration(uptime or 0.0),
+    ]
+
+
+def _totals(targets: Sequence[Target]) -> list[str]:
+    """Return the sums over all servers that have answered. Percentiles have none."""
+    rows = [_values(target) for target in targets if not target.error]
+    sums = [sum(filter(None, column)) for column in zip(*rows, strict=True)] or [0.0] * 6
+    return [_number(sums[0]), _number(sums[1]), "", "", _number(sums[4])]
+
+
+def _reasons(target: Target, prefix: str = "") -> Iterator[Text]:
+    style = STYLES["degraded"] if target.verdict == "degraded" else WRONG
+    for reason in target.now["reasons"]:
+        yield Text(f"{prefix}{reason['text']}", style)
 
 
 def _details(target: Target) -> Panel:
     """Return the workers of a server, and below them its counters, certificate and cluster."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    workers = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("worker", "age", "clients", "last heartbeat"):
-        table.add_column(name, justify="left" if name == "worker" else "right")
+        workers.add_column(name, justify="left" if name == "worker" else "right")
     for worker in target.now["workers"]["each"]:
-        table.add_row(
+        is_silent = worker["silent_seconds"] > SILENT_SECONDS
+        silence = f"{worker['silent_seconds']:.1f} s ago"
+        workers.add_row(
             str(worker["pid"]),
             _duration(worker["age_seconds"]),
             _number(worker["clients"]),
-            f"{worker['silent_seconds']:.1f} s ago",
+            f"{silence}, does not answer" if is_silent else silence,
+            style=WRONG if is_silent else "",
         )
     notes = [*_counters(target), *_certificate(target.now), *_cluster(target.now)]
     title = Text(f"{target.address}  {target.now['server']['id']}")
-    content = Group(table, Text("\n") + Text("   ").join(notes))
+    content = Group(*_reasons(target), workers, Text("\n") + Text("   ").join(notes))
     return Panel(content, title=title, title_align="left")
 
 
 def _counters(target: Target) -> Iterator[Text]:
     for name in target.now["commands"]:
-        yield Text(f"{name} {_number(target.rate('commands', name))}/s")
+        rate = f"{name} {_number(target.rate('commands', name))}/s"
+        p99 = target.percentile(99, name) if name in target.now["command_seconds"] else None
+        yield Text(rate if p99 is None else f"{rate} p99 {_time(p99)}")
+    minute = target.now["last_minute"]
+    for kind, style in (("mistakes", ""), ("failures", "yellow")):
+        if minute[kind]:
+            noun = kind.removesuffix("s")
+            yield Text(f"{_count(minute[kind], noun)} in the last minute", style)
     counts = target.now["error_replies"].items()
     shown = ", ".join(f"{name} {_number(count)}" for name, count in counts if count)
     if shown:
-        yield Text(f"errors since start: {shown}", "red")
+        yield Text(f"errors since start: {shown}")
     yield from _handovers(target.now)
 
 
@@ -214,6 +386,20 @@ def _count(value: float | None, noun: str) -> str:
 
 def _servers(cluster: Status) -> str:
     return _count(cluster["servers"], "server")
+
+
+def _time(seconds: float | None) -> str:
+    """Return a duration with two digits, in the unit that fits."""
+    if seconds is None:
+        return "-"
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return (
+                f"{seconds * factor:.2g} {unit}"
+                if seconds * factor < 100
+                else (f"{seconds * factor:.0f} {unit}")
+            )
+    return f"{seconds:.2g} s"
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import re
 import selectors
 import signal
 from collections.abc import Sequence
+from functools import partial
 from time import monotonic
 
 from gserver import __version__, certificates, logs
@@ -44,6 +45,12 @@ SPARE_SLOTS = 2
 #: Time for a handover itself. Beside it, a worker has the drain timeout twice: for clients that
 #: stay with it, and for its drain.
 HANDOVER_SECONDS = 10.0
+#: What the admin port shows as recent events.
+KEPT_EVENTS = (
+    *("server.draining", "server.retiring", "server.reloaded", "server.upgraded"),
+    *("server.reload_failed", "server.port_closed", "process.not_started", "log.dropped"),
+    *(f"{role}.{end}" for role in (WORKER, AGENT) for end in ("died", "hung", "killed", "stuck")),
+)
 #: How long events of the level debug are logged after SIGUSR1.
 DEBUG_SECONDS = 600.0
 #: What the service manager shows during a reload.
@@ -87,6 +94,7 @@ class Supervisor:
         for child in self._children:
             if child.control.fileno() >= 0:
                 self._selector.register(child.control, selectors.EVENT_READ, child)
+        logs.keep_events(KEPT_EVENTS, partial(scoreboard.keep_event, is_agent=False))
 
     @classmethod
     def start(cls, config: Config) -> "Supervisor":
@@ -168,7 +176,7 @@ class Supervisor:
         if self._admin_port:
             self._admin_port.reopen_if_closed()
         logs.report_suppressed()
-        logs.log_debug(is_on=self._scoreboard.get("debug_until") > now * 1e9)
+        logs.log_debug(is_on=self._scoreboard.get("debug_ends_at") > now * 1e9)
         self._notify_manager(now)
 
     def _publish(self) -> None:
@@ -244,6 +252,7 @@ class Supervisor:
         elif workforce.is_replaced(lifecycle.generation):
             lifecycle.complete_reload()
             self._scoreboard.add("reloads", 1)
+            self._scoreboard.put("reload_failed_at", 0)
             logs.event(logging.INFO, "server.reloaded", "reloaded: all workers were replaced")
             for child in self._staying(AGENT):
                 child.terminate(kill_at)
@@ -528,7 +537,7 @@ class Supervisor:
 
     def _log_debug(self, now: float) -> None:
         """Make all processes log at debug level for a while."""
-        self._scoreboard.put("debug_until", round((now + DEBUG_SECONDS) * 1e9))
+        self._scoreboard.put("debug_ends_at", round((now + DEBUG_SECONDS) * 1e9))
         logs.log_debug(is_on=True)
         message = f"SIGUSR1: logging at debug level for {DEBUG_SECONDS / 60:.0f} minutes"
         logs.event(logging.INFO, "server.debug_logging", message)
@@ -650,6 +659,7 @@ class Supervisor:
     def _log_failed_reload(self, reason: str, fields: dict[str, object] | None = None) -> None:
         self._reload_error = reason
         self._scoreboard.add("reload_failures", 1)
+        self._scoreboard.put("reload_failed_at", round(monotonic() * 1e9))
         is_reloading = self._lifecycle.phase is Phase.RELOADING
         rest = "the previous reload continues" if is_reloading else "the old workers stay"
         message = f"reload failed, {rest}: {reason}"

@@ -35,7 +35,7 @@ def test_the_page_shows_the_real_figures_and_follows_changes(window: Browser) ->
     ):
         server.wait_for("worker.ready", 2)
         window.open(page(server))
-        until(lambda: window.text("state") == "ready", "the page has the status")
+        until(lambda: window.text("state") == "healthy", "the page has the status")
         assert window.text("id") == "the-one"
         assert window.text("now") == "0"
         assert window.text("limit") == "of 10,000"
@@ -112,7 +112,7 @@ def test_the_validity_of_a_certificate_is_rounded_down_and_red_only_below_two_we
 ) -> None:
     with Running("--admin-port", "0") as server:
         window.open(page(server))
-        until(lambda: window.text("state") == "ready", "the page shows the server")
+        until(lambda: window.text("state") == "healthy", "the page shows the server")
         for days, words, is_red in (
             (4.99, "valid for 4 d", True),
             (14.1, "valid for 14 d", False),
@@ -130,7 +130,7 @@ def test_the_validity_of_a_certificate_is_rounded_down_and_red_only_below_two_we
 def test_nouns_agree_with_their_numbers(window: Browser) -> None:
     with Running("--admin-port", "0") as server:
         window.open(page(server))
-        until(lambda: window.text("state") == "ready", "the page shows the server")
+        until(lambda: window.text("state") == "healthy", "the page shows the server")
         for count, words in ((0, "0 reloads"), (1, "1 reload"), (2000, "2,000 reloads")):
             script = f"show({{...last, server: {{...last.server, reloads: {count}}}}}, last)"
             shown = window.run(
@@ -143,7 +143,7 @@ def test_nouns_agree_with_their_numbers(window: Browser) -> None:
 def test_the_page_works_when_its_address_contains_the_token(window: Browser, path: str) -> None:
     with Running("--admin-port", "0", env={"GSERVER_ADMIN_TOKEN": "s3cret"}) as server:
         window.open(page(server).replace("://", "://x:s3cret@") + path)
-        until(lambda: window.text("state") == "ready", "the page has the status")
+        until(lambda: window.text("state") == "healthy", "the page has the status")
 
 
 def test_the_page_reports_when_the_server_stops_answering_and_when_it_is_back(
@@ -153,7 +153,7 @@ def test_the_page_reports_when_the_server_stops_answering_and_when_it_is_back(
         port = free.getsockname()[1]
     with Running("--admin-port", str(port)) as server:
         window.open(page(server))
-        until(lambda: window.text("state") == "ready", "the page shows the server")
+        until(lambda: window.text("state") == "healthy", "the page shows the server")
     until(lambda: window.text("state") == "unreachable", "the page reports the outage")
     assert window.run("return document.getElementById('alarm').hidden") is False
     alarm = (
@@ -163,7 +163,7 @@ def test_the_page_reports_when_the_server_stops_answering_and_when_it_is_back(
     assert re.fullmatch(alarm, window.text("alarm"))
     with Running("--admin-port", str(port)) as server:
         server.wait_for("agent.ready")
-        until(lambda: window.text("state") == "ready", "the page shows that the server is back")
+        until(lambda: window.text("state") == "healthy", "the page shows that the server is back")
         assert window.run("return document.getElementById('alarm').hidden") is True
 
 
@@ -176,7 +176,7 @@ def test_the_page_fits_large_and_small_screens_in_light_and_dark(
     with Running("--admin-port", "0") as server:
         window.resize(width, 900, scheme)
         window.open(page(server))
-        until(lambda: window.text("state") == "ready", "the page shows the server")
+        until(lambda: window.text("state") == "healthy", "the page shows the server")
         assert window.run("return document.documentElement.scrollWidth") <= width
         ground = window.run("return getComputedStyle(document.body).backgroundColor")
         assert (sum(int(part) for part in ground[4:-1].split(",")) < 200) is (scheme == "dark")

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pty
+import re
 import select
+import signal
 import socket
 import subprocess
 import time
@@ -18,9 +20,9 @@ from rich.console import Console
 from gserver.agent.status import status as describe
 from gserver.cli.admin_client import Target
 from gserver.cli.main import DEFAULT_ADMIN
-from gserver.cli.top import line, render
+from gserver.cli.top import View, frame, line, render
 from gserver.config import Config
-from gserver.scoreboard import Scoreboard
+from gserver.scoreboard import BUCKETS_OFFSET, Scoreboard
 from lab.clusters import cluster
 from lab.redises import Redis
 from lab.running import GSERVER, LIMIT, PATIENCE, Running, environment, gserver, until
@@ -40,13 +42,13 @@ def address(server: Running) -> str:
     return f"127.0.0.1:{server.admin_port()}"
 
 
-def test_status_exits_with_0_only_if_all_servers_are_ready(here: Running) -> None:
+def test_status_exits_with_0_only_if_all_servers_are_healthy(here: Running) -> None:
     done = gserver("status", "--admin", address(here))
     assert (done.returncode, done.stderr) == (0, "")
     first, row, title = done.stdout.splitlines()[:3]
-    assert first.split()[:3] == ["admin", "port", "state"]
-    assert row.split()[:2] == [address(here), "ready"]
-    assert row.split()[4:6] == ["0", "0"], "it has polled twice: rates are known"
+    assert first.split()[:3] == ["admin", "port", "verdict"]
+    assert row.split()[:2] == [address(here), "healthy"]
+    assert row.split()[2:4] == ["0", "0"], "it has polled twice: rates are known"
     assert title.split()[1:3] == [address(here), "here"]
     done = gserver("status", "--admin", address(here), "--admin", UNUSED)
     assert (done.returncode, done.stderr) == (1, "")
@@ -91,10 +93,11 @@ def test_top_in_a_pipe_prints_a_plain_line_per_poll(here: Running) -> None:
     ):
         assert process.stdout
         try:
-            assert process.stdout.readline().startswith(f"{address(here)} here ready ")
+            assert process.stdout.readline().startswith(f"{address(here)} here healthy ")
             assert client.who() == 1
             assert any(
-                line.startswith(f"{address(here)} here ready 1 client ") for line in process.stdout
+                line.startswith(f"{address(here)} here healthy 1 client ")
+                for line in process.stdout
             )
         finally:
             process.kill()
@@ -114,11 +117,14 @@ def test_an_unresponsive_server_delays_no_other(here: Running) -> None:
                 assert time.monotonic() - began < 6 * 0.7 + PATIENCE
             finally:
                 process.kill()
-    assert all(row.startswith(f"{address(here)} here ready ") for row in lines[::2])
+    assert all(row.startswith(f"{address(here)} here healthy ") for row in lines[::2])
     assert f"{mute} unreachable: no answer in 2 s\n" in lines
 
 
-def test_top_on_a_terminal_is_a_full_screen_until_ctrl_c(here: Running) -> None:
+@pytest.mark.parametrize(("key", "code"), [(b"q", 0), (b"\x03", 1)], ids=["q", "Ctrl-C"])
+def test_top_on_a_terminal_is_a_full_screen_until_it_is_left(
+    here: Running, key: bytes, code: int
+) -> None:
     keyboard, terminal = pty.openpty()
     env = environment(TERM="xterm", COLUMNS="120", LINES="40")
     words = [*GSERVER, "top", "--interval", "0.2", "--admin", address(here)]
@@ -128,14 +134,17 @@ def test_top_on_a_terminal_is_a_full_screen_until_ctrl_c(here: Running) -> None:
     os.close(terminal)
     seen, end = b"", time.monotonic() + LIMIT
     try:
-        while seen.count(b"ready") < 3:
+        while seen.count(b"healthy") < 3:
             assert time.monotonic() < end
             if select.select([keyboard], [], [], 0.1)[0]:
                 seen += os.read(keyboard, 65536)
         assert b"\x1b[?1049h" in seen  # the alternate screen
-        assert b"Press Ctrl-C to quit" in seen
-        process.send_signal(2)
-        assert process.wait(LIMIT) == 1
+        assert b"q quit" in seen
+        if key == b"\x03":  # The terminal is not that of the process's session.
+            process.send_signal(signal.SIGINT)
+        else:
+            os.write(keyboard, key)
+        assert process.wait(LIMIT) == code
         while select.select([keyboard], [], [], 0.1)[0]:
             try:
                 seen += os.read(keyboard, 65536)
@@ -204,7 +213,8 @@ def test_the_age_of_the_server_list_and_its_omissions_are_shown() -> None:
     assert "Redis cannot be read (timeout): this list is 1 min old" in output
     output = screen(members | {"age_seconds": 2.4, "error_kind": None, "omitted_servers": 0})
     assert "more" not in output
-    assert "Redis" not in output
+    assert "Redis cannot" not in output
+    assert "not answered yet" not in output
     assert "Redis has not answered yet: this list is 2 s old" in screen(
         members | {"age_seconds": 2.6, "error_kind": None}
     )
@@ -265,11 +275,15 @@ def test_texts_from_a_server_are_not_treated_as_markup() -> None:
     now = describe(Config(server_id="[/]", redis_url="redis://x"), Scoreboard.create(1))
     now |= {"commands": {"[/red]": 1}, "error_replies": {"[link=http://x]y[/link]": 7}}
     now["cluster"] |= {"name": "[bold]"}
-    now["server"]["state"] = "[blink]"
+    now |= {"verdict": "[blink]", "reasons": [{"name": "x", "text": "[blue]"}]}
+    now["command_seconds"] = {}
     output = shown_of(Target("[red]", now=now, before=now))
     assert all(
         text in output
-        for text in ("[/]", "[/red] -/s", "[link=http://x]y[/link] 7", "[bold]", "[blink]", "[red]")
+        for text in (
+            *("[/]", "[/red] -/s", "[link=http://x]y[/link] 7", "[bold]", "[blink]", "[red]"),
+            "[blue]",
+        )
     )
 
 
@@ -286,6 +300,111 @@ def shown_of(watched: Target, *, colours: bool = False) -> str:
     )
     console.print(render([watched]))
     return console.export_text(styles=colours)
+
+
+# Keys.
+
+
+def frame_of(targets: list[Target], view: View, height: int = 24) -> list[str]:
+    written = io.StringIO()
+    console = Console(width=80, height=height, file=written, force_terminal=True)
+    console.print(frame(targets, view, console))
+    return re.sub(r"\x1b\[[0-9;]*m", "", written.getvalue()).splitlines()
+
+
+def crowd() -> list[Target]:
+    """Servers with 0, 1, 2 ... clients, the first of which does not answer."""
+    targets = []
+    for number in range(12):
+        scoreboard = Scoreboard.create(2)
+        scoreboard.put("workers", 1)
+        for name, value in (("pid", 1), ("clients", number), ("heartbeat", time.monotonic_ns())):
+            scoreboard.cells[scoreboard.cell(name, 0)] = value
+        now = describe(Config(server_id=f"s{number}"), scoreboard)
+        targets.append(Target(f"t{number}:1", now=now, before=now))
+    targets[0].error = "timed out"
+    return targets
+
+
+def test_the_screen_shows_what_fits_and_says_what_is_hidden() -> None:
+    view = View()
+    lines = frame_of(crowd(), view)
+    assert len(lines) == 24
+    found = re.search(r"(\d+) more lines below$", lines[-1])
+    assert found
+    view.press("page down", 21)
+    lines = frame_of(crowd(), view)
+    assert lines[-1].endswith(f"{int(found[1]) - 21} more lines below, 21 above")
+    for _ in range(100):
+        view.press("j", 21)
+    lines = frame_of(crowd(), view)
+    assert lines[-1].endswith(f"? help, {found[1]} above")
+    assert lines[-2].startswith("╰")
+    view.press("e", 21)
+    lines = frame_of(crowd(), view)
+    assert "above" not in lines[-1]
+    assert lines[0].startswith("admin port")
+
+
+def test_servers_are_sorted_by_the_chosen_column_and_added_up() -> None:
+    view = View(is_expanded=False)
+
+    def column(number: int) -> list[str]:
+        return [line.split()[number] for line in frame_of(crowd(), view)[1:14]]
+
+    by_name = sorted(f"t{number}:1" for number in range(12))
+    assert column(0) == [*by_name, "all"]
+    view.press("s", 1)
+    view.press("s", 1)
+    lines = frame_of(crowd(), view)
+    assert "clients ▾" in lines[0]
+    assert column(0) == [*(f"t{number}:1" for number in range(11, 0, -1)), "t0:1", "all"]
+    assert lines[13].split()[:2] == ["all", "66"]
+
+
+def test_a_key_leaves_or_explains() -> None:
+    view = View()
+    view.press("?", 1)
+    assert "PgUp" in "\n".join(frame_of(crowd(), view))
+    view.press("?", 1)
+    assert frame_of(crowd(), view)[0].startswith("admin port")
+    view.press("x", 1)
+    assert not view.is_over
+    view.press("q", 1)
+    assert view.is_over
+
+
+def test_a_worker_that_hangs_is_marked_and_a_healthy_server_has_no_colour() -> None:
+    scoreboard = Scoreboard.create(2)
+    for slot in range(2):
+        scoreboard.cells[scoreboard.cell("pid", slot)] = 7 + slot
+        silent_ns = 3_000_000_000 * slot
+        scoreboard.cells[scoreboard.cell("heartbeat", slot)] = time.monotonic_ns() - silent_ns
+    scoreboard.put("workers", 1)
+    for name in ("unknown_command", "internal"):
+        scoreboard.cells[scoreboard.cell(f"error_replies.{name}", 0)] = 5
+    output = shown_of(Target("x", now=describe(Config(), scoreboard)), colours=True)
+    assert "\x1b[1;31m3.0 s ago, does not answer" in output
+    assert "worker 8 does not answer: no heartbeat for 3 s" in output
+    scoreboard.cells[scoreboard.cell("heartbeat", 1)] = time.monotonic_ns()
+    output = shown_of(Target("x", now=describe(Config(), scoreboard)), colours=True)
+    assert "errors since start: unknown_command 5, internal 5" in output
+    assert not re.search(r"\x1b\[[0-9;]*3[13]m", output), "totals since the start have no colour"
+
+
+def test_percentiles_are_those_since_the_last_snapshot() -> None:
+    scoreboard = Scoreboard.create(1)
+    first = scoreboard.command_cell("WHO", 0)
+    scoreboard.cells[first + BUCKETS_OFFSET + 11] = 100  # up to 1 s
+    before = describe(Config(server_id="a"), scoreboard)
+    assert Target("x", now=before, before=before).percentile(50) == pytest.approx(0.55)
+    scoreboard.cells[first] = scoreboard.cells[first + BUCKETS_OFFSET] = 10  # up to 5 us
+    now = describe(Config(server_id="a"), scoreboard)
+    now["server"]["uptime_seconds"] = before["server"]["uptime_seconds"] + 1
+    target = Target("x", now=now, before=before)
+    assert target.percentile(50) == target.percentile(50, "WHO") == pytest.approx(2.5e-6)
+    assert "2.5 µs" in shown_of(target)
+    assert Target("x", now=now, error="gone").percentile(50) is None
 
 
 # Options.
