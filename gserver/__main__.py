@@ -6,8 +6,12 @@ whether a worker could start.
 
 import os
 import sys
-from typing import Any
+import time
+from typing import Any, NoReturn
 
+#: As in `gserver.config`, which may not be importable.
+UPGRADE_VARIABLE = "GSERVER_UPGRADE_FD"
+RETRY_SECONDS = 1.0
 #: The modules of the roles of a child.
 MODULES = {"worker": "gserver.serve.worker", "agent": "gserver.agent.agent"}
 
@@ -22,9 +26,24 @@ def main() -> None:
         sys.exit(run_check())
     if sys.argv[1:2] == ["child"]:
         sys.exit(run_child("agent" if sys.argv[2:3] == ["agent"] else "worker"))
-    from gserver.cli import main as command_line
+    try:
+        from gserver.cli import main as command_line
+    except Exception as error:
+        if UPGRADE_VARIABLE not in os.environ:
+            raise
+        start_again(error)
+    else:
+        command_line.main()
 
-    command_line.main()
+
+def start_again(error: Exception) -> NoReturn:
+    """Start this program again: it has replaced a supervisor, and its files are being changed.
+
+    The children serve meanwhile. They live as long as this process does.
+    """
+    sys.stderr.write(f"gserver: the new version cannot start, trying again: {error!r}\n")
+    time.sleep(RETRY_SECONDS)
+    os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - as this program was started
 
 
 def find_package() -> None:

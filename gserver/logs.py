@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import stat
 import sys
@@ -83,12 +84,16 @@ class LineWriter:
         self._done: SimpleQueue[None] = native_queue()
         #: Events that were lost since the last report.
         self.dropped = 0
+        # The thread inherits the mask, and takes no signal that the main thread blocks.
+        mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
         try:
             unpatched("_thread", "start_new_thread")(self._run, ())
         except RuntimeError as error:
             raise FatalError(
                 "cannot start the log thread: raise the limit on processes (ulimit -u)"
             ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def put(self, line: bytes, weight: int = 1) -> None:
         """Queue a line, or drop it if the queue is full. It counts as `weight` dropped events."""

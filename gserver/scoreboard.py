@@ -8,7 +8,8 @@ version enters the names that are missing, and cells that it does not know stay 
 Each cell has one writer at a time, and readers take no lock. A worker writes the cells of its slot,
 the supervisor and the agent those of the server. The two workers of a handover write `transfers`
 and `clients_arriving` in turn. When a worker has died, the supervisor clears its `clients`,
-`clients_arriving`, `pid`, `tls_expires_at` and addresses, and counts its clients as lost or closed.
+`clients_arriving`, `is_transferring`, `pid`, `tls_expires_at` and addresses, and counts its clients
+as lost or closed.
 """
 
 import fcntl
@@ -110,6 +111,8 @@ class Scoreboard:
         self._clients = self.cells[clients : clients + slots]
         arriving = self.cell("clients_arriving", 0)
         self._arriving = self.cells[arriving : arriving + slots]
+        transferring = self.cell("is_transferring", 0)
+        self._transferring = self.cells[transferring : transferring + slots]
         self._transfers = self.server_cell("transfers")
         self._seen_transfers = self.cells[self._transfers]
         self._remote_clients = self.server_cell("remote_clients")
@@ -185,18 +188,20 @@ class Scoreboard:
         For the agent, since the cluster must not hear of a handover, and for limits.
         """
         for _ in range(MAX_LOOKS):
-            before = self.cells[self._transfers]
+            is_busy, before = any(self._transferring), self.cells[self._transfers]
             settled = sum(self._clients) - sum(self._arriving)
-            if before % 2 == 0 and self.cells[self._transfers] == before:
+            if not is_busy and self.cells[self._transfers] == before:
                 break
         return settled
 
     @contextmanager
-    def transfer(self) -> Iterator[None]:
-        """Change counts of a handover in the body. Two workers do so in turn."""
+    def transfer(self, slot: int) -> Iterator[None]:
+        """Change counts of a handover in the body, as the worker in a slot. Two do so in turn."""
+        self._transferring[slot] = 1
         self.cells[self._transfers] += 1
         yield
         self.cells[self._transfers] += 1
+        self._transferring[slot] = 0
 
     def cluster_clients(self) -> int:
         """Return the clients of the cluster: of this server now, of the others as last known."""
@@ -265,9 +270,7 @@ class Scoreboard:
         """Return the index of the heartbeat of the worker in a slot, or of the agent (slot -1)."""
         return self.server_cell("agent_heartbeat") if slot < 0 else self.cell("heartbeat", slot)
 
-    def clear_dead_worker(
-        self, slot: int, *, has_died: bool = True, was_in_handover: bool = False
-    ) -> int:
+    def clear_dead_worker(self, slot: int, *, has_died: bool = True) -> int:
         """Clear what is current of a dead worker; count its clients, return how many are lost.
 
         They are lost if the worker died by itself, and closed if the supervisor ended it.
@@ -275,11 +278,8 @@ class Scoreboard:
         # Clients that were arriving are still those of the worker that hands them over.
         clients = self.cells[self.cell("clients", slot)]
         clients = max(0, clients - self.cells[self.cell("clients_arriving", slot)])
-        for name in ("clients", "clients_arriving", "pid", "tls_expires_at"):
+        for name in ("clients", "clients_arriving", "is_transferring", "pid", "tls_expires_at"):
             self.cells[self.cell(name, slot)] = 0
-        # It has died in the middle of a transfer. One of two other workers ends by itself.
-        if was_in_handover and self.cells[self._transfers] % 2:
-            self.cells[self._transfers] += 1
         addresses = self.addresses_of(slot)
         addresses[:] = memoryview(bytes(addresses.nbytes)).cast("i")
         if not has_died:

@@ -332,3 +332,13 @@ def test_a_child_that_was_ready_is_replaced_almost_at_once(lived: float, pause: 
     backoff = Backoff()
     backoff.note_death(dying(lived, 100.0), 100.0)
     assert backoff.spawn_at == pytest.approx(100.0 + pause)
+
+
+def test_a_worker_that_hangs_while_it_hands_over_has_died() -> None:
+    hung = running()
+    hung.state = State.HANDING_OVER
+    assert hung.watch(100.0, heartbeat_at=0.0, hang_seconds=5.0) is None
+    assert hung.watch(101.0, heartbeat_at=0.0, hang_seconds=5.0) is Finding.HUNG
+    assert hung.state is State.HUNG
+    until(hung.has_ended, "the child has ended")
+    assert not hung.has_ended_as_requested, "its clients are lost"

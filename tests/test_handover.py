@@ -521,6 +521,25 @@ def test_if_the_old_worker_dies_the_successor_keeps_what_it_has_received() -> No
         both.scoreboard.clear_dead_worker(0)
         assert both.figures() == (0, 1, 1)
         assert ask(client, b"WHO\n") == b"1\n"
+        assert accounts(both.scoreboard) == 1
+
+
+def accounts(scoreboard: Scoreboard) -> int:
+    """The clients that are connected by the counters."""
+    totals = scoreboard.totals()
+    return totals["clients_accepted"] - totals["clients_closed"] - totals["clients_lost"]
+
+
+def test_if_the_successor_dies_before_its_answer_is_read_its_clients_are_closed() -> None:
+    scoreboard = Scoreboard.create(2)
+    limits = [Limits(Config(), scoreboard, slot) for slot in range(2)]
+    for number in range(30):
+        assert not limits[0].admit(number)
+    limits[1].take_over(20)
+    # The supervisor takes them for those of the old worker, which reads now that they are not.
+    assert scoreboard.clear_dead_worker(1) == 0
+    limits[0].hand_over(20, 1)
+    assert scoreboard.clients() == accounts(scoreboard) == 10
 
 
 def test_clients_that_were_arriving_are_not_lost_with_the_successor() -> None:
@@ -531,17 +550,18 @@ def test_clients_that_were_arriving_are_not_lost_with_the_successor() -> None:
     limits[1].take_over(20)
     limits[0].hand_over(20, 1)
     limits[1].take_over(10)
-    assert scoreboard.clear_dead_worker(1, was_in_handover=True) == 20
+    assert scoreboard.clear_dead_worker(1) == 20
     assert scoreboard.clients() == scoreboard.settled_clients() == 10
 
 
 def test_a_worker_that_dies_in_a_transfer_ends_it_and_another_worker_does_not() -> None:
     scoreboard = Scoreboard.create(3)
-    with scoreboard.transfer():
+    flags = scoreboard.by_slot("is_transferring")
+    with scoreboard.transfer(1):
         scoreboard.clear_dead_worker(2)
-        assert scoreboard.get("transfers") == 1
-        scoreboard.clear_dead_worker(1, was_in_handover=True)
-        assert scoreboard.get("transfers") == 2
+        assert list(flags) == [0, 1, 0]
+        scoreboard.clear_dead_worker(1)
+        assert list(flags) == [0, 0, 0]
 
 
 # Reloads of a server.

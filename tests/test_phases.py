@@ -357,3 +357,11 @@ def test_no_two_generations_of_a_server_have_the_same_number() -> None:
         server.complete_reload()
         server = resumed(server)
     assert len(set(numbers)) == len(numbers)
+
+
+def test_a_complete_reload_cannot_be_undone_even_if_the_old_workers_died() -> None:
+    server = lifecycle(Phase.RELOADING)
+    server.note_ready(server.generation)
+    server.complete_reload()
+    assert server.generation.previous is None
+    assert not server.would_end_reload(server.generation)

@@ -198,7 +198,7 @@ def test_the_log_of_a_hang_says_where_the_worker_was(tmp_path: Path) -> None:
     with extended(tmp_path, SPINNING, "--hang-timeout", "1") as server, server.client() as client:
         client.send(b"SPIN\n")
         hung = server.wait_for("worker.hung")
-        assert re.search(r"; it was in inner \(\S+\.py, line 7\)$", hung["message"])
+        assert re.search(r"; it was in inner \(\S+\.py, line 6\)$", hung["message"])
         functions = re.findall(r" in (\w+)$", hung["error.stack_trace"], re.M)
         assert functions[-3:] == ["spin", "outer", "inner"]
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -21,7 +22,7 @@ from gserver.supervise.phases import Generation
 from gserver.supervise.upgrade import State, with_previous
 from lab.admin import status
 from lab.installed import Installed
-from lab.running import Client, Running, argv, gserver, is_alive, until
+from lab.running import LIMIT, Client, Running, argv, environment, gserver, is_alive, until
 
 NEW_METRIC = (
     '    Metric("clients", Source.WORKER',
@@ -291,6 +292,7 @@ def test_20_upgrades_leave_nothing_behind(installed: Installed) -> None:
     [
         # The old program has blocked signals: the new one takes it.
         ("supervise/upgrade.py", "            os.execve(", True),
+        ("supervise/supervisor.py", "        logs.stop()", True),
         # The old program has noted it, and takes it before it goes on.
         ("supervise/supervisor.py", "        if not self._signals.try_block():", False),
     ],
@@ -299,7 +301,8 @@ def test_a_signal_just_before_the_new_program_starts_is_not_lost(
     installed: Installed, module: str, line: str, is_upgraded: bool
 ) -> None:
     indent = line[: len(line) - len(line.lstrip())]
-    stop = "__import__('signal').raise_signal(15)"
+    # As from another process: the kernel gives it to any thread that does not block it.
+    stop = "__import__('os').kill(__import__('os').getpid(), 15); __import__('time').sleep(0.05)"
     installed.change(module, line, f"{indent}{stop}\n{line}")
     with installed.start() as server:
         installed.set_version("1.0.1")
@@ -322,6 +325,46 @@ def test_files_that_change_during_a_trial_are_tried_again(installed: Installed) 
             failed = server.wait_for("server.reload_failed")
         assert "SyntaxError" in failed["message"]
         assert client.who() == 1
+
+
+@pytest.mark.outer
+def test_a_server_without_a_worker_at_that_moment_survives_an_upgrade(installed: Installed) -> None:
+    """The module is broken: each worker ends before it is ready."""
+    (installed.package.parent / "own.py").write_text(
+        "from gserver.commands import command\n@command('X')\ndef x(request): return 1\n"
+    )
+    with installed.start("--commands", "own", cwd=installed.package.parent) as server:
+        (installed.package.parent / "own.py").write_text("no Python")
+        [worker] = server.workers()
+        worker.kill()
+        server.wait_for("worker.died", 4)
+        installed.set_version("1.0.1")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.upgraded")
+        died = len(server.events("worker.died"))
+        server.wait_for("worker.died", died + 1)
+        (installed.package.parent / "own.py").write_text(
+            "from gserver.commands import command\n@command('Y')\ndef y(request): return 2\n"
+        )
+        server.wait_for("worker.ready", 2)
+        with server.client() as client:
+            assert client.ask(b"Y") == b"2"
+
+
+def test_a_new_program_whose_files_are_being_written_starts_again(installed: Installed) -> None:
+    variables = {UPGRADE_VARIABLE: "999", "PYTHONDONTWRITEBYTECODE": "1"}
+    with ExitStack() as stack:
+        stack.enter_context(installed.changed("config.py", "import re\n", "import re and\n"))
+        with subprocess.Popen(
+            installed.program, env=environment(**variables), stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr
+            said = process.stderr.readline()
+            assert "the new version cannot start, trying again: SyntaxError" in said
+            stack.close()
+            # The files are whole again, so it comes as far as the state, which this test lacks.
+            assert process.wait(LIMIT) == 2
+            assert process.stderr.read().endswith(f"{UPGRADE_VARIABLE} is internal: unset it\n")
 
 
 # The state.

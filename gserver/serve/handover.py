@@ -330,8 +330,11 @@ def _unsent(clients: Iterable[Client]) -> BinaryIO:
 
 def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
     """Be the successor: take over clients until the old worker has ended, or until a drain."""
-    limits = loop.limits
+    limits, has_ended = loop.limits, False
     greeting = Greeting(slot, loop.capacity - len(loop.clients), loop.has_tls)
+    if loop.is_draining:
+        pair.close()
+        return
     with suppress(BrokenPipeError, ConnectionResetError), pair:
         pair.send(greeting.encode())
         while True:
@@ -340,6 +343,7 @@ def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
             )
             # In a drain, the old worker takes back what gets no answer: it may serve on.
             if packet in (b"", END) or loop.is_draining:
+                has_ended = packet != b""
                 _close_all(fds)
                 break
             batch = json.loads(packet)
@@ -352,13 +356,14 @@ def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
                     restore(loop, fd, fields, unsent) for fd, fields in zip(fds, batch, strict=True)
                 ]
             limits.take_over(len(clients))
-            with suppress(BrokenPipeError):  # The old worker has died: its clients live on here.
-                pair.send(TAKEN)
             for client, fields in zip(clients, batch, strict=True):
                 places = fields["places"]
                 limits.take_over_address(client.sock.fileno(), places and tuple(places))
+            with suppress(BrokenPipeError):  # The old worker has died: its clients live on here.
+                pair.send(TAKEN)
+            for client, fields in zip(clients, batch, strict=True):
                 loop.adopt(client, fields["accepted_ns"])
-    limits.end_arrival()
+    limits.end_arrival(has_sender_died=not has_ended)
 
 
 def _close_all(fds: Iterable[int]) -> None:

@@ -25,6 +25,7 @@ class Limits:
         self._max_clients = config.max_clients
         self._scoreboard = scoreboard
         self._cells = scoreboard.cells
+        self._slot = slot
         # In a handover some clients count twice. No client may be rejected because of that.
         self._count_clients = scoreboard.settled_clients
         self._clients = scoreboard.cell("clients", slot)
@@ -77,20 +78,30 @@ class Limits:
 
     def take_over(self, clients: int) -> None:
         """Count a batch of clients from another worker, which still counts them."""
-        with self._scoreboard.transfer():
+        with self._scoreboard.transfer(self._slot):
             self._cells[self._arriving] = clients
             self._cells[self._clients] += clients
 
-    def end_arrival(self) -> None:
-        """Note that no client counts in two workers any more."""
-        self._cells[self._arriving] = 0
+    def end_arrival(self, *, has_sender_died: bool) -> None:
+        """Note that no client counts in two workers any more.
+
+        If the old worker has died, the supervisor counts all of its clients as lost, also those
+        that had arrived here. So they are accepted once more.
+        """
+        cells = self._cells
+        if has_sender_died:
+            cells[self._accepted] += cells[self._arriving]
+        cells[self._arriving] = 0
 
     def hand_over(self, clients: int, slot: int) -> None:
         """Take a batch out of the count, which the worker in `slot` counts by now."""
-        cells = self._cells
-        with self._scoreboard.transfer():
+        cells, arriving = self._cells, self._scoreboard.cell("clients_arriving", slot)
+        if not cells[arriving]:
+            # The new worker has died, and the supervisor has left these clients to this worker.
+            cells[self._closed] += clients
+        with self._scoreboard.transfer(self._slot):
             cells[self._clients] -= clients
-            cells[self._scoreboard.cell("clients_arriving", slot)] = 0
+            cells[arriving] = 0
         cells[self._handed_over] += clients
 
     def places(self, fd: int) -> Places | None:

@@ -248,19 +248,20 @@ class Worker:
                 if order == KEEP and self._sender:
                     self._sender.give_up()
                 elif order == HAND_OVER and pair:
-                    gevent.spawn_raw(fatal_on_error(self._hand_over), pair)
+                    # At once: the next order may be to give it up.
+                    self._sender = Sender(self.loop, pair)
+                    gevent.spawn_raw(fatal_on_error(self._hand_over), self._sender)
                 elif order == HAND_OVER:
                     self._instructions.report(KEPT, "the old worker has no free descriptor")
                 elif order == TAKE_OVER and pair:
                     slot = self._instructions.slot
                     gevent.spawn_raw(fatal_on_error(receive), self.loop, slot, pair)
 
-    def _hand_over(self, pair: socket.socket) -> None:
+    def _hand_over(self, sender: Sender) -> None:
         """Hand all clients over and end; if that fails, accept and serve as before.
 
         Clients that cannot be handed over, or not yet, are served up to the drain timeout.
         """
-        self._sender = sender = Sender(self.loop, pair)
         self._server.stop_accepting()
         problem: HandoverError | None = None
         try:
@@ -276,10 +277,14 @@ class Worker:
         self._server.resume()
         if self._scoreboard.get("port_closed"):
             self._should_stop_accepting.set()
-        self._instructions.report(KEPT, str(problem))
+        # If some clients have moved, neither of the two may end: the supervisor tries again.
+        self._instructions.report(KEPT, "" if sender.clients else str(problem))
 
     def _send_all(self, sender: Sender) -> None:
-        """Hand over; return when no client is left, in a drain, or at the drain timeout."""
+        """Hand over; return when no client is left, in a drain, or at the drain timeout.
+
+        Raises `HandoverError` if clients are left then that could move.
+        """
         loop, started_at = self.loop, monotonic()
         can_move = sender.greet()
         if can_move:
@@ -287,12 +292,15 @@ class Worker:
         self._note_handover(sender.clients, monotonic() - started_at, can_move=can_move)
         until = monotonic() + self._config.drain_timeout_seconds
         while loop.clients and not loop.is_draining:
-            if monotonic() >= until:
+            is_over = monotonic() >= until  # Before the last look: the machine may have slept.
+            if can_move:
+                sender.send_ready()
+            if is_over and can_move and any(each.may_move for each in loop.clients.values()):
+                raise HandoverError("the new worker takes no more clients")
+            if is_over:
                 self._add("clients_left_behind", self.limits.clients)
                 return
             sender.wait(LOOK_SECONDS)
-            if can_move:
-                sender.send_ready()
 
     def _note_handover(self, clients: int, seconds: float, *, can_move: bool) -> None:
         """Count and log what was handed over at once. Busy clients may follow."""

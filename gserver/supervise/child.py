@@ -50,6 +50,8 @@ SECOND_LOOK_SECONDS = 0.4
 MAX_STACK_BYTES = 65_536
 #: A child that is not ready after this time counts as hung.
 BOOT_SECONDS = 30.0
+#: Pause after a handover that was given up.
+HAND_OVER_AGAIN_SECONDS = 1.0
 #: A child that has not ended by then after SIGKILL is stuck in the kernel: it is not waited for.
 STUCK_SECONDS = 2.0
 
@@ -117,8 +119,12 @@ class Child:
     has_duplicate_id: bool = False
     #: It has closed its end of `control`.
     is_control_closed: bool = False
-    #: Why it could not hand its clients over, if the reason is not the death of the successor.
+    #: Why it could not hand its clients over, if the reason is not the death of the successor, and
+    #: the generation of that one.
     kept_because: str = ""
+    kept_by: Generation | None = None
+    #: Not before this moment is it told again to hand its clients over.
+    hand_over_at: float = 0.0
     #: The worker that it hands its clients over to.
     successor: "Child | None" = None
     #: A file in memory, into which it writes its Python stack when it looks hung; -1 = none.
@@ -161,7 +167,7 @@ class Child:
 
     def save(self) -> dict[str, Any]:
         """Return what `resume_children` needs, as JSON."""
-        own = {"generation", "process", "control", "state", "successor"}
+        own = {"generation", "process", "control", "state", "successor", "kept_by"}
         names = {each.name for each in fields(self)} - own
         rest = {name: getattr(self, name) for name in names}
         return {
@@ -352,7 +358,8 @@ class Child:
             self.kill(now)
             return Finding.LATE
         if self._is_hung(now, heartbeat_at, hang_seconds):
-            self._kill(State.KILLED if self.should_end else State.HUNG, now)
+            is_ending = self.should_end and not self.is_handing_over
+            self._kill(State.KILLED if is_ending else State.HUNG, now)
             return Finding.HUNG
         return None
 
@@ -389,6 +396,8 @@ class Child:
 
     def _keep(self) -> None:
         """Note that a worker serves and accepts again: it could not hand its clients over."""
+        self.kept_by = self.successor.generation if self.successor else None
+        self.hand_over_at = monotonic() + HAND_OVER_AGAIN_SECONDS
         self.state, self.successor, self.kill_at = State.READY, None, None
 
     def note_successor_gone(self) -> None:

@@ -10,6 +10,7 @@ import re
 import selectors
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 
@@ -129,6 +130,7 @@ class Supervisor:
             resume_children(state.children, state.generations),
         )
         supervisor._code_version = state.code_version
+        supervisor._is_announced = True
         message = f"upgraded: {upgrade.describe_versions(state.version)}"
         logs.event(logging.INFO, "server.upgraded", message)
         supervisor._begin_reload()
@@ -258,8 +260,8 @@ class Supervisor:
                 child.terminate(kill_at)
 
     def _hand_over(self, old: Child, successor: Child, now: float) -> None:
-        if old.is_handing_over:
-            return  # It will report soon that its last handover has failed.
+        if old.is_handing_over or now < old.hand_over_at:
+            return  # It will report soon that its last handover has failed; or it just has.
         if old.is_control_closed or successor.is_control_closed:
             return  # One of the two has died, and is reaped soon.
         kill_at = now + 2 * self._config.drain_timeout_seconds + HANDOVER_SECONDS
@@ -372,7 +374,8 @@ class Supervisor:
                 self._note_ready(child)
         if child.kept_because:
             reason, child.kept_because = child.kept_because, ""
-            self._give_up_reload(reason)
+            if child.kept_by is self._lifecycle.generation:  # Not of an earlier reload.
+                self._give_up_reload(reason)
         if child.is_control_closed:
             child.close_control(self._selector)
 
@@ -393,19 +396,13 @@ class Supervisor:
             self._end_handover(child)
             lost = 0
             if child.role == WORKER:
-                was_in_handover = bool(child.successor) or self._is_successor(child)
-                lost = self._scoreboard.clear_dead_worker(
-                    child.slot, has_died=has_died, was_in_handover=was_in_handover
-                )
+                lost = self._scoreboard.clear_dead_worker(child.slot, has_died=has_died)
             if has_died:
                 if not child.is_stuck:
                     self._backoff[child.role].note_death(child, now)
                 self._handle_death(child, lost, now)
         trial = [self._trial.pid] if self._trial else []
         reap_orphans([*trial, *(child.pid for child in self._children)])
-
-    def _is_successor(self, worker: Child) -> bool:
-        return any(child.successor is worker for child in self._children)
 
     def _end_handover(self, ended: Child) -> None:
         """Note what the end of one of two workers means for a handover between them."""
@@ -433,7 +430,7 @@ class Supervisor:
             self._failure = UsageError(child.error)
             self._lifecycle.drain(now)
             logs.event(logging.ERROR, "server.duplicate_id", f"draining: {child.error}", fields)
-        elif is_worker and self._lifecycle.would_end_reload(child.generation):
+        elif is_worker and self._ends_reload(child):
             problem = "ended early" if child.has_been_ready else "did not start"
             self._give_up_reload(f"a new worker {problem}: {child.end_reason}", fields)
         else:
@@ -443,6 +440,20 @@ class Supervisor:
                 if child.role == WORKER:
                     self._scoreboard.add("worker_restarts", 1)
             logs.event(logging.WARNING, f"{child.role}.died", message, fields)
+
+    def _ends_reload(self, worker: Child) -> bool:
+        """Return whether a reload is given up because this worker has ended.
+
+        It goes on if another new worker has clients already: they would be closed.
+        """
+        if not self._lifecycle.would_end_reload(worker.generation):
+            return False
+        successors = [each.successor for each in self._children if each.is_handing_over]
+        return not any(
+            each is not worker and each in self._children and each.generation is worker.generation
+            for each in successors
+            if each
+        )
 
     def _is_replaced(self, child: Child) -> bool:
         """Return whether another process is started because this one ended, or cannot end."""
@@ -472,7 +483,9 @@ class Supervisor:
         """If a handover takes too long because the successor hangs, kill that one first."""
         successor = child.successor
         is_late = child.is_handing_over and child.kill_at is not None and now >= child.kill_at
-        if not is_late or successor is None or successor.killed_at is not None:
+        # In a drain, the old worker needs the batch back that its successor does not take.
+        is_draining = child.successor is not None and self._lifecycle.phase is Phase.DRAINING
+        if not (is_late or is_draining) or successor is None or successor.killed_at is not None:
             return
         silence = successor.silence(now, self._heartbeat_at(successor))
         if silence > WATCH_SECONDS:
@@ -607,10 +620,8 @@ class Supervisor:
             pass  # The server is stopping by now.
         elif problem:
             self._log_failed_reload(f"the new version cannot run: {problem}")
-        elif trial.code_version != upgrade.code_version():
-            self._try_upgrade()  # The files have changed again.
         else:
-            self._upgrade()
+            self._upgrade(trial.code_version)
         self._signals.unblock()
 
     def _end_trial(self) -> None:
@@ -618,16 +629,20 @@ class Supervisor:
             self._trial.end()
             self._trial = None
 
-    def _upgrade(self) -> None:
-        """Replace this program by the new version."""
+    def _upgrade(self, code_version: str) -> None:
+        """Replace this program by the new version, if the files are still those that were tried."""
         logs.report_suppressed(is_last=True)
         state = self._state()
+        if state.code_version != code_version:
+            self._try_upgrade()  # The files are changing at this moment.
+            return
         logs.stop()
         try:
             upgrade.execute(state)
         except OSError as error:
             config = self._config
-            logs.start(config.log_level, config.log_format, config.server_id)
+            with suppress(FatalError):  # Without a thread there is no log, but there is a server.
+                logs.start(config.log_level, config.log_format, config.server_id)
             self._log_failed_reload(f"the new version cannot be started: {error}")
 
     def _state(self) -> upgrade.State:

@@ -302,3 +302,26 @@ def test_100_reloads_leave_nothing_behind(tmp_path: Path) -> None:
         del before["kilobytes"], after["kilobytes"]
         assert after == before
         assert len(survivors(clients)) == CLIENTS
+
+
+def test_a_stop_gets_the_clients_back_from_a_successor_that_is_stopped(tmp_path: Path) -> None:
+    stop = "lambda: os.kill(os.getpid(), signal.SIGSTOP)"
+    module = f"{FAULT}\nact_at(limits.Limits, 'take_over', 1, {stop})\n"
+    options = ("--drain-timeout", "20", "--hang-timeout", "0")
+    with extended(tmp_path, FAULT, *options) as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        (tmp_path / "extra.py").write_text(module)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.ready", 2)
+        until(lambda: any(is_stopped(worker) for worker in server.workers()), "it is stopped")
+        for client in clients:
+            client.send(b"WHY\n")
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+        assert {client.rest() for client in clients} == {b"42\n"}
+
+
+def is_stopped(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.status() == psutil.STATUS_STOPPED
+    return False
