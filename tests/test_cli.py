@@ -725,9 +725,9 @@ def test_a_secret_in_a_flag_is_warned_about_once_and_works() -> None:
     with Running(*options) as server:
         server.wait_for("agent.ready")
         admin = ["--admin", f"127.0.0.1:{server.admin_port()}"]
-        done = gserver("status", *admin, "--admin-token", TOKEN)
+        done = gserver("top", "--once", *admin, "--admin-token", TOKEN)
         assert (done.returncode, done.stderr) == (0, _exposed("--admin-token", "admin_token"))
-        done = gserver("status", "--admin", f"http://:{TOKEN}@{admin[1]}")
+        done = gserver("top", "--once", "--admin", f"http://:{TOKEN}@{admin[1]}")
         assert (done.returncode, done.stderr) == (0, _exposed("--admin", "admin_token"))
         server.stop()
     assert server.stderr == _exposed("--redis-url", "redis_url") + _exposed(

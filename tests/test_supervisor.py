@@ -809,7 +809,9 @@ def test_a_worker_that_cannot_be_killed_does_not_delay_a_reload() -> None:
             assert event["gserver.child_pid"] == stuck.pid
             assert len([worker for worker in server.workers() if worker != stuck]) == 2
             assert server.who() == 1
-        assert not server.events("worker.died")
+        died = server.wait_for("worker.died")
+        assert died["gserver.child_pid"] == stuck.pid
+        assert "another" not in died["message"], "it has already been replaced"
 
 
 @pytest.mark.outer

@@ -143,7 +143,7 @@ SEEN = [
     path
     for path in paths(GOOD)
     if path.rpartition(".")[2] not in UNSEEN
-    and path != "workers.now"
+    and path not in ("workers.now", "server.now")
     and not path.startswith(("cluster.heartbeat_errors", "latency_bounds_seconds", "events"))
 ]
 
