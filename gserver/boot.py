@@ -6,7 +6,8 @@ arguments nor environment carry them. It reports through a socket, in lines: `re
 `error REASON` if it cannot go on; `duplicate_id REASON` if the whole server cannot; or
 `kept [REASON]` if a handover has failed, and it serves on; or `leaving` if it drains at the end of
 one. Through the same socket come orders for workers, in lines: `hand_over` and `take_over`, each
-with one end of a socket pair between two workers, or `keep` if the other worker is dead.
+with one end of a socket pair between two workers, or `keep` if the other worker is dead. A line of
+the agent that begins with `query` has a descriptor, and is passed on to the workers as it is.
 """
 
 import ctypes
@@ -40,6 +41,8 @@ READY, ERROR, DUPLICATE_ID = "ready", "error", "duplicate_id"
 KEPT, LEAVING = "kept", "leaving"
 #: Orders.
 HAND_OVER, TAKE_OVER, KEEP = "hand_over", "take_over", "keep"
+#: Both: a request of the agent to the workers, which the supervisor passes on.
+QUERY = "query"
 #: A report is cut to this: it is written as a whole.
 MAX_REPORT_BYTES = 4000
 #: Descriptors that a process needs beside those of its clients: standard streams, scoreboard,

@@ -50,6 +50,7 @@ ERROR_REPLIES = (
     HTTP := ErrorReply("http", b"", closes=True),
     # A page's server can put lines of text into a browser's ClientHello.
     TLS := ErrorReply("tls", b"", closes=True),
+    KICKED := ErrorReply("kicked", b"ERR closed by the operator\n", closes=True),
     # A client that does not read would not read this either.
     SLOW_READER := ErrorReply("slow_reader", b"", closes=True),
 )

@@ -13,9 +13,10 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import parse_qsl
 
 import gevent
 from gevent.pool import Pool
@@ -25,6 +26,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from gserver import logs
 from gserver.agent.history import History
 from gserver.agent.prometheus import ScoreboardCollector
+from gserver.agent.roster import SORTS, Roster
 from gserver.agent.status import state, status
 from gserver.boot import FATAL_ACCEPT_ERRORS
 from gserver.config import Config, is_loopback
@@ -40,6 +42,8 @@ JSON = "application/json"
 HTML = "text/html; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 METHODS = ("GET", "HEAD")
+#: The one path that changes something. A web page cannot send the header to another server.
+KICK, KICK_HEADER = "/kick", "HTTP_X_GSERVER"
 PAGE = Path(__file__).with_name("page.html")
 #: Paths that need no token: load balancers cannot carry one, and the answers tell little.
 OPEN_PATHS = ("/livez", "/readyz")
@@ -61,9 +65,12 @@ class Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-def serve(config: Config, scoreboard: Scoreboard, listener: socket.socket) -> WSGIServer:
+def serve(
+    config: Config, scoreboard: Scoreboard, listener: socket.socket, control_fd: int
+) -> WSGIServer:
     """Answer requests on a listening socket until the returned server is stopped."""
-    respond, pool = _Admin(config, scoreboard).respond, Pool(2 * MAX_WAITING)
+    admin = _Admin(config, scoreboard, Roster(control_fd))
+    respond, pool = admin.respond, Pool(2 * MAX_WAITING)
     # Without SERVER_NAME, pywsgi would look it up at start and wait for name servers.
     environ = {"SERVER_NAME": config.admin_host}
     more: dict[str, Any] = {
@@ -81,9 +88,10 @@ def serve(config: Config, scoreboard: Scoreboard, listener: socket.socket) -> WS
 class _Admin:
     """The WSGI application."""
 
-    def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
+    def __init__(self, config: Config, scoreboard: Scoreboard, roster: Roster) -> None:
         self._config = config
         self._scoreboard = scoreboard
+        self._roster = roster
         self._members = None
         if config.redis_url:
             from gserver.cluster.members import Members  # Loaded only if there is a cluster.
@@ -91,10 +99,12 @@ class _Admin:
             self._members = Members(config)
         self._registry = CollectorRegistry()
         self._registry.register(ScoreboardCollector(config, scoreboard, self._list_members))
-        self._routes = {
+        self._routes: dict[str, Callable[[Mapping[str, str]], Answer]] = {
             "/": self._page,
             "/status.json": self._status,
             "/history.json": self._history,
+            "/clients.json": self._list_clients,
+            KICK: self._kick,
             "/metrics": self._metrics,
             "/livez": self._live,
             "/readyz": self._ready,
@@ -116,12 +126,13 @@ class _Admin:
 
     def _answer(self, environ: dict[str, Any]) -> Answer:
         path = environ["PATH_INFO"]
-        if environ["REQUEST_METHOD"] not in METHODS:
+        methods = ("POST",) if path == KICK else METHODS
+        if environ["REQUEST_METHOD"] not in methods:
             return Answer(
                 "405 Method Not Allowed",
                 TEXT,
-                b"only GET and HEAD are supported\n",
-                (("Allow", ", ".join(METHODS)),),
+                f"only {' and '.join(methods)} are supported\n".encode(),
+                (("Allow", ", ".join(methods)),),
             )
         if path not in self._routes:
             available = ", ".join(self._routes)
@@ -130,7 +141,23 @@ class _Admin:
             access_error = self._access_error(environ)
             if access_error is not None:
                 return access_error
-        return self._routes[path]()
+        if path == KICK and KICK_HEADER not in environ:
+            return Answer("403 Forbidden", TEXT, b"the header X-Gserver is required\n")
+        return self._routes[path](dict(parse_qsl(environ.get("QUERY_STRING", ""))))
+
+    def _list_clients(self, query: Mapping[str, str]) -> Answer:
+        sort, limit = query.get("sort", "age"), query.get("limit", "0")
+        if sort not in SORTS or not re.fullmatch(r"[0-9]{1,7}", limit):
+            return Answer("400 Bad Request", TEXT, f"sort: {', '.join(SORTS)}\n".encode())
+        document = json.dumps(self._roster.document(sort, int(limit)))
+        return Answer("200 OK", JSON, document.encode() + b"\n")
+
+    def _kick(self, query: Mapping[str, str]) -> Answer:
+        text = query.get("client", "")
+        if not re.fullmatch(r"[!-~]{1,64}", text):
+            return Answer("400 Bad Request", TEXT, b"client must be an id or an address\n")
+        document = json.dumps({"closed": self._roster.close(text)})
+        return Answer("200 OK", JSON, document.encode() + b"\n")
 
     def _access_error(self, environ: dict[str, Any]) -> Answer | None:
         """Return the error response for a client without access to this page; None if it has."""
@@ -163,14 +190,14 @@ class _Admin:
         is_token = hmac.compare_digest(value.strip().encode(), self._config.admin_token.encode())
         return is_token and kind.lower() in ("basic", "bearer")
 
-    def _page(self) -> Answer:
+    def _page(self, _query: Mapping[str, str]) -> Answer:
         return Answer("200 OK", HTML, PAGE.read_bytes())
 
-    def _status(self) -> Answer:
+    def _status(self, _query: Mapping[str, str]) -> Answer:
         document = status(self._config, self._scoreboard, self._list_members())
         return Answer("200 OK", JSON, json.dumps(document, indent=1).encode() + b"\n")
 
-    def _history(self) -> Answer:
+    def _history(self, _query: Mapping[str, str]) -> Answer:
         document = History(self._scoreboard).document(time.time())
         return Answer("200 OK", JSON, json.dumps(document).encode() + b"\n")
 
@@ -178,13 +205,13 @@ class _Admin:
         """Return the servers of the cluster. Waits for Redis a moment at most."""
         return None if self._members is None else self._members.payload()
 
-    def _metrics(self) -> Answer:
+    def _metrics(self, _query: Mapping[str, str]) -> Answer:
         return Answer("200 OK", METRICS, generate_latest(self._registry))
 
-    def _live(self) -> Answer:
+    def _live(self, _query: Mapping[str, str]) -> Answer:
         return Answer("200 OK", TEXT, b"alive\n")
 
-    def _ready(self) -> Answer:
+    def _ready(self, _query: Mapping[str, str]) -> Answer:
         word = state(self._scoreboard)
         code = "200 OK" if word == "ready" else "503 Service Unavailable"
         return Answer(code, TEXT, f"{word}\n".encode())

@@ -88,7 +88,8 @@ def _serve_admin_port(instructions: Instructions, scoreboard: Scoreboard) -> "WS
     from gserver.agent import admin_port  # Loaded only if there is an admin port.
 
     listener = socket.socket(fileno=instructions.listener_fd)
-    return admin_port.serve(instructions.config, scoreboard, listener)
+    config, control_fd = instructions.config, instructions.control_fd
+    return admin_port.serve(config, scoreboard, listener, control_fd)
 
 
 class _Watcher:

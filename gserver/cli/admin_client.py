@@ -26,6 +26,9 @@ from gserver.metrics import DURATION_BOUNDS_NS, percentile
 TIMEOUT_SECONDS = 2.0
 #: A status with 200 servers of the longest ids has a twentieth of this.
 MAX_BYTES = 1_000_000
+#: A list of 100,000 clients has about as much.
+MAX_LIST_BYTES = 30_000_000
+STATUS = "/status.json"
 #: Most items of a list, and characters of a text, in the part of a status that is shown.
 MAX_ITEMS, MAX_TEXT = 1000, 128
 SLOW = f"no answer in {TIMEOUT_SECONDS:.0f} s"
@@ -210,27 +213,49 @@ def _parse(url: str, token: str) -> tuple[str, str]:
     return parts.netloc.rpartition("@")[2], parts.password or token
 
 
+def ask_once(target: Target, path: str, *, method: str = "GET") -> Any:
+    """Send one request, and return the JSON of the answer.
+
+    Raises `FatalError` with the reason if there is none.
+    """
+    try:
+        return _printable(json.loads(_fetch(target.address, target.token, path, method)))
+    except FAILURES as error:
+        raise FatalError(f"{target.address}: {_explain(error)}") from error
+
+
 def _request(answer: "Future[Status | str]", address: str, token: str) -> None:
     """Set the result to the status, or to a text that says why there is none."""
     try:
         status = _printable(json.loads(_fetch(address, token)))
         answer.set_result(status if _fits(status, SHAPE) else STRANGE)
-    except TimeoutError:
-        answer.set_result(SLOW)
-    except RemoteDisconnected:
-        answer.set_result(CLOSED)
-    except (OSError, UnicodeError) as error:  # UnicodeError: the host name cannot be encoded.
-        answer.set_result(getattr(error, "strerror", None) or str(error))
-    except (ValueError, RecursionError, HTTPException):
-        answer.set_result(STRANGE)
-    except FatalError as error:
-        answer.set_result(str(error))
+    except FAILURES as error:
+        answer.set_result(_explain(error))
 
 
-def _fetch(address: str, token: str) -> str:
-    """Return the body of `/status.json`. Raises `FatalError` for an error response."""
+#: What may go wrong in a request.
+FAILURES = OSError, ValueError, RecursionError, HTTPException, FatalError
+
+
+def _explain(error: Exception) -> str:
+    """Return why a request has no answer."""
+    match error:
+        case TimeoutError():
+            return SLOW
+        case RemoteDisconnected():
+            return CLOSED
+        case FatalError():
+            return str(error)
+        case OSError() | UnicodeError():  # The latter: the host name cannot be encoded.
+            return getattr(error, "strerror", None) or str(error)
+    return STRANGE
+
+
+def _fetch(address: str, token: str, path: str = STATUS, method: str = "GET") -> str:
+    """Return the body of an answer. Raises `FatalError` for an error response."""
     parts, deadline = urlsplit(f"//{address}"), time.monotonic() + TIMEOUT_SECONDS
-    headers = {"Connection": "close"}
+    most = MAX_BYTES if path == STATUS else MAX_LIST_BYTES
+    headers = {"Connection": "close", "X-Gserver": "1"}
     if token:
         credentials = base64.b64encode(f":{token}".encode()).decode()
         headers["Authorization"] = f"Basic {credentials}"
@@ -238,9 +263,9 @@ def _fetch(address: str, token: str) -> str:
     try:
         connection.connect()
         with _cut_off_at(deadline, connection.sock):
-            connection.request("GET", "/status.json", headers=headers)
+            connection.request(method, path, headers=headers)
             with connection.getresponse() as response:
-                body = response.read(MAX_BYTES + 1) if response.status == 200 else b""
+                body = response.read(most + 1) if response.status == 200 else b""
     except (OSError, HTTPException) as error:
         if time.monotonic() >= deadline:  # The connection was cut off.
             raise TimeoutError from error
@@ -251,7 +276,7 @@ def _fetch(address: str, token: str) -> str:
         raise TimeoutError
     if response.status != 200:
         raise FatalError(REASONS.get(response.status, f"HTTP {response.status}"))
-    if len(body) > MAX_BYTES:
+    if len(body) > most:
         raise FatalError(STRANGE)
     return body.decode(errors="replace")
 

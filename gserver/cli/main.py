@@ -1,6 +1,6 @@
-"""The command line: `gserver [serve] [OPTIONS]`, `check`, `ask`, `status` and `top`.
+"""The command line: `gserver [serve] [OPTIONS]`, and the other commands.
 
-Declares the commands and hands each to the module that does the work. Every mistake of the user
+Declares them and hands each to the module that does the work. Every mistake of the user
 ends in `main` as one line on stderr and an exit code.
 """
 
@@ -336,6 +336,51 @@ def status(ctx: click.Context, /, **_: Any) -> None:
     from gserver.cli import top as screen
 
     ctx.exit(screen.show_status(targets))
+
+
+@gserver.command(cls=Command, short_help="List the clients of servers, through their admin ports.")
+@_admin_options
+@click.option(
+    "--sort",
+    type=click.Choice(["age", "idle", "address", "state", "worker"]),
+    default="age",
+    show_default=True,
+    help="What to sort by.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    default=100,
+    show_default=True,
+    help="Most clients to print.",
+)
+@click.option("--json", "is_json", is_flag=True, help="Print all clients, as one line of JSON.")
+@click.pass_context
+def clients(ctx: click.Context, /, sort: str, limit: int, *, is_json: bool, **_: Any) -> None:
+    """List the clients of servers, through their admin ports.
+
+    Also how many each address has, and the last that were rejected or closed for a reason.
+    """
+    targets = _targets(ctx)
+    from gserver.cli import clients as roster
+
+    ctx.exit(roster.show(targets, sort, limit, is_json=is_json))
+
+
+@gserver.command(cls=Command, short_help="Close clients of servers, through their admin ports.")
+@click.argument("client", metavar="ID|ADDRESS")
+@_admin_options
+@click.pass_context
+def kick(ctx: click.Context, /, client: str, **_: Any) -> None:
+    """Close the client with this id, or all clients with this address (see `gserver clients`).
+
+    They read `ERR closed by the operator`. Exits with 1 if there was none.
+    """
+    targets = _targets(ctx)
+    from gserver.cli import clients as roster
+
+    ctx.exit(roster.kick(targets, client))
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ import gevent
 from gserver import logs
 from gserver.commands import Command
 from gserver.protocol import (
+    KICKED,
     PLAIN_TEXT,
     SLOW_READER,
     TLS_FAILED,
@@ -90,6 +91,7 @@ class Work:
 
     __slots__ = (
         "closing_error",
+        "command",
         "drain_bytes_left",
         "has_input_ended",
         "is_muted",
@@ -114,6 +116,8 @@ class Work:
         self.items: deque[Command | ErrorReply] = deque()
         #: When answering began. Time spent waiting for the client does not count.
         self.started_at = 0.0
+        #: The name of the command whose handler runs in a greenlet.
+        self.command = ""
         #: The reply of a handler that ran in a greenlet; None while it runs.
         self.reply: bytes | None = None
         #: Replies that the kernel has not taken yet. A view, since they may be large.
@@ -379,6 +383,7 @@ class Client:
 
     def _start_handler(self, command: Command) -> None:
         self.state = BUSY
+        self._ensure_work().command = command.name
         self.loop.set_deadline(self, inf)
         gevent.spawn_raw(self._run_handler, command)
 
@@ -563,6 +568,16 @@ class Client:
 
     # Ends
 
+    def kick(self, now: float) -> None:
+        """Close it because the operator wants that. If it can read the reason, it does."""
+        if self.state is IDLE or self.state is READING:
+            self._end_with(KICKED, now)
+        else:
+            self._ensure_work().closing_error = KICKED
+            self.loop.replies.count_error(KICKED)
+            self.loop.note_end(self, KICKED)
+            self.close()
+
     def drain(self, now: float) -> None:
         """Close once what has been received is answered."""
         if self.state is IDLE or self.state is READING:
@@ -596,6 +611,8 @@ class Client:
 
     def finish(self) -> None:
         """Close after the last line, once the client has read it."""
+        if self.work and self.work.closing_error:
+            self.loop.note_end(self, self.work.closing_error)
         if self.work and self.work.has_input_ended:
             self.close()
             return
@@ -619,6 +636,7 @@ class Client:
         """Close with a reset: the kernel would hold the replies for the client for minutes."""
         self._ensure_work().closing_error = SLOW_READER
         self.loop.replies.count_error(SLOW_READER)
+        self.loop.note_end(self, SLOW_READER)
         self.sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
@@ -684,6 +702,7 @@ class Client:
     def _fail_handshake(self, error: OSError) -> None:
         """Count it, and close; a client that broke TLS can read the alert that says why."""
         self.loop.replies.count_error(TLS_FAILED)
+        self.loop.note_end(self, TLS_FAILED)
         if logging.root.isEnabledFor(logging.DEBUG) and self.address:
             fields = {**address_fields(self.address), **logs.error_fields(error)}
             message = f"TLS handshake with {self.address[0]} failed: {error}"

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from math import inf
-from time import monotonic, monotonic_ns
+from time import monotonic, monotonic_ns, time
 from typing import TYPE_CHECKING, Any, cast
 
 import gevent
@@ -43,6 +43,8 @@ PRIORITY = -2
 LATE_SECONDS = 1.0
 #: Rejected clients that may linger at the same time; others are closed at once.
 MAX_REJECTED = RESERVED_FILES // 2
+#: Clients that were rejected, or closed for a reason, and are remembered.
+MAX_RECENT = 200
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 #: Limit on TLS handshakes in progress in one worker; at most a quarter of its open files. One more
 #: ends the oldest, since an honest handshake takes milliseconds.
@@ -81,6 +83,8 @@ class Loop:
         #: When each client was accepted, in monotonic nanoseconds, by descriptor. An array, since a
         #: number in each client would take four times the memory.
         self.accepted_ns = array("q")
+        #: The last clients that were rejected, or closed for a reason.
+        self.recent_ends: deque[dict[str, Any]] = deque(maxlen=MAX_RECENT)
         #: How many replies a client was sent, if its end is going to be logged.
         self.reply_counts: dict[Client, int] = {}
         #: Clients that wait for their turn, in its order.
@@ -194,6 +198,7 @@ class Loop:
             self.rejected += 1
             self.rejected_now += 1
             self._log_rejection(client.address, error)
+            self.note_end(client, error)
             client.reject(error)
             return
         client.state = IDLE
@@ -432,6 +437,20 @@ class Loop:
         with suppress(OSError):
             self._epoll.unregister(client.sock.fileno())
         self._forget(client)
+
+    def note_end(self, client: Client, error: ErrorReply) -> None:
+        """Keep why a client was rejected or closed."""
+        address, port = self.peer(client)
+        end = {"at": round(time(), 3), "address": address, "port": port, "reason": error.name}
+        self.recent_ends.append(end)
+
+    def peer(self, client: Client) -> tuple[str, int]:
+        """Return address and port of a client; "" and 0 if its connection was reset."""
+        try:
+            address = client.address or client.sock.getpeername()
+        except OSError:
+            return "", 0
+        return str(address[0]), int(address[1])
 
     def _log_end(self, client: Client) -> None:
         """Log the end of a client at debug level, if it was admitted."""

@@ -30,6 +30,7 @@ from gserver.boot import (
     KEEP,
     KEPT,
     LEAVING,
+    QUERY,
     READY,
     RESERVED_FILES,
     TAKE_OVER,
@@ -41,7 +42,7 @@ from gserver.boot import (
 from gserver.certificates import Certificates
 from gserver.config import CLIENTS_SHARE
 from gserver.errors import UsageError
-from gserver.serve import tls
+from gserver.serve import roster, tls
 from gserver.serve.client import DRAIN_GRACE_SECONDS
 from gserver.serve.command_module import load_commands
 from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, receive
@@ -240,12 +241,15 @@ class Worker:
         """Do what the supervisor orders. An order that lacks its descriptor has found no room."""
         control = socket.socket(fileno=self._instructions.control_fd)
         while True:
-            orders, fds, _, _ = socket.recv_fds(control, 64, 1, socket.MSG_CMSG_CLOEXEC)
+            orders, fds, _, _ = socket.recv_fds(control, 1024, 1, socket.MSG_CMSG_CLOEXEC)
             if not orders:
                 return  # The supervisor has died: the heartbeat's greenlet ends the process.
             pair = socket.socket(fileno=fds[0]) if fds else None
-            for order in orders.decode().split():
-                if order == KEEP and self._sender:
+            for line in orders.decode().splitlines():
+                order, _, rest = line.partition(" ")
+                if order == QUERY and pair:
+                    gevent.spawn(roster.answer, self.loop, rest, pair)
+                elif order == KEEP and self._sender:
                     self._sender.give_up()
                 elif order == HAND_OVER and pair:
                     # At once: the next order may be to give it up.

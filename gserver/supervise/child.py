@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from time import monotonic
@@ -23,6 +23,7 @@ from gserver.boot import (
     KEEP,
     KEPT,
     LEAVING,
+    QUERY,
     READY,
     STACK_SIGNAL,
     SUPERVISOR_SIGNALS,
@@ -127,6 +128,8 @@ class Child:
     hand_over_at: float = 0.0
     #: The worker that it hands its clients over to.
     successor: "Child | None" = None
+    #: Queries of the agent that were not passed on yet: lines with a descriptor.
+    queries: list[tuple[str, int]] = field(default_factory=list)
     #: A file in memory, into which it writes its Python stack when it looks hung; -1 = none.
     stack_fd: int = -1
 
@@ -167,7 +170,7 @@ class Child:
 
     def save(self) -> dict[str, Any]:
         """Return what `resume_children` needs, as JSON."""
-        own = {"generation", "process", "control", "state", "successor", "kept_by"}
+        own = {"generation", "process", "control", "state", "successor", "kept_by", "queries"}
         names = {each.name for each in fields(self)} - own
         rest = {name: getattr(self, name) for name in names}
         return {
@@ -273,27 +276,42 @@ class Child:
         """Take in what it reports; return whether it has become ready by that."""
         if self.control.fileno() < 0:
             return False
+        fds: list[int] = []
         try:
-            report = self.control.recv(8192).decode("ascii", "replace")
+            data, fds, _, _ = socket.recv_fds(self.control, 8192, 4, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         except ConnectionResetError:  # It has died with an order unread.
-            report = ""
-        self.is_control_closed = not report
+            data = b""
+        self.is_control_closed = not data
         was_ready = self.has_been_ready
-        for line in report.splitlines():
-            kind, _, reason = line.partition(" ")
-            if kind == READY:
-                self._note_ready()
-            elif kind == KEPT and self.is_handing_over:
-                self._keep()
-                self.kept_because = reason
-            elif kind == LEAVING and self.is_handing_over:
-                self.state = State.TERMINATING
+        for line in data.decode("ascii", "replace").splitlines():
+            if line.startswith(f"{QUERY} ") and fds:
+                self.queries.append((line, fds.pop()))
             else:
-                self.error = reason
-                self.has_duplicate_id = kind == DUPLICATE_ID
+                self._take_report(line)
+        for fd in fds:
+            os.close(fd)
         return self.has_been_ready and not was_ready
+
+    def _take_report(self, line: str) -> None:
+        kind, _, reason = line.partition(" ")
+        if kind == READY:
+            self._note_ready()
+        elif kind == KEPT and self.is_handing_over:
+            self._keep()
+            self.kept_because = reason
+        elif kind == LEAVING and self.is_handing_over:
+            self.state = State.TERMINATING
+        else:
+            self.error = reason
+            self.has_duplicate_id = kind == DUPLICATE_ID
+
+    def pass_on(self, line: str, fd: int) -> None:
+        """Send a worker a query of the agent, with its descriptor, if it can take it."""
+        if self.has_been_ready and self.control.fileno() >= 0:
+            with contextlib.suppress(OSError):  # It is dead, or too busy.
+                socket.send_fds(self.control, [f"{line}\n".encode()], [fd])
 
     def _note_ready(self) -> None:
         self.ready_at = monotonic()

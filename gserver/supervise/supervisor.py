@@ -6,6 +6,7 @@ monotonic seconds.
 """
 
 import logging
+import os
 import re
 import selectors
 import signal
@@ -372,6 +373,11 @@ class Supervisor:
             self._backoff[child.role].failures = 0
             if child.role == WORKER:
                 self._note_ready(child)
+        for line, fd in child.queries:
+            for worker in self._not_stuck(WORKER) if child.role == AGENT else ():
+                worker.pass_on(line, fd)
+            os.close(fd)
+        child.queries.clear()
         if child.kept_because:
             reason, child.kept_because = child.kept_because, ""
             if child.kept_by is self._lifecycle.generation:  # Not of an earlier reload.
