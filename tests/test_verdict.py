@@ -42,7 +42,11 @@ def facts(**changes: Any) -> Facts:
         "workers": WORKERS,
         "members": MEMBERS,
         "minute": MINUTE,
-        "events": [event("log.dropped", 301, "old"), event("server.reload_failed", 1, "x")],
+        "events": [
+            event("log.dropped", 301, "old"),
+            event("cluster.server_lost", 301, "x"),
+            event("server.reload_failed", 1, "x"),
+        ],
         "unix_seconds": NOW,
         "has_failed_reload": False,
     }
@@ -116,6 +120,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"has_failed_reload": True, "events": []},
         "reload_failed",
         "server.reload_failed",
+    ),
+    "a lost server": (
+        {"events": [event("cluster.server_lost", 299, "server b was lost")]},
+        "server_lost",
+        "server b was lost",
     ),
     "dropped lines": (
         {"events": [event("log.dropped", 299, "dropped 3 log lines")]},

@@ -18,8 +18,8 @@ MAX_FAILURES = 6
 LATE_INTERVALS = 2
 #: A certificate that expires within this time needs a renewal.
 EXPIRES_SOON_SECONDS = 14 * 86400
-#: How long lines that were dropped from the log are mentioned.
-DROPPED_SECONDS = 300
+#: How long a server that was lost, and lines that were dropped from the log, are mentioned.
+RECENT_SECONDS = 300
 
 
 class Reason(NamedTuple):
@@ -116,6 +116,7 @@ def _cluster(config: Config, facts: Facts) -> Iterator[Reason]:
 
 
 def _others(_config: Config, facts: Facts) -> Iterator[Reason]:
+    yield from _recent("cluster.server_lost", "server_lost", facts)
     expires_at = facts.figures.get("tls_expires_at", 0)
     left = expires_at - facts.unix_seconds
     if expires_at and left <= 0:
@@ -124,10 +125,14 @@ def _others(_config: Config, facts: Facts) -> Iterator[Reason]:
         yield Reason("certificate", f"the certificate expires in {_days(left)}")
     if facts.has_failed_reload:
         yield Reason("reload_failed", _last_message("server.reload_failed", facts))
-    since = facts.unix_seconds - DROPPED_SECONDS
-    dropped = [event for event in facts.events if event["action"] == "log.dropped"]
-    if any(event["at"] > since for event in dropped):
-        yield Reason("log_dropped", _last_message("log.dropped", facts))
+    yield from _recent("log.dropped", "log_dropped", facts)
+
+
+def _recent(action: str, name: str, facts: Facts) -> Iterator[Reason]:
+    """Yield a reason if there was such an event a short time ago."""
+    since = facts.unix_seconds - RECENT_SECONDS
+    if any(event["action"] == action and event["at"] > since for event in facts.events):
+        yield Reason(name, _last_message(action, facts))
 
 
 def _last_message(action: str, facts: Facts) -> str:

@@ -4,7 +4,8 @@
 -- KEYS, all in one hash slot. Times are milliseconds.
 --   members  hash: server id -> "clients sequence incarnation", the server's entry
 --   leases   sorted set: server id -> end of its lease, on the lease clock
---   state    hash: total, clock, lost_at, returned, heartbeat_at, recount_at
+--   state    hash: total, clock, lost_at, returned, heartbeat_at, recount_at; gone: the last servers
+--            that have left or were lost, the latest first, as lines "id left|lost clock"
 --
 -- ARGV
 --    1  server id
@@ -86,12 +87,17 @@ end
 
 clock = clock + math.max(0, math.min(elapsed, interval))
 
-local function drop(ids)
+local function drop(ids, how)
   for _, dropped in ipairs(redis.call('HMGET', members, unpack(ids))) do
     total = total - leading_number(dropped)
   end
   redis.call('HDEL', members, unpack(ids))
   redis.call('ZREM', leases, unpack(ids))
+  -- Now that something is written, Redis refuses nothing for lack of memory.
+  local gone = {}
+  for _, id in ipairs(ids) do gone[#gone + 1] = id .. ' ' .. how .. ' ' .. clock end
+  gone[#gone + 1] = redis.call('HGET', state, 'gone') or ''
+  redis.call('HSET', state, 'gone', string.sub(table.concat(gone, '\n'), 1, 2000))
 end
 
 -- A later heartbeat than the caller's last one, in its own incarnation, was sent by a copy of it: a
@@ -104,7 +110,7 @@ local may_write = not holder or holder == replaced_incarnation
   or (holder == incarnation and sequence > old_sequence)
 local was_missing = not old_clients and acked_sequence > 0
 if may_write and clients == 'leave' then
-  drop({server_id})
+  drop({server_id}, 'left')
 elseif may_write then
   if was_missing then returned = returned + 1 end
   total = total + clients - (old_clients or 0)
@@ -116,7 +122,7 @@ end
 
 -- At most 500 in one heartbeat, so that no single one takes long.
 local expired = redis.call('ZRANGEBYSCORE', leases, '-inf', clock, 'LIMIT', 0, 500)
-if #expired > 0 then drop(expired) end
+if #expired > 0 then drop(expired, 'lost') end
 
 -- Count everything afresh once a minute, which bounds the life of an error in the total. A lost
 -- entry forces it, because its clients may still be in the total.

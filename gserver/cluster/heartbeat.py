@@ -13,6 +13,7 @@ import gevent
 from gevent.event import Event
 
 from gserver import logs
+from gserver.cluster.changes import Changes
 from gserver.cluster.duplicate_id import DuplicateIdDetector
 from gserver.cluster.membership import LEAVE, Heartbeat, Membership, Reply
 from gserver.cluster.redis_link import RedisLink, kind_of
@@ -58,6 +59,7 @@ class HeartbeatSender:
             lost_at=scoreboard.get("data_lost_at"),
             hold_until=scoreboard.get("hold_until"),
         )
+        self._changes = Changes(config)
         self._duplicate_id = DuplicateIdDetector(self._incarnation, self._interval_ms)
         self._is_member = self._membership.servers > 0
         self._acked_sequence = scoreboard.get("acked_sequence")
@@ -181,12 +183,7 @@ class HeartbeatSender:
             self.id_is_known.set()
         self._publish()
         if membership.servers != last_servers:
-            fields = {
-                "gserver.servers": membership.servers,
-                "gserver.remote_clients": membership.remote_clients,
-            }
-            message = f"servers in the cluster: {membership.servers} (before: {last_servers})"
-            logs.event(logging.INFO, "cluster.servers", message, fields)
+            self._changes.note(last_servers, membership.servers, membership.remote_clients)
 
     def _publish(self) -> None:
         """Put all that is known on the scoreboard.

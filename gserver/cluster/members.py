@@ -28,6 +28,9 @@ REQUEST_WAIT_SECONDS = 0.25
 READ_TIMEOUT_SECONDS = 2.0
 
 Servers = list[dict[str, Any]]
+#: How servers have gone, by their ids.
+Gone = dict[str, str]
+LEFT, LOST = "left", "lost"
 
 
 class Members:
@@ -42,6 +45,8 @@ class Members:
         self._read_started_at = self._servers_read_at = -math.inf
         self._servers: Servers | None = None
         self._omitted_servers = 0
+        #: How the last servers that are gone have gone.
+        self.gone: Gone = {}
         self._error_kind: str | None = None
 
     def payload(self) -> dict[str, Any]:
@@ -59,6 +64,14 @@ class Members:
         if self._reader is not None:
             wait_end = self._read_started_at + REQUEST_WAIT_SECONDS
             self._reader.join(max(0.0, wait_end - monotonic()))
+        return self._last()
+
+    def read(self) -> dict[str, Any]:
+        """Read Redis now, for up to READ_TIMEOUT_SECONDS, and return the same."""
+        self._read()
+        return self._last()
+
+    def _last(self) -> dict[str, Any]:
         result: dict[str, Any] = {
             "servers": None,
             "age_seconds": None,
@@ -75,7 +88,7 @@ class Members:
         started_at = monotonic()
         try:
             with gevent.Timeout(READ_TIMEOUT_SECONDS):
-                self._servers, self._omitted_servers = self._link.run(
+                self._servers, self._omitted_servers, self.gone = self._link.run(
                     SCRIPT, self._parse, self._own_id, self._interval_ms, MAX_SERVERS
                 )
         except (Exception, gevent.Timeout) as error:  # noqa: BLE001 - its kind is reported
@@ -86,13 +99,13 @@ class Members:
         finally:
             self._link.drop()
 
-    def _parse(self, raw: Any) -> tuple[Servers, int]:
-        """Return the servers in a reply of members.lua, and how many it does not list.
+    def _parse(self, raw: Any) -> tuple[Servers, int, Gone]:
+        """Return the servers in a reply of members.lua, how many are not listed, and who has gone.
 
         Raises an error if the reply has another form. The keys may hold values of other programs:
         an invalid id is not listed, and an invalid number is None.
         """
-        size, clock, *rest = raw
+        size, clock, gone, *rest = raw
         if not isinstance(size, int) or len(rest) % 3:
             raise ValueError("the reply does not have the script's form")
         servers = []
@@ -102,7 +115,7 @@ class Members:
                 clients = _number(rb"(\d{1,15}) \d+ \S+", entry)
                 servers.append(self._server(server_id.decode(), lease_end_ms, clients, clock))
         servers.sort(key=_listing_order)
-        return servers, max(0, size - len(servers))
+        return servers, max(0, size - len(servers)), _parse_gone(gone)
 
     def _server(
         self, server_id: str, lease_end_ms: int | None, clients: int | None, clock_ms: int
@@ -118,6 +131,12 @@ class Members:
             "is_late": silent_ms is not None and silent_ms > late_after_ms,
             "is_this": server_id == self._own_id,
         }
+
+
+def _parse_gone(text: bytes) -> Gone:
+    """Return how each server has gone last. Lines of another form are left out."""
+    found = re.findall(rb"^([!-~]{1,128}) (left|lost) [0-9.e+]+$", text, re.M)
+    return {server_id.decode(): how.decode() for server_id, how in reversed(found)}
 
 
 def _number(pattern: bytes, text: bytes) -> int | None:

@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lab.admin import status
 from lab.clusters import (
     FAST,
     INTERVAL,
@@ -192,6 +194,39 @@ def test_a_reload_does_not_leave_the_cluster(redis: Redis, three: list[Running])
 
 
 # Servers that end.
+
+
+def test_the_others_log_which_server_has_come_left_or_was_lost(redis: Redis) -> None:
+    def options(name: str) -> list[str]:
+        return [*FAST, "--server-id", name, "--admin-port", "0"]
+
+    def described(server: Running) -> list[dict[str, Any]]:
+        names = ("servers", "joined", "left", "lost")
+        return [
+            {name: event[f"gserver.{name}"] for name in names if f"gserver.{name}" in event}
+            for event in server.events("cluster.servers")
+        ]
+
+    with cluster(redis.url, "named", options("a"), options("b"), options("c")) as servers:
+        first, second, third = servers
+        before = len(described(first))
+        assert second.stop() == 0
+        until(lambda: len(described(first)) > before, "b has left")
+        third.kill()
+        until(lambda: len(described(first)) > before + 1, "c is lost")
+        with Running("--redis-url", redis.url, "--cluster-name", "named", *options("d")):
+            until(lambda: len(described(first)) > before + 2, "d has come")
+        assert described(first)[before : before + 3] == [
+            {"servers": 2, "left": "b"},
+            {"servers": 1, "lost": "c"},
+            {"servers": 2, "joined": "d"},
+        ]
+        [lost] = first.events("cluster.server_lost")
+        assert lost["gserver.server"] == "c"
+        document = status(first)
+        assert document["verdict"] == "degraded"
+        assert "server c was lost" in str(document["reasons"])
+        assert "cluster.server_lost" in {event["action"] for event in document["events"]}
 
 
 @pytest.mark.fault("A server dies")

@@ -204,6 +204,25 @@ def test_a_server_whose_entry_was_deleted_by_hand_is_counted_once_when_it_is_bac
     assert totals(two.heartbeat(20)) == totals(cluster.heartbeat("one", 1)) == (21, 2)
 
 
+def test_how_servers_have_gone_is_kept_the_latest_first(cluster: Cluster) -> None:
+    for server_id in ("one", "two", "three"):
+        cluster.heartbeat(server_id, 1)
+    left_at = cluster.heartbeat("two", "leave").clock
+    clock = left_at
+    while clock <= left_at + TTL:
+        cluster.elapse(INTERVAL)
+        clock = cluster.heartbeat("one", 1).clock
+    lines = [line.split() for line in cluster.redis.hget(STATE, "gone").splitlines()]
+    assert [line[:2] for line in lines] == [["three", "lost"], ["two", "left"]]
+    assert int(lines[1][2]) == left_at
+    for number in range(300):
+        cluster.heartbeat(f"server-{number}", 1)
+        cluster.heartbeat(f"server-{number}", "leave")
+    text = cluster.redis.hget(STATE, "gone")
+    assert text.startswith("server-299 left ")
+    assert len(text) == 2000
+
+
 def test_the_lease_clock_continues_after_the_last_server_has_left(cluster: Cluster) -> None:
     cluster.heartbeat("one", 1)
     cluster.elapse(1000)
@@ -921,6 +940,7 @@ def test_the_document_names_the_script_and_the_fields_of_its_keys(cluster: Clust
     rows = dict(re.findall(r"^\| `\{gserver:NAME\}:(\w+)` \| [\w ]+ \| (.*) \|$", page, re.M))
     assert set(rows) == {key.rpartition(":")[2] for key in KEYS}
     cluster.heartbeat("one", 1)
+    cluster.heartbeat("one", "leave")
     assert set(re.findall(r"`(\w+)`", rows["state"])) == set(cluster.redis.hkeys(STATE))
     assert "`clients sequence incarnation`" in rows["members"]
     (script,) = set(re.findall(r"`(gserver/[\w/]+\.lua)`", page))
