@@ -37,6 +37,7 @@ REASONS = (
     "failing",
     "redis_away",
     "server_late",
+    "server_lost",
     "certificate",
     "reload_failed",
     "log_dropped",

@@ -53,7 +53,8 @@ def test_a_serving_server_is_alive_and_ready(here: Running) -> None:
 
 def test_an_unknown_path_is_not_found_and_the_known_paths_are_listed(here: Running) -> None:
     for path in ("/x", "/status", "//", "/%00", "/../etc/passwd", "/" + "x" * 2000):
-        known = b"available: /, /status.json, /history.json, /metrics, /livez, /readyz\n"
+        known = b"available: /, /status.json, /history.json, /clients.json, /kick"
+        known += b", /metrics, /livez, /readyz\n"
         assert get(here, path)[::2] == (404, known)
 
 

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 #: What the admin port shows as recent events.
 KEPT_EVENTS = (
-    *("cluster.joined", "cluster.servers", "cluster.lost", "cluster.regained"),
+    *(
+        "cluster.joined",
+        "cluster.servers",
+        "cluster.server_lost",
+        "cluster.lost",
+        "cluster.regained",
+    ),
     *("cluster.expired", "cluster.reset", "server.duplicate_id", "log.dropped"),
 )
 #: How long a stop waits until this server has left the cluster.

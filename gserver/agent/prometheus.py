@@ -18,6 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.core import Metric as Family
 
 from gserver import __version__
+from gserver.agent import processes
 from gserver.agent.status import figures
 from gserver.config import Config
 from gserver.metrics import DURATION_BOUNDS_NS, METRICS, Kind, Metric, in_seconds, members_of
@@ -47,6 +48,7 @@ class ScoreboardCollector:
             is_wanted = bool(self._config.redis_url) or not metric.needs_cluster
             if metric.prometheus and is_wanted and (metric.label or metric.name in values):
                 yield _family(metric, values)
+        yield from processes.families(self._scoreboard)
 
 
 def _family(metric: Metric, values: Mapping[str, int]) -> Family:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from gserver import __version__
+from gserver.agent import processes
 from gserver.agent.history import History
 from gserver.agent.verdict import HEALTHY, Facts, judge
 from gserver.config import Config
@@ -126,6 +127,7 @@ def status(
             _put(document, metric.json.split("."), _json_value(metric, values))
     document["latency_bounds_seconds"] = [bound / 1e9 for bound in DURATION_BOUNDS_NS]
     document["workers"]["each"] = _workers(scoreboard)
+    document["processes"] = processes.described(scoreboard)
     document["cluster"] = document.get("cluster")
     if config.redis_url:
         document["cluster"]["name"] = config.cluster_name

@@ -144,7 +144,9 @@ SEEN = [
     for path in paths(GOOD)
     if path.rpartition(".")[2] not in UNSEEN
     and path not in ("workers.now", "server.now")
-    and not path.startswith(("cluster.heartbeat_errors", "latency_bounds_seconds", "events"))
+    and not path.startswith(
+        ("cluster.heartbeat_errors", "latency_bounds_seconds", "events", "processes")
+    )
 ]
 
 

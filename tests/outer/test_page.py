@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -59,13 +60,18 @@ def test_the_page_shows_the_real_figures_and_follows_changes(window: Browser) ->
 
         until(has_rate, "the page shows a rate")
         pids = {str(worker.pid) for worker in server.workers()}
-        assert {line.split()[0] for line in window.text("workers").splitlines()} == pids
+        found = [line.split() for line in window.text("workers").splitlines()]
+        assert {line[0] for line in found[:2]} == pids
+        assert [line[1] for line in found[2:]] == ["supervisor", "agent"]
+        assert all("MB" in line for line in found)
         heads = window.run(
             "return [...document.querySelectorAll('th[scope=col]')].map(head => head.innerText)"
         )
-        assert heads[-5:] == ["process", "age", "clients", "reads per second", "last heartbeat"]
+        figures = ["reads per second", "memory", "CPU", "files", "last heartbeat"]
+        first = heads.index("reads per second") - 3
+        assert heads[first : first + 8] == ["process", "age", "clients", *figures]
         widths = "return [...document.querySelectorAll('#workers tr')].map(row => row.cells.length)"
-        assert set(window.run(widths)) == {5}
+        assert set(window.run(widths)) == {8}
         server.workers()[0].kill()
         server.wait_for("worker.ready", 3)
         until(lambda: "1 restart" in window.text("workers-title"), "the page shows the restart")
@@ -74,6 +80,60 @@ def test_the_page_shows_the_real_figures_and_follows_changes(window: Browser) ->
             "return document.getElementById('plot-clients').ariaLabel"
         )
         assert window.problems() == []
+
+
+def test_the_page_says_what_is_wrong_as_long_as_it_is(window: Browser) -> None:
+    options = ["--admin-port", "0", "--server-id", "the-one", "--hang-timeout", "0"]
+    with Running(*options) as server:
+        window.open(page(server))
+        until(lambda: window.text("state") == "healthy", "the page has the status")
+        assert window.run("return document.title") == "healthy · the-one · gserver"
+        assert window.text("reasons") == ""
+        [worker] = server.workers()
+        worker.suspend()
+        try:
+            expected = rf"worker {worker.pid} does not answer: no heartbeat for \d+ s"
+            until(lambda: re.fullmatch(expected, window.text("reasons")), "the page says it")
+            assert window.text("state") == "degraded"
+            assert window.run("return document.title") == "degraded · the-one · gserver"
+            assert "does not answer" in window.text("workers")
+        finally:
+            worker.resume()
+        until(lambda: window.text("state") == "healthy", "it is over")
+        assert window.text("reasons") == ""
+        worker.kill()
+        until(lambda: f"worker {worker.pid} died" in window.text("events"), "the event is shown")
+        assert window.problems() == []
+
+
+def test_the_page_lists_the_clients_while_that_is_looked_at(window: Browser) -> None:
+    with Running("--admin-port", "0", "--max-clients", "2") as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.client(source="127.0.0.9")) for _ in range(2)]
+        until(lambda: clients[0].who() == 2, "both are counted")
+        with server.client() as rejected:
+            assert rejected.rest() == b"ERR too many clients\n"
+        window.open(page(server))
+        until(lambda: window.text("state") == "degraded", "the page has the status")
+        window.run("document.getElementById('who').open = true")
+        until(lambda: len(window.text("who-rows").splitlines()) == 2, "both are listed")
+        assert all(line.startswith("127.0.0.9") for line in window.text("who-rows").splitlines())
+        assert window.text("who-note") == "2 clients; by address: 127.0.0.9 2"
+        assert "too many clients" in window.text("ended")
+        clients[0].sock.close()
+        until(lambda: window.text("who-note").startswith("1 client;"), "the list follows")
+
+
+def test_the_charts_begin_with_what_the_server_has_kept(window: Browser) -> None:
+    with Running("--admin-port", "0") as server:
+        server.wait_for("agent.ready")
+        time.sleep(4)
+        window.open(page(server))
+        until(lambda: window.run("return points.length") >= 3, "there are points at once")
+        first, last = window.run("return [points[0].at, points.at(-1).at]")
+        assert last - first >= 2000
+        window.run("document.getElementById('range').click()")
+        assert window.text("range") == "show five minutes"
+        until(lambda: window.run("return points.every(p => p.at % 10000 < 2000)"), "by tens")
 
 
 def test_the_page_shows_how_long_the_certificate_is_valid(window: Browser, tmp_path: Path) -> None:
