@@ -21,7 +21,9 @@ from gserver.serve.loop import Loop
 #: The requests: list all clients, or close those with an id or an address.
 LIST, CLOSE = "list", "close"
 #: Clients in a packet. Others are served between two packets.
-PACKET_CLIENTS = 50
+PACKET_CLIENTS = 40
+#: Pause after a packet, so that clients have their turn.
+PAUSE_SECONDS = 0.001
 
 
 def answer(loop: Loop, request: str, sock: socket.socket) -> None:
@@ -30,7 +32,7 @@ def answer(loop: Loop, request: str, sock: socket.socket) -> None:
     with suppress(OSError), sock:
         for packet in _list(loop) if kind == LIST else _close(loop, text):
             sock.send(json.dumps(packet).encode())
-            gevent.sleep(0)
+            gevent.sleep(PAUSE_SECONDS)
 
 
 def _list(loop: Loop) -> Iterator[dict[str, Any]]:
