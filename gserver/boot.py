@@ -43,6 +43,8 @@ KEPT, LEAVING = "kept", "leaving"
 HAND_OVER, TAKE_OVER, KEEP = "hand_over", "take_over", "keep"
 #: Both: a request of the agent to the workers, which the supervisor passes on.
 QUERY = "query"
+#: What the agent may request: a list of all clients, or to close those with an id or an address.
+LIST, CLOSE = "list", "close"
 #: A report is cut to this: it is written as a whole.
 MAX_REPORT_BYTES = 4000
 #: Descriptors that a process needs beside those of its clients: standard streams, scoreboard,
@@ -166,15 +168,17 @@ def keep_heartbeat(instructions: Instructions, scoreboard: Scoreboard) -> None:
 
     It also logs how many warnings were suppressed, and logs at debug level while that is wanted.
     """
-    heartbeat = scoreboard.heartbeat_cell(instructions.slot)
+    heartbeat, dropped = scoreboard.heartbeat_cell(instructions.slot), 0
     while True:
         exit_if_orphaned(instructions)
         now_ns = scoreboard.cells[heartbeat] = time.monotonic_ns()
         logs.log_debug(is_on=scoreboard.get("debug_ends_at") > now_ns)
-        dropped = logs.report_suppressed()
-        if dropped and instructions.slot >= 0:
+        logs.report_suppressed()
+        now_dropped = logs.dropped_lines()
+        if now_dropped != dropped and instructions.slot >= 0:
             cell = scoreboard.cell("log_lines_dropped", instructions.slot)
-            scoreboard.cells[cell] += dropped
+            scoreboard.cells[cell] += now_dropped - dropped
+            dropped = now_dropped
         time.sleep(HEARTBEAT_SECONDS)
 
 

@@ -104,7 +104,9 @@ def test_a_client_can_be_closed_by_its_id_and_all_by_their_address() -> None:
         assert two.who() == 1
         done = gserver("kick", "127.0.0.9", "--admin", admin(server))
         assert (done.returncode, done.stdout) == (1, "closed 0 clients\n")
-        assert len(server.events("client.kicked")) == 4
+        kicked = server.events("client.kicked")
+        assert sum(event["gserver.clients"] for event in kicked) == 4
+        assert {event["client.address"] for event in kicked} == {"127.0.0.1", "127.0.0.9"}
         assert status(server)["error_replies"]["kicked"] == 4
         assert [end["reason"] for end in listed(server)["recent"]] == ["kicked"] * 4
 

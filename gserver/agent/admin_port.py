@@ -1,7 +1,7 @@
 """The admin port: health, metrics and status over HTTP, for load balancers, Prometheus and people.
 
-The agent serves it, so it cannot slow a client. Each connection carries one GET or HEAD request,
-with a size limit and a deadline.
+The agent serves it, so it cannot slow a client; only a list of the clients, once a second at most,
+asks the workers. Each connection carries one request, with a size limit and a deadline.
 """
 
 import base64
@@ -69,7 +69,7 @@ def serve(
     config: Config, scoreboard: Scoreboard, listener: socket.socket, control_fd: int
 ) -> WSGIServer:
     """Answer requests on a listening socket until the returned server is stopped."""
-    admin = _Admin(config, scoreboard, Roster(control_fd))
+    admin = _Admin(config, scoreboard, Roster(scoreboard, control_fd))
     respond, pool = admin.respond, Pool(2 * MAX_WAITING)
     # Without SERVER_NAME, pywsgi would look it up at start and wait for name servers.
     environ = {"SERVER_NAME": config.admin_host}
@@ -156,7 +156,7 @@ class _Admin:
         text = query.get("client", "")
         if not re.fullmatch(r"[!-~]{1,64}", text):
             return Answer("400 Bad Request", TEXT, b"client must be an id or an address\n")
-        document = json.dumps({"closed": self._roster.close(text)})
+        document = json.dumps(self._roster.close(text))
         return Answer("200 OK", JSON, document.encode() + b"\n")
 
     def _access_error(self, environ: dict[str, Any]) -> Answer | None:

@@ -9,13 +9,19 @@ import os
 import socket
 from collections import Counter
 from contextlib import suppress
+from math import inf
 from time import monotonic
 from typing import Any
 
-from gserver.boot import QUERY
+from gevent.lock import BoundedSemaphore
 
-#: How long the workers have to answer. A worker that hangs is left out.
-ANSWER_SECONDS = 1.5
+from gserver.boot import CLOSE, LIST, QUERY
+from gserver.scoreboard import Scoreboard
+
+#: How long a worker may be silent, and how long all may take. A worker that hangs is left out.
+SILENCE_SECONDS, ANSWER_SECONDS = 1.5, 4.0
+#: A list is used again for so long, however many requests there are.
+LIST_SECONDS = 1.0
 MAX_PACKET_BYTES = 262_144
 #: Clients that were turned away or closed for a reason, at most.
 MAX_RECENT = 200
@@ -24,16 +30,26 @@ MAX_ADDRESSES = 100
 #: What a list can be sorted by, and whether the largest come first.
 SORTS = {"age": True, "idle": True, "address": False, "state": False, "worker": False}
 
+Packets = list[dict[str, Any]]
+
 
 class Roster:
-    """The clients of all workers."""
+    """The clients of all workers. One request at a time goes to the workers."""
 
-    def __init__(self, control_fd: int) -> None:
+    def __init__(self, scoreboard: Scoreboard, control_fd: int) -> None:
+        self._scoreboard = scoreboard
         self._control = socket.socket(fileno=os.dup(control_fd))
+        self._is_free = BoundedSemaphore()
+        #: The last list, and when it was made.
+        self._list: tuple[Packets, bool] = ([], False)
+        self._listed_at = -inf
 
     def document(self, sort: str, limit: int) -> dict[str, Any]:
         """Return the document of `/clients.json`. `limit` 0 is none."""
-        packets, is_complete = self._ask("list")
+        with self._is_free:
+            if monotonic() > self._listed_at + LIST_SECONDS:
+                self._list, self._listed_at = self._ask(LIST), monotonic()
+        packets, is_complete = self._list
         # During a reload, a client may be in two lists.
         found = {each["id"]: each for packet in packets for each in packet.get("clients", ())}
         clients = sorted(found.values(), key=lambda each: _key(each, sort), reverse=SORTS[sort])
@@ -50,28 +66,36 @@ class Roster:
             "recent": sorted(recent, key=lambda each: -float(each["at"]))[:MAX_RECENT],
         }
 
-    def close(self, text: str) -> int:
-        """Close the clients with this id or address; return how many there were."""
-        packets, _ = self._ask(f"close {text}")
-        return sum(packet["closed"] for packet in packets)
+    def close(self, text: str) -> dict[str, Any]:
+        """Close the clients with this id or address; return how many, and whether all workers did.
 
-    def _ask(self, request: str) -> tuple[list[dict[str, Any]], bool]:
-        """Return the packets of all workers, and whether all have answered in time."""
+        A worker that has not answered closes its clients later.
+        """
+        with self._is_free:
+            packets, is_complete = self._ask(f"{CLOSE} {text}")
+            self._listed_at = -inf
+        closed = sum(packet.get("closed", 0) for packet in packets)
+        return {"closed": closed, "is_complete": is_complete}
+
+    def _ask(self, request: str) -> tuple[Packets, bool]:
+        """Return the packets of all workers, and whether each has answered to the end."""
+        waiting = {pid for pid in self._scoreboard.by_slot("pid") if pid}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        packets: list[dict[str, Any]] = []
-        with ours:
+        packets: Packets = []
+        deadline = monotonic() + ANSWER_SECONDS
+        with ours, suppress(TimeoutError):
             with theirs:
                 order = f"{QUERY} {request}\n".encode()
                 socket.send_fds(self._control, [order], [theirs.fileno()])
-            deadline = monotonic() + ANSWER_SECONDS
-            with suppress(TimeoutError):
-                while True:
-                    ours.settimeout(max(0.001, deadline - monotonic()))
-                    packet = ours.recv(MAX_PACKET_BYTES)
-                    if not packet:
-                        return packets, True
-                    packets.append(json.loads(packet))
-        return packets, False
+            while waiting:
+                left = min(SILENCE_SECONDS, deadline - monotonic())
+                ours.settimeout(max(0.001, left))
+                data = ours.recv(MAX_PACKET_BYTES)
+                if not data:
+                    break
+                packets.append(json.loads(data))
+                waiting.discard(packets[-1].get("end_of"))
+        return packets, not waiting
 
 
 def _key(client: dict[str, Any], sort: str) -> Any:

@@ -1,4 +1,4 @@
-"""The client of the admin port, for `gserver top` and `gserver status`.
+"""The client of the admin port, for `gserver top`, `status`, `clients` and `kick`.
 
 It does not trust the server: there is one deadline for a whole response and a limit on its size, a
 status is used only if it has the expected shape, and its texts are made safe for a terminal.
@@ -26,8 +26,9 @@ from gserver.metrics import DURATION_BOUNDS_NS, percentile
 TIMEOUT_SECONDS = 2.0
 #: A status with 200 servers of the longest ids has a twentieth of this.
 MAX_BYTES = 1_000_000
-#: A list of 100,000 clients has about as much.
-MAX_LIST_BYTES = 30_000_000
+#: The same for a list of clients: of 30,000 with names of a usual length.
+MAX_LIST_BYTES, MAX_CLIENTS = 10_000_000, 100_000
+LIST_SECONDS = 6.0
 STATUS = "/status.json"
 #: Most items of a list, and characters of a text, in the part of a status that is shown.
 MAX_ITEMS, MAX_TEXT = 1000, 128
@@ -40,6 +41,12 @@ REASONS = {
 }
 
 Status = dict[str, Any]
+
+
+class Long(NamedTuple):
+    """A text of at most so many characters, more than MAX_TEXT."""
+
+    length: int
 
 
 class EachOf(NamedTuple):
@@ -65,7 +72,20 @@ CLUSTER = {
     "age_seconds": MAYBE,
     "members": (MEMBERS, NoneType),
 }
-REASON = {"name": str, "text": str}
+CLIENT = {
+    **dict.fromkeys(("id", "address", "state", "tls_name"), str),
+    **dict.fromkeys(("port", "worker", "age_seconds", "idle_seconds"), float),
+    "command": (str, NoneType),
+}
+CLIENTS = {
+    "clients": [CLIENT],
+    "total": float,
+    "is_complete": bool,
+    "by_address": [{"address": str, "clients": float}],
+    "recent": [{"at": float, "address": str, "port": float, "reason": str}],
+}
+KICKED = {"closed": float, "is_complete": bool}
+REASON = {"name": str, "text": Long(1000)}
 DURATION = {"count": float, "seconds": float, "buckets": [float]}
 SHAPE = {
     "verdict": str,
@@ -213,15 +233,19 @@ def _parse(url: str, token: str) -> tuple[str, str]:
     return parts.netloc.rpartition("@")[2], parts.password or token
 
 
-def ask_once(target: Target, path: str, *, method: str = "GET") -> Any:
-    """Send one request, and return the JSON of the answer.
+def ask_once(target: Target, path: str, shape: Any, *, method: str = "GET") -> dict[str, Any]:
+    """Send one request, and return the JSON of the answer, if it has this shape.
 
-    Raises `FatalError` with the reason if there is none.
+    Raises `FatalError` with the reason if it has not.
     """
     try:
-        return _printable(json.loads(_fetch(target.address, target.token, path, method)))
+        found = _printable(json.loads(_fetch(target.address, target.token, path, method)))
     except FAILURES as error:
         raise FatalError(f"{target.address}: {_explain(error)}") from error
+    if not _fits(found, shape):
+        raise FatalError(f"{target.address}: {STRANGE}")
+    document: dict[str, Any] = found
+    return document
 
 
 def _request(answer: "Future[Status | str]", address: str, token: str) -> None:
@@ -253,13 +277,15 @@ def _explain(error: Exception) -> str:
 
 def _fetch(address: str, token: str, path: str = STATUS, method: str = "GET") -> str:
     """Return the body of an answer. Raises `FatalError` for an error response."""
-    parts, deadline = urlsplit(f"//{address}"), time.monotonic() + TIMEOUT_SECONDS
-    most = MAX_BYTES if path == STATUS else MAX_LIST_BYTES
+    seconds, most = TIMEOUT_SECONDS, MAX_BYTES
+    if path != STATUS:  # All workers are asked for it.
+        seconds, most = LIST_SECONDS, MAX_LIST_BYTES
+    parts, deadline = urlsplit(f"//{address}"), time.monotonic() + seconds
     headers = {"Connection": "close", "X-Gserver": "1"}
     if token:
         credentials = base64.b64encode(f":{token}".encode()).decode()
         headers["Authorization"] = f"Basic {credentials}"
-    connection = HTTPConnection(str(parts.hostname), parts.port, timeout=TIMEOUT_SECONDS)
+    connection = HTTPConnection(str(parts.hostname), parts.port, timeout=seconds)
     try:
         connection.connect()
         with _cut_off_at(deadline, connection.sock):
@@ -302,8 +328,10 @@ def _fits(value: Any, shape: Any) -> bool:
     """Whether a value has a shape.
 
     A shape is a type; a tuple of shapes, of which one must fit; a list with the shape of every
-    item; `EachOf`; or a dict with the shapes of some names.
+    item; `EachOf`; `Long`; or a dict with the shapes of some names.
     """
+    if isinstance(shape, Long):
+        return isinstance(value, str) and len(value) <= shape.length
     if isinstance(shape, EachOf):
         is_dict = isinstance(value, dict)
         return is_dict and _is_list([*value], str) and _is_list([*value.values()], shape.shape)
@@ -321,7 +349,7 @@ def _fits(value: Any, shape: Any) -> bool:
 def _is_list(value: Any, shape: Any) -> bool:
     return (
         isinstance(value, list)
-        and len(value) <= MAX_ITEMS
+        and len(value) <= (MAX_CLIENTS if shape is CLIENT else MAX_ITEMS)
         and all(_fits(item, shape) for item in value)
     )
 

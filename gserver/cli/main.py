@@ -127,13 +127,16 @@ def check(ctx: click.Context, /, **options: Any) -> None:
     options of `serve`. Ports, Redis and StatsD are not tried. Exits with 0 if the server would
     start, with 2 if not.
     """
-    from gserver.cli import check as report
+    from gserver.cli import check_report
     from gserver.supervise import rehearsal
 
     config = _configuration(ctx, options)
+    try:
+        commands = rehearsal.rehearse(config)
+    except FatalError as error:
+        raise UsageError(str(error)) from error
     _check_redis_ca(config)
-    commands = rehearsal.rehearse(config)
-    click.echo(report.describe(ctx, config, commands))
+    click.echo(check_report.describe(ctx, config, commands))
 
 
 def _check_redis_ca(config: Config) -> None:
@@ -363,7 +366,7 @@ def clients(ctx: click.Context, /, sort: str, limit: int, *, is_json: bool, **_:
     Also how many each address has, and the last that were rejected or closed for a reason.
     """
     targets = _targets(ctx)
-    from gserver.cli import clients as roster
+    from gserver.cli import roster
 
     ctx.exit(roster.show(targets, sort, limit, is_json=is_json))
 
@@ -378,7 +381,7 @@ def kick(ctx: click.Context, /, client: str, **_: Any) -> None:
     They read `ERR closed by the operator`. Exits with 1 if there was none.
     """
     targets = _targets(ctx)
-    from gserver.cli import clients as roster
+    from gserver.cli import roster
 
     ctx.exit(roster.kick(targets, client))
 

@@ -15,11 +15,10 @@ from typing import Any
 import gevent
 
 from gserver import logs
+from gserver.boot import LIST
 from gserver.serve.client import BUSY, COUNTED, MOVING, Client
 from gserver.serve.loop import Loop
 
-#: The requests: list all clients, or close those with an id or an address.
-LIST, CLOSE = "list", "close"
 #: Clients in a packet. Others are served between two packets.
 PACKET_CLIENTS = 40
 #: Pause after a packet, so that clients have their turn.
@@ -33,15 +32,15 @@ def answer(loop: Loop, request: str, sock: socket.socket) -> None:
         for packet in _list(loop) if kind == LIST else _close(loop, text):
             sock.send(json.dumps(packet).encode())
             gevent.sleep(PAUSE_SECONDS)
+        sock.send(json.dumps({"end_of": os.getpid()}).encode())
 
 
 def _list(loop: Loop) -> Iterator[dict[str, Any]]:
-    clients = list(loop.clients.values())
-    for part in _parts(clients):
-        found = [_describe(loop, client) for client in part if client.state in COUNTED]
-        yield {"clients": found}
     for ends in _parts(list(loop.recent_ends)):
         yield {"recent": ends}
+    for part in _parts(list(loop.clients.values())):
+        found = [_describe(loop, client) for client in part if client.state in COUNTED]
+        yield {"clients": found}
 
 
 def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -72,15 +71,22 @@ def _describe(loop: Loop, client: Client) -> dict[str, Any]:
 
 def _close(loop: Loop, text: str) -> Iterator[dict[str, Any]]:
     """Close the clients with this id or address. Those of a handover are another worker's."""
-    closed = 0
-    for client in list(loop.clients.values()):
-        if client.state not in COUNTED or client.state is MOVING:
-            continue
-        address, port = loop.peer(client)
-        if text in (client_id(loop, client), address):
-            fields = {"client.address": address, "client.port": port}
-            message = f"closed {address} port {port} for the operator"
-            logs.event(logging.INFO, "client.kicked", message, fields)
+    closed, address = 0, ""
+    for part in _parts(list(loop.clients.values())):
+        chosen = [client for client in part if _is_meant(loop, client, text)]
+        for client in chosen:
+            address = loop.peer(client)[0]
             loop.guard(client, client.kick, monotonic())
-            closed += 1
-    yield {"closed": closed}
+        closed += len(chosen)
+        yield {"closed": len(chosen)}
+    if closed:
+        # They share an address, also with an id: that is of one client.
+        fields = {"gserver.clients": closed, "client.address": address}
+        message = f"closed for the operator, clients of {address}: {closed}"
+        logs.event(logging.INFO, "client.kicked", message, fields)
+
+
+def _is_meant(loop: Loop, client: Client, text: str) -> bool:
+    if client.state not in COUNTED or client.state is MOVING:
+        return False
+    return text in (client_id(loop, client), loop.peer(client)[0])

@@ -45,12 +45,6 @@ def become(user: str) -> None:
         )
 
 
-def check(user: str) -> None:
-    """Raise `UsageError` for an unknown user or root, and `FatalError` for one that needs root."""
-    if user and _look_up(user)[1] != os.getuid() != 0:
-        raise FatalError(f"--user {user} needs root: start it as root")
-
-
 def _look_up(user: str) -> tuple[str, int, int]:
     """Return the name, user id and group id of `NAME[:GROUP]`; raise `UsageError` for a bad one."""
     name, _, group = user.partition(":")

@@ -9,7 +9,7 @@ from typing import Any
 from gserver import certificates
 from gserver.boot import file_in_memory
 from gserver.config import Config
-from gserver.errors import EXIT_USAGE, FatalError, UsageError
+from gserver.errors import EXIT_USAGE, UsageError
 from gserver.supervise import privileges
 from gserver.supervise.child import PACKAGE, child_environment
 
@@ -21,10 +21,12 @@ def rehearse(config: Config) -> list[dict[str, Any]]:
     """Return the commands that a server with these options would have.
 
     Each has its `usage`, `may_block`, `timeout` and `at_once`. Raises `FatalError` if the server
-    could not start. Ports are not opened: a server may be using them.
+    could not start. Ports are not opened: a server may be using them. With `--user`, this process
+    is that user from here.
     """
     pems = certificates.read(config)
-    privileges.check(config.user)
+    # As a server does: the module must not run as root.
+    privileges.become(config.user)
     given = json.dumps({"config": asdict(config.for_worker()), "certificates": asdict(pems)})
     with file_in_memory("gserver-check", given) as stdin:
         try:
@@ -44,6 +46,6 @@ def rehearse(config: Config) -> list[dict[str, Any]]:
     if done.returncode == EXIT_USAGE:
         raise UsageError(done.stdout.strip())
     if done.returncode:
-        raise FatalError(f"a worker would end with the exit code {done.returncode}")
+        raise UsageError(f"a worker would end with the exit code {done.returncode}")
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found

@@ -37,8 +37,6 @@ def _shown(name: str, config: Config) -> str:
         return "(secret)"
     if name == "admin_port" and value < 0:
         return "off"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value) or "-"
 
 

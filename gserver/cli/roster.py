@@ -17,32 +17,47 @@ from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError
 
 #: Addresses, and recent ends, that are shown.
 MAX_ADDRESSES, MAX_RECENT = 10, 10
+#: Later moments cannot be shown.
+MAX_TIME = 2**40
 STATES = {"busy": "in a handler", "blocked": "blocked on write"}
 
 
 def show(targets: Sequence[Target], sort: str, limit: int, *, is_json: bool) -> int:
     """Print the clients of each server; return the exit code: 0 if all have answered."""
-    for target in targets:
-        path = f"/clients.json?sort={sort}&limit={0 if is_json else limit}"
-        document = admin_client.ask_once(target, path)
-        try:
-            if is_json:
-                click.echo(json.dumps({"server": target.address, **document}))
-            else:
-                _print(target, document)
-        except (KeyError, TypeError, ValueError) as error:
-            raise FatalError(f"{target.address}: {admin_client.STRANGE}") from error
-    return EXIT_CLEAN
+    path = f"/clients.json?sort={sort}&limit={0 if is_json else limit}"
+    answers = _ask(targets, path, admin_client.CLIENTS)
+    for target, document in answers:
+        if is_json:
+            click.echo(json.dumps({"server": target.address, **document}))
+        else:
+            _print(target, document)
+    return EXIT_CLEAN if len(answers) == len(targets) else EXIT_RUNTIME
 
 
 def kick(targets: Sequence[Target], client: str) -> int:
-    """Close clients; return the exit code: 0 if there was at least one."""
-    closed = 0
+    """Close clients; return the exit code: 0 if there was one, and all servers have answered."""
+    path = f"/kick?client={quote(client)}"
+    answers = _ask(targets, path, admin_client.KICKED, method="POST")
+    closed = sum(int(document["closed"]) for _, document in answers)
+    text = f"closed {_count(closed, 'client')}"
+    if not all(document["is_complete"] for _, document in answers):
+        text += "; a worker has not answered: it closes its clients when it does"
+    if answers:
+        click.echo(text)
+    return EXIT_CLEAN if closed and len(answers) == len(targets) else EXIT_RUNTIME
+
+
+def _ask(
+    targets: Sequence[Target], path: str, shape: Any, method: str = "GET"
+) -> list[tuple[Target, dict[str, Any]]]:
+    """Ask all servers; return the answers. A server without one is named on stderr."""
+    answers = []
     for target in targets:
-        document = admin_client.ask_once(target, f"/kick?client={quote(client)}", method="POST")
-        closed += int(document["closed"])
-    click.echo(f"closed {_count(closed, 'client')}")
-    return EXIT_CLEAN if closed else EXIT_RUNTIME
+        try:
+            answers.append((target, admin_client.ask_once(target, path, shape, method=method)))
+        except FatalError as error:
+            click.echo(f"gserver: {error}", err=True)
+    return answers
 
 
 def _print(target: Target, document: dict[str, Any]) -> None:
@@ -58,8 +73,8 @@ def _print(target: Target, document: dict[str, Any]) -> None:
         table.add_row(
             Text(each["id"]),
             Text(each["address"]),
-            str(each["port"]),
-            str(each["worker"]),
+            f"{each['port']:.0f}",
+            f"{each['worker']:.0f}",
             _seconds(each["age_seconds"]),
             _seconds(each["idle_seconds"]),
             Text(state),
@@ -78,13 +93,15 @@ def _print(target: Target, document: dict[str, Any]) -> None:
     if addresses:
         console.print(Text(f"by address: {text}"))
     for each in document["recent"][:MAX_RECENT]:
-        at = time.strftime("%H:%M:%S", time.localtime(each["at"]))
-        console.print(Text(f"{at} {each['address']} port {each['port']}: {each['reason']}", "dim"))
+        at = time.strftime("%H:%M:%S", time.localtime(min(each["at"], MAX_TIME)))
+        console.print(
+            Text(f"{at} {each['address']} port {each['port']:.0f}: {each['reason']}", "dim")
+        )
 
 
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 100 else f"{value:,.0f} s"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def _count(number: float, noun: str) -> str:
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
