@@ -5,6 +5,7 @@ whether a worker could start.
 """
 
 import os
+import signal
 import sys
 import time
 from typing import Any, NoReturn
@@ -43,6 +44,9 @@ def start_again(error: Exception) -> NoReturn:
     """
     sys.stderr.write(f"gserver: the new version cannot start, trying again: {error!r}\n")
     time.sleep(RETRY_SECONDS)
+    # The program that was replaced has blocked signals, so that none is lost.
+    if signal.sigpending() & {signal.SIGTERM, signal.SIGINT}:
+        sys.exit("gserver: stopped before the new version could start")
     os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - as this program was started
 
 

@@ -170,7 +170,7 @@ def command(
 def _check_limits(
     name: str, timeout: float | None, at_once: int | None, *, may_block: bool
 ) -> None:
-    if not may_block and not timeout is at_once is None:
+    if not may_block and (timeout, at_once) != (None, None):
         raise TypeError(f"{name} cannot have timeout or at_once with may_block=False")
     if timeout is not None and not (_is_number(timeout, int | float) and isfinite(timeout)):
         raise ValueError(f"the timeout of {name} must be a number of seconds, or 0 for no limit")

@@ -82,8 +82,8 @@ class LineWriter:
         native_queue = unpatched("queue", "SimpleQueue")
         self._queue: SimpleQueue[tuple[bytes, int] | None] = native_queue()
         self._done: SimpleQueue[None] = native_queue()
-        #: Events that were lost since the last report.
-        self.dropped = 0
+        #: Events that were lost since the last report, and since the start.
+        self.dropped = self.dropped_in_all = 0
         # The thread inherits the mask, and takes no signal that the main thread blocks.
         mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
         try:
@@ -100,7 +100,11 @@ class LineWriter:
         if self._queue.qsize() < MAX_QUEUED_LINES:
             self._queue.put((line, weight))
         else:
-            self.dropped += weight
+            self._drop(weight)
+
+    def _drop(self, weight: int) -> None:
+        self.dropped += weight
+        self.dropped_in_all += weight
 
     @property
     def has_room(self) -> bool:
@@ -122,7 +126,7 @@ class LineWriter:
             written = self._write(line)
             has_failed = written < len(line)
             if has_failed:
-                self.dropped += weight
+                self._drop(weight)
             if written:
                 is_torn = line[written - 1 : written] != b"\n"
         self._done.put(None)
@@ -422,8 +426,13 @@ def warn_ratelimited(
         event(logging.WARNING, action, message, fields)
 
 
-def report_suppressed(*, is_last: bool = False) -> int:
-    """Log how many warnings were suppressed and lines dropped; return the latter.
+def dropped_lines() -> int:
+    """Return how many lines this process has dropped since its start."""
+    return _handler.writer.dropped_in_all if _handler.writer else 0
+
+
+def report_suppressed(*, is_last: bool = False) -> None:
+    """Log how many warnings were suppressed and lines dropped.
 
     Call this at least once a second; calling it more often is harmless. `is_last`: this process
     ends, so windows that are not over are reported as well.
@@ -440,8 +449,6 @@ def report_suppressed(*, is_last: bool = False) -> int:
         dropped, writer.dropped = writer.dropped, 0
         message = f"dropped {dropped} log lines: stdout was full or could not be written"
         event(logging.WARNING, "log.dropped", message, {"gserver.suppressed": dropped})
-        return dropped
-    return 0
 
 
 def text_of(error: BaseException) -> str:

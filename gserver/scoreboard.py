@@ -66,8 +66,9 @@ _FINGERPRINT = zlib.crc32(
             MAX_COMMANDS,
             MAX_NAME_BYTES,
             DURATION_BOUNDS_NS,
-            HISTORY_COLUMNS,
-            EVENT_BYTES,
+            (BUCKETS_OFFSET, TIME_OFFSET),
+            (HISTORY_COLUMNS, HISTORY_SECONDS, HISTORY_TENS),
+            (MAX_EVENTS, EVENT_BYTES),
             _DIRECTORY_BYTES,
         )
     ).encode()

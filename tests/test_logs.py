@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,7 +31,8 @@ from gserver.logs import (
     Outage,
     RateLimiter,
 )
-from lab.running import GSERVER, LIMIT, Client, Event, Running, environment, program, until
+from lab.redises import free_port
+from lab.running import GSERVER, LIMIT, Client, Event, Running, argv, environment, program, until
 
 MAX_LINE = 4096
 DRAIN_TIMEOUT = 30.0
@@ -758,14 +760,18 @@ def test_json_and_text_can_be_chosen_for_any_stdout() -> None:
 # Readers of stdout.
 
 
+def dropped_lines(admin_port: int) -> int:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{admin_port}/status.json", timeout=LIMIT
+    ) as answer:
+        return int(json.load(answer)["server"]["log_lines_dropped"])
+
+
 @pytest.mark.outer
 def test_a_stalled_reader_blocks_no_client_and_dropped_lines_are_counted(folder: Path) -> None:
-    clients = 1000
-    with piped("--log-level", "debug", "--slow-command", "0", cwd=folder) as (
-        process,
-        stdout,
-        port,
-    ):
+    clients, admin_port = 1000, free_port()
+    options = argv(f"--log-level debug --slow-command 0 --admin-port {admin_port}")
+    with piped(*options, cwd=folder) as (process, stdout, port):
         began = time.monotonic()
         for _ in range(clients):
             with Client(port) as client:
@@ -774,6 +780,9 @@ def test_a_stalled_reader_blocks_no_client_and_dropped_lines_are_counted(folder:
         with Client(port) as client:
             assert client.ask(b"FLOOD") == b"done"
             assert client.ask(b"WHY") == b"42"
+        until(
+            lambda: dropped_lines(admin_port) > FLOOD - MAX_QUEUED_LINES - 100, "they are counted"
+        )
         data = bytearray()
         reader = read_all(stdout.fileno(), data)
         until(lambda: b"log.dropped" in data, "the number of dropped lines is logged")

@@ -32,7 +32,7 @@ class History:
             last_number, before = self._before.get(length, (number, totals))
             if length not in self._before:
                 self._before[length] = number, totals
-            elif number > last_number:
+            elif number != last_number:  # Also after a step of the clock.
                 self._before[length] = number, totals
                 row = _row(before, totals, round(unix_seconds * 1000))
                 start = (first + number % rows) * HISTORY_CELLS

@@ -22,12 +22,20 @@ class Changes:
 
     def __init__(self, config: Config) -> None:
         self._members = Members(config)
-        #: The ids at the last change; None if the list was not complete.
+        #: The ids at the last change; None if they are not known.
         self._known: set[str] | None = None
         #: Changes that were not announced yet: the number of servers before and then, and
         #: of the clients of the others.
         self._pending: list[tuple[int, int, int]] = []
         self._greenlet: gevent.Greenlet[[], None] | None = None
+
+    def begin(self) -> None:
+        """Read which servers there are, soon. Changes are told from there."""
+        self._greenlet = gevent.spawn(self._begin)
+
+    def _begin(self) -> None:
+        self._known = self._read()
+        self._run()
 
     def note(self, before: int, now: int, remote_clients: int) -> None:
         """Log soon that the number of servers has changed, with their names if they can be read."""
@@ -40,18 +48,19 @@ class Changes:
             self._announce(*self._pending.pop(0))
 
     def _announce(self, before: int, now: int, remote_clients: int) -> None:
-        known, self._known = self._known, self._read()
+        known, found = self._known, self._read()
+        self._known = found or known  # If it cannot be read, the next change is told from here.
         message = f"servers in the cluster: {now} (before: {before})"
         fields: dict[str, Any] = {"gserver.servers": now, "gserver.remote_clients": remote_clients}
-        if known is not None and self._known is not None:
-            joined, gone = sorted(self._known - known), sorted(known - self._known)
+        if known is not None and found is not None:
+            joined, gone = sorted(found - known), sorted(known - found)
             ends = self._members.gone
             lost = [name for name in gone if ends.get(name) == LOST]
             left = [name for name in gone if ends.get(name) == LEFT]
             # After a loss of data they have not reported yet.
             missing = [name for name in gone if name not in ends]
-            found = {"joined": joined, "left": left, "lost": lost, "missing": missing}
-            for how, names in found.items():
+            ways = {"joined": joined, "left": left, "lost": lost, "missing": missing}
+            for how, names in ways.items():
                 if names:
                     fields[f"gserver.{how}"] = _named(names)
                     message += f"; {how}: {_named(names)}"

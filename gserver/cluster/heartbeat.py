@@ -60,6 +60,7 @@ class HeartbeatSender:
             hold_until=scoreboard.get("hold_until"),
         )
         self._changes = Changes(config)
+        self._has_begun = False
         self._duplicate_id = DuplicateIdDetector(self._incarnation, self._interval_ms)
         self._is_member = self._membership.servers > 0
         self._acked_sequence = scoreboard.get("acked_sequence")
@@ -182,6 +183,9 @@ class HeartbeatSender:
         if is_member or self.has_duplicate_id:
             self.id_is_known.set()
         self._publish()
+        if is_member and not self._has_begun:
+            self._has_begun = True
+            self._changes.begin()
         if membership.servers != last_servers:
             self._changes.note(last_servers, membership.servers, membership.remote_clients)
 

@@ -20,6 +20,8 @@ def run() -> int:
     """
     given = json.load(sys.stdin)
     config, certificates = Config(**given["config"]), Certificates(**given["certificates"])
+    with open(os.devnull) as empty:  # Programs that the module starts must not read the key.
+        os.dup2(empty.fileno(), 0)
     # A module may print.
     answer_fd = os.dup(1)
     os.dup2(2, 1)

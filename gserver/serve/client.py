@@ -685,6 +685,7 @@ class Client:
 
     def _reject_plain_text(self) -> None:
         self.loop.replies.count_error(PLAIN_TEXT)
+        self.loop.note_end(self, PLAIN_TEXT)
         self.state, self.address = CLOSING, None
         try:
             cast(TlsSocket, self.sock).send_plain(PLAIN_TEXT.reply)

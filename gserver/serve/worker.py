@@ -144,8 +144,6 @@ class Worker:
         self._config = config = instructions.config
         self._scoreboard = scoreboard = instructions.scoreboard()
         slot = instructions.slot
-        for name, value in (("pid", os.getpid()), ("started_at", monotonic_ns())):
-            scoreboard.cells[scoreboard.cell(name, slot)] = value
         capacity = raise_file_limit() - RESERVED_FILES
         if capacity < 1:
             raise UsageError("the limit of open files is too low: raise it (ulimit -n, prlimit)")
@@ -153,9 +151,14 @@ class Worker:
         self._should_drain = False
         #: Hands the clients over, while that is being done.
         self._sender: Sender | None = None
+        #: Clients that have moved, in all handovers.
+        self._moved = 0
         self._changed = Event()
         self.limits = Limits(config, scoreboard, slot)
         replies = Replies(config, scoreboard, slot, load_commands(config.commands))
+        # Only now: a module that takes long to load does not hang.
+        for name, value in (("pid", os.getpid()), ("started_at", monotonic_ns())):
+            scoreboard.cells[scoreboard.cell(name, slot)] = value
         self.loop = Loop(
             config,
             self.limits,
@@ -273,6 +276,7 @@ class Worker:
         except HandoverError as error:
             problem = error
         sender.close()
+        self._moved += sender.clients
         if problem is None or self._should_drain:
             self._instructions.report(LEAVING)
             self._handle_stop()
@@ -282,7 +286,7 @@ class Worker:
         if self._scoreboard.get("port_closed"):
             self._should_stop_accepting.set()
         # If some clients have moved, neither of the two may end: the supervisor tries again.
-        self._instructions.report(KEPT, "" if sender.clients else str(problem))
+        self._instructions.report(KEPT, "" if self._moved else str(problem))
 
     def _send_all(self, sender: Sender) -> None:
         """Hand over; return when no client is left, in a drain, or at the drain timeout.

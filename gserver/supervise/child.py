@@ -139,13 +139,17 @@ class Child:
 
         The supervisor's process id and the control socket are added to the instructions.
         """
-        stack_fd = os.memfd_create("gserver-stack")
         ours, theirs = socket.socketpair()
+        stack_fd = -1
         signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISOR_SIGNALS)
-        payload = replace(
-            instructions, supervisor_pid=os.getpid(), control_fd=theirs.fileno(), stack_fd=stack_fd
-        )
         try:
+            stack_fd = os.memfd_create("gserver-stack")
+            payload = replace(
+                instructions,
+                supervisor_pid=os.getpid(),
+                control_fd=theirs.fileno(),
+                stack_fd=stack_fd,
+            )
             with payload.as_file() as stdin:
                 process = subprocess.Popen(  # noqa: S603 - the arguments are ours
                     # By its folder, so that no PYTHONPATH is needed to find the package: programs
@@ -158,7 +162,8 @@ class Child:
                 )
         except OSError:
             ours.close()
-            os.close(stack_fd)
+            if stack_fd >= 0:
+                os.close(stack_fd)
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)
@@ -286,8 +291,9 @@ class Child:
         self.is_control_closed = not data
         was_ready = self.has_been_ready
         for line in data.decode("ascii", "replace").splitlines():
-            if line.startswith(f"{QUERY} ") and fds:
-                self.queries.append((line, fds.pop()))
+            if line.startswith(f"{QUERY} "):
+                # Without its descriptor, for which there was no room, it cannot be answered.
+                self.queries += [(line, fds.pop())] if fds else []
             else:
                 self._take_report(line)
         for fd in fds:
@@ -442,6 +448,8 @@ class Child:
         self._kill(State.HUNG, now)
 
     def _kill(self, state: State, now: float) -> None:
+        if self.suspected_at is None and self.stack_fd >= 0:
+            os.ftruncate(self.stack_fd, 0)  # It is that of an earlier suspicion.
         self.state = state
         self.suspected_at = None
         if self.killed_at is None:

@@ -229,6 +229,15 @@ def test_the_others_log_which_server_has_come_left_or_was_lost(redis: Redis) -> 
         assert "cluster.server_lost" in {event["action"] for event in document["events"]}
 
 
+def test_a_server_that_dies_after_a_reload_is_named_too(redis: Redis) -> None:
+    with cluster(redis.url, "reloaded", FAST, [*FAST, "--server-id", "b"]) as (first, second):
+        first.send_signal(signal.SIGHUP)
+        first.wait_for("agent.ready", 2)
+        until(lambda: len(first.workers()) == 1, "the old worker has ended")
+        second.kill()
+        assert first.wait_for("cluster.server_lost")["gserver.server"] == "b"
+
+
 @pytest.mark.fault("A server dies")
 def test_a_killed_server_is_counted_for_its_ttl_and_no_longer(redis: Redis, notes: Notes) -> None:
     with cluster(redis.url, "killed", FAST, FAST, FAST) as (server, *others), ExitStack() as stack:
