@@ -26,6 +26,7 @@ REJECTIONS = (
     "ERR TLS only",
     "ERR idle",
     "ERR too slow",
+    "ERR closed by the operator",
     "ERR cluster unavailable",
 )
 #: What OpenSSL says of a peer that answers a ClientHello with something else than TLS.

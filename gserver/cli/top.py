@@ -4,6 +4,7 @@ All texts come from servers, so none is read as rich's markup: they are printed 
 """
 
 import os
+import re
 import select
 import sys
 import termios
@@ -144,14 +145,22 @@ def _keyboard() -> Iterator[Callable[[float], list[str]]]:
     def read_keys(seconds: float) -> list[str]:
         if not select.select([fd], [], [], seconds)[0]:
             return []
-        data = os.read(fd, 64)
-        return [ESCAPES[data]] if data in ESCAPES else list(data.decode("ascii", "replace"))
+        data = os.read(fd, 256)
+        if not data:  # The terminal is gone.
+            return ["q"]
+        return keys_of(data)
 
     try:
         tty.setcbreak(fd)
         yield read_keys
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def keys_of(data: bytes) -> list[str]:
+    """Return the keys that a terminal has sent."""
+    found = re.findall(rb"\x1b\[[0-9;]*[A-Za-z~]|[ -~]", data)
+    return [ESCAPES.get(each, each.decode("ascii")) for each in found]
 
 
 def frame(targets: Sequence[Target], view: View, console: Console) -> Segments:
@@ -285,8 +294,10 @@ def _details(target: Target) -> Panel:
 def _counters(target: Target) -> Iterator[Text]:
     for name in target.now["commands"]:
         rate = f"{name} {_number(target.rate('commands', name))}/s"
-        p99 = target.percentile(99, name) if name in target.now["command_seconds"] else None
-        yield Text(rate if p99 is None else f"{rate} p99 {_time(p99)}")
+        if name in target.now["command_seconds"]:
+            p50, p99 = (target.percentile(each, name) for each in (50, 99))
+            rate += f" p50 {_time(p50)} p99 {_time(p99)}" if p50 is not None else ""
+        yield Text(rate)
     minute = target.now["last_minute"]
     for kind, style in (("mistakes", ""), ("failures", "yellow")):
         if minute[kind]:

@@ -130,7 +130,7 @@ UNSEEN = {
 MANY = dict.fromkeys(map(str, range(2000)), 0)
 WRONG: list[Any] = [
     {"x" * 200: 0},
-    "x" * 200,
+    "x" * 2_000,
     [[]],
     {"x": []},
     1e400,

@@ -20,7 +20,7 @@ from rich.console import Console
 from gserver.agent.status import status as describe
 from gserver.cli.admin_client import Target
 from gserver.cli.main import DEFAULT_ADMIN
-from gserver.cli.top import View, frame, line, render
+from gserver.cli.top import View, frame, keys_of, line, render
 from gserver.config import Config
 from gserver.scoreboard import BUCKETS_OFFSET, Scoreboard
 from lab.clusters import cluster
@@ -362,6 +362,11 @@ def test_servers_are_sorted_by_the_chosen_column_and_added_up() -> None:
     assert lines[13].split()[:2] == ["all", "66"]
 
 
+def test_keys_that_arrive_together_are_told_apart() -> None:
+    assert keys_of(b"j\x1b[A\x1b[6~?\x1b[1;5Cq") == ["j", "k", "page down", "?", "\x1b[1;5C", "q"]
+    assert keys_of(b"\x00\xff\r") == []
+
+
 def test_a_key_leaves_or_explains() -> None:
     view = View()
     view.press("?", 1)
@@ -403,7 +408,7 @@ def test_percentiles_are_those_since_the_last_snapshot() -> None:
     now["server"]["uptime_seconds"] = before["server"]["uptime_seconds"] + 1
     target = Target("x", now=now, before=before)
     assert target.percentile(50) == target.percentile(50, "WHO") == pytest.approx(2.5e-6)
-    assert "2.5 µs" in shown_of(target)
+    assert "WHO 10/s p50 2.5 µs p99 5 µs" in shown_of(target)
     assert Target("x", now=now, error="gone").percentile(50) is None
 
 
