@@ -24,7 +24,8 @@ from gserver.redis_errors import HEARTBEAT_ERRORS
 
 #: Upper bounds of the histograms of durations. One more bucket holds what is longer.
 DURATION_BOUNDS_NS = tuple(
-    round(us * 1000) for us in (5, 10, 20, 50, 100, 200, 500, 1e3, 5e3, 2e4, 1e5, 1e6, 1e7)
+    round(us * 1000)
+    for us in (5, 10, 20, 50, 100, 200, 500, 1e3, 5e3, 2e4, 1e5, 5e5, 1e6, 2e6, 5e6, 1e7)
 )
 
 

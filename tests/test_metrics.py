@@ -145,9 +145,9 @@ def test_quick_commands_take_as_long_as_the_reads_with_which_they_came() -> None
         replies.count_reads(reads, nanoseconds)
     seconds = status(CONFIG, scoreboard)["command_seconds"]
     assert status(CONFIG, scoreboard)["reads"] == 8
-    assert seconds["WHO"]["buckets"] == [1, 2, *[0] * 12]
-    assert seconds["WHY"]["buckets"] == [0, 1, *[0] * 12]
-    assert seconds["WHERE"]["buckets"] == [*[0] * 13, 1]
+    assert seconds["WHO"]["buckets"] == [1, 2, *[0] * (len(DURATION_BOUNDS_NS) - 1)]
+    assert seconds["WHY"]["buckets"] == [0, 1, *[0] * (len(DURATION_BOUNDS_NS) - 1)]
+    assert seconds["WHERE"]["buckets"] == [*[0] * len(DURATION_BOUNDS_NS), 1]
     assert seconds["WHO"]["seconds"] == pytest.approx(15_002e-9, abs=1e-6)
 
 

@@ -333,6 +333,22 @@ def test_a_chart_covers_only_the_minutes_that_have_points(window: Browser) -> No
             )
 
 
+#: Draws three points of which only the second has a duration; returns the number of dots.
+DOTS = """
+const now = points.at(-1), at = ago => ({...now, at: now.at - ago, p50: ago === 1000 ? 7 : NaN});
+points.splice(0, points.length, ...[2000, 1000, 0].map(ago => ({...at(ago), p99: NaN})));
+draw();
+return document.querySelectorAll("#plot-time circle").length;
+"""
+
+
+def test_a_value_between_two_gaps_is_drawn_as_a_dot(window: Browser) -> None:
+    with Running("--admin-port", "0") as server:
+        window.open(page(server))
+        until(lambda: window.run("return points.length"), "the page has a point")
+        assert window.run(DOTS) == 1
+
+
 #: Returns the colours of the page by name.
 PALETTE = """
 const style = getComputedStyle(document.documentElement);
