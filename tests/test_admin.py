@@ -62,7 +62,7 @@ def test_only_get_and_head_are_allowed(here: Running) -> None:
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "x"):
         code, headers, body = get(here, "/livez", method)
         assert (code, headers["allow"]) == (405, "GET, HEAD")
-        assert body == b"only GET and HEAD are supported\n"
+        assert body == b"supported methods: GET, HEAD\n"
 
 
 @pytest.mark.parametrize("path", ["/", "/livez", "/readyz", "/metrics", "/status.json", "/x"])

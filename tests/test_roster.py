@@ -30,8 +30,8 @@ def admin(server: Running) -> str:
 def listed(server: Running, *options: str) -> dict[str, Any]:
     """What `gserver clients --json` prints."""
     done = gserver("clients", "--json", "--admin", admin(server), *options)
-    assert (done.returncode, done.stderr) == (0, "")
     document: dict[str, Any] = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0 if document["is_complete"] else 1, "")
     return document
 
 
@@ -164,6 +164,33 @@ def test_a_worker_that_hangs_leaves_its_clients_out_of_the_list() -> None:
             worker.resume()
         assert (document["total"], document["is_complete"]) == (0, False)
         until(lambda: listed(server)["total"] == 1, "the worker answers again")
+
+
+def test_a_worker_that_answers_too_late_closes_the_clients_all_the_same() -> None:
+    with Running("--admin-port", "0", "--hang-timeout", "0") as server, ExitStack() as stack:
+        server.wait_for("agent.ready")
+        # More than it closes at once.
+        clients = [stack.enter_context(server.client()) for _ in range(100)]
+        until(lambda: clients[0].who() == 100, "all are counted")
+        [worker] = server.workers()
+        worker.suspend()
+        try:
+            done = gserver("kick", "127.0.0.1", "--admin", admin(server))
+        finally:
+            worker.resume()
+        assert done.returncode == 1
+        assert done.stdout.startswith("closed 0 clients; a worker has not answered")
+        assert {client.rest() for client in clients} == {b"ERR closed by the operator\n"}
+        assert server.wait_for("client.kicked")["gserver.clients"] == 100
+
+
+def test_an_ipv4_address_is_found_on_an_ipv6_socket() -> None:
+    with Running(*argv("--admin-port 0 --host ::")) as server, server.client() as client:
+        server.wait_for("agent.ready")
+        client.who()
+        assert of(listed(server), client)["address"] == "127.0.0.1"
+        done = gserver("kick", "::ffff:127.0.0.1", "--admin", admin(server))
+        assert (done.returncode, done.stdout) == (0, "closed 1 client\n")
 
 
 def test_the_name_in_a_certificate_is_listed(tmp_path: Path) -> None:

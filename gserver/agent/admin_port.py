@@ -131,7 +131,7 @@ class _Admin:
             return Answer(
                 "405 Method Not Allowed",
                 TEXT,
-                f"only {' and '.join(methods)} are supported\n".encode(),
+                f"supported methods: {', '.join(methods)}\n".encode(),
                 (("Allow", ", ".join(methods)),),
             )
         if path not in self._routes:
@@ -148,7 +148,8 @@ class _Admin:
     def _list_clients(self, query: Mapping[str, str]) -> Answer:
         sort, limit = query.get("sort", "age"), query.get("limit", "0")
         if sort not in SORTS or not re.fullmatch(r"[0-9]{1,7}", limit):
-            return Answer("400 Bad Request", TEXT, f"sort: {', '.join(SORTS)}\n".encode())
+            problem = f"sort is one of {', '.join(SORTS)}; limit is a number, 0 for none\n"
+            return Answer("400 Bad Request", TEXT, problem.encode())
         document = json.dumps(self._roster.document(sort, int(limit)))
         return Answer("200 OK", JSON, document.encode() + b"\n")
 

@@ -39,14 +39,14 @@ class Roster:
     def __init__(self, scoreboard: Scoreboard, control_fd: int) -> None:
         self._scoreboard = scoreboard
         self._control = socket.socket(fileno=os.dup(control_fd))
-        self._is_free = BoundedSemaphore()
+        self._turn = BoundedSemaphore()
         #: The last list, and when it was made.
         self._list: tuple[Packets, bool] = ([], False)
         self._listed_at = -inf
 
     def document(self, sort: str, limit: int) -> dict[str, Any]:
         """Return the document of `/clients.json`. `limit` 0 is none."""
-        with self._is_free:
+        with self._turn:
             if monotonic() > self._listed_at + LIST_SECONDS:
                 self._list, self._listed_at = self._ask(LIST), monotonic()
         packets, is_complete = self._list
@@ -71,7 +71,7 @@ class Roster:
 
         A worker that has not answered closes its clients later.
         """
-        with self._is_free:
+        with self._turn:
             packets, is_complete = self._ask(f"{CLOSE} {text}")
             self._listed_at = -inf
         closed = sum(packet.get("closed", 0) for packet in packets)

@@ -265,7 +265,7 @@ def _explain(error: Exception) -> str:
     """Return why a request has no answer."""
     match error:
         case TimeoutError():
-            return SLOW
+            return str(error) or SLOW
         case RemoteDisconnected():
             return CLOSED
         case FatalError():
@@ -294,7 +294,7 @@ def _fetch(address: str, token: str, path: str = STATUS, method: str = "GET") ->
                 body = response.read(most + 1) if response.status == 200 else b""
     except (OSError, HTTPException) as error:
         if time.monotonic() >= deadline:  # The connection was cut off.
-            raise TimeoutError from error
+            raise TimeoutError(f"no answer in {seconds:g} s") from error
         raise
     finally:
         connection.close()

@@ -358,7 +358,9 @@ def status(ctx: click.Context, /, **_: Any) -> None:
     show_default=True,
     help="Most clients to print.",
 )
-@click.option("--json", "is_json", is_flag=True, help="Print all clients, as one line of JSON.")
+@click.option(
+    "--json", "is_json", is_flag=True, help="Print all clients, as one line of JSON per server."
+)
 @click.pass_context
 def clients(ctx: click.Context, /, sort: str, limit: int, *, is_json: bool, **_: Any) -> None:
     """List the clients of servers, through their admin ports.
@@ -378,7 +380,8 @@ def clients(ctx: click.Context, /, sort: str, limit: int, *, is_json: bool, **_:
 def kick(ctx: click.Context, /, client: str, **_: Any) -> None:
     """Close the client with this id, or all clients with this address (see `gserver clients`).
 
-    They read `ERR closed by the operator`. Exits with 1 if there was none.
+    They read `ERR closed by the operator`, unless a command of theirs runs or they do not read.
+    Exits with 1 if there was none, or if a server or worker has not answered.
     """
     targets = _targets(ctx)
     from gserver.cli import roster

@@ -1,8 +1,10 @@
 """`gserver clients` and `gserver kick`: who is connected, and who shall not be."""
 
+import ipaddress
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -23,7 +25,7 @@ STATES = {"busy": "in a handler", "blocked": "blocked on write"}
 
 
 def show(targets: Sequence[Target], sort: str, limit: int, *, is_json: bool) -> int:
-    """Print the clients of each server; return the exit code: 0 if all have answered."""
+    """Print the clients of each server; return the exit code: 0 if all workers have answered."""
     path = f"/clients.json?sort={sort}&limit={0 if is_json else limit}"
     answers = _ask(targets, path, admin_client.CLIENTS)
     for target, document in answers:
@@ -31,20 +33,24 @@ def show(targets: Sequence[Target], sort: str, limit: int, *, is_json: bool) -> 
             click.echo(json.dumps({"server": target.address, **document}))
         else:
             _print(target, document)
-    return EXIT_CLEAN if len(answers) == len(targets) else EXIT_RUNTIME
+    has_all = _are_complete(answers) and len(answers) == len(targets)
+    return EXIT_CLEAN if has_all else EXIT_RUNTIME
 
 
 def kick(targets: Sequence[Target], client: str) -> int:
-    """Close clients; return the exit code: 0 if there was one, and all servers have answered."""
+    """Close clients; return the exit code: 0 if there was one, and all workers have answered."""
+    with suppress(ValueError):  # Other spellings of an address.
+        client = str(ipaddress.ip_address(client.removeprefix("::ffff:")))
     path = f"/kick?client={quote(client)}"
     answers = _ask(targets, path, admin_client.KICKED, method="POST")
     closed = sum(int(document["closed"]) for _, document in answers)
     text = f"closed {_count(closed, 'client')}"
-    if not all(document["is_complete"] for _, document in answers):
+    if not (is_complete := _are_complete(answers)):
         text += "; a worker has not answered: it closes its clients when it does"
     if answers:
         click.echo(text)
-    return EXIT_CLEAN if closed and len(answers) == len(targets) else EXIT_RUNTIME
+    has_all = is_complete and len(answers) == len(targets)
+    return EXIT_CLEAN if closed and has_all else EXIT_RUNTIME
 
 
 def _ask(
@@ -58,6 +64,10 @@ def _ask(
         except FatalError as error:
             click.echo(f"gserver: {error}", err=True)
     return answers
+
+
+def _are_complete(answers: list[tuple[Target, dict[str, Any]]]) -> bool:
+    return all(document["is_complete"] for _, document in answers)
 
 
 def _print(target: Target, document: dict[str, Any]) -> None:
@@ -93,7 +103,7 @@ def _print(target: Target, document: dict[str, Any]) -> None:
     if addresses:
         console.print(Text(f"by address: {text}"))
     for each in document["recent"][:MAX_RECENT]:
-        at = time.strftime("%H:%M:%S", time.localtime(min(each["at"], MAX_TIME)))
+        at = time.strftime("%m-%d %H:%M:%S", time.localtime(min(each["at"], MAX_TIME)))
         console.print(
             Text(f"{at} {each['address']} port {each['port']:.0f}: {each['reason']}", "dim")
         )

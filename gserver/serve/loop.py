@@ -450,7 +450,8 @@ class Loop:
             address = client.address or client.sock.getpeername()
         except OSError:
             return "", 0
-        return str(address[0]), int(address[1])
+        # Without the prefix that IPv4 has on an IPv6 socket.
+        return str(address[0]).removeprefix("::ffff:"), int(address[1])
 
     def _log_end(self, client: Client) -> None:
         """Log the end of a client at debug level, if it was admitted."""

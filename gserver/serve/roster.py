@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from time import monotonic, monotonic_ns
 from typing import Any
 
@@ -28,11 +27,22 @@ PAUSE_SECONDS = 0.001
 def answer(loop: Loop, request: str, sock: socket.socket) -> None:
     """Answer a request in packets of JSON, and close the socket."""
     kind, _, text = request.partition(" ")
-    with suppress(OSError), sock:
+    with sock:
         for packet in _list(loop) if kind == LIST else _close(loop, text):
-            sock.send(json.dumps(packet).encode())
+            # Clients are closed even if the agent waits no longer.
+            if not _send(sock, packet) and kind == LIST:
+                return
             gevent.sleep(PAUSE_SECONDS)
-        sock.send(json.dumps({"end_of": os.getpid()}).encode())
+        _send(sock, {"end_of": os.getpid()})
+
+
+def _send(sock: socket.socket, packet: dict[str, Any]) -> bool:
+    """Return whether there is still somebody who reads."""
+    try:
+        sock.send(json.dumps(packet).encode())
+    except OSError:
+        return False
+    return True
 
 
 def _list(loop: Loop) -> Iterator[dict[str, Any]]:
@@ -69,24 +79,24 @@ def _describe(loop: Loop, client: Client) -> dict[str, Any]:
     }
 
 
-def _close(loop: Loop, text: str) -> Iterator[dict[str, Any]]:
-    """Close the clients with this id or address. Those of a handover are another worker's."""
+def _close(loop: Loop, id_or_address: str) -> Iterator[dict[str, Any]]:
+    """Close the clients with this id or address. Those of a handover are left to the new worker."""
     closed, address = 0, ""
     for part in _parts(list(loop.clients.values())):
-        chosen = [client for client in part if _is_meant(loop, client, text)]
+        chosen = [client for client in part if _is_meant(loop, client, id_or_address)]
         for client in chosen:
             address = loop.peer(client)[0]
             loop.guard(client, client.kick, monotonic())
         closed += len(chosen)
         yield {"closed": len(chosen)}
     if closed:
-        # They share an address, also with an id: that is of one client.
+        # They all have the same address, whether an id or an address was asked for.
         fields = {"gserver.clients": closed, "client.address": address}
-        message = f"closed for the operator, clients of {address}: {closed}"
+        message = f"closed by the operator: {closed} of {address}"
         logs.event(logging.INFO, "client.kicked", message, fields)
 
 
-def _is_meant(loop: Loop, client: Client, text: str) -> bool:
+def _is_meant(loop: Loop, client: Client, id_or_address: str) -> bool:
     if client.state not in COUNTED or client.state is MOVING:
         return False
-    return text in (client_id(loop, client), loop.peer(client)[0])
+    return id_or_address in (client_id(loop, client), loop.peer(client)[0])
