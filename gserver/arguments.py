@@ -25,7 +25,7 @@ class Parameters:
     parsers: tuple[Callable[[str], Any], ...] = ()
     #: How many of them must be given.
     required: int = 0
-    #: The same for each of `*words`; None if there is no such parameter.
+    #: Parses each word of `*words`; None without such a parameter.
     rest: Callable[[str], Any] | None = None
     usage: str = ""
 
@@ -36,12 +36,12 @@ class Parameters:
 
     def parse(self, words: Sequence[str]) -> tuple[Any, ...] | None:
         """Return the arguments; None if number or types are wrong, or a word is not printable."""
-        few = len(self.parsers)
-        if len(words) < self.required or (len(words) > few and not self.rest):
+        named = len(self.parsers)
+        if len(words) < self.required or (len(words) > named and not self.rest):
             return None
         if not all(word.isascii() and word.isprintable() for word in words):
             return None
-        parsers = [*self.parsers[: len(words)], *[self.rest or str] * (len(words) - few)]
+        parsers = [*self.parsers[: len(words)], *[self.rest or str] * (len(words) - named)]
         try:
             return tuple(parse(word) for parse, word in zip(parsers, words, strict=True))
         except ValueError:

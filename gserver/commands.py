@@ -28,7 +28,7 @@ class Peer(Protocol):
 class Request:
     """One command of one client, as its handler sees it."""
 
-    __slots__ = ("_peer", "_sock", "clients", "deadline", "server_id")
+    __slots__ = ("_address", "_sock", "clients", "deadline", "server_id")
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Request:
         #: When the handler is interrupted, by `time.monotonic()`; infinity for never.
         self.deadline = deadline
         self._sock = sock
-        self._peer: tuple[str, int] | None = None
+        self._address: tuple[str, int] | None = None
 
     @property
     def address(self) -> str:
@@ -67,12 +67,12 @@ class Request:
         self._peer_name()
 
     def _peer_name(self) -> tuple[str, int]:
-        if self._peer is None:
+        if self._address is None:
             try:
-                self._peer = self._sock.getpeername()[:2] if self._sock else ("", 0)
+                self._address = self._sock.getpeername()[:2] if self._sock else ("", 0)
             except OSError:
-                self._peer = ("", 0)
-        return self._peer
+                self._address = ("", 0)
+        return self._address
 
 
 Handler = Callable[..., str | int]

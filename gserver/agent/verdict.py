@@ -1,6 +1,7 @@
 """What is wrong with a server now: one verdict, for the page, `status`, `top` and the metrics.
 
-It looks at the present and the last minutes only. This module is pure.
+It looks at the present and the last minutes; only a failed reload stays until one succeeds. This
+module is pure.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from gserver.config import Config
 HEALTHY, DEGRADED, NOT_READY = "healthy", "degraded", "not ready"
 #: A worker whose loop has not run for this long is slow, or hangs.
 SILENT_SECONDS = 2.0
-#: Failures of the last minute that are too many.
+#: More failures than this in the last minute are too many.
 MAX_FAILURES = 6
 #: The count of the other servers is late after so many heartbeat intervals.
 LATE_INTERVALS = 2
@@ -23,7 +24,10 @@ RECENT_SECONDS = 300
 
 
 class Reason(NamedTuple):
-    """A thing that is wrong: one of `gserver.metrics.REASONS`, and a text for people."""
+    """What is wrong, and a text for people.
+
+    The name is one of `gserver.metrics.REASONS`, or the state of a server that is not ready.
+    """
 
     name: str
     text: str
