@@ -388,6 +388,7 @@ def _members_notes(members: Status) -> Iterator[str]:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
+    value = round(value, 1)  # 10 a second may be 10.000000000000142 of them.
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
 
 
