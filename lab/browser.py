@@ -54,6 +54,9 @@ class Browser:
             return json.load(reply)["value"]
 
     def open(self, url: str) -> None:
+        """Show a page. The problems of an earlier one are forgotten: its server may have ended."""
+        self._call("/url", {"url": "about:blank"})
+        self.problems()
         self._call("/url", {"url": url})
 
     def run(self, script: str) -> Any:

@@ -151,7 +151,7 @@ def test_the_runbook_names_only_existing_events_options_and_sections() -> None:
         re.findall(r"`((?:server|worker|agent|process|client|command|cluster|tls)\.\w+)`", RUNBOOK)
     )
     assert events - {"process.exit_code"} <= set(rows("Logs"))
-    others = {"--server", "--tls", "--tls-name", "--latency", "--cacert"}
+    others = {"--server", "--tls", "--tls-name", "--latency", "--cacert", "--sort"}
     options = {flag(name) for name in OPTIONS} | others
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", RUNBOOK)) <= options
     anchors = {name.lower() for name in ALERTS}
