@@ -55,6 +55,7 @@ class Roster:
         clients = sorted(found.values(), key=lambda each: _key(each, sort), reverse=SORTS[sort])
         addresses = Counter(each["address"] for each in clients)
         recent = [each for packet in packets for each in packet.get("recent", ())]
+        recent.sort(key=lambda each: float(each["at"]))  # Keeps the order within a millisecond.
         return {
             "clients": clients[:limit] if limit else clients,
             "total": len(clients),
@@ -63,7 +64,7 @@ class Roster:
                 {"address": address, "clients": count}
                 for address, count in addresses.most_common(MAX_ADDRESSES)
             ],
-            "recent": sorted(recent, key=lambda each: -float(each["at"]))[:MAX_RECENT],
+            "recent": recent[::-1][:MAX_RECENT],
         }
 
     def close(self, text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import click
+from rich.columns import Columns
 from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
 from rich.panel import Panel
@@ -285,19 +286,24 @@ def _details(target: Target) -> Panel:
             f"{silence}, does not answer" if is_silent else silence,
             style=WRONG if is_silent else "",
         )
-    notes = [*_counters(target), *_certificate(target.now), *_cluster(target.now)]
+    notes = [*_errors(target), *_certificate(target.now), *_cluster(target.now)]
+    commands = Columns(_commands(target), padding=(0, 3))
     title = Text(f"{target.address}  {target.now['server']['id']}")
-    content = Group(*_reasons(target), workers, Text("\n") + Text("   ").join(notes))
+    foot = [Text("   ").join(notes)] if notes else []
+    content = Group(*_reasons(target), workers, "", commands, *foot)
     return Panel(content, title=title, title_align="left")
 
 
-def _counters(target: Target) -> Iterator[Text]:
+def _commands(target: Target) -> Iterator[Text]:
     for name in target.now["commands"]:
         rate = f"{name} {_number(target.rate('commands', name))}/s"
         if name in target.now["command_seconds"]:
             p50, p99 = (target.percentile(each, name) for each in (50, 99))
             rate += f" p50 {_time(p50)} p99 {_time(p99)}" if p50 is not None else ""
         yield Text(rate)
+
+
+def _errors(target: Target) -> Iterator[Text]:
     minute = target.now["last_minute"]
     for kind, style in (("mistakes", ""), ("failures", "yellow")):
         if minute[kind]:
