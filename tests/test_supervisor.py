@@ -208,8 +208,7 @@ from gserver.commands import command
 def outer():
     inner()
 def inner():
-    while True:
-        pass
+    while True: pass
 @command("SPIN")
 def spin(request):
     outer()
