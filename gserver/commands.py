@@ -107,9 +107,13 @@ class Command:
             return usage_error(self.usage)
         return replace(self, words=tuple(words), arguments=arguments)
 
+    def run(self, request: Request) -> str | int:
+        """Run the handler with its arguments; return its reply. Raises what it raises."""
+        return self.handler(request, *self.arguments)
+
     def answer(self, request: Request) -> bytes:
         """Run the handler; return its reply line. Raises what it or `encode_reply` raises."""
-        return encode_reply(self.handler(request, *self.arguments))
+        return encode_reply(self.run(request))
 
 
 def encode_reply(reply: str | int) -> bytes:

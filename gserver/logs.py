@@ -431,6 +431,11 @@ def dropped_lines() -> int:
     return _handler.writer.dropped_in_all if _handler.writer else 0
 
 
+def dropped_message(lines: int) -> str:
+    """Return what the event `log.dropped` says."""
+    return f"dropped {lines} log lines: stdout was full or could not be written"
+
+
 def report_suppressed(*, is_last: bool = False) -> None:
     """Log how many warnings were suppressed and lines dropped.
 
@@ -447,8 +452,8 @@ def report_suppressed(*, is_last: bool = False) -> None:
     writer = _handler.writer
     if writer is not None and writer.dropped and writer.has_room:
         dropped, writer.dropped = writer.dropped, 0
-        message = f"dropped {dropped} log lines: stdout was full or could not be written"
-        event(logging.WARNING, "log.dropped", message, {"gserver.suppressed": dropped})
+        fields = {"gserver.suppressed": dropped}
+        event(logging.WARNING, "log.dropped", dropped_message(dropped), fields)
 
 
 def text_of(error: BaseException) -> str:

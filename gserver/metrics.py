@@ -44,6 +44,11 @@ REASONS = (
     "log_dropped",
 )
 
+#: A worker that has given no heartbeat for this long is slow, or hangs.
+SILENT_SECONDS = 2.0
+#: A certificate that expires within this time needs a renewal.
+EXPIRES_SOON_SECONDS = 14 * 86400
+
 
 #: The cells of a row of the history. Counts are those of its second, or its ten seconds. -1 stands
 #: for no figure. Mistakes are error replies, and closes without one, for which a client is to

@@ -326,10 +326,7 @@ class Scoreboard:
             first = self._first_command(slot)
             for name in self._command_names(slot):
                 keys = [f"commands.{name}", f"command_ns.{name}"]
-                keys += [
-                    f"command_buckets.{name}.{number}"
-                    for number in range(COMMAND_CELLS - BUCKETS_OFFSET)
-                ]
+                keys += [f"command_buckets.{name}.{number}" for number in range(BUCKETS)]
                 for offset, key in enumerate(keys):
                     totals[key] = totals.get(key, 0) + cells[first + offset]
                 first += COMMAND_CELLS

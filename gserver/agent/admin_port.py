@@ -85,6 +85,10 @@ def serve(
     return server
 
 
+def _json(document: Any, indent: int | None = None) -> Answer:
+    return Answer("200 OK", JSON, json.dumps(document, indent=indent).encode() + b"\n")
+
+
 class _Admin:
     """The WSGI application."""
 
@@ -150,15 +154,13 @@ class _Admin:
         if sort not in SORTS or not re.fullmatch(r"[0-9]{1,7}", limit):
             problem = f"sort is one of {', '.join(SORTS)}; limit is a number, 0 for none\n"
             return Answer("400 Bad Request", TEXT, problem.encode())
-        document = json.dumps(self._roster.document(sort, int(limit)))
-        return Answer("200 OK", JSON, document.encode() + b"\n")
+        return _json(self._roster.document(sort, int(limit)))
 
     def _kick(self, query: Mapping[str, str]) -> Answer:
         text = query.get("client", "")
         if not re.fullmatch(r"[!-~]{1,64}", text):
             return Answer("400 Bad Request", TEXT, b"client must be an id or an address\n")
-        document = json.dumps(self._roster.close(text))
-        return Answer("200 OK", JSON, document.encode() + b"\n")
+        return _json(self._roster.close(text))
 
     def _access_error(self, environ: dict[str, Any]) -> Answer | None:
         """Return the error response for a client without access to this page; None if it has."""
@@ -195,12 +197,10 @@ class _Admin:
         return Answer("200 OK", HTML, PAGE.read_bytes())
 
     def _status(self, _query: Mapping[str, str]) -> Answer:
-        document = status(self._config, self._scoreboard, self._list_members())
-        return Answer("200 OK", JSON, json.dumps(document, indent=1).encode() + b"\n")
+        return _json(status(self._config, self._scoreboard, self._list_members()), indent=1)
 
     def _history(self, _query: Mapping[str, str]) -> Answer:
-        document = History(self._scoreboard).document(time.time())
-        return Answer("200 OK", JSON, json.dumps(document).encode() + b"\n")
+        return _json(History(self._scoreboard).document(time.time()))
 
     def _list_members(self) -> dict[str, Any] | None:
         """Return the servers of the cluster. Waits for Redis a moment at most."""

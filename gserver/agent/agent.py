@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 #: What the admin port shows as recent events.
 KEPT_EVENTS = (
-    *(
-        "cluster.joined",
-        "cluster.servers",
-        "cluster.server_lost",
-        "cluster.lost",
-        "cluster.regained",
-    ),
-    *("cluster.expired", "cluster.reset", "server.duplicate_id", "log.dropped"),
+    "cluster.joined",
+    "cluster.servers",
+    "cluster.server_lost",
+    "cluster.lost",
+    "cluster.regained",
+    "cluster.expired",
+    "cluster.reset",
+    "server.duplicate_id",
+    "log.dropped",
 )
 #: How long a stop waits until this server has left the cluster.
 LEAVE_SECONDS = 1.5
@@ -105,7 +106,7 @@ class _Watcher:
         self._scoreboard = scoreboard
         self._history = History(scoreboard)
         self._keep = partial(scoreboard.keep_event, is_agent=True)
-        self._dropped: int | None = None
+        self._dropped = scoreboard.totals()["log_lines_dropped"]
         logs.keep_events(KEPT_EVENTS, self._keep)
 
     def note(self) -> None:
@@ -113,11 +114,10 @@ class _Watcher:
         totals = self._scoreboard.totals()
         self._history.note(totals, time())
         dropped = totals["log_lines_dropped"]
-        increase = dropped - (dropped if self._dropped is None else self._dropped)
-        self._dropped = dropped
-        if increase:  # The workers log that, and keep no events.
-            message = f"dropped {increase} log lines: stdout was full or could not be written"
+        if dropped != self._dropped:  # The workers log that, and keep no events.
+            message = logs.dropped_message(dropped - self._dropped)
             self._keep(logs.as_kept(logging.WARNING, "log.dropped", message))
+        self._dropped = dropped
 
 
 class _Heartbeats:

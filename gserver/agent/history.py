@@ -11,7 +11,7 @@ from gserver.protocol import FAILURES, TOO_MANY_CLIENTS
 from gserver.scoreboard import BUCKETS, HISTORY_CELLS, HISTORY_SECONDS, HISTORY_TENS, Scoreboard
 
 FAILURE_NAMES = frozenset(error.name for error in FAILURES)
-#: Seconds in a row of each of the two parts.
+#: Of each of the two parts: the seconds in a row, the first row, and how many rows there are.
 PARTS = ((1, 0, HISTORY_SECONDS), (10, HISTORY_SECONDS, HISTORY_TENS))
 
 Totals = Mapping[str, int]
@@ -29,11 +29,11 @@ class History:
         """Write the rows that are over. Call this once a second."""
         for length, first, rows in PARTS:
             number = int(unix_seconds) // length
-            last_number, before = self._before.get(length, (number, totals))
-            if length not in self._before:
-                self._before[length] = number, totals
-            elif number != last_number:  # Also after a step of the clock.
-                self._before[length] = number, totals
+            last_number, before = self._before.get(length, (None, totals))
+            if number == last_number:
+                continue
+            self._before[length] = number, totals
+            if last_number is not None:  # Also after a step of the clock.
                 row = _row(before, totals, round(unix_seconds * 1000))
                 start = (first + number % rows) * HISTORY_CELLS
                 for offset, value in enumerate(row):

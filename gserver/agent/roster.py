@@ -20,7 +20,7 @@ from gserver.scoreboard import Scoreboard
 
 #: How long a worker may be silent, and how long all may take. A worker that hangs is left out.
 SILENCE_SECONDS, ANSWER_SECONDS = 1.5, 4.0
-#: A list is used again for so long, however many requests there are.
+#: Requests within this time get the same list.
 LIST_SECONDS = 1.0
 MAX_PACKET_BYTES = 262_144
 #: Clients that were turned away or closed for a reason, at most.
@@ -45,7 +45,7 @@ class Roster:
         self._listed_at = -inf
 
     def document(self, sort: str, limit: int) -> dict[str, Any]:
-        """Return the document of `/clients.json`. `limit` 0 is none."""
+        """Return the document of `/clients.json`. With a `limit` of 0, it has all clients."""
         with self._turn:
             if monotonic() > self._listed_at + LIST_SECONDS:
                 self._list, self._listed_at = self._ask(LIST), monotonic()

@@ -126,7 +126,7 @@ def status(
         if metric.json and (config.redis_url or not metric.needs_cluster):
             _put(document, metric.json.split("."), _json_value(metric, values))
     document["latency_bounds_seconds"] = [bound / 1e9 for bound in DURATION_BOUNDS_NS]
-    document["workers"]["each"] = _workers(scoreboard)
+    document["workers"]["each"] = facts.workers
     document["processes"] = processes.described(scoreboard)
     document["cluster"] = document.get("cluster")
     if config.redis_url:

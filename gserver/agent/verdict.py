@@ -8,17 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gserver.cluster.membership import LATE_AFTER_INTERVALS
 from gserver.config import Config
+from gserver.metrics import EXPIRES_SOON_SECONDS, SILENT_SECONDS
 
 HEALTHY, DEGRADED, NOT_READY = "healthy", "degraded", "not ready"
-#: A worker whose loop has not run for this long is slow, or hangs.
-SILENT_SECONDS = 2.0
 #: More failures than this in the last minute are too many.
 MAX_FAILURES = 6
-#: The count of the other servers is late after so many heartbeat intervals.
-LATE_INTERVALS = 2
-#: A certificate that expires within this time needs a renewal.
-EXPIRES_SOON_SECONDS = 14 * 86400
 #: How long a server that was lost, and lines that were dropped from the log, are mentioned.
 RECENT_SECONDS = 300
 
@@ -110,7 +106,7 @@ def _cluster(config: Config, facts: Facts) -> Iterator[Reason]:
     age_ms = facts.figures.get("cluster_age_ms")
     if age_ms is None:
         yield Reason("redis_away", f"Redis has not answered since the start{why}")
-    elif age_ms > LATE_INTERVALS * config.heartbeat_interval_seconds * 1000:
+    elif age_ms > LATE_AFTER_INTERVALS * config.heartbeat_interval_seconds * 1000:
         age = f"the count of the other servers is {age_ms / 1000:.1f} s old"
         yield Reason("redis_away", f"Redis does not answer{why}: {age}")
     for server in facts.members["servers"] or []:

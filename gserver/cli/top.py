@@ -26,17 +26,14 @@ from rich.text import Text
 from gserver.cli import admin_client
 from gserver.cli.admin_client import Status, Target
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME
+from gserver.metrics import EXPIRES_SOON_SECONDS, SILENT_SECONDS
 
 #: Time between the two requests of `status`.
 PAUSE_SECONDS = 0.3
 #: How long `top` waits for slow servers before it shows those that have answered.
 GRACE_SECONDS = 0.5
-#: A certificate that expires within this time is marked.
-EXPIRES_SOON_SECONDS = 14 * 86400
 #: A list of the cluster's servers that is older than this has not just been read from Redis.
 OLD_SECONDS = 2.5
-#: A worker that has given no heartbeat for this long is marked.
-SILENT_SECONDS = 2.0
 #: Red and amber are for what is wrong now.
 STYLES = {"healthy": "bold green", "degraded": "bold yellow"}
 WRONG = "bold red"

@@ -202,7 +202,7 @@ class _Lines(dict[bytes, int]):
 
     def __missing__(self, line: bytes) -> int:
         item = self._grammar.read(line)
-        # With words, a command is another object, and a usage error another text: not quick.
+        # A command with words, or a usage error, is made anew for its line: not quick.
         kind = _BLANK if item is None else self._kinds.get(item, _SLOW)
         if len(line) <= MAX_SHORT_BYTES:
             if len(self) == MAX_LINES:

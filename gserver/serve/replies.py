@@ -8,7 +8,7 @@ import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import inf
 from time import monotonic, monotonic_ns
 
@@ -91,9 +91,7 @@ class Replies:
             text = item.reply.decode().removesuffix("\n")
             return lambda _: text, self.error_cells[item.name], item.name
         cell = self.command_cells[item.name]
-        if item.arguments:
-            return partial(_call, item), cell, item.name
-        return item.handler, cell, item.name
+        return item.run if item.arguments else item.handler, cell, item.name
 
     def reply_to_calls(
         self, calls: Iterable[Call], request: Request, timer: gevent.Timeout | None = None
@@ -206,10 +204,6 @@ class Replies:
         message = f"the handler of {name} {failure}"
         key = f"{name} {type(error).__name__}"
         logs.warn_ratelimited("command.failed", message, fields, key=key)
-
-
-def _call(command: Command, request: Request) -> str | int:
-    return command.handler(request, *command.arguments)
 
 
 def encode(reply: str | int) -> bytes:

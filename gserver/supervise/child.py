@@ -449,7 +449,7 @@ class Child:
 
     def _kill(self, state: State, now: float) -> None:
         if self.suspected_at is None and self.stack_fd >= 0:
-            os.ftruncate(self.stack_fd, 0)  # It is that of an earlier suspicion.
+            os.ftruncate(self.stack_fd, 0)  # It holds the stack of an earlier suspicion.
         self.state = state
         self.suspected_at = None
         if self.killed_at is None:
