@@ -4,7 +4,7 @@ The promise: a server's own share is exact. Any other server's share is its true
 instant of the last DELTA (heartbeat interval + slack). During a Redis fault, and for a while after
 it, the window reaches back to DELTA before the fault. The clients of a killed server count for a
 TTL at most. Those of a server that left are removed at once. A server that is cut off alone may be
-dropped.
+dropped. In a reload, a client that is handed over counts twice for a moment.
 
 Only the sum of the shares is visible. So a reply is judged by the sums of their least and greatest
 values. If nothing changed in the window, the two are equal: `Verdict.exact` is the number of
@@ -37,6 +37,8 @@ class Kind(Enum):
     ENDED = "the processes of a server have ended"
     FAULT = "Redis, or one server's path to it, is about to fail"
     HEALED = "Redis, or the path, works again"
+    MOVING = "a server is about to hand its clients over to new workers"
+    MOVED = "the old workers have ended"
 
 
 class Fact(NamedTuple):
@@ -129,7 +131,12 @@ class _Server:
             0,
         )  # Its count between its end and its removal by Redis.
         self.least = _Steps((c[Kind.COUNTED], min(c[Kind.CLOSING], self.ending)) for c in clients)
-        self.most = _Steps((c[Kind.CONNECTING], min(c[Kind.CLOSED], self.ended)) for c in clients)
+        spans = [(c[Kind.CONNECTING], min(c[Kind.CLOSED], self.ended)) for c in clients]
+        moves = [(t[Kind.MOVING], t[Kind.MOVED]) for t in keyed.values() if Kind.MOVING in t]
+        twice = [
+            (max(begin, moving), min(end, moved)) for begin, end in spans for moving, moved in moves
+        ]
+        self.most = _Steps(spans + twice)
 
 
 class _Checker:
@@ -302,6 +309,10 @@ class Recorder:
     def fault(self, server: str = "") -> AbstractContextManager[None]:
         """Note a fault of Redis, or of one server's path to it, while the body runs."""
         return self._span(Kind.FAULT, Kind.HEALED, server, next(self._keys))
+
+    def move(self, server: str) -> AbstractContextManager[None]:
+        """Note that the server's clients are handed over to new workers while the body runs."""
+        return self._span(Kind.MOVING, Kind.MOVED, server, next(self._keys))
 
     @contextmanager
     def _span(self, begin: Kind, end: Kind, server: str, key: int = 0) -> Iterator[None]:

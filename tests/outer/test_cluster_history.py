@@ -523,7 +523,11 @@ class RandomRun(World):
             place.connect()
             place.close(place.clients[-1])
 
-        with self.recorder.fault(place.name), place.next_agent(visit):
+        with (
+            self.recorder.move(place.name),
+            self.recorder.fault(place.name),
+            place.next_agent(visit),
+        ):
             place.server.send_signal(SIGHUP)
         assert len(place.server.events("server.reloaded")) == reloads + 1
 
