@@ -153,12 +153,13 @@ def test_sending_a_signal_does_not_reap_a_child_that_has_ended() -> None:
 def test_only_a_ready_worker_is_told_to_retire_and_only_once() -> None:
     code = """
 import signal, sys
-received = []
-signal.signal(signal.SIGUSR2, lambda *_: received.append(1))
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(len(received)))
-print("handlers are set", flush=True)
-while True:
-    signal.pause()
+numbers = signal.SIGUSR2, signal.SIGTERM
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+print("signals wait", flush=True)
+for count in range(9):
+    if signal.sigwait(numbers) == signal.SIGTERM:
+        sys.exit(count)
+    print("told", flush=True)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         retiring = child_of(process)
@@ -168,6 +169,7 @@ while True:
         process.stdout.readline()
         retiring.state = State.READY
         retiring.retire()
+        process.stdout.readline()
         retiring.retire()
         assert (retiring.state, retiring.is_staying) == (State.RETIRED, True)
         retiring.terminate(2.0)
