@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from gserver.redis_url import RedisUrl
 
@@ -107,6 +108,22 @@ def parse_admin_token(text: str) -> str:
     return text
 
 
+def parse_admin_url(text: str) -> str:
+    """Return the URL unchanged if it is valid. It is public, so errors do not repeat it."""
+    if not re.fullmatch(r"https?://[!-~]{1,120}", text):
+        raise ValueError("the URL is not http:// or https:// and at most 120 printable characters")
+    try:
+        parts = urlsplit(text)
+        is_valid = parts.hostname and parts.port != 0  # An invalid port raises ValueError.
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError("the URL has no host, or its port is invalid")
+    if parts.username is not None:
+        raise ValueError("the URL contains a user name, but all servers of the cluster show it")
+    return text
+
+
 def parse_admin_port(text: str) -> int:
     """Return the port; -1 stands for `off`."""
     if text == "off":
@@ -134,6 +151,11 @@ def is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host.lower() == "localhost"
+
+
+def plain_host(host: str) -> str:
+    """Return an IP address without the prefix that IPv4 has on an IPv6 socket."""
+    return host.removeprefix("::ffff:")
 
 
 def show_address(host: str, port: int) -> str:
@@ -331,6 +353,13 @@ class Config:
     )
     admin_token_file: str = _option(
         "", ADMIN, "File that contains the admin token.", metavar="FILE"
+    )
+    admin_url: str = _option(
+        "",
+        ADMIN,
+        "URL of this server's page, for links on the pages of the cluster's other servers.",
+        parse=parse_admin_url,
+        metavar="URL",
     )
     log_level: str = _option("info", LOGS, "Lowest level to log.", choices=LEVELS)
     log_format: str = _option(

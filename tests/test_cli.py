@@ -66,6 +66,7 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "admin_host": ("GSERVER_ADMIN_HOST", "localhost", "localhost"),
     "admin_token": ("GSERVER_ADMIN_TOKEN", "a-token", "a-token"),
     "admin_token_file": ("GSERVER_ADMIN_TOKEN_FILE", "token.txt", "token.txt"),
+    "admin_url": ("GSERVER_ADMIN_URL", "http://h:1/", "http://h:1/"),
     "log_level": ("GSERVER_LOG_LEVEL", "debug", "debug"),
     "log_format": ("GSERVER_LOG_FORMAT", "text", "text"),
 }
@@ -309,6 +310,10 @@ def _bad_values() -> Iterator[tuple[str, str]]:
         if option.choices:
             yield from ((name, text) for text in ("", "loud"))
     yield from (("workers", text) for text in ("", "0", "257", "-1", "1.5", "nan", "all"))
+    yield from (
+        ("admin_url", text)
+        for text in ("", "h:1", "ftp://h", "http://", "http://h:0", "http://a:b@h", "http://h:x")
+    )
     yield from (("server_id", text) for text in ("", "two words", "caf\u00e9", "a\nb", "x" * 129))
 
 

@@ -13,6 +13,7 @@ from gserver.config import (
     Config,
     environment_names,
     flag,
+    parse_admin_url,
     parse_server_id,
     parse_statsd_prefix,
     parse_workers,
@@ -93,6 +94,26 @@ def test_a_server_id_that_could_not_be_a_reply_is_refused(text: str) -> None:
         ValueError, match="is not one word of at most 128 printable ASCII characters"
     ):
         parse_server_id(text)
+
+
+@pytest.mark.parametrize("text", ["http://h", "https://[::1]:4243/a?b#c", "http://h/" + "x" * 118])
+def test_a_url_of_http_is_the_url_of_a_page(text: str) -> None:
+    assert parse_admin_url(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "h:1", "ftp://h", "javascript:alert(1)", "http:h", "http://", "http:///a"),
+        *("http://h:0", "http://h:65536", "http://h:x", "http://[::1", "http://h a", "http://é"),
+        *("http://hush:hush@h", "http://hush@h", "http://h/" + "x" * 119, "http://h\n"),
+    ],
+)
+def test_any_other_url_of_a_page_is_refused_without_repeating_it(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^the URL ") as refused:
+        parse_admin_url(text)
+    assert "hush" not in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

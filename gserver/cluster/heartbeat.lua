@@ -2,7 +2,8 @@
 -- leases have ended, and return the cluster's total.
 --
 -- KEYS, all in one hash slot. Times are milliseconds.
---   members  hash: server id -> "clients sequence incarnation", the server's entry
+--   members  hash: server id -> "clients sequence incarnation URL", the server's entry; the URL of
+--            its page is missing if there is none
 --   leases   sorted set: server id -> end of its lease, on the lease clock
 --   state    hash: total, clock, lost_at, returned, heartbeat_at, recount_at; gone: the last servers
 --            that have left or were lost, the latest first, as lines "id left|lost clock"
@@ -18,6 +19,7 @@
 --    8  sequence number of the last acknowledged heartbeat; 0 = there is none
 --    9  lease clock in the reply to it
 --   10  sequence number of the last heartbeat sent before this one, acknowledged or not
+--   11  URL of the server's page, or ""
 --
 -- Returns
 --    1  total number of clients
@@ -37,6 +39,7 @@ local server_id, incarnation, clients, replaced_incarnation = ARGV[1], ARGV[2], 
 local sequence, acked_sequence = tonumber(ARGV[3]), tonumber(ARGV[8])
 local last_sent_sequence = tonumber(ARGV[10]) or 1e15
 local ttl, interval = tonumber(ARGV[5]), tonumber(ARGV[6])
+local url = ARGV[11] ~= '' and ' ' .. ARGV[11] or ''
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -56,8 +59,9 @@ local stored = redis.pcall('HMGET', state,
 local total, clock = tonumber(stored[1]), tonumber(stored[2])
 local lost_at, returned = tonumber(stored[3]), tonumber(stored[4])
 local elapsed = now - (tonumber(stored[5]) or now)
+local own = type(entry) == 'string' and entry or ''
 local old_clients, old_sequence, holder =
-  string.match(type(entry) == 'string' and entry or '', '^(%d+) (%d+) (%S+)$')
+  string.match(string.match(own, '^(.*) %S+://%S+$') or own, '^(%d+) (%d+) (%S+)$')
 old_sequence = tonumber(old_sequence)
 
 -- The data are discarded if they cannot be right, or if they are older than the last reply to this
@@ -116,7 +120,7 @@ elseif may_write then
   total = total + clients - (old_clients or 0)
   holder = incarnation
   -- ARGV[3] as it came: a Lua number would be rounded to 14 digits.
-  redis.call('HSET', members, server_id, clients .. ' ' .. ARGV[3] .. ' ' .. incarnation)
+  redis.call('HSET', members, server_id, clients .. ' ' .. ARGV[3] .. ' ' .. incarnation .. url)
   redis.call('ZADD', leases, clock + ttl, server_id)
 end
 

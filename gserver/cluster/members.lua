@@ -19,7 +19,7 @@ local function add(id, lease_end)
   local entry = redis.call('HGET', members, id) or ''
   -- Cut to a length above that of any id or entry: the keys may hold values of other programs.
   for _, value in ipairs({id, lease_end, entry}) do
-    reply[#reply + 1] = string.sub(value, 1, 129)
+    reply[#reply + 1] = string.sub(value, 1, 200)
   end
 end
 local own_lease_end = redis.call('ZSCORE', leases, own_id)

@@ -7,6 +7,7 @@ servers are returned with their age.
 
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -15,7 +16,7 @@ import gevent
 
 from gserver.cluster.membership import LATE_AFTER_INTERVALS
 from gserver.cluster.redis_link import RedisLink, kind_of
-from gserver.config import Config
+from gserver.config import Config, parse_admin_url
 
 SCRIPT = Path(__file__).with_name("members.lua").read_text()
 #: A longer list is of no use on a page.
@@ -53,8 +54,8 @@ class Members:
         """Return the servers as JSON values, after reading Redis if that is due.
 
         `servers`: the late ones first; None if Redis has never been read. Each has `id`, `clients`,
-        `silent_seconds` until now, `is_late` and `is_this`; a number that Redis does not hold is
-        None. `omitted_servers`: how many servers are not listed. `age_seconds`: age of the list.
+        `silent_seconds` until now, `is_late`, `is_this` and `admin_url`; what Redis does not hold
+        is None. `omitted_servers`: how many servers are not listed. `age_seconds`: age of the list.
         `error_kind`: a key of HEARTBEAT_ERRORS if the last reading failed, else None.
         """
         is_reading = self._reader is not None and not self._reader.ready()
@@ -112,13 +113,12 @@ class Members:
         for server_id, lease_end, entry in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             if re.fullmatch(rb"[!-~]{1,128}", server_id):
                 lease_end_ms = _number(rb"(\d{1,15})", lease_end)
-                clients = _number(rb"(\d{1,15}) \d+ \S+", entry)
-                servers.append(self._server(server_id.decode(), lease_end_ms, clients, clock))
+                servers.append(self._server(server_id.decode(), lease_end_ms, entry, clock))
         servers.sort(key=_listing_order)
         return servers, max(0, size - len(servers)), _parse_gone(gone)
 
     def _server(
-        self, server_id: str, lease_end_ms: int | None, clients: int | None, clock_ms: int
+        self, server_id: str, lease_end_ms: int | None, entry: bytes, clock_ms: int
     ) -> dict[str, Any]:
         silent_ms = None
         if lease_end_ms is not None and clock_ms >= 0:
@@ -126,10 +126,11 @@ class Members:
         late_after_ms = LATE_AFTER_INTERVALS * self._interval_ms
         return {
             "id": server_id,
-            "clients": clients,
+            "clients": _number(rb"(\d{1,15}) \d+ \S+( \S+)?", entry),
             "silent_seconds": None if silent_ms is None else silent_ms / 1000,
             "is_late": silent_ms is not None and silent_ms > late_after_ms,
             "is_this": server_id == self._own_id,
+            "admin_url": _admin_url(entry),
         }
 
 
@@ -137,6 +138,14 @@ def _parse_gone(text: bytes) -> Gone:
     """Return how each server has gone last. Lines of another form are left out."""
     found = re.findall(rb"^([!-~]{1,128}) (left|lost) [0-9.e+]+$", text, re.M)
     return {server_id.decode(): how.decode() for server_id, how in reversed(found)}
+
+
+def _admin_url(entry: bytes) -> str | None:
+    """Return the fourth word of an entry if it is a URL of http: a page makes it a link."""
+    found = re.fullmatch(rb"\d+ \d+ \S+ ([!-~]+)", entry)
+    with suppress(ValueError):
+        return parse_admin_url(found[1].decode()) if found else None
+    return None
 
 
 def _number(pattern: bytes, text: bytes) -> int | None:

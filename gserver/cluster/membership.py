@@ -28,6 +28,7 @@ class Heartbeat(NamedTuple):
     acked_sequence: int = 0
     last_clock: int = 0
     last_sent_sequence: int = UNKNOWN_SEQUENCE
+    admin_url: str = ""
 
 
 class Reply(NamedTuple):

@@ -32,7 +32,7 @@ from gserver.errors import UsageError
 from gserver.scoreboard import Scoreboard
 from lab.running import PATIENCE, Running, argv, gserver, until
 
-MEMBER = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
+MEMBER = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False}
 MEMBERS = {"servers": [MEMBER], "omitted_servers": 0, "age_seconds": 0.1, "error_kind": None}
 #: A valid status; `WORKER` is one of its workers.
 GOOD: dict[str, Any] = describe(
@@ -124,7 +124,7 @@ UNSEEN = {
     *argv("last_second log_lines_dropped latency_bounds_seconds p50_seconds p99_seconds"),
     *argv(
         "wanted worker_restarts agent_starts reloads reload_failures is_held"
-        " heartbeats heartbeat_seconds heartbeat_errors is_this"
+        " heartbeats heartbeat_seconds heartbeat_errors is_this admin_url"
     ),
 }
 MANY = dict.fromkeys(map(str, range(2000)), 0)

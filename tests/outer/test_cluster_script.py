@@ -861,6 +861,7 @@ HEARTBEAT = st.builds(
     acked_sequence=st.integers(0, 20),
     last_clock=st.just(0),
     last_sent_sequence=st.just(UNKNOWN_SEQUENCE),
+    admin_url=st.sampled_from(["", "http://h/?a=%d+"]),
 )
 AHEAD = [-(10**15), -TTL, 0, 2 * INTERVAL, 2 * INTERVAL + 1, 10 * TTL]
 

@@ -43,12 +43,17 @@ def payload(url: str, **options: Any) -> dict[str, Any]:
     return Members(Config(redis_url=url, server_id="here", **options)).payload()
 
 
-def report(url: str, *servers: tuple[str, int], **options: Any) -> None:
+def listed(server: Redis) -> list[dict[str, Any]]:
+    return list(payload(server.url)["servers"])
+
+
+def report(url: str, *servers: tuple[str, int], admin_url: str = "", **options: Any) -> None:
     """Send the heartbeats of servers, each given by its id and its number of clients."""
     link = RedisLink(Config(redis_url=url, **options))
     for server_id, clients in servers:
         sequence = time.monotonic_ns() // 1000
-        link.send(Heartbeat(server_id, "a1", sequence, clients, TTL_MS, INTERVAL_MS))
+        heartbeat = Heartbeat(server_id, "a1", sequence, clients, TTL_MS, INTERVAL_MS)
+        link.send(heartbeat._replace(admin_url=admin_url))
     link.drop()
 
 
@@ -67,9 +72,15 @@ def test_each_server_is_listed_with_its_clients_and_its_last_report(server: Redi
     members = payload(server.url)
     late, own = members["servers"]
     assert 3 <= late.pop("silent_seconds") < 3 + PATIENCE
-    assert late == {"id": "<img/src=x>", "clients": 70_000, "is_late": True, "is_this": False}
+    assert late == {
+        "id": "<img/src=x>",
+        "clients": 70_000,
+        "is_late": True,
+        "is_this": False,
+        "admin_url": None,
+    }
     assert 0 <= own.pop("silent_seconds") < PATIENCE
-    assert own == {"id": "here", "clients": 5, "is_late": False, "is_this": True}
+    assert own == late | {"id": "here", "clients": 5, "is_late": False, "is_this": True}
     assert 0 <= members["age_seconds"] < PATIENCE
     assert (members["omitted_servers"], members["error_kind"]) == (0, None)
 
@@ -117,7 +128,8 @@ def test_a_long_list_keeps_the_own_server_and_the_longest_silent_ones(server: Re
 
 
 @pytest.mark.parametrize(
-    "entry", [b"", b"x", b"5", b"-1 2 a", b"1e9 2 a", b"9" * 16 + b" 2 a", b"\xff\xfe", b"5 2 a b"]
+    "entry",
+    [b"", b"x", b"5", b"-1 2 a", b"1e9 2 a", b"9" * 16 + b" 2 a", b"\xff\xfe", b"5 2 a b c"],
 )
 def test_a_server_with_an_invalid_entry_has_an_unknown_count(server: Redis, entry: bytes) -> None:
     report(server.url, ("here", 5), ("odd", 6))
@@ -142,7 +154,30 @@ def test_a_server_with_an_invalid_lease_has_an_unknown_silence(server: Redis, le
         "silent_seconds": None,
         "is_late": False,
         "is_this": False,
+        "admin_url": None,
     }
+
+
+@pytest.mark.parametrize("url", [f"http://127.0.0.1:4243/{'x' * 105}", "https://[::1]/a?b=c"])
+def test_a_server_is_listed_with_the_url_of_its_page(server: Redis, url: str) -> None:
+    report(server.url, ("here", 5), ("there", 10**14), admin_url=url)
+    assert {one["id"]: (one["clients"], one["admin_url"]) for one in listed(server)} == {
+        "here": (5, url),
+        "there": (10**14, url),
+    }
+    report(server.url, ("here", 6))
+    assert {one["id"]: (one["clients"], one["admin_url"]) for one in listed(server)} == {
+        "here": (6, None),
+        "there": (10**14, url),
+    }
+
+
+@pytest.mark.parametrize("url", ["javascript:alert(1)", "http://a:b@h", "http://\xff", "x" * 200])
+def test_what_is_no_url_of_http_is_not_listed_as_one(server: Redis, url: str) -> None:
+    report(server.url, ("here", 5))
+    entry = server.command("HGET", MEMBERS, "here")
+    server.command("HSET", MEMBERS, "here", f"{entry} {url}".encode("latin-1"))
+    assert listed(server)[0]["admin_url"] is None
 
 
 @pytest.mark.parametrize("clock", ["", "x", "nan", "-5", "inf", None])
@@ -158,6 +193,7 @@ def test_an_invalid_clock_breaks_nothing(server: Redis, clock: str | None) -> No
         "silent_seconds": None,
         "is_late": False,
         "is_this": True,
+        "admin_url": None,
     }
 
 

@@ -250,12 +250,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
 
 #: An id of the maximum length that looks like HTML.
 HOSTILE = "<img/src=x>".ljust(128, "x")
+PAGE = "http://gs2.example:4243/"
 
 
 def test_the_page_lists_the_servers_of_the_cluster_and_follows_them(
     window: Browser, store: Redis
 ) -> None:
     here, there = ["--server-id", "here", "--admin-port", "0"], ["--server-id", HOSTILE]
+    there += ["--admin-url", PAGE]
     with cluster(store.url, "gserver", here, there) as [first, second], second.client() as client:
         assert client.ask(b"WHERE") == HOSTILE.encode()
         window.open(page(first))
@@ -266,6 +268,8 @@ def test_the_page_lists_the_servers_of_the_cluster_and_follows_them(
         )
         assert window.run("return document.querySelectorAll('img').length") == 0
         assert window.run("return document.querySelector('#servers th').scope") == "row"
+        links = "return [...document.querySelectorAll('#servers a')].map(a => [a.text, a.href])"
+        assert window.run(links) == [[HOSTILE, PAGE]]
         assert all(re.match(r"[0-2]\.\d s ago", row[2]) for row in cells(window))
         assert window.text("servers-note") == ""
         window.resize(320, 900)
