@@ -8,11 +8,13 @@ own: README.md has an example.
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Any, Protocol
 
 from gserver.arguments import Parameters, parameters_of
+from gserver.config import plain_host
 from gserver.protocol import MAX_NAME_BYTES, ErrorReply, usage_error
 
 NAME = re.compile(rf"[A-Z][A-Z0-9_-]{{0,{MAX_NAME_BYTES - 1}}}")
@@ -68,10 +70,10 @@ class Request:
 
     def _peer_name(self) -> tuple[str, int]:
         if self._address is None:
-            try:
-                self._address = self._sock.getpeername()[:2] if self._sock else ("", 0)
-            except OSError:
-                self._address = ("", 0)
+            name: Any = ""
+            with suppress(OSError):
+                name = self._sock.getpeername() if self._sock else ""
+            self._address = (plain_host(name[0]), name[1]) if name else ("", 0)
         return self._address
 
 

@@ -314,6 +314,7 @@ def one_more(loop: Loop) -> Iterator[socket.socket]:
     pair, theirs = socket.socketpair()
     ours = _socket.socket(pair.family, pair.type, 0, pair.detach())
     ours.setblocking(False)
+    theirs.settimeout(LIMIT)
     with closing(theirs):
         loop.add(ours, ("127.0.0.1", 1))
         yield theirs

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gserver.agent.roster import SORTS
 from lab.admin import status
 from lab.certificates import make_certificates
 from lab.running import LIMIT, Client, Running, argv, extended, gserver, until
@@ -20,6 +21,12 @@ import time
 from lab.commands import napping, replying
 nap = napping("NAP", 60)
 large = replying("LARGE", 5_000_000)
+
+from gserver.commands import command
+
+@command("FROM")
+def from_(request):
+    return request.address
 """
 
 
@@ -74,6 +81,10 @@ def test_each_client_is_listed_with_its_state(tmp_path: Path) -> None:
         assert ages == sorted(ages, reverse=True)
         workers = [each["worker"] for each in listed(server, "--sort", "worker")["clients"]]
         assert workers == sorted(workers)
+
+
+def test_the_help_names_every_order_of_the_list() -> None:
+    assert f"--sort [{'|'.join(SORTS)}]" in gserver("clients", "--help").stdout
 
 
 def test_an_id_stays_over_a_reload(tmp_path: Path) -> None:
@@ -184,11 +195,13 @@ def test_a_worker_that_answers_too_late_closes_the_clients_all_the_same() -> Non
         assert server.wait_for("client.kicked")["gserver.clients"] == 100
 
 
-def test_an_ipv4_address_is_found_on_an_ipv6_socket() -> None:
-    with Running(*argv("--admin-port 0 --host ::")) as server, server.client() as client:
+def test_an_ipv4_address_is_the_same_on_an_ipv6_socket(tmp_path: Path) -> None:
+    options = argv("--admin-port 0 --host :: --log-level debug")
+    with extended(tmp_path, MODULE, *options) as server, server.client() as client:
         server.wait_for("agent.ready")
-        client.who()
+        assert client.ask(b"FROM") == b"127.0.0.1"
         assert of(listed(server), client)["address"] == "127.0.0.1"
+        assert server.wait_for("client.accepted")["client.address"] == "127.0.0.1"
         done = gserver("kick", "::ffff:127.0.0.1", "--admin", admin(server))
         assert (done.returncode, done.stdout) == (0, "closed 1 client\n")
 

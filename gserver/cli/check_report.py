@@ -19,7 +19,7 @@ def describe(ctx: click.Context, config: Config, commands: Iterable[dict[str, An
         (flag(field.name), _shown(field.name, config), _source(ctx, field.name, config))
         for field in fields(Config)
     ]
-    rows = [(each["usage"], *_limits(each, config)) for each in commands]
+    rows = [(each["usage"], *_limits(each)) for each in commands]
     return "\n".join(
         [
             *_table([("option", "value", "from"), *options]),
@@ -56,12 +56,10 @@ def _source(ctx: click.Context, name: str, config: Config) -> str:
     return DEFAULT
 
 
-def _limits(command: dict[str, Any], config: Config) -> tuple[str, str]:
+def _limits(command: dict[str, Any]) -> tuple[str, str]:
     if not command["may_block"]:
         return "-", "-"
     timeout, at_once = command["timeout"], command["at_once"]
-    timeout = config.command_timeout_seconds if timeout is None else timeout
-    at_once = config.command_at_once if at_once is None else at_once
     return f"{timeout:g} s" if timeout else "none", str(at_once or "no limit")
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from gserver.cli import admin_client
 from gserver.cli.admin_client import Target
+from gserver.config import plain_host
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError
 
 #: Addresses, and recent ends, that are shown.
@@ -40,7 +41,7 @@ def show(targets: Sequence[Target], sort: str, limit: int, *, is_json: bool) -> 
 def kick(targets: Sequence[Target], client: str) -> int:
     """Close clients; return the exit code: 0 if there was one, and all workers have answered."""
     with suppress(ValueError):  # Other spellings of an address.
-        client = str(ipaddress.ip_address(client.removeprefix("::ffff:")))
+        client = str(ipaddress.ip_address(plain_host(client)))
     path = f"/kick?client={quote(client)}"
     answers = _ask(targets, path, admin_client.KICKED, method="POST")
     closed = sum(int(document["closed"]) for _, document in answers)

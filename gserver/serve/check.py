@@ -26,8 +26,8 @@ def run() -> int:
     answer_fd = os.dup(1)
     os.dup2(2, 1)
     try:
-        commands = load_commands(config.commands)
-        Replies(config, Scoreboard.create(1), 0, commands)  # It has room for so many names.
+        # It has room for so many names.
+        replies = Replies(config, Scoreboard.create(1), 0, load_commands(config.commands))
         if certificates.chain:
             tls.make_context(certificates)
     except UsageError as problem:
@@ -40,7 +40,7 @@ def run() -> int:
             "timeout": command.timeout,
             "at_once": command.at_once,
         }
-        for command in commands
+        for command in replies.grammar.commands.values()
     ]
     os.write(answer_fd, json.dumps(found).encode())
     return EXIT_CLEAN

@@ -23,6 +23,7 @@ import gevent
 
 from gserver import logs
 from gserver.commands import Command
+from gserver.config import plain_host
 from gserver.protocol import (
     KICKED,
     PLAIN_TEXT,
@@ -706,7 +707,7 @@ class Client:
         self.loop.note_end(self, TLS_FAILED)
         if logging.root.isEnabledFor(logging.DEBUG) and self.address:
             fields = {**address_fields(self.address), **logs.error_fields(error)}
-            message = f"TLS handshake with {self.address[0]} failed: {error}"
+            message = f"TLS handshake with {fields['client.address']} failed: {error}"
             logs.event(logging.DEBUG, "client.tls_failed", message, fields)
         self.address = None
         if type(error).__module__ == "ssl":
@@ -718,4 +719,4 @@ class Client:
 
 def address_fields(address: Any) -> dict[str, object]:
     """Return the fields of a log event for a client's address."""
-    return {"client.address": address[0], "client.port": address[1]}
+    return {"client.address": plain_host(address[0]), "client.port": address[1]}

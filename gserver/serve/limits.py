@@ -10,7 +10,7 @@ import socket
 from hashlib import blake2b
 from struct import unpack
 
-from gserver.config import Config
+from gserver.config import Config, plain_host
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
 from gserver.scoreboard import Scoreboard
 
@@ -172,5 +172,5 @@ def network(host: str) -> bytes:
 
     A /64 is what one customer usually has.
     """
-    host = host.removeprefix("::ffff:")  # IPv4 on an IPv6 socket.
+    host = plain_host(host)
     return host.encode() if "." in host else socket.inet_pton(socket.AF_INET6, host)[:8]

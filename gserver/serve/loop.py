@@ -20,7 +20,7 @@ from gevent.monkey import get_original
 
 from gserver import logs
 from gserver.boot import RESERVED_FILES, fatal_on_error
-from gserver.config import Config
+from gserver.config import Config, plain_host
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
 from gserver.serve.client import CLOSED, IDLE, MOVING, NEW, READ, READ_BYTES, Client, address_fields
 from gserver.serve.deadlines import Deadlines
@@ -225,7 +225,7 @@ class Loop:
             " (--max-clients-per-address)",
         }
         fields = {**address_fields(address), "gserver.reason": error.name}
-        message = f"{address[0]} was rejected: {reasons[error]}"
+        message = f"{fields['client.address']} was rejected: {reasons[error]}"
         logs.warn_ratelimited("client.rejected", message, fields)
 
     # Handovers
@@ -450,8 +450,7 @@ class Loop:
             address = client.address or client.sock.getpeername()
         except OSError:
             return "", 0
-        # Without the prefix that IPv4 has on an IPv6 socket.
-        return str(address[0]).removeprefix("::ffff:"), int(address[1])
+        return plain_host(address[0]), int(address[1])
 
     def _log_end(self, client: Client) -> None:
         """Log the end of a client at debug level, if it was admitted."""
@@ -496,6 +495,6 @@ def log_client(
 ) -> None:
     """Log an event of a client at debug level, if its address was kept for that."""
     if client.address is not None:
-        host, port = client.address[:2]
+        host, port = plain_host(client.address[0]), client.address[1]
         fields = {**address_fields(client.address), **(more or {})}
         logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", fields)

@@ -8,6 +8,7 @@ import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 from math import inf
 from time import monotonic, monotonic_ns
@@ -47,7 +48,7 @@ class Replies:
         self._config = config
         #: What WHO replies. It may raise `ClusterUnavailable`.
         self.count_clients = _client_counter(config, scoreboard)
-        table = {command.name.encode(): command for command in commands}
+        table = {command.name.encode(): _with_limits(command, config) for command in commands}
         with_words = {
             name: command.bind for name, command in table.items() if command.parameters.takes_words
         }
@@ -116,8 +117,7 @@ class Replies:
 
     def begin(self, command: Command) -> bool:
         """Note that a handler which may block is about to run; return False if too many do."""
-        limit = self._config.command_at_once if command.at_once is None else command.at_once
-        if limit and self._running[command.name] >= limit:
+        if command.at_once and self._running[command.name] >= command.at_once:
             return False
         self._running[command.name] += 1
         return True
@@ -128,8 +128,6 @@ class Replies:
         It runs in the greenlet of the caller, which is interrupted at the command's timeout.
         """
         seconds = command.timeout
-        if seconds is None:
-            seconds = self._config.command_timeout_seconds
         request = self.request(sock, monotonic() + seconds if seconds else inf)
         request.remember_client()
         started_at = monotonic_ns()
@@ -211,6 +209,16 @@ def encode(reply: str | int) -> bytes:
     if type(reply) is int or (type(reply) is str and len(reply) <= MAX_SHORT_REPLY):
         return _short_line(reply)
     return encode_reply(reply)
+
+
+def _with_limits(command: Command, config: Config) -> Command:
+    """Return a command whose own limits, where it has none, are those of the options."""
+    timeout, at_once = command.timeout, command.at_once
+    return replace(
+        command,
+        timeout=config.command_timeout_seconds if timeout is None else timeout,
+        at_once=config.command_at_once if at_once is None else at_once,
+    )
 
 
 def _note_fork() -> None:
