@@ -314,8 +314,10 @@ class Scoreboard:
         self._add_commands(totals, cells)
         updated_at = cells[self.server_cell("cluster_updated_at")]
         if updated_at:
+            now_ms = time.monotonic_ns() // 1_000_000
             totals["cluster_clients"] = totals["clients"] + cells[self._remote_clients]
-            totals["cluster_age_ms"] = (time.monotonic_ns() - updated_at) // 1_000_000
+            totals["cluster_age_ms"] = now_ms - cells[self.server_cell("cluster_confirmed_at")]
+            totals["cluster_silent_ms"] = now_ms - updated_at // 1_000_000
         else:
             del totals["cluster_servers"]
         return totals

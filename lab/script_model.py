@@ -30,6 +30,7 @@ class Model:
         self.clock = self.lost_at = 0
         self.returned: list[str] = []
         self.heartbeat_at: int | None = None
+        self.resumed_at = 0
 
     def apply(self, heartbeat: Heartbeat, now: int) -> Reply:
         server_id, incarnation = heartbeat.server_id, heartbeat.incarnation
@@ -49,26 +50,34 @@ class Model:
             and last_clock >= self.lost_at
             and self.clock - last_clock < ttl
         )
-        is_outdated |= is_entry_lost and elapsed > interval
-        is_behind = min(last_clock - self.clock, elapsed) > 2 * interval
+        is_unproven = self.resumed_at > 0 and self.clock - self.resumed_at < ttl
+        is_outdated |= is_entry_lost and (is_unproven or elapsed > interval)
+        is_behind = last_clock - self.clock > 2 * interval and (
+            is_unproven or elapsed > 2 * interval
+        )
+        is_late = False
         if self.heartbeat_at is None or is_outdated or is_behind:
             self.lose_all()
             self.clock = self.lost_at = max(last_clock + 1, now)
             before, elapsed = None, 0
+        elif before is None and acked_sequence > 0:
+            is_late = self.clock - last_clock >= ttl
         self.clock += max(0, min(elapsed, interval))
         self.heartbeat_at = now
         holder = before.incarnation if before else ""
-        is_mine, was_missing = holder == incarnation, before is None and acked_sequence > 0
-        if (
-            not before
-            or holder == heartbeat.replaced_incarnation
-            or (is_mine and sequence > before.sequence)
-        ):
+        was_missing = not before and acked_sequence > 0
+        may_write = not is_late
+        if before:
+            is_newer = holder == incarnation and sequence > before.sequence
+            may_write = is_newer or holder == heartbeat.replaced_incarnation
+        if may_write:
             if heartbeat.clients == "leave":
                 self.entries.pop(server_id, None)
             else:
                 if was_missing:
                     self.returned.append(incarnation)
+                if acked_sequence == 0 and self.entries and elapsed > 2 * interval:
+                    self.resumed_at = self.clock
                 lease_end = self.clock + ttl
                 self.entries[server_id] = Entry(
                     int(heartbeat.clients), sequence, incarnation, lease_end
@@ -89,4 +98,6 @@ class Model:
             holder,
             lease_end,
             int(was_missing),
+            min((e.lease_end for name, e in self.entries.items() if name != server_id), default=0),
+            int(is_late),
         )

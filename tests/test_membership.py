@@ -12,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gserver.cluster.membership import LATE_AFTER_INTERVALS, Heartbeat, Membership, Reply
+from gserver.cluster.membership import LATE_AFTER_INTERVALS, Heartbeat, Known, Membership, Reply
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.scoreboard import SERVER_CELLS
 from lab.script_model import INTERVAL, TTL, Model
 
 #: Milliseconds, in the tests of single rules.
 TTL_MS = 6000
+#: On the monotonic clock, where it does not matter.
+NOW = 123_000
 
 
 def reply(
@@ -29,8 +31,11 @@ def reply(
     lost_at: int = 1,
     was_missing: int = 0,
 ) -> Reply:
+    lease_end = clock + TTL_MS
     return Reply(
-        total_clients, servers, returned, clock, lost_at, "me", clock + TTL_MS, was_missing
+        *(total_clients, servers, returned, clock, lost_at, "me", lease_end, was_missing),
+        oldest_lease_end=0,
+        is_late=0,
     )
 
 
@@ -41,35 +46,28 @@ def lost(total_clients: int, returned: int, clock: int, lost_at: int = 50_001) -
 
 def successor(last: Membership, ttl_ms: int) -> Membership:
     """The state of a new agent that continues from the scoreboard."""
-    return Membership(
-        ttl_ms,
-        remote_clients=last.remote_clients,
-        servers=last.servers,
-        last_clock=last.last_clock,
-        lost_at=last.lost_at,
-        hold_until=last.hold_until,
-    )
+    return Membership(ttl_ms, last.known)
 
 
 def new_member(ttl_ms: int = TTL_MS) -> Membership:
     """The state of a server before its first heartbeat."""
-    return Membership(ttl_ms, remote_clients=0, servers=0, last_clock=0, lost_at=0, hold_until=0)
+    return Membership(ttl_ms, Known())
 
 
 def test_the_first_reply_is_accepted_even_if_it_reports_a_loss() -> None:
     membership = new_member()
-    membership.apply(reply(30, 2, 70_000, lost_at=69_999), 10)
+    membership.apply(reply(30, 2, 70_000, lost_at=69_999), 10, NOW)
     assert (membership.remote_clients, membership.servers) == (20, 2)
     assert (membership.last_clock, membership.lost_at, membership.hold_until) == (70_000, 69_999, 0)
 
 
 def test_the_reply_to_a_rejected_heartbeat_counts_only_until_the_server_was_a_member() -> None:
     membership = new_member()
-    membership.apply_rejected(reply(30, 2, 50_000))
+    membership.apply_rejected(reply(30, 2, 50_000), NOW)
     assert (membership.remote_clients, membership.servers) == (30, 0)
-    membership.apply(reply(30, 1, 50_500), 10)
+    membership.apply(reply(30, 1, 50_500), 10, NOW)
     assert membership.remote_clients == 20
-    membership.apply_rejected(reply(99, 2, 51_000))
+    membership.apply_rejected(reply(99, 2, 51_000), NOW)
     assert membership.remote_clients == 20
 
 
@@ -137,28 +135,27 @@ RULES: dict[str, list[tuple[Reply, int, int]]] = {
 @pytest.mark.parametrize("rule", RULES)
 def test_a_reply_is_accepted_or_the_last_number_is_held(rule: str) -> None:
     membership = new_member()
-    membership.apply(reply(105, 3, 50_000), 5)
+    membership.apply(reply(105, 3, 50_000), 5, NOW)
     assert (membership.remote_clients, membership.servers, membership.lost_at) == (100, 3, 1)
     for heard, remote_clients, servers in RULES[rule]:
-        membership.apply(heard, 5)
+        membership.apply(heard, 5, NOW)
         assert (membership.remote_clients, membership.servers) == (remote_clients, servers)
         assert (membership.last_clock, membership.lost_at) == (heard.clock, heard.lost_at)
 
 
 def test_a_new_agent_continues_from_the_state_of_the_previous_one() -> None:
-    membership = Membership(
-        TTL_MS, remote_clients=100, servers=3, last_clock=50_000, lost_at=1, hold_until=0
-    )
+    known = Known(remote_clients=100, servers=3, last_clock=50_000, lost_at=1)
+    membership = Membership(TTL_MS, known)
     assert membership.remote_clients == 100
-    membership.apply(lost(5, 1, 50_001), 5)
+    membership.apply(lost(5, 1, 50_001), 5, NOW)
     expected = (100, 3, 56_001)
     assert (membership.remote_clients, membership.servers, membership.hold_until) == expected
     follower = successor(membership, TTL_MS)
-    follower.apply(lost(5, 1, 55_999), 5)
+    follower.apply(lost(5, 1, 55_999), 5, NOW)
     assert (follower.remote_clients, follower.hold_until) == (100, 56_001), (
         "it is not a second loss"
     )
-    follower.apply(lost(5, 1, 56_001), 5)
+    follower.apply(lost(5, 1, 56_001), 5, NOW)
     assert follower.remote_clients == 0
 
 
@@ -201,6 +198,8 @@ class Server:
     silence: float = 0.0
     #: The incarnations that were members when it last did not hold: it waits for them after a loss.
     awaited: set[str] = field(default_factory=set)
+    #: Since when it knows the lease clock of these data.
+    knows_clock_since: float = 0.0
     #: By unit, the clients that it may count: those of the last reply, and all clients since.
     may_count: Counter[int] = field(default_factory=Counter)
 
@@ -226,6 +225,8 @@ class World:
         #: Until then an older state of Redis may be unnoticed.
         self.hidden_until = 0.0
         self.units: list[int] = []
+        #: When the last heartbeat of each incarnation was taken.
+        self.taken: dict[str, float] = {}
         self.servers: list[Server] = []
         for number, period in enumerate(periods):
             self.add(f"server-{number}", period, self.now + number * period / len(periods))
@@ -269,11 +270,17 @@ class World:
             server.acked_sequence,
             server.membership.last_clock,
         )
-        return self.script.apply(heartbeat, round(self.now * 1000))
+        reply = self.script.apply(heartbeat, round(self.now * 1000))
+        if reply.holder == server.incarnation:
+            self.taken[server.incarnation] = self.now
+        return reply
 
     def heartbeat(self, server: Server) -> None:
         lag = max(one.membership.last_clock for one in self.servers) - self.script.clock
         lost_at, reply = self.script.lost_at, self.call(server, server.reported_clients)
+        if reply.is_late:
+            server.membership.last_clock = reply.clock
+            reply = self.call(server, server.reported_clients)
         if lag > 2 * INTERVAL and self.script.lost_at == lost_at:
             # A server without newer knowledge hides it from all but servers with an older entry.
             # They report soon.
@@ -290,10 +297,12 @@ class World:
             # An earlier incarnation from a backup. The simulation knows this at once;
             # `DuplicateIdDetector` finds it out in two intervals.
             server.replaced_incarnation, server.acked_sequence = reply.holder, 0
-            server.membership.apply_rejected(reply)
+            server.membership.apply_rejected(reply, round(self.now * 1000))
             return
         server.acked_sequence, server.replaced_incarnation = self.sequence, ""
-        server.membership.apply(reply, server.reported_clients)
+        if server.membership.lost_at != reply.lost_at or not server.membership.servers:
+            server.knows_clock_since = self.now
+        server.membership.apply(reply, server.reported_clients, round(self.now * 1000))
         remote_clients, units = (
             server.membership.remote_clients,
             [unit for unit in self.units if unit != server.unit],
@@ -305,12 +314,21 @@ class World:
                 by_units(remote_clients, units) <= server.may_count or remote_clients <= may_count
             )
             assert remote_clients <= before or is_known, "a false rise"
+        self.judge_age(server)
         if not server.membership.hold_until:
             server.awaited = {entry.incarnation for entry in self.script.entries.values()}
         server.may_count = by_units(remote_clients, units) | by_units(
             reply.total_clients, self.units
         )
         server.may_count |= Counter({other.unit: other.clients for other in self.servers})
+
+    def judge_age(self, server: Server) -> None:
+        """The age is that of the oldest share, or more."""
+        entries = self.script.entries.values()
+        taken = [self.taken[entry.incarnation] for entry in entries]
+        if not server.membership.hold_until and min(taken) >= server.knows_clock_since:
+            oldest = min([*taken, self.now])
+            assert server.membership.confirmed_monotonic <= 1000 * oldest + 1
 
     def least(self, server: Server, before: int) -> int:
         """The least that a server must count: known clients of servers that still run.
@@ -415,6 +433,7 @@ class World:
         """Another agent continues from what is on the scoreboard."""
         server = self.pick(number)
         server.membership = successor(server.membership, TTL)
+        server.knows_clock_since = server.membership.last_sent_monotonic / 1000
         server.next_heartbeat = max(server.next_heartbeat, self.now + 0.1)
 
     def end(self, number: int, is_clean: bool) -> None:
@@ -449,6 +468,48 @@ class World:
             == (self.others(server), len(self.servers))
             for server in self.servers
         )
+
+
+def age(world: World, server: Server) -> float:
+    """The age of the count of the others, in seconds."""
+    return world.now - server.membership.confirmed_monotonic / 1000
+
+
+def test_the_age_of_a_count_is_that_of_its_oldest_share() -> None:
+    world = World([0.95 * INTERVAL_S] * 3)
+    world.run(3 * TTL_S)
+    dead, *others = world.servers
+    died = world.taken[dead.incarnation]
+    for server in others:
+        assert age(world, server) < 2 * INTERVAL_S
+    world.is_judging = False
+    world.servers.remove(dead)
+    world.run(0.9 * TTL_S)
+    for server in others:
+        assert age(world, server) == pytest.approx(world.now - died, abs=0.002)
+    world.run(2 * INTERVAL_S)
+    for server in others:
+        assert server.membership.servers == 2
+        assert age(world, server) < 2 * INTERVAL_S
+
+
+def test_the_age_grows_while_redis_stalls_again_and_again_and_a_dead_server_counts() -> None:
+    """Each stall moves the lease clock by one interval only, however long it is."""
+    world = World([0.9 * INTERVAL_S] * 3)
+    world.run(3 * TTL_S)
+    dead, *others = world.servers
+    died = world.taken[dead.incarnation]
+    world.is_judging = False
+    world.servers.remove(dead)
+    stalls = 0
+    while any(server.membership.servers == 3 for server in others):
+        world.go_away(TTL_S)
+        world.run(INTERVAL_S)
+        stalls += 1
+        for server in others:
+            if server.membership.servers == 3:
+                assert age(world, server) >= world.now - died - 0.002
+    assert 3 <= stalls <= TTL / INTERVAL
 
 
 NUMBER = st.integers(0, 9)

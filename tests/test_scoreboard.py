@@ -175,12 +175,14 @@ def test_cluster_figures_are_in_the_totals_once_known() -> None:
     scoreboard.put("remote_clients", 7)
     assert not {"cluster_servers", "cluster_clients", "cluster_age_ms"} & scoreboard.totals().keys()
     scoreboard.put("cluster_servers", 3)
-    scoreboard.put("cluster_updated_at", time.monotonic_ns() - 5_000_000_000)
+    scoreboard.put("cluster_updated_at", time.monotonic_ns() - 1_000_000_000)
+    scoreboard.put("cluster_confirmed_at", time.monotonic_ns() // 1_000_000 - 5000)
     scoreboard.cells[scoreboard.cell("clients", 1)] = 4
     totals = scoreboard.totals()
     assert scoreboard.cluster_clients() == totals["cluster_clients"] == 11
     assert totals["cluster_servers"] == 3
     assert totals["cluster_age_ms"] >= 5000
+    assert 1000 <= totals["cluster_silent_ms"] < totals["cluster_age_ms"]
 
 
 def test_clearing_a_dead_worker_zeroes_its_gauge_and_keeps_its_counters() -> None:

@@ -62,16 +62,20 @@ def test_counters_of_the_server_are_under_server() -> None:
     assert status(CONFIG, scoreboard)["server"]["tls_expires_at"] is None
 
 
+UNKNOWN = ("servers", "clients", "age_seconds", "silent_seconds")
+
+
 def test_cluster_figures_are_null_until_known() -> None:
     config = replace(CONFIG, redis_url="redis://x", cluster_name="east")
     scoreboard = Scoreboard.create(2)
     unknown = status(config, scoreboard)["cluster"]
     assert unknown["name"] == "east"
-    assert [unknown[name] for name in ("servers", "clients", "age_seconds")] == [None] * 3
+    assert [unknown[name] for name in UNKNOWN] == [None] * 4
     for name, value in (
         ("cluster_servers", 3),
         ("remote_clients", 7),
-        ("cluster_updated_at", time.monotonic_ns() - 5_000_000_000),
+        ("cluster_updated_at", time.monotonic_ns() - 1_000_000_000),
+        ("cluster_confirmed_at", time.monotonic_ns() // 1_000_000 - 5000),
         ("hold_until", 1),
         ("heartbeats", 5),
     ):
@@ -82,6 +86,7 @@ def test_cluster_figures_are_null_until_known() -> None:
     assert cluster["is_held"] is True
     assert cluster["heartbeat_errors"] == {**dict.fromkeys(HEARTBEAT_ERRORS, 0), "tls": 2}
     assert 5 <= cluster["age_seconds"] < 60
+    assert 1 <= cluster["silent_seconds"] < cluster["age_seconds"] - 3
     assert cluster["members"] is None
     server = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
     members = {"servers": [server], "error_kind": None}

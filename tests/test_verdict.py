@@ -16,7 +16,8 @@ FIGURES = {
     "clients_limit": 10,
     "workers": 2,
     "workers_wanted": 2,
-    "cluster_age_ms": 900,
+    "cluster_age_ms": 6000,
+    "cluster_silent_ms": 1000,
     "tls_expires_at": int(NOW + 15 * DAY),
 }
 MINUTE = {"mistakes": 1000, "failures": 6, "rejected": 0}
@@ -79,17 +80,22 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "workers_missing",
         "1 of 2 workers accept clients",
     ),
-    "an old count": (
+    "a silent Redis": (
         {
-            "figures": FIGURES | {"cluster_age_ms": 1001},
+            "figures": FIGURES | {"cluster_silent_ms": 1001, "cluster_age_ms": 7000},
             "members": MEMBERS | {"error_kind": "busy"},
         },
         "redis_away",
-        "Redis does not answer (busy): the count of the other servers is 1.0 s old",
+        "Redis does not answer (busy): the count of the other servers is 7.0 s old",
+    ),
+    "an old count": (
+        {"figures": FIGURES | {"cluster_age_ms": 6001}},
+        "count_old",
+        "the count of the other servers is 6.0 s old, though Redis answers",
     ),
     "Redis away since the start": (
         {
-            "figures": {name: FIGURES[name] for name in FIGURES if name != "cluster_age_ms"},
+            "figures": {name: FIGURES[name] for name in FIGURES if "cluster" not in name},
             "members": {"error_kind": "auth", "servers": None},
         },
         "redis_away",
@@ -147,13 +153,13 @@ def test_every_reason_of_the_metrics_has_a_case() -> None:
     assert {name for _, name, _ in WRONG.values()} == set(REASONS)
 
 
-def test_the_own_lateness_is_told_by_the_age_of_the_count() -> None:
+def test_the_own_lateness_is_told_by_the_silence_of_redis() -> None:
     members = MEMBERS | {"servers": [server("here", is_late=True, is_this=True)]}
     assert judge(CONFIG, facts(members=members)).word == HEALTHY
 
 
 def test_a_server_alone_has_no_reasons_of_a_cluster() -> None:
-    figures = {name: FIGURES[name] for name in FIGURES if name != "cluster_age_ms"}
+    figures = {name: FIGURES[name] for name in FIGURES if "cluster" not in name}
     assert judge(Config(server_id="x"), facts(members=None, figures=figures)).word == HEALTHY
 
 

@@ -103,14 +103,18 @@ def _cluster(config: Config, facts: Facts) -> Iterator[Reason]:
         return
     kind = facts.members["error_kind"]
     why = f" ({kind})" if kind else ""
-    age_ms = facts.figures.get("cluster_age_ms")
-    if age_ms is None:
+    age_ms, silent_ms = (facts.figures.get(f"cluster_{name}_ms") for name in ("age", "silent"))
+    if age_ms is None or silent_ms is None:
         yield Reason("redis_away", f"Redis has not answered since the start{why}")
-    elif age_ms > LATE_AFTER_INTERVALS * config.heartbeat_interval_seconds * 1000:
-        age = f"the count of the other servers is {age_ms / 1000:.1f} s old"
+        return
+    late_ms = LATE_AFTER_INTERVALS * config.heartbeat_interval_seconds * 1000
+    age = f"the count of the other servers is {age_ms / 1000:.1f} s old"
+    if silent_ms > late_ms:
         yield Reason("redis_away", f"Redis does not answer{why}: {age}")
+    elif age_ms > config.member_ttl_seconds * 1000 + late_ms:
+        yield Reason("count_old", f"{age}, though Redis answers")
     for server in facts.members["servers"] or []:
-        if server["is_late"] and not server["is_this"] and age_ms is not None:
+        if server["is_late"] and not server["is_this"]:
             silence = f"no heartbeat for {server['silent_seconds']:.1f} s"
             yield Reason("server_late", f"server {server['id']} is late: {silence}")
 

@@ -339,7 +339,7 @@ def _cluster(status: Status) -> Iterator[Text]:
         total = "not known yet"
         if age is not None:
             clients = _count(cluster["clients"], "client")
-            total = f"{clients} of {_servers(cluster)}, updated {age:.1f} s ago"
+            total = f"{clients} of {_servers(cluster)}, at most {age:.1f} s old"
         yield Text(f"cluster {cluster['name']}: {total}")
 
 

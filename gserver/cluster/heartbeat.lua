@@ -5,8 +5,11 @@
 --   members  hash: server id -> "clients sequence incarnation URL", the server's entry; the URL of
 --            its page is missing if there is none
 --   leases   sorted set: server id -> end of its lease, on the lease clock
---   state    hash: total, clock, lost_at, returned, heartbeat_at, recount_at; gone: the last servers
---            that have left or were lost, the latest first, as lines "id left|lost clock"
+--   state    hash: total, clock, lost_at, returned, heartbeat_at, recount_at; resumed_at: when a
+--            server that did not know these data resumed them, on the lease clock; gone: the last
+--            servers that have left or were lost, the latest first, as lines "id left|lost clock"
+-- They have no TTL: with maxmemory-policy volatile-lru, Redis would evict them first. When the last
+-- server has left, the state stays for a day.
 --
 -- ARGV
 --    1  server id
@@ -30,6 +33,8 @@
 --    6  incarnation that holds the id, or ""; it ends in "*" if the caller is a copy of the holder
 --    7  end of the holder's lease, or 0
 --    8  1 if the caller has been acknowledged before but had no entry, else 0
+--    9  end of the oldest lease of another server; 0 if there is none
+--   10  1 if nothing was written because this heartbeat is late: send another, with this clock
 --
 -- The lease clock advances with heartbeats only: by the time since the previous heartbeat of any
 -- server, but by one interval at most. So a server does not look dead because it could not report:
@@ -55,7 +60,7 @@ local entry_count = redis.pcall('HLEN', members)
 local lease_count = redis.pcall('ZCARD', leases)
 local entry = redis.pcall('HGET', members, server_id)
 local stored = redis.pcall('HMGET', state,
-  'total', 'clock', 'lost_at', 'returned', 'heartbeat_at', 'recount_at')
+  'total', 'clock', 'lost_at', 'returned', 'heartbeat_at', 'recount_at', 'resumed_at')
 local total, clock = tonumber(stored[1]), tonumber(stored[2])
 local lost_at, returned = tonumber(stored[3]), tonumber(stored[4])
 local elapsed = now - (tonumber(stored[5]) or now)
@@ -70,15 +75,20 @@ old_sequence = tonumber(old_sequence)
 local is_consistent = entry_count == lease_count and (holder or not entry)
   and is_valid(total) and is_valid(clock) and is_valid(lost_at) and is_valid(returned)
   and (entry_count > 0 or total == 0)
+-- Nobody has vouched for these data yet: after a pause, the first heartbeat was that of a new server.
+local resumed_at = tonumber(stored[7])
+local is_unproven = is_consistent and is_valid(resumed_at) and clock - resumed_at < ttl
 -- The caller has no entry, although its lease cannot have ended.
 local is_entry_lost = not holder and acked_sequence > 0
   and is_consistent and last_clock >= lost_at and clock - last_clock < ttl
--- Recent heartbeats of other servers mean that these data are in use, and that the caller comes
--- from elsewhere: from the other side of a split, say.
-local is_outdated = (is_entry_lost and elapsed > interval)
-  or (is_consistent and math.min(last_clock - clock, elapsed) > 2 * interval)
+-- Recent heartbeats of servers that knew these data mean that they are in use, and that the caller
+-- comes from elsewhere: from the other side of a split, say.
+local is_outdated = (is_entry_lost and (is_unproven or elapsed > interval))
+  or (is_consistent and last_clock - clock > 2 * interval
+    and (is_unproven or elapsed > 2 * interval))
   or (holder == incarnation and acked_sequence > old_sequence)
-if not is_consistent or is_outdated then
+local is_lost = not is_consistent or is_outdated
+if is_lost then
   if entry_count ~= 0 or lease_count ~= 0 or stored.err or stored[2] then
     redis.call('DEL', members, leases, state)
   end
@@ -86,8 +96,12 @@ if not is_consistent or is_outdated then
   clock = math.max(last_clock + 1, now)
   lost_at = clock
   entry_count, elapsed = 0, 0
-  total, returned, old_clients, holder = 0, 0, nil, nil
+  total, returned, old_clients, holder, resumed_at = 0, 0, nil, nil, nil
 end
+
+-- The lease that this heartbeat would renew has ended: it may have been held up on its way, and its
+-- server may be dead.
+local is_late = not (is_lost or holder) and acked_sequence > 0 and clock - last_clock >= ttl
 
 clock = clock + math.max(0, math.min(elapsed, interval))
 
@@ -110,13 +124,14 @@ if holder == incarnation and old_sequence > last_sent_sequence then holder = hol
 
 -- A late heartbeat must not undo a newer one: Redis still runs it when it wakes from a freeze,
 -- although the caller has given up that connection.
-local may_write = not holder or holder == replaced_incarnation
+local may_write = not (holder or is_late) or holder == replaced_incarnation
   or (holder == incarnation and sequence > old_sequence)
 local was_missing = not old_clients and acked_sequence > 0
 if may_write and clients == 'leave' then
   drop({server_id}, 'left')
 elseif may_write then
   if was_missing then returned = returned + 1 end
+  if acked_sequence == 0 and entry_count > 0 and elapsed > 2 * interval then resumed_at = clock end
   total = total + clients - (old_clients or 0)
   holder = incarnation
   -- ARGV[3] as it came: a Lua number would be rounded to 14 digits.
@@ -141,13 +156,17 @@ if not (math.abs(now - recount_at) < 60000) then -- "not <": recount_at may be N
   end
 end
 
+local oldest = redis.call('ZRANGE', leases, 0, 1, 'WITHSCORES')
 redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'returned', returned,
-  'heartbeat_at', now, 'recount_at', recount_at)
-if recount_at == now then
-  -- A cluster that has ended leaves nothing behind after a day.
-  for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 86400) end
+  'heartbeat_at', now, 'recount_at', recount_at, 'resumed_at', resumed_at or 0)
+if #oldest == 0 then
+  redis.call('EXPIRE', state, 86400)
+elseif entry_count == 0 then
+  redis.call('PERSIST', state)
 end
 
-local lease_end = redis.call('ZSCORE', leases, server_id)
-return {total, redis.call('ZCARD', leases), returned, clock, lost_at, lease_end and holder or '',
-  tonumber(lease_end or 0), was_missing and 1 or 0}
+local own_lease_end = redis.call('ZSCORE', leases, server_id)
+local oldest_lease_end = tonumber(oldest[oldest[1] == server_id and 4 or 2] or 0)
+return {total, redis.call('ZCARD', leases), returned, clock, lost_at, own_lease_end and holder or '',
+  tonumber(own_lease_end or 0), was_missing and 1 or 0,
+  is_valid(oldest_lease_end) and oldest_lease_end or 0, is_late and 1 or 0}

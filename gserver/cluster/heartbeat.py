@@ -15,7 +15,7 @@ from gevent.event import Event
 from gserver import logs
 from gserver.cluster.changes import Changes
 from gserver.cluster.duplicate_id import DuplicateIdDetector
-from gserver.cluster.membership import LEAVE, Heartbeat, Membership, Reply
+from gserver.cluster.membership import LEAVE, Heartbeat, Known, Membership, Reply
 from gserver.cluster.redis_link import RedisLink, kind_of
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
@@ -35,6 +35,16 @@ MIN_BACKOFF_SECONDS = 0.05
 #: While Redis is away, attempts of all servers together. It lengthens the backoff of large
 #: clusters, up to a third of the TTL: other servers hold this server's count for so long.
 MAX_ATTEMPTS_PER_SECOND = 1000
+#: The cells of the fields of `Known`, in their order.
+KNOWN_CELLS = {
+    "hold_until": "hold_until",
+    "remote_clients": "remote_clients",
+    "servers": "cluster_servers",
+    "last_clock": "lease_clock",
+    "lost_at": "data_lost_at",
+    "last_sent_monotonic": "lease_clock_at",
+    "confirmed_monotonic": "cluster_confirmed_at",
+}
 
 
 class HeartbeatSender:
@@ -51,19 +61,15 @@ class HeartbeatSender:
         self._link = RedisLink(config)
         self._ttl_ms = round(config.member_ttl_seconds * 1000)
         self._interval_ms = round(config.heartbeat_interval_seconds * 1000)
-        self._membership = Membership(
-            self._ttl_ms,
-            remote_clients=scoreboard.get("remote_clients"),
-            servers=scoreboard.get("cluster_servers"),
-            last_clock=scoreboard.get("lease_clock"),
-            lost_at=scoreboard.get("data_lost_at"),
-            hold_until=scoreboard.get("hold_until"),
-        )
+        known = Known(**{name: scoreboard.get(cell) for name, cell in KNOWN_CELLS.items()})
+        self._membership = Membership(self._ttl_ms, known)
         self._changes = Changes(config)
         self._has_begun = False
         self._duplicate_id = DuplicateIdDetector(self._incarnation, self._interval_ms)
         self._is_member = self._membership.servers > 0
         self._acked_sequence = scoreboard.get("acked_sequence")
+        #: When the last answered heartbeat was sent, on the monotonic clock.
+        self._sent_at_ms = 0
         #: Of the last heartbeat that Redis has run, or may have run; 0 = none of this agent's.
         self._last_sent_sequence = 0
         self._failures = 0
@@ -96,6 +102,9 @@ class HeartbeatSender:
         began = monotonic_ns()
         try:
             reply = self._send(own_clients)
+            if reply.is_late:
+                self._membership.last_clock = reply.clock
+                reply = self._send(own_clients)
         except Exception as error:  # noqa: BLE001 - any failure means that Redis is away
             self._handle_failure(error)
         else:
@@ -138,9 +147,10 @@ class HeartbeatSender:
                 reply = self._link.send(heartbeat)
         except gevent.Timeout:
             raise TimeoutError(f"no reply within {limit:.1f} s") from None
+        self._sent_at_ms = sequence // 1000
         if reply.holder == self._incarnation:
             self._acked_sequence = sequence
-        else:
+        elif not reply.is_late:
             self._acked_sequence = 0
             self._last_sent_sequence = last_sent_sequence
         return reply
@@ -176,9 +186,9 @@ class HeartbeatSender:
         is_member = reply.holder == self._incarnation
         self._log_changes(reply, is_member)
         if is_member:
-            membership.apply(reply, own_clients)
+            membership.apply(reply, own_clients, self._sent_at_ms)
         else:
-            membership.apply_rejected(reply)
+            membership.apply_rejected(reply, self._sent_at_ms)
         self.has_duplicate_id = self._duplicate_id.observe(reply)
         self._is_member = is_member
         if is_member or self.has_duplicate_id:
@@ -191,16 +201,10 @@ class HeartbeatSender:
             self._changes.note(last_servers, membership.servers, membership.remote_clients)
 
     def _publish(self) -> None:
-        """Put all that is known on the scoreboard.
-
-        `hold_until` comes first, so that the next agent never finds a loss without its hold.
-        """
-        scoreboard, membership = self._scoreboard, self._membership
-        scoreboard.put("hold_until", membership.hold_until)
-        scoreboard.put("remote_clients", membership.remote_clients)
-        scoreboard.put("cluster_servers", membership.servers)
-        scoreboard.put("lease_clock", membership.last_clock)
-        scoreboard.put("data_lost_at", membership.lost_at)
+        """Put all that is known on the scoreboard."""
+        scoreboard, known = self._scoreboard, self._membership.known
+        for name, cell in KNOWN_CELLS.items():
+            scoreboard.put(cell, getattr(known, name))
         scoreboard.put("acked_sequence", self._acked_sequence)
         scoreboard.put("cluster_updated_at", monotonic_ns())
 

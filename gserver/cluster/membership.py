@@ -1,10 +1,12 @@
 """A heartbeat, the reply to it, and what a server concludes about the others from the replies.
 
 Pure: no Redis, no clock. Times are milliseconds; moments are on the lease clock, which
-heartbeat.lua explains.
+heartbeat.lua explains, or on the monotonic clock of this machine if their names say so.
 """
 
 from typing import NamedTuple
+
+from gserver.cluster.clock_history import ClockHistory
 
 #: A live server renews its lease at least once in a heartbeat interval. After this many intervals
 #: without a renewal it counts as late, and its id may be taken over.
@@ -42,33 +44,48 @@ class Reply(NamedTuple):
     holder: str
     lease_end: int
     was_missing: int
+    oldest_lease_end: int
+    is_late: int
+
+
+class Known(NamedTuple):
+    """What a server knows of the others. The scoreboard keeps it for the next agent.
+
+    `servers` includes this one; it is 0 until this server has been a member. While `hold_until` is
+    not 0, `remote_clients` is an older number than that of the last reply. Each share in it was
+    confirmed by its server at `confirmed_monotonic` or later. `last_clock` and `lost_at` are from
+    the last reply, and its heartbeat was sent at `last_sent_monotonic`.
+    """
+
+    # Comes first, so that the next agent never finds a loss without its hold.
+    hold_until: int = 0
+    remote_clients: int = 0
+    servers: int = 0
+    last_clock: int = 0
+    lost_at: int = 0
+    last_sent_monotonic: int = 0
+    confirmed_monotonic: int = 0
 
 
 class Membership:
-    """What this server knows of the others.
+    """What this server knows of the others: the fields of `Known`."""
 
-    `servers` includes this one; it is 0 until this server has been a member. `last_clock` and
-    `lost_at` are from the last reply. While `hold_until` is not 0, `remote_clients` is an older
-    number than that of the last reply.
-    """
-
-    def __init__(
-        self,
-        ttl_ms: int,
-        *,
-        remote_clients: int,
-        servers: int,
-        last_clock: int,
-        lost_at: int,
-        hold_until: int,
-    ) -> None:
+    def __init__(self, ttl_ms: int, known: Known) -> None:
         self._ttl_ms = ttl_ms
-        self.remote_clients = self._held_clients = remote_clients
-        self.servers = servers
-        self.last_clock = last_clock
-        self.lost_at = lost_at
         # On the lease clock, so that time in which no server can report does not count.
-        self.hold_until = hold_until
+        self.hold_until = known.hold_until
+        self.remote_clients = self._held_clients = known.remote_clients
+        self.servers = known.servers
+        self.last_clock = known.last_clock
+        self.lost_at = known.lost_at
+        self.last_sent_monotonic = known.last_sent_monotonic
+        self.confirmed_monotonic = known.confirmed_monotonic
+        self._clock_history = ClockHistory(ttl_ms, known.last_clock, known.last_sent_monotonic)
+
+    @property
+    def known(self) -> Known:
+        """All that it knows."""
+        return Known(*(getattr(self, name) for name in Known._fields))
 
     def has_lost_data(self, reply: Reply) -> bool:
         """Whether Redis has lost data since the last reply."""
@@ -78,8 +95,8 @@ class Membership:
         """Whether Redis had no entry of this server: its lease had ended, or a replica lagged."""
         return self.servers > 0 and reply.was_missing > 0
 
-    def apply(self, reply: Reply, own_clients: int) -> None:
-        """Update from the reply to a heartbeat that reported `own_clients`.
+    def apply(self, reply: Reply, own_clients: int, sent_monotonic: int) -> None:
+        """Update from the reply to a heartbeat that was sent then, and reported `own_clients`.
 
         After a loss of data, or after this server was dropped, the total lacks the servers that
         have not reported since. Until they have, the last known number is held, unless the new one
@@ -90,14 +107,19 @@ class Membership:
             self._begin_hold(reply)
         # This may be the lease clock of another Redis than the one on which the hold began.
         self.hold_until = min(self.hold_until, reply.clock + self._ttl_ms)
+        if self.has_lost_data(reply):
+            self._clock_history = ClockHistory(self._ttl_ms)
         self.last_clock, self.lost_at = reply.clock, reply.lost_at
+        self.last_sent_monotonic = sent_monotonic
+        self._clock_history.note(reply.clock, sent_monotonic)
         if reply.clock < self.hold_until and self._reported_servers(reply) < self.servers:
             self.remote_clients = max(self._held_clients, remote_clients)
         else:
             self.hold_until = 0
             self.remote_clients, self.servers = remote_clients, reply.servers
+            self.confirmed_monotonic = self._oldest_share(reply, sent_monotonic)
 
-    def apply_rejected(self, reply: Reply) -> None:
+    def apply_rejected(self, reply: Reply, sent_monotonic: int) -> None:
         """Update from the reply to a heartbeat that was rejected: another incarnation has the id.
 
         Such a total does not include the own clients. It is used only until this server has been a
@@ -105,6 +127,14 @@ class Membership:
         """
         if self.servers == 0:
             self.remote_clients = reply.total_clients
+            self._clock_history.note(reply.clock, sent_monotonic)
+            self.confirmed_monotonic = self._oldest_share(reply, sent_monotonic)
+
+    def _oldest_share(self, reply: Reply, sent_monotonic: int) -> int:
+        """Return when the oldest share of the others was confirmed, on this machine's clock."""
+        if not reply.oldest_lease_end:
+            return sent_monotonic
+        return self._clock_history.moment_of(reply.oldest_lease_end - self._ttl_ms)
 
     def _begin_hold(self, reply: Reply) -> None:
         self._held_clients = self.remote_clients

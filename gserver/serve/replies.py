@@ -242,11 +242,11 @@ def _client_counter(config: Config, scoreboard: Scoreboard) -> Callable[[], int]
         return scoreboard.clients
     if config.on_cluster_loss == "last-known":
         return scoreboard.cluster_clients
-    updated_at, cells = scoreboard.server_cell("cluster_updated_at"), scoreboard.cells
-    max_age_ns = round(config.cluster_max_age_seconds * 1e9)
+    confirmed_at, cells = scoreboard.server_cell("cluster_confirmed_at"), scoreboard.cells
+    max_age_ms = round(config.cluster_max_age_seconds * 1e3)
 
     def count() -> int:
-        if cells[updated_at] and monotonic_ns() - cells[updated_at] <= max_age_ns:
+        if monotonic_ns() // 1_000_000 - cells[confirmed_at] <= max_age_ms:
             return scoreboard.cluster_clients()
         if config.on_cluster_loss == "error":
             raise ClusterUnavailable
