@@ -35,6 +35,7 @@ REASONS = (
     "rejecting",
     "worker_silent",
     "workers_missing",
+    "supervisor_silent",
     "failing",
     "redis_away",
     "count_old",
@@ -47,6 +48,8 @@ REASONS = (
 
 #: A worker that has given no heartbeat for this long is slow, or hangs.
 SILENT_SECONDS = 2.0
+#: The same for the supervisor, whose loop runs once a second at least.
+SUPERVISOR_SILENT_SECONDS = 3.0
 #: A certificate that expires within this time needs a renewal.
 EXPIRES_SOON_SECONDS = 14 * 86400
 
@@ -250,6 +253,8 @@ METRICS = (
 
     # What the supervisor and the agent keep for other processes and for their successors.
     Metric("agent_heartbeat", Source.SERVER, Kind.MOMENT, "When the agent's loop last ran.", "ns"),
+    Metric("supervisor_heartbeat", Source.SERVER, Kind.MOMENT,
+           "When the supervisor's loop last ran.", "ns"),
     Metric("server_started_at", Source.SERVER, Kind.MOMENT, "When the supervisor started.", "ns"),
     Metric("stopping", Source.SERVER, Kind.STATE, "1 from the signal on that ends the server."),
     Metric("port_closed", Source.SERVER, Kind.STATE, "1 once no client is accepted any more."),

@@ -129,7 +129,8 @@ class Scoreboard:
         scoreboard.cells[0] = _FINGERPRINT
         scoreboard.put("incarnation", secrets.randbits(62))
         scoreboard.put("address_key", secrets.randbits(62))
-        scoreboard.put("server_started_at", time.monotonic_ns())
+        for name in ("server_started_at", "supervisor_heartbeat"):
+            scoreboard.put(name, time.monotonic_ns())
         return scoreboard
 
     @classmethod

@@ -402,6 +402,10 @@ class Proxy(ExitStack[None]):
         while self._sockets:
             _reset(self._sockets.pop())
 
+    def point_at(self, port: int) -> None:
+        """Forward new connections to another port. Those that exist stay where they are."""
+        self._server = "127.0.0.1", port
+
     @contextmanager
     def instead(self, port: int) -> Iterator[None]:
         """Forward to another port during the body; reset all connections before and after it."""

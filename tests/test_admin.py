@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gserver.agent.admin_port import MAX_REQUEST_BYTES, MAX_WAITING, REQUEST_SECONDS
@@ -26,6 +27,7 @@ from lab.running import (
     extended,
     gserver,
     program,
+    stopped,
     until,
 )
 
@@ -190,6 +192,20 @@ def test_a_server_without_workers_is_alive_but_not_ready(tmp_path: Path) -> None
         assert get(server, "/livez")[0] == 200
         (tmp_path / "extra.py").write_text(LARGE)
         until(lambda: get(server, "/readyz")[0] == 200, "the server is ready again")
+
+
+def test_a_server_whose_supervisor_hangs_is_not_alive() -> None:
+    with Running(*argv("--admin-port 0 --hang-timeout 1")) as server, server.client():
+        server.wait_for("agent.ready")
+        with stopped(psutil.Process(server.pid)):
+            server.workers()[0].kill()
+            until(lambda: get(server, "/livez")[0] == 503, "the supervisor counts as hung")
+            assert get(server, "/livez")[2] == b"the supervisor hangs\n"
+            document = status(server)
+            assert [reason["name"] for reason in document["reasons"]] == ["supervisor_silent"]
+            assert document["clients"]["now"] == 1
+        until(lambda: get(server, "/livez")[0] == 200, "the supervisor runs again")
+        until(lambda: status(server)["clients"]["now"] == 0, "the dead worker's client is gone")
 
 
 def test_with_a_token_every_path_except_health_needs_it() -> None:

@@ -1,8 +1,11 @@
 """The sender of heartbeats and its link, without a Redis."""
 
-import gevent
+from collections import Counter
 
-from gserver.cluster.heartbeat import HeartbeatSender
+import gevent
+import pytest
+
+from gserver.cluster.heartbeat import HeartbeatSender, backoff_seconds
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
@@ -19,6 +22,41 @@ def test_the_id_counts_as_checked_when_redis_is_away() -> None:
     sender.should_stop.set()
     running.join(LIMIT)
     assert running.ready()
+
+
+def attempts(url: str, servers: int) -> list[float]:
+    """When the servers try to connect while Redis is away for 20 s, and they lost it at once."""
+    config = Config(redis_url=url)
+    found = []
+    for _ in range(servers):
+        moment = 0.0
+        for failures in range(1, 1000):
+            moment += backoff_seconds(config, failures, servers)
+            if moment > 20:
+                break
+            found.append(moment)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("url", "servers", "most"),
+    [("redis://a", 3000, 2000), ("rediss://a", 1000, 700), ("rediss://a", 3, 18)],
+)
+def test_the_servers_of_a_cluster_do_not_connect_all_at_once(
+    url: str, servers: int, most: int
+) -> None:
+    moments = attempts(url, servers)
+    in_seconds = Counter(int(moment) for moment in moments if moment < 20)
+    assert max(in_seconds.values()) <= most
+    assert min(in_seconds.values()) >= most / 9
+
+
+@pytest.mark.parametrize("servers", [1, 3, 100, 100_000])
+def test_each_server_tries_again_before_its_lease_has_ended(servers: int) -> None:
+    config = Config(redis_url="rediss://a")
+    for failures in (1, 5, 100, 10_000):
+        pause = backoff_seconds(config, failures, servers)
+        assert 0.04 <= pause <= 0.5 + 1.5 * min(servers / 400, 0.4 * 5) <= 3.5
 
 
 def test_an_error_is_explained_without_the_passwords_in_it() -> None:

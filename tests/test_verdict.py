@@ -50,6 +50,7 @@ def facts(**changes: Any) -> Facts:
         ],
         "unix_seconds": NOW,
         "has_failed_reload": False,
+        "supervisor_silence": 3.0,
     }
     return Facts(**values | changes)
 
@@ -79,6 +80,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"figures": FIGURES | {"workers": 1}},
         "workers_missing",
         "1 of 2 workers accept clients",
+    ),
+    "a supervisor that hangs": (
+        {"supervisor_silence": 3.4},
+        "supervisor_silent",
+        "the supervisor does not answer: no heartbeat for 3 s; a worker that dies stays in WHO",
     ),
     "a silent Redis": (
         {

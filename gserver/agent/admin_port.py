@@ -27,9 +27,10 @@ from gserver import logs
 from gserver.agent.history import History
 from gserver.agent.prometheus import ScoreboardCollector
 from gserver.agent.roster import SORTS, Roster
-from gserver.agent.status import state, status
+from gserver.agent.status import state, status, supervisor_silence
 from gserver.boot import FATAL_ACCEPT_ERRORS
 from gserver.config import Config, is_loopback
+from gserver.metrics import SUPERVISOR_SILENT_SECONDS
 from gserver.scoreboard import Scoreboard
 
 #: Connections that may be waiting on their peer; one more evicts the oldest. As many again may be
@@ -210,6 +211,9 @@ class _Admin:
         return Answer("200 OK", METRICS, generate_latest(self._registry))
 
     def _live(self, _query: Mapping[str, str]) -> Answer:
+        limit = self._config.hang_seconds(is_agent=False)
+        if limit and supervisor_silence(self._scoreboard) > max(limit, SUPERVISOR_SILENT_SECONDS):
+            return Answer("503 Service Unavailable", TEXT, b"the supervisor hangs\n")
         return Answer("200 OK", TEXT, b"alive\n")
 
     def _ready(self, _query: Mapping[str, str]) -> Answer:

@@ -36,6 +36,7 @@ KEPT_EVENTS = (
     "cluster.regained",
     "cluster.expired",
     "cluster.reset",
+    "cluster.moved",
     "server.duplicate_id",
     "log.dropped",
 )

@@ -72,7 +72,13 @@ def _facts(
         events=_events(scoreboard),
         unix_seconds=unix_seconds,
         has_failed_reload=bool(scoreboard.get("reload_failed_at")),
+        supervisor_silence=supervisor_silence(scoreboard),
     )
+
+
+def supervisor_silence(scoreboard: Scoreboard) -> float:
+    """Return the seconds since the last heartbeat of the supervisor."""
+    return (time.monotonic_ns() - scoreboard.get("supervisor_heartbeat")) / 1e9
 
 
 def _events(scoreboard: Scoreboard) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gserver.cluster.membership import LATE_AFTER_INTERVALS
 from gserver.config import Config
-from gserver.metrics import EXPIRES_SOON_SECONDS, SILENT_SECONDS
+from gserver.metrics import EXPIRES_SOON_SECONDS, SILENT_SECONDS, SUPERVISOR_SILENT_SECONDS
 
 HEALTHY, DEGRADED, NOT_READY = "healthy", "degraded", "not ready"
 #: More failures than this in the last minute are too many.
@@ -46,6 +46,8 @@ class Facts:
     events: Sequence[Mapping[str, Any]]
     unix_seconds: float
     has_failed_reload: bool
+    #: Seconds since the last heartbeat of the supervisor.
+    supervisor_silence: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,10 @@ def _workers(_config: Config, facts: Facts) -> Iterator[Reason]:
         if worker["silent_seconds"] > SILENT_SECONDS:
             silence = f"no heartbeat for {worker['silent_seconds']:.0f} s"
             yield Reason("worker_silent", f"worker {worker['pid']} does not answer: {silence}")
+    if facts.supervisor_silence > SUPERVISOR_SILENT_SECONDS:
+        silence = f"no heartbeat for {facts.supervisor_silence:.0f} s"
+        text = f"the supervisor does not answer: {silence}; a worker that dies stays in WHO"
+        yield Reason("supervisor_silent", text)
     accepting, wanted = facts.figures["workers"], facts.figures["workers_wanted"]
     if 0 < accepting < wanted:
         yield Reason("workers_missing", f"{accepting} of {_count(wanted, 'worker')} accept clients")

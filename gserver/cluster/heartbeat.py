@@ -18,6 +18,7 @@ from gserver.cluster.duplicate_id import DuplicateIdDetector
 from gserver.cluster.membership import LEAVE, Heartbeat, Known, Membership, Reply
 from gserver.cluster.redis_link import RedisLink, kind_of
 from gserver.config import Config
+from gserver.redis_url import RedisUrl
 from gserver.scoreboard import Scoreboard
 
 #: How often to check whether the number of own clients has changed.
@@ -32,9 +33,13 @@ WATCHES_PER_INTERVAL = 4
 #: if the TTL is below 5 s.
 ATTEMPT_SECONDS = 2.0
 MIN_BACKOFF_SECONDS = 0.05
-#: While Redis is away, attempts of all servers together. It lengthens the backoff of large
-#: clusters, up to a third of the TTL: other servers hold this server's count for so long.
-MAX_ATTEMPTS_PER_SECOND = 1000
+#: While Redis is away, attempts of all servers together, without and with TLS: a handshake costs
+#: Redis a millisecond. They spread the attempts of a large cluster.
+MAX_ATTEMPTS_PER_SECOND, MAX_TLS_ATTEMPTS_PER_SECOND = 1000, 400
+#: The mean pause for that, in TTLs, and its range. The longest ends before a lease does.
+MAX_SPREAD, SPREAD_RANGE = 0.4, (0.5, 1.5)
+#: Connections that all servers together replace, so that they do not move at once.
+MAX_RENEWALS_PER_SECOND = 20
 #: The cells of the fields of `Known`, in their order.
 KNOWN_CELLS = {
     "hold_until": "hold_until",
@@ -45,6 +50,17 @@ KNOWN_CELLS = {
     "last_sent_monotonic": "lease_clock_at",
     "confirmed_monotonic": "cluster_confirmed_at",
 }
+
+
+def backoff_seconds(config: Config, failures: int, servers: int) -> float:
+    """Return the pause after so many failed heartbeats, in a cluster of so many servers."""
+    ttl = config.member_ttl_seconds
+    has_tls = RedisUrl.parse(config.redis_url).has_tls
+    rate = MAX_TLS_ATTEMPTS_PER_SECOND if has_tls else MAX_ATTEMPTS_PER_SECOND
+    backoff = MIN_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20)
+    seconds = min(backoff, config.heartbeat_interval_seconds, ttl / 3)
+    spread = min(servers / rate, MAX_SPREAD * ttl) * random.uniform(*SPREAD_RANGE)  # noqa: S311
+    return seconds * random.uniform(0.8, 1.0) + spread  # noqa: S311 - no secret
 
 
 class HeartbeatSender:
@@ -63,6 +79,7 @@ class HeartbeatSender:
         self._interval_ms = round(config.heartbeat_interval_seconds * 1000)
         known = Known(**{name: scoreboard.get(cell) for name, cell in KNOWN_CELLS.items()})
         self._membership = Membership(self._ttl_ms, known)
+        self._schedule_renewal()
         self._changes = Changes(config)
         self._has_begun = False
         self._duplicate_id = DuplicateIdDetector(self._incarnation, self._interval_ms)
@@ -111,6 +128,18 @@ class HeartbeatSender:
             self._scoreboard.add("heartbeats", 1)
             self._scoreboard.add("heartbeat_ns", monotonic_ns() - began)
             self._handle_reply(reply, own_clients)
+            self._renew_if_due()
+
+    def _renew_if_due(self) -> None:
+        """Connect anew now and then: the address of Redis may lead to another one by now."""
+        if monotonic() >= self._renew_at:
+            self._link.renew()
+            self._schedule_renewal()
+
+    def _schedule_renewal(self) -> None:
+        servers, ttl = self._membership.servers, self._config.member_ttl_seconds
+        seconds = max(ttl, servers / MAX_RENEWALS_PER_SECOND)
+        self._renew_at = monotonic() + seconds * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
 
     def _leave(self) -> None:
         try:
@@ -169,13 +198,9 @@ class HeartbeatSender:
                 return
 
     def _pause_seconds(self) -> float:
-        config = self._config
-        interval = config.heartbeat_interval_seconds
+        interval = self._config.heartbeat_interval_seconds
         if self._failures:
-            longest = max(interval, self._membership.servers / MAX_ATTEMPTS_PER_SECOND)
-            backoff = MIN_BACKOFF_SECONDS * 2.0 ** min(self._failures - 1, 20)
-            seconds = min(backoff, longest, config.member_ttl_seconds / 3)
-            return seconds * random.uniform(0.8, 1.0)  # noqa: S311 - no secret
+            return backoff_seconds(self._config, self._failures, self._membership.servers)
         if not self.id_is_known.is_set():
             return interval / WATCHES_PER_INTERVAL
         return interval * random.uniform(*JITTER)  # noqa: S311 - no secret
@@ -216,11 +241,7 @@ class HeartbeatSender:
             self._failures = 0
             self._outages.clear()
         if self._is_member and self._membership.has_lost_data(reply):
-            message = (
-                "Redis has lost the cluster's data; "
-                "WHO keeps the last known count until the other servers have reported"
-            )
-            logs.event(logging.WARNING, "cluster.reset", message)
+            self._log_other_data()
         elif self._is_member and self._membership.was_dropped(reply):
             message = (
                 "this server had expired in Redis (or a lagging replica took over); it has rejoined"
@@ -229,6 +250,15 @@ class HeartbeatSender:
         elif is_member and not self._is_member:
             message = f"joined the cluster {self._config.cluster_name} at {self._link}"
             logs.event(logging.INFO, "cluster.joined", message, {"gserver.servers": reply.servers})
+
+    def _log_other_data(self) -> None:
+        hold = "WHO keeps the last known count until the other servers have reported"
+        if self._link.was_replaced:
+            message = f"{self._link} leads to another Redis than before; {hold}"
+            logs.event(logging.WARNING, "cluster.moved", message)
+        else:
+            message = f"Redis has lost the cluster's data; {hold}"
+            logs.event(logging.WARNING, "cluster.reset", message)
 
     def _handle_failure(self, error: Exception) -> None:
         kind, now = kind_of(error), monotonic()

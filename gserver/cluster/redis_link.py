@@ -3,6 +3,9 @@
 Any error drops the connection. So a late reply cannot be taken for the next one (redis-py issue
 4292), and a primary that was demoted is not asked again: the next call connects again, and asks the
 Sentinels first.
+
+A name may lead to another Redis while the old one lives. So the connection is replaced now and then
+by a new one, which looks the name up. It is opened beside the old one: no heartbeat waits for it.
 """
 
 import hashlib
@@ -11,9 +14,10 @@ import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
+import gevent
 import redis
 from redis._parsers import _RESP2Parser
 from redis.backoff import NoBackoff
@@ -80,7 +84,7 @@ class _BoundedParser(_RESP2Parser):
 
 
 class RedisLink:
-    """At most one connection, opened when it is needed. `keys` are the keys of the scripts."""
+    """At most one connection in use, opened when it is needed. `keys` are those of the scripts."""
 
     def __init__(self, config: Config) -> None:
         self._url = url = RedisUrl.parse(config.redis_url)
@@ -89,6 +93,12 @@ class RedisLink:
             f"{{gserver:{config.cluster_name}}}:{name}" for name in ("members", "leases", "state")
         ]
         self._client: redis.Redis | None = None
+        #: The last call was the first one over a connection that has replaced one that worked.
+        self.was_replaced = False
+        #: Opens the next connection.
+        self._renewal: gevent.Greenlet[[], redis.Redis | None] | None = None
+        #: The node of a Redis Cluster that has the keys, if that is not the one of the URL.
+        self._node: tuple[str, int] | None = None
         self._options = _client_options(config, url)
         self._sentinels = None
         if url.service:
@@ -113,16 +123,60 @@ class RedisLink:
             if self._client is None or (self._sentinels and self._sentinels.has_moved()):
                 self.drop()
                 self._client = self._connect()
-            try:
-                raw = self._client.evalsha(sha1_of(script), len(self.keys), *self.keys, *args)
-            except redis.exceptions.NoScriptError:
-                raw = self._client.eval(script, len(self.keys), *self.keys, *args)
-            return parse(raw)
+            self._take_renewed()
+            return parse(self._call(script, *args))
         except BaseException:
             self.drop()
+            self._node = None
             if self._sentinels:
                 self._sentinels.skip()  # The error may come from the address that it has given.
             raise
+
+    def _call(self, script: str, *args: str | int) -> Any:
+        """Run a script, on the node of a Redis Cluster that has the keys."""
+        try:
+            return self._evaluate(script, *args)
+        except redis.exceptions.MovedError as error:
+            self._node = error.host, error.port
+        self.drop()
+        self._client = self._connect()
+        return self._evaluate(script, *args)
+
+    def _evaluate(self, script: str, *args: str | int) -> Any:
+        client = cast(redis.Redis, self._client)
+        try:
+            return client.evalsha(sha1_of(script), len(self.keys), *self.keys, *args)
+        except redis.exceptions.NoScriptError:
+            return client.eval(script, len(self.keys), *self.keys, *args)
+
+    def renew(self) -> None:
+        """Replace the connection soon, if another one can be opened.
+
+        With Sentinels, they say where the primary is, and are asked often enough.
+        """
+        if self._renewal is None and self._client and not (self._url.path or self._sentinels):
+            self._renewal = gevent.spawn(self._open_another)
+
+    def _open_another(self) -> redis.Redis | None:
+        client = self._connect()
+        try:
+            client.time()  # Opens the connection.
+        except Exception:  # noqa: BLE001 - any failure: the old one stays
+            client.close()
+            return None
+        except gevent.GreenletExit:  # It is not needed any more.
+            client.close()
+            raise
+        return client
+
+    def _take_renewed(self) -> None:
+        """Use the next connection if it is open."""
+        self.was_replaced = False
+        if self._renewal is not None and self._renewal.ready():
+            renewed, self._renewal = self._renewal.value, None
+            if renewed:
+                self.drop()
+                self._client, self.was_replaced = renewed, True
 
     def explain(self, error: BaseException) -> str:
         """Return the text of an error without the secrets that Redis may have repeated in it."""
@@ -135,8 +189,12 @@ class RedisLink:
     def drop(self) -> None:
         """Close the connection, if there is one."""
         client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        renewal, self._renewal = self._renewal, None
+        if renewal is not None:
+            renewal.kill()
+        for each in (client, renewal.value if renewal is not None else None):
+            if isinstance(each, redis.Redis):
+                each.close()
 
     def _connect(self) -> redis.Redis:
         url = self._url
@@ -147,7 +205,9 @@ class RedisLink:
         }
         if url.path:
             return self._open_client(unix_socket_path=url.path, **login)
-        host, port = self._sentinels.find_primary() if self._sentinels else url.hosts[0]
+        host, port = self._node or url.hosts[0]
+        if self._sentinels:
+            host, port = self._sentinels.find_primary()
         return self._open_client(host=host, port=port, **login)
 
     def _open_client(self, **address_and_login: Any) -> redis.Redis:

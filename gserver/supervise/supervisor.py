@@ -13,7 +13,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from time import monotonic
+from time import monotonic, monotonic_ns
 
 from gserver import __version__, certificates, logs
 from gserver.boot import Instructions
@@ -190,6 +190,7 @@ class Supervisor:
         accepting = 0
         if not self._lifecycle.is_port_closed:
             accepting = sum(child.is_accepting for child in self._not_stuck(WORKER))
+        self._scoreboard.put("supervisor_heartbeat", monotonic_ns())
         self._scoreboard.put("workers", accepting)
         self._scoreboard.put("stopping", int(self._lifecycle.is_stopping))
         self._scoreboard.put("port_closed", int(self._lifecycle.is_port_closed))
