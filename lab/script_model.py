@@ -32,15 +32,16 @@ class Model:
         self.heartbeat_at: int | None = None
         self.resumed_at = 0
 
-    def apply(self, heartbeat: Heartbeat, now: int) -> Reply:
-        server_id, incarnation = heartbeat.server_id, heartbeat.incarnation
-        sequence, acked_sequence = heartbeat.sequence, heartbeat.acked_sequence
-        ttl, interval, last_clock = heartbeat.ttl_ms, heartbeat.interval_ms, heartbeat.last_clock
-        before = self.entries.get(server_id)
+    def _look(self, heartbeat: Heartbeat, now: int) -> tuple[Entry | None, int, bool]:
+        """Discard outdated data; return the entry, the pause before, whether it is late."""
+        acked_sequence, last_clock = heartbeat.acked_sequence, heartbeat.last_clock
+        ttl, interval = heartbeat.ttl_ms, heartbeat.interval_ms
+        before = self.entries.get(heartbeat.server_id)
         elapsed = 0 if self.heartbeat_at is None else now - self.heartbeat_at
-        is_outdated = (
+        is_unproven = self.resumed_at > 0 and self.clock - self.resumed_at < ttl
+        is_older = (
             before is not None
-            and before.incarnation == incarnation
+            and before.incarnation == heartbeat.incarnation
             and acked_sequence > before.sequence
         )
         # It was acknowledged so recently that its lease cannot have ended.
@@ -49,19 +50,23 @@ class Model:
             and acked_sequence > 0
             and last_clock >= self.lost_at
             and self.clock - last_clock < ttl
+            and (is_unproven or elapsed > interval)
         )
-        is_unproven = self.resumed_at > 0 and self.clock - self.resumed_at < ttl
-        is_outdated |= is_entry_lost and (is_unproven or elapsed > interval)
         is_behind = last_clock - self.clock > 2 * interval and (
             is_unproven or elapsed > 2 * interval
         )
-        is_late = False
-        if self.heartbeat_at is None or is_outdated or is_behind:
+        if self.heartbeat_at is None or is_older or is_entry_lost or is_behind:
             self.lose_all()
             self.clock = self.lost_at = max(last_clock + 1, now)
-            before, elapsed = None, 0
-        elif before is None and acked_sequence > 0:
-            is_late = self.clock - last_clock >= ttl
+            return None, 0, False
+        is_late = before is None and acked_sequence > 0 and self.clock - last_clock >= ttl
+        return before, elapsed, is_late
+
+    def apply(self, heartbeat: Heartbeat, now: int) -> Reply:
+        server_id, incarnation = heartbeat.server_id, heartbeat.incarnation
+        sequence, acked_sequence = heartbeat.sequence, heartbeat.acked_sequence
+        ttl, interval, last_clock = heartbeat.ttl_ms, heartbeat.interval_ms, heartbeat.last_clock
+        before, elapsed, is_late = self._look(heartbeat, now)
         self.clock += max(0, min(elapsed, interval))
         self.heartbeat_at = now
         holder = before.incarnation if before else ""
@@ -78,7 +83,10 @@ class Model:
                     self.returned.append(incarnation)
                 if acked_sequence == 0 and self.entries and elapsed > 2 * interval:
                     self.resumed_at = self.clock
-                lease_end = self.clock + ttl
+                sent_at = self.clock
+                if before and last_clock:
+                    sent_at = min(sent_at, last_clock + heartbeat.last_clock_age_ms)
+                lease_end = sent_at + ttl
                 self.entries[server_id] = Entry(
                     int(heartbeat.clients), sequence, incarnation, lease_end
                 )

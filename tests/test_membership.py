@@ -269,6 +269,7 @@ class World:
             server.replaced_incarnation,
             server.acked_sequence,
             server.membership.last_clock,
+            last_clock_age_ms=round(self.now * 1000) - server.membership.last_sent_monotonic,
         )
         reply = self.script.apply(heartbeat, round(self.now * 1000))
         if reply.holder == server.incarnation:

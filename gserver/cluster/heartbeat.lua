@@ -23,6 +23,7 @@
 --    9  lease clock in the reply to it
 --   10  sequence number of the last heartbeat sent before this one, acknowledged or not
 --   11  URL of the server's page, or ""
+--   12  milliseconds from the sending of the heartbeat that ARGV[9] replies to, to that of this one
 --
 -- Returns
 --    1  total number of clients
@@ -136,7 +137,9 @@ elseif may_write then
   holder = incarnation
   -- ARGV[3] as it came: a Lua number would be rounded to 14 digits.
   redis.call('HSET', members, server_id, clients .. ' ' .. ARGV[3] .. ' ' .. incarnation .. url)
-  redis.call('ZADD', leases, clock + ttl, server_id)
+  -- The lease begins when the heartbeat was sent, even if it has been held up since.
+  local sent_at = old_clients and last_clock > 0 and last_clock + tonumber(ARGV[12]) or clock
+  redis.call('ZADD', leases, math.min(clock, sent_at) + ttl, server_id)
 end
 
 -- At most 500 in one heartbeat, so that no single one takes long.
@@ -157,13 +160,12 @@ if not (math.abs(now - recount_at) < 60000) then -- "not <": recount_at may be N
 end
 
 local oldest = redis.call('ZRANGE', leases, 0, 1, 'WITHSCORES')
+if entry_count == 0 and #oldest > 0 then
+  redis.call('DEL', state) -- It may have a TTL.
+end
 redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'returned', returned,
   'heartbeat_at', now, 'recount_at', recount_at, 'resumed_at', resumed_at or 0)
-if #oldest == 0 then
-  redis.call('EXPIRE', state, 86400)
-elseif entry_count == 0 then
-  redis.call('PERSIST', state)
-end
+if #oldest == 0 then redis.call('EXPIRE', state, 86400) end
 
 local own_lease_end = redis.call('ZSCORE', leases, server_id)
 local oldest_lease_end = tonumber(oldest[oldest[1] == server_id and 4 or 2] or 0)

@@ -166,6 +166,7 @@ class HeartbeatSender:
             self._membership.last_clock,
             last_sent_sequence or sequence,
             self._config.admin_url,
+            sequence // 1000 - self._membership.last_sent_monotonic,
         )
         self._last_sent_sequence = sequence  # Redis may run it even if no reply arrives.
         limit = ATTEMPT_SECONDS * min(1.0, self._ttl_ms / 5000)

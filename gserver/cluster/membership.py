@@ -15,6 +15,8 @@ LATE_AFTER_INTERVALS = 2
 LEAVE = "leave"
 #: Above every sequence number, so heartbeat.lua takes no entry for that of a copy.
 UNKNOWN_SEQUENCE = 10**15
+#: Above every pause between two heartbeats: heartbeat.lua takes none for one that was held up.
+UNKNOWN_PAUSE = 10**12
 
 
 class Heartbeat(NamedTuple):
@@ -31,6 +33,7 @@ class Heartbeat(NamedTuple):
     last_clock: int = 0
     last_sent_sequence: int = UNKNOWN_SEQUENCE
     admin_url: str = ""
+    last_clock_age_ms: int = UNKNOWN_PAUSE
 
 
 class Reply(NamedTuple):

@@ -489,6 +489,19 @@ def test_a_late_heartbeat_of_a_dead_server_does_not_bring_it_back(cluster: Clust
     assert totals(cluster.heartbeat("one", 1)) == (1, 1)
 
 
+def test_a_heartbeat_that_was_held_up_renews_the_lease_from_when_it_was_sent(
+    cluster: Cluster,
+) -> None:
+    first = cluster.heartbeat("held-up", 9)
+    for _ in range(4):
+        cluster.elapse(INTERVAL)
+        last = cluster.heartbeat("one", 1)
+    reply = cluster.heartbeat("held-up", 7, last_clock=first.clock, last_clock_age_ms=1000)
+    assert reply.lease_end == first.clock + 1000 + TTL < last.clock + TTL
+    reply = cluster.heartbeat("held-up", 7, last_clock=last.clock, last_clock_age_ms=INTERVAL)
+    assert last.clock + TTL <= reply.lease_end == reply.clock + TTL
+
+
 def test_a_live_server_whose_lease_has_ended_is_told_the_clock_and_reports_again(
     cluster: Cluster,
 ) -> None:
@@ -882,8 +895,9 @@ def test_the_keys_survive_a_redis_that_evicts_what_expires(cluster: Cluster) -> 
     cluster.heartbeat("one", 7)
     try:
         cluster.redis.config_set("maxmemory-policy", "volatile-lru")
-        cluster.redis.config_set("maxmemory", 2_000_000)
         cluster.redis.set("cache", "x" * 500_000, ex=60)
+        used = cluster.redis.info("memory")["used_memory"]
+        cluster.redis.config_set("maxmemory", used + 300_000)
         with pytest.raises(redis.exceptions.OutOfMemoryError):
             fill(cluster.redis)
         assert not cluster.redis.exists("cache")
