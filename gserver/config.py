@@ -420,8 +420,8 @@ class Config:
         which = f"--heartbeat-interval ({interval:g})"
         if ttl < 5 * interval - 1e-9:  # The rounding error of 5 * 0.3, say.
             return f"--member-ttl {ttl:g} is too short: at least five times {which}"
-        if max_age < 2 * interval:
-            return f"--cluster-max-age {max_age:g} is too short: at least twice {which}"
+        if max_age < 3 * interval - 1e-9:  # Without faults it is below twice the interval.
+            return f"--cluster-max-age {max_age:g} is too short: at least three times {which}"
         if self.redis_ca_file and not RedisUrl.parse(self.redis_url or "redis://-").has_tls:
             return "--redis-ca-file needs a --redis-url with TLS (rediss://)"
         return ""

@@ -9,10 +9,15 @@ from lab.running import LIMIT, Running
 
 
 def get(
-    server: Running, path: str, method: str = "GET", host: str = "127.0.0.1", **headers: str
+    server: Running,
+    path: str,
+    method: str = "GET",
+    host: str = "127.0.0.1",
+    limit: float = LIMIT,
+    **headers: str,
 ) -> tuple[int, dict[str, str], bytes]:
     """Send a request; return the status code, headers and body of the response."""
-    connection = http.client.HTTPConnection(host, server.admin_port(), timeout=LIMIT)
+    connection = http.client.HTTPConnection(host, server.admin_port(), timeout=limit)
     try:
         connection.request(method, path, headers=headers)
         answer = connection.getresponse()
@@ -25,8 +30,8 @@ def get(
         connection.close()
 
 
-def status(server: Running, **headers: str) -> Any:
-    code, _, body = get(server, "/status.json", **headers)
+def status(server: Running, limit: float = LIMIT, **headers: str) -> Any:
+    code, _, body = get(server, "/status.json", limit=limit, **headers)
     assert code == 200, body
     return json.loads(body)
 

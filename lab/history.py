@@ -6,6 +6,9 @@ it, the window reaches back to DELTA before the fault. The clients of a killed s
 TTL at most. Those of a server that left are removed at once. A server that is cut off alone may be
 dropped. In a reload, a client that is handed over counts twice for a moment.
 
+A server also says how old its count of the others is. Then each share is its true count at some
+instant of that time, whatever faults there were: they excuse nothing.
+
 Only the sum of the shares is visible. So a reply is judged by the sums of their least and greatest
 values. If nothing changed in the window, the two are equal: `Verdict.exact` is the number of
 replies for which only one number was allowed.
@@ -19,10 +22,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum
+from http.client import HTTPException
 from math import inf
 from typing import NamedTuple
 
+from lab.admin import status
 from lab.running import LIMIT, Client, Running
+
+#: How long the admin port may take.
+LOOK_SECONDS = 1.0
 
 
 class Kind(Enum):
@@ -56,11 +64,14 @@ class Answer(NamedTuple):
     received: float
     number: int
     client: int
+    #: Seconds: the age of the others' counts, as the admin port says it; None for a reply to WHO.
+    age: float | None = None
 
 
 class Promise(NamedTuple):
     delta: float  #: Seconds: heartbeat interval, plus slack for round trips and a busy machine.
     ttl: float
+    slack: float = 0.0  #: The slack alone.
 
 
 #: The least and greatest allowed value, and the start of the window.
@@ -76,12 +87,14 @@ class Judgement(NamedTuple):
     shares: dict[str, Share]
 
     def __str__(self) -> str:
-        server, sent, received, number, client = self.answer
+        server, sent, received, number, client, age = self.answer
         shares = [
             f"{name} {low}..{high} since {since:.3f}"
             for name, (low, high, since) in self.shares.items()
         ]
         asked = f"{server}, asked {sent:.3f}..{received:.3f} by client {client}, replied {number}"
+        if age is not None:
+            asked += f" of age {age:.3f}"
         return f"{asked}; allowed are {self.low}..{self.high}: {', '.join(shares)}"
 
 
@@ -142,6 +155,7 @@ class _Server:
 class _Checker:
     def __init__(self, facts: list[Fact], promise: Promise) -> None:
         self.delta, self.recovery, self.ttl = promise.delta, 2 * promise.delta, promise.ttl
+        self.slack = promise.slack
         self.times: dict[str, dict[int, Times]] = defaultdict(
             lambda: defaultdict(lambda: Times(lambda: inf))
         )
@@ -208,6 +222,8 @@ class _Checker:
             f(s.between(answer.sent, answer.received))
             for f, s in ((min, server.least), (max, server.most))
         )
+        if answer.age is not None:
+            return low, high, answer.sent
         return (
             low + 1 if asker[Kind.COUNTED] > answer.sent else max(low, 1),
             high,
@@ -216,6 +232,9 @@ class _Checker:
 
     def _other(self, answer: Answer, name: str, server: _Server) -> Share:
         _, sent, received, *_ = answer
+        if answer.age is not None:
+            since = sent - answer.age - self.slack
+            return 0, max(server.most.between(since, received)), since
         since = self._since(sent, received, self._of(answer.server, name))
         low, high = (
             min(server.least.between(since, received)),
@@ -236,6 +255,15 @@ class _Checker:
         )  # A newly started server may know no other.
         return low if is_known else 0, high, since
 
+    def knows_its_age(self, answer: Answer) -> bool:
+        """Whether its agent knows the lease clock of the last TTLs: it is not a new one."""
+        return answer.age is None or not any(
+            fault.server == answer.server
+            and fault.began <= answer.received
+            and fault.over + 3 * self.ttl >= answer.sent
+            for fault in self.faults
+        )
+
     def judge(self, answer: Answer) -> Judgement:
         others = {
             n: self._other(answer, n, server)
@@ -250,7 +278,8 @@ class _Checker:
 
 def check(history: Sequence[Fact | Answer], promise: Promise) -> Verdict:
     checker = _Checker([it for it in history if isinstance(it, Fact)], promise)
-    judged = [checker.judge(it) for it in history if isinstance(it, Answer)]
+    answers = [it for it in history if isinstance(it, Answer)]
+    judged = [checker.judge(it) for it in answers if checker.knows_its_age(it)]
     broken = [it for it in judged if not it.low <= it.answer.number <= it.high]
     return Verdict(len(judged), sum(it.low == it.high for it in judged), broken)
 
@@ -285,6 +314,15 @@ class Recorder:
         self.history.append(Answer(server, sent, time.monotonic(), number, key))
         self.note(Kind.COUNTED, server, key)
         return number
+
+    def look(self, server: str, running: Running) -> None:
+        """Ask the admin port for the count and its age. Nothing is noted if it does not answer."""
+        sent = time.monotonic()
+        with suppress(OSError, HTTPException):
+            found = status(running, LOOK_SECONDS)["cluster"]
+            if found["age_seconds"] is not None:
+                said = found["clients"], 0, found["age_seconds"]
+                self.history.append(Answer(server, sent, time.monotonic(), *said))
 
     def close(self, client: Client) -> None:
         """Close, and wait until the server closes too; after a reset, the time stays unknown."""

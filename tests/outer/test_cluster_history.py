@@ -44,6 +44,8 @@ _RUN = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
 SEED = int(os.environ.get("GSERVER_HISTORY_SEED", "0")) or _RUN.randrange(1, 1_000_000)
 SECONDS = float(os.environ.get("GSERVER_HISTORY_SECONDS", "25"))
 IS_LONG = SECONDS >= 180
+#: After so many of the replies, the admin port is asked, too.
+LOOK_SHARE = 0.05
 #: For an agent's checks of the count, round trips through a Proxy, and a busy machine. On two
 #: cores, at loads up to 8, no run of half an hour in all needed more than 0.1 s.
 SLACK = 0.35
@@ -173,8 +175,9 @@ class World(ExitStack[None]):
     ) -> None:
         super().__init__()
         self.interval, self.ttl, self.env = interval, ttl, env
-        self.promise = Promise(interval + SLACK * PATIENCE, ttl)
-        self.options = "--heartbeat-interval", str(interval), "--member-ttl", str(ttl)
+        self.promise = Promise(interval + SLACK * PATIENCE, ttl, SLACK * PATIENCE)
+        times = f"--heartbeat-interval {interval} --member-ttl {ttl}"
+        self.options = argv(f"{times} --admin-port 0")
         self.recorder = Recorder()
         with ExitStack() as stack:
             self.redis = stack.enter_context(Redis(folder))
@@ -485,6 +488,8 @@ class RandomRun(World):
 
     def _ask(self, place: Place, rng: random.Random) -> None:
         self._said[place.link] = place.ask(rng)
+        if rng.random() < LOOK_SHARE:
+            self.recorder.look(place.name, place.server)
         time.sleep(rng.uniform(0.002, 0.03))
 
     def _come_or_go(self, place: Place, rng: random.Random) -> None:

@@ -286,8 +286,8 @@ def test_a_server_starts_when_the_name_of_its_redis_does_not_resolve() -> None:
             "--member-ttl 5 is too short: at least five times --heartbeat-interval (2)",
         ),
         (
-            ["--cluster-max-age", "0.9"],
-            "--cluster-max-age 0.9 is too short: at least twice --heartbeat-interval",
+            ["--cluster-max-age", "1.4"],
+            "--cluster-max-age 1.4 is too short: at least three times --heartbeat-interval",
         ),
         (["--redis-ca-file", "ca.pem"], "--redis-ca-file needs a --redis-url with TLS (rediss://)"),
         (["--heartbeat-interval", "0"], "--heartbeat-interval"),

@@ -138,8 +138,8 @@ def test_each_process_has_only_the_secrets_that_it_needs(tmp_path: Path) -> None
             seen = client.ask(b"ENVIRONMENT").decode()
         assert "PATH=" in seen
         assert [name for name in SECRETS if name in seen] == []
-        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-        assert get(server, "/status.json", **headers)[0] == 200
+        token = f"Bearer {ADMIN_TOKEN}"
+        assert get(server, "/status.json", Authorization=token)[0] == 200
         assert get(server, "/status.json")[0] == 401
 
 
