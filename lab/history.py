@@ -101,6 +101,7 @@ class Judgement(NamedTuple):
 class Verdict(NamedTuple):
     answers: int
     exact: int
+    aged: int  #: Answers that were judged by their age.
     violations: list[Judgement]
 
     def __str__(self) -> str:
@@ -257,7 +258,11 @@ class _Checker:
 
     def knows_its_age(self, answer: Answer) -> bool:
         """Whether its agent knows the lease clock of the last TTLs: it is not a new one."""
-        return answer.age is None or not any(
+        if answer.age is None:
+            return True
+        if answer.sent < self.servers[answer.server].joined + 3 * self.ttl:
+            return False
+        return not any(
             fault.server == answer.server
             and fault.began <= answer.received
             and fault.over + 3 * self.ttl >= answer.sent
@@ -281,7 +286,9 @@ def check(history: Sequence[Fact | Answer], promise: Promise) -> Verdict:
     answers = [it for it in history if isinstance(it, Answer)]
     judged = [checker.judge(it) for it in answers if checker.knows_its_age(it)]
     broken = [it for it in judged if not it.low <= it.answer.number <= it.high]
-    return Verdict(len(judged), sum(it.low == it.high for it in judged), broken)
+    exact = sum(it.low == it.high for it in judged)
+    aged = sum(it.answer.age is not None for it in judged)
+    return Verdict(len(judged), exact, aged, broken)
 
 
 class Recorder:

@@ -59,8 +59,18 @@ class Model:
             self.lose_all()
             self.clock = self.lost_at = max(last_clock + 1, now)
             return None, 0, False
-        is_late = before is None and acked_sequence > 0 and self.clock - last_clock >= ttl
+        known_clock = max(last_clock, heartbeat.told_clock)
+        is_late = before is None and acked_sequence > 0 and self.clock - known_clock >= ttl
         return before, elapsed, is_late
+
+    def _note_pause(self, heartbeat: Heartbeat, before: Entry | None, elapsed: int) -> None:
+        """Note who ended a pause: only a server that knew the data vouches for them."""
+        is_mine = before is not None and before.incarnation == heartbeat.incarnation
+        knows_data = is_mine and heartbeat.acked_sequence > 0
+        if knows_data and heartbeat.last_clock < self.resumed_at:
+            self.resumed_at = 0
+        elif not knows_data and self.entries and elapsed > 2 * heartbeat.interval_ms:
+            self.resumed_at = self.clock
 
     def apply(self, heartbeat: Heartbeat, now: int) -> Reply:
         server_id, incarnation = heartbeat.server_id, heartbeat.incarnation
@@ -68,6 +78,7 @@ class Model:
         ttl, interval, last_clock = heartbeat.ttl_ms, heartbeat.interval_ms, heartbeat.last_clock
         before, elapsed, is_late = self._look(heartbeat, now)
         self.clock += max(0, min(elapsed, interval))
+        self._note_pause(heartbeat, before, elapsed)
         self.heartbeat_at = now
         holder = before.incarnation if before else ""
         was_missing = not before and acked_sequence > 0
@@ -81,10 +92,8 @@ class Model:
             else:
                 if was_missing:
                     self.returned.append(incarnation)
-                if acked_sequence == 0 and self.entries and elapsed > 2 * interval:
-                    self.resumed_at = self.clock
                 sent_at = self.clock
-                if before and last_clock:
+                if before and last_clock >= self.lost_at:
                     sent_at = min(sent_at, last_clock + heartbeat.last_clock_age_ms)
                 lease_end = sent_at + ttl
                 self.entries[server_id] = Entry(

@@ -44,6 +44,15 @@ def test_a_clock_that_went_back_is_that_of_other_data() -> None:
     assert history((9000, 50_000), (1000, 60_000), (1500, 60_500)).moment_of(1200) == 60_200
 
 
+def test_of_equal_values_the_first_had_the_moment() -> None:
+    """After a failover to a Redis whose clock is behind, no time has passed in the data."""
+    assert history((1000, 10_000), (1000, 70_000)).moment_of(1000) == 10_000
+
+
+def test_a_step_of_the_clock_of_redis_does_not_reach_beyond_the_next_reply() -> None:
+    assert history((1000, 10_000), (1700, 10_200), (2000, 10_500)).moment_of(1600) == 10_200
+
+
 def test_only_the_replies_of_a_ttl_are_kept_and_the_one_before() -> None:
     long = ClockHistory(TTL)
     for number in range(10_000):

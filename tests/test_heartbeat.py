@@ -5,7 +5,7 @@ from collections import Counter
 import gevent
 import pytest
 
-from gserver.cluster.heartbeat import HeartbeatSender, backoff_seconds
+from gserver.cluster.heartbeat import HeartbeatSender, attempt_seconds, backoff_seconds
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
@@ -24,9 +24,9 @@ def test_the_id_counts_as_checked_when_redis_is_away() -> None:
     assert running.ready()
 
 
-def attempts(url: str, servers: int) -> list[float]:
+def attempts(url: str, servers: int, ttl: float) -> list[float]:
     """When the servers try to connect while Redis is away for 20 s, and they lost it at once."""
-    config = Config(redis_url=url)
+    config = Config(redis_url=url, member_ttl_seconds=ttl)
     found = []
     for _ in range(servers):
         moment = 0.0
@@ -39,24 +39,39 @@ def attempts(url: str, servers: int) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("url", "servers", "most"),
-    [("redis://a", 3000, 2000), ("rediss://a", 1000, 700), ("rediss://a", 3, 18)],
+    ("url", "servers", "ttl", "most"),
+    [
+        ("redis://a", 3000, 5, 3600),
+        ("rediss://a", 1000, 5, 1000),
+        ("rediss://a", 2000, 10, 1100),
+        ("rediss://a", 3, 5, 18),
+    ],
 )
 def test_the_servers_of_a_cluster_do_not_connect_all_at_once(
-    url: str, servers: int, most: int
+    url: str, servers: int, ttl: float, most: int
 ) -> None:
-    moments = attempts(url, servers)
+    moments = attempts(url, servers, ttl)
     in_seconds = Counter(int(moment) for moment in moments if moment < 20)
     assert max(in_seconds.values()) <= most
     assert min(in_seconds.values()) >= most / 9
 
 
 @pytest.mark.parametrize("servers", [1, 3, 100, 100_000])
-def test_each_server_tries_again_before_its_lease_has_ended(servers: int) -> None:
-    config = Config(redis_url="rediss://a")
-    for failures in (1, 5, 100, 10_000):
-        pause = backoff_seconds(config, failures, servers)
-        assert 0.04 <= pause <= 0.5 + 1.5 * min(servers / 400, 0.4 * 5) <= 3.5
+@pytest.mark.parametrize(("interval", "ttl"), [(0.5, 5), (1, 5), (2, 10), (0.2, 2), (10, 3600)])
+@pytest.mark.parametrize("url", ["redis://a", "rediss://a"])
+def test_each_server_tries_again_before_its_lease_has_ended(
+    servers: int, interval: float, ttl: float, url: str
+) -> None:
+    config = Config(redis_url=url, heartbeat_interval_seconds=interval, member_ttl_seconds=ttl)
+    limit = max(interval, ttl - 2 * interval - attempt_seconds(config))
+    pauses = [backoff_seconds(config, number, servers) for number in [1, 2, 5, 100, 10_000] * 20]
+    assert min(pauses) >= 0.04
+    assert max(pauses) <= min(limit, max(interval, ttl / 3)) + 1e-9
+
+
+def test_the_first_retry_without_tls_is_not_late() -> None:
+    config = Config(redis_url="redis://a")
+    assert max(backoff_seconds(config, 1, 100_000) for _ in range(100)) <= 0.05 + 0.5
 
 
 def test_an_error_is_explained_without_the_passwords_in_it() -> None:

@@ -257,7 +257,7 @@ class World:
     def others(self, server: Server) -> int:
         return sum(other.reported_clients for other in self.servers if other is not server)
 
-    def call(self, server: Server, clients: int | str) -> Reply:
+    def call(self, server: Server, clients: int | str, told_clock: int = 0) -> Reply:
         self.sequence += 1
         heartbeat = Heartbeat(
             server.name,
@@ -270,6 +270,7 @@ class World:
             server.acked_sequence,
             server.membership.last_clock,
             last_clock_age_ms=round(self.now * 1000) - server.membership.last_sent_monotonic,
+            told_clock=told_clock,
         )
         reply = self.script.apply(heartbeat, round(self.now * 1000))
         if reply.holder == server.incarnation:
@@ -280,8 +281,7 @@ class World:
         lag = max(one.membership.last_clock for one in self.servers) - self.script.clock
         lost_at, reply = self.script.lost_at, self.call(server, server.reported_clients)
         if reply.is_late:
-            server.membership.last_clock = reply.clock
-            reply = self.call(server, server.reported_clients)
+            reply = self.call(server, server.reported_clients, reply.clock)
         if lag > 2 * INTERVAL and self.script.lost_at == lost_at:
             # A server without newer knowledge hides it from all but servers with an older entry.
             # They report soon.

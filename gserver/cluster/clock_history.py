@@ -4,7 +4,7 @@ The lease clock pauses while no heartbeat arrives, so a lease says nothing about
 moments of this server's own heartbeats do. Pure: no Redis, no clock. Times are milliseconds.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections import deque
 
 
@@ -29,7 +29,11 @@ class ClockHistory:
 
         For a value before all that are known, it is assumed that the clock did not pause.
         """
-        after = bisect_right(self._replies, clock, key=lambda reply: reply[0])
-        known, sent_at = self._replies[max(0, after - 1)]
-        # The lease clock is never faster than time.
-        return min(sent_at + clock - known, self._replies[-1][1])
+        later = bisect_left(self._replies, clock, key=lambda reply: reply[0])
+        later = min(later, len(self._replies) - 1)
+        known, sent_at = self._replies[later]
+        if known > clock and later:
+            # The lease clock is never faster than time, except when Redis's clock is set forward.
+            known, earlier = self._replies[later - 1]
+            return min(earlier + clock - known, sent_at)
+        return sent_at + min(0, clock - known)

@@ -6,7 +6,7 @@
 --            its page is missing if there is none
 --   leases   sorted set: server id -> end of its lease, on the lease clock
 --   state    hash: total, clock, lost_at, returned, heartbeat_at, recount_at; resumed_at: when a
---            server that did not know these data resumed them, on the lease clock; gone: the last
+--            server that did not vouch for these data ended a pause, on the lease clock; gone: the last
 --            servers that have left or were lost, the latest first, as lines "id left|lost clock"
 -- They have no TTL: with maxmemory-policy volatile-lru, Redis would evict them first. When the last
 -- server has left, the state stays for a day.
@@ -24,6 +24,7 @@
 --   10  sequence number of the last heartbeat sent before this one, acknowledged or not
 --   11  URL of the server's page, or ""
 --   12  milliseconds from the sending of the heartbeat that ARGV[9] replies to, to that of this one
+--   13  lease clock in the reply to a late heartbeat, which this one repeats; 0 = it repeats none
 --
 -- Returns
 --    1  total number of clients
@@ -35,7 +36,7 @@
 --    7  end of the holder's lease, or 0
 --    8  1 if the caller has been acknowledged before but had no entry, else 0
 --    9  end of the oldest lease of another server; 0 if there is none
---   10  1 if nothing was written because this heartbeat is late: send another, with this clock
+--   10  1 if this heartbeat was refused because it is late: repeat it, with this clock
 --
 -- The lease clock advances with heartbeats only: by the time since the previous heartbeat of any
 -- server, but by one interval at most. So a server does not look dead because it could not report:
@@ -76,7 +77,7 @@ old_sequence = tonumber(old_sequence)
 local is_consistent = entry_count == lease_count and (holder or not entry)
   and is_valid(total) and is_valid(clock) and is_valid(lost_at) and is_valid(returned)
   and (entry_count > 0 or total == 0)
--- Nobody has vouched for these data yet: after a pause, the first heartbeat was that of a new server.
+-- Nobody has vouched for these data since a pause: they may be those of a backup.
 local resumed_at = tonumber(stored[7])
 local is_unproven = is_consistent and is_valid(resumed_at) and clock - resumed_at < ttl
 -- The caller has no entry, although its lease cannot have ended.
@@ -102,9 +103,19 @@ end
 
 -- The lease that this heartbeat would renew has ended: it may have been held up on its way, and its
 -- server may be dead.
-local is_late = not (is_lost or holder) and acked_sequence > 0 and clock - last_clock >= ttl
+local told_clock = tonumber(ARGV[13])
+local is_late = not (is_lost or holder) and acked_sequence > 0
+  and clock - math.max(last_clock, told_clock) >= ttl
 
 clock = clock + math.max(0, math.min(elapsed, interval))
+
+-- After a pause, only a server that has an entry, and knew the data before, vouches for them.
+local knows_data = holder == incarnation and acked_sequence > 0
+if knows_data and last_clock < (resumed_at or 0) then
+  resumed_at = 0
+elseif not knows_data and entry_count > 0 and elapsed > 2 * interval then
+  resumed_at = clock
+end
 
 local function drop(ids, how)
   for _, dropped in ipairs(redis.call('HMGET', members, unpack(ids))) do
@@ -132,13 +143,13 @@ if may_write and clients == 'leave' then
   drop({server_id}, 'left')
 elseif may_write then
   if was_missing then returned = returned + 1 end
-  if acked_sequence == 0 and entry_count > 0 and elapsed > 2 * interval then resumed_at = clock end
   total = total + clients - (old_clients or 0)
   holder = incarnation
   -- ARGV[3] as it came: a Lua number would be rounded to 14 digits.
   redis.call('HSET', members, server_id, clients .. ' ' .. ARGV[3] .. ' ' .. incarnation .. url)
   -- The lease begins when the heartbeat was sent, even if it has been held up since.
-  local sent_at = old_clients and last_clock > 0 and last_clock + tonumber(ARGV[12]) or clock
+  local is_same_clock = old_clients and last_clock >= lost_at
+  local sent_at = is_same_clock and last_clock + tonumber(ARGV[12]) or clock
   redis.call('ZADD', leases, math.min(clock, sent_at) + ttl, server_id)
 end
 

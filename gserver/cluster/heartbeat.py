@@ -36,8 +36,8 @@ MIN_BACKOFF_SECONDS = 0.05
 #: While Redis is away, attempts of all servers together, without and with TLS: a handshake costs
 #: Redis a millisecond. They spread the attempts of a large cluster.
 MAX_ATTEMPTS_PER_SECOND, MAX_TLS_ATTEMPTS_PER_SECOND = 1000, 400
-#: The mean pause for that, in TTLs, and its range. The longest ends before a lease does.
-MAX_SPREAD, SPREAD_RANGE = 0.4, (0.5, 1.5)
+#: The pauses for that, as parts of their mean.
+SPREAD_RANGE = 0.5, 1.5
 #: Connections that all servers together replace, so that they do not move at once.
 MAX_RENEWALS_PER_SECOND = 20
 #: The cells of the fields of `Known`, in their order.
@@ -54,13 +54,22 @@ KNOWN_CELLS = {
 
 def backoff_seconds(config: Config, failures: int, servers: int) -> float:
     """Return the pause after so many failed heartbeats, in a cluster of so many servers."""
-    ttl = config.member_ttl_seconds
+    ttl, interval = config.member_ttl_seconds, config.heartbeat_interval_seconds
     has_tls = RedisUrl.parse(config.redis_url).has_tls
     rate = MAX_TLS_ATTEMPTS_PER_SECOND if has_tls else MAX_ATTEMPTS_PER_SECOND
-    backoff = MIN_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20)
-    seconds = min(backoff, config.heartbeat_interval_seconds, ttl / 3)
-    spread = min(servers / rate, MAX_SPREAD * ttl) * random.uniform(*SPREAD_RANGE)  # noqa: S311
-    return seconds * random.uniform(0.8, 1.0) + spread  # noqa: S311 - no secret
+    backoff = min(MIN_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20), interval, ttl / 3)
+    # Another attempt fits in before a lease ends. Its servers are awaited for a third of the TTL.
+    longest = min(ttl / 3, ttl - 2 * interval - attempt_seconds(config))
+    spread = min(servers / rate, max(0.0, longest - backoff) / SPREAD_RANGE[1])
+    if failures == 1 and not has_tls:
+        spread = min(spread, interval / SPREAD_RANGE[1])  # It is not late by that.
+    # The random numbers are no secret.
+    return backoff * random.uniform(0.8, 1.0) + spread * random.uniform(*SPREAD_RANGE)  # noqa: S311
+
+
+def attempt_seconds(config: Config) -> float:
+    """Return the limit on one attempt to reach Redis, name look-ups and Sentinels included."""
+    return ATTEMPT_SECONDS * min(1.0, config.member_ttl_seconds / 5)
 
 
 class HeartbeatSender:
@@ -120,8 +129,7 @@ class HeartbeatSender:
         try:
             reply = self._send(own_clients)
             if reply.is_late:
-                self._membership.last_clock = reply.clock
-                reply = self._send(own_clients)
+                reply = self._send(own_clients, told_clock=reply.clock)
         except Exception as error:  # noqa: BLE001 - any failure means that Redis is away
             self._handle_failure(error)
         else:
@@ -151,7 +159,7 @@ class HeartbeatSender:
                 f"cannot report the stop to Redis, so this server expires after the TTL: {reason}",
             )
 
-    def _send(self, clients: int | str) -> Reply:
+    def _send(self, clients: int | str, told_clock: int = 0) -> Reply:
         sequence = monotonic_ns() // 1000
         last_sent_sequence = self._last_sent_sequence
         heartbeat = Heartbeat(
@@ -167,9 +175,10 @@ class HeartbeatSender:
             last_sent_sequence or sequence,
             self._config.admin_url,
             sequence // 1000 - self._membership.last_sent_monotonic,
+            told_clock,
         )
         self._last_sent_sequence = sequence  # Redis may run it even if no reply arrives.
-        limit = ATTEMPT_SECONDS * min(1.0, self._ttl_ms / 5000)
+        limit = attempt_seconds(self._config)
         try:
             # Not a TimeoutError, which would be taken for the failure of one Sentinel or of one
             # address, and the next one would be tried.
@@ -211,6 +220,7 @@ class HeartbeatSender:
         last_servers = membership.servers
         is_member = reply.holder == self._incarnation
         self._log_changes(reply, is_member)
+        self._link.was_replaced = False
         if is_member:
             membership.apply(reply, own_clients, self._sent_at_ms)
         else:

@@ -34,6 +34,7 @@ class Heartbeat(NamedTuple):
     last_sent_sequence: int = UNKNOWN_SEQUENCE
     admin_url: str = ""
     last_clock_age_ms: int = UNKNOWN_PAUSE
+    told_clock: int = 0
 
 
 class Reply(NamedTuple):
@@ -120,7 +121,7 @@ class Membership:
         else:
             self.hold_until = 0
             self.remote_clients, self.servers = remote_clients, reply.servers
-            self.confirmed_monotonic = self._oldest_share(reply, sent_monotonic)
+            self.confirmed_monotonic = self._confirmed_at(reply.oldest_lease_end, sent_monotonic)
 
     def apply_rejected(self, reply: Reply, sent_monotonic: int) -> None:
         """Update from the reply to a heartbeat that was rejected: another incarnation has the id.
@@ -131,13 +132,18 @@ class Membership:
         if self.servers == 0:
             self.remote_clients = reply.total_clients
             self._clock_history.note(reply.clock, sent_monotonic)
-            self.confirmed_monotonic = self._oldest_share(reply, sent_monotonic)
+            lease_ends = filter(None, (reply.lease_end, reply.oldest_lease_end))
+            oldest = min(lease_ends, default=0)  # That of this id is in the total, too.
+            self.confirmed_monotonic = self._confirmed_at(oldest, sent_monotonic)
 
-    def _oldest_share(self, reply: Reply, sent_monotonic: int) -> int:
-        """Return when the oldest share of the others was confirmed, on this machine's clock."""
-        if not reply.oldest_lease_end:
+    def _confirmed_at(self, lease_end: int, sent_monotonic: int) -> int:
+        """Return when the server with this lease has reported, on this machine's clock.
+
+        0 stands for no server.
+        """
+        if not lease_end:
             return sent_monotonic
-        return self._clock_history.moment_of(reply.oldest_lease_end - self._ttl_ms)
+        return self._clock_history.moment_of(lease_end - self._ttl_ms)
 
     def _begin_hold(self, reply: Reply) -> None:
         self._held_clients = self.remote_clients

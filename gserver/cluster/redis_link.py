@@ -23,6 +23,7 @@ from redis._parsers import _RESP2Parser
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from gserver import logs
 from gserver.cluster.membership import Heartbeat, Reply
 from gserver.cluster.sentinel import SentinelFollower
 from gserver.config import Config
@@ -33,6 +34,8 @@ from gserver.redis_url import RedisUrl
 TIMEOUT_SECONDS = 0.5
 #: Elements of a reply, nested ones included. The longest reply of ours has about 600.
 MAX_REPLY_PARTS = 10_000
+#: Limit on opening another connection beside the one in use.
+RENEWAL_SECONDS = 2.0
 HEARTBEAT_SCRIPT = Path(__file__).with_name("heartbeat.lua").read_text()
 
 Parsed = TypeVar("Parsed")
@@ -93,7 +96,7 @@ class RedisLink:
             f"{{gserver:{config.cluster_name}}}:{name}" for name in ("members", "leases", "state")
         ]
         self._client: redis.Redis | None = None
-        #: The last call was the first one over a connection that has replaced one that worked.
+        #: Set by the first call over a connection that has replaced one that worked.
         self.was_replaced = False
         #: Opens the next connection.
         self._renewal: gevent.Greenlet[[], redis.Redis | None] | None = None
@@ -123,8 +126,8 @@ class RedisLink:
             if self._client is None or (self._sentinels and self._sentinels.has_moved()):
                 self.drop()
                 self._client = self._connect()
-            self._take_renewed()
-            return parse(self._call(script, *args))
+            result = self._run_renewed(script, parse, *args)
+            return result or parse(self._call(script, *args))
         except BaseException:
             self.drop()
             self._node = None
@@ -137,7 +140,7 @@ class RedisLink:
         try:
             return self._evaluate(script, *args)
         except redis.exceptions.MovedError as error:
-            self._node = error.host, error.port
+            self._node = error.host or self._url.hosts[0][0], error.port
         self.drop()
         self._client = self._connect()
         return self._evaluate(script, *args)
@@ -160,23 +163,44 @@ class RedisLink:
     def _open_another(self) -> redis.Redis | None:
         client = self._connect()
         try:
-            client.time()  # Opens the connection.
-        except Exception:  # noqa: BLE001 - any failure: the old one stays
-            client.close()
-            return None
+            with gevent.Timeout(RENEWAL_SECONDS, TimeoutError(f"not within {RENEWAL_SECONDS} s")):
+                client.time()  # Opens the connection.
+        except Exception as error:  # noqa: BLE001 - any failure: the old one stays
+            self._report_renewal(error)
         except gevent.GreenletExit:  # It is not needed any more.
             client.close()
             raise
-        return client
+        else:
+            return client
+        client.close()
+        return None
 
-    def _take_renewed(self) -> None:
-        """Use the next connection if it is open."""
-        self.was_replaced = False
-        if self._renewal is not None and self._renewal.ready():
-            renewed, self._renewal = self._renewal.value, None
-            if renewed:
-                self.drop()
-                self._client, self.was_replaced = renewed, True
+    def _report_renewal(self, error: Exception) -> None:
+        reason = self.explain(error)
+        message = f"the connection to Redis at {self} cannot be replaced, so it stays: {reason}"
+        logs.warn_ratelimited("cluster.not_renewed", message)
+
+    def _run_renewed(self, script: str, parse: Callable[[Any], Parsed], *args: Any) -> Any:
+        """Return the result over the next connection if it is open and works; None otherwise."""
+        if self._client is None or self._renewal is None or not self._renewal.ready():
+            return None
+        renewed, self._renewal = self._renewal.value, None
+        if not renewed:
+            return None
+        self._client, previous = renewed, self._client
+        try:
+            result = parse(self._call(script, *args))
+        except Exception as error:  # noqa: BLE001 - it may be a replica: the old one stays
+            self._report_renewal(error)
+            self.drop()
+            self._client = previous
+            return None
+        except BaseException:
+            previous.close()
+            raise
+        previous.close()
+        self.was_replaced = True
+        return result
 
     def explain(self, error: BaseException) -> str:
         """Return the text of an error without the secrets that Redis may have repeated in it."""

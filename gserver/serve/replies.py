@@ -246,7 +246,8 @@ def _client_counter(config: Config, scoreboard: Scoreboard) -> Callable[[], int]
     max_age_ms = round(config.cluster_max_age_seconds * 1e3)
 
     def count() -> int:
-        if monotonic_ns() // 1_000_000 - cells[confirmed_at] <= max_age_ms:
+        known_at = cells[confirmed_at]
+        if known_at and monotonic_ns() // 1_000_000 - known_at <= max_age_ms:
             return scoreboard.cluster_clients()
         if config.on_cluster_loss == "error":
             raise ClusterUnavailable

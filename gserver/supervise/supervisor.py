@@ -75,6 +75,7 @@ class Supervisor:
         self._manager = manager
         self._port, self._admin_port = ports
         self._scoreboard = scoreboard
+        self._scoreboard.put("supervisor_heartbeat", monotonic_ns())
         self._lifecycle = lifecycle
         self._children = list(children)
         self._backoff = {WORKER: Backoff(), AGENT: Backoff()}

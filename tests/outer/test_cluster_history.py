@@ -596,6 +596,7 @@ def test_no_reply_breaks_the_promise_whatever_happens(
         verdict = run.verdict()
         assert not verdict.violations, f"{verdict}\nload average: {os.getloadavg()}"
         assert verdict.exact > verdict.answers / 10, f"{verdict}"
+        assert verdict.aged, "no age was judged"
         notes.happened(
             ", ".join(f"{what} {count} times" for what, count in run.happened.most_common())
         )
@@ -697,6 +698,16 @@ def redis_is_away_for_longer_than_the_ttl(scene: Scene) -> None:
 def one_is_killed(scene: Scene) -> None:
     scene.places[0].end(is_clean=False)
     scene.ask(scene.ttl + 2 * scene.promise.delta)
+
+
+def one_is_killed_and_the_ages_are_read(scene: Scene) -> None:
+    scene.ask(4 * scene.ttl)  # Before that, an agent is too new to know the age for sure.
+    scene.places[0].end(is_clean=False)
+    end = time.monotonic() + scene.ttl + 2 * scene.promise.delta
+    while time.monotonic() < end:
+        for place in scene.places[1:]:
+            scene.recorder.look(place.name, place.server)
+        scene.ask(0.05)
 
 
 def one_is_stopped(scene: Scene) -> None:
@@ -813,6 +824,16 @@ BUGS: dict[str, tuple[Callable[[Scene], None], list[Change]]] = {
     "the own share counts twice": (
         nothing_happens,
         [("cluster/membership.py", "reply.total_clients - own_clients)", "reply.total_clients)")],
+    ),
+    "the age is that of the last reply": (
+        one_is_killed_and_the_ages_are_read,
+        [
+            (
+                "cluster/membership.py",
+                "self._confirmed_at(reply.oldest_lease_end, sent_monotonic)",
+                "sent_monotonic",
+            )
+        ],
     ),
     "a heartbeat after leaving": (
         one_is_stopped,

@@ -43,17 +43,20 @@ def test_servers_follow_an_address_that_leads_to_another_redis(
         assert set(new.members()) == {"one", "two", "three"}
 
 
-def test_a_connection_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["nobody", "a replica"])
+def test_a_connection_that_cannot_be_replaced_stays(other: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        redis = stack.enter_context(Redis(tmp_path))
+        redis, replica = (stack.enter_context(Redis(tmp_path)) for _ in range(2))
+        replica.read_only()
         proxy = stack.enter_context(Proxy(redis.port))
         [server] = stack.enter_context(started([*FAST, "--redis-url", redis.url_at(proxy.port)]))
         server.wait_for("cluster.joined")
-        proxy.point_at(free_port())  # Nobody listens there.
+        proxy.point_at(replica.port if other == "a replica" else free_port())
         before = redis.command("INFO", "stats")["total_commands_processed"]
         time.sleep(3 * TTL)
         assert redis.command("INFO", "stats")["total_commands_processed"] > before + TTL / INTERVAL
         assert not server.events("cluster.lost")
+        assert server.events("cluster.not_renewed")
 
 
 @pytest.mark.fault("Redis stalls again and again, and a server is killed")

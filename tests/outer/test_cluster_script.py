@@ -117,19 +117,19 @@ class Member:
     def heartbeat(self, clients: int | str, *, is_reply_lost: bool = False) -> Reply:
         reply = self._send(clients)
         if reply.is_late:
-            self.last_clock = reply.clock
-            reply = self._send(clients)
+            reply = self._send(clients, reply.clock)
         if not is_reply_lost:
             self.acked_sequence, self.last_clock = self._cluster.sequence, reply.clock
         return reply
 
-    def _send(self, clients: int | str) -> Reply:
+    def _send(self, clients: int | str, told_clock: int = 0) -> Reply:
         return self._cluster.heartbeat(
             self._server_id,
             clients,
             self._incarnation,
             acked_sequence=self.acked_sequence,
             last_clock=self.last_clock,
+            told_clock=told_clock,
         )
 
 
@@ -502,6 +502,81 @@ def test_a_heartbeat_that_was_held_up_renews_the_lease_from_when_it_was_sent(
     assert last.clock + TTL <= reply.lease_end == reply.clock + TTL
 
 
+def test_a_lease_that_began_after_a_loss_does_not_end_by_a_clock_from_before_it(
+    cluster: Cluster,
+) -> None:
+    """The lease clock starts again at the time of Redis, far ahead of one that was paused."""
+    known: dict[str, Any] = {"acked_sequence": 1, "last_clock": 1000, "last_clock_age_ms": 500}
+    cluster.heartbeat("one", 7, **known)  # Its reply is lost.
+    cluster.heartbeat("two", 1)
+    reply = cluster.heartbeat("one", 7, **known)
+    assert (totals(reply), reply.lease_end) == ((8, 2), reply.clock + TTL)
+
+
+def test_the_repeated_heartbeat_of_a_server_that_was_dropped_discards_nothing(
+    cluster: Cluster,
+) -> None:
+    away, there = Member(cluster, "away"), Member(cluster, "there")
+    away.heartbeat(9)
+    for _ in range(TTL_INTERVALS + 1):
+        cluster.elapse(INTERVAL)
+        last = there.heartbeat(1)
+    cluster.elapse(3 * INTERVAL)
+    Member(cluster, "new").heartbeat(30)  # It does not vouch for the data, ...
+    there.heartbeat(1)  # ... and this one does.
+    reply = away.heartbeat(9)
+    assert (totals(reply), reply.lost_at) == ((40, 3), last.lost_at)
+
+
+def test_a_repeated_heartbeat_that_gets_no_reply_leaves_nothing_to_discard(
+    cluster: Cluster,
+) -> None:
+    away, there = Member(cluster, "away"), Member(cluster, "there")
+    away.heartbeat(9)
+    for _ in range(TTL_INTERVALS + 1):
+        cluster.elapse(INTERVAL)
+        last = there.heartbeat(1)
+    assert cluster.heartbeat("away", 9, "a1", last_clock=away.last_clock).is_late
+    cluster.elapse(2 * INTERVAL)
+    reply = away.heartbeat(9)
+    assert (totals(reply), reply.lost_at) == ((10, 2), last.lost_at)
+
+
+def test_a_server_that_knew_the_data_vouches_for_them_after_a_new_one(cluster: Cluster) -> None:
+    one, two = Member(cluster, "one"), Member(cluster, "two")
+    old = two.heartbeat(20)
+    backup = cluster.contents()
+    one.heartbeat(1)
+    restore(cluster, backup)
+    cluster.elapse(3 * INTERVAL)
+    Member(cluster, "new").heartbeat(300)
+    two.heartbeat(20)
+    # So the caller comes from elsewhere: from the other side of a split, say.
+    reply = one.heartbeat(1)
+    assert (totals(reply), reply.lost_at) == ((321, 3), old.lost_at)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_heartbeat_that_is_refused_does_not_vouch_for_a_backup(
+    cluster: Cluster, is_late: bool
+) -> None:
+    one, two = Member(cluster, "one"), Member(cluster, "two")
+    one.heartbeat(1)
+    backup = cluster.contents()
+    for _ in range(5):
+        cluster.elapse(INTERVAL)
+        last = two.heartbeat(20)
+    restore(cluster, backup)
+    cluster.elapse(6 * INTERVAL)
+    if is_late:
+        assert cluster.heartbeat("dead", 5, acked_sequence=1, last_clock=1).is_late
+    else:
+        assert cluster.heartbeat("one", 5, "b2").holder == "a1"
+    reply = two.heartbeat(20)
+    assert totals(reply) == (20, 1)
+    assert reply.lost_at > last.clock
+
+
 def test_a_live_server_whose_lease_has_ended_is_told_the_clock_and_reports_again(
     cluster: Cluster,
 ) -> None:
@@ -637,7 +712,9 @@ def test_a_server_that_returns_late_with_an_older_clock_discards_nothing(cluster
     cluster.elapse(TTL)  # Without a heartbeat.
     refused = cluster.heartbeat("late", 300, acked_sequence=1, last_clock=late.clock)
     assert (totals(refused), refused.is_late, refused.holder) == ((1, 1), 1, "")
-    reply = cluster.heartbeat("late", 300, acked_sequence=1, last_clock=refused.clock)
+    reply = cluster.heartbeat(
+        "late", 300, acked_sequence=1, last_clock=late.clock, told_clock=refused.clock
+    )
     assert (totals(reply), reply.is_late, reply.was_missing) == ((301, 2), 0, 1)
     assert reply.lost_at == late.lost_at
     assert reply.clock >= last.clock
