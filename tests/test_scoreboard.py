@@ -23,7 +23,7 @@ def attached(scoreboard: Scoreboard) -> Scoreboard:
 
 def emptied(scoreboard: Scoreboard) -> Scoreboard:
     """Set the cells to 0 that a new scoreboard has filled."""
-    for name in ("incarnation", "address_key", "server_started_at"):
+    for name in ("incarnation", "address_key", "server_started_at", "supervisor_heartbeat"):
         assert scoreboard.get(name) > 0
         scoreboard.put(name, 0)
     return scoreboard
