@@ -303,7 +303,8 @@ class StatusTarget(Target):
         f'{{"servers": [{MEMBER}], "omitted_servers": 0, "age_seconds": 0.1, "error_kind": null}}'
     )
     CLUSTER = (
-        f'{{"name": "c", "servers": 1, "clients": 1, "age_seconds": 0.1, "members": {MEMBERS}}}'
+        f'{{"name": "c", "servers": 1, "clients": 1, "age_seconds": 0.1, "silent_seconds": 0.1,'
+        f' "members": {MEMBERS}}}'
     )
     WORKER = '{"pid": 1, "age_seconds": 1, "clients": 1, "silent_seconds": 0.1}'
     GOOD = f"""{{

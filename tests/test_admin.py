@@ -202,7 +202,7 @@ def test_a_server_whose_supervisor_hangs_is_not_alive() -> None:
             until(lambda: get(server, "/livez")[0] == 503, "the supervisor counts as hung")
             assert get(server, "/livez")[2] == b"the supervisor hangs\n"
             document = status(server)
-            assert [reason["name"] for reason in document["reasons"]] == ["supervisor_silent"]
+            assert "supervisor_silent" in [reason["name"] for reason in document["reasons"]]
             assert document["clients"]["now"] == 1
         until(lambda: get(server, "/livez")[0] == 200, "the supervisor runs again")
         until(lambda: status(server)["clients"]["now"] == 0, "the dead worker's client is gone")

@@ -70,6 +70,7 @@ CLUSTER = {
     "servers": MAYBE,
     "clients": MAYBE,
     "age_seconds": MAYBE,
+    "silent_seconds": MAYBE,
     "members": (MEMBERS, NoneType),
 }
 CLIENT = {

@@ -335,11 +335,13 @@ def _certificate(status: Status) -> Iterator[Text]:
 def _cluster(status: Status) -> Iterator[Text]:
     cluster = status["cluster"]
     if cluster:
-        age = cluster["age_seconds"]
+        age, silence = cluster["age_seconds"], cluster["silent_seconds"]
         total = "not known yet"
-        if age is not None:
+        if age is not None and silence is not None:
             clients = _count(cluster["clients"], "client")
-            total = f"{clients} of {_servers(cluster)}, at most {age:.1f} s old"
+            is_away = silence > OLD_SECONDS
+            state = f"Redis silent for {silence:.0f} s" if is_away else f"at most {age:.1f} s old"
+            total = f"{clients} of {_servers(cluster)}, {state}"
         yield Text(f"cluster {cluster['name']}: {total}")
 
 

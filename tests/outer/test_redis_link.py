@@ -147,6 +147,7 @@ def test_an_ordinary_heartbeat_is_one_request_and_a_connect_needs_no_other(serve
             "hget",
             "hset",
             "zadd",
+            "zrange",
             "zrangebyscore",
         }
         assert set(calls(server)) - {"zcount", "zscore", "config|resetstat"} == asked

@@ -225,12 +225,12 @@ def test_the_age_of_the_server_list_and_its_omissions_are_shown() -> None:
 
 
 def test_the_cluster_line_fits_its_numbers_and_the_width() -> None:
-    def described(servers: int, clients: int) -> tuple[str, str]:
+    def described(servers: int, clients: int, silence: int = 0) -> tuple[str, str]:
         scoreboard = Scoreboard.create(2)
         for name, value in (
             ("cluster_servers", servers),
             ("remote_clients", clients),
-            ("cluster_updated_at", time.monotonic_ns()),
+            ("cluster_updated_at", time.monotonic_ns() - silence * 1_000_000_000),
             ("cluster_confirmed_at", time.monotonic_ns() // 1_000_000),
         ):
             scoreboard.put(name, value)
@@ -247,6 +247,7 @@ def test_the_cluster_line_fits_its_numbers_and_the_width() -> None:
         long, short = described(servers, clients)
         assert f"cluster gserver: {words}, at most 0.0 s old" in long
         assert brief in short
+    assert "1 client of 3 servers, Redis silent for 70 s" in described(3, 1, 70)[0]
     assert "cluster gserver: not known yet" in screen(None)
 
 
