@@ -20,7 +20,7 @@ import psutil
 import redis
 
 from gserver.cluster.heartbeat import JITTER
-from gserver.cluster.membership import Reply
+from gserver.cluster.membership import Heartbeat, Reply
 from gserver.cluster.redis_link import HEARTBEAT_SCRIPT, RedisLink, sha1_of
 from gserver.config import Config
 from lab.redises import Redis
@@ -29,7 +29,7 @@ SIZES = (3, 300, 3000)
 ROUNDS = 9
 HEARTBEATS = 6000
 SECONDS = 20.0
-TTL_MS, INTERVAL_MS = "5000", "500"
+TTL_MS, INTERVAL_MS = 5000, 500
 KEYS = RedisLink(Config(redis_url="redis://localhost")).keys
 
 
@@ -52,24 +52,16 @@ def command(*words: str) -> bytes:
 
 def heartbeat(member: int, sequence: int, clients: int) -> bytes:
     """Return one server's heartbeat, as `gserver.cluster.heartbeat` sends it."""
-    own = (
+    own = Heartbeat(
         f"{member:08x}-0000-4000-8000-000000000000",
         f"{member:016x}",
-        str(sequence),
-        str(clients),
-    )
-    return command(
-        "EVALSHA",
-        sha1_of(HEARTBEAT_SCRIPT),
-        str(len(KEYS)),
-        *KEYS,
-        *own,
+        sequence,
+        clients,
         TTL_MS,
         INTERVAL_MS,
-        "",
-        "0",
-        "0",
     )
+    script = "EVALSHA", sha1_of(HEARTBEAT_SCRIPT), str(len(KEYS)), *KEYS
+    return command(*script, *map(str, own))
 
 
 def script_times(rounds: int = ROUNDS, heartbeats: int = HEARTBEATS) -> dict[int, list[float]]:

@@ -220,7 +220,7 @@ class HeartbeatSender:
         last_servers = membership.servers
         is_member = reply.holder == self._incarnation
         self._log_changes(reply, is_member)
-        self._link.was_replaced = False
+        self._link.forget_previous()
         if is_member:
             membership.apply(reply, own_clients, self._sent_at_ms)
         else:
@@ -264,7 +264,7 @@ class HeartbeatSender:
 
     def _log_other_data(self) -> None:
         hold = "WHO keeps the last known count until the other servers have reported"
-        if self._link.was_replaced:
+        if self._link.has_moved(self._membership.lost_at):
             message = f"{self._link} leads to another Redis than before; {hold}"
             logs.event(logging.WARNING, "cluster.moved", message)
         else:

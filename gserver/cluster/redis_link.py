@@ -96,8 +96,8 @@ class RedisLink:
             f"{{gserver:{config.cluster_name}}}:{name}" for name in ("members", "leases", "state")
         ]
         self._client: redis.Redis | None = None
-        #: Set by the first call over a connection that has replaced one that worked.
-        self.was_replaced = False
+        #: The connection that was replaced, although it worked: see `has_moved`.
+        self._previous: redis.Redis | None = None
         #: Opens the next connection.
         self._renewal: gevent.Greenlet[[], redis.Redis | None] | None = None
         #: The node of a Redis Cluster that has the keys, if that is not the one of the URL.
@@ -187,6 +187,7 @@ class RedisLink:
         renewed, self._renewal = self._renewal.value, None
         if not renewed:
             return None
+        self.forget_previous()
         self._client, previous = renewed, self._client
         try:
             result = parse(self._call(script, *args))
@@ -198,9 +199,26 @@ class RedisLink:
         except BaseException:
             previous.close()
             raise
-        previous.close()
-        self.was_replaced = True
+        self._previous = previous
         return result
+
+    def has_moved(self, lost_at: int) -> bool:
+        """Whether the connection in use leads to another Redis: the one before has the data.
+
+        They are told by the moment of their last loss, `lost_at`.
+        """
+        if self._previous is None:
+            return False
+        try:
+            return self._previous.hget(self.keys[2], "lost_at") == str(lost_at).encode()
+        except (redis.RedisError, OSError):
+            return False
+
+    def forget_previous(self) -> None:
+        """Close the connection that was replaced, if there is one."""
+        previous, self._previous = self._previous, None
+        if previous is not None:
+            previous.close()
 
     def explain(self, error: BaseException) -> str:
         """Return the text of an error without the secrets that Redis may have repeated in it."""
@@ -214,6 +232,7 @@ class RedisLink:
         """Close the connection, if there is one."""
         client, self._client = self._client, None
         renewal, self._renewal = self._renewal, None
+        self.forget_previous()
         if renewal is not None:
             renewal.kill()
         for each in (client, renewal.value if renewal is not None else None):

@@ -23,6 +23,7 @@ CHEAP = {
     "hmget",
     "hset",
     "zadd",
+    "zrange",
     "zrangebyscore",
     "zscore",
 }
