@@ -32,6 +32,7 @@ GROUPS = {
     "Redis and Sentinels": [
         "tests/faults/test_redis.py",
         "tests/outer/test_cluster_faults.py",
+        "tests/outer/test_cluster_moves.py",
         "tests/outer/test_cluster_attacks.py",
     ],
     "Networks": ["tests/outer/test_cluster_partition.py"],
