@@ -533,9 +533,10 @@ def test_a_reload_starts_workers_with_new_code_and_keeps_everything_else(
 def test_after_quick_reloads_the_last_code_runs(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server, ExitStack() as stack:
         for reloads in range(1, 8):
-            (tmp_path / "extra.py").write_text(
-                MODULE.replace("time.sleep(1)", f"return 'version {reloads}'")
-            )
+            # Renamed: a worker of the previous reload may be reading the file.
+            new = tmp_path / "new.py"
+            new.write_text(MODULE.replace("time.sleep(1)", f"return 'version {reloads}'"))
+            new.replace(tmp_path / "extra.py")
             server.send_signal(signal.SIGHUP)
             server.wait_for("server.reloading", reloads)
             time.sleep(0.1)  # During the previous reload.
