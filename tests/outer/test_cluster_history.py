@@ -144,17 +144,18 @@ class Place:
 
     def unexpected_events(self) -> list[str]:
         """Return the errors that its servers have logged, and deaths that no test has caused."""
-        found, died = [], 0
+        found: list[str] = []
+        died: list[str] = []
         for server in {*self.ended, self.server}:
             events = server.events()
             found += [
                 str(event) for event in events if event["event.action"].endswith(BAD)
             ] + server.errors
-            died += len([event for event in events if event["event.action"] == "agent.died"])
+            died += [event["message"] for event in events if event["event.action"] == "agent.died"]
         if self.server not in self.ended and self.server.process.poll() is not None:
             found.append("the server has ended")
-        if died > self.agents_killed:
-            found.append(f"{died} agents died, {self.agents_killed} were killed")
+        if len(died) > self.agents_killed:
+            found.append(f"{self.agents_killed} agents were killed, and these died: {died}")
         return found
 
     def logged(self, action: str, kind: str = "") -> int:
