@@ -117,5 +117,4 @@ class Model:
             int(was_missing),
             min((e.lease_end for name, e in self.entries.items() if name != server_id), default=0),
             int(is_late),
-            int(self.resumed_at > 0 and self.clock - self.resumed_at < ttl),
         )

@@ -19,7 +19,7 @@ def new_detector() -> DuplicateIdDetector:
 
 
 def observe(detector: DuplicateIdDetector, holder: str, lease_end: int, moment: float) -> bool:
-    return detector.observe(Reply(9, 1, 0, round(moment * 1000), 1, holder, lease_end, 0, 0, 0, 0))
+    return detector.observe(Reply(9, 1, 0, round(moment * 1000), 1, holder, lease_end, 0, 0, 0))
 
 
 @pytest.mark.parametrize("holder", ["", "mine"])

@@ -36,7 +36,6 @@ def reply(
         *(total_clients, servers, returned, clock, lost_at, "me", lease_end, was_missing),
         oldest_lease_end=0,
         is_late=0,
-        is_unproven=0,
     )
 
 
@@ -142,17 +141,6 @@ def test_a_reply_is_accepted_or_the_last_number_is_held(rule: str) -> None:
         membership.apply(heard, 5, NOW)
         assert (membership.remote_clients, membership.servers) == (remote_clients, servers)
         assert (membership.last_clock, membership.lost_at) == (heard.clock, heard.lost_at)
-
-
-def test_what_was_learned_from_unproven_data_is_not_held() -> None:
-    """A new server has counted the servers of a backup, which another one has discarded since."""
-    membership = new_member()
-    membership.apply(reply(55, 2, 50_000)._replace(is_unproven=1), 5, NOW)
-    assert membership.remote_clients == 50
-    membership.apply(lost(15, 1, 50_001), 5, NOW)
-    assert (membership.remote_clients, membership.hold_until) == (10, 0)
-    membership.apply(lost(5, 1, 50_002, lost_at=50_002), 5, NOW)
-    assert membership.remote_clients == 10, "and what was learned since is held"
 
 
 def test_a_new_agent_continues_from_the_state_of_the_previous_one() -> None:

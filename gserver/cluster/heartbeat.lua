@@ -37,7 +37,6 @@
 --    8  1 if the caller has been acknowledged before but had no entry, else 0
 --    9  end of the oldest lease of another server; 0 if there is none
 --   10  1 if this heartbeat was refused because it is late: repeat it, with this clock
---   11  1 if nobody has vouched for the data since a pause: they may be those of a backup
 --
 -- The lease clock advances with heartbeats only: by the time since the previous heartbeat of any
 -- server, but by one interval at most. So a server does not look dead because it could not report:
@@ -78,7 +77,7 @@ old_sequence = tonumber(old_sequence)
 local is_consistent = entry_count == lease_count and (holder or not entry)
   and is_valid(total) and is_valid(clock) and is_valid(lost_at) and is_valid(returned)
   and (entry_count > 0 or total == 0)
--- Nobody has vouched for these data since a pause.
+-- Nobody has vouched for these data since a pause: they may be those of a backup.
 local resumed_at = tonumber(stored[7])
 local is_unproven = is_consistent and is_valid(resumed_at) and clock - resumed_at < ttl
 -- The caller has no entry, although its lease cannot have ended.
@@ -183,5 +182,4 @@ local own_lease_end = redis.call('ZSCORE', leases, server_id)
 local oldest_lease_end = tonumber(oldest[oldest[1] == server_id and 4 or 2] or 0)
 return {total, redis.call('ZCARD', leases), returned, clock, lost_at, own_lease_end and holder or '',
   tonumber(own_lease_end or 0), was_missing and 1 or 0,
-  is_valid(oldest_lease_end) and oldest_lease_end or 0, is_late and 1 or 0,
-  (resumed_at or 0) > 0 and clock - resumed_at < ttl and 1 or 0}
+  is_valid(oldest_lease_end) and oldest_lease_end or 0, is_late and 1 or 0}

@@ -50,7 +50,6 @@ class Reply(NamedTuple):
     was_missing: int
     oldest_lease_end: int
     is_late: int
-    is_unproven: int
 
 
 class Known(NamedTuple):
@@ -86,8 +85,6 @@ class Membership:
         self.last_sent_monotonic = known.last_sent_monotonic
         self.confirmed_monotonic = known.confirmed_monotonic
         self._clock_history = ClockHistory(ttl_ms, known.last_clock, known.last_sent_monotonic)
-        #: Whether the data of the last reply may be those of a backup: they are not worth a hold.
-        self._is_unproven = False
 
     @property
     def known(self) -> Known:
@@ -110,9 +107,8 @@ class Membership:
         is higher.
         """
         remote_clients = max(0, reply.total_clients - own_clients)
-        if (self.has_lost_data(reply) or self.was_dropped(reply)) and not self._is_unproven:
+        if self.has_lost_data(reply) or self.was_dropped(reply):
             self._begin_hold(reply)
-        self._is_unproven = bool(reply.is_unproven)
         # This may be the lease clock of another Redis than the one on which the hold began.
         self.hold_until = min(self.hold_until, reply.clock + self._ttl_ms)
         if self.has_lost_data(reply):

@@ -105,9 +105,7 @@ def connections(server: Redis) -> list[dict[str, str]]:
 def test_a_reply_has_its_names_and_texts(server: Redis) -> None:
     with linked(server.url) as link:
         reply = send_heartbeat(link, 5)
-        assert reply == Reply(
-            5, 1, 0, reply.clock, reply.clock, "a1", reply.clock + TTL, 0, 0, 0, 0
-        )
+        assert reply == Reply(5, 1, 0, reply.clock, reply.clock, "a1", reply.clock + TTL, 0, 0, 0)
 
 
 def test_the_script_is_sent_only_when_redis_does_not_know_it(server: Redis) -> None:
