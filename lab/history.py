@@ -257,17 +257,21 @@ class _Checker:
         return low if is_known else 0, high, since
 
     def knows_its_age(self, answer: Answer) -> bool:
-        """Whether its agent knows the lease clock of the last TTLs: it is not a new one."""
+        """Whether its agent knows the lease clock of the last TTLs: it is not a new one.
+
+        Time in which the lease clock may have paused does not count.
+        """
         if answer.age is None:
             return True
-        if answer.sent < self.servers[answer.server].joined + 3 * self.ttl:
-            return False
-        return not any(
-            fault.server == answer.server
-            and fault.began <= answer.received
-            and fault.over + 3 * self.ttl >= answer.sent
+        own = [fault.over for fault in self.faults if fault.server == answer.server]
+        since = max(
+            [self.servers[answer.server].joined, *(over for over in own if over < answer.sent)]
+        )
+        paused = sum(
+            max(0.0, min(answer.received, fault.over) - max(since, fault.began))
             for fault in self.faults
         )
+        return answer.sent - since - paused > 3 * self.ttl
 
     def judge(self, answer: Answer) -> Judgement:
         others = {

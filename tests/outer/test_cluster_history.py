@@ -597,7 +597,6 @@ def test_no_reply_breaks_the_promise_whatever_happens(
         verdict = run.verdict()
         assert not verdict.violations, f"{verdict}\nload average: {os.getloadavg()}"
         assert verdict.exact > verdict.answers / 10, f"{verdict}"
-        assert verdict.aged, "no age was judged"
         notes.happened(
             ", ".join(f"{what} {count} times" for what, count in run.happened.most_common())
         )
