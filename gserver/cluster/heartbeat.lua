@@ -2,8 +2,8 @@
 -- leases have ended, and return the cluster's total.
 --
 -- KEYS, all in one hash slot. Times are milliseconds.
---   members  hash: server id -> "clients sequence incarnation URL", the server's entry; the URL of
---            its page is missing if there is none
+--   members  hash: server id -> "clients sequence incarnation", the server's entry; then the URL of
+--            its page, if it has one
 --   leases   sorted set: server id -> end of its lease, on the lease clock
 --   state    hash: total, clock, lost_at, returned, heartbeat_at, recount_at; resumed_at: when a
 --            server that did not vouch for these data ended a pause, on the lease clock; gone: the last
@@ -77,7 +77,7 @@ old_sequence = tonumber(old_sequence)
 local is_consistent = entry_count == lease_count and (holder or not entry)
   and is_valid(total) and is_valid(clock) and is_valid(lost_at) and is_valid(returned)
   and (entry_count > 0 or total == 0)
--- Nobody has vouched for these data since a pause: they may be those of a backup.
+-- No server that knew these data has reported since a pause. They may come from a backup.
 local resumed_at = tonumber(stored[7])
 local is_unproven = is_consistent and is_valid(resumed_at) and clock - resumed_at < ttl
 -- The caller has no entry, although its lease cannot have ended.

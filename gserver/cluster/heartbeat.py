@@ -139,7 +139,7 @@ class HeartbeatSender:
             self._renew_if_due()
 
     def _renew_if_due(self) -> None:
-        """Connect anew now and then: the address of Redis may lead to another one by now."""
+        """Replace the connection now and then: the address may lead to another Redis by now."""
         if monotonic() >= self._renew_at:
             self._link.renew()
             self._schedule_renewal()

@@ -203,9 +203,9 @@ class RedisLink:
         return result
 
     def has_moved(self, lost_at: int) -> bool:
-        """Whether the connection in use leads to another Redis: the one before has the data.
+        """Whether the connection in use leads to another Redis than the one that it replaced.
 
-        They are told by the moment of their last loss, `lost_at`.
+        Then the replaced one still has the data that were lost last at `lost_at`.
         """
         if self._previous is None:
             return False
@@ -229,7 +229,7 @@ class RedisLink:
         return text
 
     def drop(self) -> None:
-        """Close the connection, if there is one."""
+        """Close all connections, also those that were replaced or are being opened."""
         client, self._client = self._client, None
         renewal, self._renewal = self._renewal, None
         self.forget_previous()

@@ -513,14 +513,20 @@ def test_a_lease_that_began_after_a_loss_does_not_end_by_a_clock_from_before_it(
     assert (totals(reply), reply.lease_end) == ((8, 2), reply.clock + TTL)
 
 
-def test_the_repeated_heartbeat_of_a_server_that_was_dropped_discards_nothing(
-    cluster: Cluster,
-) -> None:
+def one_dropped(cluster: Cluster) -> tuple[Member, Member, Reply]:
+    """A server whose lease has ended, one that has reported meanwhile, and its last reply."""
     away, there = Member(cluster, "away"), Member(cluster, "there")
     away.heartbeat(9)
     for _ in range(TTL_INTERVALS + 1):
         cluster.elapse(INTERVAL)
         last = there.heartbeat(1)
+    return away, there, last
+
+
+def test_the_repeated_heartbeat_of_a_server_that_was_dropped_discards_nothing(
+    cluster: Cluster,
+) -> None:
+    away, there, last = one_dropped(cluster)
     cluster.elapse(3 * INTERVAL)
     Member(cluster, "new").heartbeat(30)  # It does not vouch for the data, ...
     there.heartbeat(1)  # ... and this one does.
@@ -531,11 +537,7 @@ def test_the_repeated_heartbeat_of_a_server_that_was_dropped_discards_nothing(
 def test_a_repeated_heartbeat_that_gets_no_reply_leaves_nothing_to_discard(
     cluster: Cluster,
 ) -> None:
-    away, there = Member(cluster, "away"), Member(cluster, "there")
-    away.heartbeat(9)
-    for _ in range(TTL_INTERVALS + 1):
-        cluster.elapse(INTERVAL)
-        last = there.heartbeat(1)
+    away, _, last = one_dropped(cluster)
     assert cluster.heartbeat("away", 9, "a1", last_clock=away.last_clock).is_late
     cluster.elapse(2 * INTERVAL)
     reply = away.heartbeat(9)
