@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from gserver.redis_url import RedisUrl
+from gserver.redis_url import parse_urls
 
 # Groups of options, in the order of `gserver --help`.
 LISTENING = "Listening"
@@ -134,9 +134,9 @@ def parse_admin_port(text: str) -> int:
 
 
 def parse_redis_url(text: str) -> str:
-    """Return the URL unchanged if it is valid."""
-    RedisUrl.parse(text)
-    return text
+    """Return the URLs, with a blank between each two, if they are valid."""
+    parse_urls(text)
+    return " ".join(text.split())
 
 
 def parse_cluster_name(text: str) -> str:
@@ -291,7 +291,8 @@ class Config:
     redis_url: str = _option(
         "",
         CLUSTER,
-        "URL of the cluster's Redis [default: none, a single server].",
+        "URL of the cluster's Redis, or up to three URLs with blanks between them [default: none,"
+        " a single server].",
         parse=parse_redis_url,
         metavar="URL",
     )
@@ -401,8 +402,13 @@ class Config:
         """
         values: dict[str, Any] = dict.fromkeys(SECRETS, "")
         if self.redis_url:
-            values["redis_url"] = str(RedisUrl.parse(self.redis_url))
+            values["redis_url"] = " ".join(map(str, parse_urls(self.redis_url)))
         return replace(self, **values)
+
+    @property
+    def engines(self) -> "tuple[Config, ...]":
+        """The configuration for each Redis of the cluster, with its URL alone."""
+        return tuple(replace(self, redis_url=url) for url in self.redis_url.split())
 
     @property
     def contradiction(self) -> str:
@@ -422,7 +428,9 @@ class Config:
             return f"--member-ttl {ttl:g} is too short: at least five times {which}"
         if max_age < 3 * interval - 1e-9:  # Without faults it is below twice the interval.
             return f"--cluster-max-age {max_age:g} is too short: at least three times {which}"
-        if self.redis_ca_file and not RedisUrl.parse(self.redis_url or "redis://-").has_tls:
+        if self.redis_ca_file and not any(
+            url.has_tls for url in parse_urls(self.redis_url or "redis://-")
+        ):
             return "--redis-ca-file needs a --redis-url with TLS (rediss://)"
         return ""
 

@@ -21,6 +21,7 @@ from enum import Enum
 
 from gserver.protocol import ERROR_REPLIES
 from gserver.redis_errors import HEARTBEAT_ERRORS
+from gserver.redis_url import MAX_URLS
 
 #: Upper bounds of the histograms of durations. One more bucket holds what is longer.
 DURATION_BOUNDS_NS = tuple(
@@ -38,6 +39,7 @@ REASONS = (
     "supervisor_silent",
     "failing",
     "redis_away",
+    "engine_away",
     "count_old",
     "server_late",
     "server_lost",
@@ -46,6 +48,8 @@ REASONS = (
     "log_dropped",
 )
 
+#: The numbers of the Redis servers that a cluster may use at once.
+ENGINES = tuple(str(number) for number in range(MAX_URLS))
 #: A worker that has given no heartbeat for this long is slow, or hangs.
 SILENT_SECONDS = 2.0
 #: The same for the supervisor, whose loop runs once a second at least.
@@ -240,6 +244,10 @@ METRICS = (
     Metric("cluster_silent_ms", Source.COMPUTED, Kind.GAUGE, "Time since Redis answered.", "ms",
            prometheus="gserver_cluster_silent_seconds", json="cluster.silent_seconds",
            needs_cluster=True),
+    Metric("engine_silent_ms", Source.COMPUTED, Kind.GAUGE,
+           "Time since each Redis of the cluster answered.", "ms",
+           prometheus="gserver_cluster_engine_silent_seconds", label="engine", members=ENGINES,
+           needs_cluster=True),
     Metric("heartbeats", Source.SERVER, Kind.COUNTER, "Heartbeats answered by Redis.",
            statsd="cluster.heartbeats", prometheus="gserver_cluster_heartbeats",
            json="cluster.heartbeats", needs_cluster=True),
@@ -277,15 +285,33 @@ METRICS = (
            "When Redis last answered a heartbeat; 0 = never.", "ns"),
     Metric("cluster_confirmed_at", Source.SERVER, Kind.STATE,
            "When the oldest of the `remote_clients` was confirmed, on the monotonic clock.", "ms"),
-    Metric("lease_clock", Source.SERVER, Kind.STATE, "The lease clock, as last known.", "ms"),
+    Metric("cluster_doubtful_at", Source.SERVER, Kind.STATE,
+           "The same, with servers that were lost but may be alive.", "ms"),
+
+    # What is known from each Redis, which is called an engine.
+    Metric("engine_updated_at", Source.SERVER, Kind.MOMENT,
+           "When it last answered a heartbeat; 0 = never.", "ns", label="engine", members=ENGINES),
+    Metric("engine_clients", Source.SERVER, Kind.STATE,
+           "Clients of the other servers, as last known.", label="engine", members=ENGINES),
+    Metric("engine_servers", Source.SERVER, Kind.STATE,
+           "Servers, as last known.", label="engine", members=ENGINES),
+    Metric("engine_confirmed_at", Source.SERVER, Kind.STATE,
+           "When the oldest of the clients was confirmed, on the monotonic clock.", "ms",
+           label="engine", members=ENGINES),
+    Metric("lease_clock", Source.SERVER, Kind.STATE, "The lease clock, as last known.", "ms",
+           label="engine", members=ENGINES),
     Metric("lease_clock_at", Source.SERVER, Kind.STATE,
-           "When the heartbeat was sent whose reply had it, on the monotonic clock.", "ms"),
+           "When the heartbeat was sent whose reply had it, on the monotonic clock.", "ms",
+           label="engine", members=ENGINES),
     Metric("data_lost_at", Source.SERVER, Kind.STATE,
-           "When Redis last lost its data, on the lease clock.", "ms"),
+           "When it last lost its data, on the lease clock.", "ms",
+           label="engine", members=ENGINES),
     Metric("acked_sequence", Source.SERVER, Kind.STATE,
-           "Sequence number of the last heartbeat that Redis answered."),
+           "Sequence number of the last heartbeat that it answered.",
+           label="engine", members=ENGINES),
     Metric("hold_until", Source.SERVER, Kind.STATE,
-           "When the hold of `remote_clients` ends, on the lease clock; 0 = there is none.", "ms"),
+           "When the hold of the clients ends, on the lease clock; 0 = there is none.", "ms",
+           label="engine", members=ENGINES),
 )
 # fmt: on
 

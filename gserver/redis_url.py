@@ -1,4 +1,4 @@
-"""The address of Redis, as one URL.
+"""The addresses of Redis: one URL, or several with blanks between them.
 
 Pure. The schemes are `redis://`, `rediss://` (TLS), `unix://`, and for Sentinel
 `redis+sentinel://` and `rediss+sentinel://`. The first three are those of redis-py, without its
@@ -14,6 +14,8 @@ from urllib.parse import parse_qsl, unquote
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
+#: Redis servers that a cluster may use at once.
+MAX_URLS = 3
 PARAMETERS = ("db", "username", "password", "sentinel_username", "sentinel_password")
 
 
@@ -80,6 +82,17 @@ class RedisUrl:
         service = f"/{self.service}" if self.service else ""
         db = f"/{self.db}" if self.db else ""
         return f"{scheme}://{hosts}{service}{db}"
+
+
+def parse_urls(text: str) -> tuple[RedisUrl, ...]:
+    """Return the parts of one URL, or of several with blanks between them; raise like `parse`."""
+    texts = text.split() or [text]  # Blank text has an error of its own.
+    urls = tuple(map(RedisUrl.parse, texts))
+    if len(urls) > MAX_URLS:
+        raise ValueError(f"there are {len(urls)} URLs, and at most {MAX_URLS} are allowed")
+    if len({str(url) for url in urls}) < len(urls):
+        raise ValueError("two of the URLs are the same: each must be a Redis of its own")
+    return urls
 
 
 def _split(text: str) -> tuple[str, str, str, dict[str, str]]:

@@ -49,7 +49,7 @@ _ADDRESS_BYTES = 4
 _FIRST = 1  # Cell 0 holds the fingerprint of the layout.
 #: Cells that each slot, and the server, have: more than there are names, for those of later
 #: versions.
-WORKER_ROOM, SERVER_ROOM = 96, 64
+WORKER_ROOM, SERVER_ROOM = 96, 192
 #: Rows of the history: a second for five minutes, ten seconds for the hour. The agent writes them.
 HISTORY_SECONDS, HISTORY_TENS = 300, 360
 HISTORY_CELLS = len(HISTORY_COLUMNS)
@@ -317,7 +317,7 @@ class Scoreboard:
         if updated_at:
             now_ms = time.monotonic_ns() // 1_000_000
             totals["cluster_clients"] = totals["clients"] + cells[self._remote_clients]
-            totals["cluster_age_ms"] = now_ms - cells[self.server_cell("cluster_confirmed_at")]
+            totals["cluster_age_ms"] = now_ms - cells[self.server_cell("cluster_doubtful_at")]
             totals["cluster_silent_ms"] = now_ms - updated_at // 1_000_000
         else:
             del totals["cluster_servers"]

@@ -5,7 +5,8 @@ from collections import Counter
 import gevent
 import pytest
 
-from gserver.cluster.heartbeat import HeartbeatSender, attempt_seconds, backoff_seconds
+from gserver.cluster.engines import Engines
+from gserver.cluster.heartbeat import attempt_seconds, backoff_seconds
 from gserver.cluster.redis_link import RedisLink
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
@@ -14,12 +15,13 @@ from lab.running import LIMIT
 
 def test_the_id_counts_as_checked_when_redis_is_away() -> None:
     scoreboard = Scoreboard.create(1)
-    sender = HeartbeatSender(Config(redis_url="redis://127.0.0.1:1", server_id="here"), scoreboard)
-    running = gevent.spawn(sender.run)
-    assert sender.id_is_known.wait(LIMIT), "otherwise the start waits for its limit"
-    assert not sender.has_duplicate_id
+    config = Config(redis_url="redis://127.0.0.1:1 redis://127.0.0.1:2", server_id="here")
+    engines = Engines(config, scoreboard)
+    running = gevent.spawn(engines.run)
+    assert engines.id_is_known.wait(LIMIT), "otherwise the start waits for its limit"
+    assert not engines.has_duplicate_id
     assert scoreboard.totals()["heartbeat_errors.connection"] > 0
-    sender.should_stop.set()
+    engines.stop()
     running.join(LIMIT)
     assert running.ready()
 
@@ -83,15 +85,15 @@ def test_an_error_is_explained_without_the_passwords_in_it() -> None:
 
 def test_the_next_agent_continues_with_all_that_this_one_has_published() -> None:
     scoreboard = Scoreboard.create(1)
-    config = Config(redis_url="redis://127.0.0.1:1", server_id="here")
-    sender = HeartbeatSender(config, scoreboard)
+    config = Config(redis_url="redis://a redis://b redis://c", server_id="here")
+    sender = Engines(config, scoreboard).senders[2]
     known = {"remote_clients": 11, "servers": 3, "last_clock": 13, "lost_at": 12, "hold_until": 14}
     for name, value in known.items():
-        assert getattr(sender._membership, name) == 0
-        setattr(sender._membership, name, value)
+        assert getattr(sender.membership, name) == 0
+        setattr(sender.membership, name, value)
     sender._acked_sequence = 15
-    sender._publish()
-    successor = HeartbeatSender(config, scoreboard)
-    assert {name: getattr(successor._membership, name) for name in known} == known
+    sender._keep()
+    successor = Engines(config, scoreboard).senders[2]
+    assert {name: getattr(successor.membership, name) for name in known} == known
     assert successor._acked_sequence == 15
-    assert successor._is_member
+    assert successor.is_member

@@ -1,6 +1,7 @@
 """The catalogue of metrics, and its consistency with every format, document and file."""
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,7 @@ def filled() -> Scoreboard:
     """A scoreboard for which every figure of the catalogue is known."""
     scoreboard = Scoreboard.create(2)
     scoreboard.put("cluster_updated_at", 1)
+    scoreboard.put("engine_updated_at.1", time.monotonic_ns() - 7_000_000_000)
     for name in ("tls_expires_at", "pid"):
         scoreboard.cells[scoreboard.cell(name, 1)] = 1
     scoreboard.command_cell("WHO", 0)
@@ -174,6 +176,17 @@ def test_unknown_figures_have_no_sample() -> None:
     assert samples(scoreboard)["gserver_cluster_age_seconds"] > 0
 
 
+def test_the_silence_of_each_redis_is_in_seconds() -> None:
+    scoreboard, config = filled(), replace(CONFIG, redis_url="redis://a redis://b")
+    scoreboard.put("server_started_at", time.monotonic_ns() - 70_000_000_000)
+    found = samples(scoreboard, config)
+    name = "gserver_cluster_engine_silent_seconds"
+    silences = [each for each in found if each.startswith(name)]
+    assert silences == [f'{name}{{engine="{number}"}}' for number in (0, 1)]
+    assert 7 <= found[silences[1]] < 60
+    assert found[silences[0]] >= 70, "one that has never answered is silent since the start"
+
+
 def test_workers_are_shown_with_the_configured_number() -> None:
     scoreboard = Scoreboard.create(4)
     scoreboard.put("workers", 2)
@@ -229,6 +242,7 @@ OTHER_PATHS = {
         "cluster.name",
         "cluster.is_held",
         "cluster.members",
+        "cluster.engines",
     ),
 }
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gserver.redis_url import RedisUrl
+from gserver.redis_url import RedisUrl, parse_urls
 from lab.running import argv
 
 HERE = (("127.0.0.1", 6379),)
@@ -243,3 +243,23 @@ def test_any_text_is_a_url_or_an_error_that_fits_in_one_log_line(text: str) -> N
         assert all(host and 0 < port < 65536 for host, port in url.hosts)
     assert shown.startswith(("redis", "unix:", "ValueError "))
     assert len(shown.splitlines()) == 1
+
+
+def test_several_urls_have_blanks_between_them() -> None:
+    found = parse_urls(" redis://a \n rediss://b:7000/2")
+    assert list(map(str, found)) == ["redis://a:6379", "rediss://b:7000/2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("redis://a redis://b redis://c redis://d", "there are 4 URLs, and at most 3 are allowed"),
+        ("redis://a redis://a:6379", "two of the URLs are the same"),
+        ("redis://:one@a redis://:two@a", "two of the URLs are the same"),
+        ("redis://a http://b", "the URL must begin with redis://"),
+        ("  ", "the URL must begin with redis://"),
+    ],
+)
+def test_several_urls_that_are_wrong_have_one_clear_error(text: str, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        parse_urls(text)

@@ -176,7 +176,7 @@ def test_cluster_figures_are_in_the_totals_once_known() -> None:
     assert not {"cluster_servers", "cluster_clients", "cluster_age_ms"} & scoreboard.totals().keys()
     scoreboard.put("cluster_servers", 3)
     scoreboard.put("cluster_updated_at", time.monotonic_ns() - 1_000_000_000)
-    scoreboard.put("cluster_confirmed_at", time.monotonic_ns() // 1_000_000 - 5000)
+    scoreboard.put("cluster_doubtful_at", time.monotonic_ns() // 1_000_000 - 5000)
     scoreboard.cells[scoreboard.cell("clients", 1)] = 4
     totals = scoreboard.totals()
     assert scoreboard.cluster_clients() == totals["cluster_clients"] == 11

@@ -75,12 +75,13 @@ def test_cluster_figures_are_null_until_known() -> None:
         ("cluster_servers", 3),
         ("remote_clients", 7),
         ("cluster_updated_at", time.monotonic_ns() - 1_000_000_000),
-        ("cluster_confirmed_at", time.monotonic_ns() // 1_000_000 - 5000),
-        ("hold_until", 1),
+        ("cluster_doubtful_at", time.monotonic_ns() // 1_000_000 - 5000),
+        ("hold_until.0", 1),
         ("heartbeats", 5),
     ):
         scoreboard.put(name, value)
     scoreboard.add("heartbeat_errors.tls", 2)
+    scoreboard.put("engine_updated_at.0", time.monotonic_ns())
     cluster = status(config, scoreboard)["cluster"]
     assert (cluster["servers"], cluster["clients"], cluster["heartbeats"]) == (3, 7, 5)
     assert cluster["is_held"] is True
@@ -91,3 +92,24 @@ def test_cluster_figures_are_null_until_known() -> None:
     server = {"id": "a", "clients": 1, "silent_seconds": 0.1, "is_late": False, "is_this": True}
     members = {"servers": [server], "error_kind": None}
     assert status(config, scoreboard, members)["cluster"]["members"] == members
+
+
+@pytest.mark.parametrize(
+    ("holding", "answering", "is_held"),
+    [("", "01", False), ("0", "01", False), ("01", "01", True), ("0", "0", True), ("", "0", False)],
+)
+def test_the_count_is_held_unless_a_redis_answers_that_holds_nothing(
+    holding: str, answering: str, is_held: bool
+) -> None:
+    config = replace(CONFIG, redis_url="redis://x redis://y")
+    scoreboard = Scoreboard.create(2)
+    scoreboard.put("cluster_updated_at", time.monotonic_ns())
+    for number in "01":
+        silent_ns = 0 if number in answering else 60_000_000_000
+        scoreboard.put(f"engine_updated_at.{number}", time.monotonic_ns() - silent_ns)
+        scoreboard.put(f"hold_until.{number}", int(number in holding))
+    cluster = status(config, scoreboard)["cluster"]
+    assert cluster["is_held"] is is_held
+    assert [engine["is_away"] for engine in cluster["engines"]] == [
+        number not in answering for number in "01"
+    ]

@@ -119,8 +119,8 @@ def test_without_changed_files_the_supervisor_stays_as_it_is(installed: Installe
         ),
         pytest.param(
             "scoreboard.py",
-            "WORKER_ROOM, SERVER_ROOM = 96, 64",
-            "WORKER_ROOM, SERVER_ROOM = 128, 64",
+            "WORKER_ROOM, SERVER_ROOM = 96, 192",
+            "WORKER_ROOM, SERVER_ROOM = 128, 192",
             "has another version than the installed code: restart the server",
             marks=pytest.mark.outer,
         ),

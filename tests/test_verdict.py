@@ -31,6 +31,9 @@ def server(name: str, *, is_late: bool = False, is_this: bool = False) -> dict[s
 MEMBERS = {"error_kind": None, "servers": [server("here", is_this=True), server("other")]}
 
 
+ENGINES = [{"url": "redis://a:6379", "is_away": False}]
+
+
 def event(action: str, seconds_ago: float, message: str) -> dict[str, Any]:
     return {"action": action, "at": NOW - seconds_ago, "message": message, "level": "error"}
 
@@ -42,6 +45,7 @@ def facts(**changes: Any) -> Facts:
         "figures": FIGURES,
         "workers": WORKERS,
         "members": MEMBERS,
+        "engines": ENGINES,
         "minute": MINUTE,
         "events": [
             event("log.dropped", 301, "old"),
@@ -93,6 +97,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         },
         "redis_away",
         "Redis does not answer (busy): the count of the other servers is 7.0 s old",
+    ),
+    "one Redis of two": (
+        {"engines": [*ENGINES, {"url": "redis://b:6379", "is_away": True}]},
+        "engine_away",
+        "Redis at redis://b:6379 does not answer; another one does",
     ),
     "an old count": (
         {"figures": FIGURES | {"cluster_age_ms": 6001}},

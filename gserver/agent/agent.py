@@ -122,20 +122,20 @@ class _Watcher:
 
 
 class _Heartbeats:
-    """The greenlet that sends this server's heartbeats to Redis."""
+    """The greenlet that sends this server's heartbeats."""
 
     def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
         """Start it. Wait, for a limited time, until it is known whether the server's id is free."""
-        from gserver.cluster.heartbeat import HeartbeatSender  # Loaded only if there is a cluster.
+        from gserver.cluster.engines import Engines  # Loaded only if there is a cluster.
 
         self._config = config
-        self._sender = HeartbeatSender(config, scoreboard)
-        self._greenlet = gevent.spawn(self._sender.run)
-        self._sender.id_is_known.wait(config.settle_seconds)
+        self._engines = Engines(config, scoreboard)
+        self._greenlet = gevent.spawn(self._engines.run)
+        self._engines.id_is_known.wait(config.settle_seconds)
 
     def check_id(self) -> None:
         """Raise `DuplicateIdError` if another live server has this server's id."""
-        if self._sender.has_duplicate_id:
+        if self._engines.has_duplicate_id:
             raise DuplicateIdError(
                 f"another live server of cluster {self._config.cluster_name} has the id"
                 f" {self._config.server_id}: choose another --server-id"
@@ -148,5 +148,5 @@ class _Heartbeats:
 
     def leave(self) -> None:
         """End the greenlet, which leaves the cluster if the whole server stops."""
-        self._sender.should_stop.set()
+        self._engines.stop()
         self._greenlet.join(LEAVE_SECONDS)

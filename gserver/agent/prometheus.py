@@ -58,7 +58,7 @@ def _family(metric: Metric, values: Mapping[str, int]) -> Family:
     if metric.label:
         labelled = family(metric.prometheus, metric.help, labels=[metric.label])
         for member, count in members_of(metric.name, values).items():
-            labelled.add_metric([member], count)
+            labelled.add_metric([member], in_seconds(metric, count))
         return labelled
     return family(metric.prometheus, metric.help, in_seconds(metric, values[metric.name]))
 

@@ -13,6 +13,7 @@ from gserver import __version__
 from gserver.agent import processes
 from gserver.agent.history import History
 from gserver.agent.verdict import HEALTHY, Facts, judge
+from gserver.cluster.membership import LATE_AFTER_INTERVALS
 from gserver.config import Config
 from gserver.metrics import (
     DURATION_BOUNDS_NS,
@@ -68,6 +69,7 @@ def _facts(
         figures=values,
         workers=_workers(scoreboard),
         members=members if config.redis_url else None,
+        engines=_engines(config, scoreboard),
         minute=History(scoreboard).sums(MINUTE_SECONDS, unix_seconds),
         events=_events(scoreboard),
         unix_seconds=unix_seconds,
@@ -96,6 +98,9 @@ def _figures(config: Config, scoreboard: Scoreboard) -> dict[str, int]:
     values["uptime_ns"] = time.monotonic_ns() - scoreboard.get("server_started_at")
     values["clients_limit"] = config.max_clients
     values["workers_wanted"] = config.workers
+    for number in range(len(config.engines)):
+        since = scoreboard.get(f"engine_updated_at.{number}") or scoreboard.get("server_started_at")
+        values[f"engine_silent_ms.{number}"] = (time.monotonic_ns() - since) // 1_000_000
     if not config.redis_url:
         for metric in METRICS:
             if metric.needs_cluster:
@@ -137,9 +142,32 @@ def status(
     document["cluster"] = document.get("cluster")
     if config.redis_url:
         document["cluster"]["name"] = config.cluster_name
-        document["cluster"]["is_held"] = bool(scoreboard.get("hold_until"))
+        # While a Redis answers that has all its data, WHO is exact.
+        engines = facts.engines
+        document["cluster"]["is_held"] = any(each["is_held"] for each in engines) and all(
+            each["is_held"] or each["is_away"] for each in engines
+        )
+        document["cluster"]["engines"] = facts.engines
         document["cluster"]["members"] = members
     return document
+
+
+def _engines(config: Config, scoreboard: Scoreboard) -> list[dict[str, Any]]:
+    """Return each Redis of the cluster: its URL without secrets, and what it last said."""
+    return [_engine(scoreboard, number, each) for number, each in enumerate(config.engines)]
+
+
+def _engine(scoreboard: Scoreboard, number: int, config: Config) -> dict[str, Any]:
+    updated_at = scoreboard.get(f"engine_updated_at.{number}")
+    silence = (time.monotonic_ns() - updated_at) / 1e9 if updated_at else None
+    late_seconds = LATE_AFTER_INTERVALS * config.heartbeat_interval_seconds
+    return {
+        "url": config.for_worker().redis_url,
+        "silent_seconds": None if silence is None else round(silence, 3),
+        "is_away": silence is None or silence > late_seconds,
+        "servers": scoreboard.get(f"engine_servers.{number}") or None,
+        "is_held": bool(scoreboard.get(f"hold_until.{number}")),
+    }
 
 
 def _put(document: dict[str, Any], path: list[str], value: Any) -> None:

@@ -40,6 +40,8 @@ class Facts:
     workers: Sequence[Mapping[str, Any]]
     #: The servers of the cluster, as /status.json has them; None without a cluster.
     members: Mapping[str, Any] | None
+    #: Each Redis of the cluster, as /status.json has them.
+    engines: Sequence[Mapping[str, Any]]
     #: Errors of the last minute: `failures`, `rejected`.
     minute: Mapping[str, int]
     #: Recent events.
@@ -117,12 +119,22 @@ def _cluster(config: Config, facts: Facts) -> Iterator[Reason]:
     age = f"the count of the other servers is {age_ms / 1000:.1f} s old"
     if silent_ms > late_ms:
         yield Reason("redis_away", f"Redis does not answer{why}: {age}")
-    elif age_ms > config.member_ttl_seconds * 1000 + late_ms:
-        yield Reason("count_old", f"{age}, though Redis answers")
+    else:
+        yield from _engines(facts)
+        if age_ms > config.member_ttl_seconds * 1000 + late_ms:
+            yield Reason("count_old", f"{age}, though Redis answers")
     for server in facts.members["servers"] or []:
         if server["is_late"] and not server["is_this"]:
             silence = f"no heartbeat for {server['silent_seconds']:.1f} s"
             yield Reason("server_late", f"server {server['id']} is late: {silence}")
+
+
+def _engines(facts: Facts) -> Iterator[Reason]:
+    """Yield each Redis that is away while another one answers."""
+    for engine in facts.engines:
+        if engine["is_away"]:
+            text = f"Redis at {engine['url']} does not answer; another one does"
+            yield Reason("engine_away", text)
 
 
 def _others(_config: Config, facts: Facts) -> Iterator[Reason]:

@@ -15,7 +15,7 @@ import click
 from gserver import logs
 from gserver.config import OPTIONS, Config, Option, environment_names, flag
 from gserver.errors import UsageError
-from gserver.redis_url import RedisUrl
+from gserver.redis_url import parse_urls
 
 #: A file with a secret may be this large: a URL that names many Sentinels fits.
 MAX_SECRET_BYTES = 65536
@@ -192,7 +192,7 @@ def warn_exposed(name: str, option: str) -> None:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    return name != "redis_url" or RedisUrl.parse(value).has_secret
+    return name != "redis_url" or any(url.has_secret for url in parse_urls(value))
 
 
 def _is_flag(ctx: click.Context, name: str) -> bool:

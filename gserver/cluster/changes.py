@@ -22,6 +22,9 @@ class Changes:
 
     def __init__(self, config: Config) -> None:
         self._members = Members(config)
+        #: Pause before the list is read: until all Redis have it, if there are several.
+        several = len(config.engines) > 1
+        self._delay_seconds = 2 * config.heartbeat_interval_seconds if several else 0.0
         #: The ids at the last change; None if they are not known.
         self._known: set[str] | None = None
         #: Changes that were not announced yet: the number of servers before and then, and
@@ -48,6 +51,7 @@ class Changes:
             self._announce(*self._pending.pop(0))
 
     def _announce(self, before: int, now: int, remote_clients: int) -> None:
+        gevent.sleep(self._delay_seconds)
         known, found = self._known, self._read()
         self._known = found or known  # If it cannot be read, the next change is told from here.
         message = f"servers in the cluster: {now} (before: {before})"

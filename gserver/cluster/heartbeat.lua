@@ -7,7 +7,8 @@
 --   leases   sorted set: server id -> end of its lease, on the lease clock
 --   state    hash: total, clock, lost_at, returned, heartbeat_at, recount_at; resumed_at: when a
 --            server that did not vouch for these data ended a pause, on the lease clock; gone: the last
---            servers that have left or were lost, the latest first, as lines "id left|lost clock"
+--            servers that have left or were lost, the latest first, as lines "id left|lost clock
+--            sequence incarnation", with those of the last heartbeat
 -- They have no TTL: with maxmemory-policy volatile-lru, Redis would evict them first. When the last
 -- server has left, the state stays for a day.
 --
@@ -25,6 +26,8 @@
 --   11  URL of the server's page, or ""
 --   12  milliseconds from the sending of the heartbeat that ARGV[9] replies to, to that of this one
 --   13  lease clock in the reply to a late heartbeat, which this one repeats; 0 = it repeats none
+--   14  most servers to list, or 0
+--   15  lease clock in the last reply whose ends of servers the caller knows; 0 = it knows none
 --
 -- Returns
 --    1  total number of clients
@@ -37,6 +40,8 @@
 --    8  1 if the caller has been acknowledged before but had no entry, else 0
 --    9  end of the oldest lease of another server; 0 if there is none
 --   10  1 if this heartbeat was refused because it is late: repeat it, with this clock
+--   11  id, end of the lease and entry of each other server; empty if there are more than ARGV[14]
+--   12  the servers that have gone since ARGV[15], as the state has them; "" if ARGV[14] is 0
 --
 -- The lease clock advances with heartbeats only: by the time since the previous heartbeat of any
 -- server, but by one interval at most. So a server does not look dead because it could not report:
@@ -117,17 +122,20 @@ elseif not knows_data and entry_count > 0 and elapsed > 2 * interval then
   resumed_at = clock
 end
 
-local function drop(ids, how)
-  for _, dropped in ipairs(redis.call('HMGET', members, unpack(ids))) do
+local function drop(ids, how, last_sequence)
+  local gone = {}
+  for at, dropped in ipairs(redis.call('HMGET', members, unpack(ids))) do
     total = total - leading_number(dropped)
+    local sent, sender = string.match(dropped or '', '^%d+ (%d+) ([!-~]+)')
+    gone[at] = table.concat({ids[at], how, clock, last_sequence or sent or 0, sender or '-'}, ' ')
   end
   redis.call('HDEL', members, unpack(ids))
   redis.call('ZREM', leases, unpack(ids))
   -- Now that something is written, Redis refuses nothing for lack of memory.
-  local gone = {}
-  for _, id in ipairs(ids) do gone[#gone + 1] = id .. ' ' .. how .. ' ' .. clock end
   gone[#gone + 1] = redis.call('HGET', state, 'gone') or ''
-  redis.call('HSET', state, 'gone', string.sub(table.concat(gone, '\n'), 1, 2000))
+  -- Room for more than a hundred lines.
+  local text = string.sub(table.concat(gone, '\n'), 1, 20000)
+  redis.call('HSET', state, 'gone', #text < 20000 and text or string.match(text, '^(.*)\n') or '')
 end
 
 -- A later heartbeat than the caller's last one, in its own incarnation, was sent by a copy of it: a
@@ -140,7 +148,7 @@ local may_write = not (holder or is_late) or holder == replaced_incarnation
   or (holder == incarnation and sequence > old_sequence)
 local was_missing = not old_clients and acked_sequence > 0
 if may_write and clients == 'leave' then
-  drop({server_id}, 'left')
+  drop({server_id}, 'left', ARGV[3])
 elseif may_write then
   if was_missing then returned = returned + 1 end
   total = total + clients - (old_clients or 0)
@@ -179,7 +187,26 @@ redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'r
 if #oldest == 0 then redis.call('EXPIRE', state, 86400) end
 
 local own_lease_end = redis.call('ZSCORE', leases, server_id)
+local listed, gone, max_listed = {}, {}, tonumber(ARGV[14])
+if max_listed > 0 then
+  for line in string.gmatch(redis.call('HGET', state, 'gone') or '', '[^\n]+') do
+    if (tonumber(string.match(line, '^%S+ %S+ (%d+) ')) or 0) < tonumber(ARGV[15]) then break end
+    gone[#gone + 1] = line
+  end
+end
+if redis.call('ZCARD', leases) <= max_listed then
+  local all = redis.call('ZRANGE', leases, 0, -1, 'WITHSCORES')
+  for at = 1, #all, 2 do
+    if all[at] ~= server_id then
+      listed[#listed + 1] = all[at]
+      listed[#listed + 1] = all[at + 1]
+      listed[#listed + 1] = string.sub(redis.call('HGET', members, all[at]) or '', 1, 200)
+    end
+  end
+end
+
 local oldest_lease_end = tonumber(oldest[oldest[1] == server_id and 4 or 2] or 0)
 return {total, redis.call('ZCARD', leases), returned, clock, lost_at, own_lease_end and holder or '',
   tonumber(own_lease_end or 0), was_missing and 1 or 0,
-  is_valid(oldest_lease_end) and oldest_lease_end or 0, is_late and 1 or 0}
+  is_valid(oldest_lease_end) and oldest_lease_end or 0, is_late and 1 or 0, listed,
+  table.concat(gone, '\n')}

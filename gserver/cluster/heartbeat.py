@@ -1,23 +1,24 @@
-"""Sends this server's heartbeats to Redis, in one greenlet.
+"""Sends this server's heartbeats to one Redis, in one greenlet.
 
-It puts what the replies say of the other servers on the scoreboard. It runs in the agent, so no
-client waits for it. Any failure means that Redis is away: the last known values stand, and the next
-heartbeat tries again.
+It runs in the agent, so no client waits for it. Any failure means that Redis is away: the last
+known values stand, and the next heartbeat tries again.
 """
 
 import logging
 import random
 from time import monotonic, monotonic_ns
+from typing import Protocol
 
 import gevent
 from gevent.event import Event
 
 from gserver import logs
-from gserver.cluster.changes import Changes
 from gserver.cluster.duplicate_id import DuplicateIdDetector
 from gserver.cluster.membership import LEAVE, Heartbeat, Known, Membership, Reply
 from gserver.cluster.redis_link import RedisLink, kind_of
+from gserver.cluster.union import View
 from gserver.config import Config
+from gserver.metrics import ENGINES
 from gserver.redis_url import RedisUrl
 from gserver.scoreboard import Scoreboard
 
@@ -40,15 +41,15 @@ MAX_ATTEMPTS_PER_SECOND, MAX_TLS_ATTEMPTS_PER_SECOND = 1000, 400
 SPREAD_RANGE = 0.5, 1.5
 #: Connections that all servers together replace, so that they do not move at once.
 MAX_RENEWALS_PER_SECOND = 20
-#: The cells of the fields of `Known`, in their order.
+#: The cells of the fields of `Known`, in their order. Each engine has its own.
 KNOWN_CELLS = {
     "hold_until": "hold_until",
-    "remote_clients": "remote_clients",
-    "servers": "cluster_servers",
+    "remote_clients": "engine_clients",
+    "servers": "engine_servers",
     "last_clock": "lease_clock",
     "lost_at": "data_lost_at",
     "last_sent_monotonic": "lease_clock_at",
-    "confirmed_monotonic": "cluster_confirmed_at",
+    "confirmed_monotonic": "engine_confirmed_at",
 }
 
 
@@ -72,30 +73,63 @@ def attempt_seconds(config: Config) -> float:
     return ATTEMPT_SECONDS * min(1.0, config.member_ttl_seconds / 5)
 
 
+class Group(Protocol):
+    """The senders of one server, each to its Redis."""
+
+    def note(self, sender: "HeartbeatSender") -> None:
+        """Take in that a sender has had a reply, or has failed."""
+
+    def should_give_way(self, sender: "HeartbeatSender", holder: str) -> bool:
+        """Whether this server ends, because `holder`, a live incarnation, has its id there."""
+
+    def is_another_answering(self, sender: "HeartbeatSender") -> bool:
+        """Whether another Redis answers, and holds nothing."""
+
+
+class SameRedisError(Exception):
+    """Two URLs lead to one Redis, where another sender of this server has an entry."""
+
+
 class HeartbeatSender:
-    """The membership of one server.
+    """The membership of one server at one Redis, which is called an engine.
 
     It survives on the scoreboard: an agent that replaces another one continues with the same
     incarnation.
     """
 
-    def __init__(self, config: Config, scoreboard: Scoreboard) -> None:
+    def __init__(
+        self, config: Config, scoreboard: Scoreboard, engine: int, max_listed: int, group: "Group"
+    ) -> None:
+        """Replies list the other servers one by one if there are at most `max_listed`."""
         self._config = config
         self._scoreboard = scoreboard
-        self._incarnation = f"{scoreboard.get('incarnation'):x}"
+        self.engine = engine
+        self._max_listed = max_listed
+        self._group = group
+        # One for each engine: two URLs that lead to the same Redis are noticed by that.
+        base = f"{scoreboard.get('incarnation'):x}"
+        self._own_incarnations = [f"{base}.{number}" for number in ENGINES]
+        self._incarnation = self._own_incarnations[engine]
         self._link = RedisLink(config)
         self._ttl_ms = round(config.member_ttl_seconds * 1000)
         self._interval_ms = round(config.heartbeat_interval_seconds * 1000)
-        known = Known(**{name: scoreboard.get(cell) for name, cell in KNOWN_CELLS.items()})
-        self._membership = Membership(self._ttl_ms, known)
+        known = {name: scoreboard.get(f"{cell}.{engine}") for name, cell in KNOWN_CELLS.items()}
+        self.membership = Membership(self._ttl_ms, Known(**known))
+        #: The servers one by one; without the list if there are too many.
+        self.view = View()
+        self.is_listed = False
+        #: The lease clock of the last reply, whose ends of servers are in the view.
+        self._ends_known_until = 0
+        #: When it last answered, on the monotonic clock; 0 = never.
+        self.answered_at_ms = 0
+        #: Since when it has neither failed nor lost data; 0 = it is failing.
+        self.steady_since_ms = 0
         self._schedule_renewal()
-        self._changes = Changes(config)
-        self._has_begun = False
         self._duplicate_id = DuplicateIdDetector(self._incarnation, self._interval_ms)
-        self._is_member = self._membership.servers > 0
-        self._acked_sequence = scoreboard.get("acked_sequence")
+        self.is_member = self.membership.servers > 0
+        self._acked_sequence = scoreboard.get(f"acked_sequence.{engine}")
         #: When the last answered heartbeat was sent, on the monotonic clock.
-        self._sent_at_ms = 0
+        self.sent_at_ms = 0
         #: Of the last heartbeat that Redis has run, or may have run; 0 = none of this agent's.
         self._last_sent_sequence = 0
         self._failures = 0
@@ -145,7 +179,7 @@ class HeartbeatSender:
             self._schedule_renewal()
 
     def _schedule_renewal(self) -> None:
-        servers, ttl = self._membership.servers, self._config.member_ttl_seconds
+        servers, ttl = self.membership.servers, self._config.member_ttl_seconds
         seconds = max(ttl, servers / MAX_RENEWALS_PER_SECOND)
         self._renew_at = monotonic() + seconds * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
 
@@ -156,7 +190,8 @@ class HeartbeatSender:
             reason = self._link.explain(error)
             logs.warn_ratelimited(
                 "cluster.not_left",
-                f"cannot report the stop to Redis, so this server expires after the TTL: {reason}",
+                f"cannot report the stop to Redis at {self._link}, so this server expires there"
+                f" after the TTL: {reason}",
             )
 
     def _send(self, clients: int | str, told_clock: int = 0) -> Reply:
@@ -171,11 +206,13 @@ class HeartbeatSender:
             self._interval_ms,
             self._duplicate_id.replaceable_incarnation,
             self._acked_sequence,
-            self._membership.last_clock,
+            self.membership.last_clock,
             last_sent_sequence or sequence,
             self._config.admin_url,
-            sequence // 1000 - self._membership.last_sent_monotonic,
+            sequence // 1000 - self.membership.last_sent_monotonic,
             told_clock,
+            self._max_listed,
+            self._ends_known_until,
         )
         self._last_sent_sequence = sequence  # Redis may run it even if no reply arrives.
         limit = attempt_seconds(self._config)
@@ -186,7 +223,10 @@ class HeartbeatSender:
                 reply = self._link.send(heartbeat)
         except gevent.Timeout:
             raise TimeoutError(f"no reply within {limit:.1f} s") from None
-        self._sent_at_ms = sequence // 1000
+        if reply.holder != self._incarnation and reply.holder in self._own_incarnations:
+            self._link.drop()  # The next attempt looks the address up again.
+            raise SameRedisError("it is the same Redis as at another URL of --redis-url")
+        self.sent_at_ms = sequence // 1000
         if reply.holder == self._incarnation:
             self._acked_sequence = sequence
         elif not reply.is_late:
@@ -210,65 +250,88 @@ class HeartbeatSender:
     def _pause_seconds(self) -> float:
         interval = self._config.heartbeat_interval_seconds
         if self._failures:
-            return backoff_seconds(self._config, self._failures, self._membership.servers)
+            return backoff_seconds(self._config, self._failures, self.membership.servers)
         if not self.id_is_known.is_set():
             return interval / WATCHES_PER_INTERVAL
         return interval * random.uniform(*JITTER)  # noqa: S311 - no secret
 
     def _handle_reply(self, reply: Reply, own_clients: int) -> None:
-        membership = self._membership
-        last_servers = membership.servers
+        membership = self.membership
         is_member = reply.holder == self._incarnation
         self._log_changes(reply, is_member)
+        self._failures = 0
+        self._outages.clear()
         self._link.forget_previous()
+        self.answered_at_ms = monotonic_ns() // 1_000_000
+        self._ends_known_until = 0 if membership.has_lost_data(reply) else reply.clock
+        if self._is_disturbed(reply):
+            self.steady_since_ms = self.answered_at_ms
         if is_member:
-            membership.apply(reply, own_clients, self._sent_at_ms)
+            membership.apply(reply, own_clients, self.sent_at_ms)
         else:
-            membership.apply_rejected(reply, self._sent_at_ms)
-        self.has_duplicate_id = self._duplicate_id.observe(reply)
-        self._is_member = is_member
+            membership.apply_rejected(reply, self.sent_at_ms)
+        self._note_listed(reply)
+        is_duplicate = self._duplicate_id.observe(reply)
+        self.has_duplicate_id = is_duplicate and self._group.should_give_way(self, reply.holder)
+        self.is_member = is_member
+        self._keep()
         if is_member or self.has_duplicate_id:
             self.id_is_known.set()
-        self._publish()
-        if is_member and not self._has_begun:
-            self._has_begun = True
-            self._changes.begin()
-        if membership.servers != last_servers:
-            self._changes.note(last_servers, membership.servers, membership.remote_clients)
+        self._group.note(self)
 
-    def _publish(self) -> None:
-        """Put all that is known on the scoreboard."""
-        scoreboard, known = self._scoreboard, self._membership.known
+    def _is_disturbed(self, reply: Reply) -> bool:
+        return (
+            not self.steady_since_ms
+            or self.membership.has_lost_data(reply)
+            or self.membership.was_dropped(reply)
+        )
+
+    def _note_listed(self, reply: Reply) -> None:
+        is_held = self.membership.hold_until > 0
+        is_short = 0 < reply.servers <= self._max_listed
+        # In a hold, a list has a part of the servers: the others must be known from before.
+        self.is_listed = is_short and (self.is_listed or not is_held)
+        self.view.note_ends(self.membership.ends(reply))
+        if self.is_listed:
+            self.view.apply(self.membership.shares(reply), is_held=is_held)
+
+    def _keep(self) -> None:
+        """Keep what is known on the scoreboard, for the next agent."""
+        known = self.membership.known
         for name, cell in KNOWN_CELLS.items():
-            scoreboard.put(cell, getattr(known, name))
-        scoreboard.put("acked_sequence", self._acked_sequence)
-        scoreboard.put("cluster_updated_at", monotonic_ns())
+            self._scoreboard.put(f"{cell}.{self.engine}", getattr(known, name))
+        self._scoreboard.put(f"acked_sequence.{self.engine}", self._acked_sequence)
+        self._scoreboard.put(f"engine_updated_at.{self.engine}", self.answered_at_ms * 1_000_000)
 
     def _log_changes(self, reply: Reply, is_member: bool) -> None:
         if self._failures:
             seconds = monotonic() - self._failing_since
-            message = f"Redis is back after {seconds:.1f} s and {self._failures} failed heartbeats"
-            logs.event(logging.INFO, "cluster.regained", message)
-            self._failures = 0
-            self._outages.clear()
-        if self._is_member and self._membership.has_lost_data(reply):
-            self._log_other_data()
-        elif self._is_member and self._membership.was_dropped(reply):
             message = (
-                "this server had expired in Redis (or a lagging replica took over); it has rejoined"
+                f"Redis at {self._link} is back after {seconds:.1f} s and {self._failures} failed"
+                " heartbeats"
+            )
+            logs.event(logging.INFO, "cluster.regained", message)
+        if self.is_member and self.membership.has_lost_data(reply):
+            self._log_other_data()
+        elif self.is_member and self.membership.was_dropped(reply):
+            message = (
+                f"this server had expired in Redis at {self._link} (or a lagging replica took"
+                " over); it has rejoined"
             )
             logs.event(logging.WARNING, "cluster.expired", message)
-        elif is_member and not self._is_member:
+        elif is_member and not self.is_member:
             message = f"joined the cluster {self._config.cluster_name} at {self._link}"
             logs.event(logging.INFO, "cluster.joined", message, {"gserver.servers": reply.servers})
 
     def _log_other_data(self) -> None:
         hold = "WHO keeps the last known count until the other servers have reported"
-        if self._link.has_moved(self._membership.lost_at):
+        if self._group.is_another_answering(self):
+            hold = "WHO keeps the servers that another Redis lists"
+        if self._link.has_moved(self.membership.lost_at):
             message = f"{self._link} leads to another Redis than before; {hold}"
             logs.event(logging.WARNING, "cluster.moved", message)
         else:
-            message = f"Redis has lost the cluster's data; {hold}"
+            message = f"Redis at {self._link} has lost the cluster's data; {hold}"
             logs.event(logging.WARNING, "cluster.reset", message)
 
     def _handle_failure(self, error: Exception) -> None:
@@ -279,12 +342,16 @@ class HeartbeatSender:
         self._failures += 1
         if self._outages.setdefault(kind, logs.Outage()).note_failure(now):
             self._log_failure(error, kind)
+        self.steady_since_ms = 0
         self.id_is_known.set()
+        self._group.note(self)
 
     def _log_failure(self, error: Exception, kind: str) -> None:
         reason = self._link.explain(error)
         consequence = "WHO keeps the last known count of the other servers"
-        if not self._is_member:
+        if self._group.is_another_answering(self):
+            consequence = "WHO goes on with another Redis"
+        elif not self.is_member:
             consequence += ", and it is not known whether another server has this id"
         message = f"Redis at {self._link} is unavailable ({kind}); {consequence}: {reason}"
         fields = {"error.type": type(error).__name__, "error.message": reason, "gserver.kind": kind}

@@ -14,7 +14,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local stored = redis.call('HMGET', state, 'clock', 'heartbeat_at', 'gone')
 local clock, elapsed = tonumber(stored[1]) or -1, now - (tonumber(stored[2]) or now)
 if clock >= 0 then clock = clock + math.max(0, math.min(elapsed, interval)) else clock = -1 end
-local reply = {redis.call('ZCARD', leases), clock, string.sub(stored[3] or '', 1, 2000)}
+local reply = {redis.call('ZCARD', leases), clock, string.sub(stored[3] or '', 1, 20000)}
 local function add(id, lease_end)
   local entry = redis.call('HGET', members, id) or ''
   -- Cut to a length above that of any id or entry: the keys may hold values of other programs.

@@ -7,10 +7,11 @@ servers are returned with their age.
 
 import math
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import gevent
 
@@ -34,6 +35,15 @@ Gone = dict[str, str]
 LEFT, LOST = "left", "lost"
 
 
+class Listed(NamedTuple):
+    """What one Redis lists."""
+
+    servers: Servers
+    #: How many servers are not listed.
+    omitted: int
+    gone: Gone
+
+
 class Members:
     """The last known servers of the cluster."""
 
@@ -41,7 +51,7 @@ class Members:
         self._own_id = config.server_id
         self._interval_ms = round(config.heartbeat_interval_seconds * 1000)
         self._ttl_ms = round(config.member_ttl_seconds * 1000)
-        self._link = RedisLink(config)
+        self._links = [RedisLink(each) for each in config.engines]
         self._reader: gevent.Greenlet[[], None] | None = None
         self._read_started_at = self._servers_read_at = -math.inf
         self._servers: Servers | None = None
@@ -86,22 +96,32 @@ class Members:
         return result
 
     def _read(self) -> None:
+        """Read all Redis at once. Those that fail are left out if there is another one."""
         started_at = monotonic()
+        readers = [gevent.spawn(self._read_one, link) for link in self._links]
+        gevent.joinall(readers)
+        lists = [reader.value for reader in readers if isinstance(reader.value, Listed)]
+        self._error_kind = None if lists else str(readers[0].value)
+        if lists:
+            self._servers_read_at = started_at
+            self._servers = _merge(each.servers for each in lists)
+            self._omitted_servers = max(each.omitted for each in lists)
+            ends = [end for each in lists for end in each.gone.items()]
+            # A server that has left at one Redis could only not reach the others.
+            self.gone = dict(sorted(ends, key=lambda end: end[1] == LEFT))
+
+    def _read_one(self, link: RedisLink) -> "Listed | str":
+        """Return what one Redis lists, or the kind of its error."""
         try:
             with gevent.Timeout(READ_TIMEOUT_SECONDS):
-                self._servers, self._omitted_servers, self.gone = self._link.run(
-                    SCRIPT, self._parse, self._own_id, self._interval_ms, MAX_SERVERS
-                )
+                return link.run(SCRIPT, self._parse, self._own_id, self._interval_ms, MAX_SERVERS)
         except (Exception, gevent.Timeout) as error:  # noqa: BLE001 - its kind is reported
-            self._error_kind = kind_of(error)
-        else:
-            self._servers_read_at = started_at
-            self._error_kind = None
+            return kind_of(error)
         finally:
-            self._link.drop()
+            link.drop()
 
-    def _parse(self, raw: Any) -> tuple[Servers, int, Gone]:
-        """Return the servers in a reply of members.lua, how many are not listed, and who has gone.
+    def _parse(self, raw: Any) -> "Listed":
+        """Return what a reply of members.lua lists.
 
         Raises an error if the reply has another form. The keys may hold values of other programs:
         an invalid id is not listed, and an invalid number is None.
@@ -114,8 +134,7 @@ class Members:
             if re.fullmatch(rb"[!-~]{1,128}", server_id):
                 lease_end_ms = _number(rb"(\d{1,15})", lease_end)
                 servers.append(self._server(server_id.decode(), lease_end_ms, entry, clock))
-        servers.sort(key=_listing_order)
-        return servers, max(0, size - len(servers)), _parse_gone(gone)
+        return Listed(servers, max(0, size - len(servers)), _parse_gone(gone))
 
     def _server(
         self, server_id: str, lease_end_ms: int | None, entry: bytes, clock_ms: int
@@ -134,9 +153,23 @@ class Members:
         }
 
 
+def _merge(lists: Iterable[Servers]) -> Servers:
+    """Return each server once: as the Redis lists it to which it has reported last."""
+    found: dict[str, dict[str, Any]] = {}
+    for server in (server for servers in lists for server in servers):
+        other = found.get(server["id"])
+        if other is None or _silence(server) < _silence(other):
+            found[server["id"]] = server
+    return sorted(found.values(), key=_listing_order)
+
+
+def _silence(server: dict[str, Any]) -> float:
+    return math.inf if server["silent_seconds"] is None else float(server["silent_seconds"])
+
+
 def _parse_gone(text: bytes) -> Gone:
     """Return how each server has gone last. Lines of another form are left out."""
-    found = re.findall(rb"^([!-~]{1,128}) (left|lost) [0-9.e+]+$", text, re.M)
+    found = re.findall(rb"^([!-~]{1,128}) (left|lost) [0-9.e+]+ \d+ [!-~]+$", text, re.M)
     return {server_id.decode(): how.decode() for server_id, how in reversed(found)}
 
 

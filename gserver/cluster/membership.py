@@ -4,9 +4,12 @@ Pure: no Redis, no clock. Times are milliseconds; moments are on the lease clock
 heartbeat.lua explains, or on the monotonic clock of this machine if their names say so.
 """
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gserver.cluster.clock_history import ClockHistory
+from gserver.cluster.union import End, Share
 
 #: A live server renews its lease at least once in a heartbeat interval. After this many intervals
 #: without a renewal it counts as late, and its id may be taken over.
@@ -17,6 +20,19 @@ LEAVE = "leave"
 UNKNOWN_SEQUENCE = 10**15
 #: Above every pause between two heartbeats: heartbeat.lua takes none for one that was held up.
 UNKNOWN_PAUSE = 10**12
+
+
+#: A listed server: id, end of the lease, and the entry, whose URL does not matter here.
+LISTED = re.compile(rb"([!-~]{1,128}) (\d{1,15}) (\d{1,15}) (\d{1,18}) ([!-~]+)(?: [!-~]+)?")
+
+
+#: A server that has gone, the lease clock when it was dropped, and its last heartbeat there.
+GONE = re.compile(rb"([!-~]{1,128}) (left|lost) (\d{1,15}) (\d{1,18}) ([!-~]+)")
+
+
+def base_of(incarnation: str) -> str:
+    """Return the incarnation of a server without the number of the engine."""
+    return incarnation.rstrip("*").partition(".")[0]
 
 
 class Heartbeat(NamedTuple):
@@ -35,6 +51,8 @@ class Heartbeat(NamedTuple):
     admin_url: str = ""
     last_clock_age_ms: int = UNKNOWN_PAUSE
     told_clock: int = 0
+    max_listed: int = 0
+    ends_known_until: int = 0
 
 
 class Reply(NamedTuple):
@@ -50,6 +68,8 @@ class Reply(NamedTuple):
     was_missing: int
     oldest_lease_end: int
     is_late: int
+    listed: Sequence[bytes] = ()
+    gone: bytes = b""
 
 
 class Known(NamedTuple):
@@ -135,6 +155,37 @@ class Membership:
             lease_ends = filter(None, (reply.lease_end, reply.oldest_lease_end))
             oldest = min(lease_ends, default=0)  # That of this id is in the total, too.
             self.confirmed_monotonic = self._confirmed_at(oldest, sent_monotonic)
+
+    def ends(self, reply: Reply) -> dict[str, End]:
+        """Return how the servers have gone that a reply names, without what is invalid."""
+        found: dict[str, End] = {}
+        for line in reply.gone.split(b"\n"):
+            if parts := GONE.fullmatch(line):
+                server_id, how, clock, sequence, incarnation = (
+                    part.decode() for part in parts.groups()
+                )
+                has_left = how == "left"
+                # A lease ends a TTL after the last heartbeat.
+                sent = self._clock_history.moment_of(int(clock) - self._ttl_ms * (not has_left))
+                end = End(has_left, int(sequence), base_of(incarnation), sent)
+                found.setdefault(server_id, end)
+        return found
+
+    def shares(self, reply: Reply) -> dict[str, Share]:
+        """Return the other servers that a reply lists, without what is invalid.
+
+        Their incarnations are without the number of the engine.
+        """
+        found = {}
+        for line in zip(reply.listed[::3], reply.listed[1::3], reply.listed[2::3], strict=True):
+            if parts := LISTED.fullmatch(b" ".join(line)):
+                server_id, lease_end, clients, sequence, incarnation = (
+                    part.decode() for part in parts.groups()
+                )
+                confirmed = self._clock_history.moment_of(int(lease_end) - self._ttl_ms)
+                base = base_of(incarnation)
+                found[server_id] = Share(int(clients), int(sequence), base, confirmed)
+        return found
 
     def _confirmed_at(self, lease_end: int, sent_monotonic: int) -> int:
         """Return when the server with this lease has reported, on this machine's clock.

@@ -62,10 +62,14 @@ def kind_of(error: BaseException) -> str:
 def _parse_reply(raw: Any) -> Reply:
     """Return the reply of heartbeat.lua; raise an error if it has another form."""
     reply = Reply(*raw)
-    numbers = [value for name, value in reply._asdict().items() if name != "holder"]
+    texts = {"holder", "listed", "gone"}
+    numbers = [value for name, value in reply._asdict().items() if name not in texts]
     if not all(isinstance(number, int) and 0 <= number < 2**53 for number in numbers):
         raise ValueError("the reply does not have the script's form")
-    return reply._replace(holder=raw[5].decode())
+    said = [*reply.listed, reply.gone]
+    if len(reply.listed) % 3 or not all(isinstance(text, bytes) for text in said):
+        raise ValueError("the reply does not have the script's form")
+    return reply._replace(holder=raw[5].decode(), listed=tuple(reply.listed))
 
 
 class _BoundedParser(_RESP2Parser):

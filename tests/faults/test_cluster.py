@@ -141,9 +141,9 @@ from gevent import monkey
 monkey.patch_all()
 import sys
 from gserver.scoreboard import Scoreboard
-from gserver.cluster.heartbeat import HeartbeatSender
+from gserver.cluster.engines import Engines
 from gserver.config import Config
-HeartbeatSender(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Scoreboard.create(1)).run()
+Engines(Config(redis_url=sys.argv[1], server_id=sys.argv[2]), Scoreboard.create(1)).run()
 """
 CROWD = 50
 

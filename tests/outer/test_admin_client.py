@@ -143,6 +143,7 @@ SEEN = [
     path
     for path in paths(GOOD)
     if path.rpartition(".")[2] not in UNSEEN
+    and not path.startswith("cluster.engines")
     and path not in ("workers.now", "server.now")
     and not path.startswith(
         ("cluster.heartbeat_errors", "latency_bounds_seconds", "events", "processes")

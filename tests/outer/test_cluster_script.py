@@ -59,7 +59,9 @@ class Cluster:
         return self.send(Heartbeat(server_id, incarnation, clients=clients, **given))
 
     def send(self, heartbeat: Heartbeat) -> Reply:
-        return Reply(*self.run(keys=KEYS, args=heartbeat))
+        values: list[Any] = self.run(keys=KEYS, args=heartbeat)
+        *numbers, listed, gone = values
+        return Reply._make([*numbers, tuple(listed), gone.encode()])
 
     def elapse(self, milliseconds: int) -> None:
         """Let time pass without heartbeats; negative if the clock of Redis is set back."""
@@ -223,12 +225,14 @@ def test_how_servers_have_gone_is_kept_the_latest_first(cluster: Cluster) -> Non
     lines = [line.split() for line in cluster.redis.hget(STATE, "gone").splitlines()]
     assert [line[:2] for line in lines] == [["three", "lost"], ["two", "left"]]
     assert int(lines[1][2]) == left_at
-    for number in range(300):
+    assert [line[3:] for line in lines] == [["3", "a1"], ["4", "a1"]]
+    for number in range(700):
         cluster.heartbeat(f"server-{number}", 1)
         cluster.heartbeat(f"server-{number}", "leave")
-    text = cluster.redis.hget(STATE, "gone")
-    assert text.startswith("server-299 left ")
-    assert len(text) == 2000
+    lines = cluster.redis.hget(STATE, "gone").splitlines()
+    assert lines[0].startswith("server-699 left ")
+    assert len(lines) < 700
+    assert {len(line.split()) for line in lines} == {5}, "no line is cut"
 
 
 def test_the_lease_clock_continues_after_the_last_server_has_left(cluster: Cluster) -> None:
@@ -626,6 +630,27 @@ def test_the_reply_has_the_end_of_the_oldest_lease_of_another_server(cluster: Cl
     assert three.oldest_lease_end == one.lease_end
     assert cluster.heartbeat("one", 1).oldest_lease_end == two.lease_end
     assert cluster.heartbeat("two", 1).oldest_lease_end == three.lease_end
+
+
+def test_the_other_servers_are_listed_if_there_are_few_enough(cluster: Cluster) -> None:
+    one = cluster.heartbeat("one", 7, max_listed=1)
+    assert one.listed == ()
+    two = cluster.heartbeat("two", 20, "b2", max_listed=2, admin_url="http://h/")
+    assert [str(each) for each in two.listed] == ["one", str(one.lease_end), "7 1 a1"]
+    again = cluster.heartbeat("one", 8, max_listed=2)
+    assert [str(each) for each in again.listed] == ["two", str(two.lease_end), "20 2 b2 http://h/"]
+    two = cluster.heartbeat("two", "leave", "b2")
+    again = cluster.heartbeat("one", 8, max_listed=2)
+    assert (again.listed, again.gone) == ((), f"two left {two.clock} 4 b2".encode())
+    for known_until, gone in ((two.clock, again.gone), (two.clock + 1, b"")):
+        reply = cluster.heartbeat("one", 8, max_listed=2, ends_known_until=known_until)
+        assert reply.gone == gone
+    for number in range(2):
+        cluster.heartbeat(f"more-{number}", 1)
+    many = cluster.heartbeat("one", 8, max_listed=2)
+    assert (many.listed, many.gone) == ((), again.gone)
+    assert cluster.heartbeat("one", 8).gone == b""
+    assert cluster.heartbeat("one", 8).listed == ()
 
 
 @pytest.mark.parametrize("lease", ["inf", "1e300"])
@@ -1058,6 +1083,8 @@ HEARTBEAT = st.builds(
     last_clock=st.just(0),
     last_sent_sequence=st.just(UNKNOWN_SEQUENCE),
     admin_url=st.sampled_from(["", "http://h/?a=%d+"]),
+    max_listed=st.just(0),
+    ends_known_until=st.just(0),
 )
 AHEAD = [-(10**15), -TTL, 0, 2 * INTERVAL, 2 * INTERVAL + 1, 10 * TTL]
 

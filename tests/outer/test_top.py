@@ -231,7 +231,7 @@ def test_the_cluster_line_fits_its_numbers_and_the_width() -> None:
             ("cluster_servers", servers),
             ("remote_clients", clients),
             ("cluster_updated_at", time.monotonic_ns() - silence * 1_000_000_000),
-            ("cluster_confirmed_at", time.monotonic_ns() // 1_000_000),
+            ("cluster_doubtful_at", time.monotonic_ns() // 1_000_000),
         ):
             scoreboard.put(name, value)
         watched = Target(
