@@ -40,7 +40,7 @@ COLUMNS = (
 def section(results: Results) -> str:
     """The cost of a heartbeat to Redis, and how many servers one Redis carries."""
     samples = samples_of(results, HEARTBEATS)
-    most = max((sample["servers"] for sample in samples), default=0)
+    most = max((sample.get("servers", 0) for sample in samples), default=0)
     cpu = figure(results, HEARTBEATS, HEARTBEAT_CPU, servers=most)
     if cpu is None:
         return f"Not measured yet: `bin/bench {HEARTBEATS}`."
@@ -55,6 +55,7 @@ def section(results: Results) -> str:
             f"Measured with `bin/bench {HEARTBEATS}` ({where}):",
             heartbeat_table(COLUMNS, is_turned=False).write(results),
             *_script(samples),
+            *_lists(samples),
             f"From its CPU time at {most:,} servers, one Redis carries:",
             table(["cluster", "heartbeats per second each", share], rows),
         ]
@@ -71,6 +72,18 @@ def _script(samples: Sequence[Sample]) -> Iterator[str]:
             "includes background work of Redis, which dominates with few servers, and wake-ups, "
             "each of which probably serves several\nheartbeats when Redis is busy."
         )
+
+
+def _lists(samples: Sequence[Sample]) -> Iterator[str]:
+    """Tell what the lists of servers cost."""
+    for sample in samples:
+        if "list_us" in sample:
+            yield (
+                "With several Redis, replies list the other servers. With "
+                f"{sample['listed']:,} servers, the most that are listed, a heartbeat takes\n"
+                f"{number(sample['list_us'])} µs of CPU, and its reply has "
+                f"{number(sample['list_bytes'] / 1000)} kB."
+            )
 
 
 def _rounded_down(value: float) -> int:

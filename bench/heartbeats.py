@@ -50,7 +50,7 @@ def command(*words: str) -> bytes:
     )
 
 
-def heartbeat(member: int, sequence: int, clients: int) -> bytes:
+def heartbeat(member: int, sequence: int, clients: int, max_listed: int = 0) -> bytes:
     """Return one server's heartbeat, as `gserver.cluster.heartbeat` sends it."""
     own = Heartbeat(
         f"{member:08x}-0000-4000-8000-000000000000",
@@ -59,6 +59,7 @@ def heartbeat(member: int, sequence: int, clients: int) -> bytes:
         clients,
         TTL_MS,
         INTERVAL_MS,
+        max_listed=max_listed,
     )
     script = "EVALSHA", sha1_of(HEARTBEAT_SCRIPT), str(len(KEYS)), *KEYS
     return command(*script, *map(str, own))
@@ -103,8 +104,11 @@ def run(sock: socket.socket, commands: list[bytes]) -> None:
             assert b"-ERR" not in received, received[:300]
 
 
-def under_heartbeats(size: int, seconds: float) -> dict[str, float]:
-    """Measure one Redis under the heartbeats of `size` servers, each at its own pace."""
+def under_heartbeats(size: int, seconds: float, max_listed: int = 0) -> dict[str, float]:
+    """Measure one Redis under the heartbeats of `size` servers, each at its own pace.
+
+    If there are at most `max_listed`, each reply lists the others.
+    """
     with running_redis() as (client, process, path):
         selector = selectors.DefaultSelector()
         socks, sent_at = [], [0.0] * size
@@ -125,14 +129,14 @@ def under_heartbeats(size: int, seconds: float) -> dict[str, float]:
                 sent_bytes = received_bytes = 0
             while due and due[0][0] <= now:
                 _, member = heapq.heappop(due)
-                data = heartbeat(member, int(now * 1e6), random.randrange(100))
+                data = heartbeat(member, int(now * 1e6), random.randrange(100), max_listed)
                 socks[member].sendall(data)
                 sent_at[member] = now
                 sent_bytes += len(data)
             for key, _ in selector.select(
                 min(0.01, max(0.0, due[0][0] - time.monotonic())) if due else 0.01
             ):
-                received_bytes += len(socks[key.data].recv(4096))
+                received_bytes += len(socks[key.data].recv(1 << 16))
                 delay = time.monotonic() - sent_at[key.data]
                 delays.append(delay)
                 heartbeats += 1

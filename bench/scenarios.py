@@ -34,6 +34,7 @@ from bench.measure import (
     work,
 )
 from bench.peers import CHECKOUT, PEERS, SPELLING_PEERS, running
+from gserver.cluster.engines import MAX_LISTED
 from lab.child import Child
 from lab.redises import Redis, free_port
 from lab.running import Client, Running, environment, until
@@ -292,6 +293,15 @@ def heartbeat_load(seconds: float, servers: int) -> Iterator[Sample]:
     yield heartbeats.under_heartbeats(servers, seconds)
 
 
+def heartbeat_lists(seconds: float, listed: int) -> Iterator[Sample]:
+    """One Redis under the heartbeats of servers that use several: replies list the others."""
+    found = heartbeats.under_heartbeats(listed, seconds, listed)
+    yield {
+        "list_us": found["CPU a heartbeat, us"],
+        "list_bytes": found["received a heartbeat, bytes"],
+    }
+
+
 def propagation(_seconds: float, interval: float) -> Iterator[Sample]:
     """The time until a client of one server is in the WHO of another."""
     pace = ("--heartbeat-interval", f"{interval:g}", "--member-ttl", f"{max(5, 5 * interval):g}")
@@ -375,6 +385,13 @@ FULL = (
         "heartbeats",
         heartbeat_load,
         _cases(servers=heartbeats.SIZES),
+        rounds=1,
+        seconds=heartbeats.SECONDS,
+    ),
+    Scenario(
+        "heartbeats",
+        heartbeat_lists,
+        _cases(listed=(MAX_LISTED,)),
         rounds=1,
         seconds=heartbeats.SECONDS,
     ),

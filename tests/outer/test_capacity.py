@@ -34,5 +34,14 @@ def test_the_script_time_is_shown_as_one_range_for_all_sizes() -> None:
     assert "The script itself takes 20 to 32 µs" in section
 
 
+def test_the_cost_of_lists_is_shown() -> None:
+    machine = dict.fromkeys(("commit", "processor", "redis-server", "date"), "x")
+    samples: list[dict[str, float]] = [{"servers": 3, HEARTBEAT_CPU: 500}]
+    samples += [{"listed": 100, "list_us": 312.4, "list_bytes": 8765.0}]
+    section = capacity.section({"heartbeats": {"machine": machine, "samples": samples}})
+    assert "With 100 servers" in section
+    assert "312 µs of CPU, and its reply has 8.77 kB" in section
+
+
 def test_without_results_there_are_no_figures() -> None:
     assert capacity.section({}) == "Not measured yet: `bin/bench heartbeats`."
