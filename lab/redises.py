@@ -361,6 +361,24 @@ class Sentinels(ExitStack[None]):
         until(self._can_fail_over, "the Sentinels can replace the primary", FAILOVER_LIMIT)
 
 
+class Pair(ExitStack[None]):
+    """Two Redis that know nothing of each other, each on its host."""
+
+    def __init__(self, folder: Path, hosts: Sequence[Host] = (HERE,) * 2) -> None:
+        super().__init__()
+        with ExitStack() as stack:
+            self.redises = [stack.enter_context(Redis(folder, host=host)) for host in hosts]
+            self.push(stack.pop_all())
+
+    @property
+    def url(self) -> str:
+        return " ".join(redis.url for redis in self.redises)
+
+    def is_whole(self) -> bool:
+        """Whether both run."""
+        return all(redis.is_running() for redis in self.redises)
+
+
 def _fields(flat: list[str]) -> dict[str, str]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 

@@ -147,6 +147,30 @@ def wiped(world: World) -> Iterator[None]:
     yield
 
 
+def of_one(
+    fault: Callable[[Redis], None], mend: Callable[[Redis], None] = lambda _: None
+) -> Happening:
+    """The first of two Redis has a fault, and is repaired after some seconds."""
+
+    @contextmanager
+    def happen(world: World) -> Iterator[None]:
+        fault(world.first_redis)
+        yield
+        time.sleep(LASTING_SECONDS)
+        mend(world.first_redis)
+
+    return happen
+
+
+@contextmanager
+def one_gone(world: World) -> Iterator[None]:
+    """No server reaches the first of two Redis."""
+    hosts = [member.host for member in world.members]
+    with world.network.cut(*both_ways(world.first_redis.host, *hosts)):
+        yield
+        time.sleep(LASTING_SECONDS)
+
+
 def cut_off(count: int) -> Happening:
     """`count` servers reach neither Redis nor Sentinels; clients still reach them."""
 
@@ -163,7 +187,8 @@ def cut_off(count: int) -> Happening:
 class Fault(NamedTuple):
     """A fault, timed from its start, or from its end if it `lasts`.
 
-    `is_unreachable`: clients cannot reach the first server.
+    `is_unreachable`: clients cannot reach the first server. `is_judged_after_repair`: replies are
+    judged after it, too.
     """
 
     name: str
@@ -171,6 +196,7 @@ class Fault(NamedTuple):
     is_of_who: bool = True
     lasts: bool = False
     is_unreachable: bool = False
+    is_judged_after_repair: bool = False
 
 
 FAULTS = (
@@ -190,6 +216,23 @@ FAULTS = (
     Fault("Redis wiped", wiped),
     Fault("Redis gone", cut_off(3), lasts=True),
     Fault("server cut off from Redis", cut_off(1), lasts=True),
+)
+#: The faults that cost WHO something, and are not of Redis.
+OF_SERVERS = "worker killed", "agent killed", "agent hung", "server killed", "host gone"
+#: With two Redis, which are independent. Replies do not depend on them.
+FAULTS_OF_TWO = (
+    *(fault for fault in FAULTS if fault.name in OF_SERVERS),
+    Fault("one Redis killed", of_one(Redis.kill, Redis.start), is_judged_after_repair=True),
+    Fault("one Redis hung", of_one(Redis.freeze, Redis.thaw), is_judged_after_repair=True),
+    Fault(
+        "one Redis restarted",
+        of_one(partial(Redis.restart, keep_data=False)),
+        is_judged_after_repair=True,
+    ),
+    Fault("one Redis wiped", of_one(Redis.wipe), is_judged_after_repair=True),
+    Fault("one Redis gone", one_gone, is_judged_after_repair=True),
+    Fault("both Redis gone", cut_off(3), lasts=True),
+    Fault("server cut off from both", cut_off(1), lasts=True),
 )
 
 
@@ -307,6 +350,7 @@ def of_who(world: World, fault: Fault) -> Outage:
                 time.sleep(CALM_SECONDS)
         if fault.lasts:
             began = time.monotonic()
+        if fault.lasts or fault.is_judged_after_repair:
             until(lambda: census.all_report(without), "all servers are exact again", FAILOVER_LIMIT)
             time.sleep(CALM_SECONDS)
             ended, total = time.monotonic(), census.total(without)
@@ -323,20 +367,36 @@ def wrong(answers: list[tuple[float, int]], began: float, total: int) -> Outage:
     return Outage(max(bad) - began, len(bad) / sum(at <= max(bad) for at, _ in answers))
 
 
+#: A fault, its part of the report, and what measures it.
+Trial = tuple[Fault, str, Callable[[World, Fault], Outage]]
+
+
 def measure(rounds: int, say: Callable[[str], None], only: str = "") -> dict[str, Any]:
-    """Measure every fault `rounds` times, for replies and for WHO, in turn."""
-    report: dict[str, Any] = {"machine": machine(), "rounds": rounds, "replies": {}, "who": {}}
-    faults = [fault for fault in FAULTS if only in fault.name]
-    trials = [(fault, "replies", of_replies) for fault in faults]
-    trials += [(fault, "who", of_who) for fault in faults if fault.is_of_who]
-    with undisturbed(), tempfile.TemporaryDirectory() as folder, World(Path(folder)) as world:
+    """Measure every fault `rounds` times: with one Redis, then with two."""
+    with_one: list[Trial] = [(fault, "replies", of_replies) for fault in FAULTS]
+    with_one += [(fault, "who", of_who) for fault in FAULTS if fault.is_of_who]
+    with_two: list[Trial] = [(fault, "who_of_two", of_who) for fault in FAULTS_OF_TWO]
+    report: dict[str, Any] = {"machine": machine(), "rounds": rounds}
+    with undisturbed():
+        for engines, trials in ((1, with_one), (2, with_two)):
+            chosen = [trial for trial in trials if only in trial[0].name]
+            report |= _measure(engines, chosen, rounds, say)
+    return report
+
+
+def _measure(
+    engines: int, trials: list[Trial], rounds: int, say: Callable[[str], None]
+) -> dict[str, dict[str, list[list[float]]]]:
+    found: dict[str, dict[str, list[list[float]]]] = {sort: {} for _, sort, _ in trials}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        world = stack.enter_context(World(folder, engines=engines))
         for number in range(rounds):
             for fault, sort, trial in trials:
-                until(world.redis.is_whole, "Redis is whole again", FAILOVER_LIMIT)
-                found = trial(world, fault)
-                report[sort].setdefault(fault.name, []).append(
-                    [round(figure, 4) for figure in found]
-                )
-                figures = f"{found.seconds:.2f} s, {found.share:.1%} of all"
-                say(f"{number + 1}/{rounds} {fault.name}, {sort}: {figures}")
-    return report
+                until(world.store.is_whole, "Redis is whole again", FAILOVER_LIMIT)
+                outage = trial(world, fault)
+                figures = [round(figure, 4) for figure in outage]
+                found[sort].setdefault(fault.name, []).append(figures)
+                text = f"{outage.seconds:.2f} s, {outage.share:.1%} of all"
+                say(f"{number + 1}/{rounds} {fault.name}, {sort}: {text}")
+    return found

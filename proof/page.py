@@ -33,6 +33,7 @@ GROUPS = {
         "tests/faults/test_redis.py",
         "tests/outer/test_cluster_faults.py",
         "tests/outer/test_cluster_moves.py",
+        "tests/outer/test_engines.py",
         "tests/outer/test_cluster_attacks.py",
     ],
     "Networks": ["tests/outer/test_cluster_partition.py"],
@@ -216,7 +217,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "timelines machine": ("timelines", _machine),
     "replies": ("outages", availability.replies_table),
     "common": ("outages", lambda _: availability.common_table()),
-    "who": ("outages", availability.who_table),
+    "who": ("outages", availability.who_page),
+    "who of two": ("outages", availability.who_of_two_page),
     "sums": ("outages", availability.sums_table),
     "outages machine": ("outages", _machine),
 }

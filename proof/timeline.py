@@ -244,10 +244,14 @@ SCENARIOS: dict[str, Callable[[Timeline], None]] = {"failover": failover, "parti
 
 
 def record(
-    folder: Path, seed: int, scenario: Callable[[Timeline], None], **world: float
+    folder: Path,
+    seed: int,
+    scenario: Callable[[Timeline], None],
+    interval: float = 0.5,
+    ttl: float = 5.0,
 ) -> dict[str, Any]:
     """Record one timeline, on its own cluster."""
-    with World(folder, **world) as running:
+    with World(folder, interval, ttl) as running:
         timeline = Timeline(running, seed)
         scenario(timeline)
         return {"seed": seed, **timeline.report()}

@@ -1,4 +1,4 @@
-"""Three servers, Redis with two replicas and three Sentinels, and HAProxy, on seven hosts.
+"""Three servers, their Redis, and HAProxy, on seven hosts.
 
 Hosts are network namespaces (lab/netns.py), so this needs root. All processes have priority over
 others, which would distort the measurement.
@@ -21,7 +21,7 @@ from lab.installed import Installed
 from lab.machine import processor, source, version
 from lab.member import Member
 from lab.netns import Network
-from lab.redises import Sentinels
+from lab.redises import Pair, Redis, Sentinels
 
 NAMES = "A", "B", "C"
 NICENESS = -10
@@ -29,17 +29,26 @@ OPTIONS = "--workers", "2", "--drain-delay", "2", "--drain-spread", "2"
 
 
 class World(ExitStack[None]):
-    """The whole scene, with the times of the cluster."""
+    """The whole scene, with the times of the cluster.
 
-    def __init__(self, folder: Path, interval: float = 0.5, ttl: float = 5.0) -> None:
+    Redis is one, with two replicas and three Sentinels; or there are two that are independent.
+    """
+
+    def __init__(
+        self, folder: Path, interval: float = 0.5, ttl: float = 5.0, engines: int = 1
+    ) -> None:
         super().__init__()
         self.ttl = ttl
         with ExitStack() as stack:
             self.network = stack.enter_context(Network(7))
             self.front_host, *rest = self.network.hosts
             self.redis_hosts = rest[:3]
-            self.redis = stack.enter_context(Sentinels(folder, hosts=self.redis_hosts))
-            options = ["--redis-url", self.redis.url, "--heartbeat-interval", str(interval)]
+            self.store: Sentinels | Pair
+            if engines == 1:
+                self.store = stack.enter_context(Sentinels(folder, hosts=self.redis_hosts))
+            else:
+                self.store = stack.enter_context(Pair(folder, hosts=self.redis_hosts[:2]))
+            options = ["--redis-url", self.store.url, "--heartbeat-interval", str(interval)]
             options += ["--member-ttl", str(ttl), *OPTIONS]
             env = {"GSERVER_ADMIN_TOKEN": "secret"}
             #: The code that all servers run.
@@ -56,6 +65,18 @@ class World(ExitStack[None]):
                 servers = [member.server for member in self.members]
                 self.front = stack.enter_context(Front(folder, servers, addresses=addresses))
             self.push(stack.pop_all())
+
+    @property
+    def redis(self) -> Sentinels:
+        """The Redis, its replicas and the Sentinels."""
+        assert isinstance(self.store, Sentinels)
+        return self.store
+
+    @property
+    def first_redis(self) -> Redis:
+        """The first of two."""
+        assert isinstance(self.store, Pair)
+        return self.store.redises[0]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from proof.availability import (
     BUDGET_SECONDS,
     COMMON,
     RATES,
+    RATES_OF_TWO,
     Cost,
     Rate,
     availability,
@@ -37,7 +38,7 @@ from proof.availability import (
     total,
     who_verdict,
 )
-from proof.outages import FAULTS, Outage, outage, wrong
+from proof.outages import FAULTS, FAULTS_OF_TWO, Outage, outage, wrong
 
 TEXT = "".join(path.read_text() for path in page.PAGES)
 SEED = draw()
@@ -63,12 +64,20 @@ def test_the_plots_exist_and_name_every_line() -> None:
 
 
 def test_every_fault_has_a_rate_with_its_reason() -> None:
-    assert [fault.name for fault in FAULTS] == [*RATES]
-    assert all(rate.why for rate in RATES.values())
+    rates = {**RATES, **RATES_OF_TWO}
+    faults = {fault.name: fault for fault in (*FAULTS, *FAULTS_OF_TWO)}
+    assert [*faults] == [*rates]
+    assert all(rate.why for rate in rates.values())
     assert all(each.why for each in COMMON)
-    assert {fault.name for fault in FAULTS if fault.lasts} == {
-        name for name, rate in RATES.items() if rate.lasts_seconds
+    assert {name for name, fault in faults.items() if fault.lasts} == {
+        name for name, rate in rates.items() if rate.lasts_seconds
     }
+
+
+def test_two_redis_are_gone_at_once_for_the_product_of_their_shares() -> None:
+    rate, year = RATES_OF_TWO["both Redis gone"], 365 * 86400
+    share = RATES["Redis gone"].per_year * RATES["Redis gone"].lasts_seconds / year
+    assert rate.per_year * rate.lasts_seconds == pytest.approx(share**2 * year)
 
 
 def test_the_sums_match_a_calculation_by_hand() -> None:
@@ -112,6 +121,7 @@ def test_the_sum_of_the_page_is_the_sum_of_its_rows() -> None:
             "planned failover": [[10, 1, 0]],
             "server cut off from Redis": [[6, 1, 0]],
         },
+        "who_of_two": {"both Redis gone": [[1, 1, 0]], "agent killed": [[2, 0.5, 0]]},
     }
     table = sums_table(report)
     common = sum(each.per_year * each.seconds * each.share for each in COMMON) * 30 / 365
@@ -124,16 +134,21 @@ def test_the_sum_of_the_page_is_the_sum_of_its_rows() -> None:
     # A cut-off server would fail a third of the requests.
     needing_redis = lost + common + (12 * 1801 + 24 * 10 + 12 * 306 / 3) * 30 / 365
     assert f"| the same, if replies needed Redis | {needing_redis:,.0f} |" in table
+    both = RATES_OF_TWO["both Redis gone"].per_year
+    of_two = (both * 901 + 12 * 1) * 30 / 365
+    assert f"| the same with two Redis | {of_two:.2f} |" in table
 
 
 def test_a_who_that_misses_the_objective_is_reported() -> None:
     report = {"who": {"Redis gone": [[1, 1, 0]], "worker killed": [[2, 0.5, 0]]}}
-    text = who_verdict(report)
+    text = who_verdict(report, "who")
     assert f"fall in {12 * 1802 * 30 / 365:,.0f} s" in text
     assert "**This misses 99.95 %.**" in text
     # 1,295 s of the budget are left: 21.6 minutes, rounded down.
     assert "must not exceed 21 minutes" in text
-    assert "misses" not in who_verdict({"who": {"worker killed": [[2, 0.5, 0]]}})
+    met = who_verdict({"who_of_two": {"worker killed": [[2, 0.5, 0]]}}, "who_of_two")
+    assert "**This meets 99.95 %**" in met
+    assert "does not exceed 21 minutes in 30 days" in met
 
 
 def test_three_servers_of_90_percent_are_not_enough() -> None:
@@ -160,6 +175,7 @@ def test_the_cost_of_broken_connections_grows_with_the_pause_between_requests() 
     report = {
         "replies": {"rolling restart": [[365 / 30 * 3 / 12, 1, 0]]},
         "who": {"Redis gone": [[1, 1, 0]]},
+        "who_of_two": {"agent killed": [[0, 0, 0]]},
     }
     table = sums_table(report)
     assert "on each kept connection every 0.6 s" in table
