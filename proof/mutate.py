@@ -34,6 +34,8 @@ TESTS = {
     "gserver/serve/limits.py": ["tests/test_limits.py"],
     "gserver/supervise/phases.py": ["tests/test_phases.py"],
     "gserver/cluster/membership.py": ["tests/test_membership.py"],
+    "gserver/cluster/clock_history.py": ["tests/test_clock_history.py", "tests/test_membership.py"],
+    "gserver/cluster/union.py": ["tests/test_union.py"],
     "gserver/cluster/duplicate_id.py": ["tests/test_duplicate_id.py"],
     "gserver/cluster/heartbeat.lua": [
         "tests/outer/test_cluster_script.py",
