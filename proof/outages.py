@@ -367,21 +367,25 @@ def wrong(answers: list[tuple[float, int]], began: float, total: int) -> Outage:
     return Outage(max(bad) - began, len(bad) / sum(at <= max(bad) for at, _ in answers))
 
 
+#: Where the report tells on which machine the faults were measured, by the number of Redis.
+MACHINES = {1: "machine", 2: "machine_of_two"}
 #: A fault, its part of the report, and what measures it.
 Trial = tuple[Fault, str, Callable[[World, Fault], Outage]]
 
 
-def measure(rounds: int, say: Callable[[str], None], only: str = "") -> dict[str, Any]:
-    """Measure every fault `rounds` times: with one Redis, then with two."""
-    with_one: list[Trial] = [(fault, "replies", of_replies) for fault in FAULTS]
-    with_one += [(fault, "who", of_who) for fault in FAULTS if fault.is_of_who]
-    with_two: list[Trial] = [(fault, "who_of_two", of_who) for fault in FAULTS_OF_TWO]
-    report: dict[str, Any] = {"machine": machine(), "rounds": rounds}
+def measure(
+    engines: int, rounds: int, say: Callable[[str], None], only: str = ""
+) -> dict[str, Any]:
+    """Measure every fault `rounds` times with so many Redis; return their part of the report."""
+    if engines == 1:
+        trials: list[Trial] = [(fault, "replies", of_replies) for fault in FAULTS]
+        trials += [(fault, "who", of_who) for fault in FAULTS if fault.is_of_who]
+    else:
+        trials = [(fault, "who_of_two", of_who) for fault in FAULTS_OF_TWO]
+    chosen = [trial for trial in trials if only in trial[0].name]
+    name = MACHINES[engines]
     with undisturbed():
-        for engines, trials in ((1, with_one), (2, with_two)):
-            chosen = [trial for trial in trials if only in trial[0].name]
-            report |= _measure(engines, chosen, rounds, say)
-    return report
+        return {name: machine(), **_measure(engines, chosen, rounds, say)}
 
 
 def _measure(

@@ -185,6 +185,7 @@ def soak(report: Report) -> str:
 def commits(reports: dict[str, Report]) -> str:
     """Return a list item: of which commit each report of the page is."""
     sources = {title: reports[name]["machine"] for name, title in MEASURED.items()}
+    sources["WHO with two Redis"] = reports["outages"]["machine_of_two"]
     sources["fuzzing"] = min(reports["fuzz"].values(), key=lambda told: told.get("gserver", ""))
     found: dict[str, list[str]] = {}
     for title, machine in sources.items():
@@ -221,6 +222,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "who of two": ("outages", availability.who_of_two_page),
     "sums": ("outages", availability.sums_table),
     "outages machine": ("outages", _machine),
+    "outages machine of two": (
+        "outages",
+        lambda report: "; ".join(report["machine_of_two"].values()),
+    ),
 }
 
 
