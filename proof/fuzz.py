@@ -222,7 +222,7 @@ def main() -> None:
     help="Number of coverage-guided inputs [default: a twentieth of --inputs].",
 )
 def core(inputs: int, only: str, batch: int, guided: int, **rest: Any) -> None:
-    """Fuzz the pure modules: parser, fast path, URLs, options, logs, TLS records, status."""
+    """Fuzz the pure modules: parser, fast path, PROXY headers, URLs, options, logs, TLS, status."""
     run = Run("core", inputs, **rest)
     with run.reporting():
         if batch >= 0:

@@ -28,8 +28,9 @@ from gserver.cli import admin_client, top
 from gserver.commands import BUILT_IN
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
-from gserver.serve import fastpath, tls
+from gserver.serve import fastpath, proxy_header, tls
 from gserver.serve.replies import Replies
+from lab import proxy_header as lab_header
 from lab import wire
 from lab.certificates import make_certificates
 
@@ -184,6 +185,35 @@ class FastPathTarget(Target):
             assert counted == {name: expected.replies.count(name) for name in self._cells}, (
                 f"it counted {counted}"
             )
+
+
+class ProxyTarget(Target):
+    """The PROXY header against a second reading of its specification: whole, and in two pieces."""
+
+    code: ModuleType = proxy_header
+
+    def draw(self) -> tuple[bytes, int]:
+        data = lab_header.draw(self.random)
+        return data, self.random.randrange(len(data) + 1)
+
+    def check(self, given: tuple[bytes, int]) -> None:
+        data, at = given
+        said, found = lab_header.judge(data), self._parse(data)
+        if said:
+            assert found == tuple(said), found
+        else:
+            assert found == "refused" or lab_header.may_go_on(data), "it waits for ever"
+        beginning = self._parse(data[:at])
+        assert said is None or at >= said.size or beginning is None, "it is not whole yet"
+        assert not isinstance(beginning, tuple) or beginning == found
+
+    def _parse(self, data: bytes) -> Any:
+        """Return the header as a tuple; None if it is not whole."""
+        try:
+            header = self.code.parse(data)
+        except self.code.ProxyHeaderError:
+            return "refused"
+        return header and tuple(header)
 
 
 class UrlTarget(Target):
@@ -515,8 +545,9 @@ class TlsTarget(Target):
 
 TARGETS: dict[str, tuple[Callable[[Random], Target], int]] = {
     # Each with its share of 1000 inputs: the protocol has most.
-    "parser": (ParserTarget, 700),
+    "parser": (ParserTarget, 600),
     "fastpath": (FastPathTarget, 160),
+    "proxy": (ProxyTarget, 100),
     "url": (UrlTarget, 60),
     "option": (OptionTarget, 49),
     "log": (LogTarget, 15),

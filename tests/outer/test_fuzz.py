@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from gserver import config, logs, protocol, redis_url
-from gserver.serve import fastpath, tls
+from gserver.serve import fastpath, proxy_header, tls
 from lab.running import LIMIT, ROOT, environment, until
 from lab.seed import draw
 from proof import fuzz_core, fuzz_sockets
@@ -75,6 +75,12 @@ def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
             'return f"unix://{self.path}"',
             'return f"unix://{self.password}@{self.path}"',
         ),
+        ("proxy", proxy_header, "command == _LOCAL", "False"),
+        ("proxy", proxy_header, "crc32c(without) !=", "0 !="),
+        ("proxy", proxy_header, "at + length > len(header)", "False"),
+        ("proxy", proxy_header, 'data.find(b"\\n", 0, MAX_V1_BYTES)', 'data.find(b"\\n")'),
+        ("proxy", proxy_header, "return str(mapped or host)", "return str(host)"),
+        ("proxy", proxy_header, "0|[1-9][0-9]{0,4}", "[0-9]{1,5}"),
         ("url", redis_url, '"rediss" if self.has_tls else "redis"', '"redis"'),
         ("url", redis_url, 'db = f"/{self.db}" if self.db else ""', 'db = ""'),
         ("option", config, "[!-~]{1,128}", "[ -~]{1,128}"),
