@@ -133,6 +133,28 @@ def parse_admin_port(text: str) -> int:
     return int(text)
 
 
+def parse_proxy_from(text: str) -> str:
+    """Return the networks, with a comma between each two, if they are valid."""
+    return ",".join(map(str, parse_networks(text)))
+
+
+def parse_networks(text: str) -> "tuple[_Network, ...]":
+    """Return the networks of a list such as `10.0.0.0/8,fd00::/8`; raise ValueError."""
+    return tuple(_parse_network(word.strip()) for word in text.split(","))
+
+
+def _parse_network(text: str) -> "_Network":
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        hint = "such as 10.0.0.0/8, or 10.0.0.7 for one address"
+        reason = "its end must be zeros" if "host bits" in str(error) else f"use one {hint}"
+        raise ValueError(f"{text!r} is not a network: {reason}") from error
+    if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
+        raise ValueError(f"{text!r} has addresses of IPv4: write them so, without ::ffff:")
+    return network
+
+
 def parse_redis_url(text: str) -> str:
     """Return the URLs, with a blank between each two, if they are valid."""
     parse_urls(text)
@@ -155,7 +177,8 @@ def is_loopback(host: str) -> bool:
 
 def plain_host(host: str) -> str:
     """Return an IP address without the prefix that IPv4 has on an IPv6 socket."""
-    return host.removeprefix("::ffff:")
+    rest = host.removeprefix("::ffff:")
+    return rest if "." in rest else host
 
 
 def show_address(host: str, port: int) -> str:
@@ -174,6 +197,7 @@ def hosts_overlap(first: str, second: str) -> bool:
     )
 
 
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -211,6 +235,17 @@ class Config:
         "Worker processes; auto = one per core.",
         parse=parse_workers,
         metavar="N|auto",
+    )
+    proxy_from: str = _option(
+        "",
+        LISTENING,
+        "Networks whose connections begin with a PROXY header, which has the client's address"
+        " [default: none].",
+        parse=parse_proxy_from,
+        metavar="CIDR[,CIDR...]",
+    )
+    proxy_header_timeout_seconds: float = _option(
+        5.0, LISTENING, "Time limit for a PROXY header; 0 = no limit."
     )
     user: str = _option("", LISTENING, "Serve as this user; needs root.", metavar="NAME[:GROUP]")
     server_id: str = _option(
@@ -369,6 +404,11 @@ class Config:
         "Format of the log; auto = text on a terminal, otherwise json.",
         choices=FORMATS,
     )
+
+    @property
+    def balancers(self) -> "tuple[_Network, ...]":
+        """The networks of `--proxy-from`."""
+        return parse_networks(self.proxy_from) if self.proxy_from else ()
 
     @property
     def needs_agent(self) -> bool:

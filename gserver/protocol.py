@@ -46,6 +46,8 @@ ERROR_REPLIES = (
     PLAIN_TEXT := ErrorReply("plain_text", b"ERR TLS only\n", closes=True),
     # TLS has alerts of its own.
     TLS_FAILED := ErrorReply("tls_failed", b"", closes=True),
+    # What a balancer sends is no text for clients.
+    PROXY_FAILED := ErrorReply("proxy_failed", b"", closes=True),
     # A browser gets no reply: its page could read one as content (CWE-352).
     HTTP := ErrorReply("http", b"", closes=True),
     # A page's server can put lines of text into a browser's ClientHello.

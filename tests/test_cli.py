@@ -29,6 +29,8 @@ EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "port": ("GSERVER_PORT", "65535", 65535),
     "backlog": ("GSERVER_BACKLOG", "7", 7),
     "workers": ("GSERVER_WORKERS", "auto", 0),
+    "proxy_from": ("GSERVER_PROXY_FROM", "10.0.0.0/8, fd00::/8", "10.0.0.0/8,fd00::/8"),
+    "proxy_header_timeout_seconds": ("GSERVER_PROXY_HEADER_TIMEOUT", "2.5", 2.5),
     "user": ("GSERVER_USER", "nobody:nogroup", "nobody:nogroup"),
     "server_id": ("GSERVER_SERVER_ID", "an-id", "an-id"),
     "max_clients": ("GSERVER_MAX_CLIENTS", "8", 8),

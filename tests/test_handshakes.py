@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gserver.boot import RESERVED_FILES
-from gserver.serve.loop import MAX_HANDSHAKES
+from gserver.serve.loop import MAX_ADMISSIONS
 from lab.admin import status
 from lab.running import LIMIT, Running, limited, stopped, until
 from lab.tls_client import certified, trust
@@ -21,7 +21,7 @@ from lab.tls_client import certified, trust
 def test_too_many_handshakes_evict_the_oldest(pems: Path) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(Running(*certified(pems), "--tls-handshake-timeout", "0"))
-        silent = [stack.enter_context(server.client()) for _ in range(MAX_HANDSHAKES + 10)]
+        silent = [stack.enter_context(server.client()) for _ in range(MAX_ADMISSIONS + 10)]
         assert [client.rest() for client in silent[:10]] == [b""] * 10
         with server.client(context=trust(pems)) as good:
             assert good.who() == 1

@@ -27,6 +27,7 @@ from gserver.config import plain_host
 from gserver.protocol import (
     KICKED,
     PLAIN_TEXT,
+    PROXY_FAILED,
     SLOW_READER,
     TLS_FAILED,
     TOO_IDLE,
@@ -36,6 +37,8 @@ from gserver.protocol import (
     Parser,
 )
 from gserver.serve.fastpath import PIECE_BYTES
+from gserver.serve.proxied import ProxiedSocket
+from gserver.serve.proxy_header import ProxyHeaderError
 from gserver.serve.tls import Handshake, IncompleteRecord, TlsSocket
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ READ, WRITE, MUTED = EPOLLIN, EPOLLOUT, EPOLLET
 class State(Enum):
     """The state of a client. From IDLE to MOVING it counts in WHO."""
 
-    #: Accepted, but not admitted yet. With TLS, the handshake is in progress.
+    #: Accepted, but not admitted yet: its PROXY header or its TLS handshake is in progress.
     NEW = "new"
     #: Everything received has been answered.
     IDLE = "idle"
@@ -140,6 +143,10 @@ class Work:
         return bool(self.unread or self.items or self.has_input_ended or self.closing_error)
 
 
+#: What a client's bytes come from.
+Sock = _socket.socket | ProxiedSocket | TlsSocket
+
+
 class Client:
     """A client of one worker. The loop calls `on_event`, `on_turn` and `on_deadline`.
 
@@ -157,11 +164,9 @@ class Client:
         "work",
     )
 
-    def __init__(
-        self, loop: "Loop", sock: _socket.socket | TlsSocket, address: Any, now: float
-    ) -> None:
+    def __init__(self, loop: "Loop", sock: "Sock", address: Any, now: float) -> None:
         self.loop = loop
-        self.sock: _socket.socket | TlsSocket = sock
+        self.sock: Sock = sock
         #: Host and port; None once it is admitted, unless its end is going to be logged.
         self.address = address
         self.state = NEW
@@ -192,7 +197,7 @@ class Client:
     def on_turn(self, now: float) -> None:
         """It is this client's turn to continue."""
         if self.state is NEW:
-            self._handshake(now)
+            self._continue_admission(now)
         elif self.state is BUSY:
             if self.work and self.work.reply is not None:
                 self._end_handler(self.work, self.work.reply, now)
@@ -212,9 +217,10 @@ class Client:
             if self.state is BLOCKED and self.deadline == inf:  # Not blocked by newer replies.
                 self._reset()
         elif state is NEW:
-            self._handshake(now)
-            if self.state is NEW:
-                self._fail_handshake(TimeoutError("it took too long"))
+            sock = self.sock
+            self._continue_admission(now)
+            if self.state is NEW and self.sock is sock:  # After a header, TLS has its own time.
+                self._fail_admission(TimeoutError("it took too long"))
         elif state is CLOSING or state is REJECTED:
             self.close()
 
@@ -461,11 +467,11 @@ class Client:
     @property
     def may_move(self) -> bool:
         """Whether it can be handed over now."""
-        return self.state in (IDLE, READING, BLOCKED)
+        return self.state in (IDLE, READING, BLOCKED) and self not in self.loop.probes
 
     def _proceed_or_move(self, now: float) -> None:
         """Continue after a wait; in a handover, leave that to the next worker."""
-        if self.loop.is_handing_over:
+        if self.loop.is_handing_over and self not in self.loop.probes:
             self.loop.park(self)
         else:
             self._proceed(now)
@@ -650,25 +656,28 @@ class Client:
 
     def _uncount(self) -> None:
         if self.state in COUNTED:
-            self.loop.limits.uncount()
+            self.loop.uncount(self)
             seconds = self.loop.config.write_timeout_seconds
             if seconds:  # The kernel gives up by then on what the client leaves unread.
                 with suppress(OSError):  # The connection is broken.
                     self.sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, ceil(seconds * 1000))
 
-    # TLS
+    # Before a client is admitted
 
     @property
     def _tls(self) -> TlsSocket | None:
         """The socket, if it is one with TLS."""
         return self.sock if isinstance(self.sock, TlsSocket) else None
 
-    def _handshake(self, now: float) -> None:
-        """Continue the handshake with what has arrived."""
+    def _continue_admission(self, now: float) -> None:
+        """Continue the header or the handshake with what has arrived."""
+        if isinstance(self.sock, ProxiedSocket):
+            self._read_header(self.sock, now)
+            return
         try:
             handshake = cast(TlsSocket, self.sock).handshake(READ_BYTES)
         except OSError as error:
-            self._fail_handshake(error)
+            self._fail_admission(error)
             return
         match handshake:
             case Handshake.RECEIVING:
@@ -684,6 +693,22 @@ class Client:
                 self.address = None  # It was never accepted, so its end is not logged.
                 self.close()
 
+    def _read_header(self, sock: ProxiedSocket, now: float) -> None:
+        try:
+            header = sock.read_header()
+        except BlockingIOError:
+            return
+        except (EOFError, OSError) as error:
+            if sock.has_begun:
+                self._fail_admission(error)
+            else:  # A probe that only connects.
+                self.address = None
+                self.close()
+        except ProxyHeaderError as error:
+            self._fail_admission(error)
+        else:
+            self.loop.admit_after_header(self, header, now)
+
     def _reject_plain_text(self) -> None:
         self.loop.replies.count_error(PLAIN_TEXT)
         self.loop.note_end(self, PLAIN_TEXT)
@@ -694,23 +719,30 @@ class Client:
         except OSError:  # The client has disconnected, which is no failed handshake either.
             self.close()
 
-    def cut_off_handshake(self) -> None:
+    def cut_off_admission(self) -> None:
         """End a handshake, since there are too many. If it has failed already, only close."""
         if self.state is NEW:
-            self._fail_handshake(ConnectionAbortedError("too many handshakes are in progress"))
+            self._fail_admission(ConnectionAbortedError("too many handshakes are in progress"))
         else:
             self.close()
 
-    def _fail_handshake(self, error: OSError) -> None:
+    def _fail_admission(self, error: Exception) -> None:
         """Count it, and close; a client that broke TLS can read the alert that says why."""
-        self.loop.replies.count_error(TLS_FAILED)
-        self.loop.note_end(self, TLS_FAILED)
-        if logging.root.isEnabledFor(logging.DEBUG) and self.address:
+        reason = PROXY_FAILED if isinstance(self.sock, ProxiedSocket) else TLS_FAILED
+        self.loop.replies.count_error(reason)
+        self.loop.note_end(self, reason)
+        if reason is PROXY_FAILED:
+            fields = {**address_fields(self.address), **logs.error_fields(error)}
+            message = f"the PROXY header of {fields['client.address']} has failed: {error}"
+            if isinstance(error, ProxyHeaderError | TimeoutError):
+                message += "; a balancer in --proxy-from must send one (HAProxy: send-proxy-v2)"
+            logs.warn_ratelimited("client.proxy_failed", message, fields)
+        elif logging.root.isEnabledFor(logging.DEBUG) and self.address:
             fields = {**address_fields(self.address), **logs.error_fields(error)}
             message = f"TLS handshake with {fields['client.address']} failed: {error}"
             logs.event(logging.DEBUG, "client.tls_failed", message, fields)
         self.address = None
-        if type(error).__module__ == "ssl":
+        if isinstance(error, ProxyHeaderError) or type(error).__module__ == "ssl":
             self.state = CLOSING
             self._send_end()
         else:

@@ -32,6 +32,7 @@ from gserver.protocol import ERROR_REPLIES, INTERNAL, UNKNOWN_COMMAND, USAGE, Er
 from gserver.serve.client import MOVING, Client, Work
 from gserver.serve.limits import Limits
 from gserver.serve.loop import Loop
+from gserver.serve.proxied import ProxiedSocket
 
 #: Version of the messages. To a successor with another one, no client is handed over.
 FORMAT = 2
@@ -103,6 +104,8 @@ def describe(client: Client, limits: Limits) -> dict[str, Any]:
         "replies": client.loop.reply_counts.get(client),
         "places": limits.places(client.sock.fileno()),
     }
+    if isinstance(client.sock, ProxiedSocket):
+        fields["proxied"] = client.sock.getpeername()
     work = client.work
     if work and (work.is_pending or work.parser or work.unsent):
         fields["work"] = {
@@ -121,8 +124,10 @@ def describe(client: Client, limits: Limits) -> dict[str, Any]:
 def restore(loop: Loop, fd: int, fields: dict[str, Any], unsent: BinaryIO) -> Client:
     """Return the client that these fields describe. Its unsent bytes are read from the file."""
     address, quiet_since = fields["address"], fields["quiet_since"]
-    sock = _socket.socket(fileno=fd)
+    sock: Any = _socket.socket(fileno=fd)
     sock.setblocking(False)
+    if peer := fields.get("proxied"):
+        sock = ProxiedSocket(sock, tuple(peer))
     client = Client(loop, sock, tuple(address) if address else None, quiet_since)
     client.state = MOVING
     client.has_spoken = fields["spoken"]

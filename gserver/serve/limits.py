@@ -1,9 +1,10 @@
 """How many clients may connect, and how many are connected.
 
 `admit` counts a client and `uncount` takes it out again; `count_address` and `uncount_address` do
-the same for its address, from the accept to the close of its socket. A caller of the first must
-also call the second. For clients that pass from one worker to another, the new worker calls
-`take_over` and `take_over_address`, and the old one `hand_over` and `uncount_address`.
+the same for its address, from the accept (behind a balancer: from the end of the PROXY header) to
+the close of its socket. A caller of the first must also call the second. For clients that pass from
+one worker to another, the new worker calls `take_over` and `take_over_address`, and the old one
+`hand_over` and `uncount_address`.
 """
 
 import socket

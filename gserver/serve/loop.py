@@ -9,8 +9,10 @@ import errno
 import logging
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache, partial
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from math import inf
 from time import monotonic, monotonic_ns, time
 from typing import TYPE_CHECKING, Any, cast
@@ -22,10 +24,22 @@ from gserver import logs
 from gserver.boot import RESERVED_FILES, fatal_on_error
 from gserver.config import Config, plain_host
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
-from gserver.serve.client import CLOSED, IDLE, MOVING, NEW, READ, READ_BYTES, Client, address_fields
+from gserver.serve.client import (
+    CLOSED,
+    DRAIN_GRACE_SECONDS,
+    IDLE,
+    MOVING,
+    NEW,
+    READ,
+    READ_BYTES,
+    Client,
+    address_fields,
+)
 from gserver.serve.deadlines import Deadlines
 from gserver.serve.fastpath import FastPath
 from gserver.serve.limits import Limits
+from gserver.serve.proxied import ProxiedSocket
+from gserver.serve.proxy_header import ProxyHeader
 from gserver.serve.replies import Replies
 from gserver.serve.tls import TlsSocket
 
@@ -46,9 +60,12 @@ MAX_REJECTED = RESERVED_FILES // 2
 #: Clients that were rejected, or closed for a reason, and are remembered.
 MAX_RECENT = 200
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-#: Limit on TLS handshakes in progress in one worker; at most a quarter of its open files. One more
-#: ends the oldest, since an honest handshake takes milliseconds.
-MAX_HANDSHAKES = 1024
+#: Limit on TLS handshakes and PROXY headers in progress in one worker; at most a quarter of its
+#: open files. One more ends the oldest, since an honest one takes milliseconds.
+MAX_ADMISSIONS = 1024
+#: Connections on which a balancer speaks for itself, in one worker. One more counts as a client: a
+#: balancer may say LOCAL of clients, too.
+MAX_PROBES = 16
 
 
 class Loop:
@@ -73,13 +90,17 @@ class Loop:
         self._tls_context = tls_context
         #: Connections for which there are descriptors.
         self.capacity = capacity
-        self._max_handshakes = min(MAX_HANDSHAKES, capacity // 4)
+        self._max_admissions = min(MAX_ADMISSIONS, capacity // 4)
         #: All clients by the descriptors of their sockets, handshakes and rejected ones included.
         self.clients: dict[int, Client] = {}
-        #: Clients with a handshake in progress, the oldest first.
-        self.handshakes: dict[Client, None] = {}
+        #: Balancers: their connections begin with a PROXY header.
+        self._is_balancer = lru_cache(1024)(partial(_is_in, config.balancers))
+        #: Clients that are balancers themselves, which check the server: they are in no count.
+        self.probes: set[Client] = set()
+        #: Clients with a header or a handshake in progress, the oldest first.
+        self.admissions: dict[Client, None] = {}
         #: Those of them that will be rejected, because their address was at its limit.
-        self.surplus_handshakes: dict[Client, None] = {}
+        self.surplus_admissions: dict[Client, None] = {}
         #: When each client was accepted, in monotonic nanoseconds, by descriptor. An array, since a
         #: number in each client would take four times the memory.
         self.accepted_ns = array("q")
@@ -144,13 +165,34 @@ class Loop:
         """Take on a connection that has been accepted."""
         now = monotonic()
         fd = sock.fileno()
-        self.limits.count_address(fd, address[0])
-        if self._tls_context:
-            sock = TlsSocket(sock, self._tls_context)
+        is_proxied = bool(self.config.proxy_from) and self._is_balancer(address[0])
+        if is_proxied:
+            sock = ProxiedSocket(sock, address)
+        else:
+            self.limits.count_address(fd, address[0])
         client = Client(self, sock, address, now)
         if not self._attach(client, monotonic_ns()):
             return
+        self._make_room(must_wait=is_proxied or self.has_tls)
+        if is_proxied:
+            self._await_admission(client, self.config.proxy_header_timeout_seconds, now)
+        else:
+            self._begin(client, now)
+
+    def admit_after_header(self, client: Client, header: ProxyHeader, now: float) -> None:
+        """Go on with a client whose PROXY header has been read."""
+        self._end_admission(client)
+        client.address = client.sock.getpeername()
+        if header.is_local and len(self.probes) < MAX_PROBES:
+            self.probes.add(client)
+        else:
+            self.limits.count_address(client.sock.fileno(), client.address[0])
+        self._begin(client, now)
+
+    def _begin(self, client: Client, now: float) -> None:
+        """Begin the TLS handshake, or admit the client."""
         if self._tls_context:
+            client.sock = TlsSocket(cast(Any, client.sock), self._tls_context)
             self._begin_handshake(client, now)
         else:
             self.guard(client, self.admit, client, now)
@@ -172,28 +214,37 @@ class Loop:
         return True
 
     def _begin_handshake(self, client: Client, now: float) -> None:
-        """Wait for the client's handshake. If there is no room for it, the oldest one ends.
+        """Wait for the client's handshake."""
+        self._await_admission(client, self.config.tls_handshake_timeout_seconds, now)
+        if self.limits.is_over_address_limit(client.sock.fileno()) and client not in self.probes:
+            self.surplus_admissions[client] = None
 
-        A client that will be rejected anyway goes first, so that one address cannot end the
-        handshakes of others.
+    def _make_room(self, *, must_wait: bool) -> None:
+        """End the oldest header or handshake if there is no room for a new client.
+
+        `must_wait`: the client must send a header or a handshake. A client that will be rejected
+        anyway goes first, so that one address cannot end the handshakes of others.
         """
         is_full = len(self.clients) > self.capacity
-        if self.handshakes and (is_full or len(self.handshakes) >= self._max_handshakes):
-            oldest = next(iter(self.surplus_handshakes or self.handshakes))
-            self.guard(oldest, oldest.cut_off_handshake)
-        self.handshakes[client] = None
-        if self.limits.is_over_address_limit(client.sock.fileno()):
-            self.surplus_handshakes[client] = None
-        self.set_deadline(client, now + (self.config.tls_handshake_timeout_seconds or inf))
+        has_too_many = must_wait and len(self.admissions) >= self._max_admissions
+        if self.admissions and (is_full or has_too_many):
+            oldest = next(iter(self.surplus_admissions or self.admissions))
+            self.guard(oldest, oldest.cut_off_admission)
 
-    def _end_handshake(self, client: Client) -> None:
-        self.handshakes.pop(client, None)
-        self.surplus_handshakes.pop(client, None)
+    def _await_admission(self, client: Client, seconds: float, now: float) -> None:
+        """Wait for a header or a handshake for so long; 0 is for ever."""
+        self.admissions[client] = None
+        longest = DRAIN_GRACE_SECONDS if self.is_draining else inf
+        self.set_deadline(client, now + min(seconds or inf, longest))
+
+    def _end_admission(self, client: Client) -> None:
+        self.admissions.pop(client, None)
+        self.surplus_admissions.pop(client, None)
 
     def admit(self, client: Client, now: float) -> None:
         """Count a client, or reject it. Its handshake is over, if there was one."""
-        self._end_handshake(client)
-        error = self.limits.admit(client.sock.fileno())
+        self._end_admission(client)
+        error = None if client in self.probes else self.limits.admit(client.sock.fileno())
         if error:
             self.rejected += 1
             self.rejected_now += 1
@@ -212,6 +263,17 @@ class Loop:
             client.await_input(now)
         elif self.config.idle_timeout_seconds:
             self.set_deadline(client, now + self.config.idle_timeout_seconds)
+
+    def uncount(self, client: Client) -> None:
+        """Take an admitted client out of the count, if it is in it."""
+        if client not in self.probes:
+            self.limits.uncount()
+
+    def dismiss_probes(self, now: float) -> None:
+        """Close the probes that are silent: they are not handed over."""
+        for client in list(self.probes):
+            if client.state is IDLE and client.quiet_since + DRAIN_GRACE_SECONDS <= now:
+                self.guard(client, client.finish)
 
     def may_linger_rejected(self) -> bool:
         """Whether one more rejected client may linger."""
@@ -428,7 +490,7 @@ class Loop:
     def remove(self, client: Client, *, was_rejected: bool) -> None:
         """Forget a client, and close its socket. Raises SystemError if other code has closed it."""
         self.queue.pop(client, None)
-        self._end_handshake(client)
+        self._end_admission(client)
         if was_rejected:
             self.rejected -= 1
         else:
@@ -469,6 +531,7 @@ class Loop:
 
     def _forget(self, client: Client) -> None:
         self.reply_counts.pop(client, None)
+        self.probes.discard(client)
         fd = client.sock.fileno()
         client.deadline = inf
         if self.clients.get(fd) is client:
@@ -481,6 +544,11 @@ class Loop:
         # A stale deadline may refer to the client for a while: its buffers must not stay.
         client.work, client.sock = None, cast(Any, None)
         self._on_close()
+
+
+def _is_in(networks: Sequence[IPv4Network | IPv6Network], host: str) -> bool:
+    address = ip_address(plain_host(host).partition("%")[0])
+    return any(address in network for network in networks)
 
 
 def _fatal_unless_out_of_memory(error: OSError) -> Exception:

@@ -49,8 +49,12 @@ def _list(loop: Loop) -> Iterator[dict[str, Any]]:
     for ends in _parts(list(loop.recent_ends)):
         yield {"recent": ends}
     for part in _parts(list(loop.clients.values())):
-        found = [_describe(loop, client) for client in part if client.state in COUNTED]
+        found = [_describe(loop, client) for client in part if _is_counted(loop, client)]
         yield {"clients": found}
+
+
+def _is_counted(loop: Loop, client: Client) -> bool:
+    return client.state in COUNTED and client not in loop.probes
 
 
 def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -97,6 +101,6 @@ def _close(loop: Loop, id_or_address: str) -> Iterator[dict[str, Any]]:
 
 
 def _is_meant(loop: Loop, client: Client, id_or_address: str) -> bool:
-    if client.state not in COUNTED or client.state is MOVING:
+    if not _is_counted(loop, client) or client.state is MOVING:
         return False
     return id_or_address in (client_id(loop, client), loop.peer(client)[0])

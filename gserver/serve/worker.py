@@ -197,7 +197,7 @@ class Worker:
             return True
         # A handshake can be ended to make room. Other workers may have room. If none has, a new
         # client is accepted, so that it gets the error reply.
-        has_room = bool(loop.handshakes) or len(loop.clients) - loop.rejected < loop.capacity
+        has_room = bool(loop.admissions) or len(loop.clients) - loop.rejected < loop.capacity
         return not has_room and self.limits.clients_of_server() < self._config.max_clients
 
     def is_ahead(self) -> bool:
@@ -300,9 +300,11 @@ class Worker:
         self._note_handover(sender.clients, monotonic() - started_at, can_move=can_move)
         until = monotonic() + self._config.drain_timeout_seconds
         while loop.clients and not loop.is_draining:
-            is_over = monotonic() >= until  # Before the last look: the machine may have slept.
+            now = monotonic()
+            is_over = now >= until  # Before the last look: the machine may have slept.
             if can_move:
                 sender.send_ready()
+                loop.dismiss_probes(now)
             if is_over and can_move and any(each.may_move for each in loop.clients.values()):
                 raise HandoverError("the new worker takes no more clients")
             if is_over:
