@@ -1,5 +1,6 @@
 """HAProxy with the shipped configuration."""
 
+import os
 import re
 import socket
 import subprocess
@@ -11,6 +12,10 @@ from lab.redises import free_port
 from lab.running import LIMIT, ROOT, Running, program, until
 
 CONFIG = ROOT / "deploy/haproxy/haproxy.cfg"
+#: The address of HAProxy on this machine. Clients of tests have others.
+ADDRESS = "127.0.0.10"
+#: The option that servers behind it need.
+TRUSTED = "--proxy-from", ADDRESS
 
 
 class Front(ExitStack[None]):
@@ -22,12 +27,18 @@ class Front(ExitStack[None]):
         servers: list[Running],
         of_one_address: int = 0,
         addresses: Sequence[str] = ("127.0.0.1",) * 3,
+        source: str = ADDRESS,
         **settings: list[str],
     ) -> None:
-        """`settings` extend the servers' lines: a value for each server."""
+        """`source` is the address of its connections. `settings` extend the servers' lines: a value
+        for each server.
+        """
         super().__init__()
-        self.port = free_port()
+        self.port, self.statistics_port = free_port(), free_port()
         text = CONFIG.read_text().replace("bind 127.0.0.1:4242", f"bind 127.0.0.1:{self.port}")
+        text = text.replace("bind 127.0.0.1:8404", f"bind 127.0.0.1:{self.statistics_port}")
+        if os.geteuid():
+            text = re.sub(r"^ +(user|group|chroot) .*$", "", text, flags=re.M)
         text = text.replace(
             "    #stats socket /run/haproxy.sock", f"    stats socket {folder}/haproxy.sock"
         )
@@ -35,7 +46,9 @@ class Front(ExitStack[None]):
             text = re.sub(r"#(stick-table|tcp-request)", r"\1", text).replace(
                 " gt 100 }", f" gt {of_one_address} }}"
             )
-        text, count = re.subn(r"(default-server check )port 4243 ", r"\1", text)
+        text, count = re.subn(
+            r"(default-server send-proxy-v2 check )port 4243 ", rf"\1source {source} ", text
+        )
         assert count == 1
         for number, server in enumerate(servers, 1):
             old = f"server gs{number} 10.0.0.{number}:4242"

@@ -49,7 +49,7 @@ class World(ExitStack[None]):
             else:
                 self.store = stack.enter_context(Pair(folder, hosts=self.redis_hosts[:2]))
             options = ["--redis-url", self.store.url, "--heartbeat-interval", str(interval)]
-            options += ["--member-ttl", str(ttl), *OPTIONS]
+            options += ["--member-ttl", str(ttl), "--proxy-from", self.front_host.address, *OPTIONS]
             env = {"GSERVER_ADMIN_TOKEN": "secret"}
             #: The code that all servers run.
             self.installed = Installed(folder)
@@ -63,7 +63,9 @@ class World(ExitStack[None]):
             with self.front_host.inside():
                 addresses = [member.host.address for member in self.members]
                 servers = [member.server for member in self.members]
-                self.front = stack.enter_context(Front(folder, servers, addresses=addresses))
+                self.front = stack.enter_context(
+                    Front(folder, servers, addresses=addresses, source=self.front_host.address)
+                )
             self.push(stack.pop_all())
 
     @property

@@ -3,11 +3,13 @@
 One server drains, one dies, one retires.
 """
 
+import json
 import re
 import signal
 import subprocess
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from gserver.config import Config
+from lab.admin import get
 from lab.documents import DEPLOYING, section
-from lab.haproxy import CONFIG, Front
+from lab.haproxy import CONFIG, TRUSTED, Front
 from lab.redises import Redis
 from lab.running import LIMIT, PATIENCE, Client, Running, argv, program, until
 
@@ -112,6 +115,7 @@ def service(folder: Path, *options: str) -> Iterator[tuple[list[Running], Front,
             "--redis-url",
             redis.url,
             *argv(f"--admin-port 0 --drain-delay {DRAIN_DELAY}"),
+            *TRUSTED,
             *options,
         ]
         servers = [
@@ -161,7 +165,7 @@ def test_the_configuration_is_as_the_page_says() -> None:
 def test_no_client_is_rejected_while_a_server_has_room_and_excess_waits(tmp_path: Path) -> None:
     sizes = [5, 20, 20]
     with ExitStack() as stack:
-        common = ["--admin-port", "0", "--max-clients"]
+        common = [*TRUSTED, "--admin-port", "0", "--max-clients"]
         servers = [
             stack.enter_context(Running("--server-id", f"server-{number}", *common, str(size)))
             for number, size in enumerate(sizes, 1)
@@ -262,3 +266,34 @@ def test_haproxy_itself_stops_without_breaking_a_connection(tmp_path: Path) -> N
             until(lambda: not accepts(front.port), "HAProxy no longer accepts")
             assert client.ask(b"WHY") == b"42"
         assert front.process.wait(LIMIT) == 0
+
+
+def test_servers_know_the_addresses_of_the_clients(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        options = [*TRUSTED, "--admin-port", "0"]
+        servers = [stack.enter_context(Running(*options)) for _ in range(3)]
+        front = stack.enter_context(Front(tmp_path, servers))
+        sources = [f"127.0.0.{number}" for number in range(20, 26)]
+        for source in sources:
+            client = stack.enter_context(Client(front.port, source=source))
+            assert client.ask(b"WHY") == b"42"
+
+        def listed() -> list[str]:
+            found = [json.loads(get(server, "/clients.json")[2])["clients"] for server in servers]
+            return sorted(client["address"] for each in found for client in each)
+
+        until(lambda: listed() == sources, "they are listed")
+        # Other clients need no balancer.
+        assert {server.who() for server in servers} == {3}
+
+
+def test_statistics_are_for_people_and_for_prometheus(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(Running(*TRUSTED, "--admin-port", "0")) for _ in range(3)]
+        front = stack.enter_context(Front(tmp_path, servers))
+        where = f"http://127.0.0.1:{front.statistics_port}"
+        with urllib.request.urlopen(where, timeout=LIMIT) as page:
+            assert b"gs3" in page.read()
+        with urllib.request.urlopen(f"{where}/metrics", timeout=LIMIT) as page:
+            figures = page.read().decode()
+        assert 'haproxy_server_status{proxy="gservers",server="gs1",state="UP"} 1' in figures
