@@ -1,0 +1,206 @@
+"""deploy/compose.yaml: docker-compose accepts it, and all that it starts works together.
+
+There is no Docker here. Its parts run as processes with the commands and variables of the file, at
+their addresses, in a network namespace.
+"""
+
+import json
+import os
+import re
+import secrets
+import shlex
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.host import Host
+from lab.packages import package
+from lab.running import GSERVER, LIMIT, ROOT, Client, environment, program, unavailable, until
+
+DEPLOY = ROOT / "deploy"
+FILE = DEPLOY / "compose.yaml"
+TOKEN = "a-token-of-the-test"
+SERVERS = ("server-1", "server-2", "server-3")
+
+
+def composed() -> dict[str, Any]:
+    """The file as docker-compose reads it."""
+    done = subprocess.run(
+        [program("docker-compose"), "--file", str(FILE), "config"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "GSERVER_ADMIN_TOKEN": TOKEN},
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    found: dict[str, Any] = package("yaml").safe_load(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = composed()["services"]
+    return found
+
+
+def address(service: dict[str, Any]) -> str:
+    return str(service["networks"]["gserver"]["ipv4_address"])
+
+
+def test_without_a_token_it_says_what_to_do() -> None:
+    done = subprocess.run(
+        [program("docker-compose"), "--file", str(FILE), "config"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "GSERVER_ADMIN_TOKEN"},
+    )
+    assert done.returncode != 0
+    assert "see the top of deploy/compose.yaml" in done.stderr
+
+
+def test_addresses_and_files_are_those_of_the_other_files(services: dict[str, Any]) -> None:
+    servers = [address(services[name]) for name in SERVERS]
+    text = (DEPLOY / "haproxy/haproxy.cfg").read_text()
+    balanced = re.findall(r"^ +server gs\d ([\d.]+):4242", text, re.M)
+    scraped = re.findall(r"- ([\d.]+):4243", (DEPLOY / "prometheus/prometheus.yml").read_text())
+    assert servers == balanced == scraped
+    datasource = (DEPLOY / "compose/grafana/datasources/prometheus.yaml").read_text()
+    assert f"http://{address(services['prometheus'])}:9090" in datasource
+    build = services["server-1"]["build"]
+    assert (Path(build["context"]) / build["dockerfile"]).samefile(DEPLOY / "docker/Dockerfile")
+    mounted = [volume for each in services.values() for volume in each.get("volumes", ())]
+    for volume in mounted:
+        source = volume.split(":")[0]
+        assert not source.startswith("/") or Path(source).exists(), volume
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (DEPLOY / "grafana" / Path(home).name).exists()
+    published = [port for each in services.values() for port in each.get("ports", ())]
+    assert all(port.startswith("127.0.0.1:") for port in published), "loopback only"
+
+
+@contextmanager
+def namespace(addresses: list[str]) -> Iterator[Host]:
+    """A host of its own with all these addresses."""
+    if os.geteuid() != 0:
+        unavailable("network namespaces need root")
+    name = f"gserver-compose-{secrets.token_hex(4)}"
+    ip = program("ip")
+    subprocess.run([ip, "netns", "add", name], check=True)
+    try:
+        subprocess.run([ip, "-n", name, "link", "set", "lo", "up"], check=True)
+        for each in addresses:
+            subprocess.run(
+                [ip, "-n", name, "address", "add", f"{each}/32", "dev", "lo"], check=True
+            )
+        yield Host(name, "127.0.0.1")
+    finally:
+        subprocess.run([ip, "netns", "delete", name], check=True)
+
+
+class Scene(ExitStack[None]):
+    """All services as processes."""
+
+    def __init__(self, folder: Path, services: dict[str, Any], host: Host) -> None:
+        super().__init__()
+        self._folder, self._services, self._host = folder, services, host
+        self._prometheus = f"{address(services['prometheus'])}:9090"
+
+    def start(self) -> None:
+        """Start all of them."""
+        folder, services = self._folder, self._services
+        for name in ("redis-1", "redis-2"):
+            words = self.command(name)
+            self.run([program(words[0]), *words[1:], "--bind", address(services[name])])
+        for name in SERVERS:
+            own = services[name]["environment"]
+            # In their containers, they listen on all addresses, and on the ports of the image.
+            own |= {"GSERVER_HOST": address(services[name]), "GSERVER_ADMIN_PORT": "4243"}
+            own |= {"GSERVER_ADMIN_HOST": own["GSERVER_HOST"]}
+            self.run([*GSERVER, "serve"], env=environment(**own))
+        paths = [DEPLOY / "haproxy/haproxy.cfg", DEPLOY / "compose/published.cfg"]
+        inside = [f"/etc/haproxy/{path.name}" for path in paths]
+        assert self.command("haproxy") == ["haproxy", "-f", inside[0], "-f", inside[1]]
+        # HAProxy's own address decides whom the servers trust.
+        source = f"default-server source {address(services['haproxy'])} "
+        copy = folder / "haproxy.cfg"
+        copy.write_text(paths[0].read_text().replace("default-server ", source))
+        self.run([program("haproxy"), "-db", "-f", str(copy), "-f", str(paths[1])])
+        for name in ("prometheus.yml", "gserver.rules.yml"):
+            (folder / name).write_text((DEPLOY / "prometheus" / name).read_text())
+        (folder / "gserver.token").write_text(TOKEN)
+        self.run(
+            [
+                program("prometheus"),
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address={self._prometheus}",
+            ]
+        )
+
+    def command(self, name: str) -> list[str]:
+        command = self._services[name]["command"]
+        return shlex.split(command) if isinstance(command, str) else list(command)
+
+    def run(self, words: list[str], **more: Any) -> None:
+        with self._host.inside(), (self._folder / "log").open("ab") as log:
+            process = subprocess.Popen(words, stdout=log, stderr=log, cwd=self._folder, **more)
+
+        def end() -> None:
+            process.terminate()
+            process.wait(LIMIT)
+
+        self.callback(end)
+
+    def client(self, source: str) -> Client:
+        """A client that comes by the port that is published."""
+        [port] = [
+            each.split(":") for each in self._services["haproxy"]["ports"] if ":4242:" in each
+        ]
+        with self._host.inside():
+            return self.enter_context(Client(int(port[2].split("/")[0]), source=source))
+
+    def ask(self, query: str) -> list[Any]:
+        with (
+            self._host.inside(),
+            urllib.request.urlopen(
+                f"http://{self._prometheus}/api/v1/query?query={query}", timeout=LIMIT
+            ) as answer,
+        ):
+            found: list[Any] = json.load(answer)["data"]["result"]
+            return found
+
+    def who(self) -> int:
+        try:
+            return self.client("127.0.0.1").who()
+        except (OSError, AssertionError):
+            return -1
+
+
+def test_all_that_it_starts_works_together(tmp_path: Path, services: dict[str, Any]) -> None:
+    used = [address(each) for each in services.values() if "networks" in each]
+    with namespace(used) as host, Scene(tmp_path, services, host) as scene:
+        scene.start()
+        until(lambda: scene.who() > 0, "HAProxy and a server answer", LIMIT)
+        before = scene.who()
+        clients = [scene.client(f"127.0.0.{number}") for number in range(20, 26)]
+        assert {client.ask(b"WHERE").decode() for client in clients} <= set(SERVERS)
+        until(lambda: clients[0].who() == before + len(clients), "all servers count all clients")
+        listed = subprocess.run(
+            ["ip", "netns", "exec", host.name, *GSERVER, "clients", "--json"]
+            + [word for name in SERVERS for word in ("--admin", f"{address(services[name])}:4243")],
+            capture_output=True,
+            text=True,
+            env=environment(GSERVER_ADMIN_TOKEN=TOKEN),
+            check=True,
+        ).stdout
+        for number in range(20, 26):
+            assert f'"127.0.0.{number}"' in listed, "the servers know the clients' addresses"
+        until(lambda: len(scene.ask("gserver_ready==1")) == 3, "Prometheus scrapes all", LIMIT)
+        assert not scene.ask("gserver_cluster_servers!=3")
