@@ -196,16 +196,16 @@ def test_the_time_of_a_failover_is_that_of_all_its_trials() -> None:
 
 def test_the_page_names_the_commits_of_its_figures_and_the_figures_without_one() -> None:
     machines = {name: {"machine": {"gserver": f"gserver {name}"}} for name in page.MEASURED}
-    machines["outages"] = machines["timelines"]
+    machines["outages"] = {**machines["timelines"], "machine_of_two": {"gserver": "gserver two"}}
     machines["faults"] = {"machine": {}}
     fuzz = {"core": {"gserver": "gserver x"}, "sockets": {}}
     text = page.commits({**machines, "fuzz": fuzz})
-    assert "(timelines, costs of faults: timelines; soak: soak)" in text
+    assert "(timelines, costs of faults: timelines; soak: soak; WHO with two Redis: two)" in text
     assert "No commit is recorded for: fault matrix, fuzzing." in text
     complete = page.commits(
         {**machines, "faults": machines["soak"], "fuzz": {"core": {"gserver": "x"}}}
     )
-    assert "soak, fault matrix: soak; fuzzing: x" in complete
+    assert "soak, fault matrix: soak; WHO with two Redis: two; fuzzing: x" in complete
     assert "No commit" not in complete
 
 
