@@ -47,7 +47,14 @@ FLAGS_OF_OTHERS = {
     "--read-only",
     "--publish",
 }
-FLAGS_OF_OTHERS |= {"--cert", "--key"}
+FLAGS_OF_OTHERS |= {"--cert", "--key", "--build", "--detach"}
+FLAGS_OF_OTHERS |= {
+    "--save",
+    "--appendonly",
+    "--maxmemory",
+    "--maxmemory-policy",
+    "--protected-mode",
+}
 FLAGS_OF_OTHERS |= {"--build-arg", "--from", "--quiet", "--yes", "--root-user-action"}
 #: Variables of gserver that are not options of `serve`.
 FLAGS_OF_OTHERS |= {"--version"}
