@@ -118,16 +118,14 @@ class View:
 def merge(views: Sequence[View], late_ms: int, now: int) -> Total:
     """Return the sum of the newest share of each server. `now` is the age of an empty one.
 
-    A server counts if any engine lists it, or has listed it last before it went away or lost its
-    data. There are two exceptions, in which another engine knows better:
+    A server counts if at least one of its entries is valid. The entry of engine X is not valid if:
 
-    - it has seen the server go, and the server has not reported to this one since, or for
-      `late_ms` at most; if this one is away, it is enough that the server has not come back to the
-      other one after that has lost its data;
-    - it is steady and does not list the server, which has not reported to this one either since
-      this one is watched.
+    1. engine Y has named the end of the server, and the entry of X is at most `late_ms` newer;
+    2. X is away, Y has lost its data, and the server has not come back to Y; the same applies;
+    3. Y is steady and does not list the server, and the server has not reported to X since X is
+       watched.
 
-    A server that was lost may also be alive, and reach only an engine that is away: it is doubtful.
+    A server without a valid entry that has not left may be alive: it is doubtful.
     """
     ids = {server_id for view in views for server_id in (*view.listed, *view.held)}
     found, doubtful = [], [now]

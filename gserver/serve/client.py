@@ -722,7 +722,7 @@ class Client:
     def cut_off_admission(self) -> None:
         """End a handshake, since there are too many. If it has failed already, only close."""
         if self.state is NEW:
-            self._fail_admission(ConnectionAbortedError("too many handshakes are in progress"))
+            self._fail_admission(ConnectionAbortedError("too many others are in progress"))
         else:
             self.close()
 

@@ -78,12 +78,20 @@ def assert_is_confined(process: psutil.Process) -> None:
     assert "/tmp" not in [mount[1] for mount in mounts]
 
 
-def test_the_health_check_fails_if_nothing_answers(engine: Engine) -> None:
+@pytest.mark.parametrize(
+    ("variable", "is_healthy"),
+    [("GSERVER_ADMIN_PORT=off", False), ("REDIS_URL=redis://127.0.0.1:1", True)],
+    ids=["nothing answers", "Redis is away"],
+)
+def test_the_health_check_fails_only_if_the_server_does_not_live(
+    engine: Engine, variable: str, is_healthy: bool
+) -> None:
     with (
         Network(1) as network,
-        engine.serving(IMAGE, network.hosts[0], "--env", "GSERVER_ADMIN=127.0.0.1:1") as container,
+        engine.serving(IMAGE, network.hosts[0], "--env", variable) as container,
     ):
-        assert not container.is_healthy()
+        container.server.wait_for("server.listening")
+        assert container.is_healthy() is is_healthy
 
 
 def test_the_labels_say_what_the_program_says(engine: Engine) -> None:
