@@ -121,7 +121,7 @@ def test_every_error_reply_is_documented_with_its_consequence() -> None:
 def test_the_pages_name_every_script() -> None:
     pages = README + (ROOT / "CONTRIBUTING.md").read_text()
     assert {path.name for path in (ROOT / "bin").iterdir()} == set(
-        re.findall(r"(?<!venv/)bin/([a-z]+)", pages)
+        re.findall(r"(?<!venv/)bin/([a-z-]+)", pages)
     )
 
 

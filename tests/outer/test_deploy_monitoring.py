@@ -157,7 +157,7 @@ def test_the_runbook_names_only_existing_events_options_and_sections() -> None:
     anchors = {name.lower() for name in ALERTS}
     assert set(re.findall(r"\]\(#([^)]+)\)", RUNBOOK)) <= anchors
     titles = {
-        title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", OPERATIONS, re.M)
+        title.lower().replace(" ", "-") for title in re.findall(r"^###? (.*)$", OPERATIONS, re.M)
     }
     assert set(re.findall(r"operations\.md#([^)]+)\)", RUNBOOK)) <= titles
 
