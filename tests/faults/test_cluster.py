@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from operator import le
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def test_a_paused_server_is_dropped_and_comes_back(cluster: Cluster, notes: Note
     cluster.check()
     assert cluster.events("cluster.expired") == [expired[0] + 1, *expired[1:]]
     assert cluster.processes() == before, "no process was replaced"
-    assert cluster.descriptors() == descriptors
+    # There may have been one more before: a connection that was being replaced.
+    until(lambda: all(map(le, cluster.descriptors(), descriptors)), "no descriptor is left behind")
     notes.happened("the others dropped it, and it logged this when it returned")
 
 
