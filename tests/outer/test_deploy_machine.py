@@ -54,6 +54,8 @@ FLAGS_OF_OTHERS |= {
     "--maxmemory",
     "--maxmemory-policy",
     "--protected-mode",
+    "--config",
+    "--storage",
 }
 FLAGS_OF_OTHERS |= {"--build-arg", "--from", "--quiet", "--yes", "--root-user-action"}
 #: Variables of gserver that are not options of `serve`.
