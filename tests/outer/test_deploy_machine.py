@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from gserver.config import OPTIONS, environment_names, flag
+from lab import operator_rules
 from lab.booted import UNITS, Booted
 from lab.certificates import make_certificates
 from lab.documents import DEPLOYING
@@ -22,6 +23,7 @@ from lab.redises import free_port
 from lab.running import GSERVER, LIMIT, PATIENCE, ROOT, Client, Running, program, until
 
 DEPLOY = ROOT / "deploy"
+SECURITY = (ROOT / "docs/security.md").read_text()
 
 
 def unit(name: str) -> dict[str, dict[str, str]]:
@@ -47,7 +49,7 @@ FLAGS_OF_OTHERS = {
     "--read-only",
     "--publish",
 }
-FLAGS_OF_OTHERS |= {"--cert", "--key", "--build", "--detach"}
+FLAGS_OF_OTHERS |= {"--cert", "--key", "--build", "--detach", "--kustomize"}
 FLAGS_OF_OTHERS |= {
     "--save",
     "--appendonly",
@@ -65,8 +67,11 @@ FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--
 
 def manifests() -> dict[str, Any]:
     """The objects of the manifest by kind."""
-    with (DEPLOY / "kubernetes/gserver.yaml").open() as stream:
-        return {each["kind"]: each for each in package("yaml").safe_load_all(stream)}
+    return by_kind((DEPLOY / "kubernetes/base/gserver.yaml").read_text())
+
+
+def by_kind(text: str) -> dict[str, Any]:
+    return {each["kind"]: each for each in package("yaml").safe_load_all(text)}
 
 
 def container() -> dict[str, Any]:
@@ -326,51 +331,76 @@ def test_under_systemd_a_key_is_a_credential_or_a_group_readable_file(tmp_path: 
 # Kubernetes.
 
 
-def uncommented(lines: str) -> str:
-    """The YAML with its commented-out settings: lines that begin with # and no blank."""
-    return re.sub(
-        r"(?m)^( *)#(?=[^ #])(.*(?:\n\1#  .*)*)", lambda found: found[0].replace("#", ""), lines
-    )
+def kustomized(folder: str) -> str:
+    """What `kubectl apply --kustomize` would send."""
+    command = [program("kubectl"), "kustomize", str(DEPLOY / "kubernetes" / folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-@pytest.mark.parametrize("has_tls", [False, True])
-def test_the_manifest_fits_the_schemas_of_kubernetes(has_tls: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["base", "tls"])
+def test_the_manifests_fit_the_schemas_of_kubernetes(folder: str, tmp_path: Path) -> None:
     package("kubernetes_validate")
-    text = (DEPLOY / "kubernetes/gserver.yaml").read_text()
-    (tmp_path / "gserver.yaml").write_text(uncommented(text) if has_tls else text)
-    validate = [
-        sys.executable,
-        "-m",
-        "kubernetes_validate",
-        "--strict",
-        str(tmp_path / "gserver.yaml"),
-    ]
+    (tmp_path / "all.yaml").write_text(text := kustomized(folder))
+    assert set(by_kind(text)) == set(manifests())
+    validate = [sys.executable, "-m", "kubernetes_validate", "--strict", str(tmp_path / "all.yaml")]
     done = subprocess.run(validate, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count(" passed ") == len(manifests())
 
 
 def test_with_tls_the_manifest_mounts_what_the_server_reads() -> None:
-    text = uncommented((DEPLOY / "kubernetes/gserver.yaml").read_text())
-    pod = next(package("yaml").safe_load_all(text))["spec"]["template"]["spec"]
+    plain, pod = (
+        by_kind(kustomized(folder))["Deployment"]["spec"]["template"]["spec"]
+        for folder in ("base", "tls")
+    )
     [container], [volume] = pod["containers"], pod["volumes"]
     [mount] = container["volumeMounts"]
-    named = {
-        each["name"]: each["value"]
-        for each in container["env"]
-        if each["name"].startswith("GSERVER_TLS")
-    }
+    values = {each["name"]: each.get("value") for each in container["env"]}
+    named = {name: values.pop(name) for name in list(values) if name.startswith("GSERVER_TLS")}
+    assert set(values) == {each["name"] for each in plain["containers"][0]["env"]}
     # A Secret of type kubernetes.io/tls has these two keys.
     assert named == {
         f"GSERVER_TLS_{name}": f"{mount['mountPath']}/tls.{end}"
         for name, end in (("CERT", "crt"), ("KEY", "key"))
     }
     assert mount["name"] == volume["name"]
-    assert f"secret tls {volume['secret']['secretName']} " in text
+    comments = (DEPLOY / "kubernetes/tls/kustomization.yaml").read_text()
+    assert f"secret tls {volume['secret']['secretName']} " in comments
     assert (volume["secret"]["defaultMode"], pod["securityContext"]["fsGroup"]) == (
         0o440,
         pod["securityContext"]["runAsUser"],
     )
+
+
+def test_clients_fit_the_memory_whatever_they_send() -> None:
+    """By the figures of docs/security.md: what a process takes, and what a hostile client holds."""
+    values = {each["name"]: each.get("value") for each in container()["env"]}
+    [hostile] = re.findall(r"and (\d+) KB \(WHERE with a long id\)", SECURITY)
+    idle_mb = 22 + 32 + 29
+    assert container()["resources"]["limits"]["memory"] == "1Gi"
+    assert int(values["GSERVER_MAX_CLIENTS"]) * int(hostile) / 1000 + idle_mb < 2**30 / 1e6
+
+
+def test_the_rules_for_the_operator_are_those_of_prometheus() -> None:
+    found = by_kind(kustomized("monitoring"))
+    rules = package("yaml").safe_load((DEPLOY / "prometheus/gserver.rules.yml").read_text())
+    assert operator_rules.FILE.read_text() == operator_rules.rendered(), (
+        "python -m lab.operator_rules"
+    )
+    assert found["PrometheusRule"]["spec"] == rules
+    [endpoint] = found["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in {each["name"] for each in container()["ports"]}
+    labels = manifests()["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert found["PodMonitor"]["spec"]["selector"]["matchLabels"] == labels
+    key = endpoint["authorization"]["credentials"]
+    [token] = [
+        each["valueFrom"]["secretKeyRef"]
+        for each in container()["env"]
+        if each["name"] == "GSERVER_ADMIN_TOKEN"
+    ]
+    assert key == token
 
 
 def test_names_in_the_manifest_are_consistent() -> None:
@@ -381,6 +411,8 @@ def test_names_in_the_manifest_are_consistent() -> None:
     assert found["Service"]["spec"]["selector"] == labels
     assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
     assert found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    assert found["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "gserver"
+    assert pod["spec"]["serviceAccountName"] == found["ServiceAccount"]["metadata"]["name"]
     # Otherwise Kubernetes sets a GSERVER_PORT variable from the Service's name.
     assert pod["spec"]["enableServiceLinks"] is False
     ports = {each["name"] for each in container()["ports"]}
