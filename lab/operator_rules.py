@@ -5,8 +5,8 @@ from lab.running import ROOT
 SOURCE = ROOT / "deploy/prometheus/gserver.rules.yml"
 FILE = ROOT / "deploy/kubernetes/monitoring/rules.yaml"
 HEAD = """\
-# The rules of deploy/prometheus/gserver.rules.yml, which has the comments, for the Prometheus operator. After a change there:
-#   python -m lab.operator_rules
+# The rules of deploy/prometheus/gserver.rules.yml for the Prometheus operator. That file has the
+# comments. After a change there: python -m lab.operator_rules
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
