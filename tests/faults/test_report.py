@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from lab.running import LIMIT, ROOT, argv, environment, until
+from tests.faults.report import seedless
 
 ROW = """
 import signal
@@ -71,6 +72,11 @@ def test_an_existing_report_does_not_change_the_root_of_the_tests(tmp_path: Path
     )
     assert f"\nrootdir: {ROOT}\nconfigfile: pyproject.toml\n" in output
     assert there.read_text() == "{}"
+
+
+def test_a_row_replaces_that_of_another_seed() -> None:
+    first, second, other = (f"test_it[{name}]" for name in ("A_SEED=1", "A_SEED=23", "one"))
+    assert seedless(first) == seedless(second) != seedless(other) == other
 
 
 def test_a_run_without_cases_writes_no_report(tmp_path: Path) -> None:
