@@ -1,5 +1,6 @@
 """Rows of the fault matrix: the name of a fault, its variants, and its notes."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,3 +74,8 @@ class Notes:
     @property
     def is_proven(self) -> bool:
         return any(name == "happened" for name, _ in self._properties)
+
+
+def seedless(test: str) -> str:
+    """The name of a test without a seed that was drawn: a row replaces that of another seed."""
+    return re.sub(r"_SEED=\d+", "", test)

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.machine import source
+from lab.rows import seedless
 from lab.site import SEED
 
 OUTCOMES: Final = {"passed": "survived", "failed": "FAILED", "skipped": "SKIPPED"}
@@ -107,11 +107,6 @@ class Matrix:
             head = json.dumps(report | {"cases": []}).removesuffix("[]}")
             self._path.write_text(f"{head}[\n{lines}\n]}}\n")
             console.print(f"written to {self._path}")
-
-
-def seedless(test: str) -> str:
-    """The name of a test without a seed that was drawn: a row replaces that of another seed."""
-    return re.sub(r"_SEED=\d+", "", test)
 
 
 def _measured(properties: list[tuple[str, Any]]) -> list[tuple[str, float, str]]:

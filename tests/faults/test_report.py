@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lab.rows import seedless
 from lab.running import LIMIT, ROOT, argv, environment, until
-from tests.faults.report import seedless
 
 ROW = """
 import signal
