@@ -11,7 +11,7 @@ import pytest
 from lab.admin import get, metrics
 from lab.haproxy import ADDRESS, TRUSTED
 from lab.redises import free_port
-from lab.running import LIMIT, Client, Running, argv, program, until
+from lab.running import LIMIT, Client, Running, argv, is_refused, program, until
 from lab.tls_client import certified, trust
 
 CONFIG = """
@@ -43,19 +43,11 @@ def haproxy(folder: Path, server: Running, options: str, check: str = CHECK) -> 
     file.write_text(text)
     with subprocess.Popen([program("haproxy"), "-db", "-f", str(file)]) as process:
         try:
-            until(lambda: not is_closed(port), "HAProxy listens")
+            until(lambda: not is_refused(port), "HAProxy listens")
             yield port
         finally:
             process.kill()
             process.wait(LIMIT)
-
-
-def is_closed(port: int) -> bool:
-    try:
-        with Client(port):
-            return False
-    except ConnectionRefusedError:
-        return True
 
 
 def replies(server: Running) -> float:
