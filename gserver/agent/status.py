@@ -142,12 +142,11 @@ def status(
     document["cluster"] = document.get("cluster")
     if config.redis_url:
         document["cluster"]["name"] = config.cluster_name
-        # While a Redis answers that has all its data, WHO is exact.
-        engines = facts.engines
+        engines = document["cluster"]["engines"] = facts.engines
+        # WHO is exact while one Redis answers and has all its data.
         document["cluster"]["is_held"] = any(each["is_held"] for each in engines) and all(
             each["is_held"] or each["is_away"] for each in engines
         )
-        document["cluster"]["engines"] = facts.engines
         document["cluster"]["members"] = members
     return document
 

@@ -64,10 +64,12 @@ def _parse_reply(raw: Any) -> Reply:
     reply = Reply(*raw)
     texts = {"holder", "listed", "gone"}
     numbers = [value for name, value in reply._asdict().items() if name not in texts]
-    if not all(isinstance(number, int) and 0 <= number < 2**53 for number in numbers):
-        raise ValueError("the reply does not have the script's form")
-    said = [*reply.listed, reply.gone]
-    if len(reply.listed) % 3 or not all(isinstance(text, bytes) for text in said):
+    has_form = (
+        all(isinstance(number, int) and 0 <= number < 2**53 for number in numbers)
+        and all(isinstance(text, bytes) for text in (*reply.listed, reply.gone))
+        and len(reply.listed) % 3 == 0
+    )
+    if not has_form:
         raise ValueError("the reply does not have the script's form")
     return reply._replace(holder=raw[5].decode(), listed=tuple(reply.listed))
 

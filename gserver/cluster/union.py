@@ -37,7 +37,7 @@ class End(NamedTuple):
     is_inferred: bool = False
 
     def is_after(self, share: Share, late_ms: int) -> bool:
-        """Whether the server gave this share before it went, up to `late_ms` later at most."""
+        """Whether the server sent this share before it went, or at most `late_ms` later."""
         if share.incarnation == self.incarnation:
             return share.sequence <= self.sequence + late_ms * 1000
         return share.confirmed <= self.at + late_ms

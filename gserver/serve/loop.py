@@ -232,7 +232,7 @@ class Loop:
             self.guard(oldest, oldest.cut_off_admission)
 
     def _await_admission(self, client: Client, seconds: float, now: float) -> None:
-        """Wait for a header or a handshake for so long; 0 is for ever."""
+        """Wait for a header or a handshake, for `seconds` at most; 0 = no limit."""
         self.admissions[client] = None
         longest = DRAIN_GRACE_SECONDS if self.is_draining else inf
         self.set_deadline(client, now + min(seconds or inf, longest))
