@@ -88,6 +88,7 @@ def test_the_next_agent_continues_with_all_that_this_one_has_published() -> None
     config = Config(redis_url="redis://a redis://b redis://c", server_id="here")
     sender = Engines(config, scoreboard).senders[2]
     known = {"remote_clients": 11, "servers": 3, "last_clock": 13, "lost_at": 12, "hold_until": 14}
+    known["data_known_from"] = 16
     for name, value in known.items():
         assert getattr(sender.membership, name) == 0
         setattr(sender.membership, name, value)

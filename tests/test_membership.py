@@ -159,6 +159,35 @@ def test_a_new_agent_continues_from_the_state_of_the_previous_one() -> None:
     assert follower.remote_clients == 0
 
 
+def proven(membership: Membership, heard: Reply, *reported: int) -> list[bool]:
+    """Apply a reply that lists servers which reported at these values of the lease clock."""
+    lines = [(b"id-%d" % at, b"%d" % (at + TTL_MS), b"1 1 a") for at in reported]
+    membership.apply(heard, 1, NOW)
+    heard = heard._replace(listed=[part for line in lines for part in line])
+    return [share.is_proven for share in membership.shares(heard).values()]
+
+
+def test_a_share_is_proven_if_it_was_reported_since_the_data_are_known() -> None:
+    """Whatever was there before the first reply may be from a backup."""
+    membership = new_member()
+    assert proven(membership, reply(9, 3, 60_000), 59_999, 60_000) == [False, False]
+    assert proven(membership, reply(9, 3, 60_500), 60_000, 60_001) == [False, True]
+    follower = successor(membership, TTL_MS)
+    assert proven(follower, reply(9, 3, 61_000), 60_000, 60_001) == [False, True], (
+        "a new agent knows the data from the one before"
+    )
+
+
+def test_all_shares_are_proven_after_a_loss_of_the_known_data() -> None:
+    membership = new_member()
+    proven(membership, reply(9, 3, 60_000))
+    after = lost(5, 1, 60_900, lost_at=60_001)
+    assert proven(membership, after, 60_001, 60_900) == [True, True]
+    # These are data of before, of another Redis.
+    other = lost(5, 1, 60_950, lost_at=60_000)
+    assert proven(membership, other, 60_949, 60_950) == [False, False]
+
+
 def test_every_kind_of_error_has_its_cell_on_the_scoreboard() -> None:
     assert (
         [kind for kind, pattern in HEARTBEAT_ERRORS.items() if not pattern]

@@ -50,6 +50,7 @@ KNOWN_CELLS = {
     "lost_at": "data_lost_at",
     "last_sent_monotonic": "lease_clock_at",
     "confirmed_monotonic": "engine_confirmed_at",
+    "data_known_from": "data_known_from",
 }
 
 

@@ -78,7 +78,8 @@ class Known(NamedTuple):
     `servers` includes this one; it is 0 until this server has been a member. While `hold_until` is
     not 0, `remote_clients` is an older number than that of the last reply. Each share in it was
     confirmed by its server at `confirmed_monotonic` or later. `last_clock` and `lost_at` are from
-    the last reply, and its heartbeat was sent at `last_sent_monotonic`.
+    the last reply, and its heartbeat was sent at `last_sent_monotonic`. What servers have reported
+    after `data_known_from`, on the lease clock, is not from a backup.
     """
 
     # Comes first, so that the next agent never finds a loss without its hold.
@@ -89,6 +90,7 @@ class Known(NamedTuple):
     lost_at: int = 0
     last_sent_monotonic: int = 0
     confirmed_monotonic: int = 0
+    data_known_from: int = 0
 
 
 class Membership:
@@ -104,6 +106,7 @@ class Membership:
         self.lost_at = known.lost_at
         self.last_sent_monotonic = known.last_sent_monotonic
         self.confirmed_monotonic = known.confirmed_monotonic
+        self.data_known_from = known.data_known_from
         self._clock_history = ClockHistory(ttl_ms, known.last_clock, known.last_sent_monotonic)
 
     @property
@@ -133,6 +136,10 @@ class Membership:
         self.hold_until = min(self.hold_until, reply.clock + self._ttl_ms)
         if self.has_lost_data(reply):
             self._clock_history = ClockHistory(self._ttl_ms)
+            # All data are newer than a loss that came after the last reply.
+            is_new = reply.lost_at > self.last_clock
+            self.data_known_from = reply.lost_at - 1 if is_new else reply.clock
+        self.data_known_from = self.data_known_from or reply.clock
         self.last_clock, self.lost_at = reply.clock, reply.lost_at
         self.last_sent_monotonic = sent_monotonic
         self._clock_history.note(reply.clock, sent_monotonic)
@@ -182,9 +189,14 @@ class Membership:
                 server_id, lease_end, clients, sequence, incarnation = (
                     part.decode() for part in parts.groups()
                 )
-                confirmed = self._clock_history.moment_of(int(lease_end) - self._ttl_ms)
-                base = base_of(incarnation)
-                found[server_id] = Share(int(clients), int(sequence), base, confirmed)
+                reported = int(lease_end) - self._ttl_ms
+                found[server_id] = Share(
+                    int(clients),
+                    int(sequence),
+                    base_of(incarnation),
+                    self._clock_history.moment_of(reported),
+                    is_proven=0 < self.data_known_from < reported,
+                )
         return found
 
     def _confirmed_at(self, lease_end: int, sent_monotonic: int) -> int:

@@ -21,6 +21,9 @@ class Share(NamedTuple):
     incarnation: str
     #: The earliest moment at which the server can have sent it.
     confirmed: int
+    #: The server has reported since this one knows the data of the engine. Otherwise the share may
+    #: be from a backup.
+    is_proven: bool = True
 
 
 class End(NamedTuple):
@@ -67,9 +70,6 @@ class View:
         #: The other servers that it has listed last, and in a hold those that are missing.
         self.listed: Mapping[str, Share] = {}
         self.held: Mapping[str, Share] = {}
-        #: Servers that have reported to it since it is watched. Others may be from a backup, or
-        #: have died while the engine was away.
-        self.proven: set[str] = set()
         #: How the last servers have gone, if it does not list them again, the latest last.
         self.ends: dict[str, End] = {}
 
@@ -77,23 +77,13 @@ class View:
         """Take what a reply lists. In a hold, servers that are missing are kept."""
         known = {**self.held, **self.listed}
         missing = {key: share for key, share in known.items() if key not in listed}
-        self.held = {key: share for key, share in missing.items() if is_held and key in self.proven}
-        proven = {key for key, share in listed.items() if self._is_proven(key, share, known)}
-        self.proven = proven | self.held.keys()
+        self.held = {key: share for key, share in missing.items() if is_held and share.is_proven}
         self.listed = listed
         for server_id, share in missing.items():
             inferred = End(False, share.sequence, share.incarnation, share.confirmed, True)
             self.ends.setdefault(server_id, inferred)
         for server_id in listed:
             self.ends.pop(server_id, None)
-
-    def _is_proven(self, server_id: str, share: Share, known: Mapping[str, Share]) -> bool:
-        before = known.get(server_id)
-        if before is None or before.incarnation != share.incarnation:
-            return self.is_steady
-        # The data of a backup are older than what was known.
-        has_same = share.sequence == before.sequence and server_id in self.proven
-        return share.sequence > before.sequence or has_same
 
     def note_ends(self, ends: dict[str, End]) -> None:
         """Take which servers have gone, as a reply says, the latest first. Then call `apply`."""
@@ -122,8 +112,7 @@ def merge(views: Sequence[View], late_ms: int, now: int) -> Total:
 
     1. engine Y has named the end of the server, and the entry of X is at most `late_ms` newer;
     2. X is away, Y has lost its data, and the server has not come back to Y; the same applies;
-    3. Y is steady and does not list the server, and the server has not reported to X since X is
-       watched.
+    3. Y is steady and does not list the server, and the entry of X is not proven.
 
     A server without a valid entry that has not left may be alive: it is doubtful.
     """
@@ -156,7 +145,7 @@ def _newest(
         and not any(
             end.is_after(share, late_ms) for end in ends if view.is_away or not end.is_inferred
         )
-        and (server_id in view.proven or not unlisted)
+        and (share.is_proven or not unlisted)
     ]
     return _latest(shares) if shares else None
 

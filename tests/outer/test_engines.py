@@ -302,6 +302,23 @@ def test_a_new_agent_holds_what_all_redis_have_lost(tmp_path: Path, is_before: b
         world.await_total()
 
 
+def test_a_new_agent_holds_who_has_not_reported_since_it_was_started(tmp_path: Path) -> None:
+    with World(tmp_path, 3, ttl=6.0) as world:
+        first, second, third = world.servers
+        time.sleep(SOON)  # Until both Redis have told the counts.
+        with stopped(*third.processes()):
+            first.send_signal(signal.SIGHUP)
+            first.wait_for("agent.ready", 2)
+            time.sleep(SOON)  # It has had replies of both.
+            for redis in world.redises:
+                redis.wipe()
+            for server in first, second:
+                server.wait_for("cluster.reset", 2)
+            time.sleep(SOON)
+            assert {world.clients[0].who() for _ in range(20)} == {3}
+        world.await_total()
+
+
 class Crowd:
     """Servers that only report to every Redis, all of them one client each."""
 
