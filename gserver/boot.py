@@ -18,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from errno import EBADF, ENOTSOCK
 from typing import Any, TextIO
@@ -71,7 +71,8 @@ class Instructions:
     slot: int
     slots: int
     scoreboard_fd: int
-    listener_fd: int
+    #: Of a worker, those of the ways in, in their order; of the agent, that of the admin port.
+    listener_fds: Sequence[int]
     supervisor_pid: int = -1
     control_fd: int = -1
     #: A file in memory, into which the child writes where it is when it gets STACK_SIGNAL.
@@ -80,7 +81,7 @@ class Instructions:
     @property
     def fds(self) -> tuple[int, ...]:
         """All descriptors; -1 = none."""
-        return self.scoreboard_fd, self.listener_fd, self.control_fd, self.stack_fd
+        return self.scoreboard_fd, *self.listener_fds, self.control_fd, self.stack_fd
 
     def scoreboard(self) -> Scoreboard:
         """Map the shared scoreboard."""

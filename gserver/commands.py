@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Any, Protocol
 
+from gserver.addresses import peer
 from gserver.arguments import Parameters, parameters_of
-from gserver.config import plain_host
 from gserver.protocol import MAX_NAME_BYTES, ErrorReply, usage_error
 
 NAME = re.compile(rf"[A-Z][A-Z0-9_-]{{0,{MAX_NAME_BYTES - 1}}}")
@@ -51,12 +51,15 @@ class Request:
 
     @property
     def address(self) -> str:
-        """The client's IP address; "" if the connection was reset before the handler began."""
+        """The client's IP address; `unix` if it has come by a Unix socket.
+
+        "" if the connection was reset before the handler began.
+        """
         return self._peer_name()[0]
 
     @property
     def port(self) -> int:
-        """The client's port; 0 if the connection was reset before the handler began."""
+        """The client's port; 0 if it has none, or if the connection was reset before."""
         return self._peer_name()[1]
 
     @property
@@ -70,10 +73,10 @@ class Request:
 
     def _peer_name(self) -> tuple[str, int]:
         if self._address is None:
-            name: Any = ""
+            self._address = "", 0
             with suppress(OSError):
-                name = self._sock.getpeername() if self._sock else ""
-            self._address = (plain_host(name[0]), name[1]) if name else ("", 0)
+                if self._sock:
+                    self._address = peer(self._sock.getpeername())
         return self._address
 
 

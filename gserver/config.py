@@ -5,15 +5,15 @@ neither the environment nor a file. A field's flag is its name with dashes and w
 `line_timeout_seconds` is `--line-timeout`.
 """
 
-import contextlib
-import ipaddress
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from gserver import addresses
+from gserver.addresses import Network, Way, hosts_overlap, is_loopback, parse_networks, parse_way
 from gserver.redis_url import parse_urls
 
 # Groups of options, in the order of `gserver --help`.
@@ -68,6 +68,8 @@ class Option:
     parse: Callable[[str], Any] | None = None
     metavar: str | None = None
     shown_default: str | None = None
+    #: Whether the flag may be repeated. The values are one text, with blanks between them.
+    is_repeatable: bool = False
 
 
 def _option(default: Any, group: str, help_text: str, **rest: Any) -> Any:
@@ -138,21 +140,9 @@ def parse_proxy_from(text: str) -> str:
     return ",".join(map(str, parse_networks(text)))
 
 
-def parse_networks(text: str) -> "tuple[_Network, ...]":
-    """Return the networks of a list such as `10.0.0.0/8,fd00::/8`; raise ValueError."""
-    return tuple(_parse_network(word.strip()) for word in text.split(","))
-
-
-def _parse_network(text: str) -> "_Network":
-    try:
-        network = ipaddress.ip_network(text)
-    except ValueError as error:
-        hint = "such as 10.0.0.0/8, or 10.0.0.7 for one address"
-        reason = "its end must be zeros" if "host bits" in str(error) else f"use one {hint}"
-        raise ValueError(f"{text!r} is not a network: {reason}") from error
-    if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
-        raise ValueError(f"{text!r} has addresses of IPv4: write them so, without ::ffff:")
-    return network
+def parse_bind(text: str) -> str:
+    """Return the ways in, with a blank between each two, if they are valid."""
+    return addresses.show_ways(map(parse_way, text.split()))
 
 
 def parse_redis_url(text: str) -> str:
@@ -168,60 +158,21 @@ def parse_cluster_name(text: str) -> str:
     return text
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address, or the name `localhost`, can be reached from this machine only."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host.lower() == "localhost"
-
-
-def plain_host(host: str) -> str:
-    """Return an IP address without the prefix that IPv4 has on an IPv6 socket."""
-    rest = host.removeprefix("::ffff:")
-    return rest if "." in rest else host
-
-
-def show_address(host: str, port: int) -> str:
-    """Return `host:port`, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def hosts_overlap(first: str, second: str) -> bool:
-    """Whether sockets on two addresses cannot have the same port. Only localhost is resolved."""
-    if first == second:
-        return True
-    return any(
-        _covers(one, other) or _covers(other, one)
-        for one in _addresses(first)
-        for other in _addresses(second)
-    )
-
-
-_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-def _addresses(host: str) -> list[_Address]:
-    names = ["127.0.0.1", "::1"] if host.lower() == "localhost" else [host]
-    try:
-        return [ipaddress.ip_address(name) for name in names]
-    except ValueError:
-        return []
-
-
-def _covers(wide: _Address, narrow: _Address) -> bool:
-    # A socket on `::` accepts IPv4, too.
-    if wide.is_unspecified:
-        return wide.version == 6 or narrow.version == 4
-    return wide == narrow
-
-
 @dataclass(frozen=True, slots=True)
 class Config:
     """The configuration of one server. Times are seconds. The help says where 0 means no limit."""
 
     host: str = _option("127.0.0.1", LISTENING, "Address to listen on; 0.0.0.0 or :: for all.")
     port: int = _option(4242, LISTENING, "Port to listen on; 0 = any free port.", maximum=65535)
+    bind: str = _option(
+        "",
+        LISTENING,
+        "A way in: tcp://HOST:PORT, tls://HOST:PORT or unix:PATH[?mode=0660]; may be repeated"
+        " (in the variable: separated by blanks) [default: --host and --port].",
+        parse=parse_bind,
+        metavar="URL",
+        is_repeatable=True,
+    )
     backlog: int = _option(
         1024,
         LISTENING,
@@ -280,7 +231,10 @@ class Config:
         0.1, CLIENTS, "Reply to a command without a newline after this much silence; 0 = never."
     )
     tls_cert: str = _option(
-        "", TLS, "Certificate chain (PEM); the port then speaks only TLS.", metavar="FILE"
+        "",
+        TLS,
+        "Certificate chain (PEM); without --bind, the port then speaks only TLS.",
+        metavar="FILE",
     )
     tls_key: str = _option(
         "",
@@ -406,7 +360,22 @@ class Config:
     )
 
     @property
-    def balancers(self) -> "tuple[_Network, ...]":
+    def ways(self) -> tuple[Way, ...]:
+        """The ways in, at least one."""
+        if self.bind:
+            return tuple(map(parse_way, self.bind.split()))
+        kind = addresses.TLS if self.tls_cert else addresses.TCP
+        return (Way(kind, self.host, self.port),)
+
+    def with_ways(self, ways: Sequence[Way]) -> "Config":
+        """Return it with the ways in that were opened: their ports are known now."""
+        first = ways[0]
+        if not self.bind and [way.kind for way in ways] == [self.ways[0].kind]:
+            return replace(self, host=first.host, port=first.port)
+        return replace(self, bind=addresses.show_ways(ways))
+
+    @property
+    def balancers(self) -> tuple[Network, ...]:
         """The networks of `--proxy-from`."""
         return parse_networks(self.proxy_from) if self.proxy_from else ()
 
@@ -491,22 +460,33 @@ class Config:
             return "--tls-key needs --tls-cert"
         if self.tls_client_ca and not self.tls_cert:
             return "--tls-client-ca needs --tls-cert"
+        has_tls = any(way.kind == addresses.TLS for way in self.ways)
+        if has_tls and not self.tls_cert:
+            return "--bind tls://... needs --tls-cert"
+        if self.tls_cert and not has_tls:
+            return "--tls-cert needs a way in with TLS: --bind tls://HOST:PORT"
         return ""
 
     @property
     def port_collision(self) -> str:
-        """Why the two ports cannot be bound, as one line; "" if they can.
+        """Why the ports cannot be bound together, as one line; "" if they can.
 
         It does not matter if a service manager hands over sockets: they are not bound here.
         """
-        if self.port != self.admin_port or self.port == 0:
-            return ""
-        if not hosts_overlap(self.host, self.admin_host):
-            return ""
-        return (
-            f"--port and --admin-port are both {self.port}, on {self.host} and {self.admin_host}:"
-            " choose another port for one of them"
-        )
+        ways = self.ways
+        for way in ways:
+            is_admin = way.port == self.admin_port and way.port > 0
+            if is_admin and hosts_overlap(way.host, self.admin_host):
+                which = "--bind" if self.bind else "--port"
+                return (
+                    f"{which} and --admin-port are both {way.port}, on {way.host} and"
+                    f" {self.admin_host}: choose another port for one of them"
+                )
+        for number, way in enumerate(ways):
+            for other in ways[:number]:
+                if way.overlaps(other):
+                    return f"--bind {other} and {way} are the same: choose another for one of them"
+        return ""
 
 
 OPTIONS: dict[str, Option] = {item.name: item.metadata["option"] for item in fields(Config)}

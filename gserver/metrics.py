@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from gserver.addresses import KINDS
 from gserver.protocol import ERROR_REPLIES
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.redis_url import MAX_URLS
@@ -172,6 +173,9 @@ METRICS = (
     # Clients.
     Metric("clients", Source.WORKER, Kind.GAUGE, "Connected clients.", statsd="clients",
            prometheus="gserver_clients", json="clients.now", worker_json="clients"),
+    Metric("clients_by_way", Source.WORKER, Kind.GAUGE,
+           "Connected clients by way in; those of a handover count twice for a moment.",
+           prometheus="gserver_clients_by_way", json="clients.by_way", label="way", members=KINDS),
     Metric("clients_arriving", Source.WORKER, Kind.STATE,
            "Clients of a handover that two workers count for a moment."),
     Metric("is_transferring", Source.WORKER, Kind.STATE,

@@ -7,9 +7,8 @@ version enters the names that are missing, and cells that it does not know stay 
 
 Each cell has one writer at a time, and readers take no lock. A worker writes the cells of its slot,
 the supervisor and the agent those of the server. The two workers of a handover write `transfers`
-and `clients_arriving` in turn. When a worker has died, the supervisor clears its `clients`,
-`clients_arriving`, `is_transferring`, `pid`, `tls_expires_at` and addresses, and counts its clients
-as lost or closed.
+and `clients_arriving` in turn. When a worker has died, the supervisor clears what is current of it
+(`CURRENT`), and its addresses, and counts its clients as lost or closed.
 """
 
 import fcntl
@@ -37,6 +36,11 @@ from gserver.protocol import MAX_NAME_BYTES
 
 WORKER_CELLS = cell_names(Source.WORKER)
 SERVER_CELLS = cell_names(Source.SERVER)
+#: What is true of a worker only while it lives.
+CURRENT = (
+    *("clients", "clients_arriving", "is_transferring", "pid", "tls_expires_at"),
+    *(name for name in WORKER_CELLS if name.startswith("clients_by_way.")),
+)
 #: Command names that a slot can hold, over all reloads.
 MAX_COMMANDS = 64
 #: In the cells of a command in a slot, after its count: its time, and the buckets of this time.
@@ -280,7 +284,7 @@ class Scoreboard:
         # Clients that were arriving are still those of the worker that hands them over.
         clients = self.cells[self.cell("clients", slot)]
         clients = max(0, clients - self.cells[self.cell("clients_arriving", slot)])
-        for name in ("clients", "clients_arriving", "is_transferring", "pid", "tls_expires_at"):
+        for name in CURRENT:
             self.cells[self.cell(name, slot)] = 0
         addresses = self.addresses_of(slot)
         addresses[:] = memoryview(bytes(addresses.nbytes)).cast("i")

@@ -36,6 +36,13 @@ def status(server: Running, limit: float = LIMIT, **headers: str) -> Any:
     return json.loads(body)
 
 
+def listed(server: Running) -> Any:
+    """The clients of the server."""
+    code, _, body = get(server, "/clients.json?sort=age&limit=0")
+    assert code == 200, body
+    return json.loads(body)["clients"]
+
+
 def metrics(server: Running) -> dict[str, float]:
     """The samples of /metrics, by name and labels."""
     _, _, body = get(server, "/metrics")

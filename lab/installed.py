@@ -27,7 +27,8 @@ class Installed:
         """A server that runs this copy."""
         # Two texts of equal size, written within a second, look the same to the bytecode cache.
         env = {"PYTHONDONTWRITEBYTECODE": "1", **more.pop("env", {})}
-        return Running("--port", "0", *options, command=self.program, env=env, **more)
+        port = () if "--bind" in options else ("--port", "0")
+        return Running(*port, *options, command=self.program, env=env, **more)
 
     def set_version(self, version: str) -> None:
         self.change("__init__.py", '__version__ = "', f'__version__ = "{version}" # ')

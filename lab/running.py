@@ -248,6 +248,20 @@ class Client:
         return self.rest()
 
 
+class UnixClient(Client):
+    """The same, over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(LIMIT)
+        try:
+            self.sock.connect(str(path))
+        except OSError:
+            self.sock.close()
+            raise
+        self._buffer = b""
+
+
 class Running:
     """A gserver process; `with Running("--workers", "2") as server:` waits until it listens."""
 
@@ -287,7 +301,7 @@ class Running:
         self.port = 0
         if wait:
             try:
-                self.port = self.wait_for("server.listening")["server.port"]
+                self.port = self.wait_for("server.listening").get("server.port", 0)
             except BaseException:
                 self.kill()
                 raise
@@ -350,6 +364,11 @@ class Running:
         """The admin port."""
         port: int = self.events("server.listening")[0]["gserver.admin_port"]
         return port
+
+    def ways(self) -> list[str]:
+        """The URLs of the ways in, with their real ports."""
+        ways: str = self.events("server.listening")[0]["gserver.ways"]
+        return ways.split()
 
     def client(self, source: str = "", context: ssl.SSLContext | None = None) -> Client:
         with self.host.inside():
@@ -417,8 +436,8 @@ class Running:
 def _with_last_values(words: list[str]) -> list[str]:
     """The command without options that are repeated later, which gserver refuses.
 
-    So a test can replace an option of its helper. Words before `gserver`, such as those of
-    `prlimit`, are kept.
+    So a test can replace an option of its helper. With --bind, it replaces the port of the helper.
+    Words before `gserver`, such as those of `prlimit`, are kept.
     """
     joined = list(zip(["", *words], words, strict=False))
     programs = [
@@ -432,8 +451,10 @@ def _with_last_values(words: list[str]) -> list[str]:
     for word in words[begin:]:
         if word.startswith("--"):
             name = word.partition("=")[0]
-            kept[name] = []
+            kept[name] = kept[name] if name in kept and name == "--bind" else []
         kept.setdefault(name, []).append(word)
+    if "--bind" in kept:
+        kept.pop("--port", None)
     return [*words[:begin], *(word for group in kept.values() for word in group)]
 
 

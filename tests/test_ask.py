@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gserver.cli.ask import Answer, ask, parse_address
+from gserver.cli.ask import Address, Answer, ask, parse_address
 from gserver.errors import FatalError, UsageError
 from lab.running import (
     LIMIT,
@@ -430,9 +430,12 @@ def test_each_of_several_servers_has_the_whole_timeout(mute: int) -> None:
         ("example.org:65535", ("example.org", 65535)),
         ("[::1]:4242", ("::1", 4242)),
         ("[fe80::1%eth0]:80", ("fe80::1%eth0", 80)),
+        ("unix:/run/gserver.sock", "/run/gserver.sock"),
+        ("unix:///run/gserver.sock?mode=0660", "/run/gserver.sock"),
+        ("unix:gserver.sock", "gserver.sock"),
     ],
 )
-def test_an_address_is_a_host_and_a_port(text: str, address: tuple[str, int]) -> None:
+def test_an_address_is_a_host_and_a_port_or_a_path(text: str, address: Address) -> None:
     assert parse_address(text) == address
 
 
@@ -450,6 +453,7 @@ BAD_ADDRESSES = [
     "localhost:²",
     "localhost:" + "9" * 5000,
 ]
+BAD_PATHS = "unix:", "unix:?mode=0660", "unix:/" + "x" * 107
 
 
 @pytest.mark.parametrize("text", BAD_ADDRESSES)
@@ -461,12 +465,19 @@ def test_an_invalid_address_is_refused(text: str) -> None:
         parse_address(text)
 
 
+@pytest.mark.parametrize("text", BAD_PATHS)
+def test_an_invalid_path_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a Unix socket: write unix:PATH"):
+        parse_address(text)
+
+
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_refused(text: str) -> None:
     try:
-        host, port = parse_address(text)
+        found = parse_address(text)
     except UsageError:
         return
+    host, port = (found, 1) if isinstance(found, str) else found
     assert host
     assert 0 < port < 65536
 

@@ -67,7 +67,7 @@ def test_a_child_that_never_reads_its_instructions_does_not_block_the_supervisor
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
     instructions = Instructions(
-        Config(), Certificates(chain="x" * 1_000_000), 0, 1, Scoreboard.create(1).fd, -1
+        Config(), Certificates(chain="x" * 1_000_000), 0, 1, Scoreboard.create(1).fd, ()
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     started: list[Child] = []

@@ -27,6 +27,7 @@ from lab.running import GSERVER, LIMIT, Running, argv, environment, error_line, 
 EVERY_OPTION: dict[str, tuple[str, str, Any]] = {
     "host": ("GSERVER_HOST", "0.0.0.0", "0.0.0.0"),
     "port": ("GSERVER_PORT", "65535", 65535),
+    "bind": ("GSERVER_BIND", "tcp://a:1  unix:/b", "tcp://a:1 unix:/b"),
     "backlog": ("GSERVER_BACKLOG", "7", 7),
     "workers": ("GSERVER_WORKERS", "auto", 0),
     "proxy_from": ("GSERVER_PROXY_FROM", "10.0.0.0/8, fd00::/8", "10.0.0.0/8,fd00::/8"),

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gserver.addresses import TCP
 from gserver.commands import BUILT_IN, Command, command
 from gserver.config import Config
 from gserver.protocol import ErrorReply, Parser
@@ -59,7 +60,7 @@ class Worker:
         self.limits = Limits(config, self.scoreboard, 1)
         self.replies = Replies(config, self.scoreboard, 1, (*BUILT_IN, quick, nap))
         for fd in range(clients):
-            self.limits.admit(fd)
+            self.limits.admit(fd, TCP)
         self.fastpath = FastPath(self.replies)
 
     def counts(self) -> dict[str, int]:
@@ -230,9 +231,9 @@ def test_a_server_id_that_is_a_command_is_still_only_a_reply(server_id: str) -> 
 
 
 def test_the_number_of_clients_is_never_cached(worker: Worker) -> None:
-    assert worker.limits.admit(3) is None
+    assert worker.limits.admit(3, TCP) is None
     assert [check(worker, b"WHO\n"), check(worker, b"WHY\nWHO\n")] == [b"4\n", b"42\n4\n"]
-    worker.limits.uncount()
+    worker.limits.uncount(TCP)
     assert check(worker, b"WHO\n") == b"3\n"
 
 

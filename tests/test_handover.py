@@ -18,6 +18,7 @@ import gevent.socket
 import psutil
 import pytest
 
+from gserver.addresses import TCP
 from gserver.commands import BUILT_IN, Command, command
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
@@ -357,7 +358,7 @@ def test_who_is_not_too_low_if_its_worker_is_interrupted_while_it_adds_up() -> N
     scoreboard = Scoreboard.create(2)
     new, old = (Limits(Config(), scoreboard, slot) for slot in range(2))
     for fd in range(10):
-        assert not old.admit(fd)
+        assert not old.admit(fd, TCP)
     reader = Scoreboard.attach(scoreboard.fd, 2)
 
     class Interrupted:
@@ -367,8 +368,8 @@ def test_who_is_not_too_low_if_its_worker_is_interrupted_while_it_adds_up() -> N
             cells = scoreboard.by_slot("clients")
             yield cells[0]
             if old.clients == 10:
-                new.take_over(10)
-                old.hand_over(10, 0)
+                new.take_over([TCP] * 10)
+                old.hand_over([TCP] * 10, 0)
             yield scoreboard.by_slot("clients")[1]
 
     reader._clients = Interrupted()  # type: ignore[assignment]
@@ -388,13 +389,6 @@ def test_a_successor_of_another_format_gets_no_clients() -> None:
         sender.close()
         assert ask(client) == b"42\n"
         assert both.figures() == (1, 0, 1)
-
-
-@pytest.mark.parametrize("has_tls", [True, False])
-def test_a_successor_with_tls_gets_no_clients(has_tls: bool) -> None:
-    with pair() as both:
-        both.theirs.send(Greeting(1, 100, has_tls).encode())
-        assert Sender(both.old, both.ours).greet() is not has_tls
 
 
 def test_a_successor_that_says_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +431,7 @@ def test_an_error_reply_with_another_name_is_an_internal_error() -> None:
 def test_a_handover_is_given_up_although_another_process_has_the_successors_end() -> None:
     with pair() as both:
         client = both.connect()
-        both.theirs.send(Greeting(1, 100, has_tls=False).encode())
+        both.theirs.send(Greeting(1, 100).encode())
         sender = Sender(both.old, both.ours)
         assert sender.greet()
         sending = gevent.spawn(sender.send_ready)
@@ -453,7 +447,7 @@ def test_a_successor_without_enough_descriptors_is_an_error() -> None:
     with pair() as both:
         for _ in range(3):
             both.connect()
-        both.theirs.send(Greeting(1, 2, has_tls=False).encode())
+        both.theirs.send(Greeting(1, 2).encode())
         with pytest.raises(HandoverError, match="descriptors for 2 clients, and 3 are connected"):
             Sender(both.old, both.ours).greet()
 
@@ -482,7 +476,7 @@ def test_if_the_successor_dies_before_its_answer_the_batch_is_served_as_before()
         clients[1].sendall(b"WH")
         gevent.sleep(0.05)
         sender = Sender(both.old, both.ours)
-        both.theirs.send(Greeting(1, 100, has_tls=False).encode())
+        both.theirs.send(Greeting(1, 100).encode())
         assert sender.greet()
 
         def die() -> None:
@@ -534,11 +528,11 @@ def test_if_the_successor_dies_before_its_answer_is_read_its_clients_are_closed(
     scoreboard = Scoreboard.create(2)
     limits = [Limits(Config(), scoreboard, slot) for slot in range(2)]
     for number in range(30):
-        assert not limits[0].admit(number)
-    limits[1].take_over(20)
+        assert not limits[0].admit(number, TCP)
+    limits[1].take_over([TCP] * 20)
     # The supervisor takes them for those of the old worker, which reads now that they are not.
     assert scoreboard.clear_dead_worker(1) == 0
-    limits[0].hand_over(20, 1)
+    limits[0].hand_over([TCP] * 20, 1)
     assert scoreboard.clients() == accounts(scoreboard) == 10
 
 
@@ -546,10 +540,10 @@ def test_clients_that_were_arriving_are_not_lost_with_the_successor() -> None:
     scoreboard = Scoreboard.create(2)
     limits = [Limits(Config(), scoreboard, slot) for slot in range(2)]
     for number in range(30):
-        assert not limits[0].admit(number)
-    limits[1].take_over(20)
-    limits[0].hand_over(20, 1)
-    limits[1].take_over(10)
+        assert not limits[0].admit(number, TCP)
+    limits[1].take_over([TCP] * 20)
+    limits[0].hand_over([TCP] * 20, 1)
+    limits[1].take_over([TCP] * 10)
     assert scoreboard.clear_dead_worker(1) == 20
     assert scoreboard.clients() == scoreboard.settled_clients() == 10
 

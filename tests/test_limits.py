@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gserver.addresses import TCP
 from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS
 from gserver.scoreboard import Scoreboard
@@ -276,14 +277,14 @@ def test_a_connection_counts_for_its_address_until_it_ends(has_left: bool) -> No
     config = Config(max_clients=1 if has_left else 0, max_clients_per_address=1)
     limits = Limits(config, Scoreboard.create(1, 2 * 1024), 0)
     limits.count_address(3, MANY)
-    assert limits.admit(3) is (None if has_left else TOO_MANY_CLIENTS)
+    assert limits.admit(3, TCP) is (None if has_left else TOO_MANY_CLIENTS)
     if has_left:
         limits.count_address(4, MANY)
-        assert limits.admit(4) is TOO_MANY_FROM_ADDRESS
-        limits.uncount()
+        assert limits.admit(4, TCP) is TOO_MANY_FROM_ADDRESS
+        limits.uncount(TCP)
         limits.uncount_address(3)
     limits.count_address(5, MANY)
-    assert limits.admit(5) is (None if has_left else TOO_MANY_CLIENTS)
+    assert limits.admit(5, TCP) is (None if has_left else TOO_MANY_CLIENTS)
 
 
 def two_workers(max_clients: int) -> tuple[Scoreboard, Limits, Limits]:
@@ -294,10 +295,10 @@ def two_workers(max_clients: int) -> tuple[Scoreboard, Limits, Limits]:
 
 def test_an_admitted_client_is_counted_until_it_is_uncounted() -> None:
     scoreboard, one, other = two_workers(10)
-    assert one.admit(3) is None
-    assert other.admit(3) is None
+    assert one.admit(3, TCP) is None
+    assert other.admit(3, TCP) is None
     assert scoreboard.clients() == 2
-    one.uncount()
+    one.uncount(TCP)
     assert scoreboard.clients() == 1
     totals = scoreboard.totals()
     assert (totals["clients_accepted"], totals["clients_closed"], totals["clients"]) == (2, 1, 1)
@@ -305,14 +306,14 @@ def test_an_admitted_client_is_counted_until_it_is_uncounted() -> None:
 
 def test_the_limit_is_over_all_workers_and_a_rejected_client_is_not_counted() -> None:
     scoreboard, one, other = two_workers(2)
-    assert one.admit(3) is None
-    assert other.admit(3) is None
-    assert one.admit(4) is TOO_MANY_CLIENTS
-    assert other.admit(4) is TOO_MANY_CLIENTS
+    assert one.admit(3, TCP) is None
+    assert other.admit(3, TCP) is None
+    assert one.admit(4, TCP) is TOO_MANY_CLIENTS
+    assert other.admit(4, TCP) is TOO_MANY_CLIENTS
     assert scoreboard.clients() == 2
     assert scoreboard.totals()["clients_accepted"] == 2
-    other.uncount()
-    assert one.admit(4) is None
+    other.uncount(TCP)
+    assert one.admit(4, TCP) is None
 
 
 def test_two_workers_never_give_the_last_place_to_two_clients(
@@ -322,18 +323,18 @@ def test_two_workers_never_give_the_last_place_to_two_clients(
     counts = iter([4, 6])  # Another worker admits two clients between the two reads.
     monkeypatch.setattr(scoreboard, "settled_clients", lambda: next(counts))
     limits = Limits(Config(server_id="here", max_clients=5), scoreboard, 0)
-    assert limits.admit(7) is TOO_MANY_CLIENTS
+    assert limits.admit(7, TCP) is TOO_MANY_CLIENTS
     assert (limits.clients, scoreboard.totals()["clients_accepted"]) == (0, 0)
 
 
 def test_nobody_is_rejected_because_a_handover_counts_twice() -> None:
     scoreboard = Scoreboard.create(2)
     old, new = (Limits(Config(max_clients=10), scoreboard, slot) for slot in range(2))
-    assert [old.admit(fd) for fd in range(8)] == [None] * 8
-    new.take_over(5)
+    assert [old.admit(fd, TCP) for fd in range(8)] == [None] * 8
+    new.take_over([TCP] * 5)
     assert scoreboard.clients() == 13
-    assert [new.admit(fd) for fd in range(3)] == [None, None, TOO_MANY_CLIENTS]
-    old.hand_over(5, 1)
+    assert [new.admit(fd, TCP) for fd in range(3)] == [None, None, TOO_MANY_CLIENTS]
+    old.hand_over([TCP] * 5, 1)
     assert scoreboard.clients() == 10
     assert scoreboard.totals()["clients_peak"] == 10
 
@@ -342,10 +343,10 @@ def test_the_peak_is_the_largest_number_of_clients_at_once() -> None:
     scoreboard = Scoreboard.create(2)
     limits = Limits(Config(server_id="here"), scoreboard, 0)
     for fd in range(3):
-        assert limits.admit(fd) is None
-    limits.uncount()
-    limits.uncount()
-    limits.admit(9)
+        assert limits.admit(fd, TCP) is None
+    limits.uncount(TCP)
+    limits.uncount(TCP)
+    limits.admit(9, TCP)
     totals = scoreboard.totals()
     names = ("clients", "clients_peak", "clients_accepted", "clients_closed")
     assert [totals[name] for name in names] == [2, 3, 4, 2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gserver.config import show_address
+from gserver.addresses import show_address
 from gserver.errors import EXIT_RUNTIME, EXIT_USAGE, FatalError
 from gserver.supervise.listener import Listener, bind
 from lab.handover import listening, start

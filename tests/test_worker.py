@@ -304,7 +304,8 @@ def test_a_drain_keeps_the_deadline_of_the_server(tmp_path: Path) -> None:
     scoreboard = Scoreboard.create(1)
     config = Config(drain_timeout_seconds=60, commands="naps")
     with socket.create_server(("127.0.0.1", 0)) as listener, chdir(tmp_path):
-        instructions = Instructions(config, Certificates(), 0, 1, scoreboard.fd, listener.fileno())
+        fds = [listener.fileno()]
+        instructions = Instructions(config, Certificates(), 0, 1, scoreboard.fd, fds)
         worker = Child.start(WORKER, Generation(0, Certificates()), instructions)
         with worker.control, Client(listener.getsockname()[1]) as client:
             until(worker.read_report, "the worker is ready")

@@ -24,12 +24,13 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 from prometheus_client import CollectorRegistry, generate_latest
 
 from gserver import logs
+from gserver.addresses import is_loopback
 from gserver.agent.history import History
 from gserver.agent.prometheus import ScoreboardCollector
 from gserver.agent.roster import SORTS, Roster
 from gserver.agent.status import state, status, supervisor_silence
 from gserver.boot import FATAL_ACCEPT_ERRORS
-from gserver.config import Config, is_loopback
+from gserver.config import Config
 from gserver.metrics import SUPERVISOR_SILENT_SECONDS
 from gserver.scoreboard import Scoreboard
 

@@ -95,7 +95,7 @@ def _limit_memory() -> None:
 def _serve_admin_port(instructions: Instructions, scoreboard: Scoreboard) -> "WSGIServer":
     from gserver.agent import admin_port  # Loaded only if there is an admin port.
 
-    listener = socket.socket(fileno=instructions.listener_fd)
+    listener = socket.socket(fileno=instructions.listener_fds[0])
     config, control_fd = instructions.config, instructions.control_fd
     return admin_port.serve(config, scoreboard, listener, control_fd)
 

@@ -12,7 +12,8 @@ import gevent
 import statsd
 
 from gserver import logs
-from gserver.config import Config, show_address
+from gserver.addresses import show_address
+from gserver.config import Config
 from gserver.metrics import METRICS, Kind, members_of
 from gserver.scoreboard import Scoreboard
 

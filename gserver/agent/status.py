@@ -129,6 +129,7 @@ def status(
             "version": __version__,
             "host": config.host,
             "port": config.port,
+            "ways": [str(way) for way in config.ways],
             "state": state(scoreboard),
             "now": round(facts.unix_seconds, 3),
         },

@@ -74,8 +74,9 @@ CLUSTER = {
     "members": (MEMBERS, NoneType),
 }
 CLIENT = {
-    **dict.fromkeys(("id", "address", "state", "tls_name"), str),
+    **dict.fromkeys(("id", "way", "address", "state", "tls_name"), str),
     **dict.fromkeys(("port", "worker", "age_seconds", "idle_seconds"), float),
+    **dict.fromkeys(("uid", "pid"), MAYBE),
     "command": (str, NoneType),
 }
 CLIENTS = {

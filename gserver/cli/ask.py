@@ -3,18 +3,21 @@
 Imports nothing of the server; it knows only the wire (docs/protocol.md).
 """
 
+import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gserver.errors import FatalError, UsageError
 
 if TYPE_CHECKING:
     import ssl
 
+#: The kernel's limit on the path of a Unix socket (unix(7)).
+MAX_PATH_BYTES = 107
 #: A server that sends more than this without a newline is not believed to be a gserver.
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 #: The built-in commands and their replies: another program that listens there is recognised.
@@ -31,6 +34,10 @@ REJECTIONS = (
 )
 #: What OpenSSL says of a peer that answers a ClientHello with something else than TLS.
 NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL")
+
+
+#: Host and port of a server, or the path of its Unix socket.
+Address = tuple[str, int] | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +79,33 @@ class Answer:
     failures: list[str] = field(default_factory=list)
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of `HOST:PORT` or `[IPV6]:PORT`; raise `UsageError` for other texts."""
+def parse_address(text: str) -> Address:
+    """Return host and port of `HOST:PORT` or `[IPV6]:PORT`, or the path of `unix:PATH`.
+
+    Raises `UsageError` for other texts.
+    """
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:").partition("?")[0]
+        path = path.removeprefix("//") if path.startswith("///") else path
+        if not path or len(os.fsencode(path)) > MAX_PATH_BYTES:
+            raise UsageError(
+                f"{text!r} is not a Unix socket: write unix:PATH, in 107 bytes at most"
+            )
+        return path
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     is_port = re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536
     if not colon or not host or "," in host or not is_port:
         raise UsageError(
-            f"{text!r} is not an address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242"
+            f"{text!r} is not an address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242,"
+            " or unix:PATH"
         )
     return host, int(port)
 
 
 def ask(
     commands: Sequence[str],
-    servers: Sequence[tuple[str, int]],
+    servers: Sequence[Address],
     timeout_seconds: float,
     tls: TlsOptions | None = None,
 ) -> Answer:
@@ -102,11 +121,12 @@ def ask(
     context = tls.context() if tls else None
     partial: Answer | None = None
     reasons = []
-    for host, port in servers:
+    for server in servers:
         answer = Answer()
+        host = "" if isinstance(server, str) else server[0]
         try:
             deadline = monotonic() + timeout_seconds
-            with _connect(host, port, deadline) as sock:
+            with _connect(server, deadline) as sock:
                 if context and tls:
                     sock.settimeout(_left(deadline))
                     with _start_tls(sock, context, tls.name or host) as secure:
@@ -114,7 +134,8 @@ def ask(
                 else:
                     _converse(commands, sock, deadline, answer)
         except (OSError, UnicodeError, FatalError) as error:
-            reasons.append(f"{host}:{port} {_reason(error)}")
+            name = server if isinstance(server, str) else f"{server[0]}:{server[1]}"
+            reasons.append(f"{name} {_reason(error)}")
             partial = partial or (answer if answer.replies or answer.failures else None)
         else:
             return answer
@@ -191,10 +212,13 @@ def _lines(sock: socket.socket, deadline: float) -> Iterator[str]:
             raise FatalError(f"sent a reply of more than {MAX_REPLY_BYTES} bytes")
 
 
-def _connect(host: str, port: int, deadline: float) -> socket.socket:
+def _connect(server: Address, deadline: float) -> socket.socket:
     """Connect to the first address of the name that accepts, with one deadline for all of them."""
     error: OSError = TimeoutError()
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if isinstance(server, str):
+        found: list[Any] = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", server)]
+    else:
+        found = socket.getaddrinfo(*server, type=socket.SOCK_STREAM)
     for tried, (family, kind, protocol, _, address) in enumerate(found):
         sock = socket.socket(family, kind, protocol)
         try:
@@ -221,8 +245,9 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, TimeoutError):
         return "did not answer in time"
-    if isinstance(error, ConnectionRefusedError):
-        return "refused the connection (is it running?)"
+    if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+        is_there = isinstance(error, ConnectionRefusedError)
+        return ("refused the connection" if is_there else "does not exist") + " (is it running?)"
     if type(error).__module__ == "ssl":
         untrusted = getattr(error, "verify_message", "")
         if untrusted:

@@ -21,6 +21,7 @@ from gserver.cli.options import (
     ConfigCommand,
     Seconds,
     config_options,
+    is_flag,
     read_secret,
     variable_in_use,
     warn_exposed,
@@ -92,6 +93,9 @@ def _configuration(ctx: click.Context, options: dict[str, Any]) -> Config:
         workers=config.workers or len(os.sched_getaffinity(0)),
         server_id=config.server_id or str(uuid.uuid4()),
     )
+    given = [name for name in ("host", "port") if is_flag(ctx, name)]
+    if config.bind and given:
+        raise UsageError(f"--bind and --{given[0]} are both set: set only one")
     _check(config)
     limit = boot.raise_file_limit()
     room = config.workers * (limit - boot.RESERVED_FILES)
@@ -173,11 +177,11 @@ def _check(config: Config) -> None:
     "servers",
     cls=ClientOption,
     multiple=True,
-    metavar="HOST:PORT",
+    metavar="HOST:PORT|unix:PATH",
     envvar="GSERVER_SERVER",
     default=[DEFAULT_SERVER],
     show_default=True,
-    help="Server to ask; may be repeated (in the variable: separated by spaces).",
+    help="Server to ask; may be repeated (in the variable: separated by blanks).",
 )
 @click.option(
     "--timeout",
@@ -264,7 +268,7 @@ def _admin_options(command: Callable[..., Any]) -> Callable[..., Any]:
             envvar="GSERVER_ADMIN",
             default=[DEFAULT_ADMIN],
             show_default=True,
-            help="Admin port to ask; may be repeated (in the variable: separated by spaces).",
+            help="Admin port to ask; may be repeated (in the variable: separated by blanks).",
         ),
         click.option(
             "--admin-token",
@@ -291,8 +295,7 @@ def _targets(ctx: click.Context) -> "list[Target]":
     from gserver.cli import admin_client
 
     targets = admin_client.parse_targets(ctx.params["urls"], read_secret(ctx, "admin_token") or "")
-    is_flag = ctx.get_parameter_source("urls") is click.core.ParameterSource.COMMANDLINE
-    if is_flag and any("@" in url for url in ctx.params["urls"]):
+    if is_flag(ctx, "urls") and any("@" in url for url in ctx.params["urls"]):
         warn_exposed("admin_token", "--admin")
     return targets
 

@@ -90,8 +90,14 @@ class ConfigOption(ClientOption):
             metavar=option.metavar or _METAVARS.get(type(default)),
             help=option.help,
             envvar=environment_names(name),
+            multiple=option.is_repeatable,
             show_default=default != "",
         )
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return the value. Those of an option that may be repeated become one text."""
+        found = super().process_value(ctx, value)
+        return " ".join(found) or None if self.multiple and found is not None else found
 
     def shown_variables(self) -> list[str]:
         """Return the second variable, if there is one; the first follows from the flag."""
@@ -168,7 +174,7 @@ def read_secret(ctx: click.Context, name: str) -> str | None:
     """
     value, path = ctx.params[name], ctx.params[f"{name}_file"]
     if path is None:
-        if value and _is_secret(name, value) and _is_flag(ctx, name):
+        if value and _is_secret(name, value) and is_flag(ctx, name):
             warn_exposed(name, flag(name))
         return cast("str | None", value)
     if value:
@@ -195,13 +201,14 @@ def _is_secret(name: str, value: str) -> bool:
     return name != "redis_url" or any(url.has_secret for url in parse_urls(value))
 
 
-def _is_flag(ctx: click.Context, name: str) -> bool:
+def is_flag(ctx: click.Context, name: str) -> bool:
+    """Whether an option was given on the command line, not by its variable or its default."""
     return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _source(ctx: click.Context, name: str) -> str:
     """Return the flag of an option, or the variable that it was taken from."""
-    return flag(name) if _is_flag(ctx, name) else variable_in_use(environment_names(name))
+    return flag(name) if is_flag(ctx, name) else variable_in_use(environment_names(name))
 
 
 def _read_line(option: str, path: str) -> str:

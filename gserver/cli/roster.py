@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gserver.addresses import plain_host
 from gserver.cli import admin_client
 from gserver.cli.admin_client import Target
-from gserver.config import plain_host
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError
 
 #: Addresses, and recent ends, that are shown.
@@ -83,7 +83,7 @@ def _print(target: Target, document: dict[str, Any]) -> None:
             state += f" ({each['command']})"
         table.add_row(
             Text(each["id"]),
-            Text(each["address"]),
+            Text(_address(each)),
             f"{each['port']:.0f}",
             f"{each['worker']:.0f}",
             _seconds(each["age_seconds"]),
@@ -108,6 +108,13 @@ def _print(target: Target, document: dict[str, Any]) -> None:
         console.print(
             Text(f"{at} {each['address']} port {each['port']:.0f}: {each['reason']}", "dim")
         )
+
+
+def _address(client: dict[str, Any]) -> str:
+    """Return the address of a client; of a Unix socket, which process it is."""
+    if client["uid"] is None or client["pid"] is None:
+        return str(client["address"])
+    return f"uid {client['uid']:.0f}, pid {client['pid']:.0f}"
 
 
 def _seconds(value: float) -> str:

@@ -14,16 +14,16 @@ from enum import Enum
 from fcntl import ioctl
 from math import ceil, inf
 from select import EPOLLET, EPOLLIN, EPOLLOUT
-from socket import IPPROTO_TCP, SHUT_WR, SO_LINGER, SOL_SOCKET, TCP_USER_TIMEOUT
+from socket import AF_UNIX, IPPROTO_TCP, SHUT_WR, SO_LINGER, SOL_SOCKET, TCP_USER_TIMEOUT
 from termios import FIONREAD
 from time import monotonic
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import gevent
 
 from gserver import logs
+from gserver.addresses import TCP, TLS, UNIX
 from gserver.commands import Command
-from gserver.config import plain_host
 from gserver.protocol import (
     KICKED,
     PLAIN_TEXT,
@@ -164,7 +164,9 @@ class Client:
         "work",
     )
 
-    def __init__(self, loop: "Loop", sock: "Sock", address: Any, now: float) -> None:
+    def __init__(
+        self, loop: "Loop", sock: "Sock", address: tuple[str, int] | None, now: float
+    ) -> None:
         self.loop = loop
         self.sock: Sock = sock
         #: Host and port; None once it is admitted, unless its end is going to be logged.
@@ -466,12 +468,14 @@ class Client:
 
     @property
     def may_move(self) -> bool:
-        """Whether it can be handed over now."""
-        return self.state in (IDLE, READING, BLOCKED) and self not in self.loop.probes
+        """Whether it can be handed over now. TLS cannot: its keys are in this process."""
+        is_ready = self.state in (IDLE, READING, BLOCKED)
+        return is_ready and not self.has_tls and self not in self.loop.probes
 
     def _proceed_or_move(self, now: float) -> None:
         """Continue after a wait; in a handover, leave that to the next worker."""
-        if self.loop.is_handing_over and self not in self.loop.probes:
+        is_movable = not self.has_tls and self not in self.loop.probes
+        if self.loop.is_handing_over and is_movable:
             self.loop.park(self)
         else:
             self._proceed(now)
@@ -662,6 +666,20 @@ class Client:
                 with suppress(OSError):  # The connection is broken.
                     self.sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, ceil(seconds * 1000))
 
+    # How it has come
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether it speaks TLS."""
+        return type(self.sock) is TlsSocket
+
+    @property
+    def way(self) -> str:
+        """The kind of its way in."""
+        if isinstance(self.sock, TlsSocket):
+            return TLS
+        return UNIX if self.sock.family == AF_UNIX else TCP
+
     # Before a client is admitted
 
     @property
@@ -731,7 +749,7 @@ class Client:
         reason = PROXY_FAILED if isinstance(self.sock, ProxiedSocket) else TLS_FAILED
         self.loop.replies.count_error(reason)
         self.loop.note_end(self, reason)
-        if reason is PROXY_FAILED:
+        if reason is PROXY_FAILED and self.address:
             fields = {**address_fields(self.address), **logs.error_fields(error)}
             message = f"the PROXY header of {fields['client.address']} has failed: {error}"
             if isinstance(error, ProxyHeaderError | TimeoutError):
@@ -749,6 +767,6 @@ class Client:
             self.close()
 
 
-def address_fields(address: Any) -> dict[str, object]:
+def address_fields(address: tuple[str, int]) -> dict[str, object]:
     """Return the fields of a log event for a client's address."""
-    return {"client.address": plain_host(address[0]), "client.port": address[1]}
+    return {"client.address": address[0], "client.port": address[1]}

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 import gevent
 
+from gserver.addresses import TLS
 from gserver.commands import Command
 from gserver.protocol import ERROR_REPLIES, INTERNAL, UNKNOWN_COMMAND, USAGE, ErrorReply, Parser
 from gserver.serve.client import MOVING, Client, Work
@@ -35,7 +36,7 @@ from gserver.serve.loop import Loop
 from gserver.serve.proxied import ProxiedSocket
 
 #: Version of the messages. To a successor with another one, no client is handed over.
-FORMAT = 2
+FORMAT = 3
 #: Clients in a batch. The kernel passes at most 253 descriptors with a message.
 BATCH_CLIENTS = 250
 #: A batch whose JSON has more bytes than this is sent. One client has 100 KB at most. The kernel's
@@ -72,8 +73,6 @@ class Greeting:
     slot: int
     #: Descriptors that it has for clients.
     room: int
-    #: Whether it serves TLS. It cannot continue a connection without TLS then.
-    has_tls: bool
     format: int = FORMAT
 
     @classmethod
@@ -214,9 +213,9 @@ class Sender:
             greeting = Greeting.parse(self._receive(GREETING_SECONDS))
         except TimeoutError as error:
             raise HandoverError("the new worker does not begin") from error
-        if not greeting or greeting.has_tls or self._loop.has_tls:
+        if not greeting:
             return False
-        clients = self._loop.limits.clients
+        clients = self._loop.limits.clients - self._loop.limits.clients_by(TLS)
         if greeting.room < clients:
             raise HandoverError(
                 f"the new worker has descriptors for {greeting.room} clients, and {clients} are"
@@ -294,7 +293,7 @@ class Sender:
         if answer != TAKEN:
             loop.take_back(clients)
             return False
-        loop.limits.hand_over(len(clients), self._slot)
+        loop.limits.hand_over([client.way for client in clients], self._slot)
         self.clients += len(clients)
         for client in clients:
             loop.release(client)
@@ -336,7 +335,7 @@ def _unsent(clients: Iterable[Client]) -> BinaryIO:
 def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
     """Be the successor: take over clients until the old worker has ended, or until a drain."""
     limits, has_ended = loop.limits, False
-    greeting = Greeting(slot, loop.capacity - len(loop.clients), loop.has_tls)
+    greeting = Greeting(slot, loop.capacity - len(loop.clients))
     if loop.is_draining:
         pair.close()
         return
@@ -360,10 +359,11 @@ def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
                 clients = [
                     restore(loop, fd, fields, unsent) for fd, fields in zip(fds, batch, strict=True)
                 ]
-            limits.take_over(len(clients))
+            limits.take_over([client.way for client in clients])
             for client, fields in zip(clients, batch, strict=True):
                 places = fields["places"]
-                limits.take_over_address(client.sock.fileno(), places and tuple(places))
+                places = None if places is None else tuple(places)
+                limits.take_over_address(client.sock.fileno(), places)
             with suppress(BrokenPipeError):  # The old worker has died: its clients live on here.
                 pair.send(TAKEN)
             for client, fields in zip(clients, batch, strict=True):

@@ -8,15 +8,17 @@ one worker to another, the new worker calls `take_over` and `take_over_address`,
 """
 
 import socket
+from collections.abc import Sequence
 from hashlib import blake2b
 from struct import unpack
 
-from gserver.config import Config, plain_host
+from gserver.addresses import KINDS, plain_host
+from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
 from gserver.scoreboard import Scoreboard
 
-#: The two cells in which a connection's address is counted.
-Places = tuple[int, int]
+#: The two cells in which a connection's address is counted; none if its address has no limit.
+Places = tuple[int, ...]
 
 
 class Limits:
@@ -35,6 +37,7 @@ class Limits:
         self._peak = scoreboard.cell("clients_peak", slot)
         self._arriving = scoreboard.cell("clients_arriving", slot)
         self._handed_over = scoreboard.cell("clients_handed_over", slot)
+        self._ways = {kind: scoreboard.cell(f"clients_by_way.{kind}", slot) for kind in KINDS}
         limit = config.max_clients_per_address
         self._addresses = AddressCounts(scoreboard, slot, limit) if limit else None
 
@@ -42,6 +45,11 @@ class Limits:
         """Count a new connection of an address, unless the address is at its limit."""
         if self._addresses:
             self._addresses.add(fd, host)
+
+    def exempt(self, fd: int) -> None:
+        """Do not limit the address of a connection: all clients of a Unix socket have the same."""
+        if self._addresses:
+            self._addresses.add_at(fd, ())
 
     def uncount_address(self, fd: int) -> None:
         """Take a connection out of the count of its address, if it was counted."""
@@ -52,8 +60,8 @@ class Limits:
         """Whether a connection is not counted, because its address was at the limit."""
         return self._addresses is not None and fd not in self._addresses
 
-    def admit(self, fd: int) -> ErrorReply | None:
-        """Count a client, or return why it is rejected."""
+    def admit(self, fd: int, way: str) -> ErrorReply | None:
+        """Count a client that has come by a way of this kind, or return why it is rejected."""
         if self.is_over_address_limit(fd):
             return TOO_MANY_FROM_ADDRESS
         cells = self._cells
@@ -63,22 +71,26 @@ class Limits:
             count = self._count_clients()
             if count <= self._max_clients:
                 cells[self._accepted] += 1
+                cells[self._ways[way]] += 1
                 cells[self._peak] = max(cells[self._peak], count)
                 return None
             cells[self._clients] -= 1
         self.uncount_address(fd)
         return TOO_MANY_CLIENTS
 
-    def uncount(self) -> None:
+    def uncount(self, way: str) -> None:
         """Take an admitted client out of the count."""
+        self._cells[self._ways[way]] -= 1
         self._cells[self._clients] -= 1
         self._cells[self._closed] += 1
 
     # Handovers. For a moment, both workers count the clients of a batch. `clients_arriving` is
     # their number. The two workers write it in turn.
 
-    def take_over(self, clients: int) -> None:
-        """Count a batch of clients from another worker, which still counts them."""
+    def take_over(self, ways: Sequence[str]) -> None:
+        """Count a batch of clients, by their ways, from another worker, which still counts them."""
+        clients = len(ways)
+        self._count_ways(ways, 1)
         with self._scoreboard.transfer(self._slot):
             self._cells[self._arriving] = clients
             self._cells[self._clients] += clients
@@ -94,8 +106,10 @@ class Limits:
             cells[self._accepted] += cells[self._arriving]
         cells[self._arriving] = 0
 
-    def hand_over(self, clients: int, slot: int) -> None:
+    def hand_over(self, ways: Sequence[str], slot: int) -> None:
         """Take a batch out of the count, which the worker in `slot` counts by now."""
+        clients = len(ways)
+        self._count_ways(ways, -1)
         cells, arriving = self._cells, self._scoreboard.cell("clients_arriving", slot)
         if not cells[arriving]:
             # The new worker has died, and the supervisor has left these clients to this worker.
@@ -105,19 +119,27 @@ class Limits:
             cells[arriving] = 0
         cells[self._handed_over] += clients
 
+    def _count_ways(self, ways: Sequence[str], amount: int) -> None:
+        for way in ways:
+            self._cells[self._ways[way]] += amount
+
     def places(self, fd: int) -> Places | None:
         """Return where the address of a connection is counted, for `take_over_address`."""
         return self._addresses.places.get(fd) if self._addresses else None
 
     def take_over_address(self, fd: int, places: Places | None) -> None:
         """Count a connection's address where another worker has counted it."""
-        if self._addresses and places:
+        if self._addresses and places is not None:
             self._addresses.add_at(fd, places)
 
     @property
     def clients(self) -> int:
         """Clients of this worker."""
         return self._cells[self._clients]
+
+    def clients_by(self, way: str) -> int:
+        """Clients of this worker that have come by ways of this kind."""
+        return self._cells[self._ways[way]]
 
     def clients_of_server(self) -> int:
         """Clients of all workers."""

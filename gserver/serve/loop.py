@@ -21,8 +21,9 @@ import gevent
 from gevent.monkey import get_original
 
 from gserver import logs
+from gserver.addresses import peer, plain_host
 from gserver.boot import RESERVED_FILES, fatal_on_error
-from gserver.config import Config, plain_host
+from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
 from gserver.serve.client import (
     CLOSED,
@@ -119,8 +120,8 @@ class Loop:
         self.is_handing_over = False
         hub = gevent.get_hub()
         self._epoll = get_original("select", "epoll")()
-        #: The listener's descriptor while new clients are accepted.
-        self._listener_fd = -1
+        #: The events of the listeners whose clients are accepted now.
+        self._listener_events: list[tuple[int, int]] = []
         #: Events that are served after the new clients that came with them.
         self._held: list[tuple[int, int]] | None = None
         self._watcher = hub.loop.io(self._epoll.fileno(), READ, priority=PRIORITY)
@@ -137,11 +138,6 @@ class Loop:
         """Whether clients are closed once what they have sent is answered."""
         return self.drain_started_at < inf
 
-    @property
-    def has_tls(self) -> bool:
-        """Whether clients speak TLS."""
-        return self._tls_context is not None
-
     def drains_at(self, fd: int) -> float:
         """Return when a drain reaches a client: at once, or spread by `--drain-spread`.
 
@@ -152,46 +148,52 @@ class Loop:
     # New clients
 
     def watch_listener(self, fd: int) -> None:
-        """Hold clients' events while this listener has connections to accept. -1 ends that."""
-        if fd == self._listener_fd:
-            return
-        if self._listener_fd >= 0:
-            self._epoll.unregister(self._listener_fd)
-        self._listener_fd = fd
-        if fd >= 0:
+        """Hold clients' events while this listener has connections to accept."""
+        if (fd, READ) not in self._listener_events:
+            self._listener_events.append((fd, READ))
             self._epoll.register(fd, READ)
 
-    def add(self, sock: Any, address: Any) -> None:
+    def unwatch_listener(self, fd: int) -> None:
+        """End that."""
+        if (fd, READ) in self._listener_events:
+            self._listener_events.remove((fd, READ))
+            self._epoll.unregister(fd)
+
+    def add(self, sock: Any, address: Any, *, has_tls: bool = False) -> None:
         """Take on a connection that has been accepted."""
         now = monotonic()
         fd = sock.fileno()
-        is_proxied = bool(self.config.proxy_from) and self._is_balancer(address[0])
+        # That of a Unix socket is a text.
+        is_remote = isinstance(address, tuple)
+        is_proxied = is_remote and bool(self.config.proxy_from) and self._is_balancer(address[0])
         if is_proxied:
-            sock = ProxiedSocket(sock, address)
-        else:
+            sock = ProxiedSocket(sock, address, has_tls=has_tls)
+        elif is_remote:
             self.limits.count_address(fd, address[0])
-        client = Client(self, sock, address, now)
+        else:
+            self.limits.exempt(fd)
+        client = Client(self, sock, peer(address), now)
         if not self._attach(client, monotonic_ns()):
             return
-        self._make_room(must_wait=is_proxied or self.has_tls)
+        self._make_room(must_wait=is_proxied or has_tls)
         if is_proxied:
             self._await_admission(client, self.config.proxy_header_timeout_seconds, now)
         else:
-            self._begin(client, now)
+            self._begin(client, now, has_tls=has_tls)
 
     def admit_after_header(self, client: Client, header: ProxyHeader, now: float) -> None:
         """Go on with a client whose PROXY header has been read."""
         self._end_admission(client)
-        client.address = client.sock.getpeername()
+        client.address = peer(client.sock.getpeername())
         if header.is_local and len(self.probes) < MAX_PROBES:
             self.probes.add(client)
         else:
             self.limits.count_address(client.sock.fileno(), client.address[0])
-        self._begin(client, now)
+        self._begin(client, now, has_tls=cast(ProxiedSocket, client.sock).has_tls)
 
-    def _begin(self, client: Client, now: float) -> None:
+    def _begin(self, client: Client, now: float, *, has_tls: bool) -> None:
         """Begin the TLS handshake, or admit the client."""
-        if self._tls_context:
+        if has_tls and self._tls_context:
             client.sock = TlsSocket(cast(Any, client.sock), self._tls_context)
             self._begin_handshake(client, now)
         else:
@@ -244,7 +246,8 @@ class Loop:
     def admit(self, client: Client, now: float) -> None:
         """Count a client, or reject it. Its handshake is over, if there was one."""
         self._end_admission(client)
-        error = None if client in self.probes else self.limits.admit(client.sock.fileno())
+        is_probe = client in self.probes
+        error = None if is_probe else self.limits.admit(client.sock.fileno(), client.way)
         if error:
             self.rejected += 1
             self.rejected_now += 1
@@ -259,7 +262,7 @@ class Loop:
             self.reply_counts[client] = 0
         else:
             client.address = None
-        if self._tls_context or self.is_draining:
+        if client.has_tls or self.is_draining:
             client.await_input(now)
         elif self.config.idle_timeout_seconds:
             self.set_deadline(client, now + self.config.idle_timeout_seconds)
@@ -267,7 +270,7 @@ class Loop:
     def uncount(self, client: Client) -> None:
         """Take an admitted client out of the count, if it is in it."""
         if client not in self.probes:
-            self.limits.uncount()
+            self.limits.uncount(client.way)
 
     def dismiss_probes(self, now: float) -> None:
         """Close the probes that are silent: they are not handed over."""
@@ -336,12 +339,11 @@ class Loop:
             held, self._held = self._held, None
             return held
         events: list[tuple[int, int]] = self._epoll.poll(0, TURN_CLIENTS)
-        # In a full turn, the listener's event may be among those that are left for the next.
-        if self._listener_fd >= 0 and (
-            (self._listener_fd, READ) in events or len(events) == TURN_CLIENTS
-        ):
-            self._held = events
-            return None
+        for event in self._listener_events:
+            # In a full turn, it may be among those that are left for the next.
+            if event in events or len(events) == TURN_CLIENTS:
+                self._held = events
+                return None
         return events
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
@@ -375,7 +377,7 @@ class Loop:
                 if counts:
                     self.note_replies(client, replies)
                 sent = client.sock.send(replies)
-                if has_tls or sent < len(replies):
+                if sent < len(replies) or (has_tls and client.has_tls):
                     self.guard(client, client.after_send, memoryview(replies)[sent:], started)
             except BlockingIOError:
                 self.guard(client, client.after_block, replies, started)
@@ -509,10 +511,9 @@ class Loop:
     def peer(self, client: Client) -> tuple[str, int]:
         """Return address and port of a client; "" and 0 if its connection was reset."""
         try:
-            address = client.address or client.sock.getpeername()
+            return client.address or peer(client.sock.getpeername())
         except OSError:
             return "", 0
-        return plain_host(address[0]), int(address[1])
 
     def _log_end(self, client: Client) -> None:
         """Log the end of a client at debug level, if it was admitted."""
@@ -563,6 +564,6 @@ def log_client(
 ) -> None:
     """Log an event of a client at debug level, if its address was kept for that."""
     if client.address is not None:
-        host, port = plain_host(client.address[0]), client.address[1]
+        host, port = client.address
         fields = {**address_fields(client.address), **(more or {})}
         logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", fields)

@@ -10,15 +10,17 @@ from gserver.serve.proxy_header import MAX_V2_BYTES, ProxyHeader, parse
 class ProxiedSocket(_socket.socket):
     """A bare socket that begins with a PROXY header, and knows the address of the client."""
 
-    __slots__ = ("_peer", "_received")
+    __slots__ = ("_peer", "_received", "has_tls")
 
-    def __init__(self, sock: _socket.socket, peer: Any) -> None:
+    def __init__(self, sock: _socket.socket, peer: Any, *, has_tls: bool = False) -> None:
         """Take the descriptor of `sock`.
 
         `peer` is the address of the balancer; or of the client, if the header has been read.
+        `has_tls`: after the header comes TLS.
         """
         super().__init__(sock.family, sock.type, sock.proto, sock.detach())
         self.setblocking(False)
+        self.has_tls = has_tls
         #: Not asked of the kernel later: it forgets the address when the connection is reset.
         self._peer = peer
         #: The beginning of the header.

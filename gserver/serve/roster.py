@@ -7,13 +7,16 @@ import json
 import logging
 import os
 import socket
+import struct
 from collections.abc import Iterator, Sequence
+from socket import SO_PEERCRED, SOL_SOCKET
 from time import monotonic, monotonic_ns
-from typing import Any
+from typing import Any, cast
 
 import gevent
 
 from gserver import logs
+from gserver.addresses import UNIX
 from gserver.boot import LIST
 from gserver.serve.client import BUSY, COUNTED, MOVING, Client
 from gserver.serve.loop import Loop
@@ -70,10 +73,14 @@ def client_id(loop: Loop, client: Client) -> str:
 def _describe(loop: Loop, client: Client) -> dict[str, Any]:
     address, port = loop.peer(client)
     age_ns = monotonic_ns() - loop.accepted_ns[client.sock.fileno()]
+    pid, uid, _ = _credentials(client) if client.way == UNIX else (None, None, None)
     return {
         "id": client_id(loop, client),
+        "way": client.way,
         "address": address,
         "port": port,
+        "uid": uid,
+        "pid": pid,
         "worker": os.getpid(),
         "age_seconds": round(age_ns / 1e9, 3),
         "idle_seconds": round(monotonic() - client.quiet_since, 3),
@@ -81,6 +88,15 @@ def _describe(loop: Loop, client: Client) -> dict[str, Any]:
         "command": client.work.command if client.work and client.state is BUSY else None,
         "tls_name": getattr(client.sock, "peer_certificate_name", ""),
     }
+
+
+def _credentials(client: Client) -> tuple[int, int, int]:
+    """Return process, user and group that a client of a Unix socket had when it connected."""
+    found = cast(socket.socket, client.sock).getsockopt(
+        SOL_SOCKET, SO_PEERCRED, struct.calcsize("3i")
+    )
+    pid, uid, gid = struct.unpack("3i", found)
+    return pid, uid, gid
 
 
 def _close(loop: Loop, id_or_address: str) -> Iterator[dict[str, Any]]:

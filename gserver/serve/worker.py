@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from functools import partial
 from ssl import SSLContext
 from time import gmtime, monotonic, monotonic_ns, strftime, time
 from typing import Any, cast
@@ -24,6 +25,7 @@ from gevent.event import Event
 from gevent.server import StreamServer
 
 from gserver import logs
+from gserver.addresses import TLS, Way
 from gserver.boot import (
     FATAL_ACCEPT_ERRORS,
     HAND_OVER,
@@ -72,10 +74,13 @@ class Acceptor(StreamServer):
 
     fatal_errors = FATAL_ACCEPT_ERRORS
 
-    def __init__(self, listener: socket.socket, worker: "Worker", max_accept: int) -> None:
+    def __init__(self, way: Way, fd: int, worker: "Worker", *, is_alone: bool) -> None:
+        """Accept by this way in. `is_alone`: no other worker does."""
+        has_tls = way.kind == TLS
         # No greenlet for each client: the loop serves it, and closes its socket.
-        super().__init__(listener, cast(Any, worker.loop.add), spawn=None)
-        self.max_accept = max_accept
+        add = partial(worker.loop.add, has_tls=True) if has_tls else worker.loop.add
+        super().__init__(socket.socket(fileno=fd), cast(Any, add), spawn=None)
+        self.max_accept = MAX_ACCEPTS if is_alone and not has_tls else MAX_SHARED_ACCEPTS
         self._worker = worker
         self._kind = int(self.socket.family), int(self.socket.type), self.socket.proto
         self._has_yielded = self._is_paused = False
@@ -119,7 +124,7 @@ class Acceptor(StreamServer):
         """Leave new clients in the kernel's queue."""
         self._is_paused = True
         super().stop_accepting()
-        self._worker.loop.watch_listener(-1)
+        self._worker.loop.unwatch_listener(self.socket.fileno())
 
     def is_fatal_error(self, ex: BaseException) -> bool:
         """End the process at a fatal error; gevent would only stop accepting."""
@@ -134,6 +139,15 @@ class Acceptor(StreamServer):
         """Accept again after a pause, unless the server has been closed meanwhile."""
         if self._is_paused and self.started:
             self.start_accepting()
+
+    def take_queue(self) -> None:
+        """Accept what waits in the kernel's queue, although this worker ends."""
+        with suppress(OSError):  # Out of descriptors: the rest of the queue is lost.
+            for _ in range(MAX_ACCEPTS):
+                accepted = self.do_read()
+                if not accepted:
+                    break
+                cast(Any, self).do_handle(*accepted)
 
 
 class Worker:
@@ -167,9 +181,11 @@ class Worker:
             on_close=self._on_close,
             tls_context=self._make_tls_context(instructions.certificates),
         )
-        is_alone = config.workers == 1 and not config.tls_cert
-        listener = socket.socket(fileno=instructions.listener_fd)
-        self._server = Acceptor(listener, self, MAX_ACCEPTS if is_alone else MAX_SHARED_ACCEPTS)
+        #: One for each way in.
+        self._acceptors = [
+            Acceptor(way, fd, self, is_alone=config.workers == 1)
+            for way, fd in zip(config.ways, instructions.listener_fds, strict=True)
+        ]
 
     def run(self) -> None:
         """Serve until SIGTERM, then drain. After SIGUSR2, serve until the last client has gone."""
@@ -180,7 +196,8 @@ class Worker:
         hub.SYSTEM_ERROR = (*hub.SYSTEM_ERROR, MemoryError)
         gevent.spawn_raw(keep_heartbeat, self._instructions, self._scoreboard)
         gevent.spawn_raw(fatal_on_error(self._obey))
-        self._server.start()
+        for acceptor in self._acceptors:
+            acceptor.start()
         self._instructions.report(READY)
         self._should_stop_accepting.wait()
         self._close_port()
@@ -222,7 +239,11 @@ class Worker:
 
     def _on_close(self) -> None:
         self._changed.set()
-        self._server.resume()  # It may have paused because this worker was full.
+        self._resume_accepting()  # It may have paused because this worker was full.
+
+    def _resume_accepting(self) -> None:
+        for acceptor in self._acceptors:
+            acceptor.resume()
 
     def _wait_for_change(self, seconds: float | None) -> None:
         self._changed.clear()
@@ -269,7 +290,8 @@ class Worker:
 
         Clients that cannot be handed over, or not yet, are served up to the drain timeout.
         """
-        self._server.stop_accepting()
+        for acceptor in self._acceptors:
+            acceptor.stop_accepting()
         problem: HandoverError | None = None
         try:
             self._send_all(sender)
@@ -282,7 +304,7 @@ class Worker:
             self._handle_stop()
             return
         self._sender = None
-        self._server.resume()
+        self._resume_accepting()
         if self._scoreboard.get("port_closed"):
             self._should_stop_accepting.set()
         # If some clients have moved, neither of the two may end: the supervisor tries again.
@@ -316,12 +338,16 @@ class Worker:
         """Count and log what was handed over at once. Busy clients may follow."""
         self._add("handovers", 1)
         self._add("handover_ns", round(seconds * 1e9))
-        staying = self.limits.clients
+        staying, with_tls = self.limits.clients, self.limits.clients_by(TLS)
         message = f"handed over {clients} clients in {seconds:.2f} s"
         if staying:
             reason = "their commands still run, or descriptors are short"
-            if not can_move:
-                reason = "TLS" if self.loop.has_tls else "the new worker has another format"
+            if staying == with_tls:
+                reason = "TLS"
+            elif not can_move:
+                reason = "the new worker has another format"
+            elif with_tls:
+                reason = f"{with_tls} with TLS; of the others, {reason}"
             limit = self._config.drain_timeout_seconds
             message += f"; {staying} stay for up to {limit:g} s ({reason})"
         fields = {
@@ -336,14 +362,11 @@ class Worker:
 
     def _close_port(self) -> None:
         """Stop accepting. Take what is in the kernel's queue if no other worker will."""
-        if self._scoreboard.get("port_closed"):
-            with suppress(OSError):  # Out of descriptors: the rest of the queue is lost.
-                for _ in range(MAX_ACCEPTS):
-                    accepted = self._server.do_read()
-                    if not accepted:
-                        break
-                    self.loop.add(*accepted)
-        self._server.close()
+        is_last = bool(self._scoreboard.get("port_closed"))
+        for acceptor in self._acceptors:
+            if is_last:
+                acceptor.take_queue()
+            acceptor.close()
 
     def _drain(self) -> None:
         """Close every client, within the deadline."""

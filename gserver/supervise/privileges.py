@@ -45,6 +45,17 @@ def become(user: str) -> None:
         )
 
 
+def give(path: str, user: str) -> None:
+    """Make `NAME[:GROUP]` the owner of a file. "" = no change. Raises what `become` raises."""
+    if not user:
+        return
+    _, uid, gid = _look_up(user)
+    try:
+        os.chown(path, uid, gid)
+    except PermissionError as error:
+        raise FatalError(f"--user {user} needs root: start it as root") from error
+
+
 def _look_up(user: str) -> tuple[str, int, int]:
     """Return the name, user id and group id of `NAME[:GROUP]`; raise `UsageError` for a bad one."""
     name, _, group = user.partition(":")

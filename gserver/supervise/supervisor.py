@@ -17,7 +17,7 @@ from time import monotonic, monotonic_ns
 
 from gserver import __version__, certificates, logs
 from gserver.boot import Instructions
-from gserver.config import AGENT_SHARE, OLD_AGENT_SHARE, WORKERS_SHARE, Config, show_address
+from gserver.config import AGENT_SHARE, OLD_AGENT_SHARE, WORKERS_SHARE, Config
 from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError, UsageError
 from gserver.scoreboard import Scoreboard
 from gserver.supervise import listener, privileges, systemd, upgrade
@@ -73,7 +73,7 @@ class Supervisor:
     ) -> None:
         self._config = config
         self._manager = manager
-        self._port, self._admin_port = ports
+        self._ways, self._admin_ports = ports
         self._scoreboard = scoreboard
         self._scoreboard.put("supervisor_heartbeat", monotonic_ns())
         self._lifecycle = lifecycle
@@ -126,7 +126,7 @@ class Supervisor:
         supervisor = cls(
             config,
             systemd.Manager(**state.manager),
-            listener.inherit(state.port_fd, state.admin_port_fd, config.backlog),
+            listener.inherit(state.way_fds, state.admin_fds, config),
             Scoreboard.attach(state.scoreboard_fd, state.slots, may_extend=True),
             _resume_lifecycle(state),
             resume_children(state.children, state.generations),
@@ -176,9 +176,8 @@ class Supervisor:
         self._reap(now)
         self._watch(now)
         self._check_trial(now)
-        self._port.reopen_if_closed()
-        if self._admin_port:
-            self._admin_port.reopen_if_closed()
+        for port in (*self._ways, *self._admin_ports):
+            port.reopen_if_closed()
         logs.report_suppressed()
         logs.log_debug(is_on=self._scoreboard.get("debug_ends_at") > now * 1e9)
         self._notify_manager(now)
@@ -227,7 +226,8 @@ class Supervisor:
         if needs.has_agent:
             self._keep_agent(now)
         if self._lifecycle.is_port_closed:
-            self._port.sock.close()
+            for way in self._ways:
+                way.close()
         match needs.treatment:
             case Treatment.REPLACE:
                 self._replace_workers(now)
@@ -333,7 +333,7 @@ class Supervisor:
         if now < self._backoff[role].spawn_at:
             return
         generation = self._lifecycle.generation
-        port = self._port if role == WORKER else self._admin_port
+        ports = self._ways if role == WORKER else self._admin_ports
         # Each child gets only the secrets that it needs.
         instructions = Instructions(
             self._config.for_worker() if role == WORKER else self._config,
@@ -341,7 +341,7 @@ class Supervisor:
             slot,
             self._scoreboard.slots,
             self._scoreboard.fd,
-            port.sock.fileno() if port else -1,
+            [port.sock.fileno() for port in ports],
         )
         try:
             child = Child.start(role, generation, instructions)
@@ -662,8 +662,8 @@ class Supervisor:
             code_version=upgrade.code_version(),
             slots=self._scoreboard.slots,
             scoreboard_fd=self._scoreboard.fd,
-            port_fd=self._port.sock.fileno(),
-            admin_port_fd=self._admin_port.sock.fileno() if self._admin_port else -1,
+            way_fds=[way.sock.fileno() for way in self._ways],
+            admin_fds=[port.sock.fileno() for port in self._admin_ports],
             manager=self._manager.state(),
             generations=upgrade.with_previous(generations),
             lifecycle=self._lifecycle.state(),
@@ -698,7 +698,7 @@ class Supervisor:
         elif self._lifecycle.phase is Phase.RELOADING or self._trial:
             self._manager.notify(systemd.RELOADING, RELOADING_STATUS)
         elif self._lifecycle.phase is Phase.SERVING:
-            where = show_address(self._config.host, self._config.port)
+            where = listener.describe(self._config)
             status = f"listening on {where}, workers: {self._config.workers}"
             if self._reload_error:
                 status += f"; the last reload failed: {self._reload_error}"

@@ -27,7 +27,7 @@ from gserver.supervise.child import PACKAGE, child_environment
 from gserver.supervise.phases import Generation
 
 #: Version of the state. A change that an older or newer program cannot read gets another one.
-FORMAT = 1
+FORMAT = 2
 #: How long the trial of a new version may take.
 TRIAL_SECONDS = 30.0
 MAX_REASON_BYTES = 65_536
@@ -43,8 +43,10 @@ class State:
     code_version: str
     slots: int
     scoreboard_fd: int
-    port_fd: int
-    admin_port_fd: int
+    #: Of the ways in, in the order of the configuration.
+    way_fds: list[int]
+    #: Of the admin port, if there is one.
+    admin_fds: list[int]
     manager: dict[str, Any]
     generations: dict[int, Generation]
     lifecycle: dict[str, Any]
@@ -53,7 +55,7 @@ class State:
     @property
     def fds(self) -> list[int]:
         """All descriptors that the new program needs."""
-        found = [self.scoreboard_fd, self.port_fd, self.admin_port_fd]
+        found = [self.scoreboard_fd, *self.way_fds, *self.admin_fds]
         for child in self.children:
             found += [child["control_fd"], child.get("stack_fd", -1)]
         return [fd for fd in found if fd >= 0]

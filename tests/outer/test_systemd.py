@@ -368,32 +368,33 @@ def test_sockets_for_another_process_are_ignored() -> None:
         assert server.wait_for("server.listening")["server.port"] != port_of(sock)
 
 
-def test_a_descriptor_that_is_not_a_listening_tcp_socket_is_refused(tmp_path: Path) -> None:
+def test_a_descriptor_that_is_not_a_listening_stream_socket_is_refused(tmp_path: Path) -> None:
     with ExitStack() as stack:
         wrong: dict[str, socket.socket | int] = {
             "not a socket": (stack.enter_context((tmp_path / "file").open("w"))).fileno(),
             "AF_INET SOCK_DGRAM": stack.enter_context(
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             ),
-            "AF_UNIX SOCK_STREAM": stack.enter_context(socket.socket(socket.AF_UNIX)),
+            "AF_UNIX SOCK_DGRAM": stack.enter_context(
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            ),
             "not listening": stack.enter_context(socket.socket()),
         }
         for what, handed in wrong.items():
             said = f"socket 3 (unknown) was passed by the service manager, but is {what}:"
-            assert f"{said} it must be a listening TCP socket" in refused(handed)
+            assert f"{said} it must be a listening stream socket" in refused(handed)
 
 
 def test_unused_passed_sockets_are_refused() -> None:
     """Their clients would wait endlessly."""
-    with listening() as one, listening() as two:
-        only = "was passed by the service manager, but gserver uses only one named gserver"
-        assert f"socket 4 (unknown) {only}\n" in refused(one, two)
-        assert f"socket 4 (gserver) {only}\n" in refused(one, two, LISTEN_FDNAMES="gserver:gserver")
-        assert f"socket 4 (other) {only}\n" in refused(one, two, LISTEN_FDNAMES="gserver:other")
-        assert f"socket 4 (admin) {only}\n" in refused(one, two, LISTEN_FDNAMES="gserver:admin")
-        both = f"socket 4 (gserver) {only} and one named admin\n"
-        assert both in refused(
-            one, two, options=("--admin-port", "0"), LISTEN_FDNAMES="gserver:gserver"
+    with listening() as one, listening() as two, listening() as three:
+        passed = "socket {} (admin) was passed by the service manager, but {}\n"
+        unused = passed.format(4, "there is no admin port: set --admin-port")
+        assert unused in refused(one, two, LISTEN_FDNAMES="gserver:admin")
+        second = passed.format(5, "it has passed one already")
+        options = ("--admin-port", "0")
+        assert second in refused(
+            one, two, three, options=options, LISTEN_FDNAMES="gserver:admin:admin"
         )
 
 
