@@ -1,6 +1,6 @@
-"""Addresses: the ways in, where clients connect; and those of clients and networks.
+"""Addresses: of the endpoints, where clients connect; of clients; and networks.
 
-A way in is written as a URL: `tcp://127.0.0.1:4242`, `tls://[::]:4243`,
+An endpoint is written as a URL: `tcp://127.0.0.1:4242`, `tls://[::]:4243`,
 `unix:/run/gserver.sock?mode=0660`. Pure: nothing is resolved, no file is looked at.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-#: The kinds of ways in: plain TCP, TLS, and a socket file of this machine, without TLS.
+#: The transports: plain TCP, TLS, and a socket file of this machine, without TLS.
 TCP, TLS, UNIX = "tcp", "tls", "unix"
-KINDS = TCP, TLS, UNIX
+TRANSPORTS = TCP, TLS, UNIX
 #: The mode of a socket file, if none is given: its owner and group may connect.
 SOCKET_MODE = 0o660
 #: The kernel's limit on the path of a socket file (unix(7)).
@@ -25,56 +25,60 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """One way in."""
+class Endpoint:
+    """Where clients connect, and how they speak there."""
 
-    kind: str
+    transport: str
     host: str = ""
     port: int = 0
     #: The socket file of a Unix socket.
     path: str = ""
-    #: Its mode; None if none was given, or if a service manager has made the file.
+    #: Its mode; None if none was given.
     mode: int | None = None
 
     def __str__(self) -> str:
-        if self.kind == UNIX:
+        if self.transport == UNIX:
             return f"unix:{self.path}" + ("" if self.mode is None else f"?mode={self.mode:04o}")
-        return f"{self.kind}://{show_address(self.host, self.port)}"
+        return f"{self.transport}://{show_address(self.host, self.port)}"
 
-    def overlaps(self, other: "Way") -> bool:
+    def overlaps(self, other: "Endpoint") -> bool:
         """Whether the two cannot both be bound. `::` and an IPv4 address can, with one port."""
-        if UNIX in (self.kind, other.kind):
+        if UNIX in (self.transport, other.transport):
             return self.path == other.path != ""
         has_one_family = (":" in self.host) == (":" in other.host)
         is_same_port = self.port == other.port != 0
         return is_same_port and has_one_family and hosts_overlap(self.host, other.host)
 
 
-def parse_way(text: str) -> Way:
-    """Return the way in that a URL names; raise ValueError with a reason for people."""
-    scheme, _, rest = text.partition(":")
-    if scheme == UNIX:
+def parse_endpoint(text: str) -> Endpoint:
+    """Return the endpoint that a URL names; raise ValueError with a reason for people."""
+    transport, _, rest = text.partition(":")
+    if transport == UNIX:
         return _parse_unix(text, rest)
     try:
         parts = urlsplit(text)
-        host, port = parts.hostname or "", parts.port
+        host, port, has_user = parts.hostname, parts.port, "@" in parts.netloc
+        is_whole = text == f"{transport}://{parts.netloc}"
     except ValueError:
-        host, port = "", None
-    if scheme not in (TCP, TLS) or not host or port is None or text != f"{scheme}://{parts.netloc}":
+        host, port, has_user, is_whole = None, None, False, False
+    if transport not in (TCP, TLS) or not host or port is None or not is_whole:
         raise ValueError(
-            f"{text!r} is not a way in: use tcp://HOST:PORT, tls://HOST:PORT or unix:PATH"
+            f"{text!r} is not an endpoint: use tcp://HOST:PORT, tls://HOST:PORT or unix:PATH"
         )
-    if "@" in parts.netloc:
-        raise ValueError(f"{text!r} has a user name, and nobody asks for one")
-    return Way(scheme, host, port)
+    if has_user:
+        raise ValueError(f"{text!r} contains a user name: remove it")
+    return Endpoint(transport, host, port)
 
 
-def _parse_unix(text: str, rest: str) -> Way:
+def _parse_unix(text: str, rest: str) -> Endpoint:
     path, question, query = rest.partition("?")
     if path.startswith("///"):  # As in a URL with an empty host.
         path = path.removeprefix("//")
     if not re.fullmatch(r"(?!//)[!-~]+", path) or path.endswith("/"):
-        raise ValueError(f"{text!r} names no file: use unix:PATH, such as unix:/run/gserver.sock")
+        raise ValueError(
+            f"{text!r} is not unix:PATH with a path of printable ASCII, such as"
+            " unix:/run/gserver.sock"
+        )
     if len(path) > MAX_PATH_BYTES:
         raise ValueError(f"{path!r} is too long for a socket: at most {MAX_PATH_BYTES} characters")
     if question and not re.fullmatch("mode=[0-7]{3,4}", query):
@@ -82,20 +86,22 @@ def _parse_unix(text: str, rest: str) -> Way:
     mode = int(query.removeprefix("mode="), 8) if query else None
     if mode and mode > 0o777:
         raise ValueError(f"{query!r} is more than read, write and execute (mode=0777)")
-    return Way(UNIX, path=path, mode=mode)
+    return Endpoint(UNIX, path=path, mode=mode)
 
 
-def show_ways(ways: Iterable[Way]) -> str:
+def show_endpoints(endpoints: Iterable[Endpoint]) -> str:
     """Return the URLs with blanks between them, as `--bind` has them."""
-    return " ".join(map(str, ways))
+    return " ".join(map(str, endpoints))
 
 
-def peer(name: Any) -> tuple[str, int]:
-    """Return address and port of a client from what `getpeername` or `accept` return.
+def client_address(name: Any) -> tuple[str, int]:
+    """Return host and port for what `getpeername` or `accept` returns.
 
-    A client of a Unix socket has the address `unix` and port 0.
+    They are `unix` and 0 for a Unix socket.
     """
-    return (plain_host(name[0]), int(name[1])) if isinstance(name, tuple) else (UNIX, 0)
+    if isinstance(name, tuple):
+        return plain_host(name[0]), int(name[1])
+    return UNIX, 0
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:
@@ -113,6 +119,11 @@ def _parse_network(text: str) -> Network:
     if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
         raise ValueError(f"{text!r} has addresses of IPv4: write them so, without ::ffff:")
     return network
+
+
+def is_any_ipv6(host: str) -> bool:
+    """Whether it stands for all IPv6 addresses: `::`, however it is written."""
+    return ":" in host and any(address.is_unspecified for address in _addresses(host))
 
 
 def is_loopback(host: str) -> bool:

@@ -47,7 +47,7 @@ QUERY = "query"
 LIST, CLOSE = "list", "close"
 #: A report is cut to this: it is written as a whole.
 MAX_REPORT_BYTES = 4000
-#: Descriptors that a process needs beside those of its clients: standard streams, scoreboard,
+#: Descriptors that a process needs beside those of its clients: standard streams, scoreboard, one
 #: listener, event loop, logs, name look-ups, and clients that are being rejected.
 RESERVED_FILES = 64
 HEARTBEAT_SECONDS = 0.25
@@ -71,7 +71,7 @@ class Instructions:
     slot: int
     slots: int
     scoreboard_fd: int
-    #: Of a worker, those of the ways in, in their order; of the agent, that of the admin port.
+    #: Of a worker, those of the endpoints, in their order; of the agent, that of the admin port.
     listener_fds: Sequence[int]
     supervisor_pid: int = -1
     control_fd: int = -1
@@ -217,6 +217,11 @@ def run_role(role: Callable[[Instructions], None]) -> int:
     finally:
         logs.report_suppressed(is_last=True)
     return EXIT_CLEAN
+
+
+def room_for_clients(config: Config) -> int:
+    """Raise the limit of open files, and return for how many clients a worker has descriptors."""
+    return raise_file_limit() - RESERVED_FILES - (len(config.endpoints) - 1)
 
 
 def raise_file_limit() -> int:

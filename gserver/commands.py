@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Any, Protocol
 
-from gserver.addresses import peer
+from gserver.addresses import client_address
 from gserver.arguments import Parameters, parameters_of
 from gserver.protocol import MAX_NAME_BYTES, ErrorReply, usage_error
 
@@ -76,7 +76,7 @@ class Request:
             self._address = "", 0
             with suppress(OSError):
                 if self._sock:
-                    self._address = peer(self._sock.getpeername())
+                    self._address = client_address(self._sock.getpeername())
         return self._address
 
 

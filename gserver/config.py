@@ -13,7 +13,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gserver import addresses
-from gserver.addresses import Network, Way, hosts_overlap, is_loopback, parse_networks, parse_way
+from gserver.addresses import (
+    Endpoint,
+    Network,
+    hosts_overlap,
+    is_loopback,
+    parse_endpoint,
+    parse_networks,
+)
 from gserver.redis_url import parse_urls
 
 # Groups of options, in the order of `gserver --help`.
@@ -141,8 +148,10 @@ def parse_proxy_from(text: str) -> str:
 
 
 def parse_bind(text: str) -> str:
-    """Return the ways in, with a blank between each two, if they are valid."""
-    return addresses.show_ways(map(parse_way, text.split()))
+    """Return the endpoints, with a blank between each two, if they are valid."""
+    if not text.split():
+        raise ValueError("it names no endpoint: use tcp://HOST:PORT, tls://HOST:PORT or unix:PATH")
+    return addresses.show_endpoints(map(parse_endpoint, text.split()))
 
 
 def parse_redis_url(text: str) -> str:
@@ -167,7 +176,7 @@ class Config:
     bind: str = _option(
         "",
         LISTENING,
-        "A way in: tcp://HOST:PORT, tls://HOST:PORT or unix:PATH[?mode=0660]; may be repeated"
+        "An endpoint: tcp://HOST:PORT, tls://HOST:PORT or unix:PATH[?mode=0660]; may be repeated"
         " (in the variable: separated by blanks) [default: --host and --port].",
         parse=parse_bind,
         metavar="URL",
@@ -360,19 +369,21 @@ class Config:
     )
 
     @property
-    def ways(self) -> tuple[Way, ...]:
-        """The ways in, at least one."""
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """The endpoints, at least one."""
         if self.bind:
-            return tuple(map(parse_way, self.bind.split()))
-        kind = addresses.TLS if self.tls_cert else addresses.TCP
-        return (Way(kind, self.host, self.port),)
+            return tuple(map(parse_endpoint, self.bind.split()))
+        transport = addresses.TLS if self.tls_cert else addresses.TCP
+        return (Endpoint(transport, self.host, self.port),)
 
-    def with_ways(self, ways: Sequence[Way]) -> "Config":
-        """Return it with the ways in that were opened: their ports are known now."""
-        first = ways[0]
-        if not self.bind and [way.kind for way in ways] == [self.ways[0].kind]:
+    def with_endpoints(self, endpoints: Sequence[Endpoint]) -> "Config":
+        """Return it with the endpoints that were opened: their ports are known now."""
+        first = endpoints[0]
+        if not self.bind and [endpoint.transport for endpoint in endpoints] == [
+            self.endpoints[0].transport
+        ]:
             return replace(self, host=first.host, port=first.port)
-        return replace(self, bind=addresses.show_ways(ways))
+        return replace(self, bind=addresses.show_endpoints(endpoints))
 
     @property
     def balancers(self) -> tuple[Network, ...]:
@@ -460,11 +471,19 @@ class Config:
             return "--tls-key needs --tls-cert"
         if self.tls_client_ca and not self.tls_cert:
             return "--tls-client-ca needs --tls-cert"
-        has_tls = any(way.kind == addresses.TLS for way in self.ways)
+        return ""
+
+    @property
+    def tls_contradiction(self) -> str:
+        """The same between `--tls-cert` and the endpoints.
+
+        It does not matter before a service manager's sockets have replaced the endpoints.
+        """
+        has_tls = any(endpoint.transport == addresses.TLS for endpoint in self.endpoints)
         if has_tls and not self.tls_cert:
-            return "--bind tls://... needs --tls-cert"
+            return "an endpoint with TLS (tls://, or a passed socket named tls) needs --tls-cert"
         if self.tls_cert and not has_tls:
-            return "--tls-cert needs a way in with TLS: --bind tls://HOST:PORT"
+            return "--tls-cert is not used: add --bind tls://HOST:PORT, or pass a socket named tls"
         return ""
 
     @property
@@ -473,19 +492,19 @@ class Config:
 
         It does not matter if a service manager hands over sockets: they are not bound here.
         """
-        ways = self.ways
-        for way in ways:
-            is_admin = way.port == self.admin_port and way.port > 0
-            if is_admin and hosts_overlap(way.host, self.admin_host):
+        endpoints = self.endpoints
+        for endpoint in endpoints:
+            is_admin = endpoint.port == self.admin_port and endpoint.port > 0
+            if is_admin and hosts_overlap(endpoint.host, self.admin_host):
                 which = "--bind" if self.bind else "--port"
                 return (
-                    f"{which} and --admin-port are both {way.port}, on {way.host} and"
+                    f"{which} and --admin-port are both {endpoint.port}, on {endpoint.host} and"
                     f" {self.admin_host}: choose another port for one of them"
                 )
-        for number, way in enumerate(ways):
-            for other in ways[:number]:
-                if way.overlaps(other):
-                    return f"--bind {other} and {way} are the same: choose another for one of them"
+        for number, endpoint in enumerate(endpoints):
+            for other in endpoints[:number]:
+                if endpoint.overlaps(other):
+                    return f"--bind {other} and --bind {endpoint} overlap: change one of them"
         return ""
 
 

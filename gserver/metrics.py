@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from gserver.addresses import KINDS
+from gserver.addresses import TRANSPORTS
 from gserver.protocol import ERROR_REPLIES
 from gserver.redis_errors import HEARTBEAT_ERRORS
 from gserver.redis_url import MAX_URLS
@@ -173,9 +173,10 @@ METRICS = (
     # Clients.
     Metric("clients", Source.WORKER, Kind.GAUGE, "Connected clients.", statsd="clients",
            prometheus="gserver_clients", json="clients.now", worker_json="clients"),
-    Metric("clients_by_way", Source.WORKER, Kind.GAUGE,
-           "Connected clients by way in; those of a handover count twice for a moment.",
-           prometheus="gserver_clients_by_way", json="clients.by_way", label="way", members=KINDS),
+    Metric("clients_by_transport", Source.WORKER, Kind.GAUGE,
+           "Connected clients by transport; those of a handover count twice for a moment.",
+           prometheus="gserver_clients_by_transport", json="clients.by_transport",
+           label="transport", members=TRANSPORTS),
     Metric("clients_arriving", Source.WORKER, Kind.STATE,
            "Clients of a handover that two workers count for a moment."),
     Metric("is_transferring", Source.WORKER, Kind.STATE,
@@ -311,7 +312,7 @@ METRICS = (
            "When it last lost its data, on the lease clock.", "ms",
            label="engine", members=ENGINES),
     Metric("data_known_from", Source.SERVER, Kind.STATE,
-           "What it was told after that is not from a backup, on the lease clock.", "ms",
+           "Heartbeats after this moment of the lease clock are not from a backup.", "ms",
            label="engine", members=ENGINES),
     Metric("acked_sequence", Source.SERVER, Kind.STATE,
            "Sequence number of the last heartbeat that it answered.",

@@ -39,7 +39,7 @@ SERVER_CELLS = cell_names(Source.SERVER)
 #: What is true of a worker only while it lives.
 CURRENT = (
     *("clients", "clients_arriving", "is_transferring", "pid", "tls_expires_at"),
-    *(name for name in WORKER_CELLS if name.startswith("clients_by_way.")),
+    *(name for name in WORKER_CELLS if name.startswith("clients_by_transport.")),
 )
 #: Command names that a slot can hold, over all reloads.
 MAX_COMMANDS = 64

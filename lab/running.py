@@ -301,7 +301,7 @@ class Running:
         self.port = 0
         if wait:
             try:
-                self.port = self.wait_for("server.listening").get("server.port", 0)
+                self.port = self.wait_for("server.listening")["server.port"] or 0
             except BaseException:
                 self.kill()
                 raise
@@ -365,10 +365,10 @@ class Running:
         port: int = self.events("server.listening")[0]["gserver.admin_port"]
         return port
 
-    def ways(self) -> list[str]:
-        """The URLs of the ways in, with their real ports."""
-        ways: str = self.events("server.listening")[0]["gserver.ways"]
-        return ways.split()
+    def endpoints(self) -> list[str]:
+        """The URLs of the endpoints, with their real ports."""
+        urls: str = self.events("server.listening")[0]["gserver.endpoints"]
+        return urls.split()
 
     def client(self, source: str = "", context: ssl.SSLContext | None = None) -> Client:
         with self.host.inside():

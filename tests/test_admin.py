@@ -107,7 +107,7 @@ def test_the_status_counts_what_clients_did(here: Running) -> None:
         until(lambda: status(here)["reads"] - before["reads"] == 3, "all reads are counted")
         now = status(here)
     assert now["server"]["id"] == "here"
-    assert (now["server"]["state"], now["server"]["port"]) == ("ready", here.port)
+    assert (now["server"]["state"], now["server"]["endpoints"]) == ("ready", here.endpoints())
     assert now["server"]["uptime_seconds"] > before["server"]["uptime_seconds"]
     assert (now["clients"]["now"], now["clients"]["limit"]) == (3, 50)
     assert now["clients"]["peak"] >= 3

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lab.running import (
     LIMIT,
     PATIENCE,
     Running,
+    UnixClient,
     argv,
     environment,
     error_line,
@@ -417,6 +419,42 @@ def test_each_of_several_servers_has_the_whole_timeout(mute: int) -> None:
     with pytest.raises(FatalError):
         ask(["WHO"], [("127.0.0.1", mute)] * 3, 0.2)
     assert 0.6 <= time.monotonic() - began < 0.6 + 15 * PATIENCE
+
+
+# Socket files.
+
+
+def test_a_server_is_asked_by_its_socket_file(tmp_path: Path) -> None:
+    path = tmp_path / "gserver.sock"
+    with Running("--bind", f"unix:{path}", "--server-id", "here") as server:
+        done = gserver("ask", "--server", f"unix:{path}", "WHO", "WHERE")
+        assert (done.returncode, done.stdout) == (0, "1\nhere\n")
+        done = gserver("ask", "--server", f"unix:{path}", "--tls")
+        assert error_line(done, 1) == (
+            f"no server answered: {path} is a socket file, which has no TLS: ask without --tls"
+        )
+        assert server.stop() == 0
+    done = gserver("ask", "--server", f"unix:{path}")
+    assert error_line(done, 1) == f"no server answered: {path} does not exist (is it running?)"
+
+
+def test_a_full_queue_of_a_socket_file_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "full.sock"
+    with socket.socket(socket.AF_UNIX) as busy, ThreadPoolExecutor() as pool, ExitStack() as stack:
+        busy.bind(str(path))
+        busy.listen(0)
+        stack.enter_context(UnixClient(path))
+        asked = pool.submit(ask, ["WHY"], [str(path)], LIMIT)
+        time.sleep(0.1)
+        for _ in range(2):
+            accepted, _ = busy.accept()
+            stack.enter_context(accepted)
+        assert accepted.recv(10) == b"WHY\n"
+        accepted.sendall(b"42\n")
+        assert asked.result().replies == ["42"]
+        stack.enter_context(UnixClient(path))
+        with pytest.raises(FatalError, match="did not answer in time"):
+            ask(["WHY"], [str(path)], 0.2)
 
 
 # Addresses.

@@ -181,10 +181,10 @@ def test_a_share_is_proven_if_it_was_reported_since_the_data_are_known() -> None
 def test_all_shares_are_proven_after_a_loss_of_the_known_data() -> None:
     membership = new_member()
     proven(membership, reply(9, 3, 60_000))
-    after = lost(5, 1, 60_900, lost_at=60_001)
-    assert proven(membership, after, 60_001, 60_900) == [True, True]
-    # These are data of before, of another Redis.
-    other = lost(5, 1, 60_950, lost_at=60_000)
+    after = lost(5, 1, 60_900, lost_at=60_500)
+    assert proven(membership, after, 60_500, 60_900) == [True, True]
+    # Another Redis: its last loss is older than the last reply.
+    other = lost(5, 1, 60_950, lost_at=60_900)
     assert proven(membership, other, 60_949, 60_950) == [False, False]
 
 

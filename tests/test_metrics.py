@@ -235,7 +235,7 @@ def test_statsd_gets_every_metric_of_the_catalogue() -> None:
 OTHER_PATHS = {
     *("verdict", "reasons", "events", "last_second", "server.now", "processes"),
     *(f"last_minute.{name}" for name in ("mistakes", "failures", "rejected")),
-    *(f"server.{name}" for name in ("id", "version", "host", "port", "ways", "state")),
+    *(f"server.{name}" for name in ("id", "version", "endpoints", "state")),
     *(
         "latency_bounds_seconds",
         "workers.each",

@@ -127,9 +127,7 @@ def status(
         "server": {
             "id": config.server_id,
             "version": __version__,
-            "host": config.host,
-            "port": config.port,
-            "ways": [str(way) for way in config.ways],
+            "endpoints": [str(endpoint) for endpoint in config.endpoints],
             "state": state(scoreboard),
             "now": round(facts.unix_seconds, 3),
         },

@@ -74,7 +74,7 @@ CLUSTER = {
     "members": (MEMBERS, NoneType),
 }
 CLIENT = {
-    **dict.fromkeys(("id", "way", "address", "state", "tls_name"), str),
+    **dict.fromkeys(("id", "transport", "address", "state", "tls_name"), str),
     **dict.fromkeys(("port", "worker", "age_seconds", "idle_seconds"), float),
     **dict.fromkeys(("uid", "pid"), MAYBE),
     "command": (str, NoneType),

@@ -7,9 +7,10 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from time import monotonic
-from typing import TYPE_CHECKING, Any
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
 
 from gserver.errors import FatalError, UsageError
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 #: The kernel's limit on the path of a Unix socket (unix(7)).
 MAX_PATH_BYTES = 107
+#: Pause before another attempt at a socket file whose server has a full queue.
+RETRY_SECONDS = 0.02
 #: A server that sends more than this without a newline is not believed to be a gserver.
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 #: The built-in commands and their replies: another program that listens there is recognised.
@@ -123,7 +126,10 @@ def ask(
     reasons = []
     for server in servers:
         answer = Answer()
-        host = "" if isinstance(server, str) else server[0]
+        if isinstance(server, str):
+            host = name = server
+        else:
+            host, name = server[0], f"{server[0]}:{server[1]}"
         try:
             deadline = monotonic() + timeout_seconds
             with _connect(server, deadline) as sock:
@@ -134,7 +140,6 @@ def ask(
                 else:
                     _converse(commands, sock, deadline, answer)
         except (OSError, UnicodeError, FatalError) as error:
-            name = server if isinstance(server, str) else f"{server[0]}:{server[1]}"
             reasons.append(f"{name} {_reason(error)}")
             partial = partial or (answer if answer.replies or answer.failures else None)
         else:
@@ -148,6 +153,8 @@ def _start_tls(sock: socket.socket, context: "ssl.SSLContext", name: str) -> soc
     """Return the socket after the handshake; raise `FatalError` if the peer does not speak TLS."""
     import ssl
 
+    if sock.family == socket.AF_UNIX:
+        raise FatalError("is a socket file, which has no TLS: ask without --tls")
     try:
         return context.wrap_socket(sock, server_hostname=name)
     except (ssl.SSLEOFError, ConnectionError) as error:
@@ -214,11 +221,10 @@ def _lines(sock: socket.socket, deadline: float) -> Iterator[str]:
 
 def _connect(server: Address, deadline: float) -> socket.socket:
     """Connect to the first address of the name that accepts, with one deadline for all of them."""
-    error: OSError = TimeoutError()
     if isinstance(server, str):
-        found: list[Any] = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", server)]
-    else:
-        found = socket.getaddrinfo(*server, type=socket.SOCK_STREAM)
+        return _connect_file(server, deadline)
+    error: OSError = TimeoutError()
+    found = socket.getaddrinfo(*server, type=socket.SOCK_STREAM)
     for tried, (family, kind, protocol, _, address) in enumerate(found):
         sock = socket.socket(family, kind, protocol)
         try:
@@ -230,6 +236,21 @@ def _connect(server: Address, deadline: float) -> socket.socket:
         else:
             return sock
     raise error
+
+
+def _connect_file(path: str, deadline: float) -> socket.socket:
+    """Connect to a socket file. If the server's queue is full, the kernel does not wait."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        while True:
+            sock.settimeout(_left(deadline))
+            with suppress(BlockingIOError):
+                sock.connect(path)
+                return sock
+            sleep(RETRY_SECONDS)
+    except OSError:
+        sock.close()
+        raise
 
 
 def _left(deadline: float) -> float:

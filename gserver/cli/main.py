@@ -23,6 +23,7 @@ from gserver.cli.options import (
     config_options,
     is_flag,
     read_secret,
+    source_of,
     variable_in_use,
     warn_exposed,
     warn_unknown_variables,
@@ -95,10 +96,10 @@ def _configuration(ctx: click.Context, options: dict[str, Any]) -> Config:
     )
     given = [name for name in ("host", "port") if is_flag(ctx, name)]
     if config.bind and given:
-        raise UsageError(f"--bind and --{given[0]} are both set: set only one")
+        raise UsageError(f"{source_of(ctx, 'bind')} and --{given[0]} are both set: set only one")
     _check(config)
     limit = boot.raise_file_limit()
-    room = config.workers * (limit - boot.RESERVED_FILES)
+    room = config.workers * boot.room_for_clients(config)
     is_default = ctx.get_parameter_source("max_clients") is click.core.ParameterSource.DEFAULT
     if config.max_clients > room and (not is_default or room < 1):
         raise UsageError(
@@ -117,8 +118,12 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     config = _configuration(ctx, options)
     # With --user, this process is another user from here.
     server = supervisor.Supervisor.start(config)
-    _check_redis_ca(config)
-    logs.start(config.log_level, config.log_format, config.server_id)
+    try:
+        _check_redis_ca(config)
+        logs.start(config.log_level, config.log_format, config.server_id)
+    except FatalError:
+        server.close_endpoints()
+        raise
     ctx.exit(server.run())
 
 
@@ -164,10 +169,11 @@ def _resume() -> int:
 def _check(config: Config) -> None:
     if config.contradiction:
         raise UsageError(config.contradiction)
-    # Sockets that a service manager hands over (sd_listen_fds) may have other ports.
+    # Sockets that a service manager hands over (sd_listen_fds) may be other endpoints.
     is_handed_over = os.environ.get("LISTEN_PID") == str(os.getpid())
-    if config.port_collision and not is_handed_over:
-        raise UsageError(config.port_collision)
+    problem = config.tls_contradiction or config.port_collision
+    if problem and not is_handed_over:
+        raise UsageError(problem)
 
 
 @gserver.command(cls=Command, short_help="Send commands to a server and print the replies.")

@@ -95,9 +95,11 @@ class ConfigOption(ClientOption):
         )
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
-        """Return the value. Those of an option that may be repeated become one text."""
+        """Return the value; the values of a repeatable option as one text."""
         found = super().process_value(ctx, value)
-        return " ".join(found) or None if self.multiple and found is not None else found
+        if not self.multiple:
+            return found
+        return " ".join(found) if found else None
 
     def shown_variables(self) -> list[str]:
         """Return the second variable, if there is one; the first follows from the flag."""
@@ -178,9 +180,8 @@ def read_secret(ctx: click.Context, name: str) -> str | None:
             warn_exposed(name, flag(name))
         return cast("str | None", value)
     if value:
-        raise UsageError(
-            f"{_source(ctx, name)} and {_source(ctx, f'{name}_file')} are both set: set only one"
-        )
+        both = f"{source_of(ctx, name)} and {source_of(ctx, f'{name}_file')}"
+        raise UsageError(f"{both} are both set: set only one")
     line = _read_line(flag(f"{name}_file"), path)
     parse = OPTIONS[name].parse
     try:
@@ -206,7 +207,7 @@ def is_flag(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _source(ctx: click.Context, name: str) -> str:
+def source_of(ctx: click.Context, name: str) -> str:
     """Return the flag of an option, or the variable that it was taken from."""
     return flag(name) if is_flag(ctx, name) else variable_in_use(environment_names(name))
 

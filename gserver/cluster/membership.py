@@ -78,8 +78,8 @@ class Known(NamedTuple):
     `servers` includes this one; it is 0 until this server has been a member. While `hold_until` is
     not 0, `remote_clients` is an older number than that of the last reply. Each share in it was
     confirmed by its server at `confirmed_monotonic` or later. `last_clock` and `lost_at` are from
-    the last reply, and its heartbeat was sent at `last_sent_monotonic`. What servers have reported
-    after `data_known_from`, on the lease clock, is not from a backup.
+    the last reply, and its heartbeat was sent at `last_sent_monotonic`. Heartbeats after
+    `data_known_from`, on the lease clock, are not from a backup.
     """
 
     # Comes first, so that the next agent never finds a loss without its hold.
@@ -136,9 +136,9 @@ class Membership:
         self.hold_until = min(self.hold_until, reply.clock + self._ttl_ms)
         if self.has_lost_data(reply):
             self._clock_history = ClockHistory(self._ttl_ms)
-            # All data are newer than a loss that came after the last reply.
-            is_new = reply.lost_at > self.last_clock
-            self.data_known_from = reply.lost_at - 1 if is_new else reply.clock
+            # After a loss of the known data, all others are newer than these.
+            if reply.lost_at <= self.last_clock:
+                self.data_known_from = reply.clock  # They are of another Redis.
         self.data_known_from = self.data_known_from or reply.clock
         self.last_clock, self.lost_at = reply.clock, reply.lost_at
         self.last_sent_monotonic = sent_monotonic

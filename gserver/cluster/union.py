@@ -21,9 +21,9 @@ class Share(NamedTuple):
     incarnation: str
     #: The earliest moment at which the server can have sent it.
     confirmed: int
-    #: The server has reported since this one knows the data of the engine. Otherwise the share may
-    #: be from a backup.
-    is_proven: bool = True
+    #: It was reported after this server knew the data of the engine. Otherwise it may be from a
+    #: backup.
+    is_proven: bool
 
 
 class End(NamedTuple):
@@ -74,7 +74,7 @@ class View:
         self.ends: dict[str, End] = {}
 
     def apply(self, listed: Mapping[str, Share], *, is_held: bool = False) -> None:
-        """Take what a reply lists. In a hold, servers that are missing are kept."""
+        """Take what a reply lists. In a hold, proven shares of missing servers are kept."""
         known = {**self.held, **self.listed}
         missing = {key: share for key, share in known.items() if key not in listed}
         self.held = {key: share for key, share in missing.items() if is_held and share.is_proven}

@@ -467,15 +467,18 @@ class Client:
     # Handovers
 
     @property
+    def _is_movable(self) -> bool:
+        """Whether another process can serve it. TLS cannot move: its keys are in this process."""
+        return not self.has_tls and self not in self.loop.probes
+
+    @property
     def may_move(self) -> bool:
-        """Whether it can be handed over now. TLS cannot: its keys are in this process."""
-        is_ready = self.state in (IDLE, READING, BLOCKED)
-        return is_ready and not self.has_tls and self not in self.loop.probes
+        """Whether it can be handed over now."""
+        return self.state in (IDLE, READING, BLOCKED) and self._is_movable
 
     def _proceed_or_move(self, now: float) -> None:
         """Continue after a wait; in a handover, leave that to the next worker."""
-        is_movable = not self.has_tls and self not in self.loop.probes
-        if self.loop.is_handing_over and is_movable:
+        if self.loop.is_handing_over and self._is_movable:
             self.loop.park(self)
         else:
             self._proceed(now)
@@ -666,26 +669,26 @@ class Client:
                 with suppress(OSError):  # The connection is broken.
                     self.sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, ceil(seconds * 1000))
 
-    # How it has come
-
-    @property
-    def has_tls(self) -> bool:
-        """Whether it speaks TLS."""
-        return type(self.sock) is TlsSocket
-
-    @property
-    def way(self) -> str:
-        """The kind of its way in."""
-        if isinstance(self.sock, TlsSocket):
-            return TLS
-        return UNIX if self.sock.family == AF_UNIX else TCP
-
-    # Before a client is admitted
+    # Transport
 
     @property
     def _tls(self) -> TlsSocket | None:
         """The socket, if it is one with TLS."""
         return self.sock if isinstance(self.sock, TlsSocket) else None
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether it speaks TLS."""
+        return isinstance(self.sock, TlsSocket)
+
+    @property
+    def transport(self) -> str:
+        """How it has connected."""
+        if isinstance(self.sock, TlsSocket):
+            return TLS
+        return UNIX if self.sock.family == AF_UNIX else TCP
+
+    # Before a client is admitted
 
     def _continue_admission(self, now: float) -> None:
         """Continue the header or the handshake with what has arrived."""

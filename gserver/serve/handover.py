@@ -215,7 +215,7 @@ class Sender:
             raise HandoverError("the new worker does not begin") from error
         if not greeting:
             return False
-        clients = self._loop.limits.clients - self._loop.limits.clients_by(TLS)
+        clients = self._movable_clients
         if greeting.room < clients:
             raise HandoverError(
                 f"the new worker has descriptors for {greeting.room} clients, and {clients} are"
@@ -224,6 +224,12 @@ class Sender:
         self._slot = greeting.slot
         self._loop.is_handing_over = True
         return True
+
+    @property
+    def _movable_clients(self) -> int:
+        """How many clients can be handed over, now or later."""
+        limits = self._loop.limits
+        return limits.clients - limits.clients_by(TLS)
 
     def send_ready(self) -> None:
         """Hand over every client that is ready for it, batch by batch.
@@ -258,6 +264,8 @@ class Sender:
     def _next_batch(self) -> tuple[list[Client], list[str]] | None:
         """Return clients and their descriptions; None if no client is ready."""
         loop = self._loop
+        if not self._movable_clients:  # Looking for one among many with TLS takes time.
+            return None
         if not loop.parked:
             ready = (client for client in loop.clients.values() if client.may_move)
             for client in list(islice(ready, BATCH_CLIENTS)):
@@ -293,7 +301,7 @@ class Sender:
         if answer != TAKEN:
             loop.take_back(clients)
             return False
-        loop.limits.hand_over([client.way for client in clients], self._slot)
+        loop.limits.hand_over([client.transport for client in clients], self._slot)
         self.clients += len(clients)
         for client in clients:
             loop.release(client)
@@ -359,7 +367,7 @@ def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
                 clients = [
                     restore(loop, fd, fields, unsent) for fd, fields in zip(fds, batch, strict=True)
                 ]
-            limits.take_over([client.way for client in clients])
+            limits.take_over([client.transport for client in clients])
             for client, fields in zip(clients, batch, strict=True):
                 places = fields["places"]
                 places = None if places is None else tuple(places)

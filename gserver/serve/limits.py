@@ -4,7 +4,8 @@
 the same for its address, from the accept (behind a balancer: from the end of the PROXY header) to
 the close of its socket. A caller of the first must also call the second. For clients that pass from
 one worker to another, the new worker calls `take_over` and `take_over_address`, and the old one
-`hand_over` and `uncount_address`.
+`hand_over` and `uncount_address`. A connection of a Unix socket is noted by `exempt` in place of
+`count_address`.
 """
 
 import socket
@@ -12,12 +13,12 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from struct import unpack
 
-from gserver.addresses import KINDS, plain_host
+from gserver.addresses import TRANSPORTS, plain_host
 from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
 from gserver.scoreboard import Scoreboard
 
-#: The two cells in which a connection's address is counted; none if its address has no limit.
+#: The cells in which a connection's address is counted: two, or none for a Unix socket.
 Places = tuple[int, ...]
 
 
@@ -37,7 +38,10 @@ class Limits:
         self._peak = scoreboard.cell("clients_peak", slot)
         self._arriving = scoreboard.cell("clients_arriving", slot)
         self._handed_over = scoreboard.cell("clients_handed_over", slot)
-        self._ways = {kind: scoreboard.cell(f"clients_by_way.{kind}", slot) for kind in KINDS}
+        self._transports = {
+            transport: scoreboard.cell(f"clients_by_transport.{transport}", slot)
+            for transport in TRANSPORTS
+        }
         limit = config.max_clients_per_address
         self._addresses = AddressCounts(scoreboard, slot, limit) if limit else None
 
@@ -47,7 +51,7 @@ class Limits:
             self._addresses.add(fd, host)
 
     def exempt(self, fd: int) -> None:
-        """Do not limit the address of a connection: all clients of a Unix socket have the same."""
+        """Note a connection of a Unix socket: no limit per address applies to it."""
         if self._addresses:
             self._addresses.add_at(fd, ())
 
@@ -60,8 +64,8 @@ class Limits:
         """Whether a connection is not counted, because its address was at the limit."""
         return self._addresses is not None and fd not in self._addresses
 
-    def admit(self, fd: int, way: str) -> ErrorReply | None:
-        """Count a client that has come by a way of this kind, or return why it is rejected."""
+    def admit(self, fd: int, transport: str) -> ErrorReply | None:
+        """Count a client, or return why it is rejected."""
         if self.is_over_address_limit(fd):
             return TOO_MANY_FROM_ADDRESS
         cells = self._cells
@@ -71,26 +75,30 @@ class Limits:
             count = self._count_clients()
             if count <= self._max_clients:
                 cells[self._accepted] += 1
-                cells[self._ways[way]] += 1
+                cells[self._transports[transport]] += 1
                 cells[self._peak] = max(cells[self._peak], count)
                 return None
             cells[self._clients] -= 1
         self.uncount_address(fd)
         return TOO_MANY_CLIENTS
 
-    def uncount(self, way: str) -> None:
+    def would_reject(self, fd: int) -> bool:
+        """Whether a connection would be rejected now."""
+        return self.is_over_address_limit(fd) or self._count_clients() >= self._max_clients
+
+    def uncount(self, transport: str) -> None:
         """Take an admitted client out of the count."""
-        self._cells[self._ways[way]] -= 1
+        self._cells[self._transports[transport]] -= 1
         self._cells[self._clients] -= 1
         self._cells[self._closed] += 1
 
     # Handovers. For a moment, both workers count the clients of a batch. `clients_arriving` is
     # their number. The two workers write it in turn.
 
-    def take_over(self, ways: Sequence[str]) -> None:
-        """Count a batch of clients, by their ways, from another worker, which still counts them."""
-        clients = len(ways)
-        self._count_ways(ways, 1)
+    def take_over(self, transports: Sequence[str]) -> None:
+        """Count a batch of clients, each with its transport, that another worker still counts."""
+        clients = len(transports)
+        self._count_transports(transports, 1)
         with self._scoreboard.transfer(self._slot):
             self._cells[self._arriving] = clients
             self._cells[self._clients] += clients
@@ -106,10 +114,10 @@ class Limits:
             cells[self._accepted] += cells[self._arriving]
         cells[self._arriving] = 0
 
-    def hand_over(self, ways: Sequence[str], slot: int) -> None:
+    def hand_over(self, transports: Sequence[str], slot: int) -> None:
         """Take a batch out of the count, which the worker in `slot` counts by now."""
-        clients = len(ways)
-        self._count_ways(ways, -1)
+        clients = len(transports)
+        self._count_transports(transports, -1)
         cells, arriving = self._cells, self._scoreboard.cell("clients_arriving", slot)
         if not cells[arriving]:
             # The new worker has died, and the supervisor has left these clients to this worker.
@@ -119,9 +127,9 @@ class Limits:
             cells[arriving] = 0
         cells[self._handed_over] += clients
 
-    def _count_ways(self, ways: Sequence[str], amount: int) -> None:
-        for way in ways:
-            self._cells[self._ways[way]] += amount
+    def _count_transports(self, transports: Sequence[str], amount: int) -> None:
+        for transport in transports:
+            self._cells[self._transports[transport]] += amount
 
     def places(self, fd: int) -> Places | None:
         """Return where the address of a connection is counted, for `take_over_address`."""
@@ -137,9 +145,9 @@ class Limits:
         """Clients of this worker."""
         return self._cells[self._clients]
 
-    def clients_by(self, way: str) -> int:
-        """Clients of this worker that have come by ways of this kind."""
-        return self._cells[self._ways[way]]
+    def clients_by(self, transport: str) -> int:
+        """Clients of this worker that use a transport."""
+        return self._cells[self._transports[transport]]
 
     def clients_of_server(self) -> int:
         """Clients of all workers."""

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from math import inf
+from socket import SO_SNDBUF, SOL_SOCKET
 from time import monotonic, monotonic_ns, time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,7 @@ import gevent
 from gevent.monkey import get_original
 
 from gserver import logs
-from gserver.addresses import peer, plain_host
+from gserver.addresses import TCP, TLS, UNIX, client_address, plain_host
 from gserver.boot import RESERVED_FILES, fatal_on_error
 from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
@@ -67,6 +68,11 @@ MAX_ADMISSIONS = 1024
 #: Connections on which a balancer speaks for itself, in one worker. One more counts as a client: a
 #: balancer may say LOCAL of clients, too.
 MAX_PROBES = 16
+
+
+#: The send buffer of a Unix socket, which the kernel doubles. What a client has not read stays as
+#: long as it keeps its own socket, since a Unix socket cannot be reset.
+UNIX_SEND_BYTES = 32_768
 
 
 class Loop:
@@ -154,28 +160,28 @@ class Loop:
             self._epoll.register(fd, READ)
 
     def unwatch_listener(self, fd: int) -> None:
-        """End that."""
+        """Stop holding clients' events for this listener."""
         if (fd, READ) in self._listener_events:
             self._listener_events.remove((fd, READ))
             self._epoll.unregister(fd)
 
-    def add(self, sock: Any, address: Any, *, has_tls: bool = False) -> None:
-        """Take on a connection that has been accepted."""
+    def add(self, sock: Any, address: Any, *, transport: str = TCP) -> None:
+        """Take on a connection that was accepted by an endpoint with this transport."""
         now = monotonic()
         fd = sock.fileno()
-        # That of a Unix socket is a text.
-        is_remote = isinstance(address, tuple)
-        is_proxied = is_remote and bool(self.config.proxy_from) and self._is_balancer(address[0])
+        has_tls, is_local = transport == TLS, transport == UNIX
+        is_proxied = not is_local and bool(self.config.proxy_from) and self._is_balancer(address[0])
         if is_proxied:
             sock = ProxiedSocket(sock, address, has_tls=has_tls)
-        elif is_remote:
-            self.limits.count_address(fd, address[0])
-        else:
+        elif is_local:
             self.limits.exempt(fd)
-        client = Client(self, sock, peer(address), now)
+            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, UNIX_SEND_BYTES)
+        else:
+            self.limits.count_address(fd, address[0])
+        client = Client(self, sock, client_address(address), now)
         if not self._attach(client, monotonic_ns()):
             return
-        self._make_room(must_wait=is_proxied or has_tls)
+        self._make_room(fd, must_wait=is_proxied or has_tls)
         if is_proxied:
             self._await_admission(client, self.config.proxy_header_timeout_seconds, now)
         else:
@@ -184,7 +190,7 @@ class Loop:
     def admit_after_header(self, client: Client, header: ProxyHeader, now: float) -> None:
         """Go on with a client whose PROXY header has been read."""
         self._end_admission(client)
-        client.address = peer(client.sock.getpeername())
+        client.address = client_address(client.sock.getpeername())
         if header.is_local and len(self.probes) < MAX_PROBES:
             self.probes.add(client)
         else:
@@ -193,8 +199,9 @@ class Loop:
 
     def _begin(self, client: Client, now: float, *, has_tls: bool) -> None:
         """Begin the TLS handshake, or admit the client."""
-        if has_tls and self._tls_context:
-            client.sock = TlsSocket(cast(Any, client.sock), self._tls_context)
+        if has_tls:
+            context = cast("SSLContext", self._tls_context)
+            client.sock = TlsSocket(cast(Any, client.sock), context)
             self._begin_handshake(client, now)
         else:
             self.guard(client, self.admit, client, now)
@@ -221,15 +228,17 @@ class Loop:
         if self.limits.is_over_address_limit(client.sock.fileno()) and client not in self.probes:
             self.surplus_admissions[client] = None
 
-    def _make_room(self, *, must_wait: bool) -> None:
+    def _make_room(self, fd: int, *, must_wait: bool) -> None:
         """End the oldest header or handshake if there is no room for a new client.
 
         `must_wait`: the client must send a header or a handshake. A client that will be rejected
-        anyway goes first, so that one address cannot end the handshakes of others.
+        goes first, or takes no room, so that one address cannot end the handshakes of others.
         """
         is_full = len(self.clients) > self.capacity
         has_too_many = must_wait and len(self.admissions) >= self._max_admissions
-        if self.admissions and (is_full or has_too_many):
+        if not self.admissions or not (is_full or has_too_many):
+            return
+        if must_wait or not self.limits.would_reject(fd):
             oldest = next(iter(self.surplus_admissions or self.admissions))
             self.guard(oldest, oldest.cut_off_admission)
 
@@ -247,7 +256,7 @@ class Loop:
         """Count a client, or reject it. Its handshake is over, if there was one."""
         self._end_admission(client)
         is_probe = client in self.probes
-        error = None if is_probe else self.limits.admit(client.sock.fileno(), client.way)
+        error = None if is_probe else self.limits.admit(client.sock.fileno(), client.transport)
         if error:
             self.rejected += 1
             self.rejected_now += 1
@@ -270,7 +279,7 @@ class Loop:
     def uncount(self, client: Client) -> None:
         """Take an admitted client out of the count, if it is in it."""
         if client not in self.probes:
-            self.limits.uncount(client.way)
+            self.limits.uncount(client.transport)
 
     def dismiss_probes(self, now: float) -> None:
         """Close the probes that are silent: they are not handed over."""
@@ -511,7 +520,7 @@ class Loop:
     def peer(self, client: Client) -> tuple[str, int]:
         """Return address and port of a client; "" and 0 if its connection was reset."""
         try:
-            return client.address or peer(client.sock.getpeername())
+            return client.address or client_address(client.sock.getpeername())
         except OSError:
             return "", 0
 

@@ -25,6 +25,8 @@ from gserver.serve.loop import Loop
 PACKET_CLIENTS = 40
 #: Pause after a packet, so that clients have their turn.
 PAUSE_SECONDS = 0.001
+#: Process, user and group of a peer (unix(7)).
+_UCRED = "iII"
 
 
 def answer(loop: Loop, request: str, sock: socket.socket) -> None:
@@ -73,10 +75,10 @@ def client_id(loop: Loop, client: Client) -> str:
 def _describe(loop: Loop, client: Client) -> dict[str, Any]:
     address, port = loop.peer(client)
     age_ns = monotonic_ns() - loop.accepted_ns[client.sock.fileno()]
-    pid, uid, _ = _credentials(client) if client.way == UNIX else (None, None, None)
+    pid, uid = _credentials(client)
     return {
         "id": client_id(loop, client),
-        "way": client.way,
+        "transport": client.transport,
         "address": address,
         "port": port,
         "uid": uid,
@@ -90,13 +92,14 @@ def _describe(loop: Loop, client: Client) -> dict[str, Any]:
     }
 
 
-def _credentials(client: Client) -> tuple[int, int, int]:
-    """Return process, user and group that a client of a Unix socket had when it connected."""
-    found = cast(socket.socket, client.sock).getsockopt(
-        SOL_SOCKET, SO_PEERCRED, struct.calcsize("3i")
-    )
-    pid, uid, gid = struct.unpack("3i", found)
-    return pid, uid, gid
+def _credentials(client: Client) -> tuple[int, int] | tuple[None, None]:
+    """Return process and user of a Unix client when it connected; None for other clients."""
+    if client.transport != UNIX:
+        return None, None
+    size = struct.calcsize(_UCRED)
+    found = cast(socket.socket, client.sock).getsockopt(SOL_SOCKET, SO_PEERCRED, size)
+    pid, uid, _ = struct.unpack(_UCRED, found)
+    return pid, uid
 
 
 def _close(loop: Loop, id_or_address: str) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ from gevent.event import Event
 from gevent.server import StreamServer
 
 from gserver import logs
-from gserver.addresses import TLS, Way
+from gserver.addresses import TLS, Endpoint
 from gserver.boot import (
     FATAL_ACCEPT_ERRORS,
     HAND_OVER,
@@ -34,12 +34,11 @@ from gserver.boot import (
     LEAVING,
     QUERY,
     READY,
-    RESERVED_FILES,
     TAKE_OVER,
     Instructions,
     fatal_on_error,
     keep_heartbeat,
-    raise_file_limit,
+    room_for_clients,
 )
 from gserver.certificates import Certificates
 from gserver.config import CLIENTS_SHARE
@@ -59,7 +58,8 @@ MAX_ACCEPTS = 1024
 #: begin before there are more. With one at a time, 300 clients that send without end kept a new one
 #: waiting for 11 s; with 16, for 0.2 s.
 MAX_SHARED_ACCEPTS = 16
-#: Rejections in one turn of the loop (0.1 ms): a flood of connections must not starve clients.
+#: Rejections in one turn of the loop (0.1 ms), by all endpoints: a flood of connections must not
+#: starve clients.
 MAX_REJECTIONS = 4
 #: How long a worker with more than its share of clients leaves a new one to the other workers. Then
 #: it accepts the client itself, in case they cannot.
@@ -74,13 +74,14 @@ class Acceptor(StreamServer):
 
     fatal_errors = FATAL_ACCEPT_ERRORS
 
-    def __init__(self, way: Way, fd: int, worker: "Worker", *, is_alone: bool) -> None:
-        """Accept by this way in. `is_alone`: no other worker does."""
-        has_tls = way.kind == TLS
+    def __init__(self, endpoint: Endpoint, fd: int, worker: "Worker", *, is_alone: bool) -> None:
+        """Accept the clients of one endpoint. `is_alone`: the server has one worker."""
         # No greenlet for each client: the loop serves it, and closes its socket.
-        add = partial(worker.loop.add, has_tls=True) if has_tls else worker.loop.add
+        add = partial(worker.loop.add, transport=endpoint.transport)
         super().__init__(socket.socket(fileno=fd), cast(Any, add), spawn=None)
+        has_tls = endpoint.transport == TLS
         self.max_accept = MAX_ACCEPTS if is_alone and not has_tls else MAX_SHARED_ACCEPTS
+        self._fd = fd  # gevent forgets its socket when it closes it.
         self._worker = worker
         self._kind = int(self.socket.family), int(self.socket.type), self.socket.proto
         self._has_yielded = self._is_paused = False
@@ -118,13 +119,13 @@ class Acceptor(StreamServer):
         """Accept, unless that is being done."""
         self._is_paused = False
         super().start_accepting()
-        self._worker.loop.watch_listener(self.socket.fileno())
+        self._worker.loop.watch_listener(self._fd)
 
     def stop_accepting(self) -> None:
         """Leave new clients in the kernel's queue."""
         self._is_paused = True
         super().stop_accepting()
-        self._worker.loop.unwatch_listener(self.socket.fileno())
+        self._worker.loop.unwatch_listener(self._fd)
 
     def is_fatal_error(self, ex: BaseException) -> bool:
         """End the process at a fatal error; gevent would only stop accepting."""
@@ -158,7 +159,7 @@ class Worker:
         self._config = config = instructions.config
         self._scoreboard = scoreboard = instructions.scoreboard()
         slot = instructions.slot
-        capacity = raise_file_limit() - RESERVED_FILES
+        capacity = room_for_clients(config)
         if capacity < 1:
             raise UsageError("the limit of open files is too low: raise it (ulimit -n, prlimit)")
         self._should_stop_accepting = Event()
@@ -181,10 +182,10 @@ class Worker:
             on_close=self._on_close,
             tls_context=self._make_tls_context(instructions.certificates),
         )
-        #: One for each way in.
+        #: One for each endpoint.
         self._acceptors = [
-            Acceptor(way, fd, self, is_alone=config.workers == 1)
-            for way, fd in zip(config.ways, instructions.listener_fds, strict=True)
+            Acceptor(endpoint, fd, self, is_alone=config.workers == 1)
+            for endpoint, fd in zip(config.endpoints, instructions.listener_fds, strict=True)
         ]
 
     def run(self) -> None:
@@ -347,7 +348,7 @@ class Worker:
             elif not can_move:
                 reason = "the new worker has another format"
             elif with_tls:
-                reason = f"{with_tls} with TLS; of the others, {reason}"
+                reason = f"{with_tls} with TLS; for the others: {reason}"
             limit = self._config.drain_timeout_seconds
             message += f"; {staying} stay for up to {limit:g} s ({reason})"
         fields = {

@@ -1,4 +1,4 @@
-"""The listening sockets of the ways in, and of the admin port.
+"""The listening sockets of the endpoints, and of the admin port.
 
 The supervisor binds them, or takes them over from a service manager. Children inherit them, so they
 stay open over reloads and crashes.
@@ -11,14 +11,24 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
 from gserver import logs
-from gserver.addresses import SOCKET_MODE, TCP, TLS, UNIX, Way, show_address, show_ways
-from gserver.config import Config
+from gserver.addresses import (
+    SOCKET_MODE,
+    TCP,
+    TLS,
+    UNIX,
+    Endpoint,
+    is_any_ipv6,
+    show_address,
+    show_endpoints,
+)
+from gserver.config import Config, parse_bind
 from gserver.errors import FatalError, UsageError
 from gserver.supervise import privileges
 
@@ -30,47 +40,72 @@ KEEPALIVE_PROBES = 4
 USER_TIMEOUT_MILLISECONDS = 120_000
 ADMIN_BACKLOG = 64
 
-#: The name by which a service manager tells the admin port from the ways in
-#: (`FileDescriptorName=`). Those of ways in are their kinds; any other name is that of a way
-#: without `--bind`.
+#: The name of the admin port among passed sockets (`FileDescriptorName=`). `tcp` and `tls` say what
+#: a socket with a port speaks. Any other name: as without `--bind`.
 ADMIN_PORT = "admin"
-#: Without --bind, a way in is named by two options.
+#: The options that name a host and a port.
 SHORT_FORM = "--host", "--port"
+LONG_FORM = "--bind", "--bind"
+ADMIN_FORM = "--admin-host", "--admin-port"
+#: Another gserver locks the folder of a socket file for milliseconds; another program may do so for
+#: longer.
+LOCK_SECONDS, LOCK_RETRY_SECONDS = 2.0, 0.01
 
+_NETWORK = socket.AF_INET, socket.AF_INET6
 _REASONS = {
     errno.EADDRINUSE: "it is in use by another program: stop that one, or choose another {port}",
     errno.EACCES: "no permission: choose a {port} from 1024 up, or grant CAP_NET_BIND_SERVICE",
     errno.EADDRNOTAVAIL: "this machine has no such address: choose another {host}",
 }
-#: The families of the sockets that have a host and a port.
-_NETWORK = socket.AF_INET, socket.AF_INET6
-_ADMIN_OPTIONS = "--admin-host", "--admin-port"
 _FILE_REASONS = {
+    errno.EADDRINUSE: "it is in use by another program: stop that one, or choose another path",
+    errno.ENOTSOCK: "there is another file, which is no socket: remove it, or choose another path",
     errno.ENOENT: "the folder does not exist: make it, or choose another path",
-    errno.EACCES: "no permission to make a file there: choose another path",
-    errno.EPERM: "no permission to make a file there: choose another path",
+    errno.EACCES: "no permission to read the folder, or to make a file in it: choose another path",
+    errno.EPERM: "no permission to remove the old file: remove it, or choose another path",
+    errno.EAGAIN: "another program has locked the folder: choose another one",
 }
+
+
+class SocketFile(NamedTuple):
+    """A socket file that gserver has made: its path, and what tells it from other files there."""
+
+    path: str
+    device: int
+    inode: int
+
+    @classmethod
+    def at(cls, path: str) -> "SocketFile | None":
+        """Return the file that is there now, or None."""
+        try:
+            found = os.lstat(path)
+        except OSError:
+            return None
+        return cls(path, found.st_dev, found.st_ino)
+
+    def remove(self) -> None:
+        """Remove it, unless another one has replaced it."""
+        if SocketFile.at(self.path) == self:
+            with suppress(OSError):  # With --user, its folder may belong to root.
+                os.unlink(self.path)
 
 
 class Listener:
     """A listening socket and the address that it keeps."""
 
-    def __init__(self, sock: socket.socket, backlog: int, own_path: str = "") -> None:
-        """`own_path` is the socket file that gserver has made, and removes."""
+    def __init__(self, sock: socket.socket, backlog: int, file: SocketFile | None = None) -> None:
+        """`file` is the one to remove at the end."""
         self.sock = sock
+        self.file = file
         self._address = sock.getsockname()
         self._backlog = backlog
-        self._own_path = own_path
-        self._file = _identity(own_path)
 
     def close(self) -> None:
-        """Stop listening, and remove the socket file, unless another server has replaced it."""
-        if self.sock.fileno() < 0:
-            return
+        """Stop listening. The second call does nothing."""
+        if self.file and self.sock.fileno() >= 0:
+            # First: while it listens, no other server takes the file for a stale one.
+            self.file.remove()
         self.sock.close()
-        if self._file and _identity(self._own_path) == self._file:
-            with suppress(OSError):  # With --user, its folder may belong to root.
-                os.unlink(self._own_path)
 
     def reopen_if_closed(self) -> None:
         """Listen again if the socket was shut down from outside (`ss -K`).
@@ -106,29 +141,30 @@ class Listener:
 
 
 class Ports(NamedTuple):
-    """The listeners of the ways in, in their order, and that of the admin port, if there is one."""
+    """The listeners of the endpoints, in their order, and of the admin port, if there is one."""
 
-    ways: tuple[Listener, ...]
+    endpoints: tuple[Listener, ...]
     admin: tuple[Listener, ...]
 
 
 def open_ports(config: Config, handed_over: Sequence[tuple[str, int]]) -> tuple[Config, Ports]:
-    """Open the ways in and the admin port.
+    """Open the endpoints and the admin port.
 
-    `handed_over` are the names and descriptors from a service manager. If a way in is among them,
-    none is bound; the same applies to the admin port. Returns the configuration with the real
-    addresses, and the listeners. Raises `FatalError` if an address cannot be had, and `UsageError`
-    for a socket that was handed over and cannot be used: its clients would wait for ever.
+    `handed_over` are the names and descriptors from a service manager. Endpoints among them replace
+    those of the options, and an admin port that of the options. Returns the configuration with the
+    real addresses, and the listeners. Raises `FatalError` if an address cannot be had, and
+    `UsageError` for a socket that was handed over and cannot be used: its clients would wait for
+    ever.
     """
     adopted, adopted_admin = _adopt_all(config, handed_over)
     opened: list[Listener] = []
     try:
-        ways = [way for way, _ in adopted] or _bind_all(config, opened)
+        endpoints = [endpoint for endpoint, _ in adopted] or _bind_all(config, opened)
         opened += [Listener(sock, config.backlog) for _, sock in adopted]
-        config = config.with_ways(ways)
-        config, admin = _open_admin_port(config, adopted_admin)
-        if config.contradiction:  # The addresses may not be those of the options.
-            raise UsageError(config.contradiction)
+        config, admin = _open_admin_port(config.with_endpoints(endpoints), adopted_admin)
+        # The addresses may not be those of the options.
+        if problem := config.contradiction or config.tls_contradiction:
+            raise UsageError(problem)
     except FatalError:
         for each in opened:
             each.close()
@@ -142,44 +178,44 @@ def _open_admin_port(
     """Return the configuration with the real address, and the listener, if there is one."""
     if config.admin_port < 0:
         return config, ()
-    sock = adopted or bind(config.admin_host, config.admin_port, options=_ADMIN_OPTIONS)
+    sock = adopted or bind(config.admin_host, config.admin_port, form=ADMIN_FORM)
     host, port = sock.getsockname()[:2]
     # An address that was bound stays as the user has written it: it may be a name.
     config = replace(config, admin_port=port, admin_host=host if adopted else config.admin_host)
     return config, (Listener(sock, ADMIN_BACKLOG),)
 
 
-def _bind_all(config: Config, opened: list[Listener]) -> list[Way]:
-    """Open the ways in, and add them to `opened`; return them with their real ports and modes."""
-    ways = []
-    for way in config.ways:
-        if way.kind == UNIX:
-            ways.append(replace(way, mode=SOCKET_MODE if way.mode is None else way.mode))
-            sock = _bind_file(ways[-1], config.backlog, config.user)
+def _bind_all(config: Config, opened: list[Listener]) -> list[Endpoint]:
+    """Open the endpoints, and add them to `opened`; return them with their real ports."""
+    endpoints = []
+    form = LONG_FORM if config.bind else SHORT_FORM
+    for endpoint in config.endpoints:
+        if endpoint.transport == UNIX:
+            opened.append(_bind_file(endpoint, config.backlog, config.user))
+            endpoints.append(endpoint)
         else:
-            options = ("--bind", "--bind") if config.bind else SHORT_FORM
-            is_v6_only = _shares_port(way, config.ways)
-            sock = bind(way.host, way.port, config.backlog, options, is_v6_only=is_v6_only)
-            ways.append(replace(way, port=sock.getsockname()[1]))
-        opened.append(Listener(sock, config.backlog, way.path))
-    return ways
+            is_v6_only = _shares_port(endpoint, config.endpoints)
+            sock = bind(endpoint.host, endpoint.port, config.backlog, form, is_v6_only=is_v6_only)
+            opened.append(Listener(sock, config.backlog))
+            endpoints.append(replace(endpoint, port=sock.getsockname()[1]))
+    return endpoints
 
 
-def _shares_port(way: Way, ways: Sequence[Way]) -> bool:
-    """Whether another way in has the port on IPv4, so that `::` may not have it there, too."""
-    others = (other for other in ways if other.kind != UNIX and ":" not in other.host)
-    return way.host == "::" and any(other.port == way.port != 0 for other in others)
+def _shares_port(endpoint: Endpoint, endpoints: Sequence[Endpoint]) -> bool:
+    """Whether it is `::`, and another endpoint has its port on an IPv4 address."""
+    others = (other for other in endpoints if other.transport != UNIX and ":" not in other.host)
+    return is_any_ipv6(endpoint.host) and any(other.port == endpoint.port != 0 for other in others)
 
 
 def _adopt_all(
     config: Config, handed_over: Sequence[tuple[str, int]]
-) -> tuple[list[tuple[Way, socket.socket]], socket.socket | None]:
-    """Take over sockets; return the ways in, and the admin port if it is among them."""
-    ways: list[tuple[Way, socket.socket]] = []
+) -> tuple[list[tuple[Endpoint, socket.socket]], socket.socket | None]:
+    """Take over sockets; return the endpoints, and the admin port if it is among them."""
+    endpoints: list[tuple[Endpoint, socket.socket]] = []
     admin = None
     for name, fd in handed_over:
         if name != ADMIN_PORT:
-            ways.append(_adopt_way(config, name, fd))
+            endpoints.append(_adopt_endpoint(config, name, fd))
         elif config.admin_port < 0 or admin:
             problem = "it has passed one already"
             if not admin:
@@ -189,102 +225,124 @@ def _adopt_all(
             )
         else:
             admin = _adopt(name, fd, ADMIN_BACKLOG, _NETWORK)
-    return ways, admin
+    return endpoints, admin
 
 
-def _adopt_way(config: Config, name: str, fd: int) -> tuple[Way, socket.socket]:
-    """Take over a way in. Its kind is that of the socket file, or its name, or that of the port."""
+def _adopt_endpoint(config: Config, name: str, fd: int) -> tuple[Endpoint, socket.socket]:
+    """Take over an endpoint. A Unix socket is plain. The name tells TCP from TLS, or --tls-cert."""
     sock = _adopt(name, fd, config.backlog, (*_NETWORK, socket.AF_UNIX))
+    address = sock.getsockname()
     if sock.family is socket.AF_UNIX:
-        return Way(UNIX, path=_shown_path(sock.getsockname())), sock
+        endpoint = Endpoint(UNIX, path=address if isinstance(address, str) else "")
+        if not _is_text(endpoint):
+            raise UsageError(
+                f"socket {fd} ({name}) was passed by the service manager, but has a path that"
+                f" --bind cannot name: {address!r}"
+            )
+        return endpoint, sock
     default = TLS if config.tls_cert else TCP
-    host, port = sock.getsockname()[:2]
-    return Way(name if name in (TCP, TLS) else default, host, port), sock
+    return Endpoint(name if name in (TCP, TLS) else default, *address[:2]), sock
 
 
-def _shown_path(name: str | bytes) -> str:
-    """Return the path of a socket; that of one without a file begins with @ (unix(7))."""
-    return name if isinstance(name, str) else "@" + name[1:].decode("ascii", "backslashreplace")
+def _is_text(endpoint: Endpoint) -> bool:
+    """Whether it can be written as text. So children, and an upgraded supervisor, get it."""
+    with suppress(ValueError):
+        return parse_bind(str(endpoint)) == str(endpoint) and "?" not in endpoint.path
+    return False
 
 
-def inherit(way_fds: Sequence[int], admin_fds: Sequence[int], config: Config) -> Ports:
-    """Return the ports of the program that this one has replaced."""
-    ways = [
-        Listener(socket.socket(fileno=fd), config.backlog, "" if way.mode is None else way.path)
-        for way, fd in zip(config.ways, way_fds, strict=True)
+def inherit(
+    endpoint_fds: Sequence[int],
+    files: Sequence[Sequence[str | int] | None],
+    admin_fds: Sequence[int],
+    backlog: int,
+) -> Ports:
+    """Return the ports of the program that this one has replaced. `files` are those to remove."""
+    endpoints = [
+        Listener(socket.socket(fileno=fd), backlog, SocketFile(*file) if file else None)  # type: ignore[arg-type]
+        for fd, file in zip(endpoint_fds, files, strict=True)
     ]
     admin = [Listener(socket.socket(fileno=fd), ADMIN_BACKLOG) for fd in admin_fds]
-    return Ports(tuple(ways), tuple(admin))
+    return Ports(tuple(endpoints), tuple(admin))
 
 
 def bind(
     host: str,
     port: int,
     backlog: int = ADMIN_BACKLOG,
-    options: tuple[str, str] = SHORT_FORM,
+    form: tuple[str, str] = SHORT_FORM,
     *,
     is_v6_only: bool = False,
 ) -> socket.socket:
     """Return a non-blocking listening socket; raise `FatalError` if the address cannot be had.
 
-    `options` are those that the host and the port come from: the error names them.
+    `form` has the options that the host and the port come from: the error names them. A socket on
+    `::` accepts IPv4 too, unless `is_v6_only`.
     """
     where = show_address(host, port)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        reason = f"the name {host!r} does not resolve: choose another {options[0]}"
+        reason = f"the name {host!r} does not resolve: choose another {form[0]}"
         raise FatalError(f"cannot listen on {where}: {reason}") from error
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if is_v6_only:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if family is socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(is_v6_only))
         listener.bind(address)
         _listen(listener, backlog)
     except OSError as error:
         listener.close()
         reason = _REASONS.get(error.errno or 0, os.strerror(error.errno or 0))
-        reason = reason.format(host=options[0], port=options[1])
+        reason = reason.format(host=form[0], port=form[1])
         raise FatalError(f"cannot listen on {where}: {reason}") from error
     return listener
 
 
-def _bind_file(way: Way, backlog: int, user: str) -> socket.socket:
-    """Return a listening Unix socket, whose file belongs to `--user`.
+def _bind_file(endpoint: Endpoint, backlog: int, user: str) -> Listener:
+    """Return the listener of a Unix socket, whose file belongs to `--user`.
 
-    A file that is there already is replaced if it is a socket without a listener.
+    A socket file that is there already is replaced if nobody listens on it. Raises `FatalError`.
     """
-    listener = socket.socket(socket.AF_UNIX)
+    sock, file, path = socket.socket(socket.AF_UNIX), None, endpoint.path
     # The file has its mode from the beginning.
-    before = os.umask(0o777 & ~(way.mode or 0))
+    before = os.umask(0o777 & ~(SOCKET_MODE if endpoint.mode is None else endpoint.mode))
     try:
-        with _locked(os.path.dirname(way.path) or "."):
-            _remove_if_stale(way.path)
-            listener.bind(way.path)
-            _listen(listener, backlog)
-        privileges.give(way.path, user)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            reason = "it is in use by another program: stop that one, or choose another path"
-        elif error.errno == errno.ENOTSOCK:
-            reason = "there is another file, which is no socket: remove it, or choose another path"
-        else:
-            reason = _FILE_REASONS.get(error.errno or 0, os.strerror(error.errno or 0))
-        raise FatalError(f"cannot listen on {way.path}: {reason}") from error
+        with _locked(os.path.dirname(path) or "."):
+            _remove_if_stale(path)
+            sock.bind(path)
+            file = SocketFile.at(path)
+            _listen(sock, backlog)
+        privileges.give_socket(path, user)
+        return Listener(sock, backlog, file)
+    except (OSError, FatalError) as error:
+        if file:
+            file.remove()
+        sock.close()
+        if isinstance(error, FatalError):
+            raise
+        reason = _FILE_REASONS.get(error.errno or 0, os.strerror(error.errno or 0))
+        raise FatalError(f"cannot listen on {path}: {reason}") from error
     finally:
         os.umask(before)
-    return listener
 
 
 @contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Two servers that start at once must not take each other's new file for a stale one."""
+    """Lock a folder, so that two servers that start at once do not remove each other's new file."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        give_up_at = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= give_up_at:
+                    raise
+            time.sleep(LOCK_RETRY_SECONDS)
         yield
     finally:
         os.close(fd)
@@ -303,41 +361,33 @@ def _remove_if_stale(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
             return
-        except BlockingIOError:
-            pass  # Its queue is full.
+        except (BlockingIOError, PermissionError):
+            pass  # Its queue is full, or it is another user's.
     raise OSError(errno.EADDRINUSE, path)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """Return what tells a file from others of the same path; None if it is not there."""
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _adopt(
     name: str, fd: int, backlog: int, families: Sequence[socket.AddressFamily]
 ) -> socket.socket:
     """Return a socket that was handed over, with the options of one from `bind`."""
+    wanted = "listening stream" if socket.AF_UNIX in families else "listening TCP"
     try:
         listener = socket.socket(fileno=fd)
     except OSError as error:
-        raise _unusable(name, fd, "not a socket") from error
+        raise _unusable(name, fd, "not a socket", wanted) from error
     if listener.type != socket.SOCK_STREAM or listener.family not in families:
         kinds = (getattr(each, "name", str(each)) for each in (listener.family, listener.type))
-        raise _unusable(name, fd, " ".join(kinds))
+        raise _unusable(name, fd, " ".join(kinds), wanted)
     if not _is_listening(listener):
-        raise _unusable(name, fd, "not listening")
+        raise _unusable(name, fd, "not listening", wanted)
     _listen(listener, backlog)
     return listener
 
 
-def _unusable(name: str, fd: int, kind: str) -> UsageError:
+def _unusable(name: str, fd: int, kind: str, wanted: str) -> UsageError:
     return UsageError(
         f"socket {fd} ({name}) was passed by the service manager, but is {kind}:"
-        " it must be a listening stream socket (ListenStream=)"
+        f" it must be a {wanted} socket (ListenStream=)"
     )
 
 
@@ -360,11 +410,11 @@ def _listen(listener: socket.socket, backlog: int) -> None:
 
 def announce(config: Config) -> None:
     """Log where the server listens."""
-    first = config.ways[0]
+    first = config.endpoints[0]
     fields = {
         "server.address": first.host or first.path,
-        "server.port": None if first.kind == UNIX else first.port,
-        "gserver.ways": show_ways(config.ways),
+        "server.port": None if first.transport == UNIX else first.port,
+        "gserver.endpoints": show_endpoints(config.endpoints),
         "gserver.workers": config.workers,
         "gserver.max_clients": config.max_clients,
         "gserver.cluster": config.cluster_name if config.redis_url else None,
@@ -383,15 +433,15 @@ def announce(config: Config) -> None:
 def describe(config: Config) -> str:
     """Return where the server listens, for people."""
     if config.bind:
-        return ", ".join(map(str, config.ways))
+        return ", ".join(map(str, config.endpoints))
     where = show_address(config.host, config.port)
     return f"{where} (TLS)" if config.tls_cert else where
 
 
-def _client_for(way: Way) -> str:
+def _client_for(endpoint: Endpoint) -> str:
     """Return the shell command of a client."""
-    if way.kind == UNIX:
-        return f"nc -U {way.path}"
-    if way.kind == TLS:
-        return f"openssl s_client -quiet -connect {show_address(way.host, way.port)}"
-    return f"nc {way.host} {way.port}"
+    if endpoint.transport == UNIX:
+        return f"nc -U {endpoint.path}"
+    if endpoint.transport == TLS:
+        return f"openssl s_client -quiet -connect {show_address(endpoint.host, endpoint.port)}"
+    return f"nc {endpoint.host} {endpoint.port}"

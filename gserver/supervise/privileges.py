@@ -5,6 +5,7 @@ import ctypes
 import grp
 import os
 import pwd
+import stat
 import struct
 import sys
 
@@ -45,15 +46,25 @@ def become(user: str) -> None:
         )
 
 
-def give(path: str, user: str) -> None:
-    """Make `NAME[:GROUP]` the owner of a file. "" = no change. Raises what `become` raises."""
+def give_socket(path: str, user: str) -> None:
+    """Make `NAME[:GROUP]` the owner of a socket file that root has just made. "" = no change.
+
+    Raises what `become` raises. The folder may belong to that user, who could put a link to another
+    file there.
+    """
     if not user:
         return
     _, uid, gid = _look_up(user)
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.chown(path, uid, gid)
+        found = os.fstat(fd)
+        if not stat.S_ISSOCK(found.st_mode) or found.st_nlink != 1 or found.st_uid != os.geteuid():
+            raise FatalError(f"{path} was replaced by another file while gserver made it")
+        os.chown(f"/proc/self/fd/{fd}", uid, gid)
     except PermissionError as error:
         raise FatalError(f"--user {user} needs root: start it as root") from error
+    finally:
+        os.close(fd)
 
 
 def _look_up(user: str) -> tuple[str, int, int]:

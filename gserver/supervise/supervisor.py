@@ -73,7 +73,7 @@ class Supervisor:
     ) -> None:
         self._config = config
         self._manager = manager
-        self._ways, self._admin_ports = ports
+        self._endpoints, self._admin_ports = ports
         self._scoreboard = scoreboard
         self._scoreboard.put("supervisor_heartbeat", monotonic_ns())
         self._lifecycle = lifecycle
@@ -106,7 +106,12 @@ class Supervisor:
         manager = systemd.Manager.from_environment()
         # The admin port is opened here too, so that it stays open while agents are replaced.
         config, ports = listener.open_ports(config, manager.sockets)
-        privileges.become(config.user)
+        try:
+            privileges.become(config.user)
+        except FatalError:
+            for endpoint in ports.endpoints:
+                endpoint.close()
+            raise
         scoreboard = Scoreboard.create(config.workers + SPARE_SLOTS, config.address_cells)
         id_check_until = None
         if config.redis_url:
@@ -126,7 +131,9 @@ class Supervisor:
         supervisor = cls(
             config,
             systemd.Manager(**state.manager),
-            listener.inherit(state.way_fds, state.admin_fds, config),
+            listener.inherit(
+                state.endpoint_fds, state.endpoint_files, state.admin_fds, config.backlog
+            ),
             Scoreboard.attach(state.scoreboard_fd, state.slots, may_extend=True),
             _resume_lifecycle(state),
             resume_children(state.children, state.generations),
@@ -159,6 +166,11 @@ class Supervisor:
             raise self._failure
         return self._report_end()
 
+    def close_endpoints(self) -> None:
+        """Accept no more clients. The second call does nothing."""
+        for endpoint in self._endpoints:
+            endpoint.close()
+
     def _report_end(self) -> int:
         was_forced = self._lifecycle.was_forced
         message = "stopped, forced" if was_forced else "stopped"
@@ -176,7 +188,7 @@ class Supervisor:
         self._reap(now)
         self._watch(now)
         self._check_trial(now)
-        for port in (*self._ways, *self._admin_ports):
+        for port in (*self._endpoints, *self._admin_ports):
             port.reopen_if_closed()
         logs.report_suppressed()
         logs.log_debug(is_on=self._scoreboard.get("debug_ends_at") > now * 1e9)
@@ -226,8 +238,7 @@ class Supervisor:
         if needs.has_agent:
             self._keep_agent(now)
         if self._lifecycle.is_port_closed:
-            for way in self._ways:
-                way.close()
+            self.close_endpoints()
         match needs.treatment:
             case Treatment.REPLACE:
                 self._replace_workers(now)
@@ -333,7 +344,7 @@ class Supervisor:
         if now < self._backoff[role].spawn_at:
             return
         generation = self._lifecycle.generation
-        ports = self._ways if role == WORKER else self._admin_ports
+        ports = self._endpoints if role == WORKER else self._admin_ports
         # Each child gets only the secrets that it needs.
         instructions = Instructions(
             self._config.for_worker() if role == WORKER else self._config,
@@ -662,7 +673,8 @@ class Supervisor:
             code_version=upgrade.code_version(),
             slots=self._scoreboard.slots,
             scoreboard_fd=self._scoreboard.fd,
-            way_fds=[way.sock.fileno() for way in self._ways],
+            endpoint_fds=[each.sock.fileno() for each in self._endpoints],
+            endpoint_files=[each.file for each in self._endpoints],
             admin_fds=[port.sock.fileno() for port in self._admin_ports],
             manager=self._manager.state(),
             generations=upgrade.with_previous(generations),

@@ -43,8 +43,10 @@ class State:
     code_version: str
     slots: int
     scoreboard_fd: int
-    #: Of the ways in, in the order of the configuration.
-    way_fds: list[int]
+    #: Of the endpoints, in the order of the configuration.
+    endpoint_fds: list[int]
+    #: For each of them, the socket file that gserver has made: its path, device and inode.
+    endpoint_files: list[Any]
     #: Of the admin port, if there is one.
     admin_fds: list[int]
     manager: dict[str, Any]
@@ -55,7 +57,7 @@ class State:
     @property
     def fds(self) -> list[int]:
         """All descriptors that the new program needs."""
-        found = [self.scoreboard_fd, *self.way_fds, *self.admin_fds]
+        found = [self.scoreboard_fd, *self.endpoint_fds, *self.admin_fds]
         for child in self.children:
             found += [child["control_fd"], child.get("stack_fd", -1)]
         return [fd for fd in found if fd >= 0]
