@@ -176,8 +176,8 @@ class Config:
     bind: str = _option(
         "",
         LISTENING,
-        "An endpoint: tcp://HOST:PORT, tls://HOST:PORT or unix:PATH[?mode=0660]; may be repeated"
-        " (in the variable: separated by blanks) [default: --host and --port].",
+        "Address to listen on: tcp://HOST:PORT, tls://HOST:PORT or unix:PATH[?mode=0660]; may be"
+        " repeated (in the variable: separated by blanks) [default: --host and --port].",
         parse=parse_bind,
         metavar="URL",
         is_repeatable=True,

@@ -214,6 +214,7 @@ def test_a_reload_keeps_plain_and_unix_clients_and_serves_those_with_tls_for_a_w
         assert unix["pid"] == os.getpid()
 
 
+@pytest.mark.outer
 def test_a_tls_client_whose_command_runs_is_served_to_its_end_in_a_reload(
     tmp_path: Path, pems: Path
 ) -> None:
@@ -237,6 +238,7 @@ def test_a_tls_client_whose_command_runs_is_served_to_its_end_in_a_reload(
             assert plain.who() == 1
 
 
+@pytest.mark.outer
 def test_a_worker_that_drains_alone_survives_a_reload(tmp_path: Path) -> None:
     """It has closed its endpoints, and is told to hand over."""
     options = argv("--bind tcp://127.0.0.1:0 --drain-timeout 8")
@@ -267,6 +269,7 @@ def test_an_upgrade_keeps_the_endpoints_and_their_clients(tmp_path: Path) -> Non
     assert not path.exists()
 
 
+@pytest.mark.outer
 def test_an_upgraded_server_does_not_remove_the_file_of_another_one(tmp_path: Path) -> None:
     installed, path = Installed(tmp_path), tmp_path / "gserver.sock"
     with installed.start("--bind", f"unix:{path}", wait=False) as first:
@@ -286,7 +289,7 @@ def upgrade(installed: Installed, server: Running) -> None:
     server.wait_for("server.reloaded")
 
 
-def test_clients_of_a_worker_that_dies_leave_the_count_of_their_endpoints(
+def test_clients_of_a_worker_that_dies_leave_the_count_of_their_transports(
     tmp_path: Path, pems: Path
 ) -> None:
     with three_endpoints(tmp_path, pems) as (server, endpoints), ExitStack() as stack:
@@ -438,6 +441,7 @@ def first_to_end(*servers: Running) -> None:
     until(lambda: any(each.process.poll() is not None for each in servers), "one has given up")
 
 
+@pytest.mark.outer
 def test_a_folder_that_stays_locked_is_an_error(tmp_path: Path) -> None:
     with locked(tmp_path):
         done = gserver("--bind", f"unix:{tmp_path}/g.sock")
