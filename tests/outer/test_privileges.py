@@ -15,9 +15,21 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gserver.errors import FatalError
+from gserver.supervise.privileges import give_socket
 from lab.booted import INSTALL, INSTALLED
 from lab.certificates import make_certificates
-from lab.running import LIMIT, Client, Running, argv, gserver, program, unavailable, until
+from lab.running import (
+    LIMIT,
+    Client,
+    Running,
+    UnixClient,
+    argv,
+    gserver,
+    program,
+    unavailable,
+    until,
+)
 
 UID, GID, OTHER_GID, KEY_GID = 64123, 64124, 64125, 64126
 #: Runs a command in a private mount namespace, with users and groups that this machine does not
@@ -284,3 +296,37 @@ def test_a_user_that_may_not_execute_this_python_is_refused(start: list[str]) ->
     assert re.match(
         r"1 --user gserver-test cannot read /opt/\S+ or /opt/\S+: install both where", said
     )
+
+
+# Socket files.
+
+
+def test_a_socket_file_belongs_to_the_user_and_a_stale_one_is_replaced(
+    start: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "files/gserver.sock"
+    options = ["--bind", "unix:/opt/files/gserver.sock", "--user", "gserver-test"]
+    for _ in range(2):
+        with Running(*options, command=[*start, *SERVE]) as server:
+            found = path.lstat()
+            assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (UID, GID, 0o660)
+            with UnixClient(path) as client:
+                assert client.who() == 1
+            assert server.stop() == 0
+        assert path.is_socket(), "its folder belongs to root"
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_another_file_in_the_place_of_a_new_socket_is_not_given_away(
+    tmp_path: Path, is_link: bool
+) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "gserver.sock"
+    precious.write_text("secret")
+    if is_link:
+        path.symlink_to(precious)
+    else:
+        path.hardlink_to(precious)
+    with pytest.raises(FatalError, match="was replaced by another file"):
+        give_socket(str(path), "nobody")
+    assert precious.stat().st_uid == os.getuid()
+    assert path.lstat().st_uid == os.getuid()
