@@ -183,7 +183,7 @@ def copy_context(folder: Path) -> None:
     """Copy the files of a build as in a checkout with umask 077, with leftovers of a run."""
     for name in ("bin", "gserver"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("requirements.txt", ".dockerignore"):
+    for name in ("requirements.txt", "requirements.lock", ".dockerignore"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "gserver/__pycache__").mkdir()
     (folder / "gserver/__pycache__/removed.cpython-313.pyc").write_bytes(b"")

@@ -125,6 +125,7 @@ def test_nothing_but_the_program_is_in_the_image(engine: Engine) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "gserver").rglob("*.*")}
     sources = {name for name in sources if "__pycache__" not in name}
     assert {name for name in modes if not name.startswith(".venv/")} - compiled == {
+        "requirements.lock",
         "requirements.txt",
         *programs,
         *sources,

@@ -172,6 +172,28 @@ def test_setup_installs_exactly_the_pinned_packages(ready: SetUp) -> None:
     ) == sorted(wanted)
 
 
+def test_the_lock_has_hashes_for_every_pin() -> None:
+    def spelt(pin: str) -> str:
+        return pin.replace("zope.", "zope-").replace(" ;", ";")
+
+    entries = re.findall(
+        r"^(\S.*) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
+        (ROOT / "requirements.lock").read_text(),
+        re.M,
+    )
+    pins = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [spelt(pin) for pin, _ in entries] == [spelt(pin) for pin in pins]
+
+
+def test_setup_refuses_a_package_with_another_hash(bare: Path, tools: Path, tmp_path: Path) -> None:
+    root = _copy(tmp_path / "copy")
+    lock = root / "requirements.lock"
+    lock.write_text(re.sub(r"(?<=sha256:)[0-9a-f]{64}", "0" * 64, lock.read_text()))
+    done = _run(root / "bin/setup", env=_clean(bare, tools))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+
+
 def test_a_second_setup_finishes_at_once_and_needs_no_python(ready: SetUp, tools: Path) -> None:
     began = time.monotonic()
     done = _run(ready.root / "bin/setup", env=_clean(tools))
