@@ -1,6 +1,6 @@
 """Addresses: of the endpoints, where clients connect; of clients; and networks.
 
-An endpoint is written as a URL: `tcp://127.0.0.1:4242`, `tls://[::]:4243`,
+An endpoint is written as a URL: `tcp://127.0.0.1:4242`, `tls://[::]:4244`,
 `unix:/run/gserver.sock?mode=0660`. Pure: nothing is resolved, no file is looked at.
 """
 
@@ -55,18 +55,23 @@ def parse_endpoint(text: str) -> Endpoint:
     transport, _, rest = text.partition(":")
     if transport == UNIX:
         return _parse_unix(text, rest)
-    try:
-        parts = urlsplit(text)
-        host, port, has_user = parts.hostname, parts.port, "@" in parts.netloc
-        is_whole = text == f"{transport}://{parts.netloc}"
-    except ValueError:
-        host, port, has_user, is_whole = None, None, False, False
-    if transport not in (TCP, TLS) or not host or port is None or not is_whole:
+    if transport not in (TCP, TLS) or not re.fullmatch("//[^/?#]+", rest):
         raise ValueError(
             f"{text!r} is not an endpoint: use tcp://HOST:PORT, tls://HOST:PORT or unix:PATH"
         )
-    if has_user:
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r}: the port is a number from 0 to 65535, and IPv6 has brackets, as in"
+            " tcp://[::1]:4242"
+        ) from error
+    if "@" in rest:
         raise ValueError(f"{text!r} contains a user name: remove it")
+    if not host or port is None:
+        problem = "no port" if host else "no host: 0.0.0.0 or :: stand for all"
+        raise ValueError(f"{text!r} has {problem}")
     return Endpoint(transport, host, port)
 
 
@@ -74,7 +79,7 @@ def _parse_unix(text: str, rest: str) -> Endpoint:
     path, question, query = rest.partition("?")
     if path.startswith("///"):  # As in a URL with an empty host.
         path = path.removeprefix("//")
-    if not re.fullmatch(r"(?!//)[!-~]+", path) or path.endswith("/"):
+    if not re.fullmatch(r"(?!//|@)[!-~]+", path) or path.endswith("/"):
         raise ValueError(
             f"{text!r} is not unix:PATH with a path of printable ASCII, such as"
             " unix:/run/gserver.sock"

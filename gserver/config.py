@@ -496,15 +496,18 @@ class Config:
         for endpoint in endpoints:
             is_admin = endpoint.port == self.admin_port and endpoint.port > 0
             if is_admin and hosts_overlap(endpoint.host, self.admin_host):
-                which = "--bind" if self.bind else "--port"
+                if self.bind:
+                    return (
+                        f"--bind {endpoint} and --admin-port {self.admin_port} overlap: change one"
+                    )
                 return (
-                    f"{which} and --admin-port are both {endpoint.port}, on {endpoint.host} and"
+                    f"--port and --admin-port are both {self.port}, on {self.host} and"
                     f" {self.admin_host}: choose another port for one of them"
                 )
         for number, endpoint in enumerate(endpoints):
             for other in endpoints[:number]:
                 if endpoint.overlaps(other):
-                    return f"--bind {other} and --bind {endpoint} overlap: change one of them"
+                    return f"--bind {other} and --bind {endpoint} overlap: change one"
         return ""
 
 

@@ -51,11 +51,12 @@ INVALID = {
     "127.0.0.1:4242": NO_ENDPOINT,
     "tcp:127.0.0.1:4242": NO_ENDPOINT,
     "tcp://": NO_ENDPOINT,
-    "tcp://a": NO_ENDPOINT,
-    "tcp://:4242": NO_ENDPOINT,
-    "tcp://a:70000": NO_ENDPOINT,
-    "tcp://a:x": NO_ENDPOINT,
-    "tcp://[::1:4242": NO_ENDPOINT,
+    "tcp://a": "has no port",
+    "tcp://:4242": "has no host: 0.0.0.0 or :: stand for all",
+    "tcp://a:70000": "the port is a number from 0 to 65535, and IPv6 has brackets",
+    "tcp://a:x": "the port is a number from 0 to 65535, and IPv6 has brackets",
+    "tcp://::1:4242": "the port is a number from 0 to 65535, and IPv6 has brackets",
+    "tcp://[::1:4242": "the port is a number from 0 to 65535, and IPv6 has brackets",
     "tcp://a:1/path": NO_ENDPOINT,
     "tcp://a:1?mode=0660": NO_ENDPOINT,
     "udp://a:1": NO_ENDPOINT,
@@ -67,6 +68,7 @@ INVALID = {
     "unix://run/g": NO_PATH,
     "unix:/run/ü": NO_PATH,
     "unix:/run/my file": NO_PATH,
+    "unix:@abstract": NO_PATH,
     "unix:/" + "x" * 107: "too long for a socket: at most 107",
     "unix:/g?mode=8": "not a mode in octal digits",
     "unix:/g?mode=": "not a mode in octal digits",
@@ -123,8 +125,7 @@ def test_two_ways_in_cannot_have_one_address(bind: str, *, collides: bool) -> No
 def test_a_way_in_cannot_have_the_admin_port() -> None:
     config = Config(bind="unix:/g tcp://0.0.0.0:4243", admin_port=4243)
     assert config.port_collision == (
-        "--bind and --admin-port are both 4243, on 0.0.0.0 and 127.0.0.1:"
-        " choose another port for one of them"
+        "--bind tcp://0.0.0.0:4243 and --admin-port 4243 overlap: change one"
     )
 
 

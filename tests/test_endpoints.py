@@ -386,6 +386,24 @@ def test_the_file_of_the_next_server_is_not_removed(tmp_path: Path) -> None:
                 assert client.who() == 1
 
 
+def test_a_socket_file_that_somebody_removes_is_made_again_by_a_reload(tmp_path: Path) -> None:
+    path = tmp_path / "gserver.sock"
+    with serve(path) as server, UnixClient(path) as before:
+        assert before.who() == 1
+        path.unlink()
+        lost = server.wait_for("server.port_closed")
+        assert lost["message"] == (
+            f"{path} was removed or replaced: no client can connect by it; SIGHUP makes it again"
+        )
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        with UnixClient(path) as after:
+            until(lambda: (before.who(), after.who()) == (2, 2), "both are counted")
+        assert len(server.events("server.port_closed")) == 1
+        assert server.stop() == 0
+    assert not path.exists()
+
+
 def test_a_start_that_fails_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "gserver.sock"
     ca = str(tmp_path / "none")

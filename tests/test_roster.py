@@ -157,8 +157,8 @@ def test_the_list_for_people_says_what_it_leaves_out() -> None:
         done = gserver("clients", "--limit", "2", "--admin", admin(server))
         assert (done.returncode, done.stderr) == (0, "")
         lines = done.stdout.splitlines()
-        assert lines[0].split() == argv("id address port worker age idle state TLS name")
-        assert [line.split()[1] for line in lines[1:3]] == ["127.0.0.1"] * 2
+        assert lines[0].split() == argv("id via address port worker age idle state who")
+        assert [line.split()[1:3] for line in lines[1:3]] == [["tcp", "127.0.0.1"]] * 2
         assert lines[3] == f"{admin(server)}: 5 clients; 3 not shown (--limit)"
         assert lines[4] == "by address: 127.0.0.1 5"
 

@@ -98,10 +98,10 @@ def parse_address(text: str) -> Address:
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     is_port = re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536
-    if not colon or not host or "," in host or not is_port:
+    if not colon or not host or "," in host or "/" in host or not is_port:
         raise UsageError(
             f"{text!r} is not an address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242,"
-            " or unix:PATH"
+            " or unix:PATH; for TLS, add --tls"
         )
     return host, int(port)
 

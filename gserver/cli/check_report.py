@@ -11,6 +11,8 @@ from gserver.config import SECRETS, Config, environment_names, flag
 
 #: Where an option without a value of its own comes from.
 DEFAULT = "default"
+#: Not used with `--bind`.
+SHORT_FORM = "host", "port"
 
 
 def describe(ctx: click.Context, config: Config, commands: Iterable[dict[str, Any]]) -> str:
@@ -18,6 +20,7 @@ def describe(ctx: click.Context, config: Config, commands: Iterable[dict[str, An
     options = [
         (flag(field.name), _shown(field.name, config), _source(ctx, field.name, config))
         for field in fields(Config)
+        if not (config.bind and field.name in SHORT_FORM)
     ]
     rows = [(each["usage"], *_limits(each)) for each in commands]
     return "\n".join(

@@ -2,6 +2,8 @@
 
 import ipaddress
 import json
+import re
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,10 +18,12 @@ from rich.text import Text
 from gserver.addresses import plain_host
 from gserver.cli import admin_client
 from gserver.cli.admin_client import Target
-from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError
+from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError, UsageError
 
 #: Addresses, and recent ends, that are shown.
 MAX_ADDRESSES, MAX_RECENT = 10, 10
+#: Columns of the output if it is no terminal.
+PIPE_COLUMNS = 200
 #: Later moments cannot be shown.
 MAX_TIME = 2**40
 STATES = {"busy": "in a handler", "blocked": "blocked on write"}
@@ -42,6 +46,10 @@ def kick(targets: Sequence[Target], client: str) -> int:
     """Close clients; return the exit code: 0 if there was one, and all workers have answered."""
     with suppress(ValueError):  # Other spellings of an address.
         client = str(ipaddress.ip_address(plain_host(client)))
+    if not re.fullmatch("[0-9A-Za-z.:%]{1,64}", client):
+        raise UsageError(
+            f"{client!r} is neither the id of a client nor an address: see gserver clients"
+        )
     path = f"/kick?client={quote(client)}"
     answers = _ask(targets, path, admin_client.KICKED, method="POST")
     closed = sum(int(document["closed"]) for _, document in answers)
@@ -72,9 +80,10 @@ def _are_complete(answers: list[tuple[Target, dict[str, Any]]]) -> bool:
 
 
 def _print(target: Target, document: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    # Lines that another program reads are not wrapped.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("id", "address", "port", "worker", "age", "idle", "state", "TLS name"):
+    for name in ("id", "via", "address", "port", "worker", "age", "idle", "state", "who"):
         is_number = name in ("port", "worker", "age", "idle")
         table.add_column(name, justify="right" if is_number else "left")
     for each in document["clients"]:
@@ -83,13 +92,14 @@ def _print(target: Target, document: dict[str, Any]) -> None:
             state += f" ({each['command']})"
         table.add_row(
             Text(each["id"]),
-            Text(_address(each)),
-            f"{each['port']:.0f}",
+            Text(each["transport"]),
+            Text(each["address"]),
+            f"{each['port']:.0f}" if each["port"] else "",
             f"{each['worker']:.0f}",
             _seconds(each["age_seconds"]),
             _seconds(each["idle_seconds"]),
             Text(state),
-            Text(each["tls_name"]),
+            Text(_identity(each)),
         )
     console.print(table)
     shown, total = len(document["clients"]), document["total"]
@@ -103,6 +113,8 @@ def _print(target: Target, document: dict[str, Any]) -> None:
     text = ", ".join(f"{each['address']} {each['clients']}" for each in addresses)
     if addresses:
         console.print(Text(f"by address: {text}"))
+    if document["recent"]:
+        console.print(Text("last rejected or closed:"))
     for each in document["recent"][:MAX_RECENT]:
         at = time.strftime("%m-%d %H:%M:%S", time.localtime(min(each["at"], MAX_TIME)))
         console.print(
@@ -110,10 +122,10 @@ def _print(target: Target, document: dict[str, Any]) -> None:
         )
 
 
-def _address(client: dict[str, Any]) -> str:
-    """Return the address of a client; of a Unix socket, which process it is."""
+def _identity(client: dict[str, Any]) -> str:
+    """Return who a client is: the process at a Unix socket, or the name in a certificate."""
     if client["uid"] is None or client["pid"] is None:
-        return str(client["address"])
+        return str(client["tls_name"])
     return f"uid {client['uid']:.0f}, pid {client['pid']:.0f}"
 
 

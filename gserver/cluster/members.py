@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import gevent
 
-from gserver.cluster.membership import LATE_AFTER_INTERVALS
+from gserver.cluster.membership import GONE, LATE_AFTER_INTERVALS
 from gserver.cluster.redis_link import RedisLink, kind_of
 from gserver.config import Config, parse_admin_url
 
@@ -169,8 +169,8 @@ def _silence(server: dict[str, Any]) -> float:
 
 def _parse_gone(text: bytes) -> Gone:
     """Return how each server has gone last. Lines of another form are left out."""
-    found = re.findall(rb"^([!-~]{1,128}) (left|lost) [0-9.e+]+ \d+ [!-~]+$", text, re.M)
-    return {server_id.decode(): how.decode() for server_id, how in reversed(found)}
+    found = [GONE.fullmatch(line) for line in text.split(b"\n")]
+    return {each[1].decode(): each[2].decode() for each in reversed(found) if each}
 
 
 def _admin_url(entry: bytes) -> str | None:

@@ -753,7 +753,8 @@ class Client:
         self.loop.replies.count_error(reason)
         self.loop.note_end(self, reason)
         if reason is PROXY_FAILED and self.address:
-            fields = {**address_fields(self.address), **logs.error_fields(error)}
+            fields = {**address_fields(self.address), "error.type": type(error).__name__}
+            fields["error.message"] = str(error)
             message = f"the PROXY header of {fields['client.address']} has failed: {error}"
             if isinstance(error, ProxyHeaderError | TimeoutError):
                 message += "; a balancer in --proxy-from must send one (HAProxy: send-proxy-v2)"

@@ -97,6 +97,7 @@ class Listener:
         """`file` is the one to remove at the end."""
         self.sock = sock
         self.file = file
+        self._has_told_loss = False
         self._address = sock.getsockname()
         self._backlog = backlog
 
@@ -107,11 +108,22 @@ class Listener:
             self.file.remove()
         self.sock.close()
 
+    @property
+    def has_lost_file(self) -> bool:
+        """Whether its socket file was removed, or replaced by another one."""
+        is_open = self.sock.fileno() >= 0
+        return is_open and self.file is not None and SocketFile.at(self.file.path) != self.file
+
     def reopen_if_closed(self) -> None:
         """Listen again if the socket was shut down from outside (`ss -K`).
 
-        That reopens it for all processes that share it.
+        That reopens it for all processes that share it. A socket file cannot be had back, so its
+        loss is logged.
         """
+        if self.has_lost_file and not self._has_told_loss:
+            self._has_told_loss = True
+            message = f"{self._address} was removed or replaced: no client can connect by it"
+            logs.warn_ratelimited("server.port_closed", f"{message}; SIGHUP makes it again")
         if self.sock.family is socket.AF_UNIX or self.sock.fileno() < 0 or _is_listening(self.sock):
             return
         message = f"{show_address(*self._address[:2])} was shut down by another process"
@@ -301,6 +313,27 @@ def bind(
     return listener
 
 
+def renew(config: Config, listeners: Sequence[Listener]) -> tuple[Listener, ...]:
+    """Return the listeners of the endpoints, with new ones for those that have lost their files.
+
+    One that cannot be had again stays as it is. The old ones live on in the processes that have
+    them.
+    """
+    found = []
+    for endpoint, listener in zip(config.endpoints, listeners, strict=True):
+        if listener.has_lost_file:
+            try:
+                found.append(_bind_file(endpoint, config.backlog, config.user))
+            except FatalError as error:
+                logs.warn_ratelimited("server.port_closed", str(error))
+                found.append(listener)
+            else:
+                listener.sock.close()
+        else:
+            found.append(listener)
+    return tuple(found)
+
+
 def _bind_file(endpoint: Endpoint, backlog: int, user: str) -> Listener:
     """Return the listener of a Unix socket, whose file belongs to `--user`.
 
@@ -427,6 +460,9 @@ def announce(config: Config) -> None:
             f" (process {os.getpid()}): {_client_for(first)}, then WHO, WHERE or WHY; Ctrl-C stops"
             " it"
         )
+        if config.admin_port >= 0:
+            admin = show_address(config.admin_host, config.admin_port)
+            message += f"; its state: http://{admin}/"
     logs.event(logging.INFO, "server.listening", message, fields)
 
 

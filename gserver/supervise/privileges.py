@@ -55,6 +55,8 @@ def give_socket(path: str, user: str) -> None:
     if not user:
         return
     _, uid, gid = _look_up(user)
+    if os.geteuid() == uid:
+        return  # It is that user already.
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)

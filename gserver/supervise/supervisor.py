@@ -616,6 +616,8 @@ class Supervisor:
             self._lifecycle.begin_reload(certificates.read(self._config))
         except UsageError as error:
             self._log_failed_reload(str(error))
+        else:
+            self._endpoints = listener.renew(self._config, self._endpoints)
 
     # Upgrades.
 

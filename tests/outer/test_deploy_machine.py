@@ -211,6 +211,19 @@ def test_under_systemd_the_server_is_confined_reloads_restarts_and_stops(tmp_pat
         assert machine.errors.read_text() == ""
 
 
+def test_under_systemd_a_socket_file_is_served_and_removed(tmp_path: Path) -> None:
+    path = "/run/gserver/socket"
+    variables = {"GSERVER_BIND": f"unix:{path}?mode=0666", "GSERVER_DRAIN_DELAY": "0"}
+    with Booted(tmp_path, variables) as machine:
+        machine.run("systemctl", "start", "gserver.service")
+        assert machine.run("stat", "-c", "%a %F", path).stdout == "666 socket\n"
+        words = ("/opt/venv/bin/python", "/opt/gserver/gserver", "ask", "--server")
+        asked = machine.run(*words, f"unix:{path}")
+        assert asked.stdout == "1\n"
+        machine.run("systemctl", "stop", "gserver.service")
+        assert machine.run("stat", path, check=False).returncode != 0
+
+
 def test_under_systemd_a_hang_is_killed_and_a_bad_option_is_not_retried(tmp_path: Path) -> None:
     variables = {"GSERVER_PORT": str(free_port()), "GSERVER_DRAIN_DELAY": "0"}
     short = f"WatchdogSec={PATIENCE}\nTimeoutAbortSec=500ms\nRestartSec=100ms"
