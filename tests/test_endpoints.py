@@ -404,6 +404,27 @@ def test_a_socket_file_that_somebody_removes_is_made_again_by_a_reload(tmp_path:
     assert not path.exists()
 
 
+@pytest.mark.outer
+def test_a_reload_that_fails_makes_no_socket_file(tmp_path: Path) -> None:
+    """The workers that stay do not have it: its clients would wait for ever."""
+    path = tmp_path / "gserver.sock"
+    options = ("--bind", f"unix:{path}", "--bind", "tcp://127.0.0.1:0")
+    with extended(tmp_path, NAP, *options, wait=False) as server:
+        server.wait_for("worker.ready")
+        path.unlink()
+        server.wait_for("server.port_closed")
+        (tmp_path / "extra.py").write_text("import nonsense\n")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reload_failed")
+        with pytest.raises(FileNotFoundError):
+            UnixClient(path)
+        (tmp_path / "extra.py").write_text(NAP)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        with UnixClient(path) as client:
+            assert client.who() == 1
+
+
 def test_a_start_that_fails_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "gserver.sock"
     ca = str(tmp_path / "none")

@@ -159,10 +159,10 @@ def test_a_new_agent_continues_from_the_state_of_the_previous_one() -> None:
     assert follower.remote_clients == 0
 
 
-def proven(membership: Membership, heard: Reply, *reported: int) -> list[bool]:
+def proven(membership: Membership, heard: Reply, *reported: int, sent: int = NOW) -> list[bool]:
     """Apply a reply that lists servers which reported at these values of the lease clock."""
     lines = [(b"id-%d" % at, b"%d" % (at + TTL_MS), b"1 1 a") for at in reported]
-    membership.apply(heard, 1, NOW)
+    membership.apply(heard, 1, sent)
     heard = heard._replace(listed=[part for line in lines for part in line])
     return [share.is_proven for share in membership.shares(heard).values()]
 
@@ -186,6 +186,24 @@ def test_all_shares_are_proven_after_a_loss_of_the_known_data() -> None:
     # Another Redis: its last loss is older than the last reply.
     other = lost(5, 1, 60_950, lost_at=60_900)
     assert proven(membership, other, 60_949, 60_950) == [False, False]
+
+
+def test_what_a_redis_had_before_it_was_away_for_a_ttl_proves_nothing() -> None:
+    """Its lease clock has paused, and those that it lists may have died."""
+    membership = new_member()
+    proven(membership, reply(9, 3, 60_000))
+    follower, back = successor(membership, TTL_MS), reply(9, 3, 60_500)
+    assert proven(follower, back, 60_100, sent=NOW + TTL_MS) == [True]
+    follower = successor(membership, TTL_MS)
+    assert proven(follower, back, 60_100, 60_500, sent=NOW + TTL_MS + 1) == [False, False]
+    assert proven(follower, reply(9, 3, 60_600), 60_501, sent=NOW + TTL_MS + 99) == [True]
+
+
+def test_data_whose_clock_is_behind_are_others() -> None:
+    membership = new_member()
+    proven(membership, reply(9, 3, 60_000))
+    assert proven(membership, reply(9, 3, 50_000), 49_999, 50_000) == [False, False]
+    assert proven(membership, reply(9, 3, 50_100), 50_050) == [True]
 
 
 def test_every_kind_of_error_has_its_cell_on_the_scoreboard() -> None:

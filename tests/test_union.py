@@ -143,6 +143,19 @@ def test_an_unproven_share_counts_only_if_every_steady_engine_lists_the_server()
     assert total(back, there) == exact(27, 2)
 
 
+def test_a_share_is_proven_by_a_later_heartbeat_of_the_same_incarnation() -> None:
+    back, there = view(two=unproven(20, NOW - 900)), view()
+    assert total(back, there) == Total(0, 0, NOW, NOW - 900)
+    tell(back, {"two": unproven(21, NOW - 900)})
+    assert total(back, there).clients == 0, "it is the same heartbeat"
+    tell(back, {"two": unproven(22, NOW - 100)})
+    assert total(back, there) == exact(22, 1, NOW - 100)
+    tell(back, {"two": unproven(22, NOW - 100)})
+    assert total(back, there) == exact(22, 1, NOW - 100)
+    tell(back, {"two": unproven(9, NOW - 50)._replace(incarnation="b2")})
+    assert total(back, there).clients == 0
+
+
 def test_a_server_that_starts_again_with_its_id_counts_at_once() -> None:
     first, second = view(one=share(9, NOW - 3000)), view()
     tell(second, {}, {"one": lost(NOW - 3000)})
@@ -204,8 +217,8 @@ def test_an_engine_that_comes_back_with_its_data_keeps_who_has_reported_to_it_on
     back, there = view(one=share(20, NOW - 9000)), view()
     tell(back, {"one": share(20, NOW - 9000)})
     assert total(back, there).clients == 20
-    tell(back, {"one": unproven(19, NOW - 9000)})
-    assert total(back, there).clients == 0
+    tell(back, {"one": unproven(19, NOW - 9001)})
+    assert total(back, there).clients == 0, "the data are older: they are from a backup"
     tell(back, {"one": share(18, NOW - 100)})
     assert total(back, there) == exact(18, 1, NOW - 100)
 

@@ -46,7 +46,7 @@ def kick(targets: Sequence[Target], client: str) -> int:
     """Close clients; return the exit code: 0 if there was one, and all workers have answered."""
     with suppress(ValueError):  # Other spellings of an address.
         client = str(ipaddress.ip_address(plain_host(client)))
-    if not re.fullmatch("[0-9A-Za-z.:%]{1,64}", client):
+    if not re.fullmatch("[0-9A-Za-z.:%_-]{1,64}", client):
         raise UsageError(
             f"{client!r} is neither the id of a client nor an address: see gserver clients"
         )

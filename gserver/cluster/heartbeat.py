@@ -44,13 +44,13 @@ MAX_RENEWALS_PER_SECOND = 20
 #: The cells of the fields of `Known`, in their order. Each engine has its own.
 KNOWN_CELLS = {
     "hold_until": "hold_until",
+    "data_known_from": "data_known_from",
     "remote_clients": "engine_clients",
     "servers": "engine_servers",
     "last_clock": "lease_clock",
     "lost_at": "data_lost_at",
     "last_sent_monotonic": "lease_clock_at",
     "confirmed_monotonic": "engine_confirmed_at",
-    "data_known_from": "data_known_from",
 }
 
 

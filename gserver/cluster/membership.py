@@ -82,15 +82,15 @@ class Known(NamedTuple):
     `data_known_from`, on the lease clock, are not from a backup.
     """
 
-    # Comes first, so that the next agent never finds a loss without its hold.
+    # These come first, so that the next agent never finds a loss without its hold.
     hold_until: int = 0
+    data_known_from: int = 0
     remote_clients: int = 0
     servers: int = 0
     last_clock: int = 0
     lost_at: int = 0
     last_sent_monotonic: int = 0
     confirmed_monotonic: int = 0
-    data_known_from: int = 0
 
 
 class Membership:
@@ -136,10 +136,8 @@ class Membership:
         self.hold_until = min(self.hold_until, reply.clock + self._ttl_ms)
         if self.has_lost_data(reply):
             self._clock_history = ClockHistory(self._ttl_ms)
-            # After a loss of the known data, all others are newer than these.
-            if reply.lost_at <= self.last_clock:
-                self.data_known_from = reply.clock  # They are of another Redis.
-        self.data_known_from = self.data_known_from or reply.clock
+        if not self._knows_data(reply, sent_monotonic):
+            self.data_known_from = reply.clock
         self.last_clock, self.lost_at = reply.clock, reply.lost_at
         self.last_sent_monotonic = sent_monotonic
         self._clock_history.note(reply.clock, sent_monotonic)
@@ -207,6 +205,12 @@ class Membership:
         if not lease_end:
             return sent_monotonic
         return self._clock_history.moment_of(lease_end - self._ttl_ms)
+
+    def _knows_data(self, reply: Reply, sent_monotonic: int) -> bool:
+        """Whether the data are those of the last reply, or were lost since, so all are newer."""
+        is_of_another_redis = self.has_lost_data(reply) and reply.lost_at <= self.last_clock
+        was_away = sent_monotonic - self.last_sent_monotonic > self._ttl_ms
+        return 0 < self.data_known_from <= reply.clock and not (is_of_another_redis or was_away)
 
     def _begin_hold(self, reply: Reply) -> None:
         self._held_clients = self.remote_clients

@@ -76,6 +76,7 @@ class View:
     def apply(self, listed: Mapping[str, Share], *, is_held: bool = False) -> None:
         """Take what a reply lists. In a hold, proven shares of missing servers are kept."""
         known = {**self.held, **self.listed}
+        listed = {key: _proved(share, known.get(key)) for key, share in listed.items()}
         missing = {key: share for key, share in known.items() if key not in listed}
         self.held = {key: share for key, share in missing.items() if is_held and share.is_proven}
         self.listed = listed
@@ -103,6 +104,15 @@ class View:
     def share(self, server_id: str) -> Share | None:
         """Return what it says of a server, or has said."""
         return self.listed.get(server_id) or self.held.get(server_id)
+
+
+def _proved(share: Share, before: Share | None) -> Share:
+    """Return a share as proven if the server has reported since it was listed before."""
+    if share.is_proven or before is None or before.incarnation != share.incarnation:
+        return share
+    is_newer = share.sequence > before.sequence
+    is_same = share.sequence == before.sequence and before.is_proven
+    return share._replace(is_proven=is_newer or is_same)
 
 
 def merge(views: Sequence[View], late_ms: int, now: int) -> Total:

@@ -181,8 +181,10 @@ class Loop:
         client = Client(self, sock, client_address(address), now)
         if not self._attach(client, monotonic_ns()):
             return
-        self._make_room(fd, must_wait=is_proxied or has_tls)
-        if is_proxied:
+        if not self._has_room(client, is_proxied=is_proxied, has_tls=has_tls):
+            client.address = None  # It was never accepted, so its end is not logged.
+            client.close()
+        elif is_proxied:
             self._await_admission(client, self.config.proxy_header_timeout_seconds, now)
         else:
             self._begin(client, now, has_tls=has_tls)
@@ -228,19 +230,26 @@ class Loop:
         if self.limits.is_over_address_limit(client.sock.fileno()) and client not in self.probes:
             self.surplus_admissions[client] = None
 
-    def _make_room(self, fd: int, *, must_wait: bool) -> None:
-        """End the oldest header or handshake if there is no room for a new client.
+    def _has_room(self, client: Client, *, is_proxied: bool, has_tls: bool) -> bool:
+        """Return whether there is room for a new client. If need be, end a header or handshake.
 
-        `must_wait`: the client must send a header or a handshake. A client that will be rejected
-        goes first, or takes no room, so that one address cannot end the handshakes of others.
+        A client that is going to be rejected takes the place of another such client, or none, so
+        that one address cannot end the handshakes of others.
         """
+        must_wait = is_proxied or has_tls
         is_full = len(self.clients) > self.capacity
         has_too_many = must_wait and len(self.admissions) >= self._max_admissions
         if not self.admissions or not (is_full or has_too_many):
-            return
-        if must_wait or not self.limits.would_reject(fd):
-            oldest = next(iter(self.surplus_admissions or self.admissions))
-            self.guard(oldest, oldest.cut_off_admission)
+            return True
+        fd = client.sock.fileno()
+        if not must_wait and self.limits.would_reject(fd):
+            return True  # There are descriptors for those that are rejected at once.
+        is_surplus = not is_proxied and self.limits.is_over_address_limit(fd)
+        if is_surplus and not self.surplus_admissions:
+            return False
+        oldest = next(iter(self.surplus_admissions or self.admissions))
+        self.guard(oldest, oldest.cut_off_admission)
+        return True
 
     def _await_admission(self, client: Client, seconds: float, now: float) -> None:
         """Wait for a header or a handshake, for `seconds` at most; 0 = no limit."""

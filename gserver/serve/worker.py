@@ -58,8 +58,7 @@ MAX_ACCEPTS = 1024
 #: begin before there are more. With one at a time, 300 clients that send without end kept a new one
 #: waiting for 11 s; with 16, for 0.2 s.
 MAX_SHARED_ACCEPTS = 16
-#: Rejections in one turn of the loop (0.1 ms), by all endpoints: a flood of connections must not
-#: starve clients.
+#: Rejections in one turn of the loop (0.1 ms): a flood of connections must not starve clients.
 MAX_REJECTIONS = 4
 #: How long a worker with more than its share of clients leaves a new one to the other workers. Then
 #: it accepts the client itself, in case they cannot.

@@ -111,8 +111,15 @@ class Listener:
     @property
     def has_lost_file(self) -> bool:
         """Whether its socket file was removed, or replaced by another one."""
-        is_open = self.sock.fileno() >= 0
-        return is_open and self.file is not None and SocketFile.at(self.file.path) != self.file
+        if self.file is None or self.sock.fileno() < 0:
+            return False
+        try:
+            found = os.lstat(self.file.path)
+        except FileNotFoundError:
+            return True
+        except OSError:  # With --user, its folder may be closed to this process.
+            return False
+        return (found.st_dev, found.st_ino) != (self.file.device, self.file.inode)
 
     def reopen_if_closed(self) -> None:
         """Listen again if the socket was shut down from outside (`ss -K`).
@@ -316,8 +323,7 @@ def bind(
 def renew(config: Config, listeners: Sequence[Listener]) -> tuple[Listener, ...]:
     """Return the listeners of the endpoints, with new ones for those that have lost their files.
 
-    One that cannot be had again stays as it is. The old ones live on in the processes that have
-    them.
+    One that cannot be had again stays as it is.
     """
     found = []
     for endpoint, listener in zip(config.endpoints, listeners, strict=True):
@@ -327,8 +333,6 @@ def renew(config: Config, listeners: Sequence[Listener]) -> tuple[Listener, ...]
             except FatalError as error:
                 logs.warn_ratelimited("server.port_closed", str(error))
                 found.append(listener)
-            else:
-                listener.sock.close()
         else:
             found.append(listener)
     return tuple(found)
@@ -348,7 +352,8 @@ def _bind_file(endpoint: Endpoint, backlog: int, user: str) -> Listener:
             sock.bind(path)
             file = SocketFile.at(path)
             _listen(sock, backlog)
-        privileges.give_socket(path, user)
+        if file:
+            privileges.give_socket(*file, user)
         return Listener(sock, backlog, file)
     except (OSError, FatalError) as error:
         if file:
@@ -383,9 +388,11 @@ def _locked(folder: str) -> Iterator[None]:
 
 def _remove_if_stale(path: str) -> None:
     """Remove a socket file that nobody listens on. Raises OSError for any other file."""
-    if not os.path.lexists(path):
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+    if not stat.S_ISSOCK(mode):
         raise OSError(errno.ENOTSOCK, path)
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
@@ -393,6 +400,8 @@ def _remove_if_stale(path: str) -> None:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
+            return
+        except FileNotFoundError:
             return
         except (BlockingIOError, PermissionError):
             pass  # Its queue is full, or it is another user's.

@@ -5,7 +5,6 @@ import ctypes
 import grp
 import os
 import pwd
-import stat
 import struct
 import sys
 
@@ -46,11 +45,11 @@ def become(user: str) -> None:
         )
 
 
-def give_socket(path: str, user: str) -> None:
+def give_socket(path: str, device: int, inode: int, user: str) -> None:
     """Make `NAME[:GROUP]` the owner of a socket file that root has just made. "" = no change.
 
-    Raises what `become` raises. The folder may belong to that user, who could put a link to another
-    file there.
+    Raises what `become` raises. The folder may belong to that user, who could put another file, or
+    a link, there.
     """
     if not user:
         return
@@ -60,7 +59,7 @@ def give_socket(path: str, user: str) -> None:
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
-        if not stat.S_ISSOCK(found.st_mode) or found.st_nlink != 1 or found.st_uid != os.geteuid():
+        if (found.st_dev, found.st_ino) != (device, inode):
             raise FatalError(f"{path} was replaced by another file while gserver made it")
         os.chown(f"/proc/self/fd/{fd}", uid, gid)
     except PermissionError as error:

@@ -12,13 +12,14 @@ import selectors
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from time import monotonic, monotonic_ns
 
 from gserver import __version__, certificates, logs
-from gserver.boot import Instructions
+from gserver.boot import Instructions, room_for_clients
 from gserver.config import AGENT_SHARE, OLD_AGENT_SHARE, WORKERS_SHARE, Config
-from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, FatalError, UsageError
+from gserver.errors import EXIT_CLEAN, EXIT_RUNTIME, OTHER_VERSION, FatalError, UsageError
 from gserver.scoreboard import Scoreboard
 from gserver.supervise import listener, privileges, systemd, upgrade
 from gserver.supervise.child import (
@@ -74,6 +75,8 @@ class Supervisor:
         self._config = config
         self._manager = manager
         self._endpoints, self._admin_ports = ports
+        #: In a reload, the new listeners of socket files that were lost, with the old ones.
+        self._renewed: dict[listener.Listener, listener.Listener] = {}
         self._scoreboard = scoreboard
         self._scoreboard.put("supervisor_heartbeat", monotonic_ns())
         self._lifecycle = lifecycle
@@ -106,13 +109,16 @@ class Supervisor:
         manager = systemd.Manager.from_environment()
         # The admin port is opened here too, so that it stays open while agents are replaced.
         config, ports = listener.open_ports(config, manager.sockets)
+        # A service manager may have passed more endpoints than the options name.
+        room = config.workers * room_for_clients(config)
+        config = replace(config, max_clients=max(1, min(config.max_clients, room)))
         try:
             privileges.become(config.user)
-        except FatalError:
+            scoreboard = Scoreboard.create(config.workers + SPARE_SLOTS, config.address_cells)
+        except BaseException:
             for endpoint in ports.endpoints:
                 endpoint.close()
             raise
-        scoreboard = Scoreboard.create(config.workers + SPARE_SLOTS, config.address_cells)
         id_check_until = None
         if config.redis_url:
             id_check_until = monotonic() + config.settle_seconds + ID_CHECK_SECONDS
@@ -267,6 +273,7 @@ class Supervisor:
             self._hand_over(old, workforce.staying[-1], now)
         elif workforce.is_replaced(lifecycle.generation):
             lifecycle.complete_reload()
+            self._end_renewal(is_complete=True)
             self._scoreboard.add("reloads", 1)
             self._scoreboard.put("reload_failed_at", 0)
             logs.event(logging.INFO, "server.reloaded", "reloaded: all workers were replaced")
@@ -617,7 +624,22 @@ class Supervisor:
         except UsageError as error:
             self._log_failed_reload(str(error))
         else:
-            self._endpoints = listener.renew(self._config, self._endpoints)
+            self._renew_endpoints()
+
+    def _renew_endpoints(self) -> None:
+        """Let the new workers of a reload have new socket files in the place of lost ones."""
+        before, self._endpoints = self._endpoints, listener.renew(self._config, self._endpoints)
+        for old, new in zip(before, self._endpoints, strict=True):
+            if old is not new:
+                self._renewed[new] = old
+
+    def _end_renewal(self, *, is_complete: bool) -> None:
+        """Close the old ones; or the new ones, if the old workers stay, which do not have them."""
+        renewed, self._renewed = self._renewed, {}
+        for new, old in renewed.items():
+            (old.sock if is_complete else new).close()
+        if not is_complete:
+            self._endpoints = tuple(renewed.get(each, each) for each in self._endpoints)
 
     # Upgrades.
 
@@ -686,6 +708,7 @@ class Supervisor:
 
     def _give_up_reload(self, reason: str, fields: dict[str, object] | None = None) -> None:
         self._lifecycle.give_up_reload()
+        self._end_renewal(is_complete=False)
         kill_at = monotonic() + self._config.drain_timeout_seconds
         for place, worker in enumerate(self._staying(WORKER)):
             is_newer = worker.generation.number > self._lifecycle.generation.number
@@ -723,6 +746,12 @@ def try_state(text: str) -> None:
     """Raise `UsageError` if this version cannot take over from a supervisor with this state."""
     state = upgrade.State.decode(text)
     Scoreboard.check(state.scoreboard_fd, state.slots)
+    try:
+        files = [listener.SocketFile(*file) for file in state.endpoint_files if file]
+    except TypeError as error:
+        raise UsageError(OTHER_VERSION) from error
+    if len(files) > len(state.config.endpoints):
+        raise UsageError(OTHER_VERSION)
     systemd.Manager(**state.manager)
     _resume_lifecycle(state)
     # Their descriptors are not passed to a trial.

@@ -322,11 +322,15 @@ def test_another_file_in_the_place_of_a_new_socket_is_not_given_away(
 ) -> None:
     precious, path = tmp_path / "precious", tmp_path / "gserver.sock"
     precious.write_text("secret")
-    if is_link:
-        path.symlink_to(precious)
-    else:
-        path.hardlink_to(precious)
-    with pytest.raises(FatalError, match="was replaced by another file"):
-        give_socket(str(path), "nobody")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        made = path.lstat()
+        path.unlink()
+        if is_link:
+            path.symlink_to(precious)
+        else:
+            path.hardlink_to(precious)
+        with pytest.raises(FatalError, match="was replaced by another file"):
+            give_socket(str(path), made.st_dev, made.st_ino, "nobody")
     assert precious.stat().st_uid == os.getuid()
     assert path.lstat().st_uid == os.getuid()
