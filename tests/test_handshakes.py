@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from gserver.addresses import TCP
 from gserver.boot import RESERVED_FILES
 from gserver.serve.loop import MAX_ADMISSIONS
 from lab.admin import status
-from lab.running import LIMIT, Running, limited, stopped, until
+from lab.endpoints import Endpoints
+from lab.running import LIMIT, Client, Running, argv, limited, stopped, until
 from lab.tls_client import certified, trust
 
 
@@ -123,6 +125,29 @@ def test_an_address_with_too_many_clients_does_not_end_the_handshakes_of_others(
     ):
         crowd = [stack.enter_context(server.client("127.0.0.1")) for _ in range(20)]
         assert [client.rest() for client in crowd[2:-1]] == [b""] * 17
+        with trust(pems).wrap_socket(victim.sock, server_hostname="127.0.0.1") as sock:
+            sock.sendall(b"WHY\n")
+            assert sock.recv(100) == b"42\n"
+
+
+def test_plain_clients_of_such_an_address_do_not_end_them_either(pems: Path) -> None:
+    binds = argv("--bind tls://127.0.0.1:0 --bind tcp://127.0.0.1:0")
+    options = [*certified(pems), *binds, *argv("--tls-handshake-timeout 0")]
+    limit = argv("--max-clients-per-address 15")
+    # Room for 16 clients, beside the second listener.
+    with (
+        Running(*options, *limit, command=limited(RESERVED_FILES + 17)) as server,
+        ExitStack() as stack,
+    ):
+        endpoints = Endpoints(server, pems)
+        plain = endpoints.port(TCP)
+        crowd = [stack.enter_context(Client(plain)) for _ in range(15)]
+        until(lambda: crowd[0].who() == 15, "they are counted")
+        victim = stack.enter_context(server.client("127.0.0.2"))
+        time.sleep(0.2)
+        for _ in range(10):
+            with Client(plain) as surplus:
+                assert surplus.line() == b"ERR too many clients from your address\n"
         with trust(pems).wrap_socket(victim.sock, server_hostname="127.0.0.1") as sock:
             sock.sendall(b"WHY\n")
             assert sock.recv(100) == b"42\n"
