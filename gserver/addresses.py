@@ -72,6 +72,9 @@ def parse_endpoint(text: str) -> Endpoint:
     if not host or port is None:
         problem = "no port" if host else "no host: 0.0.0.0 or :: stand for all"
         raise ValueError(f"{text!r} has {problem}")
+    # urlsplit takes `[::1]x:1`, and leading zeros.
+    if rest.removeprefix("//").lower() != show_address(host, port).lower():
+        raise ValueError(f"{text!r} is not HOST:PORT after {transport}://")
     return Endpoint(transport, host, port)
 
 

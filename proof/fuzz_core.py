@@ -285,7 +285,11 @@ class OptionTarget(Target):
     """The texts of options: a value within its limits, or a ValueError of one printable line."""
 
     code: ModuleType = config
-    PARTS = ("\n", " ", "x" * 130, *"auto off 1 0 - 256 65535 é ² \x1b[2J a : | @ # . %".split(" "))
+    PARTS = (
+        *("\n", " ", "x" * 130),
+        *"auto off 1 0 - 256 65535 é ² \x1b[2J a : | @ # . %".split(" "),
+        *"tcp:// tls:// unix: / ?mode=0660 [::1] :1".split(),
+    )
     RIGHT: ClassVar[dict[str, Callable[[Any], bool]]] = {
         "parse_workers": lambda value: 0 <= value <= 256,
         "parse_server_id": lambda value: re.fullmatch(r"[!-~]{1,128}", value) is not None,
@@ -296,6 +300,7 @@ class OptionTarget(Target):
         "parse_cluster_name": lambda value: (
             re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", value) is not None
         ),
+        "parse_bind": lambda value: config.parse_bind(value) == value,
         "is_loopback": lambda value: isinstance(value, bool),
     }
 

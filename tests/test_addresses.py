@@ -59,6 +59,8 @@ INVALID = {
     "tcp://[::1:4242": "the port is a number from 0 to 65535, and IPv6 has brackets",
     "tcp://a:1/path": NO_ENDPOINT,
     "tcp://a:1?mode=0660": NO_ENDPOINT,
+    "tcp://[::1]x:1": "is not HOST:PORT after tcp://",
+    "tcp://a:01": "is not HOST:PORT after tcp://",
     "udp://a:1": NO_ENDPOINT,
     "TCP://a:1": NO_ENDPOINT,
     "tcp://me@a:1": "contains a user name: remove it",
