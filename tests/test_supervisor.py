@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+from gserver.serve.client import LINGER_SECONDS
 from gserver.supervise.phases import GIVE_UP_SECONDS
 from lab.admin import status
 from lab.redises import Redis
@@ -381,19 +382,28 @@ def test_busy_clients_get_complete_replies_and_a_clean_close_at_a_stop(
             dict.fromkeys(clients, b""),
         )
         selector = stack.enter_context(selectors.DefaultSelector())
+        turns = [time.monotonic()]
 
         def ask(client: Client) -> None:
             client.send(b"WHO\n")
             asked[client] += 1
 
-        def turn() -> bool:
-            """Receive, and send a command for every reply; return whether all clients have ended.
+        def receive(client: Client) -> bytes:
+            """A reset raises, unless this test was late itself: a server waits for a second."""
+            try:
+                return client.sock.recv(4096)
+            except ConnectionResetError:
+                longest = max(after - before for before, after in pairwise(turns))
+                if longest < LINGER_SECONDS / 2:
+                    raise
+                return b""
 
-            A reset raises.
-            """
+        def turn() -> bool:
+            """Receive, and send a command for every reply. Return whether all have ended."""
+            turns.append(time.monotonic())
             for key, _ in selector.select(LIMIT):
                 client = key.data
-                if data := client.sock.recv(4096):
+                if data := receive(client):
                     *lines, rests[client] = (rests[client] + data).split(b"\n")
                     assert all(1 <= int(line) <= 500 for line in lines)
                     replies[client] += len(lines)

@@ -187,7 +187,10 @@ def test_no_process_counts_as_hung_after_the_machine_was_suspended(
         with stopped(*processes):
             time.sleep(2.5)
             processes[0].resume()
+            resumed_at = time.monotonic()
             time.sleep(0.1)  # The supervisor checks before the others can update their heartbeats.
+        if time.monotonic() - resumed_at > 0.5:
+            pytest.skip("this machine did not resume the others in time")
         notes.happened(f"all processes were stopped for {time.monotonic() - began:.1f} s")
     assert site.server.processes() == processes
 

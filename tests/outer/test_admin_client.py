@@ -120,7 +120,7 @@ def paths(value: Any, path: str = "") -> Iterator[str]:
 
 #: Parts of a status that are not shown.
 UNSEEN = {
-    *argv("version host port limit accepted closed lost reads slot events rejected"),
+    *argv("version limit accepted closed lost reads slot events rejected"),
     *argv("last_second log_lines_dropped latency_bounds_seconds p50_seconds p99_seconds"),
     *argv(
         "wanted worker_restarts agent_starts reloads reload_failures is_held"
@@ -148,6 +148,7 @@ SEEN = [
     and not path.startswith(
         ("cluster.heartbeat_errors", "latency_bounds_seconds", "events", "processes")
     )
+    and not path.startswith(("server.endpoints", "clients.by_transport"))
 ]
 
 
