@@ -27,7 +27,7 @@ from lab.running import ROOT
 #: The modules, with the tests of each.
 TESTS = {
     "gserver/protocol.py": ["tests/test_protocol.py", "tests/test_fastpath.py"],
-    "gserver/addresses.py": ["tests/test_addresses.py", "tests/test_config.py"],
+    "gserver/addresses.py": ["tests/test_addresses.py"],
     "gserver/redis_url.py": ["tests/test_redis_url.py"],
     "gserver/metrics.py": ["tests/test_metrics.py", "tests/test_scoreboard.py"],
     "gserver/serve/fastpath.py": ["tests/test_fastpath.py"],
