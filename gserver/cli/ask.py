@@ -92,7 +92,7 @@ def parse_address(text: str) -> Address:
         path = path.removeprefix("//") if path.startswith("///") else path
         if not path or len(os.fsencode(path)) > MAX_PATH_BYTES:
             raise UsageError(
-                f"{text!r} is not a Unix socket: write unix:PATH, in 107 bytes at most"
+                f"{text!r} is not a Unix socket: write unix:PATH, of {MAX_PATH_BYTES} bytes at most"
             )
         return path
     host, colon, port = text.rpartition(":")

@@ -107,7 +107,7 @@ class View:
 
 
 def _proved(share: Share, before: Share | None) -> Share:
-    """Return a share as proven if the server has reported since it was listed before."""
+    """Return a share, as proven if the server has sent another heartbeat since it was listed."""
     if share.is_proven or before is None or before.incarnation != share.incarnation:
         return share
     is_newer = share.sequence > before.sequence

@@ -369,9 +369,7 @@ def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
                 ]
             limits.take_over([client.transport for client in clients])
             for client, fields in zip(clients, batch, strict=True):
-                places = fields["places"]
-                places = None if places is None else tuple(places)
-                limits.take_over_address(client.sock.fileno(), places)
+                limits.take_over_address(client.sock.fileno(), fields["places"])
             with suppress(BrokenPipeError):  # The old worker has died: its clients live on here.
                 pair.send(TAKEN)
             for client, fields in zip(clients, batch, strict=True):

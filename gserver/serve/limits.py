@@ -135,7 +135,7 @@ class Limits:
         """Return where the address of a connection is counted, for `take_over_address`."""
         return self._addresses.places.get(fd) if self._addresses else None
 
-    def take_over_address(self, fd: int, places: Places | None) -> None:
+    def take_over_address(self, fd: int, places: Sequence[int] | None) -> None:
         """Count a connection's address where another worker has counted it."""
         if self._addresses and places is not None:
             self._addresses.add_at(fd, places)
@@ -182,9 +182,9 @@ class AddressCounts:
         if min(sum(self._cells[place :: len(self._own)]) for place in places) > self._limit:
             self.remove(fd)
 
-    def add_at(self, fd: int, places: Places) -> None:
+    def add_at(self, fd: int, places: Sequence[int]) -> None:
         """Count a connection in these cells."""
-        self.places[fd] = places
+        self.places[fd] = tuple(places)
         for place in places:
             self._own[place] += 1
 

@@ -12,10 +12,10 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gserver import logs
 from gserver.addresses import (
@@ -76,17 +76,17 @@ class SocketFile(NamedTuple):
 
     @classmethod
     def at(cls, path: str) -> "SocketFile | None":
-        """Return the file that is there now, or None."""
+        """Return the file that is there now, or None. Raises OSError if that cannot be known."""
         try:
             found = os.lstat(path)
-        except OSError:
+        except FileNotFoundError:
             return None
         return cls(path, found.st_dev, found.st_ino)
 
     def remove(self) -> None:
         """Remove it, unless another one has replaced it."""
-        if SocketFile.at(self.path) == self:
-            with suppress(OSError):  # With --user, its folder may belong to root.
+        with suppress(OSError):  # With --user, its folder may belong to root.
+            if SocketFile.at(self.path) == self:
                 os.unlink(self.path)
 
 
@@ -114,12 +114,9 @@ class Listener:
         if self.file is None or self.sock.fileno() < 0:
             return False
         try:
-            found = os.lstat(self.file.path)
-        except FileNotFoundError:
-            return True
+            return SocketFile.at(self.file.path) != self.file
         except OSError:  # With --user, its folder may be closed to this process.
             return False
-        return (found.st_dev, found.st_ino) != (self.file.device, self.file.inode)
 
     def reopen_if_closed(self) -> None:
         """Listen again if the socket was shut down from outside (`ss -K`).
@@ -159,6 +156,12 @@ class Listener:
         self.sock.listen(self._backlog)
 
 
+def close_all(listeners: Iterable[Listener]) -> None:
+    """Stop listening on all of them. The second call does nothing."""
+    for each in listeners:
+        each.close()
+
+
 class Ports(NamedTuple):
     """The listeners of the endpoints, in their order, and of the admin port, if there is one."""
 
@@ -185,8 +188,7 @@ def open_ports(config: Config, handed_over: Sequence[tuple[str, int]]) -> tuple[
         if problem := config.contradiction or config.tls_contradiction:
             raise UsageError(problem)
     except FatalError:
-        for each in opened:
-            each.close()
+        close_all(opened)
         raise
     return config, Ports(tuple(opened), admin)
 
@@ -271,14 +273,11 @@ def _is_text(endpoint: Endpoint) -> bool:
 
 
 def inherit(
-    endpoint_fds: Sequence[int],
-    files: Sequence[Sequence[str | int] | None],
-    admin_fds: Sequence[int],
-    backlog: int,
+    endpoint_fds: Sequence[int], files: Sequence[Any], admin_fds: Sequence[int], backlog: int
 ) -> Ports:
     """Return the ports of the program that this one has replaced. `files` are those to remove."""
     endpoints = [
-        Listener(socket.socket(fileno=fd), backlog, SocketFile(*file) if file else None)  # type: ignore[arg-type]
+        Listener(socket.socket(fileno=fd), backlog, SocketFile._make(file) if file else None)
         for fd, file in zip(endpoint_fds, files, strict=True)
     ]
     admin = [Listener(socket.socket(fileno=fd), ADMIN_BACKLOG) for fd in admin_fds]
@@ -341,7 +340,7 @@ def renew(config: Config, listeners: Sequence[Listener]) -> tuple[Listener, ...]
 def _bind_file(endpoint: Endpoint, backlog: int, user: str) -> Listener:
     """Return the listener of a Unix socket, whose file belongs to `--user`.
 
-    A socket file that is there already is replaced if nobody listens on it. Raises `FatalError`.
+    Replaces a socket file that nobody listens on. Raises `FatalError`.
     """
     sock, file, path = socket.socket(socket.AF_UNIX), None, endpoint.path
     # The file has its mode from the beginning.

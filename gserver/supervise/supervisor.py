@@ -116,8 +116,7 @@ class Supervisor:
             privileges.become(config.user)
             scoreboard = Scoreboard.create(config.workers + SPARE_SLOTS, config.address_cells)
         except BaseException:
-            for endpoint in ports.endpoints:
-                endpoint.close()
+            listener.close_all(ports.endpoints)
             raise
         id_check_until = None
         if config.redis_url:
@@ -174,8 +173,7 @@ class Supervisor:
 
     def close_endpoints(self) -> None:
         """Accept no more clients. The second call does nothing."""
-        for endpoint in self._endpoints:
-            endpoint.close()
+        listener.close_all(self._endpoints)
 
     def _report_end(self) -> int:
         was_forced = self._lifecycle.was_forced
@@ -747,10 +745,11 @@ def try_state(text: str) -> None:
     state = upgrade.State.decode(text)
     Scoreboard.check(state.scoreboard_fd, state.slots)
     try:
-        files = [listener.SocketFile(*file) for file in state.endpoint_files if file]
+        for file in filter(None, state.endpoint_files):
+            listener.SocketFile._make(file)
     except TypeError as error:
         raise UsageError(OTHER_VERSION) from error
-    if len(files) > len(state.config.endpoints):
+    if len(state.endpoint_files) != len(state.config.endpoints):
         raise UsageError(OTHER_VERSION)
     systemd.Manager(**state.manager)
     _resume_lifecycle(state)
