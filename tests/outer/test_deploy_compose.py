@@ -173,8 +173,8 @@ class Scene(ExitStack[None]):
             found: list[Any] = json.load(answer)["data"]["result"]
             return found
 
-    def checked(self) -> list[str]:
-        """The servers whose last health check by HAProxy was good."""
+    def used(self) -> list[str]:
+        """The servers that HAProxy uses because of health checks, not because there was none."""
         try:
             with self._host.inside():
                 answer = urllib.request.urlopen("http://127.0.0.1:8404/;csv", timeout=LIMIT)
@@ -182,14 +182,18 @@ class Scene(ExitStack[None]):
             return []  # HAProxy does not listen yet.
         with answer:
             rows = csv.DictReader(io.TextIOWrapper(answer))
-            return [row["svname"] for row in rows if row["check_status"] == "L7OK"]
+            return [
+                row["svname"]
+                for row in rows
+                if (row["status"], row["check_status"]) == ("UP", "L7OK")
+            ]
 
 
 def test_all_that_it_starts_works_together(tmp_path: Path, services: dict[str, Any]) -> None:
     used = [address(each) for each in services.values() if "networks" in each]
     with namespace(used) as host, Scene(tmp_path, services, host) as scene:
         scene.start()
-        until(lambda: len(scene.checked()) == len(SERVERS), "HAProxy uses all servers")
+        until(lambda: len(scene.used()) == len(SERVERS), "HAProxy uses all servers")
         clients = [scene.client(f"127.0.0.{number}") for number in range(20, 26)]
         assert {client.ask(b"WHERE").decode() for client in clients} <= set(SERVERS)
         until(lambda: clients[0].who() == len(clients), "all servers count all clients")
