@@ -474,8 +474,8 @@ class Config:
         return ""
 
     @property
-    def tls_contradiction(self) -> str:
-        """The same between `--tls-cert` and the endpoints.
+    def endpoint_contradiction(self) -> str:
+        """The same between other options and the endpoints.
 
         It does not matter before a service manager's sockets have replaced the endpoints.
         """
@@ -484,6 +484,8 @@ class Config:
             return "an endpoint with TLS (tls://, or a passed socket named tls) needs --tls-cert"
         if self.tls_cert and not has_tls:
             return "--tls-cert is not used: add --bind tls://HOST:PORT, or pass a socket named tls"
+        if self.proxy_from and all(each.transport == addresses.UNIX for each in self.endpoints):
+            return "--proxy-from is not used: socket files take no PROXY header"
         return ""
 
     @property

@@ -28,7 +28,7 @@ ENDPOINTS = {
 
 
 @pytest.mark.parametrize("text", ENDPOINTS)
-def test_a_way_in_is_a_url(text: str) -> None:
+def test_an_endpoint_is_a_url(text: str) -> None:
     assert parse_endpoint(text) == ENDPOINTS[text]
     assert str(ENDPOINTS[text]) == text
 
@@ -37,7 +37,7 @@ def test_a_socket_file_may_be_written_as_in_a_url_with_an_empty_host() -> None:
     assert parse_endpoint("unix:///run/g?mode=600") == Endpoint(UNIX, path="/run/g", mode=0o600)
 
 
-def test_several_ways_in_are_one_text() -> None:
+def test_several_endpoints_are_one_text() -> None:
     assert parse_bind("  tcp://a:1\tunix:b ") == "tcp://a:1 unix:b"
     endpoints = tuple(map(parse_endpoint, ENDPOINTS))
     assert Config(bind=show_endpoints(endpoints)).endpoints == endpoints
@@ -81,7 +81,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("text", INVALID)
-def test_what_is_no_way_in_is_refused_with_a_reason(text: str) -> None:
+def test_what_is_no_endpoint_is_refused_with_a_reason(text: str) -> None:
     with pytest.raises(ValueError, match=INVALID[text]) as caught:
         parse_endpoint(text)
     assert "\n" not in str(caught.value)
@@ -120,11 +120,11 @@ COLLISIONS = [
 
 
 @pytest.mark.parametrize(("bind", "collides"), COLLISIONS)
-def test_two_ways_in_cannot_have_one_address(bind: str, *, collides: bool) -> None:
+def test_two_endpoints_cannot_have_one_address(bind: str, *, collides: bool) -> None:
     assert bool(Config(bind=bind).port_collision) is collides
 
 
-def test_a_way_in_cannot_have_the_admin_port() -> None:
+def test_an_endpoint_cannot_have_the_admin_port() -> None:
     config = Config(bind="unix:/g tcp://0.0.0.0:4243", admin_port=4243)
     assert config.port_collision == (
         "--bind tcp://0.0.0.0:4243 and --admin-port 4243 overlap: change one"
@@ -140,10 +140,19 @@ def test_a_way_in_cannot_have_the_admin_port() -> None:
     ],
 )
 def test_tls_needs_a_certificate_and_the_other_way_round(bind: str, cert: str, reason: str) -> None:
-    assert re.match(reason, Config(bind=bind, tls_cert=cert).tls_contradiction)
+    assert re.match(reason, Config(bind=bind, tls_cert=cert).endpoint_contradiction)
 
 
-def test_without_bind_there_is_one_way_in() -> None:
+def test_proxy_headers_need_an_endpoint_that_takes_them() -> None:
+    both = Config(bind="unix:/g tcp://a:1", proxy_from="10.0.0.0/8")
+    assert not both.endpoint_contradiction
+    only = Config(bind="unix:/g unix:/h", proxy_from="10.0.0.0/8")
+    assert (
+        only.endpoint_contradiction == "--proxy-from is not used: socket files take no PROXY header"
+    )
+
+
+def test_without_bind_there_is_one_endpoint() -> None:
     assert Config(host="::", port=1).endpoints == (Endpoint(TCP, "::", 1),)
     assert Config(tls_cert="c.pem").endpoints == (Endpoint(TLS, "127.0.0.1", 4242),)
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gserver.cli.ask import Address, Answer, ask, parse_address
+from gserver.cli.ask import Answer, Server, ask, parse_server
 from gserver.errors import FatalError, UsageError
 from lab.running import (
     LIMIT,
@@ -105,7 +105,7 @@ def test_replies_that_come_in_pieces_over_one_connection_are_put_together() -> N
             time.sleep(0.02)
 
     with _server_that(in_pieces) as port:
-        answer = ask(["A", "B", "C"], [("127.0.0.1", port)], LIMIT)
+        answer = ask(["A", "B", "C"], [Server(("127.0.0.1", port))], LIMIT)
     assert answer == Answer(["one", "two", "three"])
 
 
@@ -123,7 +123,7 @@ def test_the_first_server_that_answers_is_used(
 
 def test_no_further_server_is_asked_after_one_has_answered(server: Running) -> None:
     with socket.create_server(("127.0.0.1", 0)) as later:
-        servers = [("127.0.0.1", server.port), ("127.0.0.1", _port(later))]
+        servers = [Server(("127.0.0.1", each)) for each in (server.port, _port(later))]
         assert ask(["WHY", "NOPE"], servers, LIMIT) == Answer(["42"], ["NOPE: ERR unknown command"])
         later.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -183,7 +183,7 @@ def test_without_an_answer_one_line_reports_what_each_server_did(
 )
 def test_a_server_that_does_not_answer_is_reported(said: bytes, reason: str) -> None:
     with _server_that(lambda sock: sock.sendall(said)) as port, pytest.raises(FatalError) as caught:
-        ask(["WHY"], [("127.0.0.1", port)], LIMIT)
+        ask(["WHY"], [Server(("127.0.0.1", port))], LIMIT)
     assert str(caught.value) == f"no server answered: 127.0.0.1:{port} {reason}"
 
 
@@ -238,7 +238,7 @@ def test_a_connection_reset_is_reported() -> None:
         _server_that(reset) as port,
         pytest.raises(FatalError, match=r"127\.0\.0\.1:[0-9]+ Connection reset by peer$"),
     ):
-        ask(["WHY"], [("127.0.0.1", port)], LIMIT)
+        ask(["WHY"], [Server(("127.0.0.1", port))], LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_bytes_that_are_not_printable_ascii_are_not_a_reply(garbage: bytes) -> N
         _server_that(lambda sock: sock.sendall(garbage)) as port,
         pytest.raises(FatalError) as caught,
     ):
-        ask(["WHY"], [("127.0.0.1", port)], LIMIT)
+        ask(["WHY"], [Server(("127.0.0.1", port))], LIMIT)
     assert str(caught.value).isprintable()
 
 
@@ -259,7 +259,7 @@ def test_an_endless_reply_is_abandoned_before_the_timeout() -> None:
             sock.sendall(b"x" * 65536)
 
     with _server_that(talk) as port, pytest.raises(FatalError) as caught:
-        ask(["WHO"], [("127.0.0.1", port)], LIMIT)
+        ask(["WHO"], [Server(("127.0.0.1", port))], LIMIT)
     assert NOT_IN_TIME not in str(caught.value)
 
 
@@ -306,7 +306,7 @@ def test_tls_to_a_plain_port_is_reported_in_one_line(server: Running) -> None:
 def test_tls_to_another_service_is_reported_in_one_line(said: bytes) -> None:
     with _server_that(lambda sock: sock.sendall(said)) as port:
         done = gserver("ask", "WHY", "--tls", *_options(port))
-    reason = f"127.0.0.1:{port} does not speak TLS: ask without --tls"
+    reason = f"127.0.0.1:{port} does not speak TLS: ask without it"
     assert error_line(done, 1) == f"no server answered: {reason}"
 
 
@@ -365,7 +365,7 @@ def test_a_slow_server_takes_at_most_the_timeout(
     with slow() as port:
         began = time.monotonic()
         with pytest.raises(FatalError, match=NOT_IN_TIME):
-            ask(["WHO"], [("127.0.0.1", port)], 0.8)
+            ask(["WHO"], [Server(("127.0.0.1", port))], 0.8)
         assert 0.8 <= time.monotonic() - began < 0.8 + 15 * PATIENCE
 
 
@@ -378,12 +378,12 @@ def test_the_timeout_covers_all_addresses_of_a_name(tmp_path: Path) -> None:
     own_hosts = 'mount --bind "$1" /etc/hosts && exec "$2" -P -c "$3" "$4"'
     code = """if True:
         import sys, time
-        from gserver.cli.ask import ask
+        from gserver.cli.ask import Server, ask
         from gserver.errors import FatalError
 
         began = time.monotonic()
         try:
-            ask(["WHO"], [("thrice", int(sys.argv[1]))], 3)
+            ask(["WHO"], [Server(("thrice", int(sys.argv[1])))], 3)
         except FatalError as failure:
             print(time.monotonic() - began, failure)
     """
@@ -417,7 +417,7 @@ def test_the_timeout_covers_all_addresses_of_a_name(tmp_path: Path) -> None:
 def test_each_of_several_servers_has_the_whole_timeout(mute: int) -> None:
     began = time.monotonic()
     with pytest.raises(FatalError):
-        ask(["WHO"], [("127.0.0.1", mute)] * 3, 0.2)
+        ask(["WHO"], [Server(("127.0.0.1", mute))] * 3, 0.2)
     assert 0.6 <= time.monotonic() - began < 0.6 + 15 * PATIENCE
 
 
@@ -444,7 +444,7 @@ def test_a_full_queue_of_a_socket_file_is_waited_for(tmp_path: Path) -> None:
         busy.bind(str(path))
         busy.listen(0)
         stack.enter_context(UnixClient(path))
-        asked = pool.submit(ask, ["WHY"], [str(path)], LIMIT)
+        asked = pool.submit(ask, ["WHY"], [Server(str(path))], LIMIT)
         time.sleep(0.1)
         for _ in range(2):
             accepted, _ = busy.accept()
@@ -454,27 +454,29 @@ def test_a_full_queue_of_a_socket_file_is_waited_for(tmp_path: Path) -> None:
         assert asked.result().replies == ["42"]
         stack.enter_context(UnixClient(path))
         with pytest.raises(FatalError, match="did not answer in time"):
-            ask(["WHY"], [str(path)], 0.2)
+            ask(["WHY"], [Server(str(path))], 0.2)
 
 
 # Addresses.
 
 
 @pytest.mark.parametrize(
-    ("text", "address"),
+    ("text", "server"),
     [
-        ("127.0.0.1:4242", ("127.0.0.1", 4242)),
-        ("localhost:1", ("localhost", 1)),
-        ("example.org:65535", ("example.org", 65535)),
-        ("[::1]:4242", ("::1", 4242)),
-        ("[fe80::1%eth0]:80", ("fe80::1%eth0", 80)),
-        ("unix:/run/gserver.sock", "/run/gserver.sock"),
-        ("unix:///run/gserver.sock?mode=0660", "/run/gserver.sock"),
-        ("unix:gserver.sock", "gserver.sock"),
+        ("127.0.0.1:4242", Server(("127.0.0.1", 4242))),
+        ("localhost:1", Server(("localhost", 1))),
+        ("example.org:65535", Server(("example.org", 65535))),
+        ("[::1]:4242", Server(("::1", 4242))),
+        ("[fe80::1%eth0]:80", Server(("fe80::1%eth0", 80))),
+        ("tcp://127.0.0.1:4242", Server(("127.0.0.1", 4242), has_tls=False)),
+        ("tls://[::1]:4244", Server(("::1", 4244), has_tls=True)),
+        ("unix:/run/gserver.sock", Server("/run/gserver.sock")),
+        ("unix:///run/gserver.sock?mode=0660", Server("/run/gserver.sock")),
+        ("unix:gserver.sock", Server("gserver.sock")),
     ],
 )
-def test_an_address_is_a_host_and_a_port_or_a_path(text: str, address: Address) -> None:
-    assert parse_address(text) == address
+def test_an_address_is_a_host_and_a_port_or_a_path(text: str, server: Server) -> None:
+    assert parse_server(text) == server
 
 
 BAD_ADDRESSES = [
@@ -490,6 +492,7 @@ BAD_ADDRESSES = [
     "localhost:٤٢",
     "localhost:²",
     "localhost:" + "9" * 5000,
+    *argv("://localhost:1 http://localhost:1 tls://localhost tcp://tls://localhost:1 tls://:1"),
 ]
 BAD_PATHS = "unix:", "unix:?mode=0660", "unix:/" + "x" * 107
 
@@ -500,22 +503,22 @@ def test_an_invalid_address_is_refused(text: str) -> None:
         UsageError,
         match=r"is not an address: write HOST:PORT, such as 127\.0\.0\.1:4242 or \[::1\]:4242",
     ):
-        parse_address(text)
+        parse_server(text)
 
 
 @pytest.mark.parametrize("text", BAD_PATHS)
 def test_an_invalid_path_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a Unix socket: write unix:PATH"):
-        parse_address(text)
+        parse_server(text)
 
 
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_refused(text: str) -> None:
     try:
-        found = parse_address(text)
+        found = parse_server(text)
     except UsageError:
         return
-    host, port = (found, 1) if isinstance(found, str) else found
+    host, port = (found.address, 1) if isinstance(found.address, str) else found.address
     assert host
     assert 0 < port < 65536
 
@@ -531,7 +534,7 @@ def test_a_bad_address_is_reported_before_any_server_is_asked(server: Running, t
 )
 def test_a_name_that_does_not_resolve_is_reported(host: str) -> None:
     with pytest.raises(FatalError) as caught:
-        ask(["WHO"], [(host, 1)], LIMIT)
+        ask(["WHO"], [Server((host, 1))], LIMIT)
     said = str(caught.value)
     assert said.startswith(f"no server answered: {host}:1 ")
     assert len(said) > len(f"no server answered: {host}:1 ")

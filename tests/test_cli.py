@@ -272,7 +272,7 @@ def test_the_help_of_ask_shows_its_options() -> None:
     done = gserver("ask", "--help")
     assert done.returncode == 0
     assert "[WHO|WHERE|WHY]..." in done.stdout
-    for word in ("--server HOST:PORT", "--timeout SECONDS", "127.0.0.1:4242"):
+    for word in ("--server ADDRESS", "tls://HOST:PORT", "--timeout SECONDS", "127.0.0.1:4242"):
         assert word in done.stdout
 
 

@@ -89,6 +89,20 @@ def test_clients_of_all_endpoints_are_in_one_who(tmp_path: Path, pems: Path, wor
         assert by_transport(server) == {TCP: 1, TLS: 1, UNIX: 1}
 
 
+def test_each_endpoint_is_asked_by_the_address_that_the_server_shows(
+    tmp_path: Path, pems: Path
+) -> None:
+    with three_endpoints(tmp_path, pems) as (server, _):
+        tcp, tls, unix = server.endpoints()
+        trusted = ("--tls-ca", str(pems / "ca.pem"))
+        # What the address says wins over what the options imply.
+        for address, *options in ((tcp,), (tcp, *trusted), (tls, *trusted), (unix,)):
+            done = gserver("ask", "--server", address, *options)
+            assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+        done = gserver("ask", "--server", tls)
+        assert "has a certificate that is not trusted" in error_line(done, 1)
+
+
 def test_a_client_of_another_endpoint_that_connected_before_is_in_the_reply(
     tmp_path: Path, pems: Path
 ) -> None:
@@ -129,9 +143,12 @@ def test_a_handler_and_the_log_name_a_unix_client(tmp_path: Path) -> None:
         server.wait_for("server.listening")
         with UnixClient(path) as client:
             assert client.ask(b"WHENCE") == b"unix 0"
-        accepted = server.wait_for("client.accepted")
-        assert (accepted["client.address"], accepted["client.port"]) == ("unix", 0)
-        server.wait_for("client.closed")
+        for action, verb in (("client.accepted", "accepted"), ("client.closed", "closed")):
+            event = server.wait_for(action)
+            assert (event["client.address"], event["client.port"]) == ("unix", 0)
+            assert event["client.user.id"] == str(os.getuid())
+            assert event["gserver.client_pid"] == os.getpid()
+            assert event["message"] == f"{verb} unix uid {os.getuid()} pid {os.getpid()}"
 
 
 # Limits.

@@ -97,6 +97,7 @@ SHAPE = {
     "server": {
         "id": str,
         "state": str,
+        "endpoints": [Long(300)],
         "tls_expires_at": MAYBE,
         **dict.fromkeys(("uptime_seconds", "handovers", "handover_seconds"), float),
     },

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gserver.errors import FatalError, UsageError
 
@@ -41,6 +41,13 @@ NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNKN
 
 #: Host and port of a server, or the path of its Unix socket.
 Address = tuple[str, int] | str
+
+
+class Server(NamedTuple):
+    """Where a server is, and whether it speaks TLS there; None if its address does not say."""
+
+    address: Address
+    has_tls: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,33 +89,40 @@ class Answer:
     failures: list[str] = field(default_factory=list)
 
 
-def parse_address(text: str) -> Address:
-    """Return host and port of `HOST:PORT` or `[IPV6]:PORT`, or the path of `unix:PATH`.
+def parse_server(text: str) -> Server:
+    """Return the server at HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT or unix:PATH.
 
     Raises `UsageError` for other texts.
     """
     if text.startswith("unix:"):
-        path = text.removeprefix("unix:").partition("?")[0]
-        path = path.removeprefix("//") if path.startswith("///") else path
-        if not path or len(os.fsencode(path)) > MAX_PATH_BYTES:
-            raise UsageError(
-                f"{text!r} is not a Unix socket: write unix:PATH, of {MAX_PATH_BYTES} bytes at most"
-            )
-        return path
-    host, colon, port = text.rpartition(":")
+        return Server(_parse_path(text))
+    transport, separator, rest = text.rpartition("://")
+    if separator and transport not in ("tcp", "tls"):
+        rest = ""
+    host, colon, port = rest.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     is_port = re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536
     if not colon or not host or "," in host or "/" in host or not is_port:
         raise UsageError(
             f"{text!r} is not an address: write HOST:PORT, such as 127.0.0.1:4242 or [::1]:4242,"
-            " or unix:PATH; for TLS, add --tls"
+            " tls://HOST:PORT for TLS, or unix:PATH"
         )
-    return host, int(port)
+    return Server((host, int(port)), transport == "tls" if separator else None)
+
+
+def _parse_path(text: str) -> str:
+    path = text.removeprefix("unix:").partition("?")[0]
+    path = path.removeprefix("//") if path.startswith("///") else path
+    if not path or len(os.fsencode(path)) > MAX_PATH_BYTES:
+        raise UsageError(
+            f"{text!r} is not a Unix socket: write unix:PATH, of {MAX_PATH_BYTES} bytes at most"
+        )
+    return path
 
 
 def ask(
     commands: Sequence[str],
-    servers: Sequence[Address],
+    servers: Sequence[Server],
     timeout_seconds: float,
     tls: TlsOptions | None = None,
 ) -> Answer:
@@ -117,25 +131,28 @@ def ask(
     An error reply to a command counts as a reply. Each server has `timeout_seconds` for everything
     after the look-up of its name. If no server replies to all commands, the answer is that of the
     first that has replied to some. Raises `FatalError` with the reason for each server if none has.
+    With `tls`, servers speak TLS whose addresses do not say otherwise.
     """
     for command in commands:
         if not command.strip() or not command.isprintable():
             raise UsageError(f"{command!r} is not a command: use one word, such as WHO")
-    context = tls.context() if tls else None
+    options = tls or TlsOptions()
+    has_tls = tls is not None
+    context = options.context() if has_tls or any(each.has_tls for each in servers) else None
     partial: Answer | None = None
     reasons = []
-    for server in servers:
+    for address, is_tls in servers:
         answer = Answer()
-        if isinstance(server, str):
-            host = name = server
+        if isinstance(address, str):
+            host = name = address
         else:
-            host, name = server[0], f"{server[0]}:{server[1]}"
+            host, name = address[0], f"{address[0]}:{address[1]}"
         try:
             deadline = monotonic() + timeout_seconds
-            with _connect(server, deadline) as sock:
-                if context and tls:
+            with _connect(address, deadline) as sock:
+                if context and (has_tls if is_tls is None else is_tls):
                     sock.settimeout(_left(deadline))
-                    with _start_tls(sock, context, tls.name or host) as secure:
+                    with _start_tls(sock, context, options.name or host) as secure:
                         _converse(commands, secure, deadline, answer)
                 else:
                     _converse(commands, sock, deadline, answer)
@@ -163,7 +180,7 @@ def _start_tls(sock: socket.socket, context: "ssl.SSLContext", name: str) -> soc
         ) from error
     except ssl.SSLError as error:
         if error.reason in NOT_TLS:
-            raise FatalError("does not speak TLS: ask without --tls") from error
+            raise FatalError("does not speak TLS: ask without it") from error
         raise
 
 
@@ -219,12 +236,12 @@ def _lines(sock: socket.socket, deadline: float) -> Iterator[str]:
             raise FatalError(f"sent a reply of more than {MAX_REPLY_BYTES} bytes")
 
 
-def _connect(server: Address, deadline: float) -> socket.socket:
+def _connect(to: Address, deadline: float) -> socket.socket:
     """Connect to the first address of the name that accepts, with one deadline for all of them."""
-    if isinstance(server, str):
-        return _connect_file(server, deadline)
+    if isinstance(to, str):
+        return _connect_file(to, deadline)
     error: OSError = TimeoutError()
-    found = socket.getaddrinfo(*server, type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo(*to, type=socket.SOCK_STREAM)
     for tried, (family, kind, protocol, _, address) in enumerate(found):
         sock = socket.socket(family, kind, protocol)
         try:

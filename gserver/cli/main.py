@@ -171,7 +171,7 @@ def _check(config: Config) -> None:
         raise UsageError(config.contradiction)
     # Sockets that a service manager hands over (sd_listen_fds) may be other endpoints.
     is_handed_over = os.environ.get("LISTEN_PID") == str(os.getpid())
-    problem = config.tls_contradiction or config.port_collision
+    problem = config.endpoint_contradiction or config.port_collision
     if problem and not is_handed_over:
         raise UsageError(problem)
 
@@ -183,11 +183,12 @@ def _check(config: Config) -> None:
     "servers",
     cls=ClientOption,
     multiple=True,
-    metavar="HOST:PORT|unix:PATH",
+    metavar="ADDRESS",
     envvar="GSERVER_SERVER",
     default=[DEFAULT_SERVER],
     show_default=True,
-    help="Server to ask; may be repeated (in the variable: separated by blanks).",
+    help="Server to ask: HOST:PORT, tls://HOST:PORT or unix:PATH; may be repeated (in the variable:"
+    " separated by blanks).",
 )
 @click.option(
     "--timeout",
@@ -244,15 +245,14 @@ def ask(
     slow, cluster unavailable. Any other ERR line is a reply. Exits with 0 only if every command got
     a reply that is not ERR; stderr names the others.
     """
-    from gserver.cli.ask import TlsOptions, parse_address
+    from gserver.cli.ask import TlsOptions, parse_server
     from gserver.cli.ask import ask as ask_servers
 
     if tls_options["key"] and not tls_options["cert"]:
         raise UsageError("--tls-key needs --tls-cert")
-    addresses = [parse_address(server) for server in servers]
     answer = ask_servers(
         commands or ("WHO",),
-        addresses,
+        [parse_server(server) for server in servers],
         timeout_seconds,
         TlsOptions(**tls_options) if tls or any(tls_options.values()) else None,
     )

@@ -269,7 +269,7 @@ def _reasons(target: Target, prefix: str = "") -> Iterator[Text]:
 
 
 def _details(target: Target) -> Panel:
-    """Return the workers of a server, and below them its counters, certificate and cluster."""
+    """Return a server's endpoints and workers, then its counters, certificate and cluster."""
     workers = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("worker", "age", "clients", "last heartbeat"):
         workers.add_column(name, justify="left" if name == "worker" else "right")
@@ -287,7 +287,8 @@ def _details(target: Target) -> Panel:
     commands = Columns(_commands(target), padding=(0, 3))
     title = Text(f"{target.address}  {target.now['server']['id']}")
     foot = [Text("   ").join(notes)] if notes else []
-    content = Group(*_reasons(target), workers, "", commands, *foot)
+    where = Text(f"listening on {'  '.join(target.now['server']['endpoints'])}")
+    content = Group(*_reasons(target), where, "", workers, "", commands, *foot)
     return Panel(content, title=title, title_align="left")
 
 

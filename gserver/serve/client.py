@@ -14,7 +14,15 @@ from enum import Enum
 from fcntl import ioctl
 from math import ceil, inf
 from select import EPOLLET, EPOLLIN, EPOLLOUT
-from socket import AF_UNIX, IPPROTO_TCP, SHUT_WR, SO_LINGER, SOL_SOCKET, TCP_USER_TIMEOUT
+from socket import (
+    AF_UNIX,
+    IPPROTO_TCP,
+    SHUT_WR,
+    SO_LINGER,
+    SO_PEERCRED,
+    SOL_SOCKET,
+    TCP_USER_TIMEOUT,
+)
 from termios import FIONREAD
 from time import monotonic
 from typing import TYPE_CHECKING, cast
@@ -50,6 +58,9 @@ READ_BYTES = 4096
 DRAIN_GRACE_SECONDS = 0.5
 #: How long to wait for the client's end after the last line, so that no reset overtakes the line.
 LINGER_SECONDS = 1.0
+
+#: Process, user and group of a peer (unix(7)).
+UCRED = "iII"
 
 #: What the loop watches a socket for. MUTED: nothing, until it is watched for something again.
 READ, WRITE, MUTED = EPOLLIN, EPOLLOUT, EPOLLET
@@ -687,6 +698,14 @@ class Client:
         if isinstance(self.sock, TlsSocket):
             return TLS
         return UNIX if self.sock.family == AF_UNIX else TCP
+
+    def credentials(self) -> tuple[int, int] | tuple[None, None]:
+        """Return process and user of a Unix client when it connected; None for other clients."""
+        if self.transport != UNIX:
+            return None, None
+        sock = cast("_socket.socket", self.sock)
+        pid, uid, _ = struct.unpack(UCRED, sock.getsockopt(SOL_SOCKET, SO_PEERCRED, 12))
+        return pid, uid
 
     # Before a client is admitted
 

@@ -581,7 +581,13 @@ def log_client(
     action: str, verb: str, client: Client, more: Mapping[str, object] | None = None
 ) -> None:
     """Log an event of a client at debug level, if its address was kept for that."""
-    if client.address is not None:
-        host, port = client.address
-        fields = {**address_fields(client.address), **(more or {})}
+    if client.address is None:
+        return
+    host, port = client.address
+    fields = {**address_fields(client.address), **(more or {})}
+    pid, uid = client.credentials()
+    if pid is not None:
+        fields |= {"client.user.id": str(uid), "gserver.client_pid": pid}
+        logs.event(logging.DEBUG, action, f"{verb} {host} uid {uid} pid {pid}", fields)
+    else:
         logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", fields)

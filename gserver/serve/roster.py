@@ -7,16 +7,13 @@ import json
 import logging
 import os
 import socket
-import struct
 from collections.abc import Iterator, Sequence
-from socket import SO_PEERCRED, SOL_SOCKET
 from time import monotonic, monotonic_ns
-from typing import Any, cast
+from typing import Any
 
 import gevent
 
 from gserver import logs
-from gserver.addresses import UNIX
 from gserver.boot import LIST
 from gserver.serve.client import BUSY, COUNTED, MOVING, Client
 from gserver.serve.loop import Loop
@@ -25,8 +22,6 @@ from gserver.serve.loop import Loop
 PACKET_CLIENTS = 40
 #: Pause after a packet, so that clients have their turn.
 PAUSE_SECONDS = 0.001
-#: Process, user and group of a peer (unix(7)).
-_UCRED = "iII"
 
 
 def answer(loop: Loop, request: str, sock: socket.socket) -> None:
@@ -75,7 +70,7 @@ def client_id(loop: Loop, client: Client) -> str:
 def _describe(loop: Loop, client: Client) -> dict[str, Any]:
     address, port = loop.peer(client)
     age_ns = monotonic_ns() - loop.accepted_ns[client.sock.fileno()]
-    pid, uid = _credentials(client)
+    pid, uid = client.credentials()
     return {
         "id": client_id(loop, client),
         "transport": client.transport,
@@ -90,16 +85,6 @@ def _describe(loop: Loop, client: Client) -> dict[str, Any]:
         "command": client.work.command if client.work and client.state is BUSY else None,
         "tls_name": getattr(client.sock, "peer_certificate_name", ""),
     }
-
-
-def _credentials(client: Client) -> tuple[int, int] | tuple[None, None]:
-    """Return process and user of a Unix client when it connected; None for other clients."""
-    if client.transport != UNIX:
-        return None, None
-    size = struct.calcsize(_UCRED)
-    found = cast(socket.socket, client.sock).getsockopt(SOL_SOCKET, SO_PEERCRED, size)
-    pid, uid, _ = struct.unpack(_UCRED, found)
-    return pid, uid
 
 
 def _close(loop: Loop, id_or_address: str) -> Iterator[dict[str, Any]]:

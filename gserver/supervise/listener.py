@@ -185,7 +185,7 @@ def open_ports(config: Config, handed_over: Sequence[tuple[str, int]]) -> tuple[
         opened += [Listener(sock, config.backlog) for _, sock in adopted]
         config, admin = _open_admin_port(config.with_endpoints(endpoints), adopted_admin)
         # The addresses may not be those of the options.
-        if problem := config.contradiction or config.tls_contradiction:
+        if problem := config.contradiction or config.endpoint_contradiction:
             raise UsageError(problem)
     except FatalError:
         close_all(opened)

@@ -172,26 +172,48 @@ def test_setup_installs_exactly_the_pinned_packages(ready: SetUp) -> None:
     ) == sorted(wanted)
 
 
-def test_the_lock_has_hashes_for_every_pin() -> None:
+@pytest.mark.parametrize("page", sorted(ROOT.glob("requirements*.txt")), ids=lambda page: page.stem)
+def test_a_lock_has_hashes_for_every_pin(page: Path) -> None:
     def spelt(pin: str) -> str:
-        return pin.replace("zope.", "zope-").replace(" ;", ";")
+        name, equal, version = pin.partition("==")
+        return (name.replace(".", "-") + equal + version).replace(" ;", ";")
 
-    entries = re.findall(
-        r"^(\S.*) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
-        (ROOT / "requirements.lock").read_text(),
-        re.M,
-    )
-    pins = (ROOT / "requirements.txt").read_text().splitlines()
-    assert [spelt(pin) for pin, _ in entries] == [spelt(pin) for pin in pins]
+    includes = re.escape("".join(re.findall(r"^-r .*\n", page.read_text(), re.M)))
+    includes = includes.replace(r"\.txt", r"\.lock")
+    entry = r"\S.* \\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+"
+    lock = page.with_suffix(".lock").read_text()
+    assert re.fullmatch(f"{includes}({entry})+", lock)
+    pins = re.findall(r"^([a-z].*) \\$", lock, re.M)
+    wanted = [line for line in page.read_text().splitlines() if not line.startswith("-r ")]
+    assert [*map(spelt, pins)] == [*map(spelt, wanted)]
 
 
-def test_setup_refuses_a_package_with_another_hash(bare: Path, tools: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", [None, "--dev"])
+def test_setup_refuses_a_package_with_another_hash(
+    option: str | None, bare: Path, tools: Path, tmp_path: Path
+) -> None:
     root = _copy(tmp_path / "copy")
-    lock = root / "requirements.lock"
+    lock = root / f"requirements{(option or '')[1:]}.lock"
     lock.write_text(re.sub(r"(?<=sha256:)[0-9a-f]{64}", "0" * 64, lock.read_text()))
-    done = _run(root / "bin/setup", env=_clean(bare, tools))
+    done = _run(root / "bin/setup", *([option] if option else []), env=_clean(bare, tools))
     assert (done.returncode, done.stdout) == (1, "")
     assert "DO NOT MATCH THE HASHES" in done.stderr
+
+
+def test_setup_says_that_a_changed_file_has_no_hashes(
+    bare: Path, tools: Path, tmp_path: Path
+) -> None:
+    """Whoever changes a pin can try it before the hashes are written."""
+    root = _copy(tmp_path / "copy")
+    with (root / "requirements-dev.txt").open("a") as file:
+        file.write("one-more==1.0\n")
+    done = _run(root / "bin/setup", "--dev", env=_clean(bare, tools, **NO_PACKAGES))
+    assert done.returncode == 1
+    assert (
+        "gserver: without their hashes: requirements-dev.lock is not that of requirements-dev.txt "
+        "(bin/audit --lock)\n"
+    ) in done.stderr
+    assert "one-more" in done.stderr
 
 
 def test_a_second_setup_finishes_at_once_and_needs_no_python(ready: SetUp, tools: Path) -> None:

@@ -79,6 +79,7 @@ def test_top_once_shows_rates_and_json_has_the_servers_status(here: Running) -> 
         assert done.returncode == 0
         for worker in here.workers():
             assert str(worker.pid) in done.stdout
+        assert f"listening on tcp://127.0.0.1:{here.port} " in done.stdout
         done = gserver("top", "--once", "--json", "--admin", address(here), "--admin", UNUSED)
         assert done.returncode == 1
         output = json.loads(done.stdout)
