@@ -35,8 +35,8 @@ class Front(ExitStack[None]):
         """
         super().__init__()
         self.port, self.statistics_port = free_port(), free_port()
-        text = CONFIG.read_text().replace("bind 127.0.0.1:4242", f"bind 127.0.0.1:{self.port}")
-        text = text.replace("bind 127.0.0.1:8404", f"bind 127.0.0.1:{self.statistics_port}")
+        text = CONFIG.read_text().replace("}:4242", f"}}:{self.port}")
+        text = text.replace("}:8404", f"}}:{self.statistics_port}")
         if os.geteuid():
             text = re.sub(r"^ +(user|group|chroot) .*$", "", text, flags=re.M)
         text = text.replace(

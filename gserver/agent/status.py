@@ -69,7 +69,7 @@ def _facts(
         figures=values,
         workers=_workers(scoreboard),
         members=members if config.redis_url else None,
-        engines=_engines(config, scoreboard),
+        engines=_engines(config, scoreboard, values),
         minute=History(scoreboard).sums(MINUTE_SECONDS, unix_seconds),
         events=_events(scoreboard),
         unix_seconds=unix_seconds,
@@ -150,18 +150,22 @@ def status(
     return document
 
 
-def _engines(config: Config, scoreboard: Scoreboard) -> list[dict[str, Any]]:
+def _engines(
+    config: Config, scoreboard: Scoreboard, values: Mapping[str, int]
+) -> list[dict[str, Any]]:
     """Return each Redis of the cluster: its URL without secrets, and what it last said."""
-    return [_engine(scoreboard, number, each) for number, each in enumerate(config.engines)]
+    return [_engine(scoreboard, number, each, values) for number, each in enumerate(config.engines)]
 
 
-def _engine(scoreboard: Scoreboard, number: int, config: Config) -> dict[str, Any]:
-    updated_at = scoreboard.get(f"engine_updated_at.{number}")
-    silence = (time.monotonic_ns() - updated_at) / 1e9 if updated_at else None
+def _engine(
+    scoreboard: Scoreboard, number: int, config: Config, values: Mapping[str, int]
+) -> dict[str, Any]:
+    has_answered = scoreboard.get(f"engine_updated_at.{number}")
+    silence = values[f"engine_silent_ms.{number}"] / 1e3 if has_answered else None
     late_seconds = LATE_AFTER_INTERVALS * config.heartbeat_interval_seconds
     return {
         "url": config.for_worker().redis_url,
-        "silent_seconds": None if silence is None else round(silence, 3),
+        "silent_seconds": silence,
         "is_away": silence is None or silence > late_seconds,
         "servers": scoreboard.get(f"engine_servers.{number}") or None,
         "is_held": bool(scoreboard.get(f"hold_until.{number}")),

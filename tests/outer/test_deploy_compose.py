@@ -102,6 +102,7 @@ class Scene(ExitStack[None]):
         super().__init__()
         self._folder, self._services, self._host = folder, services, host
         self._prometheus = f"{address(services['prometheus'])}:9090"
+        self.balancer = address(services["haproxy"])
 
     def start(self) -> None:
         """Start all of them."""
@@ -118,14 +119,14 @@ class Scene(ExitStack[None]):
             assert f"/gserver.token:{own['GSERVER_ADMIN_TOKEN_FILE']}:ro" in str(services[name])
             own |= {"GSERVER_ADMIN_TOKEN_FILE": str(folder / "gserver.token")}
             self.run([*GSERVER, "serve"], env=environment(**own))
-        paths = [DEPLOY / "haproxy/haproxy.cfg", DEPLOY / "compose/published.cfg"]
-        inside = [f"/etc/haproxy/{path.name}" for path in paths]
-        assert self.command("haproxy") == ["haproxy", "-f", inside[0], "-f", inside[1]]
+        assert self.command("haproxy") == ["haproxy", "-f", "/etc/haproxy/haproxy.cfg"]
+        assert services["haproxy"]["environment"] == {"HAPROXY_LISTEN": "0.0.0.0"}
         # HAProxy's own address decides whom the servers trust.
-        source = f"default-server source {address(services['haproxy'])} "
-        copy = folder / "haproxy.cfg"
-        copy.write_text(paths[0].read_text().replace("default-server ", source))
-        self.run([program("haproxy"), "-db", "-f", str(copy), "-f", str(paths[1])])
+        source, copy = f"default-server source {self.balancer} ", folder / "haproxy.cfg"
+        text = (DEPLOY / "haproxy/haproxy.cfg").read_text()
+        copy.write_text(text.replace("default-server ", source))
+        own = environment(HAPROXY_LISTEN=self.balancer)
+        self.run([program("haproxy"), "-db", "-f", str(copy)], env=own)
         for name in ("prometheus.yml", "gserver.rules.yml"):
             (folder / name).write_text((DEPLOY / "prometheus" / name).read_text())
         self.run(
@@ -156,12 +157,10 @@ class Scene(ExitStack[None]):
         self.callback(end)
 
     def client(self, source: str) -> Client:
-        """A client that comes by the port that is published."""
-        [port] = [
-            each.split(":") for each in self._services["haproxy"]["ports"] if ":4242:" in each
-        ]
+        """A client of HAProxy."""
+        assert "127.0.0.1:4242:4242/tcp" in self._services["haproxy"]["ports"]
         with self._host.inside():
-            return self.enter_context(Client(int(port[2].split("/")[0]), source=source))
+            return self.enter_context(Client(4242, self.balancer, source=source))
 
     def ask(self, query: str) -> list[Any]:
         with (
@@ -177,7 +176,8 @@ class Scene(ExitStack[None]):
         """The servers that HAProxy uses because of health checks, not because there was none."""
         try:
             with self._host.inside():
-                answer = urllib.request.urlopen("http://127.0.0.1:8404/;csv", timeout=LIMIT)
+                pages = f"http://{self.balancer}:8404"
+                answer = urllib.request.urlopen(f"{pages}/;csv", timeout=LIMIT)
         except urllib.error.URLError:
             return []  # HAProxy does not listen yet.
         with answer:
