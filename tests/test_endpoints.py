@@ -422,6 +422,44 @@ def test_a_socket_file_that_somebody_removes_is_made_again_by_a_reload(tmp_path:
     assert not path.exists()
 
 
+#: Each import takes a while, and fails if there is a file `fail`.
+SLOW_START = f"""{NAP}
+from pathlib import Path
+
+with open("imports", "a") as file:
+    file.write("x")
+if Path("fail").exists():
+    raise OSError("this version is broken")
+time.sleep(1.5)
+"""
+
+
+@pytest.mark.outer
+def test_a_second_reload_that_fails_leaves_the_file_of_the_first_which_continues(
+    tmp_path: Path,
+) -> None:
+    path, imports = tmp_path / "gserver.sock", tmp_path / "imports"
+    options = ("--bind", f"unix:{path}", "--workers", "2")
+    with extended(tmp_path, SLOW_START, *options, wait=False) as server:
+        server.wait_for("worker.ready", 2)
+        path.unlink()
+        server.wait_for("server.port_closed")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.ready", 3)
+        begun = len(imports.read_text())
+        until(lambda: len(imports.read_text()) > begun, "the next worker starts")
+        (tmp_path / "fail").touch()
+        server.send_signal(signal.SIGHUP)
+        failed = server.wait_for("server.reload_failed")
+        assert failed["message"].startswith("reload failed, the previous reload continues")
+        (tmp_path / "fail").unlink()
+        server.wait_for("server.reloaded")
+        with UnixClient(path) as client:
+            assert client.who() == 1
+        assert server.stop() == 0
+    assert not path.exists()
+
+
 @pytest.mark.outer
 def test_a_reload_that_fails_makes_no_socket_file(tmp_path: Path) -> None:
     """The workers that stay do not have it: its clients would wait for ever."""

@@ -10,10 +10,11 @@ import os
 import re
 import selectors
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from time import monotonic, monotonic_ns
 
 from gserver import __version__, certificates, logs
@@ -74,9 +75,9 @@ class Supervisor:
     ) -> None:
         self._config = config
         self._manager = manager
-        self._endpoints, self._admin_ports = ports
-        #: In a reload, the new listeners of socket files that were lost, with the old ones.
-        self._renewed: dict[listener.Listener, listener.Listener] = {}
+        #: The endpoints of each generation: a reload makes socket files that were lost again.
+        self._endpoints_of = {lifecycle.generation.number: ports.endpoints}
+        self._admin_ports = ports.admin
         self._scoreboard = scoreboard
         self._scoreboard.put("supervisor_heartbeat", monotonic_ns())
         self._lifecycle = lifecycle
@@ -173,7 +174,7 @@ class Supervisor:
 
     def close_endpoints(self) -> None:
         """Accept no more clients. The second call does nothing."""
-        listener.close_all(self._endpoints)
+        listener.close_all(chain.from_iterable(self._endpoints_of.values()))
 
     def _report_end(self) -> int:
         was_forced = self._lifecycle.was_forced
@@ -271,7 +272,8 @@ class Supervisor:
             self._hand_over(old, workforce.staying[-1], now)
         elif workforce.is_replaced(lifecycle.generation):
             lifecycle.complete_reload()
-            self._end_renewal(is_complete=True)
+            number = lifecycle.generation.number
+            self._forget_endpoints([each for each in self._endpoints_of if each < number])
             self._scoreboard.add("reloads", 1)
             self._scoreboard.put("reload_failed_at", 0)
             logs.event(logging.INFO, "server.reloaded", "reloaded: all workers were replaced")
@@ -617,27 +619,25 @@ class Supervisor:
             self._begin_reload()
 
     def _begin_reload(self) -> None:
+        endpoints = self._endpoints
         try:
             self._lifecycle.begin_reload(certificates.read(self._config))
         except UsageError as error:
             self._log_failed_reload(str(error))
         else:
-            self._renew_endpoints()
+            number = self._lifecycle.generation.number
+            self._endpoints_of[number] = listener.renew(self._config, endpoints)
 
-    def _renew_endpoints(self) -> None:
-        """Let the new workers of a reload have new socket files in the place of lost ones."""
-        before, self._endpoints = self._endpoints, listener.renew(self._config, self._endpoints)
-        for old, new in zip(before, self._endpoints, strict=True):
-            if old is not new:
-                self._renewed[new] = old
+    @property
+    def _endpoints(self) -> tuple[listener.Listener, ...]:
+        """The endpoints of new workers."""
+        return self._endpoints_of[self._lifecycle.generation.number]
 
-    def _end_renewal(self, *, is_complete: bool) -> None:
-        """Close the old ones; or the new ones, if the old workers stay, which do not have them."""
-        renewed, self._renewed = self._renewed, {}
-        for new, old in renewed.items():
-            (old.sock if is_complete else new).close()
-        if not is_complete:
-            self._endpoints = tuple(renewed.get(each, each) for each in self._endpoints)
+    def _forget_endpoints(self, generations: Iterable[int]) -> None:
+        """Close the listeners that only these generations have."""
+        gone = [each for number in generations for each in self._endpoints_of.pop(number)]
+        kept = {each for endpoints in self._endpoints_of.values() for each in endpoints}
+        listener.close_all(each for each in gone if each not in kept)
 
     # Upgrades.
 
@@ -706,7 +706,10 @@ class Supervisor:
 
     def _give_up_reload(self, reason: str, fields: dict[str, object] | None = None) -> None:
         self._lifecycle.give_up_reload()
-        self._end_renewal(is_complete=False)
+        number = self._lifecycle.generation.number
+        # Those from before an upgrade have the endpoints that it found.
+        self._endpoints_of.setdefault(number, self._endpoints_of[min(self._endpoints_of)])
+        self._forget_endpoints([each for each in self._endpoints_of if each > number])
         kill_at = monotonic() + self._config.drain_timeout_seconds
         for place, worker in enumerate(self._staying(WORKER)):
             is_newer = worker.generation.number > self._lifecycle.generation.number

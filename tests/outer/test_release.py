@@ -48,6 +48,10 @@ def built(folder: Path) -> Path:
 
 def test_a_wheel_of_the_commit_is_known_and_a_changed_one_is_not(tmp_path: Path) -> None:
     wheel = built(tmp_path)
+    left = ROOT / "dist" / wheel.name
+    left.unlink(missing_ok=True)
+    assert verified().returncode == 0
+    assert left.read_bytes() == wheel.read_bytes()
     done = verified("HEAD", str(wheel))
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(
