@@ -1,7 +1,7 @@
 """Addresses: of the endpoints, where clients connect; of clients; and networks.
 
 An endpoint is written as a URL: `tcp://127.0.0.1:4242`, `tls://[::]:4244`,
-`unix:/run/gserver.sock?mode=0660`. Pure: nothing is resolved, no file is looked at.
+`unix:/run/gserver.sock?mode=0660`. Pure: only localhost is resolved, no file is looked at.
 """
 
 import contextlib

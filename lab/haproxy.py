@@ -64,8 +64,10 @@ class Front(ExitStack[None]):
             stderr=subprocess.DEVNULL,
         )
         self.callback(self._end)
+        # HAProxy takes a server for up before its first check.
+        good = [("UP", "L7OK")] * len(servers)
         until(
-            lambda: self._socket.exists() and [*self.states().values()] == ["UP"] * len(servers),
+            lambda: self._socket.exists() and [*self._checks().values()] == good,
             "all servers are up",
         )
 
@@ -75,12 +77,16 @@ class Front(ExitStack[None]):
 
     def states(self) -> dict[str, str]:
         """HAProxy's state of each server: UP, DOWN ..."""
+        return {name: state for name, (state, _) in self._checks().items()}
+
+    def _checks(self) -> dict[str, tuple[str, str]]:
+        """The state of each server, and the result of its last health check."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self._socket))
             sock.sendall(b"show stat\n")
             rows = [line.split(",") for line in sock.makefile().read().splitlines()]
         return {
-            row[1]: row[17].split()[0]
+            row[1]: (row[17].split()[0], row[36].removeprefix("* "))
             for row in rows
             if row[0] == "gservers" and row[1] != "BACKEND"
         }

@@ -195,8 +195,9 @@ def test_a_server_without_workers_is_alive_but_not_ready(tmp_path: Path) -> None
 
 
 def test_a_server_whose_supervisor_hangs_is_not_alive() -> None:
-    with Running(*argv("--admin-port 0 --hang-timeout 1")) as server, server.client():
+    with Running(*argv("--admin-port 0 --hang-timeout 1")) as server, server.client() as client:
         server.wait_for("agent.ready")
+        assert client.who() == 1
         with stopped(psutil.Process(server.pid)):
             server.workers()[0].kill()
             until(lambda: get(server, "/livez")[0] == 503, "the supervisor counts as hung")

@@ -113,7 +113,7 @@ def test_the_first_server_that_answers_is_used(
     server: Running, closed_port: int, mute: int
 ) -> None:
     done = gserver(
-        "ask", "WHY", "WHERE", "--timeout", "0.3", *_options(closed_port, mute, server.port)
+        "ask", "WHY", "WHERE", "--timeout", str(PATIENCE), *_options(closed_port, mute, server.port)
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (
@@ -217,7 +217,7 @@ def test_a_command_that_takes_too_long_is_named_and_the_others_are_printed() -> 
         sock.recv(1)  # Wait until the client leaves.
 
     with _server_that(halt) as port:
-        done = gserver("ask", "WHY", "SLOW", "--timeout", "0.5", *_options(port))
+        done = gserver("ask", "WHY", "SLOW", "--timeout", str(PATIENCE), *_options(port))
     assert (done.returncode, done.stdout) == (1, "42\n")
     assert done.stderr == f"gserver: 127.0.0.1:{port} {NOT_IN_TIME} (no reply to SLOW)\n"
 
@@ -430,9 +430,7 @@ def test_a_server_is_asked_by_its_socket_file(tmp_path: Path) -> None:
         done = gserver("ask", "--server", f"unix:{path}", "WHO", "WHERE")
         assert (done.returncode, done.stdout) == (0, "1\nhere\n")
         done = gserver("ask", "--server", f"unix:{path}", "--tls")
-        assert error_line(done, 1) == (
-            f"no server answered: {path} is a socket file, which has no TLS: ask without --tls"
-        )
+        assert (done.returncode, done.stdout) == (0, "1\n"), "it has no TLS, and others may have"
         assert server.stop() == 0
     done = gserver("ask", "--server", f"unix:{path}")
     assert error_line(done, 1) == f"no server answered: {path} does not exist (is it running?)"
@@ -470,9 +468,9 @@ def test_a_full_queue_of_a_socket_file_is_waited_for(tmp_path: Path) -> None:
         ("[fe80::1%eth0]:80", Server(("fe80::1%eth0", 80))),
         ("tcp://127.0.0.1:4242", Server(("127.0.0.1", 4242), has_tls=False)),
         ("tls://[::1]:4244", Server(("::1", 4244), has_tls=True)),
-        ("unix:/run/gserver.sock", Server("/run/gserver.sock")),
-        ("unix:///run/gserver.sock?mode=0660", Server("/run/gserver.sock")),
-        ("unix:gserver.sock", Server("gserver.sock")),
+        ("unix:/run/gserver.sock", Server("/run/gserver.sock", has_tls=False)),
+        ("unix:///run/gserver.sock?mode=0660", Server("/run/gserver.sock", has_tls=False)),
+        ("unix:gserver.sock", Server("gserver.sock", has_tls=False)),
     ],
 )
 def test_an_address_is_a_host_and_a_port_or_a_path(text: str, server: Server) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gserver.commands import BUILT_IN, Command, Request, command
-from lab.running import LIMIT, Running, argv, until
+from lab.running import LIMIT, PATIENCE, Running, argv, until
 
 REQUEST = Request("an-id", lambda: 3)
 
@@ -282,8 +282,12 @@ def test_an_interrupted_handler_cleans_up_and_is_logged(extended: Running) -> No
         assert client.ask(b"SLEEP 60") == b"ERR timeout"
         assert client.ask(b"WHY") == b"42"
     assert file.exists()
-    messages = [event["message"] for event in extended.events("command.failed")]
-    assert "the handler of SLEEP was interrupted after 0.3 s" in messages
+
+    def is_logged() -> bool:
+        messages = [event["message"] for event in extended.events("command.failed")]
+        return "the handler of SLEEP was interrupted after 0.3 s" in messages
+
+    until(is_logged, "the log says so")
 
 
 def test_more_runs_at_once_than_allowed_get_an_error(extended: Running) -> None:
@@ -315,7 +319,7 @@ def test_the_options_limit_commands_without_limits_of_their_own(tmp_path: Path) 
         "    return 'rested'\n"
         "unlimited = command('REST', timeout=0, at_once=0)(nap.handler)\n"
     )
-    options = argv("--command-timeout 0.5 --command-at-once 1 --slow-command 0.2")
+    options = argv(f"--command-timeout {2 * PATIENCE} --command-at-once 1 --slow-command 0.2")
     with (
         Running("--commands", "extra", *options, cwd=tmp_path) as server,
         server.client() as one,

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from gserver.addresses import TCP, TLS, TRANSPORTS, UNIX
+from gserver.addresses import TCP, TLS, TRANSPORTS, UNIX, Endpoint
+from gserver.errors import FatalError
 from gserver.serve.loop import UNIX_SEND_BYTES
+from gserver.supervise import listener
 from lab.admin import listed, metrics, status
 from lab.endpoints import Endpoints, three_endpoints
 from lab.handover import listening, port_of, start
@@ -30,10 +32,13 @@ from lab.running import (
     extended,
     gserver,
     stopped,
+    unavailable,
     until,
 )
 from lab.tls_client import certified, trust
 
+#: The user nobody.
+NOBODY = 65534
 WHENCE = """
 from gserver.commands import command
 
@@ -42,15 +47,18 @@ from gserver.commands import command
 def whence(request):
     return f"{request.address} {request.port}"
 """
+#: A command that ends when there is a file `wake`.
 NAP = """
 import time
+from pathlib import Path
 
 from gserver.commands import command
 
 
 @command("NAP")
 def nap(request):
-    time.sleep(1)
+    while not Path("wake").exists():
+        time.sleep(0.01)
     return "done"
 """
 
@@ -237,6 +245,7 @@ def test_a_tls_client_whose_command_runs_is_served_to_its_end_in_a_reload(
 ) -> None:
     """It must not move: the new worker would speak plain text to it."""
     options = (*certified(pems), *argv("--bind tls://127.0.0.1:0 --bind tcp://127.0.0.1:0"))
+    options = (*options, "--drain-timeout", "60")
     with extended(tmp_path, NAP, *options, wait=False) as server:
         server.wait_for("server.listening")
         endpoints = Endpoints(server, pems)
@@ -246,6 +255,9 @@ def test_a_tls_client_whose_command_runs_is_served_to_its_end_in_a_reload(
                 client.send(b"NAP\n")
             time.sleep(0.3)
             server.send_signal(signal.SIGHUP)
+            server.wait_for("worker.ready", 2)
+            time.sleep(0.3)
+            (tmp_path / "wake").touch()
             server.wait_for("worker.handed_over")
             for client in (secret, plain):
                 assert client.line() == b"done\n"
@@ -259,14 +271,17 @@ def test_a_tls_client_whose_command_runs_is_served_to_its_end_in_a_reload(
 @pytest.mark.outer
 def test_a_worker_that_drains_alone_survives_a_reload(tmp_path: Path) -> None:
     """It has closed its endpoints, and is told to hand over."""
-    options = argv("--bind tcp://127.0.0.1:0 --drain-timeout 8")
-    with extended(tmp_path, NAP.replace("sleep(1)", "sleep(3)"), *options) as server:
+    options = argv("--bind tcp://127.0.0.1:0 --drain-timeout 60")
+    with extended(tmp_path, NAP, *options) as server:
         with server.client() as client:
             client.send(b"NAP\n")
             time.sleep(0.3)
             server.workers()[0].terminate()
             time.sleep(0.3)
             server.send_signal(signal.SIGHUP)
+            server.wait_for("worker.ready", 2)
+            time.sleep(0.3)
+            (tmp_path / "wake").touch()
             assert client.line() == b"done\n"
         server.wait_for("server.reloaded")
         assert not server.events("worker.died")
@@ -422,15 +437,15 @@ def test_a_socket_file_that_somebody_removes_is_made_again_by_a_reload(tmp_path:
     assert not path.exists()
 
 
-#: Each import takes a while, and fails if there is a file `fail`.
+#: An import fails if there is a file `fail`, and the one with the number in `late` waits for `go`.
 SLOW_START = f"""{NAP}
-from pathlib import Path
-
 with open("imports", "a") as file:
     file.write("x")
 if Path("fail").exists():
     raise OSError("this version is broken")
-time.sleep(1.5)
+if len(Path("imports").read_text()) == int(Path("late").read_text()):
+    while not Path("go").exists():
+        time.sleep(0.01)
 """
 
 
@@ -439,6 +454,7 @@ def test_a_second_reload_that_fails_leaves_the_file_of_the_first_which_continues
     tmp_path: Path,
 ) -> None:
     path, imports = tmp_path / "gserver.sock", tmp_path / "imports"
+    (tmp_path / "late").write_text("4")
     options = ("--bind", f"unix:{path}", "--workers", "2")
     with extended(tmp_path, SLOW_START, *options, wait=False) as server:
         server.wait_for("worker.ready", 2)
@@ -446,13 +462,13 @@ def test_a_second_reload_that_fails_leaves_the_file_of_the_first_which_continues
         server.wait_for("server.port_closed")
         server.send_signal(signal.SIGHUP)
         server.wait_for("worker.ready", 3)
-        begun = len(imports.read_text())
-        until(lambda: len(imports.read_text()) > begun, "the next worker starts")
+        until(lambda: len(imports.read_text()) == 4, "the next worker starts")
         (tmp_path / "fail").touch()
         server.send_signal(signal.SIGHUP)
         failed = server.wait_for("server.reload_failed")
         assert failed["message"].startswith("reload failed, the previous reload continues")
         (tmp_path / "fail").unlink()
+        (tmp_path / "go").touch()
         server.wait_for("server.reloaded")
         with UnixClient(path) as client:
             assert client.who() == 1
@@ -479,6 +495,38 @@ def test_a_reload_that_fails_makes_no_socket_file(tmp_path: Path) -> None:
         server.wait_for("server.reloaded")
         with UnixClient(path) as client:
             assert client.who() == 1
+
+
+def test_a_socket_file_has_its_mode_before_anybody_can_connect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, modes, listen = tmp_path / "gserver.sock", [], listener._listen
+
+    def look_and_listen(sock: socket.socket, backlog: int) -> None:
+        modes.append(stat.S_IMODE(path.lstat().st_mode))
+        listen(sock, backlog)
+
+    monkeypatch.setattr(listener, "_listen", look_and_listen)
+    opened = listener._bind_file(Endpoint(UNIX, path=str(path), mode=0o600), 1, "")
+    opened.close()
+    assert modes == [0o600]
+
+
+def test_the_socket_of_another_user_is_not_removed(tmp_path: Path) -> None:
+    if os.geteuid():
+        unavailable("to be another user needs root")
+    path = tmp_path / "gserver.sock"
+    for folder in (tmp_path, *tmp_path.parents):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    with socket.socket(socket.AF_UNIX) as foreign:
+        foreign.bind(str(path))
+        os.seteuid(NOBODY)
+        try:
+            with pytest.raises(FatalError, match="another user's socket is there"):
+                listener._bind_file(Endpoint(UNIX, path=str(path)), 1, "")
+        finally:
+            os.seteuid(0)
+    assert path.exists()
 
 
 def test_a_start_that_fails_leaves_no_file(tmp_path: Path) -> None:

@@ -166,8 +166,10 @@ def test_a_drain_answers_tls_clients_and_does_not_wait_for_silent_peers(pems: Pa
         assert one.ask(b"WHY") == b"42"
         other.send(b"WHO\nWH")
         assert other.line() == b"2\n"
-        server.send_signal(signal.SIGTERM)
-        other.send(b"Y\n")
+        with stopped(*server.workers()):
+            server.send_signal(signal.SIGTERM)
+            server.wait_for("server.draining")
+            other.send(b"Y\n")
         assert one.rest() == b""
         assert other.rest() == b"42\n"
         assert silent.rest() == b""

@@ -152,7 +152,7 @@ def test_a_closed_client_counts_for_its_address_while_it_has_a_descriptor(tmp_pa
 
 @pytest.mark.outer
 def test_a_handshake_counts_from_the_accept_until_it_fails(tmp_path: Path, pems: Path) -> None:
-    more = [*certified(pems), "--tls-handshake-timeout", str(PATIENCE), "--admin-port", "0"]
+    more = [*certified(pems), "--tls-handshake-timeout", str(5 * PATIENCE), "--admin-port", "0"]
     with limited(tmp_path, *more) as server, ExitStack() as stack:
         silent = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT)]
         assert stack.enter_context(server.client(MANY, trust(pems))).rest() == REJECTED
@@ -199,7 +199,8 @@ def test_during_a_reload_clients_of_old_and_new_workers_count_together(tmp_path:
 
 @pytest.mark.outer
 def test_a_lame_duck_keeps_to_the_address_limit_too(tmp_path: Path) -> None:
-    with limited(tmp_path, "--workers", "2", limit=70) as server, ExitStack() as stack:
+    more = ("--workers", "2", "--drain-timeout", "600")
+    with limited(tmp_path, *more, limit=70) as server, ExitStack() as stack:
         with stopped(
             *server.workers()
         ):  # Each accepts 16 when it continues; then it takes over the others.

@@ -35,8 +35,8 @@ from gevent.monkey import get_original
 from gserver.commands import command
 from lab.commands import count_greenlets, napping
 
-nap = napping("NAP", 0.5)
-rest = napping("REST", 3)
+nap = napping("NAP", 1)
+rest = napping("REST", 5)
 
 @command("GREENLETS")
 def greenlets(request):

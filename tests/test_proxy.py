@@ -16,7 +16,7 @@ import pytest
 from gserver.serve.loop import MAX_ADMISSIONS, MAX_PROBES
 from lab.admin import get, metrics
 from lab.proxy_header import binary, line
-from lab.running import LIMIT, Client, Running, argv, extended, until
+from lab.running import LIMIT, PATIENCE, Client, Running, argv, extended, stopped, until
 from lab.tls_client import certified, trust
 
 BALANCER = "127.0.0.2"
@@ -244,7 +244,7 @@ def test_addresses_and_their_limit_stay_over_a_reload_and_probes_end(tmp_path: P
 @pytest.mark.outer
 def test_in_a_drain_a_header_may_still_end_and_silent_balancers_do_not_delay_it(pems: Path) -> None:
     for more in ([], [*certified(pems), *argv("--tls-handshake-timeout 0")]):
-        options = [*OPTIONS, *more, *argv("--proxy-header-timeout 0 --drain-timeout 20")]
+        options = [*OPTIONS, *more, *argv("--proxy-header-timeout 0 --drain-timeout 60")]
         with Running(*options) as server, ExitStack() as stack:
             probe = stack.enter_context(through(server, LOCAL))
             begun = stack.enter_context(through(server, header()[:9]))
@@ -252,18 +252,20 @@ def test_in_a_drain_a_header_may_still_end_and_silent_balancers_do_not_delay_it(
             if not more:  # The headers before it have been read.
                 assert probe.ask(b"WHO") == b"0"
             began = time.monotonic()
-            server.send_signal(signal.SIGTERM)
-            server.wait_for("server.draining")
-            begun.send(header()[9:] + (b"" if more else b"WHO\n"))
+            with stopped(*server.workers()):
+                server.send_signal(signal.SIGTERM)
+                server.wait_for("server.draining")
+                begun.send(header()[9:] + (b"" if more else b"WHO\n"))
             assert begun.rest() == (b"" if more else b"1\n")
             assert probe.rest() == b""
             assert server.exit_code() == 0
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 10 * PATIENCE
 
 
 @pytest.mark.outer
 def test_probes_delay_no_reload_and_one_may_come_during_it(tmp_path: Path) -> None:
-    with extended(tmp_path, WHENCE, *OPTIONS) as server, ExitStack() as stack:
+    patient = argv("--proxy-header-timeout 0 --drain-timeout 300")
+    with extended(tmp_path, WHENCE, *OPTIONS, *patient) as server, ExitStack() as stack:
         busy = stack.enter_context(through(server, LOCAL + b"NAP\n"))
         begun = stack.enter_context(through(server, LOCAL[:5]))
         client = stack.enter_context(through(server, b"PROXY UNKNOWN\r\nWHO\n"))
@@ -275,7 +277,7 @@ def test_probes_delay_no_reload_and_one_may_come_during_it(tmp_path: Path) -> No
             assert begun.line() == b"42\n"
             assert busy.line() == b"done\n"
             assert begun.rest() == busy.rest() == b""
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 30
         assert client.ask(b"WHENCE").startswith(BALANCER.encode())
         assert client.who() == 1
         assert not server.events("worker.cut_off")
@@ -335,6 +337,7 @@ def test_an_operator_closes_by_the_address_of_the_header() -> None:
         probe = stack.enter_context(through(server, LOCAL))
         assert client.who() == 1
         for who in (BALANCER, "192.0.2.7"):
+            assert client.who() == 1
             get(server, f"/kick?client={who}", "POST", "127.0.0.1", LIMIT, **{"X-Gserver": "1"})
         assert client.rest() == b"ERR closed by the operator\n"
         assert probe.ask(b"WHY") == b"42"
@@ -342,7 +345,11 @@ def test_an_operator_closes_by_the_address_of_the_header() -> None:
 
 def test_too_many_headers_evict_the_oldest() -> None:
     with Running(*OPTIONS, "--proxy-header-timeout", "0") as server, ExitStack() as stack:
-        silent = [stack.enter_context(through(server, b"P")) for _ in range(MAX_ADMISSIONS + 10)]
+        # The first ones are silent: unread bytes would make their end a reset.
+        silent = [
+            stack.enter_context(through(server, b"P" if number >= 10 else b""))
+            for number in range(MAX_ADMISSIONS + 10)
+        ]
         assert [client.rest() for client in silent[:10]] == [b""] * 10
         with through(server, header()) as good:
             assert good.who() == 1

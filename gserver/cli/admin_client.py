@@ -17,7 +17,7 @@ from http.client import HTTPConnection, HTTPException, RemoteDisconnected
 from threading import Thread, Timer
 from types import NoneType
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from gserver.errors import FatalError, UsageError
 from gserver.metrics import DURATION_BOUNDS_NS, percentile
@@ -74,7 +74,8 @@ CLUSTER = {
     "members": (MEMBERS, NoneType),
 }
 CLIENT = {
-    **dict.fromkeys(("id", "transport", "address", "state", "tls_name"), str),
+    **dict.fromkeys(("id", "transport", "address", "state"), str),
+    "tls_name": Long(3000),
     **dict.fromkeys(("port", "worker", "age_seconds", "idle_seconds"), float),
     **dict.fromkeys(("uid", "pid"), MAYBE),
     "command": (str, NoneType),
@@ -233,7 +234,7 @@ def _parse(url: str, token: str) -> tuple[str, str]:
         is_good = False
     if not is_good:
         raise UsageError(f"{url!r} is not an admin port: write HOST:PORT or http://HOST:PORT")
-    return parts.netloc.rpartition("@")[2], parts.password or token
+    return parts.netloc.rpartition("@")[2], unquote(parts.password or "") or token
 
 
 def ask_once(target: Target, path: str, shape: Any, *, method: str = "GET") -> dict[str, Any]:
@@ -302,11 +303,13 @@ def _fetch(address: str, token: str, path: str = STATUS, method: str = "GET") ->
     finally:
         connection.close()
     if time.monotonic() >= deadline:
-        raise TimeoutError
+        raise TimeoutError(f"no answer in {seconds:g} s")
     if response.status != 200:
         raise FatalError(REASONS.get(response.status, f"HTTP {response.status}"))
     if len(body) > most:
-        raise FatalError(STRANGE)
+        raise FatalError(
+            STRANGE if path == STATUS else f"it has more than {most:,} bytes of clients"
+        )
     return body.decode(errors="replace")
 
 

@@ -92,10 +92,10 @@ class Answer:
 def parse_server(text: str) -> Server:
     """Return the server at HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT or unix:PATH.
 
-    Raises `UsageError` for other texts.
+    The last three say whether it speaks TLS. Raises `UsageError` for other texts.
     """
     if text.startswith("unix:"):
-        return Server(_parse_path(text))
+        return Server(_parse_path(text), has_tls=False)
     transport, separator, rest = text.rpartition("://")
     if separator and transport not in ("tcp", "tls"):
         rest = ""
@@ -136,12 +136,12 @@ def ask(
     for command in commands:
         if not command.strip() or not command.isprintable():
             raise UsageError(f"{command!r} is not a command: use one word, such as WHO")
-    options = tls or TlsOptions()
-    has_tls = tls is not None
-    context = options.context() if has_tls or any(each.has_tls for each in servers) else None
+    options, is_tls_implied = tls or TlsOptions(), tls is not None
+    speak_tls = [is_tls_implied if each.has_tls is None else each.has_tls for each in servers]
+    context = options.context() if any(speak_tls) else None
     partial: Answer | None = None
     reasons = []
-    for address, is_tls in servers:
+    for (address, _), has_tls in zip(servers, speak_tls, strict=True):
         answer = Answer()
         if isinstance(address, str):
             host = name = address
@@ -150,7 +150,7 @@ def ask(
         try:
             deadline = monotonic() + timeout_seconds
             with _connect(address, deadline) as sock:
-                if context and (has_tls if is_tls is None else is_tls):
+                if context and has_tls:
                     sock.settimeout(_left(deadline))
                     with _start_tls(sock, context, options.name or host) as secure:
                         _converse(commands, secure, deadline, answer)
@@ -170,8 +170,6 @@ def _start_tls(sock: socket.socket, context: "ssl.SSLContext", name: str) -> soc
     """Return the socket after the handshake; raise `FatalError` if the peer does not speak TLS."""
     import ssl
 
-    if sock.family == socket.AF_UNIX:
-        raise FatalError("is a socket file, which has no TLS: ask without --tls")
     try:
         return context.wrap_socket(sock, server_hostname=name)
     except (ssl.SSLEOFError, ConnectionError) as error:

@@ -187,8 +187,8 @@ def _check(config: Config) -> None:
     envvar="GSERVER_SERVER",
     default=[DEFAULT_SERVER],
     show_default=True,
-    help="Server to ask: HOST:PORT, tls://HOST:PORT or unix:PATH; may be repeated (in the variable:"
-    " separated by blanks).",
+    help="Server to ask: HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT or unix:PATH; may be repeated"
+    " (in the variable: separated by blanks).",
 )
 @click.option(
     "--timeout",
@@ -242,8 +242,8 @@ def ask(
 
     Several servers are tried in turn until one replies to all commands. A server that does not
     answer is skipped, and so is one with an error of its own: too many clients, TLS only, idle, too
-    slow, cluster unavailable. Any other ERR line is a reply. Exits with 0 only if every command got
-    a reply that is not ERR; stderr names the others.
+    slow, closed by the operator, cluster unavailable. Any other ERR line is a reply. Exits with 0
+    only if every command got a reply that is not ERR; stderr names the others.
     """
     from gserver.cli.ask import TlsOptions, parse_server
     from gserver.cli.ask import ask as ask_servers

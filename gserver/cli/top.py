@@ -37,7 +37,6 @@ OLD_SECONDS = 2.5
 #: Red and amber are for what is wrong now.
 STYLES = {"healthy": "bold green", "degraded": "bold yellow"}
 WRONG = "bold red"
-UNREACHABLE = "unreachable"
 KEYS = "q quit  s sort  e details  ↑↓ scroll  ? help"
 HELP = """\
 q, Ctrl-C   quit
@@ -118,11 +117,9 @@ def _show_screen(targets: Sequence[Target], interval_seconds: float) -> None:
         while not view.is_over:
             admin_client.poll(targets, GRACE_SECONDS)
             until = time.monotonic() + interval_seconds
-            keys = [""]
-            while keys and not view.is_over:  # Drawn again after each key, and when time is over.
+            while not view.is_over and (left := until - time.monotonic()) > 0:
                 live.update(frame(targets, view, console), refresh=True)
-                keys = read_keys(max(0.0, until - time.monotonic()))
-                for key in keys:
+                for key in read_keys(left):
                     view.press(key, max(1, console.height - 3))
 
 
@@ -187,9 +184,9 @@ def line(target: Target) -> str:
     if cluster and cluster["servers"]:
         clients += f" of {_number(cluster['clients'])} in {_servers(cluster)}"
     figures = f"{_number(target.rate('commands'))} commands/s p99 {_time(target.percentile(99))}"
-    reasons = "; ".join(reason["text"] for reason in target.now["reasons"])
     server = f"{target.address} {target.now['server']['id']} {target.verdict}"
-    return f"{server} {clients} {figures}{reasons and ': ' + reasons}"
+    reasons = "; ".join(reason["text"] for reason in target.now["reasons"])
+    return f"{server} {clients} {figures}" + (f": {reasons}" if reasons else "")
 
 
 #: The columns of the table of servers. The first is text.
@@ -412,11 +409,8 @@ def _time(seconds: float | None) -> str:
         return "-"
     for factor, unit in ((1e6, "µs"), (1e3, "ms")):
         if seconds * factor < 1000:
-            return (
-                f"{seconds * factor:.2g} {unit}"
-                if seconds * factor < 100
-                else (f"{seconds * factor:.0f} {unit}")
-            )
+            value = seconds * factor
+            return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
     return f"{seconds:.2g} s"
 
 

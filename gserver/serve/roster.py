@@ -18,6 +18,8 @@ from gserver.boot import LIST
 from gserver.serve.client import BUSY, COUNTED, MOVING, Client
 from gserver.serve.loop import Loop
 
+#: Characters of a certificate's name on the list.
+MAX_NAME = 256
 #: Clients in a packet. Others are served between two packets.
 PACKET_CLIENTS = 40
 #: Pause after a packet, so that clients have their turn.
@@ -83,7 +85,7 @@ def _describe(loop: Loop, client: Client) -> dict[str, Any]:
         "idle_seconds": round(monotonic() - client.quiet_since, 3),
         "state": client.state.value,
         "command": client.work.command if client.work and client.state is BUSY else None,
-        "tls_name": getattr(client.sock, "peer_certificate_name", ""),
+        "tls_name": getattr(client.sock, "peer_certificate_name", "")[:MAX_NAME],
     }
 
 

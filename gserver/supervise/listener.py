@@ -60,9 +60,9 @@ _REASONS = {
 _FILE_REASONS = {
     errno.EADDRINUSE: "it is in use by another program: stop that one, or choose another path",
     errno.ENOTSOCK: "there is another file, which is no socket: remove it, or choose another path",
+    errno.EPERM: "another user's socket is there: remove it, or choose another path",
     errno.ENOENT: "the folder does not exist: make it, or choose another path",
     errno.EACCES: "no permission to read the folder, or to make a file in it: choose another path",
-    errno.EPERM: "no permission to remove the old file: remove it, or choose another path",
     errno.EAGAIN: "another program has locked the folder: choose another one",
 }
 
@@ -402,8 +402,10 @@ def _remove_if_stale(path: str) -> None:
             return
         except FileNotFoundError:
             return
-        except (BlockingIOError, PermissionError):
-            pass  # Its queue is full, or it is another user's.
+        except PermissionError as error:
+            raise OSError(errno.EPERM, path) from error
+        except BlockingIOError:
+            pass  # Its queue is full.
     raise OSError(errno.EADDRINUSE, path)
 
 

@@ -49,7 +49,7 @@ FLAGS_OF_OTHERS = {
     "--read-only",
     "--publish",
 }
-FLAGS_OF_OTHERS |= {"--cert", "--key", "--build", "--detach", "--kustomize"}
+FLAGS_OF_OTHERS |= {"--cert", "--key", "--build", "--detach", "--kustomize", "--locked"}
 FLAGS_OF_OTHERS |= {
     "--save",
     "--appendonly",
@@ -480,6 +480,7 @@ def test_a_server_with_the_variables_of_the_manifest_answers_its_probes() -> Non
         assert status("/metrics", Authorization="Bearer a secret") == 200
         server.send_signal(signal.SIGTERM)
         server.wait_for("server.draining")
-        assert status(container()["readinessProbe"]["httpGet"]["path"]) == 503
+        ready = container()["readinessProbe"]["httpGet"]["path"]
+        until(lambda: status(ready) == 503, "that is published")
         assert status(container()["livenessProbe"]["httpGet"]["path"]) == 200
         assert client.ask(b"WHY") == b"42"

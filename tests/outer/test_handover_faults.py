@@ -20,6 +20,7 @@ BATCH = 250
 #: Kills its process before, or after, the call with this number of a function.
 FAULT = """
 import os, signal, time
+from pathlib import Path
 from gserver.serve import handover, limits, loop
 from gserver.commands import command
 from lab.commands import napping, pid
@@ -41,6 +42,11 @@ def act_at(owner, name, number, act, after=False):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+def pause():
+    Path("paused").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
 """
 
 #: Where the successor dies: the call, and which clients are lost with it, at most.
@@ -132,31 +138,45 @@ def test_if_the_supervisor_dies_all_processes_end(tmp_path: Path) -> None:
         until(lambda: not any(is_alive(worker) for worker in workers), "all workers have ended")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
+def has_reloaded(server: Running) -> bool:
+    """Whether no reload is in progress."""
+    actions = [str(event["event.action"]) for event in server.events()]
+    return [each for each in actions if each.startswith("server.reload")][-1] == "server.reloaded"
+
+
+#: The event, and which one of its kind, that a signal is noted by.
+NOTED = {
+    signal.SIGTERM: ("server.draining", 1),
+    signal.SIGUSR2: ("server.retiring", 1),
+    signal.SIGHUP: ("server.reloading", 2),
+}
+
+
+@pytest.mark.parametrize("number", NOTED)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_signal_in_the_middle_has_its_usual_effect(
     tmp_path: Path, number: signal.Signals, batch: int
 ) -> None:
-    pause = f"{FAULT}\nact_at(handover.Sender, '_send', {batch}, lambda: time.sleep(0.5))\n"
+    pause = f"{FAULT}\nact_at(handover.Sender, '_send', {batch}, pause)\n"
     with extended(tmp_path, pause, "--drain-timeout", "60") as server, ExitStack() as stack:
         clients = crowd(server, stack)
         server.send_signal(signal.SIGHUP)
-        server.wait_for("worker.ready", 2)
-        time.sleep(0.2)
+        until((tmp_path / "paused").exists, "it is in the middle")
         server.send_signal(number)
+        server.wait_for(*NOTED[number])
+        time.sleep(0.2)
+        (tmp_path / "go").touch()
         if number == signal.SIGTERM:
             assert server.exit_code() == 0
             assert {client.rest() for client in clients} == {b""}
         elif number == signal.SIGUSR2:
-            server.wait_for("server.retiring")
             time.sleep(1)
             assert len(survivors(clients)) == CLIENTS
             for client in clients:
                 client.sock.close()
             assert server.exit_code() == 0
         else:
-            until(lambda: len(server.events("server.reloading")) == 2, "the second reload")
-            server.wait_for("server.reloaded")
+            until(lambda: has_reloaded(server), "the second reload has ended")
             assert len(survivors(clients)) == CLIENTS
             assert server.who() == CLIENTS + 1
         assert not server.events("worker.died")
@@ -211,15 +231,16 @@ def test_a_successor_that_hangs_is_killed_before_the_old_worker(tmp_path: Path, 
 def test_one_worker_that_is_told_to_end_loses_only_its_own_clients(
     tmp_path: Path, role: str
 ) -> None:
-    pause = f"{FAULT}\nact_at(handover.Sender, '_send', 2, lambda: time.sleep(0.5))\n"
+    pause = f"{FAULT}\nact_at(handover.Sender, '_send', 2, pause)\n"
     with extended(tmp_path, pause) as server, ExitStack() as stack:
         clients = crowd(server, stack)
         [old] = server.workers()
         server.send_signal(signal.SIGHUP)
-        server.wait_for("worker.ready", 2)
-        time.sleep(0.2)
+        until((tmp_path / "paused").exists, "it is in the middle")
         [new] = [worker for worker in server.workers() if worker.pid != old.pid]
         (old if role == "old" else new).terminate()
+        time.sleep(0.3)
+        (tmp_path / "go").touch()
         until(
             lambda: server.events("server.reloaded") or server.events("server.reload_failed"),
             "the reload has ended",

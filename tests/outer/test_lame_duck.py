@@ -96,7 +96,8 @@ def test_during_the_drain_delay_the_server_accepts_and_is_unready(
         began = time.monotonic()
         server.send_signal(number)
         server.wait_for("server.retiring" if number == signal.SIGUSR2 else "server.draining")
-        assert get(server, "/readyz")[::2] == (503, b"draining\n")
+        draining = (503, b"draining\n")
+        until(lambda: get(server, "/readyz")[::2] == draining, "that is published")
         assert get(server, "/livez")[0] == 200
         assert metrics(server)["gserver_ready"] == 0
         asked = 0
@@ -216,14 +217,14 @@ def test_the_cluster_counts_the_clients_of_a_lame_duck_until_they_leave(tmp_path
             *LONG,
             "--redis-url",
             redis.url,
-            *argv("--heartbeat-interval 0.1 --member-ttl 0.5 --server-id"),
+            *argv(f"--heartbeat-interval {0.1 * PATIENCE} --member-ttl {PATIENCE} --server-id"),
         )
         duck = stack.enter_context(start(tmp_path, *options, "duck"))
         asker = stack.enter_context(stack.enter_context(Running(*options, "other")).client())
         client = stack.enter_context(duck.client())
         until(lambda: asker.who() == client.who() == 2, "each server counts both")
         retire(duck)
-        time.sleep(1)  # Twice the TTL: a silent server would have been dropped.
+        time.sleep(2 * PATIENCE)  # Twice the TTL: a silent server would have been dropped.
         assert asker.who() == client.who() == 2
         client.sock.close()
         assert duck.exit_code() == 0

@@ -213,7 +213,28 @@ def test_setup_says_that_a_changed_file_has_no_hashes(
         "gserver: without their hashes: requirements-dev.lock is not that of requirements-dev.txt "
         "(bin/audit --lock)\n"
     ) in done.stderr
-    assert "one-more" in done.stderr
+
+
+def test_with_locked_a_changed_file_is_an_error(bare: Path, tools: Path, tmp_path: Path) -> None:
+    """As in the image: nobody reads what is said there."""
+    root = _copy(tmp_path / "copy")
+    with (root / "requirements.txt").open("a") as file:
+        file.write("one-more==1.0\n")
+    done = _run(root / "bin/setup", "--locked", env=_clean(bare, tools))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(
+        "gserver: requirements.lock is not that of requirements.txt: run bin/audit --lock\n"
+    )
+
+
+def test_files_in_the_start_folder_are_not_imported_by_the_setup(
+    copy: Path, tools: Path, tmp_path: Path
+) -> None:
+    for name in ("csv", "json", "email", "zipfile", "pip", "venv"):
+        (tmp_path / f"{name}.py").write_text("open('was imported', 'w'); raise SystemExit(1)\n")
+    done = _run(copy / "bin/setup", env=_clean(OWN_BIN, tools, **NO_PACKAGES), cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{OWN_BIN / 'python3'}\n", "")
+    assert not (tmp_path / "was imported").exists()
 
 
 def test_a_second_setup_finishes_at_once_and_needs_no_python(ready: SetUp, tools: Path) -> None:
@@ -695,7 +716,7 @@ NAMES = sorted(path.name for path in (ROOT / "bin").iterdir() if path.name != "g
 
 @pytest.mark.parametrize("script", NAMES)
 def test_each_script_has_help_that_does_nothing_else(script: str, tmp_path: Path) -> None:
-    """In a copy without a virtualenv, and with bash builtins only."""
+    """In a copy without a virtualenv."""
     (tmp_path / "bin").mkdir()
     shutil.copy(ROOT / "bin" / script, tmp_path / "bin")
     for arguments in (["--help"], ["-h"]):

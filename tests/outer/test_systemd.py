@@ -310,12 +310,12 @@ def test_named_sockets_are_the_port_and_the_admin_port() -> None:
                 port_of(port),
                 port_of(admin),
             )
-            asked = subprocess.run(
-                [program("curl"), "-sS", f"http://127.0.0.1:{port_of(admin)}/readyz"],
-                capture_output=True,
-                check=True,
-            )
-            assert asked.stdout == b"ready\n"
+
+            def readiness() -> bytes:
+                command = [program("curl"), "-sS", f"http://127.0.0.1:{port_of(admin)}/readyz"]
+                return subprocess.run(command, capture_output=True, check=True).stdout
+
+            until(lambda: readiness() == b"ready\n", "that is published")
             with Client(port_of(port)) as client:
                 assert client.who() == 1
 
