@@ -75,7 +75,7 @@ status=0
 exit "$status"
 """
 NAMESPACES = "setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child".split()
-#: As in bin/check: two processes share the tests, with longer time limits.
+#: Two processes share the tests, with longer time limits.
 PATIENCE = "2"
 SHARED = ["-n", "2", "--dist", "loadfile"]
 #: Runs failed tests, one after another.
