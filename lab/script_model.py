@@ -27,6 +27,8 @@ class Model:
 
     def lose_all(self) -> None:
         self.entries: dict[str, Entry] = {}
+        #: The last sequence number of each incarnation of a server that has left.
+        self.left: dict[tuple[str, str], int] = {}
         self.clock = self.lost_at = 0
         self.returned: list[str] = []
         self.heartbeat_at: int | None = None
@@ -60,8 +62,10 @@ class Model:
             self.clock = self.lost_at = max(last_clock + 1, now)
             return None, 0, False
         known_clock = max(last_clock, heartbeat.told_clock)
-        is_late = before is None and acked_sequence > 0 and self.clock - known_clock >= ttl
-        return before, elapsed, is_late
+        is_late = acked_sequence > 0 and self.clock - known_clock >= ttl
+        last_sequence = self.left.get((heartbeat.server_id, heartbeat.incarnation), -1)
+        has_left_since = heartbeat.clients != "leave" and last_sequence >= heartbeat.sequence
+        return before, elapsed, before is None and (is_late or has_left_since)
 
     def _note_pause(self, heartbeat: Heartbeat, before: Entry | None, elapsed: int) -> None:
         """Note who ended a pause: only a server that knew the data vouches for them."""
@@ -88,7 +92,8 @@ class Model:
             may_write = is_newer or holder == heartbeat.replaced_incarnation
         if may_write:
             if heartbeat.clients == "leave":
-                self.entries.pop(server_id, None)
+                left = self.entries.pop(server_id, None)
+                self.left[server_id, left.incarnation if left else "-"] = sequence
             else:
                 if was_missing:
                     self.returned.append(incarnation)

@@ -57,3 +57,56 @@ def test_a_redis_that_is_away_does_not_count() -> None:
     assert not server.should_give_way(server.senders[1], "2.1")
     server.senders[0].answered_at_ms -= 1001
     assert server.should_give_way(server.senders[1], "2.1")
+
+
+# A new agent, after the one before it has hung, or has been replaced.
+
+
+def after(**cells: int) -> Engines:
+    """The next agent, with these cells on the scoreboard."""
+    scoreboard = Scoreboard.create(2)
+    for name, value in cells.items():
+        scoreboard.put(name.replace("_of_", "."), value)
+    return Engines(TWO, scoreboard)
+
+
+def note(found: Engines, number: int, **membership: int) -> int:
+    """Let a Redis answer; return the clients that are published then."""
+    sender = found.senders[number]
+    sender.answered_at_ms = sender.sent_at_ms = time.monotonic_ns() // 1_000_000
+    for name, value in membership.items():
+        setattr(sender.membership, name, value)
+    found.note(sender)
+    return found._scoreboard.get("remote_clients")
+
+
+@pytest.mark.parametrize("seconds_ago", [0.5, 60])
+def test_nothing_is_published_before_all_have_answered_that_had_answered_last(
+    seconds_ago: float,
+) -> None:
+    """However long the agent before it hung."""
+    then = time.monotonic_ns() - round(seconds_ago * 1e9)
+    known = {"remote_clients": 47, "cluster_servers": 3}
+    found = after(**known, engine_updated_at_of_0=then, engine_updated_at_of_1=then)
+    assert note(found, 0, remote_clients=7, servers=2) == 47
+    assert note(found, 1, remote_clients=50, servers=3) == 50
+    found = after(**known, engine_updated_at_of_0=then, engine_updated_at_of_1=then - 2 * 10**9)
+    assert note(found, 0, remote_clients=7, servers=2) == 7, "the other one was away before"
+
+
+def test_in_a_hold_of_all_the_count_of_the_agent_before_stays() -> None:
+    """Each Redis holds what it had itself, and its servers are not listed before the end."""
+    now = time.monotonic_ns() // 1_000_000
+    given = {"hold_until": now + 9000, "servers": 2, "confirmed_monotonic": now}
+    found = after(remote_clients=47, cluster_servers=3, cluster_confirmed_at=now - 300)
+    assert note(found, 0, remote_clients=7, **given) == 47
+    assert note(found, 1, remote_clients=40, **given) == 47
+    assert note(found, 1, remote_clients=48, **given | {"servers": 3}) == 48, "a higher new one"
+    assert note(found, 1, remote_clients=5, **given | {"hold_until": 0}) == 5, "it has all its data"
+
+
+def test_in_a_hold_an_engine_that_was_away_for_long_says_nothing() -> None:
+    now = time.monotonic_ns() // 1_000_000
+    found = after(remote_clients=10, cluster_servers=3, cluster_confirmed_at=now - 300)
+    old = {"hold_until": now + 9000, "servers": 9, "confirmed_monotonic": now - 3_600_000}
+    assert note(found, 0, remote_clients=1000, **old) == 10

@@ -258,6 +258,24 @@ def test_an_engine_that_comes_back_brings_nobody_who_has_left_before_this_agent_
     assert total(back, there) == exact(0, 0)
 
 
+def test_who_left_in_an_earlier_run_may_be_alive_in_a_later_one() -> None:
+    first, second, third = View(), View(), view()
+    tell(first, {"one": share(5, NOW - 50_000, incarnation="b2")})
+    first.is_away = True
+    tell(second, {}, {"one": left(NOW - 90_000)})
+    tell(third, {}, {"one": lost(NOW - 49_900, "b2")})
+    assert total(first, second, third) == Total(0, 0, NOW, NOW - 49_900)
+    tell(second, {}, {"one": left(NOW - 49_000, "b2")})
+    assert total(first, second, third) == exact(0, 0)
+
+
+def test_the_age_of_a_doubtful_server_is_that_of_its_last_heartbeat_anywhere() -> None:
+    away, there = view(dead=share(20, NOW - 90_000)), View()
+    away.is_away = True
+    tell(there, {}, {"dead": lost(NOW - 6000)})
+    assert total(away, there) == Total(0, 0, NOW, NOW - 6000)
+
+
 SHARES = st.dictionaries(
     st.sampled_from("abcd"),
     st.builds(

@@ -38,6 +38,13 @@ class Engines:
         self._changes = Changes(config)
         self._has_begun = False
         self._servers = scoreboard.get("cluster_servers")
+        #: What is on the scoreboard.
+        self._last = Total(
+            scoreboard.get("remote_clients"),
+            max(0, self._servers - 1),
+            scoreboard.get("cluster_confirmed_at"),
+            scoreboard.get("cluster_doubtful_at"),
+        )
         #: Senders without a first result, although their Redis has answered the agent before this
         #: one. Until there are none, nothing is published: the count on the scoreboard is better
         #: than a part of it.
@@ -99,6 +106,7 @@ class Engines:
     def _publish(self) -> None:
         """Put the count of the others on the scoreboard."""
         total, has_joined = self._total(), any(each.membership.servers for each in self.senders)
+        self._last = total
         servers = total.servers + 1 if has_joined else 0
         answered_at_ms = max(sender.answered_at_ms for sender in self.senders)
         self._scoreboard.put("remote_clients", total.clients)
@@ -127,11 +135,22 @@ class Engines:
                 others = (other for other in views if other is not view)
                 view.forget_ends({key for other in others for key in (*other.listed, *other.held)})
             return merge(views, self._late_ms, latest)
-        return choose([self._sum_of(sender, now) for sender in self.senders])
+        sums = [self._sum_of(sender, now) for sender in self.senders]
+        best = choose(sums)
+        is_held = all(each.is_held for each in sums if each.is_current)
+        is_less = best.clients < self._last.clients or best.confirmed < self._last.confirmed
+        if len(sums) > 1 and is_held and is_less:
+            # Each holds what it had itself: a part, or of long ago.
+            return self._last
+        return best
 
     def _has_answered_lately(self, sender: HeartbeatSender) -> bool:
-        updated_at = self._scoreboard.get(f"engine_updated_at.{sender.engine}")
-        return monotonic_ns() - updated_at <= self._late_ms * 1_000_000
+        """Whether it answered as long as any of them. All are old after the agent has hung."""
+        answers = [
+            self._scoreboard.get(f"engine_updated_at.{each.engine}") for each in self.senders
+        ]
+        answer = answers[sender.engine]
+        return answer > 0 and max(answers) - answer <= self._late_ms * 1_000_000
 
     def _is_current(self, sender: HeartbeatSender, now: int) -> bool:
         return now - sender.answered_at_ms <= self._late_ms

@@ -106,10 +106,20 @@ if is_lost then
   total, returned, old_clients, holder, resumed_at = 0, 0, nil, nil, nil
 end
 
--- The lease that this heartbeat would renew has ended: it may have been held up on its way, and its
--- server may be dead.
+-- Whether the caller has left after it had sent this heartbeat.
+local function has_left_since()
+  for line in string.gmatch(redis.call('HGET', state, 'gone') or '', '[^\n]+') do
+    local id, last_sequence, sender = string.match(line, '^(%S+) left %S+ (%d+) (%S+)$')
+    if id == server_id and sender == incarnation then return tonumber(last_sequence) >= sequence end
+  end
+  return false
+end
+
+-- The lease that this heartbeat would renew has ended, or its server has left: it may have been held
+-- up on its way, and its server may be dead.
 local told_clock = tonumber(ARGV[13])
-local is_late = not (is_lost or holder) and acked_sequence > 0
+local is_late = not (is_lost or holder) and clients ~= 'leave' and has_left_since()
+  or not (is_lost or holder) and acked_sequence > 0
   and clock - math.max(last_clock, told_clock) >= ttl
 
 clock = clock + math.max(0, math.min(elapsed, interval))
@@ -180,7 +190,10 @@ end
 
 local oldest = redis.call('ZRANGE', leases, 0, 1, 'WITHSCORES')
 if entry_count == 0 and #oldest > 0 then
-  redis.call('DEL', state) -- It may have a TTL.
+  -- It may have a TTL. Who has left is still to be known: another Redis may list them.
+  local kept = redis.call('HGET', state, 'gone')
+  redis.call('DEL', state)
+  if kept then redis.call('HSET', state, 'gone', kept) end
 end
 redis.call('HSET', state, 'total', total, 'clock', clock, 'lost_at', lost_at, 'returned', returned,
   'heartbeat_at', now, 'recount_at', recount_at, 'resumed_at', resumed_at or 0)

@@ -7,7 +7,7 @@ servers are returned with their age.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import gevent
 
-from gserver.cluster.membership import GONE, LATE_AFTER_INTERVALS
+from gserver.cluster.membership import GONE, LATE_AFTER_INTERVALS, base_of
 from gserver.cluster.redis_link import RedisLink, kind_of
 from gserver.config import Config, parse_admin_url
 
@@ -30,9 +30,20 @@ REQUEST_WAIT_SECONDS = 0.25
 READ_TIMEOUT_SECONDS = 2.0
 
 Servers = list[dict[str, Any]]
-#: How servers have gone, by their ids.
-Gone = dict[str, str]
 LEFT, LOST = "left", "lost"
+
+
+class Departure(NamedTuple):
+    """How a server has gone last, as one Redis says: LEFT or LOST."""
+
+    how: str
+    #: Its incarnation, which is the same at every Redis.
+    run: str
+    ago_ms: int
+
+
+#: By the ids of the servers.
+Gone = dict[str, Departure]
 
 
 class Listed(NamedTuple):
@@ -56,8 +67,8 @@ class Members:
         self._read_started_at = self._servers_read_at = -math.inf
         self._servers: Servers | None = None
         self._omitted_servers = 0
-        #: How the last servers that are gone have gone.
-        self.gone: Gone = {}
+        #: How the last servers that are gone have gone: LEFT or LOST, by their ids.
+        self.gone: dict[str, str] = {}
         self._error_kind: str | None = None
 
     def payload(self) -> dict[str, Any]:
@@ -106,9 +117,7 @@ class Members:
             self._servers_read_at = started_at
             self._servers = _merge(each.servers for each in lists)
             self._omitted_servers = max(each.omitted for each in lists)
-            ends = [end for each in lists for end in each.gone.items()]
-            # A server that has left at one Redis could only not reach the others.
-            self.gone = dict(sorted(ends, key=lambda end: end[1] == LEFT))
+            self.gone = _merge_gone([each.gone for each in lists])
 
     def _read_one(self, link: RedisLink) -> "Listed | str":
         """Return what one Redis lists, or the kind of its error."""
@@ -134,7 +143,7 @@ class Members:
             if re.fullmatch(rb"[!-~]{1,128}", server_id):
                 lease_end_ms = _number(rb"(\d{1,15})", lease_end)
                 servers.append(self._server(server_id.decode(), lease_end_ms, entry, clock))
-        return Listed(servers, max(0, size - len(servers)), _parse_gone(gone))
+        return Listed(servers, max(0, size - len(servers)), _parse_gone(gone, clock))
 
     def _server(
         self, server_id: str, lease_end_ms: int | None, entry: bytes, clock_ms: int
@@ -167,10 +176,30 @@ def _silence(server: dict[str, Any]) -> float:
     return math.inf if server["silent_seconds"] is None else float(server["silent_seconds"])
 
 
-def _parse_gone(text: bytes) -> Gone:
+def _parse_gone(text: bytes, clock_ms: int) -> Gone:
     """Return how each server has gone last. Lines of another form are left out."""
     found = [GONE.fullmatch(line) for line in text.split(b"\n")]
-    return {each[1].decode(): each[2].decode() for each in reversed(found) if each}
+    return {
+        each[1].decode(): Departure(
+            each[2].decode(), base_of(each[5].decode()), clock_ms - int(each[3])
+        )
+        for each in reversed(found)
+        if each
+    }
+
+
+def _merge_gone(found: Sequence[Gone]) -> dict[str, str]:
+    """Return how each server has gone in its last run.
+
+    A server that has left at one Redis could only not reach the others.
+    """
+    merged = {}
+    for server_id in {key for gone in found for key in gone}:
+        departures = [gone[server_id] for gone in found if server_id in gone]
+        last = min(departures, key=lambda each: each.ago_ms)
+        ways = {each.how for each in departures if each.run == last.run}
+        merged[server_id] = LEFT if LEFT in ways else LOST
+    return merged
 
 
 def _admin_url(entry: bytes) -> str | None:

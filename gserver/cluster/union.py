@@ -137,11 +137,17 @@ def merge(views: Sequence[View], late_ms: int, now: int) -> Total:
         ]
         if newest := _newest(views, server_id, ends, late_ms):
             found.append(newest)
-        elif not any(end.has_left for end in ends):
-            doubtful.append(max(share.confirmed for share in said))
+        elif not any(_has_left(end, said, late_ms) for end in ends):
+            moments = [*(share.confirmed for share in said), *(end.at for end in ends)]
+            doubtful.append(max(moments))
     confirmed = min([now, *(share.confirmed for share in found)])
     clients = sum(share.clients for share in found)
     return Total(clients, len(found), confirmed, min(confirmed, *doubtful))
+
+
+def _has_left(end: End, said: Sequence[Share], late_ms: int) -> bool:
+    """Whether the server left after all that the engines say of it."""
+    return end.has_left and all(end.is_after(share, late_ms) for share in said)
 
 
 def _newest(

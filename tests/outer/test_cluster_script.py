@@ -493,6 +493,31 @@ def test_a_late_heartbeat_of_a_dead_server_does_not_bring_it_back(cluster: Clust
     assert totals(cluster.heartbeat("one", 1)) == (1, 1)
 
 
+@pytest.mark.parametrize("acked_sequence", [0, 1])
+def test_a_late_heartbeat_of_a_server_that_has_left_does_not_bring_it_back(
+    cluster: Cluster, acked_sequence: int
+) -> None:
+    cluster.heartbeat("one", 1)
+    first = cluster.heartbeat("gone", 9, sequence=10)
+    cluster.heartbeat("gone", "leave", sequence=12)
+    last_clock = first.clock * acked_sequence
+    known: dict[str, Any] = {"acked_sequence": acked_sequence, "last_clock": last_clock}
+    late = cluster.heartbeat("gone", 9, sequence=11, **known)
+    assert (totals(late), late.is_late, late.lease_end) == ((1, 1), 1, 0)
+    # Another run of it counts, and so would a server that is alive after all.
+    assert totals(cluster.heartbeat("gone", 9, "b2", sequence=1)) == (10, 2)
+    cluster.heartbeat("gone", "leave", "b2", sequence=2)
+    assert totals(cluster.heartbeat("gone", 9, sequence=13, **known)) == (10, 2)
+
+
+def test_who_has_left_is_known_to_the_first_server_that_comes_then(cluster: Cluster) -> None:
+    """Another Redis, which was away, may still list them."""
+    cluster.heartbeat("old", 9)
+    cluster.heartbeat("old", "leave")
+    assert cluster.heartbeat("new", 1, max_listed=9).gone.startswith(b"old left ")
+    assert cluster.heartbeat("new", 1, max_listed=9).gone.startswith(b"old left ")
+
+
 def test_a_heartbeat_that_was_held_up_renews_the_lease_from_when_it_was_sent(
     cluster: Cluster,
 ) -> None:
