@@ -24,6 +24,7 @@ from lab.proxy_header import line
 from lab.running import (
     GSERVER,
     LIMIT,
+    PATIENCE,
     Client,
     Running,
     UnixClient,
@@ -245,7 +246,7 @@ def test_a_tls_client_whose_command_runs_is_served_to_its_end_in_a_reload(
 ) -> None:
     """It must not move: the new worker would speak plain text to it."""
     options = (*certified(pems), *argv("--bind tls://127.0.0.1:0 --bind tcp://127.0.0.1:0"))
-    options = (*options, "--drain-timeout", "60")
+    options = (*options, "--drain-timeout", str(4 * PATIENCE))
     with extended(tmp_path, NAP, *options, wait=False) as server:
         server.wait_for("server.listening")
         endpoints = Endpoints(server, pems)

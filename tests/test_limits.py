@@ -152,7 +152,7 @@ def test_a_closed_client_counts_for_its_address_while_it_has_a_descriptor(tmp_pa
 
 @pytest.mark.outer
 def test_a_handshake_counts_from_the_accept_until_it_fails(tmp_path: Path, pems: Path) -> None:
-    more = [*certified(pems), "--tls-handshake-timeout", str(5 * PATIENCE), "--admin-port", "0"]
+    more = [*certified(pems), "--tls-handshake-timeout", str(3 * PATIENCE), "--admin-port", "0"]
     with limited(tmp_path, *more) as server, ExitStack() as stack:
         silent = [stack.enter_context(server.client(MANY)) for _ in range(LIMIT)]
         assert stack.enter_context(server.client(MANY, trust(pems))).rest() == REJECTED

@@ -881,7 +881,7 @@ def test_a_stop_does_not_wait_for_a_worker_that_cannot_be_killed() -> None:
 
 @pytest.mark.outer
 def test_a_worker_that_learns_late_of_a_drain_still_meets_its_deadline(tmp_path: Path) -> None:
-    drain = ("--drain-timeout", str(12 * PATIENCE))
+    drain = ("--drain-timeout", str(6 * PATIENCE))
     options = ("--admin-port", "0", *drain, "--hang-timeout", "0")
     with start(tmp_path, *options) as server:
         server.wait_for("agent.ready")

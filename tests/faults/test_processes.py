@@ -49,7 +49,7 @@ FOR_ALL = [
 ]
 FOR_SUPERVISOR = [number for number in FOR_ALL if number not in (signal.SIGINT, signal.SIGUSR2)]
 #: During 20 reloads, at least.
-CONNECTS = 10_000
+CONNECTS = 5_000
 
 
 @row(
