@@ -42,7 +42,7 @@ from lab.running import LIMIT, PATIENCE, ROOT, Client, Running, argv, stopped, u
 #: Processes that share a test run (pytest-xdist) must give the tests the same names.
 _RUN = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
 SEED = int(os.environ.get("GSERVER_HISTORY_SEED", "0")) or _RUN.randrange(1, 1_000_000)
-SECONDS = float(os.environ.get("GSERVER_HISTORY_SECONDS", "25"))
+SECONDS = float(os.environ.get("GSERVER_HISTORY_SECONDS", "15"))
 IS_LONG = SECONDS >= 180
 #: After so many of the replies, the admin port is asked, too.
 LOOK_SHARE = 0.01 if IS_LONG else 0.05
