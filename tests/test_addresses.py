@@ -24,6 +24,7 @@ ENDPOINTS = {
     "unix:/run/gserver.sock": Endpoint(UNIX, path="/run/gserver.sock"),
     "unix:gserver.sock?mode=0600": Endpoint(UNIX, path="gserver.sock", mode=0o600),
     "unix:/run/g?mode=0777": Endpoint(UNIX, path="/run/g", mode=0o777),
+    "unix:/" + "x" * 106: Endpoint(UNIX, path="/" + "x" * 106, port=0),
 }
 
 
@@ -76,6 +77,7 @@ INVALID = {
     "unix:/g?mode=": "not a mode in octal digits",
     "unix:/g?user=me": "not a mode in octal digits",
     "unix:/g?": "not a mode in octal digits",
+    "unix:/g?mode=1000": "more than read, write and execute",
     "unix:/g?mode=1777": "more than read, write and execute",
 }
 
