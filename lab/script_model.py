@@ -62,10 +62,11 @@ class Model:
             self.clock = self.lost_at = max(last_clock + 1, now)
             return None, 0, False
         known_clock = max(last_clock, heartbeat.told_clock)
-        is_late = acked_sequence > 0 and self.clock - known_clock >= ttl
+        has_lease_ended = acked_sequence > 0 and self.clock - known_clock >= ttl
         last_sequence = self.left.get((heartbeat.server_id, heartbeat.incarnation), -1)
         has_left_since = heartbeat.clients != "leave" and last_sequence >= heartbeat.sequence
-        return before, elapsed, before is None and (is_late or has_left_since)
+        is_late = before is None and (has_lease_ended or has_left_since)
+        return before, elapsed, is_late
 
     def _note_pause(self, heartbeat: Heartbeat, before: Entry | None, elapsed: int) -> None:
         """Note who ended a pause: only a server that knew the data vouches for them."""

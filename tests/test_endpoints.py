@@ -38,7 +38,7 @@ from lab.running import (
 )
 from lab.tls_client import certified, trust
 
-#: The user nobody.
+#: The user id of `nobody`.
 NOBODY = 65534
 WHENCE = """
 from gserver.commands import command

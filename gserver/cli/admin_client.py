@@ -307,9 +307,7 @@ def _fetch(address: str, token: str, path: str = STATUS, method: str = "GET") ->
     if response.status != 200:
         raise FatalError(REASONS.get(response.status, f"HTTP {response.status}"))
     if len(body) > most:
-        raise FatalError(
-            STRANGE if path == STATUS else f"it has more than {most:,} bytes of clients"
-        )
+        raise FatalError(STRANGE if path == STATUS else f"the list has more than {most:,} bytes")
     return body.decode(errors="replace")
 
 

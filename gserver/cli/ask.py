@@ -49,6 +49,10 @@ class Server(NamedTuple):
     address: Address
     has_tls: bool | None = None
 
+    def speaks_tls(self, *, default: bool) -> bool:
+        """Whether to use TLS; `default` is for an address that does not say."""
+        return default if self.has_tls is None else self.has_tls
+
 
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
@@ -131,18 +135,18 @@ def ask(
     An error reply to a command counts as a reply. Each server has `timeout_seconds` for everything
     after the look-up of its name. If no server replies to all commands, the answer is that of the
     first that has replied to some. Raises `FatalError` with the reason for each server if none has.
-    With `tls`, servers speak TLS whose addresses do not say otherwise.
+    With `tls`, a server whose address does not say whether it speaks TLS is asked by TLS.
     """
     for command in commands:
         if not command.strip() or not command.isprintable():
             raise UsageError(f"{command!r} is not a command: use one word, such as WHO")
-    options, is_tls_implied = tls or TlsOptions(), tls is not None
-    speak_tls = [is_tls_implied if each.has_tls is None else each.has_tls for each in servers]
-    context = options.context() if any(speak_tls) else None
+    options, default = tls or TlsOptions(), tls is not None
+    needs_tls = any(server.speaks_tls(default=default) for server in servers)
+    context = options.context() if needs_tls else None
     partial: Answer | None = None
     reasons = []
-    for (address, _), has_tls in zip(servers, speak_tls, strict=True):
-        answer = Answer()
+    for server in servers:
+        answer, address = Answer(), server.address
         if isinstance(address, str):
             host = name = address
         else:
@@ -150,7 +154,7 @@ def ask(
         try:
             deadline = monotonic() + timeout_seconds
             with _connect(address, deadline) as sock:
-                if context and has_tls:
+                if context and server.speaks_tls(default=default):
                     sock.settimeout(_left(deadline))
                     with _start_tls(sock, context, options.name or host) as secure:
                         _converse(commands, secure, deadline, answer)

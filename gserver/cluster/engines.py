@@ -140,12 +140,15 @@ class Engines:
         is_held = all(each.is_held for each in sums if each.is_current)
         is_less = best.clients < self._last.clients or best.confirmed < self._last.confirmed
         if len(sums) > 1 and is_held and is_less:
-            # Each holds what it had itself: a part, or of long ago.
+            # Each Redis holds the total that it had itself: a part of the count, or an old one.
             return self._last
         return best
 
     def _has_answered_lately(self, sender: HeartbeatSender) -> bool:
-        """Whether it answered as long as any of them. All are old after the agent has hung."""
+        """Whether this Redis still answered when any Redis answered last.
+
+        After the agent has hung, that was long ago for all of them.
+        """
         answers = [
             self._scoreboard.get(f"engine_updated_at.{each.engine}") for each in self.senders
         ]

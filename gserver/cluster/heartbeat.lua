@@ -106,7 +106,7 @@ if is_lost then
   total, returned, old_clients, holder, resumed_at = 0, 0, nil, nil, nil
 end
 
--- Whether the caller has left after it had sent this heartbeat.
+-- Whether the caller sent this heartbeat before the one by which it left.
 local function has_left_since()
   for line in string.gmatch(redis.call('HGET', state, 'gone') or '', '[^\n]+') do
     local id, last_sequence, sender = string.match(line, '^(%S+) left %S+ (%d+) (%S+)$')
@@ -118,9 +118,9 @@ end
 -- The lease that this heartbeat would renew has ended, or its server has left: it may have been held
 -- up on its way, and its server may be dead.
 local told_clock = tonumber(ARGV[13])
-local is_late = not (is_lost or holder) and clients ~= 'leave' and has_left_since()
-  or not (is_lost or holder) and acked_sequence > 0
-  and clock - math.max(last_clock, told_clock) >= ttl
+local is_late = not (is_lost or holder) and (
+  (acked_sequence > 0 and clock - math.max(last_clock, told_clock) >= ttl)
+  or (clients ~= 'leave' and has_left_since()))
 
 clock = clock + math.max(0, math.min(elapsed, interval))
 
@@ -190,7 +190,7 @@ end
 
 local oldest = redis.call('ZRANGE', leases, 0, 1, 'WITHSCORES')
 if entry_count == 0 and #oldest > 0 then
-  -- It may have a TTL. Who has left is still to be known: another Redis may list them.
+  -- The state may have a TTL. `gone` is kept: another Redis may still list the servers that it names.
   local kept = redis.call('HGET', state, 'gone')
   redis.call('DEL', state)
   if kept then redis.call('HSET', state, 'gone', kept) end

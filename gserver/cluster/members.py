@@ -191,7 +191,7 @@ def _parse_gone(text: bytes, clock_ms: int) -> Gone:
 def _merge_gone(found: Sequence[Gone]) -> dict[str, str]:
     """Return how each server has gone in its last run.
 
-    A server that has left at one Redis could only not reach the others.
+    If one Redis says that the server left, it did: it could not tell the other Redis.
     """
     merged = {}
     for server_id in {key for gone in found for key in gone}:

@@ -703,8 +703,8 @@ class Client:
         """Return process and user of a Unix client when it connected; None for other clients."""
         if self.transport != UNIX:
             return None, None
-        sock = cast("_socket.socket", self.sock)
-        pid, uid, _ = struct.unpack(UCRED, sock.getsockopt(SOL_SOCKET, SO_PEERCRED, 12))
+        sock, size = cast("_socket.socket", self.sock), struct.calcsize(UCRED)
+        pid, uid, _ = struct.unpack(UCRED, sock.getsockopt(SOL_SOCKET, SO_PEERCRED, size))
         return pid, uid
 
     # Before a client is admitted

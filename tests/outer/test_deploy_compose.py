@@ -162,33 +162,27 @@ class Scene(ExitStack[None]):
         with self._host.inside():
             return self.enter_context(Client(4242, self.balancer, source=source))
 
-    def ask(self, query: str) -> list[Any]:
-        """What Prometheus replies; nothing before it is ready."""
-        url = f"http://{self._prometheus}/api/v1/query?query={query}"
+    def _get(self, url: str) -> str:
+        """A page; "" before anybody serves it."""
         try:
             with self._host.inside():
                 answer = urllib.request.urlopen(url, timeout=LIMIT)
         except urllib.error.URLError:
-            return []
+            return ""
         with answer:
-            found: list[Any] = json.load(answer)["data"]["result"]
-            return found
+            return str(answer.read().decode())
+
+    def ask(self, query: str) -> list[Any]:
+        """What Prometheus replies; nothing before it is ready."""
+        page = self._get(f"http://{self._prometheus}/api/v1/query?query={query}")
+        found: list[Any] = json.loads(page)["data"]["result"] if page else []
+        return found
 
     def used(self) -> list[str]:
         """The servers that HAProxy uses because of health checks, not because there was none."""
-        try:
-            with self._host.inside():
-                pages = f"http://{self.balancer}:8404"
-                answer = urllib.request.urlopen(f"{pages}/;csv", timeout=LIMIT)
-        except urllib.error.URLError:
-            return []  # HAProxy does not listen yet.
-        with answer:
-            rows = csv.DictReader(io.TextIOWrapper(answer))
-            return [
-                row["svname"]
-                for row in rows
-                if (row["status"], row["check_status"]) == ("UP", "L7OK")
-            ]
+        rows = csv.DictReader(io.StringIO(self._get(f"http://{self.balancer}:8404/;csv")))
+        good = ("UP", "L7OK")
+        return [row["svname"] for row in rows if (row["status"], row["check_status"]) == good]
 
 
 def test_all_that_it_starts_works_together(tmp_path: Path, services: dict[str, Any]) -> None:

@@ -203,7 +203,7 @@ def test_setup_refuses_a_package_with_another_hash(
 def test_setup_says_that_a_changed_file_has_no_hashes(
     bare: Path, tools: Path, tmp_path: Path
 ) -> None:
-    """Whoever changes a pin can try it before the hashes are written."""
+    """A developer can install a changed pin before `bin/audit --lock` has run."""
     root = _copy(tmp_path / "copy")
     with (root / "requirements-dev.txt").open("a") as file:
         file.write("one-more==1.0\n")
@@ -216,7 +216,7 @@ def test_setup_says_that_a_changed_file_has_no_hashes(
 
 
 def test_with_locked_a_changed_file_is_an_error(bare: Path, tools: Path, tmp_path: Path) -> None:
-    """As in the image: nobody reads what is said there."""
+    """The image is built with --locked, since nobody reads the messages of a build."""
     root = _copy(tmp_path / "copy")
     with (root / "requirements.txt").open("a") as file:
         file.write("one-more==1.0\n")
