@@ -257,6 +257,26 @@ def test_a_client_that_keeps_sending_does_not_delay_a_drain(said: bytes) -> None
 
 
 @pytest.mark.outer
+def test_a_client_whose_next_command_has_always_arrived_does_not_delay_a_drain(
+    tmp_path: Path,
+) -> None:
+    module = 'from lab.commands import napping\nnap = napping("NAP", 0.05)\n'
+    with extended(tmp_path, module, "--drain-timeout", "600") as server, server.client() as client:
+        client.send(b"NAP\nNAP\nNAP\n")
+        assert client.line() == b"rested\n"
+        server.send_signal(signal.SIGTERM)
+        replies = 0
+        while line := client.line():
+            assert line == b"rested\n"
+            replies += 1
+            assert replies < 100, "it is served for as long as it likes"
+            with suppress(OSError):  # The server may have closed it by now.
+                client.send(b"NAP\n")
+        assert server.exit_code() == 0
+        assert not server.events("worker.cut_off")
+
+
+@pytest.mark.outer
 def test_idle_clients_use_almost_no_cpu(here: Running, watcher: Client) -> None:
     [worker] = here.workers()
     with ExitStack() as stack:

@@ -325,7 +325,7 @@ class Client:
                 break
             if not may_go_on:
                 return
-        if work.closing_error or work.has_input_ended or (work.drain_bytes_left or 0) < 0:
+        if work.closing_error or work.has_input_ended or self._has_had_its_share(work):
             self.finish()
         else:
             self.await_input(now)
@@ -611,12 +611,20 @@ class Client:
             at = min(self.deadline, now + DRAIN_GRACE_SECONDS)
             self.loop.set_deadline(self, at)
 
-    def _count_drain_bytes(self, work: Work, size: int) -> None:
-        """Limit what is answered to a client that never pauses in a drain.
+    def _has_had_its_share(self, work: Work) -> bool:
+        """Whether a drain closes it although it never pauses.
 
-        What had arrived by the end of the grace is answered, and one read more, so that a client
-        that sends line by line is closed between two lines.
+        What had arrived by the end of the grace is answered, and up to one read more, so that it is
+        closed between two lines.
         """
+        left, tls = work.drain_bytes_left, self._tls
+        if left is None or left > READ_BYTES:
+            return False
+        is_between_lines = not self._has_part and not (tls and tls.has_unread)
+        return left < 0 or is_between_lines
+
+    def _count_drain_bytes(self, work: Work, size: int) -> None:
+        """Count what is read from a client after its grace in a drain."""
         if work.drain_bytes_left is None:
             arrived = int.from_bytes(ioctl(self.sock.fileno(), FIONREAD, bytes(4)), sys.byteorder)
             work.drain_bytes_left = arrived + READ_BYTES
