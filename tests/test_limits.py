@@ -134,6 +134,17 @@ def test_the_limit_of_one_address_does_not_affect_other_addresses(
             assert [len(fill(stack, connect, source)) for source in (MANY, OTHER)] == [LIMIT] * 2
 
 
+def test_a_crowd_of_rejected_clients_gets_the_reason_and_a_clean_close() -> None:
+    """They have sent something, and most of them do not linger."""
+    with Running("--max-clients", "1") as server, server.client() as first, ExitStack() as stack:
+        assert first.who() == 1
+        with stopped(*server.workers()):
+            crowd = [stack.enter_context(server.client()) for _ in range(100)]
+            for client in crowd:
+                client.send(b"WHO\n")
+        assert {client.rest() for client in crowd} == {b"ERR too many clients\n"}
+
+
 @pytest.mark.outer
 def test_a_closed_client_counts_for_its_address_while_it_has_a_descriptor(tmp_path: Path) -> None:
     with limited(tmp_path) as server, ExitStack() as stack:

@@ -21,11 +21,12 @@ from gserver.commands import BUILT_IN, command
 from gserver.config import Config
 from gserver.metrics import members_of
 from gserver.scoreboard import Scoreboard
-from gserver.serve.client import BLOCKED, READ_BYTES
+from gserver.serve.client import BLOCKED, DRAIN_GRACE_SECONDS, READ_BYTES
 from gserver.serve.limits import Limits
 from gserver.serve.loop import TURN_CLIENTS, Loop
 from gserver.serve.replies import Replies
 from lab.running import LIMIT, PATIENCE, Client, Running, extended, stopped, until
+from lab.tls_client import certified, trust
 
 MODULE = """
 import os
@@ -256,13 +257,23 @@ def test_a_client_that_keeps_sending_does_not_delay_a_drain(said: bytes) -> None
         talker.join()
 
 
+#: What a client sends first, and then for each reply. Whenever the server looks, there is more.
+ENDLESS = {"lines": (b"NAP\nNAP\nNAP\n", b"NAP\n"), "parts": (b"NAP\nNAP\nNAP\nN", b"AP\nN")}
+
+
 @pytest.mark.outer
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize(("first", "next_"), ENDLESS.values(), ids=ENDLESS)
 def test_a_client_whose_next_command_has_always_arrived_does_not_delay_a_drain(
-    tmp_path: Path,
+    pems: Path, tmp_path: Path, first: bytes, next_: bytes, has_tls: bool
 ) -> None:
     module = 'from lab.commands import napping\nnap = napping("NAP", 0.05)\n'
-    with extended(tmp_path, module, "--drain-timeout", "600") as server, server.client() as client:
-        client.send(b"NAP\nNAP\nNAP\n")
+    options = ("--drain-timeout", "600", *(certified(pems) if has_tls else ()))
+    with (
+        extended(tmp_path, module, *options) as server,
+        server.client(context=trust(pems) if has_tls else None) as client,
+    ):
+        client.send(first)
         assert client.line() == b"rested\n"
         server.send_signal(signal.SIGTERM)
         replies = 0
@@ -271,7 +282,7 @@ def test_a_client_whose_next_command_has_always_arrived_does_not_delay_a_drain(
             replies += 1
             assert replies < 100, "it is served for as long as it likes"
             with suppress(OSError):  # The server may have closed it by now.
-                client.send(b"NAP\n")
+                client.send(next_)
         assert server.exit_code() == 0
         assert not server.events("worker.cut_off")
 
@@ -403,6 +414,41 @@ def test_a_drain_closes_a_client_that_has_never_sent_anything() -> None:
         ours.drain()
         until_idle(lambda: not scoreboard.clients())
         assert client.recv(1) == b""
+
+
+def drained_since(ours: Loop, seconds: float) -> None:
+    """Begin a drain as if that had been so many seconds ago."""
+    ours.drain()
+    ours.drain_started_at -= seconds
+
+
+@pytest.mark.parametrize(("first", "second"), [(b"WH", b"Y\n"), (b"\r\n", b"WHY\n")])
+def test_a_client_that_is_admitted_late_in_a_drain_has_its_half_second(
+    first: bytes, second: bytes
+) -> None:
+    """As after a handshake that took most of the half second."""
+    with loop() as (_, ours, client):
+        drained_since(ours, DRAIN_GRACE_SECONDS + 0.1)
+        client.sendall(first)
+        gevent.sleep(0.05)
+        client.sendall(second)
+        gevent.sleep(0.05)
+        assert client.recv(100) == b"42\n"
+
+
+def test_a_line_that_arrives_in_pieces_in_a_drain_is_one_line() -> None:
+    with loop(unterminated_after_seconds=0.4) as (_, ours, client):
+        client.sendall(b"WHY\nW")
+        gevent.sleep(0.05)
+        assert client.recv(100) == b"42\n"
+        [ours_of_it] = ours.clients.values()
+        ours_of_it.quiet_since -= 1
+        drained_since(ours, 0.1)
+        client.sendall(b"HO")
+        gevent.sleep(0.05)
+        client.sendall(b"AMI\n")
+        gevent.sleep(0.05)
+        assert client.recv(100) == b"ERR unknown command\n"
 
 
 def test_a_drain_closes_clients_evenly_over_the_spread_and_serves_them_until_then() -> None:

@@ -245,6 +245,25 @@ def test_a_drain_answers_all_that_has_arrived_in_large_records(pems: Path, tmp_p
         assert client.line() == b""
 
 
+@pytest.mark.outer
+def test_a_drain_answers_a_record_longer_than_a_read_that_came_during_a_long_command(
+    pems: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "nap.py").write_text('from lab.commands import napping\nnap = napping("NAP", 2)\n')
+    options = (*certified(pems), *argv("--drain-timeout 60 --commands nap"))
+    with (
+        Running(*options, cwd=tmp_path) as server,
+        RecordClient(server.port, trust(pems), tmp_path) as client,
+    ):
+        client.send(client.record(b"NAP\n"))
+        time.sleep(0.5)  # The command runs.
+        client.send(client.record(b"WHY\n" * 4096))
+        server.send_signal(signal.SIGTERM)
+        assert client.line() == b"rested\n"
+        assert [client.line() for _ in range(4096)] == [b"42\n"] * 4096
+        assert client.line() == b""
+
+
 def test_a_drain_waits_briefly_for_a_partial_record(pems: Path, tmp_path: Path) -> None:
     with answered(pems, tmp_path) as (server, client):
         record = client.record(b"WHY\n" * 1000)

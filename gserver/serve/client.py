@@ -109,6 +109,7 @@ class Work:
         "command",
         "drain_bytes_left",
         "has_input_ended",
+        "heard_at",
         "is_muted",
         "items",
         "line_deadline",
@@ -127,6 +128,8 @@ class Work:
         self.parser: Parser[Command] | None = None
         #: When that line must have ended.
         self.line_deadline = inf
+        #: When something arrived last, also in a drain.
+        self.heard_at = 0.0
         #: Commands and errors to reply to.
         self.items: deque[Command | ErrorReply] = deque()
         #: When answering began. Time spent waiting for the client does not count.
@@ -270,20 +273,38 @@ class Client:
         """Take what has arrived. `is_late`: without data, the client's time is over."""
         try:
             data = self.sock.recv(READ_BYTES)
-        except BlockingIOError as error:
-            if isinstance(error, IncompleteRecord):
-                self._note_part(now)
-            if is_late or self._leaves_at() <= now:
-                self._end_silence(now)
+        except IncompleteRecord:
+            self._note_part(now)
+            if now >= self._drains_at:
+                self._look_for_the_rest(now)
             else:
-                self.await_input(now)
+                self._note_silence(now, is_late=is_late)
+        except BlockingIOError:
+            self._note_silence(now, is_late=is_late)
         else:
             self.take(data, now)
 
+    def _note_silence(self, now: float, *, is_late: bool) -> None:
+        if is_late or self._leaves_at() <= now:
+            self._end_silence(now)
+        else:
+            self.await_input(now)
+
     def _note_part(self, now: float) -> None:
         """Part of a TLS record has arrived: the client is not silent. That prolongs no drain."""
+        self._ensure_work().heard_at = now
         if now < self._drains_at:
             self.quiet_since = now
+
+    def _look_for_the_rest(self, now: float) -> None:
+        """In a drain, read on: a TLS record is longer than a read, and may have arrived."""
+        work = self._ensure_work()
+        self._count_drain_read(work, now)
+        if self._has_had_its_share(work):
+            self.finish()
+        else:
+            self.state = READING
+            self.loop.enqueue(self)
 
     def take(self, data: bytes, now: float, *, is_tried: bool = False) -> None:
         """Answer what has been received; no data means that the client has finished sending.
@@ -297,10 +318,11 @@ class Client:
         self.state = READING
         if data:
             work.unread += data
+            work.heard_at = now
             if now < self._drains_at:  # Blank lines do not prolong a drain.
                 self.quiet_since = now
-            elif now >= self._drains_at + DRAIN_GRACE_SECONDS:
-                self._count_drain_bytes(work, len(data))
+            else:
+                self._count_drain_read(work, now)
         else:
             work.has_input_ended = True
         self._proceed(now, is_tried=is_tried)
@@ -547,15 +569,18 @@ class Client:
         """When a command without its newline is answered; infinity for never."""
         seconds = self.loop.config.unterminated_after_seconds
         if seconds and work.parser and work.parser.is_complete:
-            return self.quiet_since + seconds
+            return max(self.quiet_since, work.heard_at) + seconds
         return inf
 
     def _leaves_at(self) -> float:
         """When a drain closes this client if it sends nothing more; infinity without a drain."""
-        at = self._drains_at
-        if self._has_part:
-            return at + DRAIN_GRACE_SECONDS
+        at = self._drains_at + (DRAIN_GRACE_SECONDS if self._has_part else 0.0)
         return at if self.has_spoken else max(at, self.quiet_since + DRAIN_GRACE_SECONDS)
+
+    def _grace_ends_at(self) -> float:
+        """When a drain stops answering more than what has arrived; infinity without a drain."""
+        since = self._drains_at if self.has_spoken else max(self._drains_at, self.quiet_since)
+        return since + DRAIN_GRACE_SECONDS
 
     @property
     def _drains_at(self) -> float:
@@ -623,13 +648,19 @@ class Client:
         is_between_lines = not self._has_part and not (tls and tls.has_unread)
         return left < 0 or is_between_lines
 
-    def _count_drain_bytes(self, work: Work, size: int) -> None:
-        """Count what is read from a client after its grace in a drain."""
+    def _count_drain_read(self, work: Work, now: float) -> None:
+        """Count a read after the client's grace in a drain.
+
+        As a full one: a short read has emptied the kernel's buffer. Bytes would not do, since those
+        of TLS are more in the kernel than here.
+        """
+        if now < self._grace_ends_at():
+            return
         if work.drain_bytes_left is None:
             arrived = int.from_bytes(ioctl(self.sock.fileno(), FIONREAD, bytes(4)), sys.byteorder)
             work.drain_bytes_left = arrived + READ_BYTES
         else:
-            work.drain_bytes_left -= size
+            work.drain_bytes_left -= READ_BYTES
 
     def reject(self, error: ErrorReply) -> None:
         """Send the reason to a client that has not been admitted, and end."""
@@ -640,6 +671,8 @@ class Client:
         if self.loop.may_linger_rejected():
             self._send_end()
         else:
+            with suppress(BlockingIOError):
+                self.sock.recv(READ_BYTES)  # What is left unread resets the connection.
             self.close()
 
     def finish(self) -> None:
