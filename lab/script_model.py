@@ -27,8 +27,8 @@ class Model:
 
     def lose_all(self) -> None:
         self.entries: dict[str, Entry] = {}
-        #: The last sequence number of each incarnation of a server that has left.
-        self.left: dict[tuple[str, str], int] = {}
+        #: The last sequence number of each incarnation of a server that has left, and when.
+        self.left: dict[tuple[str, str], tuple[int, int]] = {}
         self.clock = self.lost_at = 0
         self.returned: list[str] = []
         self.heartbeat_at: int | None = None
@@ -52,6 +52,7 @@ class Model:
             and acked_sequence > 0
             and last_clock >= self.lost_at
             and self.clock - last_clock < ttl
+            and not self._has_left_since(heartbeat)
             and (is_unproven or elapsed > interval)
         )
         is_behind = last_clock - self.clock > 2 * interval and (
@@ -61,12 +62,15 @@ class Model:
             self.lose_all()
             self.clock = self.lost_at = max(last_clock + 1, now)
             return None, 0, False
-        known_clock = max(last_clock, heartbeat.told_clock)
-        has_lease_ended = acked_sequence > 0 and self.clock - known_clock >= ttl
-        last_sequence = self.left.get((heartbeat.server_id, heartbeat.incarnation), -1)
-        has_left_since = heartbeat.clients != "leave" and last_sequence >= heartbeat.sequence
+        has_lease_ended = self.clock - max(last_clock, heartbeat.told_clock) >= ttl
+        has_left_since = heartbeat.clients != "leave" and self._has_left_since(heartbeat)
         is_late = before is None and (has_lease_ended or has_left_since)
         return before, elapsed, is_late
+
+    def _has_left_since(self, heartbeat: Heartbeat) -> bool:
+        key = heartbeat.server_id, heartbeat.incarnation
+        sequence, left_at = self.left.get(key, (-1, -1))
+        return sequence >= heartbeat.sequence and left_at >= heartbeat.told_clock
 
     def _note_pause(self, heartbeat: Heartbeat, before: Entry | None, elapsed: int) -> None:
         """Note who ended a pause: only a server that knew the data vouches for them."""
@@ -93,13 +97,15 @@ class Model:
             may_write = is_newer or holder == heartbeat.replaced_incarnation
         if may_write:
             if heartbeat.clients == "leave":
-                left = self.entries.pop(server_id, None)
-                self.left[server_id, left.incarnation if left else "-"] = sequence
+                self.entries.pop(server_id, None)
+                self.left[server_id, incarnation] = sequence, self.clock
             else:
                 if was_missing:
                     self.returned.append(incarnation)
                 sent_at = self.clock
-                if before and last_clock >= self.lost_at:
+                if heartbeat.told_clock >= self.lost_at:
+                    sent_at = min(sent_at, heartbeat.told_clock)
+                elif last_clock >= self.lost_at:
                     sent_at = min(sent_at, last_clock + heartbeat.last_clock_age_ms)
                 lease_end = sent_at + ttl
                 self.entries[server_id] = Entry(

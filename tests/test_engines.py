@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from gserver.cluster.engines import Engines
+from gserver.cluster.engines import MAX_LISTED, Engines
+from gserver.cluster.union import MAX_ENDS, End
 from gserver.config import Config
 from gserver.scoreboard import Scoreboard
 
@@ -98,7 +99,8 @@ def test_in_a_hold_of_all_the_count_of_the_agent_before_stays() -> None:
     """Each Redis holds what it had itself, and its servers are not listed before the end."""
     now = time.monotonic_ns() // 1_000_000
     given = {"hold_until": now + 9000, "servers": 2, "confirmed_monotonic": now}
-    found = after(remote_clients=47, cluster_servers=3, cluster_confirmed_at=now - 300)
+    # The newest of the shares that all of them had.
+    found = after(remote_clients=47, cluster_servers=3, cluster_confirmed_at=now + 200)
     assert note(found, 0, remote_clients=7, **given) == 47
     assert note(found, 1, remote_clients=40, **given) == 47
     assert note(found, 1, remote_clients=48, **given | {"servers": 3}) == 48, "a higher new one"
@@ -110,3 +112,64 @@ def test_in_a_hold_an_engine_that_was_away_for_long_says_nothing() -> None:
     found = after(remote_clients=10, cluster_servers=3, cluster_confirmed_at=now - 300)
     old = {"hold_until": now + 9000, "servers": 9, "confirmed_monotonic": now - 3_600_000}
     assert note(found, 0, remote_clients=1000, **old) == 10
+
+
+def test_while_one_holds_a_part_that_the_agent_before_knew_the_count_does_not_fall() -> None:
+    """The other one does not have the servers that reach only this one."""
+    now = time.monotonic_ns() // 1_000_000
+    found = after(remote_clients=47, cluster_servers=3, cluster_confirmed_at=now)
+    held = {"hold_until": now + 9000, "servers": 3, "confirmed_monotonic": now}
+    found.senders[0].is_list_awaited = True
+    assert note(found, 0, remote_clients=47, **held) == 47
+    assert note(found, 1, remote_clients=7, servers=2, confirmed_monotonic=now) == 47
+    assert note(found, 1, remote_clients=48, servers=2, confirmed_monotonic=now) == 48
+    found.senders[0].is_list_awaited = False
+    assert note(found, 1, remote_clients=7, servers=2, confirmed_monotonic=now) == 7
+
+
+def doubtful_at(found: Engines) -> int:
+    return found._scoreboard.get("cluster_doubtful_at")
+
+
+@pytest.mark.parametrize("doubted_ms", [6001, 100_000])
+def test_a_server_that_was_doubtful_is_so_until_the_redis_that_knows_it_answers(
+    doubted_ms: int,
+) -> None:
+    now = time.monotonic_ns() // 1_000_000
+    then = now - doubted_ms
+    found = after(
+        cluster_servers=2,
+        cluster_confirmed_at=now,
+        cluster_doubtful_at=then,
+        engine_updated_at_of_0=now * 10**6,
+        engine_updated_at_of_1=then * 10**6,
+    )
+    for _ in range(2):
+        note(found, 0, servers=2, confirmed_monotonic=now)
+        assert doubtful_at(found) == then
+    note(found, 1, servers=2, confirmed_monotonic=now)
+    assert doubtful_at(found) == now
+
+
+@pytest.mark.parametrize("doubted_ms", [0, 6000])
+def test_a_doubt_of_a_moment_is_not_inherited(doubted_ms: int) -> None:
+    now = time.monotonic_ns() // 1_000_000
+    found = after(
+        cluster_servers=2,
+        cluster_confirmed_at=now,
+        cluster_doubtful_at=now - doubted_ms,
+        engine_updated_at_of_0=now * 10**6,
+        engine_updated_at_of_1=(now - 60_000) * 10**6,
+    )
+    note(found, 0, servers=2, confirmed_monotonic=now)
+    assert doubtful_at(found) == now
+
+
+def test_how_servers_have_gone_is_forgotten_in_a_cluster_too_large_for_lists() -> None:
+    now = time.monotonic_ns() // 1_000_000
+    found = after()
+    for number in range(2 * MAX_ENDS):
+        end = End(True, number, "1", now)
+        found.senders[0].view.note_ends({f"server-{number}": end})
+        note(found, 0, servers=MAX_LISTED + 1)
+    assert len(found.senders[0].view.ends) == MAX_ENDS

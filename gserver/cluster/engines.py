@@ -49,6 +49,15 @@ class Engines:
         #: one. Until there are none, nothing is published: the count on the scoreboard is better
         #: than a part of it.
         self._unknown = {sender for sender in self.senders if self._has_answered_lately(sender)}
+        #: Engines that have answered an earlier agent, while a server was doubtful for long. Until
+        #: they answer this one, that server may still be alive.
+        self._doubting = {
+            sender
+            for sender in self.senders
+            if self._answered_ns(sender)
+            and self._last.confirmed - self._last.doubtful > self._ttl_ms + self._late_ms
+        }
+        self._doubtful_before = self._last.doubtful
         #: Set when it is known whether the id is a duplicate, or cannot be known because Redis is
         #: away.
         self.id_is_known = Event()
@@ -97,6 +106,8 @@ class Engines:
     def note(self, sender: HeartbeatSender) -> None:
         """Take in that a sender has had a reply, or has failed."""
         self._unknown.discard(sender)
+        if sender.answered_at_ms:
+            self._doubting.discard(sender)
         if self.has_duplicate_id or all(each.id_is_known.is_set() for each in self.senders):
             self.id_is_known.set()
         is_waiting = bool(self._unknown) and self._servers > 0
@@ -106,6 +117,8 @@ class Engines:
     def _publish(self) -> None:
         """Put the count of the others on the scoreboard."""
         total, has_joined = self._total(), any(each.membership.servers for each in self.senders)
+        if self._doubting:
+            total = total._replace(doubtful=min(total.doubtful, self._doubtful_before))
         self._last = total
         servers = total.servers + 1 if has_joined else 0
         answered_at_ms = max(sender.answered_at_ms for sender in self.senders)
@@ -127,33 +140,39 @@ class Engines:
         for sender in self.senders:
             sender.view.is_steady = sender.is_listed and self._is_steady(sender, now)
             sender.view.is_away = not self._is_current(sender, now)
+        for view in views:
+            others = (other for other in views if other is not view)
+            view.forget_ends({key for other in others for key in (*other.listed, *other.held)})
         # A Redis that has not answered this agent is left out.
         are_listed = all(each.is_listed or not each.answered_at_ms for each in self.senders)
         if len(self.senders) > 1 and are_listed:
             latest = max(sender.sent_at_ms for sender in self.senders)
-            for view in views:
-                others = (other for other in views if other is not view)
-                view.forget_ends({key for other in others for key in (*other.listed, *other.held)})
             return merge(views, self._late_ms, latest)
-        sums = [self._sum_of(sender, now) for sender in self.senders]
-        best = choose(sums)
-        is_held = all(each.is_held for each in sums if each.is_current)
-        is_less = best.clients < self._last.clients or best.confirmed < self._last.confirmed
-        if len(sums) > 1 and is_held and is_less:
-            # Each Redis holds the total that it had itself: a part of the count, or an old one.
+        return self._best_total(now)
+
+    def _best_total(self, now: int) -> Total:
+        """Return the total of the best engine, or the last one if that is better."""
+        best = choose(self._sum_of(sender, now) for sender in self.senders)
+        current = [sender for sender in self.senders if self._is_current(sender, now)]
+        # Each Redis holds the total that it had itself: a part of the count, or an old one.
+        is_held = all(sender.membership.hold_until for sender in current)
+        is_partial = is_held or any(sender.is_list_awaited for sender in current)
+        is_older = best.confirmed < self._last.confirmed - self._ttl_ms
+        if len(self.senders) > 1 and is_partial and (best.clients < self._last.clients or is_older):
             return self._last
         return best
+
+    def _answered_ns(self, sender: HeartbeatSender) -> int:
+        """When this Redis answered an agent of this server last; 0 = never."""
+        return self._scoreboard.get(f"engine_updated_at.{sender.engine}")
 
     def _has_answered_lately(self, sender: HeartbeatSender) -> bool:
         """Whether this Redis still answered when any Redis answered last.
 
         After the agent has hung, that was long ago for all of them.
         """
-        answers = [
-            self._scoreboard.get(f"engine_updated_at.{each.engine}") for each in self.senders
-        ]
-        answer = answers[sender.engine]
-        return answer > 0 and max(answers) - answer <= self._late_ms * 1_000_000
+        answer, last = self._answered_ns(sender), max(map(self._answered_ns, self.senders))
+        return answer > 0 and last - answer <= self._late_ms * 1_000_000
 
     def _is_current(self, sender: HeartbeatSender, now: int) -> bool:
         return now - sender.answered_at_ms <= self._late_ms

@@ -59,7 +59,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function is_valid(number) return number and number >= 0 and number < 1e15 end
 local function leading_number(text) return tonumber(string.match(text or '', '^%d+') or 0) end
 
-local last_clock = tonumber(ARGV[9])
+local last_clock, told_clock = tonumber(ARGV[9]), tonumber(ARGV[13])
 if not is_valid(last_clock) then last_clock = 0 end
 
 -- Read with pcall: a key may hold another type of value.
@@ -85,9 +85,22 @@ local is_consistent = entry_count == lease_count and (holder or not entry)
 -- No server that knew these data has reported since a pause. They may come from a backup.
 local resumed_at = tonumber(stored[7])
 local is_unproven = is_consistent and is_valid(resumed_at) and clock - resumed_at < ttl
+
+-- Whether the caller sent this heartbeat before the one by which it left. Not if it knows a later
+-- clock: it has gone back to an earlier state of its machine, and is alive.
+local function has_left_since()
+  for line in string.gmatch(redis.call('HGET', state, 'gone') or '', '[^\n]+') do
+    local id, left_at, last_sequence, sender = string.match(line, '^(%S+) left (%d+) (%d+) (%S+)$')
+    if id == server_id and sender == incarnation then
+      return tonumber(last_sequence) >= sequence and tonumber(left_at) >= told_clock
+    end
+  end
+  return false
+end
+
 -- The caller has no entry, although its lease cannot have ended.
 local is_entry_lost = not holder and acked_sequence > 0
-  and is_consistent and last_clock >= lost_at and clock - last_clock < ttl
+  and is_consistent and last_clock >= lost_at and clock - last_clock < ttl and not has_left_since()
 -- Recent heartbeats of servers that knew these data mean that they are in use, and that the caller
 -- comes from elsewhere: from the other side of a split, say.
 local is_outdated = (is_entry_lost and (is_unproven or elapsed > interval))
@@ -106,20 +119,9 @@ if is_lost then
   total, returned, old_clients, holder, resumed_at = 0, 0, nil, nil, nil
 end
 
--- Whether the caller sent this heartbeat before the one by which it left.
-local function has_left_since()
-  for line in string.gmatch(redis.call('HGET', state, 'gone') or '', '[^\n]+') do
-    local id, last_sequence, sender = string.match(line, '^(%S+) left %S+ (%d+) (%S+)$')
-    if id == server_id and sender == incarnation then return tonumber(last_sequence) >= sequence end
-  end
-  return false
-end
-
--- The lease that this heartbeat would renew has ended, or its server has left: it may have been held
--- up on its way, and its server may be dead.
-local told_clock = tonumber(ARGV[13])
-local is_late = not (is_lost or holder) and (
-  (acked_sequence > 0 and clock - math.max(last_clock, told_clock) >= ttl)
+-- The lease that this heartbeat would renew has ended, or is not known, or its server has left: it
+-- may have been held up on its way, and its server may be dead.
+local is_late = not (is_lost or holder) and (clock - math.max(last_clock, told_clock) >= ttl
   or (clients ~= 'leave' and has_left_since()))
 
 clock = clock + math.max(0, math.min(elapsed, interval))
@@ -132,12 +134,13 @@ elseif not knows_data and entry_count > 0 and elapsed > 2 * interval then
   resumed_at = clock
 end
 
-local function drop(ids, how, last_sequence)
+local function drop(ids, how)
   local gone = {}
   for at, dropped in ipairs(redis.call('HMGET', members, unpack(ids))) do
     total = total - leading_number(dropped)
     local sent, sender = string.match(dropped or '', '^%d+ (%d+) ([!-~]+)')
-    gone[at] = table.concat({ids[at], how, clock, last_sequence or sent or 0, sender or '-'}, ' ')
+    if how == 'left' then sent, sender = ARGV[3], incarnation end
+    gone[at] = table.concat({ids[at], how, clock, sent or 0, sender or '-'}, ' ')
   end
   redis.call('HDEL', members, unpack(ids))
   redis.call('ZREM', leases, unpack(ids))
@@ -149,8 +152,10 @@ local function drop(ids, how, last_sequence)
 end
 
 -- A later heartbeat than the caller's last one, in its own incarnation, was sent by a copy of it: a
--- machine was cloned while it ran.
-if holder == incarnation and old_sequence > last_sent_sequence then holder = holder .. '*' end
+-- machine was cloned while it ran. The same one may come twice, over an old and a new connection.
+if holder == incarnation and old_sequence > last_sent_sequence and old_sequence ~= sequence then
+  holder = holder .. '*'
+end
 
 -- A late heartbeat must not undo a newer one: Redis still runs it when it wakes from a freeze,
 -- although the caller has given up that connection.
@@ -158,7 +163,7 @@ local may_write = not (holder or is_late) or holder == replaced_incarnation
   or (holder == incarnation and sequence > old_sequence)
 local was_missing = not old_clients and acked_sequence > 0
 if may_write and clients == 'leave' then
-  drop({server_id}, 'left', ARGV[3])
+  drop({server_id}, 'left')
 elseif may_write then
   if was_missing then returned = returned + 1 end
   total = total + clients - (old_clients or 0)
@@ -166,8 +171,12 @@ elseif may_write then
   -- ARGV[3] as it came: a Lua number would be rounded to 14 digits.
   redis.call('HSET', members, server_id, clients .. ' ' .. ARGV[3] .. ' ' .. incarnation .. url)
   -- The lease begins when the heartbeat was sent, even if it has been held up since.
-  local is_same_clock = old_clients and last_clock >= lost_at
-  local sent_at = is_same_clock and last_clock + tonumber(ARGV[12]) or clock
+  local sent_at = clock
+  if told_clock >= lost_at then
+    sent_at = told_clock
+  elseif last_clock >= lost_at then
+    sent_at = last_clock + tonumber(ARGV[12])
+  end
   redis.call('ZADD', leases, math.min(clock, sent_at) + ttl, server_id)
 end
 

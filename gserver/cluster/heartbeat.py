@@ -119,6 +119,8 @@ class HeartbeatSender:
         #: The servers one by one; without the list if there are too many.
         self.view = View()
         self.is_listed = False
+        #: In a hold that began before this agent, the list has only a part of the servers.
+        self.is_list_awaited = False
         #: The lease clock of the last reply, whose ends of servers are in the view.
         self._ends_known_until = 0
         #: When it last answered, on the monotonic clock; 0 = never.
@@ -292,6 +294,7 @@ class HeartbeatSender:
         is_short = 0 < reply.servers <= self._max_listed
         # In a hold, a list has a part of the servers: the others must be known from before.
         self.is_listed = is_short and (self.is_listed or not is_held)
+        self.is_list_awaited = is_short and not self.is_listed
         self.view.note_ends(self.membership.ends(reply))
         if self.is_listed:
             self.view.apply(self.membership.shares(reply), is_held=is_held)

@@ -28,6 +28,8 @@ from lab.script_model import INTERVAL, TTL, Model
 
 TTL_INTERVALS = TTL // INTERVAL
 RECOUNT = 60_000
+#: Of a server that knows the clock already, so that its first heartbeat needs no repetition.
+LATER_CLOCK = 10**14
 MEMBERS, LEASES, STATE = KEYS = RedisLink(
     Config(redis_url="redis://127.0.0.1", cluster_name="test")
 ).keys
@@ -48,7 +50,8 @@ class Cluster:
     ) -> Reply:
         """Send a heartbeat, which has a later `sequence` than the last one.
 
-        Unless it is given, `acked_sequence` is 1 if `last_clock` is known.
+        Unless it is given, `acked_sequence` is 1 if `last_clock` is known. The first heartbeat of a
+        server is repeated with the clock that it is told.
         """
         self.sequence += 1
         given: dict[str, Any] = {
@@ -56,7 +59,12 @@ class Cluster:
             "acked_sequence": int(more.get("last_clock", 0) != 0),
         }
         given |= {"ttl_ms": TTL, "interval_ms": INTERVAL, **more}
-        return self.send(Heartbeat(server_id, incarnation, clients=clients, **given))
+        heartbeat = Heartbeat(server_id, incarnation, clients=clients, **given)
+        reply = self.send(heartbeat)
+        is_first = not heartbeat.acked_sequence and "told_clock" not in more
+        if reply.is_late and is_first:
+            reply = self.send(heartbeat._replace(told_clock=reply.clock))
+        return reply
 
     def send(self, heartbeat: Heartbeat) -> Reply:
         values: list[Any] = self.run(keys=KEYS, args=heartbeat)
@@ -283,7 +291,7 @@ def test_one_heartbeat_drops_at_most_500_servers_and_the_next_ones_drop_the_rest
     for number in range(1200):
         cluster.heartbeat(f"dead-{number}", 1)
     cluster.redis.zadd(LEASES, {f"dead-{number}": 0 for number in range(1200)}, xx=True)
-    replies = [cluster.heartbeat("one", 5) for _ in range(4)]
+    replies = [cluster.heartbeat("one", 5, told_clock=LATER_CLOCK) for _ in range(4)]
     expected = [(701, 705), (201, 205), (1, 5), (1, 5)]
     assert [(reply.servers, reply.total_clients) for reply in replies] == expected
     assert cluster.counts() == {"one": 5}
@@ -502,12 +510,86 @@ def test_a_late_heartbeat_of_a_server_that_has_left_does_not_bring_it_back(
     cluster.heartbeat("gone", "leave", sequence=12)
     last_clock = first.clock * acked_sequence
     known: dict[str, Any] = {"acked_sequence": acked_sequence, "last_clock": last_clock}
-    late = cluster.heartbeat("gone", 9, sequence=11, **known)
+    late = cluster.heartbeat("gone", 9, sequence=11, told_clock=0, **known)
     assert (totals(late), late.is_late, late.lease_end) == ((1, 1), 1, 0)
     # Another run of it counts, and so would a server that is alive after all.
     assert totals(cluster.heartbeat("gone", 9, "b2", sequence=1)) == (10, 2)
     cluster.heartbeat("gone", "leave", "b2", sequence=2)
     assert totals(cluster.heartbeat("gone", 9, sequence=13, **known)) == (10, 2)
+
+
+@pytest.mark.parametrize("silence", [INTERVAL + 1, 10 * TTL])
+def test_a_heartbeat_of_a_server_that_has_left_discards_nothing_after_a_silence(
+    cluster: Cluster, silence: int
+) -> None:
+    cluster.heartbeat("one", 1)
+    last_clock = cluster.heartbeat("gone", 9, sequence=10).clock
+    cluster.heartbeat("gone", "leave", sequence=12)
+    cluster.elapse(silence)
+    late = cluster.heartbeat("gone", 9, sequence=11, last_clock=last_clock)
+    assert (totals(late), late.is_late) == ((1, 1), 1)
+
+
+def test_a_server_whose_machine_goes_back_to_an_earlier_state_counts_again(
+    cluster: Cluster,
+) -> None:
+    cluster.heartbeat("one", 1)
+    reverted = Member(cluster, "reverted")
+    reverted.heartbeat(9)
+    cluster.heartbeat("reverted", "leave", sequence=10**6)
+    cluster.elapse(10)
+    assert totals(reverted.heartbeat(9)) == (10, 2)
+
+
+def test_a_heartbeat_behind_the_leave_without_an_entry_does_not_bring_its_server_back(
+    cluster: Cluster,
+) -> None:
+    cluster.heartbeat("one", 1)
+    last_clock = cluster.heartbeat("gone", 9).clock
+    cluster.redis.flushall()
+    cluster.heartbeat("one", 1)
+    known: dict[str, Any] = {"acked_sequence": 1, "last_clock": last_clock}
+    cluster.heartbeat("gone", "leave", sequence=12, **known)
+    late = cluster.heartbeat("gone", 9, sequence=11, **known)
+    assert (totals(late), late.is_late) == ((1, 1), 1)
+
+
+@pytest.mark.parametrize("told_behind", [None, TTL, 10 * TTL])
+def test_a_first_heartbeat_is_refused_unless_it_was_told_the_clock_within_a_ttl(
+    cluster: Cluster, told_behind: int | None
+) -> None:
+    """A proxy may have held it up, and its server may be dead by now."""
+    clock = cluster.heartbeat("one", 1).clock
+    told_clock = 0 if told_behind is None else clock - told_behind
+    first = cluster.heartbeat("new", 9, told_clock=told_clock)
+    assert (totals(first), first.is_late, first.lease_end) == ((1, 1), 1, 0)
+
+
+def test_the_lease_of_a_repeated_heartbeat_begins_with_the_clock_that_it_was_told(
+    cluster: Cluster,
+) -> None:
+    told = cluster.heartbeat("one", 1)
+    for _ in range(3):
+        cluster.elapse(INTERVAL)
+        cluster.heartbeat("one", 1)
+    reply = cluster.heartbeat("new", 9, told_clock=told.clock)
+    assert (totals(reply), reply.lease_end) == ((10, 2), told.clock + TTL)
+
+
+def test_a_clock_from_before_a_loss_does_not_shorten_a_lease(cluster: Cluster) -> None:
+    told = cluster.heartbeat("one", 1)
+    cluster.redis.flushall()
+    cluster.elapse(INTERVAL)
+    reply = cluster.heartbeat("new", 9, told_clock=told.clock)
+    assert reply.lease_end == reply.clock + TTL
+
+
+def test_a_heartbeat_that_comes_twice_is_that_of_no_copy(cluster: Cluster) -> None:
+    """Over an old and a new connection: a Redis that wakes from a freeze runs both."""
+    cluster.heartbeat("one", 5, sequence=10)
+    for _ in range(2):
+        reply = cluster.heartbeat("one", 7, sequence=11, last_sent_sequence=10)
+        assert (reply.holder, totals(reply)) == ("a1", (7, 1))
 
 
 def test_who_has_left_is_known_to_the_first_server_that_comes_then(cluster: Cluster) -> None:
@@ -1071,13 +1153,13 @@ def test_without_writes_a_heartbeat_runs_completely_or_changes_nothing(
     before = cluster.contents()
     begin(cluster.server)
     try:
-        total_clients = cluster.heartbeat(*SENDERS[sender]).total_clients
+        reply = cluster.heartbeat(*SENDERS[sender], told_clock=LATER_CLOCK)
     except error:
         assert (refusal, sender) != ("no memory", "a server that leaves"), "leaving needs no memory"
         assert cluster.contents() == before
     else:
         assert refusal == "no memory"
-        assert total_clients == sum(cluster.counts().values())
+        assert reply.total_clients == sum(cluster.counts().values())
     finally:
         end(cluster.server)
     cluster.heartbeat("one", 1)
@@ -1112,6 +1194,7 @@ HEARTBEAT = st.builds(
     ends_known_until=st.just(0),
 )
 AHEAD = [-(10**15), -TTL, 0, 2 * INTERVAL, 2 * INTERVAL + 1, 10 * TTL]
+TOLD_BEHIND = [10**15, 10**15, TTL, 1, 0]
 
 
 class Machine(RuleBasedStateMachine):
@@ -1125,11 +1208,17 @@ class Machine(RuleBasedStateMachine):
         self.cluster.redis.flushall()
         self.keep()
 
-    @rule(heartbeat=HEARTBEAT, ahead=st.sampled_from(AHEAD))
-    def heartbeat(self, heartbeat: Heartbeat, ahead: int) -> None:
-        """Send a heartbeat whose last clock is `ahead` of the clock, or 0 if that is negative."""
+    @rule(
+        heartbeat=HEARTBEAT, ahead=st.sampled_from(AHEAD), told_behind=st.sampled_from(TOLD_BEHIND)
+    )
+    def heartbeat(self, heartbeat: Heartbeat, ahead: int, told_behind: int) -> None:
+        """Send a heartbeat whose last clock is `ahead` of the clock, or 0 if that is negative.
+
+        It was told a clock that is `told_behind`; likewise.
+        """
         last_clock = max(0, self.model.clock + ahead) if self.model.clock else 0
-        heartbeat = heartbeat._replace(last_clock=last_clock)
+        told_clock = max(0, self.model.clock - told_behind)
+        heartbeat = heartbeat._replace(last_clock=last_clock, told_clock=told_clock)
         reply = self.cluster.send(heartbeat)
         assert reply == self.model.apply(heartbeat, self.cluster.now())
 
@@ -1207,7 +1296,8 @@ def test_the_script_runs_on_a_redis_cluster_as_all_keys_are_in_one_slot(tmp_path
             server.command("MGET", "one", "two")
         link = RedisLink(Config(redis_url=server.url, cluster_name="of.many:parts"))
         assert totals(link.send(Heartbeat("one", "a1", 1, 5, TTL, INTERVAL))) == (5, 1)
-        assert totals(link.send(Heartbeat("two", "a1", 1, 20, TTL, INTERVAL))) == (25, 2)
+        two = Heartbeat("two", "a1", 1, 20, TTL, INTERVAL, told_clock=LATER_CLOCK)
+        assert totals(link.send(two)) == (25, 2)
         link.drop()
         keys = server.command("KEYS", "*")
         assert sorted(keys) == [
