@@ -29,6 +29,9 @@ def main() -> None:
         sys.exit(run_child("agent" if sys.argv[2:3] == ["agent"] else "worker"))
     try:
         from gserver.cli import main as command_line
+
+        if UPGRADE_VARIABLE in os.environ:
+            from gserver.supervise import supervisor, upgrade  # noqa: F401 - may fail as well
     except Exception as error:
         if UPGRADE_VARIABLE not in os.environ:
             raise

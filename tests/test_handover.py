@@ -67,12 +67,12 @@ class Pair:
     theirs: socket.socket
     stack: ExitStack
 
-    def connect(self, host: str = "127.0.0.1") -> socket.socket:
-        """Connect a client to the old worker."""
+    def connect(self, host: str = "127.0.0.1", to: Loop | None = None) -> socket.socket:
+        """Connect a client to the old worker, or to the other one."""
         ours, theirs = socket.socketpair()
         bare = _socket.socket(ours.family, ours.type, 0, ours.detach())
         bare.setblocking(False)
-        self.old.add(bare, (host, 1))
+        (to or self.old).add(bare, (host, 1))
         theirs.settimeout(LIMIT)
         return self.stack.enter_context(theirs)
 
@@ -611,3 +611,12 @@ def test_after_a_handover_that_fails_the_old_worker_serves_and_accepts(tmp_path:
         with server.client() as new:
             assert new.who() == 11
         assert {client.who() for client in clients} <= {10, 11}
+
+
+def test_clients_that_the_successor_has_rejected_take_no_places() -> None:
+    with pair(max_clients=1) as both:
+        clients = [both.connect(to=both.new) for _ in range(3)]
+        assert (len(clients), both.new.rejected) == (3, 2)
+        receiver = gevent.spawn(receive, both.new, 1, both.theirs)
+        assert Greeting.parse(both.ours.recv(1000)) == Greeting(1, 999)
+        receiver.kill()

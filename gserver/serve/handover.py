@@ -226,6 +226,11 @@ class Sender:
         return True
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the successor has greeted, and can take clients over."""
+        return self._slot >= 0
+
+    @property
     def _movable_clients(self) -> int:
         """How many clients can be handed over, now or later."""
         limits = self._loop.limits
@@ -343,7 +348,8 @@ def _unsent(clients: Iterable[Client]) -> BinaryIO:
 def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
     """Be the successor: take over clients until the old worker has ended, or until a drain."""
     limits, has_ended = loop.limits, False
-    greeting = Greeting(slot, loop.capacity - len(loop.clients))
+    # Rejected clients have descriptors of their own.
+    greeting = Greeting(slot, loop.capacity - (len(loop.clients) - loop.rejected))
     if loop.is_draining:
         pair.close()
         return

@@ -46,7 +46,7 @@ from gserver.errors import UsageError
 from gserver.serve import roster, tls
 from gserver.serve.client import DRAIN_GRACE_SECONDS
 from gserver.serve.command_module import load_commands
-from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, receive
+from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, SuccessorDiedError, receive
 from gserver.serve.limits import Limits
 from gserver.serve.loop import MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
@@ -201,7 +201,7 @@ class Worker:
         self._instructions.report(READY)
         self._should_stop_accepting.wait()
         self._close_port()
-        while self.loop.clients and not self._should_drain:
+        while (self.loop.clients or self._sender) and not self._should_drain:
             self._wait_for_change(None)
         self._drain()
 
@@ -280,7 +280,7 @@ class Worker:
                     self._sender = Sender(self.loop, pair)
                     gevent.spawn_raw(fatal_on_error(self._hand_over), self._sender)
                 elif order == HAND_OVER:
-                    self._instructions.report(KEPT, "the old worker has no free descriptor")
+                    self._report_kept("the old worker has no free descriptor")
                 elif order == TAKE_OVER and pair:
                     slot = self._instructions.slot
                     gevent.spawn_raw(fatal_on_error(receive), self.loop, slot, pair)
@@ -298,17 +298,27 @@ class Worker:
         except HandoverError as error:
             problem = error
         sender.close()
-        self._moved += sender.clients
+        if isinstance(problem, SuccessorDiedError) and sender.has_begun:
+            self._moved = 0  # All that had moved to it are gone.
+        else:
+            self._moved += sender.clients
         if problem is None or self._should_drain:
             self._instructions.report(LEAVING)
             self._handle_stop()
             return
         self._sender = None
+        self._changed.set()
         self._resume_accepting()
         if self._scoreboard.get("port_closed"):
             self._should_stop_accepting.set()
-        # If some clients have moved, neither of the two may end: the supervisor tries again.
-        self._instructions.report(KEPT, "" if self._moved else str(problem))
+        self._report_kept(str(problem))
+
+    def _report_kept(self, reason: str) -> None:
+        """Report why no clients have moved.
+
+        If some have, neither of the two workers may end: the supervisor tries again.
+        """
+        self._instructions.report(KEPT, "" if self._moved else reason)
 
     def _send_all(self, sender: Sender) -> None:
         """Hand over; return when no client is left, in a drain, or at the drain timeout.
@@ -332,6 +342,8 @@ class Worker:
             if is_over:
                 self._add("clients_left_behind", self.limits.clients)
                 return
+            if self._scoreboard.get("port_closed"):
+                self._should_stop_accepting.set()
             sender.wait(LOOK_SECONDS)
 
     def _note_handover(self, clients: int, seconds: float, *, can_move: bool) -> None:

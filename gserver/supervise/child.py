@@ -120,10 +120,14 @@ class Child:
     has_duplicate_id: bool = False
     #: It has closed its end of `control`.
     is_control_closed: bool = False
-    #: Why it could not hand its clients over, if the reason is not the death of the successor, and
-    #: the generation of that one.
+    #: Why it could not hand its clients over, if nothing has moved and the reason is not the death
+    #: of the successor; and that one.
     kept_because: str = ""
-    kept_by: Generation | None = None
+    kept_by: "Child | None" = None
+    #: It has handed over what it could, and ends: it waits for no answer of its successor.
+    has_left: bool = False
+    #: It was due to be killed, and is looked at once more.
+    is_overdue: bool = False
     #: Not before this moment is it told again to hand its clients over.
     hand_over_at: float = 0.0
     #: The worker that it hands its clients over to.
@@ -307,9 +311,11 @@ class Child:
         elif kind == KEPT and self.is_handing_over:
             self._keep()
             self.kept_because = reason
-        elif kind == LEAVING and self.is_handing_over:
-            self.state = State.TERMINATING
-        else:
+        elif kind == LEAVING:
+            self.has_left = True
+            if self.is_handing_over:
+                self.state = State.TERMINATING
+        elif kind != KEPT:
             self.error = reason
             self.has_duplicate_id = kind == DUPLICATE_ID
 
@@ -417,10 +423,11 @@ class Child:
             socket.send_fds(successor.control, [f"{TAKE_OVER}\n".encode()], [theirs.fileno()])
             socket.send_fds(self.control, [f"{HAND_OVER}\n".encode()], [ours.fileno()])
         self.state, self.successor, self.kill_at = State.HANDING_OVER, successor, kill_at
+        self.is_overdue = False
 
     def _keep(self) -> None:
         """Note that a worker serves and accepts again: it could not hand its clients over."""
-        self.kept_by = self.successor.generation if self.successor else None
+        self.kept_by = self.successor
         self.hand_over_at = monotonic() + HAND_OVER_AGAIN_SECONDS
         self.state, self.successor, self.kill_at = State.READY, None, None
 

@@ -342,12 +342,13 @@ def _bind_file(endpoint: Endpoint, backlog: int, user: str) -> Listener:
 
     Replaces a socket file that nobody listens on. Raises `FatalError`.
     """
-    sock, file, path = socket.socket(socket.AF_UNIX), None, endpoint.path
+    sock, file, path = None, None, endpoint.path
     # The file has its mode from the beginning.
     before = os.umask(0o777 & ~(SOCKET_MODE if endpoint.mode is None else endpoint.mode))
     try:
         with _locked(os.path.dirname(path) or "."):
             _remove_if_stale(path)
+            sock = socket.socket(socket.AF_UNIX)
             sock.bind(path)
             file = SocketFile.at(path)
             _listen(sock, backlog)
@@ -357,7 +358,8 @@ def _bind_file(endpoint: Endpoint, backlog: int, user: str) -> Listener:
     except (OSError, FatalError) as error:
         if file:
             file.remove()
-        sock.close()
+        if sock:
+            sock.close()
         if isinstance(error, FatalError):
             raise
         reason = _FILE_REASONS.get(error.errno or 0, os.strerror(error.errno or 0))

@@ -25,6 +25,8 @@ from gserver.scoreboard import Scoreboard
 from gserver.supervise import listener, privileges, systemd, upgrade
 from gserver.supervise.child import (
     AGENT,
+    HAND_OVER_AGAIN_SECONDS,
+    SECOND_LOOK_SECONDS,
     STUCK_SECONDS,
     WATCH_SECONDS,
     WORKER,
@@ -233,7 +235,8 @@ class Supervisor:
             now,
             # An agent that has found another server with this id ends, and is never ready.
             is_id_checked=any(agent.has_been_ready for agent in self._not_stuck(AGENT)),
-            has_workers=bool(self._not_stuck(WORKER)),
+            # The agent after one that a reload ends leaves the cluster; a lame duck waits for it.
+            has_workers=bool(self._not_stuck(WORKER)) or self._has_old_agent,
             has_children=bool(self._not_stuck(WORKER) or self._not_stuck(AGENT)),
         )
 
@@ -291,7 +294,12 @@ class Supervisor:
         except (BrokenPipeError, ConnectionResetError):
             return  # One of the two has just died, which will be noticed.
         except OSError as error:
-            self._give_up_reload(f"the clients cannot be handed over: {error}")
+            reason = f"the clients cannot be handed over: {error}"
+            if self._clients(successor):  # From a handover that stopped half way.
+                old.hand_over_at = now + HAND_OVER_AGAIN_SECONDS
+                logs.warn_ratelimited("process.not_started", reason, logs.error_fields(error))
+            else:
+                self._give_up_reload(reason)
 
     def _retire_workers(self) -> None:
         for child in self._staying(WORKER):
@@ -309,11 +317,15 @@ class Supervisor:
                 child.kill_at = min(child.kill_at, kill_at)
         # An agent that ends because of a reload does not leave the cluster. The next one does, and
         # it is started only while there are workers.
-        has_old_agent = len(self._staying(AGENT)) < len(self._not_stuck(AGENT))
-        if not has_old_agent or now >= began_at + timeout_seconds * OLD_AGENT_SHARE:
+        if not self._has_old_agent or now >= began_at + timeout_seconds * OLD_AGENT_SHARE:
             for child in self._not_stuck(WORKER):
                 if child.is_staying or child.is_handing_over:
                     child.terminate(kill_at)
+
+    @property
+    def _has_old_agent(self) -> bool:
+        """Whether an agent is ending, because of a reload for example."""
+        return len(self._staying(AGENT)) < len(self._not_stuck(AGENT))
 
     def _end_agent(self, now: float) -> None:
         kill_at = self._lifecycle.since + self._config.drain_timeout_seconds * AGENT_SHARE
@@ -400,10 +412,16 @@ class Supervisor:
         child.queries.clear()
         if child.kept_because:
             reason, child.kept_because = child.kept_because, ""
-            if child.kept_by is self._lifecycle.generation:  # Not of an earlier reload.
-                self._give_up_reload(reason)
+            self._end_failed_handover(child.kept_by, reason)
         if child.is_control_closed:
             child.close_control(self._selector)
+
+    def _end_failed_handover(self, successor: Child | None, reason: str) -> None:
+        """Give up the reload, or only this successor if a later reload goes on."""
+        if not successor or successor.generation is self._lifecycle.generation:
+            self._give_up_reload(reason)
+        elif successor.is_staying:
+            successor.terminate(monotonic() + self._config.drain_timeout_seconds)
 
     def _note_ready(self, worker: Child) -> None:
         if worker.is_staying:
@@ -472,13 +490,15 @@ class Supervisor:
 
         It goes on if another new worker has clients already: they would be closed.
         """
-        if not self._lifecycle.would_end_reload(worker.generation):
+        lifecycle = self._lifecycle
+        if lifecycle.is_port_closed or not lifecycle.would_end_reload(worker.generation):
             return False
         successors = [each.successor for each in self._children if each.is_handing_over]
         return not any(
-            each is not worker and each in self._children and each.generation is worker.generation
-            for each in successors
-            if each
+            each is not worker
+            and each.generation is worker.generation
+            and (each in successors or self._clients(each))
+            for each in self._not_stuck(WORKER)
         )
 
     def _is_replaced(self, child: Child) -> bool:
@@ -510,11 +530,13 @@ class Supervisor:
         successor = child.successor
         is_late = child.is_handing_over and child.kill_at is not None and now >= child.kill_at
         # In a drain, the old worker needs the batch back that its successor does not take.
-        is_draining = child.successor is not None and self._lifecycle.phase is Phase.DRAINING
+        is_draining = not child.has_left and self._lifecycle.phase is Phase.DRAINING
         if not (is_late or is_draining) or successor is None or successor.killed_at is not None:
             return
         silence = successor.silence(now, self._heartbeat_at(successor))
-        if silence > WATCH_SECONDS:
+        if is_late and not child.is_overdue:  # All processes may have been frozen until now.
+            child.is_overdue, child.kill_at = True, now + SECOND_LOOK_SECONDS
+        elif silence > WATCH_SECONDS:
             child.kill_at = now + 2 * STUCK_SECONDS
             successor.kill_hung(now)
             self._log_hung(successor, silence)

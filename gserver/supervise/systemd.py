@@ -88,8 +88,9 @@ class Manager:
         if not self._address:
             return True
         try:
+            data = message.encode(errors="backslashreplace")  # A path may be no valid UTF-8.
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto(message.encode(), socket.MSG_DONTWAIT, self._address)
+                sock.sendto(data, socket.MSG_DONTWAIT, self._address)
         except OSError:  # Its queue is full, or it restarts.
             return False
         return True

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab.running import Client, Running, extended, is_alive, until
+from lab.running import Client, Running, extended, is_alive, is_refused, until
 from lab.tls_client import certified, trust
 
 #: Clients of the old worker: three batches.
@@ -209,6 +209,96 @@ def test_an_old_worker_without_a_free_descriptor_keeps_its_clients(tmp_path: Pat
         server.send_signal(signal.SIGHUP)
         server.wait_for("server.reloaded")
         assert len(survivors(clients)) == CLIENTS
+
+
+def test_a_handover_that_stopped_half_way_goes_on_once_there_are_descriptors(
+    tmp_path: Path,
+) -> None:
+    pause = f"{FAULT}\nact_at(handover.Sender, '_send', 2, pause)\n"
+    with extended(tmp_path, pause) as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        [old] = server.workers()
+        server.send_signal(signal.SIGHUP)
+        until((tmp_path / "paused").exists, "a batch has moved")
+        old.rlimit(psutil.RLIMIT_NOFILE, (10, 20_000))
+        (tmp_path / "go").touch()
+        time.sleep(2.5)  # It is tried again each second.
+        assert not server.events("server.reload_failed")
+        assert len(server.workers()) == 2
+        assert len(survivors(clients)) == CLIENTS
+        old.rlimit(psutil.RLIMIT_NOFILE, (20_000, 20_000))
+        server.wait_for("server.reloaded")
+        assert len(survivors(clients)) == CLIENTS
+
+
+def test_a_second_reload_does_not_hide_that_the_handover_of_the_first_fails(tmp_path: Path) -> None:
+    pause = f"{FAULT}\nact_at(handover.Sender, 'greet', 1, pause)\n"
+    with extended(tmp_path, pause, "--max-clients", "800") as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (500, 500))
+        server.send_signal(signal.SIGHUP)
+        until((tmp_path / "paused").exists, "the handover has begun")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloading", 2)
+        (tmp_path / "go").touch()
+        assert "descriptors for 436 clients" in server.wait_for("server.reload_failed")["message"]
+        assert len(survivors(clients)) == CLIENTS
+        until(lambda: len(server.workers()) == 1, "the new workers have ended")
+
+
+def test_a_reload_that_fails_after_one_whose_successor_died_says_so(tmp_path: Path) -> None:
+    with extended(tmp_path, FAULT, "--max-clients", "800") as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        die = f"{FAULT}\nact_at(limits.Limits, 'take_over', 2, die)\n"
+        (tmp_path / "extra.py").write_text(die)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reload_failed")
+        assert len(survivors(clients)) == CLIENTS - BATCH
+        (tmp_path / "extra.py").write_text(FAULT)
+        psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (300, 300))
+        server.send_signal(signal.SIGHUP)
+        failed = server.wait_for("server.reload_failed", 2)
+        assert "descriptors for 236 clients" in failed["message"]
+
+
+#: For a minute the old worker waits for the first command; the second one computes.
+LONG = """
+long = napping("LONG", 60)
+
+@command("COMPUTE", may_block=False)
+def compute(request):
+    end = time.monotonic() + 1.7
+    while time.monotonic() < end:
+        pass
+    return "done"
+"""
+
+
+def test_a_stop_in_a_reload_spares_a_successor_that_computes(tmp_path: Path) -> None:
+    with extended(tmp_path, FAULT + LONG, "--drain-timeout", "20") as server, ExitStack() as stack:
+        busy, other = (stack.enter_context(server.client()) for _ in range(2))
+        busy.send(b"LONG\n")
+        until(lambda: other.who() == 2, "the command runs")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.handed_over")
+        other.send(b"COMPUTE\n")
+        time.sleep(0.1)  # It computes.
+        server.send_signal(signal.SIGTERM)
+        assert other.line() == b"done\n"
+        assert other.line() == b""
+        assert not server.events("worker.hung")
+
+
+def test_in_a_lame_duck_the_port_is_closed_while_an_old_worker_has_clients(tmp_path: Path) -> None:
+    with extended(tmp_path, FAULT + LONG, "--drain-timeout", "120") as server, ExitStack() as stack:
+        busy, other = (stack.enter_context(server.client()) for _ in range(2))
+        busy.send(b"LONG\n")
+        until(lambda: other.who() == 2, "the command runs")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.handed_over")
+        server.send_signal(signal.SIGUSR2)
+        until(lambda: is_refused(server.port), "new clients are refused", 10)
+        assert other.who() == 2
 
 
 @pytest.mark.parametrize("call", ["handover.Greeting, 'encode'", "limits.Limits, 'take_over'"])

@@ -329,3 +329,18 @@ def test_the_agent_of_a_reload_does_not_leave_the_cluster_when_a_lame_duck_follo
         assert redis.members()
         proxy.delay_seconds = 0.0
         assert client.ask(b"PID") == new
+
+
+@pytest.mark.parametrize("pause_seconds", [0.0, 0.005, 0.02])
+def test_a_lame_duck_just_after_a_reload_leaves_the_cluster(
+    tmp_path: Path, pause_seconds: float
+) -> None:
+    """The agent that the reload ends does not know that the server ends."""
+    with Redis(tmp_path) as redis, start(tmp_path, "--redis-url", redis.url) as server:
+        until(redis.members, "the server reports to Redis")
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("server.reloaded")
+        time.sleep(pause_seconds)
+        server.send_signal(signal.SIGUSR2)
+        assert server.exit_code() == 0
+        assert redis.members() == {}
