@@ -10,6 +10,7 @@ with one end of a socket pair between two workers, or `keep` if the other worker
 the agent that begins with `query` has a descriptor, and is passed on to the workers as it is.
 """
 
+import atexit
 import ctypes
 import faulthandler
 import json
@@ -133,6 +134,8 @@ def begin() -> Instructions:
     log_fd = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = sys.stderr  # It is line-buffered; stdout would be block-buffered.
+    # It runs after the exit handler of `logs`, which writes the last lines.
+    atexit.register(count_dropped_lines, instructions, is_last=True)
     logs.start(config.log_level, config.log_format, config.server_id, log_fd)
     return instructions
 
@@ -169,18 +172,21 @@ def keep_heartbeat(instructions: Instructions, scoreboard: Scoreboard) -> None:
 
     It also logs how many warnings were suppressed, and logs at debug level while that is wanted.
     """
-    heartbeat, dropped = scoreboard.heartbeat_cell(instructions.slot), 0
+    heartbeat = scoreboard.heartbeat_cell(instructions.slot)
     while True:
         exit_if_orphaned(instructions)
         now_ns = scoreboard.cells[heartbeat] = time.monotonic_ns()
         logs.log_debug(is_on=scoreboard.get("debug_ends_at") > now_ns)
         logs.report_suppressed()
-        now_dropped = logs.dropped_lines()
-        if now_dropped != dropped and instructions.slot >= 0:
-            cell = scoreboard.cell("log_lines_dropped", instructions.slot)
-            scoreboard.cells[cell] += now_dropped - dropped
-            dropped = now_dropped
+        count_dropped_lines(instructions)
         time.sleep(HEARTBEAT_SECONDS)
+
+
+def count_dropped_lines(instructions: Instructions, *, is_last: bool = False) -> None:
+    """Count the log lines that a worker has dropped since the last call."""
+    if instructions.slot >= 0 and (dropped := logs.newly_dropped_lines(is_last=is_last)):
+        scoreboard = instructions.scoreboard()
+        scoreboard.cells[scoreboard.cell("log_lines_dropped", instructions.slot)] += dropped
 
 
 def fatal_on_error(function: Callable[..., object]) -> Callable[..., None]:

@@ -484,8 +484,11 @@ class Config:
             return "an endpoint with TLS (tls://, or a passed socket named tls) needs --tls-cert"
         if self.tls_cert and not has_tls:
             return "--tls-cert is not used: add --bind tls://HOST:PORT, or pass a socket named tls"
-        if self.proxy_from and all(each.transport == addresses.UNIX for each in self.endpoints):
-            return "--proxy-from is not used: socket files take no PROXY header"
+        if all(each.transport == addresses.UNIX for each in self.endpoints):
+            if self.proxy_from:
+                return "--proxy-from is not used: socket files take no PROXY header"
+            if self.max_clients_per_address:
+                return "--max-clients-per-address is not used: clients of socket files have none"
         return ""
 
     @property

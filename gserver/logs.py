@@ -84,6 +84,8 @@ class LineWriter:
         self._done: SimpleQueue[None] = native_queue()
         #: Events that were lost since the last report, and since the start.
         self.dropped = self.dropped_in_all = 0
+        #: Of the latter, those that `newly_dropped_lines` has returned.
+        self.counted = 0
         # The thread inherits the mask, and takes no signal that the main thread blocks.
         mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
         try:
@@ -105,6 +107,11 @@ class LineWriter:
     def _drop(self, weight: int) -> None:
         self.dropped += weight
         self.dropped_in_all += weight
+
+    @property
+    def queued(self) -> int:
+        """How many lines wait to be written."""
+        return self._queue.qsize()
 
     @property
     def has_room(self) -> bool:
@@ -426,9 +433,13 @@ def warn_ratelimited(
         event(logging.WARNING, action, message, fields)
 
 
-def dropped_lines() -> int:
-    """Return how many lines this process has dropped since its start."""
-    return _handler.writer.dropped_in_all if _handler.writer else 0
+def newly_dropped_lines(*, is_last: bool = False) -> int:
+    """Return how many lines were dropped since the last call. `is_last`: those that wait, too."""
+    writer = _handler.writer
+    if not writer:
+        return 0
+    before, writer.counted = writer.counted, writer.dropped_in_all
+    return writer.counted - before + (writer.queued if is_last else 0)
 
 
 def dropped_message(lines: int) -> str:

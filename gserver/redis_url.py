@@ -52,6 +52,8 @@ class RedisUrl:
         default_port = SENTINEL_PORT if is_sentinel else REDIS_PORT
         hosts = tuple(_host(host, default_port) for host in netloc.split(","))
         service, _, db = path[1:].partition("/") if is_sentinel else ("", "", path[1:])
+        if not is_sentinel and any(name.startswith("sentinel_") for name in parameters):
+            raise ValueError("sentinel_username and sentinel_password need redis+sentinel://")
         if is_sentinel and not service:
             raise ValueError(
                 "the URL has no service: write redis+sentinel://host:port,host:port/service"

@@ -154,6 +154,13 @@ def test_proxy_headers_need_an_endpoint_that_takes_them() -> None:
     )
 
 
+def test_a_limit_for_each_address_needs_an_endpoint_with_addresses() -> None:
+    both = Config(bind="unix:/g tcp://a:1", max_clients_per_address=5)
+    assert not both.endpoint_contradiction
+    only = Config(bind="unix:/g", max_clients_per_address=5)
+    assert only.endpoint_contradiction.startswith("--max-clients-per-address is not used")
+
+
 def test_without_bind_there_is_one_endpoint() -> None:
     assert Config(host="::", port=1).endpoints == (Endpoint(TCP, "::", 1),)
     assert Config(tls_cert="c.pem").endpoints == (Endpoint(TLS, "127.0.0.1", 4242),)

@@ -71,8 +71,8 @@ def by_transport(server: Running) -> dict[str, float]:
     }
 
 
-def serve(path: Path, *, wait: bool = True) -> Running:
-    return Running("--bind", f"unix:{path}", wait=wait)
+def serve(path: Path, *options: str, wait: bool = True) -> Running:
+    return Running("--bind", f"unix:{path}", *options, wait=wait)
 
 
 # One WHO.
@@ -420,12 +420,17 @@ def test_the_file_of_the_next_server_is_not_removed(tmp_path: Path) -> None:
                 assert client.who() == 1
 
 
+def reasons(server: Running) -> list[str]:
+    return [each["name"] for each in status(server)["reasons"]]
+
+
 def test_a_socket_file_that_somebody_removes_is_made_again_by_a_reload(tmp_path: Path) -> None:
     path = tmp_path / "gserver.sock"
-    with serve(path) as server, UnixClient(path) as before:
+    with serve(path, "--admin-port", "0") as server, UnixClient(path) as before:
         assert before.who() == 1
         path.unlink()
         lost = server.wait_for("server.port_closed")
+        until(lambda: reasons(server) == ["endpoint_lost"], "the verdict has it")
         assert lost["message"] == (
             f"{path} was removed or replaced: no client can connect by it; SIGHUP makes it again"
         )
@@ -433,6 +438,7 @@ def test_a_socket_file_that_somebody_removes_is_made_again_by_a_reload(tmp_path:
         server.wait_for("server.reloaded")
         with UnixClient(path) as after:
             until(lambda: (before.who(), after.who()) == (2, 2), "both are counted")
+        until(lambda: reasons(server) == [], "the server is healthy again")
         assert len(server.events("server.port_closed")) == 1
         assert server.stop() == 0
     assert not path.exists()
@@ -537,7 +543,7 @@ def test_a_start_that_fails_leaves_no_file(tmp_path: Path) -> None:
         failures = [
             (1, ["--bind", f"tcp://127.0.0.1:{port_of(taken)}"], "choose another --bind"),
             (2, ["--user", "no-such-user"], "unknown user"),
-            (2, ["--redis-url", "rediss://h", "--redis-ca-file", ca], "cannot be read"),
+            (2, ["--redis-url", "rediss://h", "--redis-ca-file", ca], "cannot be used"),
         ]
         for code, options, reason in failures:
             done = gserver("--bind", f"unix:{path}", *options)

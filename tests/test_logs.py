@@ -768,6 +768,20 @@ def dropped_lines(admin_port: int) -> int:
 
 
 @pytest.mark.outer
+def test_lines_that_a_worker_cannot_write_before_it_ends_are_counted(folder: Path) -> None:
+    admin_port = free_port()
+    options = argv(f"--log-level debug --slow-command 0 --admin-port {admin_port}")
+    with piped(*options, cwd=folder) as (process, _stdout, port), Client(port) as client:
+        assert client.ask(b"FLOOD") == b"done"
+        most = FLOOD - MAX_QUEUED_LINES
+        until(lambda: dropped_lines(admin_port) > most - 100, "the queue is full")
+        assert dropped_lines(admin_port) < most + 100
+        process.send_signal(signal.SIGHUP)
+        until(lambda: dropped_lines(admin_port) > FLOOD - 200, "those in the queue are counted")
+        assert client.ask(b"WHY") == b"42"
+
+
+@pytest.mark.outer
 def test_a_stalled_reader_blocks_no_client_and_dropped_lines_are_counted(folder: Path) -> None:
     clients, admin_port = 1000, free_port()
     options = argv(f"--log-level debug --slow-command 0 --admin-port {admin_port}")

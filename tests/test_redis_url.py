@@ -123,6 +123,7 @@ ERRORS = {
     "redis+sentinel://one/": "no service",
     "redis+sentinel://one//3": "no service",
     "redis://one,two": "several hosts",
+    "redis://one?sentinel_password=x": "need redis\\+sentinel://",
     "rediss://one,two/3": "several hosts",
     "redis://127.0.0.1/x": "not a number",
     "redis://127.0.0.1/-1": "not a number",

@@ -4,13 +4,17 @@ import json
 import re
 import signal
 import socket
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
-from gserver.agent.roster import SORTS
+from gserver.agent.roster import ANSWER_SECONDS, SORTS, Roster
+from gserver.scoreboard import Scoreboard
 from lab.admin import status
 from lab.certificates import make_certificates
 from lab.running import LIMIT, Client, Event, Running, argv, extended, gserver, until
@@ -271,3 +275,79 @@ def test_a_problem_is_one_line() -> None:
         done = gserver(*command, "--admin", "127.0.0.1:1")
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "gserver: 127.0.0.1:1: Connection refused\n"
+
+
+# Asking the workers. A thread acts as the supervisor and as a worker.
+
+#: Of a worker that a thread acts for.
+PID = 7
+
+
+@pytest.fixture
+def scoreboard() -> Scoreboard:
+    """That of a server with one worker."""
+    made = Scoreboard.create(1)
+    made.cells[made.cell("pid", 0)] = PID
+    return made
+
+
+@contextmanager
+def answered(
+    scoreboard: Scoreboard, before_answer: Callable[[int], object]
+) -> Iterator[tuple[Roster, list[int]]]:
+    """A roster whose queries are answered, and the numbers of these queries."""
+    ours, theirs = socket.socketpair()
+    numbers: list[int] = []
+
+    def answer() -> None:
+        while True:
+            order, fds, _, _ = socket.recv_fds(theirs, 1024, 1)
+            if not order:
+                return
+            numbers.append(len(numbers) + 1)
+            before_answer(numbers[-1])
+            with socket.socket(fileno=fds[0]) as pair:
+                pair.send(json.dumps({"clients": [], "end_of": PID}).encode())
+
+    thread = Thread(target=answer)
+    thread.start()
+    with theirs:
+        with ours:
+            roster = Roster(scoreboard, ours.fileno())
+            with roster._control:
+                yield roster, numbers
+            ours.shutdown(socket.SHUT_RDWR)
+        thread.join(LIMIT)
+
+
+#: How many lists are disturbed, how often the workers are asked, and the result.
+MOVES = [(0, 1, True), (1, 2, True), (9, 2, False)]
+
+
+@pytest.mark.parametrize(("moves", "asked", "is_complete"), MOVES)
+def test_a_list_is_complete_if_no_client_has_moved_meanwhile(
+    scoreboard: Scoreboard, moves: int, asked: int, is_complete: bool
+) -> None:
+    def move(number: int) -> None:
+        if number <= moves:
+            scoreboard.add("transfers", 2)
+
+    with answered(scoreboard, move) as (roster, numbers):
+        assert roster.document("age", 0)["is_complete"] is is_complete
+        assert numbers == list(range(1, asked + 1))
+
+
+def test_a_supervisor_that_is_stopped_does_not_block_a_list(scoreboard: Scoreboard) -> None:
+    """It reads no orders, and the socket for them is full."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                ours.send(b"x")
+        ours.setblocking(True)
+        began = time.monotonic()
+        roster = Roster(scoreboard, ours.fileno())
+        with roster._control:
+            assert not roster.document("age", 0)["is_complete"]
+        assert time.monotonic() - began < 2 * ANSWER_SECONDS

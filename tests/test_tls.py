@@ -553,6 +553,7 @@ def test_a_reload_continues_even_if_the_next_one_finds_bad_files(
         server.wait_for("server.reloaded")
         assert not set(before) & set(server.workers())
         assert new in server.workers()
+        assert [each["name"] for each in status(server)["reasons"]][-1:] == ["reload_failed"]
         assert old not in [serial(server) for _ in range(20)]
         counted = status(server)["server"]
         assert (counted["reloads"], counted["reload_failures"], counted["worker_restarts"]) == (

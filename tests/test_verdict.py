@@ -55,6 +55,7 @@ def facts(**changes: Any) -> Facts:
         "unix_seconds": NOW,
         "has_failed_reload": False,
         "supervisor_silence": 3.0,
+        "endpoints_lost": 0,
     }
     return Facts(**values | changes)
 
@@ -84,6 +85,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"figures": FIGURES | {"workers": 1}},
         "workers_missing",
         "1 of 2 workers accept clients",
+    ),
+    "a socket file that was removed": (
+        {"endpoints_lost": 1},
+        "endpoint_lost",
+        "no client can connect by 1 endpoint",
     ),
     "a supervisor that hangs": (
         {"supervisor_silence": 3.4},

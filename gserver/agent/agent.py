@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 from functools import partial
+from math import inf
 from time import monotonic, time
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,8 @@ KEPT_EVENTS = (
 LEAVE_SECONDS = 1.5
 #: Grace period for admin requests in progress; queued connections go to the next agent.
 ANSWER_SECONDS = 0.5
+#: Time between two events that say that log lines were dropped.
+DROPPED_SECONDS = 60.0
 #: Limit on the agent's memory, far more than it needs: a peer that poses as Redis may send an
 #: endless reply.
 MAX_DATA_BYTES = 400_000_000
@@ -108,17 +111,19 @@ class _Watcher:
         self._history = History(scoreboard)
         self._keep = partial(scoreboard.keep_event, is_agent=True)
         self._dropped = scoreboard.totals()["log_lines_dropped"]
+        self._told_dropped_at = -inf
         logs.keep_events(KEPT_EVENTS, self._keep)
 
     def note(self) -> None:
         """Do what is done once a second."""
         totals = self._scoreboard.totals()
         self._history.note(totals, time())
-        dropped = totals["log_lines_dropped"]
-        if dropped != self._dropped:  # The workers log that, and keep no events.
+        dropped, now = totals["log_lines_dropped"], monotonic()
+        # The workers log that, and keep no events. Not each second: other events would be lost.
+        if dropped != self._dropped and now >= self._told_dropped_at + DROPPED_SECONDS:
             message = logs.dropped_message(dropped - self._dropped)
             self._keep(logs.as_kept(logging.WARNING, "log.dropped", message))
-        self._dropped = dropped
+            self._dropped, self._told_dropped_at = dropped, now
 
 
 class _Heartbeats:

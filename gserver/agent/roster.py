@@ -39,6 +39,7 @@ class Roster:
     def __init__(self, scoreboard: Scoreboard, control_fd: int) -> None:
         self._scoreboard = scoreboard
         self._control = socket.socket(fileno=os.dup(control_fd))
+        self._control.settimeout(SILENCE_SECONDS)  # Nobody may read it: the supervisor is stopped.
         self._turn = BoundedSemaphore()
         #: The last list, and when it was made.
         self._list: tuple[Packets, bool] = ([], False)
@@ -48,7 +49,7 @@ class Roster:
         """Return the document of `/clients.json`. With a `limit` of 0, it has all clients."""
         with self._turn:
             if monotonic() > self._listed_at + LIST_SECONDS:
-                self._list, self._listed_at = self._ask(LIST), monotonic()
+                self._list, self._listed_at = self._ask_all(), monotonic()
         packets, is_complete = self._list
         # During a reload, a client may be in two lists.
         found = {each["id"]: each for packet in packets for each in packet.get("clients", ())}
@@ -77,6 +78,19 @@ class Roster:
             self._listed_at = -inf
         closed = sum(packet.get("closed", 0) for packet in packets)
         return {"closed": closed, "is_complete": is_complete}
+
+    def _ask_all(self) -> tuple[Packets, bool]:
+        """Return the lists of all workers, and whether no client is missing in them.
+
+        One that moves meanwhile may be in none: then they are asked once more.
+        """
+        packets: Packets = []
+        for _ in range(2):
+            transfers = self._scoreboard.get("transfers")
+            packets, is_complete = self._ask(LIST)
+            if self._scoreboard.get("transfers") == transfers:
+                return packets, is_complete
+        return packets, False
 
     def _ask(self, request: str) -> tuple[Packets, bool]:
         """Return the packets of all workers, and whether each has answered to the end."""

@@ -75,6 +75,7 @@ def _facts(
         unix_seconds=unix_seconds,
         has_failed_reload=bool(scoreboard.get("reload_failed_at")),
         supervisor_silence=supervisor_silence(scoreboard),
+        endpoints_lost=scoreboard.get("endpoints_lost"),
     )
 
 
@@ -229,4 +230,5 @@ def _worker_value(metric: Metric, cells: Mapping[str, int], now_ns: int) -> floa
     if metric.kind is not Kind.MOMENT:
         return value
     # The heartbeat of a worker that has just started is that of the one before it.
-    return round(in_seconds(metric, now_ns - max(value, cells["started_at"])), 6)
+    # One that has just come is later than `now_ns`.
+    return round(in_seconds(metric, max(0, now_ns - max(value, cells["started_at"]))), 6)

@@ -50,6 +50,8 @@ class Facts:
     has_failed_reload: bool
     #: Seconds since the last heartbeat of the supervisor.
     supervisor_silence: float
+    #: Endpoints by which no client can connect.
+    endpoints_lost: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ def _workers(_config: Config, facts: Facts) -> Iterator[Reason]:
     accepting, wanted = facts.figures["workers"], facts.figures["workers_wanted"]
     if 0 < accepting < wanted:
         yield Reason("workers_missing", f"{accepting} of {_count(wanted, 'worker')} accept clients")
+    if lost := facts.endpoints_lost:
+        yield Reason("endpoint_lost", f"no client can connect by {_count(lost, 'endpoint')}")
 
 
 def _cluster(config: Config, facts: Facts) -> Iterator[Reason]:

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, RemoteDisconnected
+from math import inf
 from threading import Thread, Timer
 from types import NoneType
 from typing import Any, NamedTuple
@@ -184,7 +185,9 @@ class Target:
         seconds = float(now["uptime_seconds"] - before["uptime_seconds"])
         if now["id"] != before["id"] or seconds <= 0:
             return None
-        return (_total(self.now, path) - _total(self.before, path)) / seconds
+        growth = _total(self.now, path) - _total(self.before, path)
+        # Less than before: the server has started again, with the same id.
+        return growth / seconds if 0 <= growth / seconds < inf else None
 
 
 def parse_targets(urls: Sequence[str], token: str) -> list[Target]:
@@ -233,7 +236,8 @@ def _parse(url: str, token: str) -> tuple[str, str]:
     except ValueError:
         is_good = False
     if not is_good:
-        raise UsageError(f"{url!r} is not an admin port: write HOST:PORT or http://HOST:PORT")
+        shown = url.rpartition("@")[2]  # Before that, there may be a token.
+        raise UsageError(f"{shown!r} is not an admin port: write HOST:PORT or http://HOST:PORT")
     return parts.netloc.rpartition("@")[2], unquote(parts.password or "") or token
 
 
@@ -243,13 +247,30 @@ def ask_once(target: Target, path: str, shape: Any, *, method: str = "GET") -> d
     Raises `FatalError` with the reason if it has not.
     """
     try:
-        found = _printable(json.loads(_fetch(target.address, target.token, path, method)))
+        found = _printable(json.loads(_fetch_in_time(target, path, method)))
     except FAILURES as error:
         raise FatalError(f"{target.address}: {_explain(error)}") from error
     if not _fits(found, shape):
         raise FatalError(f"{target.address}: {STRANGE}")
     document: dict[str, Any] = found
     return document
+
+
+def _fetch_in_time(target: Target, path: str, method: str) -> str:
+    """Return the body of an answer of all workers, as `_fetch` does, also if a look-up hangs."""
+    answer: Future[str] = Future()
+
+    def fetch() -> None:
+        try:
+            answer.set_result(_fetch(target.address, target.token, path, method))
+        except Exception as error:  # noqa: BLE001 - `result` raises it
+            answer.set_exception(error)
+
+    Thread(target=fetch, daemon=True).start()
+    try:
+        return answer.result(LIST_SECONDS + 0.1)  # Once connected, it has its own limit.
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"no answer in {LIST_SECONDS:g} s") from error
 
 
 def _request(answer: "Future[Status | str]", address: str, token: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -149,11 +150,17 @@ def check(ctx: click.Context, /, **options: Any) -> None:
 
 
 def _check_redis_ca(config: Config) -> None:
-    if config.redis_ca_file and not os.access(config.redis_ca_file, os.R_OK):
+    if not config.redis_ca_file:
+        return
+    import ssl  # Loaded only if there is such a file.
+
+    try:
+        ssl.create_default_context(cafile=config.redis_ca_file)
+    except OSError as error:  # ssl.SSLError included.
         raise UsageError(
-            f"--redis-ca-file {config.redis_ca_file} cannot be read: name a file of certificates"
+            f"--redis-ca-file {config.redis_ca_file} cannot be used: name a file of certificates"
             " (PEM)"
-        )
+        ) from error
 
 
 def _resume() -> int:
@@ -312,7 +319,7 @@ def _targets(ctx: click.Context) -> "list[Target]":
     "--interval",
     "interval_seconds",
     cls=ClientOption,
-    type=click.FloatRange(0.2, 3600),
+    type=Seconds(0.2, 3600),
     metavar="SECONDS",
     default=1.0,
     show_default=True,
@@ -400,6 +407,8 @@ def kick(ctx: click.Context, /, client: str, **_: Any) -> None:
 
 def main() -> None:
     """Run the command line. Errors become one line on stderr and an exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # A locale may lack the arrows of `top`.
     try:
         if UPGRADE_VARIABLE in os.environ:
             code = _resume()

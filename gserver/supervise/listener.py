@@ -98,6 +98,8 @@ class Listener:
         self.sock = sock
         self.file = file
         self._has_told_loss = False
+        #: Whether no client can connect by it, as `reopen_if_closed` has found.
+        self.is_lost = False
         self._address = sock.getsockname()
         self._backlog = backlog
 
@@ -124,7 +126,8 @@ class Listener:
         That reopens it for all processes that share it. A socket file cannot be had back, so its
         loss is logged.
         """
-        if self.has_lost_file and not self._has_told_loss:
+        self.is_lost = self.has_lost_file
+        if self.is_lost and not self._has_told_loss:
             self._has_told_loss = True
             message = f"{self._address} was removed or replaced: no client can connect by it"
             logs.warn_ratelimited("server.port_closed", f"{message}; SIGHUP makes it again")
@@ -136,6 +139,7 @@ class Listener:
             self._reopen()
             message += ": listening again"
         except OSError as error:
+            self.is_lost = True
             message += f" and cannot be reopened: {error}; retrying every second"
             fields = logs.error_fields(error)
         logs.warn_ratelimited("server.port_closed", message, fields)

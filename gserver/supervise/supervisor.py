@@ -197,6 +197,7 @@ class Supervisor:
         self._check_trial(now)
         for port in (*self._endpoints, *self._admin_ports):
             port.reopen_if_closed()
+        self._scoreboard.put("endpoints_lost", sum(port.is_lost for port in self._endpoints))
         logs.report_suppressed()
         logs.log_debug(is_on=self._scoreboard.get("debug_ends_at") > now * 1e9)
         self._notify_manager(now)
@@ -278,7 +279,8 @@ class Supervisor:
             number = lifecycle.generation.number
             self._forget_endpoints([each for each in self._endpoints_of if each < number])
             self._scoreboard.add("reloads", 1)
-            self._scoreboard.put("reload_failed_at", 0)
+            if not self._reload_error:  # Not for a later one that has failed.
+                self._scoreboard.put("reload_failed_at", 0)
             logs.event(logging.INFO, "server.reloaded", "reloaded: all workers were replaced")
             for child in self._staying(AGENT):
                 child.terminate(kill_at)

@@ -331,6 +331,12 @@ def test_an_invalid_admin_address_is_refused_in_one_line(url: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_token_in_a_wrong_address_is_not_shown() -> None:
+    with pytest.raises(UsageError, match=r"'10\.0\.0\.1' is not an admin port") as caught:
+        parse_targets(["http://:geheim@10.0.0.1"], "")
+    assert "geheim" not in str(caught.value)
+
+
 def test_an_unresolvable_name_is_reported() -> None:
     targets = parse_targets(["nowhere.invalid:1", "x" * 70 + ":1"], "")
     poll(targets)
@@ -355,3 +361,5 @@ def test_a_rate_uses_the_servers_clock_and_is_never_invented() -> None:
     assert target.rate("commands") is None
     target.before, target.now = status(12), status(12)
     assert target.rate("commands") is None
+    target.before, target.now = status(10, 100), status(20, 50)
+    assert target.rate("commands") is None, "it has started again, with the same id"

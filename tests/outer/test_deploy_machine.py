@@ -1,5 +1,6 @@
 """deploy/: its files are valid and consistent with the code, and a server runs with them."""
 
+import json
 import re
 import signal
 import socket
@@ -62,7 +63,7 @@ FLAGS_OF_OTHERS |= {
 FLAGS_OF_OTHERS |= {"--build-arg", "--from", "--quiet", "--yes", "--root-user-action"}
 #: Variables of gserver that are not options of `serve`.
 FLAGS_OF_OTHERS |= {"--version"}
-FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--from-literal"}
+FLAGS_OF_OTHERS |= {"--system", "--interval", "--timeout", "--start-period", "--from-file"}
 
 
 def manifests() -> dict[str, Any]:
@@ -194,6 +195,10 @@ def test_under_systemd_the_server_is_confined_reloads_restarts_and_stops(tmp_pat
             machine.run("systemctl", "reload", "gserver.service")
             until(lambda: machine.events("server.reloaded"), "the server has reloaded")
             assert client.who() == 1
+        url = f"http://127.0.0.1:{variables['GSERVER_ADMIN_PORT']}/status.json"
+        with urllib.request.urlopen(url, timeout=LIMIT) as answer:
+            processes = json.load(answer)["processes"]
+        assert None not in {each[name] for each in processes for name in each}
         until(
             lambda: machine.show("gserver.service", "ActiveState") == "active",
             "systemd knows of the reload",
