@@ -44,16 +44,16 @@ class RedisUrl:
         username, _, password = user.partition(":")
         logins: dict[str, Any] = {"username": unquote(username), "password": unquote(password)}
         logins |= {name: value for name, value in parameters.items() if name != "db"}
+        is_sentinel = scheme.endswith("+sentinel")
+        if not is_sentinel and any(name.startswith("sentinel_") for name in parameters):
+            raise ValueError("sentinel_username and sentinel_password need redis+sentinel://")
         if scheme == "unix":
             if netloc or len(path) < 2:
                 raise ValueError("the URL has no absolute path: write unix:///path/to/redis.sock")
             return cls(path=unquote(path), db=_db(parameters.get("db", "0")), **logins)
-        is_sentinel = scheme.endswith("+sentinel")
         default_port = SENTINEL_PORT if is_sentinel else REDIS_PORT
         hosts = tuple(_host(host, default_port) for host in netloc.split(","))
         service, _, db = path[1:].partition("/") if is_sentinel else ("", "", path[1:])
-        if not is_sentinel and any(name.startswith("sentinel_") for name in parameters):
-            raise ValueError("sentinel_username and sentinel_password need redis+sentinel://")
         if is_sentinel and not service:
             raise ValueError(
                 "the URL has no service: write redis+sentinel://host:port,host:port/service"

@@ -124,6 +124,7 @@ ERRORS = {
     "redis+sentinel://one//3": "no service",
     "redis://one,two": "several hosts",
     "redis://one?sentinel_password=x": "need redis\\+sentinel://",
+    "unix:///x?sentinel_username=x": "need redis\\+sentinel://",
     "rediss://one,two/3": "several hosts",
     "redis://127.0.0.1/x": "not a number",
     "redis://127.0.0.1/-1": "not a number",

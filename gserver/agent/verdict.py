@@ -1,7 +1,7 @@
 """What is wrong with a server now: one verdict, for the page, `status`, `top` and the metrics.
 
-It looks at the present and the last minutes; only a failed reload stays until one succeeds. This
-module is pure.
+It looks at the present and the last minutes; only a failed reload stays until a later one succeeds.
+This module is pure.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -672,7 +672,7 @@ class Client:
             self._send_end()
         else:
             with suppress(BlockingIOError):
-                self.sock.recv(READ_BYTES)  # What is left unread resets the connection.
+                self.sock.recv(65536)  # What is left unread resets the connection.
             self.close()
 
     def finish(self) -> None:

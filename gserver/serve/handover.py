@@ -199,7 +199,7 @@ class Sender:
         self._loop = loop
         self._pair = pair
         #: The successor's slot of the scoreboard.
-        self._slot = -1
+        self.slot = -1
         self._is_given_up = False
         #: Clients that have been handed over.
         self.clients = 0
@@ -221,14 +221,9 @@ class Sender:
                 f"the new worker has descriptors for {greeting.room} clients, and {clients} are"
                 " connected: raise the limit of open files (ulimit -n, prlimit)"
             )
-        self._slot = greeting.slot
+        self.slot = greeting.slot
         self._loop.is_handing_over = True
         return True
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the successor has greeted, and can take clients over."""
-        return self._slot >= 0
 
     @property
     def _movable_clients(self) -> int:
@@ -306,7 +301,7 @@ class Sender:
         if answer != TAKEN:
             loop.take_back(clients)
             return False
-        loop.limits.hand_over([client.transport for client in clients], self._slot)
+        loop.limits.hand_over([client.transport for client in clients], self.slot)
         self.clients += len(clients)
         for client in clients:
             loop.release(client)

@@ -46,7 +46,7 @@ from gserver.errors import UsageError
 from gserver.serve import roster, tls
 from gserver.serve.client import DRAIN_GRACE_SECONDS
 from gserver.serve.command_module import load_commands
-from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, SuccessorDiedError, receive
+from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, receive
 from gserver.serve.limits import Limits
 from gserver.serve.loop import MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
@@ -165,8 +165,8 @@ class Worker:
         self._should_drain = False
         #: Hands the clients over, while that is being done.
         self._sender: Sender | None = None
-        #: Clients that have moved, in all handovers.
-        self._moved = 0
+        #: Slot and process of each successor that has taken clients: they live while it does.
+        self._heirs: set[tuple[int, int]] = set()
         self._changed = Event()
         self.limits = Limits(config, scoreboard, slot)
         replies = Replies(config, scoreboard, slot, load_commands(config.commands))
@@ -298,10 +298,8 @@ class Worker:
         except HandoverError as error:
             problem = error
         sender.close()
-        if isinstance(problem, SuccessorDiedError) and sender.has_begun:
-            self._moved = 0  # All that had moved to it are gone.
-        else:
-            self._moved += sender.clients
+        if sender.clients:
+            self._heirs.add((sender.slot, self._pid_of(sender.slot)))
         if problem is None or self._should_drain:
             self._instructions.report(LEAVING)
             self._handle_stop()
@@ -318,7 +316,12 @@ class Worker:
 
         If some have, neither of the two workers may end: the supervisor tries again.
         """
-        self._instructions.report(KEPT, "" if self._moved else reason)
+        has_moved = any(pid and self._pid_of(slot) == pid for slot, pid in self._heirs)
+        self._instructions.report(KEPT, "" if has_moved else reason)
+
+    def _pid_of(self, slot: int) -> int:
+        """Return the process in a slot; 0 = none."""
+        return self._scoreboard.cells[self._scoreboard.cell("pid", slot)]
 
     def _send_all(self, sender: Sender) -> None:
         """Hand over; return when no client is left, in a drain, or at the drain timeout.

@@ -180,6 +180,7 @@ class Child:
     def save(self) -> dict[str, Any]:
         """Return what `resume_children` needs, as JSON."""
         own = {"generation", "process", "control", "state", "successor", "kept_by", "queries"}
+        own |= {"has_left", "is_overdue"}
         names = {each.name for each in fields(self)} - own
         rest = {name: getattr(self, name) for name in names}
         return {
@@ -499,6 +500,8 @@ def resume_children(
                 "state": State(each["state"]),
                 "process": Inherited(pid),
                 "control": control,
+                # An upgrade never happens in a stop.
+                "has_left": each["state"] == State.TERMINATING.value,
             }
         )
     for pid, successor_pid in successors.items():

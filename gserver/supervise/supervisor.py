@@ -297,7 +297,7 @@ class Supervisor:
             return  # One of the two has just died, which will be noticed.
         except OSError as error:
             reason = f"the clients cannot be handed over: {error}"
-            if self._clients(successor):  # From a handover that stopped half way.
+            if old.kept_by is successor:  # A handover has stopped half way.
                 old.hand_over_at = now + HAND_OVER_AGAIN_SECONDS
                 logs.warn_ratelimited("process.not_started", reason, logs.error_fields(error))
             else:
@@ -420,6 +420,8 @@ class Supervisor:
 
     def _end_failed_handover(self, successor: Child | None, reason: str) -> None:
         """Give up the reload, or only this successor if a later reload goes on."""
+        if self._lifecycle.is_port_closed:
+            return  # Both serve what they have until they have left.
         if not successor or successor.generation is self._lifecycle.generation:
             self._give_up_reload(reason)
         elif successor.is_staying:

@@ -23,6 +23,7 @@ from gserver.boot import file_in_memory
 from gserver.certificates import Certificates
 from gserver.config import UPGRADE_VARIABLE, Config, flag
 from gserver.errors import UsageError
+from gserver.redis_url import parse_urls
 from gserver.supervise.child import PACKAGE, child_environment
 from gserver.supervise.phases import Generation
 
@@ -135,6 +136,11 @@ def _decode_config(options: Mapping[str, Any]) -> Config:
     config = Config(**options)
     if config.contradiction:
         raise UsageError(config.contradiction)
+    if config.redis_url:
+        try:
+            parse_urls(config.redis_url)
+        except ValueError as error:
+            raise UsageError(f"--redis-url: {error}") from error
     return config
 
 

@@ -316,7 +316,7 @@ def test_a_stop_after_a_reload_leaves_the_cluster(
         notes.happened(f"stopped up to {number * 5} ms after the reload, with {len(agents)} agents")
 
 
-@row("Reloads while clients connect", *ALL, quick=ALL[1])
+@row("Reloads while clients connect", *ALL, quick=ALL[0])
 def test_every_client_that_connects_during_20_reloads_gets_a_reply(
     start: Start, notes: Notes
 ) -> None:

@@ -4,6 +4,7 @@ import re
 import shutil
 import socket
 import time
+from operator import methodcaller
 from pathlib import Path
 
 import pytest
@@ -82,14 +83,15 @@ def test_sentinels_that_reply_byte_by_byte_are_abandoned_in_one_attempt(notes: N
 
 def test_a_password_that_redis_repeats_in_an_error_is_not_logged() -> None:
     password, sentinels = SECRETS
-    args = f"'{password}' '{sentinels}'"
-    echo = f"-ERR unknown command 'AUTH', with args beginning with: {args} \r\n".encode()
-    with listener(lambda sock: sock.sendall(echo)) as port:
-        query = "?password=hush-hush&sentinel_password=qui%20et%2F"
-        for url in (
-            f"redis://127.0.0.1:{port}/{query}",
-            f"redis+sentinel://127.0.0.1:{port}/name{query}",
-        ):
+    one = "?password=hush-hush"
+    both = f"{one}&sentinel_password=qui%20et%2F"
+    for scheme, path, args in (
+        ("redis", one, f"'{password}'"),
+        ("redis+sentinel", f"name{both}", f"'{password}' '{sentinels}'"),
+    ):
+        echo = f"-ERR unknown command 'AUTH', with args beginning with: {args} \r\n".encode()
+        with listener(methodcaller("sendall", echo)) as port:
+            url = f"{scheme}://127.0.0.1:{port}/{path}"
             with Running(env={"REDIS_URL": url}) as server:
                 lost = server.wait_for("cluster.lost")
                 assert "***" in lost["error.message"]

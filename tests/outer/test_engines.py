@@ -360,7 +360,10 @@ class Crowd:
         acked, clock = self._acked.get((engine, server), (0, 0))
         sequence = time.monotonic_ns() // 1000
         own = Heartbeat(f"crowd-{server}", f"{server:x}.{engine}", sequence, 1, 2000, 200)
-        reply = self._links[engine].send(own._replace(acked_sequence=acked, last_clock=clock))
+        own = own._replace(acked_sequence=acked, last_clock=clock)
+        reply = self._links[engine].send(own)
+        if reply.is_late:
+            reply = self._links[engine].send(own._replace(told_clock=reply.clock))
         self._acked[engine, server] = sequence, reply.clock
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab.running import Client, Running, extended, is_alive, is_refused, until
+from gserver.supervise.supervisor import HANDOVER_SECONDS
+from lab.running import Client, Running, extended, is_alive, is_refused, stopped, until
 from lab.tls_client import certified, trust
 
 #: Clients of the old worker: three batches.
@@ -229,6 +230,81 @@ def test_a_handover_that_stopped_half_way_goes_on_once_there_are_descriptors(
         old.rlimit(psutil.RLIMIT_NOFILE, (20_000, 20_000))
         server.wait_for("server.reloaded")
         assert len(survivors(clients)) == CLIENTS
+
+
+def test_a_successor_that_dies_after_a_handover_that_stopped_half_way_hides_no_later_failure(
+    tmp_path: Path,
+) -> None:
+    pause = f"{FAULT}\nact_at(handover.Sender, '_send', 2, pause)\n"
+    options = ("--max-clients", "800")
+    with extended(tmp_path, pause, *options) as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        [old] = server.workers()
+        server.send_signal(signal.SIGHUP)
+        until((tmp_path / "paused").exists, "a batch has moved")
+        old.rlimit(psutil.RLIMIT_NOFILE, (10, 20_000))
+        (tmp_path / "go").touch()
+        [new] = [worker for worker in server.workers() if worker.pid != old.pid]
+        time.sleep(0.5)  # The first try has failed.
+        new.kill()
+        server.wait_for("server.reload_failed")
+        old.rlimit(psutil.RLIMIT_NOFILE, (20_000, 20_000))
+        assert len(survivors(clients)) == CLIENTS - BATCH
+        psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (300, 300))
+        server.send_signal(signal.SIGHUP)
+        assert "descriptors for" in server.wait_for("server.reload_failed", 2)["message"]
+
+
+def test_a_handover_that_fails_in_a_lame_duck_closes_no_client(tmp_path: Path) -> None:
+    pause = f"{FAULT}\nact_at(handover.Sender, 'greet', 1, pause)\n"
+    options = ("--max-clients", "800", "--drain-timeout", "60")
+    with extended(tmp_path, pause, *options) as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (500, 500))
+        server.send_signal(signal.SIGHUP)
+        until((tmp_path / "paused").exists, "the handover has begun")
+        clients.append(stack.enter_context(server.client()))  # The new worker accepts it.
+        assert clients[-1].ask(b"WHY") == b"42"
+        server.send_signal(signal.SIGUSR2)
+        server.wait_for("server.retiring")
+        (tmp_path / "go").touch()
+        time.sleep(1)
+        assert len(survivors(clients)) == CLIENTS + 1
+        assert not server.events("server.reload_failed")
+
+
+def test_a_new_worker_that_dies_in_a_stop_is_no_failed_reload(tmp_path: Path) -> None:
+    module = f"{FAULT}\nif Path('slow').exists():\n    pause()\n"
+    with extended(tmp_path, module) as server:
+        (tmp_path / "slow").touch()
+        with server.client() as client:
+            client.send(b"NAP\n")
+            server.send_signal(signal.SIGHUP)
+            until((tmp_path / "paused").exists, "the new worker starts")
+            [new] = sorted(server.workers(), key=lambda each: each.pid)[1:]
+            with stopped(new):  # Else it ends at once.
+                server.send_signal(signal.SIGTERM)
+                server.wait_for("server.draining")
+                new.send_signal(signal.SIGSEGV)
+            assert server.exit_code() == 0
+        assert server.events("worker.died")
+        assert not server.events("server.reload_failed")
+
+
+@pytest.mark.outer
+def test_processes_that_were_all_frozen_during_a_handover_are_spared(tmp_path: Path) -> None:
+    """As by `docker pause`: its deadline has passed when they wake."""
+    module = f"{FAULT}\nact_at(handover.Sender, 'greet', 1, lambda: time.sleep(2))\n"
+    with extended(tmp_path, module, "--drain-timeout", "0") as server, ExitStack() as stack:
+        clients = crowd(server, stack)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for("worker.ready", 2)
+        time.sleep(0.5)  # The old worker is in its pause.
+        with stopped(psutil.Process(server.pid), *server.workers()):
+            time.sleep(HANDOVER_SECONDS + 1)
+        server.wait_for("server.reloaded")
+        assert len(survivors(clients)) == CLIENTS
+        assert not server.events("worker.hung") + server.events("worker.killed")
 
 
 def test_a_second_reload_does_not_hide_that_the_handover_of_the_first_fails(tmp_path: Path) -> None:

@@ -391,7 +391,7 @@ def test_packages_that_this_user_cannot_update_are_reported_in_one_line(
         again = " ".join(["bin/setup", *options])
         venv = another / ".venv"
         assert done.stderr == (
-            f"gserver: the packages in {venv} are not those of {name}: "
+            f"gserver: the packages in {venv} are not those of {name}, or its Python has changed: "
             f"run {again} again as the owner of {another}\n"
         )
 
