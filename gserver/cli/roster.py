@@ -107,7 +107,9 @@ def _print(target: Target, document: dict[str, Any]) -> None:
     if shown < total:
         notes.append(f"{total - shown} not shown (--limit)")
     if not document["is_complete"]:
-        notes.append("clients are missing: a worker has not answered, or a reload has moved them")
+        notes.append(
+            "clients may be missing: a worker has not answered, or a reload was moving them"
+        )
     console.print(Text("; ".join(notes), "bold"))
     addresses = document["by_address"][:MAX_ADDRESSES]
     text = ", ".join(f"{each['address']} {each['clients']}" for each in addresses)

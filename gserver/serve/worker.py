@@ -46,7 +46,7 @@ from gserver.errors import UsageError
 from gserver.serve import roster, tls
 from gserver.serve.client import DRAIN_GRACE_SECONDS
 from gserver.serve.command_module import load_commands
-from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, receive
+from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, SuccessorDiedError, receive
 from gserver.serve.limits import Limits
 from gserver.serve.loop import MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
@@ -165,8 +165,9 @@ class Worker:
         self._should_drain = False
         #: Hands the clients over, while that is being done.
         self._sender: Sender | None = None
-        #: Slot and process of each successor that has taken clients: they live while it does.
+        #: Slot and process of each successor that has taken clients, and of the last one.
         self._heirs: set[tuple[int, int]] = set()
+        self._heir = (-1, 0)
         self._changed = Event()
         self.limits = Limits(config, scoreboard, slot)
         replies = Replies(config, scoreboard, slot, load_commands(config.commands))
@@ -298,8 +299,10 @@ class Worker:
         except HandoverError as error:
             problem = error
         sender.close()
-        if sender.clients:
-            self._heirs.add((sender.slot, self._pid_of(sender.slot)))
+        if isinstance(problem, SuccessorDiedError):
+            self._heirs.discard(self._heir)
+        elif sender.clients:
+            self._heirs.add(self._heir)
         if problem is None or self._should_drain:
             self._instructions.report(LEAVING)
             self._handle_stop()
@@ -330,6 +333,7 @@ class Worker:
         """
         loop, started_at = self.loop, monotonic()
         can_move = sender.greet()
+        self._heir = sender.slot, self._pid_of(sender.slot) if can_move else 0
         if can_move:
             sender.send_ready()
         self._note_handover(sender.clients, monotonic() - started_at, can_move=can_move)

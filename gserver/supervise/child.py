@@ -126,8 +126,8 @@ class Child:
     kept_by: "Child | None" = None
     #: It has handed over what it could, and ends: it waits for no answer of its successor.
     has_left: bool = False
-    #: It was due to be killed, and is looked at once more.
-    is_overdue: bool = False
+    #: When its handover was found to take too long. Its end is put off once.
+    overdue_at: float | None = None
     #: Not before this moment is it told again to hand its clients over.
     hand_over_at: float = 0.0
     #: The worker that it hands its clients over to.
@@ -180,7 +180,7 @@ class Child:
     def save(self) -> dict[str, Any]:
         """Return what `resume_children` needs, as JSON."""
         own = {"generation", "process", "control", "state", "successor", "kept_by", "queries"}
-        own |= {"has_left", "is_overdue"}
+        own |= {"has_left", "overdue_at"}
         names = {each.name for each in fields(self)} - own
         rest = {name: getattr(self, name) for name in names}
         return {
@@ -424,7 +424,7 @@ class Child:
             socket.send_fds(successor.control, [f"{TAKE_OVER}\n".encode()], [theirs.fileno()])
             socket.send_fds(self.control, [f"{HAND_OVER}\n".encode()], [ours.fileno()])
         self.state, self.successor, self.kill_at = State.HANDING_OVER, successor, kill_at
-        self.is_overdue = False
+        self.overdue_at = None
 
     def _keep(self) -> None:
         """Note that a worker serves and accepts again: it could not hand its clients over."""

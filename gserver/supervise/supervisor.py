@@ -297,11 +297,17 @@ class Supervisor:
             return  # One of the two has just died, which will be noticed.
         except OSError as error:
             reason = f"the clients cannot be handed over: {error}"
-            if old.kept_by is successor:  # A handover has stopped half way.
+            if self._has_heirs(old):
                 old.hand_over_at = now + HAND_OVER_AGAIN_SECONDS
                 logs.warn_ratelimited("process.not_started", reason, logs.error_fields(error))
             else:
                 self._give_up_reload(reason)
+
+    def _has_heirs(self, old: Child) -> bool:
+        """Whether a newer worker may have clients of this one: a handover has stopped half way."""
+        kept_at = old.hand_over_at - HAND_OVER_AGAIN_SECONDS
+        newer = (each for each in self._staying(WORKER) if each.generation is not old.generation)
+        return any(each.spawned_at < kept_at for each in newer)
 
     def _retire_workers(self) -> None:
         for child in self._staying(WORKER):
@@ -532,15 +538,16 @@ class Supervisor:
     def _spare_old_worker(self, child: Child, now: float) -> None:
         """If a handover takes too long because the successor hangs, kill that one first."""
         successor = child.successor
-        is_late = child.is_handing_over and child.kill_at is not None and now >= child.kill_at
+        if successor is None or successor.killed_at is not None:
+            return
+        is_due = child.is_handing_over and child.kill_at is not None and now >= child.kill_at
+        if is_due and child.overdue_at is None:  # All processes may have been frozen until now.
+            child.overdue_at, child.kill_at = now, now + HANDOVER_SECONDS
+        is_late = child.overdue_at is not None and now >= child.overdue_at + SECOND_LOOK_SECONDS
         # In a drain, the old worker needs the batch back that its successor does not take.
         is_draining = not child.has_left and self._lifecycle.phase is Phase.DRAINING
-        if not (is_late or is_draining) or successor is None or successor.killed_at is not None:
-            return
         silence = successor.silence(now, self._heartbeat_at(successor))
-        if is_late and not child.is_overdue:  # All processes may have been frozen until now.
-            child.is_overdue, child.kill_at = True, now + SECOND_LOOK_SECONDS
-        elif silence > WATCH_SECONDS:
+        if (is_late or is_draining) and silence > WATCH_SECONDS:
             child.kill_at = now + 2 * STUCK_SECONDS
             successor.kill_hung(now)
             self._log_hung(successor, silence)

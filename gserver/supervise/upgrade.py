@@ -134,13 +134,13 @@ def _decode_config(options: Mapping[str, Any]) -> Config:
         if name not in known:
             raise UsageError(f"the new version has no option {flag(name)}")
     config = Config(**options)
-    if config.contradiction:
-        raise UsageError(config.contradiction)
     if config.redis_url:
         try:
             parse_urls(config.redis_url)
         except ValueError as error:
             raise UsageError(f"--redis-url: {error}") from error
+    if config.contradiction:
+        raise UsageError(config.contradiction)
     return config
 
 

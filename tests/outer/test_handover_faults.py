@@ -277,14 +277,15 @@ def test_a_new_worker_that_dies_in_a_stop_is_no_failed_reload(tmp_path: Path) ->
     module = f"{FAULT}\nif Path('slow').exists():\n    pause()\n"
     with extended(tmp_path, module) as server:
         (tmp_path / "slow").touch()
-        with server.client() as client:
+        with server.client() as client, server.client() as idle:
+            assert idle.who() == 2
             client.send(b"NAP\n")
             server.send_signal(signal.SIGHUP)
             until((tmp_path / "paused").exists, "the new worker starts")
             [new] = sorted(server.workers(), key=lambda each: each.pid)[1:]
             with stopped(new):  # Else it ends at once.
                 server.send_signal(signal.SIGTERM)
-                server.wait_for("server.draining")
+                assert idle.line() == b""  # The supervisor is past the signal.
                 new.send_signal(signal.SIGSEGV)
             assert server.exit_code() == 0
         assert server.events("worker.died")
@@ -294,14 +295,15 @@ def test_a_new_worker_that_dies_in_a_stop_is_no_failed_reload(tmp_path: Path) ->
 @pytest.mark.outer
 def test_processes_that_were_all_frozen_during_a_handover_are_spared(tmp_path: Path) -> None:
     """As by `docker pause`: its deadline has passed when they wake."""
-    module = f"{FAULT}\nact_at(handover.Sender, 'greet', 1, lambda: time.sleep(2))\n"
-    with extended(tmp_path, module, "--drain-timeout", "0") as server, ExitStack() as stack:
+    module = f"{FAULT}\nact_at(handover.Sender, 'greet', 1, pause)\n"
+    options = ("--drain-timeout", "0", "--hang-timeout", "0")
+    with extended(tmp_path, module, *options) as server, ExitStack() as stack:
         clients = crowd(server, stack)
         server.send_signal(signal.SIGHUP)
-        server.wait_for("worker.ready", 2)
-        time.sleep(0.5)  # The old worker is in its pause.
+        until((tmp_path / "paused").exists, "the handover has begun")
         with stopped(psutil.Process(server.pid), *server.workers()):
             time.sleep(HANDOVER_SECONDS + 1)
+            (tmp_path / "go").touch()
         server.wait_for("server.reloaded")
         assert len(survivors(clients)) == CLIENTS
         assert not server.events("worker.hung") + server.events("worker.killed")
