@@ -39,7 +39,7 @@ class Roster:
     def __init__(self, scoreboard: Scoreboard, control_fd: int) -> None:
         self._scoreboard = scoreboard
         self._control = socket.socket(fileno=os.dup(control_fd))
-        self._control.settimeout(SILENCE_SECONDS)  # Nobody may read it: the supervisor is stopped.
+        self._control.settimeout(SILENCE_SECONDS)  # A stopped supervisor does not read it.
         self._turn = BoundedSemaphore()
         #: The last list, and when it was made.
         self._list: tuple[Packets, bool] = ([], False)

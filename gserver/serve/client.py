@@ -671,8 +671,7 @@ class Client:
         if self.loop.may_linger_rejected():
             self._send_end()
         else:
-            with suppress(BlockingIOError):
-                self.sock.recv(65536)  # What is left unread resets the connection.
+            self._await_end()  # What is left unread resets the connection.
             self.close()
 
     def finish(self) -> None:

@@ -541,7 +541,7 @@ class Supervisor:
         if successor is None or successor.killed_at is not None:
             return
         is_due = child.is_handing_over and child.kill_at is not None and now >= child.kill_at
-        if is_due and child.overdue_at is None:  # All processes may have been frozen until now.
+        if is_due and child.overdue_at is None:  # Perhaps all processes were frozen.
             child.overdue_at, child.kill_at = now, now + HANDOVER_SECONDS
         is_late = child.overdue_at is not None and now >= child.overdue_at + SECOND_LOOK_SECONDS
         # In a drain, the old worker needs the batch back that its successor does not take.

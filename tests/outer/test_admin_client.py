@@ -362,4 +362,4 @@ def test_a_rate_uses_the_servers_clock_and_is_never_invented() -> None:
     target.before, target.now = status(12), status(12)
     assert target.rate("commands") is None
     target.before, target.now = status(10, 100), status(20, 50)
-    assert target.rate("commands") is None, "it has started again, with the same id"
+    assert target.rate("commands") is None, "the server has started again with the same id"

@@ -212,17 +212,28 @@ def test_an_old_worker_without_a_free_descriptor_keeps_its_clients(tmp_path: Pat
         assert len(survivors(clients)) == CLIENTS
 
 
+#: The old worker pauses before it sends the second batch.
+IN_SECOND_BATCH = f"{FAULT}\nact_at(handover.Sender, '_send', 2, pause)\n"
+
+
+def moved_half_way(
+    folder: Path, server: Running, stack: ExitStack
+) -> tuple[list[Client], psutil.Process]:
+    """Connect clients, and hand over one batch: then the old worker has no free descriptor."""
+    clients = crowd(server, stack)
+    [old] = server.workers()
+    server.send_signal(signal.SIGHUP)
+    until((folder / "paused").exists, "a batch has moved")
+    old.rlimit(psutil.RLIMIT_NOFILE, (10, 20_000))
+    (folder / "go").touch()
+    return clients, old
+
+
 def test_a_handover_that_stopped_half_way_goes_on_once_there_are_descriptors(
     tmp_path: Path,
 ) -> None:
-    pause = f"{FAULT}\nact_at(handover.Sender, '_send', 2, pause)\n"
-    with extended(tmp_path, pause) as server, ExitStack() as stack:
-        clients = crowd(server, stack)
-        [old] = server.workers()
-        server.send_signal(signal.SIGHUP)
-        until((tmp_path / "paused").exists, "a batch has moved")
-        old.rlimit(psutil.RLIMIT_NOFILE, (10, 20_000))
-        (tmp_path / "go").touch()
+    with extended(tmp_path, IN_SECOND_BATCH) as server, ExitStack() as stack:
+        clients, old = moved_half_way(tmp_path, server, stack)
         time.sleep(2.5)  # It is tried again each second.
         assert not server.events("server.reload_failed")
         assert len(server.workers()) == 2
@@ -235,15 +246,9 @@ def test_a_handover_that_stopped_half_way_goes_on_once_there_are_descriptors(
 def test_a_successor_that_dies_after_a_handover_that_stopped_half_way_hides_no_later_failure(
     tmp_path: Path,
 ) -> None:
-    pause = f"{FAULT}\nact_at(handover.Sender, '_send', 2, pause)\n"
     options = ("--max-clients", "800")
-    with extended(tmp_path, pause, *options) as server, ExitStack() as stack:
-        clients = crowd(server, stack)
-        [old] = server.workers()
-        server.send_signal(signal.SIGHUP)
-        until((tmp_path / "paused").exists, "a batch has moved")
-        old.rlimit(psutil.RLIMIT_NOFILE, (10, 20_000))
-        (tmp_path / "go").touch()
+    with extended(tmp_path, IN_SECOND_BATCH, *options) as server, ExitStack() as stack:
+        clients, old = moved_half_way(tmp_path, server, stack)
         [new] = [worker for worker in server.workers() if worker.pid != old.pid]
         time.sleep(0.5)  # The first try has failed.
         new.kill()
@@ -292,7 +297,6 @@ def test_a_new_worker_that_dies_in_a_stop_is_no_failed_reload(tmp_path: Path) ->
         assert not server.events("server.reload_failed")
 
 
-@pytest.mark.outer
 def test_processes_that_were_all_frozen_during_a_handover_are_spared(tmp_path: Path) -> None:
     """As by `docker pause`: its deadline has passed when they wake."""
     module = f"{FAULT}\nact_at(handover.Sender, 'greet', 1, pause)\n"
@@ -399,8 +403,7 @@ def test_a_successor_that_hangs_is_killed_before_the_old_worker(tmp_path: Path, 
 def test_one_worker_that_is_told_to_end_loses_only_its_own_clients(
     tmp_path: Path, role: str
 ) -> None:
-    pause = f"{FAULT}\nact_at(handover.Sender, '_send', 2, pause)\n"
-    with extended(tmp_path, pause) as server, ExitStack() as stack:
+    with extended(tmp_path, IN_SECOND_BATCH) as server, ExitStack() as stack:
         clients = crowd(server, stack)
         [old] = server.workers()
         server.send_signal(signal.SIGHUP)
