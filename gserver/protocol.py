@@ -135,57 +135,95 @@ class Parser(Generic[C]):
     `is_first`: the client has not sent a line yet; its first may be HTTP or TLS.
     """
 
-    __slots__ = ("_grammar", "_is_closed", "_is_first", "partial")
+    __slots__ = ("_at", "_data", "_grammar", "_is_closed", "_is_first")
 
     def __init__(self, grammar: Grammar[C], *, is_first: bool = True) -> None:
         self._grammar = grammar
         self._is_first = is_first
         self._is_closed = False
-        #: The bytes of a line whose end has not arrived.
-        self.partial = b""
+        self._data = b""
+        #: The index in `_data` at which the next line begins.
+        self._at = 0
+
+    @property
+    def unread(self) -> bytes:
+        """What has been received, and has not come out as a line yet."""
+        return self._data[self._at :]
+
+    def receive(self, data: bytes) -> None:
+        """Take what has arrived."""
+        if not self._is_closed:
+            self._data, self._at = self.unread + data, 0
+
+    @property
+    def has_line(self) -> bool:
+        """Whether a whole line has arrived."""
+        return self._data.find(b"\n", self._at) >= 0
+
+    def next_line(self) -> C | ErrorReply | None:
+        """Take a whole line, and return what it asks for; None for a blank one."""
+        end = self._data.index(b"\n", self._at)
+        line, self._at = self._data[self._at : end], end + 1
+        return self._read(line)
+
+    def check(self) -> ErrorReply | None:
+        """Return what is wrong with the line whose end has not arrived, if that is known by now."""
+        if self._is_first and self._data.startswith(TLS_BEGINNING, self._at):
+            return self._close(TLS)
+        if self._grammar.is_too_long(self.unread):
+            return self._close(LINE_TOO_LONG)
+        return None
+
+    def skip(self, size: int) -> None:
+        """Drop the next bytes, which are whole lines. They have been answered."""
+        self._at += size
+        self._is_first = False
+
+    def put_back(self, line_at: int) -> None:
+        """Go back to the beginning of a line, which was `position` there."""
+        self._at = line_at
+
+    @property
+    def position(self) -> int:
+        """How many of the bytes in `receive`'s buffer have been taken."""
+        return self._at
 
     def feed(self, data: bytes) -> list[C | ErrorReply]:
         """Take what has arrived; return what it asks for, in order."""
-        if self._is_closed:
-            return []
-        *lines, self.partial = (self.partial + data).split(b"\n")
+        self.receive(data)
         items: list[C | ErrorReply] = []
-        for line in lines:
-            item = self._grammar.read(line, is_first=self._is_first)
-            if item is None:
-                continue
-            self._is_first = False
-            items.append(item)
-            if isinstance(item, ErrorReply) and item.closes:
-                return self._close(items)
-        if self._is_first and self.partial.startswith(TLS_BEGINNING):
-            return self._close([*items, TLS])
-        if self._grammar.is_too_long(self.partial):
-            return self._close([*items, LINE_TOO_LONG])
+        while self.has_line:
+            if (item := self.next_line()) is not None:
+                items.append(item)
+        if error := self.check():
+            items.append(error)
         return items
 
     def end(self) -> list[C | ErrorReply]:
-        """Take the partial line as the last one: the client has finished sending."""
-        if self._is_closed:
-            return []
-        line, self.partial = self.partial, b""
-        item = self._grammar.read(line, is_first=self._is_first)
-        if item is None:
-            return []
-        self._is_first = False
-        return [item]
+        """Take what is left as the last line: the client has finished sending."""
+        line, self._data, self._at = self.unread, b"", 0
+        item = self._read(line)
+        return [] if item is None else [item]
 
     @property
     def is_complete(self) -> bool:
-        """Whether the partial line is blank, or a whole command that lacks only its newline."""
-        words = self.partial.strip().upper()
+        """Whether what is left is blank, or a whole command that lacks only its newline."""
+        words = self.unread.strip().upper()
         return not words or words in self._grammar.complete
 
     def silence(self) -> list[C | ErrorReply]:
-        """Take the partial line as ended, if it `is_complete`: the client has paused."""
+        """Take what is left as a line, if it `is_complete`: the client has paused."""
         return self.end() if self.is_complete else []
 
-    def _close(self, items: list[C | ErrorReply]) -> list[C | ErrorReply]:
+    def _read(self, line: bytes) -> C | ErrorReply | None:
+        item = self._grammar.read(line, is_first=self._is_first)
+        if item is not None:
+            self._is_first = False
+        if isinstance(item, ErrorReply) and item.closes:
+            self._close(item)
+        return item
+
+    def _close(self, error: ErrorReply) -> ErrorReply:
         self._is_closed = True
-        self.partial = b""
-        return items
+        self._data, self._at = b"", 0
+        return error

@@ -480,8 +480,8 @@ class TlsTarget(Target):
                 is_done = True
             for piece in filter(None, wire.pieces(self.random, self._out.read(), 4)):
                 self._sock.sendall(piece)
-                for _ in range(0, len(piece), 4096):
-                    is_met = self._server.handshake(4096) is self.code.Handshake.DONE
+                is_met = self._server.handshake(ours.recv(65536))
+                ours.sendall(self._server.outgoing())
             with contextlib.suppress(BlockingIOError):
                 received.write(self._sock.recv(65536, socket.MSG_DONTWAIT))
             if is_done and is_met:

@@ -31,7 +31,6 @@ TESTS = {
     "gserver/redis_url.py": ["tests/test_redis_url.py"],
     "gserver/metrics.py": ["tests/test_metrics.py", "tests/test_scoreboard.py"],
     "gserver/serve/fastpath.py": ["tests/test_fastpath.py"],
-    "gserver/serve/deadlines.py": ["tests/test_deadlines.py"],
     "gserver/serve/limits.py": ["tests/test_limits.py"],
     "gserver/supervise/phases.py": ["tests/test_phases.py"],
     "gserver/cluster/membership.py": ["tests/test_membership.py"],

@@ -10,7 +10,6 @@ from dataclasses import fields
 from importlib.metadata import distributions
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import NormalizedName, canonicalize_name
 
@@ -18,7 +17,6 @@ from gserver import errors
 from gserver.agent.statsd import COUNTERS, GAUGES, TIMINGS
 from gserver.config import OPTIONS, Config, environment_names, flag
 from gserver.protocol import ERROR_REPLIES
-from gserver.serve.client import State as ClientState
 from gserver.supervise.phases import Phase
 from gserver.supervise.systemd import VARIABLES
 from lab.documents import DEPLOYING, OPERATIONS, PROTOCOL, README, rows, section, statsd_metrics
@@ -159,19 +157,12 @@ def test_the_readmes_commands_work_as_printed(tmp_path: Path) -> None:
         assert client.ask(b"NAP 0.01") == b"rested among 1"
 
 
-@pytest.mark.parametrize(
-    ("mark", "states"),
-    [("client states", ClientState), ("phases", Phase)],
-    ids=["client", "phases"],
-)
-def test_the_diagrams_of_the_architecture_show_every_state(
-    mark: str, states: type[ClientState] | type[Phase]
-) -> None:
+def test_the_diagram_of_the_architecture_shows_every_phase() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
-    found = re.search(rf"<!-- {mark} -->(.*?)<!-- end of {mark} -->", page, re.S)
+    found = re.search(r"<!-- phases -->(.*?)<!-- end of phases -->", page, re.S)
     assert found
     edges = re.findall(r"^ +(\S+) --> ([^\s:]+)", found[1], re.M)
-    assert {name for edge in edges for name in edge} - {"[*]"} == {item.name for item in states}
+    assert {name for edge in edges for name in edge} - {"[*]"} == {item.name for item in Phase}
 
 
 def test_the_version_has_an_entry_in_the_changelog() -> None:

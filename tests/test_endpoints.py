@@ -14,7 +14,7 @@ import pytest
 
 from gserver.addresses import TCP, TLS, TRANSPORTS, UNIX, Endpoint
 from gserver.errors import FatalError
-from gserver.serve.loop import UNIX_SEND_BYTES
+from gserver.serve.admission import UNIX_SEND_BYTES
 from gserver.supervise import listener
 from lab.admin import listed, metrics, status
 from lab.endpoints import Endpoints, three_endpoints

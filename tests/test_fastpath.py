@@ -75,7 +75,7 @@ class Worker:
         """The parser's replies and counts; None for a read that is not for the fast path."""
         parser: Parser[Command] = Parser(self.replies.grammar, is_first=not has_spoken)
         items = parser.feed(data)
-        if parser.partial or not items:
+        if parser.unread or not items:
             return None
         replies, counts = b"", dict.fromkeys(self.counts(), 0)
         for item in items:

@@ -1,15 +1,17 @@
-"""Handovers: two loops in this process, and reloads of real servers."""
+"""Handovers: two workers' clients in this process, and reloads of real servers."""
 
 import _socket
 import gc
+import io
 import json
+import os
 import resource
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ import pytest
 from gserver.addresses import TCP
 from gserver.commands import BUILT_IN, Command, command
 from gserver.config import Config
+from gserver.protocol import INTERNAL
 from gserver.scoreboard import Scoreboard
 from gserver.serve import handover
-from gserver.serve.client import BLOCKED, BUSY
+from gserver.serve.client import Rest
+from gserver.serve.clients import Clients
+from gserver.serve.conversation import Conversations
 from gserver.serve.handover import (
     BATCH_CLIENTS,
     Greeting,
@@ -33,7 +38,6 @@ from gserver.serve.handover import (
     receive,
 )
 from gserver.serve.limits import Limits
-from gserver.serve.loop import Loop
 from gserver.serve.replies import Replies
 from lab.running import LIMIT, argv, extended, until
 
@@ -58,21 +62,23 @@ def large(_request: object) -> str:
 
 @dataclass
 class Pair:
-    """The loops of an old worker, in slot 0, and of its successor, in slot 1."""
+    """The clients of an old worker, in slot 0, and of its successor, in slot 1."""
 
     scoreboard: Scoreboard
-    old: Loop
-    new: Loop
+    old: Conversations
+    new: Conversations
     ours: socket.socket
     theirs: socket.socket
     stack: ExitStack
+    #: What was left of the conversations that were handed over.
+    rests: list[Rest] = field(default_factory=list)
 
-    def connect(self, host: str = "127.0.0.1", to: Loop | None = None) -> socket.socket:
+    def connect(self, host: str = "127.0.0.1", to: Conversations | None = None) -> socket.socket:
         """Connect a client to the old worker, or to the other one."""
         ours, theirs = socket.socketpair()
         bare = _socket.socket(ours.family, ours.type, 0, ours.detach())
         bare.setblocking(False)
-        (to or self.old).add(bare, (host, 1))
+        (to or self.old).admission.serve(bare, (host, 1))
         theirs.settimeout(LIMIT)
         return self.stack.enter_context(theirs)
 
@@ -82,11 +88,22 @@ class Pair:
         sender = Sender(self.old, self.ours)
         try:
             if sender.greet():
+                self.rests += sender._next_batch().values()
                 sender.send_ready()
         finally:
             sender.close()
             receiver.join(LIMIT)
         return sender
+
+    def is_busy(self) -> bool:
+        """Whether a handler runs for the old worker's only client."""
+        [client] = self.old.clients.by_fd.values()
+        return client.stream is not None and client.stream.command != ""
+
+    def are_blocked(self) -> bool:
+        """Whether no client of the old worker reads its replies."""
+        streams = [client.stream for client in self.old.clients.by_fd.values()]
+        return all(stream is not None and stream.is_sending for stream in streams)
 
     def figures(self) -> tuple[int, int, int]:
         """Clients of the old worker, of the new one, and of the cluster's view."""
@@ -99,14 +116,16 @@ def pair(commands: tuple[Command, ...] = (), **options: Any) -> Iterator[Pair]:
     config = Config(server_id="here", **options)
     scoreboard = Scoreboard.create(2, config.address_cells)
 
-    def loop(slot: int, *commands: Command) -> Loop:
+    def worker(slot: int, *commands: Command) -> Conversations:
         replies = Replies(config, scoreboard, slot, (*BUILT_IN, rest, large, pair_of, *commands))
-        return Loop(config, Limits(config, scoreboard, slot), replies, capacity=1000)
+        return Conversations(
+            Clients(config, Limits(config, scoreboard, slot), replies, capacity=1000)
+        )
 
     with ExitStack() as stack:
         ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours, theirs = (stack.enter_context(gevent_socket(end)) for end in ends)
-        yield Pair(scoreboard, loop(0, *commands), loop(1), ours, theirs, stack)
+        yield Pair(scoreboard, worker(0, *commands), worker(1), ours, theirs, stack)
 
 
 def gevent_socket(sock: socket.socket) -> Any:
@@ -151,7 +170,7 @@ def test_idle_clients_are_served_by_the_new_worker() -> None:
         sender = both.hand_over()
         assert sender.clients == 501
         assert both.figures() == (0, 501, 501)
-        assert not both.old.clients
+        assert not both.old.clients.connections
         for client in clients:
             client.sendall(b"WHO\n")
         settle(lambda: both.scoreboard.totals()["commands.WHO"] == 502)
@@ -166,11 +185,10 @@ def test_a_partial_line_moves_with_its_client_and_its_deadline() -> None:
         client = both.connect()
         client.sendall(b"WHY\nWHE")
         assert read(client) == b"42\n"
-        [before] = both.old.clients.values()
-        deadline = before.deadline
+        gevent.sleep(0.1)
+        began = time.monotonic()
         both.hand_over()
-        [after] = both.new.clients.values()
-        assert after.deadline == deadline < time.monotonic() + 1001
+        assert both.rests[0].line_ends < began + 1000
         assert ask(client, b"RE\nWHY\n") == b"here\n42\n"
 
 
@@ -178,11 +196,11 @@ def test_the_idle_time_goes_on() -> None:
     with pair(idle_timeout_seconds=1000) as both:
         both.connect()
         gevent.sleep(0.1)
-        [before] = both.old.clients.values()
-        quiet_since, deadline = before.quiet_since, before.deadline
+        [before] = both.old.clients.by_fd.values()
+        quiet_since = before.quiet_since
         both.hand_over()
-        [after] = both.new.clients.values()
-        assert (after.quiet_since, after.deadline) == (quiet_since, deadline)
+        [after] = both.new.clients.by_fd.values()
+        assert after.quiet_since == quiet_since < time.monotonic() - 0.05
 
 
 @pytest.mark.parametrize(
@@ -204,7 +222,7 @@ def test_the_first_line_is_the_first_one_only_once(
         both.hand_over()
         client.sendall(after)
         client.shutdown(socket.SHUT_WR)
-        settle(lambda: not both.new.clients)
+        settle(lambda: not both.new.clients.connections)
         received = b""
         with suppress(ConnectionResetError):
             while data := client.recv(1000):
@@ -216,13 +234,13 @@ def test_a_client_in_a_handler_follows_when_the_handler_has_answered() -> None:
     with pair() as both:
         client = both.connect()
         client.sendall(b"REST\nREST\nWHO\nWHAT\nWHERE")
-        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
+        settle(both.is_busy)
         receiver = gevent.spawn(receive, both.new, 1, both.theirs)
         sender = Sender(both.old, both.ours)
         assert sender.greet()
         sender.send_ready()
         assert both.figures() == (1, 0, 1), "the handler runs"
-        settle(lambda: both.old.parked)
+        settle(lambda: both.old.clients.parked)
         sender.send_ready()
         sender.close()
         receiver.join(LIMIT)
@@ -238,9 +256,9 @@ def test_words_move_with_their_commands() -> None:
     with pair() as both:
         client = both.connect()
         client.sendall(b"REST\nPAIR a 4\nPAIR\nPAIR b\nPAIR c")
-        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
-        both.old.is_handing_over = True
-        settle(lambda: both.old.parked)
+        settle(both.is_busy)
+        both.old.clients.is_handing_over = True
+        settle(lambda: both.old.clients.parked)
         both.hand_over()
         client.sendall(b" 5\n")
         settle(lambda: both.scoreboard.totals()["commands.PAIR"] == 3)
@@ -252,9 +270,9 @@ def test_a_command_that_the_new_worker_does_not_have_is_unknown() -> None:
     with pair((GONE,)) as both:
         client = both.connect()
         client.sendall(b"REST\nGONE\nWHY\n")
-        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
-        both.old.is_handing_over = True
-        settle(lambda: both.old.parked)
+        settle(both.is_busy)
+        both.old.clients.is_handing_over = True
+        settle(lambda: both.old.clients.parked)
         both.hand_over()
         settle(lambda: both.scoreboard.totals()["commands.WHY"])
         assert read(client) == b"rested\nERR unknown command\n42\n"
@@ -265,7 +283,7 @@ def test_unsent_replies_move_with_their_clients_and_stay_in_order() -> None:
         clients = [both.connect() for _ in range(3)]
         for number, client in enumerate(clients):
             client.sendall(b"WHY\n" * number + b"LARGE\nWHERE\n")
-        settle(lambda: {each.state for each in both.old.clients.values()} == {BLOCKED})
+        settle(both.are_blocked)
         both.hand_over()
         assert both.figures() == (0, 3, 3)
         for number, client in enumerate(clients):
@@ -279,12 +297,14 @@ def test_the_time_to_read_goes_on_in_the_new_worker() -> None:
     with pair(write_timeout_seconds=1000) as both:
         client = both.connect()
         client.sendall(b"LARGE\n")
-        settle(lambda: next(iter(both.old.clients.values())).state is BLOCKED)
-        [blocked] = both.old.clients.values()
-        deadline = blocked.deadline
+        settle(both.are_blocked)
+        gevent.sleep(0.1)
+        began = time.monotonic()
         both.hand_over()
-        [after] = both.new.clients.values()
-        assert (after.state, after.deadline) == (BLOCKED, deadline)
+        [rest] = both.rests
+        assert rest.unsent
+        assert rest.write_ends is not None
+        assert rest.write_ends < began + 1000
 
 
 def test_a_client_that_has_ended_its_input_gets_its_replies_and_the_end() -> None:
@@ -292,11 +312,11 @@ def test_a_client_that_has_ended_its_input_gets_its_replies_and_the_end() -> Non
         client = both.connect()
         client.sendall(b"REST\nWHY")
         client.shutdown(socket.SHUT_WR)
-        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
-        both.old.is_handing_over = True
-        settle(lambda: both.old.parked)
+        settle(both.is_busy)
+        both.old.clients.is_handing_over = True
+        settle(lambda: both.old.clients.parked)
         both.hand_over()
-        settle(lambda: not both.new.clients)
+        settle(lambda: not both.new.clients.connections)
         assert read(client) == b"rested\n42\n"
         assert client.recv(1) == b""
 
@@ -308,7 +328,7 @@ def test_a_client_over_its_address_limit_is_rejected_after_a_handover_too() -> N
         assert read(both.connect("10.0.0.1")) == b"ERR too many clients from your address\n"
         for client in first:
             client.close()
-        settle(lambda: not both.new.clients)
+        settle(lambda: not both.new.clients.connections)
         assert ask(both.connect("10.0.0.1")) == b"42\n"
 
 
@@ -316,7 +336,7 @@ def test_a_worker_that_drains_takes_no_clients() -> None:
     with pair() as both:
         client = both.connect()
         ask(client)
-        both.new.drain()
+        both.new.silent.drain()
         with pytest.raises(SuccessorDiedError):
             both.hand_over()
         assert both.figures() == (1, 0, 1)
@@ -416,16 +436,14 @@ def test_a_successor_that_cannot_read_a_batch_leaves_it_to_the_old_worker() -> N
 
 def test_an_error_reply_with_another_name_is_an_internal_error() -> None:
     with pair() as both:
-        client = both.connect()
-        client.sendall(b"REST\nWHAT\n\xff\n")
-        settle(lambda: next(iter(both.old.clients.values())).state is BUSY)
-        both.old.is_handing_over = True
-        settle(lambda: both.old.parked)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delitem(handover._ERRORS, "unknown_command")
-            both.hand_over()
-        settle(lambda: both.scoreboard.totals()["error_replies.not_ascii"])
-        assert read(client) == b"rested\nERR internal\nERR not ASCII\n"
+        both.connect()
+        [client] = both.old.clients.by_fd.values()
+        fields = handover.describe(client, Rest(error=INTERNAL), both.old.clients)
+        fields["error"] = "renamed"
+        fd = os.dup(client.sock.fileno())
+        restored = handover.restore(both.new.clients, fd, fields, io.BytesIO())
+        assert both.new.clients.parked.pop(restored).error is INTERNAL
+        restored.sock.close()
 
 
 def test_a_handover_is_given_up_although_another_process_has_the_successors_end() -> None:
@@ -504,12 +522,11 @@ def test_if_the_old_worker_dies_the_successor_keeps_what_it_has_received() -> No
         receiver = gevent.spawn(receive, both.new, 1, both.theirs)
         sender = Sender(both.old, both.ours)
         assert sender.greet()
-        batch = sender._next_batch()
-        assert batch
-        [moving], texts = batch
-        with handover._unsent([moving]) as unsent:
-            fds = [moving.sock.fileno(), unsent.fileno()]
-            socket.send_fds(both.ours, [f"[{texts[0]}]".encode()], fds)
+        [(moving, rest)] = sender._next_batch().items()
+        text = json.dumps(handover.describe(moving, rest, both.old.clients))
+        with handover._bytes_of([rest]) as file:
+            fds = [moving.sock.fileno(), file.fileno()]
+            socket.send_fds(both.ours, [f"[{text}]".encode()], fds)
         both.ours.close()
         receiver.join(LIMIT)
         both.scoreboard.clear_dead_worker(0)
@@ -616,7 +633,7 @@ def test_after_a_handover_that_fails_the_old_worker_serves_and_accepts(tmp_path:
 def test_clients_that_the_successor_has_rejected_take_no_places() -> None:
     with pair(max_clients=1) as both:
         clients = [both.connect(to=both.new) for _ in range(3)]
-        assert (len(clients), both.new.rejected) == (3, 2)
+        assert (len(clients), len(both.new.clients.rejected)) == (3, 2)
         receiver = gevent.spawn(receive, both.new, 1, both.theirs)
         assert Greeting.parse(both.ours.recv(1000)) == Greeting(1, 999)
         receiver.kill()

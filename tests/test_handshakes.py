@@ -13,7 +13,7 @@ import pytest
 
 from gserver.addresses import TCP
 from gserver.boot import RESERVED_FILES
-from gserver.serve.loop import MAX_ADMISSIONS
+from gserver.serve.admission import MAX_ADMISSIONS
 from lab.admin import status
 from lab.endpoints import Endpoints
 from lab.running import LIMIT, Client, Running, argv, limited, stopped, until

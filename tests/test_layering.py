@@ -128,7 +128,7 @@ def test_ask_imports_the_protocol_but_nothing_of_the_server() -> None:
     "name",
     argv(
         "protocol config metrics cluster.membership cluster.duplicate_id"
-        " supervise.phases serve.deadlines redis_url redis_errors errors"
+        " supervise.phases redis_url redis_errors errors"
     ),
 )
 def test_a_pure_module_imports_neither_sockets_nor_clocks(name: str) -> None:

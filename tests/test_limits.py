@@ -15,8 +15,8 @@ from gserver.addresses import TCP
 from gserver.config import Config
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS
 from gserver.scoreboard import Scoreboard
-from gserver.serve.client import LINGER_SECONDS
 from gserver.serve.limits import AddressCounts, Limits, network
+from gserver.serve.silent import LINGER_SECONDS
 from lab.admin import status
 from lab.running import PATIENCE, Client, Running, argv, extended, stopped, until
 from lab.tls_client import certified, trust

@@ -180,7 +180,7 @@ def test_a_parser_never_holds_more_than_a_line_and_its_cr(chunks: list[bytes], l
     parser = Parser(nested(limit))
     for chunk in chunks:
         parser.feed(chunk)
-        assert len(parser.partial) <= limit + 1
+        assert len(parser.unread) <= limit + 1
 
 
 # Pauses.
@@ -206,7 +206,7 @@ def test_a_pause_does_not_answer_a_non_command(begun: bytes) -> None:
     parser.feed(begun)
     assert not parser.is_complete
     assert parser.silence() == []
-    assert parser.partial == begun
+    assert parser.unread == begun
 
 
 @pytest.mark.parametrize("blanks", [b"", b" ", b"\r", b" \t\r\v\f", b" " * LIMIT_BYTES])
@@ -215,7 +215,7 @@ def test_a_pause_drops_blanks(blanks: bytes) -> None:
     parser.feed(blanks)
     assert parser.is_complete
     assert parser.silence() == []
-    assert parser.partial == b""
+    assert parser.unread == b""
     # They do not count in the next line.
     assert parser.feed(b"x" * LIMIT_BYTES + b"\n") == [UNKNOWN_COMMAND]
 
@@ -262,11 +262,11 @@ def test_nothing_is_parsed_after_a_closing_item(last: bytes) -> None:
     [item] = parser.feed(last)
     assert isinstance(item, ErrorReply)
     assert item.closes
-    assert parser.partial == b""
+    assert parser.unread == b""
     for data in (b"WHO\n", b"WHY", b"\n", last):
         assert parser.feed(data) == []
         assert parser.silence() == []
-        assert parser.partial == b""
+        assert parser.unread == b""
     assert parser.end() == []
 
 

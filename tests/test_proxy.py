@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gserver.serve.loop import MAX_ADMISSIONS, MAX_PROBES
+from gserver.serve.admission import MAX_ADMISSIONS, MAX_PROBES
 from lab.admin import get, metrics
 from lab.proxy_header import binary, line
 from lab.running import LIMIT, PATIENCE, Client, Running, argv, extended, stopped, until

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gserver.serve.client import DRAIN_GRACE_SECONDS
+from gserver.serve.clients import DRAIN_GRACE_SECONDS
 from gserver.supervise.phases import GIVE_UP_SECONDS
 from lab.admin import status
 from lab.redises import Redis

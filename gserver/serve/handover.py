@@ -4,8 +4,12 @@ The supervisor gives each of the two one end of a socket pair. A message on it i
 JSON. The successor begins with a greeting. Then the old worker sends its clients in batches, with
 their descriptors beside them (SCM_RIGHTS), and the successor answers each batch. The successor
 counts the clients before it answers, and the old worker takes them out of its count after that. So
-WHO is too high by a batch for a moment, and never too low. Replies that clients have not read may
-be large: they are passed as a file in memory, whose descriptor is the last one.
+WHO is too high by a batch for a moment, and never too low. What has not been answered, and replies
+that clients have not read, may be large: they are passed as a file in memory, whose descriptor is
+the last one.
+
+A silent client moves as it is. A conversation that waits is interrupted there, and gives back what
+it has left; another one begins with that in the new worker. One that runs a handler follows later.
 
 Until a batch is answered, it is the old worker's: if the successor dies, the old worker continues
 to serve its clients. Bytes that arrive meanwhile stay in the kernel.
@@ -15,36 +19,30 @@ import _socket
 import json
 import os
 import socket
-from base64 import b64decode, b64encode
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from errno import ETOOMANYREFS
 from itertools import islice
-from time import monotonic
 from typing import Any, BinaryIO
 
 import gevent
 
 from gserver.addresses import TLS
-from gserver.commands import Command
-from gserver.protocol import ERROR_REPLIES, INTERNAL, UNKNOWN_COMMAND, USAGE, ErrorReply, Parser
-from gserver.serve.client import MOVING, Client, Work
-from gserver.serve.limits import Limits
-from gserver.serve.loop import Loop
-from gserver.serve.proxied import ProxiedSocket
+from gserver.protocol import ERROR_REPLIES, INTERNAL
+from gserver.serve.client import Client, Rest
+from gserver.serve.clients import Clients
+from gserver.serve.conversation import Conversations
+from gserver.serve.stream import Moved
 
 #: Version of the messages. To a successor with another one, no client is handed over.
-FORMAT = 3
+FORMAT = 4
 #: Clients in a batch. The kernel passes at most 253 descriptors with a message.
 BATCH_CLIENTS = 250
-#: A batch whose JSON has more bytes than this is sent. One client has 100 KB at most. The kernel's
-#: usual limit for a packet is 208 KB.
-BATCH_BYTES = 32_768
+#: A batch whose file has more bytes than this is sent: larger ones would stop both workers.
+BATCH_BYTES = 3_276_800
+#: Limit on a batch without its file, and the kernel's on a packet is usually 208 KB.
 MAX_PACKET_BYTES = 262_144
-#: So many bytes of unread replies count as one byte of JSON.
-UNSENT_WEIGHT = 100
 #: How long an old worker waits for the greeting.
 GREETING_SECONDS = 5.0
 #: How often an old worker looks for clients that can be handed over by now.
@@ -89,104 +87,49 @@ class Greeting:
 # One client as JSON.
 
 
-def describe(client: Client, limits: Limits) -> dict[str, Any]:
-    """Return all that a successor must know of a client, but for its unsent bytes.
+def describe(client: Client, rest: Rest, clients: Clients) -> dict[str, Any]:
+    """Return all that a successor must know of a client, but for the bytes in the file.
 
     Times are monotonic seconds. The clock is that of the machine, so they mean the same in both
     workers.
     """
-    fields: dict[str, Any] = {
+    return {
         "spoken": client.has_spoken,
+        "accepted_at": client.accepted_at,
         "quiet_since": client.quiet_since,
         "address": client.address,
-        "accepted_ns": client.loop.accepted_ns[client.sock.fileno()],
-        "replies": client.loop.reply_counts.get(client),
-        "places": limits.places(client.sock.fileno()),
+        "replies": clients.reply_counts.get(client),
+        "places": clients.limits.places(client.sock.fileno()),
+        "unread": len(rest.unread),
+        "unsent": len(rest.unsent),
+        "line_ends": rest.line_ends,
+        "write_ends": rest.write_ends,
+        "error": rest.error.name if rest.error else None,
     }
-    if isinstance(client.sock, ProxiedSocket):
-        fields["proxied"] = client.sock.getpeername()
-    work = client.work
-    if work and (work.is_pending or work.parser or work.unsent):
-        fields["work"] = {
-            "partial": _text(work.parser.partial) if work.parser else None,
-            "line_deadline": work.line_deadline,
-            "unread": _text(work.unread),
-            "items": [_describe_item(item) for item in work.items],
-            "unsent_bytes": len(work.unsent),
-            "write_deadline": work.write_deadline,
-            "closing_error": work.closing_error.name if work.closing_error else None,
-            "has_input_ended": work.has_input_ended,
-        }
-    return fields
 
 
-def restore(loop: Loop, fd: int, fields: dict[str, Any], unsent: BinaryIO) -> Client:
-    """Return the client that these fields describe. Its unsent bytes are read from the file."""
-    address, quiet_since = fields["address"], fields["quiet_since"]
-    sock: Any = _socket.socket(fileno=fd)
+def restore(clients: Clients, fd: int, fields: dict[str, Any], file: BinaryIO) -> Client:
+    """Return the client that these fields describe, parked. Its bytes are read from the file."""
+    address = tuple(fields["address"]) if fields["address"] else None
+    sock = _socket.socket(fileno=fd)
     sock.setblocking(False)
-    if peer := fields.get("proxied"):
-        sock = ProxiedSocket(sock, tuple(peer))
-    client = Client(loop, sock, tuple(address) if address else None, quiet_since)
-    client.state = MOVING
-    client.has_spoken = fields["spoken"]
+    client = Client(sock, address, fields["accepted_at"])
+    client.has_spoken, client.quiet_since = fields["spoken"], fields["quiet_since"]
+    client.is_counted = True
     if fields["replies"] is not None:
-        loop.reply_counts[client] = fields["replies"]
-    if work := fields.get("work"):
-        client.work = _restore_work(loop, client, work, unsent)
+        clients.reply_counts[client] = fields["replies"]
+    clients.parked[client] = Rest(
+        unread=file.read(fields["unread"]),
+        line_ends=fields["line_ends"],
+        unsent=file.read(fields["unsent"]),
+        write_ends=fields["write_ends"],
+        # Another version may have renamed it.
+        error=_ERRORS.get(fields["error"], INTERNAL) if fields["error"] else None,
+    )
     return client
 
 
-def _restore_work(loop: Loop, client: Client, fields: dict[str, Any], unsent: BinaryIO) -> Work:
-    work, grammar = Work(), loop.replies.grammar
-    work.line_deadline, work.write_deadline = fields["line_deadline"], fields["write_deadline"]
-    work.unread, work.unsent = (
-        _bytes(fields["unread"]),
-        memoryview(unsent.read(fields["unsent_bytes"])),
-    )
-    work.items.extend(_restore_item(loop, *item) for item in fields["items"])
-    if fields["partial"] is not None:
-        work.parser = Parser(grammar, is_first=not (client.has_spoken or work.items))
-        work.parser.partial = _bytes(fields["partial"])
-    if fields["closing_error"]:
-        work.closing_error = _error(fields["closing_error"])
-    work.has_input_ended = fields["has_input_ended"]
-    work.started_at = monotonic()
-    return work
-
-
 _ERRORS = {error.name: error for error in ERROR_REPLIES}
-
-
-def _error(name: str) -> ErrorReply:
-    """Return an error reply. Another version may have renamed it."""
-    return _ERRORS.get(name, INTERNAL)
-
-
-def _describe_item(item: Command | ErrorReply) -> tuple[str, list[str] | None, str]:
-    """Return the name, the words of a command, and the reply line of an error."""
-    if isinstance(item, Command):
-        return item.name, list(item.words), ""
-    return item.name, None, item.reply.decode()
-
-
-def _restore_item(
-    loop: Loop, name: str, words: list[str] | None, reply: str
-) -> Command | ErrorReply:
-    if words is None:
-        error = _error(name)
-        return error._replace(reply=reply.encode()) if error is USAGE else error
-    # The new worker may not have this command any more, or it may take other words.
-    command = loop.replies.grammar.commands.get(name.encode())
-    return command.bind(words) if command else UNKNOWN_COMMAND
-
-
-def _text(data: bytes) -> str:
-    return b64encode(data).decode()
-
-
-def _bytes(text: str) -> bytes:
-    return b64decode(text)
 
 
 # The two sides.
@@ -195,8 +138,9 @@ def _bytes(text: str) -> bytes:
 class Sender:
     """The old worker's side."""
 
-    def __init__(self, loop: Loop, pair: socket.socket) -> None:
-        self._loop = loop
+    def __init__(self, conversations: Conversations, pair: socket.socket) -> None:
+        self._conversations = conversations
+        self._clients = conversations.clients
         self._pair = pair
         #: The successor's slot of the scoreboard.
         self.slot = -1
@@ -222,13 +166,13 @@ class Sender:
                 " connected: raise the limit of open files (ulimit -n, prlimit)"
             )
         self.slot = greeting.slot
-        self._loop.is_handing_over = True
+        self._clients.is_handing_over = True
         return True
 
     @property
     def _movable_clients(self) -> int:
         """How many clients can be handed over, now or later."""
-        limits = self._loop.limits
+        limits = self._clients.limits
         return limits.clients - limits.clients_by(TLS)
 
     def send_ready(self) -> None:
@@ -236,8 +180,8 @@ class Sender:
 
         Raises `HandoverError` if that cannot go on.
         """
-        while not self._loop.is_draining and (batch := self._next_batch()):
-            if not self._send(*batch):
+        while not self._clients.is_draining and (batch := self._next_batch()):
+            if not self._send(batch):
                 gevent.sleep(RETRY_SECONDS)
                 return
 
@@ -257,54 +201,56 @@ class Sender:
         with suppress(OSError):
             self._pair.send(END)
         self._pair.close()
-        self._loop.is_handing_over = False
-        parked, self._loop.parked = self._loop.parked, deque()
-        self._loop.take_back(parked)
+        self._clients.is_handing_over = False
+        self._conversations.take_back(list(self._clients.parked))
 
-    def _next_batch(self) -> tuple[list[Client], list[str]] | None:
-        """Return clients and their descriptions; None if no client is ready."""
-        loop = self._loop
+    def _next_batch(self) -> dict[Client, Rest]:
+        """Return clients that are parked, with what is left to do for them."""
+        clients = self._clients
         if not self._movable_clients:  # Looking for one among many with TLS takes time.
-            return None
-        if not loop.parked:
-            ready = (client for client in loop.clients.values() if client.may_move)
+            return {}
+        if not clients.parked:
+            ready = (each for each in clients.by_fd.values() if clients.may_move(each))
             for client in list(islice(ready, BATCH_CLIENTS)):
-                loop.park(client)
-        clients: list[Client] = []
-        texts: list[str] = []
+                if client.stream:
+                    client.stream.interrupt(Moved())
+                else:
+                    clients.park(client, Rest())
+            gevent.sleep(0)  # The conversations end.
+        batch: dict[Client, Rest] = {}
         size = 0
-        while loop.parked and len(clients) < BATCH_CLIENTS and size <= BATCH_BYTES:
-            client = loop.parked.popleft()
-            clients.append(client)
-            texts.append(json.dumps(describe(client, loop.limits)))
-            size += len(texts[-1])
-            if client.work:  # A file of many large replies would stop both workers for a while.
-                size += len(client.work.unsent) // UNSENT_WEIGHT
-        return (clients, texts) if clients else None
+        for client, rest in islice(clients.parked.items(), BATCH_CLIENTS):
+            batch[client] = rest
+            size += len(rest.unread) + len(rest.unsent)
+            if size > BATCH_BYTES:
+                break
+        return batch
 
-    def _send(self, clients: list[Client], texts: list[str]) -> bool:
+    def _send(self, batch: dict[Client, Rest]) -> bool:
         """Hand over a batch; return False if the successor, or the kernel, has refused it."""
-        loop = self._loop
-        packet = f"[{','.join(texts)}]".encode()
-        fds = [client.sock.fileno() for client in clients]
+        clients = self._clients
+        texts = [json.dumps(describe(*each, clients)) for each in batch.items()]
+        fds = [client.sock.fileno() for client in batch]
         try:
-            with self._noticing_death(), _unsent(clients) as file:
+            with self._noticing_death(), _bytes_of(batch.values()) as file:
+                packet = f"[{','.join(texts)}]".encode()
                 socket.send_fds(self._pair, [packet], [*fds, file.fileno()])
             answer = self._receive(None)
         except (OSError, HandoverError) as error:
-            loop.take_back(clients)
+            self._conversations.take_back(batch)
             if isinstance(error, HandoverError):
                 raise
             if error.errno == ETOOMANYREFS:
                 return False  # The user has too many descriptors on their way.
             raise HandoverError(f"a batch could not be sent: {error}") from error
         if answer != TAKEN:
-            loop.take_back(clients)
+            self._conversations.take_back(batch)
             return False
-        loop.limits.hand_over([client.transport for client in clients], self.slot)
-        self.clients += len(clients)
-        for client in clients:
-            loop.release(client)
+        clients.limits.hand_over([client.transport for client in batch], self.slot)
+        self.clients += len(batch)
+        for client in batch:
+            del clients.parked[client]
+            clients.forget(client)
         return True
 
     @contextmanager
@@ -330,22 +276,23 @@ class Sender:
         return packet
 
 
-def _unsent(clients: Iterable[Client]) -> BinaryIO:
-    """Return a file in memory with what these clients have not read."""
-    file = open(os.memfd_create("gserver-unsent"), "w+b")  # noqa: SIM115 - the caller closes it
-    for client in clients:
-        if client.work and client.work.unsent:
-            file.write(client.work.unsent)
+def _bytes_of(rests: Iterable[Rest]) -> BinaryIO:
+    """Return a file in memory with what was not answered, and what was not sent."""
+    file = open(os.memfd_create("gserver-rests"), "w+b")  # noqa: SIM115 - the caller closes it
+    for rest in rests:
+        file.write(rest.unread)
+        file.write(rest.unsent)
     file.seek(0)
     return file
 
 
-def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
+def receive(conversations: Conversations, slot: int, pair: socket.socket) -> None:
     """Be the successor: take over clients until the old worker has ended, or until a drain."""
-    limits, has_ended = loop.limits, False
+    ours, has_ended = conversations.clients, False
+    limits = ours.limits
     # Rejected clients have descriptors of their own.
-    greeting = Greeting(slot, loop.capacity - (len(loop.clients) - loop.rejected))
-    if loop.is_draining:
+    greeting = Greeting(slot, ours.capacity - (ours.connections - len(ours.rejected)))
+    if ours.is_draining:
         pair.close()
         return
     with suppress(BrokenPipeError, ConnectionResetError), pair:
@@ -355,7 +302,7 @@ def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
                 pair, MAX_PACKET_BYTES, BATCH_CLIENTS + 1, socket.MSG_CMSG_CLOEXEC
             )
             # In a drain, the old worker takes back what gets no answer: it may serve on.
-            if packet in (b"", END) or loop.is_draining:
+            if packet in (b"", END) or ours.is_draining:
                 has_ended = packet != b""
                 _close_all(fds)
                 break
@@ -364,17 +311,16 @@ def receive(loop: Loop, slot: int, pair: socket.socket) -> None:
                 _close_all(fds)
                 pair.send(REFUSED)
                 continue
-            with open(fds.pop(), "rb") as unsent:
+            with open(fds.pop(), "rb") as file:
                 clients = [
-                    restore(loop, fd, fields, unsent) for fd, fields in zip(fds, batch, strict=True)
+                    restore(ours, fd, fields, file) for fd, fields in zip(fds, batch, strict=True)
                 ]
             limits.take_over([client.transport for client in clients])
             for client, fields in zip(clients, batch, strict=True):
                 limits.take_over_address(client.sock.fileno(), fields["places"])
             with suppress(BrokenPipeError):  # The old worker has died: its clients live on here.
                 pair.send(TAKEN)
-            for client, fields in zip(clients, batch, strict=True):
-                loop.adopt(client, fields["accepted_ns"])
+            conversations.take_back(clients)
     limits.end_arrival(has_sender_died=not has_ended)
 
 

@@ -8,15 +8,15 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from time import monotonic, monotonic_ns
+from time import monotonic
 from typing import Any
 
 import gevent
 
 from gserver import logs
 from gserver.boot import LIST
-from gserver.serve.client import BUSY, COUNTED, MOVING, Client
-from gserver.serve.loop import Loop
+from gserver.serve.client import Client
+from gserver.serve.conversation import Conversations
 
 #: Characters of a certificate's name on the list.
 MAX_NAME = 256
@@ -26,11 +26,11 @@ PACKET_CLIENTS = 40
 PAUSE_SECONDS = 0.001
 
 
-def answer(loop: Loop, request: str, sock: socket.socket) -> None:
+def answer(conversations: Conversations, request: str, sock: socket.socket) -> None:
     """Answer a request in packets of JSON, and close the socket."""
     kind, _, text = request.partition(" ")
     with sock:
-        for packet in _list(loop) if kind == LIST else _close(loop, text):
+        for packet in _list(conversations) if kind == LIST else _close(conversations, text):
             # Clients are closed even if the agent waits no longer.
             if not _send(sock, packet) and kind == LIST:
                 return
@@ -47,16 +47,17 @@ def _send(sock: socket.socket, packet: dict[str, Any]) -> bool:
     return True
 
 
-def _list(loop: Loop) -> Iterator[dict[str, Any]]:
-    for ends in _parts(list(loop.recent_ends)):
+def _list(conversations: Conversations) -> Iterator[dict[str, Any]]:
+    clients = conversations.clients
+    for ends in _parts(list(clients.recent_ends)):
         yield {"recent": ends}
-    for part in _parts(list(loop.clients.values())):
-        found = [_describe(loop, client) for client in part if _is_counted(loop, client)]
+    for part in _parts(list(clients.by_fd.values())):
+        found = [
+            _describe(client, is_moving=client in clients.parked)
+            for client in part
+            if client.is_counted
+        ]
         yield {"clients": found}
-
-
-def _is_counted(loop: Loop, client: Client) -> bool:
-    return client.state in COUNTED and client not in loop.probes
 
 
 def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -64,39 +65,50 @@ def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield items[start : start + PACKET_CLIENTS]
 
 
-def client_id(loop: Loop, client: Client) -> str:
-    """Return the id of a client. It stays over handovers."""
-    return f"{loop.accepted_ns[client.sock.fileno()]:x}"
-
-
-def _describe(loop: Loop, client: Client) -> dict[str, Any]:
-    address, port = loop.peer(client)
-    age_ns = monotonic_ns() - loop.accepted_ns[client.sock.fileno()]
-    pid, uid = client.credentials()
+def _describe(client: Client, *, is_moving: bool) -> dict[str, Any]:
+    address, port = client.peer
+    pid, uid = client.credentials
+    now = monotonic()
     return {
-        "id": client_id(loop, client),
+        "id": client.id,
         "transport": client.transport,
         "address": address,
         "port": port,
         "uid": uid,
         "pid": pid,
         "worker": os.getpid(),
-        "age_seconds": round(age_ns / 1e9, 3),
-        "idle_seconds": round(monotonic() - client.quiet_since, 3),
-        "state": client.state.value,
-        "command": client.work.command if client.work and client.state is BUSY else None,
-        "tls_name": getattr(client.sock, "peer_certificate_name", "")[:MAX_NAME],
+        "age_seconds": round(now - client.accepted_at, 3),
+        "idle_seconds": round(now - client.quiet_since, 3),
+        "state": "moving" if is_moving else _state(client),
+        "command": client.stream.command or None if client.stream else None,
+        "tls_name": client.peer_certificate_name[:MAX_NAME],
     }
 
 
-def _close(loop: Loop, id_or_address: str) -> Iterator[dict[str, Any]]:
+def _state(client: Client) -> str:
+    """Return what a client does: nothing, or what its conversation waits for."""
+    stream = client.stream
+    if not stream:
+        return "idle"
+    if stream.command:
+        return "busy"
+    return "blocked" if stream.is_sending else "reading"
+
+
+def _close(conversations: Conversations, id_or_address: str) -> Iterator[dict[str, Any]]:
     """Close the clients with this id or address. Those of a handover are left to the new worker."""
-    closed, address = 0, ""
-    for part in _parts(list(loop.clients.values())):
-        chosen = [client for client in part if _is_meant(loop, client, id_or_address)]
+    clients, closed, address = conversations.clients, 0, ""
+    for part in _parts(list(clients.by_fd.values())):
+        chosen = [
+            client
+            for client in part
+            if client.is_counted
+            and client not in clients.parked
+            and id_or_address in (client.id, client.peer[0])
+        ]
         for client in chosen:
-            address = loop.peer(client)[0]
-            loop.guard(client, client.kick, monotonic())
+            address = client.peer[0]
+            conversations.kick(client)
         closed += len(chosen)
         yield {"closed": len(chosen)}
     if closed:
@@ -104,9 +116,3 @@ def _close(loop: Loop, id_or_address: str) -> Iterator[dict[str, Any]]:
         fields = {"gserver.clients": closed, "client.address": address}
         message = f"closed by the operator: {closed} of {address}"
         logs.event(logging.INFO, "client.kicked", message, fields)
-
-
-def _is_meant(loop: Loop, client: Client, id_or_address: str) -> bool:
-    if not _is_counted(loop, client) or client.state is MOVING:
-        return False
-    return id_or_address in (client_id(loop, client), loop.peer(client)[0])

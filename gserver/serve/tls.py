@@ -10,7 +10,6 @@ import os
 import re
 import ssl
 from calendar import timegm
-from enum import Enum
 from time import strptime
 from typing import Any
 
@@ -98,20 +97,6 @@ class IncompleteRecord(BlockingIOError):
     """Bytes have arrived, but no whole record."""
 
 
-class Handshake(Enum):
-    """The state of a handshake."""
-
-    #: The client must send more.
-    RECEIVING = "receiving"
-    #: The client must read first.
-    SENDING = "sending"
-    DONE = "done"
-    #: The client has disconnected before it began.
-    ABANDONED = "abandoned"
-    #: The client does not speak TLS.
-    PLAIN_TEXT = "plain text"
-
-
 class TlsSocket:
     """A client's connection with TLS: receives, sends and closes like the socket under it.
 
@@ -120,11 +105,9 @@ class TlsSocket:
     """
 
     __slots__ = (
-        "_has_begun",
         "_has_ended",
         "_has_sent_close",
         "_incoming",
-        "_is_established",
         "_outgoing",
         "_owed",
         "_part",
@@ -148,53 +131,25 @@ class TlsSocket:
         #: Encrypted bytes that the kernel has not taken, and how much of `send`'s data is in them.
         self._unsent, self._owed = b"", 0
         self._has_ended = self._has_sent_close = False
-        #: Whether the handshake has begun, and whether it is over.
-        self._has_begun = self._is_established = False
         self.fileno, self.setsockopt = sock.fileno, sock.setsockopt
         self.getpeername = sock.getpeername
 
-    # The handshake
+    def handshake(self, received: bytes) -> bool:
+        """Continue the handshake; return whether it is over. Raises `ssl.SSLError` if it fails.
 
-    def handshake(self, size: int) -> Handshake:
-        """Continue with up to `size` bytes that have arrived. Raises OSError if it has failed."""
-        if not self._is_established and self._try_flush():
-            try:
-                received = self._sock.recv(size)
-            except BlockingIOError:
-                return Handshake.RECEIVING
-            if not received and self._has_begun:
-                raise ConnectionAbortedError("the client has gone")
-            if not received:
-                return Handshake.ABANDONED
-            if not self._has_begun and not received.startswith(HANDSHAKE_RECORD):
-                return Handshake.PLAIN_TEXT
-            self._take_handshake(received)
-        if not self._try_flush():
-            return Handshake.SENDING
-        return Handshake.DONE if self._is_established else Handshake.RECEIVING
-
-    def send_plain(self, data: bytes) -> None:
-        """Send without TLS, to a client that does not speak it. A full buffer drops the data."""
-        with contextlib.suppress(BlockingIOError):
-            self._sock.send(data)
-
-    def _take_handshake(self, received: bytes) -> None:
-        self._has_begun = True
+        Then, and before there is more to receive, the client must be sent `outgoing`.
+        """
         self._feed(received)
         try:
             self._tls.do_handshake()
-            self._is_established = True
-            self._unread, self._has_ended = self._decrypt()
         except ssl.SSLWantReadError:
-            pass
-        finally:
-            self._try_flush()  # If it has failed, the client reads why.
+            return False
+        self._unread, self._has_ended = self._decrypt()
+        return True
 
-    def _try_flush(self) -> bool:
-        """Send what is encrypted; return whether the kernel has taken all of it."""
-        with contextlib.suppress(BlockingIOError):
-            self._flush()
-        return not self._unsent
+    def outgoing(self) -> bytes:
+        """Take what the handshake has to send."""
+        return self._outgoing.read()
 
     @property
     def peer_certificate_name(self) -> str:
@@ -207,8 +162,6 @@ class TlsSocket:
         names = [value for kind, value in subject if kind == "commonName"]
         names += [str(value) for _, value in certificate.get("subjectAltName", ())]
         return names[0] if names else ""
-
-    # Data
 
     @property
     def has_partial_record(self) -> bool:
@@ -237,7 +190,8 @@ class TlsSocket:
         self._feed(received)
         data, self._has_ended = self._decrypt()
         if self._outgoing.pending:
-            self._try_flush()
+            with contextlib.suppress(BlockingIOError):
+                self._flush()
             if len(self._unsent) > MAX_UNREAD_BYTES:
                 raise ConnectionAbortedError("the client does not read what TLS sends")
         if not data and not self._has_ended:

@@ -1,8 +1,8 @@
 """One worker process: accepts clients, serves them in its loop, and drains.
 
-gevent's StreamServer accepts. Sockets are served by callbacks in `loop`. A handler that may block
-is an ordinary blocking function in a greenlet of its own (`Client._run_handler`), made
-cooperative by `patch_all` in `gserver/__main__.py`.
+gevent's StreamServer accepts, and calls `Admission.serve` with each socket. A client that must wait
+has a conversation: a blocking function in a greenlet of its own (`Conversations._converse`), made
+cooperative by `patch_all` in `gserver/__main__.py`. All others are silent, in one epoll (`silent`).
 
 There are `--workers` of them with the same duties. A worker writes its own slot of the scoreboard.
 What it needs to know of others, it reads from the scoreboard. In a reload, the supervisor makes it
@@ -44,11 +44,11 @@ from gserver.certificates import Certificates
 from gserver.config import CLIENTS_SHARE
 from gserver.errors import UsageError
 from gserver.serve import roster, tls
-from gserver.serve.client import DRAIN_GRACE_SECONDS
+from gserver.serve.clients import DRAIN_GRACE_SECONDS, MAX_REJECTED, Clients
 from gserver.serve.command_module import load_commands
+from gserver.serve.conversation import Conversations
 from gserver.serve.handover import LOOK_SECONDS, HandoverError, Sender, SuccessorDiedError, receive
 from gserver.serve.limits import Limits
-from gserver.serve.loop import MAX_REJECTED, Loop
 from gserver.serve.replies import Replies
 
 #: Connections accepted in one go by a worker that is alone: as many as the kernel's queue holds by
@@ -75,9 +75,9 @@ class Acceptor(StreamServer):
 
     def __init__(self, endpoint: Endpoint, fd: int, worker: "Worker", *, is_alone: bool) -> None:
         """Accept the clients of one endpoint. `is_alone`: the server has one worker."""
-        # No greenlet for each client: the loop serves it, and closes its socket.
-        add = partial(worker.loop.add, transport=endpoint.transport)
-        super().__init__(socket.socket(fileno=fd), cast(Any, add), spawn=None)
+        serve = partial(worker.conversations.admission.serve, transport=endpoint.transport)
+        # No greenlet for each client: it gets one if it must wait.
+        super().__init__(socket.socket(fileno=fd), cast(Any, serve), spawn=None)
         has_tls = endpoint.transport == TLS
         self.max_accept = MAX_ACCEPTS if is_alone and not has_tls else MAX_SHARED_ACCEPTS
         self._fd = fd  # gevent forgets its socket when it closes it.
@@ -97,15 +97,15 @@ class Acceptor(StreamServer):
         return sock, address
 
     def do_close(self, *_: object) -> None:
-        """Leave the socket open: it is the loop's."""
+        """Leave the socket open: it is the client's."""
 
     def full(self) -> bool:
         """Return whether to pause. It ends when a client has gone, or after a time set here."""
         worker = self._worker
         if worker.is_full():
             return True
-        if worker.loop.rejected_now >= MAX_REJECTIONS:
-            worker.loop.rejected_now = 0
+        if worker.clients.rejected_now >= MAX_REJECTIONS:
+            worker.clients.rejected_now = 0
             self._resume_after(0.0)
             return True
         if not self._has_yielded and worker.is_ahead():
@@ -118,13 +118,13 @@ class Acceptor(StreamServer):
         """Accept, unless that is being done."""
         self._is_paused = False
         super().start_accepting()
-        self._worker.loop.watch_listener(self._fd)
+        self._worker.conversations.silent.watch_listener(self._fd)
 
     def stop_accepting(self) -> None:
         """Leave new clients in the kernel's queue."""
         self._is_paused = True
         super().stop_accepting()
-        self._worker.loop.unwatch_listener(self._fd)
+        self._worker.conversations.silent.unwatch_listener(self._fd)
 
     def is_fatal_error(self, ex: BaseException) -> bool:
         """End the process at a fatal error; gevent would only stop accepting."""
@@ -174,13 +174,11 @@ class Worker:
         # Only now: a module that takes long to load does not hang.
         for name, value in (("pid", os.getpid()), ("started_at", monotonic_ns())):
             scoreboard.cells[scoreboard.cell(name, slot)] = value
-        self.loop = Loop(
-            config,
-            self.limits,
-            replies,
-            capacity=capacity,
-            on_close=self._on_close,
-            tls_context=self._make_tls_context(instructions.certificates),
+        self.clients = Clients(
+            config, self.limits, replies, capacity=capacity, on_close=self._on_close
+        )
+        self.conversations = Conversations(
+            self.clients, self._make_tls_context(instructions.certificates)
         )
         #: One for each endpoint.
         self._acceptors = [
@@ -202,20 +200,19 @@ class Worker:
         self._instructions.report(READY)
         self._should_stop_accepting.wait()
         self._close_port()
-        while (self.loop.clients or self._sender) and not self._should_drain:
+        while (self.clients.connections or self._sender) and not self._should_drain:
             self._wait_for_change(None)
         self._drain()
 
     def is_full(self) -> bool:
         """Whether new clients are left to other workers, or to the kernel's queue."""
-        loop = self.loop
-        if self._sender:
-            return True
-        if len(loop.clients) > loop.capacity + MAX_REJECTED:
+        clients = self.clients
+        if self._sender or clients.connections > clients.capacity + MAX_REJECTED:
             return True
         # A handshake can be ended to make room. Other workers may have room. If none has, a new
         # client is accepted, so that it gets the error reply.
-        has_room = bool(loop.admissions) or len(loop.clients) - loop.rejected < loop.capacity
+        taken = clients.connections - len(clients.rejected)
+        has_room = bool(self.conversations.admission.in_progress) or taken < clients.capacity
         return not has_room and self.limits.clients_of_server() < self._config.max_clients
 
     def is_ahead(self) -> bool:
@@ -273,18 +270,18 @@ class Worker:
             for line in orders.decode().splitlines():
                 order, _, rest = line.partition(" ")
                 if order == QUERY and pair:
-                    gevent.spawn(roster.answer, self.loop, rest, pair)
+                    gevent.spawn(roster.answer, self.conversations, rest, pair)
                 elif order == KEEP and self._sender:
                     self._sender.give_up()
                 elif order == HAND_OVER and pair:
                     # At once: the next order may be to give it up.
-                    self._sender = Sender(self.loop, pair)
+                    self._sender = Sender(self.conversations, pair)
                     gevent.spawn_raw(fatal_on_error(self._hand_over), self._sender)
                 elif order == HAND_OVER:
                     self._report_kept("the old worker has no free descriptor")
                 elif order == TAKE_OVER and pair:
                     slot = self._instructions.slot
-                    gevent.spawn_raw(fatal_on_error(receive), self.loop, slot, pair)
+                    gevent.spawn_raw(fatal_on_error(receive), self.conversations, slot, pair)
 
     def _hand_over(self, sender: Sender) -> None:
         """Hand all clients over and end; if that fails, accept and serve as before.
@@ -331,20 +328,20 @@ class Worker:
 
         Raises `HandoverError` if clients are left then that could move.
         """
-        loop, started_at = self.loop, monotonic()
+        clients, started_at = self.clients, monotonic()
         can_move = sender.greet()
         self._heir = sender.slot, self._pid_of(sender.slot) if can_move else 0
         if can_move:
             sender.send_ready()
         self._note_handover(sender.clients, monotonic() - started_at, can_move=can_move)
         until = monotonic() + self._config.drain_timeout_seconds
-        while loop.clients and not loop.is_draining:
+        while clients.connections and not clients.is_draining:
             now = monotonic()
             is_over = now >= until  # Before the last look: the machine may have slept.
             if can_move:
                 sender.send_ready()
-                loop.dismiss_probes(now)
-            if is_over and can_move and any(each.may_move for each in loop.clients.values()):
+                self.conversations.silent.dismiss_probes(now)
+            if is_over and can_move and any(map(clients.may_move, clients.by_fd.values())):
                 raise HandoverError("the new worker takes no more clients")
             if is_over:
                 self._add("clients_left_behind", self.limits.clients)
@@ -393,10 +390,11 @@ class Worker:
         started_at = self._scoreboard.get("drain_started_at") / 1e9 or monotonic()
         deadline = started_at + self._config.drain_timeout_seconds * CLIENTS_SHARE
         # A client has its grace after its part of the spread.
-        self.loop.drain(max(0.0, deadline - monotonic() - 2 * DRAIN_GRACE_SECONDS))
-        while self.loop.clients and (left := deadline - monotonic()) > 0:
+        longest_spread = max(0.0, deadline - monotonic() - 2 * DRAIN_GRACE_SECONDS)
+        self.conversations.silent.drain(longest_spread)
+        while self.clients.connections and (left := deadline - monotonic()) > 0:
             self._wait_for_change(left)
-        self.loop.replies.is_exiting = True
+        self.clients.replies.is_exiting = True
         clients = self.limits.clients
         if clients:
             message = f"clients cut off at the end of the drain: {clients}"

@@ -22,7 +22,7 @@ BATCH = 250
 FAULT = """
 import os, signal, time
 from pathlib import Path
-from gserver.serve import handover, limits, loop
+from gserver.serve import clients, handover, limits
 from gserver.commands import command
 from lab.commands import napping, pid
 
@@ -56,8 +56,8 @@ IN_SUCCESSOR = {
     "with the first batch unread": ("handover.socket, 'recv_fds', 2, die", 0),
     "before it counts the second batch": ("limits.Limits, 'take_over', 2, die", BATCH),
     "before it answers the second batch": ("limits.Limits, 'take_over', 2, die, True", BATCH),
-    "before it serves the second batch": ("loop.Loop, 'adopt', 251, die", 2 * BATCH),
-    "in the second batch": ("loop.Loop, 'adopt', 300, die", 2 * BATCH),
+    "before it serves the second batch": ("clients.Clients, 'add', 251, die", 2 * BATCH),
+    "in the second batch": ("clients.Clients, 'add', 300, die", 2 * BATCH),
     "after the last batch": ("limits.Limits, 'end_arrival', 1, die", CLIENTS),
 }
 #: The same for the old worker.
@@ -67,7 +67,7 @@ IN_OLD_WORKER = {
     "with the second batch unanswered": ("handover.Sender, '_receive', 3, die", CLIENTS - BATCH),
     "before it uncounts the second batch": ("limits.Limits, 'hand_over', 2, die", CLIENTS - BATCH),
     "after it uncounts it": ("limits.Limits, 'hand_over', 2, die, True", CLIENTS - 2 * BATCH),
-    "in the middle of closing it": ("loop.Loop, 'release', 300, die", CLIENTS - 2 * BATCH),
+    "in the middle of closing it": ("clients.Clients, 'forget', 300, die", CLIENTS - 2 * BATCH),
     "after the last batch": ("handover.Sender, 'close', 1, die", 0),
 }
 

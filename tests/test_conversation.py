@@ -1,4 +1,4 @@
-"""The worker's loop: order, turns, deadlines, and which clients have a greenlet."""
+"""Silent clients and conversations: order, turns, deadlines, and which clients have a greenlet."""
 
 import _socket
 import gc
@@ -21,10 +21,12 @@ from gserver.commands import BUILT_IN, command
 from gserver.config import Config
 from gserver.metrics import members_of
 from gserver.scoreboard import Scoreboard
-from gserver.serve.client import BLOCKED, DRAIN_GRACE_SECONDS, READ_BYTES
+from gserver.serve.clients import DRAIN_GRACE_SECONDS, Clients
+from gserver.serve.conversation import Conversations
 from gserver.serve.limits import Limits
-from gserver.serve.loop import TURN_CLIENTS, Loop
 from gserver.serve.replies import Replies
+from gserver.serve.silent import TURN_CLIENTS
+from gserver.serve.stream import READ_BYTES
 from lab.running import LIMIT, PATIENCE, Client, Running, extended, stopped, until
 from lab.tls_client import certified, trust
 
@@ -123,17 +125,21 @@ def test_clients_with_only_built_in_commands_have_no_greenlet(
 
 @pytest.mark.outer
 @pytest.mark.parametrize(
-    "sent", [b"NOPE\n", b"WHO\nWHY\nNOPE\n", b" why\n", b"\xff\n", b"\n", b"WHO\nWH", b"quick\n"]
+    ("sent", "more"),
+    [
+        *((line, 0) for line in (b"NOPE\n", b"WHO\nNOPE\n", b" why\n", b"\xff\n", b"quick\n")),
+        (b"WHO\nWH", 1),
+    ],
 )
-def test_only_a_handler_that_may_block_has_a_greenlet(
-    here: Running, watcher: Client, sent: bytes
+def test_only_a_client_that_must_wait_has_a_greenlet(
+    here: Running, watcher: Client, sent: bytes, more: int
 ) -> None:
     before = greenlets(watcher)
     with here.client() as client:
         client.send(sent)
         until(lambda: watcher.who() == 2, "the client is counted")
         time.sleep(0.05)
-        assert greenlets(watcher) == before
+        assert greenlets(watcher) == before + more
         client.send(b"\nNAP\n")
         until(lambda: greenlets(watcher) == before + 1, "the handler has a greenlet")
         while client.line() != b"rested\n":
@@ -324,14 +330,15 @@ def test_a_client_that_resets_during_its_handler_uses_no_cpu(
 
 
 @contextmanager
-def loop(**options: Any) -> Iterator[tuple[Scoreboard, Loop, socket.socket]]:
-    """A loop in this process, with one client."""
+def loop(**options: Any) -> Iterator[tuple[Scoreboard, Conversations, socket.socket]]:
+    """The clients of a worker in this process: there is one."""
     scoreboard = Scoreboard.create(1)
     config = Config(server_id="here", **options)
     replies = Replies(config, scoreboard, 0, (*BUILT_IN, rest, slow))
-    loop = Loop(config, Limits(config, scoreboard, 0), replies, capacity=1000)
-    with one_more(loop) as client:
-        yield scoreboard, loop, client
+    clients = Clients(config, Limits(config, scoreboard, 0), replies, capacity=1000)
+    conversations = Conversations(clients)
+    with one_more(conversations) as client:
+        yield scoreboard, conversations, client
 
 
 @command("REST")
@@ -341,23 +348,14 @@ def rest(_request: object) -> str:
 
 
 @contextmanager
-def one_more(loop: Loop) -> Iterator[socket.socket]:
+def one_more(ours: Conversations) -> Iterator[socket.socket]:
     pair, theirs = socket.socketpair()
-    ours = _socket.socket(pair.family, pair.type, 0, pair.detach())
-    ours.setblocking(False)
+    sock = _socket.socket(pair.family, pair.type, 0, pair.detach())
+    sock.setblocking(False)
     theirs.settimeout(LIMIT)
     with closing(theirs):
-        loop.add(ours, ("127.0.0.1", 1))
+        ours.admission.serve(sock, ("127.0.0.1", 1))
         yield theirs
-
-
-def test_a_turn_during_a_handler_does_not_end_the_handler() -> None:
-    with loop() as (_, ours, client):
-        client.sendall(b"REST\nWHY\n")
-        gevent.sleep(0.03)
-        ours.enqueue(next(iter(ours.clients.values())))
-        gevent.sleep(0.3)
-        assert client.recv(100) == b"rested\n42\n"
 
 
 def test_data_that_waits_for_a_second_handler_takes_no_turns(
@@ -374,17 +372,17 @@ def test_data_that_waits_for_a_second_handler_takes_no_turns(
 
 
 @contextmanager
-def counted_turns(ours: Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def counted_turns(ours: Conversations, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A list that grows with each turn of the loop."""
     turns: list[int] = []
-    poll = ours._poll
+    poll = ours.silent._poll
 
     def counted_poll() -> list[tuple[int, int]] | None:
         turns.append(len(turns))
         return poll()
 
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "_poll", counted_poll)
+        patch.setattr(ours.silent, "_poll", counted_poll)
         yield turns
 
 
@@ -394,7 +392,7 @@ def test_a_client_that_has_read_its_replies_takes_no_turns(monkeypatch: pytest.M
         lines = 100_000
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * lines)
         client.sendall(b"WHY\n" * lines)
-        until_idle(lambda: next(iter(ours.clients.values())).state is BLOCKED)
+        until_idle(lambda: is_blocked(ours))
         received = 0
 
         def has_all() -> bool:
@@ -409,17 +407,22 @@ def test_a_client_that_has_read_its_replies_takes_no_turns(monkeypatch: pytest.M
         assert len(turns) < 20  # A spinning loop has thousands.
 
 
+def is_blocked(ours: Conversations) -> bool:
+    [client] = ours.clients.by_fd.values()
+    return client.stream is not None and client.stream.is_sending
+
+
 def test_a_drain_closes_a_client_that_has_never_sent_anything() -> None:
     with loop() as (scoreboard, ours, client):
-        ours.drain()
+        ours.silent.drain()
         until_idle(lambda: not scoreboard.clients())
         assert client.recv(1) == b""
 
 
-def drained_since(ours: Loop, seconds: float) -> None:
+def drained_since(ours: Conversations, seconds: float) -> None:
     """Begin a drain as if that had been so many seconds ago."""
-    ours.drain()
-    ours.drain_started_at -= seconds
+    ours.silent.drain()
+    ours.clients.drain_started_at -= seconds
 
 
 @pytest.mark.parametrize(("first", "second"), [(b"WH", b"Y\n"), (b"\r\n", b"WHY\n")])
@@ -441,9 +444,9 @@ def test_a_line_that_arrives_in_pieces_in_a_drain_is_one_line() -> None:
         client.sendall(b"WHY\nW")
         gevent.sleep(0.05)
         assert client.recv(100) == b"42\n"
-        [ours_of_it] = ours.clients.values()
+        [ours_of_it] = ours.clients.by_fd.values()
         ours_of_it.quiet_since -= 6
-        ours.drain()
+        ours.silent.drain()
         client.sendall(b"HO")
         gevent.sleep(0.05)
         client.sendall(b"AMI\n")
@@ -460,7 +463,7 @@ def test_a_drain_closes_clients_evenly_over_the_spread_and_serves_them_until_the
         for client in clients:
             client.sendall(b"WHY\n")
         gevent.sleep(0.1)
-        ours.drain()
+        ours.silent.drain()
         began = time.monotonic()
         left = {}
         while scoreboard.clients():
@@ -479,18 +482,6 @@ def until_idle(condition: Callable[[], object]) -> None:
     with gevent.Timeout(LIMIT):
         while not condition():
             gevent.sleep(0.01)
-
-
-def test_a_closed_client_frees_its_buffers_before_its_deadline() -> None:
-    with loop(line_timeout_seconds=1000) as (_, ours, _client):
-        with one_more(ours) as other:
-            other.sendall(b"WHY\nWH")
-            gevent.sleep(0.05)
-            closed = list(ours.clients.values())[-1]
-            assert closed.work
-        gevent.sleep(0.05)
-        assert not closed.work
-        assert not closed.sock
 
 
 def test_time_while_replies_are_unread_is_not_idle_time() -> None:
@@ -518,7 +509,7 @@ def test_time_while_replies_are_unread_is_not_idle_time() -> None:
 def test_an_internal_error_closes_only_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
     with loop() as (scoreboard, ours, client):
         with monkeypatch.context() as patch, one_more(ours) as other:
-            patch.setattr(ours, "answer", fail)
+            patch.setattr(ours.silent, "answer", fail)
             other.sendall(b"WHO\n")
             gevent.sleep(0.05)
             assert other.recv(10) == b""
@@ -526,12 +517,12 @@ def test_an_internal_error_closes_only_its_client(monkeypatch: pytest.MonkeyPatc
         gevent.sleep(0.05)
         assert client.recv(10) == b"1\n"
         totals = scoreboard.totals()
-        assert (totals["clients"], totals["clients_closed"], len(ours.clients)) == (1, 1, 1)
+        assert (totals["clients"], totals["clients_closed"], ours.clients.connections) == (1, 1, 1)
 
 
 def test_the_idle_time_begins_again_with_what_a_client_sends() -> None:
     with loop(idle_timeout_seconds=1000) as (_, ours, client):
-        [ours_of_it] = ours.clients.values()
+        [ours_of_it] = ours.clients.by_fd.values()
         for sent in (b"WHO\n", b"WHY\nwhere\n", b"nope\n", b"\n"):
             ours_of_it.quiet_since -= 2000
             client.sendall(sent)
@@ -540,20 +531,16 @@ def test_the_idle_time_begins_again_with_what_a_client_sends() -> None:
 
 
 def test_each_line_has_the_line_timeout_even_if_reads_cut_the_lines() -> None:
-    with loop(line_timeout_seconds=1000, unterminated_after_seconds=0) as (_, ours, client):
-        [ours_of_it] = ours.clients.values()
+    with loop(line_timeout_seconds=0.3, unterminated_after_seconds=0) as (_, _ours, client):
         client.sendall(b"WH")
-        gevent.sleep(0.05)
-        for _ in range(2):
-            assert ours_of_it.work
-            ours_of_it.work.line_deadline -= 600
+        for _ in range(4):
+            gevent.sleep(0.2)
             client.sendall(b"O\nWH")
             gevent.sleep(0.05)
             assert client.recv(100) == b"1\n"
-            assert ours_of_it.work.line_deadline > time.monotonic() + 900
 
 
-def fail(_data: bytes, _has_spoken: bool, _sock: object) -> bytes:
+def fail(_data: bytes, _has_spoken: bool, _client: object) -> bytes:
     raise MemoryError
 
 
@@ -577,7 +564,7 @@ def test_each_read_is_counted_and_timed_on_the_fast_path_and_in_the_parser() -> 
             assert 0 < spent_ns(scoreboard) - before < 10**9
     gevent.sleep(0.05)
     totals = scoreboard.totals()
-    assert (totals["clients"], totals["clients_closed"], len(ours.clients)) == (0, 1, 0)
+    assert (totals["clients"], totals["clients_closed"], ours.clients.connections) == (0, 1, 0)
     expected = {"WHO": 2, "WHERE": 1, "WHY": 2}
     assert {name: totals[f"commands.{name}"] for name in ("WHO", "WHERE", "WHY")} == expected
 
@@ -621,8 +608,8 @@ def test_a_drain_gives_idle_clients_no_greenlet() -> None:
         others = [stack.enter_context(one_more(ours)) for _ in range(500)]
         gc.collect()
         before = alive_greenlets()
-        ours.drain()
-        while ours.clients:
+        ours.silent.drain()
+        while ours.clients.connections:
             gevent.sleep(0.001)
             assert alive_greenlets() <= before
             for other in others:
@@ -631,22 +618,6 @@ def test_a_drain_gives_idle_clients_no_greenlet() -> None:
 
 def alive_greenlets() -> int:
     return sum(isinstance(item, greenlet) and not item.dead for item in gc.get_objects())
-
-
-@pytest.mark.outer
-def test_expired_deadlines_leave_nothing_behind() -> None:
-    """A client that sends its lines in pieces sets a new deadline with each."""
-    with loop(line_timeout_seconds=1000, unterminated_after_seconds=500) as (_, ours, client):
-        client.setblocking(False)
-        longest = answered = 0
-        while answered < 1500:
-            for piece in (b"WH", b"O", b"\n"):
-                client.sendall(piece)
-                gevent.sleep(0.0001)
-            longest = max(longest, ours._deadlines.entries)
-            with suppress(BlockingIOError):
-                answered += client.recv(4096).count(b"\n")
-        assert 500 < longest < 1100, "the list is compacted"
 
 
 @pytest.mark.outer
