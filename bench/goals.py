@@ -159,6 +159,10 @@ GOALS = (
     Goal("CPU per connection: ratio to uvloop", 1.5, "", _in("uvloop", "connect"), 1.0),
     Goal("latency p99: ratio to uvloop", 1.3, "", _in("uvloop", measure="p99_us", **ONE)),
     Goal("memory per idle client", 2048, "bytes", _of("idle", "client_bytes", **IDLE), 500),
+    Goal("memory per conversation", 20_480, "bytes", _of("conversations", "conversation_bytes")),
+    Goal(
+        "latency p99 beside 5,000 conversations", 2000, "µs", _of("conversations", "asking_p99_us")
+    ),
     Goal(
         "memory per idle client: ratio to Go",
         1.0,

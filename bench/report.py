@@ -291,6 +291,15 @@ TABLES = {
     "connections": Table(
         "connections", {"clients": "connections"}, {"": CPU_MEDIAN}, "server", only=SOME_CONNECTIONS
     ),
+    "conversations": Table(
+        "conversations",
+        {"clients": "clients with half a line"},
+        {
+            "bytes for each": Column("conversation_bytes"),
+            "bytes when they have left": Column("left_bytes"),
+            "p99 of another client, µs": Column("asking_p99_us"),
+        },
+    ),
     "workers": Table(
         "workers",
         {"clients": "clients", "workers": "workers"},

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,20 @@ SHAPES = {
         Shape("unknown", "NOPE\n"),
         Shape("WHO and unknown", "WHO\nNOPE\n"),
         Shape("own command", "PING\n", options=("--commands", "ping"), peer="functions"),
+        Shape(
+            "own command that may block",
+            "PING\n",
+            options=("--commands", "blocking"),
+            peer="functions",
+        ),
         Shape("built-in, in turn", depths=(1, 32, LONG)),
         Shape("built-in, shuffled", order=ORDERS[1], depths=(1, 32, LONG)),
         Shape("who, CRLF, shuffled", "who\r\nwhere\r\nwhy\r\n", order=ORDERS[1]),
     )
 }
+
+
+OWN_COMMANDS = "own command", "own command that may block"
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,40 @@ def idle(seconds: float, server: str) -> Iterator[Sample]:
                 "client_bytes": (own_memory(pids) - before) / clients,
                 "cpu_percent": 100 * used,
             }
+
+
+def conversations(seconds: float, clients: int) -> Iterator[Sample]:
+    """Hold clients with half a line each, while one more asks WHO. Then they leave."""
+    options = ("--line-timeout", "0")
+    with running("gserver", cores=SERVER_CORE, options=options) as server, ExitStack() as stack:
+        asking, pids = stack.enter_context(Client(server.port)), tree(server)
+        with _half_lines(server.port, 10), _half_lines(server.port, 10):
+            asking.who()  # The setup for the first clients is not part of their cost.
+        before = own_memory(pids)
+        with _half_lines(server.port, clients):
+            until(lambda: asking.who() == clients + 1, "all clients are counted")
+            time.sleep(0.5)
+            held = own_memory(pids)
+            times, ends = [], time.monotonic() + seconds
+            while (started := time.monotonic()) < ends:
+                asking.who()
+                times.append(time.monotonic() - started)
+        until(lambda: asking.who() == 1, "the clients have left")
+        time.sleep(0.5)
+        yield {
+            "conversation_bytes": (held - before) / clients,
+            "left_bytes": (own_memory(pids) - before) / clients,
+            "asking_p99_us": 1e6 * sorted(times)[len(times) * 99 // 100],
+        }
+
+
+@contextmanager
+def _half_lines(port: int, clients: int) -> Iterator[None]:
+    """Connect clients that send half a line each."""
+    with ExitStack() as stack:
+        for _ in range(clients):
+            stack.enter_context(Client(port)).send(b"WH")
+        yield
 
 
 def connections(seconds: float, server: str, clients: int) -> Iterator[Sample]:
@@ -351,6 +394,7 @@ FULL = (
         "connect", connect, _cases(server=[name for name in PEERS if "streams" not in name]), 5, 1.5
     ),
     Scenario("idle", idle, _cases(server=("gserver", "epoll", "go", "uvloop", "gevent")), 3, 10),
+    Scenario("conversations", conversations, _cases(clients=(5000,)), rounds=3, seconds=3),
     Scenario(
         "connections",
         connections,
@@ -404,7 +448,7 @@ QUICK = (
     Scenario(
         "spellings",
         spellings,
-        _cases(shape=("who", "WHO, CRLF", "unknown", "own command", "built-in, shuffled")),
+        _cases(shape=("who", "WHO, CRLF", "unknown", *OWN_COMMANDS, "built-in, shuffled")),
         rounds=2,
         seconds=0.4,
     ),
@@ -417,5 +461,6 @@ QUICK = (
         seconds=0.6,
     ),
     Scenario("idle", idle, _cases(server=("gserver", "go")), rounds=1, seconds=3),
+    Scenario("conversations", conversations, _cases(clients=(5000,)), rounds=1, seconds=2),
     Scenario("start", start, _cases(workers=(1,)), rounds=5),
 )

@@ -6,18 +6,16 @@ part of the conversation. A plain client is admitted at once, and is silent from
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from socket import SO_SNDBUF, SOL_SOCKET
-from time import monotonic
 from typing import Any
 
 from gserver import logs
-from gserver.addresses import TCP, TLS, UNIX, client_address, plain_host
+from gserver.addresses import TCP, TLS, UNIX, plain_host
 from gserver.protocol import TOO_MANY_CLIENTS, TOO_MANY_FROM_ADDRESS, ErrorReply
-from gserver.serve.client import Client, Rest, address_fields, log_client
-from gserver.serve.clients import Clients
+from gserver.serve.client import Client, Rest, address_fields
+from gserver.serve.clients import Clients, log_client
 from gserver.serve.proxy_header import ProxyHeader
 from gserver.serve.silent import SilentClients
 from gserver.serve.stream import CutOff
@@ -33,22 +31,11 @@ MAX_PROBES = 16
 UNIX_SEND_BYTES = 32_768
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """What a new connection must do before it is admitted."""
-
-    is_proxied: bool
-    has_tls: bool
-
-
 class Admission:
     """Admits the clients of one worker. `start` begins a conversation with one that must wait."""
 
     def __init__(
-        self,
-        clients: Clients,
-        silent: SilentClients,
-        start: Callable[[Client, Rest, Arrival], object],
+        self, clients: Clients, silent: SilentClients, start: Callable[..., object]
     ) -> None:
         self._clients = clients
         self._limits = clients.limits
@@ -64,29 +51,28 @@ class Admission:
 
     def serve(self, sock: Any, address: Any, *, transport: str = TCP) -> None:
         """Take on a connection that was accepted by an endpoint with this transport."""
-        client = Client(sock, client_address(address), monotonic())
+        client = Client(sock, address, transport)
         try:
-            self._take_on(client, address, transport)
+            self._take_on(client)
         except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
             self._clients.fail(client, error)
 
-    def _take_on(self, client: Client, address: Any, transport: str) -> None:
-        fd, is_proxied = client.sock.fileno(), False
-        if transport == UNIX:
+    def _take_on(self, client: Client) -> None:
+        fd, is_proxied, has_tls = client.sock.fileno(), False, client.transport == TLS
+        if client.transport == UNIX:
             self._limits.exempt(fd)
             client.sock.setsockopt(SOL_SOCKET, SO_SNDBUF, UNIX_SEND_BYTES)
-        elif self._has_balancers and self._is_balancer(address[0]):
+        elif self._has_balancers and self._is_balancer(client.address[0]):
             is_proxied = True
         else:
-            self._limits.count_address(fd, address[0])
+            self._limits.count_address(fd, client.address[0])
         self._clients.add(client)
-        has_tls = transport == TLS
         must_wait = is_proxied or has_tls
         if not self._has_room(client, must_wait=must_wait, is_proxied=is_proxied):
             self._clients.close(client)
         elif must_wait:
             self._begin(client, is_surplus=not is_proxied and self._is_surplus(client))
-            self._start(client, Rest(), Arrival(is_proxied, has_tls))
+            self._start(client, Rest(), is_new=True, is_proxied=is_proxied)
         else:
             self.admit(client)
 
@@ -149,7 +135,7 @@ class Admission:
             return False
         client.is_counted = not is_probe
         if logging.root.isEnabledFor(logging.DEBUG):
-            log_client("client.accepted", "accepted", client)
+            log_client("client.accepted", "accepted", client, {})
             clients.reply_counts[client] = 0
         elif not is_proxied:
             client.address = None

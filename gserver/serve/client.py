@@ -1,16 +1,14 @@
 """What is known of one client, whether it is silent or in a conversation."""
 
 import _socket
-import logging
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from socket import AF_UNIX, SO_PEERCRED, SOL_SOCKET
-from typing import TYPE_CHECKING, Any, cast
+from socket import SO_PEERCRED, SOL_SOCKET
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
-from gserver import logs
-from gserver.addresses import TCP, TLS, UNIX, client_address
+from gserver.addresses import TLS, UNIX, client_address
 from gserver.protocol import ErrorReply
 from gserver.serve.tls import TlsSocket
 
@@ -32,18 +30,17 @@ class Client:
         "quiet_since",
         "sock",
         "stream",
+        "transport",
     )
 
-    def __init__(
-        self, sock: "_socket.socket | TlsSocket", address: tuple[str, int] | None, now: float
-    ) -> None:
-        self.sock = sock
-        #: Host and port, if the kernel does not know them: behind a balancer.
+    def __init__(self, sock: _socket.socket, address: Any, transport: str) -> None:
+        self.sock: _socket.socket | TlsSocket = sock
+        #: As `accept` returns it. None once the kernel is asked instead, to save memory.
         self.address = address
-        #: When it was accepted, in monotonic seconds.
-        self.accepted_at = now
-        #: When it sent something last, or was accepted.
-        self.quiet_since = now
+        #: How it has connected.
+        self.transport = transport
+        #: When it was accepted, and when it sent something last, in monotonic seconds.
+        self.accepted_at = self.quiet_since = monotonic()
         #: Whether it has sent a line that is not blank.
         self.has_spoken = False
         #: Whether it counts in WHO.
@@ -55,18 +52,6 @@ class Client:
     def id(self) -> str:
         """Its id on the list of clients. It stays over handovers."""
         return f"{round(self.accepted_at * 1e9):x}"
-
-    @property
-    def has_tls(self) -> bool:
-        """Whether it speaks TLS."""
-        return isinstance(self.sock, TlsSocket)
-
-    @property
-    def transport(self) -> str:
-        """How it has connected."""
-        if isinstance(self.sock, TlsSocket):
-            return TLS
-        return UNIX if self.sock.family == AF_UNIX else TCP
 
     @property
     def is_closed(self) -> bool:
@@ -93,11 +78,21 @@ class Client:
     @property
     def credentials(self) -> tuple[int, int] | tuple[None, None]:
         """Process and user of a Unix client when it connected; None for other clients."""
-        if self.transport != UNIX:
+        if self.transport != UNIX or isinstance(self.sock, TlsSocket):
             return None, None
-        sock, size = cast("_socket.socket", self.sock), struct.calcsize(UCRED)
-        pid, uid, _ = struct.unpack(UCRED, sock.getsockopt(SOL_SOCKET, SO_PEERCRED, size))
+        size = struct.calcsize(UCRED)
+        pid, uid, _ = struct.unpack(UCRED, self.sock.getsockopt(SOL_SOCKET, SO_PEERCRED, size))
         return pid, uid
+
+    @property
+    def has_partial_record(self) -> bool:
+        """Whether part of a TLS record has arrived."""
+        return self.transport == TLS and getattr(self.sock, "has_partial_record", False)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether TLS has something to read although the socket is not readable."""
+        return self.transport == TLS and getattr(self.sock, "has_unread", False)
 
 
 @dataclass(slots=True)
@@ -119,17 +114,3 @@ class Rest:
 def address_fields(address: tuple[str, int]) -> dict[str, object]:
     """Return the fields of a log event for a client's address."""
     return {"client.address": address[0], "client.port": address[1]}
-
-
-def log_client(
-    action: str, verb: str, client: Client, more: Mapping[str, object] | None = None
-) -> None:
-    """Log an event of a client at debug level."""
-    host, port = client.peer
-    fields = {**address_fields((host, port)), **(more or {})}
-    pid, uid = client.credentials
-    if pid is not None:
-        fields |= {"client.user.id": str(uid), "gserver.client_pid": pid}
-        logs.event(logging.DEBUG, action, f"{verb} {host} uid {uid} pid {pid}", fields)
-    else:
-        logs.event(logging.DEBUG, action, f"{verb} {host} port {port}", fields)

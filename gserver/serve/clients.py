@@ -4,7 +4,7 @@ import errno
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from fcntl import ioctl
 from math import ceil, inf
@@ -17,10 +17,11 @@ from typing import Any
 from gevent.monkey import get_original
 
 from gserver import logs
+from gserver.addresses import TLS
 from gserver.boot import RESERVED_FILES
 from gserver.config import Config
 from gserver.protocol import ErrorReply
-from gserver.serve.client import Client, Rest, log_client
+from gserver.serve.client import Client, Rest, address_fields
 from gserver.serve.limits import Limits
 from gserver.serve.replies import Replies
 
@@ -75,7 +76,11 @@ class Clients:
     @property
     def connections(self) -> int:
         """How many descriptors are in use."""
-        return len(self.by_fd) + len(self.lingering)
+        return len(self.by_fd) + len(self.lingering) + len(self.parked)
+
+    def silent(self) -> list[Client]:
+        """Return the clients that are in no conversation."""
+        return [client for client in self.by_fd.values() if not client.stream]
 
     def add(self, client: Client) -> None:
         """Watch a new client's socket.
@@ -101,18 +106,19 @@ class Clients:
 
     def is_movable(self, client: Client) -> bool:
         """Whether another process can serve it. TLS cannot move: its keys are in this process."""
-        return client.is_counted and not client.has_tls
+        return client.is_counted and client.transport != TLS
 
     def may_move(self, client: Client) -> bool:
         """Whether it can be handed over now: no handler runs for it."""
         stream = client.stream
-        has_time = not stream or stream.waits_for != 0
-        return has_time and self.is_movable(client) and client not in self.parked
+        return (not stream or stream.waits_for != 0) and self.is_movable(client)
 
     def park(self, client: Client, rest: Rest) -> None:
         """Do nothing more for a client, which is about to be handed over."""
+        fd = client.sock.fileno()
         with suppress(OSError):  # Its descriptor was closed by other code: `forget` finds that.
-            self.epoll.unregister(client.sock.fileno())
+            self.epoll.unregister(fd)
+        del self.by_fd[fd]  # Events of it that are held are not served.
         client.stream = None
         self.parked[client] = rest
 
@@ -143,7 +149,7 @@ class Clients:
         client.quiet_since = now
         return True
 
-    def leaves_at(self, client: Client, *, has_part: bool = False) -> float:
+    def leaves_at(self, client: Client, has_part: bool = False) -> float:
         """Return when a drain closes a client that sends nothing more; infinity without a drain.
 
         `has_part`: a line, or a TLS record, has begun and not ended.
@@ -159,32 +165,14 @@ class Clients:
         """Whether a client is served: it is counted, or a balancer that checks the server."""
         return client.is_counted or client in self.probes
 
-    def count_replies(self, client: Client, replies: bytes | memoryview) -> None:
-        """Count the replies to a client whose end is going to be logged."""
-        if client in self.reply_counts:
-            self.reply_counts[client] += bytes(replies).count(b"\n")
-
-    def uncount(self, client: Client) -> None:
-        """Take a client out of WHO, if it is in it."""
-        if not self.is_admitted(client):
-            return
-        if client.is_counted:
-            client.is_counted = False
-            self.limits.uncount(client.transport)
-        seconds = self.config.write_timeout_seconds
-        if seconds:  # The kernel gives up by then on what the client leaves unread.
-            with suppress(OSError):  # The connection is broken.
-                client.sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, ceil(seconds * 1000))
-
     def close(self, client: Client, error: ErrorReply | None = None) -> None:
-        """Close the socket. The second call does nothing. `error` says why, for the logs.
+        """Close the socket, because of this error. The second call does nothing.
 
         Raises SystemError if other code has closed it.
         """
         if client.is_closed:
             return
-        self.uncount(client)
-        self.log_end(client, error)
+        self.end(client, error)
         # A forked child that also has the socket would keep it in the epoll.
         with suppress(OSError):
             self.epoll.unregister(client.sock.fileno())
@@ -199,39 +187,51 @@ class Clients:
             logs.warn_ratelimited("process.error", message, logs.error_fields(error))
         self.close(client)
 
-    def forget(self, client: Client) -> None:
-        """Close the socket of a client, which another worker serves by now if it still counts."""
-        self.reply_counts.pop(client, None)
+    def end(self, client: Client, error: ErrorReply | None = None) -> None:
+        """Take a client out of WHO, and note its end, because of this error. Only once."""
+        seconds = self.config.write_timeout_seconds
+        if self.is_admitted(client) and seconds:
+            with suppress(OSError):  # The kernel gives up by then on what the client leaves unread.
+                client.sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, ceil(seconds * 1000))
+        if client.is_counted:
+            client.is_counted = False
+            self.limits.uncount(client.transport)
         self.probes.discard(client)
+        if error:
+            address, port = client.peer
+            end = {"at": round(time(), 3), "address": address, "port": port, "reason": error.name}
+            self.recent_ends.append(end)
+        replies = self.reply_counts.pop(client, None)
+        if replies is not None and logging.root.isEnabledFor(logging.DEBUG):
+            duration = round((monotonic() - client.accepted_at) * 1e9)
+            fields: dict[str, object] = {"event.duration": duration, "gserver.replies": replies}
+            reason = {"gserver.reason": error.name} if error else {}
+            log_client("client.closed", "closed", client, fields | reason)
+
+    def forget(self, client: Client) -> None:
+        """Close the socket of a client that is not counted here, or that another worker serves."""
         self.rejected.discard(client)
+        self.reply_counts.pop(client, None)
         fd = client.sock.fileno()
-        if self.by_fd.get(fd) is client or self.lingering.get(fd) is client:
-            self.by_fd.pop(fd, None)
-            self.lingering.pop(fd, None)
-            self.limits.uncount_address(fd)
+        self.by_fd.pop(fd, None)
+        self.lingering.pop(fd, None)
+        self.limits.uncount_address(fd)
         try:
             client.sock.close()
         except OSError as error:
             raise SystemError("a client's descriptor was closed by other code") from error
         self._on_close()
 
-    def note_end(self, client: Client, error: ErrorReply) -> None:
-        """Keep why a client was rejected or closed."""
-        address, port = client.peer
-        end = {"at": round(time(), 3), "address": address, "port": port, "reason": error.name}
-        self.recent_ends.append(end)
 
-    def log_end(self, client: Client, error: ErrorReply | None) -> None:
-        """Log the end of a client at debug level, once, if its beginning was logged."""
-        replies = self.reply_counts.pop(client, None)
-        if replies is not None and logging.root.isEnabledFor(logging.DEBUG):
-            fields: dict[str, object] = {
-                "event.duration": round((monotonic() - client.accepted_at) * 1e9),
-                "gserver.replies": replies,
-            }
-            if error:
-                fields["gserver.reason"] = error.name
-            log_client("client.closed", "closed", client, fields)
+def log_client(action: str, verb: str, client: Client, more: Mapping[str, object]) -> None:
+    """Log an event of a client at debug level."""
+    host, port = client.peer
+    pid, uid = client.credentials
+    fields = {**address_fields((host, port)), **more}
+    if pid is not None:
+        fields |= {"client.user.id": str(uid), "gserver.client_pid": pid}
+    place = f"port {port}" if pid is None else f"uid {uid} pid {pid}"
+    logs.event(logging.DEBUG, action, f"{verb} {host} {place}", fields)
 
 
 def bytes_in_kernel(client: Client) -> int:

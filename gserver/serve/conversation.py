@@ -18,6 +18,7 @@ from typing import Any, cast
 import gevent
 
 from gserver import logs
+from gserver.addresses import TLS
 from gserver.boot import fatal_on_error
 from gserver.commands import Command
 from gserver.protocol import (
@@ -32,7 +33,7 @@ from gserver.protocol import (
     ErrorReply,
     Parser,
 )
-from gserver.serve.admission import Admission, Arrival
+from gserver.serve.admission import Admission
 from gserver.serve.client import Client, Rest, address_fields
 from gserver.serve.clients import Clients
 from gserver.serve.fastpath import PIECE_BYTES
@@ -46,21 +47,26 @@ Answer = tuple[bytes, ErrorReply | None]
 
 
 class Conversations:
-    """The conversations of one worker."""
+    """The clients of one worker: they are admitted, silent, or in a conversation."""
 
     def __init__(self, clients: Clients, tls_context: SSLContext | None = None) -> None:
         self.clients = clients
-        self._config = clients.config
-        self._replies = clients.replies
-        self._tls_context = tls_context
+        self.config = clients.config
+        self.replies = clients.replies
+        self.tls_context = tls_context
         self.silent = SilentClients(clients, self.start)
         self.admission = Admission(clients, self.silent, self.start)
-        self._run_or_exit = fatal_on_error(self._run)
 
-    def start(self, client: Client, rest: Rest, arrival: Arrival | None = None) -> None:
-        """Begin a conversation, in a greenlet of its own."""
-        client.stream = Stream(client, self.clients, self.silent)
-        gevent.spawn_raw(self._run_or_exit, client, client.stream, rest, arrival)
+    def start(
+        self, client: Client, rest: Rest, *, is_new: bool = False, is_proxied: bool = False
+    ) -> None:
+        """Begin a conversation, in a greenlet of its own.
+
+        `is_new`: the client is not admitted yet. `is_proxied`: it begins with a PROXY header.
+        """
+        conversation = Conversation(self, client)
+        run = fatal_on_error(conversation.run)
+        gevent.spawn_raw(run, rest, is_new, is_proxied)
 
     def take_back(self, parked: Iterable[Client]) -> None:
         """Continue to serve clients that were parked, here or by another worker."""
@@ -77,103 +83,113 @@ class Conversations:
         """Close a client because the operator wants that. If it can read the reason, it does."""
         stream = client.stream
         if not stream:
-            self._replies.count_error(KICKED)
+            self.replies.count_error(KICKED)
             self.start(client, Rest(unsent=KICKED.reply, error=KICKED))
         elif stream.is_sending or stream.command:
-            self._end_at_once(client, KICKED)
+            self.end_at_once(client, KICKED)
             stream.interrupt(Closed())
         else:
             stream.interrupt(Kicked())
 
-    def _run(self, client: Client, stream: Stream, rest: Rest, arrival: Arrival | None) -> None:
-        """Hold a conversation, and see to an end that it does not see to itself."""
-        try:
-            self._converse(client, stream, rest, arrival)
-        except Moved as moved:
-            self.clients.park(client, moved.rest)
-        except Kicked:
-            self._end_at_once(client, KICKED)
-        except TimeoutError:  # Close with a reset: the kernel would hold the replies for minutes.
-            client.sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
-            self._end_at_once(client, SLOW_READER)
-        except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
-            self.clients.fail(client, error)
-        client.stream = None
-
-    def _end_at_once(self, client: Client, error: ErrorReply) -> None:
+    def end_at_once(self, client: Client, error: ErrorReply) -> None:
         """Close a client that would not read a last line."""
-        self._replies.count_error(error)
-        self.clients.note_end(client, error)
+        self.replies.count_error(error)
         self.clients.close(client, error)
 
-    def _converse(
-        self, client: Client, stream: Stream, rest: Rest, arrival: Arrival | None
-    ) -> None:
-        """Talk with a client until it is silent or has gone.
+
+class Conversation:
+    """The conversation with one client."""
+
+    __slots__ = "_client", "_parser", "_stream", "_worker"
+
+    def __init__(self, worker: Conversations, client: Client) -> None:
+        self._worker = worker
+        self._client = client
+        self._stream = client.stream = Stream(client, worker.clients, worker.silent)
+
+    def run(self, rest: Rest, is_new: bool, is_proxied: bool) -> None:
+        """Converse, and see to what ends the conversation early."""
+        client, clients = self._client, self._worker.clients
+        try:
+            self._converse(rest, is_new, is_proxied)
+        except Moved as moved:
+            clients.park(client, moved.rest)
+        except Kicked:
+            self._worker.end_at_once(client, KICKED)
+        except TimeoutError:  # Close with a reset: the kernel would hold the replies for minutes.
+            client.sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+            self._worker.end_at_once(client, SLOW_READER)
+        except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
+            clients.fail(client, error)
+        client.stream = None
+
+    def _converse(self, rest: Rest, is_new: bool, is_proxied: bool) -> None:
+        """Talk with the client until all is answered, or until it is closed.
 
         Raises TimeoutError if it does not read, an `Interrupted`, and OSError if it is broken.
         """
-        if arrival:
-            received = self._await_admission(client, stream, arrival)
+        if is_new:
+            received = self._await_admission(is_proxied)
             if received is None:
                 return
             rest = Rest(received)
         try:
-            error = self._answer_lines(client, stream, rest)
+            error = self._answer_lines(rest)
         except EOFError:
-            self.clients.close(client)
+            self._worker.clients.close(self._client)
         except Drained:
-            self._end(client, stream)
+            self._end()
         else:
             if error:
-                self._end(client, stream, error)
+                self._end(error)
             else:
-                stream.end()  # The client is silent again.
+                self._stream.end()  # The client is silent again.
 
-    def _end(self, client: Client, stream: Stream, error: ErrorReply | None = None) -> None:
+    def _end(self, error: ErrorReply | None = None) -> None:
         """Close after the last line, once the client has read it."""
-        stream.end()
-        if error:
-            self.clients.note_end(client, error)
-        self.silent.linger(client, error)
+        self._stream.end()
+        self._worker.silent.linger(self._client, error)
 
-    # Before a client is admitted
+    # Before the client is admitted
 
-    def _await_admission(self, client: Client, stream: Stream, arrival: Arrival) -> bytes | None:
+    def _await_admission(self, is_proxied: bool) -> bytes | None:
         """Read the PROXY header, do the TLS handshake, and admit the client.
 
         Return what has arrived beyond that; None if it was not admitted, which has been seen to.
         """
+        client, worker = self._client, self._worker
         reason, received = PROXY_FAILED, b""
         try:
-            if arrival.is_proxied:
-                received = self._read_header(client, stream)
-            if arrival.has_tls:
+            if is_proxied:
+                received = self._read_header()
+            if client.transport == TLS:
                 reason = TLS_FAILED
-                client.sock, received = self._shake_hands(client, stream, received), b""
+                client.sock, received = self._shake_hands(received), b""
         except EOFError:
-            self.clients.close(client)
+            worker.clients.close(client)
         except _PlainTextError:
-            self._reject_plain_text(client, stream)
+            worker.replies.count_error(PLAIN_TEXT)
+            self._stream.send(PLAIN_TEXT.reply)
+            self._end(PLAIN_TEXT)
         except (OSError, ProxyHeaderError) as error:
-            self._fail_admission(client, stream, reason, error)
+            self._fail_admission(reason, error)
         else:
             client.quiet_since = monotonic()
-            if self.admission.admit(client, is_proxied=arrival.is_proxied):
+            if worker.admission.admit(client, is_proxied=is_proxied):
                 return received
         finally:
-            self.admission.end(client)
+            worker.admission.end(client)
         return None
 
-    def _read_header(self, client: Client, stream: Stream) -> bytes:
+    def _read_header(self) -> bytes:
         """Receive the PROXY header; return what follows it.
 
         Raises EOFError for a probe that only connects, `ProxyHeaderError` and OSError.
         """
-        until, received, header = _in(self._config.proxy_header_timeout_seconds), b"", None
+        until, received, header = _in(self._worker.config.proxy_header_timeout_seconds), b"", None
         while not header:
             try:
-                data = stream.receive(until)
+                data = self._stream.receive(until)
             except ConnectionResetError:
                 data = b""
             if not data and not received:
@@ -182,22 +198,24 @@ class Conversations:
                 raise ConnectionAbortedError("the connection ended before the header")
             received += data
             header = parse(received)
-        self.admission.note_header(client, header)
-        client.quiet_since = monotonic()
+        self._client.quiet_since = monotonic()
+        self._worker.admission.note_header(self._client, header)
         return received[header.size :]
 
-    def _shake_hands(self, client: Client, stream: Stream, received: bytes) -> TlsSocket:
+    def _shake_hands(self, received: bytes) -> TlsSocket:
         """Do the TLS handshake, of which something may have been received.
 
         Raises EOFError for a client that leaves before it begins, `_PlainTextError`, and OSError.
         """
-        until = _in(self._config.tls_handshake_timeout_seconds)
+        worker, stream = self._worker, self._stream
+        until = _in(worker.config.tls_handshake_timeout_seconds)
         received = received or stream.receive(until)
         if not received:
             raise EOFError
         if not received.startswith(HANDSHAKE_RECORD):
             raise _PlainTextError
-        tls, is_over = TlsSocket(cast(Any, client.sock), cast(SSLContext, self._tls_context)), False
+        tls = TlsSocket(cast(Any, self._client.sock), cast(SSLContext, worker.tls_context))
+        is_over = False
         while not is_over:
             if not received:
                 raise ConnectionAbortedError("the client has gone")
@@ -209,19 +227,10 @@ class Conversations:
                 received = stream.receive(until)
         return tls
 
-    def _reject_plain_text(self, client: Client, stream: Stream) -> None:
-        self._replies.count_error(PLAIN_TEXT)
-        self.clients.note_end(client, PLAIN_TEXT)
-        stream.send(PLAIN_TEXT.reply)
-        self._end(client, stream)
-
-    def _fail_admission(
-        self, client: Client, stream: Stream, reason: ErrorReply, error: Exception
-    ) -> None:
+    def _fail_admission(self, reason: ErrorReply, error: Exception) -> None:
         """Count it, and close; a client that broke TLS can read the alert that says why."""
-        self._replies.count_error(reason)
-        self.clients.note_end(client, reason)
-        fields = {**address_fields(client.peer), **logs.error_fields(error)}
+        self._worker.replies.count_error(reason)
+        fields = {**address_fields(self._client.peer), **logs.error_fields(error)}
         address = fields["client.address"]
         if reason is PROXY_FAILED:
             message = f"the PROXY header of {address} has failed: {error}"
@@ -232,19 +241,19 @@ class Conversations:
             message = f"TLS handshake with {address} failed: {error}"
             logs.event(logging.DEBUG, "client.tls_failed", message, fields)
         if isinstance(error, ProxyHeaderError | SSLError):
-            self._end(client, stream)
+            self._end(reason)
         else:
-            self.clients.close(client)
+            self._worker.clients.close(self._client, reason)
 
     # Lines
 
-    def _answer_lines(self, client: Client, stream: Stream, rest: Rest) -> ErrorReply | None:
+    def _answer_lines(self, rest: Rest) -> ErrorReply | None:
         """Answer lines until all is answered; return the error reply that ends the client.
 
-        Raises EOFError at the client's end, TimeoutError if it does not read its replies, `Drained`
-        and other `Interrupted`, and OSError.
+        Raises EOFError at the client's end, `Drained` in a drain, and what `_converse` raises.
         """
-        parser = Parser(self._replies.grammar, is_first=not client.has_spoken)
+        client, stream, worker = self._client, self._stream, self._worker
+        parser = self._parser = Parser(worker.replies.grammar, is_first=not client.has_spoken)
         parser.receive(rest.unread)
         replies, error = rest.unsent, rest.error
         write_ends, line_ends = rest.write_ends, rest.line_ends
@@ -259,32 +268,31 @@ class Conversations:
                 if parser.has_line:
                     if has_had_turn:
                         stream.take_turn()
-                    line_ends, has_had_turn = inf, True
-                    replies, error = self._answer_some(client, stream, parser, is_tried=is_tried)
-                    is_tried = False
+                    replies, error = self._answer_some(is_tried)
+                    is_tried, has_had_turn, line_ends = False, True, inf
                 elif error := parser.check():
-                    replies = self._replies.reply_to(error, client)
-                elif parser.unread or stream.has_partial_record:
-                    line_ends = min(line_ends, _in(self._config.line_timeout_seconds))
-                    replies, error = self._await_rest(client, stream, parser, line_ends)
+                    replies = worker.replies.reply_to(error, client)
+                elif parser.unread or client.has_partial_record:
+                    line_ends = min(line_ends, _in(worker.config.line_timeout_seconds))
+                    replies, error = self._await_more(line_ends)
+                    has_had_turn = False
                 elif stream.may_be_silent:
                     return None
                 else:
-                    replies, error = self._await_rest(client, stream, parser, inf)
+                    replies, error = self._await_more(inf)
+                    has_had_turn = False
         except Moved as moved:
             moved.rest.unread, moved.rest.line_ends = parser.unread, line_ends
             moved.rest.error = error
             raise
 
-    def _answer_some(
-        self, client: Client, stream: Stream, parser: "Parser[Command]", *, is_tried: bool
-    ) -> Answer:
+    def _answer_some(self, is_tried: bool) -> Answer:
         """Answer the next lines: one command that may block, or a piece of lines that cannot.
 
         `is_tried`: the fast path cannot answer them.
         """
-        started_at = client.quiet_since = monotonic()
-        replies = None if is_tried else self._answer_quickly(client, parser)
+        started_at, parser = monotonic(), self._parser
+        replies = None if is_tried else self._answer_quickly()
         if replies is not None:
             self._count_read(started_at)
             return replies, None
@@ -297,50 +305,50 @@ class Conversations:
             if may_block and ready:  # A reply that is ready does not wait for a handler.
                 parser.put_back(line_at)
             elif item is not None:
-                reply, error = self._reply_to(client, stream, item)
+                reply, error = self._reply_to(item)
                 ready.append(reply)
         if ready and not error:
             self._count_read(monotonic() if may_block else started_at)  # Handlers have own times.
         return b"".join(ready), error
 
-    def _answer_quickly(self, client: Client, parser: "Parser[Command]") -> bytes | None:
+    def _answer_quickly(self) -> bytes | None:
         """Return what the fast path replies to whole lines; None if they need the parser."""
-        unread = parser.unread
+        client, unread = self._client, self._parser.unread
         all_lines = unread.rfind(b"\n") + 1
         for size in (all_lines, unread.rfind(b"\n", 0, PIECE_BYTES) + 1):
             if size and (size == all_lines or size < PIECE_BYTES < all_lines):
-                replies = self.silent.answer(unread[:size], client.has_spoken, client)
+                replies = self._worker.silent.answer(unread[:size], client.has_spoken, client)
                 if replies is not None:
-                    client.has_spoken = True
-                    parser.skip(size)
+                    client.has_spoken, client.quiet_since = True, monotonic()
+                    self._parser.skip(size)
                     return replies
         return None
 
-    def _reply_to(self, client: Client, stream: Stream, item: Command | ErrorReply) -> Answer:
+    def _reply_to(self, item: Command | ErrorReply) -> Answer:
         """Reply to a command or an error. Here a handler that may block runs."""
-        client.has_spoken = True
+        client, replies = self._client, self._worker.replies
+        client.has_spoken, client.quiet_since = True, monotonic()
         if isinstance(item, Command) and item.may_block:
-            if self._replies.begin(item):
-                return stream.run(item.name, partial(self._replies.run, item, client)), None
+            if replies.begin(item):
+                return self._stream.run(item.name, partial(replies.run, item, client)), None
             item = TOO_MANY_AT_ONCE
         closing_error = item if isinstance(item, ErrorReply) and item.closes else None
-        return self._replies.reply_to(item, client), closing_error
+        return replies.reply_to(item, client), closing_error
 
-    def _await_rest(
-        self, client: Client, stream: Stream, parser: "Parser[Command]", line_ends: float
-    ) -> Answer:
-        """Wait for more of a line, and note it; or answer to a silence, and to the client's end.
+    def _await_more(self, line_ends: float) -> Answer:
+        """Wait for more, and give it to the parser; or answer to a silence, or to the end.
 
         Raises EOFError at the end if there is nothing to answer, and what `Stream.receive` raises.
         """
-        config = self._config
-        idle_ends, pause_ends = client.quiet_since + (config.idle_timeout_seconds or inf), inf
-        is_command = parser.unread != b"" and parser.is_complete
+        parser, config, pause_ends = self._parser, self._worker.config, inf
+        idle_ends = self._client.quiet_since + (config.idle_timeout_seconds or inf)
+        has_part = parser.unread != b""
+        is_command = has_part and parser.is_complete
         if is_command:
-            pause_ends = stream.heard_at + (config.unterminated_after_seconds or inf)
+            pause_ends = self._stream.heard_at + (config.unterminated_after_seconds or inf)
         try:
             until = min(idle_ends, pause_ends, line_ends)
-            data = stream.receive(until, has_part=parser.unread != b"")
+            data = self._stream.receive(until, has_part=has_part)
         except IncompleteRecord:
             return b"", None
         except Kicked:
@@ -354,15 +362,14 @@ class Conversations:
             error = TOO_IDLE if idle_ends <= now else TOO_SLOW
             items = parser.silence() if pause_ends <= now < idle_ends else [error]
         else:
-            if not data and not parser.unread:
+            if not data and not has_part:
                 raise EOFError
             parser.receive(data)
             items = [] if data else parser.end()
-        client.quiet_since = client.quiet_since if not items else monotonic()
-        return self._reply_to(client, stream, items[0]) if items else (b"", None)
+        return self._reply_to(items[0]) if items else (b"", None)
 
     def _count_read(self, started_at: float) -> None:
-        self._replies.count_reads(1, round((monotonic() - started_at) * 1e9))
+        self._worker.replies.count_reads(1, round((monotonic() - started_at) * 1e9))
 
 
 class _PlainTextError(Exception):

@@ -94,6 +94,7 @@ def describe(client: Client, rest: Rest, clients: Clients) -> dict[str, Any]:
     workers.
     """
     return {
+        "transport": client.transport,
         "spoken": client.has_spoken,
         "accepted_at": client.accepted_at,
         "quiet_since": client.quiet_since,
@@ -113,7 +114,8 @@ def restore(clients: Clients, fd: int, fields: dict[str, Any], file: BinaryIO) -
     address = tuple(fields["address"]) if fields["address"] else None
     sock = _socket.socket(fileno=fd)
     sock.setblocking(False)
-    client = Client(sock, address, fields["accepted_at"])
+    client = Client(sock, address, fields["transport"])
+    client.accepted_at = fields["accepted_at"]
     client.has_spoken, client.quiet_since = fields["spoken"], fields["quiet_since"]
     client.is_counted = True
     if fields["replies"] is not None:

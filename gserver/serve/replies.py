@@ -12,11 +12,12 @@ from dataclasses import replace
 from functools import lru_cache
 from math import inf
 from time import monotonic, monotonic_ns
+from typing import Any, cast
 
 import gevent
 
 from gserver import logs
-from gserver.commands import Command, Peer, Request, encode_reply
+from gserver.commands import BUILT_IN, Command, Peer, Request, encode_reply
 from gserver.config import Config
 from gserver.errors import EXIT_RUNTIME, ClusterUnavailable
 from gserver.metrics import DURATION_BOUNDS_NS
@@ -32,6 +33,7 @@ from gserver.scoreboard import BUCKETS_OFFSET, TIME_OFFSET, Scoreboard
 
 #: Longest reply that is remembered, and how many are.
 MAX_SHORT_REPLY, MAX_SHORT_REPLIES = 64, 1024
+_BUILT_IN_NAMES = frozenset(command.name for command in BUILT_IN)
 _short_line = lru_cache(maxsize=MAX_SHORT_REPLIES)(encode_reply)
 
 
@@ -84,7 +86,22 @@ class Replies:
         if isinstance(item, ErrorReply):
             self.count_error(item)
             return item.reply
-        return self.reply_to_calls([self.call_for(item)], self.request(sock))
+        if item.name in _BUILT_IN_NAMES:
+            return self.reply_to_calls([self.call_for(item)], self.request(sock))
+        return self.call_own([self.call_for(item)], sock)
+
+    def call_own(self, calls: Iterable[Call], sock: Peer | None) -> bytes:
+        """Reply to several commands of which some are own ones that must not block.
+
+        They run in the hub, where gevent raises an error if they wait.
+        """
+        hub, current = cast(Any, gevent.get_hub()), cast(Any, gevent.getcurrent())
+        request = self.request(sock)
+        if current is hub:
+            return self.reply_to_calls(calls, request)
+        hub.loop.run_callback(lambda: current.switch(self.reply_to_calls(calls, request)))
+        replies: bytes = hub.switch()
+        return replies
 
     def call_for(self, item: Command | ErrorReply) -> Call:
         """Return what `reply_to_calls` needs for a command or an error."""

@@ -51,7 +51,7 @@ def _list(conversations: Conversations) -> Iterator[dict[str, Any]]:
     clients = conversations.clients
     for ends in _parts(list(clients.recent_ends)):
         yield {"recent": ends}
-    for part in _parts(list(clients.by_fd.values())):
+    for part in _parts([*clients.by_fd.values(), *clients.parked]):
         found = [
             _describe(client, is_moving=client in clients.parked)
             for client in part
@@ -97,20 +97,16 @@ def _state(client: Client) -> str:
 
 def _close(conversations: Conversations, id_or_address: str) -> Iterator[dict[str, Any]]:
     """Close the clients with this id or address. Those of a handover are left to the new worker."""
-    clients, closed, address = conversations.clients, 0, ""
-    for part in _parts(list(clients.by_fd.values())):
-        chosen = [
-            client
-            for client in part
-            if client.is_counted
-            and client not in clients.parked
-            and id_or_address in (client.id, client.peer[0])
-        ]
-        for client in chosen:
-            address = client.peer[0]
-            conversations.kick(client)
-        closed += len(chosen)
-        yield {"closed": len(chosen)}
+    closed, address = 0, ""
+    for part in _parts(list(conversations.clients.by_fd)):
+        in_part = 0
+        for client in filter(None, map(conversations.clients.by_fd.get, part)):
+            if client.is_counted and id_or_address in (client.id, client.peer[0]):
+                address = client.peer[0]
+                conversations.kick(client)
+                in_part += 1
+        closed += in_part
+        yield {"closed": in_part}
     if closed:
         # They all have the same address, whether an id or an address was asked for.
         fields = {"gserver.clients": closed, "client.address": address}

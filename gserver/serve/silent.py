@@ -7,6 +7,7 @@ first, with 1.75 times the 99th percentile of latency (docs/performance.md).
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import takewhile
 from math import inf
 from socket import SHUT_WR
@@ -22,7 +23,7 @@ from gserver.serve.client import Client, Rest
 from gserver.serve.clients import DRAIN_GRACE_SECONDS, MAX_REJECTED, Clients
 from gserver.serve.fastpath import FastPath
 from gserver.serve.stream import LATE_SECONDS, READ, READ_BYTES
-from gserver.serve.tls import IncompleteRecord, TlsSocket
+from gserver.serve.tls import IncompleteRecord
 
 #: Clients answered in one turn of the loop. Then handlers and other clients have their turn.
 TURN_CLIENTS = 256
@@ -45,7 +46,6 @@ class SilentClients:
         self._replies = clients.replies
         self._start = start
         self.answer = FastPath(clients.replies).answer
-        self._has_tls = any(each.transport == TLS for each in clients.config.endpoints)
         self._idle_seconds = clients.config.idle_timeout_seconds or inf
         self._idle_sweep_seconds = max(self._idle_seconds / IDLE_SWEEPS, SWEEP_SECONDS)
         #: The events of the listeners whose clients are accepted now.
@@ -115,7 +115,7 @@ class SilentClients:
         # When the first of `reads` began. Conversations count theirs.
         since = started
         by_fd, answer, counts = clients.by_fd, self.answer, clients.reply_counts
-        is_draining, has_tls = clients.is_draining, self._has_tls
+        is_draining = clients.is_draining
         for fd, _ in events:
             client = by_fd.get(fd)
             if client is None or client.stream:
@@ -133,10 +133,10 @@ class SilentClients:
                 replies = found
                 reads += 1
                 client.quiet_since, client.has_spoken = started, True
-                if counts:
-                    clients.count_replies(client, replies)
+                if counts and client in counts:
+                    counts[client] += replies.count(b"\n")
                 sent = client.sock.send(replies)
-                if sent < len(replies) or (has_tls and client.has_tls):
+                if sent < len(replies) or client.transport == TLS:
                     self._go_on(client, replies[sent:])
             except BlockingIOError as error:
                 if replies or isinstance(error, IncompleteRecord):
@@ -162,9 +162,7 @@ class SilentClients:
 
     def _go_on(self, client: Client, unsent: bytes) -> None:
         """Begin a conversation if replies are left, or if TLS has more to read."""
-        sock = client.sock
-        has_more = isinstance(sock, TlsSocket) and (sock.has_partial_record or sock.has_unread)
-        if unsent or has_more:
+        if unsent or client.has_partial_record or client.has_unread:
             self._start(client, Rest(unsent=unsent))
 
     def _count_reads(self, reads: int, since: float) -> None:
@@ -193,14 +191,14 @@ class SilentClients:
         self._clients.begin_drain(longest_spread_seconds)
         for client in list(self._clients.by_fd.values()):
             if client.stream:
-                client.stream.look_again()
+                client.stream.interrupt(None)
         self._sweep_after(0.0)
 
     def dismiss_probes(self, now: float) -> None:
         """Close the probes that are silent: they are not handed over."""
         for client in list(self._clients.probes):
             if not client.stream and client.quiet_since + DRAIN_GRACE_SECONDS <= now:
-                self._try(self._leave, client)
+                self._try(self._end_silence, client)
 
     def linger(self, client: Client, error: ErrorReply | None = None) -> None:
         """Shut down the own side, and wait a moment for the client to shut down its side.
@@ -208,8 +206,7 @@ class SilentClients:
         `error` is the reply that has ended the client, for the logs. Raises OSError.
         """
         clients, fd = self._clients, client.sock.fileno()
-        clients.uncount(client)
-        clients.log_end(client, error)
+        clients.end(client, error)
         del clients.by_fd[fd]
         clients.lingering[fd], client.quiet_since = client, monotonic()
         client.sock.shutdown(SHUT_WR)
@@ -220,16 +217,15 @@ class SilentClients:
         """Send the reason to a client that has not been admitted, and end."""
         clients = self._clients
         clients.replies.count_error(error)
-        clients.note_end(client, error)
         clients.rejected.add(client)
         clients.rejected_now += 1
         with suppress(BlockingIOError):
             client.sock.send(error.reply)
         if len(clients.rejected) <= MAX_REJECTED:
-            self.linger(client)
+            self.linger(client, error)
         else:
             self._await_end(client)  # What is left unread resets the connection.
-            clients.close(client)
+            clients.close(client, error)
 
     def _await_end(self, client: Client) -> None:
         """Read and discard what a client that lingers still sends, up to its end."""
@@ -263,39 +259,25 @@ class SilentClients:
         for client in takewhile(lambda each: each.quiet_since + LINGER_SECONDS <= now, lingering):
             clients.close(client)
         if clients.is_draining:
-            for client in self._silent():
+            for client in clients.silent():
                 if clients.leaves_at(client) <= now:
-                    self._try(self._leave, client)
+                    self._try(self._end_silence, client)
         elif self._idle_seconds < inf and now >= self._excused_until:
-            for client in self._silent():
+            for client in clients.silent():
                 if client.quiet_since + self._idle_seconds <= now:
-                    self._try(self._end_idle, client)
+                    self._try(partial(self._end_silence, error=TOO_IDLE), client)
         is_hurried = clients.is_draining or clients.lingering
         self._sweep_after(SWEEP_SECONDS if is_hurried else self._idle_sweep_seconds)
 
-    def _silent(self) -> list[Client]:
-        clients = self._clients
-        return [
-            client
-            for client in clients.by_fd.values()
-            if not client.stream and client not in clients.parked
-        ]
-
-    def _leave(self, client: Client) -> None:
-        """Close a silent client in a drain; first answer what has arrived."""
+    def _end_silence(self, client: Client, error: ErrorReply | None = None) -> None:
+        """Close a silent client, and send this error; if something has arrived, answer it first."""
         try:
             self._begin(client, client.sock.recv(READ_BYTES))
-        except IncompleteRecord:
-            self._start(client, Rest())
-        except BlockingIOError:
-            self.linger(client)
-
-    def _end_idle(self, client: Client) -> None:
-        """Close an idle client, unless something has arrived by now."""
-        try:
-            self._begin(client, client.sock.recv(READ_BYTES))
-        except IncompleteRecord:
-            self._start(client, Rest())
-        except BlockingIOError:
-            self._replies.count_error(TOO_IDLE)
-            self._start(client, Rest(unsent=TOO_IDLE.reply, error=TOO_IDLE))
+        except BlockingIOError as nothing:
+            if isinstance(nothing, IncompleteRecord):
+                self._start(client, Rest())
+            elif error:
+                self._replies.count_error(error)
+                self._start(client, Rest(unsent=error.reply, error=error))
+            else:
+                self.linger(client)

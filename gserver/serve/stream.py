@@ -15,7 +15,7 @@ import gevent
 
 from gserver.serve.client import Client, Rest
 from gserver.serve.clients import DRAIN_GRACE_SECONDS, Clients, bytes_in_kernel
-from gserver.serve.tls import IncompleteRecord, TlsSocket
+from gserver.serve.tls import IncompleteRecord
 
 if TYPE_CHECKING:
     from gserver.serve.silent import SilentClients
@@ -110,19 +110,20 @@ class Stream:
         `has_part`: the client is in the middle of a line. Raises TimeoutError at the time,
         IncompleteRecord if only part of a TLS record has come, an `Interrupted`, and OSError.
         """
-        has_part = has_part or self.has_partial_record
-        self._check_share(is_between_lines=not has_part and not self.has_unread)
-        if not self.has_unread:
-            self._wait(READ, min(until, self._leaves_at(has_part)))
+        client = self.client
+        has_part = has_part or client.has_partial_record
+        self._check_share(is_between_lines=not has_part and not client.has_unread)
+        if not client.has_unread:
+            self._wait(READ, min(until, self._clients.leaves_at(client, has_part)))
         while True:
             now = monotonic()
             try:
-                data = self.client.sock.recv(READ_BYTES)
+                data = client.sock.recv(READ_BYTES)
             except IncompleteRecord:
                 self._note_arrival(now)
                 raise
             except BlockingIOError:
-                leaves_at = self._leaves_at(has_part)
+                leaves_at = self._clients.leaves_at(client, has_part)
                 if leaves_at <= now:
                     raise Drained from None
                 self._wait(READ, min(self._in_time(until, now), leaves_at))
@@ -137,8 +138,8 @@ class Stream:
         """
         if self.client.is_closed:
             raise Closed
-        if self._clients.reply_counts:
-            self._clients.count_replies(self.client, data)
+        if self.client in self._clients.reply_counts:
+            self._clients.reply_counts[self.client] += bytes(data).count(b"\n")
         data = self._try_to_send(memoryview(data))
         if not data:
             return
@@ -166,9 +167,9 @@ class Stream:
 
         If this worker was late, the client gets more time.
         """
-        if until + LATE_SECONDS < now and not self._clients.is_draining:
-            self._excused_until = max(self._excused_until, now + LATE_SECONDS)
         until = max(until, self._excused_until)
+        if until + LATE_SECONDS < now and not self._clients.is_draining:
+            until = self._excused_until = now + LATE_SECONDS
         if until <= now:
             raise TimeoutError("it took too long")
         return until
@@ -206,13 +207,9 @@ class Stream:
             self._watched = MUTED
             self._clients.watch(self.client, MUTED)
 
-    def interrupt(self, interruption: Interrupted) -> None:
-        """End the wait, or the next one, with this exception."""
-        self._interruption = interruption
-        gevent.get_hub().loop.run_callback(self._end_wait)
-
-    def look_again(self) -> None:
-        """Make a conversation that waits look at its times again: a drain has begun."""
+    def interrupt(self, interruption: Interrupted | None) -> None:
+        """End the wait, or the next one, with this exception. None: only look at the time again."""
+        self._interruption = interruption or self._interruption
         gevent.get_hub().loop.run_callback(self._end_wait)
 
     def _end_wait(self) -> None:
@@ -268,24 +265,9 @@ class Stream:
     @property
     def may_be_silent(self) -> bool:
         """Whether only the client can go on, if all is answered."""
-        return not self.has_unread and monotonic() < self._clients.drains_at(self.client)
-
-    @property
-    def has_partial_record(self) -> bool:
-        """Whether part of a TLS record has arrived."""
-        sock = self.client.sock
-        return isinstance(sock, TlsSocket) and sock.has_partial_record
-
-    @property
-    def has_unread(self) -> bool:
-        """Whether TLS has data although the socket is not readable."""
-        sock = self.client.sock
-        return isinstance(sock, TlsSocket) and sock.has_unread
+        return not self.client.has_unread and monotonic() < self._clients.drains_at(self.client)
 
     # Drains
-
-    def _leaves_at(self, has_part: bool) -> float:
-        return self._clients.leaves_at(self.client, has_part=has_part)
 
     def _note_arrival(self, now: float) -> None:
         """Note that the client is not silent. In a drain that prolongs nothing, and is counted.

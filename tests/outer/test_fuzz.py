@@ -127,8 +127,8 @@ def test_servers_accept_any_input(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("serve/client.py", "replies.append(self.loop", "replies.insert(0, self.loop"),
-        ("serve/client.py", "work.items.extend(work.parser.end())", "pass"),
+        ("serve/conversation.py", "ready.append(reply)", "ready.insert(0, reply)"),
+        ("serve/conversation.py", "else parser.end()", "else parser.end()[:0]"),
     ],
 )
 def test_a_bug_in_a_server_is_found(tmp_path: Path, module: str, old: str, new: str) -> None:
