@@ -156,6 +156,11 @@ class Parser(Generic[C]):
             self._data, self._at = self.unread + data, 0
 
     @property
+    def has_part(self) -> bool:
+        """Whether there is something in `unread`."""
+        return self._at < len(self._data)
+
+    @property
     def has_line(self) -> bool:
         """Whether a whole line has arrived."""
         return self._data.find(b"\n", self._at) >= 0

@@ -4,7 +4,7 @@ import errno
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from fcntl import ioctl
 from math import ceil, inf
@@ -78,9 +78,10 @@ class Clients:
         """How many descriptors are in use."""
         return len(self.by_fd) + len(self.lingering) + len(self.parked)
 
-    def silent(self) -> list[Client]:
-        """Return the clients that are in no conversation."""
-        return [client for client in self.by_fd.values() if not client.stream]
+    def quiet_since(self, moment: float) -> Iterator[Client]:
+        """Yield the silent clients that have sent nothing since then."""
+        clients = self.by_fd.values()
+        return (each for each in clients if each.quiet_since <= moment and not each.stream)
 
     def add(self, client: Client) -> None:
         """Watch a new client's socket.
@@ -141,6 +142,14 @@ class Clients:
         """
         share = client.sock.fileno() * GOLDEN_RATIO % 1.0
         return self.drain_started_at + self._spread_seconds * share
+
+    def leaving(self, now: float) -> Iterator[Client]:
+        """Yield the silent clients that a drain closes now."""
+        passed, spread = now - self.drain_started_at, self._spread_seconds
+        for fd, client in self.by_fd.items():
+            is_reached = fd * GOLDEN_RATIO % 1.0 * spread <= passed
+            if is_reached and not client.stream and self.leaves_at(client) <= now:
+                yield client
 
     def note_arrival(self, client: Client, now: float) -> bool:
         """Note that something has arrived. Return False in a drain, which that does not prolong."""

@@ -19,7 +19,6 @@ import gevent
 
 from gserver import logs
 from gserver.addresses import TLS
-from gserver.boot import fatal_on_error
 from gserver.commands import Command
 from gserver.protocol import (
     KICKED,
@@ -64,9 +63,7 @@ class Conversations:
 
         `is_new`: the client is not admitted yet. `is_proxied`: it begins with a PROXY header.
         """
-        conversation = Conversation(self, client)
-        run = fatal_on_error(conversation.run)
-        gevent.spawn_raw(run, rest, is_new, is_proxied)
+        gevent.spawn_raw(Conversation(self, client).run, rest, is_new, is_proxied)
 
     def take_back(self, parked: Iterable[Client]) -> None:
         """Continue to serve clients that were parked, here or by another worker."""
@@ -92,8 +89,10 @@ class Conversations:
             stream.interrupt(Kicked())
 
     def end_at_once(self, client: Client, error: ErrorReply) -> None:
-        """Close a client that would not read a last line."""
+        """Close a client that would not read a last line. Raises OSError."""
         self.replies.count_error(error)
+        if error is SLOW_READER:  # With a reset: the kernel would hold the replies for minutes.
+            client.sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
         self.clients.close(client, error)
 
 
@@ -108,19 +107,19 @@ class Conversation:
         self._stream = client.stream = Stream(client, worker.clients, worker.silent)
 
     def run(self, rest: Rest, is_new: bool, is_proxied: bool) -> None:
-        """Converse, and see to what ends the conversation early."""
-        client, clients = self._client, self._worker.clients
+        """Converse, and see to what ends the conversation early. Raises SystemError alone."""
+        client, worker = self._client, self._worker
         try:
-            self._converse(rest, is_new, is_proxied)
-        except Moved as moved:
-            clients.park(client, moved.rest)
-        except Kicked:
-            self._worker.end_at_once(client, KICKED)
-        except TimeoutError:  # Close with a reset: the kernel would hold the replies for minutes.
-            client.sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
-            self._worker.end_at_once(client, SLOW_READER)
+            try:
+                self._converse(rest, is_new, is_proxied)
+            except Moved as moved:
+                worker.clients.park(client, moved.rest)
+            except Kicked:
+                worker.end_at_once(client, KICKED)
+            except TimeoutError:
+                worker.end_at_once(client, SLOW_READER)
         except Exception as error:  # noqa: BLE001 (one client must not end the service of all)
-            clients.fail(client, error)
+            worker.clients.fail(client, error)
         client.stream = None
 
     def _converse(self, rest: Rest, is_new: bool, is_proxied: bool) -> None:
@@ -261,7 +260,8 @@ class Conversation:
         is_tried, has_had_turn = rest.unread.endswith(b"\n"), False
         try:
             while True:
-                stream.send(replies, write_ends)
+                if replies:
+                    stream.send(replies, write_ends)
                 if error:
                     return error
                 replies, write_ends = b"", None
@@ -270,21 +270,24 @@ class Conversation:
                         stream.take_turn()
                     replies, error = self._answer_some(is_tried)
                     is_tried, has_had_turn, line_ends = False, True, inf
+                elif not parser.has_part and stream.may_be_silent:
+                    return None
                 elif error := parser.check():
                     replies = worker.replies.reply_to(error, client)
-                elif parser.unread or client.has_partial_record:
-                    line_ends = min(line_ends, _in(worker.config.line_timeout_seconds))
-                    replies, error = self._await_more(line_ends)
-                    has_had_turn = False
-                elif stream.may_be_silent:
-                    return None
                 else:
-                    replies, error = self._await_more(inf)
+                    line_ends = self._line_ends(line_ends)
+                    replies, error = self._await_more(line_ends)
                     has_had_turn = False
         except Moved as moved:
             moved.rest.unread, moved.rest.line_ends = parser.unread, line_ends
             moved.rest.error = error
             raise
+
+    def _line_ends(self, line_ends: float) -> float:
+        """Return when the line, or the TLS record, must have ended, if one has begun."""
+        if self._parser.has_part or self._client.has_partial_record:
+            return min(line_ends, _in(self._worker.config.line_timeout_seconds))
+        return inf
 
     def _answer_some(self, is_tried: bool) -> Answer:
         """Answer the next lines: one command that may block, or a piece of lines that cannot.
@@ -292,7 +295,9 @@ class Conversation:
         `is_tried`: the fast path cannot answer them.
         """
         started_at, parser = monotonic(), self._parser
-        replies = None if is_tried else self._answer_quickly()
+        # What runs in the fast path must not block, so own commands run only in the hub.
+        may_be_quick = not is_tried and not self._worker.replies.has_quick_own
+        replies = self._answer_quickly() if may_be_quick else None
         if replies is not None:
             self._count_read(started_at)
             return replies, None
@@ -342,7 +347,7 @@ class Conversation:
         """
         parser, config, pause_ends = self._parser, self._worker.config, inf
         idle_ends = self._client.quiet_since + (config.idle_timeout_seconds or inf)
-        has_part = parser.unread != b""
+        has_part = parser.has_part
         is_command = has_part and parser.is_complete
         if is_command:
             pause_ends = self._stream.heard_at + (config.unterminated_after_seconds or inf)

@@ -74,7 +74,7 @@ class FastPath:
         if has_errors and not has_spoken:
             return None
         if calls:
-            return self._replies.call_own(calls, sock)
+            return self._replies.reply_to_calls(calls, self._replies.request(sock))
         replies = pieces[0]
         if len(pieces) > 1:
             try:

@@ -74,6 +74,8 @@ class Replies:
             self.command_cells[command.name] for command in table.values() if not command.may_block
         ]
         self._timed = [self.cells[cell] for cell in self._quick]
+        #: Whether there are own commands that do not block.
+        self.has_quick_own = len(self._quick) > len(BUILT_IN)
 
     def request(self, sock: Peer | None, deadline: float = inf) -> Request:
         """Return what the handler of a command from this connection is given."""
@@ -86,22 +88,14 @@ class Replies:
         if isinstance(item, ErrorReply):
             self.count_error(item)
             return item.reply
-        if item.name in _BUILT_IN_NAMES:
-            return self.reply_to_calls([self.call_for(item)], self.request(sock))
-        return self.call_own([self.call_for(item)], sock)
-
-    def call_own(self, calls: Iterable[Call], sock: Peer | None) -> bytes:
-        """Reply to several commands of which some are own ones that must not block.
-
-        They run in the hub, where gevent raises an error if they wait.
-        """
+        calls, request = [self.call_for(item)], self.request(sock)
         hub, current = cast(Any, gevent.get_hub()), cast(Any, gevent.getcurrent())
-        request = self.request(sock)
-        if current is hub:
+        if current is hub or item.name in _BUILT_IN_NAMES:
             return self.reply_to_calls(calls, request)
+        # An own command must not block. It runs in the hub, where gevent raises an error if it does.
         hub.loop.run_callback(lambda: current.switch(self.reply_to_calls(calls, request)))
-        replies: bytes = hub.switch()
-        return replies
+        reply: bytes = hub.switch()
+        return reply
 
     def call_for(self, item: Command | ErrorReply) -> Call:
         """Return what `reply_to_calls` needs for a command or an error."""

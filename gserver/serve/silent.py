@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from math import inf
 from socket import SHUT_WR
 from time import monotonic
@@ -46,6 +46,7 @@ class SilentClients:
         self._replies = clients.replies
         self._start = start
         self.answer = FastPath(clients.replies).answer
+        self._has_tls = any(each.transport == TLS for each in clients.config.endpoints)
         self._idle_seconds = clients.config.idle_timeout_seconds or inf
         self._idle_sweep_seconds = max(self._idle_seconds / IDLE_SWEEPS, SWEEP_SECONDS)
         #: The events of the listeners whose clients are accepted now.
@@ -115,7 +116,7 @@ class SilentClients:
         # When the first of `reads` began. Conversations count theirs.
         since = started
         by_fd, answer, counts = clients.by_fd, self.answer, clients.reply_counts
-        is_draining = clients.is_draining
+        is_draining, has_tls = clients.is_draining, self._has_tls
         for fd, _ in events:
             client = by_fd.get(fd)
             if client is None or client.stream:
@@ -136,7 +137,7 @@ class SilentClients:
                 if counts and client in counts:
                     counts[client] += replies.count(b"\n")
                 sent = client.sock.send(replies)
-                if sent < len(replies) or client.transport == TLS:
+                if sent < len(replies) or (has_tls and client.transport == TLS):
                     self._go_on(client, replies[sent:])
             except BlockingIOError as error:
                 if replies or isinstance(error, IncompleteRecord):
@@ -258,16 +259,17 @@ class SilentClients:
         lingering = list(clients.lingering.values())
         for client in takewhile(lambda each: each.quiet_since + LINGER_SECONDS <= now, lingering):
             clients.close(client)
+        due: list[Client] = []
         if clients.is_draining:
-            for client in clients.silent():
-                if clients.leaves_at(client) <= now:
-                    self._try(self._end_silence, client)
+            due = list(islice(clients.leaving(now), TURN_CLIENTS))
         elif self._idle_seconds < inf and now >= self._excused_until:
-            for client in clients.silent():
-                if client.quiet_since + self._idle_seconds <= now:
-                    self._try(partial(self._end_silence, error=TOO_IDLE), client)
+            due = list(islice(clients.quiet_since(now - self._idle_seconds), TURN_CLIENTS))
+        end = partial(self._end_silence, error=None if clients.is_draining else TOO_IDLE)
+        for client in due:
+            self._try(end, client)
         is_hurried = clients.is_draining or clients.lingering
-        self._sweep_after(SWEEP_SECONDS if is_hurried else self._idle_sweep_seconds)
+        seconds = SWEEP_SECONDS if is_hurried else self._idle_sweep_seconds
+        self._sweep_after(0.0 if len(due) == TURN_CLIENTS else seconds)
 
     def _end_silence(self, client: Client, error: ErrorReply | None = None) -> None:
         """Close a silent client, and send this error; if something has arrived, answer it first."""

@@ -265,7 +265,9 @@ class Stream:
     @property
     def may_be_silent(self) -> bool:
         """Whether only the client can go on, if all is answered."""
-        return not self.client.has_unread and monotonic() < self._clients.drains_at(self.client)
+        client = self.client
+        has_more = client.has_unread or client.has_partial_record
+        return not has_more and monotonic() < self._clients.drains_at(client)
 
     # Drains
 
