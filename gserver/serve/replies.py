@@ -92,7 +92,7 @@ class Replies:
         hub, current = cast(Any, gevent.get_hub()), cast(Any, gevent.getcurrent())
         if current is hub or item.name in _BUILT_IN_NAMES:
             return self.reply_to_calls(calls, request)
-        # An own command must not block. It runs in the hub, where gevent raises an error if it does.
+        # An own command must not block: in the hub, gevent raises an error if it does.
         hub.loop.run_callback(lambda: current.switch(self.reply_to_calls(calls, request)))
         reply: bytes = hub.switch()
         return reply
