@@ -140,6 +140,8 @@ class Clients:
 
         Multiples of the golden ratio spread consecutive descriptors evenly.
         """
+        if not self.is_draining:
+            return inf
         share = client.sock.fileno() * GOLDEN_RATIO % 1.0
         return self.drain_started_at + self._spread_seconds * share
 
@@ -163,6 +165,8 @@ class Clients:
 
         `has_part`: a line, or a TLS record, has begun and not ended.
         """
+        if not self.is_draining:
+            return inf
         if not self.is_admitted(client):  # The spread is not for a header or a handshake.
             return max(self.drain_started_at, client.quiet_since) + DRAIN_GRACE_SECONDS
         at = self.drains_at(client) + (DRAIN_GRACE_SECONDS if has_part else 0.0)
