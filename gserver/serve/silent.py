@@ -33,9 +33,10 @@ QUEUE_SECONDS = 0.0001
 PRIORITY = -2
 #: How long to wait for the client's end after the last line, so that no reset overtakes the line.
 LINGER_SECONDS = 1.0
-#: How often to look for clients whose time is over; for idle ones, at least a fiftieth of theirs.
+#: How often to look for clients whose time is over: in a drain, and while one lingers.
 SWEEP_SECONDS = 0.05
-IDLE_SWEEPS = 50
+#: How often to look for idle clients in the time that they have.
+IDLE_LOOKS = 50
 
 
 class SilentClients:
@@ -48,7 +49,7 @@ class SilentClients:
         self.answer = FastPath(clients.replies).answer
         self._has_tls = any(each.transport == TLS for each in clients.config.endpoints)
         self._idle_seconds = clients.config.idle_timeout_seconds or inf
-        self._idle_sweep_seconds = max(self._idle_seconds / IDLE_SWEEPS, SWEEP_SECONDS)
+        self._look_seconds = max(self._idle_seconds / IDLE_LOOKS, SWEEP_SECONDS)
         #: The events of the listeners whose clients are accepted now.
         self._listener_events: list[tuple[int, int]] = []
         #: Events that are served after the new clients that came with them.
@@ -62,10 +63,9 @@ class SilentClients:
         self._serve_queue_or_exit = fatal_on_error(self._serve_queue)
         self._sweep_timer: Any = loop.timer(0)
         self._sweep_or_exit = fatal_on_error(self._sweep)
-        self._sweeps_at = inf
-        #: The worker was late: no client is idle before this.
-        self._excused_until = -inf
-        self._sweep_after(self._idle_sweep_seconds)
+        #: When to look next for clients whose time is over, and for idle ones.
+        self._sweeps_at = self._looks_at = monotonic() + self._look_seconds
+        self._sweep_after(self._look_seconds)
 
     # Listeners
 
@@ -254,22 +254,26 @@ class SilentClients:
     def _sweep(self) -> None:
         """Close the clients whose time is over."""
         now, clients = monotonic(), self._clients
-        if now > self._sweeps_at + LATE_SECONDS:
-            self._excused_until = now + LATE_SECONDS
+        if now > self._sweeps_at + LATE_SECONDS:  # This worker was late, not the clients.
+            self._looks_at = now + LATE_SECONDS
         lingering = list(clients.lingering.values())
         for client in takewhile(lambda each: each.quiet_since + LINGER_SECONDS <= now, lingering):
             clients.close(client)
         due: list[Client] = []
         if clients.is_draining:
             due = list(islice(clients.leaving(now), TURN_CLIENTS))
-        elif self._idle_seconds < inf and now >= self._excused_until:
+        elif now >= self._looks_at:
             due = list(islice(clients.quiet_since(now - self._idle_seconds), TURN_CLIENTS))
+            self._looks_at = now if len(due) == TURN_CLIENTS else now + self._look_seconds
         end = partial(self._end_silence, error=None if clients.is_draining else TOO_IDLE)
         for client in due:
             self._try(end, client)
-        is_hurried = clients.is_draining or clients.lingering
-        seconds = SWEEP_SECONDS if is_hurried else self._idle_sweep_seconds
-        self._sweep_after(0.0 if len(due) == TURN_CLIENTS else seconds)
+        if len(due) == TURN_CLIENTS:
+            self._sweep_after(0.0)
+        elif clients.is_draining or clients.lingering:
+            self._sweep_after(SWEEP_SECONDS)
+        else:
+            self._sweep_after(max(0.0, self._looks_at - now))
 
     def _end_silence(self, client: Client, error: ErrorReply | None = None) -> None:
         """Close a silent client, and send this error; if something has arrived, answer it first."""
